@@ -1,0 +1,1 @@
+"""Derived metrics: pure folds over the steps."""

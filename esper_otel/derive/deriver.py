@@ -1,0 +1,133 @@
+"""Deriver: runs the processors over the steps, in order, and keeps their states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from esper_otel.derive.dynamics import GradientDynamics, LossDynamics
+from esper_otel.derive.processor import Derived, Processor
+from esper_otel.errors import ConfigurationError, InvalidCatalogue, InvalidValue, UnknownMetric
+from esper_otel.schema import Metric
+
+
+def _name(entry: str | Metric) -> str:
+    return entry if isinstance(entry, str) else entry.name
+
+
+def checked_processors(processors: Sequence[Processor], known: Mapping[str, Metric]) -> None:
+    """Raises for a processor that cannot work: wrong shape, unknown names, two that give the same metric."""
+    givers: dict[str, Processor] = {}
+    for processor in processors:
+        if not isinstance(processor, Processor):
+            raise InvalidValue(
+                "processors",
+                f"{processor!r} is not a processor: it lacks one of needs, gives, initial, advance, readings",
+            )
+        for entry in (*processor.needs, *processor.gives):
+            if _name(entry) not in known:
+                raise UnknownMetric(_name(entry), known)
+        for name in map(_name, processor.gives):
+            if name in givers:
+                raise InvalidCatalogue([f"{name} is given by {givers[name]!r} and by {processor!r}"])
+            givers[name] = processor
+
+
+class _Guarded:
+    """A user's processor whose readings cannot harm whoever reads a frame."""
+
+    def __init__(self, processor: Processor, fault: Callable[[str, Exception], None]) -> None:
+        self.needs = tuple(map(_name, processor.needs))
+        self.gives = tuple(map(_name, processor.gives))
+        self.initial = processor.initial
+        self.advance = processor.advance
+        self.name = type(processor).__name__
+        self._readings = processor.readings
+        self._fault = fault
+
+    def readings(self, state: Any) -> dict[str, float]:
+        """The readings that the processor declared; none when it fails."""
+        try:
+            readings = self._readings(state)
+            return {name: float(readings[name]) for name in self.gives if readings.get(name) is not None}
+        except Exception as error:  # noqa: BLE001 - a frame is read by exporters and controllers
+            self._fault(f"readings of {self.name}", error)
+            return {}
+
+
+_OURS = (LossDynamics, GradientDynamics)
+
+
+class Deriver:
+    """Advances every processor once per published step. Not thread-safe: the publisher calls it, in step order.
+
+    A processor that raises keeps its old state and has no reading in that step; ``fault`` is told.
+    """
+
+    def __init__(self, processors: Sequence[Processor], fault: Callable[[str, Exception], None]) -> None:
+        self._processors: tuple[Processor, ...] = tuple(
+            processor if isinstance(processor, _OURS) else _Guarded(processor, fault) for processor in processors
+        )
+        self._states: list[Any] = [processor.initial() for processor in self._processors]
+        self._fault = fault
+        given_before: set[str] = set()
+        self._chained = False
+        for processor in self._processors:
+            self._chained |= not given_before.isdisjoint(map(_name, processor.needs))
+            given_before.update(map(_name, processor.gives))
+
+    def _advanced(self, given: Mapping[str, float]) -> list[Any]:
+        states = []
+        for processor, state in zip(self._processors, self._states, strict=True):
+            try:
+                after = processor.advance(state, given)
+                if self._chained and after is not state:  # what the caller gave stands
+                    given = {**processor.readings(after), **given}
+            except Exception as error:  # noqa: BLE001 - a user's processor must not stop training
+                self._fault(f"processor {getattr(processor, 'name', type(processor).__name__)}", error)
+                after = state
+            states.append(after)
+        return states
+
+    def commit(self, given: Mapping[str, float]) -> Derived:
+        """Advances to the next step; returns the processors that have a reading in it, with their states."""
+        before = self._states
+        self._states = states = self._advanced(given)
+        return self._with_reading(before, states)
+
+    def peek(self, given: Mapping[str, float]) -> Derived:
+        """What ``commit`` would return, without advancing."""
+        return self._with_reading(self._states, self._advanced(given))
+
+    def _with_reading(self, before: list[Any], after: list[Any]) -> Derived:
+        return [
+            (processor, new)
+            for processor, old, new in zip(self._processors, before, after, strict=True)
+            if new is not old
+        ]
+
+    def _keys(self) -> list[str]:
+        # A processor is known by what it gives: stable across versions of its class and its place in the list.
+        return ["+".join(map(_name, processor.gives)) for processor in self._processors]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states by what each processor gives: plain values, safe for ``torch.load(weights_only=True)``."""
+        return dict(zip(self._keys(), self._states, strict=True))
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Takes the states of ``state_dict()``; a processor without one starts anew.
+
+        Raises:
+            ConfigurationError: a state is not a tuple, list or plain value.
+        """
+        if not isinstance(states, Mapping):
+            raise ConfigurationError(f"derive state in the checkpoint is a {type(states).__name__}, not a mapping")
+        self._states = [
+            _frozen(states[key]) if key in states else processor.initial()
+            for key, processor in zip(self._keys(), self._processors, strict=True)
+        ]
+
+
+def _frozen(state: Any) -> Any:
+    """Lists become tuples: a checkpoint that went through JSON has lists."""
+    return tuple(map(_frozen, state)) if isinstance(state, list | tuple) else state

@@ -1,0 +1,125 @@
+"""Frame: one training step, frozen. The only type between recording, exporting and converting."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.schema import SEED_FIELDS
+
+if TYPE_CHECKING:
+    from esper_otel.derive.processor import Derived
+
+# A missing cell is a quiet NaN with a payload of our own, so that a recorded NaN stays a value. Arithmetic on
+# cells would lose the payload; cells are only ever copied and compared.
+ABSENT_BITS = 0x7FF8_E59E_0A85_E117
+ABSENT: float = struct.unpack("<d", struct.pack("<Q", ABSENT_BITS))[0]
+
+WIDTH = len(SEED_FIELDS)
+
+Cells = npt.NDArray[np.float64]
+
+
+def is_absent(cells: Cells) -> npt.NDArray[np.bool_]:
+    """True where a cell is missing; a NaN that was recorded is not. Same shape as ``cells``."""
+    absent: npt.NDArray[np.bool_] = cells.view(np.uint64) == ABSENT_BITS
+    return absent
+
+
+class SeedTable(NamedTuple):
+    """Rows of seeds: ``cells`` has shape (len(ids), 19), float64, columns in the order of ``SEED_FIELDS``."""
+
+    ids: tuple[str, ...]
+    cells: Cells
+
+    def rows(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Each seed's id with the cells that are present, by field name."""
+        present = ~is_absent(self.cells)
+        for seed_id, cells, mask in zip(self.ids, self.cells.tolist(), present.tolist(), strict=True):
+            yield (
+                seed_id,
+                {field: cell for field, cell, there in zip(SEED_FIELDS, cells, mask, strict=True) if there},
+            )
+
+
+def _no_rows() -> SeedTable:
+    cells = np.empty((0, WIDTH))
+    cells.flags.writeable = False
+    return SeedTable((), cells)
+
+
+NO_SEEDS = _no_rows()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all frames of one attempt and rank have in common; rendered into the OTLP resource.
+
+    Attributes:
+        run_id: the run's name; the same after a resume and on every rank.
+        attempt: Unix milliseconds of the start (rank 0's), or the launcher's restart count.
+        rank: this process among ``world_size``.
+        experiment: name of the experiment; empty when there is none.
+        device_type: ``cuda`` or ``cpu``; empty until it is known.
+        device_id: PyTorch's name of the device, such as ``cuda:0``.
+        compute_capability: major * 10 + minor; 0 on CPU or while it is not known.
+    """
+
+    run_id: str
+    attempt: int
+    rank: int = 0
+    world_size: int = 1
+    experiment: str = ""
+    device_type: str = ""
+    device_id: str = ""
+    compute_capability: int = 0
+
+
+class Frame(NamedTuple):
+    """One step: what was recorded in it, by catalogue name, with presence.
+
+    A name that is not there was not provided; a NaN is a value like any other. Treat the mappings as
+    read-only: they are shared with whoever else reads the frame.
+
+    Attributes:
+        run: what all frames of this attempt have in common.
+        sequence: 1, 2, ... within (attempt, rank), without holes.
+        global_step: the step's number; goes back when training does.
+        epoch: the epoch it belongs to.
+        time_unix_ns: Unix time of the step in nanoseconds, strictly increasing in milliseconds.
+        recorded: step values put, measured or sampled by probes.
+        context: step values that stay until they are replaced (validation, epochs, last finite loss).
+        seeds: the rows recorded in this step.
+        live: every live seed with its last known cells.
+        retired: seeds whose lives ended after the frame before; their series end.
+        derived: what processors computed; read through ``values()``.
+    """
+
+    run: Run
+    sequence: int
+    global_step: int
+    epoch: int
+    time_unix_ns: int
+    recorded: Mapping[str, float]
+    context: Mapping[str, float]
+    seeds: SeedTable = NO_SEEDS
+    live: SeedTable = NO_SEEDS
+    retired: tuple[str, ...] = ()
+    derived: Derived = ()
+
+    def values(self) -> dict[str, float]:
+        """Every step value of the frame by catalogue name, readings of processors and our own included."""
+        values: dict[str, float] = {}
+        for processor, state in self.derived:
+            values.update(processor.readings(state))
+        values.update(self.context)
+        values.update(self.recorded)  # what the caller gave stands
+        values["esper.global_step"] = self.global_step
+        values["esper.epoch"] = self.epoch
+        values["esper.seeds"] = len(self.live.ids)
+        return values

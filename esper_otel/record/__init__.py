@@ -1,0 +1,1 @@
+"""Recording: the step scope, the seeds, the ring of frames."""

@@ -1,0 +1,57 @@
+"""The session's clock: wall time at the start, carried on by a clock that nobody sets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+_MS = 1_000_000
+_JUMP_NS = 1_000_000_000
+_AHEAD_NS = 300 * 1_000_000_000
+
+
+def steady_ns() -> int:
+    """Nanoseconds of a clock that never jumps and counts suspend where the system has one."""
+    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Clock:
+    """Stamps steps with Unix nanoseconds that strictly increase in whole milliseconds.
+
+    Backends keep milliseconds: two steps in one would lose one. So a step in the same millisecond as the last is
+    raised to the next one. Jumps of the wall clock are counted, not followed.
+
+    Args:
+        wall_ns: Unix time in nanoseconds; read once here and by ``check``.
+        steady_ns: a clock that never goes back, in nanoseconds.
+    """
+
+    def __init__(self, *, wall_ns: Callable[[], int] = time.time_ns, steady_ns: Callable[[], int] = steady_ns) -> None:
+        self._wall_ns = wall_ns
+        self._steady_ns = steady_ns
+        self._offset_ns = wall_ns() - steady_ns()
+        self._drift_ns = 0
+        self._last_ms = 0
+        self.jumps = 0
+        self.is_ahead = False
+
+    def stamp(self) -> int:
+        """The time of a step that begins now. One thread at a time."""
+        now = self._steady_ns() + self._offset_ns
+        if now // _MS <= self._last_ms:
+            now = (self._last_ms + 1) * _MS
+        self._last_ms = now // _MS
+        return now
+
+    def now_ns(self) -> int:
+        """The time now, by the same clock, without stamping a step."""
+        return self._steady_ns() + self._offset_ns
+
+    def check(self) -> None:
+        """Compares with the wall clock: counts jumps of more than a second, notes when steps run far ahead."""
+        wall = self._wall_ns()
+        drift = wall - self.now_ns()
+        if abs(drift - self._drift_ns) > _JUMP_NS:
+            self.jumps += 1
+        self._drift_ns = drift
+        self.is_ahead = self._last_ms * _MS > wall + _AHEAD_NS

@@ -1,0 +1,68 @@
+"""Names: what a session may record, under which names, and what counts as out of range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from esper_otel.errors import InvalidCatalogue, InvalidValue, UnknownMetric
+from esper_otel.schema import METRICS, OWN_STEP, STEP_METRICS, Metric
+
+# Units of values that cannot be negative. A user's own metrics are not judged.
+_NONNEGATIVE = frozenset({"ratio", "grad", "grad^2", "rate", "ms", "GB", "%", "count"})
+_RECORDABLE_OWN = ("esper.optimizer.lr",)
+
+
+class Names:
+    """The step metrics of one session: the catalogue's and the user's own.
+
+    Args:
+        own: metrics that the user declares.
+        enriched: whether gated metrics are recorded; if not they are accepted and left out.
+
+    Raises:
+        InvalidCatalogue: a declaration that clashes with another; all clashes are listed.
+    """
+
+    def __init__(self, own: Sequence[Metric] = (), *, enriched: bool = True) -> None:
+        self.entries: dict[str, Metric] = {metric.name: metric for metric in METRICS}
+        taken = set(self.entries) | {metric.key for metric in OWN_STEP}
+        faults = []
+        for metric in own:
+            if not isinstance(metric, Metric):
+                raise InvalidValue("metrics", f"{metric!r} is not an esper_otel.Metric")
+            if metric.name in taken or metric.name.startswith("esper."):
+                faults.append(f"metric name {metric.name!r} is taken by the catalogue or declared twice")
+            if metric.level != "step" or metric.kind != "gauge":
+                faults.append(f"metric {metric.name!r}: a user's own metrics are gauges of the step")
+            taken.add(metric.name)
+            self.entries[metric.name] = metric
+        if faults:
+            raise InvalidCatalogue(faults)
+        recordable = [*STEP_METRICS, *(self.entries[name] for name in _RECORDABLE_OWN), *own]
+        self.recordable = frozenset(metric.name for metric in recordable)
+        self.left_out = frozenset(metric.name for metric in self.entries.values() if metric.gated and not enriched)
+        # A name of ours that Python cannot spell as a keyword may also be given by its key in the packet.
+        self._by_key = {metric.key: metric.name for metric in recordable if metric.key != metric.name and metric.key}
+        self._low = {metric.name: 0.0 for metric in STEP_METRICS if metric.unit in _NONNEGATIVE}
+        self._ratios = tuple(metric.name for metric in STEP_METRICS if metric.unit == "ratio")
+
+    def resolved(self, values: Mapping[str, object]) -> dict[str, object]:
+        """The values under catalogue names.
+
+        Raises:
+            UnknownMetric: a name that cannot be recorded.
+        """
+        resolved = {}
+        for given, value in values.items():
+            name = self._by_key.get(given, given)
+            if name not in self.recordable:
+                raise UnknownMetric(given, self.recordable | self._by_key.keys())
+            resolved[name] = value
+        return resolved
+
+    def out_of_range(self, values: Mapping[str, float]) -> tuple[str, ...]:
+        """Names whose value is below 0 where that is impossible, or a ratio above 1."""
+        outside = [name for name in self._ratios if values.get(name, 0.0) > 1.0]
+        if values and min(values.values()) < 0.0:
+            outside += [name for name, value in values.items() if value < self._low.get(name, value)]
+        return tuple(outside)

@@ -1,0 +1,308 @@
+"""Step: the scope of one training step, and everything that can be recorded in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from esper_otel.errors import InvalidValue, WrongState
+from esper_otel.frame import ABSENT, SeedTable
+from esper_otel.record.device import move
+from esper_otel.record.seeds import ROW, checked_seed_id, checked_stage, merged_row
+from esper_otel.record.values import FLOAT, ROW_TYPES, Held, Target, read, read_row
+from esper_otel.schema import SEED_FIELDS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.amp.grad_scaler import GradScaler
+
+    from esper_otel.record.recorder import Recorder
+
+    Scalar: TypeAlias = float | Tensor
+    Sources: TypeAlias = Mapping[str, Tensor | Sequence[Tensor | None]] | Sequence[Tensor | Sequence[Tensor | None]]
+
+
+class Packet(Protocol):
+    """Whatever the session's converter makes of a frame; Leyline's SystemStatePacket."""
+
+
+class _Timed:
+    """Adds the milliseconds between entering and leaving to one of the step's timings."""
+
+    __slots__ = ("_name", "_started_s", "_timings")
+
+    def __init__(self, timings: dict[str, float], name: str) -> None:
+        self._timings = timings
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._started_s = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        spent = (time.perf_counter() - self._started_s) * 1e3
+        self._timings[self._name] = self._timings.get(self._name, 0.0) + spent
+
+
+class _TimedKernel:
+    __slots__ = ("_seed_id", "_started_s", "_step")
+
+    def __init__(self, step: Step, seed_id: str) -> None:
+        self._step = step
+        self._seed_id = seed_id
+
+    def __enter__(self) -> None:
+        self._started_s = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        spent = (time.perf_counter() - self._started_s) * 1e3
+        self._step.seed(self._seed_id, last_kernel_latency_ms=spent)
+
+
+class Step:
+    """One training step while it is open: ``with telemetry.step(epoch=...) as now``.
+
+    Values are floats or numbers, or 0-d tensors on any device. A tensor is detached at once; one on a CUDA
+    device is copied on the current stream and read when that has happened, so that nothing waits. ``None``
+    means unknown: the metric stays absent. Threads: the thread that opened the step.
+
+    Attributes:
+        global_step: the step's number.
+        epoch: the epoch it belongs to.
+        time_unix_ns: the step's time, fixed when the scope opened.
+    """
+
+    __slots__ = (
+        "_ended",
+        "_failed",
+        "_held",
+        "_numbered",
+        "_recorder",
+        "_retired",
+        "_rows",
+        "_samples",
+        "_started_s",
+        "_table",
+        "_timings",
+        "_values",
+        "_waited_ms",
+        "epoch",
+        "global_step",
+        "time_unix_ns",
+    )
+
+    def __init__(self, recorder: Recorder, global_step: int | None, epoch: int, samples: int | None) -> None:
+        self._recorder = recorder
+        self._samples = samples
+        self.epoch = epoch
+        self._numbered = global_step
+        self.global_step = 0  # numbered on entering
+        self.time_unix_ns = 0
+        self._values: dict[str, float] = {}
+        self._timings: dict[str, float] = {}
+        self._rows: dict[str, bytes] = {}
+        self._table: SeedTable | None = None
+        self._held: Held | None = None
+        self._retired: Sequence[str] = ()
+        self._ended: tuple[str, ...] = ()
+        self._waited_ms: float | None = None
+        self._failed = False
+        self._started_s = 0.0
+
+    def __enter__(self) -> Step:
+        self._recorder.open(self)
+        self._started_s = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._failed = kind is not None
+        self._recorder.finish(self, time.perf_counter())
+
+    def put(self, mapping: Mapping[str, Scalar | None] | None = None, /, **values: Scalar | None) -> None:
+        """Records step metrics by name; dotted names need the mapping. The last value of a name counts.
+
+        Gated names with the enrichment off are accepted and left out.
+
+        Raises:
+            UnknownMetric: a name that is not declared; the message names the nearest.
+            InvalidValue: a value that is not one number.
+            WrongState: the step is not open.
+        """
+        recorder = self._recorder
+        if recorder.open_step is not self:
+            raise WrongState("put() outside its step: record inside 'with telemetry.step(...) as now:'")
+        given: dict[str, Any] = values
+        if mapping is not None:
+            if not isinstance(mapping, Mapping):
+                raise InvalidValue("put", f"takes a mapping of names to values, not {type(mapping).__name__}")
+            given = {**mapping, **values}
+        if not recorder.names.recordable.issuperset(given):
+            given = recorder.names.resolved(given)
+        if not FLOAT.issuperset(map(type, given.values())) or self._held is not None:
+            given = self._read(given)
+        self._values.update(given)
+
+    def _read(self, given: Mapping[str, object]) -> dict[str, float]:
+        plain, tensors = read(given)
+        if self._held is not None:
+            self._held.forget(plain)
+        if tensors:
+            self._hold(tensors)
+        return plain
+
+    def _hold(self, tensors: Mapping[Target, Tensor]) -> None:
+        self._recorder.saw(tuple(tensors.values()))
+        if self._held is None:
+            self._held = Held()
+        self._held.tensors.update(tensors)
+        for name in tensors:
+            self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is no key of the values
+
+    def hook(self) -> _Timed:
+        """Times ``hook_latency_ms``: the controller and what its commands change."""
+        return _Timed(self._timings, "hook_latency_ms")
+
+    def tamiyo(self) -> _Timed:
+        """Times ``tamiyo_latency_ms``: the controller's evaluation."""
+        return _Timed(self._timings, "tamiyo_latency_ms")
+
+    def apply(self) -> _Timed:
+        """Times ``kasmina.apply_ms``: carrying out the controller's command."""
+        return _Timed(self._timings, "kasmina.apply_ms")
+
+    def finalize(self) -> _Timed:
+        """Times ``kasmina.finalize_ms``: Kasmina's work at the end of the step."""
+        return _Timed(self._timings, "kasmina.finalize_ms")
+
+    def kernel(self, seed_id: str) -> _TimedKernel:
+        """Times the seed's ``last_kernel_latency_ms``."""
+        return _TimedKernel(self, checked_seed_id(seed_id))
+
+    def to(self, device: Any, *items: Any) -> Any:
+        """Moves tensors, or nested dicts, lists and tuples of them, to ``device``; times ``h2d_copy_ms`` on CUDA.
+
+        Returns:
+            The moved item; a tuple of them when several were given.
+        """
+        moved, timing = move(device, items)
+        if timing is not None:
+            if self._held is None:
+                self._held = Held()
+            self._held.copies.append(timing)
+        self._recorder.saw(moved)
+        return moved[0] if len(items) == 1 else moved
+
+    def gradients(
+        self,
+        model_or_parameters: nn.Module | Iterable[Tensor] | Tensor,
+        *,
+        sources: Sources | None = None,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        """Records ``gradient_norm`` and, with two or more ``sources``, ``grad_conflict_rate``. Waits for no GPU.
+
+        Args:
+            model_or_parameters: whose ``.grad`` count; the norm is the L2 norm over all of them together.
+            sources: gradients by source (seeds, micro-batches): each a tensor or a sequence of tensors.
+            scaler: divides the norm by its scale; leave it out after ``scaler.unscale_()``.
+        """
+        math = self._recorder.gradient_math()
+        values: dict[str, object] = {"gradient_norm": math.gradient_norm(model_or_parameters, scaler=scaler)}
+        if sources is not None and "grad_conflict_rate" not in self._recorder.names.left_out:
+            values["grad_conflict_rate"] = math.conflict_on_device(sources)
+        self._values.update(self._read(values))
+
+    def seed(
+        self,
+        seed_id: str,
+        *,
+        stage: Scalar | None = ABSENT,
+        alpha: Scalar | None = ABSENT,
+        alpha_steps: Scalar | None = ABSENT,
+        kernel_attached: Scalar | None = ABSENT,
+        last_kernel_latency_ms: Scalar | None = ABSENT,
+        isolation_violations: Scalar | None = ABSENT,
+        fallback_used: Scalar | None = ABSENT,
+        isolation_dot: Scalar | None = ABSENT,
+        isolation_host_norm: Scalar | None = ABSENT,
+        isolation_seed_norm: Scalar | None = ABSENT,
+        learning_rate: Scalar | None = ABSENT,
+        layer_depth: Scalar | None = ABSENT,
+        age_epochs: Scalar | None = ABSENT,
+        risk_score: Scalar | None = ABSENT,
+        gradient_norm: Scalar | None = ABSENT,
+        alpha_total_steps: Scalar | None = ABSENT,
+        alpha_temperature: Scalar | None = ABSENT,
+        risk_tolerance: Scalar | None = ABSENT,
+        blend_allowed: Scalar | None = ABSENT,
+    ) -> None:
+        """Records cells of one seed's row in this step; calls for one seed merge, the last value of a cell counts.
+
+        ``alpha_steps`` is kept only while the seed's stage, as recorded last, is BLENDING.
+
+        Raises:
+            InvalidName: an id that is empty, above 256 bytes or has control characters.
+            InvalidValue: a value that is not one number, or a stage that Leyline does not have.
+            WrongState: the step is not open.
+        """
+        recorder = self._recorder
+        if recorder.open_step is not self:
+            raise WrongState("seed() outside its step: record inside 'with telemetry.step(...) as now:'")
+        seed_id = checked_seed_id(seed_id)
+        cells: tuple[Any, ...] = (
+            stage,
+            alpha,
+            alpha_steps,
+            kernel_attached,
+            last_kernel_latency_ms,
+            isolation_violations,
+            fallback_used,
+            isolation_dot,
+            isolation_host_norm,
+            isolation_seed_norm,
+            learning_rate,
+            layer_depth,
+            age_epochs,
+            risk_score,
+            gradient_norm,
+            alpha_total_steps,
+            alpha_temperature,
+            risk_tolerance,
+            blend_allowed,
+        )
+        if not ROW_TYPES.issuperset(map(type, cells)) or self._held is not None:
+            cells = self._read_row(seed_id, cells)
+        checked_stage(cells[0])
+        row = ROW.pack(*cells)
+        if seed_id in recorder.retiring:
+            recorder.is_born_again(self, seed_id)
+        earlier = self._rows.get(seed_id)
+        self._rows[seed_id] = row if earlier is None else merged_row(earlier, row)
+
+    def _read_row(self, seed_id: str, cells: Sequence[object]) -> tuple[float, ...]:
+        plain, tensors = read_row(seed_id, cells)
+        if self._held is not None:
+            self._held.forget(
+                (seed_id, field) for field, cell in zip(SEED_FIELDS, plain, strict=True) if cell is not ABSENT
+            )
+        if tensors:
+            self._hold(tensors)
+        return plain
+
+    def state(self) -> Packet:
+        """The SystemStatePacket of the step so far, for a controller that decides inside the step.
+
+        Derived metrics follow from what has been put; nothing is committed, so it may be called any number of
+        times. Timings are those of the step before, since this one's are not over. Waits for the step's CUDA
+        scalars, once.
+        """
+        if self._recorder.open_step is not self:
+            raise WrongState("state() outside its step: ask inside 'with telemetry.step(...) as now:'")
+        return self._recorder.state(self)

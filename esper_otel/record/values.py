@@ -1,0 +1,134 @@
+"""Values: from whatever a trainer has to floats, now or when the device has delivered them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from esper_otel.frame import ABSENT
+from esper_otel.record.device import pack, scalar
+from esper_otel.schema import SEED_FIELDS, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT: frozenset[type] = frozenset({float})
+ROW_TYPES: frozenset[type] = frozenset({float, bool, Stage})
+
+# A step value's name, or a seed's id and field.
+Target: TypeAlias = str | tuple[str, str]
+
+
+def number(name: str, value: object) -> float | Tensor:
+    """One number, or the 0-d tensor that will hold it. An int beyond the range of a double is infinite.
+
+    Raises:
+        InvalidValue: it is neither.
+    """
+    kind = type(value)
+    if kind is float or kind is bool or kind is int:
+        try:
+            return float(value)  # type: ignore[arg-type] # one of the three
+        except OverflowError:
+            return float("inf") if value > 0 else float("-inf")  # type: ignore[operator] # an int
+    one: float | Tensor = scalar(name, value)
+    return one
+
+
+def read(given: Mapping[str, object]) -> tuple[dict[str, float], dict[Target, Tensor]]:
+    """Splits values into floats and tensors to wait for; ``None`` is left out."""
+    plain: dict[str, float] = {}
+    tensors: dict[Target, Tensor] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        one = number(name, value)
+        if isinstance(one, float):
+            plain[name] = one
+        else:
+            tensors[name] = one
+    return plain, tensors
+
+
+def read_row(seed_id: str, cells: Sequence[object]) -> tuple[tuple[float, ...], dict[Target, Tensor]]:
+    """The cells of one seed as floats, ``ABSENT`` where there is None or a tensor to wait for."""
+    row = []
+    tensors: dict[Target, Tensor] = {}
+    for field, cell in zip(SEED_FIELDS, cells, strict=True):
+        one = ABSENT if cell is None else cell if isinstance(cell, Stage) else number(field, cell)
+        if not isinstance(one, float | Stage):
+            tensors[seed_id, field] = one
+            one = ABSENT
+        row.append(float(one))
+    return tuple(row), tensors
+
+
+class CopyTiming(Protocol):
+    """The time of copies to a device, known when they have completed."""
+
+    def done(self) -> bool:
+        """Whether the time is known; never waits."""
+
+    def wait(self) -> None:
+        """Waits until it is."""
+
+    def milliseconds(self) -> float | None:
+        """The time; None when the device could not tell."""
+
+
+class Held:
+    """Values of one step that a device has yet to deliver.
+
+    ``seal`` starts the one copy to the host; after it ``done`` never waits and ``wait`` does.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[Target, Tensor] = {}
+        self.copies: list[CopyTiming] = []
+        self._targets: tuple[Target, ...] = ()
+        self._pending: Any = None
+
+    def forget(self, names: Iterable[Target]) -> None:
+        """Drops tensors whose names have been given anew."""
+        for name in names:
+            self.tensors.pop(name, None)
+
+    def seal(self) -> None:
+        """Starts copying the tensors to the host, on the current stream."""
+        if self.tensors:
+            self._targets = tuple(self.tensors)
+            self._pending = pack(tuple(self.tensors.values()))
+            self.tensors = {}
+
+    def done(self) -> bool:
+        """Whether everything has arrived; never waits."""
+        return (self._pending is None or self._pending.done()) and all(copy.done() for copy in self.copies)
+
+    def wait(self) -> None:
+        """Waits until everything has arrived."""
+        self.wait_for_values()
+        for copy in self.copies:
+            copy.wait()
+
+    def wait_for_values(self) -> None:
+        """Waits for the sealed values, not for the timings of copies."""
+        if self._pending is not None:
+            self._pending.wait()
+
+    def arrived(self) -> dict[Target, float]:
+        """The sealed values that arrived; one that the device lost is missing. Call once it is done."""
+        if self._pending is None:
+            return {}
+        values = zip(self._targets, self._pending.values(), strict=True)
+        self._pending = None
+        return {
+            target: value
+            for target, value in values
+            # An undefined conflict rate is computed as NaN on the device: it is missing, not a reading.
+            if value is not None and not (target == "grad_conflict_rate" and value != value)  # noqa: PLR0124
+        }
+
+    def copy_ms(self) -> float | None:
+        """Milliseconds of the step's host-to-device copies; None when there were none or the device cannot tell."""
+        times = [time for time in (copy.milliseconds() for copy in self.copies) if time is not None]
+        return sum(times) if times else None

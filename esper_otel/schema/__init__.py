@@ -1,0 +1,30 @@
+"""The catalogue: every metric once, with name, unit, gate, needs and meaning."""
+
+from esper_otel.schema.catalogue import (
+    FRAME_POINTS,
+    FRAME_SEQUENCE,
+    METRICS,
+    OWN_STEP,
+    SEED_CELLS,
+    SEED_FIELDS,
+    SEED_METRICS,
+    SESSION,
+    STEP_METRICS,
+)
+from esper_otel.schema.metric import Metric, Need
+from esper_otel.schema.stage import Stage
+
+__all__ = [
+    "FRAME_POINTS",
+    "FRAME_SEQUENCE",
+    "METRICS",
+    "OWN_STEP",
+    "SEED_CELLS",
+    "SEED_FIELDS",
+    "SEED_METRICS",
+    "SESSION",
+    "STEP_METRICS",
+    "Metric",
+    "Need",
+    "Stage",
+]

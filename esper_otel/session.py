@@ -1,0 +1,340 @@
+"""start(): the one place where recording, deriving, probing, exporting and packets are wired together."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.metrics import MeterProvider
+
+from esper_otel import leyline
+from esper_otel.absence import reasons
+from esper_otel.derive.deriver import Deriver, checked_processors
+from esper_otel.derive.dynamics import GradientDynamics, LossDynamics
+from esper_otel.derive.processor import Processor
+from esper_otel.export.encode import Encoder
+from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
+from esper_otel.export.exporter import StepExporter
+from esper_otel.export.instruments import instruments_of
+from esper_otel.export.provider import Exporters, exporters_from_environment, own_provider
+from esper_otel.export.resource import resource_for
+from esper_otel.export.transport import open_sender
+from esper_otel.frame import Frame
+from esper_otel.identity import identify
+from esper_otel.probes import host_and_device_probes
+from esper_otel.probes.sampler import Sampler
+from esper_otel.record.clock import Clock
+from esper_otel.record.counters import Warnings, announce
+from esper_otel.record.device import device_name
+from esper_otel.record.names import Names
+from esper_otel.record.recorder import Recorder
+from esper_otel.record.ring import Ring
+from esper_otel.schema import Metric
+from esper_otel.settings import EsperSettings
+from esper_otel.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    import torch
+
+_STALE_AFTER_NS = 300 * 1_000_000_000
+
+
+def start(
+    *,
+    run_id: str | None = None,
+    experiment: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    device: str | int | torch.device | None = None,
+    settings: EsperSettings | None = None,
+    epochs: int | None = None,
+    metrics: Iterable[Metric] = (),
+    processors: Iterable[Processor] = (),
+    meter_provider: MeterProvider | None = None,
+    export_steps: bool | None = None,
+) -> Telemetry:
+    """Starts telemetry for one training run; it is live when this returns. Also a context manager.
+
+    Args:
+        run_id: name of the run, the same after a resume and on every rank; else from ``ESPER_RUN_ID`` or the
+            launcher, else made up and shown.
+        experiment: name of the experiment that the run belongs to.
+        rank: this process among ``world_size``; else from the launcher's environment.
+        world_size: number of ranks.
+        device: the device that trains; else the first CUDA tensor seen.
+        settings: settings; else from the environment (``ESPER_*``).
+        epochs: epochs that the run is planned to take.
+        metrics: the user's own step metrics.
+        processors: the user's own processors. One that gives a metric of ours replaces ours.
+        meter_provider: where to register the instruments instead of a provider of our own; its readers carry
+            them, and steps are sent only with ``export_steps=True``.
+        export_steps: whether every step goes out over OTLP; by default as ``OTEL_METRICS_EXPORTER`` says.
+
+    Raises:
+        MistakeError: an argument that can never be right.
+        ConfigurationError: a setting or environment variable that cannot be used.
+    """
+    session = _Session(
+        settings=EsperSettings() if settings is None else settings,
+        identity={"run_id": run_id, "experiment": experiment, "rank": rank, "world_size": world_size},
+        device=device,
+        epochs=epochs,
+        metrics=tuple(metrics),
+        processors=tuple(processors),
+        meter_provider=meter_provider,
+        export_steps=export_steps,
+    )
+    return session.telemetry
+
+
+class _Session:
+    """Everything behind one Telemetry: made, watched and ended together."""
+
+    def __init__(
+        self,
+        *,
+        settings: EsperSettings,
+        identity: Mapping[str, Any],
+        device: str | int | torch.device | None,
+        epochs: int | None,
+        metrics: Sequence[Metric],
+        processors: Sequence[Processor],
+        meter_provider: MeterProvider | None,
+        export_steps: bool | None,
+    ) -> None:
+        self.latency_budget_ms = settings.kernel_latency_budget_ms
+        self._enriched = settings.tolaria_step_enrichment_enabled
+        self._warnings = Warnings()
+        run = identify(**identity)
+        names, processors = _declared(metrics, processors, enriched=self._enriched)
+        exporters = _exporters(meter_provider, export_steps)
+        endpoint = _endpoint(exporters.protocol) if exporters.steps else None
+
+        self._deriver = Deriver(processors, self._fault)
+        self._sampler = (
+            Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
+        )
+        self._recorder = Recorder(
+            run,
+            names,
+            Ring(settings.buffer_bytes),
+            clock=Clock(),
+            deriving=self._deriver,
+            probing=self._sampler,
+            to_state=leyline.state,
+            gradient_math=_gradient_math,
+            context={} if epochs is None else {"esper.epochs.total": float(epochs)},
+            warnings=self._warnings,
+        )
+        if device is not None:
+            self._recorder.set_device(device_name(device), named=True)
+        self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
+
+        self._provider = own_provider(resource_for(run), exporters.readers) if meter_provider is None else None
+        # A provider that was given has its user's Resource: the points themselves say whose they are.
+        self.attributes: Mapping[str, str | int] = (
+            {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
+        )
+        self._instruments = instruments_of(meter_provider or self._provider)  # type: ignore[arg-type] # one is there
+        self._instruments.attach(self, names.entries.values())
+
+        self.telemetry = Telemetry(self._recorder, self)
+        self._process_id = os.getpid()
+        _live.add(self)
+        if self._sampler is not None:
+            self._sampler.start()
+        if self._exporter is not None:
+            self._exporter.start()
+        announce("started", self._describe(endpoint, exporters.off if meter_provider is None else "not asked for"))
+
+    def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
+        if endpoint.protocol == "grpc":
+            # DataLoader workers fork; grpc's own fork handlers dead-lock or kill them.
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+        recorder = self._recorder
+        exporter = StepExporter(
+            recorder.ring,
+            Encoder(recorder.names.entries, resource_for, self._fault),
+            open_sender(endpoint),
+            every_s=settings.export_every_s,
+            timeout_s=endpoint.timeout_s,
+            prepare=self._prepare_export,
+            health=self.counts,
+            warnings=self._warnings,
+        )
+        if settings.export_every_s == 0:
+            recorder.published = exporter.wake
+        return exporter
+
+    def _prepare_export(self) -> None:
+        recorder = self._recorder
+        recorder.drain()
+        recorder.clock.check()
+        if recorder.clock.is_ahead:
+            self._warnings.say("ahead", "steps run more than 5 minutes ahead of the wall clock: above 1,000 a second")
+
+    def _describe(self, endpoint: Endpoint | None, off: str) -> str:
+        run = self._recorder.run
+        parts = [f"run {run.run_id}", f"rank {run.rank} of {run.world_size}"]
+        parts.append(
+            f"sending every step to {endpoint.target} over {endpoint.protocol}"
+            if endpoint is not None
+            else f"steps are not sent ({off})"
+        )
+        if not self._enriched:
+            parts.append("gated metrics and probes are off (tolaria_step_enrichment_enabled = False)")
+        return ", ".join(parts)
+
+    def _device(self) -> str | None:
+        return self._recorder.run.device_id or None
+
+    def _fault(self, where: str, error: Exception) -> None:
+        self._recorder.fault(where, error)
+
+    # -- what instruments read ---------------------------------------------------------------------------
+
+    def newest_frame(self) -> Frame | None:
+        """The newest frame, unless it is more than 5 minutes old or this is a forked child."""
+        if os.getpid() != self._process_id:
+            return None
+        frame = self._recorder.ring.newest()
+        if frame is None or self._recorder.clock.now_ns() - frame.time_unix_ns > _STALE_AFTER_NS:
+            return None
+        return frame
+
+    def counts(self) -> Mapping[tuple[str, str], float]:
+        """Session metrics by (name, reason)."""
+        if os.getpid() != self._process_id:
+            return {}
+        recorder, exporter = self._recorder, self._exporter
+        counters = recorder.counters
+        counts: dict[tuple[str, str], float] = {
+            ("esper.steps", ""): counters.steps,
+            ("esper.steps.failed", ""): counters.failed,
+            ("esper.values.nonfinite", ""): counters.nonfinite,
+            ("esper.values.out_of_range", ""): counters.out_of_range,
+            ("esper.clock.jumps", ""): recorder.clock.jumps,
+            ("esper.errors.internal", ""): counters.faults,
+            ("esper.frames.recorded", ""): recorder.ring.last,
+            ("esper.pull.lag", ""): recorder.ring.last - self.telemetry.pulled,
+        }
+        if exporter is not None:
+            counts["esper.frames.exported", ""] = exporter.exported
+            counts["esper.export.queue", ""] = exporter.waiting
+            counts["esper.points.rejected", ""] = exporter.rejected_points
+            if exporter.latency_ms is not None:
+                counts["esper.export.latency_ms", ""] = exporter.latency_ms
+            for reason, dropped in exporter.dropped.copy().items():
+                counts["esper.frames.dropped", reason] = dropped
+        return counts
+
+    # -- what Telemetry asks -----------------------------------------------------------------------------
+
+    def health(self) -> Mapping[str, int | float | str | None]:
+        """See ``Telemetry.health``."""
+        recorder, exporter = self._recorder, self._exporter
+        return {
+            "recorded": recorder.ring.last,
+            "exported": 0 if exporter is None else exporter.exported,
+            "dropped": 0 if exporter is None else exporter.dropped.total(),
+            "queue": 0 if exporter is None else exporter.waiting,
+            "failed": recorder.counters.failed,
+            "nonfinite": recorder.counters.nonfinite,
+            "out_of_range": recorder.counters.out_of_range,
+            "faults": recorder.counters.faults,
+            "last_error": None if exporter is None else exporter.last_error,
+        }
+
+    def absent(self) -> Mapping[str, str]:
+        """See ``Telemetry.absent``."""
+        return reasons(
+            self._recorder.ring.newest(),
+            left_out=self._recorder.names.left_out,
+            probes={} if self._sampler is None else self._sampler.absent(),
+        )
+
+    def derive_state(self) -> dict[str, Any]:
+        """The processors' states."""
+        return self._deriver.state_dict()
+
+    def load_derive_state(self, states: Mapping[str, Any]) -> None:
+        """Takes the processors' states."""
+        self._deriver.load_state_dict(states)
+
+    def close(self, timeout_s: float, outcome: str) -> None:
+        """Flushes and stops everything, within about ``timeout_s``; does nothing in a forked child."""
+        _live.discard(self)
+        if os.getpid() != self._process_id:
+            return
+        deadline_s = time.monotonic() + max(timeout_s, 0.0)
+        if self._exporter is not None:
+            self._exporter.close(deadline_s, outcome)
+        if self._provider is not None:
+            left_s = max(deadline_s - time.monotonic(), 0.1)
+            self._provider.shutdown(timeout_millis=left_s * 1e3)
+        self._instruments.detach(self)
+        if self._sampler is not None:
+            self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
+        announce("closed", self._summary(outcome))
+
+    def _summary(self, outcome: str) -> str:
+        health = self.health()
+        summary = f"run {self._recorder.run.run_id} {outcome}, frames recorded {health['recorded']}"
+        if self._exporter is not None:
+            summary += f", exported {health['exported']}, dropped {health['dropped']}"
+            if self._exporter.dropped:
+                reasons_why = ", ".join(f"{reason}: {count}" for reason, count in self._exporter.dropped.items())
+                summary += f" ({reasons_why})"
+        return summary
+
+
+def _endpoint(protocol: str | None) -> Endpoint:
+    if protocol is None:
+        return endpoint_from_environment()
+    return endpoint_from_environment({**os.environ, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": protocol})
+
+
+def _gradient_math() -> Any:
+    return importlib.import_module("esper_otel.derive.gradients")
+
+
+def _declared(
+    metrics: Sequence[Metric], processors: Sequence[Processor], *, enriched: bool
+) -> tuple[Names, tuple[Processor, ...]]:
+    """The session's names and the processors that have something to give."""
+    catalogue = Names(enriched=enriched).entries
+    given = [entry for processor in processors for entry in getattr(processor, "gives", ())]
+    brought = {entry.name: entry for entry in given if isinstance(entry, Metric) and entry.name not in catalogue}
+    names = Names((*metrics, *(entry for entry in brought.values() if entry not in metrics)), enriched=enriched)
+    taken = {entry if isinstance(entry, str) else entry.name for entry in given}
+    ours = [processor for processor in (LossDynamics(), GradientDynamics()) if taken.isdisjoint(processor.gives)]
+    chosen = (*ours, *processors)
+    checked_processors(chosen, names.entries)
+    return names, tuple(
+        processor
+        for processor in chosen
+        if not names.left_out.issuperset(entry if isinstance(entry, str) else entry.name for entry in processor.gives)
+    )
+
+
+def _exporters(meter_provider: MeterProvider | None, export_steps: bool | None) -> Exporters:
+    exporters = exporters_from_environment() if meter_provider is None else Exporters(False, None, (), "not asked for")
+    if export_steps is None:
+        return exporters
+    return exporters._replace(steps=export_steps, off="export_steps=False")
+
+
+_live: weakref.WeakSet[_Session] = weakref.WeakSet()
+
+
+def _close_at_exit() -> None:
+    for session in list(_live):
+        session.telemetry.close(outcome="exit")
+
+
+atexit.register(_close_at_exit)

@@ -1,0 +1,91 @@
+"""Every setting of esper_otel, once. The standard ``OTEL_*`` variables are read where OpenTelemetry reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from esper_otel.errors import ConfigurationError, UnknownMetric
+
+_ModelMetaclass: Any = type(BaseSettings)
+
+
+class _DefaultsByAssignment(_ModelMetaclass):  # type: ignore[misc] # pydantic does not export its metaclass
+    """Lets ``EsperSettings.<setting> = value`` change the default of later instances."""
+
+    def __setattr__(cls, name: str, value: object) -> None:  # noqa: N805 - a metaclass
+        fields = cls.__dict__.get("__pydantic_fields__", {})
+        if name.startswith("_") or cls.__dict__.get("__pydantic_complete__") is not True or name in _MODEL_NAMES:
+            super().__setattr__(name, value)
+            return
+        if name not in fields:
+            raise UnknownMetric(name, fields, what="setting")
+        default = getattr(cls(**{name: value}), name)  # validated like any argument
+        fields[name].default = default
+        cls.model_rebuild(force=True)
+
+    def __getattr__(cls, name: str) -> Any:  # noqa: N805 - a metaclass
+        fields = cls.__dict__.get("__pydantic_fields__", {})
+        if name in fields:
+            return fields[name].default
+        return super().__getattr__(name)
+
+
+_MODEL_NAMES = frozenset({"model_config", "model_fields"})
+
+
+class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
+    """Settings of one session, frozen: from arguments, else ``ESPER_<NAME>`` in the environment, else defaults.
+
+    Raises:
+        ConfigurationError: a value that cannot be used; the message names the setting and the variable.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="ESPER_", frozen=True, extra="forbid", validate_default=True, env_ignore_empty=True
+    )
+
+    tolaria_step_enrichment_enabled: bool = Field(
+        default=True,
+        description="False leaves out every gated metric, the probes and the deriving; core metrics and seeds stay.",
+    )
+    export_every_s: float = Field(
+        default=1.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Least time between two OTLP requests, in seconds; 0 sends each step at once.",
+    )
+    buffer_bytes: int = Field(
+        default=256 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="Memory for frames kept for export and for pull(), in bytes; the oldest are dropped and counted.",
+    )
+    probe_period_s: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=3600,
+        allow_inf_nan=False,
+        description="Time between two samples of a hardware probe, in seconds.",
+    )
+    kernel_latency_budget_ms: float = Field(
+        default=10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A seed whose last kernel took longer, in milliseconds, is reported as DEGRADED.",
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            unknown = [fault["loc"][0] for fault in error.errors() if fault["type"] == "extra_forbidden"]
+            if unknown:
+                raise UnknownMetric(unknown[0], type(self).model_fields, what="setting") from None
+            faults = "; ".join(
+                f"{fault['loc'][0]} (or ESPER_{str(fault['loc'][0]).upper()}) = {fault['input']!r}: {fault['msg']}"
+                for fault in error.errors()
+            )
+            raise ConfigurationError(f"setting {faults}") from None

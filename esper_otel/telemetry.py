@@ -1,0 +1,269 @@
+"""Telemetry: one session, as a trainer and a controller see it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from esper_otel.errors import ConfigurationError, InvalidValue, WrongState
+from esper_otel.frame import Run
+from esper_otel.leyline import Page, packets
+from esper_otel.record.recorder import Recorder, whole
+from esper_otel.record.step import Step
+
+if TYPE_CHECKING:
+    from esper_otel.record.step import Scalar
+
+Batch = TypeVar("Batch")
+
+_STATE_VERSION = 1
+
+
+class Batches(Generic[Batch]):
+    """An iterable of batches that times how long the loop waits for each."""
+
+    def __init__(self, loader: Iterable[Batch], waited: Callable[[float], None]) -> None:
+        self._loader = loader
+        self._waited = waited
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type] # TypeError where the loader has no length
+
+    def __iter__(self) -> Iterator[Batch]:
+        clock = time.perf_counter
+        started = clock()
+        for batch in self._loader:
+            self._waited((clock() - started) * 1e3)
+            yield batch
+            started = clock()
+
+
+class Wiring(Protocol):
+    """What the session has put behind its recorder."""
+
+    @property
+    def latency_budget_ms(self) -> float:
+        """Above it a seed's kernel latency is DEGRADED."""
+
+    def health(self) -> Mapping[str, int | float | str | None]:
+        """See ``Telemetry.health``."""
+
+    def absent(self) -> Mapping[str, str]:
+        """See ``Telemetry.absent``."""
+
+    def derive_state(self) -> dict[str, Any]:
+        """The processors' states."""
+
+    def load_derive_state(self, states: Mapping[str, Any]) -> None:
+        """Takes the processors' states."""
+
+    def close(self, timeout_s: float, outcome: str) -> None:
+        """Flushes and stops everything."""
+
+
+class Telemetry:
+    """A live session: records steps, sends them, and gives Leyline packets. Made by ``esper_otel.start``.
+
+    Threads: one thread records; ``pull``, ``health`` and ``close`` may be called from any.
+
+    Attributes:
+        pulled: sequence number of the frame up to which ``pull`` without a cursor has come.
+    """
+
+    def __init__(self, recorder: Recorder, wiring: Wiring) -> None:
+        self._recorder = recorder
+        self._wiring = wiring
+        self.pulled = 0
+        self._is_closed = False
+
+    @property
+    def run(self) -> Run:
+        """Run id, attempt, rank and device, as in every frame."""
+        return self._recorder.run
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self._recorder.run.run_id
+
+    # -- recording ---------------------------------------------------------------------------------------
+
+    def step(self, *, epoch: int, samples: int | None = None, global_step: int | None = None) -> Step:
+        """One training step: ``with telemetry.step(epoch=..., samples=len(targets)) as now``.
+
+        A step that raises is published as far as it got, and the exception goes on.
+
+        Args:
+            epoch: the epoch it belongs to.
+            samples: training samples in it; gives ``samples_per_s``.
+            global_step: its number; 1, then the highest so far + 1, when it is not given.
+
+        Raises:
+            InvalidValue: an argument that is not a whole number from 0.
+            WrongState: another step is open (on entering), or the session is closed.
+        """
+        self._check_open()
+        return self._recorder.step(global_step, epoch, samples)
+
+    def record_step(
+        self,
+        values: Mapping[str, Scalar | None],
+        *,
+        epoch: int,
+        global_step: int | None = None,
+        samples: int | None = None,
+    ) -> None:
+        """Records a whole step that the trainer has measured itself; keys are the catalogue's names.
+
+        A derived value that is given stands; what is absent is derived.
+
+        Raises:
+            UnknownMetric: a name that is not declared; the message names the nearest.
+            InvalidValue: a value that is not one number, or an argument that is not a whole number from 0.
+            WrongState: a step is open, or the session is closed.
+        """
+        self._check_open()
+        self._recorder.record_step(values, epoch, global_step, samples)
+
+    def batches(self, loader: Iterable[Batch]) -> Batches[Batch]:
+        """The loader's batches; times ``input_wait_ms`` of the step that follows each."""
+        return Batches(loader, self._recorder.waited)
+
+    def seeds(self, ids: Sequence[str], **columns: object) -> None:
+        """Records rows of many seeds at once, for the open step or else for the next.
+
+        Args:
+            ids: the seeds, each once.
+            columns: arrays of shape (len(ids),) by field name, as in ``Step.seed``; NaN or None means absent.
+                CPU tensors, lists and NumPy arrays.
+
+        Raises:
+            UnknownMetric: a field that seeds do not have.
+            InvalidName: an id that cannot be one, or that comes twice.
+            InvalidValue: a column of another shape, type or device.
+        """
+        self._check_open()
+        self._recorder.seeds(ids, columns)
+
+    def retire_seed(self, seed_id: str) -> None:
+        """Ends a seed's life: it is in no packet after the open step's, and its series end."""
+        self._check_open()
+        self._recorder.retire(seed_id)
+
+    def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None) -> None:
+        """Notes validation results; every packet that follows has them until the next call."""
+        self._check_open()
+        if loss is None and accuracy is None:
+            raise InvalidValue("validation", "needs loss= or accuracy=")
+        self._recorder.set_context({"esper.validation.loss": loss, "esper.validation.accuracy": accuracy})
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise WrongState(f"the session of run {self.run_id} is closed; start another one")
+
+    # -- reading -----------------------------------------------------------------------------------------
+
+    def pull(self, cursor: str | None = None, max_packets: int = 64) -> Page:
+        """Packets of published steps, oldest first.
+
+        Args:
+            cursor: ``Page.cursor`` of an earlier pull of this session; else where the last pull without a cursor
+                ended.
+            max_packets: the most steps to return.
+
+        Raises:
+            InvalidValue: a cursor that this session did not give, or ``max_packets`` below 1.
+        """
+        if whole("max_packets", max_packets, 2**31) < 1:
+            raise InvalidValue("max_packets", "is below 1")
+        self._recorder.drain()
+        after = self.pulled if cursor is None else self._position(cursor)
+        frames, gap = self._recorder.ring.after(after, max_packets)
+        position = frames[-1].sequence if frames else after + gap
+        if cursor is None:
+            self.pulled = position
+        now_unix_ns = self._recorder.clock.now_ns()
+        budget_ms = self._wiring.latency_budget_ms
+        return Page(
+            [packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns) for frame in frames],
+            cursor=f"{self.run.attempt}:{position}",
+            gap=gap,
+        )
+
+    def _position(self, cursor: str) -> int:
+        attempt, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")
+        if attempt != str(self.run.attempt) or not position.isdecimal():
+            raise InvalidValue("cursor", f"{cursor!r} is none that this session gave (Page.cursor)")
+        return int(position)
+
+    def health(self) -> Mapping[str, int | float | str | None]:
+        """How the telemetry itself is doing.
+
+        Returns:
+            ``recorded``, ``exported``, ``dropped`` and ``queue`` in frames, ``failed`` steps, ``nonfinite`` and
+            ``out_of_range`` values, ``faults`` of ours, and ``last_error`` of the export, None when there is none.
+        """
+        return self._wiring.health()
+
+    def absent(self) -> Mapping[str, str]:
+        """Why each of the request's metrics that the newest frame lacks is absent, by metric name."""
+        return self._wiring.absent()
+
+    # -- checkpoints -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step number and derive state, in plain values, for a checkpoint. Waits for CUDA scalars under way."""
+        recorder = self._recorder
+        recorder.drain(wait=True)
+        return {
+            "version": _STATE_VERSION,
+            "global_step": recorder.highest_step,
+            "last_finite_loss": recorder.last_finite_loss,
+            "isolation_violations": recorder.live.violations(),
+            "derive": self._wiring.derive_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint: numbering and derived series continue as if never interrupted.
+
+        Raises:
+            ConfigurationError: the state is not one of ``state_dict()``, or of a later version.
+            WrongState: a step is open.
+        """
+        if self._recorder.open_step is not None:
+            raise WrongState("load_state_dict() inside a step")
+        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
+            raise ConfigurationError(
+                "the checkpoint's telemetry state is not one that this version of esper_otel wrote "
+                f"(version {_STATE_VERSION}): pass what telemetry.state_dict() returned"
+            )
+        recorder = self._recorder
+        recorder.highest_step = whole("global_step", state["global_step"], 2**64 - 1)
+        recorder.last_finite_loss = state["last_finite_loss"]
+        recorder.live.resume_violations(state["isolation_violations"])
+        self._wiring.load_derive_state(state["derive"])
+
+    # -- the end -----------------------------------------------------------------------------------------
+
+    def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
+        """Sends what is left and ends the session, within about ``timeout_s``. Packets can still be pulled.
+
+        Args:
+            timeout_s: how long to wait for the endpoint, in seconds.
+            outcome: how the run ended; ``completed`` when it is not given.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._recorder.drain()
+        self._wiring.close(timeout_s, outcome or "completed")
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(outcome=None if kind is None else kind.__name__)
