@@ -1,0 +1,56 @@
+"""Leyline: the messages of ``esper.leyline.v1`` and the conversion of frames to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from esper_otel.leyline.messages import (
+    BusEnvelope,
+    BusMessageType,
+    HardwareContext,
+    HealthStatus,
+    MessagePriority,
+    MetricPoint,
+    SeedLifecycleStage,
+    SeedState,
+    SystemHealth,
+    SystemStatePacket,
+    TelemetryEvent,
+    TelemetryLevel,
+    TelemetryPacket,
+    TraceSpan,
+)
+from esper_otel.leyline.packets import Packets, Page, packets, state
+
+if TYPE_CHECKING:
+    from esper_otel.leyline.reader import LeylineMetricReader
+
+__all__ = [
+    "BusEnvelope",
+    "BusMessageType",
+    "HardwareContext",
+    "HealthStatus",
+    "LeylineMetricReader",
+    "MessagePriority",
+    "MetricPoint",
+    "Packets",
+    "Page",
+    "SeedLifecycleStage",
+    "SeedState",
+    "SystemHealth",
+    "SystemStatePacket",
+    "TelemetryEvent",
+    "TelemetryLevel",
+    "TelemetryPacket",
+    "TraceSpan",
+    "packets",
+    "state",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "LeylineMetricReader":  # on demand: it needs the OpenTelemetry SDK, the rest does not
+        from esper_otel.leyline.reader import LeylineMetricReader
+
+        return LeylineMetricReader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

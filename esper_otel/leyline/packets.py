@@ -1,0 +1,152 @@
+"""Packets: a frame in Leyline's messages, and what proto3 scalars cannot say beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import numpy as np
+
+from esper_otel.errors import AdapterError
+from esper_otel.frame import Frame, is_absent
+from esper_otel.leyline.events import step_events
+from esper_otel.leyline.messages import SystemStatePacket, TelemetryPacket
+from esper_otel.leyline.seed_telemetry import known_cells, reported_rows, seed_telemetry
+from esper_otel.leyline.system_state import step_label, system_state
+from esper_otel.schema import SEED_CELLS
+
+
+@dataclass(frozen=True, slots=True)
+class Packets:
+    """One step as Leyline packets. Equal to the packets of the same step made elsewhere; age does not count.
+
+    Attributes:
+        state: the step's SystemStatePacket.
+        telemetry: a TelemetryPacket for each seed row recorded in the step; then, when something went wrong in
+            the step, one of events.
+        run_id: the run's name.
+        attempt: which start of the run; Unix milliseconds or the launcher's restart count.
+        rank: the process within the run.
+        step: the step's number.
+        revision: 1, or higher for a later correction of the step.
+        complete: whether every value of the step is in it.
+        age_s: seconds from the step's time to the making of these packets.
+        names: metrics that were recorded or derived in the step, those whose value was not finite included.
+    """
+
+    state: SystemStatePacket
+    telemetry: tuple[TelemetryPacket, ...]
+    run_id: str
+    attempt: int
+    rank: int
+    step: int
+    revision: int
+    complete: bool
+    age_s: float = field(compare=False)
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Sequence[Packets]):
+    """Packets of consecutive steps, oldest first: a sequence with a place to go on from.
+
+    Attributes:
+        packets: the packets.
+        cursor: where the next pull goes on.
+        gap: steps that were lost before the first one.
+    """
+
+    packets: tuple[Packets, ...]
+    cursor: str
+    gap: int = 0
+
+    def __len__(self) -> int:
+        return len(self.packets)
+
+    @overload
+    def __getitem__(self, index: int) -> Packets: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Packets, ...]: ...
+    def __getitem__(self, index: int | slice) -> Packets | tuple[Packets, ...]:
+        return self.packets[index]
+
+
+def packets(
+    frame: Frame,
+    *,
+    revision: int = 1,
+    complete: bool = True,
+    latency_budget_ms: float = 10.0,
+    now_unix_ns: int | None = None,
+) -> Packets:
+    """The frame as Leyline packets: everything but ``age_s`` depends on the arguments alone.
+
+    Args:
+        frame: the step.
+        revision: 1, or higher for a later correction of the step.
+        complete: whether every value of the step is in the frame.
+        latency_budget_ms: a seed whose last kernel took longer is reported as DEGRADED.
+        now_unix_ns: the time from which ``age_s`` is counted; now when not given.
+
+    Raises:
+        AdapterError: a text that is not valid Unicode, which no packet can carry.
+    """
+    if now_unix_ns is None:
+        now_unix_ns = time.time_ns()
+    values = frame.values()
+    known = known_cells(frame)
+    rows = reported_rows(frame.seeds, known)
+    try:
+        state_packet = system_state(frame, values)
+        telemetry = list(
+            seed_telemetry(
+                rows,
+                known,
+                label=step_label(frame, values),
+                step=frame.global_step,
+                time_unix_ns=frame.time_unix_ns,
+                latency_budget_ms=latency_budget_ms,
+            )
+        )
+    except ValueError as error:
+        raise _explained(frame, error) from error
+    events = step_events(frame, values, state_packet.packet_id)
+    if events is not None:
+        telemetry.append(events)
+    recorded = np.asarray((~is_absent(rows.cells)).any(axis=0)).tolist()
+    seed_names = [metric.name for metric, is_there in zip(SEED_CELLS, recorded, strict=True) if is_there]
+    return Packets(
+        state=state_packet,
+        telemetry=tuple(telemetry),
+        run_id=frame.run.run_id,
+        attempt=frame.run.attempt,
+        rank=frame.run.rank,
+        step=frame.global_step,
+        revision=revision,
+        complete=complete,
+        age_s=(now_unix_ns - frame.time_unix_ns) / 1e9,
+        names=frozenset(values).union(seed_names),
+    )
+
+
+def state(frame: Frame) -> SystemStatePacket:
+    """The frame as the SystemStatePacket that a controller reads inside the step.
+
+    Raises:
+        AdapterError: a text that is not valid Unicode, which no packet can carry.
+    """
+    try:
+        return system_state(frame, frame.values())
+    except ValueError as error:
+        raise _explained(frame, error) from error
+
+
+def _explained(frame: Frame, error: ValueError) -> AdapterError:
+    texts = [("run id", frame.run.run_id), ("experiment", frame.run.experiment), ("device id", frame.run.device_id)]
+    texts += [("seed id", seed_id) for seed_id in frame.live.ids + frame.seeds.ids]
+    for what, text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return AdapterError(f"{what} {text!r} is not valid Unicode: it has a lone surrogate")
+    return AdapterError(f"step {frame.global_step} of run {frame.run.run_id!r} fits no packet: {error}")

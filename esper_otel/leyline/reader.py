@@ -1,0 +1,129 @@
+"""LeylineMetricReader: the readings of any MeterProvider as Leyline packets, whoever set the gauges."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from opentelemetry.sdk.metrics import (
+    Counter,
+    MetricsTimeoutError,
+    ObservableCounter,
+    ObservableGauge,
+    ObservableUpDownCounter,
+    UpDownCounter,
+)
+from opentelemetry.sdk.metrics import _Gauge as SynchronousGauge
+from opentelemetry.sdk.metrics.export import Gauge, MetricReader, MetricsData, NumberDataPoint, Sum
+
+from esper_otel.errors import WrongState
+from esper_otel.leyline.packets import Packets, packets
+from esper_otel.leyline.readings import Assembler, Reading
+
+_logger = logging.getLogger(__name__)
+
+# The SDK folds what exceeds its limit, 2000 unless told otherwise, into one point that names no seed.
+_SEEDS_LIMIT = 20_000
+_INSTRUMENTS = (
+    Counter,
+    UpDownCounter,
+    SynchronousGauge,
+    ObservableCounter,
+    ObservableUpDownCounter,
+    ObservableGauge,
+)
+
+
+class LeylineMetricReader(MetricReader):
+    """An OpenTelemetry reader that a controller pulls packets from: ``MeterProvider(metric_readers=[reader])``.
+
+    Each pull collects once and takes what it reads as one step. Gauges and sums under catalogue names count,
+    seed metrics with the attribute ``seed_id``; everything else is ignored. Where the readings do not say it:
+    steps are numbered by pull, the epoch is 0, the attempt is the Unix millisecond at which the reader was
+    made, isolation violations are those new since the last pull, and the run is named after the Resource:
+    ``esper.run.id``, else ``service.instance.id``, else ``service.name``.
+
+    Two things no reader can see: the SDK drops a gauge's NaN, and repeats the last value of a synchronous gauge
+    that is not set any more. Both look like an old value, at the time of the pull.
+
+    Threads: any may pull; pulls wait for each other.
+
+    Args:
+        latency_budget_ms: a seed whose last kernel took longer is reported as DEGRADED.
+    """
+
+    def __init__(self, *, latency_budget_ms: float = 10.0) -> None:
+        super().__init__(cardinality_limits=dict.fromkeys(_INSTRUMENTS, _SEEDS_LIMIT))
+        self._latency_budget_ms = latency_budget_ms
+        self._assembler = Assembler(attempt=time.time_ns() // 1_000_000)
+        self._pulling = threading.Lock()
+        self._received: deque[MetricsData] = deque(maxlen=1)
+        self._is_shut_down = False
+
+    def pull(self, *, timeout_s: float = 10.0) -> Packets | None:
+        """Collects and converts; None when nothing under a catalogue name was read, or not in time.
+
+        The SDK looks at the time between two callbacks: one that never returns blocks the pull with it.
+
+        Raises:
+            WrongState: the reader belongs to no MeterProvider, or has been shut down.
+        """
+        if self._is_shut_down:
+            raise WrongState("this reader has been shut down, with its MeterProvider or by itself")
+        if self._collect is None:
+            raise WrongState("this reader has no MeterProvider: make one with MeterProvider(metric_readers=[reader])")
+        deadline = time.monotonic() + timeout_s
+        if not self._pulling.acquire(timeout=timeout_s):
+            _logger.warning("no packets: another pull was not done within %s s", timeout_s)
+            return None
+        try:
+            self._received.clear()
+            self.collect(timeout_millis=(deadline - time.monotonic()) * 1e3)
+            frame = self._assembler.frame(
+                reading for data in list(self._received) for reading in _readings(data)
+            )
+        except MetricsTimeoutError:
+            _logger.warning("no packets: the instruments' callbacks took longer than %s s", timeout_s)
+            return None
+        finally:
+            self._pulling.release()
+        return None if frame is None else packets(frame, latency_budget_ms=self._latency_budget_ms)
+
+    def _receive_metrics(
+        self,
+        metrics_data: MetricsData,
+        timeout_millis: float = 10_000,  # noqa: ARG002 - the SDK's signature
+        **kwargs: object,  # noqa: ARG002 - the SDK's signature
+    ) -> None:
+        self._received.append(metrics_data)
+
+    def shutdown(
+        self,
+        timeout_millis: float = 30_000,  # noqa: ARG002 - the SDK's signature
+        **kwargs: object,  # noqa: ARG002 - the SDK's signature
+    ) -> None:
+        """Ends the reader: later pulls raise. The MeterProvider calls it when it shuts down."""
+        self._is_shut_down = True
+
+
+def _readings(data: MetricsData) -> Iterator[Reading]:
+    for resource_metrics in data.resource_metrics:
+        resource = resource_metrics.resource.attributes
+        for scope_metrics in resource_metrics.scope_metrics:
+            for metric in scope_metrics.metrics:
+                if isinstance(metric.data, Gauge | Sum):
+                    for point in metric.data.data_points:
+                        yield Reading(
+                            metric.name, _number(point), point.time_unix_nano, point.attributes or {}, resource
+                        )
+
+
+def _number(point: NumberDataPoint) -> float:
+    try:
+        return float(point.value)
+    except OverflowError:  # an integer beyond the range of a double
+        return math.inf if point.value > 0 else -math.inf

@@ -1,0 +1,83 @@
+"""The live seeds of a frame as the ``seed_states`` of a SystemStatePacket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from esper_otel.frame import WIDTH, SeedTable
+from esper_otel.leyline.messages import SystemStatePacket
+from esper_otel.leyline.numbers import STAGE_LIMIT, UINT32_LIMIT, finite_cells, whole
+from esper_otel.leyline.stencil import Stencil
+from esper_otel.schema import SEED_FIELDS, Stage
+
+# Fields that are integers change seldom: they are part of what a stencil is made for.
+_INTEGERS = ("stage", "layer_depth", "age_epochs")
+_SCALARS = ("gradient_norm", "learning_rate", "risk_score")
+_IN_MAP = ("alpha", "alpha_steps", "alpha_total_steps", "alpha_temperature", "risk_tolerance", "blend_allowed")
+
+_INTEGER_COLUMNS = [SEED_FIELDS.index(field) for field in _INTEGERS]
+_FLOAT_COLUMNS = [SEED_FIELDS.index(field) for field in _SCALARS + _IN_MAP]
+_INTEGERS_BYTES = len(_INTEGERS) * np.dtype(np.float64).itemsize
+
+_STAGES_THAT_BLEND = range(Stage.BLENDING, Stage.FOSSILIZED + 1)
+
+
+def seed_states(live: SeedTable) -> bytes:
+    """The seeds as serialized ``SystemStatePacket.seed_states``, to be merged into a packet.
+
+    A cell that is missing, not finite, or no valid integer where the field is one is left out. ``alpha_steps`` is
+    there in BLENDING only. ``blend_allowed`` is what was recorded, else 1.0 in the stages from BLENDING to
+    FOSSILIZED and 0.0 in others; without a known stage it is missing.
+    """
+    if not live.ids:
+        return b""
+    stencil = _table_stencil(
+        live.ids,
+        live.cells[:, _INTEGER_COLUMNS].tobytes(),
+        finite_cells(live.cells[:, _FLOAT_COLUMNS]).tobytes(),
+    )
+    return stencil.filled(live.cells)
+
+
+@lru_cache(maxsize=4)
+def _table_stencil(ids: tuple[str, ...], integers: bytes, present: bytes) -> Stencil:
+    width = len(_FLOAT_COLUMNS)
+    rows = [
+        _row_stencil(
+            seed_id,
+            integers[row * _INTEGERS_BYTES : (row + 1) * _INTEGERS_BYTES],
+            present[row * width : (row + 1) * width],
+        )
+        for row, seed_id in enumerate(ids)
+    ]
+    return Stencil.joined(rows, 4, WIDTH)
+
+
+@lru_cache(maxsize=4096)
+def _row_stencil(seed_id: str, integers: bytes, present: bytes) -> Stencil:
+    stage, layer_depth, age_epochs = np.frombuffer(integers).tolist()
+    stage = whole(stage, STAGE_LIMIT)
+    there = dict(zip(_SCALARS + _IN_MAP, present, strict=True))
+    there["alpha_steps"] &= stage == Stage.BLENDING
+    implied = {} if stage is None else {"blend_allowed": float(stage in _STAGES_THAT_BLEND)}
+
+    def build(hole: Callable[[int], float]) -> SystemStatePacket:
+        packet = SystemStatePacket()
+        seed = packet.seed_states.add(
+            seed_id=seed_id,
+            stage=stage,
+            layer_depth=whole(layer_depth, UINT32_LIMIT),
+            age_epochs=whole(age_epochs, UINT32_LIMIT),
+            **{field: hole(SEED_FIELDS.index(field)) for field in _SCALARS if there[field]},
+        )
+        for field in _IN_MAP:
+            if there[field]:
+                seed.metrics[field] = hole(SEED_FIELDS.index(field))
+            elif field in implied:
+                seed.metrics[field] = implied[field]
+        return packet
+
+    return Stencil.of(build, 4)

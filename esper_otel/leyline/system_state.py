@@ -1,0 +1,86 @@
+"""A frame as a SystemStatePacket: what Tolaria tells Tamiyo about a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from esper_otel.frame import Frame, Run
+from esper_otel.leyline.messages import HardwareContext, SystemStatePacket
+from esper_otel.leyline.numbers import FLOAT32_BOUND, UINT32_LIMIT, UINT64_LIMIT, finite, whole
+from esper_otel.leyline.seed_states import seed_states
+from esper_otel.schema import METRICS
+
+VERSION = 1
+SOURCE = "tolaria"
+
+# A user's own metric is not in the catalogue and stands under its name.
+_KEYS = {metric.name: metric.key or "" for metric in METRICS if metric.level == "step"}
+_NO_KEY = ""
+
+
+def step_label(frame: Frame, values: Mapping[str, float]) -> str:
+    """The step's number, unique within the attempt: after step numbers went back b times, ``-r<b>`` follows."""
+    times_back = whole(values.get("esper.steps.backwards"), UINT64_LIMIT)
+    return f"{frame.global_step}-r{times_back}" if times_back else str(frame.global_step)
+
+
+def packet_id(frame: Frame, values: Mapping[str, float]) -> str:
+    """The id of the step's state packet: ``<run>-step-<n>``, of other ranks than 0 ``<run>/<rank>-step-<n>``."""
+    run = frame.run
+    sender = f"{run.run_id}/{run.rank}" if run.rank else run.run_id
+    return f"{sender}-step-{step_label(frame, values)}"
+
+
+def system_state(frame: Frame, values: Mapping[str, float]) -> SystemStatePacket:
+    """The step's state packet.
+
+    The training loss fills fields 4 and 11: it is the last finite one, since a controller that subtracts two
+    packets' losses would read a missing one as 0.
+
+    Args:
+        frame: the step.
+        values: ``frame.values()``.
+    """
+    key = _KEYS.get
+    metrics = {key(name, name): value for name, value in values.items() if -FLOAT32_BOUND < value < FLOAT32_BOUND}
+    metrics.pop(_NO_KEY, None)
+    loss = metrics.get("training_loss")
+    packet = SystemStatePacket(
+        version=VERSION,
+        current_epoch=whole(frame.epoch, UINT32_LIMIT),
+        validation_accuracy=finite(values.get("esper.validation.accuracy")),
+        validation_loss=loss,
+        timestamp_ns=frame.time_unix_ns,
+        hardware_context=_hardware(frame.run, values),
+        training_metrics=metrics,
+        packet_id=packet_id(frame, values),
+        global_step=whole(frame.global_step, UINT64_LIMIT),
+        training_loss=loss,
+        source_subsystem=SOURCE,
+        training_run_id=frame.run.run_id,
+        experiment_name=frame.run.experiment,
+    )
+    packet.MergeFromString(seed_states(frame.live))
+    return packet
+
+
+def _hardware(run: Run, values: Mapping[str, float]) -> HardwareContext | None:
+    """The training device, as far as it is known; None when nothing is."""
+    used = finite(values.get("gpu_mem_used_gb"))
+    free = finite(values.get("gpu_mem_free_gb"))
+    total = finite(values.get("esper.device.memory_total_gb"))
+    if total is None and used is not None and free is not None:
+        total = finite(used + free)
+    if free is None:
+        free = finite(values.get("esper.device.memory_available_gb"))
+    utilization = "gpu_util_percent" if run.device_type == "cuda" else "cpu_util_percent"
+    hardware = HardwareContext(
+        device_type=run.device_type,
+        device_id=run.device_id,
+        total_memory_gb=total,
+        available_memory_gb=free,
+        temperature_celsius=finite(values.get("esper.device.temperature_celsius")),
+        utilization_percent=finite(values.get(utilization)),
+        compute_capability=whole(run.compute_capability, UINT32_LIMIT),
+    )
+    return hardware if hardware.ByteSize() else None
