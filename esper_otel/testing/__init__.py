@@ -1,0 +1,6 @@
+"""What tests and demos need: a real OTLP receiver on loopback that keeps what arrives in memory."""
+
+from esper_otel.testing.collector import MemoryCollector
+from esper_otel.testing.received import Point
+
+__all__ = ["MemoryCollector", "Point"]

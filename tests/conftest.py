@@ -1,0 +1,71 @@
+"""What holds for every test: a clean environment, settings as shipped, no thread left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from esper_otel.settings import EsperSettings
+
+_FOREIGN_PREFIXES = ("OTEL_", "ESPER_", "SLURM_", "TORCHELASTIC_")
+_FOREIGN_NAMES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "GRPC_PROXY"),
+}
+_THREAD_END_TIMEOUT_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_our_own() -> Iterator[None]:
+    """The machine's launcher, proxies and OpenTelemetry settings do not reach a test, nor one test the next."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(_FOREIGN_PREFIXES) or name.upper() in _FOREIGN_NAMES:
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _settings_as_shipped() -> Iterator[None]:
+    """A default assigned to the class in one test is not the next test's."""
+    shipped = {name: field.default for name, field in EsperSettings.model_fields.items()}
+    yield
+    for name, default in shipped.items():
+        if getattr(EsperSettings, name) != default:
+            setattr(EsperSettings, name, default)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Iterator[None]:
+    """Whoever starts a thread of ours also ends it: a training process starts and closes many sessions."""
+    before = set(threading.enumerate())
+    yield
+    deadline_s = time.monotonic() + _THREAD_END_TIMEOUT_S
+    ours = [each for each in threading.enumerate() if each not in before and each.name.startswith("esper-otel")]
+    for thread in ours:
+        thread.join(max(deadline_s - time.monotonic(), 0.0))
+    left = [thread.name for thread in ours if thread.is_alive()]
+    assert not left, f"threads left running: {', '.join(left)}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """Closes with what could not run here, and why."""
+    yield
+    reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    for reason, tests in sorted(reasons.items()):
+        terminalreporter.write_line(f"not run here: {tests} {'test' if tests == 1 else 'tests'}: {reason}")
+    if not reasons:
+        terminalreporter.write_line("not run here: nothing")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")
