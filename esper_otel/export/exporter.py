@@ -6,10 +6,10 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from esper_otel.export.encode import Encoder, Request
-from esper_otel.export.streams import Streams
+from esper_otel.export.streams import Stream, Streams
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frame import Frame, Run
 from esper_otel.record.counters import Warnings
@@ -103,34 +103,118 @@ class StepExporter:
     # -- the thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        pause_s = self._every_s
+        pause_s: float | None = self._every_s or None
         while self._deadline_s is None:
-            self._wake.wait(None if pause_s == 0.0 and not self._failures else pause_s)
+            self._wake.wait(pause_s)
             self._wake.clear()
-            pause_s = self._guarded_send()
-        while self._guarded_send() and time.monotonic() < self._deadline_s and self.waiting:
+            pause_s = self._send_guarded()
+        while self._send_guarded() is not None and time.monotonic() < self._deadline_s:
             time.sleep(min(_PAUSE_WHILE_CLOSING_S, max(self._deadline_s - time.monotonic(), 0.0)))
-        if not self.waiting and time.monotonic() < self._deadline_s:
-            self._say_goodbye()
+        self._say_goodbye()
 
-    def _guarded_send(self) -> float:
+    def _send_guarded(self) -> float | None:
+        """Sends everything there is; returns how long to pause, None for: until woken, or all is sent at the end."""
         try:
             self._prepare()
-            return self._send_waiting()
+            pause_s = self._send_waiting()
         except Exception as error:  # noqa: BLE001 - the thread must live as long as the session
-            self._failed(f"{type(error).__name__}: {error}", error)
-            return self._pause(None)
+            self._report(f"{type(error).__name__}: {error}", error)
+            pause_s = self._pause()
+        if pause_s is not None:
+            return pause_s
+        self._failures = 0
+        return (self._every_s or None) if self._deadline_s is None else None
 
-    def _send_waiting(self) -> float:
-        """Sends everything there is; returns how long to pause before the next time, 0.0 when all is sent."""
+    def _send_waiting(self) -> float | None:
         while self.waiting:
             frames, gone = self._ring.after(self._cursor, self._frames_at_once)
             if gone:
                 self.dropped["buffer full"] += gone
                 self._cursor += gone
             for request in self._encoder.requests(frames):
-                pause_s = self._send(request, frames)
+                pause_s = self._settled(request, self._sent(request.body), frames)
                 if pause_s is not None:
                     return pause_s
+                frames = frames[request.frames :]
         self._send_health()
-        return self._every_s if self._deadline_s is None else 0.0
+        return None
+
+    def _sent(self, body: bytes) -> Outcome:
+        left_s = self._timeout_s
+        if self._deadline_s is not None:
+            left_s = min(left_s, max(self._deadline_s - time.monotonic(), 0.05))
+        started_s = time.monotonic()
+        outcome = self._sender.send(body, left_s)
+        self.latency_ms = (time.monotonic() - started_s) * 1e3
+        return outcome
+
+    def _settled(self, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
+        """Moves the cursor past what is settled; returns how long to pause before trying again, None to go on."""
+        if outcome.result is Result.TOO_LARGE and request.frames > 1:
+            self._frames_at_once = request.frames // 2
+            return 0.0
+        if outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
+            self._report(outcome.reason)
+            return self._pause(outcome.retry_after_s)
+        self._cursor += request.frames
+        settled = frames[: request.frames]
+        if outcome.result is not Result.DELIVERED:
+            self._report(outcome.reason)
+            self.dropped[outcome.reason] += request.frames
+            return None
+        self._failures = 0
+        self._frames_at_once = _FRAMES_AT_ONCE
+        self.exported += request.frames
+        if outcome.rejected_points:
+            self.rejected_points += outcome.rejected_points
+            self._report(f"{outcome.rejected_points} points were refused: {outcome.reason}")
+        else:
+            self.last_error = None
+        for frame in settled:
+            self._run = frame.run
+            if frame.retired:
+                self._end(self._streams.ended(frame.retired), frame.time_unix_ns)
+            self._streams.sent(frame)
+        return None
+
+    def _pause(self, hint_s: float | None = None) -> float:
+        """How long to wait after a failure: what the endpoint asks for, else twice as long each time."""
+        self._failures += 1
+        longest_s = min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
+        return min(hint_s, _LONGEST_PAUSE_S) if hint_s is not None else longest_s * random.uniform(0.5, 1.0)  # noqa: S311
+
+    def _report(self, reason: str, error: Exception | None = None) -> None:
+        self.last_error = reason
+        self._warnings.say("export", "steps do not reach the endpoint: %s", reason, exc_info=error)
+
+    # -- what goes beside the frames ---------------------------------------------------------------------
+
+    def _end(self, streams: Sequence[Stream], time_unix_ns: int) -> None:
+        if streams and self._run is not None:
+            for body in self._encoder.stale(self._run, streams, time_unix_ns=time_unix_ns):
+                self._sent(body)
+
+    def _send_health(self, *, now: bool = False) -> None:
+        if self._run is None or (not now and time.monotonic() < self._next_health_s):
+            return
+        self._next_health_s = time.monotonic() + _HEALTH_EVERY_S
+        values: dict[str, float | dict[str, float]] = {}
+        for (name, reason), count in self._health().items():
+            if not reason:
+                values[name] = count
+            else:
+                by_reason = values.setdefault(name, {})
+                if isinstance(by_reason, dict):
+                    by_reason[reason] = count
+        self._sent(
+            self._encoder.health(
+                self._run, values, start_unix_ns=self._started_unix_ns, time_unix_ns=time.time_ns()
+            )
+        )
+
+    def _say_goodbye(self) -> None:
+        """The last counts, and the end of every series; only to an endpoint that took everything."""
+        if self.waiting or self._deadline_s is None or time.monotonic() >= self._deadline_s:
+            return
+        self._send_health(now=True)
+        self._end(self._streams.all_ended(), self._streams.last_unix_ns + _MS)
