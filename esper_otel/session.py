@@ -273,7 +273,7 @@ class _Session:
             return
         deadline_s = time.monotonic() + max(timeout_s, 0.0)
         if self._exporter is not None:
-            self._exporter.close(deadline_s, outcome)
+            self._exporter.close(deadline_s)
         if self._provider is not None:
             left_s = max(deadline_s - time.monotonic(), 0.1)
             self._provider.shutdown(timeout_millis=left_s * 1e3)

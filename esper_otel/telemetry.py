@@ -187,7 +187,7 @@ class Telemetry:
         now_unix_ns = self._recorder.clock.now_ns()
         budget_ms = self._wiring.latency_budget_ms
         return Page(
-            [packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns) for frame in frames],
+            tuple(packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns) for frame in frames),
             cursor=f"{self.run.attempt}:{position}",
             gap=gap,
         )
