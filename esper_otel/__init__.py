@@ -2,35 +2,43 @@
 
 ``start()`` begins a session; the ``Telemetry`` it returns records steps, sends each of them over OTLP and gives
 Leyline packets. See the README for a training loop of twelve lines.
+
+Names are loaded when they are first used: a controller that only reads packets needs neither torch nor the
+OpenTelemetry SDK in its process.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from esper_otel._version import __version__
-from esper_otel.derive.processor import Processor
-from esper_otel.errors import (
-    AdapterError,
-    ConfigurationError,
-    EsperOtelError,
-    InvalidCatalogue,
-    InvalidName,
-    InvalidValue,
-    MistakeError,
-    UnknownMetric,
-    WrongState,
-)
-from esper_otel.leyline import Packets, Page
-from esper_otel.record.step import Step
-from esper_otel.schema import Metric, Stage
-from esper_otel.session import start
-from esper_otel.settings import EsperSettings
-from esper_otel.telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from esper_otel import errors as errors
+    from esper_otel import leyline as leyline
+    from esper_otel import schema as schema
+    from esper_otel import testing as testing
     from esper_otel.derive.gradients import gradient_conflict_rate
+    from esper_otel.derive.processor import Processor
+    from esper_otel.errors import (
+        AdapterError,
+        ConfigurationError,
+        EsperOtelError,
+        InvalidCatalogue,
+        InvalidName,
+        InvalidValue,
+        MistakeError,
+        UnknownMetric,
+        WrongState,
+    )
+    from esper_otel.leyline.packets import Packets, Page
     from esper_otel.leyline.reader import LeylineMetricReader
+    from esper_otel.record.step import Step
+    from esper_otel.schema import Metric, Stage
+    from esper_otel.session import start
+    from esper_otel.settings import EsperSettings
+    from esper_otel.telemetry import Telemetry
 
 __all__ = [
     "AdapterError",
@@ -56,18 +64,41 @@ __all__ = [
     "start",
 ]
 
+_HOMES = {
+    "esper_otel.derive.gradients": ("gradient_conflict_rate",),
+    "esper_otel.derive.processor": ("Processor",),
+    "esper_otel.errors": (
+        "AdapterError",
+        "ConfigurationError",
+        "EsperOtelError",
+        "InvalidCatalogue",
+        "InvalidName",
+        "InvalidValue",
+        "MistakeError",
+        "UnknownMetric",
+        "WrongState",
+    ),
+    "esper_otel.leyline.packets": ("Packets", "Page"),
+    "esper_otel.leyline.reader": ("LeylineMetricReader",),
+    "esper_otel.record.step": ("Step",),
+    "esper_otel.schema": ("Metric", "Stage"),
+    "esper_otel.session": ("start",),
+    "esper_otel.settings": ("EsperSettings",),
+    "esper_otel.telemetry": ("Telemetry",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = frozenset({"errors", "leyline", "schema", "testing"})
+
 
 def __getattr__(name: str) -> object:
-    if name == "gradient_conflict_rate":  # on demand: it needs torch, the rest does not
-        from esper_otel.derive.gradients import gradient_conflict_rate
-
-        return gradient_conflict_rate
-    if name == "LeylineMetricReader":
-        from esper_otel.leyline.reader import LeylineMetricReader
-
-        return LeylineMetricReader
+    if name in _HOME_OF:
+        found: object = getattr(import_module(_HOME_OF[name]), name)
+        globals()[name] = found
+        return found
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_MODULES]

@@ -7,11 +7,13 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 
 from esper_otel.errors import ConfigurationError, InvalidName, InvalidValue
 from esper_otel.frame import Run
 
 _MAX_BYTES = 256
+_RANK_ZERO_TIMEOUT = timedelta(seconds=5)
 
 
 def identify(
@@ -27,8 +29,8 @@ def identify(
     - run id: the argument, ``ESPER_RUN_ID``, ``TORCHELASTIC_RUN_ID`` unless ``none``, ``SLURM_JOB_ID``, else made up.
     - rank and world size: the argument, ``RANK`` and ``WORLD_SIZE``, ``SLURM_PROCID`` and ``SLURM_NTASKS``, else
       0 of 1.
-    - attempt: Unix milliseconds now; with several ranks the launcher's restart count, or rank 0's milliseconds
-      when ``torch.distributed`` is initialised.
+    - attempt: Unix milliseconds now; with several ranks rank 0's milliseconds when ``torch.distributed`` is
+      initialised (waits up to 5 s for them), else the launcher's restart count.
 
     Raises:
         InvalidName: a run id or experiment name that cannot be one.
@@ -46,9 +48,10 @@ def identify(
                 f"{world_size} ranks without a common run id: give start(run_id=...) or set ESPER_RUN_ID on every rank"
             )
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
+    run_id = _text("run_id", run_id)
     return Run(
-        run_id=_text("run_id", run_id),
-        attempt=_attempt(world_size, environ),
+        run_id=run_id,
+        attempt=_attempt(run_id, rank, world_size, environ),
         rank=rank,
         world_size=world_size,
         experiment="" if experiment is None else _text("experiment", experiment),
@@ -64,18 +67,43 @@ def _run_id_of_launcher(environ: Mapping[str, str]) -> str | None:
     return environ.get("SLURM_JOB_ID") or None
 
 
-def _attempt(world_size: int, environ: Mapping[str, str]) -> int:
-    if world_size > 1:
-        for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-            if variable in environ:
-                return _whole("attempt", None, environ, (variable,), 0)
-        torch = sys.modules.get("torch")
-        distributed = getattr(torch, "distributed", None)
-        if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            box = [time.time_ns() // 1_000_000]
-            distributed.broadcast_object_list(box, src=0)
-            return box[0]
-    return time.time_ns() // 1_000_000
+def _attempt(run_id: str, rank: int, world_size: int, environ: Mapping[str, str]) -> int:
+    now_ms = time.time_ns() // 1_000_000
+    if world_size == 1:
+        return now_ms
+    shared_ms = _of_rank_zero(run_id, rank, now_ms)
+    if shared_ms is not None:
+        return shared_ms
+    for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        if variable in environ:
+            return _whole("attempt", None, environ, (variable,), 0)
+    return now_ms
+
+
+def _of_rank_zero(run_id: str, rank: int, now_ms: int) -> int | None:
+    """Rank 0's milliseconds, by the key-value store of ``torch.distributed`` where that is initialised.
+
+    A broadcast would wait for ever for ranks that start no session; the store is asked for a few seconds only.
+    """
+    torch = sys.modules.get("torch")
+    distributed = getattr(torch, "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    start_number = _starts[run_id] = _starts.get(run_id, 0) + 1
+    key = f"esper_otel/attempt/{run_id}/{start_number}"
+    try:
+        store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
+        if rank == 0:
+            store.set(key, str(now_ms))
+            return now_ms
+        store.wait([key], _RANK_ZERO_TIMEOUT)
+        return int(store.get(key))
+    except Exception:  # noqa: BLE001 - rank 0 starts no session, or the store is gone
+        return None
+
+
+# How often each run was started in this process; the same on every rank.
+_starts: dict[str, int] = {}
 
 
 def _whole(name: str, given: int | None, environ: Mapping[str, str], variables: tuple[str, ...], default: int) -> int:

@@ -21,7 +21,7 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import instruments_of
-from esper_otel.export.provider import Exporters, exporters_from_environment, own_provider
+from esper_otel.export.provider import Exporters, exporters_from_environment, own_provider, sdk_is_disabled
 from esper_otel.export.resource import resource_for
 from esper_otel.export.transport import open_sender
 from esper_otel.frame import Frame
@@ -32,6 +32,7 @@ from esper_otel.record.clock import Clock
 from esper_otel.record.counters import Warnings, announce
 from esper_otel.record.device import device_name
 from esper_otel.record.names import Names
+from esper_otel.record.publisher import Publisher
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.ring import Ring
 from esper_otel.schema import Metric
@@ -119,17 +120,20 @@ class _Session:
         self._sampler = (
             Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
         )
-        self._recorder = Recorder(
+        self._publisher = Publisher(
             run,
             names,
             Ring(settings.buffer_bytes),
-            clock=Clock(),
             deriving=self._deriver,
+            context={} if epochs is None else {"esper.epochs.total": float(epochs)},
+            warnings=self._warnings,
+        )
+        self._recorder = Recorder(
+            self._publisher,
+            clock=Clock(),
             probing=self._sampler,
             to_state=leyline.state,
             gradient_math=_gradient_math,
-            context={} if epochs is None else {"esper.epochs.total": float(epochs)},
-            warnings=self._warnings,
         )
         if device is not None:
             self._recorder.set_device(device_name(device), named=True)
@@ -150,16 +154,16 @@ class _Session:
             self._sampler.start()
         if self._exporter is not None:
             self._exporter.start()
-        announce("started", self._describe(endpoint, exporters.off if meter_provider is None else "not asked for"))
+        announce("started", self._describe(endpoint, exporters.off))
 
     def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
         if endpoint.protocol == "grpc":
             # DataLoader workers fork; grpc's own fork handlers dead-lock or kill them.
             os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-        recorder = self._recorder
+        publisher = self._publisher
         exporter = StepExporter(
-            recorder.ring,
-            Encoder(recorder.names.entries, resource_for, self._fault),
+            publisher.ring,
+            Encoder(publisher.names.entries, resource_for, self._fault),
             open_sender(endpoint),
             every_s=settings.export_every_s,
             timeout_s=endpoint.timeout_s,
@@ -168,18 +172,18 @@ class _Session:
             warnings=self._warnings,
         )
         if settings.export_every_s == 0:
-            recorder.published = exporter.wake
+            publisher.published = exporter.wake
         return exporter
 
     def _prepare_export(self) -> None:
-        recorder = self._recorder
-        recorder.drain()
-        recorder.clock.check()
-        if recorder.clock.is_ahead:
+        self._publisher.drain()
+        clock = self._recorder.clock
+        clock.check()
+        if clock.is_ahead:
             self._warnings.say("ahead", "steps run more than 5 minutes ahead of the wall clock: above 1,000 a second")
 
     def _describe(self, endpoint: Endpoint | None, off: str) -> str:
-        run = self._recorder.run
+        run = self._publisher.run
         parts = [f"run {run.run_id}", f"rank {run.rank} of {run.world_size}"]
         parts.append(
             f"sending every step to {endpoint.target} over {endpoint.protocol}"
@@ -191,7 +195,7 @@ class _Session:
         return ", ".join(parts)
 
     def _device(self) -> str | None:
-        return self._recorder.run.device_id or None
+        return self._publisher.run.device_id or None
 
     def _fault(self, where: str, error: Exception) -> None:
         self._recorder.fault(where, error)
@@ -202,7 +206,7 @@ class _Session:
         """The newest frame, unless it is more than 5 minutes old or this is a forked child."""
         if os.getpid() != self._process_id:
             return None
-        frame = self._recorder.ring.newest()
+        frame = self._publisher.ring.newest()
         if frame is None or self._recorder.clock.now_ns() - frame.time_unix_ns > _STALE_AFTER_NS:
             return None
         return frame
@@ -211,17 +215,17 @@ class _Session:
         """Session metrics by (name, reason)."""
         if os.getpid() != self._process_id:
             return {}
-        recorder, exporter = self._recorder, self._exporter
-        counters = recorder.counters
+        publisher, exporter = self._publisher, self._exporter
+        counters = publisher.counters
         counts: dict[tuple[str, str], float] = {
             ("esper.steps", ""): counters.steps,
             ("esper.steps.failed", ""): counters.failed,
             ("esper.values.nonfinite", ""): counters.nonfinite,
             ("esper.values.out_of_range", ""): counters.out_of_range,
-            ("esper.clock.jumps", ""): recorder.clock.jumps,
+            ("esper.clock.jumps", ""): self._recorder.clock.jumps,
             ("esper.errors.internal", ""): counters.faults,
-            ("esper.frames.recorded", ""): recorder.ring.last,
-            ("esper.pull.lag", ""): recorder.ring.last - self.telemetry.pulled,
+            ("esper.frames.recorded", ""): publisher.ring.last,
+            ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
         }
         if exporter is not None:
             counts["esper.frames.exported", ""] = exporter.exported
@@ -237,24 +241,24 @@ class _Session:
 
     def health(self) -> Mapping[str, int | float | str | None]:
         """See ``Telemetry.health``."""
-        recorder, exporter = self._recorder, self._exporter
+        publisher, exporter = self._publisher, self._exporter
         return {
-            "recorded": recorder.ring.last,
+            "recorded": publisher.ring.last,
             "exported": 0 if exporter is None else exporter.exported,
             "dropped": 0 if exporter is None else exporter.dropped.total(),
             "queue": 0 if exporter is None else exporter.waiting,
-            "failed": recorder.counters.failed,
-            "nonfinite": recorder.counters.nonfinite,
-            "out_of_range": recorder.counters.out_of_range,
-            "faults": recorder.counters.faults,
+            "failed": publisher.counters.failed,
+            "nonfinite": publisher.counters.nonfinite,
+            "out_of_range": publisher.counters.out_of_range,
+            "faults": publisher.counters.faults,
             "last_error": None if exporter is None else exporter.last_error,
         }
 
     def absent(self) -> Mapping[str, str]:
         """See ``Telemetry.absent``."""
         return reasons(
-            self._recorder.ring.newest(),
-            left_out=self._recorder.names.left_out,
+            self._publisher.ring.newest(),
+            left_out=self._publisher.names.left_out,
             probes={} if self._sampler is None else self._sampler.absent(),
         )
 
@@ -266,12 +270,11 @@ class _Session:
         """Takes the processors' states."""
         self._deriver.load_state_dict(states)
 
-    def close(self, timeout_s: float, outcome: str) -> None:
-        """Flushes and stops everything, within about ``timeout_s``; does nothing in a forked child."""
+    def close(self, deadline_s: float, outcome: str) -> None:
+        """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
         _live.discard(self)
         if os.getpid() != self._process_id:
             return
-        deadline_s = time.monotonic() + max(timeout_s, 0.0)
         if self._exporter is not None:
             self._exporter.close(deadline_s)
         if self._provider is not None:
@@ -284,7 +287,7 @@ class _Session:
 
     def _summary(self, outcome: str) -> str:
         health = self.health()
-        summary = f"run {self._recorder.run.run_id} {outcome}, frames recorded {health['recorded']}"
+        summary = f"run {self._publisher.run.run_id} {outcome}, frames recorded {health['recorded']}"
         if self._exporter is not None:
             summary += f", exported {health['exported']}, dropped {health['dropped']}"
             if self._exporter.dropped:
@@ -323,10 +326,13 @@ def _declared(
 
 
 def _exporters(meter_provider: MeterProvider | None, export_steps: bool | None) -> Exporters:
-    exporters = exporters_from_environment() if meter_provider is None else Exporters(False, None, (), "not asked for")
-    if export_steps is None:
+    if meter_provider is None or sdk_is_disabled():
+        exporters = exporters_from_environment()
+    else:
+        exporters = Exporters(False, None, (), "export_steps=True was not asked for")
+    if export_steps is None or sdk_is_disabled():  # no argument overrules the operator's switch
         return exporters
-    return exporters._replace(steps=export_steps, off="export_steps=False")
+    return exporters._replace(steps=export_steps, off="" if export_steps else "export_steps=False")
 
 
 _live: weakref.WeakSet[_Session] = weakref.WeakSet()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from esper_otel.errors import ConfigurationError, InvalidValue, WrongState
 from esper_otel.frame import Run
 from esper_otel.leyline import Page, packets
-from esper_otel.record.recorder import Recorder, whole
+from esper_otel.record.recorder import UINT32_MAX, UINT64_MAX, Recorder, whole
 from esper_otel.record.step import Step
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class Wiring(Protocol):
     def load_derive_state(self, states: Mapping[str, Any]) -> None:
         """Takes the processors' states."""
 
-    def close(self, timeout_s: float, outcome: str) -> None:
-        """Flushes and stops everything."""
+    def close(self, deadline_s: float, outcome: str) -> None:
+        """Flushes and stops everything by ``deadline_s`` of ``time.monotonic``."""
 
 
 class Telemetry:
@@ -81,12 +81,12 @@ class Telemetry:
     @property
     def run(self) -> Run:
         """Run id, attempt, rank and device, as in every frame."""
-        return self._recorder.run
+        return self._recorder.publisher.run
 
     @property
     def run_id(self) -> str:
         """The run's id."""
-        return self._recorder.run.run_id
+        return self._recorder.publisher.run.run_id
 
     # -- recording ---------------------------------------------------------------------------------------
 
@@ -104,8 +104,14 @@ class Telemetry:
             InvalidValue: an argument that is not a whole number from 0.
             WrongState: another step is open (on entering), or the session is closed.
         """
-        self._check_open()
-        return self._recorder.step(global_step, epoch, samples)
+        if self._is_closed:
+            self._check_open()
+        return Step(
+            self._recorder,
+            None if global_step is None else whole("global_step", global_step, UINT64_MAX),
+            whole("epoch", epoch, UINT32_MAX),
+            None if samples is None else whole("samples", samples, UINT64_MAX),
+        )
 
     def record_step(
         self,
@@ -124,7 +130,8 @@ class Telemetry:
             InvalidValue: a value that is not one number, or an argument that is not a whole number from 0.
             WrongState: a step is open, or the session is closed.
         """
-        self._check_open()
+        if self._is_closed:
+            self._check_open()
         self._recorder.record_step(values, epoch, global_step, samples)
 
     def batches(self, loader: Iterable[Batch]) -> Batches[Batch]:
@@ -178,9 +185,9 @@ class Telemetry:
         """
         if whole("max_packets", max_packets, 2**31) < 1:
             raise InvalidValue("max_packets", "is below 1")
-        self._recorder.drain()
+        self._recorder.publisher.drain()
         after = self.pulled if cursor is None else self._position(cursor)
-        frames, gap = self._recorder.ring.after(after, max_packets)
+        frames, gap = self._recorder.publisher.ring.after(after, max_packets)
         position = frames[-1].sequence if frames else after + gap
         if cursor is None:
             self.pulled = position
@@ -216,12 +223,12 @@ class Telemetry:
     def state_dict(self) -> dict[str, Any]:
         """Step number and derive state, in plain values, for a checkpoint. Waits for CUDA scalars under way."""
         recorder = self._recorder
-        recorder.drain(wait=True)
+        recorder.publisher.drain(wait=True)
         return {
             "version": _STATE_VERSION,
             "global_step": recorder.highest_step,
-            "last_finite_loss": recorder.last_finite_loss,
-            "isolation_violations": recorder.live.violations(),
+            "last_finite_loss": recorder.publisher.last_finite_loss,
+            "isolation_violations": recorder.publisher.live.violations(),
             "derive": self._wiring.derive_state(),
         }
 
@@ -240,9 +247,9 @@ class Telemetry:
                 f"(version {_STATE_VERSION}): pass what telemetry.state_dict() returned"
             )
         recorder = self._recorder
-        recorder.highest_step = whole("global_step", state["global_step"], 2**64 - 1)
-        recorder.last_finite_loss = state["last_finite_loss"]
-        recorder.live.resume_violations(state["isolation_violations"])
+        recorder.highest_step = whole("global_step", state["global_step"], UINT64_MAX)
+        recorder.publisher.last_finite_loss = state["last_finite_loss"]
+        recorder.publisher.live.resume_violations(state["isolation_violations"])
         self._wiring.load_derive_state(state["derive"])
 
     # -- the end -----------------------------------------------------------------------------------------
@@ -257,8 +264,9 @@ class Telemetry:
         if self._is_closed:
             return
         self._is_closed = True
-        self._recorder.drain()
-        self._wiring.close(timeout_s, outcome or "completed")
+        deadline_s = time.monotonic() + max(timeout_s, 0.0)
+        self._recorder.publisher.settle(deadline_s)
+        self._wiring.close(deadline_s, outcome or "completed")
 
     def __enter__(self) -> Telemetry:
         return self

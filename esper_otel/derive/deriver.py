@@ -76,35 +76,30 @@ class Deriver:
             self._chained |= not given_before.isdisjoint(map(_name, processor.needs))
             given_before.update(map(_name, processor.gives))
 
-    def _advanced(self, given: Mapping[str, float]) -> list[Any]:
-        states = []
-        for processor, state in zip(self._processors, self._states, strict=True):
-            try:
-                after = processor.advance(state, given)
-                if self._chained and after is not state:  # what the caller gave stands
-                    given = {**processor.readings(after), **given}
-            except Exception as error:  # noqa: BLE001 - a user's processor must not stop training
-                self._fault(f"processor {getattr(processor, 'name', type(processor).__name__)}", error)
-                after = state
-            states.append(after)
-        return states
-
     def commit(self, given: Mapping[str, float]) -> Derived:
         """Advances to the next step; returns the processors that have a reading in it, with their states."""
-        before = self._states
-        self._states = states = self._advanced(given)
-        return self._with_reading(before, states)
+        return self._advance(self._states, given)
 
     def peek(self, given: Mapping[str, float]) -> Derived:
         """What ``commit`` would return, without advancing."""
-        return self._with_reading(self._states, self._advanced(given))
+        return self._advance(self._states.copy(), given)
 
-    def _with_reading(self, before: list[Any], after: list[Any]) -> Derived:
-        return [
-            (processor, new)
-            for processor, old, new in zip(self._processors, before, after, strict=True)
-            if new is not old
-        ]
+    def _advance(self, states: list[Any], given: Mapping[str, float]) -> Derived:
+        derived = []
+        for place, processor in enumerate(self._processors):
+            before = states[place]
+            try:
+                after = processor.advance(before, given)
+                if after is before:
+                    continue
+                if self._chained:  # what the caller gave stands
+                    given = {**processor.readings(after), **given}
+            except Exception as error:  # noqa: BLE001 - a user's processor must not stop training
+                self._fault(f"processor {getattr(processor, 'name', type(processor).__name__)}", error)
+                continue
+            states[place] = after
+            derived.append((processor, after))
+        return derived
 
     def _keys(self) -> list[str]:
         # A processor is known by what it gives: stable across versions of its class and its place in the list.

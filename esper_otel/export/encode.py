@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+import numpy as np
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -13,31 +14,33 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     AGGREGATION_TEMPORALITY_CUMULATIVE,
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
     Gauge,
-    NumberDataPoint,
     ResourceMetrics,
     ScopeMetrics,
     Sum,
 )
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as MetricMessage
 from opentelemetry.sdk.metrics.export import MetricsData
 from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetrics
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel._version import __version__
-from esper_otel.frame import Frame, Run
+from esper_otel.export.points import PLAIN_BYTES, largest_seed_point, seed_points, step_points
+from esper_otel.frame import NO_SEEDS, Frame, Run, SeedTable, is_absent
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, Metric
 
 SCHEMA_VERSION = "1"
 FRAME_SCOPE = "esper_otel"
 HEALTH_SCOPE = "esper_otel.health"
 
-# Receivers refuse more than 4 MiB (gRPC's default). A point takes at most 300 bytes, its seed id's 256 among
-# them, and half a MiB is left for names, descriptions and the Resource.
-MAX_POINTS = 12_000
+# Receivers refuse more than 4 MiB (gRPC's default): half a MiB is left for names, descriptions and the Resource.
+MAX_POINTS = 20_000
+_MAX_POINTS_BYTES = 3_500_000
 
-_METRIC_OF_FIELD = {metric.field: metric.name for metric in SEED_CELLS}
-
-# A metric's name, its value, and the seed that it is about.
-_Reading: TypeAlias = tuple[str, float, str | None]
+# Field numbers of the messages that are put together from bytes; all of them hold a length and as many bytes.
+_REQUEST_RESOURCE_METRICS = 1
+_RESOURCE_SCOPE_METRICS = 2
+_SCOPE_METRICS = 2
+_METRIC_GAUGE = 5
 
 
 class Request(NamedTuple):
@@ -54,6 +57,26 @@ class Request(NamedTuple):
     frames: int
 
 
+class _Part(NamedTuple):
+    """What one request holds of a frame: all of it, unless it is too large for a request of its own.
+
+    Attributes:
+        frame: the frame.
+        values: step values by name.
+        seeds: seed rows.
+        points: how many points these make.
+        size: the most bytes that they take.
+        is_last: whether the frame ends with it.
+    """
+
+    frame: Frame
+    values: Mapping[str, float]
+    seeds: SeedTable
+    points: int
+    size: int
+    is_last: bool
+
+
 class Encoder:
     """Encodes frames, and what is said beside them.
 
@@ -61,7 +84,7 @@ class Encoder:
     seed rows, with the attribute ``seed_id``; and two of its own, ``esper.frame.sequence`` and
     ``esper.frame.points``. All of them carry the frame's time, no start time, and a double, counts too, so
     that a receiver meets one shape only. Frames of one run that follow each other share a ResourceMetrics,
-    where each metric stands once, in the catalogue's order, with its points in the frames' order.
+    where each metric stands once, in the catalogue's order, with each stream's points in the frames' order.
 
     Threads: one at a time.
 
@@ -69,7 +92,7 @@ class Encoder:
         catalogue: ``METRICS`` and the user's own, by name; a value under another name is left out.
         resource: gives a run's Resource; asked once for equal runs that follow each other.
         fault: told when a processor's reading fails or is no number; that frame goes without derived values.
-        max_points: most points in a request.
+        max_points: most points in a request; at least as many as a seed has cells.
     """
 
     def __init__(
@@ -85,6 +108,10 @@ class Encoder:
         self._fault = fault
         self._max_points = max_points
         self._origin: tuple[Run, ResourceMetrics] | None = None
+        self._heads = {
+            name: MetricMessage(name=name, description=metric.description, unit=metric.unit).SerializeToString()
+            for name, metric in catalogue.items()
+        }
 
     def requests(self, frames: Iterable[Frame]) -> Iterator[Request]:
         """The frames as requests, each encoded when it is asked for.
@@ -92,20 +119,79 @@ class Encoder:
         A frame is cut only when it is too large for a request of its own; each of its points still carries
         the frame's time, and ``esper.frame.points`` counts those of the whole frame.
         """
-        parts: list[tuple[Frame, Sequence[_Reading]]] = []
-        room = self._max_points
-        for frame in frames:
-            readings: Sequence[_Reading] = self._readings(frame)
-            if parts and len(readings) > room:
-                yield self._request(parts, len(parts))
-                parts, room = [], self._max_points
-            while len(readings) > room:
-                yield self._request([(frame, readings[:room])], 0)
-                readings = readings[room:]
-            parts.append((frame, readings))
-            room -= len(readings)
+        parts: list[_Part] = []
+        points = size = 0
+        for part in (part for frame in frames for part in self._parts(frame)):
+            if parts and (points + part.points > self._max_points or size + part.size > _MAX_POINTS_BYTES):
+                yield self._request(parts)
+                parts, points, size = [], 0, 0
+            parts.append(part)
+            points, size = points + part.points, size + part.size
         if parts:
-            yield self._request(parts, len(parts))
+            yield self._request(parts)
+
+    def _parts(self, frame: Frame) -> list[_Part]:
+        values = self._values(frame)
+        seeds = frame.seeds
+        cells = int(np.count_nonzero(~is_absent(seeds.cells))) if seeds.ids else 0
+        points = len(values) + 2 + cells
+        values[FRAME_SEQUENCE.name] = frame.sequence
+        values[FRAME_POINTS.name] = points
+        cell_size = largest_seed_point(seeds.ids) if seeds.ids else 0
+        size = len(values) * PLAIN_BYTES + cells * cell_size
+        if points <= self._max_points and size <= _MAX_POINTS_BYTES:
+            return [_Part(frame, values, seeds, points, size, is_last=True)]
+        parts = []
+        names = list(values)
+        for start in range(0, len(names), self._max_points):
+            some = {name: values[name] for name in names[start : start + self._max_points]}
+            parts.append(_Part(frame, some, NO_SEEDS, len(some), len(some) * PLAIN_BYTES, is_last=False))
+        present = np.count_nonzero(~is_absent(seeds.cells), axis=1)
+        most = max(int(present.max(initial=0)), 1)
+        rows = max(min(self._max_points // most, _MAX_POINTS_BYTES // (most * cell_size)), 1) if cell_size else 1
+        for start in range(0, len(seeds.ids), rows):
+            some_seeds = SeedTable(seeds.ids[start : start + rows], seeds.cells[start : start + rows])
+            cells = int(present[start : start + rows].sum())
+            parts.append(_Part(frame, {}, some_seeds, cells, cells * cell_size, is_last=False))
+        return [*parts[:-1], parts[-1]._replace(is_last=True)]
+
+    def _values(self, frame: Frame) -> dict[str, float]:
+        try:
+            return {name: float(value) for name, value in frame.values().items() if name in self._catalogue}
+        except Exception as error:  # noqa: BLE001 - a user's processor must not hold up all later frames
+            self._fault(f"readings of frame {frame.sequence}", error)
+            return frame._replace(derived=()).values()
+
+    def _request(self, parts: Sequence[_Part]) -> Request:
+        wire = []
+        for run, following in groupby(parts, lambda part: part.frame.run):
+            points = self._points(list(following))
+            metrics = [
+                _field(_SCOPE_METRICS, self._heads[name] + _field(_METRIC_GAUGE, b"".join(points[name])))
+                for name in self._catalogue
+                if name in points
+            ]
+            origin = self._origin_of(run)
+            scope = ScopeMetrics()
+            _set_scope(scope, FRAME_SCOPE)
+            scoped = _field(_RESOURCE_SCOPE_METRICS, b"".join((scope.SerializeToString(), *metrics)))
+            wire.append(_field(_REQUEST_RESOURCE_METRICS, origin.SerializeToString() + scoped))
+        return Request(b"".join(wire), sum(part.points for part in parts), sum(part.is_last for part in parts))
+
+    @staticmethod
+    def _points(parts: Sequence[_Part]) -> dict[str, list[bytes]]:
+        """The serialized points of parts of one run, by metric name."""
+        points: dict[str, list[bytes]] = {}
+        for name, part in zip(*_step_points([part for part in parts if part.values]), strict=True):
+            points.setdefault(name, []).append(part)
+        for ids, following in groupby(parts, lambda part: part.seeds.ids):
+            if ids:
+                alike = list(following)
+                times = np.array([part.frame.time_unix_ns for part in alike], np.uint64)
+                cells = np.stack([part.seeds.cells for part in alike])
+                for column, of_metric in seed_points(times, ids, cells).items():
+                    points.setdefault(SEED_CELLS[column].name, []).append(of_metric)
+        return points
 
     def health(
         self,
@@ -161,60 +247,50 @@ class Encoder:
                     point.attributes.extend(_attribute(*attribute) for attribute in attributes.items())
             yield request.SerializeToString()
 
-    def _readings(self, frame: Frame) -> list[_Reading]:
-        try:
-            values = {name: float(value) for name, value in frame.values().items()}
-        except Exception as error:  # noqa: BLE001 - a user's processor must not hold up all later frames
-            self._fault(f"readings of frame {frame.sequence}", error)
-            values = frame._replace(derived=()).values()
-        readings: list[_Reading] = [(name, value, None) for name, value in values.items() if name in self._catalogue]
-        readings += [
-            (_METRIC_OF_FIELD[field], cell, seed_id)
-            for seed_id, cells in frame.seeds.rows()
-            for field, cell in cells.items()
-        ]
-        readings.append((FRAME_SEQUENCE.name, frame.sequence, None))
-        readings.append((FRAME_POINTS.name, len(readings) + 1, None))
-        return readings
-
-    def _request(self, parts: Sequence[tuple[Frame, Sequence[_Reading]]], frames: int) -> Request:
-        request = ExportMetricsServiceRequest()
-        total = 0
-        seeds: dict[str, NumberDataPoint] = {}
-        for run, following in groupby(parts, lambda part: part[0].run):
-            streams: dict[str, list[tuple[int, float, str | None]]] = {}
-            for frame, readings in following:
-                total += len(readings)
-                for name, value, seed_id in readings:
-                    streams.setdefault(name, []).append((frame.time_unix_ns, value, seed_id))
-            scope = self._scope(request, run, FRAME_SCOPE)
-            for name, metric in self._catalogue.items():
-                if name not in streams:
-                    continue
-                add = _stream(scope, metric).data_points.add
-                for time_unix_ns, value, seed_id in streams[name]:
-                    # Setting fields of an added point, and copying the seed's attribute with a whole point,
-                    # takes half the time of constructors and of appending the attribute.
-                    point = add()
-                    if seed_id is not None:
-                        if seed_id not in seeds:
-                            seeds[seed_id] = NumberDataPoint(attributes=[_attribute("seed_id", seed_id)])
-                        point.CopyFrom(seeds[seed_id])
-                    point.time_unix_nano = time_unix_ns
-                    point.as_double = value
-        return Request(request.SerializeToString(), total, frames)
-
     def _scope(self, request: ExportMetricsServiceRequest, run: Run, name: str) -> ScopeMetrics:
+        of_run = request.resource_metrics.add()
+        of_run.CopyFrom(self._origin_of(run))
+        scope = of_run.scope_metrics.add()
+        _set_scope(scope, name)
+        return scope
+
+    def _origin_of(self, run: Run) -> ResourceMetrics:
         if self._origin is None or self._origin[0] != run:
             without_metrics = MetricsData([SdkResourceMetrics(self._resource(run), [], "")])
             self._origin = (run, encode_metrics(without_metrics).resource_metrics[0])
-        of_run = request.resource_metrics.add()
-        of_run.CopyFrom(self._origin[1])
-        scope = of_run.scope_metrics.add()
-        scope.scope.name = name
-        scope.scope.version = __version__
-        scope.scope.attributes.append(_attribute("esper.schema.version", SCHEMA_VERSION))
-        return scope
+        return self._origin[1]
+
+
+def _step_points(parts: Sequence[_Part]) -> tuple[Sequence[str], Sequence[bytes]]:
+    """Names of the step metrics in the parts, and the points of each."""
+    if not parts:
+        return (), ()
+    times = np.array([part.frame.time_unix_ns for part in parts], np.uint64)
+    names = list(parts[0].values)
+    if all(part.values.keys() == parts[0].values.keys() for part in parts):
+        values = np.array([[part.values[name] for name in names] for part in parts], np.float64)
+        return names, step_points(times, values.T, None)
+    names = list(dict.fromkeys(name for part in parts for name in part.values))
+    values = np.array([[part.values.get(name, 0.0) for name in names] for part in parts], np.float64)
+    present = np.array([[name in part.values for name in names] for part in parts])
+    return names, step_points(times, values.T, present.T)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of bytes or of a message, serialized: tag, length, content."""
+    header = bytearray((number << 3 | 2,))
+    length = len(content)
+    while length > 0x7F:
+        header.append(length & 0x7F | 0x80)
+        length >>= 7
+    header.append(length)
+    return bytes(header) + content
+
+
+def _set_scope(scope: ScopeMetrics, name: str) -> None:
+    scope.scope.name = name
+    scope.scope.version = __version__
+    scope.scope.attributes.append(_attribute("esper.schema.version", SCHEMA_VERSION))
 
 
 def _stream(scope: ScopeMetrics, metric: Metric) -> Gauge | Sum:

@@ -69,6 +69,7 @@ class StepExporter:
         self._next_health_s = 0.0
         self._deadline_s: float | None = None
         self._wake = threading.Event()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="esper-otel-export", daemon=True)
         self.exported = 0
         self.rejected_points = 0
@@ -92,6 +93,7 @@ class StepExporter:
     def close(self, deadline_s: float) -> None:
         """Sends what is left and stops, by ``deadline_s`` of ``time.monotonic``; counts what could not be sent."""
         self._deadline_s = deadline_s
+        self._closing.set()
         self._wake.set()
         self._thread.join(max(deadline_s - time.monotonic(), 0.0))
         self._sender.close()
@@ -105,7 +107,8 @@ class StepExporter:
     def _work(self) -> None:
         pause_s: float | None = self._every_s or None
         while self._deadline_s is None:
-            self._wake.wait(pause_s)
+            # After a failure a new step is no reason to try again at once.
+            (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
             pause_s = self._send_guarded()
         while self._send_guarded() is not None and time.monotonic() < self._deadline_s:
@@ -207,9 +210,7 @@ class StepExporter:
                 if isinstance(by_reason, dict):
                     by_reason[reason] = count
         self._sent(
-            self._encoder.health(
-                self._run, values, start_unix_ns=self._started_unix_ns, time_unix_ns=time.time_ns()
-            )
+            self._encoder.health(self._run, values, start_unix_ns=self._started_unix_ns, time_unix_ns=time.time_ns())
         )
 
     def _say_goodbye(self) -> None:

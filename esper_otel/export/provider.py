@@ -33,6 +33,11 @@ class Exporters(NamedTuple):
     off: str
 
 
+def sdk_is_disabled(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``OTEL_SDK_DISABLED`` switches OpenTelemetry off as a whole."""
+    return environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+
+
 def exporters_from_environment(environ: Mapping[str, str] = os.environ) -> Exporters:
     """Reads ``OTEL_SDK_DISABLED`` and ``OTEL_METRICS_EXPORTER``: otlp (the default), console, prometheus, none, lists.
 
@@ -41,7 +46,7 @@ def exporters_from_environment(environ: Mapping[str, str] = os.environ) -> Expor
     Raises:
         ConfigurationError: a name that no installed package offers, or none beside others.
     """
-    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+    if sdk_is_disabled(environ):
         return Exporters(False, None, (), "OTEL_SDK_DISABLED=true")
     setting = environ.get("OTEL_METRICS_EXPORTER", "").strip() or "otlp"
     names = [name for name in (part.strip() for part in setting.split(",")) if name]

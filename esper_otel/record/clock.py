@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 _MS = 1_000_000
 _JUMP_NS = 1_000_000_000
 _AHEAD_NS = 300 * 1_000_000_000
 
 
-def steady_ns() -> int:
-    """Nanoseconds of a clock that never jumps and counts suspend where the system has one."""
-    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+# Nanoseconds of a clock that never jumps and counts suspend where the system has such a clock.
+steady_ns: Callable[[], int] = partial(time.clock_gettime_ns, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Clock:
@@ -38,9 +38,11 @@ class Clock:
     def stamp(self) -> int:
         """The time of a step that begins now. One thread at a time."""
         now = self._steady_ns() + self._offset_ns
-        if now // _MS <= self._last_ms:
-            now = (self._last_ms + 1) * _MS
-        self._last_ms = now // _MS
+        ms = now // _MS
+        if ms <= self._last_ms:
+            ms = self._last_ms + 1
+            now = ms * _MS
+        self._last_ms = ms
         return now
 
     def now_ns(self) -> int:

@@ -27,6 +27,7 @@ class Counters:
     def __init__(self) -> None:
         self.steps = 0
         self.failed = 0
+        self.backwards = 0
         self.nonfinite = 0
         self.out_of_range = 0
         self.faults = 0

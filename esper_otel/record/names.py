@@ -43,8 +43,8 @@ class Names:
         self.left_out = frozenset(metric.name for metric in self.entries.values() if metric.gated and not enriched)
         # A name of ours that Python cannot spell as a keyword may also be given by its key in the packet.
         self._by_key = {metric.key: metric.name for metric in recordable if metric.key != metric.name and metric.key}
-        self._low = {metric.name: 0.0 for metric in STEP_METRICS if metric.unit in _NONNEGATIVE}
-        self._ratios = tuple(metric.name for metric in STEP_METRICS if metric.unit == "ratio")
+        self._low = frozenset(metric.name for metric in STEP_METRICS if metric.unit in _NONNEGATIVE)
+        self.ratios = tuple(metric.name for metric in STEP_METRICS if metric.unit == "ratio")
 
     def resolved(self, values: Mapping[str, object]) -> dict[str, object]:
         """The values under catalogue names.
@@ -60,9 +60,14 @@ class Names:
             resolved[name] = value
         return resolved
 
+    def kept(self, values: dict[str, float]) -> dict[str, float]:
+        """The values without those that the flag leaves out; the very same mapping when there are none such."""
+        left_out = self.left_out
+        return {name: value for name, value in values.items() if name not in left_out} if left_out else values
+
     def out_of_range(self, values: Mapping[str, float]) -> tuple[str, ...]:
         """Names whose value is below 0 where that is impossible, or a ratio above 1."""
-        outside = [name for name in self._ratios if values.get(name, 0.0) > 1.0]
-        if values and min(values.values()) < 0.0:
-            outside += [name for name, value in values.items() if value < self._low.get(name, value)]
+        low = self._low
+        outside = [name for name in self.ratios if values.get(name, 0.0) > 1.0]
+        outside += [name for name, value in values.items() if value < 0.0 and name in low]
         return tuple(outside)

@@ -1,25 +1,19 @@
-"""Recorder: numbers, times and publishes the steps of one session."""
+"""Recorder: numbers, times and hands over the steps of one session."""
 
 from __future__ import annotations
 
 import operator
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.frame import NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frame import NO_SEEDS, Frame, SeedTable
 from esper_otel.record import device
 from esper_otel.record.clock import Clock
-from esper_otel.record.counters import Counters, Warnings
-from esper_otel.record.names import Names
-from esper_otel.record.ring import Ring
+from esper_otel.record.publisher import Draft, Publisher
 from esper_otel.record.seeds import (
-    LiveSeeds,
     checked_seed_id,
     merged_row,
     merged_tables,
@@ -28,10 +22,10 @@ from esper_otel.record.seeds import (
     table_of_rows,
 )
 from esper_otel.record.step import Packet, Step
-from esper_otel.record.values import FLOAT, Held, Target, read
+from esper_otel.record.values import CONTEXT, Held, Target, are_floats, read
 
-_UINT32_MAX = 2**32 - 1
-_UINT64_MAX = 2**64 - 1
+UINT32_MAX = 2**32 - 1
+UINT64_MAX = 2**64 - 1
 
 # What is over only when the step is: inside the step, those of the step before are what is known.
 _KNOWN_AFTERWARDS = (
@@ -44,23 +38,6 @@ _KNOWN_AFTERWARDS = (
 )
 
 
-# Values that stay until they are replaced.
-_CONTEXT = frozenset({"esper.validation.loss", "esper.validation.accuracy"})
-
-# What rounds to infinity in the packets' float32 begins here: the largest float32 and half a unit in its last place.
-_FLOAT32_BOUND = float(2**128 - 2**103)
-
-
-class Deriving(Protocol):
-    """Derives metrics from those of a step; ``commit`` advances, ``peek`` does not."""
-
-    def commit(self, given: Mapping[str, float]) -> Any:
-        """Advances to the next step; what it derived."""
-
-    def peek(self, given: Mapping[str, float]) -> Any:
-        """What ``commit`` would return."""
-
-
 class Probing(Protocol):
     """Readings of hardware probes."""
 
@@ -68,61 +45,31 @@ class Probing(Protocol):
         """The readings that are fresh at ``now_s`` of ``time.monotonic``."""
 
 
-class Draft(NamedTuple):
-    """A step that is over, before its frame is made: device values may still be on their way."""
-
-    global_step: int
-    epoch: int
-    time_unix_ns: int
-    values: dict[str, float]
-    table: SeedTable
-    held: Held | None
-    context: Mapping[str, float]
-    failed: bool
-    retired: Sequence[str]
-    ended: tuple[str, ...]
-
-
 class Recorder:
-    """Takes what a trainer records and publishes one frame per step into the ring.
+    """Takes what a trainer records and hands one draft per step to the publisher.
 
-    Threads: one thread records. ``drain`` may be called from others; it publishes steps whose device values
-    have arrived, in order. Steps wait in a queue only as long as their CUDA work does.
+    Threads: one thread records.
     """
 
     def __init__(
         self,
-        run: Run,
-        names: Names,
-        ring: Ring,
+        publisher: Publisher,
         *,
         clock: Clock,
-        deriving: Deriving,
         probing: Probing | None,
         to_state: Callable[[Frame], Packet],
         gradient_math: Callable[[], Any],
-        context: Mapping[str, float],
-        warnings: Warnings,
     ) -> None:
-        self.run = run
-        self.names = names
-        self.ring = ring
+        self.publisher = publisher
+        self.names = publisher.names
         self.clock = clock
-        self.counters = Counters()
-        self.warnings = warnings
-        self.live = LiveSeeds()
         self.highest_step = 0
-        self.steps_backwards = 0
-        self.last_finite_loss: float | None = None
         self.open_step: Step | None = None
         self.retiring: list[str] = []
         self.gradient_math = gradient_math
-        self.published: Callable[[], None] | None = None
-        self._device_is_named = False
-        self._deriving = deriving
         self._probing = probing
         self._to_state = to_state
-        self._context = dict(context)
+        self._device_is_named = False
         self._next_context: dict[str, float] = {}
         self._next_tensors: dict[Target, Any] = {}
         self._next_table: SeedTable | None = None
@@ -130,19 +77,8 @@ class Recorder:
         self._last_values: Mapping[str, float] = {}
         self._last_end_s: float | None = None
         self._waited_ms: float | None = None
-        self._unfinished: deque[Draft] = deque()
-        self._draining = threading.Lock()
 
     # -- steps -------------------------------------------------------------------------------------------
-
-    def step(self, global_step: int | None, epoch: int, samples: int | None) -> Step:
-        """A step, not yet open."""
-        return Step(
-            self,
-            None if global_step is None else whole("global_step", global_step, _UINT64_MAX),
-            whole("epoch", epoch, _UINT32_MAX),
-            None if samples is None else whole("samples", samples, _UINT64_MAX),
-        )
 
     def open(self, step: Step) -> None:
         """Opens a step: numbers and stamps it."""
@@ -165,42 +101,43 @@ class Recorder:
         if given > self.highest_step:
             self.highest_step = given
         else:
-            self.steps_backwards += 1
-            self.warnings.say(
-                "backwards",
-                "step %d is not above %d, the highest so far; kept as given",
-                given,
-                self.highest_step,
+            self.publisher.counters.backwards += 1
+            self.publisher.warnings.say(
+                "backwards", "step %d is not above %d, the highest so far; kept as given", given, self.highest_step
             )
         return given
 
     def finish(self, step: Step, now_s: float) -> None:
-        """Publishes a step that is over; whatever goes wrong stays here."""
+        """Hands over a step that is over; whatever goes wrong stays here."""
         self.open_step = None
         try:
             spent_ms = (now_s - step._started_s) * 1e3
-            timings = step._timings
-            timings["step_latency_ms"] = spent_ms
-            if step._waited_ms is not None:
-                timings["input_wait_ms"] = step._waited_ms
-                cycle_ms = step._waited_ms + spent_ms
-            elif self._last_end_s is not None:
-                cycle_ms = (now_s - self._last_end_s) * 1e3
-            else:
-                cycle_ms = spent_ms
-            if step._samples is not None and cycle_ms > 0.0:
-                timings["samples_per_s"] = step._samples * 1e3 / cycle_ms
+            waited_ms = step._waited_ms
+            values = {**self._probed(), **step._timings, "step_latency_ms": spent_ms}
+            if waited_ms is not None:
+                values["input_wait_ms"] = waited_ms
+            if step._samples is not None:
+                if waited_ms is not None:
+                    cycle_ms = waited_ms + spent_ms
+                elif self._last_end_s is not None:
+                    cycle_ms = (now_s - self._last_end_s) * 1e3
+                else:
+                    cycle_ms = spent_ms
+                if cycle_ms > 0.0:
+                    values["samples_per_s"] = step._samples * 1e3 / cycle_ms
             self._last_end_s = now_s
-            self._publish(
+            values.update(step._values)  # what the caller gave stands
+            table = NO_SEEDS if step._table is None and not step._rows else self._table_of(step)
+            self._hand_over(
                 step.global_step,
                 step.epoch,
                 step.time_unix_ns,
-                {**self._probed(), **timings, **step._values},
-                self._table_of(step),
+                values,
+                table,
                 step._held,
-                failed=step._failed,
-                retired=step._retired,
-                ended=step._ended,
+                step._failed,
+                step._retired,
+                step._ended,
             )
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
@@ -208,43 +145,38 @@ class Recorder:
     def record_step(
         self, values: Mapping[str, object], epoch: int, global_step: int | None, samples: int | None
     ) -> None:
-        """Publishes a step whose values the trainer has measured itself."""
+        """Hands over a step whose values the trainer has measured itself."""
         if self.open_step is not None:
             raise WrongState("record_step() inside an open step: use now.put() there")
-        if not isinstance(values, Mapping):
+        if type(values) is not dict and not isinstance(values, Mapping):
             raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")
-        epoch = whole("epoch", epoch, _UINT32_MAX)
-        given: dict[str, Any] = dict(values)
-        if not self.names.recordable.issuperset(given):
-            given = self.names.resolved(given)
+        epoch = whole("epoch", epoch, UINT32_MAX)
+        if not self.names.recordable.issuperset(values):
+            values = self.names.resolved(values)
+        given: dict[str, Any] = {**self._probed(), **values}
         held = None
-        if not FLOAT.issuperset(map(type, given.values())):
+        if not are_floats(given):
             given, tensors = read(given)
             held = self._held_of(tensors)
-        number = None if global_step is None else whole("global_step", global_step, _UINT64_MAX)
-        rate = None if samples is None else self._rate(whole("samples", samples, _UINT64_MAX), given)
+        if global_step is not None:
+            global_step = whole("global_step", global_step, UINT64_MAX)
+        if samples is not None:
+            self._rate(whole("samples", samples, UINT64_MAX), given)
         try:
-            measured = self._probed()
-            if rate is not None:
-                measured = {**measured, "samples_per_s": rate}
             if self._waited_ms is not None:
-                measured = {**measured, "input_wait_ms": self._waited_ms}
+                given.setdefault("input_wait_ms", self._waited_ms)
                 self._waited_ms = None
             table, self._next_table = self._next_table or NO_SEEDS, None
-            retired, self.retiring = self.retiring, []
-            self._publish(
-                self._numbered(number),
-                epoch,
-                self.clock.stamp(),
-                {**measured, **given} if measured else given,
-                table,
-                held,
-                retired=retired,
+            retired: Sequence[str] = ()
+            if self.retiring:
+                retired, self.retiring = self.retiring, []
+            self._hand_over(
+                self._numbered(global_step), epoch, self.clock.stamp(), given, table, held, False, retired, ()
             )
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
-    def _rate(self, samples: int, given: Mapping[str, float]) -> float | None:
+    def _rate(self, samples: int, given: dict[str, float]) -> None:
         now_s = time.perf_counter()
         before, self._last_end_s = self._last_end_s, now_s
         if "step_latency_ms" in given:
@@ -252,12 +184,56 @@ class Recorder:
         elif before is not None:
             cycle_ms = (now_s - before) * 1e3
         else:
-            return None
-        return samples * 1e3 / cycle_ms if cycle_ms > 0.0 else None
+            return
+        if cycle_ms > 0.0:
+            given.setdefault("samples_per_s", samples * 1e3 / cycle_ms)
+
+    def _hand_over(
+        self,
+        global_step: int,
+        epoch: int,
+        time_unix_ns: int,
+        values: dict[str, float],
+        table: SeedTable,
+        held: Held | None,
+        failed: bool,
+        retired: Sequence[str],
+        ended: tuple[str, ...],
+    ) -> None:
+        publisher = self.publisher
+        if not publisher.run.device_type:
+            self._settle_on_cpu()
+        if self.names.left_out:
+            values = self.names.kept(values)
+        self._last_values = values
+        context = None
+        if self._next_context:
+            context, self._next_context = self._next_context, {}
+        if self._next_tensors:
+            held = held or Held()
+            held.tensors.update(self._next_tensors)
+            self._next_tensors = {}
+        publisher.publish(Draft(global_step, epoch, time_unix_ns, values, table, context, failed, retired, ended), held)
 
     def waited(self, milliseconds: float) -> None:
         """Adds to the next step's ``input_wait_ms``."""
         self._waited_ms = (self._waited_ms or 0.0) + milliseconds
+
+    def _probed(self) -> Mapping[str, float]:
+        return _NOTHING if self._probing is None else self._probing.readings(time.monotonic())
+
+    def _held_of(self, tensors: Mapping[Target, Any]) -> Held | None:
+        if not tensors:
+            return None
+        self.saw(tuple(tensors.values()))
+        held = Held()
+        held.tensors.update(tensors)
+        return held
+
+    @property
+    def known_ids(self) -> Mapping[str, int]:
+        """Seed ids that need no checking: those of live seeds."""
+        return self.publisher.live.ids
 
     # -- seeds and context -------------------------------------------------------------------------------
 
@@ -272,9 +248,10 @@ class Recorder:
             return
         for seed_id in [seed_id for seed_id in self.retiring if seed_id in table.ids]:
             self.is_born_again(step, seed_id)
-        rows = self._table_of(step)
-        step._rows = {}
-        step._table = merged_tables(rows, table) if rows.ids else table
+        if step._rows or step._table is not None:
+            table = merged_tables(self._table_of(step), table)
+            step._rows = {}
+        step._table = table
 
     @staticmethod
     def _table_of(step: Step) -> SeedTable:
@@ -293,6 +270,9 @@ class Recorder:
         self.retiring.remove(seed_id)
         step._retired = [*step._retired, seed_id]
         step._rows.pop(seed_id, None)
+        if step._table is not None and seed_id in step._table.ids:
+            kept = [row for row, other in enumerate(step._table.ids) if other != seed_id]
+            step._table = SeedTable(tuple(step._table.ids[row] for row in kept), step._table.cells[kept])
 
     def set_context(self, values: Mapping[str, object]) -> None:
         """Replaces values that stay in every frame that follows."""
@@ -303,171 +283,15 @@ class Recorder:
         self._next_tensors.update(tensors)
         self._next_context.update(plain)
 
-    # -- frames ------------------------------------------------------------------------------------------
-
-    def _probed(self) -> Mapping[str, float]:
-        return {} if self._probing is None else self._probing.readings(time.monotonic())
-
-    def _held_of(self, tensors: Mapping[Target, Any]) -> Held | None:
-        if not tensors:
-            return None
-        self.saw(tuple(tensors.values()))
-        held = Held()
-        held.tensors.update(tensors)
-        return held
-
-    def _publish(
-        self,
-        global_step: int,
-        epoch: int,
-        time_unix_ns: int,
-        values: dict[str, float],
-        table: SeedTable,
-        held: Held | None,
-        *,
-        failed: bool = False,
-        retired: Sequence[str] = (),
-        ended: tuple[str, ...] = (),
-    ) -> None:
-        if not self.run.device_type:
-            self._settle_on_cpu()
-        if self.names.left_out:
-            values = self._without_gated(values)
-        self._last_values = values
-        context, self._next_context = self._next_context, {}
-        if self._next_tensors:
-            held = held or Held()
-            held.tensors.update(self._next_tensors)
-            self._next_tensors = {}
-        draft = Draft(global_step, epoch, time_unix_ns, values, table, held, context, failed, retired, ended)
-        if held is not None:
-            held.seal()
-        elif not self._unfinished:
-            self._commit(draft)
-            return
-        self._unfinished.append(draft)
-        self.drain()
-
-    def _without_gated(self, values: Mapping[str, float]) -> dict[str, float]:
-        left_out = self.names.left_out
-        return {name: value for name, value in values.items() if name not in left_out}
-
-    def drain(self, *, wait: bool = False) -> None:
-        """Publishes the steps whose device values have arrived, in order; waits for all of them if asked to."""
-        if not self._unfinished:
-            return
-        with self._draining:
-            while self._unfinished:
-                draft = self._unfinished[0]
-                if draft.held is not None:
-                    if wait:
-                        draft.held.wait()
-                    elif not draft.held.done():
-                        return
-                self._commit(draft)
-                self._unfinished.popleft()  # only now: a step that ends meanwhile must queue behind it
-
-    def _with_arrived(self, draft: Draft) -> Draft:
-        held = draft.held
-        if held is None:
-            return draft
-        values, context, table = dict(draft.values), dict(draft.context), draft.table
-        for target, value in held.arrived().items():
-            if isinstance(target, tuple):
-                table = merged_tables(table, one_cell(*target, value))
-            elif target in _CONTEXT:
-                context[target] = value
-            else:
-                values[target] = value
-        copy_ms = held.copy_ms()
-        if copy_ms is not None:
-            values.setdefault("h2d_copy_ms", copy_ms)
-        if self.names.left_out:
-            values = self._without_gated(values)
-        return draft._replace(values=values, context=context, table=table)
-
-    def _commit(self, draft: Draft) -> None:
-        draft = self._with_arrived(draft)
-        counters = self.counters
-        retired = (*draft.ended, *self.live.retire(draft.retired)) if draft.retired or draft.ended else ()
-        if draft.context:
-            self._context = {**self._context, **draft.context}
-        seeds = self.live.step(draft.table)
-        self.live.commit(seeds)
-        values = draft.values
-        self._judge(values, draft.context, seeds.nonfinite, seeds.out_of_range)
-        loss = values.get("loss")
-        if loss is not None and -_FLOAT32_BOUND < loss < _FLOAT32_BOUND:
-            self.last_finite_loss = loss
-        if draft.failed:
-            counters.failed += 1
-        frame = Frame(
-            self.run,
-            self.ring.last + 1,
-            draft.global_step,
-            draft.epoch,
-            draft.time_unix_ns,
-            self._completed(values, seeds.violations, failed=draft.failed),
-            self._context,
-            seeds.recorded,
-            seeds.live,
-            retired,
-            () if draft.failed else self._deriving.commit(values),
-        )
-        self.ring.append(frame)
-        counters.steps += 1
-        if self.published is not None:
-            self.published()
-
-    def _completed(
-        self, values: dict[str, float], violations: float | None, *, failed: bool = False
-    ) -> dict[str, float]:
-        """Our own step values beside those of the trainer; the deriving has seen only the latter."""
-        values = dict(values)
-        if self.last_finite_loss is not None:
-            values["esper.training.loss"] = self.last_finite_loss
-        if violations is not None:
-            values["esper.isolation.violations"] = violations
-        if self.steps_backwards:
-            values["esper.steps.backwards"] = float(self.steps_backwards)
-        if failed:
-            values["esper.step._failed"] = 1.0
-        return values
-
-    def _judge(
-        self,
-        values: Mapping[str, float],
-        context: Mapping[str, float],
-        nonfinite_cells: int,
-        cells_out_of_range: Sequence[str],
-    ) -> None:
-        """Counts values that are not finite or out of range; both are kept as they are."""
-        total = sum(values.values())
-        nonfinite = nonfinite_cells
-        if total - total != 0.0:
-            nonfinite += sum(value - value != 0.0 for value in values.values())
-        nonfinite += sum(value - value != 0.0 for value in context.values())
-        self.counters.nonfinite += nonfinite
-        outside = self.names.out_of_range(values)
-        if outside or cells_out_of_range:
-            self.counters.out_of_range += len(outside) + len(cells_out_of_range)
-            for name in outside:
-                self.warnings.say(
-                    f"range {name}",
-                    "%s = %g is out of its range and kept as given%s",
-                    name,
-                    values[name],
-                    _hint(name),
-                )
-            for field in cells_out_of_range:
-                self.warnings.say(f"range {field}", "a seed's %s is out of its range and kept as given", field)
+    # -- the state inside a step ---------------------------------------------------------------------------
 
     def state(self, step: Step) -> Packet:
         """The packet of an open step; see ``Step.state``."""
-        self.drain(wait=True)
+        publisher = self.publisher
+        publisher.drain(wait=True)
         if step._retired:
-            step._ended += self.live.retire(step._retired)
-            step._retired = []
+            step._ended += publisher.live.retire(step._retired)
+            step._retired = ()
         if self._next_tensors:
             step._hold(self._next_tensors)
             self._next_tensors = {}
@@ -477,32 +301,20 @@ class Recorder:
             held.wait_for_values()
             self._take(step, held)
         before = self._last_values
-        values = {name: before[name] for name in _KNOWN_AFTERWARDS if name in before}
+        values = {**self._probed(), **{name: before[name] for name in _KNOWN_AFTERWARDS if name in before}}
         if step._waited_ms is not None:
             values["input_wait_ms"] = step._waited_ms
-        values = {**self._probed(), **values, **step._values}
-        if self.names.left_out:
-            values = self._without_gated(values)
-        seeds = self.live.step(self._table_of(step))
-        known_loss = self.last_finite_loss
-        loss = values.get("loss")
-        if loss is not None and -_FLOAT32_BOUND < loss < _FLOAT32_BOUND:
-            self.last_finite_loss = loss
-        completed = self._completed(values, seeds.violations)
-        self.last_finite_loss = known_loss
+        values.update(step._values)
         return self._to_state(
-            Frame(
-                self.run,
-                self.ring.last + 1,
-                step.global_step,
-                step.epoch,
-                step.time_unix_ns,
-                completed,
-                {**self._context, **self._next_context} if self._next_context else self._context,
-                seeds.recorded,
-                seeds.live,
-                (),
-                self._deriving.peek(values),
+            publisher.preview(
+                Draft(
+                    step.global_step,
+                    step.epoch,
+                    step.time_unix_ns,
+                    self.names.kept(values),
+                    self._table_of(step),
+                    self._next_context,
+                )
             )
         )
 
@@ -512,7 +324,7 @@ class Recorder:
                 row = one_cell(*target, value).cells.tobytes()
                 earlier = step._rows.get(target[0])
                 step._rows[target[0]] = row if earlier is None else merged_row(earlier, row)
-            elif target in _CONTEXT:
+            elif target in CONTEXT:
                 self._next_context[target] = value
             else:
                 step._values[target] = value
@@ -521,7 +333,7 @@ class Recorder:
 
     def saw(self, items: Sequence[object]) -> None:
         """Notes the training device: the first CUDA tensor seen, unless one was named at the start."""
-        if self.run.device_type == "cuda" or self._device_is_named:
+        if self.publisher.run.device_type == "cuda" or self._device_is_named:
             return
         for item in items:
             if getattr(item, "is_cuda", False):
@@ -537,17 +349,12 @@ class Recorder:
     def set_device(self, name: str, *, named: bool = False) -> None:
         """Names the training device in every frame that follows; for good if the user ``named`` it."""
         self._device_is_named = named
-        self.run = replace(
-            self.run,
-            device_type=name.partition(":")[0],
-            device_id=name,
-            compute_capability=device.compute_capability(name),
-        )
+        self.publisher.describe_device(name, device.compute_capability(name))
 
     def fault(self, where: str, error: Exception) -> None:
         """Counts and logs a fault of the telemetry; training goes on."""
-        self.counters.faults += 1
-        self.warnings.say(
+        self.publisher.counters.faults += 1
+        self.publisher.warnings.say(
             f"fault {where}",
             "%s failed (%s: %s); training goes on, with less telemetry",
             where,
@@ -557,12 +364,13 @@ class Recorder:
         )
 
 
-def _hint(name: str) -> str:
-    return "; give a share of 1, not a percentage" if name == "accuracy" else ""
+_NOTHING: Mapping[str, float] = {}
 
 
 def whole(name: str, value: object, highest: int) -> int:
     """The value as an int, if it is a whole number from 0 to ``highest``."""
+    if type(value) is int and 0 <= value <= highest:
+        return value
     try:
         number = operator.index(value)  # type: ignore[arg-type] # TypeError is the answer
     except TypeError:

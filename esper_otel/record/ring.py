@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper_otel.frame import Frame
+from esper_otel.frame import NO_SEEDS, Frame
 
 # A frame of 21 values takes 1.7 kB with its dictionary, floats and derive states (tracemalloc, Python 3.11).
 _FRAME_BYTES = 900
@@ -11,9 +11,12 @@ _VALUE_BYTES = 40
 
 def frame_bytes(frame: Frame) -> int:
     """About how much memory a frame holds on to, in bytes. Seed tables shared between fields count once."""
-    size = _FRAME_BYTES + _VALUE_BYTES * len(frame.recorded) + frame.seeds.cells.nbytes
-    if frame.live.cells is not frame.seeds.cells:
-        size += frame.live.cells.nbytes
+    size = _FRAME_BYTES + _VALUE_BYTES * len(frame.recorded)
+    recorded, live = frame.seeds.cells, frame.live.cells
+    if recorded is not NO_SEEDS.cells:
+        size += recorded.nbytes
+    if live is not recorded:
+        size += live.nbytes
     return size
 
 
@@ -26,7 +29,7 @@ class Ring:
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._frames: dict[int, tuple[Frame, int]] = {}
+        self._frames: dict[int, Frame] = {}
         self._bytes = 0
         self._first = 1
         self._last = 0
@@ -43,27 +46,25 @@ class Ring:
 
     def append(self, frame: Frame) -> None:
         """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
-        size = frame_bytes(frame)
-        self._frames[frame.sequence] = (frame, size)
         self._last = frame.sequence
-        self._bytes += size
+        self._frames[self._last] = frame
+        self._bytes += frame_bytes(frame)
         while self._bytes > self._capacity_bytes and self._first < self._last:
-            self._bytes -= self._frames.pop(self._first)[1]
+            self._bytes -= frame_bytes(self._frames.pop(self._first))
             self._first += 1
 
     def newest(self) -> Frame | None:
         """The newest frame."""
-        kept = self._frames.get(self._last)
-        return kept[0] if kept else None
+        return self._frames.get(self._last)
 
     def after(self, sequence: int, limit: int) -> tuple[list[Frame], int]:
         """Up to ``limit`` frames that follow ``sequence``, and how many between them and it are gone."""
         frames: list[Frame] = []
         number = start = max(sequence + 1, self._first)
         while len(frames) < limit:
-            kept = self._frames.get(number)
-            if kept is not None:
-                frames.append(kept[0])
+            frame = self._frames.get(number)
+            if frame is not None:
+                frames.append(frame)
             elif frames or number > self._last:
                 break
             else:  # dropped between the two look-ups

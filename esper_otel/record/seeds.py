@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
 from esper_otel.frame import ABSENT, ABSENT_BITS, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
-from esper_otel.schema import SEED_CELLS, SEED_FIELDS, Stage
+from esper_otel.schema import SEED_CELLS, SEED_FIELDS, SEED_METRICS, Stage
 
 ROW = struct.Struct(f"={WIDTH}d")
+# Most calls give the request's fields only: a row that begins with them and ends with NO_MORE.
+REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d")
+MORE_FIELDS = SEED_FIELDS[len(SEED_METRICS) :]
+NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
 COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
 
 _STAGE = COLUMN["stage"]
@@ -21,7 +25,7 @@ _ALPHA_STEPS = COLUMN["alpha_steps"]
 _VIOLATIONS = COLUMN["isolation_violations"]
 
 _MAX_ID_BYTES = 256
-_STAGES = frozenset(float(stage) for stage in Stage)
+STAGES = frozenset(float(stage) for stage in Stage)
 
 
 def checked_seed_id(seed_id: object) -> str:
@@ -43,9 +47,21 @@ def checked_seed_id(seed_id: object) -> str:
 
 def checked_stage(stage: float) -> float:
     """The stage's number, if there is such a stage (or none is given)."""
-    if stage in _STAGES or stage != stage:  # noqa: PLR0124 - NaN: absent
+    if stage in STAGES or stage != stage:  # noqa: PLR0124 - NaN: absent
         return stage
     raise InvalidValue("stage", f"{stage!r} is none of Leyline's stages 0 to 11 (esper_otel.Stage)")
+
+
+def more_cells(more: Mapping[str, object]) -> list[object]:
+    """The cells beside the request's, in order; ``ABSENT`` where none is given.
+
+    Raises:
+        UnknownMetric: a field that seeds do not have.
+    """
+    for field in more:
+        if field not in MORE_FIELDS:
+            raise UnknownMetric(field, SEED_FIELDS, what="seed field")
+    return [more.get(field, ABSENT) for field in MORE_FIELDS]
 
 
 def table_of_columns(ids: Sequence[str], columns: Mapping[str, object], last_ids: tuple[str, ...]) -> SeedTable:
@@ -66,20 +82,29 @@ def table_of_columns(ids: Sequence[str], columns: Mapping[str, object], last_ids
         if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise InvalidName(f"seed id {twice[0]!r} comes more than once in one call")
-    cells = np.full((len(names), WIDTH), np.nan)
+    cells = np.full((len(names), WIDTH), ABSENT)
+    places, numbers = [], []
     for field, column in columns.items():
         if field not in COLUMN:
             raise UnknownMetric(field, SEED_FIELDS, what="seed field")
         if column is not None:
-            cells[:, COLUMN[field]] = _numbers(field, column, len(names))
-    stages = cells[:, _STAGE]
-    for stage in stages[~np.isnan(stages)].tolist():
-        checked_stage(stage)
-    cells.view(np.uint64)[np.isnan(cells)] = ABSENT_BITS
+            places.append(COLUMN[field])
+            numbers.append(_numbers(field, column, len(names)))
+    if places:
+        given = np.array(numbers, np.float64)
+        missing = given != given  # noqa: PLR0124 - NaN
+        if missing.any():
+            given.view(np.uint64)[missing] = ABSENT_BITS
+        cells[:, places] = given.T
+        stages = cells[:, _STAGE]
+        whole = (stages >= 0) & (stages < len(Stage)) & (stages == np.floor(stages))
+        if not whole.all():
+            for stage in stages[~whole].tolist():
+                checked_stage(stage)
     return SeedTable(last_ids if names == last_ids else names, cells)
 
 
-def _numbers(field: str, column: object, count: int) -> npt.NDArray[np.float64]:
+def _numbers(field: str, column: object, count: int) -> npt.NDArray[Any]:
     if getattr(column, "is_cuda", False):
         raise InvalidValue(field, "is on a CUDA device; reading it would stall training: copy it to the CPU first")
     if hasattr(column, "detach"):
@@ -92,14 +117,14 @@ def _numbers(field: str, column: object, count: int) -> npt.NDArray[np.float64]:
         raise InvalidValue(field, f"is not an array of numbers: {error}") from None
     if numbers.shape != (count,):
         raise InvalidValue(field, f"has shape {numbers.shape}; {count} seeds need ({count},)")
-    return numbers.astype(np.float64)
+    return numbers
 
 
 def table_of_rows(rows: Mapping[str, bytes]) -> SeedTable:
     """A table from packed rows (``ROW``), one per seed id."""
     if not rows:
         return NO_SEEDS
-    cells = np.frombuffer(bytearray().join(rows.values())).reshape(len(rows), WIDTH)
+    cells = np.frombuffer(b"".join(rows.values())).reshape(len(rows), WIDTH)
     return SeedTable(tuple(rows), cells)
 
 
@@ -152,6 +177,21 @@ def _bounds() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
 
 _LOW, _HIGH = _bounds()
 
+# The bits of non-negative doubles are in the order of their values, with infinity and NaN above and the negative
+# ones above those: one comparison of integers finds what is finite and in range. Where negative values are
+# allowed the sign is masked out first.
+_MASK = np.where(_LOW < 0.0, 0x7FFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF).astype(np.uint64)
+_HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
+
+
+class _Shape(NamedTuple):
+    """What a step's rows have in common with those before: who, which cells, in which stage, which violations."""
+
+    ids: tuple[str, ...]
+    absent: bytes
+    stages: bytes
+    violations: bytes
+
 
 class LiveSeeds:
     """The live seeds. ``step`` is pure; ``commit`` and ``retire`` change what the next step sees.
@@ -163,11 +203,39 @@ class LiveSeeds:
         self.table = NO_SEEDS
         self._rows: dict[str, int] = {}
         self._resumed_violations: dict[str, float] = {}
+        self._settled: _Shape | None = None
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """The live seeds' ids."""
+        return self._rows
 
     def step(self, recorded: SeedTable) -> SeedStep:
         """What this step's rows mean; nothing is changed."""
         if not recorded.ids:
             return SeedStep(NO_SEEDS, self.table, None, 0, ())
+        return self._step_like_the_last(recorded) or self._step(recorded)
+
+    def _step_like_the_last(self, recorded: SeedTable) -> SeedStep | None:
+        """The step's meaning if it only moves finite numbers in cells that the step before had too."""
+        settled = self._settled
+        if settled is None or recorded.ids != settled.ids:
+            return None
+        cells = recorded.cells
+        bits = cells.view(np.uint64)
+        absent = bits == ABSENT_BITS
+        if (
+            absent.tobytes() != settled.absent
+            or cells[:, _STAGE].tobytes() != settled.stages
+            or cells[:, _VIOLATIONS].tobytes() != settled.violations
+            or not (absent | ((bits & _MASK) <= _HIGHEST_BITS)).all()
+        ):
+            return None
+        cells.flags.writeable = False
+        table = SeedTable(settled.ids, cells)
+        return SeedStep(table, table, None if absent[0, _VIOLATIONS] else 0.0, 0, ())
+
+    def _step(self, recorded: SeedTable) -> SeedStep:
         live = self.table
         new = recorded.cells
         same = recorded.ids == live.ids
@@ -221,6 +289,8 @@ class LiveSeeds:
         if step.live.ids is not self.table.ids:
             self._rows = {seed_id: row for row, seed_id in enumerate(step.live.ids)}
         self.table = step.live
+        if step.live is not step.recorded:
+            self._settled = _settled(step)
 
     def retire(self, seed_ids: Iterable[str]) -> tuple[str, ...]:
         """Ends the lives of seeds; returns those that were alive."""
@@ -230,6 +300,7 @@ class LiveSeeds:
             keep = [row for row, seed_id in enumerate(self.table.ids) if seed_id not in gone]
             self.table = SeedTable(tuple(self.table.ids[row] for row in keep), self.table.cells[keep])
             self._rows = {seed_id: row for row, seed_id in enumerate(self.table.ids)}
+            self._settled = None
             for seed_id in ended:
                 self._resumed_violations.pop(seed_id, None)
         return ended
@@ -243,6 +314,19 @@ class LiveSeeds:
     def resume_violations(self, counts: Mapping[str, float]) -> None:
         """Takes the counts of a checkpoint, so that old violations are not new again."""
         self._resumed_violations = dict(counts)
+
+
+def _settled(step: SeedStep) -> _Shape | None:
+    """The shape of a step after which a like one means exactly what it says; None when it inherits cells."""
+    recorded, live = step.recorded, step.live
+    if recorded.ids != live.ids:
+        return None
+    absent = is_absent(recorded.cells)
+    violations = recorded.cells[:, _VIOLATIONS]
+    known = absent[:, _VIOLATIONS]
+    if not np.array_equal(absent, is_absent(live.cells)) or not (known.all() or np.isfinite(violations).all()):
+        return None
+    return _Shape(live.ids, absent.tobytes(), recorded.cells[:, _STAGE].tobytes(), violations.tobytes())
 
 
 def _new_violations(before: Cells, after: Cells) -> float:

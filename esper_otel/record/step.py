@@ -5,13 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, Unpack
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frame import ABSENT, SeedTable
 from esper_otel.record.device import move
-from esper_otel.record.seeds import ROW, checked_seed_id, checked_stage, merged_row
-from esper_otel.record.values import FLOAT, ROW_TYPES, Held, Target, read, read_row
+from esper_otel.record.seeds import (
+    NO_MORE,
+    REQUESTED,
+    ROW,
+    STAGES,
+    checked_seed_id,
+    checked_stage,
+    merged_row,
+    more_cells,
+)
+from esper_otel.record.values import ROW_TYPES, Held, Target, are_floats, read, read_row
 from esper_otel.schema import SEED_FIELDS
 
 if TYPE_CHECKING:
@@ -22,6 +31,20 @@ if TYPE_CHECKING:
 
     Scalar: TypeAlias = float | Tensor
     Sources: TypeAlias = Mapping[str, Tensor | Sequence[Tensor | None]] | Sequence[Tensor | Sequence[Tensor | None]]
+
+
+class MoreOfASeed(TypedDict, total=False):
+    """Fields of a seed that a packet has and the request lacks."""
+
+    learning_rate: Scalar | None
+    layer_depth: Scalar | None
+    age_epochs: Scalar | None
+    risk_score: Scalar | None
+    gradient_norm: Scalar | None
+    alpha_total_steps: Scalar | None
+    alpha_temperature: Scalar | None
+    risk_tolerance: Scalar | None
+    blend_allowed: Scalar | None
 
 
 class Packet(Protocol):
@@ -137,17 +160,21 @@ class Step:
         """
         recorder = self._recorder
         if recorder.open_step is not self:
-            raise WrongState("put() outside its step: record inside 'with telemetry.step(...) as now:'")
-        given: dict[str, Any] = values
+            raise self._is_over("put()")
+        given: Mapping[str, Any] = values
         if mapping is not None:
-            if not isinstance(mapping, Mapping):
+            if type(mapping) is not dict and not isinstance(mapping, Mapping):
                 raise InvalidValue("put", f"takes a mapping of names to values, not {type(mapping).__name__}")
-            given = {**mapping, **values}
+            given = {**mapping, **values} if values else mapping
         if not recorder.names.recordable.issuperset(given):
             given = recorder.names.resolved(given)
-        if not FLOAT.issuperset(map(type, given.values())) or self._held is not None:
+        if self._held is not None or not are_floats(given):
             given = self._read(given)
         self._values.update(given)
+
+    @staticmethod
+    def _is_over(call: str) -> WrongState:
+        return WrongState(f"{call} outside its step: call it inside 'with telemetry.step(...) as now:'")
 
     def _read(self, given: Mapping[str, object]) -> dict[str, float]:
         plain, tensors = read(given)
@@ -213,6 +240,8 @@ class Step:
             sources: gradients by source (seeds, micro-batches): each a tensor or a sequence of tensors.
             scaler: divides the norm by its scale; leave it out after ``scaler.unscale_()``.
         """
+        if self._recorder.open_step is not self:
+            raise self._is_over("gradients()")
         math = self._recorder.gradient_math()
         values: dict[str, object] = {"gradient_norm": math.gradient_norm(model_or_parameters, scaler=scaler)}
         if sources is not None and "grad_conflict_rate" not in self._recorder.names.left_out:
@@ -233,29 +262,26 @@ class Step:
         isolation_dot: Scalar | None = ABSENT,
         isolation_host_norm: Scalar | None = ABSENT,
         isolation_seed_norm: Scalar | None = ABSENT,
-        learning_rate: Scalar | None = ABSENT,
-        layer_depth: Scalar | None = ABSENT,
-        age_epochs: Scalar | None = ABSENT,
-        risk_score: Scalar | None = ABSENT,
-        gradient_norm: Scalar | None = ABSENT,
-        alpha_total_steps: Scalar | None = ABSENT,
-        alpha_temperature: Scalar | None = ABSENT,
-        risk_tolerance: Scalar | None = ABSENT,
-        blend_allowed: Scalar | None = ABSENT,
+        **more: Unpack[MoreOfASeed],
     ) -> None:
         """Records cells of one seed's row in this step; calls for one seed merge, the last value of a cell counts.
 
-        ``alpha_steps`` is kept only while the seed's stage, as recorded last, is BLENDING.
+        ``alpha_steps`` is kept only while the seed's stage, as recorded last, is BLENDING. Beside the request's
+        ten: ``learning_rate``, ``layer_depth``, ``age_epochs``, ``risk_score``, ``gradient_norm``,
+        ``alpha_total_steps``, ``alpha_temperature``, ``risk_tolerance`` and ``blend_allowed``.
 
         Raises:
+            UnknownMetric: a field that seeds do not have; the message names the nearest.
             InvalidName: an id that is empty, above 256 bytes or has control characters.
             InvalidValue: a value that is not one number, or a stage that Leyline does not have.
             WrongState: the step is not open.
         """
         recorder = self._recorder
         if recorder.open_step is not self:
-            raise WrongState("seed() outside its step: record inside 'with telemetry.step(...) as now:'")
-        seed_id = checked_seed_id(seed_id)
+            raise self._is_over("seed()")
+        rows = self._rows
+        if type(seed_id) is not str or seed_id not in recorder.known_ids:
+            seed_id = checked_seed_id(seed_id)
         cells: tuple[Any, ...] = (
             stage,
             alpha,
@@ -267,24 +293,17 @@ class Step:
             isolation_dot,
             isolation_host_norm,
             isolation_seed_norm,
-            learning_rate,
-            layer_depth,
-            age_epochs,
-            risk_score,
-            gradient_norm,
-            alpha_total_steps,
-            alpha_temperature,
-            risk_tolerance,
-            blend_allowed,
         )
-        if not ROW_TYPES.issuperset(map(type, cells)) or self._held is not None:
-            cells = self._read_row(seed_id, cells)
-        checked_stage(cells[0])
-        row = ROW.pack(*cells)
-        if seed_id in recorder.retiring:
+        if not more and self._held is None and ROW_TYPES.issuperset(map(type, cells)):
+            row = REQUESTED.pack(*cells) + NO_MORE
+        else:
+            cells = self._read_row(seed_id, (*cells, *more_cells(more)))
+            row = ROW.pack(*cells)
+        if cells[0] not in STAGES:
+            checked_stage(cells[0])
+        if recorder.retiring and seed_id in recorder.retiring:
             recorder.is_born_again(self, seed_id)
-        earlier = self._rows.get(seed_id)
-        self._rows[seed_id] = row if earlier is None else merged_row(earlier, row)
+        rows[seed_id] = row if seed_id not in rows else merged_row(rows[seed_id], row)
 
     def _read_row(self, seed_id: str, cells: Sequence[object]) -> tuple[float, ...]:
         plain, tensors = read_row(seed_id, cells)
@@ -304,5 +323,5 @@ class Step:
         scalars, once.
         """
         if self._recorder.open_step is not self:
-            raise WrongState("state() outside its step: ask inside 'with telemetry.step(...) as now:'")
+            raise self._is_over("state()")
         return self._recorder.state(self)

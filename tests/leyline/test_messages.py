@@ -13,9 +13,7 @@ from esper_otel import leyline
 FILES = Path(leyline.__file__).parent
 CONTRACT = FileDescriptorSet.FromString((FILES / "leyline.binpb").read_bytes()).file[0]
 STUB = {
-    node.name: node
-    for node in ast.parse((FILES / "messages.pyi").read_text()).body
-    if isinstance(node, ast.ClassDef)
+    node.name: node for node in ast.parse((FILES / "messages.pyi").read_text()).body if isinstance(node, ast.ClassDef)
 }
 
 SCALARS = {
@@ -40,7 +38,9 @@ def python_type(message: DescriptorProto, field: FieldDescriptorProto) -> str:
 
 
 def annotations(node: ast.ClassDef) -> dict[str, str]:
-    return {ast.unparse(part.target): ast.unparse(part.annotation) for part in node.body if isinstance(part, ast.AnnAssign)}
+    return {
+        ast.unparse(part.target): ast.unparse(part.annotation) for part in node.body if isinstance(part, ast.AnnAssign)
+    }
 
 
 @pytest.mark.parametrize("message", CONTRACT.message_type, ids=lambda message: message.name)

@@ -40,7 +40,16 @@ def test_missing_is_not_finite() -> None:
 
 @pytest.mark.parametrize(
     ("value", "number"),
-    [(0, 0), (3.0, 3), (2**32 - 1, 2**32 - 1), (2**32, None), (-1, None), (0.5, None), (math.nan, None), (math.inf, None)],
+    [
+        (0, 0),
+        (3.0, 3),
+        (2**32 - 1, 2**32 - 1),
+        (2**32, None),
+        (-1, None),
+        (0.5, None),
+        (math.nan, None),
+        (math.inf, None),
+    ],
 )
 def test_whole_numbers_are_those_an_unsigned_field_holds(value: float, number: int | None) -> None:
     """A field that protobuf would refuse is left out instead of raising into a pull."""

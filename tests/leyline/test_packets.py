@@ -198,13 +198,15 @@ def test_every_step_value_is_in_the_state_or_in_an_event(frame: Frame, values: d
     frame = frame._replace(recorded={**frame.recorded, **values})
     result = packets(frame)
     catalogue = {metric.name: metric for metric in METRICS}
-    reported = {event.attributes["metric"] for packet in result.telemetry for event in packet.events if event.attributes}
+    reported = {
+        event.attributes["metric"] for packet in result.telemetry for event in packet.events if event.attributes
+    }
     for name in frame.values():
         assert name in result.names
         key = catalogue.get(name, Metric(name)).key
-        assert (
-            name in reported or key in result.state.training_metrics or name in _FIELDS | _ELSEWHERE
-        ), f"{name} is neither in the packet nor reported"
+        assert name in reported or key in result.state.training_metrics or name in _FIELDS | _ELSEWHERE, (
+            f"{name} is neither in the packet nor reported"
+        )
 
 
 @given(frames())

@@ -93,7 +93,14 @@ def built_by_setters(live: SeedTable) -> list[SeedState]:
             number = whole(cells.get(name), 2**32)
             if number is not None:
                 setattr(seed, name, number)
-        for name in ("alpha", "alpha_steps", "alpha_total_steps", "alpha_temperature", "risk_tolerance", "blend_allowed"):
+        for name in (
+            "alpha",
+            "alpha_steps",
+            "alpha_total_steps",
+            "alpha_temperature",
+            "risk_tolerance",
+            "blend_allowed",
+        ):
             if finite(cells.get(name)) is not None and (name != "alpha_steps" or stage == 4):
                 seed.metrics[name] = cells[name]
         if stage is not None and "blend_allowed" not in seed.metrics:

@@ -1,0 +1,134 @@
+"""Gauge points in bulk: serialized ``NumberDataPoint`` records, patched with numpy.
+
+All points of one stream have equal bytes but for time and value. So a batch of points is an array of records: the
+record's bytes, asked of protobuf once, copied as often as needed, and two columns filled in. That takes some 40 ns a
+point; protobuf's setters take 4 µs.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, NumberDataPoint
+
+from esper_otel.frame import ABSENT_BITS, Cells
+
+_Bytes = npt.NDArray[np.uint8]
+Times = npt.NDArray[np.uint64]
+
+# Where a record has these bytes, time and value stand: no text in UTF-8 contains them.
+_TIME_MARK = b"\xff" * 8
+_VALUE_MARK = b"\xfe" * 8
+
+
+def _record(*attributes: KeyValue) -> bytes:
+    """A serialized point of a Gauge, with marks for time and value."""
+    point = NumberDataPoint(
+        attributes=attributes,
+        time_unix_nano=int.from_bytes(_TIME_MARK, "little"),
+        as_double=np.frombuffer(_VALUE_MARK, "<f8")[0],
+    )
+    return Gauge(data_points=[point]).SerializeToString()
+
+
+def _layout(record: bytes) -> np.dtype[np.void]:
+    return np.dtype(
+        {
+            "names": ["time", "value"],
+            "formats": ["<u8", "<f8"],
+            "offsets": [record.index(_TIME_MARK), record.index(_VALUE_MARK)],
+            "itemsize": len(record),
+        }
+    )
+
+
+_PLAIN = np.frombuffer(_record(), np.uint8)
+_PLAIN_LAYOUT = _layout(_record())
+PLAIN_BYTES = len(_PLAIN)
+
+
+def step_points(times: Times, values: npt.NDArray[np.float64], present: npt.NDArray[np.bool_] | None) -> list[bytes]:
+    """The points of step metrics: a Gauge's serialized ``data_points`` for each metric, in the frames' order.
+
+    Args:
+        times: Unix nanoseconds, shape (frames,).
+        values: shape (metrics, frames).
+        present: which of the values there are, same shape; None when all are.
+    """
+    wire = np.empty((*values.shape, PLAIN_BYTES), np.uint8)
+    wire[:] = _PLAIN
+    fields = wire.view(_PLAIN_LAYOUT)[..., 0]
+    fields["time"] = times
+    fields["value"] = values
+    if present is None:
+        return [of_metric.tobytes() for of_metric in wire]
+    return [of_metric[there].tobytes() for of_metric, there in zip(wire, present, strict=True)]
+
+
+def seed_points(times: Times, ids: tuple[str, ...], cells: Cells) -> dict[int, bytes]:
+    """The points of seed metrics: a Gauge's serialized ``data_points`` by column; columns without any are left out.
+
+    Points of one stream are in the frames' order; streams whose records have equal length alternate.
+
+    Args:
+        times: Unix nanoseconds, shape (frames,).
+        ids: the seeds.
+        cells: shape (frames, seeds, columns).
+    """
+    present = cells.view(np.uint64) != ABSENT_BITS
+    columns = np.flatnonzero(present.any(axis=(0, 1)))
+    parts: list[list[bytes]] = [[] for _ in columns]
+    for rows, records, layout in _alike(ids):
+        wire = np.empty((len(columns), len(times), *records.shape), np.uint8)
+        wire[:] = records
+        fields = wire.view(layout)[..., 0]
+        fields["time"] = times[:, None]
+        selected = np.ix_(range(len(times)), rows, columns)
+        fields["value"] = np.moveaxis(cells[selected], 2, 0)
+        there = np.moveaxis(present[selected], 2, 0)
+        for part, of_metric, mask in zip(parts, wire, there, strict=True):
+            part.append(of_metric.tobytes() if mask.all() else of_metric[mask].tobytes())
+    return {column: b"".join(part) for column, part in zip(columns.tolist(), parts, strict=True)}
+
+
+@lru_cache(maxsize=8)
+def largest_seed_point(ids: tuple[str, ...]) -> int:
+    """The most bytes that a point of one of these seeds takes."""
+    return max((len(_seed_record(len(seed_id.encode()))) for seed_id in ids), default=0)
+
+
+class _Alike(NamedTuple):
+    """Seeds whose points have equally many bytes: their rows, one record each, and where time and value stand."""
+
+    rows: list[int]
+    records: _Bytes
+    layout: np.dtype[np.void]
+
+
+@lru_cache(maxsize=8)
+def _alike(ids: tuple[str, ...]) -> tuple[_Alike, ...]:
+    texts = [seed_id.encode() for seed_id in ids]
+    by_length: dict[int, list[int]] = {}
+    for row, text in enumerate(texts):
+        by_length.setdefault(len(text), []).append(row)
+    alike = []
+    for length, rows in by_length.items():
+        record = _seed_record(length)
+        head = record[: len(record) - length]
+        records = np.frombuffer(b"".join(head + texts[row] for row in rows), np.uint8).reshape(len(rows), len(record))
+        alike.append(_Alike(rows, records, _layout(record)))
+    return tuple(alike)
+
+
+@lru_cache(maxsize=256)
+def _seed_record(length: int) -> bytes:
+    """The record of a seed whose id has so many bytes; the id stands at its end."""
+    text = "x" * length
+    record = _record(KeyValue(key="seed_id", value=AnyValue(string_value=text)))
+    if not record.endswith(text.encode()):
+        raise AssertionError("protobuf no longer writes a point's attributes last")
+    return record
