@@ -13,7 +13,7 @@ _ModelMetaclass: Any = type(BaseSettings)
 
 
 class _DefaultsByAssignment(_ModelMetaclass):  # type: ignore[misc] # pydantic does not export its metaclass
-    """Lets ``EsperSettings.<setting> = value`` change the default of later instances."""
+    """Lets ``EsperSettings.<setting> = value`` change the default of later instances; ``del`` puts it back."""
 
     def __setattr__(cls, name: str, value: object) -> None:  # noqa: N805 - a metaclass
         fields = cls.__dict__.get("__pydantic_fields__", {})
@@ -23,8 +23,15 @@ class _DefaultsByAssignment(_ModelMetaclass):  # type: ignore[misc] # pydantic d
         if name not in fields:
             raise UnknownMetric(name, fields, what="setting")
         default = getattr(cls(**{name: value}), name)  # validated like any argument
+        _SHIPPED.setdefault((cls, name), fields[name].default)
         fields[name].default = default
         cls.model_rebuild(force=True)
+
+    def __delattr__(cls, name: str) -> None:  # noqa: N805 - a metaclass
+        if (cls, name) not in _SHIPPED:
+            super().__delattr__(name)
+            return
+        setattr(cls, name, _SHIPPED[cls, name])
 
     def __getattr__(cls, name: str) -> Any:  # noqa: N805 - a metaclass
         fields = cls.__dict__.get("__pydantic_fields__", {})
@@ -34,6 +41,7 @@ class _DefaultsByAssignment(_ModelMetaclass):  # type: ignore[misc] # pydantic d
 
 
 _MODEL_NAMES = frozenset({"model_config", "model_fields"})
+_SHIPPED: dict[tuple[type, str], Any] = {}  # defaults that have been assigned over
 
 
 class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 
 _STATE_VERSION = 1
+_STATE_KEYS = frozenset({"version", "global_step", "last_finite_loss", "isolation_violations", "derive"})
 
 
 class Batches(Generic[Batch]):
@@ -199,7 +200,7 @@ class Telemetry:
             gap=gap,
         )
 
-    def _position(self, cursor: str) -> int:
+    def _position(self, cursor: object) -> int:
         attempt, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")
         if attempt != str(self.run.attempt) or not position.isdecimal():
             raise InvalidValue("cursor", f"{cursor!r} is none that this session gave (Page.cursor)")
@@ -241,7 +242,8 @@ class Telemetry:
         """
         if self._recorder.open_step is not None:
             raise WrongState("load_state_dict() inside a step")
-        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
+        given: object = state
+        if not isinstance(given, Mapping) or given.get("version") != _STATE_VERSION or not _STATE_KEYS.issubset(given):
             raise ConfigurationError(
                 "the checkpoint's telemetry state is not one that this version of esper_otel wrote "
                 f"(version {_STATE_VERSION}): pass what telemetry.state_dict() returned"

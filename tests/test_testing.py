@@ -323,11 +323,15 @@ def test_a_frame_counts_when_all_its_points_have_come_and_only_once() -> None:
     table = seed_table({f"seed-{row}": {"alpha": 0.5, "stage": 4.0} for row in range(20)})
     history = [make_frame(sequence=step, seeds=table, time_unix_ns=TIME_UNIX_NS + step * 1_000_000) for step in (1, 2)]
     encoder = Encoder(CATALOGUE, resource_for, lambda where, error: None, max_points=30)
-    first, first_end, second, second_end = [request.body for request in encoder.requests(history)]
+    (*first, first_end), (*second, second_end) = (
+        [request.body for request in encoder.requests([frame])] for frame in history
+    )
+    assert first
     counts = []
     with MemoryCollector() as collector:
-        for body in (second_end, first, first, first_end, first_end, first, second):
-            assert post(collector, body)[0] == 200
+        for bodies in ([second_end], first, first, [first_end], [first_end], first, second):
+            for body in bodies:
+                assert post(collector, body)[0] == 200
             counts.append(collector.frames_received)
     assert counts == [0, 0, 0, 1, 1, 1, 2]
 

@@ -87,7 +87,7 @@ def seed_points(times: Times, ids: tuple[str, ...], cells: Cells) -> dict[int, b
         wire[:] = records
         fields = wire.view(layout)[..., 0]
         fields["time"] = times[:, None]
-        selected = np.ix_(range(len(times)), rows, columns)
+        selected = np.ix_(np.arange(len(times)), np.array(rows), columns)
         fields["value"] = np.moveaxis(cells[selected], 2, 0)
         there = np.moveaxis(present[selected], 2, 0)
         for part, of_metric, mask in zip(parts, wire, there, strict=True):

@@ -331,7 +331,7 @@ class Recorder:
 
     # -- the rest ----------------------------------------------------------------------------------------
 
-    def saw(self, items: Sequence[object]) -> None:
+    def saw(self, items: Sequence[Any]) -> None:
         """Notes the training device: the first CUDA tensor seen, unless one was named at the start."""
         if self.publisher.run.device_type == "cuda" or self._device_is_named:
             return

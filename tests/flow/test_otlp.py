@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -214,7 +216,7 @@ def test_a_hanging_endpoint_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("value", ["none", "console", "none,otlp", "nonsense"])
 def test_otel_metrics_exporter_means_what_it_means_everywhere(
-    value: str, collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    value: str, collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without an exporter recording, deriving and pulling go on."""
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", value)
@@ -222,11 +224,15 @@ def test_otel_metrics_exporter_means_what_it_means_everywhere(
         with pytest.raises(esper_otel.errors.ConfigurationError, match="OTEL_METRICS_EXPORTER"):
             esper_otel.start()
         return
-    with esper_otel.start(run_id="run") as telemetry:
-        telemetry.record_step({"loss": 0.123456}, epoch=0)
-        assert len(telemetry.pull()) == 1
+    script = (
+        "import esper_otel\n"
+        "with esper_otel.start(run_id='run') as telemetry:\n"
+        "    telemetry.record_step({'loss': 0.123456}, epoch=0)\n"
+        "    assert len(telemetry.pull()) == 1\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert collector.frames_received == 0
-    assert ("0.123456" in capsys.readouterr().out) == (value == "console")
+    assert ("0.123456" in done.stdout) == (value == "console")
 
 
 def test_otel_sdk_disabled_switches_the_export_off(collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch) -> None:

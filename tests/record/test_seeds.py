@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
 from esper_otel.frame import ABSENT, SeedTable
 from esper_otel.record.seeds import (
-
     ROW,
     LiveSeeds,
     checked_seed_id,
@@ -75,10 +74,40 @@ def test_live_seeds_keep_the_last_known_cell_of_each(steps: list[dict[str, dict[
 
 
 @given(tables, tables)
-def test_tables_of_one_step_merge_like_rows(earlier: dict[str, dict[str, float]], later: dict[str, dict[str, float]]) -> None:
+def test_tables_of_one_step_merge_like_rows(
+    earlier: dict[str, dict[str, float]], later: dict[str, dict[str, float]]
+) -> None:
     """Columns and single rows may be mixed in one step."""
     expected = {seed_id: {**earlier.get(seed_id, {}), **later.get(seed_id, {})} for seed_id in {**earlier, **later}}
     assert plain(merged_tables(table(earlier), table(later))) == plain(table(expected))
+
+
+_MOVED = st.one_of(
+    st.floats(0, 1), st.sampled_from([0.0, -0.0, 1.5, -1.0, 2.0, 4.0, 5.0, math.nan, math.inf, -math.inf])
+)
+
+
+@given(rows, st.lists(st.tuples(st.sampled_from(SEED_FIELDS), _MOVED), max_size=6), st.sampled_from([*Stage]))
+def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely(
+    row: dict[str, float], changes: list[tuple[str, float]], stage: Stage
+) -> None:
+    """The short cut for such steps must be one only in time."""
+    live, closely = LiveSeeds(), LiveSeeds()
+    row = {**row, "stage": float(stage)}
+    for field, value in [("alpha", 0.5), ("alpha", 0.25), *changes, ("alpha", 0.75)]:
+        if field != "stage":
+            row = {**row, field: value}
+        seeds = {"a": row, "b": {"alpha": 0.5, "isolation_dot": -1.0}}
+        quick, slow = live.step(table(seeds)), closely._step(table(seeds))
+        live.commit(quick)
+        closely.commit(slow)
+        assert plain(quick.recorded) == plain(slow.recorded)
+        assert plain(live.table) == plain(closely.table)
+        assert (quick.violations, quick.nonfinite, quick.out_of_range) == (
+            slow.violations,
+            slow.nonfinite,
+            slow.out_of_range,
+        )
 
 
 def test_looking_at_a_step_changes_nothing() -> None:
@@ -176,7 +205,9 @@ def test_columns_and_rows_say_the_same(alphas: list[float | None]) -> None:
     ids = [f"seed-{number}" for number in range(len(alphas))]
     columns = table_of_columns(ids, {"alpha": alphas, "fallback_used": np.zeros(len(ids), bool), "stage": None}, ())
     expected = {
-        seed_id: {"alpha": alpha, "fallback_used": 0.0} if alpha is not None and alpha == alpha else {"fallback_used": 0.0}
+        seed_id: {"alpha": alpha, "fallback_used": 0.0}
+        if alpha is not None and alpha == alpha
+        else {"fallback_used": 0.0}
         for seed_id, alpha in zip(ids, alphas, strict=True)
     }
     assert plain(columns) == plain(table(expected))

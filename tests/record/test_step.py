@@ -39,7 +39,7 @@ def test_any_single_number_can_be_put(telemetry: Telemetry, value: Any) -> None:
     """Trainers have floats, NumPy scalars and 0-d tensors; all of them are one number."""
     with telemetry.step(epoch=0) as now:
         now.put(loss=value)
-    assert metrics(telemetry)["loss"] == float(value)
+    assert metrics(telemetry)["loss"] == float(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_an_unknown_name_is_a_mistake_that_names_the_nearest(telemetry: Telemetr
             now.put(gradient_nrom=1.0)
         with pytest.raises(UnknownMetric, match=r"'kasmina.apply_ms'"):
             now.put({"kasmina.apply": 1.0})
-        with pytest.raises(TypeError, match="alfa"):
+        with pytest.raises(UnknownMetric, match="'alpha'"):
             now.seed("a", alfa=1.0)  # type: ignore[call-arg] # the mistake under test
     with pytest.raises(UnknownMetric, match="'loss'"):
         telemetry.record_step({"los": 1.0}, epoch=0)

@@ -1,0 +1,289 @@
+"""Gradients: their norm, and how often their sources pull against each other. Needs torch."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, combinations
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from esper_otel.errors import InvalidValue
+
+Source: TypeAlias = Tensor | Iterable[Tensor | None]
+Sources: TypeAlias = Mapping[str, Source] | Iterable[Source]
+
+# The same tensor of every source; None where a source has none.
+Column: TypeAlias = Sequence[Tensor | None]
+Array: TypeAlias = npt.NDArray[np.floating[Any]]
+
+# The elements of eight sources fit a core's cache, and a product is worth its call.
+_HOST_BLOCK = 131_072
+# 64 MiB in float64 for eight sources; few launches.
+_DEVICE_BLOCK = 1_048_576
+# A float32 inner product below this may have lost its sign with the products below 1e-38.
+_LOWEST_FLOAT32 = 1e-25
+
+
+# -- norm ----------------------------------------------------------------------------------------------------
+
+
+def gradient_norm(
+    model_or_parameters: nn.Module | Iterable[Tensor] | Tensor, *, scaler: GradScaler | None = None
+) -> float | Tensor | None:
+    """The L2 norm over all gradients together: ``sqrt(sum(g ** 2))`` over every element of every ``.grad``.
+
+    Equals what ``torch.nn.utils.clip_grad_norm_`` returns, but half precision is added up, and returned, in float32.
+    With FSDP1 or ZeRO it is the norm of what this rank holds; a ``DTensor`` is reduced over its mesh, for which
+    all of its ranks must call.
+
+    Args:
+        model_or_parameters: whose gradients; a parameter without one does not count. Sparse ones are coalesced,
+            which waits for a CUDA device.
+        scaler: divides by its scale; for gradients that are still scaled.
+
+    Returns:
+        A float; a 0-d tensor if a gradient lies on a CUDA device, without waiting for it; None without gradients.
+
+    Raises:
+        InvalidValue: what was given has no parameters, or the scaler is none.
+    """
+    gradients = _gradients_of(model_or_parameters)
+    if not gradients:
+        return None
+    with torch.no_grad():
+        norm = _total_norm(gradients)
+        if scaler is not None:
+            norm = norm / _scale(scaler, norm.device)
+    return norm if norm.is_cuda else norm.item()
+
+
+def _gradients_of(given: object) -> list[Tensor]:
+    if isinstance(given, nn.Module):
+        return [each.grad for each in given.parameters() if each.grad is not None]
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise _no_parameters(f"a {type(given).__name__} has no parameters")
+    tensors = [given] if isinstance(given, Tensor) else list(given)
+    for each in tensors:
+        if not isinstance(each, Tensor):
+            raise _no_parameters(f"a {type(each).__name__} is among the parameters")
+        if not (each.is_leaf or each.retains_grad):
+            raise _no_parameters("a tensor that an operation has made keeps no .grad")
+    gradients = [each.grad for each in tensors if each.grad is not None]
+    if tensors and not gradients and not any(each.requires_grad or isinstance(each, nn.Parameter) for each in tensors):
+        raise _no_parameters("none of the tensors has, or requires, a gradient")
+    return gradients
+
+
+def _no_parameters(why: str) -> InvalidValue:
+    return InvalidValue("gradients", f"{why}; give the model, or parameters whose .grad counts")
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    groups: dict[tuple[object, ...], list[Tensor]] = {}
+    for gradient in gradients:
+        dense = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
+        group = (dense.device, dense.dtype, getattr(dense, "device_mesh", None))
+        groups.setdefault(group, []).append(dense)
+    norms: list[Tensor] = []
+    for (_, dtype, mesh), group_of in groups.items():
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+        these = torch._foreach_norm(group_of, 2.0, dtype=wide)  # noqa: SLF001 - what clip_grad_norm_ uses
+        norms += these if mesh is None else [torch.linalg.vector_norm(torch.stack(these)).full_tensor()]
+    device = next((norm.device for norm in norms if norm.is_cuda), norms[0].device)
+    dtype = max((norm.dtype for norm in norms), key=lambda each: each.itemsize)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device, dtype, non_blocking=True) for norm in norms]))
+    return total
+
+
+def _scale(scaler: GradScaler, device: torch.device) -> float | Tensor:
+    # get_scale() waits for the device, unless the scale is not on it yet or the scaler is disabled.
+    scale = getattr(scaler, "_scale", None)
+    if isinstance(scale, Tensor) and device.type == "cuda":
+        return scale.to(device, non_blocking=True)
+    if not hasattr(scaler, "get_scale"):
+        raise InvalidValue("scaler", f"{reprlib.repr(scaler)} is no torch.amp.GradScaler")
+    return scaler.get_scale()
+
+
+# -- conflict ------------------------------------------------------------------------------------------------
+
+
+def gradient_conflict_rate(sources: Sources) -> float | None:
+    """The share, 0 to 1, of the pairs of sources whose gradients point against each other.
+
+    ``share of i < j with sum(g_i * g_j) < 0``, exact over all elements, added up in float64. Takes no copy of the
+    gradients, beyond blocks of them. Waits for CUDA.
+
+    Args:
+        sources: two or more, by name or in order, such as seeds or micro-batches. A source is a floating-point
+            tensor, or several in the same order and of the same shapes as every other source's; None stands
+            for a gradient that is not there, of a frozen or unused parameter, and adds nothing.
+
+    Returns:
+        The share; None with fewer than two sources, or when a product is not finite: then it is undefined.
+
+    Raises:
+        InvalidValue: a source that is no gradient, or does not match the first; the message says which.
+    """
+    rate = conflict_on_device(sources)
+    if isinstance(rate, Tensor):
+        rate = float(rate.item())
+        return None if math.isnan(rate) else rate
+    return rate
+
+
+def conflict_on_device(sources: Sources) -> float | Tensor | None:
+    """As ``gradient_conflict_rate``, but waits for no CUDA device: from there comes a 0-d tensor, NaN if undefined."""
+    gradients = _checked(sources)
+    if len(gradients) < 2:
+        return None
+    columns = list(zip(*gradients, strict=True))
+    device = next((each.device for each in chain(*gradients) if each is not None and each.is_cuda), None)
+    with torch.no_grad(), np.errstate(all="ignore"):
+        if device is not None:
+            return conflict_by_matrices(columns, len(gradients), device)
+        return _conflict_on_host(columns, len(gradients))
+
+
+def _checked(sources: Sources) -> list[list[Tensor | None]]:
+    if isinstance(sources, str | Tensor | nn.Module) or not isinstance(sources, Iterable):
+        raise InvalidValue("sources", f"a {type(sources).__name__} is no mapping or sequence of gradient sources")
+    named = sources.items() if isinstance(sources, Mapping) else enumerate(sources)
+    checked: list[list[Tensor | None]] = []
+    shapes: list[torch.Size | None] = []
+    for name, source in named:
+        if isinstance(source, str | Mapping | nn.Module) or not isinstance(source, Iterable):
+            raise InvalidValue(
+                "sources",
+                f"source {name!r} is a {type(source).__name__}; give a tensor, or a sequence of tensors such as "
+                "[parameter.grad for parameter in model.parameters()]",
+            )
+        tensors = [source] if isinstance(source, Tensor) else list(source)
+        if not checked:
+            shapes = [None] * len(tensors)
+        if len(tensors) != len(shapes):
+            raise InvalidValue("sources", f"source {name!r} has {len(tensors)} tensors, the first has {len(shapes)}")
+        for at, each in enumerate(tensors):
+            if each is not None:
+                fault = _fault(each, shapes[at])
+                if fault:
+                    raise InvalidValue("sources", f"source {name!r} at position {at} {fault}")
+                shapes[at] = each.shape
+        checked.append(tensors)
+    return checked
+
+
+def _fault(tensor: object, shape: torch.Size | None) -> str | None:
+    """What keeps it from being one more gradient of that shape."""
+    if not isinstance(tensor, Tensor):
+        return f"is a {type(tensor).__name__}, not a tensor or None"
+    if not tensor.is_floating_point():
+        return f"is {tensor.dtype}; give floating-point gradients"
+    if tensor.is_meta:
+        return "is on the meta device, without data"
+    if shape is not None and tensor.shape != shape:
+        return f"has shape {tuple(tensor.shape)}, others have {tuple(shape)}"
+    return None
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+    return whole if whole.layout == torch.strided else whole.to_dense()
+
+
+def _conflict_on_host(columns: Iterable[Column], count: int) -> float | None:
+    totals = dict.fromkeys(combinations(range(count), 2), 0.0)
+    for column in columns:
+        present = {source: _dense(tensor) for source, tensor in enumerate(column) if tensor is not None}
+        pairs = list(combinations(present, 2))
+        for block in _blocks(list(present.values())) if pairs else ():
+            products = _products(block)
+            if not all(map(math.isfinite, products)):
+                return None
+            for pair, product in zip(pairs, products, strict=True):
+                totals[pair] += product
+    return sum(total < 0.0 for total in totals.values()) / len(totals)
+
+
+def _products(block: Sequence[Array]) -> list[float]:
+    """The inner products of all pairs; those that float32 could not hold are computed in float64."""
+    products = [float(one.dot(other)) for one, other in combinations(block, 2)]
+    sizes = [abs(product) for product in products]
+    if all(_LOWEST_FLOAT32 < size < math.inf for size in sizes):
+        return products
+    # Blocks of zeros, common in the gradients of embeddings, are not worth a conversion: their products are exact.
+    wide = [each.astype(np.float64) if each.any() else None for each in block]
+    for place, (one, other) in enumerate(combinations(wide, 2)):
+        if one is not None and other is not None and not _LOWEST_FLOAT32 < sizes[place] < math.inf:
+            products[place] = float(one.dot(other))
+    return products
+
+
+def _blocks(tensors: Sequence[Tensor]) -> Iterator[list[Array]]:
+    """The same elements of every tensor, a block at a time, without a copy where they are float32 or float64."""
+    laid_out = _laid_out(tensors)
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    parts = [tensor.numpy(force=True) if tensor.dtype == dtype else tensor for tensor in laid_out]
+    for rows in _rows(laid_out[0], _HOST_BLOCK):
+        yield [_array(part[rows], dtype) for part in parts]
+
+
+def _array(part: Array | Tensor, dtype: torch.dtype) -> Array:
+    array: Array = part.to(dtype).numpy(force=True) if isinstance(part, Tensor) else part
+    return array.reshape(-1)
+
+
+def _laid_out(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors in the order in which the first lies in memory: flat views if all of them lie so."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        strides = tensors[0].stride()
+        order = sorted(range(len(strides)), key=lambda dimension: -strides[dimension])
+        tensors = [tensor.permute(order) for tensor in tensors]
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            return tensors
+    return [tensor.view(-1) for tensor in tensors]
+
+
+def _rows(tensor: Tensor, elements: int) -> Iterator[slice]:
+    """Equal slices of the first dimension, of at most so many elements unless one row has more."""
+    rows = len(tensor)
+    blocks = min(rows, -(-tensor.numel() // elements))
+    for block in range(blocks):
+        yield slice(rows * block // blocks, rows * (block + 1) // blocks)
+
+
+def conflict_by_matrices(columns: Iterable[Column], count: int, device: torch.device) -> Tensor:
+    """The conflict rate where a call costs more than a multiplication: by a matrix of inner products per block.
+
+    In float64: a float32 product of matrices may use TF32, which is too coarse to have the right sign.
+
+    Returns:
+        A 0-d tensor on ``device``; NaN when undefined.
+    """
+    grams: dict[tuple[int, ...], Tensor] = {}  # by which sources have a tensor
+    for column in columns:
+        present = {source: _dense(tensor) for source, tensor in enumerate(column) if tensor is not None}
+        if len(present) < 2:
+            continue
+        laid_out = _laid_out(list(present.values()))
+        for rows in _rows(laid_out[0], _DEVICE_BLOCK):
+            parts = [tensor[rows].to(device, torch.float64, non_blocking=True).reshape(-1) for tensor in laid_out]
+            block = torch.stack(parts)
+            gram = block @ block.T
+            key = tuple(present)
+            grams[key] = grams[key] + gram if key in grams else gram
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    totals = dict.fromkeys(combinations(range(count), 2), zero)
+    for sources, gram in grams.items():
+        for (row, one), (column_at, other) in combinations(enumerate(sources), 2):
+            totals[one, other] = totals[one, other] + gram[row, column_at]
+    products = torch.stack(list(totals.values()))
+    share = (products < 0.0).double().mean()
+    return torch.where(products.isfinite().all(), share, math.nan)

@@ -1,0 +1,69 @@
+"""Memory of the training GPU, from CUDA."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from esper_otel.errors import ProbeUnavailable
+
+_GIB = 1024**3
+
+
+def cuda_device(device: Callable[[], str | None]) -> int:
+    """The index, in PyTorch's numbering, of the GPU that trains. CUDA is not initialised by asking.
+
+    Raises:
+        ProbeUnavailable: there is none.
+    """
+    name = device()
+    if name is None:
+        raise ProbeUnavailable("the training device is not known yet")
+    if not name.startswith("cuda"):
+        raise ProbeUnavailable(f"training runs on {name}")
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        raise ProbeUnavailable("CUDA is not in use in this process")
+    return int(name.partition(":")[2] or 0)
+
+
+class CudaMemory:
+    """Memory used and free on the training device, by all processes, in GiB. Source: cudaMemGetInfo.
+
+    Args:
+        device: the training device's name; None while it is not known.
+    """
+
+    gives = ("gpu_mem_used_gb", "gpu_mem_free_gb")
+
+    def __init__(self, device: Callable[[], str | None]) -> None:
+        self._device = device
+
+    def sample(self) -> Mapping[str, float]:
+        """See ``Probe``."""
+        index = cuda_device(self._device)
+        import torch
+
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except (RuntimeError, AssertionError) as error:
+            raise ProbeUnavailable(f"CUDA does not tell: {str(error).splitlines()[0]}") from error
+        return {
+            "gpu_mem_used_gb": (total - free) / _GIB,
+            "gpu_mem_free_gb": free / _GIB,
+            "esper.device.memory_total_gb": total / _GIB,
+        }
+
+
+def cuda_identity(index: int) -> tuple[str | None, str | None]:
+    """UUID and PCI bus id of a GPU in PyTorch's numbering, as NVML writes them; None where PyTorch does not say."""
+    import torch
+
+    properties: Any = torch.cuda.get_device_properties(index)
+    uuid = getattr(properties, "uuid", None)
+    bus = getattr(properties, "pci_bus_id", None)
+    place = None
+    if bus is not None:
+        place = f"{properties.pci_domain_id:08X}:{bus:02X}:{properties.pci_device_id:02X}.0"
+    return (None if uuid is None else str(uuid).removeprefix("GPU-")), place

@@ -1,0 +1,331 @@
+"""Device: what recording needs from tensors. torch is imported only by a program that uses it.
+
+A CUDA tensor is copied at once on the current stream, so that later in-place changes do not alter it, and read
+when the device has come that far: the training thread never waits. Any other tensor is read at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+import re
+import reprlib
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from decimal import Decimal
+from itertools import chain, groupby
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from esper_otel.errors import InvalidValue
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def _torch() -> ModuleType | None:
+    """The torch that the program uses; None when it has not imported it, and so has no tensors."""
+    return sys.modules.get("torch")
+
+
+def scalar(name: str, value: object) -> float | Tensor:
+    """One number, or the 0-d CUDA tensor that will hold it: a copy made on the current stream, dtype as it was.
+
+    Args:
+        name: what the value is, for the message.
+        value: a real number, ``Decimal``, NumPy scalar, 0-d array, or 0-d tensor of any real dtype, on any
+            device. A 0-d ``DTensor`` is gathered, for which all ranks of its mesh must call.
+
+    Raises:
+        InvalidValue: anything else.
+    """
+    torch = _torch()
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _of_tensor(name, value)
+    if isinstance(value, np.ndarray | np.generic):
+        _check_shape(name, "an array", value.shape)
+        if value.dtype.kind not in "biuf":
+            raise InvalidValue(name, f"{value.dtype} {value!s} is not one real number; give a float")
+        return float(value.item())
+    if isinstance(value, numbers.Real | Decimal):
+        return _of_number(value)
+    if isinstance(value, numbers.Complex):
+        raise InvalidValue(name, f"{value!r} is complex; give its .real or its abs()")
+    if getattr(value, "shape", None) == () and hasattr(value, "__float__"):
+        return float(value)  # a 0-d array of another library
+    given, kind = reprlib.repr(value), type(value).__name__
+    raise InvalidValue(name, f"{given} is a {kind}, not one number; give a float or a 0-d tensor")
+
+
+def _of_number(value: numbers.Real | Decimal) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator] # both kinds compare with 0
+    except ValueError:  # a Decimal that is a signalling NaN
+        return math.nan
+
+
+def _of_tensor(name: str, tensor: Tensor) -> float | Tensor:
+    _check_shape(name, "a tensor", tuple(tensor.shape))
+    if tensor.is_complex():
+        raise InvalidValue(name, "a complex tensor is not one number; give its .real or its .abs()")
+    if tensor.is_meta:
+        raise InvalidValue(name, "a tensor on the meta device holds no number; give one with data")
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # a DTensor
+        tensor = tensor.full_tensor()
+    return _copied(tensor) if tensor.is_cuda else float(tensor.item())
+
+
+def _check_shape(name: str, what: str, shape: tuple[int, ...]) -> None:
+    if shape:
+        raise InvalidValue(name, f"{what} of shape {shape} is not one number; reduce it to 0-d, for example .mean()")
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    import torch
+
+    try:
+        tensor = tensor.clone()
+        # It is packed on this stream too: on another one the copy might not have been made yet.
+        tensor.copied_on = torch.cuda.current_stream(tensor.device)  # type: ignore[attr-defined] # our attribute
+    except RuntimeError:  # a device that has failed says so to ``pack`` and to the training itself
+        pass
+    return tensor
+
+
+class Event(Protocol):
+    """A ``torch.cuda.Event``, whose own types change between versions."""
+
+    def query(self) -> bool: ...  # noqa: D102 - PyTorch's
+    def synchronize(self) -> None: ...  # noqa: D102
+    def elapsed_time(self, end_event: Any, /) -> float: ...  # noqa: D102
+
+
+class Copy(NamedTuple):
+    """Values on their way: when ``copied`` is over, ``host`` holds them, and ``positions`` says whose they are."""
+
+    positions: Sequence[int]
+    host: Tensor
+    copied: Event
+
+
+class Pending:
+    """Scalars that devices are delivering to the host. Threads: any, one at a time."""
+
+    def __init__(self, count: int, copies: Iterable[Copy], *, lost: bool = False) -> None:
+        self._count = count
+        self._copies = tuple(copies)
+        self._lost = lost
+
+    def done(self) -> bool:
+        """Whether all have arrived or are lost; never waits."""
+        try:
+            return self._lost or all(each.copied.query() for each in self._copies)
+        except RuntimeError:  # CUDA reports an error of any kernel at the next call
+            self._lost = True
+            return True
+
+    def wait(self) -> None:
+        """Waits until all have arrived or are lost."""
+        try:
+            for each in self._copies:
+                each.copied.synchronize()
+        except RuntimeError:
+            self._lost = True
+
+    def values(self) -> list[float | None]:
+        """The numbers, in the order of the tensors; all None when a device failed. Call once it is done."""
+        arrived: list[float | None] = [None] * self._count
+        if not self._lost:
+            for each in self._copies:
+                for position, value in zip(each.positions, each.host.tolist(), strict=True):
+                    arrived[position] = value
+        return arrived
+
+
+def pack(tensors: Sequence[Tensor]) -> Pending:
+    """Starts copying 0-d CUDA tensors to the host: as float64, to pinned memory, one copy per device and stream.
+
+    Args:
+        tensors: as ``scalar`` made them, of any real dtypes, on any CUDA devices.
+    """
+    import torch
+
+    try:
+        streams: dict[torch.cuda.Stream, list[int]] = {}
+        for position, tensor in enumerate(tensors):
+            stream = getattr(tensor, "copied_on", None) or torch.cuda.current_stream(tensor.device)
+            streams.setdefault(stream, []).append(position)
+        return Pending(len(tensors), [_to_host(stream, at, tensors) for stream, at in streams.items()])
+    except RuntimeError:  # the device had failed before
+        return Pending(len(tensors), (), lost=True)
+
+
+def _to_host(stream: torch.cuda.Stream, positions: list[int], tensors: Sequence[Tensor]) -> Copy:
+    import torch
+
+    def dtype(position: int) -> str:
+        return str(tensors[position].dtype)
+
+    positions = sorted(positions, key=dtype)
+    with torch.cuda.stream(stream):
+        # By dtype: one launch for many tensors, and not all dtypes can be stacked with each other.
+        parts = [torch.stack([tensors[at] for at in same]).double() for _, same in groupby(positions, dtype)]
+        host = torch.empty(len(positions), dtype=torch.float64, device="cpu", pin_memory=True)
+        host.copy_(torch.cat(parts), non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call] # PyTorch's
+        copied.record(stream)
+    return Copy(positions, host, copied)
+
+
+class CopyTiming(NamedTuple):
+    """The time of copies from the host to a CUDA device, between two events. Threads: any."""
+
+    started: Event
+    ended: Event
+
+    def done(self) -> bool:
+        """Whether the copies are over, or the device has failed; never waits."""
+        try:
+            return self.ended.query()
+        except RuntimeError:
+            return True
+
+    def wait(self) -> None:
+        """Waits until the copies are over, or the device has failed."""
+        try:
+            self.ended.synchronize()
+        except RuntimeError:
+            return
+
+    def milliseconds(self) -> float | None:
+        """The time; None when the device could not tell. Call once it is done."""
+        try:
+            return self.started.elapsed_time(self.ended)
+        except RuntimeError:
+            return None
+
+
+def move(device: str | int | torch.device | Tensor, items: Sequence[Any]) -> tuple[tuple[Any, ...], CopyTiming | None]:
+    """Moves items to a device; does not wait when that is a CUDA device.
+
+    Args:
+        device: the target, as for ``device_name``.
+        items: tensors, modules and whatever else has ``.to``, or nested mappings, lists, tuples and named tuples
+            of them. Containers are made anew; anything else is returned as it is.
+
+    Returns:
+        The moved items, and the timing of the copies if any went from the host to a CUDA device.
+
+    Raises:
+        InvalidValue: ``device`` names no device.
+    """
+    name = device_name(device)
+    torch = _torch()
+    if torch is None:
+        return tuple(items), None
+    target = torch.device(name)
+    if target.type != "cuda" or not _is_on_host(items) or not torch.cuda.is_available():
+        return tuple(_moved(item, target) for item in items), None
+    stream = torch.cuda.current_stream(target)
+    started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    started.record(stream)
+    moved = tuple(_moved(item, target) for item in items)
+    ended.record(stream)
+    return moved, CopyTiming(started, ended)
+
+
+def _moved(item: Any, target: torch.device) -> Any:
+    if _moves_itself(item):
+        return _moved_by_itself(item, target)
+    if isinstance(item, MutableMapping):
+        moved = copy.copy(item)  # of the same type, with what a defaultdict has beside its items
+        moved.update({key: _moved(value, target) for key, value in item.items()})
+        return moved
+    if isinstance(item, list | tuple):
+        values = [_moved(value, target) for value in item]
+        return type(item)(*values) if hasattr(item, "_fields") else type(item)(values)
+    return item
+
+
+def _moves_itself(item: Any) -> bool:
+    return callable(getattr(item, "to", None)) and not isinstance(item, type)
+
+
+def _moved_by_itself(item: Any, target: torch.device) -> Any:
+    if target.type != "cuda":  # a copy to the host that does not wait could be read before it is there
+        return item.to(target)
+    try:
+        return item.to(target, non_blocking=True)
+    except TypeError:  # its ``to`` takes a device only
+        return item.to(target)
+
+
+def _is_on_host(item: Any) -> bool:
+    """Whether any tensor in the item lies in the host's memory."""
+    if hasattr(item, "is_cuda"):  # a tensor, a PackedSequence
+        return not item.is_cuda
+    if hasattr(item, "parameters") and hasattr(item, "buffers"):
+        return any(not tensor.is_cuda for tensor in chain(item.parameters(), item.buffers()))
+    if isinstance(item, Mapping):
+        return any(map(_is_on_host, item.values()))
+    if isinstance(item, list | tuple):
+        return any(map(_is_on_host, item))
+    return _moves_itself(item)
+
+
+_PLAIN_NAME = re.compile(r"(cpu|cuda)(:(?:0|[1-9]\d{0,2}))?")
+
+
+def device_name(device: str | int | torch.device | Tensor) -> str:
+    """The device in PyTorch's words: ``cpu``, ``cuda:0``. Initialises no device, and needs no torch for these two.
+
+    Args:
+        device: a name, a CUDA device's number, a ``torch.device``, or a tensor, which gives its device. ``cuda``
+            is the current device, or the first one as long as CUDA is not in use.
+
+    Raises:
+        InvalidValue: it names no device.
+    """
+    if type(device) is int and device >= 0:
+        return f"cuda:{device}"
+    text = str(getattr(device, "device", device))
+    plain = _PLAIN_NAME.fullmatch(text)
+    if plain is None:
+        return _other_device_name(text)
+    if text.startswith("cpu"):
+        return "cpu"
+    return text if plain[2] else f"cuda:{_current_cuda_index()}"
+
+
+def _current_cuda_index() -> int:
+    torch = _torch()
+    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else 0
+
+
+def _other_device_name(text: str) -> str:
+    try:
+        import torch
+
+        return str(torch.device(text))
+    except (ImportError, RuntimeError):
+        given = reprlib.repr(text)
+        raise InvalidValue("device", f"{given} is no device; give one such as 'cpu', 'cuda' or 'cuda:0'") from None
+
+
+def compute_capability(name: str) -> int:
+    """A CUDA device's compute capability as major * 10 + minor; 0 for others, and as long as CUDA is not in use."""
+    try:
+        torch = _torch()
+        if torch is None or not name.startswith("cuda") or not torch.cuda.is_initialized():
+            return 0
+        major, minor = torch.cuda.get_device_capability(name)
+        return int(major) * 10 + int(minor)
+    except Exception:  # noqa: BLE001 - a driver that is ill must not end a training for an ornament of the frame
+        return 0
