@@ -26,15 +26,15 @@ from esper_otel.export.resource import resource_for
 from esper_otel.export.transport import open_sender
 from esper_otel.frame import Frame
 from esper_otel.identity import identify
+from esper_otel.log import Warnings, announce
 from esper_otel.probes import host_and_device_probes
 from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
-from esper_otel.record.counters import Warnings, announce
 from esper_otel.record.device import device_name
 from esper_otel.record.names import Names
 from esper_otel.record.publisher import Publisher
 from esper_otel.record.recorder import Recorder
-from esper_otel.record.ring import Ring
+from esper_otel.ring import Ring
 from esper_otel.schema import Metric
 from esper_otel.settings import EsperSettings
 from esper_otel.telemetry import Telemetry
@@ -136,7 +136,7 @@ class _Session:
             gradient_math=_gradient_math,
         )
         if device is not None:
-            self._recorder.set_device(device_name(device), named=True)
+            self._publisher.set_device(device_name(device), named=True)
         self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
 
         self._provider = own_provider(resource_for(run), exporters.readers) if meter_provider is None else None

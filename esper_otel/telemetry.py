@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from esper_otel.errors import ConfigurationError, InvalidValue, WrongState
 from esper_otel.frame import Run
 from esper_otel.leyline import Page, packets
-from esper_otel.record.recorder import UINT32_MAX, UINT64_MAX, Recorder, whole
+from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
+from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
 
 if TYPE_CHECKING:
     from esper_otel.record.step import Scalar

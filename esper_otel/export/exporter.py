@@ -12,8 +12,8 @@ from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.streams import Stream, Streams
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frame import Frame, Run
-from esper_otel.record.counters import Warnings
-from esper_otel.record.ring import Ring
+from esper_otel.log import Warnings
+from esper_otel.ring import Ring
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0

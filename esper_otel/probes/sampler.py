@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from esper_otel.errors import ProbeUnavailable
+from esper_otel.log import logger
 from esper_otel.probes.probe import Probe
-from esper_otel.record.counters import logger
 
 _FRESH_PERIODS = 3
 _LONGEST_PAUSE_S = 60.0

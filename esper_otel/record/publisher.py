@@ -11,11 +11,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from esper_otel.frame import NO_SEEDS, Frame, Run, SeedTable
-from esper_otel.record.counters import Counters, Warnings
+from esper_otel.log import Warnings
+from esper_otel.record import device
+from esper_otel.record.counters import Counters
 from esper_otel.record.names import Names
-from esper_otel.record.ring import Ring
 from esper_otel.record.seeds import LiveSeeds, merged_tables, one_cell
 from esper_otel.record.values import CONTEXT, Held
+from esper_otel.ring import Ring
 
 _DEVICE_POLL_S = 0.001
 
@@ -86,6 +88,7 @@ class Publisher:
         self.live = LiveSeeds()
         self.last_finite_loss: float | None = None
         self.published: Callable[[], None] | None = None
+        self._device_is_named = False
         self._deriving = deriving
         self._context = dict(context)
         self._unfinished: deque[tuple[Draft, Held | None]] = deque()
@@ -249,8 +252,27 @@ class Publisher:
             derived,
         )
 
-    def describe_device(self, name: str, compute_capability: int) -> None:
-        """Names the training device in every frame that follows."""
+    def saw(self, items: Sequence[Any]) -> None:
+        """Notes the training device: the first CUDA tensor seen, unless one was named at the start."""
+        if self.run.device_type == "cuda" or self._device_is_named:
+            return
+        for item in items:
+            if getattr(item, "is_cuda", False):
+                self.set_device(device.device_name(item))
+                return
+
+    def settle_on_cpu(self) -> None:
+        """Trains on the CPU: torch is there, and CUDA is not in use when the first step ends."""
+        torch = sys.modules.get("torch")
+        if torch is not None and not torch.cuda.is_initialized():
+            self.set_device("cpu")
+
+    def set_device(self, name: str, *, named: bool = False) -> None:
+        """Names the training device in every frame that follows; for good if the user ``named`` it."""
+        self._device_is_named = named
         self.run = replace(
-            self.run, device_type=name.partition(":")[0], device_id=name, compute_capability=compute_capability
+            self.run,
+            device_type=name.partition(":")[0],
+            device_id=name,
+            compute_capability=device.compute_capability(name),
         )

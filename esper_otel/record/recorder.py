@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frame import NO_SEEDS, Frame, SeedTable
-from esper_otel.record import device
 from esper_otel.record.clock import Clock
 from esper_otel.record.publisher import Draft, Publisher
 from esper_otel.record.seeds import (
@@ -22,10 +19,7 @@ from esper_otel.record.seeds import (
     table_of_rows,
 )
 from esper_otel.record.step import Packet, Step
-from esper_otel.record.values import CONTEXT, Held, Target, are_floats, read
-
-UINT32_MAX = 2**32 - 1
-UINT64_MAX = 2**64 - 1
+from esper_otel.record.values import CONTEXT, UINT32_MAX, UINT64_MAX, Held, Target, are_floats, read, whole
 
 # What is over only when the step is: inside the step, those of the step before are what is known.
 _KNOWN_AFTERWARDS = (
@@ -69,7 +63,6 @@ class Recorder:
         self.gradient_math = gradient_math
         self._probing = probing
         self._to_state = to_state
-        self._device_is_named = False
         self._next_context: dict[str, float] = {}
         self._next_tensors: dict[Target, Any] = {}
         self._next_table: SeedTable | None = None
@@ -202,7 +195,7 @@ class Recorder:
     ) -> None:
         publisher = self.publisher
         if not publisher.run.device_type:
-            self._settle_on_cpu()
+            publisher.settle_on_cpu()
         if self.names.left_out:
             values = self.names.kept(values)
         self._last_values = values
@@ -225,7 +218,7 @@ class Recorder:
     def _held_of(self, tensors: Mapping[Target, Any]) -> Held | None:
         if not tensors:
             return None
-        self.saw(tuple(tensors.values()))
+        self.publisher.saw(tuple(tensors.values()))
         held = Held()
         held.tensors.update(tensors)
         return held
@@ -277,7 +270,7 @@ class Recorder:
     def set_context(self, values: Mapping[str, object]) -> None:
         """Replaces values that stay in every frame that follows."""
         plain, tensors = read(values)
-        self.saw(tuple(tensors.values()))
+        self.publisher.saw(tuple(tensors.values()))
         for name in plain:
             self._next_tensors.pop(name, None)
         self._next_tensors.update(tensors)
@@ -331,26 +324,6 @@ class Recorder:
 
     # -- the rest ----------------------------------------------------------------------------------------
 
-    def saw(self, items: Sequence[Any]) -> None:
-        """Notes the training device: the first CUDA tensor seen, unless one was named at the start."""
-        if self.publisher.run.device_type == "cuda" or self._device_is_named:
-            return
-        for item in items:
-            if getattr(item, "is_cuda", False):
-                self.set_device(device.device_name(item))
-                return
-
-    def _settle_on_cpu(self) -> None:
-        """Trains on the CPU: torch is there, and CUDA is not in use when the first step ends."""
-        torch = sys.modules.get("torch")
-        if torch is not None and not torch.cuda.is_initialized():
-            self.set_device("cpu")
-
-    def set_device(self, name: str, *, named: bool = False) -> None:
-        """Names the training device in every frame that follows; for good if the user ``named`` it."""
-        self._device_is_named = named
-        self.publisher.describe_device(name, device.compute_capability(name))
-
     def fault(self, where: str, error: Exception) -> None:
         """Counts and logs a fault of the telemetry; training goes on."""
         self.publisher.counters.faults += 1
@@ -365,16 +338,3 @@ class Recorder:
 
 
 _NOTHING: Mapping[str, float] = {}
-
-
-def whole(name: str, value: object, highest: int) -> int:
-    """The value as an int, if it is a whole number from 0 to ``highest``."""
-    if type(value) is int and 0 <= value <= highest:
-        return value
-    try:
-        number = operator.index(value)  # type: ignore[arg-type] # TypeError is the answer
-    except TypeError:
-        raise InvalidValue(name, f"{value!r} is not a whole number") from None
-    if not 0 <= number <= highest:
-        raise InvalidValue(name, f"{number} is not from 0 to {highest}")
-    return number

@@ -185,7 +185,7 @@ class Step:
         return plain
 
     def _hold(self, tensors: Mapping[Target, Tensor]) -> None:
-        self._recorder.saw(tuple(tensors.values()))
+        self._recorder.publisher.saw(tuple(tensors.values()))
         if self._held is None:
             self._held = Held()
         self._held.tensors.update(tensors)
@@ -223,7 +223,7 @@ class Step:
             if self._held is None:
                 self._held = Held()
             self._held.copies.append(timing)
-        self._recorder.saw(moved)
+        self._recorder.publisher.saw(moved)
         return moved[0] if len(items) == 1 else moved
 
     def gradients(

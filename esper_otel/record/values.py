@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from esper_otel.errors import InvalidValue
 from esper_otel.frame import ABSENT
 from esper_otel.record.device import pack, scalar
 from esper_otel.schema import SEED_FIELDS, Stage
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROW_TYPES: frozenset[type] = frozenset({float, bool, Stage})
+
+UINT32_MAX = 2**32 - 1
+UINT64_MAX = 2**64 - 1
 
 # Values that stay until they are replaced.
 CONTEXT: frozenset[str] = frozenset({"esper.validation.loss", "esper.validation.accuracy"})
@@ -143,3 +148,16 @@ class Held:
         """Milliseconds of the step's host-to-device copies; None when there were none or the device cannot tell."""
         times = [time for time in (copy.milliseconds() for copy in self.copies) if time is not None]
         return sum(times) if times else None
+
+
+def whole(name: str, value: object, highest: int) -> int:
+    """The value as an int, if it is a whole number from 0 to ``highest``."""
+    if type(value) is int and 0 <= value <= highest:
+        return value
+    try:
+        number = operator.index(value)  # type: ignore[arg-type] # TypeError is the answer
+    except TypeError:
+        raise InvalidValue(name, f"{value!r} is not a whole number") from None
+    if not 0 <= number <= highest:
+        raise InvalidValue(name, f"{number} is not from 0 to {highest}")
+    return number

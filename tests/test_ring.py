@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.frame import WIDTH, Frame, Run, SeedTable
-from esper_otel.record.ring import Ring, frame_bytes
+from esper_otel.ring import Ring, frame_bytes
 
 RUN = Run("run", 1)
 

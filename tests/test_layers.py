@@ -1,0 +1,178 @@
+"""The layers: nothing upstream imports what lies downstream, and each foreign library has one owner."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import esper_otel
+
+PACKAGE = Path(esper_otel.__file__).parent
+
+# What each part may import at run time, besides itself, errors and the standard library. Imports for types are free.
+MAY_IMPORT = {
+    "errors": set[str](),
+    "_version": set[str](),
+    "settings": set[str](),
+    "schema": set[str](),
+    "frame": {"schema"},
+    "ring": {"frame"},
+    "log": set[str](),
+    "identity": {"frame"},
+    "absence": {"schema", "frame"},
+    "record": {"schema", "frame", "ring", "log"},
+    "derive": {"schema", "frame"},
+    "probes": {"schema", "log"},
+    "export": {"schema", "frame", "ring", "log", "_version"},
+    "leyline": {"schema", "frame"},
+    "telemetry": {"schema", "frame", "record", "leyline"},
+    "session": {
+        *("schema", "settings", "frame", "ring", "log", "identity", "absence", "telemetry", "_version"),
+        *("record", "derive", "probes", "export", "leyline"),
+    },
+    "testing": {"schema", "export"},
+    "check": {"schema", "settings", "frame", "identity", "export", "_version"},
+    "docs": {"schema", "settings"},
+    "cli": {"schema", "_version", "demo", "check"},
+    "__main__": {"cli"},
+    "demo": {"schema", "settings", "telemetry", "leyline", "testing", "record", "_version", ""},
+    "": {"_version"},  # the rest is loaded when it is first used
+}
+
+# Where each foreign library may be imported at run time; a folder ends in a slash.
+OWNERS = {
+    "torch": ("record/", "derive/", "probes/cuda.py", "demo/"),
+    "pynvml": ("probes/nvml.py",),
+    "psutil": ("probes/host.py",),
+    "sklearn": ("demo/",),
+    "pydantic": ("settings.py",),
+    "pydantic_settings": ("settings.py",),
+    "rich": ("cli.py", "demo/"),
+    "numpy": ("frame.py", "record/", "derive/", "export/", "leyline/"),
+    "opentelemetry": ("export/", "leyline/reader.py", "session.py"),
+    "opentelemetry.sdk": ("export/", "leyline/reader.py"),
+    "opentelemetry.exporter": ("export/",),
+    "opentelemetry.proto": ("export/", "testing/", "check.py"),
+    "google.protobuf": ("leyline/", "export/", "testing/"),
+    "google.rpc": ("export/", "testing/"),
+    "grpc": ("export/", "testing/"),
+    "requests": ("export/",),
+    "urllib3": ("export/",),
+}
+
+
+class Import(NamedTuple):
+    where: str  # the file, relative to the package
+    line: int
+    module: str
+    is_for_types: bool
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Every import of a file, wherever it stands, and modules that are named to ``import_module``."""
+    where = str(path.relative_to(PACKAGE))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{where}:{node.lineno}: imports are absolute"
+            names = [_module(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        else:
+            continue
+        for name in names:
+            yield Import(where, node.lineno, name, id(node) in for_types)
+
+
+def _module(module: str, name: str) -> str:
+    """The module that ``from module import name`` reads."""
+    if module == "esper_otel":
+        is_part = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+        return f"{module}.{name}" if is_part else module
+    return f"{module}.{name}" if module in {"opentelemetry", "google"} else module
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+IMPORTS = [each for path in FILES for each in imports_of(path)]
+
+
+def part_of(where: str) -> str:
+    """The folder or module directly under the package; empty for the package itself."""
+    first = where.split("/", 1)[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def test_every_part_has_its_place_in_the_order() -> None:
+    """A new folder says what it stands on before it has any content."""
+    assert {part_of(str(path.relative_to(PACKAGE))) for path in FILES} - MAY_IMPORT.keys() == set()
+
+
+def test_nothing_upstream_imports_what_lies_downstream() -> None:
+    """schema, record, derive, frame, then export or leyline: a value passes each folder once; only session wires."""
+    faults = []
+    for each in IMPORTS:
+        root, _, inside = each.module.partition(".")
+        if root != "esper_otel" or each.is_for_types:
+            continue
+        importer, imported = part_of(each.where), inside.split(".")[0]
+        if imported not in {importer, "errors", *MAY_IMPORT.get(importer, ())}:
+            faults.append(f"{each.where}:{each.line}: {importer or 'esper_otel'} may not import {each.module}")
+    assert faults == []
+
+
+def test_every_foreign_library_is_imported_by_its_owners_only() -> None:
+    """What a new version of a library breaks is in one place."""
+    faults = []
+    for each in IMPORTS:
+        if each.is_for_types or each.module.split(".")[0] in {"esper_otel", *sys.stdlib_module_names}:
+            continue
+        owners = owners_of(each.module)
+        if not any(each.where == owner or (owner[-1] == "/" and each.where.startswith(owner)) for owner in owners):
+            faults.append(f"{each.where}:{each.line}: {each.module} belongs to {', '.join(owners) or 'nobody yet'}")
+    assert faults == []
+
+
+def owners_of(module: str) -> tuple[str, ...]:
+    """The owners of the longest declared name that the module is, or lies in."""
+    names = [name for name in OWNERS if module == name or module.startswith(f"{name}.")]
+    return OWNERS[max(names, key=len)] if names else ()
+
+
+def test_no_file_is_longer_than_a_reader_can_hold() -> None:
+    """One idea a file; the catalogue is a table."""
+    long = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in FILES
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 350 and path.name != "catalogue.py"
+    }
+    assert long == {}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import esper_otel",
+        "import esper_otel; esper_otel.LeylineMetricReader",
+        "import esper_otel.cli; esper_otel.cli.main(['schema'])",
+        "import esper_otel.testing",
+    ],
+)
+def test_torch_and_grpc_are_imported_only_where_they_are_needed(code: str) -> None:
+    """A Tamiyo host has no torch, and a command line must not wait seconds for one."""
+    script = f"{code}\nimport sys\nprint(sorted({{'torch', 'grpc', 'sklearn', 'pandas'}} & sys.modules.keys()))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert ran.stdout.splitlines()[-1:] == ["[]"], ran.stderr
