@@ -19,7 +19,7 @@ _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
-_HEALTH_EVERY_S = 10.0
+HEALTH_EVERY_S = 10.0
 _MS = 1_000_000
 
 
@@ -200,7 +200,7 @@ class StepExporter:
     def _send_health(self, *, now: bool = False) -> None:
         if self._run is None or (not now and time.monotonic() < self._next_health_s):
             return
-        self._next_health_s = time.monotonic() + _HEALTH_EVERY_S
+        self._next_health_s = time.monotonic() + HEALTH_EVERY_S
         values: dict[str, float | dict[str, float]] = {}
         for (name, reason), count in self._health().items():
             if not reason:

@@ -151,6 +151,7 @@ _GRPC_WORDS = (
     ("dns resolution failed", "the name in {target} cannot be resolved"),
     ("domain name not found", "the name in {target} cannot be resolved"),
     ("name or service not known", "the name in {target} cannot be resolved"),
+    ("expected settings frame", "{target} speaks HTTP/1.1, not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
     ("http1.x server", "{target} speaks HTTP/1.1, not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
     ("socket closed", "{target} closed the connection: it may speak TLS (https://), or HTTP/1.1 instead of gRPC"),
     ("connection reset", "{target} reset the connection"),
@@ -208,11 +209,13 @@ class HttpSender:
                     "not a requests.Session"
                 )
             self._session = provided
+        # Given with each request: the session's own would lose against REQUESTS_CA_BUNDLE.
+        self._files: dict[str, Any] = {}
         if endpoint.certificate is not None:
-            self._session.verify = str(endpoint.certificate)
+            self._files["verify"] = str(endpoint.certificate)
         if endpoint.client_certificate is not None:
             files = [str(file) for file in (endpoint.client_certificate, endpoint.client_key) if file is not None]
-            self._session.cert = files[0] if len(files) == 1 else (files[0], files[1])
+            self._files["cert"] = files[0] if len(files) == 1 else (files[0], files[1])
         self._headers = {"User-Agent": _USER_AGENT, "Content-Type": "application/x-protobuf", **dict(endpoint.headers)}
         if endpoint.compression != "none":
             self._headers["Content-Encoding"] = endpoint.compression
@@ -227,7 +230,12 @@ class HttpSender:
             body = zlib.compress(body, 1)
         try:
             response = self._session.post(
-                self._endpoint.address, data=body, headers=self._headers, timeout=timeout_s, allow_redirects=False
+                self._endpoint.address,
+                data=body,
+                headers=self._headers,
+                timeout=timeout_s,
+                allow_redirects=False,
+                **self._files,
             )
         except (requests.RequestException, OSError, ValueError) as error:
             return Outcome(Result.TEMPORARY, _of_exception(error, self._endpoint.target, timeout_s))

@@ -83,9 +83,7 @@ class LeylineMetricReader(MetricReader):
         try:
             self._received.clear()
             self.collect(timeout_millis=(deadline - time.monotonic()) * 1e3)
-            frame = self._assembler.frame(
-                reading for data in list(self._received) for reading in _readings(data)
-            )
+            frame = self._assembler.frame(reading for data in list(self._received) for reading in _readings(data))
         except MetricsTimeoutError:
             _logger.warning("no packets: the instruments' callbacks took longer than %s s", timeout_s)
             return None

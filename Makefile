@@ -1,0 +1,95 @@
+# Everything is installed into .venv (and .venv-lowest, .venv-wheel) beside this file. Needs Python 3.11 or later
+# with venv, git and make. Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+LOWEST := .venv-lowest
+WHEEL := .venv-wheel
+RUN := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+BUILD_WITH := --build-constraints constraints.txt
+LOWER_BOUNDS := sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml | grep -o '"[a-z-]*>=[^"]*"' | tr -d '"' | sed 's/>=/==/'
+RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-header --extra dev
+
+# PyTorch's wheels are large; by default uv gives up on a silent line after 30 s.
+export UV_HTTP_TIMEOUT ?= 300
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-lowest test-wheel lint format docs constraints build clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed-demo ## train a network while it grows, steered by its own telemetry; ARGS="--steps 200"
+	@$(RUN) -m esper_otel demo $(ARGS)
+
+test: $(VENV)/.installed-dev ## run the tests; ARGS="-k seeds"
+	@$(RUN) -m pytest $(ARGS)
+
+test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that pyproject.toml allows
+	@$(LOWEST)/bin/python -m pytest $(ARGS)
+
+test-wheel: build ## install the built wheel alone, without torch, and try it
+	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)
+	@$(UV) pip install --quiet --python $(WHEEL)/bin/python --constraint constraints.txt dist/*.whl
+	@cd $(WHEEL) && bin/python -I ../tests/installed.py
+
+lint: $(VENV)/.installed-dev ## check style, types and rendered documents
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+	@$(RUN) -m esper_otel.docs --check
+
+format: $(VENV)/.installed-dev ## format the code and repair what can be repaired
+	@$(RUN) -m ruff check --fix
+	@$(RUN) -m ruff format
+
+docs: $(VENV)/.installed-dev ## render README.md's tables and METRICS.md from the catalogue and the settings
+	@$(RUN) -m esper_otel.docs
+
+constraints: $(UV) ## take the newest versions, and the oldest, into the two constraints files
+	@echo "# Versions that make and CI install. Written by 'make constraints'." > constraints.txt
+	@printf 'uv\nhatchling\n' | $(RESOLVE) --universal pyproject.toml - >> constraints.txt
+	@echo "# The oldest versions that pyproject.toml allows. Written by 'make constraints'." > constraints-lowest.txt
+	@$(LOWER_BOUNDS) | $(RESOLVE) pyproject.toml - >> constraints-lowest.txt
+
+build: $(UV) ## build the wheel and the source distribution into dist
+	@rm -rf dist
+	@$(UV) build --quiet --python $(RUN) $(BUILD_WITH)
+
+clean: ## remove everything that these targets made, the environments too
+	rm -rf $(VENV) $(LOWEST) $(WHEEL) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find esper_otel tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- environments: a stamp in each, so that a second run installs nothing -----------------------------------
+
+$(UV):
+	@command -v $(PYTHON) > /dev/null || { \
+		echo "$(PYTHON) is not there: install Python 3.11 or later, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "esper_otel needs Python 3.11 or later, not $$($(PYTHON) -V): make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+		echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "setting up $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(UV)
+	@$(UV) pip install --python $(RUN) --constraint constraints.txt $(BUILD_WITH) --editable '.[demo]'
+	@touch $@
+
+# The development tools include what the demo needs.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(UV)
+	@$(UV) pip install --python $(RUN) --constraint constraints.txt $(BUILD_WITH) --editable '.[dev]'
+	@touch $(VENV)/.installed-demo $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(UV)
+	@$(RUN) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || { \
+		echo "the oldest versions have no wheels for $$($(RUN) -V): make clean, then make PYTHON=python3.11 ..." >&2; \
+		exit 1; }
+	@$(RUN) -m venv --without-pip $(LOWEST)
+	@$(UV) pip install --python $(LOWEST)/bin/python --constraint constraints-lowest.txt $(BUILD_WITH) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,8 @@
+"""``python -m esper_otel`` is ``esper-otel``."""
+
+import sys
+
+from esper_otel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

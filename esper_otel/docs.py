@@ -1,0 +1,89 @@
+"""Rendered documents: ``python -m esper_otel.docs`` writes them, ``--check`` says whether they are stale."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from esper_otel.errors import ConfigurationError, EsperOtelError
+from esper_otel.schema.render import markdown_table, metrics_markdown, readme_table
+from esper_otel.settings import EsperSettings
+
+_ROOT = Path(__file__).parent.parent
+_REPAIR = "make docs"
+
+
+def settings_table() -> str:
+    """The README's table of settings: name, variable, default as shipped, meaning."""
+    prefix = EsperSettings.model_config["env_prefix"]
+    return markdown_table(
+        ("setting", "environment", "default", "meaning"),
+        (
+            (f"`{name}`", f"`{prefix}{name.upper()}`", f"`{field.default}`", field.description or "")
+            for name, field in EsperSettings.model_fields.items()
+        ),
+    )
+
+
+def with_section(text: str, name: str, section: str) -> str:
+    """The text with what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` replaced.
+
+    Raises:
+        ConfigurationError: the text does not have each marker once, in this order.
+    """
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    before, *rest = text.split(begin)
+    parts = rest[0].split(end) if len(rest) == 1 else []
+    if len(parts) != 2 or end in before:
+        raise ConfigurationError(f"README.md must have {begin.strip()} and {end}, each once and in this order")
+    return f"{before}{begin}{section}\n{end}{parts[1]}"
+
+
+def documents(root: Path = _ROOT) -> dict[Path, str]:
+    """Every rendered document of the source tree with the text that it should have.
+
+    Raises:
+        ConfigurationError: the README is not there, or lacks a marker.
+    """
+    readme = root / "README.md"
+    if not readme.is_file():
+        raise ConfigurationError(f"{readme} is not there: render the documents in a checkout")
+    text = readme.read_text(encoding="utf-8")
+    for name, section in (("metrics", readme_table()), ("settings", settings_table())):
+        text = with_section(text, name, section)
+    return {readme: text, root / "esper_otel" / "schema" / "METRICS.md": metrics_markdown()}
+
+
+def stale(root: Path = _ROOT) -> dict[Path, str]:
+    """The documents whose text is not what it should be."""
+    return {
+        path: text
+        for path, text in documents(root).items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def main(argv: Sequence[str] | None = None, root: Path = _ROOT) -> int:
+    """Writes what is stale; with ``--check`` only names it and returns 1."""
+    parser = argparse.ArgumentParser(prog="python -m esper_otel.docs", description="Renders README.md and METRICS.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a document is stale")
+    options = parser.parse_args(argv)
+    try:
+        changed = stale(root)
+    except EsperOtelError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for path, text in changed.items():
+        name = path.relative_to(root)
+        if options.check:
+            print(f"{name} is stale: {_REPAIR}", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"rendered {name}")
+    return 1 if changed and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What is rendered from the catalogue: METRICS.md, the README's table, and the rows of ``esper-otel schema``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from esper_otel.schema.catalogue import (
+    FRAME_POINTS,
+    FRAME_SEQUENCE,
+    METRICS,
+    OWN_SEED,
+    OWN_STEP,
+    SEED_METRICS,
+    SESSION,
+    STEP_METRICS,
+)
+from esper_otel.schema.metric import Metric
+
+_FIELDS = (
+    *("name", "unit", "gated", "needs", "kind", "level"),
+    *("description", "source", "present", "misleads"),
+)
+
+_INTRODUCTION = """\
+<!-- Rendered from esper_otel/schema/catalogue.py by `make docs`. Edit that file, not this one. -->
+
+# Metrics
+
+Every metric of esper_otel, in the catalogue's order. Name and unit are those of the OpenTelemetry instrument and of
+Leyline.
+
+- A missing metric was not provided: it is absent, never 0. NaN and infinity are values and are sent as they are.
+- A *gated* metric is left out when `EsperSettings.tolaria_step_enrichment_enabled` is `False`.
+- *Needs* is what must be there before a metric can have a value.
+- Every point of a step carries the step's own time. A seed's points carry the attribute `seed_id`.
+"""
+
+_SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
+    (
+        "Steps",
+        "One value per step and rank. In a packet: `SystemStatePacket.training_metrics`, under the same name.",
+        STEP_METRICS,
+    ),
+    (
+        "Seeds",
+        "One value per recorded row of a seed. In a packet: `TelemetryPacket.metrics`, with the attribute `seed_id`.",
+        SEED_METRICS,
+    ),
+    (
+        "Our own, per step",
+        "What else a packet holds, in fields of its own or in `training_metrics` under the key given here.",
+        (*OWN_STEP, FRAME_SEQUENCE, FRAME_POINTS),
+    ),
+    (
+        "Our own, per seed",
+        "The seed fields of a packet that the metrics above do not cover; present when recorded.",
+        OWN_SEED,
+    ),
+    (
+        "The telemetry's own health",
+        "One series per session. They stand in no frame and in no packet.",
+        SESSION,
+    ),
+)
+
+
+def metrics_markdown() -> str:
+    """The whole of METRICS.md."""
+    parts = [_INTRODUCTION]
+    for title, introduction, metrics in _SECTIONS:
+        parts += [f"## {title}\n\n{introduction}\n", *(_entry(metric) for metric in metrics)]
+    return "\n".join(parts)
+
+
+def _entry(metric: Metric) -> str:
+    facts = [
+        f"unit `{metric.unit}`",
+        metric.kind,
+        "gated" if metric.gated else "not gated",
+        "needs " + (", ".join(metric.needs) or "nothing"),
+    ]
+    if metric.level == "seed":
+        facts.append(f"recorded as `{metric.field}`")
+    elif metric.key and metric.key != metric.name:
+        facts.append(f"key `{metric.key}`")
+    remarks = (("Source", metric.source), ("Present", metric.present), ("Misleads", metric.misleads))
+    lines = [f"### `{metric.name}`", "", metric.description, "", f"- {', '.join(facts)}"]
+    lines += [f"- {title}: {text}" for title, text in remarks if text]
+    return "\n".join(lines) + "\n"
+
+
+def readme_table() -> str:
+    """The README's tables of the request's 31 metrics."""
+    heads = ("metric", "unit", "gated", "needs", "meaning")
+    return "\n".join(
+        (
+            "Per step, in `SystemStatePacket.training_metrics`:",
+            "",
+            markdown_table(heads, map(_row, STEP_METRICS)),
+            "",
+            "Per seed, in `TelemetryPacket.metrics`, with the attribute `seed_id`:",
+            "",
+            markdown_table(heads, map(_row, SEED_METRICS)),
+        )
+    )
+
+
+def _row(metric: Metric) -> tuple[str, ...]:
+    gated = "gated" if metric.gated else ""
+    return f"`{metric.name}`", metric.unit, gated, ", ".join(metric.needs), metric.description
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; bars in cells are escaped."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def schema_rows(metrics: Iterable[Metric] = METRICS) -> list[dict[str, Any]]:
+    """The entries as plain values, in order."""
+    return [
+        {name: list(metric.needs) if name == "needs" else getattr(metric, name) for name in _FIELDS}
+        for metric in metrics
+    ]
+
+
+def schema_json(metrics: Iterable[Metric] = METRICS) -> str:
+    """The entries as a JSON list of objects, in order."""
+    return json.dumps(schema_rows(metrics), indent=2, ensure_ascii=False)

@@ -1,0 +1,117 @@
+"""What is rendered from the catalogue is current and complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from esper_otel import docs
+from esper_otel.errors import ConfigurationError
+from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
+from esper_otel.schema.render import markdown_table, metrics_markdown, readme_table, schema_json, schema_rows
+from esper_otel.settings import EsperSettings
+
+
+def test_the_rendered_documents_are_current() -> None:
+    """Documentation cannot drift from what is sent. Repair: make docs."""
+    assert [path.name for path in docs.stale()] == [], "repair: make docs"
+
+
+def test_metrics_md_has_every_metric_with_all_that_is_known_of_it() -> None:
+    """METRICS.md is the catalogue, for readers."""
+    sections = metrics_markdown().split("### `")[1:]
+    assert [section.partition("`")[0] for section in sections] == [metric.name for metric in METRICS]
+    for metric, section in zip(METRICS, sections, strict=True):
+        assert f"unit `{metric.unit}`, {metric.kind}, " in section
+        assert ("not gated" in section) is not metric.gated
+        for text in (metric.description, *metric.needs, metric.source, metric.present, metric.misleads):
+            assert text in section
+
+
+def test_the_readmes_table_has_the_31_with_unit_and_gate() -> None:
+    """The first thing a reader looks up."""
+    rows = [line for line in readme_table().splitlines() if line.startswith("| `")]
+    assert len(rows) == 31
+    for row, metric in zip(rows, STEP_METRICS + SEED_METRICS, strict=True):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[:3] == [f"`{metric.name}`", metric.unit, "gated" if metric.gated else ""]
+        assert cells[3] == ", ".join(metric.needs)
+
+
+def test_the_settings_table_has_every_setting_with_its_variable_and_default() -> None:
+    """A setting that is not documented does not exist for a user."""
+    table = docs.settings_table()
+    for name, field in EsperSettings.model_fields.items():
+        assert f"| `{name}` | `ESPER_{name.upper()}` | `{field.default}` | {field.description} |" in table
+        assert field.description
+
+
+def test_schema_json_is_the_catalogue_in_order() -> None:
+    """A program reads it as it stands."""
+    rows = json.loads(schema_json())
+    assert [row["name"] for row in rows] == [metric.name for metric in METRICS]
+    assert rows == schema_rows()
+    assert rows[16] == {
+        "name": "h2d_copy_ms",
+        "unit": "ms",
+        "gated": True,
+        "needs": ["CUDA"],
+        "kind": "gauge",
+        "level": "step",
+        "description": "Time of the copies from host to device in now.to().",
+        "source": "CUDA events around the copies on the current stream, resolved when they have completed.",
+        "present": "When now.to() copies host tensors to a CUDA device.",
+        "misleads": "The copy's own time; it overlaps with the step, do not subtract it.",
+    }
+
+
+def test_a_bar_in_a_cell_does_not_end_it() -> None:
+    """Markdown would take it for a column."""
+    assert markdown_table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |"
+
+
+def test_a_section_is_replaced_between_its_markers_only() -> None:
+    """What a person wrote around it stays."""
+    text = "before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n"
+    assert docs.with_section(text, "x", "new") == "before\n<!-- x:begin -->\nnew\n<!-- x:end -->\nafter\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no markers",
+        "<!-- x:begin -->\n",
+        "<!-- x:end -->\n<!-- x:begin -->\n",
+        "<!-- x:begin -->\n<!-- x:end -->\n<!-- x:begin -->\n<!-- x:end -->\n",
+    ],
+)
+def test_a_missing_or_doubled_marker_is_said(text: str) -> None:
+    """Rather than a document without its table."""
+    with pytest.raises(ConfigurationError, match="must have <!-- x:begin --> and <!-- x:end -->, each once"):
+        docs.with_section(text, "x", "new")
+
+
+def test_check_names_what_is_stale_with_the_repair_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `make lint` prints is what to do."""
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("metrics", "settings")))
+    (tmp_path / "esper_otel" / "schema").mkdir(parents=True)
+
+    assert docs.main(["--check"], tmp_path) == 1
+    assert capsys.readouterr().err == (
+        "README.md is stale: make docs\nesper_otel/schema/METRICS.md is stale: make docs\n"
+    )
+    assert "`loss`" not in readme.read_text()
+
+    assert docs.main([], tmp_path) == 0
+    assert capsys.readouterr().out == "rendered README.md\nrendered esper_otel/schema/METRICS.md\n"
+    assert docs.main(["--check"], tmp_path) == 0
+    assert "`loss`" in readme.read_text()
+
+    readme.unlink()
+    assert docs.main(["--check"], tmp_path) == 2
+    assert capsys.readouterr().err == f"{readme} is not there: render the documents in a checkout\n"

@@ -1,0 +1,174 @@
+"""Settings: by argument, by environment, by assignment; and what a wrong one says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+from pydantic import ValidationError
+
+from esper_otel import ConfigurationError, EsperSettings, UnknownMetric
+
+FLAG = "tolaria_step_enrichment_enabled"
+VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
+
+
+def by_argument(name: str, value: object) -> None:
+    EsperSettings(**{name: value})
+
+
+def by_environment(name: str, value: object) -> None:
+    os.environ[f"ESPER_{name.upper()}"] = str(value)  # the next test has an environment of its own
+    EsperSettings()
+
+
+def by_assignment(name: str, value: object) -> None:
+    setattr(EsperSettings, name, value)
+
+
+def test_defaults_as_shipped() -> None:
+    """What a user gets who sets nothing."""
+    assert EsperSettings().model_dump() == {
+        "tolaria_step_enrichment_enabled": True,
+        "export_every_s": 1.0,
+        "buffer_bytes": 268_435_456,
+        "probe_period_s": 1.0,
+        "kernel_latency_budget_ms": 10.0,
+    }
+
+
+def test_the_flag_by_class_assignment_changes_later_instances() -> None:
+    """The request's own words: EsperSettings.tolaria_step_enrichment_enabled = False."""
+    before = EsperSettings()
+    EsperSettings.tolaria_step_enrichment_enabled = False
+    assert EsperSettings.tolaria_step_enrichment_enabled is False
+    assert EsperSettings().tolaria_step_enrichment_enabled is False
+    assert before.tolaria_step_enrichment_enabled is True
+    EsperSettings.tolaria_step_enrichment_enabled = True
+    assert EsperSettings().tolaria_step_enrichment_enabled is True
+
+
+def test_deleting_an_assignment_puts_the_shipped_default_back() -> None:
+    """What a test or a notebook cell has assigned can be undone without knowing what it was."""
+    EsperSettings.export_every_s = 5.0
+    EsperSettings.export_every_s = 6.0
+    del EsperSettings.export_every_s
+    assert EsperSettings.export_every_s == EsperSettings().export_every_s == 1.0
+
+
+def test_the_class_shows_the_default_in_force() -> None:
+    """Before anything is assigned, too."""
+    assert EsperSettings.tolaria_step_enrichment_enabled is True
+    assert EsperSettings.export_every_s == 1.0
+
+
+def test_an_argument_wins_over_the_environment_and_that_over_an_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearer word counts."""
+    EsperSettings.tolaria_step_enrichment_enabled = False
+    monkeypatch.setenv(VARIABLE, "true")
+    assert EsperSettings().tolaria_step_enrichment_enabled is True
+    assert EsperSettings(tolaria_step_enrichment_enabled=False).tolaria_step_enrichment_enabled is False
+
+
+@pytest.mark.parametrize("text", ["false", "False", "FALSE", "0", "no", "off", "f", "n"])
+def test_the_flag_off_by_environment_in_every_usual_spelling(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Whatever a deployment file writes."""
+    monkeypatch.setenv(VARIABLE, text)
+    assert EsperSettings().tolaria_step_enrichment_enabled is False
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE", "1", "yes", "on", "t", "y"])
+def test_the_flag_on_by_environment_in_every_usual_spelling(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """As above; over an assignment that switched it off."""
+    EsperSettings.tolaria_step_enrichment_enabled = False
+    monkeypatch.setenv(VARIABLE, text)
+    assert EsperSettings().tolaria_step_enrichment_enabled is True
+
+
+def test_the_variable_is_found_in_lower_case_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment names are not case-sensitive here."""
+    monkeypatch.setenv(VARIABLE.lower(), "false")
+    assert EsperSettings().tolaria_step_enrichment_enabled is False
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose files set what is not set to the empty string."""
+    for name in EsperSettings.model_fields:
+        monkeypatch.setenv(f"ESPER_{name.upper()}", "")
+    assert EsperSettings() == EsperSettings.model_construct()
+
+
+def test_numbers_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 is a value: it sends each step at once."""
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "0")
+    monkeypatch.setenv("ESPER_BUFFER_BYTES", "1048576")
+    settings = EsperSettings()
+    assert (settings.export_every_s, settings.buffer_bytes) == (0.0, 1_048_576)
+
+
+def test_other_esper_variables_are_not_ours_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ESPER_RUN_ID is read elsewhere, and Esper itself has more."""
+    monkeypatch.setenv("ESPER_RUN_ID", "digits-7")
+    monkeypatch.setenv("ESPER_LEYLINE_SECRET", "secret")
+    assert EsperSettings() == EsperSettings.model_construct()
+
+
+def test_an_instance_is_frozen() -> None:
+    """A session's settings are those it started with."""
+    with pytest.raises(ValidationError, match="frozen"):
+        EsperSettings().export_every_s = 2.0
+
+
+@pytest.mark.parametrize("how", [by_argument, by_assignment])
+def test_a_misspelt_setting_raises_and_names_the_nearest(how: Callable[[str, object], None]) -> None:
+    """A flag that silently does nothing is worse than an exception."""
+    with pytest.raises(UnknownMetric) as raised:
+        how("tolaria_step_enrichment_enable", False)
+    assert str(raised.value) == (
+        "unknown setting 'tolaria_step_enrichment_enable': did you mean 'tolaria_step_enrichment_enabled'?"
+    )
+    assert raised.value.nearest == (FLAG,)
+
+
+@pytest.mark.parametrize("how", [by_argument, by_environment, by_assignment])
+@pytest.mark.parametrize(
+    ("name", "wrong", "rule"),
+    [
+        (FLAG, "maybe", "Input should be a valid boolean"),
+        ("export_every_s", "-1", "Input should be greater than or equal to 0"),
+        ("export_every_s", "nan", "Input should be a finite number"),
+        ("export_every_s", "4000", "Input should be less than or equal to 3600"),
+        ("export_every_s", "soon", "Input should be a valid number"),
+        ("buffer_bytes", "1000", "Input should be greater than or equal to 1048576"),
+        ("buffer_bytes", "1.5", "Input should be a valid integer"),
+        ("probe_period_s", "0", "Input should be greater than or equal to 0.01"),
+        ("kernel_latency_budget_ms", "0", "Input should be greater than 0"),
+        ("kernel_latency_budget_ms", "inf", "Input should be a finite number"),
+    ],
+)
+def test_a_wrong_value_names_setting_variable_value_and_rule(
+    how: Callable[[str, object], None], name: str, wrong: str, rule: str
+) -> None:
+    """The message alone is enough to repair it, wherever it was set."""
+    before = getattr(EsperSettings, name)
+    with pytest.raises(ConfigurationError) as raised:
+        how(name, wrong)
+    assert str(raised.value).startswith(f"setting {name} (or ESPER_{name.upper()}) = {wrong!r}: {rule}")
+    assert getattr(EsperSettings, name) == before
+
+
+def test_all_faults_are_said_at_once() -> None:
+    """One round of repair."""
+    with pytest.raises(ConfigurationError) as raised:
+        EsperSettings(export_every_s=-1, buffer_bytes=0)
+    assert "export_every_s" in str(raised.value)
+    assert "buffer_bytes" in str(raised.value)
+
+
+def test_a_setting_of_a_session_is_taken_as_given() -> None:
+    """What is assigned later changes no instance that is there."""
+    mine = EsperSettings(probe_period_s=0.5)
+    EsperSettings.probe_period_s = 2.0
+    assert mine.probe_period_s == 0.5
+    assert EsperSettings().probe_period_s == 2.0
