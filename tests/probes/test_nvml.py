@@ -1,4 +1,4 @@
-"""NVML: the GPU that trains, whatever its number, and a reason for everything else. The driver's answers are recorded."""
+"""NVML: the GPU that trains, whatever its number, and reasons for everything else. Answers are recorded ones."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_this_machine_has_a_reading_or_a_reason() -> None:
         found = real.sample()
     except ProbeUnavailable as unavailable:
         reason = str(unavailable)
-        assert reason.startswith(("NVML: ", "cannot tell", "the training device"))  # noqa: PT017 - either will do
+        assert reason.startswith(("NVML: ", "cannot tell", "the training device"))
     else:
         assert 0.0 <= found["gpu_util_percent"] <= 100.0
 
