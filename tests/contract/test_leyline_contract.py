@@ -153,7 +153,14 @@ def reference_proto() -> str:
 
 def compiled(proto: Path, into: Path) -> bytes:
     """The descriptor set that protoc makes of a file, in a process of its own: it registers nothing here."""
-    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto.parent}", f"--descriptor_set_out={into}", proto]
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        f"-I{proto.parent}",
+        f"--descriptor_set_out={into}",
+        str(proto),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     return into.read_bytes()
 
@@ -192,7 +199,7 @@ def message_descriptor(name: str) -> DescriptorProto:
 @pytest.mark.parametrize(
     ("message", "number", "name", "kind"),
     [(message, *field) for message, fields in MESSAGES.items() for field in fields],
-    ids=lambda part: str(part),
+    ids=str,
 )
 def test_each_field_has_the_number_name_and_type_of_the_contract(
     message: str, number: int, name: str, kind: str

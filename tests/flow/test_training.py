@@ -81,13 +81,14 @@ def test_what_arrives_is_what_the_script_computed_and_what_pandas_derives_from_i
     assert arrived["loss"] == losses
     np.testing.assert_allclose(arrived["gradient_norm"], norms, rtol=1e-5)
     loss, norm = pd.Series(losses), pd.Series(arrived["gradient_norm"])
-    smooth = {"alpha": 0.2, "adjust": False, "ignore_na": True}
-    np.testing.assert_allclose(arrived["loss_ewma"], loss.ewm(**smooth).mean(), rtol=1e-12)
-    np.testing.assert_allclose(arrived["loss_delta"], loss.diff().dropna(), rtol=1e-12, atol=1e-15)
-    volatility = loss.rolling(9, min_periods=2).std(ddof=0).dropna()
+    smooth_loss = loss.ewm(alpha=0.2, adjust=False, ignore_na=True)
+    smooth_norm = norm.ewm(alpha=0.2, adjust=False, ignore_na=True)
+    np.testing.assert_allclose(arrived["loss_ewma"], smooth_loss.mean().to_numpy(), rtol=1e-12)
+    np.testing.assert_allclose(arrived["loss_delta"], loss.diff().dropna().to_numpy(), rtol=1e-12, atol=1e-15)
+    volatility = loss.rolling(9, min_periods=2).std(ddof=0).dropna().to_numpy()
     np.testing.assert_allclose(arrived["loss_volatility"], volatility, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(arrived["grad_norm_ewma"], norm.ewm(**smooth).mean(), rtol=1e-12)
-    np.testing.assert_allclose(arrived["grad_var"], norm.ewm(**smooth).var(bias=True), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(arrived["grad_norm_ewma"], smooth_norm.mean().to_numpy(), rtol=1e-12)
+    np.testing.assert_allclose(arrived["grad_var"], smooth_norm.var(bias=True).to_numpy(), rtol=1e-9, atol=1e-12)
     assert set(arrived["grad_conflict_rate"]) == {0.0}  # a source does not conflict with itself
     assert {"input_wait_ms", "step_latency_ms", "samples_per_s"} <= arrived.keys()
     assert {"hook_latency_ms", "h2d_copy_ms", "gpu_util_percent"}.isdisjoint(arrived)

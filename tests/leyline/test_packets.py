@@ -149,7 +149,7 @@ def test_what_no_packet_can_carry_is_refused_by_name(fields: dict[str, Any], nam
 
 def test_state_refuses_the_same() -> None:
     """Both doors give the same error."""
-    with pytest.raises(AdapterError, match="run id 'run.ud800' is not valid Unicode"):
+    with pytest.raises(AdapterError, match=r"run id 'run.ud800' is not valid Unicode"):
         state(make_frame(run=dataclasses.replace(RUN, run_id="run\ud800")))
 
 

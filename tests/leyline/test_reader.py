@@ -62,7 +62,7 @@ def test_every_metric_of_the_request_set_by_somebody_else_is_in_the_packets(
         (metric.name, metric.unit, {"seed_id": "seed-1"}) for metric in SEED_METRICS
     ]
     [state] = packets.state.seed_states
-    assert (state.seed_id, state.stage, state.metrics["alpha"]) == ("seed-1", Stage.BLENDING, 0.5)
+    assert (state.seed_id, int(state.stage), state.metrics["alpha"]) == ("seed-1", 4, 0.5)
 
 
 def test_pulls_are_numbered_when_nobody_says_the_step(reader: LeylineMetricReader, provider: MeterProvider) -> None:

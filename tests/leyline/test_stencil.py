@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from hypothesis import given
@@ -32,7 +33,7 @@ def test_a_filled_table_of_floats_is_the_message_that_setters_make(
     rows: list[tuple[str, tuple[float, float, float]]],
 ) -> None:
     """Whatever the texts around the holes are: ids come from users."""
-    stencils = [Stencil.of(lambda hole, text=text: state_of(text, hole), 4) for text, _ in rows]
+    stencils = [Stencil.of(partial(state_of, text), 4) for text, _ in rows]
     table = np.array([cells for _, cells in rows]).reshape(-1, COLUMNS)
     filled = Stencil.joined(stencils, 4, COLUMNS).filled(table)
     expected = SystemStatePacket()
@@ -46,7 +47,7 @@ def test_the_slices_of_a_filled_table_of_doubles_are_its_rows_messages(
     rows: list[tuple[str, tuple[float, float, float]]],
 ) -> None:
     """A seed must never get another seed's numbers."""
-    stencils = [Stencil.of(lambda hole, text=text: telemetry_of(text, hole), 8) for text, _ in rows]
+    stencils = [Stencil.of(partial(telemetry_of, text), 8) for text, _ in rows]
     stencil = Stencil.joined(stencils, 8, COLUMNS)
     filled = stencil.filled(np.array([cells for _, cells in rows]).reshape(-1, COLUMNS))
     messages = [TelemetryPacket.FromString(filled[part]) for part in stencil.slices()]

@@ -114,7 +114,7 @@ def test_nothing_else_of_ours_stands_in_the_map() -> None:
     """Tamiyo's networks see every key: each further one would be an input that they were not built for."""
     everything = {metric.name: 1.0 for metric in METRICS if metric.name.startswith("esper.") and metric.level == "step"}
     frame_only = {"esper.frame.sequence", "esper.frame.points"}  # no frame has these two
-    packet = state(make_frame(**BARE | {"recorded": {name: 1.0 for name in everything.keys() - frame_only}}))
+    packet = state(make_frame(**BARE | {"recorded": dict.fromkeys(everything.keys() - frame_only, 1.0)}))
     assert set(packet.training_metrics) == set(KEYS.values())
 
 
