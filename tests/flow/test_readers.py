@@ -41,11 +41,11 @@ def test_every_metric_of_the_request_is_an_instrument_with_its_name_unit_and_see
         telemetry.record_step({m.name: 0.5 for m in STEP_METRICS}, epoch=0)
         found = collected(reader)
     ours: dict[str, Any] = {"esper.run.id": "run", "esper.rank": 0}
-    for metric in STEP_METRICS:
-        assert found[metric.name] == (metric.unit, [(ours, 0.5)])
-    for metric in SEED_METRICS:
-        assert found[metric.name] == (metric.unit, [({**ours, "seed_id": "seed-1"}, 4.0)])
-    assert found["esper.steps"] == ("count", [(ours, 1)])
+    of_seed = {**ours, "seed_id": "seed-1"}
+    expected = {metric.name: (metric.unit, [(ours, 0.5)]) for metric in STEP_METRICS}
+    expected |= {metric.name: (metric.unit, [(of_seed, 4.0)]) for metric in SEED_METRICS}
+    expected["esper.steps"] = ("count", [(ours, 1)])
+    assert {name: found[name] for name in expected} == expected
     assert found.keys() <= {m.name for m in METRICS} - {"esper.frame.points", "esper.frame.sequence"}
     meter_provider.shutdown()
 

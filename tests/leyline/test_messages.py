@@ -63,6 +63,4 @@ def test_the_stub_of_each_enum_has_its_values() -> None:
 
 def test_the_stub_declares_nothing_else() -> None:
     """Each class of the stub exists."""
-    assert set(STUB) == {
-        name for name in [*(m.name for m in CONTRACT.message_type), *(e.name for e in CONTRACT.enum_type)]
-    }
+    assert set(STUB) == {m.name for m in CONTRACT.message_type} | {e.name for e in CONTRACT.enum_type}
