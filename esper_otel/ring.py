@@ -25,12 +25,15 @@ class Ring:
 
     Threads: ``append`` belongs to the publisher. Every other method may be called from any thread at any time;
     a dict is read and written in single operations, which the interpreter keeps whole.
+
+    Attributes:
+        size: about how many bytes the frames hold on to.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._frames: dict[int, Frame] = {}
-        self._bytes = 0
+        self.size = 0
         self._first = 1
         self._last = 0
 
@@ -48,9 +51,9 @@ class Ring:
         """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
         self._last = frame.sequence
         self._frames[self._last] = frame
-        self._bytes += frame_bytes(frame)
-        while self._bytes > self._capacity_bytes and self._first < self._last:
-            self._bytes -= frame_bytes(self._frames.pop(self._first))
+        self.size += frame_bytes(frame)
+        while self.size > self._capacity_bytes and self._first < self._last:
+            self.size -= frame_bytes(self._frames.pop(self._first))
             self._first += 1
 
     def newest(self) -> Frame | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import os
 import time
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +15,13 @@ from esper_otel.absence import reasons
 from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import GradientDynamics, LossDynamics
 from esper_otel.derive.processor import Processor
+from esper_otel.ending import forget, watch
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import instruments_of
 from esper_otel.export.provider import Exporters, exporters_from_environment, own_provider, sdk_is_disabled
-from esper_otel.export.resource import resource_for
+from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.frame import Frame
 from esper_otel.identity import identify
@@ -116,6 +115,7 @@ class _Session:
         exporters = _exporters(meter_provider, export_steps)
         endpoint = _endpoint(exporters.protocol) if exporters.steps else None
 
+        self._resource_of = resources()
         self._deriver = Deriver(processors, self._fault)
         self._sampler = (
             Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
@@ -139,7 +139,7 @@ class _Session:
             self._publisher.set_device(device_name(device), named=True)
         self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
 
-        self._provider = own_provider(resource_for(run), exporters.readers) if meter_provider is None else None
+        self._provider = own_provider(self._resource_of(run), exporters.readers) if meter_provider is None else None
         # A provider that was given has its user's Resource: the points themselves say whose they are.
         self.attributes: Mapping[str, str | int] = (
             {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
@@ -149,7 +149,7 @@ class _Session:
 
         self.telemetry = Telemetry(self._recorder, self)
         self._process_id = os.getpid()
-        _live.add(self)
+        watch(self.telemetry)
         if self._sampler is not None:
             self._sampler.start()
         if self._exporter is not None:
@@ -163,7 +163,7 @@ class _Session:
         publisher = self._publisher
         exporter = StepExporter(
             publisher.ring,
-            Encoder(publisher.names.entries, resource_for, self._fault),
+            Encoder(publisher.names.entries, self._resource_of, self._fault),
             open_sender(endpoint),
             every_s=settings.export_every_s,
             timeout_s=endpoint.timeout_s,
@@ -225,12 +225,16 @@ class _Session:
             ("esper.clock.jumps", ""): self._recorder.clock.jumps,
             ("esper.errors.internal", ""): counters.faults,
             ("esper.frames.recorded", ""): publisher.ring.last,
+            ("esper.buffer.bytes", ""): publisher.ring.size,
             ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
         }
         if exporter is not None:
             counts["esper.frames.exported", ""] = exporter.exported
             counts["esper.export.queue", ""] = exporter.waiting
+            counts["esper.export.retries", ""] = exporter.retries
             counts["esper.points.rejected", ""] = exporter.rejected_points
+            if exporter.outcome is not None:
+                counts["esper.run.ended", exporter.outcome] = 1
             if exporter.latency_ms is not None:
                 counts["esper.export.latency_ms", ""] = exporter.latency_ms
             for reason, dropped in exporter.dropped.copy().items():
@@ -270,19 +274,29 @@ class _Session:
         """Takes the processors' states."""
         self._deriver.load_state_dict(states)
 
+    def interrupted(self) -> None:
+        """See ``Telemetry.interrupted``."""
+        if self._exporter is not None and os.getpid() == self._process_id:
+            self._exporter.wake()
+
+    def join(self, deadline_s: float) -> None:
+        """See ``Wiring.join``."""
+        if self._exporter is not None and os.getpid() == self._process_id:
+            self._exporter.join(deadline_s)
+
     def close(self, deadline_s: float, outcome: str) -> None:
         """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
-        _live.discard(self)
         if os.getpid() != self._process_id:
             return
         if self._exporter is not None:
-            self._exporter.close(deadline_s)
+            self._exporter.close(deadline_s, outcome)
         if self._provider is not None:
             left_s = max(deadline_s - time.monotonic(), 0.1)
             self._provider.shutdown(timeout_millis=left_s * 1e3)
         self._instruments.detach(self)
         if self._sampler is not None:
             self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
+        forget(self.telemetry)
         announce("closed", self._summary(outcome))
 
     def _summary(self, outcome: str) -> str:
@@ -333,14 +347,3 @@ def _exporters(meter_provider: MeterProvider | None, export_steps: bool | None) 
     if export_steps is None or sdk_is_disabled():  # no argument overrules the operator's switch
         return exporters
     return exporters._replace(steps=export_steps, off="" if export_steps else "export_steps=False")
-
-
-_live: weakref.WeakSet[_Session] = weakref.WeakSet()
-
-
-def _close_at_exit() -> None:
-    for session in list(_live):
-        session.telemetry.close(outcome="exit")
-
-
-atexit.register(_close_at_exit)

@@ -61,6 +61,12 @@ class Wiring(Protocol):
     def load_derive_state(self, states: Mapping[str, Any]) -> None:
         """Takes the processors' states."""
 
+    def interrupted(self) -> None:
+        """See ``Telemetry.interrupted``."""
+
+    def join(self, deadline_s: float) -> None:
+        """Waits until what ``close`` began is done, at most until ``deadline_s``."""
+
     def close(self, deadline_s: float, outcome: str) -> None:
         """Flushes and stops everything by ``deadline_s`` of ``time.monotonic``."""
 
@@ -260,16 +266,23 @@ class Telemetry:
     def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
         """Sends what is left and ends the session, within about ``timeout_s``. Packets can still be pulled.
 
+        A second call waits for the first, which a signal or another thread may have found under way.
+
         Args:
             timeout_s: how long to wait for the endpoint, in seconds.
-            outcome: how the run ended; ``completed`` when it is not given.
+            outcome: how the run ended, as sent in ``esper.run.ended``; ``completed`` when it is not given.
         """
+        deadline_s = time.monotonic() + max(timeout_s, 0.0)
         if self._is_closed:
+            self._wiring.join(deadline_s)
             return
         self._is_closed = True
-        deadline_s = time.monotonic() + max(timeout_s, 0.0)
         self._recorder.publisher.settle(deadline_s)
         self._wiring.close(deadline_s, outcome or "completed")
+
+    def interrupted(self) -> None:
+        """Sends what is there at once: the process has been told to end. Called on SIGTERM."""
+        self._wiring.interrupted()
 
     def __enter__(self) -> Telemetry:
         return self

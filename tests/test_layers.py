@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "frame": {"schema"},
     "ring": {"frame"},
     "log": set[str](),
+    "ending": set[str](),
     "identity": {"frame"},
     "absence": {"schema", "frame"},
     "record": {"schema", "frame", "ring", "log"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "leyline": {"schema", "frame"},
     "telemetry": {"schema", "frame", "record", "leyline"},
     "session": {
-        *("schema", "settings", "frame", "ring", "log", "identity", "absence", "telemetry", "_version"),
+        *("schema", "settings", "frame", "ring", "log", "ending", "identity", "absence", "telemetry", "_version"),
         *("record", "derive", "probes", "export", "leyline"),
     },
     "testing": {"schema", "export"},

@@ -113,6 +113,13 @@ class Encoder:
             for name, metric in catalogue.items()
         }
 
+    def shrink(self, max_points: int) -> bool:
+        """Makes requests smaller from now on, for an endpoint that takes no larger ones; False when it cannot."""
+        if max_points < len(SEED_CELLS):
+            return False
+        self._max_points = max_points
+        return True
+
     def requests(self, frames: Iterable[Frame]) -> Iterator[Request]:
         """The frames as requests, each encoded when it is asked for.
 
@@ -205,7 +212,7 @@ class Encoder:
 
         Args:
             run: whose they are.
-            values: by name; of a metric that is split by ``reason``, a value for each.
+            values: by name; of a metric that is split, a value for each.
             start_unix_ns: when the counters were 0.
             time_unix_ns: when the values were read.
         """
@@ -222,7 +229,7 @@ class Encoder:
                 if metric.kind == "counter":
                     point.start_time_unix_nano = start_unix_ns
                 if reason:
-                    point.attributes.append(_attribute("reason", reason))
+                    point.attributes.append(_attribute(metric.split_by, reason))
         return request.SerializeToString()
 
     def stale(

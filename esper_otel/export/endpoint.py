@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +25,27 @@ _DEFAULT_ENDPOINT = {"grpc": "http://localhost:4317", "http/protobuf": "http://l
 _DEFAULT_TIMEOUT_S = 10.0
 _COMPRESSIONS = {"grpc": ("none", "gzip"), "http/protobuf": ("none", "gzip", "deflate")}
 _PROVIDER = {
-    "grpc": ("OTEL_PYTHON_EXPORTER_OTLP_GRPC_METRICS_CREDENTIAL_PROVIDER",),
-    "http/protobuf": (
+    "grpc": (
+        "OTEL_PYTHON_EXPORTER_OTLP_GRPC_METRICS_CREDENTIAL_PROVIDER",
+        "OTEL_PYTHON_EXPORTER_OTLP_GRPC_CREDENTIAL_PROVIDER",
+    ),
+    "http/protobuf": (  # in the official exporter's order: the general one wins
         "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
         "OTEL_PYTHON_EXPORTER_OTLP_HTTP_METRICS_CREDENTIAL_PROVIDER",
     ),
 }
+
+# gRPC's own target names, https://grpc.github.io/grpc/core/md_doc_naming.html
+_GRPC_NAME = re.compile(r"(unix|unix-abstract|dns|ipv4|ipv6):(?!//$)\S+")
+_GRPC_DEFAULT_PORT = 443  # gRPC's, for plain text too
+
+# What reaches the wire as it is: gRPC aborts a call over anything else, requests raises with the value in its message.
+_HEADER_NAME = {"grpc": re.compile(r"[0-9a-z_.-]+(?<!-bin)"), "http/protobuf": re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")}
+_HEADER_VALUE = {"grpc": re.compile(r"[\x20-\x7e]*"), "http/protobuf": re.compile(r"[\t\x20-\x7e\xa0-\xff]*")}
+# What ``parse_env_headers`` takes; whatever else there is it would log, secrets included, and leave out.
+_HEADER_ENTRY = re.compile(r"[^\x00-\x20\x7f-\U0010ffff\"(),/:;<=>?@\[\\\]{}]+[ \t]*=[\x20-\x7e\t]*")
+_HEADER_SPECIAL = re.compile(r"[\"\\;]")
+_HEADER_FORM = "give name=value,name=value with %20 for a space, %2C for a comma, %22 for a quote"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +55,12 @@ class Endpoint:
     Attributes:
         protocol: ``grpc`` or ``http/protobuf``.
         target: what users are shown: ``host:port``, or the URL without credentials.
-        address: what is dialled: ``host:port`` for gRPC, the whole URL for HTTP.
+        address: what is dialled: ``host:port`` or a gRPC name (``unix:///path``), for HTTP the whole URL.
         is_insecure: whether it is plain text.
         headers: sent with every request, names in lower case.
         certificate: file of the authorities that sign the endpoint's certificate; the system's when None.
         client_key: file of our key, for mutual TLS.
-        client_certificate: file of our certificate.
+        client_certificate: file of our certificate; there is a key with it, and the other way round.
         compression: ``none``, ``gzip`` or ``deflate``.
         timeout_s: for one request.
         credential_provider: name in the entry point group ``opentelemetry_otlp_credential_provider``.
@@ -76,21 +93,17 @@ def endpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Endpoi
     if protocol not in _DEFAULT_ENDPOINT:
         raise ConfigurationError(f"{variable}={protocol!r} is not supported: set it to grpc or http/protobuf")
     chosen = cast("Protocol", protocol)
-    variable, text = _found(environ, "ENDPOINT")
-    url = _url(variable, text or _DEFAULT_ENDPOINT[protocol], protocol)
-    if protocol == "http/protobuf" and not variable.startswith(_METRICS):
-        url = url._replace(path=url.path.removesuffix("/") + "/v1/metrics")
-    host = url.netloc.rpartition("@")[2]
-    shown = host if protocol == "grpc" else urlunsplit((url.scheme, host, url.path, "", ""))
+    address, target, is_insecure = _grpc(environ) if protocol == "grpc" else _http(environ)
+    certificate, client_key, client_certificate = _tls_files(environ, is_insecure=is_insecure)
     return Endpoint(
         protocol=chosen,
-        target=shown,
-        address=host if protocol == "grpc" else urlunsplit(url),
-        is_insecure=_is_insecure(environ, url) if protocol == "grpc" else url.scheme == "http",
-        headers=_headers(environ),
-        certificate=_file(environ, "CERTIFICATE"),
-        client_key=_file(environ, "CLIENT_KEY"),
-        client_certificate=_file(environ, "CLIENT_CERTIFICATE"),
+        target=target,
+        address=address,
+        is_insecure=is_insecure,
+        headers=_headers(environ, protocol),
+        certificate=certificate,
+        client_key=client_key,
+        client_certificate=client_certificate,
         compression=_compression(environ, protocol),
         timeout_s=_timeout_s(environ),
         credential_provider=next(filter(None, map(environ.get, _PROVIDER[protocol])), None),
@@ -106,64 +119,126 @@ def _found(environ: Mapping[str, str], name: str) -> tuple[str, str]:
     return _GENERAL + name, ""
 
 
-def _url(variable: str, text: str, protocol: str) -> SplitResult:
-    wrong = f"{variable}={_without_credentials(text)!r}"
-    with_scheme = text if "://" in text else f"//{text}"
+def _grpc(environ: Mapping[str, str]) -> tuple[str, str, bool]:
+    """Address, target, and whether it is plain text."""
+    variable, text = _found(environ, "ENDPOINT")
+    if _GRPC_NAME.fullmatch(text):
+        return text, text, _is_insecure(environ, "")
+    url, port = _url(variable, text or _DEFAULT_ENDPOINT["grpc"])
+    if url.scheme not in {"", "http", "https"}:
+        raise _wrong(variable, text, f"has the scheme {url.scheme!r}: give http://host:port or https://host:port")
+    host = url.netloc.rpartition("@")[2]
+    address = host if port is not None else f"{host.removesuffix(':')}:{_GRPC_DEFAULT_PORT}"
+    return address, address, _is_insecure(environ, url.scheme)
+
+
+def _http(environ: Mapping[str, str]) -> tuple[str, str, bool]:
+    """As ``_grpc``."""
+    variable, text = _found(environ, "ENDPOINT")
+    url, _ = _url(variable, text or _DEFAULT_ENDPOINT["http/protobuf"])
+    if url.scheme not in {"http", "https"}:
+        fault = f"has the scheme {url.scheme!r}" if url.scheme else "has no scheme"
+        raise _wrong(variable, text, f"{fault}: over http/protobuf give http://host:port or https://host:port")
+    if not variable.startswith(_METRICS):
+        url = url._replace(path=url.path.removesuffix("/") + "/v1/metrics")
+    shown = urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+    return urlunsplit(url), shown, url.scheme == "http"
+
+
+def _url(variable: str, text: str) -> tuple[SplitResult, int | None]:
+    """The URL and its port."""
     try:
-        url = urlsplit(with_scheme)
+        url = urlsplit(text if "://" in text else f"//{text}")
         port = url.port
     except ValueError as error:
-        raise ConfigurationError(f"{wrong}: {error}; give http://host:port") from None
-    if protocol == "http/protobuf" and url.scheme not in {"http", "https"}:
-        raise ConfigurationError(
-            f"{wrong} has no scheme: over http/protobuf give http://host:port or https://host:port"
-        )
-    if url.scheme not in {"", "http", "https"}:
-        raise ConfigurationError(f"{wrong} has the scheme {url.scheme!r}: give http://host:port or https://host:port")
-    if not url.hostname:
-        raise ConfigurationError(f"{wrong} names no host: give http://host:port")
-    if protocol == "grpc" and port is None:
-        url = url._replace(netloc=f"{url.netloc}:{80 if url.scheme == 'http' else 443}")
-    return url
+        # urllib repeats the port's text, which is a password when the host has been forgotten.
+        fault = "the port is not a number from 1 to 65535" if "ort" in str(error) else "it cannot be read"
+        raise _wrong(variable, text, f"{fault}; give http://host:port") from None
+    if not url.hostname or re.search(r"\s", url.netloc):
+        raise _wrong(variable, text, "names no host: give http://host:port")
+    if port == 0:
+        raise _wrong(variable, text, "the port is not a number from 1 to 65535; give http://host:port")
+    return url, port
+
+
+def _wrong(variable: str, text: str, fault: str) -> ConfigurationError:
+    return ConfigurationError(f"{variable}={_without_credentials(text)!r}: {fault}")
 
 
 def _without_credentials(text: str) -> str:
-    head, separator, rest = text.partition("://")
+    head, separator, rest = text.partition("?")[0].partition("://")
     if not separator:
-        return text.rpartition("@")[2]
+        return head.rpartition("@")[2]
     return f"{head}://{rest.rpartition('@')[2]}"
 
 
-def _is_insecure(environ: Mapping[str, str], url: SplitResult) -> bool:
-    if url.scheme == "https":
+def _is_insecure(environ: Mapping[str, str], scheme: str) -> bool:
+    if scheme == "https":
         return False
     variable, text = _found(environ, "INSECURE")
     if text:
         if text.lower() not in {"true", "false"}:
             raise ConfigurationError(f"{variable}={text!r} is neither true nor false")
         return text.lower() == "true"
-    return url.scheme == "http"
+    return scheme == "http"
 
 
-def _headers(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def _headers(environ: Mapping[str, str], protocol: str) -> tuple[tuple[str, str], ...]:
     variable, text = _found(environ, "HEADERS")
-    for part in text.split(","):
-        if part.strip() and "=" not in part:
-            raise ConfigurationError(f"{variable}: an entry has no '='; give name=value,name=value with %20 for spaces")
-    headers = {name.lower(): value for name, value in parse_env_headers(text, liberal=True).items()}
-    if text.strip(", ") and not headers:
-        raise ConfigurationError(f"{variable} holds no valid header; give name=value,name=value with %20 for spaces")
+    headers: dict[str, str] = {}
+    for number, part in enumerate(text.split(","), 1):
+        if not part.strip():
+            continue
+        if not _HEADER_ENTRY.fullmatch(part.strip()) or _HEADER_SPECIAL.search(part):
+            raise ConfigurationError(f"{variable}: entry {number} is not name=value; {_HEADER_FORM}")
+        [(name, value)] = parse_env_headers(part, liberal=True).items()
+        if not _HEADER_NAME[protocol].fullmatch(name) or not _HEADER_VALUE[protocol].fullmatch(value):
+            raise ConfigurationError(
+                f"{variable}: entry {number} holds, decoded, characters that {protocol} cannot carry in a header"
+            )
+        headers[name] = value
     return tuple(headers.items())
+
+
+def _tls_files(environ: Mapping[str, str], *, is_insecure: bool) -> tuple[Path | None, Path | None, Path | None]:
+    """Authorities, our key and our certificate; read once, since gRPC aborts the process over half a pair."""
+    certificate, key, chain = (_file(environ, name) for name in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"))
+    if key is not None and chain is None:
+        raise ConfigurationError(
+            f"{_found(environ, 'CLIENT_KEY')[0]} is set without {_GENERAL}CLIENT_CERTIFICATE: set both, or neither"
+        )
+    key = chain if key is None else key  # one PEM file may hold both
+    if is_insecure:
+        return certificate, key, chain
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    name = "CERTIFICATE"
+    try:
+        if certificate is not None:
+            context.load_verify_locations(certificate)
+        name = "CLIENT_CERTIFICATE"
+        if chain is not None:
+            context.load_cert_chain(chain, key, password="")  # noqa: S106 - or OpenSSL would ask the terminal for one
+    except OSError as error:
+        variable, text = _found(environ, name)
+        need = "CERTIFICATE" if name == "CERTIFICATE" else "CERTIFICATE and its unencrypted key (_CLIENT_KEY)"
+        why = getattr(error, "reason", None) or error.strerror or error
+        raise ConfigurationError(f"{variable}={text!r}: {why}; give PEM files: BEGIN {need}") from None
+    return certificate, key, chain
 
 
 def _file(environ: Mapping[str, str], name: str) -> Path | None:
     variable, text = _found(environ, name)
     if not text:
         return None
-    path = Path(text)
-    if not path.is_file():
+    if "-----BEGIN" in text:
+        raise ConfigurationError(f"{variable} holds PEM text: write it to a file and give the file's path")
+    try:
+        is_file = Path(text).is_file()
+    except OSError:  # a name that no file can have
+        is_file = False
+    if not is_file:
         raise ConfigurationError(f"{variable}={text!r}: there is no such file")
-    return path
+    return Path(text)
 
 
 def _compression(environ: Mapping[str, str], protocol: str) -> Compression:

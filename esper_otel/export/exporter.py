@@ -61,7 +61,6 @@ class StepExporter:
         self._health = health
         self._warnings = warnings
         self._cursor = 0
-        self._frames_at_once = _FRAMES_AT_ONCE
         self._failures = 0
         self._streams = Streams()
         self._run: Run | None = None
@@ -73,6 +72,8 @@ class StepExporter:
         self._thread = threading.Thread(target=self._work, name="esper-otel-export", daemon=True)
         self.exported = 0
         self.rejected_points = 0
+        self.retries = 0
+        self.outcome: str | None = None
         self.dropped: Counter[str] = Counter()
         self.latency_ms: float | None = None
         self.last_error: str | None = None
@@ -90,12 +91,20 @@ class StepExporter:
         """Sends what is there without waiting for the next period."""
         self._wake.set()
 
-    def close(self, deadline_s: float) -> None:
-        """Sends what is left and stops, by ``deadline_s`` of ``time.monotonic``; counts what could not be sent."""
+    def join(self, deadline_s: float) -> None:
+        """Waits for the thread to end, at most until ``deadline_s`` of ``time.monotonic``."""
+        self._thread.join(max(deadline_s - time.monotonic(), 0.0))
+
+    def close(self, deadline_s: float, outcome: str) -> None:
+        """Sends what is left and how the run ended, and stops, by ``deadline_s`` of ``time.monotonic``.
+
+        What could not be sent is counted.
+        """
+        self.outcome = outcome
         self._deadline_s = deadline_s
         self._closing.set()
         self._wake.set()
-        self._thread.join(max(deadline_s - time.monotonic(), 0.0))
+        self.join(deadline_s)
         self._sender.close()
         self._thread.join(0.5)
         if self.waiting:
@@ -111,7 +120,7 @@ class StepExporter:
             (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
             pause_s = self._send_guarded()
-        while self._send_guarded() is not None and time.monotonic() < self._deadline_s:
+        while time.monotonic() < self._deadline_s and self._send_guarded() is not None:
             time.sleep(min(_PAUSE_WHILE_CLOSING_S, max(self._deadline_s - time.monotonic(), 0.0)))
         self._say_goodbye()
 
@@ -130,7 +139,7 @@ class StepExporter:
 
     def _send_waiting(self) -> float | None:
         while self.waiting:
-            frames, gone = self._ring.after(self._cursor, self._frames_at_once)
+            frames, gone = self._ring.after(self._cursor, _FRAMES_AT_ONCE)
             if gone:
                 self.dropped["buffer full"] += gone
                 self._cursor += gone
@@ -153,11 +162,11 @@ class StepExporter:
 
     def _settled(self, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
         """Moves the cursor past what is settled; returns how long to pause before trying again, None to go on."""
-        if outcome.result is Result.TOO_LARGE and request.frames > 1:
-            self._frames_at_once = request.frames // 2
+        if outcome.result is Result.TOO_LARGE and self._encoder.shrink(request.points // 2):
             return 0.0
         if outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
             self._report(outcome.reason)
+            self.retries += 1
             return self._pause(outcome.retry_after_s)
         self._cursor += request.frames
         settled = frames[: request.frames]
@@ -166,7 +175,6 @@ class StepExporter:
             self.dropped[outcome.reason] += request.frames
             return None
         self._failures = 0
-        self._frames_at_once = _FRAMES_AT_ONCE
         self.exported += request.frames
         if outcome.rejected_points:
             self.rejected_points += outcome.rejected_points
@@ -198,7 +206,8 @@ class StepExporter:
                 self._sent(body)
 
     def _send_health(self, *, now: bool = False) -> None:
-        if self._run is None or (not now and time.monotonic() < self._next_health_s):
+        is_due = self._deadline_s is None and time.monotonic() >= self._next_health_s
+        if self._run is None or not (now or is_due):
             return
         self._next_health_s = time.monotonic() + HEALTH_EVERY_S
         values: dict[str, float | dict[str, float]] = {}

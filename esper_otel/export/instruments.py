@@ -32,7 +32,7 @@ class Source(Protocol):
         """The newest frame; None before the first, when it is stale, and in a forked child."""
 
     def counts(self) -> Mapping[tuple[str, str], float]:
-        """Session metrics by (name, reason); the reason is empty but for metrics that have one."""
+        """Session metrics by name and, of a metric that is split, the part; else the part is empty."""
 
 
 class _Reading(NamedTuple):
@@ -93,8 +93,9 @@ class Instruments:
                 raise InvalidCatalogue(faults)
             for metric in metrics:
                 if metric.name not in self._declared:
-                    self._register(metric, 1 << len(self._declared))
-                    self._declared[metric.name] = metric
+                    bit = 1 << len(self._declared)
+                    self._declared[metric.name] = metric  # a collect may ask the new callback at once
+                    self._register(metric, bit)
             self._sources = (*self._sources, source)
 
     def detach(self, source: Source) -> None:
@@ -141,12 +142,12 @@ class Instruments:
             if math.isfinite(cells.get(field, math.nan))
         ]
 
-    @staticmethod
-    def _of_session(name: str, readings: tuple[_Reading, ...]) -> list[Observation]:
+    def _of_session(self, name: str, readings: tuple[_Reading, ...]) -> list[Observation]:
+        split_by = self._declared[name].split_by
         return [
-            Observation(count, {**reading.attributes, "reason": reason} if reason else reading.attributes)
+            Observation(count, {**reading.attributes, split_by: part} if part else reading.attributes)
             for reading in readings
-            for (counted, reason), count in reading.counts.items()
+            for (counted, part), count in reading.counts.items()
             if counted == name
         ]
 

@@ -7,7 +7,7 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,12 +25,19 @@ _NEVER = ("process.command_args", "process.command_line")
 
 
 def resource_for(run: Run, *, extra: Mapping[str, str | int] = _NONE) -> Resource:
-    """The Resource of one rank's attempt, with what ``OTEL_*`` variables say.
+    """The Resource of one rank's attempt, with what ``OTEL_*`` variables say. Detects anew; see ``resources``."""
+    return resources(extra=extra)(run)
+
+
+def resources(*, extra: Mapping[str, str | int] = _NONE) -> Callable[[Run], Resource]:
+    """Gives the Resource of a run, as often as asked, from what is detected now.
 
     ``service.instance.id`` and the ``esper.*`` that the run fills are always ours: frames are put together
     and packets rebuilt from them. For everything else, ``extra`` included, ``OTEL_SERVICE_NAME``,
-    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` win. Detects anew at each call,
-    in about a millisecond; detectors that the user switched on take what they take.
+    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` win.
+
+    Detecting takes about a millisecond; detectors that the user switched on take what they take. The SDK runs them in
+    threads, which an interpreter that shuts down does not start any more: so it is done at the start of a session.
     """
     detected = Resource.create()
     found = dict(detected.attributes)
@@ -39,8 +46,13 @@ def resource_for(run: Run, *, extra: Mapping[str, str | int] = _NONE) -> Resourc
         found[SERVICE_NAME] = DEFAULT_SERVICE_NAME
     for name in _NEVER:
         found.pop(name, None)
-    attributes: dict[str, AnyValue] = {**_process(), **extra, **found, **_identity(run)}
-    return Resource({name: _valid_text(value) for name, value in attributes.items()}, detected.schema_url)
+    of_process = {**_process(), **extra, **found}
+
+    def of_run(run: Run) -> Resource:
+        attributes: dict[str, AnyValue] = {**of_process, **_identity(run)}
+        return Resource({name: _valid_text(value) for name, value in attributes.items()}, detected.schema_url)
+
+    return of_run
 
 
 def _identity(run: Run) -> dict[str, str | int]:

@@ -152,6 +152,7 @@ _GRPC_WORDS = (
     ("domain name not found", "the name in {target} cannot be resolved"),
     ("name or service not known", "the name in {target} cannot be resolved"),
     ("expected settings frame", "{target} speaks HTTP/1.1, not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
+    ("failed parsing http/2", "{target} speaks HTTP/1.1, not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
     ("http1.x server", "{target} speaks HTTP/1.1, not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
     ("socket closed", "{target} closed the connection: it may speak TLS (https://), or HTTP/1.1 instead of gRPC"),
     ("connection reset", "{target} reset the connection"),

@@ -21,6 +21,9 @@ from esper_otel.ring import Ring
 
 _DEVICE_POLL_S = 0.001
 
+# A signal may interrupt the very thread that is draining, and ask for the same: it must not wait for ever.
+_DRAINING_TIMEOUT_S = 1.0
+
 _MAX = sys.float_info.max
 
 # What rounds to infinity in the packets' float32 begins here: the largest float32 and half a unit in its last place.
@@ -106,9 +109,9 @@ class Publisher:
 
     def drain(self, *, wait: bool = False) -> None:
         """Publishes the steps whose device values have arrived, in order; waits for all of them if asked to."""
-        if not self._unfinished:
+        if not self._unfinished or not self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             return
-        with self._draining:
+        try:
             while self._unfinished:
                 draft, held = self._unfinished[0]
                 if held is not None:
@@ -119,6 +122,8 @@ class Publisher:
                     draft = self._with_arrived(draft, held)
                 self._commit(draft)
                 self._unfinished.popleft()  # only now: a step that ends meanwhile must queue behind it
+        finally:
+            self._draining.release()
 
     def settle(self, deadline_s: float) -> None:
         """Publishes every step; one whose device values have not come by ``deadline_s`` goes without them."""
@@ -129,10 +134,13 @@ class Publisher:
         if not self._unfinished:
             return
         self.warnings.say("device", "%d steps go without device values that never came", len(self._unfinished))
-        with self._draining:
-            while self._unfinished:
-                self._commit(self._unfinished[0][0])
-                self._unfinished.popleft()
+        if self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
+            try:
+                while self._unfinished:
+                    self._commit(self._unfinished[0][0])
+                    self._unfinished.popleft()
+            finally:
+                self._draining.release()
 
     def _with_arrived(self, draft: Draft, held: Held) -> Draft:
         values, context, table = dict(draft.values), dict(draft.context or {}), draft.table

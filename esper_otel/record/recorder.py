@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frame import NO_SEEDS, Frame, SeedTable
@@ -18,8 +18,11 @@ from esper_otel.record.seeds import (
     table_of_columns,
     table_of_rows,
 )
-from esper_otel.record.step import Packet, Step
+from esper_otel.record.step import Step
 from esper_otel.record.values import CONTEXT, UINT32_MAX, UINT64_MAX, Held, Target, are_floats, read, whole
+
+if TYPE_CHECKING:
+    from esper_otel.leyline.messages import SystemStatePacket
 
 # What is over only when the step is: inside the step, those of the step before are what is known.
 _KNOWN_AFTERWARDS = (
@@ -51,7 +54,7 @@ class Recorder:
         *,
         clock: Clock,
         probing: Probing | None,
-        to_state: Callable[[Frame], Packet],
+        to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
     ) -> None:
         self.publisher = publisher
@@ -278,7 +281,7 @@ class Recorder:
 
     # -- the state inside a step ---------------------------------------------------------------------------
 
-    def state(self, step: Step) -> Packet:
+    def state(self, step: Step) -> SystemStatePacket:
         """The packet of an open step; see ``Step.state``."""
         publisher = self.publisher
         publisher.drain(wait=True)

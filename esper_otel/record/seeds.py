@@ -180,7 +180,7 @@ _LOW, _HIGH = _bounds()
 # The bits of non-negative doubles are in the order of their values, with infinity and NaN above and the negative
 # ones above those: one comparison of integers finds what is finite and in range. Where negative values are
 # allowed the sign is masked out first.
-_MASK = np.where(_LOW < 0.0, 0x7FFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF).astype(np.uint64)
+_MASK = np.where(_LOW < 0.0, np.uint64(0x7FFF_FFFF_FFFF_FFFF), np.uint64(0xFFFF_FFFF_FFFF_FFFF))
 _HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frame import ABSENT, SeedTable
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.amp.grad_scaler import GradScaler
 
+    from esper_otel.leyline.messages import SystemStatePacket
     from esper_otel.record.recorder import Recorder
 
     Scalar: TypeAlias = float | Tensor
@@ -45,10 +46,6 @@ class MoreOfASeed(TypedDict, total=False):
     alpha_temperature: Scalar | None
     risk_tolerance: Scalar | None
     blend_allowed: Scalar | None
-
-
-class Packet(Protocol):
-    """Whatever the session's converter makes of a frame; Leyline's SystemStatePacket."""
 
 
 class _Timed:
@@ -315,7 +312,7 @@ class Step:
             self._hold(tensors)
         return plain
 
-    def state(self) -> Packet:
+    def state(self) -> SystemStatePacket:
         """The SystemStatePacket of the step so far, for a controller that decides inside the step.
 
         Derived metrics follow from what has been put; nothing is committed, so it may be called any number of

@@ -464,7 +464,14 @@ SESSION: tuple[Metric, ...] = (
         kind="counter",
         level="session",
     ),
-    Metric("esper.frames.dropped", "count", "Frames not delivered, by reason.", kind="counter", level="session"),
+    Metric(
+        "esper.frames.dropped",
+        "count",
+        "Frames not delivered, by reason.",
+        kind="counter",
+        level="session",
+        split_by="reason",
+    ),
     Metric(
         "esper.points.rejected",
         "count",
@@ -472,9 +479,24 @@ SESSION: tuple[Metric, ...] = (
         kind="counter",
         level="session",
     ),
+    Metric(
+        "esper.export.retries",
+        "count",
+        "Requests that failed in a way that may pass, and are sent again.",
+        kind="counter",
+        level="session",
+    ),
+    Metric("esper.buffer.bytes", "By", "Memory held by frames kept for export and for pull().", level="session"),
     Metric("esper.export.queue", "count", "Frames waiting for the endpoint's acknowledgement.", level="session"),
     Metric("esper.export.latency_ms", "ms", "Time that the last request took.", level="session"),
     Metric("esper.pull.lag", "count", "Frames published and not yet pulled.", level="session"),
+    Metric(
+        "esper.run.ended",
+        "flag",
+        "1 when the run has ended; the attribute outcome says how: completed, an exception's type, SIGTERM.",
+        level="session",
+        split_by="outcome",
+    ),
 )
 
 METRICS: tuple[Metric, ...] = (

@@ -38,6 +38,7 @@ class Metric:
         kind: the OpenTelemetry instrument that carries it.
         level: ``step`` and ``seed`` metrics travel in frames; ``session`` ones describe the telemetry itself.
         key: its key in ``SystemStatePacket.training_metrics``; empty when it has none.
+        split_by: the attribute that tells its series apart; empty when there is one series.
         source: clock, window or formula behind the value.
         present: when a frame has it.
         misleads: how it can be misread.
@@ -51,6 +52,7 @@ class Metric:
     kind: Literal["gauge", "counter"] = "gauge"
     level: Literal["step", "seed", "session"] = "step"
     key: str | None = None
+    split_by: str = ""
     source: str = ""
     present: str = ""
     misleads: str = ""
@@ -58,6 +60,8 @@ class Metric:
     def __post_init__(self) -> None:
         if self.key is None:  # a step metric stands in the packet under its own name
             object.__setattr__(self, "key", self.name if self.level == "step" else "")
+        if self.level == "seed":
+            object.__setattr__(self, "split_by", "seed_id")
         faults = []
         if not _NAME.fullmatch(str(self.name)):
             faults.append(

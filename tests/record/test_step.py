@@ -221,7 +221,7 @@ def test_a_retired_seed_is_in_no_later_packet(telemetry: Telemetry) -> None:
         telemetry.retire_seed("b")
     with telemetry.step(epoch=0) as now:
         now.seed("b", alpha=0.5)  # the id is taken by a new seed
-        assert [s.seed_id for s in now.state().seed_states] == ["a", "b"]  # type: ignore[attr-defined] # a SystemStatePacket
+        assert [s.seed_id for s in now.state().seed_states] == ["a", "b"]
     telemetry.retire_seed("a")
     telemetry.retire_seed("never seen")
     telemetry.record_step({}, epoch=0)
@@ -260,7 +260,7 @@ def test_now_state_is_the_step_so_far_with_the_latencies_of_the_step_before(tele
     """Tamiyo's latency rules could otherwise never fire."""
     with telemetry.step(epoch=3, samples=10) as now:
         now.put(loss=1.0)
-        assert "hook_latency_ms" not in now.state().training_metrics  # type: ignore[attr-defined] # a packet
+        assert "hook_latency_ms" not in now.state().training_metrics
         with now.hook(), now.tamiyo():
             pass
         with now.finalize():

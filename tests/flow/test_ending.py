@@ -1,0 +1,130 @@
+"""The end of a process: what was recorded arrives, and the process ends as it would have without us."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from esper_otel.testing import MemoryCollector
+
+BEGIN = """
+import os, signal, sys, time
+import esper_otel
+telemetry = esper_otel.start(run_id="run")
+for _ in range(200):
+    telemetry.record_step({"loss": 1.0}, epoch=0)
+"""
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")
+        yield collector
+
+
+def ended(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def outcomes(collector: MemoryCollector) -> list[str]:
+    return [p.attributes["outcome"] for p in collector.points() if p.name == "esper.run.ended" and not p.flags]
+
+
+def test_a_script_that_just_ends_loses_nothing(collector: MemoryCollector) -> None:
+    """Not everybody calls close()."""
+    assert ended("").returncode == 0
+    assert collector.frames_received == 200
+    assert outcomes(collector) == ["exit"]
+
+
+def test_an_exception_that_nobody_caught_is_the_outcome(collector: MemoryCollector) -> None:
+    """With the context manager and without."""
+    done = ended("raise ValueError('no')")
+    assert (done.returncode, "ValueError: no" in done.stderr) == (1, True)
+    done = ended("with telemetry:\n    raise KeyError('no')")
+    assert done.returncode == 1
+    assert collector.frames_received == 400
+    assert outcomes(collector) == ["ValueError", "KeyError"]
+
+
+def test_a_run_that_is_closed_is_completed(collector: MemoryCollector) -> None:
+    """And what the caller says wins."""
+    ended("telemetry.close()")
+    ended("telemetry.close(outcome='early stopping')")
+    assert outcomes(collector) == ["completed", "early stopping"]
+
+
+def test_sigterm_flushes_and_the_process_dies_of_it(collector: MemoryCollector) -> None:
+    """The launcher's ordinary way to end a job: it must look killed, with nothing lost."""
+    done = ended("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
+    assert done.returncode == -signal.SIGTERM
+    assert collector.frames_received == 200
+    assert outcomes(collector) == ["SIGTERM"]
+
+
+def test_a_handler_that_was_there_is_called_and_decides(collector: MemoryCollector) -> None:
+    """Checkpoint on SIGTERM is what many trainers do."""
+    handler = BEGIN.replace(
+        "telemetry = ",
+        "signal.signal(signal.SIGTERM, lambda number, frame: (print('checkpoint'), sys.exit(3)))\ntelemetry = ",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", handler + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "checkpoint\n")
+    assert collector.frames_received == 200
+
+
+def test_sigterm_against_a_hanging_endpoint_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five seconds; a grace period is thirty."""
+    with MemoryCollector(hang=True) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        started_s = time.monotonic()
+        done = ended("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
+        assert done.returncode == -signal.SIGTERM
+        assert time.monotonic() - started_s < 15.0
+        assert "dropped 200" in done.stderr
+
+
+def test_sigterm_while_the_end_is_under_way_waits_for_it(collector: MemoryCollector) -> None:
+    """A job that is told to end just as it ends."""
+
+    def slowly(_request: object) -> None:
+        time.sleep(1.0)
+
+    collector.answer = slowly
+    script = (
+        "import threading\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "telemetry.close()\ntime.sleep(30)\n"
+    )
+    assert ended(script).returncode == -signal.SIGTERM
+    assert collector.frames_received == 200
+
+
+def test_a_forked_worker_dies_of_sigterm_without_a_word(collector: MemoryCollector) -> None:
+    """PyTorch ends DataLoader workers with it."""
+    script = (
+        "child = os.fork()\n"
+        "if child == 0:\n    time.sleep(30)\n"
+        "time.sleep(0.2)\nos.kill(child, signal.SIGTERM)\n"
+        "_, status = os.waitpid(child, 0)\n"
+        "print(os.waitstatus_to_exitcode(status))\n"
+    )
+    done = ended(script)
+    assert done.stdout == f"{-signal.SIGTERM}\n"
+    assert collector.frames_received == 200
+    assert outcomes(collector) == ["exit"]
