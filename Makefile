@@ -18,7 +18,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel lint format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench lint format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
 	@$(RUN) -m esper_otel.docs --check
+
+bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
+	@$(RUN) tests/bench/promises.py
 
 format: $(VENV)/.installed-dev ## format the code and repair what can be repaired
 	@$(RUN) -m ruff check --fix

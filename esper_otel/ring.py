@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from esper_otel.frame import NO_SEEDS, Frame
+from collections import deque
+
+from esper_otel.frame import Frame
 
 # A frame of 21 values takes 1.7 kB with its dictionary, floats and derive states (tracemalloc, Python 3.11).
 _FRAME_BYTES = 900
@@ -12,11 +14,11 @@ _VALUE_BYTES = 40
 def frame_bytes(frame: Frame) -> int:
     """About how much memory a frame holds on to, in bytes. Seed tables shared between fields count once."""
     size = _FRAME_BYTES + _VALUE_BYTES * len(frame.recorded)
-    recorded, live = frame.seeds.cells, frame.live.cells
-    if recorded is not NO_SEEDS.cells:
-        size += recorded.nbytes
-    if live is not recorded:
-        size += live.nbytes
+    seeds, live = frame.seeds, frame.live
+    if seeds.ids:
+        size += seeds.cells.nbytes
+    if live.ids and live.cells is not seeds.cells:
+        size += live.cells.nbytes
     return size
 
 
@@ -33,6 +35,7 @@ class Ring:
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._frames: dict[int, Frame] = {}
+        self._sizes: deque[int] = deque()
         self.size = 0
         self._first = 1
         self._last = 0
@@ -49,11 +52,14 @@ class Ring:
 
     def append(self, frame: Frame) -> None:
         """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
-        self._last = frame.sequence
-        self._frames[self._last] = frame
-        self.size += frame_bytes(frame)
+        size = frame_bytes(frame)
+        self._frames[frame.sequence] = frame
+        self._sizes.append(size)
+        self._last += 1
+        self.size += size
         while self.size > self._capacity_bytes and self._first < self._last:
-            self.size -= frame_bytes(self._frames.pop(self._first))
+            del self._frames[self._first]
+            self.size -= self._sizes.popleft()
             self._first += 1
 
     def newest(self) -> Frame | None:

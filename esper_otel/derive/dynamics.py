@@ -52,13 +52,14 @@ class LossDynamics:
     def advance(self, state: LossState, given: Mapping[str, float]) -> LossState:
         """The state after a step."""
         x = given.get("loss")
-        if x is None or not math.isfinite(x):
+        if x is None or x - x != 0.0:  # neither NaN nor an infinity
             return state
         if not state:
             return (x, (x,))
         mean, window = state
         mean += self._smoothing * (x - mean)
-        if not (math.isfinite(mean) and math.isfinite(x - window[-1])):
+        delta = x - window[-1]
+        if mean - mean != 0.0 or delta - delta != 0.0:
             return state
         return (mean, (*window[-self._kept :], x))
 
@@ -110,7 +111,7 @@ class GradientDynamics:
     def advance(self, state: GradientState, given: Mapping[str, float]) -> GradientState:
         """The state after a step."""
         x = given.get("gradient_norm")
-        if x is None or not math.isfinite(x):
+        if x is None or x - x != 0.0:
             return state
         if not state:
             return (x, 0.0)
@@ -119,7 +120,7 @@ class GradientDynamics:
         step = self._smoothing * away
         variance = (1.0 - self._smoothing) * (variance + step * away)
         mean += step
-        if not (math.isfinite(mean) and math.isfinite(variance)):
+        if mean - mean != 0.0 or variance - variance != 0.0:
             return state
         return (mean, variance)
 

@@ -179,19 +179,13 @@ class Publisher:
         if failed:
             counters.failed += 1
         self._complete(values, violations, failed=failed)
-        self.ring.append(
-            Frame(
-                self.run,
-                self.ring.last + 1,
-                step,
-                epoch,
-                time_unix_ns,
-                values,
-                self._context,
-                table,
-                live.table,
-                ended,
-                derived,
+        ring = self.ring
+        number = ring.last + 1
+        ring.append(
+            # As Frame(...), in half the time.
+            tuple.__new__(
+                Frame,
+                (self.run, number, step, epoch, time_unix_ns, values, self._context, table, live.table, ended, derived),
             )
         )
         counters.steps += 1

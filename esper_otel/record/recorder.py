@@ -146,7 +146,8 @@ class Recorder:
             raise WrongState("record_step() inside an open step: use now.put() there")
         if type(values) is not dict and not isinstance(values, Mapping):
             raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")
-        epoch = whole("epoch", epoch, UINT32_MAX)
+        if type(epoch) is not int or not 0 <= epoch <= UINT32_MAX:
+            epoch = whole("epoch", epoch, UINT32_MAX)
         if not self.names.recordable.issuperset(values):
             values = self.names.resolved(values)
         given: dict[str, Any] = {**self._probed(), **values}

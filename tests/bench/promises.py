@@ -1,0 +1,413 @@
+"""What we promise, measured side by side in one run: ``make bench``.
+
+Each row is the median of rounds that take ours and theirs in turns, so that whatever else the machine does meets both.
+Writes the table into README.md, between its marks, with the date and the command.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from prometheus_client import CollectorRegistry, Gauge
+
+import esper_otel
+from esper_otel import EsperSettings, Telemetry
+from esper_otel.export.encode import Encoder
+from esper_otel.export.resource import resource_for
+from esper_otel.frame import Frame
+from esper_otel.leyline import packets
+from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COMMAND = "make bench"
+
+NAMES = [metric.name for metric in STEP_METRICS]
+FIELDS = [metric.field for metric in SEED_METRICS]
+PUT = {name: 0.5 for name in NAMES if name not in {"loss_delta", "loss_ewma", "loss_volatility"}}
+PUT = {name: PUT[name] for name in list(PUT)[:14]}
+CELLS: dict[str, Any] = dict.fromkeys(FIELDS, 0.5) | {"stage": 4.0}
+# A buffer of 8 MiB is full soon: what is measured is a run in its steady state, frames dropped for each recorded.
+SMALL = EsperSettings(buffer_bytes=8 * 1024 * 1024)
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    ours: str
+    theirs: str
+    ratio: str
+    promise: str
+    kept: bool | None
+
+
+def timed(work: Callable[[], object], times: int) -> list[float]:
+    """Microseconds of each call."""
+    clock = time.perf_counter_ns
+    spent = []
+    for _ in range(times):
+        started = clock()
+        work()
+        spent.append((clock() - started) / 1e3)
+    return spent
+
+
+def turns(
+    ours: Callable[[], object], theirs: Callable[[], object], times: int, rounds: int = 9
+) -> tuple[list[float], list[float]]:
+    """Both, in turns; the first round warms up."""
+    a: list[float] = []
+    b: list[float] = []
+    for number in range(rounds + 1):
+        first, second = timed(ours, times), timed(theirs, times)
+        if number:
+            a += first
+            b += second
+    return a, b
+
+
+def p99(spent: list[float]) -> float:
+    return float(np.quantile(spent, 0.99))
+
+
+def us(spent: list[float]) -> str:
+    return f"{statistics.median(spent):,.1f} µs (p99 {p99(spent):,.1f})"
+
+
+def cheaper(what: str, ours: Callable[[], object], theirs: Callable[[], object], times: int, least: float) -> Row:
+    a, b = turns(ours, theirs, times)
+    ratio = statistics.median(b) / statistics.median(a)
+    return Row(what, us(a), us(b), f"{ratio:,.0f}x", f"{least:g}x", ratio >= least)
+
+
+def quiet(**arguments: Any) -> Telemetry:
+    os.environ["OTEL_METRICS_EXPORTER"] = "none"
+    return esper_otel.start(run_id="bench", settings=SMALL, **arguments)
+
+
+class Sdk:
+    """Plain synchronous gauges, and observable ones for collecting."""
+
+    def __init__(self, seeds: int) -> None:
+        self.reader = InMemoryMetricReader()
+        self.provider = MeterProvider(metric_readers=[self.reader], shutdown_on_exit=False)
+        meter = self.provider.get_meter("bench")
+        self.steps = [meter.create_gauge(name) for name in NAMES]
+        self.seeds = [meter.create_gauge(metric.name) for metric in SEED_METRICS]
+        self.ids = [{"seed_id": f"seed-{number}"} for number in range(seeds)]
+
+    def set(self, attributes: dict[str, str] | None = None) -> None:
+        for gauge in self.steps:
+            gauge.set(0.5, attributes)
+
+    def set_with_seeds(self) -> None:
+        self.set()
+        for attributes in self.ids:
+            for gauge in self.seeds:
+                gauge.set(0.5, attributes)
+
+
+def observable(seeds: int) -> tuple[MeterProvider, InMemoryMetricReader]:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
+    meter = provider.get_meter("bench")
+    ids = [{"seed_id": f"seed-{number}"} for number in range(seeds)]
+
+    def of_step(_options: CallbackOptions) -> list[Observation]:
+        return [Observation(0.5)]
+
+    def of_seeds(_options: CallbackOptions) -> list[Observation]:
+        return [Observation(0.5, attributes) for attributes in ids]
+
+    for metric in STEP_METRICS:
+        meter.create_observable_gauge(metric.name, [of_step], metric.unit)
+    for metric in SEED_METRICS:
+        meter.create_observable_gauge(metric.name, [of_seeds], metric.unit)
+    return provider, reader
+
+
+def recording() -> list[Row]:
+    """The hot path."""
+    rows = []
+    values = dict.fromkeys(NAMES, 0.5)
+    ids8, ids100 = [f"seed-{n}" for n in range(8)], [f"seed-{n}" for n in range(100)]
+    columns: dict[str, Any] = {field: np.full(100, 0.5) for field in FIELDS} | {"stage": np.full(100, 4.0)}
+    with quiet() as telemetry:
+
+        def record_step() -> None:
+            telemetry.record_step(values, epoch=0)
+
+        def scope() -> None:
+            with telemetry.step(epoch=0) as now:
+                now.put(PUT)
+
+        sdk = Sdk(8)
+        rows.append(cheaper("`record_step`, 21 values, derived", record_step, sdk.set, 2000, 20))
+        labelled = {"run": "bench"}
+        rows.append(
+            cheaper("the same, against gauges with one attribute", record_step, lambda: sdk.set(labelled), 2000, 20)
+        )
+        rows.append(cheaper("step scope with `put` of 14 values", scope, sdk.set, 2000, 12))
+        registry = CollectorRegistry()
+        prometheus = [Gauge(name.replace(".", "_"), name, registry=registry) for name in NAMES]
+
+        def prometheus_client() -> None:
+            for gauge in prometheus:
+                gauge.set(0.5)
+
+        a, b = turns(record_step, prometheus_client, 2000)
+        ratio = f"{statistics.median(b) / statistics.median(a):.1f}x"
+        rows.append(Row("the same as the first row, against prometheus_client", us(a), us(b), ratio, "", None))
+        floor = np.zeros(21)
+
+        def bare_floor() -> None:
+            for place in range(21):
+                floor[place] = 0.5
+            time.monotonic_ns()
+
+        a, b = turns(record_step, bare_floor, 2000)
+        ratio = f"{statistics.median(b) / statistics.median(a):.1f}x"
+        rows.append(Row("the same, against 21 array stores and a clock", us(a), us(b), ratio, "", None))
+    with quiet() as telemetry:
+
+        def scope_8() -> None:
+            with telemetry.step(epoch=0) as now:
+                now.put(PUT)
+                for seed_id in ids8:
+                    now.seed(seed_id, **CELLS)
+
+        rows.append(cheaper("step scope, `put`, 8 seeds x 10", scope_8, Sdk(8).set_with_seeds, 200, 50))
+    with quiet() as telemetry:
+
+        def scope_100() -> None:
+            with telemetry.step(epoch=0) as now:
+                now.put(PUT)
+                telemetry.seeds(ids100, **columns)
+
+        rows.append(
+            cheaper("step scope, `put`, 100 seeds x 10 as columns", scope_100, Sdk(100).set_with_seeds, 20, 300)
+        )
+    return rows
+
+
+def frames_of(seeds: int, steps: int) -> list[Frame]:
+    ids = [f"seed-{number}" for number in range(seeds)]
+    os.environ["OTEL_METRICS_EXPORTER"] = "none"
+    with esper_otel.start(run_id="bench") as telemetry:
+        for number in range(steps):
+            if seeds:
+                columns: dict[str, Any] = {field: np.full(seeds, number * 0.01 + 0.1) for field in FIELDS}
+                telemetry.seeds(ids, **columns | {"stage": np.full(seeds, 4.0)})
+            telemetry.record_step(dict.fromkeys(NAMES, 0.5), epoch=0)
+        return telemetry._recorder.publisher.ring.after(0, steps)[0]
+
+
+def exporting() -> list[Row]:
+    """CPU time per point, from readings to bytes."""
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, lambda where, error: None)
+    history = frames_of(8, 100)
+    points = sum(request.points for request in encoder.requests(history))
+    provider, reader = observable(8)
+
+    def ours() -> None:
+        for _request in encoder.requests(history):
+            pass
+
+    def theirs() -> None:
+        data = reader.get_metrics_data()
+        assert data is not None
+        encode_metrics(data).SerializeToString()
+
+    a, b = turns(ours, theirs, 20)
+    of_ours, of_theirs = statistics.median(a) / points * 1e3, statistics.median(b) / 101 * 1e3
+    provider.shutdown()
+    row = Row(
+        "a point exported: 100 steps x (21 + 8 x 10) a request",
+        f"{of_ours:,.0f} ns",
+        f"{of_theirs:,.0f} ns",
+        f"{of_theirs / of_ours:,.0f}x",
+        "200x",
+        of_theirs / of_ours >= 200,
+    )
+    return [row]
+
+
+def gpu_like_steps(seconds: float, busy: threading.Event) -> tuple[list[float], list[float]]:
+    """Milliseconds of steps of short waits without the GIL; those that met an export, and the others."""
+    met: list[float] = []
+    others: list[float] = []
+    end_s = time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        started, was_busy = time.perf_counter(), busy.is_set()
+        for _ in range(16):
+            time.sleep(0.0001)
+        spent = (time.perf_counter() - started) * 1e3
+        (met if was_busy or busy.is_set() else others).append(spent)
+    return met, others
+
+
+def gil() -> list[Row]:
+    """1,000 seeds exported again and again beside a loop that waits for a GPU."""
+    history = frames_of(1000, 1)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, lambda where, error: None)
+    provider, reader = observable(1000)
+
+    def theirs() -> None:
+        data = reader.get_metrics_data()
+        assert data is not None
+        encode_metrics(data).SerializeToString()
+
+    def ours() -> None:
+        list(encoder.requests(history))
+
+    medians = []
+    for export in (ours, theirs):
+        busy, over = threading.Event(), threading.Event()
+
+        def work(
+            export: Callable[[], None] = export, busy: threading.Event = busy, over: threading.Event = over
+        ) -> None:
+            while not over.wait(0.1):
+                busy.set()
+                export()
+                busy.clear()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        met, others = gpu_like_steps(10.0, busy)
+        over.set()
+        thread.join()
+        medians.append((statistics.median(met), statistics.median(others), len(met)))
+    provider.shutdown()
+    (a, quiet_a, met_a), (b, quiet_b, _) = medians
+    return [
+        Row(
+            f"a GPU-like step that meets an export of 1,000 seeds, against a quiet one ({met_a} met)",
+            f"{a / quiet_a:.2f}x",
+            f"{b / quiet_b:.1f}x",
+            "",
+            "at most 1.5x",
+            a / quiet_a <= 1.5,
+        )
+    ]
+
+
+def converting() -> list[Row]:
+    """Frames to packets."""
+    [small] = frames_of(8, 1)
+    [large] = frames_of(100, 1)
+    state = timed(lambda: esper_otel.leyline.state(small), 3000)[500:]
+    seeds = timed(lambda: packets(large), 300)[50:]
+    state_us, seeds_us = statistics.median(state), statistics.median(seeds)
+    return [
+        Row(
+            "a step packet, 21 metrics and 8 seeds", us(state), "29 to 55 µs (esper-lite)", "", "30 µs", state_us <= 30
+        ),
+        Row(
+            "all packets of a step with 100 seeds",
+            us(seeds),
+            "6 to 10 ms (esper-lite)",
+            f"{6000 / seeds_us:.0f}x",
+            "10x",
+            seeds_us <= 600,
+        ),
+    ]
+
+
+def conflict() -> list[Row]:
+    """8 sources x 10 M float32 in 122 tensors, one thread."""
+    torch.set_num_threads(1)
+    size = 10_000_000 // 122
+    sources = [[torch.randn(size) for _ in range(122)] for _ in range(8)]
+
+    def read() -> None:
+        for source in sources:
+            for tensor in source:
+                tensor.numpy().sum()
+
+    def pairwise() -> None:
+        for left in range(8):
+            for right in range(left):
+                sum(torch.dot(a, b) for a, b in zip(sources[left], sources[right], strict=True)).item()  # type: ignore[union-attr] # a tensor
+
+    spent: dict[str, list[float]] = {"ours": [], "read": [], "pairwise": []}
+    for _ in range(8):
+        spent["ours"] += timed(lambda: esper_otel.gradient_conflict_rate(sources), 1)
+        spent["read"] += timed(read, 1)
+        spent["pairwise"] += timed(pairwise, 1)
+    ours, one_read, dots = (statistics.median(each[1:]) for each in spent.values())
+    return [
+        Row(
+            "conflict rate, 8 x 10 M, against one read",
+            f"{ours / 1e3:.0f} ms",
+            f"{one_read / 1e3:.0f} ms",
+            f"{ours / one_read:.1f}",
+            "at most 4",
+            ours <= 4 * one_read,
+        ),
+        Row(
+            "the same, against pairwise `torch.dot`",
+            f"{ours / 1e3:.0f} ms",
+            f"{dots / 1e3:.0f} ms",
+            f"{ours / dots:.2f}",
+            "at most 0.6",
+            ours <= 0.6 * dots,
+        ),
+    ]
+
+
+def ending() -> list[Row]:
+    """close() against an endpoint that takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        os.environ["OTEL_METRICS_EXPORTER"] = "otlp"
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        telemetry = esper_otel.start(run_id="bench")
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        started_s = time.monotonic()
+        telemetry.close()
+        spent_s = time.monotonic() - started_s
+    return [
+        Row("close() against a hanging endpoint", f"{spent_s:.1f} s", "12 to 19 s (SDK)", "", "5 s", spent_s <= 5.6)
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| what | ours | against | ratio | promised | kept |", "|---|---|---|---|---|---|"]
+    marks = {True: "yes", False: "**no**", None: ""}
+    lines += [f"| {r.what} | {r.ours} | {r.theirs} | {r.ratio} | {r.promise} | {marks[r.kept]} |" for r in rows]
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
+    machine = f"{os.cpu_count()} cores ({platform.machine()})"
+    date = datetime.datetime.now(datetime.UTC).date()
+    return "\n".join([*lines, "", f"{date}, `{COMMAND}`, {machine}, {versions}. Medians; both sides in turns."])
+
+
+def main() -> int:
+    """Measures, prints the table and writes it into the README."""
+    rows = [*recording(), *exporting(), *gil(), *converting(), *conflict(), *ending()]
+    text = table(rows)
+    print(text)
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
