@@ -68,6 +68,7 @@ class Deriver:
         self._processors: tuple[Processor, ...] = tuple(
             processor if isinstance(processor, _OURS) else _Guarded(processor, fault) for processor in processors
         )
+        self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self._states: list[Any] = [processor.initial() for processor in self._processors]
         self._fault = fault
         given_before: set[str] = set()
@@ -86,10 +87,12 @@ class Deriver:
 
     def _advance(self, states: list[Any], given: Mapping[str, float]) -> Derived:
         derived = []
-        for place, processor in enumerate(self._processors):
+        place = -1
+        for processor, advance in self._advances:
+            place += 1
             before = states[place]
             try:
-                after = processor.advance(before, given)
+                after = advance(before, given)
                 if after is before:
                     continue
                 if self._chained:  # what the caller gave stands

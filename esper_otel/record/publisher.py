@@ -97,13 +97,29 @@ class Publisher:
         self._unfinished: deque[tuple[Draft, Held | None]] = deque()
         self._draining = threading.Lock()
 
-    def publish(self, draft: Draft, held: Held | None) -> None:
-        """Makes the step's frame, now or when the device has delivered what the step holds."""
+    def publish(
+        self,
+        global_step: int,
+        epoch: int,
+        time_unix_ns: int,
+        values: dict[str, float],
+        table: SeedTable,
+        held: Held | None,
+        context: Mapping[str, float] | None,
+        failed: bool,
+        retired: Sequence[str],
+        ended: tuple[str, ...],
+    ) -> None:
+        """Makes the step's frame, now or when the device has delivered what the step holds. See ``Draft``.
+
+        Called in every step: arguments by position, since keywords cost.
+        """
         if held is None and not self._unfinished:
-            self._commit(draft)
+            self._commit(global_step, epoch, time_unix_ns, values, table, context, failed, retired, ended)
             return
         if held is not None:
             held.seal()
+        draft = Draft(global_step, epoch, time_unix_ns, values, table, context, failed, retired, ended)
         self._unfinished.append((draft, held))
         self.drain()
 
@@ -120,7 +136,7 @@ class Publisher:
                     elif not held.done():
                         return
                     draft = self._with_arrived(draft, held)
-                self._commit(draft)
+                self._commit(*draft)
                 self._unfinished.popleft()  # only now: a step that ends meanwhile must queue behind it
         finally:
             self._draining.release()
@@ -137,7 +153,7 @@ class Publisher:
         if self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             try:
                 while self._unfinished:
-                    self._commit(self._unfinished[0][0])
+                    self._commit(*self._unfinished[0][0])
                     self._unfinished.popleft()
             finally:
                 self._draining.release()
@@ -156,8 +172,18 @@ class Publisher:
             values.setdefault("h2d_copy_ms", copy_ms)
         return draft._replace(values=self.names.kept(values), context=context, table=table)
 
-    def _commit(self, draft: Draft) -> None:
-        step, epoch, time_unix_ns, values, table, context, failed, retired, ended = draft
+    def _commit(
+        self,
+        step: int,
+        epoch: int,
+        time_unix_ns: int,
+        values: dict[str, float],
+        table: SeedTable,
+        context: Mapping[str, float] | None,
+        failed: bool,
+        retired: Sequence[str],
+        ended: tuple[str, ...],
+    ) -> None:
         counters = self.counters
         if retired or ended:
             ended = (*ended, *self.live.retire(retired))
@@ -178,6 +204,8 @@ class Publisher:
         derived = () if failed else self._deriving.commit(values)
         if failed:
             counters.failed += 1
+        if not self.run.device_type:
+            self.settle_on_cpu()
         self._complete(values, violations, failed=failed)
         ring = self.ring
         number = ring.last + 1

@@ -124,13 +124,18 @@ class Recorder:
             self._last_end_s = now_s
             values.update(step._values)  # what the caller gave stands
             table = NO_SEEDS if step._table is None and not step._rows else self._table_of(step)
-            self._hand_over(
+            held, context = step._held, None
+            if self._next_context or self._next_tensors:
+                held, context = self._with_context(held)
+            self._last_values = values = self.names.kept(values)
+            self.publisher.publish(
                 step.global_step,
                 step.epoch,
                 step.time_unix_ns,
                 values,
                 table,
-                step._held,
+                held,
+                context,
                 step._failed,
                 step._retired,
                 step._ended,
@@ -163,12 +168,18 @@ class Recorder:
             if self._waited_ms is not None:
                 given.setdefault("input_wait_ms", self._waited_ms)
                 self._waited_ms = None
-            table, self._next_table = self._next_table or NO_SEEDS, None
+            table = NO_SEEDS
+            if self._next_table is not None:
+                table, self._next_table = self._next_table, None
             retired: Sequence[str] = ()
             if self.retiring:
                 retired, self.retiring = self.retiring, []
-            self._hand_over(
-                self._numbered(global_step), epoch, self.clock.stamp(), given, table, held, False, retired, ()
+            context = None
+            if self._next_context or self._next_tensors:
+                held, context = self._with_context(held)
+            self._last_values = given = self.names.kept(given)
+            self.publisher.publish(
+                self._numbered(global_step), epoch, self.clock.stamp(), given, table, held, context, False, retired, ()
             )
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
@@ -185,32 +196,14 @@ class Recorder:
         if cycle_ms > 0.0:
             given.setdefault("samples_per_s", samples * 1e3 / cycle_ms)
 
-    def _hand_over(
-        self,
-        global_step: int,
-        epoch: int,
-        time_unix_ns: int,
-        values: dict[str, float],
-        table: SeedTable,
-        held: Held | None,
-        failed: bool,
-        retired: Sequence[str],
-        ended: tuple[str, ...],
-    ) -> None:
-        publisher = self.publisher
-        if not publisher.run.device_type:
-            publisher.settle_on_cpu()
-        if self.names.left_out:
-            values = self.names.kept(values)
-        self._last_values = values
-        context = None
-        if self._next_context:
-            context, self._next_context = self._next_context, {}
+    def _with_context(self, held: Held | None) -> tuple[Held | None, Mapping[str, float]]:
+        """What ``set_context`` has been given since the last step, and the tensors of it that are to come."""
+        context, self._next_context = self._next_context, {}
         if self._next_tensors:
             held = held or Held()
             held.tensors.update(self._next_tensors)
             self._next_tensors = {}
-        publisher.publish(Draft(global_step, epoch, time_unix_ns, values, table, context, failed, retired, ended), held)
+        return held, context
 
     def waited(self, milliseconds: float) -> None:
         """Adds to the next step's ``input_wait_ms``."""

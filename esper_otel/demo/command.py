@@ -1,0 +1,123 @@
+"""The command ``esper-otel demo``: arguments in, screen, table or JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from esper_otel.demo.result import Result
+    from esper_otel.demo.screen import Screen
+
+STEPS = 400
+SEEDS = 3
+RANDOM_SEED = 7
+
+_EXIT_INTERRUPTED = 130
+_PIPE_WIDTH = 120
+_MAX_RANDOM_SEED = 2**31 - 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "--steps", type=_whole(1), default=STEPS, metavar="N", help=f"training steps (default: {STEPS})"
+    )
+    parser.add_argument(
+        "--seeds", type=_whole(0), default=SEEDS, metavar="N", help=f"seeds that may grow (default: {SEEDS})"
+    )
+    parser.add_argument(
+        "--random-seed",
+        type=_whole(0, _MAX_RANDOM_SEED),
+        default=RANDOM_SEED,
+        metavar="N",
+        help=f"weights and the order of the images follow from it (default: {RANDOM_SEED})",
+    )
+    parser.add_argument("--no-enrichment", action="store_true", help="leave out every gated metric and the probes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end and nothing else")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Trains and prints. 0 when the training has finished, whatever became of its telemetry; 130 after Ctrl-C."""
+    import torch
+
+    from esper_otel.demo.receiver import Receiver
+    from esper_otel.demo.training import Plan, run
+
+    plan = Plan(
+        steps=arguments.steps,
+        seeds=arguments.seeds,
+        random_seed=arguments.random_seed,
+        has_enrichment=False if arguments.no_enrichment else None,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the network is so small that a second thread only waits for the first
+    try:
+        with _screen(sys.stderr, plan.steps) as screen:
+            result = run(plan, Receiver(), screen.show)
+    finally:
+        torch.set_num_threads(threads)
+    if arguments.json:
+        print(json.dumps(result.as_json(), allow_nan=False))
+    else:
+        _print_table(result)
+    _report_loss(result)
+    return _EXIT_INTERRUPTED if result.is_interrupted else 0
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too small; {least} is the least")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"{number} is too large; {most} is the most")
+        return number
+
+    return parse
+
+
+@contextmanager
+def _screen(out: TextIO, steps: int) -> Iterator[Screen]:
+    from esper_otel.demo.screen import LiveScreen, PlainScreen
+
+    console = _console(out)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield PlainScreen(out, steps)
+        return
+    with LiveScreen(steps).on(console) as screen:
+        yield screen
+
+
+def _console(out: TextIO) -> Console:
+    from rich.console import Console
+
+    if out.isatty():
+        return Console(file=out, highlight=False)
+    # Without a terminal there is no width to keep to, and no control code whatever FORCE_COLOR says.
+    return Console(file=out, highlight=False, force_terminal=False, no_color=True, width=_PIPE_WIDTH)
+
+
+def _print_table(result: Result) -> None:
+    from esper_otel.demo.table import draw
+
+    draw(_console(sys.stdout), result)
+
+
+def _report_loss(result: Result) -> None:
+    frames = result.frames
+    if result.last_error is None and not frames["dropped"]:
+        return
+    sys.stderr.write(
+        f"not everything arrived: {frames['dropped']} frames dropped, "
+        f"last error: {result.last_error or 'none'}; esper-otel check says more\n"
+    )

@@ -1,0 +1,117 @@
+"""Result: what a controller that pulls has got, and what the run comes to in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from esper_otel import Packets, Telemetry
+from esper_otel.schema import SEED_METRICS, STEP_METRICS
+
+_STEP_NAMES = tuple(metric.name for metric in STEP_METRICS)
+_SEED_NAMES = tuple(metric.name for metric in SEED_METRICS)
+
+Value = float | dict[str, float]
+
+
+class Puller:
+    """Pulls packets as Tamiyo does from outside the step, counts them and keeps the last value of each metric.
+
+    Attributes:
+        states: SystemStatePackets pulled.
+        telemetry: TelemetryPackets pulled.
+        metrics: last values by name, of seed metrics by seed id below it; NaN where the last one was not finite.
+    """
+
+    def __init__(self, source: Telemetry) -> None:
+        self._source = source
+        self.states = 0
+        self.telemetry = 0
+        self._steps: dict[str, float] = {}
+        self._seeds: dict[str, dict[str, float]] = {}
+
+    def pull(self) -> Iterator[Packets]:
+        """Everything published since the last pull, oldest first."""
+        while page := self._source.pull():
+            for packets in page:
+                self._take(packets)
+                yield packets
+
+    def _take(self, packets: Packets) -> None:
+        self.states += 1
+        self.telemetry += len(packets.telemetry)
+        values = packets.state.training_metrics
+        for name in _STEP_NAMES:
+            if name in packets.names:  # a packet leaves out what is not finite
+                self._steps[name] = values.get(name, math.nan)
+        for packet in packets.telemetry:
+            for point in packet.metrics:
+                self._seeds.setdefault(point.name, {})[point.attributes["seed_id"]] = point.value
+
+    @property
+    def metrics(self) -> dict[str, Value]:
+        """See the class."""
+        steps: dict[str, Value] = {name: self._steps[name] for name in _STEP_NAMES if name in self._steps}
+        return steps | {name: self._seeds[name] for name in _SEED_NAMES if name in self._seeds}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one run of the demo comes to.
+
+    Attributes:
+        run_id: the run.
+        steps: steps trained.
+        is_interrupted: whether the user ended it.
+        losses: of every step, for those who compare runs.
+        validation: the last one's loss and accuracy.
+        frames: ``recorded``, ``exported``, ``received`` (None when the endpoint is somebody else's), ``dropped``.
+        packets: ``states`` and ``telemetry`` pulled.
+        metrics: last values by name; of a seed metric by seed id.
+        absent: why each of the other metrics has none.
+        destination: where the frames went.
+        last_error: of the export; None when there is none.
+    """
+
+    run_id: str
+    steps: int
+    is_interrupted: bool
+    losses: tuple[float, ...]
+    validation: tuple[float, float] | None
+    frames: Mapping[str, int | None]
+    packets: Mapping[str, int]
+    metrics: Mapping[str, Value]
+    absent: Mapping[str, str]
+    destination: str = ""
+    last_error: str | None = field(default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """One object in the terms of JSON: a value that is not finite is None."""
+        return {
+            "run_id": self.run_id,
+            "steps": self.steps,
+            "frames": dict(self.frames),
+            "packets": dict(self.packets),
+            "metrics": {
+                name: {seed: _finite(each) for seed, each in value.items()}
+                if isinstance(value, dict)
+                else _finite(value)
+                for name, value in self.metrics.items()
+            },
+            "absent": dict(self.absent),
+        }
+
+
+def reasons(metrics: Mapping[str, Value], absent: Mapping[str, str]) -> dict[str, str]:
+    """Why each metric that has no last value has none, in the schema's order."""
+    return {
+        name: absent.get(name, "it was in no packet of this run")
+        for name in (*_STEP_NAMES, *_SEED_NAMES)
+        if name not in metrics
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
