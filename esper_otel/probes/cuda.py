@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from esper_otel.errors import ProbeUnavailable
+from esper_otel.probes.probe import NotYet
 
 _GIB = 1024**3
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 def cuda_device(device: Callable[[], str | None]) -> int:
@@ -19,26 +23,38 @@ def cuda_device(device: Callable[[], str | None]) -> int:
     """
     name = device()
     if name is None:
-        raise ProbeUnavailable("the training device is not known yet")
-    if not name.startswith("cuda"):
+        raise NotYet("the training device is not known yet")
+    kind, _, index = name.partition(":")
+    if kind != "cuda":
         raise ProbeUnavailable(f"training runs on {name}")
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        raise ProbeUnavailable("CUDA is not in use in this process")
-    return int(name.partition(":")[2] or 0)
+    if torch is None:
+        raise NotYet("torch is not imported in this process")
+    if not torch.cuda.is_initialized():
+        raise NotYet("CUDA is not in use in this process")
+    return int(index or 0)
 
 
 class CudaMemory:
-    """Memory used and free on the training device, by all processes, in GiB. Source: cudaMemGetInfo.
+    """Memory used, free and there on the training device, by all processes, in GiB. Source: cudaMemGetInfo.
+
+    cudaMemGetInfo does not wait for the device's work.
 
     Args:
         device: the training device's name; None while it is not known.
+        driver: loads CUDA's driver library.
     """
 
-    gives = ("gpu_mem_used_gb", "gpu_mem_free_gb")
+    gives = ("gpu_mem_used_gb", "gpu_mem_free_gb", "esper.device.memory_total_gb")
 
-    def __init__(self, device: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        device: Callable[[], str | None],
+        *,
+        driver: Callable[[], Any] = lambda: ctypes.CDLL("libcuda.so.1"),
+    ) -> None:
         self._device = device
+        self._driver = driver
 
     def sample(self) -> Mapping[str, float]:
         """See ``Probe``."""
@@ -46,14 +62,40 @@ class CudaMemory:
         import torch
 
         try:
-            free, total = torch.cuda.mem_get_info(index)
+            with _apart_from_captures(self._driver):
+                free, total = torch.cuda.mem_get_info(index)
         except (RuntimeError, AssertionError) as error:
-            raise ProbeUnavailable(f"CUDA does not tell: {str(error).splitlines()[0]}") from error
+            raise ProbeUnavailable(f"CUDA does not tell: {str(error).partition(chr(10))[0]}") from error
         return {
             "gpu_mem_used_gb": (total - free) / _GIB,
             "gpu_mem_free_gb": free / _GIB,
             "esper.device.memory_total_gb": total / _GIB,
         }
+
+    def close(self) -> None:
+        """See ``Probe``: nothing is held."""
+
+
+@contextmanager
+def _apart_from_captures(driver: Callable[[], Any]) -> Iterator[None]:
+    """Keeps this thread's calls from ending a CUDA graph capture on another thread.
+
+    While a capture in mode "global" (PyTorch's default) is open, an unsafe call of *any* thread fails and spoils the
+    capture. CUDA does not say whether cudaMemGetInfo is one; a thread in mode "thread local" is exempt either way
+    (CUDA driver API 10.1 and later, cuThreadExchangeStreamCaptureMode).
+    """
+    try:
+        exchange = driver().cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):  # a PyTorch without NVIDIA's driver: ROCm
+        yield
+        return
+    mode = ctypes.c_int(_THREAD_LOCAL)
+    has_changed = exchange(ctypes.byref(mode)) == 0
+    try:
+        yield
+    finally:
+        if has_changed:
+            exchange(ctypes.byref(mode))
 
 
 def cuda_identity(index: int) -> tuple[str | None, str | None]:

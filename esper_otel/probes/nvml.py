@@ -5,26 +5,45 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from esper_otel.errors import ProbeUnavailable
 from esper_otel.probes.cuda import cuda_device, cuda_identity
 
+# By the names of pynvml's classes; the rest is shown in NVML's own words.
+_IN_PLAIN_WORDS = {
+    "NVMLError_LibraryNotFound": "no NVIDIA driver on this machine: NVML's library is not there",
+    "NVMLError_DriverNotLoaded": "the NVIDIA driver is not loaded",
+    "NVMLError_LibRmVersionMismatch": "the NVIDIA driver and NVML's library are of different versions: "
+    "the driver was updated and not loaded again",
+    "NVMLError_NoPermission": "this process has no permission to ask the NVIDIA driver",
+    "NVMLError_GpuIsLost": "the GPU is lost: it no longer answers on the bus",
+    "NVMLError_GpuNotFound": "the NVIDIA driver finds no GPU",
+    "NVMLError_NotFound": "the NVIDIA driver does not know the training device",
+    "NVMLError_ResetRequired": "the GPU needs a reset",
+    "NVMLError_NotSupported": "the GPU does not report it",
+    "NVMLError_FunctionNotFound": "the NVIDIA driver is too old to report it",
+    "NVMLError_InsufficientPower": "the GPU has no power: its cables are not attached properly",
+    "NVMLError_OperatingSystem": "the operating system keeps the GPU from the NVIDIA driver",
+    "NVMLError_Timeout": "the NVIDIA driver did not answer in time",
+}
 
-class GpuUtilisation:
-    """Share of time in which the training device ran a kernel, in percent, and its temperature.
+
+class _OnGpu(ABC):
+    """Asks NVML about the GPU that trains.
 
     NVML numbers GPUs otherwise than CUDA: the device is found by its UUID, else by its place on the PCI bus, else by
-    what ``CUDA_VISIBLE_DEVICES`` says, never by its index alone on a machine with several GPUs.
+    what ``CUDA_VISIBLE_DEVICES`` says; by a number only where CUDA counts in the order of the bus as well.
 
     Args:
         device: the training device's name; None while it is not known.
+        index_of: gives the index of that device in PyTorch's numbering.
         identify: gives UUID and PCI bus id of a GPU in PyTorch's numbering.
         nvml: the module ``pynvml``; imported when it is needed.
+        environ: the environment that CUDA was started with.
     """
-
-    gives = ("gpu_util_percent",)
 
     def __init__(
         self,
@@ -53,17 +72,23 @@ class GpuUtilisation:
                 self._is_ready = True
             if self._handle is None or self._handle[0] != index:
                 self._handle = (index, self._found(nvml, index))
-            handle = self._handle[1]
-            if self._is_mig(nvml, handle):
-                raise ProbeUnavailable("the training device is a MIG instance: NVML tells no utilisation of those")
-            readings = {"gpu_util_percent": float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
-            with contextlib.suppress(nvml.NVMLError):
-                temperature = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
-                readings["esper.device.temperature_celsius"] = float(temperature)
+            return self._read(nvml, self._handle[1])
         except nvml.NVMLError as error:
-            self._forget(nvml)
-            raise ProbeUnavailable(f"NVML: {error}") from error
-        return readings
+            self.close()  # begins anew at the next sample: the driver may have been loaded again
+            reason = _IN_PLAIN_WORDS.get(type(error).__name__)
+            raise ProbeUnavailable(reason or f"pynvml failed: {error}; trying again") from error
+
+    def close(self) -> None:
+        """See ``Probe``. NVML counts who uses it: the user's own use of it goes on."""
+        self._handle = None
+        if self._is_ready:
+            self._is_ready = False
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlShutdown()
+
+    @abstractmethod
+    def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
+        """The readings of a GPU or MIG instance."""
 
     def _loaded(self) -> Any:
         if self._nvml is None:
@@ -73,44 +98,72 @@ class GpuUtilisation:
                 raise ProbeUnavailable("pynvml is not installed: pip install nvidia-ml-py") from error
         return self._nvml
 
-    def _forget(self, nvml: Any) -> None:
-        """Begins anew at the next sample: the driver may have been loaded again."""
-        self._handle = None
-        if self._is_ready:
-            self._is_ready = False
-            with contextlib.suppress(nvml.NVMLError):
-                nvml.nvmlShutdown()
-
     def _found(self, nvml: Any, index: int) -> Any:
         uuid, bus_id = self._identify(index)
+        visible = [entry.strip() for entry in self._environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+        named = visible[index] if index < len(visible) else ""
         if uuid is not None:
             for prefix in ("GPU-", "MIG-"):
-                with contextlib.suppress(nvml.NVMLError):
+                with contextlib.suppress(nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
                     return nvml.nvmlDeviceGetHandleByUUID(prefix + uuid)
-        visible = [entry.strip() for entry in self._environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-        named = visible[index] if index < len(visible) else None
-        if named is not None and named.startswith("MIG-"):
+        if named.startswith("MIG-"):
             return nvml.nvmlDeviceGetHandleByUUID(named)
         if bus_id is not None:
-            with contextlib.suppress(nvml.NVMLError):
+            with contextlib.suppress(nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
                 return nvml.nvmlDeviceGetHandleByPciBusId(bus_id)
-        if named is not None and named.startswith("GPU-"):
-            return self._by_prefix(nvml, named)
-        if nvml.nvmlDeviceGetCount() == 1:
-            return nvml.nvmlDeviceGetHandleByIndex(0)
-        raise ProbeUnavailable(f"cannot tell which of several GPUs is cuda:{index}: it has no UUID in this PyTorch")
+        handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+        if named.startswith("GPU-"):
+            fitting = [handle for handle in handles if str(nvml.nvmlDeviceGetUUID(handle)).startswith(named)]
+            if len(fitting) != 1:
+                raise ProbeUnavailable(f"CUDA_VISIBLE_DEVICES names {named}, which fits {len(fitting)} GPUs")
+            return fitting[0]
+        if uuid is None and len(handles) == 1:
+            return handles[0]
+        number = int(named) if named.isdecimal() else index if not visible else len(handles)
+        # CUDA's default order, fastest first, cannot be told from outside.
+        if uuid is None and self._environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" and number < len(handles):
+            return sorted(handles, key=lambda handle: _place(nvml, handle))[number]
+        raise ProbeUnavailable(f"cannot tell which of {len(handles)} GPUs is cuda:{index}: by no UUID and no bus id")
+
+
+class GpuUtilisation(_OnGpu):
+    """Share of time in which the training device ran a kernel, in percent, over NVML's own window. See ``_OnGpu``."""
+
+    gives = ("gpu_util_percent",)
+
+    def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
+        if _is_mig(nvml, handle):  # the whole GPU's would be the neighbours' too
+            raise ProbeUnavailable("the training device is a MIG instance: MIG instances report no utilisation")
+        return {"gpu_util_percent": float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
+
+
+class GpuTemperature(_OnGpu):
+    """Temperature of the training device, of the whole GPU if it is a MIG instance, in °C. See ``_OnGpu``."""
+
+    gives = ("esper.device.temperature_celsius",)
+
+    def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
+        with contextlib.suppress(nvml.NVMLError):  # a driver that does not know MIG
+            if nvml.nvmlDeviceIsMigDeviceHandle(handle):
+                handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        return {"esper.device.temperature_celsius": float(self._celsius(nvml, handle))}
 
     @staticmethod
-    def _by_prefix(nvml: Any, named: str) -> Any:
-        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-        fitting = [handle for handle in handles if str(nvml.nvmlDeviceGetUUID(handle)).startswith(named)]
-        if len(fitting) != 1:
-            raise ProbeUnavailable(f"CUDA_VISIBLE_DEVICES names {named}, which fits {len(fitting)} GPUs")
-        return fitting[0]
+    def _celsius(nvml: Any, handle: Any) -> int:
+        sensor = nvml.NVML_TEMPERATURE_GPU
+        # NVML 13 announces the end of the first call; drivers before 570 do not have the second.
+        with contextlib.suppress(AttributeError, nvml.NVMLError_FunctionNotFound):
+            return int(nvml.nvmlDeviceGetTemperature(handle, sensor))
+        return int(nvml.nvmlDeviceGetTemperatureV(handle, sensor))
 
-    @staticmethod
-    def _is_mig(nvml: Any, handle: Any) -> bool:
-        try:
-            return bool(nvml.nvmlDeviceIsMigDeviceHandle(handle))
-        except nvml.NVMLError:  # a driver that does not know MIG
-            return False
+
+def _is_mig(nvml: Any, handle: Any) -> bool:
+    """Whether this is a MIG instance, or a GPU split into such: then an instance of it trains."""
+    with contextlib.suppress(nvml.NVMLError):  # a driver or a GPU that does not know MIG
+        return bool(nvml.nvmlDeviceIsMigDeviceHandle(handle)) or bool(nvml.nvmlDeviceGetMigMode(handle)[0])
+    return False
+
+
+def _place(nvml: Any, handle: Any) -> tuple[int, int, int]:
+    pci = nvml.nvmlDeviceGetPciInfo(handle)
+    return pci.domain, pci.bus, pci.device

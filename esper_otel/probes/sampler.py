@@ -8,20 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from esper_otel.errors import ProbeUnavailable
-from esper_otel.log import logger
-from esper_otel.probes.probe import Probe
+from esper_otel.log import Warnings, logger
+from esper_otel.probes.probe import NotYet, Probe
 
 _FRESH_PERIODS = 3
 _LONGEST_PAUSE_S = 60.0
-_NONE_YET = "not sampled yet"
+_FOREVER_S = float("inf")
 
 
-class _Sampled(NamedTuple):
+class _Answer(NamedTuple):
     """The last answer of a probe: readings, or the reason why there are none."""
 
     readings: Mapping[str, float]
     at_s: float
-    reason: str
+    reason: str = ""
+    is_failure: bool = False
+
+
+class _Shown(NamedTuple):
+    """What is fresh until ``until_s``."""
+
+    readings: Mapping[str, float]
+    until_s: float
 
 
 class Sampler:
@@ -30,23 +38,33 @@ class Sampler:
     A probe that fails is asked less and less often, at most every minute, and comes back when it heals. A reading
     older than three periods is absent.
 
-    Threads: ``readings`` belongs to the training thread and costs a comparison; ``absent`` may be called from any.
+    Threads: ``readings`` and ``absent`` may be called from any and take no lock: a forked child has no sampler's
+    thread that could release one. ``readings`` costs a comparison while what is shown is fresh.
 
     Args:
         probes: what to sample.
         period_s: time between two samples of a probe.
         clock: seconds of a clock that never goes back.
+        wait: waits for an event, at most so many seconds; whether it is set.
     """
 
     def __init__(
-        self, probes: Sequence[Probe], *, period_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        probes: Sequence[Probe],
+        *,
+        period_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
     ) -> None:
         self._probes = tuple(probes)
         self._period_s = period_s
         self._clock = clock
-        self._sampled = [_Sampled({}, clock(), _NONE_YET) for _ in self._probes]
-        self._shown: tuple[Mapping[str, float], float] = ({}, float("inf"))
-        self._lock = threading.Lock()
+        self._wait = wait
+        self._warnings = Warnings(clock)
+        self._answers = [_Answer({}, clock(), "not sampled yet") for _ in self._probes]
+        self._began_s: list[float | None] = [None for _ in self._probes]  # of the sample that is under way
+        self._shown = _Shown({}, _FOREVER_S)
+        self._publishing = threading.Lock()
         self._ending = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, args=(place,), name="esper-otel-probes", daemon=True)
@@ -67,47 +85,76 @@ class Sampler:
                 thread.join(max(deadline_s - time.monotonic(), 0.0))
 
     def readings(self, now_s: float) -> Mapping[str, float]:
-        """The readings that are fresh at ``now_s`` of the clock."""
-        readings, until_s = self._shown
-        return readings if now_s < until_s else self._show(now_s)
+        """The readings that are fresh at ``now_s`` of the clock; the same object until the next sample."""
+        shown = self._shown
+        return shown.readings if now_s < shown.until_s else self._fresh(now_s).readings
 
     def absent(self) -> dict[str, str]:
         """Why each metric of the probes that has no fresh reading is absent."""
-        shown = self.readings(self._clock())
+        now_s = self._clock()
+        shown = self.readings(now_s)
         return {
-            name: sampled.reason or f"the last sample is more than {_FRESH_PERIODS * self._period_s:g} s old"
-            for probe, sampled in zip(self._probes, self._sampled, strict=True)
+            name: self._reason(place, now_s)
+            for place, probe in enumerate(self._probes)
             for name in probe.gives
             if name not in shown
         }
 
-    def _show(self, now_s: float) -> Mapping[str, float]:
-        with self._lock:
-            readings: dict[str, float] = {}
-            until_s = float("inf")
-            for sampled in self._sampled:
-                stale_at_s = sampled.at_s + _FRESH_PERIODS * self._period_s
-                if sampled.readings and now_s < stale_at_s:
-                    readings.update(sampled.readings)
-                    until_s = min(until_s, stale_at_s)
-            self._shown = (readings, until_s)
-            return readings
+    def _reason(self, place: int, now_s: float) -> str:
+        began_s, answer, longest_s = self._began_s[place], self._answers[place], _FRESH_PERIODS * self._period_s
+        if began_s is not None and now_s - began_s >= longest_s:
+            return f"the last sample took longer than {longest_s:g} s and is still waited for"
+        if answer.reason:
+            return answer.reason
+        return f"the last sample is more than {longest_s:g} s old"
+
+    def _fresh(self, now_s: float) -> _Shown:
+        readings: dict[str, float] = {}
+        until_s = _FOREVER_S
+        for answer in self._answers:
+            stale_at_s = answer.at_s + _FRESH_PERIODS * self._period_s
+            if answer.readings and now_s < stale_at_s:
+                readings.update(answer.readings)
+                until_s = min(until_s, stale_at_s)
+        return _Shown(readings, until_s)
+
+    # -- on the probes' threads ------------------------------------------------------------------------------
 
     def _work(self, place: int) -> None:
-        pause_s = 0.0
-        while not self._ending.wait(pause_s):
-            self._sampled[place] = self._sample(self._probes[place], self._sampled[place])
-            self._show(self._clock())
-            failed = bool(self._sampled[place].reason)
-            pause_s = min(max(pause_s, self._period_s / 2) * 2, _LONGEST_PAUSE_S) if failed else self._period_s
-
-    def _sample(self, probe: Probe, before: _Sampled) -> _Sampled:
+        probe = self._probes[place]
+        pause_s = failing_s = 0.0
+        while not self._wait(self._ending, pause_s):
+            self._began_s[place] = self._clock()
+            answer = self._asked(probe)
+            self._tell(probe, self._answers[place], answer)
+            with self._publishing:
+                self._answers[place] = answer
+                self._began_s[place] = None
+                self._shown = self._fresh(answer.at_s)
+            failing_s = max(2 * failing_s, self._period_s) if answer.is_failure else 0.0
+            pause_s = min(failing_s, max(_LONGEST_PAUSE_S, self._period_s)) or self._period_s
         try:
-            readings, reason = dict(probe.sample()), ""
+            probe.close()
+        except Exception as error:  # noqa: BLE001 - as in a sample; nothing depends on it any more
+            logger.debug("closing the probe of %s: %s: %s", ", ".join(probe.gives), type(error).__name__, error)
+
+    def _asked(self, probe: Probe) -> _Answer:
+        try:
+            return _Answer(dict(probe.sample()), self._clock())
+        except NotYet as error:
+            return _Answer({}, self._clock(), str(error))
         except ProbeUnavailable as error:
-            readings, reason = {}, str(error)
+            return _Answer({}, self._clock(), str(error), is_failure=True)
         except Exception as error:  # noqa: BLE001 - a driver may raise anything; the thread must go on
-            readings, reason = {}, f"{type(error).__name__}: {error}"
-        if reason and before.readings:
-            logger.warning("%s are absent from now on: %s; asking again", ", ".join(probe.gives), reason)
-        return _Sampled(readings, self._clock(), reason)
+            return _Answer({}, self._clock(), f"{type(error).__name__}: {error}; trying again", is_failure=True)
+
+    def _tell(self, probe: Probe, before: _Answer, now: _Answer) -> None:
+        names = ", ".join(probe.gives)
+        if now.reason == before.reason:
+            return
+        if not now.reason:
+            logger.info("%s: sampled from now on", names)
+        elif before.readings:
+            self._warnings.say(names, "%s: absent from now on: %s", names, now.reason)
+        else:  # it has never been there, or still is not: a machine without a GPU is no fault
+            logger.info("%s: absent: %s", names, now.reason)

@@ -10,36 +10,75 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from esper_otel.errors import ProbeUnavailable
+from esper_otel.probes.probe import NotYet, Probe
 from esper_otel.probes.sampler import Sampler
 
 
 class Scripted:
     """A probe whose answers are given: readings, or an exception; the last one stays."""
 
-    def __init__(self, name: str, *answers: Mapping[str, float] | Exception) -> None:
-        self.gives = (name,)
+    def __init__(self, name: str, *answers: Mapping[str, float] | Exception, gives: tuple[str, ...] = ()) -> None:
+        self.gives = gives or (name,)
         self._answers = list(answers)
-        self.samples = 0
+        self.samples = self.closed = 0
 
     def sample(self) -> Mapping[str, float]:
+        assert not self.closed
         self.samples += 1
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def close(self) -> None:
+        self.closed += 1
+
 
 class Hanging:
-    """A driver that never answers."""
+    """A driver that answers only when it is released, after the given number of good answers."""
 
     gives = ("gpu_util_percent",)
 
-    def __init__(self) -> None:
+    def __init__(self, good: int = 0) -> None:
+        self._good = good
+        self.hangs = threading.Event()
         self.release = threading.Event()
 
     def sample(self) -> Mapping[str, float]:
-        self.release.wait(20)
+        if self._good:
+            self._good -= 1
+        else:
+            self.hangs.set()
+            self.release.wait(20)
         return {"gpu_util_percent": 1.0}
+
+    def close(self) -> None:
+        pass
+
+
+class Time:
+    """A clock that only the sampler's pauses move, for a sampler of one probe; so many samples are taken."""
+
+    def __init__(self, samples: int) -> None:
+        self.now_s = 100.0
+        self.pauses: list[float] = []
+        self._samples = samples
+
+    def wait(self, ending: threading.Event, seconds: float) -> bool:
+        if len(self.pauses) == self._samples:
+            return True
+        self.pauses.append(seconds)
+        self.now_s += seconds
+        return False
+
+
+def run_through(probe: Probe, *, samples: int, period_s: float = 1.0) -> tuple[Sampler, Time]:
+    """Takes so many samples, each at its own moment of the clock; returns when they are over."""
+    moments = Time(samples)
+    sampler = Sampler([probe], period_s=period_s, clock=lambda: moments.now_s, wait=moments.wait)
+    sampler.start()
+    sampler.stop(10.0)
+    return sampler, moments
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
@@ -53,8 +92,8 @@ def eventually(holds: Callable[[], bool]) -> bool:
 def running() -> Iterator[Callable[..., Sampler]]:
     started: list[Sampler] = []
 
-    def start(*probes: Scripted | Hanging, period_s: float = 0.01) -> Sampler:
-        sampler = Sampler(probes, period_s=period_s)
+    def start(*probes: Probe, period_s: float = 0.01, clock: Callable[[], float] = time.monotonic) -> Sampler:
+        sampler = Sampler(probes, period_s=period_s, clock=clock)
         started.append(sampler)
         sampler.start()
         return sampler
@@ -64,6 +103,9 @@ def running() -> Iterator[Callable[..., Sampler]]:
         sampler.stop(5.0)
 
 
+# -- what is shown --------------------------------------------------------------------------------------------
+
+
 def test_the_readings_of_all_probes_are_shown_soon_after_the_start(running: Callable[..., Sampler]) -> None:
     """A run of ten seconds has hardware metrics too."""
     sampler = running(Scripted("a", {"a": 1.0}), Scripted("b", {"b": 2.0, "beside": 3.0}), period_s=3600.0)
@@ -71,18 +113,32 @@ def test_the_readings_of_all_probes_are_shown_soon_after_the_start(running: Call
     assert sampler.absent() == {}
 
 
-def test_a_reading_older_than_three_periods_is_absent_and_says_so() -> None:
+def test_a_reading_older_than_three_periods_is_absent_and_says_so(running: Callable[..., Sampler]) -> None:
     """A hardware metric that has stopped must not look alive."""
     now = [100.0]
-    sampler = Sampler([Scripted("a", {"a": 1.0})], period_s=10.0, clock=lambda: now[0])
-    assert sampler.absent() == {"a": "not sampled yet"}
-    sampler.start()
+    unstarted = Sampler([Scripted("a", {"a": 1.0})], period_s=10.0, clock=lambda: now[0])
+    assert (unstarted.readings(100.0), unstarted.absent()) == ({}, {"a": "not sampled yet"})
+    sampler = running(Scripted("a", {"a": 1.0}), period_s=10.0, clock=lambda: now[0])
     assert eventually(lambda: sampler.readings(100.0) == {"a": 1.0})
     sampler.stop(5.0)
     assert sampler.readings(129.9) == {"a": 1.0}
     now[0] = 130.0
     assert sampler.readings(130.0) == {}
     assert sampler.absent() == {"a": "the last sample is more than 30 s old"}
+
+
+def test_every_probes_readings_grow_old_by_themselves(running: Callable[..., Sampler]) -> None:
+    """One that hangs does not take the fresh ones of the others with it."""
+    now = [100.0]
+    hanging = Hanging(good=1)
+    sampler = running(hanging, Scripted("a", {"a": 1.0}), clock=lambda: now[0])
+    try:
+        assert hanging.hangs.wait(10)
+        assert eventually(lambda: sampler.readings(now[0]) == {"a": 1.0, "gpu_util_percent": 1.0})
+        now[0] = 100.04
+        assert eventually(lambda: sampler.readings(now[0]) == {"a": 1.0})
+    finally:
+        hanging.release.set()
 
 
 def test_readings_between_two_samples_are_the_same_object(running: Callable[..., Sampler]) -> None:
@@ -92,67 +148,141 @@ def test_readings_between_two_samples_are_the_same_object(running: Callable[...,
     assert sampler.readings(time.monotonic()) is sampler.readings(time.monotonic())
 
 
-def test_what_is_not_there_is_absent_with_its_reason_and_without_a_warning(
-    running: Callable[..., Sampler], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_readings_wait_for_no_lock() -> None:
+    """A child forked while a probe's thread published has that lock held for ever; its training must go on."""
+    sampler, moments = run_through(Scripted("a", {"a": 1.0}), samples=1)
+    with sampler._publishing:
+        assert sampler.readings(moments.now_s) == {"a": 1.0}
+        moments.now_s += 3.0
+        assert sampler.readings(moments.now_s) == {}
+        assert sampler.absent() == {"a": "the last sample is more than 3 s old"}
+
+
+# -- what fails -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_absent_with_its_reason_and_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """A laptop without a GPU is no fault."""
-    sampler = running(Scripted("gpu_util_percent", ProbeUnavailable("no driver here")))
-    assert eventually(lambda: sampler.absent() == {"gpu_util_percent": "no driver here"})
-    assert caplog.records == []
-
-
-def test_a_probe_that_fails_is_told_once_and_comes_back_when_it_heals(
-    running: Callable[..., Sampler], caplog: pytest.LogCaptureFixture
-) -> None:
-    """A driver that is loaded anew in the middle of a run."""
-    caplog.set_level(logging.WARNING)
-    lost = RuntimeError("GPU is lost")
-    sampler = running(Scripted("a", {"a": 1.0}, lost, lost, {"a": 2.0}), period_s=0.02)
-    seen: list[str] = []
-
-    def is_well_again() -> bool:
-        seen.append(sampler.absent().get("a", ""))
-        return sampler.readings(time.monotonic()) == {"a": 2.0}
-
-    assert eventually(is_well_again)
-    assert "RuntimeError: GPU is lost" in seen
-    assert [record.getMessage() for record in caplog.records] == [
-        "a are absent from now on: RuntimeError: GPU is lost; asking again"
+    caplog.set_level(logging.INFO)
+    sampler, _ = run_through(Scripted("gpu_util_percent", ProbeUnavailable("no driver here")), samples=4)
+    assert sampler.absent() == {"gpu_util_percent": "no driver here"}
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "gpu_util_percent: absent: no driver here")
     ]
 
 
-def test_a_probe_that_fails_is_asked_less_and_less_often() -> None:
+def test_every_metric_of_a_probe_has_its_reason() -> None:
+    """Also those that other probes might give."""
+    sampler, _ = run_through(Scripted("", OSError(5, "no bus"), gives=("a", "b")), samples=1)
+    reason = "OSError: [Errno 5] no bus; trying again"
+    assert sampler.absent() == {"a": reason, "b": reason}
+
+
+def test_a_probe_that_fails_is_told_once_and_comes_back_when_it_heals(caplog: pytest.LogCaptureFixture) -> None:
+    """A driver that is loaded anew in the middle of a run."""
+    caplog.set_level(logging.INFO)
+    lost = RuntimeError("GPU is lost")
+    probe = Scripted("a", {"a": 1.0}, lost, lost, lost, {"a": 2.0})
+    sampler, moments = run_through(probe, samples=4)
+    assert (sampler.readings(moments.now_s), sampler.absent()) == ({}, {"a": "RuntimeError: GPU is lost; trying again"})
+    caplog.clear()
+
+    probe = Scripted("a", {"a": 1.0}, lost, lost, lost, {"a": 2.0})
+    sampler, moments = run_through(probe, samples=7)
+    assert (sampler.readings(moments.now_s), sampler.absent()) == ({"a": 2.0}, {})
+    assert moments.pauses == [0.0, 1.0, 1.0, 2.0, 4.0, 1.0, 1.0]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "a: sampled from now on"),
+        ("WARNING", "a: absent from now on: RuntimeError: GPU is lost; trying again"),
+        ("INFO", "a: sampled from now on"),
+    ]
+
+
+def test_a_probe_that_comes_and_goes_warns_at_most_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    """A flapping driver must not fill the log of a run of days."""
+    caplog.set_level(logging.WARNING)
+    answers: list[Mapping[str, float] | Exception] = [{"a": 1.0}, RuntimeError("flaps")] * 20
+    run_through(Scripted("a", *answers), samples=40)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a: absent from now on: RuntimeError: flaps; trying again"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("period_s", "pauses"),
+    [(1.0, [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]), (300.0, [0.0, 300.0, 300.0])],
+)
+def test_a_probe_that_fails_is_asked_less_and_less_often(period_s: float, pauses: list[float]) -> None:
     """A broken driver call may take seconds of CPU."""
-    pauses: list[float] = []
+    _, moments = run_through(Scripted("a", ProbeUnavailable("no")), samples=len(pauses), period_s=period_s)
+    assert moments.pauses == pauses
 
-    class Recorded(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            pauses.append(timeout or 0.0)
-            return len(pauses) > 8
 
-    sampler = Sampler([Scripted("a", ProbeUnavailable("no"))], period_s=1.0)
-    sampler._ending = Recorded()
-    sampler.start()
-    sampler.stop(5.0)
-    assert pauses == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+def test_what_may_be_there_any_moment_is_asked_for_in_every_period() -> None:
+    """A model that takes minutes to load has GPU metrics from its first steps on, not a minute later."""
+    sampler, moments = run_through(Scripted("a", NotYet("the training device is not known yet")), samples=20)
+    assert moments.pauses == [0.0, *[1.0] * 19]
+    assert sampler.absent() == {"a": "the training device is not known yet"}
 
 
 def test_a_probe_that_hangs_holds_up_neither_the_others_nor_the_end(running: Callable[..., Sampler]) -> None:
     """NVML calls have been seen to take minutes on a sick GPU."""
-    hanging = Hanging()
-    sampler = running(hanging, Scripted("a", {"a": 1.0}))
-    assert eventually(lambda: sampler.readings(time.monotonic()) == {"a": 1.0})
-    assert sampler.absent() == {"gpu_util_percent": "not sampled yet"}
-    started_s = time.monotonic()
-    sampler.stop(0.2)
-    assert time.monotonic() - started_s < 2.0
-    hanging.release.set()
+    now = [100.0]
+    hanging, other = Hanging(), Scripted("a", {"a": 1.0})
+    sampler = running(hanging, other, clock=lambda: now[0])
+    try:
+        assert hanging.hangs.wait(10)
+        assert eventually(lambda: other.samples >= 3)
+        assert sampler.absent() == {"gpu_util_percent": "not sampled yet"}
+        now[0] += 0.03
+        reason = "the last sample took longer than 0.03 s and is still waited for"
+        assert eventually(lambda: sampler.absent() == {"gpu_util_percent": reason})
+        started_s = time.monotonic()
+        sampler.stop(0.2)
+        assert time.monotonic() - started_s < 2.0
+        assert other.closed == 1
+    finally:
+        hanging.release.set()
+
+
+# -- how it ends ----------------------------------------------------------------------------------------------
+
+
+def test_a_probe_gives_back_what_it_holds_after_its_last_sample() -> None:
+    """NVML stays initialised as long as somebody has it open."""
+    probe = Scripted("a", {"a": 1.0})
+    run_through(probe, samples=2)
+    assert (probe.samples, probe.closed) == (2, 1)
+
+
+def test_a_probe_that_cannot_close_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """The driver may be gone by then."""
+    caplog.set_level(logging.INFO)
+
+    class Stuck(Scripted):
+        def close(self) -> None:
+            raise RuntimeError("gone")
+
+    run_through(Stuck("a", {"a": 1.0}), samples=1)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 def test_stopping_before_the_start_and_twice_is_harmless() -> None:
     """close() may come at any time."""
-    sampler = Sampler([Scripted("a", {"a": 1.0})], period_s=1.0)
+    probe = Scripted("a", {"a": 1.0})
+    sampler = Sampler([probe], period_s=1.0)
     sampler.stop(0.1)
     sampler.start()
     sampler.stop(5.0)
     sampler.stop(0.1)
+    assert probe.samples == 0
+
+
+def test_no_thread_is_left_after_many_sessions() -> None:
+    """A hyper-parameter search opens and closes hundreds."""
+    before = threading.active_count()
+    for _ in range(5):
+        sampler = Sampler([Scripted("a", {"a": 1.0}), Scripted("b", RuntimeError("no"))], period_s=3600.0)
+        sampler.start()
+        sampler.stop(5.0)
+        assert threading.active_count() == before
