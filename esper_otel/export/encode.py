@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -24,8 +25,8 @@ from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetri
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel._version import __version__
-from esper_otel.export.points import PLAIN_BYTES, largest_seed_point, seed_points, step_points
-from esper_otel.frame import NO_SEEDS, Frame, Run, SeedTable, is_absent
+from esper_otel.export.points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
+from esper_otel.frame import ABSENT_BITS, NO_SEEDS, Frame, Run, SeedTable, is_absent
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, Metric
 
 SCHEMA_VERSION = "1"
@@ -62,7 +63,8 @@ class _Part(NamedTuple):
 
     Attributes:
         frame: the frame.
-        values: step values by name.
+        names: of the step values.
+        values: the step values, shape (names,), float64.
         seeds: seed rows.
         points: how many points these make.
         size: the most bytes that they take.
@@ -70,7 +72,8 @@ class _Part(NamedTuple):
     """
 
     frame: Frame
-    values: Mapping[str, float]
+    names: list[str]
+    values: npt.NDArray[np.float64]
     seeds: SeedTable
     points: int
     size: int
@@ -138,36 +141,48 @@ class Encoder:
             yield self._request(parts)
 
     def _parts(self, frame: Frame) -> list[_Part]:
-        values = self._values(frame)
+        names, values = self._values(frame)
         seeds = frame.seeds
-        cells = int(np.count_nonzero(~is_absent(seeds.cells))) if seeds.ids else 0
-        points = len(values) + 2 + cells
-        values[FRAME_SEQUENCE.name] = frame.sequence
-        values[FRAME_POINTS.name] = points
-        cell_size = largest_seed_point(seeds.ids) if seeds.ids else 0
-        size = len(values) * PLAIN_BYTES + cells * cell_size
+        cells = cell_size = 0
+        if seeds.ids:
+            cells = int(np.count_nonzero(seeds.cells.view(np.uint64) != ABSENT_BITS))
+            cell_size = largest_seed_point(seeds.ids)
+        points = len(names) + cells
+        values[-2:] = frame.sequence, points
+        size = len(names) * PLAIN_BYTES + cells * cell_size
         if points <= self._max_points and size <= _MAX_POINTS_BYTES:
-            return [_Part(frame, values, seeds, points, size, is_last=True)]
+            return [_Part(frame, names, values, seeds, points, size, is_last=True)]
+        return self._cut(_Part(frame, names, values, seeds, points, size, is_last=True), cell_size)
+
+    def _cut(self, whole: _Part, cell_size: int) -> list[_Part]:
         parts = []
-        names = list(values)
+        frame, names, values, seeds, *_ = whole
         for start in range(0, len(names), self._max_points):
-            some = {name: values[name] for name in names[start : start + self._max_points]}
-            parts.append(_Part(frame, some, NO_SEEDS, len(some), len(some) * PLAIN_BYTES, is_last=False))
+            some = slice(start, start + self._max_points)
+            count = len(names[some])
+            parts.append(_Part(frame, names[some], values[some], NO_SEEDS, count, count * PLAIN_BYTES, is_last=False))
         present = np.count_nonzero(~is_absent(seeds.cells), axis=1)
         most = max(int(present.max(initial=0)), 1)
         rows = max(min(self._max_points // most, _MAX_POINTS_BYTES // (most * cell_size)), 1) if cell_size else 1
         for start in range(0, len(seeds.ids), rows):
             some_seeds = SeedTable(seeds.ids[start : start + rows], seeds.cells[start : start + rows])
             cells = int(present[start : start + rows].sum())
-            parts.append(_Part(frame, {}, some_seeds, cells, cells * cell_size, is_last=False))
+            parts.append(_Part(frame, [], _NO_VALUES, some_seeds, cells, cells * cell_size, is_last=False))
         return [*parts[:-1], parts[-1]._replace(is_last=True)]
 
-    def _values(self, frame: Frame) -> dict[str, float]:
+    def _values(self, frame: Frame) -> tuple[list[str], npt.NDArray[np.float64]]:
+        """Names and step values; the last two, sequence and points of the frame, are to be filled in."""
+        values: dict[str, float] = {}
         try:
-            return {name: float(value) for name, value in frame.values().items() if name in self._catalogue}
+            values = frame.values()
+            if not self._catalogue.keys() >= values.keys():
+                values = {name: value for name, value in values.items() if name in self._catalogue}
+            numbers = _numbers(values)
         except Exception as error:  # noqa: BLE001 - a user's processor must not hold up all later frames
             self._fault(f"readings of frame {frame.sequence}", error)
-            return frame._replace(derived=()).values()
+            values = frame._replace(derived=()).values()
+            numbers = _numbers(values)
+        return [*values, FRAME_SEQUENCE.name, FRAME_POINTS.name], numbers
 
     def _request(self, parts: Sequence[_Part]) -> Request:
         wire = []
@@ -189,14 +204,17 @@ class Encoder:
     def _points(parts: Sequence[_Part]) -> dict[str, list[bytes]]:
         """The serialized points of parts of one run, by metric name."""
         points: dict[str, list[bytes]] = {}
-        for name, part in zip(*_step_points([part for part in parts if part.values]), strict=True):
-            points.setdefault(name, []).append(part)
+        for names, following in groupby(parts, lambda part: part.names):
+            if names:
+                alike = list(following)
+                values = np.array([part.values for part in alike])
+                for name, of_metric in zip(names, step_points(_times(alike), values.T), strict=True):
+                    points.setdefault(name, []).append(of_metric)
         for ids, following in groupby(parts, lambda part: part.seeds.ids):
             if ids:
                 alike = list(following)
-                times = np.array([part.frame.time_unix_ns for part in alike], np.uint64)
                 cells = np.stack([part.seeds.cells for part in alike])
-                for column, of_metric in seed_points(times, ids, cells).items():
+                for column, of_metric in seed_points(_times(alike), ids, cells).items():
                     points.setdefault(SEED_CELLS[column].name, []).append(of_metric)
         return points
 
@@ -268,19 +286,18 @@ class Encoder:
         return self._origin[1]
 
 
-def _step_points(parts: Sequence[_Part]) -> tuple[Sequence[str], Sequence[bytes]]:
-    """Names of the step metrics in the parts, and the points of each."""
-    if not parts:
-        return (), ()
-    times = np.array([part.frame.time_unix_ns for part in parts], np.uint64)
-    names = list(parts[0].values)
-    if all(part.values.keys() == parts[0].values.keys() for part in parts):
-        values = np.array([[part.values[name] for name in names] for part in parts], np.float64)
-        return names, step_points(times, values.T, None)
-    names = list(dict.fromkeys(name for part in parts for name in part.values))
-    values = np.array([[part.values.get(name, 0.0) for name in names] for part in parts], np.float64)
-    present = np.array([[name in part.values for name in names] for part in parts])
-    return names, step_points(times, values.T, present.T)
+_NO_VALUES = np.empty(0)
+
+
+def _numbers(values: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    """The values, and room for two more."""
+    if None in values.values():
+        raise TypeError("a reading is None, which NumPy would take for NaN")
+    return np.fromiter((*values.values(), 0.0, 0.0), np.float64, len(values) + 2)
+
+
+def _times(parts: Sequence[_Part]) -> Times:
+    return np.array([part.frame.time_unix_ns for part in parts], np.uint64)
 
 
 def _field(number: int, content: bytes) -> bytes:

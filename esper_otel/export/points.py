@@ -51,22 +51,19 @@ _PLAIN_LAYOUT = _layout(_record())
 PLAIN_BYTES = len(_PLAIN)
 
 
-def step_points(times: Times, values: npt.NDArray[np.float64], present: npt.NDArray[np.bool_] | None) -> list[bytes]:
+def step_points(times: Times, values: npt.NDArray[np.float64]) -> list[bytes]:
     """The points of step metrics: a Gauge's serialized ``data_points`` for each metric, in the frames' order.
 
     Args:
         times: Unix nanoseconds, shape (frames,).
         values: shape (metrics, frames).
-        present: which of the values there are, same shape; None when all are.
     """
     wire = np.empty((*values.shape, PLAIN_BYTES), np.uint8)
     wire[:] = _PLAIN
     fields = wire.view(_PLAIN_LAYOUT)[..., 0]
     fields["time"] = times
     fields["value"] = values
-    if present is None:
-        return [of_metric.tobytes() for of_metric in wire]
-    return [of_metric[there].tobytes() for of_metric, there in zip(wire, present, strict=True)]
+    return [of_metric.tobytes() for of_metric in wire]
 
 
 def seed_points(times: Times, ids: tuple[str, ...], cells: Cells) -> dict[int, bytes]:
