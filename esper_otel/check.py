@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -20,12 +22,14 @@ from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import HEALTH_EVERY_S
 from esper_otel.export.provider import exporters_from_environment
 from esper_otel.export.resource import resource_for
-from esper_otel.export.transport import Outcome, Result, open_sender
+from esper_otel.export.transport import Outcome, Result, Sender, open_sender
 from esper_otel.frame import Frame, Run
-from esper_otel.schema import METRICS, SEED_METRICS
+from esper_otel.schema import METRICS, SEED_CELLS
 from esper_otel.settings import EsperSettings
 
-_LOOKUP_S = 5.0
+_ON_THE_WAY_S = 5.0  # for everything before the frame is sent
+_LONG_TIMEOUT_S = 600.0
+_GRPC_NAMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
 
 _FIXES = {
     Result.TEMPORARY: "steps are kept and sent again until the endpoint takes them; put the endpoint right",
@@ -78,27 +82,46 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
     """
     series, samples_per_s = estimate(seeds, steps_per_second)
     stages: list[Stage] = []
+    endpoint: Endpoint | None = None
+    sender: Sender | None = None
+    latency_ms = None
     try:
         exporters = exporters_from_environment(environ)
         protocol = {} if exporters.protocol is None else {"OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": exporters.protocol}
         endpoint = endpoint_from_environment({**environ, **protocol})
-    except ConfigurationError as error:
+        sender = open_sender(endpoint) if exporters.steps else None
+    except (ConfigurationError, OSError) as error:
         stages.append(Stage("settings", False, str(error), "correct the variable"))
-        return CheckResult(False, tuple(stages), None, None, None, series, samples_per_s)
-    if not exporters.steps:
-        stages.append(Stage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp"))
-        return CheckResult(False, tuple(stages), endpoint.protocol, endpoint.target, None, series, samples_per_s)
-    stages.append(Stage("settings", True, _described(endpoint)))
-    for stage in _on_the_way(endpoint):
-        stages.append(stage)
-        if stage.ok is False:
-            return CheckResult(False, tuple(stages), endpoint.protocol, endpoint.target, None, series, samples_per_s)
-    outcome, latency_ms = _send(endpoint)
-    stages.append(_of_outcome(outcome, endpoint))
+    else:
+        if sender is None:
+            stages.append(Stage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp"))
+        else:
+            stages.append(Stage("settings", True, _described(endpoint)))
+            latency_ms = _look(endpoint, sender, stages)
     is_ok = stages[-1].ok is True
     return CheckResult(
-        is_ok, tuple(stages), endpoint.protocol, endpoint.target, latency_ms if is_ok else None, series, samples_per_s
+        is_ok,
+        tuple(stages),
+        None if endpoint is None else endpoint.protocol,
+        None if endpoint is None else endpoint.target,
+        latency_ms if is_ok else None,
+        series,
+        samples_per_s,
     )
+
+
+def _look(endpoint: Endpoint, sender: Sender, stages: list[Stage]) -> float | None:
+    """Adds stages up to the first fault; returns the time of the request, None when none was sent."""
+    try:
+        for stage in _on_the_way(endpoint):
+            stages.append(stage)
+            if stage.ok is False:
+                return None
+        outcome, latency_ms = _send(endpoint, sender)
+        stages.append(_of_outcome(outcome, endpoint))
+        return latency_ms
+    finally:
+        sender.close()
 
 
 def estimate(seeds: int, steps_per_second: float) -> tuple[int, float]:
@@ -106,7 +129,7 @@ def estimate(seeds: int, steps_per_second: float) -> tuple[int, float]:
     enriched = EsperSettings().tolaria_step_enrichment_enabled
     step = sum(metric.level == "step" and (enriched or not metric.gated) for metric in METRICS)
     session = sum(metric.level == "session" for metric in METRICS)
-    of_seeds = seeds * len(SEED_METRICS)
+    of_seeds = seeds * len(SEED_CELLS)
     return step + of_seeds + session, (step + of_seeds) * steps_per_second + session / HEALTH_EVERY_S
 
 
@@ -129,34 +152,74 @@ def report_json(result: CheckResult) -> str:
 def _described(endpoint: Endpoint) -> str:
     security = "plain text" if endpoint.is_insecure else "TLS"
     headers = ", ".join(name for name, _ in endpoint.headers)
-    return (
-        f"{endpoint.protocol} to {endpoint.target}, {security}, compression {endpoint.compression}, "
-        f"time-out {endpoint.timeout_s:g} s" + (f", headers {headers}" if headers else "")
+    seconds = f"time-out {endpoint.timeout_s:g} s"
+    if endpoint.timeout_s >= _LONG_TIMEOUT_S:
+        seconds += " (OTEL_EXPORTER_OTLP_TIMEOUT is in seconds here, not milliseconds)"
+    return f"{endpoint.protocol} to {endpoint.target}, {security}, compression {endpoint.compression}, {seconds}" + (
+        f", headers {headers}" if headers else ""
     )
 
 
 def _on_the_way(endpoint: Endpoint) -> Iterator[Stage]:
     """Name resolution, connection and TLS, each only when the one before is well."""
+    if endpoint.address.startswith(_GRPC_NAMES):
+        yield Stage("connection", None, f"gRPC finds {endpoint.target} itself")
+        return
     url = urlsplit(endpoint.address if "://" in endpoint.address else f"//{endpoint.address}")
     host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    proxy = getproxies().get(url.scheme or "http")
-    if endpoint.protocol == "http/protobuf" and proxy and not proxy_bypass(host):
-        yield Stage("connection", None, f"goes through the proxy {urlsplit(proxy).hostname}, which is not looked at")
+    proxy = _proxy(endpoint, url.scheme, host)
+    if proxy is not None:
+        yield Stage("connection", None, f"goes through the proxy {proxy}, which is not looked at")
         return
-    yield _within(_LOOKUP_S, lambda: _resolved(host, port), "name resolution", f"no answer about {host!r}")
-    wait_s = min(endpoint.timeout_s, _LOOKUP_S)
-    yield _connected(host, port, wait_s)
+    deadline_s = time.monotonic() + _ON_THE_WAY_S
+    silence = f"no answer about the name {host!r}", "is the network up?"
+    yield _within(deadline_s, lambda: _resolved(host, port), "name resolution", *silence)
+    silence = f"no answer from {host}:{port}", "a firewall or a wrong address drops it"
+    connect_by_s = min(deadline_s, time.monotonic() + endpoint.timeout_s)
+    yield _within(connect_by_s, lambda: _connected(host, port), "connection", *silence)
     if not endpoint.is_insecure and endpoint.credential_provider is None:
-        yield _secured(endpoint, host, port, wait_s)
+        left_s = max(min(deadline_s - time.monotonic(), endpoint.timeout_s), 0.1)
+        silence = f"{host}:{port} does not answer the TLS handshake", "for plain text give http://"
+        yield _within(deadline_s, lambda: _secured(endpoint, host, port, left_s), "TLS", *silence)
 
 
-def _within(timeout_s: float, look: Callable[[], Stage], name: str, silence: str) -> Stage:
-    """The stage, or its failure when it takes too long: the system's resolver has no time-out of ours."""
+def _proxy(endpoint: Endpoint, scheme: str, host: str) -> str | None:
+    """Host of the proxy that the sender uses: each of the two protocols has its own rules."""
+    if endpoint.protocol == "grpc":  # https://github.com/grpc/grpc/blob/master/doc/environment_variables.md
+        proxy = next(filter(None, map(os.environ.get, ("grpc_proxy", "https_proxy", "http_proxy"))), None)
+        direct = next(filter(None, map(os.environ.get, ("no_grpc_proxy", "no_proxy"))), "")
+        is_direct = any(host.endswith(name) for name in map(str.strip, direct.split(",")) if name)
+    else:
+        proxies = getproxies()
+        proxy, is_direct = proxies.get(scheme) or proxies.get("all"), bool(proxy_bypass(host))
+    if not proxy or is_direct:
+        return None
+    return urlsplit(proxy if "://" in proxy else f"//{proxy}").hostname
+
+
+def _authorities(endpoint: Endpoint) -> Path | None:
+    """What the sender trusts: neither protocol looks at the system's own store; None when it cannot be found."""
+    if endpoint.certificate is not None:
+        return endpoint.certificate
+    is_grpc = endpoint.protocol == "grpc"
+    names = ("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",) if is_grpc else ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    named = next(filter(None, map(os.environ.get, names)), None)
+    if named is not None:
+        return Path(named)
+    module, file = ("grpc", "_cython/_credentials/roots.pem") if is_grpc else ("certifi", "cacert.pem")
+    found = find_spec(module)
+    shipped = Path(found.origin).parent / file if found is not None and found.origin else None
+    return shipped if shipped is not None and shipped.is_file() else None
+
+
+def _within(deadline_s: float, look: Callable[[], Stage], name: str, silence: str, fix: str) -> Stage:
+    """The stage, or its failure when it takes too long: a look-up has no time-out, and each address has its own."""
     found: list[Stage] = []
+    timeout_s = max(deadline_s - time.monotonic(), 0.1)
     thread = threading.Thread(target=lambda: found.append(look()), name="esper-otel-check", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    return found[0] if found else Stage(name, False, f"{silence} within {timeout_s:g} s", "is the network up?")
+    return found[0] if found else Stage(name, False, f"{silence} within {timeout_s:.1f} s", fix)
 
 
 def _resolved(host: str, port: int) -> Stage:
@@ -168,12 +231,10 @@ def _resolved(host: str, port: int) -> Stage:
     return Stage("name resolution", True, f"{host} is {', '.join(sorted(addresses))}")
 
 
-def _connected(host: str, port: int, timeout_s: float) -> Stage:
+def _connected(host: str, port: int) -> Stage:
     try:
-        with socket.create_connection((host, port), timeout_s):
+        with socket.create_connection((host, port), _ON_THE_WAY_S):
             return Stage("connection", True, f"port {port} of {host} is open")
-    except TimeoutError:
-        message, fix = f"no answer from {host}:{port} within {timeout_s:g} s", "a firewall or a wrong address drops it"
     except ConnectionRefusedError:
         message = f"nothing listens on {host}:{port} (connection refused)"
         fix = "start the collector, or correct the port: 4317 for grpc, 4318 for http/protobuf"
@@ -184,14 +245,23 @@ def _connected(host: str, port: int, timeout_s: float) -> Stage:
 
 def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stage:
     try:
-        context = ssl.create_default_context(cafile=None if endpoint.certificate is None else endpoint.certificate)
+        trusted = _authorities(endpoint)
+        is_folder = trusted is not None and trusted.is_dir()
+        context = ssl.create_default_context(
+            cafile=None if is_folder else trusted, capath=trusted if is_folder else None
+        )
+        if endpoint.protocol == "grpc":
+            context.set_alpn_protocols(["h2"])
         if endpoint.client_certificate is not None:
             context.load_cert_chain(endpoint.client_certificate, endpoint.client_key)
         with (
             socket.create_connection((host, port), timeout_s) as plain,
             context.wrap_socket(plain, server_hostname=host) as secured,
         ):
-            return Stage("TLS", True, f"{secured.version()}, the certificate is trusted")
+            if endpoint.protocol != "grpc" or secured.selected_alpn_protocol() == "h2":
+                return Stage("TLS", True, f"{secured.version()}, the certificate is trusted")
+        message = f"{host}:{port} speaks TLS, but not HTTP/2, which gRPC needs"
+        fix = "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or use the port for gRPC, usually 4317"
     except ssl.SSLCertVerificationError as error:
         message = f"the certificate of {host}:{port} is not trusted: {error.verify_message}"
         fix = "set OTEL_EXPORTER_OTLP_CERTIFICATE to the authority's PEM file, and use a host name the certificate has"
@@ -204,23 +274,15 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stag
     return Stage("TLS", False, message, fix)
 
 
-def _send(endpoint: Endpoint) -> tuple[Outcome, float]:
+def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
     now_ns = time.time_ns()
     run = Run(f"esper-otel-check-{secrets.token_hex(4)}", now_ns // 1_000_000, device_type="cpu")
     frame = Frame(run, 1, 1, 0, now_ns, {"loss": 0.0}, {})
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, _no_fault)
     [request] = encoder.requests([frame])
-    try:
-        sender = open_sender(endpoint)
-    except (ConfigurationError, OSError, ValueError) as error:
-        return Outcome(Result.REFUSED, str(error)), 0.0
     started_s = time.perf_counter()
-    try:
-        outcome = sender.send(request.body, endpoint.timeout_s)
-    finally:
-        latency_ms = (time.perf_counter() - started_s) * 1e3
-        sender.close()
-    return outcome, latency_ms
+    outcome = sender.send(request.body, endpoint.timeout_s)
+    return outcome, (time.perf_counter() - started_s) * 1e3
 
 
 def _no_fault(where: str, error: Exception) -> None:

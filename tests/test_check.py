@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
+from frames import make_frame, seed_table
 from grpc import StatusCode
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsPartialSuccess,
@@ -17,7 +18,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel import EsperSettings
 from esper_otel.check import CheckResult, report_json, report_text, run_check
-from esper_otel.schema import METRICS, SEED_METRICS
+from esper_otel.export.encode import Encoder
+from esper_otel.export.resource import resource_for
+from esper_otel.schema import METRICS, SEED_FIELDS
 from esper_otel.testing import MemoryCollector
 
 E = "OTEL_EXPORTER_OTLP_"
@@ -84,6 +87,22 @@ def test_settings_that_keep_steps_at_home_are_named(environ: dict[str, str], wor
     assert words in said
 
 
+def test_credentials_that_cannot_be_had_are_a_matter_of_settings() -> None:
+    """Not of the endpoint, whose log knows nothing about it."""
+    environ = {"OTEL_PYTHON_EXPORTER_OTLP_GRPC_CREDENTIAL_PROVIDER": "nobody", f"{E}ENDPOINT": "https://127.0.0.1:1"}
+    stage, said = fault(run_check(environ=environ))
+    assert stage == "settings"
+    assert "'nobody' is not among the entry points" in said
+
+
+def test_a_time_out_in_milliseconds_is_pointed_out() -> None:
+    """The specification's unit is not that of the Python exporters."""
+    with MemoryCollector() as collector:
+        result = run_check(environ=at(collector, "grpc", TIMEOUT="10000"))
+    assert result.ok
+    assert "time-out 10000 s (OTEL_EXPORTER_OTLP_TIMEOUT is in seconds here" in result.stages[0].message
+
+
 def test_a_name_that_is_not_known_is_told() -> None:
     """Names under .invalid never are (RFC 2606)."""
     stage, said = fault(run_check(environ={f"{E}ENDPOINT": "http://no-such-host.invalid:4317"}))
@@ -123,6 +142,54 @@ def test_tls_is_explained(tmp_path: Path) -> None:
             assert stage == "TLS"
             assert "does not speak TLS" in said
             assert "http://" in said
+
+
+def test_grpc_meets_tls_without_http2(tmp_path: Path) -> None:
+    """The collector's port for HTTP, with TLS."""
+    authority = Authority(tmp_path)
+    pair = authority.pair("good")
+    with MemoryCollector(certificate_file=pair.certificate, key_file=pair.key) as collector:
+        environ = at(collector, "http/protobuf", PROTOCOL="grpc", CERTIFICATE=str(authority.certificate))
+        stage, said = fault(run_check(environ=environ))
+    assert stage == "TLS"
+    assert "but not HTTP/2, which gRPC needs" in said
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf" in said
+
+
+def test_tls_is_judged_by_what_the_sender_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``requests`` does not look at the system's store, which a slim container may not have at all."""
+    authority = Authority(tmp_path)
+    pair = authority.pair("good")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(authority.certificate))
+    with MemoryCollector(certificate_file=pair.certificate, key_file=pair.key) as collector:
+        result = run_check(environ=at(collector, "http/protobuf"))
+    assert result.ok
+    assert [stage.name for stage in result.stages][-2:] == ["TLS", "frame"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_a_proxy_or_grpc_itself_finds_is_not_looked_at(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direct connection that fails would say nothing about the way that is taken."""
+    monkeypatch.setenv("http_proxy", "http://me:hunter2@127.0.0.1:1")
+    environ = {f"{E}PROTOCOL": protocol, f"{E}ENDPOINT": "http://collector.invalid:4317", f"{E}TIMEOUT": "1"}
+    result = run_check(environ=environ)
+    assert [(stage.name, stage.ok) for stage in result.stages] == [
+        ("settings", True),
+        ("connection", None),
+        ("frame", False),
+    ]
+    assert "goes through the proxy 127.0.0.1, which is not looked at" in result.stages[1].message
+    assert "hunter2" not in report_text(result)
+    monkeypatch.setenv("no_proxy", "collector.invalid")
+    assert fault(run_check(environ=environ))[0] == "name resolution"
+
+
+def test_a_socket_file_is_left_to_grpc(tmp_path: Path) -> None:
+    """There is no name to resolve and no port."""
+    environ = {f"{E}ENDPOINT": f"unix://{tmp_path}/otel.sock", f"{E}INSECURE": "true"}
+    result = run_check(environ=environ)
+    assert [stage.name for stage in result.stages] == ["settings", "connection", "frame"]
+    assert "nothing listens on unix://" in fault(result)[1]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -175,8 +242,26 @@ def test_the_size_of_a_run_follows_from_the_schema(monkeypatch: pytest.MonkeyPat
     result = run_check(seeds=100, steps_per_second=5.0, environ={"OTEL_METRICS_EXPORTER": "none"})
     steps = [metric for metric in METRICS if metric.level == "step"]
     session = [metric for metric in METRICS if metric.level == "session"]
-    assert result.series == len(steps) + 100 * len(SEED_METRICS) + len(session)
-    assert result.samples_per_s == pytest.approx(5.0 * (len(steps) + 1000) + len(session) / 10)
+    seeds = [metric for metric in METRICS if metric.level == "seed"]
+    assert result.series == len(steps) + 100 * len(seeds) + len(session)
+    assert result.samples_per_s == pytest.approx(5.0 * (len(steps) + 100 * len(seeds)) + len(session) / 10)
     monkeypatch.setattr(EsperSettings, "tolaria_step_enrichment_enabled", False)
     core = run_check(environ={"OTEL_METRICS_EXPORTER": "none"})
     assert core.series == len([m for m in steps if not m.gated]) + len(session)
+
+
+def test_the_size_of_a_run_is_that_of_the_points_it_sends() -> None:
+    """Counted in a request that holds every metric, not taken from the schema a second time."""
+    values = {
+        metric.name: 1.0 for metric in METRICS if metric.level == "step" and not metric.name.startswith("esper.frame.")
+    }
+    rows = {seed: dict.fromkeys(SEED_FIELDS, 1.0) for seed in ("seed-1", "seed-2")}
+
+    def fail(where: str, error: Exception) -> None:
+        raise AssertionError(where) from error
+
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, fail)
+    [request] = encoder.requests([make_frame(recorded=values, seeds=seed_table(rows))])
+    quiet = run_check(seeds=2, steps_per_second=0.0, environ={"OTEL_METRICS_EXPORTER": "none"})
+    busy = run_check(seeds=2, steps_per_second=1.0, environ={"OTEL_METRICS_EXPORTER": "none"})
+    assert busy.samples_per_s - quiet.samples_per_s == request.points

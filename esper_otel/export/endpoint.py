@@ -8,22 +8,35 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from opentelemetry.util.re import parse_env_headers
 
+from esper_otel._version import __version__
 from esper_otel.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import grpc
+    import requests
+
+_T = TypeVar("_T")
 
 Protocol = Literal["grpc", "http/protobuf"]
 Compression = Literal["none", "gzip", "deflate"]
+
+USER_AGENT = f"esper_otel/{__version__}"
 
 _GENERAL = "OTEL_EXPORTER_OTLP_"
 _METRICS = "OTEL_EXPORTER_OTLP_METRICS_"
 _DEFAULT_ENDPOINT = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
 _DEFAULT_TIMEOUT_S = 10.0
+_LONGEST_TIMEOUT_S = 86_400.0  # more overflows the clocks that wait for it
 _COMPRESSIONS = {"grpc": ("none", "gzip"), "http/protobuf": ("none", "gzip", "deflate")}
+_PROVIDERS = "opentelemetry_otlp_credential_provider"
 _PROVIDER = {
     "grpc": (
         "OTEL_PYTHON_EXPORTER_OTLP_GRPC_METRICS_CREDENTIAL_PROVIDER",
@@ -43,8 +56,10 @@ _GRPC_DEFAULT_PORT = 443  # gRPC's, for plain text too
 _HEADER_NAME = {"grpc": re.compile(r"[0-9a-z_.-]+(?<!-bin)"), "http/protobuf": re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")}
 _HEADER_VALUE = {"grpc": re.compile(r"[\x20-\x7e]*"), "http/protobuf": re.compile(r"[\t\x20-\x7e\xa0-\xff]*")}
 # What ``parse_env_headers`` takes; whatever else there is it would log, secrets included, and leave out.
-_HEADER_ENTRY = re.compile(r"[^\x00-\x20\x7f-\U0010ffff\"(),/:;<=>?@\[\\\]{}]+[ \t]*=[\x20-\x7e\t]*")
-_HEADER_SPECIAL = re.compile(r"[\"\\;]")
+_HEADER_ENTRY = re.compile(
+    r"[\x21\x23-\x27\x2a\x2b\x2d\x2e\x30-\x39\x41-\x5a\x5e-\x7a\x7c\x7e]+[ \t]*"
+    r"=[ \t]*[\x20\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]*"
+)
 _HEADER_FORM = "give name=value,name=value with %20 for a space, %2C for a comma, %22 for a quote"
 
 
@@ -151,18 +166,17 @@ def _url(variable: str, text: str) -> tuple[SplitResult, int | None]:
         url = urlsplit(text if "://" in text else f"//{text}")
         port = url.port
     except ValueError as error:
-        # urllib repeats the port's text, which is a password when the host has been forgotten.
-        fault = "the port is not a number from 1 to 65535" if "ort" in str(error) else "it cannot be read"
-        raise _wrong(variable, text, f"{fault}; give http://host:port") from None
+        fault = "has a port that is no number from 1 to 65535" if "Port" in str(error) else "is not a URL"
+        raise _wrong(variable, text, f"{fault}: give http://host:port") from None
     if not url.hostname or re.search(r"\s", url.netloc):
         raise _wrong(variable, text, "names no host: give http://host:port")
     if port == 0:
-        raise _wrong(variable, text, "the port is not a number from 1 to 65535; give http://host:port")
+        raise _wrong(variable, text, "has a port that is no number from 1 to 65535: give http://host:port")
     return url, port
 
 
 def _wrong(variable: str, text: str, fault: str) -> ConfigurationError:
-    return ConfigurationError(f"{variable}={_without_credentials(text)!r}: {fault}")
+    return ConfigurationError(f"{variable}={_without_credentials(text)!r} {fault}")
 
 
 def _without_credentials(text: str) -> str:
@@ -189,7 +203,7 @@ def _headers(environ: Mapping[str, str], protocol: str) -> tuple[tuple[str, str]
     for number, part in enumerate(text.split(","), 1):
         if not part.strip():
             continue
-        if not _HEADER_ENTRY.fullmatch(part.strip()) or _HEADER_SPECIAL.search(part):
+        if not _HEADER_ENTRY.fullmatch(part.strip()):
             raise ConfigurationError(f"{variable}: entry {number} is not name=value; {_HEADER_FORM}")
         [(name, value)] = parse_env_headers(part, liberal=True).items()
         if not _HEADER_NAME[protocol].fullmatch(name) or not _HEADER_VALUE[protocol].fullmatch(value):
@@ -217,7 +231,7 @@ def _tls_files(environ: Mapping[str, str], *, is_insecure: bool) -> tuple[Path |
             context.load_verify_locations(certificate)
         name = "CLIENT_CERTIFICATE"
         if chain is not None:
-            context.load_cert_chain(chain, key, password="")  # noqa: S106 - or OpenSSL would ask the terminal for one
+            context.load_cert_chain(chain, key, password="")  # without one OpenSSL asks the terminal
     except OSError as error:
         variable, text = _found(environ, name)
         need = "CERTIFICATE" if name == "CERTIFICATE" else "CERTIFICATE and its unencrypted key (_CLIENT_KEY)"
@@ -260,4 +274,73 @@ def _timeout_s(environ: Mapping[str, str]) -> float:
         timeout_s = math.nan
     if not 0.0 < timeout_s < math.inf:
         raise ConfigurationError(f"{variable}={text!r} is not a number of seconds above 0")
-    return timeout_s
+    return min(timeout_s, _LONGEST_TIMEOUT_S)
+
+
+def _provided(endpoint: Endpoint, kind: type[_T], expected: str) -> _T:
+    name = endpoint.credential_provider
+    found = list(entry_points(group=_PROVIDERS, name=name or ""))
+    if not found:
+        raise ConfigurationError(f"credential provider {name!r} is not among the entry points {_PROVIDERS!r}")
+    try:
+        provided = found[0].load()()
+    except Exception as error:
+        raise ConfigurationError(f"credential provider {name!r} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(provided, kind):
+        raise ConfigurationError(f"credential provider {name!r} gives a {type(provided).__name__}, not {expected}")
+    return provided
+
+
+def grpc_credentials(endpoint: Endpoint) -> grpc.ChannelCredentials:
+    """Those of the provider, or made of the files.
+
+    Raises:
+        ConfigurationError: there is no such provider, or it does not work.
+    """
+    import grpc
+
+    if endpoint.credential_provider:
+        return _provided(endpoint, grpc.ChannelCredentials, "grpc.ChannelCredentials")
+    files = (endpoint.certificate, endpoint.client_key, endpoint.client_certificate)
+    return grpc.ssl_channel_credentials(*(None if file is None else file.read_bytes() for file in files))
+
+
+def http_session(endpoint: Endpoint, connection: list[Any]) -> requests.Session:
+    """The provider's session, or one that keeps the newest of its connections in the list.
+
+    Raises:
+        ConfigurationError: as ``grpc_credentials``.
+    """
+    import requests
+    from requests.adapters import HTTPAdapter
+
+    if endpoint.credential_provider:
+        return _provided(endpoint, requests.Session, "a requests.Session")
+
+    def connected(kind: Any, **settings: Any) -> Any:
+        connection[:] = [kind(**settings)]
+        return connection[0]
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            pool.ConnectionCls = partial(connected, type(pool).ConnectionCls)
+            return pool
+
+    session = requests.Session()
+    session.mount("http://", Adapter())
+    session.mount("https://", Adapter())
+    return session
+
+
+def http_settings(endpoint: Endpoint) -> dict[str, Any]:
+    """What ``requests`` is given with each request; as the session's own it would lose against REQUESTS_CA_BUNDLE."""
+    headers = {"User-Agent": USER_AGENT, "Content-Type": "application/x-protobuf", **dict(endpoint.headers)}
+    if endpoint.compression != "none":
+        headers["Content-Encoding"] = endpoint.compression
+    settings: dict[str, Any] = {"headers": headers}
+    if endpoint.certificate is not None:
+        settings["verify"] = str(endpoint.certificate)
+    if endpoint.client_certificate is not None:
+        settings["cert"] = (str(endpoint.client_certificate), str(endpoint.client_key))
+    return settings
