@@ -16,11 +16,12 @@ from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import GradientDynamics, LossDynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.ending import forget, watch
+from esper_otel.errors import InvalidCatalogue
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import instruments_of
-from esper_otel.export.provider import Exporters, exporters_from_environment, own_provider, sdk_is_disabled
+from esper_otel.export.provider import exporters_for, own_provider
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.frame import Frame
@@ -112,7 +113,7 @@ class _Session:
         self._warnings = Warnings()
         run = identify(**identity)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
-        exporters = _exporters(meter_provider, export_steps)
+        exporters = exporters_for(has_provider=meter_provider is not None, export_steps=export_steps)
         endpoint = _endpoint(exporters.protocol) if exporters.steps else None
 
         self._resource_of = resources()
@@ -137,15 +138,19 @@ class _Session:
         )
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
-        self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
-
         self._provider = own_provider(self._resource_of(run), exporters.readers) if meter_provider is None else None
         # A provider that was given has its user's Resource: the points themselves say whose they are.
         self.attributes: Mapping[str, str | int] = (
             {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
         )
+        self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
         self._instruments = instruments_of(meter_provider or self._provider)  # type: ignore[arg-type] # one is there
-        self._instruments.attach(self, names.entries.values())
+        try:
+            self._instruments.attach(self, names.entries.values())
+        except InvalidCatalogue:
+            if self._exporter is not None:
+                self._exporter.abandon()
+            raise
 
         self.telemetry = Telemetry(self._recorder, self)
         self._process_id = os.getpid()
@@ -337,13 +342,3 @@ def _declared(
         for processor in chosen
         if not names.left_out.issuperset(entry if isinstance(entry, str) else entry.name for entry in processor.gives)
     )
-
-
-def _exporters(meter_provider: MeterProvider | None, export_steps: bool | None) -> Exporters:
-    if meter_provider is None or sdk_is_disabled():
-        exporters = exporters_from_environment()
-    else:
-        exporters = Exporters(False, None, (), "export_steps=True was not asked for")
-    if export_steps is None or sdk_is_disabled():  # no argument overrules the operator's switch
-        return exporters
-    return exporters._replace(steps=export_steps, off="" if export_steps else "export_steps=False")

@@ -83,6 +83,10 @@ class StepExporter:
         """Frames that have not been acknowledged."""
         return self._ring.last - self._cursor
 
+    def abandon(self) -> None:
+        """Never to be started: lets go of the connection."""
+        self._sender.close()
+
     def start(self) -> None:
         """Starts sending."""
         self._thread.start()
@@ -122,7 +126,10 @@ class StepExporter:
             pause_s = self._send_guarded()
         while time.monotonic() < self._deadline_s and self._send_guarded() is not None:
             time.sleep(min(_PAUSE_WHILE_CLOSING_S, max(self._deadline_s - time.monotonic(), 0.0)))
-        self._say_goodbye()
+        try:
+            self._say_goodbye()
+        except Exception as error:  # noqa: BLE001 - the frames are delivered; the end of the run is not
+            self._report(f"{type(error).__name__}: {error}", error)
 
     def _send_guarded(self) -> float | None:
         """Sends everything there is; returns how long to pause, None for: until woken, or all is sent at the end."""
@@ -172,7 +179,8 @@ class StepExporter:
         settled = frames[: request.frames]
         if outcome.result is not Result.DELIVERED:
             self._report(outcome.reason)
-            self.dropped[outcome.reason] += request.frames
+            # What the endpoint says would make a series of its own for each of its wordings.
+            self.dropped["too large" if outcome.result is Result.TOO_LARGE else "refused"] += request.frames
             return None
         self._failures = 0
         self.exported += request.frames

@@ -72,6 +72,25 @@ def exporters_from_environment(environ: Mapping[str, str] = os.environ) -> Expor
     )
 
 
+def exporters_for(*, has_provider: bool, export_steps: bool | None) -> Exporters:
+    """What the environment asks for, and what the caller of ``start`` does.
+
+    Args:
+        has_provider: whether the user has given a MeterProvider, whose readers are then the user's business.
+        export_steps: whether every step goes out; None leaves it to the environment.
+
+    Raises:
+        ConfigurationError: as ``exporters_from_environment``.
+    """
+    if has_provider and not sdk_is_disabled():
+        exporters = Exporters(False, None, (), "export_steps=True was not asked for")
+    else:
+        exporters = exporters_from_environment()
+    if export_steps is None or sdk_is_disabled():  # no argument overrules the operator's switch
+        return exporters
+    return exporters._replace(steps=export_steps, off="" if export_steps else "export_steps=False")
+
+
 def own_provider(resource: Resource, reader_names: tuple[str, ...]) -> MeterProvider:
     """A MeterProvider that is not the global one. Whoever made it shuts it down."""
     return MeterProvider(
