@@ -76,7 +76,7 @@ $(UV):
 		echo "esper_otel needs Python 3.11 or later, not $$($(PYTHON) -V): make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 		echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
-	@echo "setting up $(VENV)"
+	@echo "setting up $(VENV)" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 

@@ -7,9 +7,8 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.util.types import AnyValue
@@ -18,22 +17,20 @@ from esper_otel.frame import Run
 
 DEFAULT_SERVICE_NAME = "esper-tolaria"
 
-_NONE: Mapping[str, str | int] = MappingProxyType({})
-
 # Command lines hold paths and secrets; a detector that the user switched on may have added them.
 _NEVER = ("process.command_args", "process.command_line")
 
 
-def resource_for(run: Run, *, extra: Mapping[str, str | int] = _NONE) -> Resource:
+def resource_for(run: Run) -> Resource:
     """The Resource of one rank's attempt, with what ``OTEL_*`` variables say. Detects anew; see ``resources``."""
-    return resources(extra=extra)(run)
+    return resources()(run)
 
 
-def resources(*, extra: Mapping[str, str | int] = _NONE) -> Callable[[Run], Resource]:
+def resources() -> Callable[[Run], Resource]:
     """Gives the Resource of a run, as often as asked, from what is detected now.
 
     ``service.instance.id`` and the ``esper.*`` that the run fills are always ours: frames are put together
-    and packets rebuilt from them. For everything else, ``extra`` included, ``OTEL_SERVICE_NAME``,
+    and packets rebuilt from them. For everything else ``OTEL_SERVICE_NAME``,
     ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` win.
 
     Detecting takes about a millisecond; detectors that the user switched on take what they take. The SDK runs them in
@@ -46,7 +43,7 @@ def resources(*, extra: Mapping[str, str | int] = _NONE) -> Callable[[Run], Reso
         found[SERVICE_NAME] = DEFAULT_SERVICE_NAME
     for name in _NEVER:
         found.pop(name, None)
-    of_process = {**_process(), **extra, **found}
+    of_process = {**_process(), **found}
 
     def of_run(run: Run) -> Resource:
         attributes: dict[str, AnyValue] = {**of_process, **_identity(run)}

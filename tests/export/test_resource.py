@@ -28,8 +28,8 @@ def _no_otel_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def attributes(run: Run = RUN, extra: Mapping[str, str | int] | None = None) -> Mapping[str, AnyValue]:
-    return resource_for(run, extra=extra or {}).attributes or {}
+def attributes(run: Run = RUN) -> Mapping[str, AnyValue]:
+    return resource_for(run).attributes or {}
 
 
 def test_the_resource_tells_runs_attempts_ranks_and_processes_apart() -> None:
@@ -67,16 +67,16 @@ def test_the_users_variables_win_over_defaults(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=from-list,host.name=pod-3,team=ml%20ops,cell=9")
     assert attributes()["service.name"] == "from-list"
     monkeypatch.setenv("OTEL_SERVICE_NAME", "trainer")
-    known = attributes(extra={"cell": 1, "other": 5})
+    known = attributes()
     assert known["service.name"] == "trainer"
-    assert (known["host.name"], known["team"], known["cell"], known["other"]) == ("pod-3", "ml ops", "9", 5)
+    assert (known["host.name"], known["team"], known["cell"]) == ("pod-3", "ml ops", "9")
 
 
 def test_nobody_can_take_a_runs_identity_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """One variable in a job template would merge all runs into one, and their frames with them."""
     claimed = "esper.run.id=x,esper.run.attempt=x,esper.rank=x,esper.world_size=x,service.instance.id=x"
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", claimed)
-    assert "x" not in attributes(extra={"esper.run.id": "x"}).values()
+    assert "x" not in attributes().values()
 
 
 def test_command_line_arguments_never_leave_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
