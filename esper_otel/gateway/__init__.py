@@ -1,0 +1,1 @@
+"""Gateway: OTLP in, Leyline packets out."""

@@ -1,0 +1,174 @@
+"""Assembling: points become frames again, whatever was split, merged, repeated, reordered or interleaved on the way."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from esper_otel.gateway.decoded import TOO_MANY_RUNS, Block, Decoded, Sender
+from esper_otel.gateway.items import Item, RunState
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.parts import Shapes
+from esper_otel.gateway.queue import Waiting
+from esper_otel.gateway.runs import Runs
+from esper_otel.gateway.track import Track
+
+
+class Taken(NamedTuple):
+    """What became of a request.
+
+    Attributes:
+        accepted: points taken.
+        rejected: points not taken, by reason.
+    """
+
+    accepted: int
+    rejected: Mapping[str, int]
+
+
+class Assembler:
+    """Makes frames of the points of many senders.
+
+    Points with one (run, attempt, rank, time) are a frame. One of ours says its number and how many points it has:
+    it is released when it is whole and its turn has come, or after ``hold_s`` without some of its points, or without
+    frames before it; what comes later still makes a new revision, or a frame of its own. One of a plain sender
+    is released ``linger_s`` after its last point. Of a point that comes twice the first one counts; a value that
+    changes after the release makes a new revision.
+
+    Threads: one at a time.
+
+    Args:
+        limits: what senders may cost.
+        hold_s: how long a frame waits for points, or for frames before it.
+        linger_s: how long one waits that does not say how many points it has.
+    """
+
+    def __init__(self, limits: Limits | None = None, *, hold_s: float = 2.0, linger_s: float = 0.05) -> None:
+        self._limits = limits or Limits()
+        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s)
+        self._shapes = Shapes()
+        self._touched: dict[Track, None] = {}
+        self._held: dict[Track, None] = {}
+        self._kept: deque[tuple[Track, int, int]] = deque()
+        self._kept_bytes = 0
+
+    def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Taken:
+        """Takes what a request says.
+
+        Args:
+            decoded: the request.
+            now_s: the monotonic clock.
+            received_unix_ns: when it came.
+        """
+        rejected = Counter(decoded.rejected)
+        for block in decoded.blocks:
+            self._take_block(block, now_s, received_unix_ns, rejected)
+        for marker in decoded.markers:
+            track = self._track(marker.sender, now_s)
+            if track is not None:
+                track.end_stream(marker)
+        for sender, outcome in decoded.ended:
+            track = self._track(sender, now_s)
+            if track is not None:
+                track.note(sender, now_s, received_unix_ns)
+                track.end(outcome)
+        return Taken(decoded.points - rejected.total(), rejected)
+
+    def due(self) -> float | None:
+        """When ``release`` must be called next, on the monotonic clock; None when nothing waits."""
+        if self._touched:
+            return 0.0
+        return min((track.due_s for track in self._held if track.due_s is not None), default=None)
+
+    def release(self, now_s: float) -> list[Item]:
+        """The frames whose turn it is: in order within each writer, with corrections of released ones."""
+        due = [track for track in self._held if track.due_s is not None and track.due_s <= now_s]
+        tracks = self._touched | dict.fromkeys(due)
+        self._touched = {}
+        items = [item for track in tracks for item in self._released(track, now_s)]
+        waiting = {track: track.waiting_points for track in self._held}
+        while sum(waiting.values()) > self._limits.waiting_points:
+            largest = max(waiting, key=lambda track: waiting[track])
+            items += self._released(largest, now_s, all_now=True)
+            waiting[largest] = largest.waiting_points
+        return items
+
+    def runs(self, now_s: float) -> list[RunState]:
+        """The state of each writer; those that have been silent for long are forgotten."""
+        gone = set(self._runs.expire(now_s))
+        if gone:
+            self._held = {track: None for track in self._held if track not in gone}
+            self._touched = {track: None for track in self._touched if track not in gone}
+            self._kept_bytes -= sum(size for track, _, size in self._kept if track in gone)
+            self._kept = deque(kept for kept in self._kept if kept[0] not in gone)
+        return self._runs.states(now_s)
+
+    def restore(self, items: Iterable[Item], *, now_s: float) -> None:
+        """Goes on where an earlier life of the gateway stopped.
+
+        Args:
+            items: the newest revision of the newest frames of each writer, oldest first.
+            now_s: the monotonic clock.
+        """
+        for item in items:
+            track = self._runs.restored(item.origin)
+            track.received_s = now_s
+            track.restore(item)
+            self._keep(track, item.frame.time_unix_ns)
+
+    def _take_block(self, block: Block, now_s: float, received_unix_ns: int, rejected: Counter[str]) -> None:
+        sender = block.sender
+        track = self._track(sender, now_s)
+        if track is None:
+            rejected[TOO_MANY_RUNS] += len(block.times)
+            return
+        twin = self._runs.twin(sender)
+        for time_unix_ns, part in self._shapes.parts(block):
+            target = track
+            if twin is not None and not track.knows(time_unix_ns):
+                number = part.number(part.shape.sequence)
+                if twin.knows(time_unix_ns) or (number is not None and number == twin.next != track.next):
+                    target = twin
+            clash = target.take(time_unix_ns, part, sender, now_s, received_unix_ns, rejected)
+            if clash is not None:
+                twin = self._clashed(track if target is twin else None, sender, time_unix_ns, clash, now_s) or twin
+
+    def _clashed(
+        self, other: Track | None, sender: Sender, time_unix_ns: int, waiting: Waiting, now_s: float
+    ) -> Track | None:
+        """Gives a frame whose number is taken to the sender's other writer."""
+        target = other or self._runs.track(sender, now_s, suffix="#2")
+        if target is None:
+            return None
+        self._touched[target] = None
+        target.note(sender, now_s, waiting.received_unix_ns)
+        target.put(time_unix_ns, waiting)
+        return None if other else target
+
+    def _track(self, sender: Sender, now_s: float) -> Track | None:
+        track = self._runs.track(sender, now_s)
+        if track is not None:
+            self._touched[track] = None
+        return track
+
+    def _released(self, track: Track, now_s: float, *, all_now: bool = False) -> list[Item]:
+        items = track.release(now_s, all_now=all_now)
+        for item in items:
+            if item.revision == 1:
+                self._keep(track, item.frame.time_unix_ns)
+        if track.due_s is None:
+            self._held.pop(track, None)
+        else:
+            self._held[track] = None
+        return items
+
+    def _keep(self, track: Track, time_unix_ns: int) -> None:
+        """Notes a released frame; lets go of the oldest ones that make too many."""
+        size = track.size_of(time_unix_ns)
+        self._kept.append((track, time_unix_ns, size))
+        self._kept_bytes += size
+        while self._kept_bytes > self._limits.kept_bytes:
+            oldest, time_unix_ns, size = self._kept.popleft()
+            oldest.forget(time_unix_ns)
+            self._kept_bytes -= size

@@ -1,0 +1,315 @@
+"""Core: what the gateway does with a request and with a pull, whichever way they came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from esper_otel.errors import EsperOtelError
+from esper_otel.gateway.assemble import Assembler
+from esper_otel.gateway.decode import Decoder
+from esper_otel.gateway.decoded import Decoded
+from esper_otel.gateway.items import Item, RunState
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.memory import MemoryStore
+from esper_otel.gateway.pages import step_of
+from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, RunsResponse
+from esper_otel.gateway.security import Grant
+from esper_otel.gateway.store import FileStore
+from esper_otel.gateway.stored import Kept, StoreFull, UnknownRun
+from esper_otel.log import Warnings
+from esper_otel.risk import RULES, Rule
+
+MOST_PACKETS = 1000
+_DEFAULT_PACKETS = 64
+_MOST_WAIT_S = 60.0
+_PAGE_BYTES = 16 * 1024 * 1024
+_EXPIRE_EVERY_S = 10.0
+_RETRY_STORE_S = 1.0
+
+
+class NotAllowed(EsperOtelError):
+    """A token that is good, and not for this run."""
+
+
+class BadRequest(EsperOtelError):
+    """A pull that cannot be right."""
+
+
+class Answer(NamedTuple):
+    """What became of a request: points refused, and why in words; nothing when all were taken."""
+
+    rejected: int
+    reason: str
+
+
+class Core:
+    """Takes requests, stores what they make whole, and gives it to pullers.
+
+    A request is answered when what it said is stored: as frames, or, with a file store, as the bytes that came.
+
+    Threads: that of one event loop.
+
+    Args:
+        store: where released frames are kept.
+        limits: what senders may cost.
+        hold_s: how long a frame waits for what is missing.
+        linger_s: how long a frame waits that does not say how many points it has.
+        rules: the table of risks.
+        latency_budget_ms: a seed whose last kernel took longer is DEGRADED.
+    """
+
+    def __init__(
+        self,
+        store: MemoryStore | FileStore,
+        *,
+        limits: Limits | None = None,
+        hold_s: float = 2.0,
+        linger_s: float = 0.05,
+        rules: tuple[Rule, ...] = RULES,
+        latency_budget_ms: float = 10.0,
+    ) -> None:
+        self._store = store
+        self._decoder = Decoder(limits)
+        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s)
+        self._rules = rules
+        self._latency_budget_ms = latency_budget_ms
+        self._unsaved: list[Item] = []
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_expiry_s = 0.0
+        self._warnings = Warnings()
+        self.counts: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        if isinstance(store, FileStore):
+            self._restore(store)
+
+    # -- receiving ---------------------------------------------------------------------------------------
+
+    def receive(self, body: bytes, *, is_json: bool = False, grant: Grant | None = None) -> Answer:
+        """Takes a request; what it says is stored when this returns.
+
+        Raises:
+            Malformed: the bytes are no request.
+            NotAllowed: the sender may not write to one of the runs.
+            StoreFull: it could not be stored; the same request may come again.
+        """
+        self._save([])  # what an earlier request left comes first; while that fails nothing more is taken
+        decoded = self._decoder.decode_json(body) if is_json else self._decoder.decode(body)
+        if grant is not None:
+            _check(decoded, grant)
+        now_s, received_unix_ns = time.monotonic(), time.time_ns()
+        taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=received_unix_ns)
+        items = self._assembler.release(now_s)
+        self._save(items, Kept(body, is_json, received_unix_ns))
+        self._schedule(now_s)
+        self.counts["requests"] += 1
+        self.counts["points"] += taken.accepted
+        self.rejected.update(taken.rejected)
+        return Answer(sum(taken.rejected.values()), _reason(taken.rejected))
+
+    def _save(self, items: list[Item], kept: Kept | None = None) -> None:
+        """Stores frames, in their order; what cannot be stored now is stored with the next ones."""
+        self._unsaved += items
+        waits = self._assembler.due() is not None
+        if self._unsaved or kept is not None:
+            try:
+                self._store.add(self._unsaved, kept=kept if waits else None, nothing_waits=not waits)
+            except StoreFull as error:
+                self.counts["store_failures"] += 1
+                self._warnings.say("store", "%s; senders are asked to come again", error)
+                raise
+        saved, self._unsaved = self._unsaved, []
+        for item in saved:
+            self.counts["steps"] += 1
+            self.counts["incomplete_steps"] += not item.complete
+            self.counts["corrections"] += item.revision > 1
+        for run_id in {item.origin.run_id for item in saved}:
+            for waiter in self._waiters.pop(run_id, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _schedule(self, now_s: float) -> None:
+        """Sees to it that frames are released when their time has come."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due_s = self._assembler.due()
+        if self._unsaved:
+            due_s = now_s + _RETRY_STORE_S
+        if due_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(due_s - now_s, 0.0), self._release)
+
+    def _release(self) -> None:
+        self._timer = None
+        now_s = time.monotonic()
+        items = self._assembler.release(now_s)
+        try:
+            self._save(items)
+        except StoreFull:
+            pass  # counted; tried again
+        self._schedule(now_s)
+
+    def _restore(self, store: FileStore) -> None:
+        """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
+        now_s = time.monotonic()
+        self._assembler.restore(store.newest(), now_s=now_s)
+        for kept in store.bodies():
+            decoded = self._decoder.decode_json(kept.body) if kept.is_json else self._decoder.decode(kept.body)
+            self._assembler.take(decoded, now_s=now_s, received_unix_ns=kept.received_unix_ns)
+        self._unsaved = self._assembler.release(now_s)
+
+    def start(self) -> None:
+        """Begins to release frames; called in the event loop."""
+        try:
+            self._save([])
+        except StoreFull:
+            pass  # counted; tried again
+        self._schedule(time.monotonic())
+
+    def close(self) -> None:
+        """Ends the waiting of pullers, and the use of the store."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        self._waiters.clear()
+        self._store.close()
+
+    # -- pulling -----------------------------------------------------------------------------------------
+
+    def runs(self, grant: Grant | None = None) -> RunsResponse:
+        """The runs that are known, as far as a puller may see them."""
+        now_s = time.monotonic()
+        if now_s >= self._next_expiry_s:
+            self._store.expire()
+            self._next_expiry_s = now_s + _EXPIRE_EVERY_S
+        stored = self._store.counts()
+        states = {state.origin: state for state in self._assembler.runs(now_s)}
+        messages = [_run_message(state, stored.pop(origin, 0)) for origin, state in states.items()]
+        messages += [
+            Run(run_id=run_id, attempt=attempt, rank=rank, writer=writer, stored=count, writers=1)
+            for (run_id, attempt, rank, writer), count in stored.items()
+        ]
+        messages.sort(key=lambda run: (run.run_id, run.attempt, run.rank, run.writer))
+        return RunsResponse(runs=[run for run in messages if grant is None or grant.allows(run.run_id)])
+
+    async def pull(self, request: PullRequest, grant: Grant | None = None) -> PullResponse:
+        """Steps after a cursor; waits for the first one as long as the puller wants.
+
+        Raises:
+            BadRequest, NotAllowed, UnknownRun, StaleCursor: nothing can be pulled so.
+        """
+        if not request.run_id:
+            raise BadRequest("run_id is empty")
+        if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_packets > MOST_PACKETS:
+            raise BadRequest(f"max_packets goes to {MOST_PACKETS}, wait_s from 0 to {_MOST_WAIT_S:g}")
+        if grant is not None and not grant.allows(request.run_id):
+            raise NotAllowed(f"this token is not for run {request.run_id!r}")
+        deadline_s = time.monotonic() + request.wait_s
+        while True:
+            try:
+                response = self._page(request)
+            except UnknownRun:
+                if time.monotonic() >= deadline_s:
+                    raise
+            else:
+                if response.steps or response.gap or time.monotonic() >= deadline_s:
+                    return response
+            if not await self._news(request.run_id, deadline_s):
+                deadline_s = 0.0
+
+    def _page(self, request: PullRequest) -> PullResponse:
+        rank = request.rank if request.HasField("rank") else None
+        most = request.max_packets or _DEFAULT_PACKETS
+        found = self._store.after(request.run_id, request.cursor, rank, most)
+        now_unix_ns = time.time_ns()
+        response = PullResponse(cursor=found.cursor, gap=found.gap)
+        size = 0
+        for entry in found.entries:
+            step = step_of(entry, self._rules, self._latency_budget_ms, now_unix_ns)
+            size += step.ByteSize()
+            if size > _PAGE_BYTES and response.steps:
+                place = entry.position if rank is None else entry.number
+                response.cursor = found.cursor.rpartition(":")[0] + f":{place - 1}"
+                break
+            response.steps.append(step)
+        self.counts["pulled_steps"] += len(response.steps)
+        self.counts["gap_steps"] += response.gap if request.cursor else 0
+        return response
+
+    async def _news(self, run_id: str, deadline_s: float) -> bool:
+        """Waits until something of the run was stored; False when the time is up."""
+        waiter = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(run_id, set())
+        waiters.add(waiter)
+        try:
+            async with asyncio.timeout(max(deadline_s - time.monotonic(), 0.0)):
+                await waiter
+        except TimeoutError:
+            return False
+        finally:
+            waiters.discard(waiter)
+            if not waiters and self._waiters.get(run_id) is waiters:
+                del self._waiters[run_id]
+        return time.monotonic() < deadline_s
+
+    # -- looking -----------------------------------------------------------------------------------------
+
+    def gauges(self) -> Mapping[str, float]:
+        """How things stand now."""
+        runs = self._assembler.runs(time.monotonic())
+        return {
+            "runs": len({state.origin.run_id for state in runs}),
+            "writers": len(runs),
+            "missing_steps": sum(state.missing for state in runs),
+            "stored_bytes": self._store.size,
+            "dropped_steps": self._store.dropped,
+            "waiting_pulls": sum(map(len, self._waiters.values())),
+            "unsaved_steps": len(self._unsaved),
+        }
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be stored now, as far as is known."""
+        return not self._unsaved
+
+
+def _check(decoded: Decoded, grant: Grant) -> None:
+    senders = {each.sender for each in (*decoded.blocks, *decoded.markers, *decoded.ended)}
+    for sender in senders:
+        if not grant.allows(sender.run_id):
+            raise NotAllowed(f"this token is not for run {sender.run_id!r}")
+
+
+def _reason(rejected: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()) if count)
+
+
+def _run_message(state: RunState, stored: int) -> Run:
+    return Run(
+        run_id=state.origin.run_id,
+        attempt=state.origin.attempt,
+        rank=state.origin.rank,
+        writer=state.origin.writer,
+        world_size=state.world_size,
+        experiment=state.experiment,
+        first_step=state.first_step,
+        last_step=state.last_step,
+        last_time_unix_ns=state.last_time_unix_ns,
+        last_received_unix_ns=state.last_received_unix_ns,
+        ended=state.ended,
+        resumed=state.resumed,
+        writers=state.writers,
+        missing=state.missing,
+        incomplete=state.incomplete,
+        stored=stored,
+        differing=state.differing,
+        too_late=state.too_late,
+    )

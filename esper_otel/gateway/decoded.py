@@ -1,0 +1,120 @@
+"""What a request says: points in columns, and what was said beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.errors import EsperOtelError
+
+# Why a point was not taken. These words go into answers and counters.
+NO_NAME = "no metric name"
+UNKNOWN_METRIC = "unknown metric"
+NOT_A_NUMBER = "neither gauge nor sum"
+DELTA = "delta sum"
+NO_VALUE = "no value"
+NO_TIME = "no time"
+WRONG_TIME = "time before 2000 or after 2100"
+NO_SEED = "seed metric without seed_id"
+INVALID_TEXT = "text too long or with control characters"
+TOO_MANY_ATTRIBUTES = "too many attributes"
+TOO_MANY_POINTS = "too many points in the request"
+TOO_MANY_SEEDS = "too many seeds"
+TOO_MANY_RUNS = "too many runs"
+
+
+class Malformed(EsperOtelError):
+    """A request that is no ExportMetricsServiceRequest."""
+
+
+class Sender(NamedTuple):
+    """Who sent something, as its Resource says, or its point's own attributes.
+
+    Attributes:
+        run_id: ``esper.run.id``, else ``service.instance.id``, else ``service.name``, else ``unknown``.
+        attempt: which start of the run; 0 when the Resource does not say.
+        rank: the process within the run.
+        world_size: processes of the run.
+        experiment: name of the experiment.
+        device_type: ``cuda`` or ``cpu``; empty while it is not known.
+        device_id: such as ``cuda:0``.
+        compute_capability: major * 10 + minor; 0 when it is not known.
+        process: instance, host and process id: two processes that claim one rank differ here.
+    """
+
+    run_id: str
+    attempt: int = 0
+    rank: int = 0
+    world_size: int = 1
+    experiment: str = ""
+    device_type: str = ""
+    device_id: str = ""
+    compute_capability: int = 0
+    process: str = ""
+
+
+class Block(NamedTuple):
+    """Points of one sender that can become frames, in the order of their times; of equal times, as they came.
+
+    Attributes:
+        sender: whose they are.
+        names: metric names of the request.
+        seeds: seed ids of the request, sorted.
+        streams: which stream a point belongs to: ``(seed + 1) * len(names) + name``, where seed is a place in
+            ``seeds``, -1 for step metrics, and name one in ``names``.
+        times: Unix nanoseconds.
+        values: the values.
+    """
+
+    sender: Sender
+    names: tuple[str, ...]
+    seeds: tuple[str, ...]
+    streams: npt.NDArray[np.int64]
+    times: npt.NDArray[np.uint64]
+    values: npt.NDArray[np.float64]
+
+
+class Marker(NamedTuple):
+    """The end of a stream of a seed.
+
+    Attributes:
+        sender: whose seed it is.
+        name: the metric.
+        seed: the seed's id.
+        time_unix_ns: from when on the stream has no value.
+        retires: whether the seed's life is over, not only this stream.
+    """
+
+    sender: Sender
+    name: str
+    seed: str
+    time_unix_ns: int
+    retires: bool
+
+
+class Ended(NamedTuple):
+    """A run's rank says that it has ended, and how."""
+
+    sender: Sender
+    outcome: str
+
+
+class Decoded(NamedTuple):
+    """One request.
+
+    Attributes:
+        blocks: points that can become frames, by sender.
+        markers: ends of seeds' streams.
+        ended: ranks that have ended.
+        points: all points of the request, rejected ones too.
+        rejected: how many points were not taken, by reason.
+    """
+
+    blocks: tuple[Block, ...]
+    markers: tuple[Marker, ...]
+    ended: tuple[Ended, ...]
+    points: int
+    rejected: Mapping[str, int]

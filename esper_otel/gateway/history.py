@@ -1,0 +1,353 @@
+"""History: the frames of one writer that were released; each can be made anew when something of it comes late."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from esper_otel.frame import ABSENT_BITS, Frame, Run, SeedTable, is_absent
+from esper_otel.gateway.decoded import Marker, Sender
+from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.parts import Part, merged, part_of
+from esper_otel.gateway.queue import Ready, Waiting
+from esper_otel.leyline.numbers import UINT64_LIMIT, finite, whole
+from esper_otel.record.seeds import LiveSeeds, SeedStep
+from esper_otel.schema import SEED_CELLS
+
+# The series of a plain sender that was not seen for so long has ended, as in Prometheus.
+_STALE_NS = 300 * 10**9
+
+_ALL = -1
+_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
+
+# What a kept frame takes beside its values and cells, about.
+_BYTES, _BYTES_PER_VALUE = 2_000, 100
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """A released frame, and what it is made of.
+
+    Attributes:
+        part: its values.
+        sequence: its number; 0 when its sender does not say it.
+        sender: who sent it.
+        step: its global step, if its sender does not say it.
+        complete: whether every point is in it.
+        received_unix_ns: when its last point came.
+        before: the live seeds before it.
+        loss_before: the last finite loss before it.
+        ends: seeds and columns whose streams end before it; the column is -1 when the seed's life does.
+        frame: the frame.
+        revision: how often it was made.
+    """
+
+    part: Part
+    sequence: int
+    sender: Sender
+    step: int
+    complete: bool
+    received_unix_ns: int
+    before: SeedTable
+    loss_before: float | None
+    ends: set[tuple[str, int]]
+    frame: Frame | None = None
+    revision: int = 0
+
+    def size(self) -> int:
+        """The memory it takes, about."""
+        cells = 0 if self.frame is None else self.frame.seeds.cells.nbytes + self.frame.live.cells.nbytes
+        return _BYTES + _BYTES_PER_VALUE * len(self.part.shape.names) + self.part.numbers.nbytes + cells
+
+
+class History:
+    """Makes frames of what was put together, with the seeds that live at that time.
+
+    Args:
+        origin: whose frames they are.
+        most_ends: how many ends of streams are remembered that are to come.
+    """
+
+    def __init__(self, origin: Origin, *, most_ends: int) -> None:
+        self._origin = origin
+        self._most_ends = most_ends
+        self._kept: dict[int, Kept] = {}
+        self._times: dict[int, int] = {}
+        self._live = LiveSeeds()
+        self._seen: dict[str, int] = {}
+        self._ends: dict[int, set[tuple[str, int]]] = {}
+        self._loss: float | None = None
+        self._step = 0
+        self.newest_unix_ns = 0
+        self.forgotten_unix_ns = 0
+        self.differing = 0
+
+    @property
+    def live(self) -> SeedTable:
+        """The live seeds after the newest frame."""
+        return self._live.table
+
+    def time_of(self, sequence: int) -> int | None:
+        """The time of the released frame with this number, if it is still kept."""
+        return self._times.get(sequence)
+
+    def __contains__(self, time_unix_ns: int) -> bool:
+        return time_unix_ns in self._kept
+
+    def is_out_of_step(self, sequence: int, time_unix_ns: int) -> bool:
+        """Whether a frame of an older number has a newer time: another process counts too."""
+        oldest = next(iter(self._kept), None)
+        return oldest is not None and sequence < self._kept[oldest].sequence and time_unix_ns > oldest
+
+    # -- frames ------------------------------------------------------------------------------------------
+
+    def lacks_ends(self, time_unix_ns: int, waiting: Waiting) -> bool:
+        """Whether a frame knows of fewer live seeds than we do: the ends of the others are still to come."""
+        part = waiting.joined()
+        expected = whole(part.number(part.shape.live), UINT64_LIMIT)
+        if expected is None:
+            return False
+        live = self._live.ids
+        if part.shape.ids == self._live.table.ids:
+            return len(live) > expected
+        ended = {
+            seed for time, ends in self._ends.items() if time <= time_unix_ns for seed, column in ends if column < 0
+        }
+        return len({*live} - ended | {*part.shape.ids}) > expected
+
+    def release(self, ready: Ready) -> list[Item]:
+        """The items that a frame makes: its own, and those of later frames that it changes."""
+        time_unix_ns, waiting, complete = ready
+        part = waiting.joined()
+        self.differing += waiting.differing
+        kept = Kept(
+            part,
+            waiting.sequence or 0,
+            waiting.sender,
+            self._step + 1,
+            complete,
+            waiting.received_unix_ns,
+            self._live.table,
+            self._loss,
+            self._ends_until(time_unix_ns),
+        )
+        if time_unix_ns < self.newest_unix_ns:
+            return self._insert(time_unix_ns, kept)
+        kept.ends |= self._unseen(time_unix_ns, kept)
+        self._keep(time_unix_ns, kept)
+        item = self._made(time_unix_ns, kept, self._live, self._loss)
+        self._after(item.frame)
+        return [item]
+
+    def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> list[Item]:
+        """The items that a late part of a released frame makes; none when it says nothing new."""
+        kept = self._kept[time_unix_ns]
+        known = kept.part
+        if part.shape is known.shape and part.numbers.tobytes() == known.numbers.tobytes():
+            return []
+        joined = merged((known, part), last_counts=True)
+        if len(joined.part.numbers) == len(known.numbers) and not joined.differing:
+            return []
+        self.differing += joined.differing
+        kept.part, kept.received_unix_ns = joined.part, received_unix_ns
+        expected = joined.part.number(joined.part.shape.points)
+        kept.complete = kept.complete or (expected is not None and len(joined.part.numbers) >= expected)
+        return self._replayed(time_unix_ns, changed=time_unix_ns)
+
+    def end(self, marker: Marker) -> list[Item]:
+        """Notes the end of a stream; the items of released frames in which it was taken to go on."""
+        what = (marker.seed, _ALL if marker.retires else _COLUMNS[marker.name])
+        if marker.time_unix_ns > self.newest_unix_ns:
+            self._ends.setdefault(marker.time_unix_ns, set()).add(what)
+            while sum(map(len, self._ends.values())) > self._most_ends:
+                del self._ends[min(self._ends)]
+            return []
+        after = min((time for time in self._kept if time >= marker.time_unix_ns), default=None)
+        if after is None or what in self._kept[after].ends:
+            return []
+        self._kept[after].ends.add(what)
+        return self._replayed(after)
+
+    def forget(self, time_unix_ns: int) -> None:
+        """Lets go of a frame: what comes of it from now on is too late."""
+        kept = self._kept.pop(time_unix_ns, None)
+        if kept is not None:
+            self._times.pop(kept.sequence, None)
+            self.forgotten_unix_ns = max(self.forgotten_unix_ns, time_unix_ns)
+
+    def size_of(self, time_unix_ns: int) -> int:
+        """The memory that a kept frame takes, about."""
+        return self._kept[time_unix_ns].size()
+
+    def restore(self, item: Item) -> None:
+        """Goes on from a frame that was released in an earlier life, with those restored before it."""
+        frame = item.frame
+        kept = Kept(
+            part_of(frame, complete=item.complete),
+            frame.sequence,
+            Sender(*dataclasses.astuple(frame.run)),
+            frame.global_step,
+            item.complete,
+            item.received_unix_ns,
+            self._live.table,
+            self._loss,
+            {(seed, _ALL) for seed in frame.retired},
+            frame,
+            item.revision,
+        )
+        self._keep(frame.time_unix_ns, kept)
+        self._live = _living(frame.live)
+        self._after(frame)
+
+    # -- how they are made -------------------------------------------------------------------------------
+
+    def _after(self, frame: Frame) -> None:
+        """Notes what the next frame starts from."""
+        self.newest_unix_ns = frame.time_unix_ns
+        self._step = frame.global_step
+        self._loss = frame.recorded.get("esper.training.loss", self._loss)
+        self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
+        for seed in frame.retired:
+            if seed not in self._live.ids:
+                self._seen.pop(seed, None)
+
+    def _keep(self, time_unix_ns: int, kept: Kept) -> None:
+        self._kept[time_unix_ns] = kept
+        if kept.sequence:
+            self._times[kept.sequence] = time_unix_ns
+
+    def _insert(self, time_unix_ns: int, kept: Kept) -> list[Item]:
+        """Puts a frame between those that were released before it."""
+        earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
+        later = min((time for time in self._kept if time > time_unix_ns), default=None)
+        if earlier is not None:
+            frame = self._kept[earlier].frame
+            kept.before = kept.before if frame is None else frame.live
+            kept.loss_before = None if frame is None else frame.recorded.get("esper.training.loss")
+        elif later is not None:
+            kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
+        self._keep(time_unix_ns, kept)
+        return self._replayed(time_unix_ns, changed=time_unix_ns)
+
+    def _replayed(self, start_unix_ns: int, *, changed: int | None = None) -> list[Item]:
+        """Makes the frames from a time on anew; the items of those that are not as they were."""
+        items = []
+        times = sorted(time for time in self._kept if time >= start_unix_ns)
+        live = _living(self._kept[start_unix_ns].before)
+        loss = self._kept[start_unix_ns].loss_before
+        for time in times:
+            kept = self._kept[time]
+            was = kept.frame
+            kept.before, kept.loss_before = live.table, loss
+            item = self._made(time, kept, live, loss)
+            loss = item.frame.recorded.get("esper.training.loss", loss)
+            if time == changed or was is None or not _is_same(was, item.frame):
+                items.append(item)
+            else:
+                kept.frame, kept.revision = was, kept.revision - 1
+        if times and times[-1] == self.newest_unix_ns:
+            self._live, self._loss = live, loss
+        return items
+
+    def _made(self, time_unix_ns: int, kept: Kept, live: LiveSeeds, loss: float | None) -> Item:
+        part = kept.part
+        retired = _end(live, kept.ends) if kept.ends else ()
+        values = part.values()
+        table = part.seeds()
+        violations = None
+        if table.ids:
+            step = live.step(table)
+            live.commit(step)
+            table, violations = step.recorded, step.violations
+        if not kept.sequence:
+            _complete(values, violations, loss)
+        global_step = whole(part.number(part.shape.step), UINT64_LIMIT)
+        kept.frame = Frame(
+            _run(kept.sender),
+            kept.sequence,
+            kept.step if global_step is None else global_step,
+            whole(part.number(part.shape.epoch), UINT64_LIMIT) or 0,
+            time_unix_ns,
+            values,
+            {},
+            table,
+            live.table,
+            retired,
+        )
+        kept.revision += 1
+        return Item(self._origin, kept.frame, kept.revision, kept.complete, kept.received_unix_ns)
+
+    def _ends_until(self, time_unix_ns: int) -> set[tuple[str, int]]:
+        """Ends that a frame of this time is the first to see."""
+        if not self._ends:
+            return set()
+        return {what for time in sorted(self._ends) if time <= time_unix_ns for what in self._ends.pop(time)}
+
+    def _unseen(self, time_unix_ns: int, kept: Kept) -> set[tuple[str, int]]:
+        """Seeds that can no longer live, though nobody says so: those longest unseen, of what is too many."""
+        shape = kept.part.shape
+        if shape.ids == self._live.table.ids:
+            return set()
+        expected = whole(kept.part.number(shape.live), UINT64_LIMIT)
+        gone = {seed for seed, column in kept.ends if column < 0}
+        mine = {*shape.ids}
+        candidates = [seed for seed in self._live.table.ids if seed not in gone and seed not in mine]
+        if expected is None:
+            horizon = time_unix_ns - _STALE_NS
+            return set() if kept.sequence else {(s, _ALL) for s in candidates if self._seen.get(s, 0) < horizon}
+        surplus = len(candidates) + len(shape.ids) - expected
+        candidates.sort(key=lambda seed: self._seen.get(seed, 0))
+        return {(seed, _ALL) for seed in candidates[: max(surplus, 0)]}
+
+
+def _complete(values: dict[str, float], violations: float | None, loss: float | None) -> None:
+    """Adds what a session of ours would say itself: the last finite loss and the new violations."""
+    known = values["loss"] if finite(values.get("loss")) is not None else loss
+    if known is not None:
+        values.setdefault("esper.training.loss", known)
+    if violations is not None:
+        values.setdefault("esper.isolation.violations", violations)
+
+
+def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    """Ends streams; returns the seeds whose lives are over."""
+    retired = sorted(seed for seed, column in ends if column < 0)
+    cells = [(live.ids[seed], column) for seed, column in ends if column >= 0 and seed in live.ids]
+    if cells:
+        table = SeedTable(live.table.ids, live.table.cells.copy())
+        for row, column in cells:
+            table.cells.view(np.uint64)[row, column] = ABSENT_BITS
+        live.commit(SeedStep(table, table, None, 0, ()))
+        retired += [table.ids[row] for row in {row for row, _ in cells} if is_absent(table.cells[row]).all()]
+    return live.retire(retired)
+
+
+def _living(table: SeedTable) -> LiveSeeds:
+    """Live seeds that begin with these."""
+    live = LiveSeeds()
+    live.commit(SeedStep(table, table, None, 0, ()))
+    return live
+
+
+def _is_same(one: Frame, other: Frame) -> bool:
+    """Whether two frames of the same points are the same: they can differ in what was before them."""
+    return (
+        one.live.ids == other.live.ids
+        and one.live.cells.tobytes() == other.live.cells.tobytes()
+        and one.retired == other.retired
+        and one.recorded.keys() == other.recorded.keys()
+        and all(_is_equal(value, other.recorded[name]) for name, value in one.recorded.items())
+    )
+
+
+def _is_equal(one: float, other: float) -> bool:
+    return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
+
+
+@lru_cache(maxsize=4096)
+def _run(sender: Sender) -> Run:
+    return Run(*sender[:8])

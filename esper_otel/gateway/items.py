@@ -1,0 +1,79 @@
+"""What passes between the gateway's parts: released frames, and the state of the runs they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from esper_otel.frame import Frame
+
+
+class Origin(NamedTuple):
+    """Who writes: one process of one attempt of a run.
+
+    Attributes:
+        run_id: the run's name.
+        attempt: which start of the run.
+        rank: the process within the run.
+        writer: tells two live processes of the same (run, attempt, rank) apart; empty for the first one seen.
+    """
+
+    run_id: str
+    attempt: int
+    rank: int
+    writer: str = ""
+
+
+class Item(NamedTuple):
+    """One released frame: what a puller is given.
+
+    Attributes:
+        origin: whose it is.
+        frame: the step; its ``live`` seeds carry their last known cells, as in process.
+        revision: 1, or higher for a later correction of the step.
+        complete: whether every point of the step is in it.
+        received_unix_ns: when its last point came.
+    """
+
+    origin: Origin
+    frame: Frame
+    revision: int
+    complete: bool
+    received_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What is known of one rank of one attempt.
+
+    Attributes:
+        origin: whose state it is.
+        world_size: processes of the run.
+        experiment: name of the experiment.
+        first_step: the first step released; None before it.
+        last_step: the newest step released.
+        last_time_unix_ns: that step's time.
+        last_received_unix_ns: when something of it came last.
+        ended: outcome of its end (``completed``, an exception's type, a signal); None while it lives or is silent.
+        resumed: whether an earlier attempt of the run is known.
+        writers: live processes that claim this (run, attempt, rank).
+        missing: frames that never came, counted when they were skipped.
+        incomplete: frames that were released without some of their points, and never completed.
+        differing: points that came twice with two values; before the release the first one counted, then the last.
+        too_late: frames that came again, or after their place had been forgotten; they were not looked at.
+    """
+
+    origin: Origin
+    world_size: int
+    experiment: str
+    first_step: int | None
+    last_step: int | None
+    last_time_unix_ns: int
+    last_received_unix_ns: int
+    ended: str | None = None
+    resumed: bool = False
+    writers: int = 1
+    missing: int = 0
+    incomplete: int = 0
+    differing: int = 0
+    too_late: int = 0

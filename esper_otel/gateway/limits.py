@@ -1,0 +1,32 @@
+"""Limits: what one sender may cost the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one sender may cost the gateway; what goes beyond is refused or released early, and counted.
+
+    Attributes:
+        points: points of one request.
+        attributes: attributes of one point, or of one Resource.
+        text_bytes: length of an id or a name, in UTF-8.
+        seeds: seeds of one run's rank that are alive at once.
+        runs: ranks of runs that are known at once.
+        waiting: frames of one rank that wait for points or for frames before them.
+        waiting_points: points in waiting frames, over all runs.
+        kept_bytes: memory for released frames that a late point may still correct, over all runs.
+        silent_s: a run from which nothing came for so long is forgotten.
+    """
+
+    points: int = 200_000
+    attributes: int = 128
+    text_bytes: int = 256
+    seeds: int = 20_000
+    runs: int = 1_000
+    waiting: int = 20_000
+    waiting_points: int = 2_000_000
+    kept_bytes: int = 128 * 1024 * 1024
+    silent_s: float = 6 * 3600.0

@@ -1,0 +1,216 @@
+"""Parts: what one request holds of a frame. Parts of equal streams share a shape: what becomes of each value."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.frame import ABSENT, NO_SEEDS, WIDTH, Frame, SeedTable
+from esper_otel.gateway.decoded import Block
+from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS
+
+# A metric's name, and the seed's id or nothing.
+Stream: TypeAlias = tuple[str, str]
+
+_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
+_SEQUENCE: Stream = (FRAME_SEQUENCE.name, "")
+_POINTS: Stream = (FRAME_POINTS.name, "")
+_STEP: Stream = ("esper.global_step", "")
+_EPOCH: Stream = ("esper.epoch", "")
+_LIVE: Stream = ("esper.seeds", "")
+_NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shape:
+    """Which streams the values of a part belong to.
+
+    Attributes:
+        streams: the stream of each value.
+        has_repeats: whether a stream has several.
+        sequence: the place of the frame's sequence among the values; None when it is not there, as below.
+        points: of the frame's number of points.
+        step: of its global step.
+        epoch: of its epoch.
+        live: of its number of live seeds.
+        names: step metrics that are values of the frame.
+        name_places: their places.
+        ids: seeds, sorted.
+        cells: places in the flat table of cells.
+        cell_places: the places of the values that belong there.
+    """
+
+    streams: tuple[Stream, ...]
+    has_repeats: bool
+    sequence: int | None
+    points: int | None
+    step: int | None
+    epoch: int | None
+    live: int | None
+    names: tuple[str, ...]
+    name_places: npt.NDArray[np.intp]
+    ids: tuple[str, ...]
+    cells: npt.NDArray[np.intp]
+    cell_places: npt.NDArray[np.intp]
+
+    @classmethod
+    def of(cls, streams: Sequence[Stream]) -> Shape:
+        """The shape of values of these streams."""
+        place = {stream: number for number, stream in enumerate(streams)}
+        ids = tuple(sorted({seed for _, seed in place if seed}))
+        row = {seed: number for number, seed in enumerate(ids)}
+        cells = [(row[seed] * WIDTH + _COLUMNS[name], number) for (name, seed), number in place.items() if seed]
+        values = [
+            (stream[0], number)
+            for stream, number in place.items()
+            if not stream[1] and stream not in _NOT_AMONG_THE_VALUES
+        ]
+        return cls(
+            tuple(streams),
+            len(place) < len(streams),
+            place.get(_SEQUENCE),
+            place.get(_POINTS),
+            place.get(_STEP),
+            place.get(_EPOCH),
+            place.get(_LIVE),
+            tuple(name for name, _ in values),
+            np.array([number for _, number in values], np.intp),
+            ids,
+            np.array([cell for cell, _ in cells], np.intp),
+            np.array([number for _, number in cells], np.intp),
+        )
+
+
+class Part(NamedTuple):
+    """Values of one frame.
+
+    Attributes:
+        shape: which streams they belong to.
+        numbers: the values.
+    """
+
+    shape: Shape
+    numbers: npt.NDArray[np.float64]
+
+    def number(self, place: int | None) -> float | None:
+        """The value at a place of the shape's."""
+        return None if place is None else float(self.numbers[place])
+
+    def values(self) -> dict[str, float]:
+        """The step's values."""
+        return dict(zip(self.shape.names, self.numbers[self.shape.name_places].tolist(), strict=True))
+
+    def seeds(self) -> SeedTable:
+        """The seeds' rows."""
+        shape = self.shape
+        if not shape.ids:
+            return NO_SEEDS
+        cells = np.full(len(shape.ids) * WIDTH, ABSENT)
+        cells[shape.cells] = self.numbers[shape.cell_places]
+        return SeedTable(shape.ids, cells.reshape(-1, WIDTH))
+
+    def without(self, seeds: Iterable[str]) -> Part:
+        """The part without the values of some seeds."""
+        gone = set(seeds)
+        keep = [place for place, (_, seed) in enumerate(self.shape.streams) if seed not in gone]
+        return Part(Shape.of([self.shape.streams[place] for place in keep]), self.numbers[keep])
+
+
+def part_of(frame: Frame, *, complete: bool) -> Part:
+    """The points that a frame was made of; how many they were is known only if none is missing."""
+    numbers: dict[Stream, float] = {(name, ""): value for name, value in frame.values().items()}
+    for seed, cells in frame.seeds.rows():
+        numbers |= {(SEED_CELLS[SEED_FIELDS.index(field)].name, seed): cell for field, cell in cells.items()}
+    if frame.sequence:
+        numbers[_SEQUENCE] = frame.sequence
+        if complete:
+            numbers[_POINTS] = len(numbers) + 1
+    return Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
+
+
+class Merged(NamedTuple):
+    """Parts of one frame put together; ``differing`` counts values that came twice and were not the same."""
+
+    part: Part
+    differing: int
+
+
+def merged(parts: Iterable[Part], *, last_counts: bool = False) -> Merged:
+    """The parts as one. Of a stream that comes twice the first value counts, or the last."""
+    numbers: dict[Stream, float] = {}
+    differing = 0
+    for part in parts:
+        for stream, number in zip(part.shape.streams, part.numbers.tolist(), strict=True):
+            known = numbers.setdefault(stream, number)
+            if known is not number and not _is_same(known, number):
+                differing += 1
+                if last_counts:
+                    numbers[stream] = number
+    return Merged(Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing)
+
+
+def _is_same(one: float, other: float) -> bool:
+    return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
+
+
+class Shapes:
+    """Remembers shapes, since steps are alike; bounded by how many values they are for.
+
+    Threads: one at a time.
+    """
+
+    def __init__(self, most_values: int = 500_000) -> None:
+        self._most_values = most_values
+        self._values = 0
+        self._words = 0
+        self._known: dict[tuple[int, bytes], Shape] = {}
+        self._numbers = itertools.count()
+        self._vocabularies: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
+
+    def parts(self, block: Block) -> Iterator[tuple[int, Part]]:
+        """The times in a block, each with its part."""
+        times, streams, values = block.times, block.streams, block.values
+        vocabulary = self._vocabulary(block)
+        starts = np.flatnonzero(times[1:] != times[:-1]) + 1
+        bounds = [0, *starts.tolist(), len(times)]
+        for number, time_unix_ns in enumerate(times[bounds[:-1]].tolist()):
+            some = slice(bounds[number], bounds[number + 1])
+            # A copy: a frame that waits must not keep the whole request.
+            part = Part(self._shape(block, vocabulary, streams[some]), values[some].copy())
+            yield time_unix_ns, merged((part,)).part if part.shape.has_repeats else part
+
+    def _vocabulary(self, block: Block) -> int:
+        """A number for what streams are counted in; hashed once a block, since it may be long."""
+        words = (block.names, block.seeds)
+        number = self._vocabularies.pop(words, None)
+        if number is None:
+            number = next(self._numbers)
+            self._words += len(block.names) + len(block.seeds)
+            while self._words > self._most_values and self._vocabularies:
+                names, seeds = next(iter(self._vocabularies))
+                del self._vocabularies[names, seeds]
+                self._words -= len(names) + len(seeds)
+        self._vocabularies[words] = number
+        return number
+
+    def _shape(self, block: Block, vocabulary: int, streams: npt.NDArray[np.int64]) -> Shape:
+        key = (vocabulary, streams.tobytes())
+        shape = self._known.pop(key, None)
+        if shape is None:
+            shape = Shape.of(_streams(block, streams))
+            self._values += len(streams)
+            while self._values > self._most_values and self._known:
+                self._values -= len(self._known.pop(next(iter(self._known))).streams)
+        self._known[key] = shape  # the last used comes last
+        return shape
+
+
+def _streams(block: Block, streams: npt.NDArray[np.int64]) -> list[Stream]:
+    seed, name = np.divmod(streams, len(block.names))
+    seeds = ("", *block.seeds)
+    return [(block.names[n], seeds[s]) for s, n in zip(seed.tolist(), name.tolist(), strict=True)]

@@ -1,0 +1,26 @@
+"""The messages of ``esper.gateway.v1``, made of ``pull.proto``, compiled."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pool import Default
+from google.protobuf.message_factory import GetMessageClass
+
+_compiled = resources.files(__package__).joinpath("pull.binpb").read_bytes()
+_file = FileDescriptorSet.FromString(_compiled).file[0]
+# Reflection, health checking and OTLP read the default pool; nobody else has this package's names.
+Default().AddSerializedFile(_file.SerializeToString())
+_classes = {
+    message.name: GetMessageClass(Default().FindMessageTypeByName(f"{_file.package}.{message.name}"))
+    for message in _file.message_type
+}
+
+SERVICE = f"{_file.package}.{_file.service[0].name}"
+PullRequest = _classes["PullRequest"]
+PullResponse = _classes["PullResponse"]
+Run = _classes["Run"]
+RunsRequest = _classes["RunsRequest"]
+RunsResponse = _classes["RunsResponse"]
+Step = _classes["Step"]

@@ -1,0 +1,107 @@
+from collections.abc import Iterable
+
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer, RepeatedScalarFieldContainer
+from google.protobuf.message import Message
+
+SERVICE: str
+
+class RunsRequest(Message):
+    def __init__(self) -> None: ...
+
+class RunsResponse(Message):
+    @property
+    def runs(self) -> RepeatedCompositeFieldContainer[Run]: ...
+    def __init__(self, *, runs: Iterable[Run] = ...) -> None: ...
+
+class Run(Message):
+    run_id: str
+    attempt: int
+    rank: int
+    writer: str
+    world_size: int
+    experiment: str
+    first_step: int
+    last_step: int
+    last_time_unix_ns: int
+    last_received_unix_ns: int
+    ended: str
+    resumed: bool
+    writers: int
+    missing: int
+    incomplete: int
+    stored: int
+    differing: int
+    too_late: int
+    def __init__(
+        self,
+        *,
+        run_id: str = ...,
+        attempt: int = ...,
+        rank: int = ...,
+        writer: str = ...,
+        world_size: int = ...,
+        experiment: str = ...,
+        first_step: int | None = ...,
+        last_step: int | None = ...,
+        last_time_unix_ns: int = ...,
+        last_received_unix_ns: int = ...,
+        ended: str | None = ...,
+        resumed: bool = ...,
+        writers: int = ...,
+        missing: int = ...,
+        incomplete: int = ...,
+        stored: int = ...,
+        differing: int = ...,
+        too_late: int = ...,
+    ) -> None: ...
+
+class PullRequest(Message):
+    run_id: str
+    cursor: str
+    rank: int
+    max_packets: int
+    wait_s: float
+    def __init__(
+        self,
+        *,
+        run_id: str = ...,
+        cursor: str = ...,
+        rank: int | None = ...,
+        max_packets: int = ...,
+        wait_s: float = ...,
+    ) -> None: ...
+
+class PullResponse(Message):
+    cursor: str
+    gap: int
+    @property
+    def steps(self) -> RepeatedCompositeFieldContainer[Step]: ...
+    def __init__(self, *, steps: Iterable[Step] = ..., cursor: str = ..., gap: int = ...) -> None: ...
+
+class Step(Message):
+    state: bytes
+    attempt: int
+    rank: int
+    step: int
+    revision: int
+    complete: bool
+    age_s: float
+    writer: str
+    @property
+    def telemetry(self) -> RepeatedScalarFieldContainer[bytes]: ...
+    @property
+    def names(self) -> RepeatedScalarFieldContainer[str]: ...
+    def __init__(
+        self,
+        *,
+        state: bytes = ...,
+        telemetry: Iterable[bytes] = ...,
+        attempt: int = ...,
+        rank: int = ...,
+        step: int = ...,
+        revision: int = ...,
+        complete: bool = ...,
+        age_s: float = ...,
+        names: Iterable[str] = ...,
+        writer: str = ...,
+    ) -> None: ...

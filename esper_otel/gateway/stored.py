@@ -1,0 +1,145 @@
+"""Stored: what both stores give, whoever asks: entries in order of release, with a place for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from esper_otel.errors import EsperOtelError
+from esper_otel.gateway.items import Item
+
+
+class StoreFull(EsperOtelError):
+    """Nothing can be written now; nothing that was there is lost."""
+
+
+class UnknownRun(EsperOtelError):
+    """No step of this run is stored."""
+
+
+class StaleCursor(EsperOtelError):
+    """A cursor that this store did not give, or that it gave in another life."""
+
+
+class Entry(NamedTuple):
+    """One released frame and its place.
+
+    Attributes:
+        position: 1, 2, ... within the run, in order of release.
+        number: 1, 2, ... within the run's rank.
+        item: the frame.
+        loss_before: the loss of the packet before, of the same writer; None when there is none.
+    """
+
+    position: int
+    number: int
+    item: Item
+    loss_before: float | None
+
+
+class Found(NamedTuple):
+    """What came after a cursor.
+
+    Attributes:
+        entries: oldest first.
+        cursor: where to go on.
+        gap: entries that were dropped before the first one.
+    """
+
+    entries: Sequence[Entry]
+    cursor: str
+    gap: int
+
+
+class Kept(NamedTuple):
+    """A request's body that is kept until all of its frames are stored as items."""
+
+    body: bytes
+    is_json: bool
+    received_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """How much is stored; the oldest steps are dropped first, and counted.
+
+    Attributes:
+        steps: of one run.
+        run_bytes: about how much one run takes.
+        all_bytes: about how much all runs take.
+        idle_s: a run to which nothing was added for so long is dropped.
+    """
+
+    steps: int = 1_000_000
+    run_bytes: int = 256 * 1024 * 1024
+    all_bytes: int = 1024 * 1024 * 1024
+    idle_s: float = 24 * 3600.0
+
+
+class Store(Protocol):
+    """Where released frames are kept. Threads: one at a time.
+
+    Attributes:
+        dropped: entries that fell out.
+        size: about how many bytes the entries take.
+    """
+
+    dropped: int
+    size: int
+
+    def add(self, items: Iterable[Item], *, kept: Kept | None = None, nothing_waits: bool = True) -> None:
+        """Stores released frames, and the body of a request of which something waits, all or nothing.
+
+        Args:
+            items: frames in order of release.
+            kept: a body to keep.
+            nothing_waits: whether every frame of all bodies kept before has been released.
+
+        Raises:
+            StoreFull: nothing was stored.
+        """
+
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
+        """Entries after a cursor; from the oldest one when it is empty.
+
+        Raises:
+            UnknownRun: nothing of the run is stored.
+            StaleCursor: the cursor is of another life, or of other ranks.
+        """
+
+    def counts(self) -> dict[tuple[str, int, int, str], int]:
+        """How many entries each writer has, by its origin."""
+
+    def expire(self) -> list[str]:
+        """Drops runs that were idle for long; returns their names."""
+
+    def close(self) -> None:
+        """Ends the use of files."""
+
+
+def cursor_text(life: str, rank: int | None, place: int) -> str:
+    """A cursor: whose life, which rank (empty: all), and the last place that was given."""
+    return f"{life}:{'' if rank is None else rank}:{place}"
+
+
+def cursor_place(cursor: str, life: str, rank: int | None, newest: int) -> int:
+    """The place that a cursor names.
+
+    Raises:
+        StaleCursor: it is of another life, or of other ranks, or from the future.
+    """
+    if not cursor:
+        return 0
+    parts = cursor.split(":")
+    if len(parts) != 3 or not parts[2].isdecimal() or len(parts[2]) > 18:
+        raise StaleCursor(f"cursor {cursor[:80]!r} is none of this gateway; pull without one to begin")
+    if parts[1] != ("" if rank is None else str(rank)):
+        whose = f"rank {parts[1]}" if parts[1] else "all ranks"
+        raise StaleCursor(f"the cursor is of pulls of {whose}; give the same rank, or pull without a cursor")
+    if parts[0] != life or int(parts[2]) > newest:
+        raise StaleCursor(
+            "the cursor is of another life of this run's store: what was not pulled then is gone; "
+            "pull without a cursor to begin with the oldest step stored"
+        )
+    return int(parts[2])

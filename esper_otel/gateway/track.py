@@ -1,0 +1,201 @@
+"""Track: everything about one writer, from its points to the items that are released, and its state."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from esper_otel.gateway.decoded import TOO_MANY_SEEDS, Marker, Sender
+from esper_otel.gateway.history import History
+from esper_otel.gateway.items import Item, Origin, RunState
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.parts import Part
+from esper_otel.gateway.queue import Queue, Waiting
+
+
+class Track:
+    """The frames of one writer.
+
+    Args:
+        origin: who it is.
+        limits: what it may cost.
+        hold_s: how long a frame waits for points, or for frames before it.
+        linger_s: how long one waits that does not say how many points it has.
+    """
+
+    def __init__(self, origin: Origin, limits: Limits, *, hold_s: float, linger_s: float) -> None:
+        self.origin = origin
+        self._limits = limits
+        self._queue = Queue(hold_s=hold_s, linger_s=linger_s, most=limits.waiting)
+        self._history = History(origin, most_ends=2 * limits.seeds)
+        self._corrected: list[Item] = []
+        self._known: set[str] = set()
+        self._ids: tuple[str, ...] = ()
+        self._outcome: str | None = None
+        self._sender: Sender | None = None
+        self._first_step: int | None = None
+        self._last: Item | None = None
+        self._incomplete: set[int] = set()
+        self._incomplete_count = 0
+        self._too_late = 0
+        self.received_s = 0.0
+        self._received_unix_ns = 0
+
+    # -- what comes --------------------------------------------------------------------------------------
+
+    def knows(self, time_unix_ns: int) -> bool:
+        """Whether a frame of this time is here."""
+        return time_unix_ns in self._history or self._queue.get(time_unix_ns) is not None
+
+    def take(
+        self, time_unix_ns: int, part: Part, sender: Sender, now_s: float, received_unix_ns: int, rejected: Counter[str]
+    ) -> Waiting | None:
+        """Takes a part of a frame; gives the frame back if it is another writer's."""
+        self.note(sender, now_s, received_unix_ns)
+        part = self._within_limits(part, rejected)
+        if time_unix_ns in self._history:
+            self._corrected += self._history.correct(time_unix_ns, part, received_unix_ns)
+            return None
+        waiting = self._queue.get(time_unix_ns)
+        if waiting is None:
+            waiting = Waiting(sender, now_s, now_s, received_unix_ns)
+        was_numbered = waiting.sequence is not None
+        waiting.add(part)
+        waiting.last_s, waiting.received_unix_ns = now_s, received_unix_ns
+        if not was_numbered:
+            return self.put(time_unix_ns, waiting)
+        return None
+
+    def put(self, time_unix_ns: int, waiting: Waiting) -> Waiting | None:
+        """Takes a frame; gives it back if its number says that it is another writer's."""
+        number = waiting.sequence
+        if number is not None:
+            same = self._queue.time_of(number) or self._history.time_of(number)
+            if same not in (None, time_unix_ns):
+                self._queue.pop(time_unix_ns)
+                return waiting
+            if self._queue.next is not None and number < self._queue.next and number not in self._queue.skipped:
+                self._queue.pop(time_unix_ns)
+                if self._history.is_out_of_step(number, time_unix_ns):
+                    return waiting
+                self._too_late += 1
+                return None
+        self._queue.put(time_unix_ns, waiting)
+        return None
+
+    def end_stream(self, marker: Marker) -> None:
+        """A stream of a seed has no value any more."""
+        self._corrected += self._history.end(marker)
+
+    def end(self, outcome: str) -> None:
+        """The run has ended."""
+        self._outcome = outcome
+
+    def note(self, sender: Sender, now_s: float, received_unix_ns: int) -> None:
+        """Something came of it."""
+        self._sender = sender
+        self.received_s = now_s
+        self._received_unix_ns = received_unix_ns
+
+    def _within_limits(self, part: Part, rejected: Counter[str]) -> Part:
+        """The part without what would make too many seeds."""
+        ids = part.shape.ids
+        if ids == self._ids:
+            return part
+        self._ids = ids
+        self._known.update(ids)
+        if len(self._known) > self._limits.seeds:
+            self._known = {*self._history.live.ids, *self._queue.seeds()}
+            room = self._limits.seeds - len(self._known)
+            new = [seed for seed in ids if seed not in self._known]
+            surplus = new[max(room, 0) :]
+            self._known.update(new[: max(room, 0)])
+            if surplus:
+                self._ids = ()
+                smaller = part.without(surplus)
+                rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
+                return smaller
+        return part
+
+    # -- what goes ---------------------------------------------------------------------------------------
+
+    @property
+    def next(self) -> int | None:
+        """The number of the frame that is to be released next."""
+        return self._queue.next
+
+    @property
+    def due_s(self) -> float | None:
+        """When ``release`` must be called again, if nothing else comes."""
+        return self._queue.due_s
+
+    @property
+    def waiting_points(self) -> int:
+        """Points of frames that are not released."""
+        return self._queue.points
+
+    def release(self, now_s: float, *, all_now: bool = False) -> list[Item]:
+        """The items whose turn it is, in order."""
+        items, self._corrected = self._corrected, []
+        for ready in self._queue.ready(now_s, self._history.lacks_ends, all_now=all_now):
+            number = ready.waiting.sequence
+            if number is None and ready.time_unix_ns <= self._history.forgotten_unix_ns:
+                self._too_late += 1
+                continue
+            if not ready.waiting.points:
+                continue
+            if number is not None and number in self._queue.skipped:
+                self._queue.skipped.remove(number)
+            items += self._history.release(ready)
+        for item in items:
+            self._note_item(item)
+        return items
+
+    def _note_item(self, item: Item) -> None:
+        step = item.frame.global_step
+        if self._first_step is None:
+            self._first_step = step
+        if self._last is None or item.frame.time_unix_ns >= self._last.frame.time_unix_ns:
+            self._last = item
+        if not item.complete:
+            self._incomplete.add(item.frame.time_unix_ns)
+        else:
+            self._incomplete.discard(item.frame.time_unix_ns)
+
+    def size_of(self, time_unix_ns: int) -> int:
+        """The memory that a released frame takes while it is kept, about."""
+        return self._history.size_of(time_unix_ns)
+
+    def forget(self, time_unix_ns: int) -> None:
+        """Lets go of a released frame: what still comes of it is too late."""
+        self._history.forget(time_unix_ns)
+        if time_unix_ns in self._incomplete:
+            self._incomplete.discard(time_unix_ns)
+            self._incomplete_count += 1
+
+    def restore(self, item: Item) -> None:
+        """Goes on after a frame that was released in an earlier life, with those restored before it."""
+        self._queue.restore(item.frame.sequence)
+        self._history.restore(item)
+        self._note_item(item)
+
+    def state(self, *, resumed: bool, writers: int) -> RunState:
+        """What is known of it."""
+        last = self._last
+        sender = self._sender
+        run = None if last is None else last.frame.run
+        return RunState(
+            self.origin,
+            run.world_size if run else sender.world_size if sender else 1,
+            run.experiment if run else sender.experiment if sender else "",
+            self._first_step,
+            None if last is None else last.frame.global_step,
+            0 if last is None else last.frame.time_unix_ns,
+            self._received_unix_ns,
+            ended=None if len(self._queue) else self._outcome,
+            resumed=resumed,
+            writers=writers,
+            missing=self._queue.skipped.count,
+            incomplete=self._incomplete_count + len(self._incomplete),
+            differing=self._history.differing,
+            too_late=self._too_late,
+        )

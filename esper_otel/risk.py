@@ -1,0 +1,184 @@
+"""Risk: which signals a step's packets give, by one table of thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from esper_otel.errors import UnknownMetric
+from esper_otel.leyline.events import SOURCE, add_event
+from esper_otel.leyline.messages import (
+    HealthStatus,
+    MessagePriority,
+    SystemStatePacket,
+    TelemetryLevel,
+    TelemetryPacket,
+)
+from esper_otel.leyline.packets import Packets
+
+_PRIORITIES = {
+    "WARN": MessagePriority.MESSAGE_PRIORITY_NORMAL,
+    "HIGH": MessagePriority.MESSAGE_PRIORITY_HIGH,
+}
+_EVENTS_SUFFIX = "-events"
+
+
+class Signal(NamedTuple):
+    """What a step's numbers suggest.
+
+    Attributes:
+        name: such as ``hook_budget``.
+        level: ``WARN`` or ``HIGH``.
+        priority: a number of ``MessagePriority``: NORMAL for WARN, HIGH for HIGH.
+        reason: the number and the threshold that it is beyond.
+        route: what a controller is advised to do: ``PAUSE`` or ``OPTIMIZER``.
+    """
+
+    name: str
+    level: str
+    priority: int
+    reason: str
+    route: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row of the table; rows are looked at in order.
+
+    Attributes:
+        name: of the signal.
+        metric: key of the state packet's metrics; ``LOSS_STEP`` is the loss minus that of the packet before.
+        threshold: the value above which the signal comes; compared with the value rounded to float32.
+        level: ``WARN`` or ``HIGH``.
+        route: ``PAUSE`` or ``OPTIMIZER``.
+        is_inclusive: whether the threshold itself is enough.
+        only_unrouted: silent when a rule above has given a route already.
+        and_below: a second metric that must be there and at most so large, and how large.
+        unless: the name of a signal that silences this one.
+    """
+
+    name: str
+    metric: str
+    threshold: float
+    level: str
+    route: str
+    is_inclusive: bool = False
+    only_unrouted: bool = False
+    and_below: tuple[str, float] | None = None
+    unless: str = ""
+
+
+LOSS_STEP = "loss step"
+
+RULES = (
+    Rule("loss_spike", LOSS_STEP, 0.15, "HIGH", "PAUSE"),
+    Rule("loss_warning", LOSS_STEP, 0.075, "WARN", "OPTIMIZER", only_unrouted=True),
+    Rule("hook_budget", "hook_latency_ms", 50.0, "HIGH", "PAUSE"),
+    Rule("step_latency_high", "step_latency_ms", 120.0, "HIGH", "PAUSE"),
+    Rule("kasmina_apply_slow", "kasmina.apply_ms", 30.0, "WARN", "OPTIMIZER"),
+    Rule("kasmina_finalize_slow", "kasmina.finalize_ms", 30.0, "WARN", "OPTIMIZER"),
+    Rule("isolation_violations", "kasmina.isolation.violations", 0.0, "HIGH", "PAUSE"),
+    Rule("loss_volatility_high", "loss_volatility", 0.1125, "WARN", "OPTIMIZER"),
+    Rule("grad_variance_high", "grad_var", 1.0, "WARN", "OPTIMIZER", only_unrouted=True),
+    Rule("grad_conflict_high", "grad_conflict_rate", 0.5, "WARN", "OPTIMIZER", only_unrouted=True),
+    Rule(
+        *("device_pressure_high", "gpu_util_percent", 95.0, "HIGH", "PAUSE"),
+        is_inclusive=True,
+        and_below=("gpu_mem_free_gb", 0.2),
+    ),
+    Rule(
+        *("cpu_pressure_high", "cpu_util_percent", 95.0, "HIGH", "OPTIMIZER"),
+        is_inclusive=True,
+        only_unrouted=True,
+        unless="device_pressure_high",
+    ),
+)
+
+
+def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
+    """The table with other thresholds, by the signals' names; infinity silences a signal.
+
+    Raises:
+        UnknownMetric: a name that no signal has.
+    """
+    names = [rule.name for rule in RULES]
+    for name in thresholds:
+        if name not in names:
+            raise UnknownMetric(name, names, what="signal")
+    return tuple(replace(rule, threshold=thresholds.get(rule.name, rule.threshold)) for rule in RULES)
+
+
+def signals(
+    state: SystemStatePacket, *, loss_before: float | None = None, rules: tuple[Rule, ...] = RULES
+) -> tuple[Signal, ...]:
+    """What the packet suggests, in the table's order; a missing value suggests nothing.
+
+    Args:
+        state: a step's packet.
+        loss_before: ``validation_loss`` of the packet before; when it is not known, ``loss_delta`` stands in.
+        rules: the table.
+    """
+    values = state.training_metrics
+    # Both losses are as a controller reads them: rounded to float32, subtracted as doubles.
+    loss_step = values.get("loss_delta", 0.0) if loss_before is None else state.validation_loss - _rounded(loss_before)
+    found: dict[str, Signal] = {}
+    for rule in rules:
+        value = loss_step if rule.metric == LOSS_STEP else _rounded(values.get(rule.metric, 0.0))
+        if not (value > rule.threshold or (rule.is_inclusive and value == rule.threshold)) or not math.isfinite(value):
+            continue
+        if (rule.only_unrouted and found) or rule.unless in found:
+            continue
+        reason = f"{rule.metric} {value:.6g} {'from' if rule.is_inclusive else 'above'} {rule.threshold:g}"
+        if rule.and_below is not None:
+            other, limit = rule.and_below
+            if other not in values or not _rounded(values[other]) <= limit:
+                continue
+            reason += f", {other} {values[other]:.6g} up to {limit:g}"
+        found[rule.name] = Signal(rule.name, rule.level, _PRIORITIES[rule.level], reason, rule.route)
+    return tuple(found.values())
+
+
+def priority(found: tuple[Signal, ...]) -> int:
+    """The highest priority of some signals, a number of ``MessagePriority``; NORMAL when there are none."""
+    return max((signal.priority for signal in found), default=MessagePriority.MESSAGE_PRIORITY_NORMAL)
+
+
+def with_signals(packets: Packets, found: tuple[Signal, ...]) -> Packets:
+    """The packets with the signals as events, in the step's packet of events; that has their highest priority."""
+    if not found:
+        return packets
+    events_id = packets.state.packet_id + _EVENTS_SUFFIX
+    others = tuple(packet for packet in packets.telemetry if packet.packet_id != events_id)
+    events = TelemetryPacket(packet_id=events_id, source_subsystem=SOURCE)
+    events.timestamp.FromNanoseconds(packets.state.timestamp_ns)
+    for packet in packets.telemetry[len(others) :]:  # the packet of events comes last
+        events.CopyFrom(packet)
+    for signal in found:
+        add_event(
+            events,
+            signal.name,
+            TelemetryLevel.TELEMETRY_LEVEL_WARNING,
+            severity=signal.level.lower(),
+            priority=MessagePriority.Name(signal.priority),
+            reason=signal.reason,
+            route=signal.route,
+        )
+    events.level = max(event.level for event in events.events)
+    highest = priority(found)
+    is_high = highest >= MessagePriority.MESSAGE_PRIORITY_HIGH
+    events.system_health.status = (
+        HealthStatus.HEALTH_STATUS_UNHEALTHY if is_high else HealthStatus.HEALTH_STATUS_DEGRADED
+    )
+    events.system_health.summary = found[0].name
+    events.system_health.indicators["priority"] = MessagePriority.Name(highest)
+    events.system_health.indicators["step_index"] = str(packets.step)
+    return replace(packets, telemetry=(*others, events))
+
+
+def _rounded(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
