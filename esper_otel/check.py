@@ -277,7 +277,7 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stag
 def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
     now_ns = time.time_ns()
     run = Run(f"esper-otel-check-{secrets.token_hex(4)}", now_ns // 1_000_000, device_type="cpu")
-    frame = Frame(run, 1, 1, 0, now_ns, {"loss": 0.0}, {})
+    frame = Frame(run, 1, 1, 0, now_ns, ("loss",), (0.0,), {})
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, _no_fault)
     [request] = encoder.requests([frame])
     started_s = time.perf_counter()

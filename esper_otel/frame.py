@@ -80,6 +80,15 @@ class Run:
     compute_capability: int = 0
 
 
+NO_READINGS: Mapping[str, float] = {}
+
+# The last finite loss; a frame with a finite loss says no other.
+LAST_LOSS = "esper.training.loss"
+
+# What rounds to infinity in the packets' float32 begins here: the largest float32 and half a unit in its last place.
+FLOAT32_BOUND = float(2**128 - 2**103)
+
+
 class Frame(NamedTuple):
     """One step: what was recorded in it, by catalogue name, with presence.
 
@@ -92,12 +101,14 @@ class Frame(NamedTuple):
         global_step: the step's number; goes back when training does.
         epoch: the epoch it belongs to.
         time_unix_ns: Unix time of the step in nanoseconds, strictly increasing in milliseconds.
-        recorded: step values put, measured or sampled by probes.
-        context: step values that stay until they are replaced (validation, epochs, last finite loss).
+        names: of the step values put or measured, and of what is said of the step beside them.
+        numbers: their values, in the same order.
+        context: step values that stay until they are replaced (validation, epochs).
         seeds: the rows recorded in this step.
         live: every live seed with its last known cells.
         retired: seeds whose lives ended after the frame before; their series end.
         derived: what processors computed; read through ``values()``.
+        probed: readings of probes; what was recorded stands before them.
     """
 
     run: Run
@@ -105,12 +116,19 @@ class Frame(NamedTuple):
     global_step: int
     epoch: int
     time_unix_ns: int
-    recorded: Mapping[str, float]
+    names: tuple[str, ...]
+    numbers: tuple[float, ...]
     context: Mapping[str, float]
     seeds: SeedTable = NO_SEEDS
     live: SeedTable = NO_SEEDS
     retired: tuple[str, ...] = ()
     derived: Derived = ()
+    probed: Mapping[str, float] = NO_READINGS
+
+    @property
+    def recorded(self) -> dict[str, float]:
+        """The step values put or measured, by name."""
+        return dict(zip(self.names, self.numbers, strict=True))
 
     def values(self) -> dict[str, float]:
         """Every step value of the frame by catalogue name, readings of processors and our own included."""
@@ -118,7 +136,11 @@ class Frame(NamedTuple):
         for processor, state in self.derived:
             values.update(processor.readings(state))
         values.update(self.context)
-        values.update(self.recorded)  # what the caller gave stands
+        values.update(self.probed)
+        values.update(zip(self.names, self.numbers, strict=True))  # what the caller gave stands
+        loss = values.get("loss")
+        if loss is not None and -FLOAT32_BOUND < loss < FLOAT32_BOUND:
+            values[LAST_LOSS] = loss
         values["esper.global_step"] = self.global_step
         values["esper.epoch"] = self.epoch
         values["esper.seeds"] = len(self.live.ids)

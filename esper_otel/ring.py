@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from esper_otel.frame import Frame
 
-# A frame of 21 values takes 1.7 kB with its dictionary, floats and derive states (tracemalloc, Python 3.11).
-_FRAME_BYTES = 900
-_VALUE_BYTES = 40
+# Measured with tracemalloc on Python 3.11: 760 bytes and 32 a value, with what is derived and its place in the dict;
+# 300 more and the cells themselves where there are seeds.
+_FRAME_BYTES = 760
+_VALUE_BYTES = 32
+_TABLE_BYTES = 300
 
 
 def frame_bytes(frame: Frame) -> int:
     """About how much memory a frame holds on to, in bytes. Seed tables shared between fields count once."""
-    size = _FRAME_BYTES + _VALUE_BYTES * len(frame.recorded)
-    seeds, live = frame.seeds, frame.live
-    if seeds.ids:
-        size += seeds.cells.nbytes
-    if live.ids and live.cells is not seeds.cells:
-        size += live.cells.nbytes
+    size = _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)
+    live = frame.live
+    if live.ids:
+        seeds = frame.seeds
+        size += _TABLE_BYTES + live.cells.nbytes
+        if seeds.cells is not live.cells:
+            size += _TABLE_BYTES + seeds.cells.nbytes
     return size
 
 
@@ -35,7 +36,6 @@ class Ring:
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._frames: dict[int, Frame] = {}
-        self._sizes: deque[int] = deque()
         self.size = 0
         self._first = 1
         self._last = 0
@@ -52,14 +52,18 @@ class Ring:
 
     def append(self, frame: Frame) -> None:
         """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
-        size = frame_bytes(frame)
-        self._frames[frame.sequence] = frame
-        self._sizes.append(size)
-        self._last += 1
-        self.size += size
+        self._last = number = self._last + 1
+        self._frames[number] = frame
+        if frame.live.ids:
+            self.size += frame_bytes(frame)
+        else:  # the same, in half the time
+            self.size += _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)
+        if self.size > self._capacity_bytes:
+            self._drop()
+
+    def _drop(self) -> None:
         while self.size > self._capacity_bytes and self._first < self._last:
-            del self._frames[self._first]
-            self.size -= self._sizes.popleft()
+            self.size -= frame_bytes(self._frames.pop(self._first))
             self._first += 1
 
     def newest(self) -> Frame | None:

@@ -13,7 +13,7 @@ from opentelemetry.metrics import MeterProvider
 from esper_otel import leyline
 from esper_otel.absence import reasons
 from esper_otel.derive.deriver import Deriver, checked_processors
-from esper_otel.derive.dynamics import GradientDynamics, LossDynamics
+from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.ending import forget, watch
 from esper_otel.errors import InvalidCatalogue
@@ -223,7 +223,7 @@ class _Session:
         publisher, exporter = self._publisher, self._exporter
         counters = publisher.counters
         counts: dict[tuple[str, str], float] = {
-            ("esper.steps", ""): counters.steps,
+            ("esper.steps", ""): publisher.ring.last,
             ("esper.steps.failed", ""): counters.failed,
             ("esper.values.nonfinite", ""): counters.nonfinite,
             ("esper.values.out_of_range", ""): counters.out_of_range,
@@ -334,8 +334,7 @@ def _declared(
     brought = {entry.name: entry for entry in given if isinstance(entry, Metric) and entry.name not in catalogue}
     names = Names((*metrics, *(entry for entry in brought.values() if entry not in metrics)), enriched=enriched)
     taken = {entry if isinstance(entry, str) else entry.name for entry in given}
-    ours = [processor for processor in (LossDynamics(), GradientDynamics()) if taken.isdisjoint(processor.gives)]
-    chosen = (*ours, *processors)
+    chosen = (Dynamics(without=taken | names.left_out), *processors)
     checked_processors(chosen, names.entries)
     return names, tuple(
         processor

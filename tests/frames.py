@@ -30,7 +30,7 @@ def seed_table(rows: Mapping[str, Mapping[str, float]]) -> SeedTable:
 
 
 def make_frame(**overrides: Any) -> Frame:
-    """A small, plain frame: step 1, a loss of 2.5 and one seed; fields of ``Frame`` may be given instead."""
+    """Step 1, with a loss of 2.5 and one seed; fields of ``Frame``, or ``recorded``, may be given instead."""
     seeds = seed_table({"seed-1": {"stage": Stage.TRAINING, "alpha": 0.0}})
     fields: dict[str, Any] = {
         "run": RUN,
@@ -38,12 +38,18 @@ def make_frame(**overrides: Any) -> Frame:
         "global_step": 1,
         "epoch": 0,
         "time_unix_ns": TIME_UNIX_NS,
-        "recorded": {"loss": 2.5},
-        "context": {"esper.training.loss": 2.5},
+        "context": {},
         "seeds": seeds,
         "live": seeds,
     }
-    return Frame(**fields | overrides)
+    recorded = overrides.pop("recorded", {"loss": 2.5})
+    return Frame(names=tuple(recorded), numbers=tuple(recorded.values()), **fields | overrides)
+
+
+def with_recorded(frame: Frame, values: Mapping[str, float]) -> Frame:
+    """The frame with further values recorded, or other ones."""
+    recorded = {**frame.recorded, **values}
+    return frame._replace(names=tuple(recorded), numbers=tuple(recorded.values()))
 
 
 def seed_ids() -> st.SearchStrategy[str]:

@@ -16,7 +16,7 @@ RUN = Run("run", 1)
 
 def frame(sequence: int, seeds: int = 0) -> Frame:
     table = SeedTable(tuple(f"s{i}" for i in range(seeds)), np.zeros((seeds, WIDTH)))
-    return Frame(RUN, sequence, sequence, 0, sequence, {"loss": 1.0}, {}, table, table)
+    return Frame(RUN, sequence, sequence, 0, sequence, ("loss",), (1.0,), {}, table, table)
 
 
 SIZE = frame_bytes(frame(1))
@@ -51,7 +51,8 @@ def test_a_frame_larger_than_the_ring_replaces_everything() -> None:
 
 def test_a_seed_table_that_is_shared_counts_once() -> None:
     """Most steps record every live seed: the two tables are one."""
-    assert frame_bytes(frame(1, seeds=100)) - SIZE == 100 * WIDTH * 8
+    cells = 100 * WIDTH * 8
+    assert cells < frame_bytes(frame(1, seeds=100)) - SIZE < 1.1 * cells
 
 
 def test_a_reader_beside_a_fast_writer_misses_nothing_it_is_not_told_of() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from esper_otel.derive.dynamics import GradientDynamics, LossDynamics
+from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Derived, Processor
 from esper_otel.errors import ConfigurationError, InvalidCatalogue, InvalidValue, UnknownMetric
 from esper_otel.schema import Metric
@@ -55,21 +55,22 @@ class _Guarded:
             return {}
 
 
-_OURS = (LossDynamics, GradientDynamics)
-
-
 class Deriver:
     """Advances every processor once per published step. Not thread-safe: the publisher calls it, in step order.
 
     A processor that raises keeps its old state and has no reading in that step; ``fault`` is told.
+
+    Attributes:
+        reads_probes: whether ``commit`` and ``peek`` need what probes read, too; ours do not.
     """
 
     def __init__(self, processors: Sequence[Processor], fault: Callable[[str, Exception], None]) -> None:
         self._processors: tuple[Processor, ...] = tuple(
-            processor if isinstance(processor, _OURS) else _Guarded(processor, fault) for processor in processors
+            processor if isinstance(processor, Dynamics) else _Guarded(processor, fault) for processor in processors
         )
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self._states: list[Any] = [processor.initial() for processor in self._processors]
+        self.reads_probes = not all(isinstance(processor, Dynamics) for processor in processors)
         self._fault = fault
         given_before: set[str] = set()
         self._chained = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 from esper_otel.errors import InvalidValue
@@ -11,119 +11,106 @@ from esper_otel.errors import InvalidValue
 SMOOTHING = 0.2
 WINDOW = 9  # 2 / SMOOTHING - 1: the span over which a rolling window is as old on average as the EWMA
 
+_LOSS, _GRADIENT = 1, 2
+_NAN = float("nan")
 
-def _checked_smoothing(smoothing: float) -> float:
-    if not 0.0 < smoothing <= 1.0:
-        raise InvalidValue("smoothing", f"{smoothing!r} is not above 0 and at most 1")
-    return smoothing
-
-
-LossState: TypeAlias = tuple[()] | tuple[float, tuple[float, ...]]
+# Which of the two moved in the step; EWMA of the loss, its last values; EWMA of the norm, its variance. The window
+# ends with the last loss and is empty before the first; the variance is negative before the first norm.
+State: TypeAlias = tuple[int, float, tuple[float, ...], float, float]
 
 
-class LossDynamics:
-    """Derives ``loss_delta``, ``loss_ewma`` and ``loss_volatility`` from the finite values of ``loss``.
+class Dynamics:
+    """Derives how loss and gradient norm move, from the finite values of ``loss`` and ``gradient_norm``.
 
-    - delta: x minus the previous finite x.
-    - EWMA: m <- m + a (x - m), started at the first x.
-    - volatility: population standard deviation of the last w values, computed anew from the window, so that
-      nothing drifts over millions of steps.
+    - ``loss_delta``: x minus the previous finite x.
+    - ``loss_ewma``, ``grad_norm_ewma``: m <- m + a (x - m), started at the first x.
+    - ``loss_volatility``: population standard deviation of the last w values, computed anew from the window, so
+      that nothing drifts over millions of steps.
+    - ``grad_var``: v <- (1 - a) (v + a (x - m)^2) with m before the update, 0.0 at the first x (T. Finch,
+      "Incremental calculation of weighted mean and variance", 2009).
 
-    Equals pandas ``ewm(alpha=a, adjust=False, ignore_na=True).mean()`` and
-    ``rolling(w, min_periods=2).std(ddof=0)`` on the series without gaps. A step whose loss is missing, not
-    finite, or overflows a result leaves the state as it was and has no reading.
+    Equals pandas ``ewm(alpha=a, adjust=False, ignore_na=True)``, ``.mean()`` and ``.var(bias=True)``, and
+    ``rolling(w, min_periods=2).std(ddof=0)``, on the series without gaps. A step whose input is missing, not
+    finite, or overflows a result leaves that input's state as it was, and has none of its readings.
 
-    The state is ``(ewma, window)``; the window ends with the last x.
+    One processor for both: every step pays for each processor, and for each object that a frame keeps.
+
+    Args:
+        without: metrics that somebody else gives.
     """
 
-    needs = ("loss",)
-    gives = ("loss_delta", "loss_ewma", "loss_volatility")
+    needs = ("loss", "gradient_norm")
 
-    def __init__(self, *, smoothing: float = SMOOTHING, window: int = WINDOW) -> None:
+    def __init__(
+        self, *, smoothing: float = SMOOTHING, window: int = WINDOW, without: Collection[str] = frozenset()
+    ) -> None:
+        if not 0.0 < smoothing <= 1.0:
+            raise InvalidValue("smoothing", f"{smoothing!r} is not above 0 and at most 1")
         if window < 2:
             raise InvalidValue("window", f"{window!r} is below 2: a deviation needs two values")
-        self._smoothing = _checked_smoothing(smoothing)
-        self._kept = window - 1
+        every = ("loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma", "grad_var")
+        self.gives = tuple(name for name in every if name not in without)
+        self._without = tuple(without)
+        self._smoothing = smoothing
+        self._window = window
 
-    def initial(self) -> LossState:
-        """The state before the first finite loss."""
-        return ()
+    def initial(self) -> State:
+        """The state before the first finite values."""
+        return (0, 0.0, (), 0.0, -1.0)
 
-    def advance(self, state: LossState, given: Mapping[str, float]) -> LossState:
-        """The state after a step."""
-        x = given.get("loss")
-        if x is None or x - x != 0.0:  # neither NaN nor an infinity
-            return state
-        if not state:
-            return (x, (x,))
-        mean, window = state
-        mean += self._smoothing * (x - mean)
-        delta = x - window[-1]
-        if mean - mean != 0.0 or delta - delta != 0.0:
-            return state
-        return (mean, (*window[-self._kept :], x))
+    def advance(self, state: State, given: Mapping[str, float]) -> State:
+        """The state after a step; the same object if neither moved."""
+        _, loss_ewma, window, norm_ewma, variance = state
+        moved = 0
+        x = given.get("loss", _NAN)
+        if x - x == 0.0:  # neither NaN nor an infinity
+            if window:
+                ewma = loss_ewma + self._smoothing * (x - loss_ewma)
+                if ewma - ewma == 0.0 and math.isfinite(x - window[-1]):
+                    moved, loss_ewma = _LOSS, ewma
+                    window += (x,)
+                    if len(window) > self._window:
+                        window = window[1:]
+            else:
+                moved, loss_ewma, window = _LOSS, x, (x,)
+        x = given.get("gradient_norm", _NAN)
+        if x - x == 0.0:
+            if variance >= 0.0:
+                away = x - norm_ewma
+                step = self._smoothing * away
+                spread = (1.0 - self._smoothing) * (variance + step * away)
+                ewma = norm_ewma + step
+                if ewma - ewma == 0.0 and spread - spread == 0.0:
+                    moved, norm_ewma, variance = moved | _GRADIENT, ewma, spread
+            else:
+                moved, norm_ewma, variance = moved | _GRADIENT, x, 0.0
+        return (moved, loss_ewma, window, norm_ewma, variance) if moved else state
 
-    def readings(self, state: LossState) -> dict[str, float]:
+    def readings(self, state: State) -> dict[str, float]:
         """The metrics of the step that led to ``state``."""
-        if not state:
-            return {}
-        mean, window = state
-        count = len(window)
-        if count == 1:
-            return {"loss_ewma": mean}
-        readings = {"loss_delta": window[-1] - window[-2], "loss_ewma": mean}
-        try:
-            center = math.fsum(window) / count
-        except OverflowError:  # the sum of finite losses is beyond the range of a double
-            return readings
-        volatility = math.dist(window, (center,) * count) / math.sqrt(count)
-        if math.isfinite(volatility):
-            readings["loss_volatility"] = volatility
+        moved, loss_ewma, window, norm_ewma, variance = state
+        readings: dict[str, float] = {}
+        if moved & _LOSS:
+            readings["loss_ewma"] = loss_ewma
+            if len(window) > 1:
+                readings["loss_delta"] = window[-1] - window[-2]
+                volatility = _deviation(window)
+                if volatility is not None:
+                    readings["loss_volatility"] = volatility
+        if moved & _GRADIENT:
+            readings["grad_norm_ewma"] = norm_ewma
+            readings["grad_var"] = variance
+        for name in self._without:
+            readings.pop(name, None)
         return readings
 
 
-GradientState: TypeAlias = tuple[()] | tuple[float, float]
-
-
-class GradientDynamics:
-    """Derives ``grad_norm_ewma`` and ``grad_var`` from the finite values of ``gradient_norm``.
-
-    - EWMA: m <- m + a (x - m), started at the first x.
-    - variance: v <- (1 - a) (v + a (x - m)^2) with m before the update, 0.0 at the first x (T. Finch,
-      "Incremental calculation of weighted mean and variance", 2009).
-
-    Equals pandas ``ewm(alpha=a, adjust=False, ignore_na=True).var(bias=True)``. A step whose norm is missing,
-    not finite, or overflows a result leaves the state as it was and has no reading.
-
-    The state is ``(ewma, variance)``.
-    """
-
-    needs = ("gradient_norm",)
-    gives = ("grad_norm_ewma", "grad_var")
-
-    def __init__(self, *, smoothing: float = SMOOTHING) -> None:
-        self._smoothing = _checked_smoothing(smoothing)
-
-    def initial(self) -> GradientState:
-        """The state before the first finite norm."""
-        return ()
-
-    def advance(self, state: GradientState, given: Mapping[str, float]) -> GradientState:
-        """The state after a step."""
-        x = given.get("gradient_norm")
-        if x is None or x - x != 0.0:
-            return state
-        if not state:
-            return (x, 0.0)
-        mean, variance = state
-        away = x - mean
-        step = self._smoothing * away
-        variance = (1.0 - self._smoothing) * (variance + step * away)
-        mean += step
-        if mean - mean != 0.0 or variance - variance != 0.0:
-            return state
-        return (mean, variance)
-
-    def readings(self, state: GradientState) -> dict[str, float]:
-        """The metrics of the step that led to ``state``."""
-        return {"grad_norm_ewma": state[0], "grad_var": state[1]} if state else {}
+def _deviation(window: tuple[float, ...]) -> float | None:
+    """The population standard deviation; None when it is beyond the range of a double."""
+    count = len(window)
+    try:
+        center = math.fsum(window) / count
+    except OverflowError:  # the sum of finite losses is
+        return None
+    deviation = math.dist(window, (center,) * count) / math.sqrt(count)
+    return deviation if math.isfinite(deviation) else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from esper_otel.frame import Frame
+from esper_otel.frame import FLOAT32_BOUND, Frame
 from esper_otel.leyline.messages import TelemetryLevel, TelemetryPacket
-from esper_otel.leyline.numbers import FLOAT32_BOUND, UINT32_LIMIT, UINT64_LIMIT, finite, whole
+from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
 
 SOURCE = "tolaria"
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import Cells
+from esper_otel.frame import FLOAT32_BOUND, Cells
 from esper_otel.schema import Stage
-
-# Numbers of at least this size become infinite when rounded to float32 (IEEE 754, round half to even).
-FLOAT32_BOUND = float(2**128 - 2**103)
 
 UINT32_LIMIT = 2**32
 UINT64_LIMIT = 2**64

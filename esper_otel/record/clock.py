@@ -31,18 +31,18 @@ class Clock:
         self._steady_ns = steady_ns
         self._offset_ns = wall_ns() - steady_ns()
         self._drift_ns = 0
-        self._last_ms = 0
+        self._next_ns = 0  # the first nanosecond of the millisecond after the last stamp's
         self.jumps = 0
         self.is_ahead = False
 
     def stamp(self) -> int:
         """The time of a step that begins now. One thread at a time."""
         now = self._steady_ns() + self._offset_ns
-        ms = now // _MS
-        if ms <= self._last_ms:
-            ms = self._last_ms + 1
-            now = ms * _MS
-        self._last_ms = ms
+        if now < self._next_ns:
+            now = self._next_ns
+            self._next_ns = now + _MS
+        else:
+            self._next_ns = now - now % _MS + _MS
         return now
 
     def now_ns(self) -> int:
@@ -56,4 +56,4 @@ class Clock:
         if abs(drift - self._drift_ns) > _JUMP_NS:
             self.jumps += 1
         self._drift_ns = drift
-        self.is_ahead = self._last_ms * _MS > wall + _AHEAD_NS
+        self.is_ahead = self._next_ns > wall + _AHEAD_NS

@@ -7,7 +7,6 @@ class Counters:
     """Counts of one session by metric name; each is written by one thread and read by any."""
 
     def __init__(self) -> None:
-        self.steps = 0
         self.failed = 0
         self.backwards = 0
         self.nonfinite = 0

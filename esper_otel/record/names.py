@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from esper_otel.errors import InvalidCatalogue, InvalidValue, UnknownMetric
+from esper_otel.record.values import RATIOS
 from esper_otel.schema import METRICS, OWN_STEP, STEP_METRICS, Metric
 
 # Units of values that cannot be negative. A user's own metrics are not judged.
@@ -44,7 +45,6 @@ class Names:
         # A name of ours that Python cannot spell as a keyword may also be given by its key in the packet.
         self._by_key = {metric.key: metric.name for metric in recordable if metric.key != metric.name and metric.key}
         self._low = frozenset(metric.name for metric in STEP_METRICS if metric.unit in _NONNEGATIVE)
-        self.ratios = tuple(metric.name for metric in STEP_METRICS if metric.unit == "ratio")
 
     def resolved(self, values: Mapping[str, object]) -> dict[str, object]:
         """The values under catalogue names.
@@ -60,7 +60,7 @@ class Names:
             resolved[name] = value
         return resolved
 
-    def kept(self, values: dict[str, float]) -> dict[str, float]:
+    def kept(self, values: Mapping[str, float]) -> Mapping[str, float]:
         """The values without those that the flag leaves out; the very same mapping when there are none such."""
         left_out = self.left_out
         return {name: value for name, value in values.items() if name not in left_out} if left_out else values
@@ -68,6 +68,6 @@ class Names:
     def out_of_range(self, values: Mapping[str, float]) -> tuple[str, ...]:
         """Names whose value is below 0 where that is impossible, or a ratio above 1."""
         low = self._low
-        outside = [name for name in self.ratios if values.get(name, 0.0) > 1.0]
+        outside = [name for name in RATIOS if values.get(name, 0.0) > 1.0]
         outside += [name for name, value in values.items() if value < 0.0 and name in low]
         return tuple(outside)

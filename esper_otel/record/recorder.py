@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.frame import NO_SEEDS, Frame, SeedTable
+from esper_otel.frame import NO_READINGS, NO_SEEDS, Frame
 from esper_otel.record.clock import Clock
-from esper_otel.record.publisher import Draft, Publisher
+from esper_otel.record.columns import Columns
+from esper_otel.record.coming import Coming
+from esper_otel.record.draft import Draft
+from esper_otel.record.needs import Probing
+from esper_otel.record.publisher import Publisher
 from esper_otel.record.seeds import (
     checked_seed_id,
     merged_row,
-    merged_tables,
     one_cell,
-    table_of_columns,
-    table_of_rows,
 )
 from esper_otel.record.step import Step
-from esper_otel.record.values import CONTEXT, UINT32_MAX, UINT64_MAX, Held, Target, are_floats, read, whole
+from esper_otel.record.values import (
+    CONTEXT,
+    UINT32_MAX,
+    UINT64_MAX,
+    Held,
+    Shape,
+    Target,
+    are_floats,
+    are_ordinary,
+    read,
+    shape_of,
+    whole,
+)
 
 if TYPE_CHECKING:
     from esper_otel.leyline.messages import SystemStatePacket
@@ -33,13 +46,6 @@ _KNOWN_AFTERWARDS = (
     "kasmina.finalize_ms",
     "samples_per_s",
 )
-
-
-class Probing(Protocol):
-    """Readings of hardware probes."""
-
-    def readings(self, now_s: float) -> Mapping[str, float]:
-        """The readings that are fresh at ``now_s`` of ``time.monotonic``."""
 
 
 class Recorder:
@@ -62,17 +68,15 @@ class Recorder:
         self.clock = clock
         self.highest_step = 0
         self.open_step: Step | None = None
-        self.retiring: list[str] = []
+        self.coming = Coming()
         self.gradient_math = gradient_math
         self._probing = probing
         self._to_state = to_state
-        self._next_context: dict[str, float] = {}
-        self._next_tensors: dict[Target, Any] = {}
-        self._next_table: SeedTable | None = None
-        self._last_ids: tuple[str, ...] = ()
-        self._last_values: Mapping[str, float] = {}
+        # Of the last step that was recorded whole, and of the last scope; see ``record_step`` and ``finish``.
+        self._shape: Shape | None = None
+        self._step_shape: Shape | None = None
+        self._columns = Columns()
         self._last_end_s: float | None = None
-        self._waited_ms: float | None = None
 
     # -- steps -------------------------------------------------------------------------------------------
 
@@ -82,12 +86,8 @@ class Recorder:
             raise WrongState(f"step {self.open_step.global_step} is still open: one step at a time")
         step.global_step = self._numbered(step._numbered)
         step.time_unix_ns = self.clock.stamp()
-        step._waited_ms = self._waited_ms
-        self._waited_ms = None
-        if self.retiring:
-            step._retired, self.retiring = self.retiring, []
-        if self._next_table is not None:
-            step._table, self._next_table = self._next_table, None
+        if self.coming.is_anything:
+            step._waited_ms, step._table, step._retired = self.coming.take()
         self.open_step = step
 
     def _numbered(self, given: int | None) -> int:
@@ -108,10 +108,14 @@ class Recorder:
         self.open_step = None
         try:
             spent_ms = (now_s - step._started_s) * 1e3
+            values = step._values
+            # What the caller gave stands.
+            for name, timing_ms in step._timings.items():
+                values.setdefault(name, timing_ms)
+            values.setdefault("step_latency_ms", spent_ms)
             waited_ms = step._waited_ms
-            values = {**self._probed(), **step._timings, "step_latency_ms": spent_ms}
             if waited_ms is not None:
-                values["input_wait_ms"] = waited_ms
+                values.setdefault("input_wait_ms", waited_ms)
             if step._samples is not None:
                 if waited_ms is not None:
                     cycle_ms = waited_ms + spent_ms
@@ -120,97 +124,132 @@ class Recorder:
                 else:
                     cycle_ms = spent_ms
                 if cycle_ms > 0.0:
-                    values["samples_per_s"] = step._samples * 1e3 / cycle_ms
+                    values.setdefault("samples_per_s", step._samples * 1e3 / cycle_ms)
             self._last_end_s = now_s
-            values.update(step._values)  # what the caller gave stands
-            table = NO_SEEDS if step._table is None and not step._rows else self._table_of(step)
-            held, context = step._held, None
-            if self._next_context or self._next_tensors:
-                held, context = self._with_context(held)
-            self._last_values = values = self.names.kept(values)
-            self.publisher.publish(
+            table = NO_SEEDS if step._table is None and not step._rows else step._all_rows()
+            if (
+                step._is_ordinary
+                and step._held is None
+                and not (step._failed or step._retired or step._ended)
+                and not self.names.left_out
+                and not (self.coming.is_anything and (self.coming.context or self.coming.tensors))
+                and not self.publisher.waiting
+            ):
+                numbers = tuple(values.values())
+                shape = self._step_shape
+                if shape is None or shape.names != tuple(values):
+                    self._step_shape = shape = shape_of(values)
+                if shape is not None:
+                    self.publisher.publish_plain(
+                        step.global_step, step.epoch, step.time_unix_ns, shape, numbers, values, table, self._probed()
+                    )
+                    return
+            draft = Draft(
                 step.global_step,
                 step.epoch,
                 step.time_unix_ns,
                 values,
                 table,
-                held,
-                context,
                 step._failed,
                 step._retired,
                 step._ended,
+                None,
+                self._probed(),
             )
+            self._publish(draft, step._held, is_ordinary=step._is_ordinary)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
-    def record_step(
-        self, values: Mapping[str, object], epoch: int, global_step: int | None, samples: int | None
-    ) -> None:
+    def record_step(self, values: Mapping[str, Any], epoch: int, global_step: int | None, samples: int | None) -> None:
         """Hands over a step whose values the trainer has measured itself."""
+        shape = self._shape
+        if (
+            shape is not None
+            and not self.coming.is_anything
+            and self.open_step is None
+            and type(values) is dict
+            and len(values) == len(shape.names)
+            and type(epoch) is int
+            and 0 <= epoch <= UINT32_MAX
+            and global_step is None
+            and samples is None
+        ):
+            # Most steps are like the one before: names that are known to be good, and nothing that waits.
+            try:
+                numbers = shape.numbers_of(values)
+            except KeyError:
+                numbers = ()
+            if numbers and are_ordinary(numbers) and not self.publisher.waiting:
+                try:
+                    self.highest_step = number = self.highest_step + 1
+                    self.publisher.publish_plain(
+                        number, epoch, self.clock.stamp(), shape, numbers, values, NO_SEEDS, self._probed()
+                    )
+                except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
+                    self.fault("publishing a step", error)
+                return
+        self._record_step(values, epoch, global_step, samples)
+
+    def _record_step(self, values: Mapping[str, Any], epoch: int, global_step: int | None, samples: int | None) -> None:
         if self.open_step is not None:
             raise WrongState("record_step() inside an open step: use now.put() there")
-        if type(values) is not dict and not isinstance(values, Mapping):
+        if not isinstance(values, Mapping):
             raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")
-        if type(epoch) is not int or not 0 <= epoch <= UINT32_MAX:
-            epoch = whole("epoch", epoch, UINT32_MAX)
+        epoch = whole("epoch", epoch, UINT32_MAX)
+        given, held, is_ordinary = values, None, False
         if not self.names.recordable.issuperset(values):
-            values = self.names.resolved(values)
-        given: dict[str, Any] = {**self._probed(), **values}
-        held = None
-        if not are_floats(given):
+            given = self.names.resolved(values)
+        if are_floats(given.values()):
+            is_ordinary = are_ordinary(given.values())
+        else:
             given, tensors = read(given)
             held = self._held_of(tensors)
         if global_step is not None:
             global_step = whole("global_step", global_step, UINT64_MAX)
         if samples is not None:
-            self._rate(whole("samples", samples, UINT64_MAX), given)
+            samples = whole("samples", samples, UINT64_MAX)
         try:
-            if self._waited_ms is not None:
-                given.setdefault("input_wait_ms", self._waited_ms)
-                self._waited_ms = None
-            table = NO_SEEDS
-            if self._next_table is not None:
-                table, self._next_table = self._next_table, None
-            retired: Sequence[str] = ()
-            if self.retiring:
-                retired, self.retiring = self.retiring, []
-            context = None
-            if self._next_context or self._next_tensors:
-                held, context = self._with_context(held)
-            self._last_values = given = self.names.kept(given)
-            self.publisher.publish(
-                self._numbered(global_step), epoch, self.clock.stamp(), given, table, held, context, False, retired, ()
-            )
+            waited_ms, table, retired = self.coming.take()
+            more = {} if waited_ms is None else {"input_wait_ms": waited_ms}
+            if samples is not None:
+                more.update(self._rate(samples, {**more, **given}))
+            step = self._numbered(global_step)
+            stamp, rows = self.clock.stamp(), table or NO_SEEDS
+            draft = Draft(step, epoch, stamp, {**more, **given}, rows, False, retired, probed=self._probed())
+            self._publish(draft, held, is_ordinary=is_ordinary)
+            self._shape = None if given is not values or self.names.left_out else shape_of(values)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
-    def _rate(self, samples: int, given: dict[str, float]) -> None:
+    def _publish(self, draft: Draft, held: Held | None, *, is_ordinary: bool) -> None:
+        if self.coming.is_anything and (self.coming.context or self.coming.tensors):
+            held, context = self.coming.take_context(held)
+            draft = draft._replace(context=context)
+        if self.names.left_out:
+            draft = draft._replace(values=self.names.kept(draft.values))
+        if held is None and not self.publisher.waiting:
+            self.publisher.publish(draft, is_ordinary=is_ordinary)
+        else:
+            self.publisher.publish_later(draft, held)
+
+    def _probed(self) -> Mapping[str, float]:
+        return NO_READINGS if self._probing is None else self._probing.readings(time.monotonic())
+
+    def _rate(self, samples: int, given: Mapping[str, float]) -> dict[str, float]:
+        """``samples_per_s`` of a step that comes whole, unless it is given or the cycle is not known."""
         now_s = time.perf_counter()
         before, self._last_end_s = self._last_end_s, now_s
         if "step_latency_ms" in given:
-            cycle_ms = given["step_latency_ms"] + given.get("input_wait_ms", self._waited_ms or 0.0)
+            cycle_ms = given["step_latency_ms"] + given.get("input_wait_ms", 0.0)
         elif before is not None:
             cycle_ms = (now_s - before) * 1e3
         else:
-            return
-        if cycle_ms > 0.0:
-            given.setdefault("samples_per_s", samples * 1e3 / cycle_ms)
-
-    def _with_context(self, held: Held | None) -> tuple[Held | None, Mapping[str, float]]:
-        """What ``set_context`` has been given since the last step, and the tensors of it that are to come."""
-        context, self._next_context = self._next_context, {}
-        if self._next_tensors:
-            held = held or Held()
-            held.tensors.update(self._next_tensors)
-            self._next_tensors = {}
-        return held, context
+            return {}
+        return {"samples_per_s": samples * 1e3 / cycle_ms} if cycle_ms > 0.0 and "samples_per_s" not in given else {}
 
     def waited(self, milliseconds: float) -> None:
         """Adds to the next step's ``input_wait_ms``."""
-        self._waited_ms = (self._waited_ms or 0.0) + milliseconds
-
-    def _probed(self) -> Mapping[str, float]:
-        return _NOTHING if self._probing is None else self._probing.readings(time.monotonic())
+        self.coming.wait(milliseconds)
 
     def _held_of(self, tensors: Mapping[Target, Any]) -> Held | None:
         if not tensors:
@@ -229,49 +268,21 @@ class Recorder:
 
     def seeds(self, ids: Sequence[str], columns: Mapping[str, object]) -> None:
         """Records rows of many seeds, for the open step or else for the next."""
-        table = table_of_columns(ids, columns, self._last_ids)
-        self._last_ids = table.ids
-        step = self.open_step
-        if step is None:
-            earlier = self._next_table
-            self._next_table = table if earlier is None else merged_tables(earlier, table)
-            return
-        for seed_id in [seed_id for seed_id in self.retiring if seed_id in table.ids]:
-            self.is_born_again(step, seed_id)
-        if step._rows or step._table is not None:
-            table = merged_tables(self._table_of(step), table)
-            step._rows = {}
-        step._table = table
-
-    @staticmethod
-    def _table_of(step: Step) -> SeedTable:
-        rows = table_of_rows(step._rows)
-        if step._table is None:
-            return rows
-        return merged_tables(step._table, rows) if rows.ids else step._table
+        table = self._columns.table(ids, columns)
+        if self.open_step is None:
+            self.coming.add(table)
+        else:
+            self.open_step._add(table)
 
     def retire(self, seed_id: str) -> None:
         """Ends a seed's life: it is in no frame after the open one."""
-        if (seed_id := checked_seed_id(seed_id)) not in self.retiring:
-            self.retiring.append(seed_id)
-
-    def is_born_again(self, step: Step, seed_id: str) -> None:
-        """A seed retired in this very step is recorded once more: its old life ends before the step."""
-        self.retiring.remove(seed_id)
-        step._retired = [*step._retired, seed_id]
-        step._rows.pop(seed_id, None)
-        if step._table is not None and seed_id in step._table.ids:
-            kept = [row for row, other in enumerate(step._table.ids) if other != seed_id]
-            step._table = SeedTable(tuple(step._table.ids[row] for row in kept), step._table.cells[kept])
+        self.coming.retire(checked_seed_id(seed_id))
 
     def set_context(self, values: Mapping[str, object]) -> None:
         """Replaces values that stay in every frame that follows."""
         plain, tensors = read(values)
         self.publisher.saw(tuple(tensors.values()))
-        for name in plain:
-            self._next_tensors.pop(name, None)
-        self._next_tensors.update(tensors)
-        self._next_context.update(plain)
+        self.coming.replace_context(plain, tensors)
 
     # -- the state inside a step ---------------------------------------------------------------------------
 
@@ -282,16 +293,17 @@ class Recorder:
         if step._retired:
             step._ended += publisher.live.retire(step._retired)
             step._retired = ()
-        if self._next_tensors:
-            step._hold(self._next_tensors)
-            self._next_tensors = {}
+        if self.coming.tensors:
+            step._hold(self.coming.tensors)
+            self.coming.tensors = {}
         held = step._held
         if held is not None and held.tensors:
             held.seal()
             held.wait_for_values()
             self._take(step, held)
-        before = self._last_values
-        values = {**self._probed(), **{name: before[name] for name in _KNOWN_AFTERWARDS if name in before}}
+        newest = publisher.ring.newest()
+        before = {} if newest is None else newest.recorded
+        values: dict[str, float] = {name: before[name] for name in _KNOWN_AFTERWARDS if name in before}
         if step._waited_ms is not None:
             values["input_wait_ms"] = step._waited_ms
         values.update(step._values)
@@ -302,8 +314,9 @@ class Recorder:
                     step.epoch,
                     step.time_unix_ns,
                     self.names.kept(values),
-                    self._table_of(step),
-                    self._next_context,
+                    step._all_rows(),
+                    context=self.coming.context,
+                    probed=self._probed(),
                 )
             )
         )
@@ -315,7 +328,7 @@ class Recorder:
                 earlier = step._rows.get(target[0])
                 step._rows[target[0]] = row if earlier is None else merged_row(earlier, row)
             elif target in CONTEXT:
-                self._next_context[target] = value
+                self.coming.context[target] = value
             else:
                 step._values[target] = value
 
@@ -332,6 +345,3 @@ class Recorder:
             error,
             exc_info=error,
         )
-
-
-_NOTHING: Mapping[str, float] = {}

@@ -14,13 +14,16 @@ from esper_otel.record.seeds import (
     NO_MORE,
     REQUESTED,
     ROW,
-    STAGES,
+    STAGE_BYTES,
     checked_seed_id,
     checked_stage,
     merged_row,
+    merged_tables,
     more_cells,
+    table_of_rows,
 )
-from esper_otel.record.values import ROW_TYPES, Held, Target, are_floats, read, read_row
+from esper_otel.record.timed import Timed, TimedOnce
+from esper_otel.record.values import ROW_TYPES, Held, Target, are_floats, are_ordinary, read, read_row
 from esper_otel.schema import SEED_FIELDS
 
 if TYPE_CHECKING:
@@ -48,42 +51,6 @@ class MoreOfASeed(TypedDict, total=False):
     blend_allowed: Scalar | None
 
 
-class _Timed:
-    """Adds the milliseconds between entering and leaving to one of the step's timings."""
-
-    __slots__ = ("_name", "_started_s", "_timings")
-
-    def __init__(self, timings: dict[str, float], name: str) -> None:
-        self._timings = timings
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._started_s = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        spent = (time.perf_counter() - self._started_s) * 1e3
-        self._timings[self._name] = self._timings.get(self._name, 0.0) + spent
-
-
-class _TimedKernel:
-    __slots__ = ("_seed_id", "_started_s", "_step")
-
-    def __init__(self, step: Step, seed_id: str) -> None:
-        self._step = step
-        self._seed_id = seed_id
-
-    def __enter__(self) -> None:
-        self._started_s = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        spent = (time.perf_counter() - self._started_s) * 1e3
-        self._step.seed(self._seed_id, last_kernel_latency_ms=spent)
-
-
 class Step:
     """One training step while it is open: ``with telemetry.step(epoch=...) as now``.
 
@@ -101,6 +68,7 @@ class Step:
         "_ended",
         "_failed",
         "_held",
+        "_is_ordinary",
         "_numbered",
         "_recorder",
         "_retired",
@@ -132,6 +100,7 @@ class Step:
         self._ended: tuple[str, ...] = ()
         self._waited_ms: float | None = None
         self._failed = False
+        self._is_ordinary = True
         self._started_s = 0.0
 
     def __enter__(self) -> Step:
@@ -165,8 +134,10 @@ class Step:
             given = {**mapping, **values} if values else mapping
         if not recorder.names.recordable.issuperset(given):
             given = recorder.names.resolved(given)
-        if self._held is not None or not are_floats(given):
-            given = self._read(given)
+        if self._held is not None or not are_ordinary(given.values()):
+            self._is_ordinary = False
+            if self._held is not None or not are_floats(given.values()):
+                given = self._read(given)
         self._values.update(given)
 
     @staticmethod
@@ -189,25 +160,26 @@ class Step:
         for name in tensors:
             self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is no key of the values
 
-    def hook(self) -> _Timed:
+    def hook(self) -> Timed:
         """Times ``hook_latency_ms``: the controller and what its commands change."""
-        return _Timed(self._timings, "hook_latency_ms")
+        return Timed(self._timings, "hook_latency_ms")
 
-    def tamiyo(self) -> _Timed:
+    def tamiyo(self) -> Timed:
         """Times ``tamiyo_latency_ms``: the controller's evaluation."""
-        return _Timed(self._timings, "tamiyo_latency_ms")
+        return Timed(self._timings, "tamiyo_latency_ms")
 
-    def apply(self) -> _Timed:
+    def apply(self) -> Timed:
         """Times ``kasmina.apply_ms``: carrying out the controller's command."""
-        return _Timed(self._timings, "kasmina.apply_ms")
+        return Timed(self._timings, "kasmina.apply_ms")
 
-    def finalize(self) -> _Timed:
+    def finalize(self) -> Timed:
         """Times ``kasmina.finalize_ms``: Kasmina's work at the end of the step."""
-        return _Timed(self._timings, "kasmina.finalize_ms")
+        return Timed(self._timings, "kasmina.finalize_ms")
 
-    def kernel(self, seed_id: str) -> _TimedKernel:
+    def kernel(self, seed_id: str) -> TimedOnce:
         """Times the seed's ``last_kernel_latency_ms``."""
-        return _TimedKernel(self, checked_seed_id(seed_id))
+        seed_id = checked_seed_id(seed_id)
+        return TimedOnce(lambda spent_ms: self.seed(seed_id, last_kernel_latency_ms=spent_ms))
 
     def to(self, device: Any, *items: Any) -> Any:
         """Moves tensors, or nested dicts, lists and tuples of them, to ``device``; times ``h2d_copy_ms`` on CUDA.
@@ -243,6 +215,7 @@ class Step:
         values: dict[str, object] = {"gradient_norm": math.gradient_norm(model_or_parameters, scaler=scaler)}
         if sources is not None and "grad_conflict_rate" not in self._recorder.names.left_out:
             values["grad_conflict_rate"] = math.conflict_on_device(sources)
+        self._is_ordinary = False
         self._values.update(self._read(values))
 
     def seed(
@@ -296,10 +269,10 @@ class Step:
         else:
             cells = self._read_row(seed_id, (*cells, *more_cells(more)))
             row = ROW.pack(*cells)
-        if cells[0] not in STAGES:
+        if row[:8] not in STAGE_BYTES:
             checked_stage(cells[0])
-        if recorder.retiring and seed_id in recorder.retiring:
-            recorder.is_born_again(self, seed_id)
+        if recorder.coming.retiring and seed_id in recorder.coming.retiring:
+            self._is_born_again(seed_id)
         rows[seed_id] = row if seed_id not in rows else merged_row(rows[seed_id], row)
 
     def _read_row(self, seed_id: str, cells: Sequence[object]) -> tuple[float, ...]:
@@ -311,6 +284,31 @@ class Step:
         if tensors:
             self._hold(tensors)
         return plain
+
+    def _add(self, table: SeedTable) -> None:
+        """Rows of many seeds at once."""
+        for seed_id in [seed_id for seed_id in self._recorder.coming.retiring if seed_id in table.ids]:
+            self._is_born_again(seed_id)
+        if self._rows or self._table is not None:
+            table = merged_tables(self._all_rows(), table)
+            self._rows = {}
+        self._table = table
+
+    def _all_rows(self) -> SeedTable:
+        """Every row recorded so far."""
+        rows = table_of_rows(self._rows)
+        if self._table is None:
+            return rows
+        return merged_tables(self._table, rows) if rows.ids else self._table
+
+    def _is_born_again(self, seed_id: str) -> None:
+        """A seed retired in this very step is recorded once more: its old life ends before the step."""
+        self._recorder.coming.retiring.remove(seed_id)
+        self._retired = [*self._retired, seed_id]
+        self._rows.pop(seed_id, None)
+        if self._table is not None and seed_id in self._table.ids:
+            kept = [row for row, other in enumerate(self._table.ids) if other != seed_id]
+            self._table = SeedTable(tuple(self._table.ids[row] for row in kept), self._table.cells[kept])
 
     def state(self) -> SystemStatePacket:
         """The SystemStatePacket of the step so far, for a controller that decides inside the step.

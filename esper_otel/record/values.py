@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from esper_otel.errors import InvalidValue
-from esper_otel.frame import ABSENT
+from esper_otel.frame import ABSENT, FLOAT32_BOUND
 from esper_otel.record.device import pack, scalar
-from esper_otel.schema import SEED_FIELDS, Stage
+from esper_otel.schema import SEED_FIELDS, STEP_METRICS, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROW_TYPES: frozenset[type] = frozenset({float, bool, Stage})
 
+_MAX = sys.float_info.max
+
 UINT32_MAX = 2**32 - 1
 UINT64_MAX = 2**64 - 1
 
 # Values that stay until they are replaced.
 CONTEXT: frozenset[str] = frozenset({"esper.validation.loss", "esper.validation.accuracy"})
+
+# What we say of a step whose seeds say their isolation violations.
+VIOLATIONS = "esper.isolation.violations"
+
+# Shares of 1.
+RATIOS = tuple(metric.name for metric in STEP_METRICS if metric.unit == "ratio")
 
 # A step value's name, or a seed's id and field.
 Target: TypeAlias = str | tuple[str, str]
@@ -42,13 +51,52 @@ def number(name: str, value: object) -> float | Tensor:
     return one
 
 
-def are_floats(given: Mapping[str, object]) -> bool:
+def are_floats(values: Iterable[object]) -> bool:
     """Whether every value is a plain float. Touches no tensor."""
     # A plain loop takes half the time of map(type, ...) or a generator; it runs in every step.
-    for value in given.values():  # noqa: SIM110 - as above
-        if type(value) is not float:
+    for value in values:  # noqa: SIM110 - as above
+        if value.__class__ is not float:
             return False
     return True
+
+
+def are_ordinary(values: Iterable[Any]) -> bool:
+    """Whether every value is a plain float, finite and not negative. Touches no tensor."""
+    for value in values:  # noqa: SIM110 - as above
+        if value.__class__ is not float or not 0.0 <= value <= _MAX:
+            return False
+    return True
+
+
+class Shape:
+    """Names that come together in many steps.
+
+    Attributes:
+        names: the names.
+        names_with_violations: the names and ``VIOLATIONS``.
+        numbers_of: the values of a mapping, in the order of the names; KeyError when one is not there.
+    """
+
+    __slots__ = ("_loss", "_ratios", "names", "names_with_violations", "numbers_of")
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.names_with_violations = (*names, VIOLATIONS)
+        self.numbers_of: Callable[[Mapping[str, Any]], tuple[Any, ...]] = operator.itemgetter(*names)
+        self._loss = names.index("loss")
+        self._ratios = tuple(place for place, name in enumerate(names) if name in RATIOS)
+
+    def is_plain(self, numbers: tuple[float, ...]) -> bool:
+        """Whether nothing is to be said about ordinary values: the loss is finite in float32, no share is above 1."""
+        for place in self._ratios:
+            if numbers[place] > 1.0:
+                return False
+        return numbers[self._loss] < FLOAT32_BOUND
+
+
+def shape_of(values: Mapping[str, object]) -> Shape | None:
+    """The shape of steps like this one; None for one that is too odd to have one."""
+    return Shape(tuple(values)) if "loss" in values and len(values) > 1 else None
 
 
 def read(given: Mapping[str, object]) -> tuple[dict[str, float], dict[Target, Tensor]]:

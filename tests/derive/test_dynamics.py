@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_otel.derive.deriver import Deriver
-from esper_otel.derive.dynamics import GradientDynamics, LossDynamics
+from esper_otel.derive.dynamics import Dynamics
 from esper_otel.errors import InvalidValue
 
 MISSING = None
@@ -42,7 +42,7 @@ def fail(where: str, error: Exception) -> None:
 
 def derived(series: Series, name: str) -> list[dict[str, float]]:
     """The readings of each step of a series of one metric."""
-    deriver = Deriver([LossDynamics(), GradientDynamics()], fail)
+    deriver = Deriver([Dynamics()], fail)
     steps = []
     for value in series:
         readings: dict[str, float] = {}
@@ -106,7 +106,7 @@ def test_volatility_does_not_drift_over_a_million_steps() -> None:
     """A running sum of squares loses its digits; the window is computed anew each time."""
     random = np.random.default_rng(7)
     losses = (1e6 + random.normal(size=1_000_000)).tolist()
-    processor = LossDynamics()
+    processor = Dynamics()
     state = processor.initial()
     for loss in losses:
         state = processor.advance(state, {"loss": loss})
@@ -127,10 +127,10 @@ def test_an_overflow_leaves_the_state_as_it_was(series: list[float]) -> None:
 def test_a_checkpoint_through_json_continues_the_series_exactly(series: Series, cut: int) -> None:
     """A resumed run's derived series must equal an uninterrupted one's, bit for bit."""
     before, after = series[:cut], series[cut:]
-    first = Deriver([LossDynamics(), GradientDynamics()], fail)
+    first = Deriver([Dynamics()], fail)
     for value in before:
         first.commit({} if value is None else {"loss": value, "gradient_norm": value})
-    second = Deriver([LossDynamics(), GradientDynamics()], fail)
+    second = Deriver([Dynamics()], fail)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for value in after:
         step = {} if value is None else {"loss": value, "gradient_norm": value}
@@ -139,7 +139,7 @@ def test_a_checkpoint_through_json_continues_the_series_exactly(series: Series, 
 
 def test_peeking_changes_nothing() -> None:
     """now.state() may be asked any number of times in a step."""
-    deriver = Deriver([LossDynamics()], fail)
+    deriver = Deriver([Dynamics()], fail)
     deriver.commit({"loss": 2.0})
     before = deriver.state_dict()
     [(processor, state)] = deriver.peek({"loss": 1.0})
@@ -151,12 +151,10 @@ def test_peeking_changes_nothing() -> None:
 def test_a_smoothing_that_cannot_be_is_a_mistake(smoothing: float) -> None:
     """A wrong constant must be found at the start, not in the curves."""
     with pytest.raises(InvalidValue, match="smoothing"):
-        LossDynamics(smoothing=smoothing)
-    with pytest.raises(InvalidValue, match="smoothing"):
-        GradientDynamics(smoothing=smoothing)
+        Dynamics(smoothing=smoothing)
 
 
 def test_a_window_of_one_is_a_mistake() -> None:
     """A deviation needs two values."""
     with pytest.raises(InvalidValue, match="window"):
-        LossDynamics(window=1)
+        Dynamics(window=1)

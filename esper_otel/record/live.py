@@ -1,0 +1,247 @@
+"""Live seeds: the last known cells of each, and what a step's rows mean beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.frame import ABSENT, ABSENT_BITS, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
+from esper_otel.record.seeds import COLUMN
+from esper_otel.schema import SEED_CELLS, SEED_FIELDS, Stage
+
+_STAGE = COLUMN["stage"]
+_ALPHA_STEPS = COLUMN["alpha_steps"]
+_VIOLATIONS = COLUMN["isolation_violations"]
+
+
+class SeedStep(NamedTuple):
+    """What one step's rows mean, given the seeds that were live before it.
+
+    Attributes:
+        recorded: the step's rows; ``alpha_steps`` only where the seed is BLENDING.
+        live: every live seed with its last known cells.
+        violations: isolation violations new in this step; None when no row says.
+        nonfinite: recorded cells that are NaN or infinite.
+        out_of_range: recorded cells outside their range, by field.
+        erased: rows whose ``alpha_steps`` were given and do not count.
+    """
+
+    recorded: SeedTable
+    live: SeedTable
+    violations: float | None
+    nonfinite: int
+    out_of_range: tuple[str, ...]
+    erased: tuple[int, ...] = ()
+
+
+def _bounds() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    low = [-np.inf if metric.unit in ("dot", "1") else 0.0 for metric in SEED_CELLS]
+    high = [1.0 if metric.unit in ("ratio", "flag") else np.inf for metric in SEED_CELLS]
+    return np.array(low), np.array(high)
+
+
+_LOW, _HIGH = _bounds()
+
+# The bits of non-negative doubles are in the order of their values, with infinity and NaN above and the negative
+# ones above those: one comparison of integers finds what is finite and in range. Where negative values are
+# allowed the sign is masked out first.
+_EVERY_BIT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_MASK = np.where(_LOW < 0.0, np.uint64(0x7FFF_FFFF_FFFF_FFFF), _EVERY_BIT)
+_HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
+
+
+class _Settled:
+    """What steps have in common after which a like one means just what it says: nothing inherited, new or out of range.
+
+    A like step has the same seeds and cells present, the same stages and violations, and finite cells in their
+    ranges. For each cell, ``(bits ^ expected) & mask <= limit`` says so.
+
+    Attributes:
+        ids: the seeds.
+        violations: new in such a step; None when no row says.
+    """
+
+    __slots__ = ("_all", "_erased", "_expected", "_fits", "_limit", "_mask", "_scratch", "ids", "violations")
+
+    def __init__(self, step: SeedStep) -> None:
+        bits = step.recorded.cells.view(np.uint64)
+        exact = bits == ABSENT_BITS
+        exact[:, [_STAGE, _VIOLATIONS]] = True
+        self._expected = np.where(exact, bits, np.uint64(0))
+        self._mask = np.where(exact, _EVERY_BIT, _MASK)
+        self._limit = np.where(exact, np.uint64(0), _HIGHEST_BITS)
+        # While a seed is not blending its alpha_steps do not count, whatever is given.
+        self._erased = list(step.erased)
+        self._expected[self._erased, _ALPHA_STEPS] = 0
+        self._mask[self._erased, _ALPHA_STEPS] = 0
+        self._scratch = np.empty_like(bits)
+        self._fits = np.empty(bits.shape, np.bool_)
+        self._all = b"\1" * bits.size
+        self.ids = step.live.ids
+        self.violations = 0.0 if (bits[:, _VIOLATIONS] != ABSENT_BITS).any() else None
+
+    def table(self, recorded: SeedTable) -> SeedTable | None:
+        """The rows of a like step; None for one that is not."""
+        if recorded.ids != self.ids:
+            return None
+        cells = recorded.cells
+        scratch = self._scratch
+        np.bitwise_xor(cells.view(np.uint64), self._expected, scratch)
+        np.bitwise_and(scratch, self._mask, scratch)
+        if np.less_equal(scratch, self._limit, self._fits).tobytes() != self._all:
+            return None
+        if self._erased:
+            cells = cells.copy()
+            cells[self._erased, _ALPHA_STEPS] = ABSENT
+        return SeedTable(self.ids, cells)
+
+
+class LiveSeeds:
+    """The live seeds. ``step`` is pure; ``settled``, ``commit`` and ``retire`` change what the next step sees.
+
+    Threads: the publisher's only.
+
+    Attributes:
+        table: every live seed with its last known cells.
+        ids: the seeds, each with its row in the table.
+    """
+
+    def __init__(self) -> None:
+        self.table = NO_SEEDS
+        self.ids: dict[str, int] = {}
+        self._resumed_violations: dict[str, float] = {}
+        self._settled: _Settled | None = None
+
+    def step(self, recorded: SeedTable) -> SeedStep:
+        """What this step's rows mean; nothing is changed."""
+        if not recorded.ids:
+            return SeedStep(NO_SEEDS, self.table, None, 0, ())
+        table = None if self._settled is None else self._settled.table(recorded)
+        if table is not None:
+            return SeedStep(table, table, self.settled_violations, 0, ())
+        return self._step(recorded)
+
+    def _step(self, recorded: SeedTable) -> SeedStep:
+        live = self.table
+        new = recorded.cells
+        same = recorded.ids == live.ids
+        rows = () if same else [self.ids.get(seed_id, -1) for seed_id in recorded.ids]
+        before = live.cells if same else self._cells_before(recorded.ids, rows)
+        absent = is_absent(new)
+        merged = np.where(absent, before, new)
+        erased = np.array((), np.intp)
+        resting = merged[:, _STAGE] != Stage.BLENDING
+        if resting.any():
+            merged.view(np.uint64)[resting, _ALPHA_STEPS] = ABSENT_BITS
+            erased = np.flatnonzero(resting & ~absent[:, _ALPHA_STEPS])
+            if erased.size:
+                new = new.copy()
+                new.view(np.uint64)[erased, _ALPHA_STEPS] = ABSENT_BITS
+                absent = is_absent(new)
+        empty = absent.all(axis=1)
+        if empty.any():  # says nothing of its seed, and no point could carry it
+            kept = np.flatnonzero(~empty)
+            return self.step(SeedTable(tuple(recorded.ids[row] for row in kept), recorded.cells[kept]))
+        finite = np.isfinite(new)
+        outside = (new < _LOW) | (new > _HIGH)
+        step = SeedStep(
+            SeedTable(live.ids if same else recorded.ids, new),
+            self._live_after(recorded.ids, rows, merged),
+            None if absent[:, _VIOLATIONS].all() else _new_violations(before, new),
+            int(new.size - np.count_nonzero(finite) - np.count_nonzero(absent)),
+            tuple(SEED_FIELDS[column] for column in np.flatnonzero(outside.any(axis=0))) if outside.any() else (),
+            tuple(erased.tolist()),
+        )
+        step.recorded.cells.flags.writeable = False
+        step.live.cells.flags.writeable = False
+        return step
+
+    def _cells_before(self, ids: tuple[str, ...], rows: Sequence[int]) -> Cells:
+        before = np.full((len(ids), WIDTH), ABSENT)
+        known = np.array(rows) >= 0
+        before[known] = self.table.cells[[row for row in rows if row >= 0]]
+        for position, seed_id in enumerate(ids):
+            if rows[position] < 0 and seed_id in self._resumed_violations:
+                before[position, _VIOLATIONS] = self._resumed_violations[seed_id]
+        return before
+
+    def _live_after(self, ids: tuple[str, ...], rows: Sequence[int], merged: Cells) -> SeedTable:
+        live = self.table
+        if ids == live.ids:
+            return SeedTable(live.ids, merged)
+        cells = live.cells.copy()
+        known = [position for position, row in enumerate(rows) if row >= 0]
+        born = [position for position, row in enumerate(rows) if row < 0]
+        cells[[rows[position] for position in known]] = merged[known]
+        if not born:
+            return SeedTable(live.ids, cells)
+        return SeedTable((*live.ids, *(ids[position] for position in born)), np.concatenate([cells, merged[born]]))
+
+    def settled(self, recorded: SeedTable) -> SeedTable | None:
+        """The rows of a step that means just what it says, which live on; None for any other, and nothing changed."""
+        if self._settled is None:
+            return None
+        table = self._settled.table(recorded)
+        if table is not None:
+            self.table = table
+        return table
+
+    @property
+    def settled_violations(self) -> float | None:
+        """New violations of a step that is settled; None when no row says."""
+        return None if self._settled is None else self._settled.violations
+
+    def commit(self, step: SeedStep) -> None:
+        """Makes the step's live seeds those that the next step starts from."""
+        if step.live.ids is not self.table.ids:
+            self.ids = {seed_id: row for row, seed_id in enumerate(step.live.ids)}
+        self.table = step.live
+        if step.live is not step.recorded:
+            self._settled = _settled(step)
+
+    def retire(self, seed_ids: Iterable[str]) -> tuple[str, ...]:
+        """Ends the lives of seeds; returns those that were alive."""
+        ended = tuple(seed_id for seed_id in seed_ids if seed_id in self.ids)
+        if ended:
+            gone = set(ended)
+            keep = [row for row, seed_id in enumerate(self.table.ids) if seed_id not in gone]
+            self.table = SeedTable(tuple(self.table.ids[row] for row in keep), self.table.cells[keep])
+            self.ids = {seed_id: row for row, seed_id in enumerate(self.table.ids)}
+            self._settled = None
+            for seed_id in ended:
+                self._resumed_violations.pop(seed_id, None)
+        return ended
+
+    def violations(self) -> dict[str, float]:
+        """The last known isolation violations by seed id, for a checkpoint."""
+        column = self.table.cells[:, _VIOLATIONS]
+        counts = zip(self.table.ids, column.tolist(), np.isfinite(column).tolist(), strict=True)
+        return {**self._resumed_violations, **{seed_id: count for seed_id, count, known in counts if known}}
+
+    def resume_violations(self, counts: Mapping[str, float]) -> None:
+        """Takes the counts of a checkpoint, so that old violations are not new again."""
+        self._resumed_violations = dict(counts)
+
+
+def _settled(step: SeedStep) -> _Settled | None:
+    recorded, live = step.recorded, step.live
+    if recorded.ids != live.ids:
+        return None
+    absent = is_absent(recorded.cells)
+    violations = recorded.cells[:, _VIOLATIONS]
+    known = absent[:, _VIOLATIONS]
+    if not np.array_equal(absent, is_absent(live.cells)) or not (known.all() or np.isfinite(violations).all()):
+        return None
+    return _Settled(step)
+
+
+def _new_violations(before: Cells, after: Cells) -> float:
+    """Violations counted since: a count that fell was reset, and counts from 0."""
+    now = after[:, _VIOLATIONS]
+    then = before[:, _VIOLATIONS]
+    now = now[finite := np.isfinite(now)]
+    then = np.where(np.isfinite(then[finite]), then[finite], 0.0)
+    return float(np.maximum(np.where(now >= then, now - then, now), 0.0).sum())

@@ -1,0 +1,89 @@
+"""Columns: the same as rows, only cheaper."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rows import plain, table
+
+from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
+from esper_otel.record.columns import Columns
+from esper_otel.schema import SEED_FIELDS, Stage
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0, 1), st.just(math.nan)), min_size=1, max_size=20))
+def test_columns_and_rows_say_the_same(alphas: list[float | None]) -> None:
+    """telemetry.seeds() is only the cheaper way; NaN in a column means absent."""
+    ids = [f"seed-{number}" for number in range(len(alphas))]
+    columns = Columns().table(ids, {"alpha": alphas, "fallback_used": np.zeros(len(ids), bool), "stage": None})
+    expected = {
+        seed_id: {"alpha": alpha, "fallback_used": 0.0}
+        if alpha is not None and alpha == alpha
+        else {"fallback_used": 0.0}
+        for seed_id, alpha in zip(ids, alphas, strict=True)
+    }
+    assert plain(columns) == plain(table(expected))
+
+
+@pytest.mark.parametrize(
+    ("ids", "columns", "error", "message"),
+    [
+        (["a"], {"alfa": [1.0]}, UnknownMetric, "alpha"),
+        (["a", "a"], {}, InvalidName, "more than once"),
+        ("ab", {}, InvalidValue, "one string"),
+        ([1], {}, InvalidValue, "is a int"),
+        (["a"], {"alpha": [1.0, 2.0]}, InvalidValue, r"shape \(2,\)"),
+        (["a"], {"alpha": 1.0}, InvalidValue, r"shape \(\)"),
+        (["a"], {"alpha": ["x"]}, InvalidValue, "not an array of numbers"),
+        (["a"], {"stage": [12]}, InvalidValue, "none of Leyline's stages"),
+        (["a"], {"stage": [3.5]}, InvalidValue, "none of Leyline's stages"),
+    ],
+)
+def test_wrong_columns_are_mistakes(
+    ids: list[str], columns: dict[str, object], error: type[Exception], message: str
+) -> None:
+    """Each names the culprit."""
+    with pytest.raises(error, match=message):
+        Columns().table(ids, columns)
+
+
+def test_ids_of_the_last_call_are_not_checked_again() -> None:
+    """With a thousand seeds a step, checking costs more than recording."""
+    columns = Columns()
+    first = columns.table(["a", "b"], {})
+    assert columns.table(["a", "b"], {}).ids is first.ids
+
+
+def test_a_call_that_failed_leaves_nothing_that_counts_as_good() -> None:
+    """The second try must be told the same."""
+    columns = Columns()
+    for _ in range(2):
+        with pytest.raises(InvalidValue, match="none of Leyline's stages"):
+            columns.table(["a"], {"stage": [12]})
+        with pytest.raises(InvalidName, match="more than once"):
+            columns.table(["a", "a"], {})
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(SEED_FIELDS), st.floats() | st.sampled_from([0.0, 4.0, 7.0]), max_size=4),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_each_call_means_what_it_would_mean_alone(calls: list[dict[str, float]]) -> None:
+    """What is remembered of the last call must never show."""
+    columns = Columns()
+    for call in calls:
+        given_columns = {field: np.array([cell, math.nan]) for field, cell in call.items()}
+        stage = call.get("stage", math.nan)
+        if not (math.isnan(stage) or stage in set(map(float, Stage))):
+            with pytest.raises(InvalidValue):
+                columns.table(["a", "b"], given_columns)
+            continue
+        present = {field: cell for field, cell in call.items() if not math.isnan(cell)}
+        assert plain(columns.table(["a", "b"], given_columns)) == plain(table({"a": present, "b": {}}))
