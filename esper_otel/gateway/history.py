@@ -15,7 +15,7 @@ from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.parts import Part, merged, part_of
 from esper_otel.gateway.queue import Ready, Waiting
 from esper_otel.leyline.numbers import UINT64_LIMIT, finite, whole
-from esper_otel.record.seeds import LiveSeeds, SeedStep
+from esper_otel.record.live import LiveSeeds, SeedStep
 from esper_otel.schema import SEED_CELLS
 
 # The series of a plain sender that was not seen for so long has ended, as in Prometheus.
@@ -272,7 +272,8 @@ class History:
             kept.step if global_step is None else global_step,
             whole(part.number(part.shape.epoch), UINT64_LIMIT) or 0,
             time_unix_ns,
-            values,
+            tuple(values),
+            tuple(values.values()),
             {},
             table,
             live.table,
