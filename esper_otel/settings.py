@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -70,6 +71,16 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         default=256 * 1024 * 1024,
         ge=1024 * 1024,
         description="Memory for frames kept for export and for pull(), in bytes; the oldest are dropped and counted.",
+    )
+    spool_dir: Path | None = Field(
+        default=None,
+        description="Directory of a local disk where frames are kept, too, until they are acknowledged: what a killed "
+        "process leaves is sent by the next start.",
+    )
+    spool_bytes: int = Field(
+        default=1024 * 1024 * 1024,
+        ge=32 * 1024 * 1024,
+        description="Disk that the spool may take, in bytes; the oldest frames are deleted and counted.",
     )
     probe_period_s: float = Field(
         default=1.0,

@@ -33,6 +33,8 @@ def test_defaults_as_shipped() -> None:
         "tolaria_step_enrichment_enabled": True,
         "export_every_s": 1.0,
         "buffer_bytes": 268_435_456,
+        "spool_dir": None,
+        "spool_bytes": 1_073_741_824,
         "probe_period_s": 1.0,
         "kernel_latency_budget_ms": 10.0,
     }

@@ -221,7 +221,7 @@ class Encoder:
     def health(
         self,
         run: Run,
-        values: Mapping[str, float | Mapping[str, float]],
+        values: Mapping[tuple[str, str], float],
         *,
         start_unix_ns: int,
         time_unix_ns: int,
@@ -230,19 +230,19 @@ class Encoder:
 
         Args:
             run: whose they are.
-            values: by name; of a metric that is split, a value for each.
+            values: by name and reason, which is empty for a metric that is not split.
             start_unix_ns: when the counters were 0.
             time_unix_ns: when the values were read.
         """
         request = ExportMetricsServiceRequest()
         scope = self._scope(request, run, HEALTH_SCOPE)
-        for metric in self._catalogue.values():
-            value = values.get(metric.name, {})
-            by_reason = value if isinstance(value, Mapping) else {"": value}
-            if not by_reason:
-                continue
+        by_name: dict[str, list[tuple[str, float]]] = {}
+        for (name, reason), number in values.items():
+            by_name.setdefault(name, []).append((reason, number))
+        for name, by_reason in by_name.items():
+            metric = self._catalogue[name]
             points = _stream(scope, metric).data_points
-            for reason, number in by_reason.items():
+            for reason, number in by_reason:
                 point = points.add(time_unix_nano=time_unix_ns, as_double=number)
                 if metric.kind == "counter":
                     point.start_time_unix_nano = start_unix_ns
