@@ -260,7 +260,6 @@ class StepExporter:
             return 0.0
         if self._is_to_be_repeated(outcome):
             return self._pause(outcome.retry_after_s)
-        settled = frames[: request.frames]
         if outcome.result is not Result.DELIVERED:
             self._report(outcome.reason, outcome.result)
             self.dropped[_WORDS[outcome.result]] += request.frames
@@ -275,7 +274,8 @@ class StepExporter:
             self._report(f"{outcome.rejected_points} points were refused: {outcome.reason}", Result.REFUSED)
         else:
             self.last_error = None
-        for frame in settled:
+        source.streams.named(request.names)
+        for frame in frames[: request.frames]:
             source.run = frame.run
             if frame.retired:
                 ended = source.streams.ended(frame.retired)

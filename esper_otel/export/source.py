@@ -9,6 +9,7 @@ from typing import Protocol
 
 from opentelemetry.sdk.resources import Resource
 
+from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import Encoder
 from esper_otel.export.records import Stored, frames_in
 from esper_otel.export.spool import OUTCOME, Folder, Spool, abandoned
@@ -155,6 +156,7 @@ class Leftover:
             elif frame.sequence <= self.folder.acknowledged:
                 # Delivered before; but its series have not ended yet.
                 self.streams.ended(frame.retired)
+                self.streams.named((*frame.names, *COUNTED))
                 self.streams.sent(frame)
                 self.run = frame.run
         if not self._catalogue.keys() >= self._stored.metrics.keys():

@@ -187,12 +187,12 @@ def test_requests_are_encoded_only_when_they_are_asked_for() -> None:
     taken = []
 
     def backlog() -> Iterator[Frame]:
-        for step in range(100):
+        for step in range(3_000):
             taken.append(step)
             yield make_frame(time_unix_ns=TIME_UNIX_NS + step)
 
     next(encoder(max_points=len(contents(make_frame()))).requests(backlog()))
-    assert len(taken) == 2
+    assert len(taken) <= 1_001
 
 
 def test_a_full_request_with_the_longest_seed_ids_stays_below_4_mib() -> None:
