@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -77,6 +78,11 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         le=3600,
         allow_inf_nan=False,
         description="Time between two samples of a hardware probe, in seconds.",
+    )
+    token_file: Path | None = Field(
+        default=None,
+        description="File with a bearer token for the OTLP endpoint, read again when it changes; "
+        "stands in place of an `authorization` in `OTEL_EXPORTER_OTLP_HEADERS`.",
     )
     kernel_latency_budget_ms: float = Field(
         default=10.0,
