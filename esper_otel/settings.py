@@ -89,6 +89,11 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         allow_inf_nan=False,
         description="Time between two samples of a hardware probe, in seconds.",
     )
+    token_file: Path | None = Field(
+        default=None,
+        description="File with a bearer token for the OTLP endpoint, read again when it changes; "
+        "stands in place of an `authorization` in `OTEL_EXPORTER_OTLP_HEADERS`.",
+    )
     kernel_latency_budget_ms: float = Field(
         default=10.0,
         gt=0,
