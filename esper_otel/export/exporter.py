@@ -19,18 +19,10 @@ from esper_otel.ring import Ring
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
+_PAUSE_FOR_CREDENTIALS_S = 5.0  # a token that was put right is to be used soon
 _PAUSE_WHILE_CLOSING_S = 0.2
 HEALTH_EVERY_S = 10.0
 _MS = 1_000_000
-
-
-# What went wrong, in words that stay the same: what endpoints say would make a series for each of its wordings.
-_WORDS = {
-    Result.TEMPORARY: "temporary",
-    Result.UNAUTHENTICATED: "not authenticated",
-    Result.TOO_LARGE: "too large",
-    Result.REFUSED: "refused",
-}
 
 
 class StepExporter:
@@ -259,21 +251,24 @@ class StepExporter:
         if outcome.result is Result.TOO_LARGE and source.encoder.shrink(request.points // 2):
             return 0.0
         if self._is_to_be_repeated(outcome):
-            return self._pause(outcome.retry_after_s)
+            return self._pause(outcome)
         if outcome.result is not Result.DELIVERED:
             self._report(outcome.reason, outcome.result)
-            self.dropped[_WORDS[outcome.result]] += request.frames
+            self.dropped[outcome.result.value] += request.frames
             source.advance(request.frames)
             return None
         self._failures = 0
         source.delivered += request.frames
         if source is not self._live:
             self.recovered += request.frames
-        if outcome.rejected_points:
-            self.rejected_points += outcome.rejected_points
-            self._report(f"{outcome.rejected_points} points were refused: {outcome.reason}", Result.REFUSED)
+        refused = min(outcome.rejected_points, request.points)  # an endpoint may say anything
+        if refused:
+            self.rejected_points += refused
+            self._report(f"{refused} points were refused: {outcome.reason}", Result.REFUSED)
         else:
             self.last_error = None
+            if outcome.reason:
+                self._warnings.say("remark", "the endpoint took the steps and says: %s", outcome.reason)
         source.streams.named(request.names)
         for frame in frames[: request.frames]:
             source.run = frame.run
@@ -296,21 +291,24 @@ class StepExporter:
         while source.beside:
             outcome = self._sent(source.beside[0])
             if self._is_to_be_repeated(outcome):
-                return self._pause(outcome.retry_after_s)
+                return self._pause(outcome)
             if outcome.result is not Result.DELIVERED:
                 self._report(outcome.reason, outcome.result)
             source.beside.popleft()
         return None
 
-    def _pause(self, hint_s: float | None = None) -> float:
+    def _pause(self, outcome: Outcome | None = None) -> float:
         """How long to wait after a failure: what the endpoint asks for, else twice as long each time."""
         self._failures += 1
-        longest_s = min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
-        return min(hint_s, _LONGEST_PAUSE_S) if hint_s is not None else longest_s * random.uniform(0.5, 1.0)  # noqa: S311
+        if outcome is not None and outcome.retry_after_s is not None:
+            return min(outcome.retry_after_s, _LONGEST_PAUSE_S)
+        is_refused = outcome is not None and outcome.result is Result.UNAUTHENTICATED
+        most_s = _PAUSE_FOR_CREDENTIALS_S if is_refused else _LONGEST_PAUSE_S
+        return min(_FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 10), most_s) * random.uniform(0.5, 1.0)  # noqa: S311
 
     def _report(self, reason: str, result: Result | None = None, error: Exception | None = None) -> None:
         self.last_error = reason
-        self.errors_unix_s["internal" if result is None else _WORDS[result]] = time.time()
+        self.errors_unix_s["internal" if result is None else result.value] = time.time()
         self._warnings.say("export", "steps do not reach the endpoint: %s", reason, exc_info=error)
 
     # -- what goes beside the frames ---------------------------------------------------------------------

@@ -59,7 +59,7 @@ def open_exporter(
     return StepExporter(
         ring,
         encoder_of(catalogue, resource_of),
-        open_sender(endpoint),
+        open_sender(endpoint, settings.token_file),
         every_s=settings.export_every_s,
         timeout_s=endpoint.timeout_s,
         prepare=prepared,
