@@ -31,9 +31,17 @@ _ON_THE_WAY_S = 5.0  # for everything before the frame is sent
 _LONG_TIMEOUT_S = 600.0
 _GRPC_NAMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
 
+_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # as OpenSSL says before and from 3.2
+_OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
+    9: "it is not valid yet: is the clock of this machine right?",
+    10: "it must be renewed there",
+    62: "use a host name that the certificate has",
+    64: "use a host name or address that the certificate has",
+}
 _FIXES = {
-    Result.TEMPORARY: "steps are kept and sent again until the endpoint takes them; put the endpoint right",
-    Result.UNAUTHENTICATED: "set OTEL_EXPORTER_OTLP_HEADERS, for instance authorization=Bearer%20<token>",
+    Result.TEMPORARY: "put that right; until then a run keeps its steps and sends them again",
+    Result.UNAUTHENTICATED: "correct the credentials there: a header is authorization=Bearer%20<token>, a token file "
+    "holds the token alone",
     Result.TOO_LARGE: "raise the endpoint's limit for a request to 4 MiB or more",
     Result.REFUSED: "the endpoint's log says what it does not take; steps that it refuses are lost, and counted",
 }
@@ -80,25 +88,27 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
         steps_per_second: its pace.
         environ: where ``OTEL_*`` stand.
     """
-    series, samples_per_s = estimate(seeds, steps_per_second)
+    settings = EsperSettings.model_construct()
     stages: list[Stage] = []
     endpoint: Endpoint | None = None
     sender: Sender | None = None
     latency_ms = None
     try:
+        settings = EsperSettings()
         exporters = exporters_from_environment(environ)
         protocol = {} if exporters.protocol is None else {"OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": exporters.protocol}
         endpoint = endpoint_from_environment({**environ, **protocol})
-        sender = open_sender(endpoint) if exporters.steps else None
+        sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
     except (ConfigurationError, OSError) as error:
-        stages.append(Stage("settings", False, str(error), "correct the variable"))
+        stages.append(Stage("settings", False, str(error)))
     else:
         if sender is None:
             stages.append(Stage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp"))
         else:
-            stages.append(Stage("settings", True, _described(endpoint)))
+            stages.append(Stage("settings", True, _described(endpoint, settings.token_file)))
             latency_ms = _look(endpoint, sender, stages)
     is_ok = stages[-1].ok is True
+    series, samples_per_s = _size(seeds, steps_per_second, settings)
     return CheckResult(
         is_ok,
         tuple(stages),
@@ -124,9 +134,9 @@ def _look(endpoint: Endpoint, sender: Sender, stages: list[Stage]) -> float | No
         sender.close()
 
 
-def estimate(seeds: int, steps_per_second: float) -> tuple[int, float]:
+def _size(seeds: int, steps_per_second: float, settings: EsperSettings) -> tuple[int, float]:
     """Time series, and samples a second, that one rank makes at most when every metric is recorded in every step."""
-    enriched = EsperSettings().tolaria_step_enrichment_enabled
+    enriched = settings.tolaria_step_enrichment_enabled
     step = sum(metric.level == "step" and (enriched or not metric.gated) for metric in METRICS)
     session = sum(metric.level == "session" for metric in METRICS)
     of_seeds = seeds * len(SEED_CELLS)
@@ -149,15 +159,22 @@ def report_json(result: CheckResult) -> str:
     return json.dumps(asdict(result), allow_nan=False)
 
 
-def _described(endpoint: Endpoint) -> str:
+def _described(endpoint: Endpoint, token_file: Path | None) -> str:
     security = "plain text" if endpoint.is_insecure else "TLS"
-    headers = ", ".join(name for name, _ in endpoint.headers)
+    names = [name for name, _ in endpoint.headers]
     seconds = f"time-out {endpoint.timeout_s:g} s"
     if endpoint.timeout_s >= _LONG_TIMEOUT_S:
         seconds += " (OTEL_EXPORTER_OTLP_TIMEOUT is in seconds here, not milliseconds)"
-    return f"{endpoint.protocol} to {endpoint.target}, {security}, compression {endpoint.compression}, {seconds}" + (
-        f", headers {headers}" if headers else ""
-    )
+    parts = [f"{endpoint.protocol} to {endpoint.target}", security, f"compression {endpoint.compression}", seconds]
+    if token_file is not None:
+        part = f"bearer token from {str(token_file)!r}"
+        if "authorization" in names:
+            names.remove("authorization")
+            part += " in place of the authorization in OTEL_EXPORTER_OTLP_HEADERS"
+        parts.append(part)
+    if names:
+        parts.append(f"headers {', '.join(names)}")
+    return ", ".join(parts)
 
 
 def _on_the_way(endpoint: Endpoint) -> Iterator[Stage]:
@@ -228,7 +245,8 @@ def _resolved(host: str, port: int) -> Stage:
     except OSError as error:
         reason = error.strerror or str(error)
         return Stage("name resolution", False, f"{host!r}: {reason}", "correct the host in OTEL_EXPORTER_OTLP_ENDPOINT")
-    return Stage("name resolution", True, f"{host} is {', '.join(sorted(addresses))}")
+    found = ", ".join(sorted(addresses))
+    return Stage("name resolution", True, f"{host} needs none" if found == host else f"{host} is {found}")
 
 
 def _connected(host: str, port: int) -> Stage:
@@ -264,10 +282,13 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stag
         fix = "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or use the port for gRPC, usually 4317"
     except ssl.SSLCertVerificationError as error:
         message = f"the certificate of {host}:{port} is not trusted: {error.verify_message}"
-        fix = "set OTEL_EXPORTER_OTLP_CERTIFICATE to the authority's PEM file, and use a host name the certificate has"
+        fix = _OF_CERTIFICATE.get(error.verify_code, "set OTEL_EXPORTER_OTLP_CERTIFICATE to the authority's PEM file")
     except ssl.SSLError as error:
-        message = f"{host}:{port} does not speak TLS, or not with us: {error.reason or error}"
-        fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT; for mutual TLS set _CLIENT_CERTIFICATE, _KEY"
+        is_plain = error.reason in _NO_TLS
+        message = f"{host}:{port} does not speak TLS{'' if is_plain else f' with us: {error.reason or error}'}"
+        fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
+        if not is_plain:
+            fix = "does it want a certificate of ours? set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and _CLIENT_KEY"
     except OSError as error:
         message = f"{host}:{port} ended the TLS handshake: {error.strerror or error}"
         fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -291,7 +312,8 @@ def _no_fault(where: str, error: Exception) -> None:
 
 def _of_outcome(outcome: Outcome, endpoint: Endpoint) -> Stage:
     if outcome.result is Result.DELIVERED and not outcome.rejected_points:
-        return Stage("frame", True, f"{endpoint.target} took it")
+        remark = f", and remarks: {outcome.reason}" if outcome.reason else ""
+        return Stage("frame", True, f"{endpoint.target} took it{remark}")
     if outcome.result is Result.DELIVERED:
         reason = f"{endpoint.target} refused {outcome.rejected_points} points: {outcome.reason}"
         return Stage("frame", False, reason, "the endpoint's log says what it does not take")

@@ -17,13 +17,12 @@ from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.ending import forget, watch
 from esper_otel.errors import InvalidCatalogue
-from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import instruments_of
+from esper_otel.export.opening import open_exporter
 from esper_otel.export.provider import exporters_for, own_provider
 from esper_otel.export.resource import resources
-from esper_otel.export.transport import open_sender
 from esper_otel.frame import Frame
 from esper_otel.identity import identify
 from esper_otel.log import Warnings, announce
@@ -162,22 +161,19 @@ class _Session:
         announce("started", self._describe(endpoint, exporters.off))
 
     def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
-        if endpoint.protocol == "grpc":
-            # DataLoader workers fork; grpc's own fork handlers dead-lock or kill them.
-            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         publisher = self._publisher
-        exporter = StepExporter(
+        exporter = open_exporter(
+            endpoint,
+            settings,
             publisher.ring,
-            Encoder(publisher.names.entries, self._resource_of, self._fault),
-            open_sender(endpoint),
-            every_s=settings.export_every_s,
-            timeout_s=endpoint.timeout_s,
+            publisher.names.entries,
+            self._resource_of,
             prepare=self._prepare_export,
             health=self.counts,
+            fault=self._fault,
             warnings=self._warnings,
         )
-        if settings.export_every_s == 0:
-            publisher.published = exporter.wake
+        publisher.published = exporter.published()
         return exporter
 
     def _prepare_export(self) -> None:
@@ -236,6 +232,7 @@ class _Session:
         if exporter is not None:
             counts["esper.frames.exported", ""] = exporter.exported
             counts["esper.export.queue", ""] = exporter.waiting
+            counts["esper.frames.recovered", ""] = exporter.recovered
             counts["esper.export.retries", ""] = exporter.retries
             counts["esper.points.rejected", ""] = exporter.rejected_points
             if exporter.outcome is not None:
@@ -244,6 +241,8 @@ class _Session:
                 counts["esper.export.latency_ms", ""] = exporter.latency_ms
             for reason, dropped in exporter.dropped.copy().items():
                 counts["esper.frames.dropped", reason] = dropped
+            for reason, unix_s in exporter.errors_unix_s.copy().items():
+                counts["esper.export.last_error", reason] = unix_s
         return counts
 
     # -- what Telemetry asks -----------------------------------------------------------------------------
@@ -256,6 +255,7 @@ class _Session:
             "exported": 0 if exporter is None else exporter.exported,
             "dropped": 0 if exporter is None else exporter.dropped.total(),
             "queue": 0 if exporter is None else exporter.waiting,
+            "kept": 0 if exporter is None else exporter.kept,
             "failed": publisher.counters.failed,
             "nonfinite": publisher.counters.nonfinite,
             "out_of_range": publisher.counters.out_of_range,
@@ -312,6 +312,8 @@ class _Session:
             if self._exporter.dropped:
                 reasons_why = ", ".join(f"{reason}: {count}" for reason, count in self._exporter.dropped.items())
                 summary += f" ({reasons_why})"
+            if self._exporter.kept:
+                summary += f", kept for the next start {health['kept']}"
         return summary
 
 

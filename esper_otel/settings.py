@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -71,12 +72,27 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         ge=1024 * 1024,
         description="Memory for frames kept for export and for pull(), in bytes; the oldest are dropped and counted.",
     )
+    spool_dir: Path | None = Field(
+        default=None,
+        description="Directory of a local disk where frames are kept, too, until they are acknowledged: what a killed "
+        "process leaves is sent by the next start.",
+    )
+    spool_bytes: int = Field(
+        default=1024 * 1024 * 1024,
+        ge=32 * 1024 * 1024,
+        description="Disk that the spool may take, in bytes; the oldest frames are deleted and counted.",
+    )
     probe_period_s: float = Field(
         default=1.0,
         ge=0.01,
         le=3600,
         allow_inf_nan=False,
         description="Time between two samples of a hardware probe, in seconds.",
+    )
+    token_file: Path | None = Field(
+        default=None,
+        description="File with a bearer token for the OTLP endpoint, read again when it changes; "
+        "stands in place of an `authorization` in `OTEL_EXPORTER_OTLP_HEADERS`.",
     )
     kernel_latency_budget_ms: float = Field(
         default=10.0,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
+from endpoints import expired_pair
 from frames import make_frame, seed_table
 from grpc import StatusCode
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
@@ -87,6 +88,14 @@ def test_settings_that_keep_steps_at_home_are_named(environ: dict[str, str], wor
     assert words in said
 
 
+def test_a_setting_of_ours_that_cannot_be_used_is_told_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In JSON too, which a launcher reads."""
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "-1")
+    result = run_check(environ={})
+    assert fault(result)[0] == "settings"
+    assert "ESPER_EXPORT_EVERY_S) = '-1'" in json.loads(report_json(result))["stages"][0]["message"]
+
+
 def test_credentials_that_cannot_be_had_are_a_matter_of_settings() -> None:
     """Not of the endpoint, whose log knows nothing about it."""
     environ = {"OTEL_PYTHON_EXPORTER_OTLP_GRPC_CREDENTIAL_PROVIDER": "nobody", f"{E}ENDPOINT": "https://127.0.0.1:1"}
@@ -122,7 +131,7 @@ def test_a_port_where_nothing_listens_is_told_with_the_usual_ones() -> None:
 
 
 def test_tls_is_explained(tmp_path: Path) -> None:
-    """Not trusted, another name, and no TLS at all."""
+    """Not trusted, another name, too old, and no TLS at all."""
     authority = Authority(tmp_path)
     good, elsewhere = authority.pair("good"), authority.pair("elsewhere", "elsewhere.example")
     trusted = {"CERTIFICATE": str(authority.certificate)}
@@ -137,6 +146,12 @@ def test_tls_is_explained(tmp_path: Path) -> None:
             stage, said = fault(run_check(environ=at(collector, protocol, **trusted)))
             assert stage == "TLS"
             assert "IP address mismatch" in said
+            assert said.endswith("use a host name or address that the certificate has")
+        old = expired_pair(authority)
+        with MemoryCollector(certificate_file=old.certificate, key_file=old.key) as collector:
+            stage, said = fault(run_check(environ=at(collector, protocol, **trusted)))
+            assert stage == "TLS"
+            assert said.endswith("is not trusted: certificate has expired; it must be renewed there")
         with MemoryCollector() as collector:
             stage, said = fault(run_check(environ=at(collector, protocol, scheme="https")))
             assert stage == "TLS"
@@ -214,6 +229,34 @@ def test_refused_credentials_are_told_with_the_variable(protocol: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_token_file_is_named_and_its_content_is_not_shown(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is right, when the endpoint refuses it, and when there is no token in it."""
+    path = tmp_path / "token"
+    monkeypatch.setenv("ESPER_TOKEN_FILE", str(path))
+    with MemoryCollector(headers={"authorization": "Bearer right-token"}) as collector:
+        environ = at(collector, protocol, HEADERS="authorization=Bearer%20another,x-scope=here")
+        path.write_text("right-token\n")
+        result = run_check(environ=environ)
+        assert result.ok
+        assert result.stages[0].message.endswith(
+            f"bearer token from {str(path)!r} in place of the authorization in OTEL_EXPORTER_OTLP_HEADERS, "
+            "headers x-scope"
+        )
+        assert "right-token" not in report_json(result)
+        path.write_text("wrong-token\n")
+        stage, said = fault(run_check(environ=environ))
+        assert stage == "frame"
+        assert "(ESPER_TOKEN_FILE); correct the credentials there" in said
+        assert "wrong-token" not in said
+        path.unlink()
+        stage, said = fault(run_check(environ=environ))
+        assert stage == "settings"
+        assert f"(or ESPER_TOKEN_FILE) = {str(path)!r}: no such file or directory" in said
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_an_endpoint_that_never_answers_costs_the_timeout(protocol: str) -> None:
     """A black hole behind an open port."""
     with MemoryCollector(hang=True) as collector:
@@ -235,6 +278,11 @@ def test_answers_that_are_errors_are_told() -> None:
     with MemoryCollector(answer=lambda _: partial) as collector:
         stage, said = fault(run_check(environ=at(collector, "grpc")))
         assert "refused 2 points: too old" in said
+    remark = ExportMetricsServiceResponse(partial_success=ExportMetricsPartialSuccess(error_message="use v2"))
+    with MemoryCollector(answer=lambda _: remark) as collector:
+        result = run_check(environ=at(collector, "grpc"))
+        assert result.ok
+        assert result.stages[-1].message.endswith("took it, and remarks: use v2")
 
 
 def test_the_size_of_a_run_follows_from_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:

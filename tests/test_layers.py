@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "record": {"schema", "frame", "ring", "log"},
     "derive": {"schema", "frame"},
     "probes": {"schema", "log"},
-    "export": {"schema", "frame", "ring", "log", "_version"},
+    "export": {"schema", "settings", "errors", "frame", "ring", "log", "_version"},
     "leyline": {"schema", "frame"},
     "telemetry": {"schema", "frame", "record", "leyline"},
     "session": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -33,7 +34,10 @@ def test_defaults_as_shipped() -> None:
         "tolaria_step_enrichment_enabled": True,
         "export_every_s": 1.0,
         "buffer_bytes": 268_435_456,
+        "spool_dir": None,
+        "spool_bytes": 1_073_741_824,
         "probe_period_s": 1.0,
+        "token_file": None,
         "kernel_latency_budget_ms": 10.0,
     }
 
@@ -105,6 +109,12 @@ def test_numbers_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPER_BUFFER_BYTES", "1048576")
     settings = EsperSettings()
     assert (settings.export_every_s, settings.buffer_bytes) == (0.0, 1_048_576)
+
+
+def test_a_file_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is a token in it is seen when it is needed."""
+    monkeypatch.setenv("ESPER_TOKEN_FILE", "/run/secrets/no such token")
+    assert EsperSettings().token_file == Path("/run/secrets/no such token")
 
 
 def test_other_esper_variables_are_not_ours_to_judge(monkeypatch: pytest.MonkeyPatch) -> None:

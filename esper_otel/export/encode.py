@@ -25,9 +25,10 @@ from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetri
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel._version import __version__
+from esper_otel.export.blocks import Block, blocks
 from esper_otel.export.points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
-from esper_otel.frame import ABSENT_BITS, NO_SEEDS, Frame, Run, SeedTable, is_absent
-from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, Metric
+from esper_otel.frame import WIDTH, Frame, Run
+from esper_otel.schema import SEED_CELLS, Metric
 
 SCHEMA_VERSION = "1"
 FRAME_SCOPE = "esper_otel"
@@ -51,33 +52,41 @@ class Request(NamedTuple):
         body: a serialized ExportMetricsServiceRequest of less than 4 MiB.
         points: the points in it.
         frames: how many frames end in it; a frame has been sent when its last point has.
+        names: of the step metrics in it.
     """
 
     body: bytes
     points: int
     frames: int
+    names: frozenset[str]
 
 
 class _Part(NamedTuple):
-    """What one request holds of a frame: all of it, unless it is too large for a request of its own.
+    """What one request holds of a block: some of its frames, or a piece of one that is too large for a request.
 
     Attributes:
-        frame: the frame.
+        run: whose frames they are.
+        times: of the frames, Unix nanoseconds.
         names: of the step values.
-        values: the step values, shape (names,), float64.
-        seeds: seed rows.
+        values: the step values, shape (frames, names), float64.
+        ids: seeds.
+        cells: their cells, shape (frames, seeds, 19), float64.
+        present: which of them are there, same shape.
         points: how many points these make.
         size: the most bytes that they take.
-        is_last: whether the frame ends with it.
+        ends: how many frames end with it.
     """
 
-    frame: Frame
-    names: list[str]
+    run: Run
+    times: Times
+    names: tuple[str, ...]
     values: npt.NDArray[np.float64]
-    seeds: SeedTable
+    ids: tuple[str, ...]
+    cells: npt.NDArray[np.float64]
+    present: npt.NDArray[np.bool_]
     points: int
     size: int
-    is_last: bool
+    ends: int
 
 
 class Encoder:
@@ -131,7 +140,7 @@ class Encoder:
         """
         parts: list[_Part] = []
         points = size = 0
-        for part in (part for frame in frames for part in self._parts(frame)):
+        for part in self._parts(frames):
             if parts and (points + part.points > self._max_points or size + part.size > _MAX_POINTS_BYTES):
                 yield self._request(parts)
                 parts, points, size = [], 0, 0
@@ -140,53 +149,49 @@ class Encoder:
         if parts:
             yield self._request(parts)
 
-    def _parts(self, frame: Frame) -> list[_Part]:
-        names, values = self._values(frame)
-        seeds = frame.seeds
-        cells = cell_size = 0
-        if seeds.ids:
-            cells = int(np.count_nonzero(seeds.cells.view(np.uint64) != ABSENT_BITS))
-            cell_size = largest_seed_point(seeds.ids)
-        points = len(names) + cells
-        values[-2:] = frame.sequence, points
-        size = len(names) * PLAIN_BYTES + cells * cell_size
-        if points <= self._max_points and size <= _MAX_POINTS_BYTES:
-            return [_Part(frame, names, values, seeds, points, size, is_last=True)]
-        return self._cut(_Part(frame, names, values, seeds, points, size, is_last=True), cell_size)
+    def _parts(self, frames: Iterable[Frame]) -> Iterator[_Part]:
+        """Parts that fit into a request."""
+        for block in blocks(frames, self._catalogue, self._fault):
+            cell_bytes = largest_seed_point(block.ids)
+            first = points = size = 0
+            for row, count in enumerate(block.points.tolist()):
+                of_frame = _size(block, count, cell_bytes)
+                if row > first and (points + count > self._max_points or size + of_frame > _MAX_POINTS_BYTES):
+                    yield _some(block, first, row, points, size)
+                    first, points, size = row, 0, 0
+                if count > self._max_points or of_frame > _MAX_POINTS_BYTES:
+                    yield from self._cut(block, row, cell_bytes)
+                    first = row + 1
+                else:
+                    points, size = points + count, size + of_frame
+            if first < len(block.frames):
+                yield _some(block, first, len(block.frames), points, size)
 
-    def _cut(self, whole: _Part, cell_size: int) -> list[_Part]:
-        parts = []
-        frame, names, values, seeds, *_ = whole
-        for start in range(0, len(names), self._max_points):
+    def _cut(self, block: Block, row: int, cell_bytes: int) -> Iterator[_Part]:
+        """A frame that is too large, in pieces; the last one ends it."""
+        frame = block.frames[row]
+        times = np.array([frame.time_unix_ns], np.uint64)
+        pieces = []
+        for start in range(0, len(block.names), self._max_points):
             some = slice(start, start + self._max_points)
-            count = len(names[some])
-            parts.append(_Part(frame, names[some], values[some], NO_SEEDS, count, count * PLAIN_BYTES, is_last=False))
-        present = np.count_nonzero(~is_absent(seeds.cells), axis=1)
-        most = max(int(present.max(initial=0)), 1)
-        rows = max(min(self._max_points // most, _MAX_POINTS_BYTES // (most * cell_size)), 1) if cell_size else 1
-        for start in range(0, len(seeds.ids), rows):
-            some_seeds = SeedTable(seeds.ids[start : start + rows], seeds.cells[start : start + rows])
-            cells = int(present[start : start + rows].sum())
-            parts.append(_Part(frame, [], _NO_VALUES, some_seeds, cells, cells * cell_size, is_last=False))
-        return [*parts[:-1], parts[-1]._replace(is_last=True)]
-
-    def _values(self, frame: Frame) -> tuple[list[str], npt.NDArray[np.float64]]:
-        """Names and step values; the last two, sequence and points of the frame, are to be filled in."""
-        values: dict[str, float] = {}
-        try:
-            values = frame.values()
-            if not self._catalogue.keys() >= values.keys():
-                values = {name: value for name, value in values.items() if name in self._catalogue}
-            numbers = _numbers(values)
-        except Exception as error:  # noqa: BLE001 - a user's processor must not hold up all later frames
-            self._fault(f"readings of frame {frame.sequence}", error)
-            values = frame._replace(derived=()).values()
-            numbers = _numbers(values)
-        return [*values, FRAME_SEQUENCE.name, FRAME_POINTS.name], numbers
+            names, values = block.names[some], block.values[row : row + 1, some]
+            size = len(names) * PLAIN_BYTES
+            pieces.append(_Part(frame.run, times, names, values, (), _NO_CELLS, _NONE_PRESENT, len(names), size, 0))
+        of_seeds = np.count_nonzero(block.present[row], axis=1)
+        most = max(int(of_seeds.max(initial=0)), 1)
+        rows = max(min(self._max_points // most, _MAX_POINTS_BYTES // (most * cell_bytes)), 1) if cell_bytes else 1
+        for start in range(0, len(block.ids), rows):
+            some = slice(start, start + rows)
+            cells, present = block.cells[row : row + 1, some], block.present[row : row + 1, some]
+            count = int(of_seeds[some].sum())
+            size = count * cell_bytes
+            pieces.append(_Part(frame.run, times, (), _NO_VALUES, block.ids[some], cells, present, count, size, 0))
+        yield from pieces[:-1]
+        yield pieces[-1]._replace(ends=1)
 
     def _request(self, parts: Sequence[_Part]) -> Request:
         wire = []
-        for run, following in groupby(parts, lambda part: part.frame.run):
+        for run, following in groupby(parts, lambda part: part.run):
             points = self._points(list(following))
             metrics = [
                 _field(_SCOPE_METRICS, self._heads[name] + _field(_METRIC_GAUGE, b"".join(points[name])))
@@ -198,30 +203,27 @@ class Encoder:
             _set_scope(scope, FRAME_SCOPE)
             scoped = _field(_RESOURCE_SCOPE_METRICS, b"".join((scope.SerializeToString(), *metrics)))
             wire.append(_field(_REQUEST_RESOURCE_METRICS, origin.SerializeToString() + scoped))
-        return Request(b"".join(wire), sum(part.points for part in parts), sum(part.is_last for part in parts))
+        names = frozenset(name for part in parts for name in part.names)
+        return Request(b"".join(wire), sum(part.points for part in parts), sum(part.ends for part in parts), names)
 
     @staticmethod
     def _points(parts: Sequence[_Part]) -> dict[str, list[bytes]]:
         """The serialized points of parts of one run, by metric name."""
         points: dict[str, list[bytes]] = {}
-        for names, following in groupby(parts, lambda part: part.names):
-            if names:
-                alike = list(following)
-                values = np.array([part.values for part in alike])
-                for name, of_metric in zip(names, step_points(_times(alike), values.T), strict=True):
+        for part in parts:
+            if part.names:
+                of_part = step_points(part.times, part.values.T)
+                for name, of_metric in zip(part.names, of_part, strict=True):
                     points.setdefault(name, []).append(of_metric)
-        for ids, following in groupby(parts, lambda part: part.seeds.ids):
-            if ids:
-                alike = list(following)
-                cells = np.stack([part.seeds.cells for part in alike])
-                for column, of_metric in seed_points(_times(alike), ids, cells).items():
+            if part.ids:
+                for column, of_metric in seed_points(part.times, part.ids, part.cells, part.present).items():
                     points.setdefault(SEED_CELLS[column].name, []).append(of_metric)
         return points
 
     def health(
         self,
         run: Run,
-        values: Mapping[str, float | Mapping[str, float]],
+        values: Mapping[tuple[str, str], float],
         *,
         start_unix_ns: int,
         time_unix_ns: int,
@@ -230,19 +232,19 @@ class Encoder:
 
         Args:
             run: whose they are.
-            values: by name; of a metric that is split, a value for each.
+            values: by name and reason, which is empty for a metric that is not split.
             start_unix_ns: when the counters were 0.
             time_unix_ns: when the values were read.
         """
         request = ExportMetricsServiceRequest()
         scope = self._scope(request, run, HEALTH_SCOPE)
-        for metric in self._catalogue.values():
-            value = values.get(metric.name, {})
-            by_reason = value if isinstance(value, Mapping) else {"": value}
-            if not by_reason:
-                continue
+        by_name: dict[str, list[tuple[str, float]]] = {}
+        for (name, reason), number in values.items():
+            by_name.setdefault(name, []).append((reason, number))
+        for name, by_reason in by_name.items():
+            metric = self._catalogue[name]
             points = _stream(scope, metric).data_points
-            for reason, number in by_reason.items():
+            for reason, number in by_reason:
                 point = points.add(time_unix_nano=time_unix_ns, as_double=number)
                 if metric.kind == "counter":
                     point.start_time_unix_nano = start_unix_ns
@@ -286,18 +288,22 @@ class Encoder:
         return self._origin[1]
 
 
-_NO_VALUES = np.empty(0)
+_NO_VALUES = np.empty((1, 0))
+_NO_CELLS = np.empty((1, 0, WIDTH))
+_NONE_PRESENT = np.empty((1, 0, WIDTH), np.bool_)
 
 
-def _numbers(values: Mapping[str, float]) -> npt.NDArray[np.float64]:
-    """The values, and room for two more."""
-    if None in values.values():
-        raise TypeError("a reading is None, which NumPy would take for NaN")
-    return np.fromiter((*values.values(), 0.0, 0.0), np.float64, len(values) + 2)
+def _size(block: Block, points: int, cell_bytes: int) -> int:
+    return len(block.names) * PLAIN_BYTES + (points - len(block.names)) * cell_bytes
 
 
-def _times(parts: Sequence[_Part]) -> Times:
-    return np.array([part.frame.time_unix_ns for part in parts], np.uint64)
+def _some(block: Block, first: int, end: int, points: int, size: int) -> _Part:
+    """Frames of a block, whole ones."""
+    some = slice(first, end)
+    times = np.array([frame.time_unix_ns for frame in block.frames[some]], np.uint64)
+    run = block.frames[first].run
+    cells, present = block.cells[some], block.present[some]
+    return _Part(run, times, block.names, block.values[some], block.ids, cells, present, points, size, end - first)
 
 
 def _field(number: int, content: bytes) -> bytes:

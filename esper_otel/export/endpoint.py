@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import math
 import os
 import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Literal, cast
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from opentelemetry.util.re import parse_env_headers
 
 from esper_otel._version import __version__
 from esper_otel.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    import grpc
-    import requests
-
-_T = TypeVar("_T")
 
 Protocol = Literal["grpc", "http/protobuf"]
 Compression = Literal["none", "gzip", "deflate"]
@@ -36,7 +30,6 @@ _DEFAULT_ENDPOINT = {"grpc": "http://localhost:4317", "http/protobuf": "http://l
 _DEFAULT_TIMEOUT_S = 10.0
 _LONGEST_TIMEOUT_S = 86_400.0  # more overflows the clocks that wait for it
 _COMPRESSIONS = {"grpc": ("none", "gzip"), "http/protobuf": ("none", "gzip", "deflate")}
-_PROVIDERS = "opentelemetry_otlp_credential_provider"
 _PROVIDER = {
     "grpc": (
         "OTEL_PYTHON_EXPORTER_OTLP_GRPC_METRICS_CREDENTIAL_PROVIDER",
@@ -60,7 +53,7 @@ _HEADER_ENTRY = re.compile(
     r"[\x21\x23-\x27\x2a\x2b\x2d\x2e\x30-\x39\x41-\x5a\x5e-\x7a\x7c\x7e]+[ \t]*"
     r"=[ \t]*[\x20\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]*"
 )
-_HEADER_FORM = "give name=value,name=value with %20 for a space, %2C for a comma, %22 for a quote"
+_HEADER_FORM = "give authorization=Bearer%20<token>,name=value, with %20 for a space, %2C for a comma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +85,17 @@ class Endpoint:
     compression: Compression = "none"
     timeout_s: float = _DEFAULT_TIMEOUT_S
     credential_provider: str | None = None
+
+    @property
+    def is_on_this_machine(self) -> bool:
+        """Whether what is sent stays on this machine, by the endpoint's name alone."""
+        if self.address.startswith(("unix:", "unix-abstract:")):
+            return True
+        without_scheme = re.sub(r"^(?:https?://|(?:dns|ipv4|ipv6):(?://[^/]*/)?)", "", self.address)
+        with contextlib.suppress(ValueError):
+            host = urlsplit(f"//{without_scheme}").hostname or ""
+            return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return False
 
 
 def endpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Endpoint:
@@ -275,72 +279,3 @@ def _timeout_s(environ: Mapping[str, str]) -> float:
     if not 0.0 < timeout_s < math.inf:
         raise ConfigurationError(f"{variable}={text!r} is not a number of seconds above 0")
     return min(timeout_s, _LONGEST_TIMEOUT_S)
-
-
-def _provided(endpoint: Endpoint, kind: type[_T], expected: str) -> _T:
-    name = endpoint.credential_provider
-    found = list(entry_points(group=_PROVIDERS, name=name or ""))
-    if not found:
-        raise ConfigurationError(f"credential provider {name!r} is not among the entry points {_PROVIDERS!r}")
-    try:
-        provided = found[0].load()()
-    except Exception as error:
-        raise ConfigurationError(f"credential provider {name!r} fails: {type(error).__name__}: {error}") from error
-    if not isinstance(provided, kind):
-        raise ConfigurationError(f"credential provider {name!r} gives a {type(provided).__name__}, not {expected}")
-    return provided
-
-
-def grpc_credentials(endpoint: Endpoint) -> grpc.ChannelCredentials:
-    """Those of the provider, or made of the files.
-
-    Raises:
-        ConfigurationError: there is no such provider, or it does not work.
-    """
-    import grpc
-
-    if endpoint.credential_provider:
-        return _provided(endpoint, grpc.ChannelCredentials, "grpc.ChannelCredentials")
-    files = (endpoint.certificate, endpoint.client_key, endpoint.client_certificate)
-    return grpc.ssl_channel_credentials(*(None if file is None else file.read_bytes() for file in files))
-
-
-def http_session(endpoint: Endpoint, connection: list[Any]) -> requests.Session:
-    """The provider's session, or one that keeps the newest of its connections in the list.
-
-    Raises:
-        ConfigurationError: as ``grpc_credentials``.
-    """
-    import requests
-    from requests.adapters import HTTPAdapter
-
-    if endpoint.credential_provider:
-        return _provided(endpoint, requests.Session, "a requests.Session")
-
-    def connected(kind: Any, **settings: Any) -> Any:
-        connection[:] = [kind(**settings)]
-        return connection[0]
-
-    class Adapter(HTTPAdapter):
-        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-            pool.ConnectionCls = partial(connected, type(pool).ConnectionCls)
-            return pool
-
-    session = requests.Session()
-    session.mount("http://", Adapter())
-    session.mount("https://", Adapter())
-    return session
-
-
-def http_settings(endpoint: Endpoint) -> dict[str, Any]:
-    """What ``requests`` is given with each request; as the session's own it would lose against REQUESTS_CA_BUNDLE."""
-    headers = {"User-Agent": USER_AGENT, "Content-Type": "application/x-protobuf", **dict(endpoint.headers)}
-    if endpoint.compression != "none":
-        headers["Content-Encoding"] = endpoint.compression
-    settings: dict[str, Any] = {"headers": headers}
-    if endpoint.certificate is not None:
-        settings["verify"] = str(endpoint.certificate)
-    if endpoint.client_certificate is not None:
-        settings["cert"] = (str(endpoint.client_certificate), str(endpoint.client_key))
-    return settings

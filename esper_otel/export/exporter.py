@@ -5,19 +5,21 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 
 from esper_otel.export.encode import Encoder, Request
-from esper_otel.export.streams import Stream, Streams
+from esper_otel.export.source import Leftover, Live, Source
+from esper_otel.export.spool import Spool
 from esper_otel.export.transport import Outcome, Result, Sender
-from esper_otel.frame import Frame, Run
-from esper_otel.log import Warnings
+from esper_otel.frame import Frame
+from esper_otel.log import Warnings, announce
 from esper_otel.ring import Ring
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
+_PAUSE_FOR_CREDENTIALS_S = 5.0  # a token that was put right is to be used soon
 _PAUSE_WHILE_CLOSING_S = 0.2
 HEALTH_EVERY_S = 10.0
 _MS = 1_000_000
@@ -27,7 +29,8 @@ class StepExporter:
     """One thread that follows the ring with a cursor of its own; the cursor moves when a frame is acknowledged.
 
     A failure that may pass, and a refused credential, keep the data; what is refused for good is dropped and
-    counted by reason, as is what the ring had to drop meanwhile. A forked child has no such thread.
+    counted by reason, as is what the ring had to drop meanwhile. With a spool, frames that earlier sessions have
+    left there go first. A forked child has no such thread.
 
     Args:
         ring: the frames.
@@ -38,6 +41,8 @@ class StepExporter:
         prepare: called before frames are looked for.
         health: session metrics by (name, reason).
         warnings: where failures are reported.
+        spool: where frames are kept that must outlive the process.
+        leftovers: what earlier sessions have left; asked for once, in the exporter's thread.
     """
 
     def __init__(
@@ -51,41 +56,65 @@ class StepExporter:
         prepare: Callable[[], None],
         health: Callable[[], Mapping[tuple[str, str], float]],
         warnings: Warnings,
+        spool: Spool | None = None,
+        leftovers: Callable[[], Iterable[Leftover]] = tuple,
     ) -> None:
-        self._ring = ring
-        self._encoder = encoder
         self._sender = sender
         self._every_s = every_s
         self._timeout_s = timeout_s
         self._prepare = prepare
         self._health = health
         self._warnings = warnings
-        self._cursor = 0
+        self._spool = spool
+        self._leftovers_of = leftovers
+        self._leftovers: deque[Leftover] = deque()
+        self._live = Live(ring, encoder, spool)
         self._failures = 0
-        self._streams = Streams()
-        self._run: Run | None = None
+        self._has_said_goodbye = False
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._deadline_s: float | None = None
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="esper-otel-export", daemon=True)
-        self.exported = 0
         self.rejected_points = 0
+        self.recovered = 0
         self.retries = 0
+        self.kept = 0
         self.outcome: str | None = None
         self.dropped: Counter[str] = Counter()
+        self.errors_unix_s: dict[str, float] = {}
         self.latency_ms: float | None = None
         self.last_error: str | None = None
 
     @property
     def waiting(self) -> int:
         """Frames that have not been acknowledged."""
-        return self._ring.last - self._cursor
+        return self._live.waiting
+
+    @property
+    def exported(self) -> int:
+        """Frames of this session that the endpoint took."""
+        return self._live.delivered
 
     def abandon(self) -> None:
-        """Never to be started: lets go of the connection."""
+        """Never to be started: lets go of the connection and the spool."""
         self._sender.close()
+        if self._spool is not None:
+            self._spool.close("", is_delivered=True)
+
+    def published(self) -> Callable[[Frame], None] | None:
+        """What is to be told of each frame, in the thread that publishes it, when it is in the ring."""
+        write = None if self._spool is None else self._spool.write
+        if self._every_s:
+            return write
+
+        def told(frame: Frame) -> None:
+            if write is not None:
+                write(frame)
+            self._wake.set()
+
+        return told
 
     def start(self) -> None:
         """Starts sending."""
@@ -102,7 +131,7 @@ class StepExporter:
     def close(self, deadline_s: float, outcome: str) -> None:
         """Sends what is left and how the run ended, and stops, by ``deadline_s`` of ``time.monotonic``.
 
-        What could not be sent is counted.
+        What could not be sent stays in the spool; without one it is counted.
         """
         self.outcome = outcome
         self._deadline_s = deadline_s
@@ -111,13 +140,20 @@ class StepExporter:
         self.join(deadline_s)
         self._sender.close()
         self._thread.join(0.5)
-        if self.waiting:
-            self.dropped["not sent before close"] += self.waiting
-            self._cursor = self._ring.last
+        waiting = self.waiting
+        if self._spool is not None:
+            self._spool.tend(now=True)
+            self.kept = min(waiting, max(self._spool.last - self._live.cursor, 0))
+            self._spool.close(outcome, is_delivered=self._has_said_goodbye and not waiting)
+        for leftover in self._leftovers:
+            leftover.folder.release()
+        if waiting > self.kept:
+            self.dropped["not sent before close"] += waiting - self.kept
 
     # -- the thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        self._adopt()
         pause_s: float | None = self._every_s or None
         while self._deadline_s is None:
             # After a failure a new step is no reason to try again at once.
@@ -127,9 +163,9 @@ class StepExporter:
         while time.monotonic() < self._deadline_s and self._send_guarded() is not None:
             time.sleep(min(_PAUSE_WHILE_CLOSING_S, max(self._deadline_s - time.monotonic(), 0.0)))
         try:
-            self._say_goodbye()
+            self._has_said_goodbye = self._say_goodbye()
         except Exception as error:  # noqa: BLE001 - the frames are delivered; the end of the run is not
-            self._report(f"{type(error).__name__}: {error}", error)
+            self._report(f"{type(error).__name__}: {error}", error=error)
 
     def _send_guarded(self) -> float | None:
         """Sends everything there is; returns how long to pause, None for: until woken, or all is sent at the end."""
@@ -137,102 +173,176 @@ class StepExporter:
             self._prepare()
             pause_s = self._send_waiting()
         except Exception as error:  # noqa: BLE001 - the thread must live as long as the session
-            self._report(f"{type(error).__name__}: {error}", error)
+            self._report(f"{type(error).__name__}: {error}", error=error)
             pause_s = self._pause()
         if pause_s is not None:
             return pause_s
         self._failures = 0
         return (self._every_s or None) if self._deadline_s is None else None
 
+    def _adopt(self) -> None:
+        try:
+            for leftover in self._leftovers_of():
+                self._leftovers.append(leftover)
+                if leftover.deleted:
+                    self.dropped["spool full"] += leftover.deleted
+        except Exception as error:  # noqa: BLE001 - this session's frames go out all the same
+            self._warnings.say("spool", "what earlier sessions left cannot be sent: %s", error, exc_info=error)
+
     def _send_waiting(self) -> float | None:
-        while self.waiting:
-            frames, gone = self._ring.after(self._cursor, _FRAMES_AT_ONCE)
+        while self._leftovers:
+            pause_s = self._send_leftover(self._leftovers[0])
+            if pause_s is not None:
+                return pause_s
+            self._leftovers.popleft()
+        pause_s = self._deliver(self._live)
+        if pause_s is None:
+            self._send_health()
+        return pause_s
+
+    def _send_leftover(self, leftover: Leftover) -> float | None:
+        path = leftover.folder.path
+        try:
+            pause_s = self._deliver(leftover)
+            if pause_s is None and not leftover.has_said_goodbye:
+                leftover.say_goodbye(time.time_ns())
+                pause_s = self._send_beside(leftover)
+            if pause_s is not None:
+                return pause_s
+            leftover.folder.remove()
+        except Exception as error:  # noqa: BLE001 - one damaged folder must not hold up everything else
+            leftover.folder.release()
+            self._warnings.say("spool", "%s cannot be sent and is left alone: %s", path, error, exc_info=error)
+            return None
+        if leftover.delivered:
+            announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}")
+        return None
+
+    def _deliver(self, source: Source) -> float | None:
+        """Sends the source's frames; returns how long to pause before going on, None when none is left."""
+        while True:
+            pause_s = self._send_beside(source)
+            if pause_s is not None:
+                return pause_s
+            frames, gone = source.after(_FRAMES_AT_ONCE)
             if gone:
-                self.dropped["buffer full"] += gone
-                self._cursor += gone
-            for request in self._encoder.requests(frames):
-                pause_s = self._settled(request, self._sent(request.body), frames)
+                self.dropped[source.lost] += gone
+                source.advance(gone)
+            if not frames:
+                return None
+            for request in source.encoder.requests(frames):
+                pause_s = self._settled(source, request, self._sent(request.body), frames)
+                if pause_s is None:
+                    pause_s = self._send_beside(source)
                 if pause_s is not None:
                     return pause_s
                 frames = frames[request.frames :]
-        self._send_health()
-        return None
 
     def _sent(self, body: bytes) -> Outcome:
-        left_s = self._timeout_s
-        if self._deadline_s is not None:
-            left_s = min(left_s, max(self._deadline_s - time.monotonic(), 0.05))
+        ends_s = self._deadline_s
+        left_s = self._timeout_s if ends_s is None else min(self._timeout_s, max(ends_s - time.monotonic(), 0.05))
         started_s = time.monotonic()
         outcome = self._sender.send(body, left_s)
         self.latency_ms = (time.monotonic() - started_s) * 1e3
         return outcome
 
-    def _settled(self, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
-        """Moves the cursor past what is settled; returns how long to pause before trying again, None to go on."""
-        if outcome.result is Result.TOO_LARGE and self._encoder.shrink(request.points // 2):
+    def _settled(self, source: Source, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
+        """Moves past what is settled; returns how long to pause before trying again, None to go on."""
+        if outcome.result is Result.TOO_LARGE and source.encoder.shrink(request.points // 2):
             return 0.0
-        if outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
-            self._report(outcome.reason)
-            self.retries += 1
-            return self._pause(outcome.retry_after_s)
-        self._cursor += request.frames
-        settled = frames[: request.frames]
+        if self._is_to_be_repeated(outcome):
+            return self._pause(outcome)
         if outcome.result is not Result.DELIVERED:
-            self._report(outcome.reason)
-            # What the endpoint says would make a series of its own for each of its wordings.
-            self.dropped["too large" if outcome.result is Result.TOO_LARGE else "refused"] += request.frames
+            self._report(outcome.reason, outcome.result)
+            self.dropped[outcome.result.value] += request.frames
+            source.advance(request.frames)
             return None
         self._failures = 0
-        self.exported += request.frames
-        if outcome.rejected_points:
-            self.rejected_points += outcome.rejected_points
-            self._report(f"{outcome.rejected_points} points were refused: {outcome.reason}")
+        source.delivered += request.frames
+        if source is not self._live:
+            self.recovered += request.frames
+        refused = min(outcome.rejected_points, request.points)  # an endpoint may say anything
+        if refused:
+            self.rejected_points += refused
+            self._report(f"{refused} points were refused: {outcome.reason}", Result.REFUSED)
         else:
             self.last_error = None
-        for frame in settled:
-            self._run = frame.run
+            if outcome.reason:
+                self._warnings.say("remark", "the endpoint took the steps and says: %s", outcome.reason)
+        source.streams.named(request.names)
+        for frame in frames[: request.frames]:
+            source.run = frame.run
             if frame.retired:
-                self._end(self._streams.ended(frame.retired), frame.time_unix_ns)
-            self._streams.sent(frame)
+                ended = source.streams.ended(frame.retired)
+                source.beside.extend(source.encoder.stale(frame.run, ended, time_unix_ns=frame.time_unix_ns))
+            source.streams.sent(frame)
+        source.advance(request.frames)
         return None
 
-    def _pause(self, hint_s: float | None = None) -> float:
+    def _is_to_be_repeated(self, outcome: Outcome) -> bool:
+        if outcome.result not in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
+            return False
+        self._report(outcome.reason, outcome.result)
+        self.retries += 1
+        return True
+
+    def _send_beside(self, source: Source) -> float | None:
+        """Sends what must come before further frames; returns how long to pause before trying again."""
+        while source.beside:
+            outcome = self._sent(source.beside[0])
+            if self._is_to_be_repeated(outcome):
+                return self._pause(outcome)
+            if outcome.result is not Result.DELIVERED:
+                self._report(outcome.reason, outcome.result)
+            source.beside.popleft()
+        return None
+
+    def _pause(self, outcome: Outcome | None = None) -> float:
         """How long to wait after a failure: what the endpoint asks for, else twice as long each time."""
         self._failures += 1
-        longest_s = min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
-        return min(hint_s, _LONGEST_PAUSE_S) if hint_s is not None else longest_s * random.uniform(0.5, 1.0)  # noqa: S311
+        if outcome is not None and outcome.retry_after_s is not None:
+            return min(outcome.retry_after_s, _LONGEST_PAUSE_S)
+        is_refused = outcome is not None and outcome.result is Result.UNAUTHENTICATED
+        most_s = _PAUSE_FOR_CREDENTIALS_S if is_refused else _LONGEST_PAUSE_S
+        return min(_FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 10), most_s) * random.uniform(0.5, 1.0)  # noqa: S311
 
-    def _report(self, reason: str, error: Exception | None = None) -> None:
+    def _report(self, reason: str, result: Result | None = None, error: Exception | None = None) -> None:
         self.last_error = reason
+        self.errors_unix_s["internal" if result is None else result.value] = time.time()
         self._warnings.say("export", "steps do not reach the endpoint: %s", reason, exc_info=error)
 
     # -- what goes beside the frames ---------------------------------------------------------------------
 
-    def _end(self, streams: Sequence[Stream], time_unix_ns: int) -> None:
-        if streams and self._run is not None:
-            for body in self._encoder.stale(self._run, streams, time_unix_ns=time_unix_ns):
-                self._sent(body)
-
-    def _send_health(self, *, now: bool = False) -> None:
-        is_due = self._deadline_s is None and time.monotonic() >= self._next_health_s
-        if self._run is None or not (now or is_due):
-            return
-        self._next_health_s = time.monotonic() + HEALTH_EVERY_S
-        values: dict[str, float | dict[str, float]] = {}
-        for (name, reason), count in self._health().items():
-            if not reason:
-                values[name] = count
-            else:
-                by_reason = values.setdefault(name, {})
-                if isinstance(by_reason, dict):
-                    by_reason[reason] = count
-        self._sent(
-            self._encoder.health(self._run, values, start_unix_ns=self._started_unix_ns, time_unix_ns=time.time_ns())
+    def _health_body(self) -> bytes | None:
+        live = self._live
+        if live.run is None:
+            return None
+        return live.encoder.health(
+            live.run, self._health(), start_unix_ns=self._started_unix_ns, time_unix_ns=time.time_ns()
         )
 
-    def _say_goodbye(self) -> None:
-        """The last counts, and the end of every series; only to an endpoint that took everything."""
-        if self.waiting or self._deadline_s is None or time.monotonic() >= self._deadline_s:
-            return
-        self._send_health(now=True)
-        self._end(self._streams.all_ended(), self._streams.last_unix_ns + _MS)
+    def _send_health(self) -> None:
+        """The counts of now, once in a while; newer ones follow, so that none is worth repeating."""
+        is_due = self._deadline_s is None and time.monotonic() >= self._next_health_s
+        if is_due and (body := self._health_body()) is not None:
+            self._next_health_s = time.monotonic() + HEALTH_EVERY_S
+            self._sent(body)
+
+    def _say_goodbye(self) -> bool:
+        """The last counts, how the run ended, and the end of every series; whether all that was delivered.
+
+        Only to an endpoint that took everything.
+        """
+        live = self._live
+        if self.waiting or self._leftovers or self._deadline_s is None:
+            return False
+        if live.run is None or (body := self._health_body()) is None:
+            return True  # nothing was ever sent
+        live.beside.append(body)
+        last_unix_ns = live.streams.last_unix_ns
+        live.beside.extend(live.encoder.stale(live.run, live.streams.all_ended(), time_unix_ns=last_unix_ns + _MS))
+        while time.monotonic() < self._deadline_s:
+            if self._send_beside(live) is None:
+                return True
+            time.sleep(_PAUSE_WHILE_CLOSING_S)
+        return False

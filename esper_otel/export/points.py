@@ -15,7 +15,7 @@ import numpy.typing as npt
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, NumberDataPoint
 
-from esper_otel.frame import ABSENT_BITS, Cells
+from esper_otel.frame import Cells
 
 _Bytes = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.uint64]
@@ -66,7 +66,7 @@ def step_points(times: Times, values: npt.NDArray[np.float64]) -> list[bytes]:
     return [of_metric.tobytes() for of_metric in wire]
 
 
-def seed_points(times: Times, ids: tuple[str, ...], cells: Cells) -> dict[int, bytes]:
+def seed_points(times: Times, ids: tuple[str, ...], cells: Cells, present: npt.NDArray[np.bool_]) -> dict[int, bytes]:
     """The points of seed metrics: a Gauge's serialized ``data_points`` by column; columns without any are left out.
 
     Points of one stream are in the frames' order; streams whose records have equal length alternate.
@@ -75,21 +75,38 @@ def seed_points(times: Times, ids: tuple[str, ...], cells: Cells) -> dict[int, b
         times: Unix nanoseconds, shape (frames,).
         ids: the seeds.
         cells: shape (frames, seeds, columns).
+        present: which of them are there, same shape.
     """
-    present = cells.view(np.uint64) != ABSENT_BITS
     columns = np.flatnonzero(present.any(axis=(0, 1)))
+    if not columns.size:
+        return {}
     parts: list[list[bytes]] = [[] for _ in columns]
     for rows, records, layout in _alike(ids):
         wire = np.empty((len(columns), len(times), *records.shape), np.uint8)
         wire[:] = records
         fields = wire.view(layout)[..., 0]
         fields["time"] = times[:, None]
-        selected = np.ix_(np.arange(len(times)), np.array(rows), columns)
-        fields["value"] = np.moveaxis(cells[selected], 2, 0)
-        there = np.moveaxis(present[selected], 2, 0)
-        for part, of_metric, mask in zip(parts, wire, there, strict=True):
-            part.append(of_metric.tobytes() if mask.all() else of_metric[mask].tobytes())
+        fields["value"] = _by_column(cells, rows, columns)
+        there = _by_column(present, rows, columns)
+        if there.all():
+            for part, of_metric in zip(parts, wire, strict=True):
+                part.append(of_metric.tobytes())
+        else:
+            for part, of_metric, mask in zip(parts, wire, there, strict=True):
+                part.append(of_metric[mask].tobytes())
     return {column: b"".join(part) for column, part in zip(columns.tolist(), parts, strict=True)}
+
+
+def _by_column(
+    table: npt.NDArray[np.generic], rows: list[int], columns: npt.NDArray[np.intp]
+) -> npt.NDArray[np.generic]:
+    """Some rows and columns of each frame's table, shape (columns, frames, rows); a view if it can be one."""
+    if len(rows) < table.shape[1]:
+        table = table[:, rows]
+    by_column = table.transpose(2, 0, 1)
+    if columns[-1] - columns[0] + 1 == len(columns):
+        return by_column[columns[0] : columns[-1] + 1]
+    return by_column[columns]
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.frame import Frame, is_absent
-from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS
+from esper_otel.schema import SEED_CELLS
 
 # A metric's name and the attributes that tell its series from others of that name.
 Stream = tuple[str, Mapping[str, str]]
@@ -21,15 +21,18 @@ class Streams:
     """Notes the series of frames that were delivered. Threads: the exporter's only."""
 
     def __init__(self) -> None:
-        self._steps: set[str] = {FRAME_SEQUENCE.name, FRAME_POINTS.name}
+        self._steps: set[str] = set()
         self._seeds: dict[str, npt.NDArray[np.bool_]] = {}
         self._ids: tuple[str, ...] = ()
         self._sent: npt.NDArray[np.bool_] = np.empty((0, len(SEED_CELLS)), np.bool_)
         self.last_unix_ns = 0
 
+    def named(self, names: Iterable[str]) -> None:
+        """Notes series of step metrics."""
+        self._steps.update(names)
+
     def sent(self, frame: Frame) -> None:
-        """Notes the series of one frame; those of its retired seeds must have been asked for before."""
-        self._steps.update(frame.values())
+        """Notes the seeds' series of one frame; those of its retired seeds must have been asked for before."""
         self.last_unix_ns = frame.time_unix_ns
         ids, cells = frame.seeds
         if ids:

@@ -55,7 +55,7 @@ class Publisher:
         self.warnings = warnings
         self.live = LiveSeeds()
         self.last_finite_loss: float | None = None
-        self.published: Callable[[], None] | None = None
+        self.published: Callable[[Frame], None] | None = None
         self.waiting: deque[tuple[Draft, Held | None]] = deque()
         self._device_is_named = False
         self._names: tuple[str, ...] = ()
@@ -158,29 +158,28 @@ class Publisher:
             return
         self.last_finite_loss = values["loss"]
         ring = self.ring
-        ring.append(
-            # As Frame(...), in half the time.
-            _new(
-                Frame,
-                (
-                    self.run,
-                    ring.last + 1,
-                    step,
-                    epoch,
-                    time_unix_ns,
-                    names,
-                    numbers,
-                    self._context,
-                    recorded,
-                    live.table,
-                    (),
-                    deriving.commit(values),
-                    probed,
-                ),
-            )
+        # As Frame(...), in half the time.
+        frame: Frame = _new(
+            Frame,
+            (
+                self.run,
+                ring.last + 1,
+                step,
+                epoch,
+                time_unix_ns,
+                names,
+                numbers,
+                self._context,
+                recorded,
+                live.table,
+                (),
+                deriving.commit(values),
+                probed,
+            ),
         )
+        ring.append(frame)
         if self.published is not None:
-            self.published()
+            self.published(frame)
 
     def publish(self, draft: Draft, *, is_ordinary: bool = False) -> None:
         """Makes the step's frame now; only while none waits.
@@ -218,25 +217,24 @@ class Publisher:
             names = self._names  # one tuple for all frames of these names
         else:
             self._names = names
-        self.ring.append(
-            Frame(
-                self.run,
-                self.ring.last + 1,
-                step,
-                epoch,
-                time_unix_ns,
-                names,
-                numbers,
-                self._context,
-                table,
-                live.table,
-                ended,
-                derived,
-                probed,
-            )
+        frame = Frame(
+            self.run,
+            self.ring.last + 1,
+            step,
+            epoch,
+            time_unix_ns,
+            names,
+            numbers,
+            self._context,
+            table,
+            live.table,
+            ended,
+            derived,
+            probed,
         )
+        self.ring.append(frame)
         if self.published is not None:
-            self.published()
+            self.published(frame)
 
     def _stepped(self, table: SeedTable) -> tuple[SeedTable, float | None]:
         """Takes a step's rows: what of them counts as recorded, and the violations that are new."""

@@ -259,11 +259,6 @@ class Recorder:
         held.tensors.update(tensors)
         return held
 
-    @property
-    def known_ids(self) -> Mapping[str, int]:
-        """Seed ids that need no checking: those of live seeds."""
-        return self.publisher.live.ids
-
     # -- seeds and context -------------------------------------------------------------------------------
 
     def seeds(self, ids: Sequence[str], columns: Mapping[str, object]) -> None:

@@ -13,9 +13,9 @@ from esper_otel.schema import SEED_FIELDS, SEED_METRICS, Stage
 
 ROW = struct.Struct(f"={WIDTH}d")
 # Most calls give the request's fields only: a row that begins with them and ends with NO_MORE.
-REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d")
 MORE_FIELDS = SEED_FIELDS[len(SEED_METRICS) :]
 NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
+REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d{len(NO_MORE)}s")
 COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
 
 _STAGE = COLUMN["stage"]

@@ -69,6 +69,7 @@ class Step:
         "_failed",
         "_held",
         "_is_ordinary",
+        "_known",
         "_numbered",
         "_recorder",
         "_retired",
@@ -94,6 +95,7 @@ class Step:
         self._values: dict[str, float] = {}
         self._timings: dict[str, float] = {}
         self._rows: dict[str, bytes] = {}
+        self._known: Mapping[str, int] = recorder.publisher.live.ids  # they need no checking
         self._table: SeedTable | None = None
         self._held: Held | None = None
         self._retired: Sequence[str] = ()
@@ -249,9 +251,6 @@ class Step:
         recorder = self._recorder
         if recorder.open_step is not self:
             raise self._is_over("seed()")
-        rows = self._rows
-        if type(seed_id) is not str or seed_id not in recorder.known_ids:
-            seed_id = checked_seed_id(seed_id)
         cells: tuple[Any, ...] = (
             stage,
             alpha,
@@ -264,16 +263,26 @@ class Step:
             isolation_host_norm,
             isolation_seed_norm,
         )
-        if not more and self._held is None and ROW_TYPES.issuperset(map(type, cells)):
-            row = REQUESTED.pack(*cells) + NO_MORE
-        else:
+        if more or self._held is not None or not ROW_TYPES.issuperset(map(type, cells)):
+            seed_id = checked_seed_id(seed_id)
             cells = self._read_row(seed_id, (*cells, *more_cells(more)))
             row = ROW.pack(*cells)
+        else:
+            row = REQUESTED.pack(*cells, NO_MORE)
         if row[:8] not in STAGE_BYTES:
             checked_stage(cells[0])
-        if recorder.coming.retiring and seed_id in recorder.coming.retiring:
+        rows = self._rows
+        if type(seed_id) is not str or seed_id not in self._known or seed_id in rows or recorder.coming.retiring:
+            self._add_row(checked_seed_id(seed_id), row)
+        else:
+            rows[seed_id] = row
+
+    def _add_row(self, seed_id: str, row: bytes) -> None:
+        """A row of a seed that is new, or was recorded in this step before, or may have been retired in it."""
+        if seed_id in self._recorder.coming.retiring:
             self._is_born_again(seed_id)
-        rows[seed_id] = row if seed_id not in rows else merged_row(rows[seed_id], row)
+        earlier = self._rows.get(seed_id)
+        self._rows[seed_id] = row if earlier is None else merged_row(earlier, row)
 
     def _read_row(self, seed_id: str, cells: Sequence[object]) -> tuple[float, ...]:
         plain, tensors = read_row(seed_id, cells)

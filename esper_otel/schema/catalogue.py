@@ -465,6 +465,13 @@ SESSION: tuple[Metric, ...] = (
         level="session",
     ),
     Metric(
+        "esper.frames.recovered",
+        "count",
+        "Frames of earlier, killed sessions that were in the spool, acknowledged by the endpoint.",
+        kind="counter",
+        level="session",
+    ),
+    Metric(
         "esper.frames.dropped",
         "count",
         "Frames not delivered, by reason.",
@@ -488,6 +495,13 @@ SESSION: tuple[Metric, ...] = (
     ),
     Metric("esper.buffer.bytes", "By", "Memory held by frames kept for export and for pull().", level="session"),
     Metric("esper.export.queue", "count", "Frames waiting for the endpoint's acknowledgement.", level="session"),
+    Metric(
+        "esper.export.last_error",
+        "s",
+        "Unix time of the last request that failed, by reason.",
+        level="session",
+        split_by="reason",
+    ),
     Metric("esper.export.latency_ms", "ms", "Time that the last request took.", level="session"),
     Metric("esper.pull.lag", "count", "Frames published and not yet pulled.", level="session"),
     Metric(

@@ -191,7 +191,19 @@ def recording() -> list[Row]:
             with telemetry.step(epoch=0) as now:
                 now.put(PUT)
                 for seed_id in ids8:
-                    now.seed(seed_id, **CELLS)
+                    now.seed(
+                        seed_id,
+                        stage=4.0,
+                        alpha=0.5,
+                        alpha_steps=0.5,
+                        kernel_attached=0.5,
+                        last_kernel_latency_ms=0.5,
+                        isolation_violations=0.5,
+                        fallback_used=0.5,
+                        isolation_dot=0.5,
+                        isolation_host_norm=0.5,
+                        isolation_seed_norm=0.5,
+                    )
 
         rows.append(cheaper("step scope, `put`, 8 seeds x 10", scope_8, Sdk(8).set_with_seeds, 200, 50))
     with quiet() as telemetry:

@@ -1,0 +1,145 @@
+"""GrpcSender: OTLP over gRPC."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as above
+from grpc import StatusCode
+
+from esper_otel.export.credentials import provided
+from esper_otel.export.endpoint import USER_AGENT, Endpoint
+from esper_otel.export.failure import meaning
+from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s
+from esper_otel.export.token import Headers
+
+_METHOD = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
+
+_CONNECTING = re.compile("failed to connect to all|errors resolving|dns resolution failed|socket closed")
+# gRPC's own words; INTERNAL or UNKNOWN from an endpoint would mean that it does not want the data.
+_BROKEN_OFF = re.compile("stream removed|received rst_stream")
+_TEMPORARY = frozenset({"CANCELLED", "RESOURCE_EXHAUSTED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"})
+# As servers in C++, Python and Go, in Java, .NET and Rust say it, and a proxy.
+_TOO_LARGE = re.compile("larger than max|exceeds maximum size|maximum configured|length too large|with status: 413")
+_LONG_ANSWER = re.compile(rf"larger than max \(\d+ vs\. {MAX_ANSWER_BYTES}\)")  # our own limit, not the endpoint's
+
+
+class GrpcSender:
+    """OTLP over gRPC: see ``Sender``.
+
+    A request that could not connect, or got no answer, leaves a new channel for the next one. In the old one gRPC
+    would wait a quarter of an hour for a connection that has fallen silent, look up a name that has another address
+    by now every half minute, pause for up to 2 minutes before it connects again, and know no certificate that was
+    renewed since the start.
+
+    Raises:
+        ConfigurationError: the credential provider cannot be used.
+    """
+
+    def __init__(self, endpoint: Endpoint, headers: Headers) -> None:
+        self._endpoint = endpoint
+        self._headers = headers
+        self._credentials = None if endpoint.is_insecure else _credentials(endpoint)
+        self._closing = threading.Lock()
+        self._is_closed = False
+        self._channel = self._opened()
+
+    def send(self, body: bytes, timeout_s: float) -> Outcome:
+        """See ``Sender``."""
+        call: Any = self._channel.unary_unary(_METHOD, bytes, bytes)
+        try:
+            answer = call(body, timeout=timeout_s, metadata=self._headers.now())
+        except grpc.RpcError as error:
+            return CLOSED if self._is_closed else self._failed(error, timeout_s)
+        except ValueError:  # what gRPC raises on a closed channel
+            return CLOSED
+        return delivered(answer, self._headers.said)
+
+    def close(self) -> None:
+        """See ``Sender``."""
+        with self._closing:
+            self._is_closed = True
+        self._channel.close()
+
+    def _opened(self) -> grpc.Channel:
+        endpoint = self._endpoint
+        options = [
+            ("grpc.primary_user_agent", USER_AGENT),
+            ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+            ("grpc.use_local_subchannel_pool", 1),  # else a new channel takes the connection of another session's
+        ]
+        compression = grpc.Compression.Gzip if endpoint.compression == "gzip" else grpc.Compression.NoCompression
+        if self._credentials is None:
+            return grpc.insecure_channel(endpoint.address, options, compression)
+        return grpc.secure_channel(endpoint.address, self._credentials, options, compression)
+
+    def _open_again(self) -> None:
+        if self._credentials is not None and self._endpoint.credential_provider is None:
+            with contextlib.suppress(OSError):  # the files are being replaced
+                self._credentials = _credentials(self._endpoint)
+        stale = fresh = self._opened()
+        with self._closing:
+            if not self._is_closed:
+                stale, self._channel = self._channel, fresh
+        stale.close()
+
+    def _failed(self, error: grpc.RpcError, timeout_s: float) -> Outcome:
+        """Retryable or not, by the OTLP specification 1.9, https://opentelemetry.io/docs/specs/otlp/#otlpgrpc-response.
+
+        Unlike there, data is kept when credentials are refused or the service is not there, since somebody may put
+        that right, and when the endpoint is exhausted without a hint: nobody sends the data again.
+        """
+        code, target = error.code(), self._endpoint.target
+        words = self._headers.said(error.details() or "")
+        result, reason = Result.REFUSED, f"{target} answered {code.name}: {words}"
+        if code is StatusCode.DEADLINE_EXCEEDED:
+            result = Result.TEMPORARY
+            if words.startswith("Deadline Exceeded"):  # gRPC's own words
+                self._open_again()
+                reason = f"no answer from {target} within {timeout_s:g} s"
+        elif code in {StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED}:
+            reason = f"{target} refuses the credentials: {words} ({self._headers.variable})"
+            result = Result.UNAUTHENTICATED
+        elif code.name in {"INTERNAL", "UNKNOWN"} and _BROKEN_OFF.match(words.lower()):
+            result, reason = Result.TEMPORARY, f"{target} broke the request off: {words}"
+        elif code is StatusCode.RESOURCE_EXHAUSTED and _LONG_ANSWER.search(words):
+            return Outcome(Result.DELIVERED)
+        elif code.name in {"RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "UNKNOWN"} and _TOO_LARGE.search(words.lower()):
+            result = Result.TOO_LARGE
+        elif code is StatusCode.UNIMPLEMENTED:
+            result, reason = Result.TEMPORARY, f"{target} takes no OTLP metrics over gRPC: {words}"
+        elif code.name in _TEMPORARY:
+            result = Result.TEMPORARY
+            if _CONNECTING.match(words.lower()):  # a server's own words are about something else
+                self._open_again()
+                reason = meaning(words, self._endpoint) or reason
+        return Outcome(result, reason, _retry_delay_s(error) if result is Result.TEMPORARY else None)
+
+
+def _credentials(endpoint: Endpoint) -> grpc.ChannelCredentials:
+    """Those of the provider, or made of the files; OSError when one cannot be read, or is empty."""
+    if endpoint.credential_provider:
+        return provided(endpoint.credential_provider, grpc.ChannelCredentials, "grpc.ChannelCredentials")
+    files = (endpoint.certificate, endpoint.client_key, endpoint.client_certificate)
+    contents = [None if file is None else file.read_bytes() for file in files]
+    if b"" in contents:
+        raise OSError("gRPC would abort the process")
+    return grpc.ssl_channel_credentials(*contents)
+
+
+def _retry_delay_s(error: grpc.RpcError) -> float | None:
+    trailing: Any = error.trailing_metadata() or ()
+    for key, value in trailing:
+        if key == "grpc-status-details-bin":
+            info = RetryInfo()
+            with contextlib.suppress(DecodeError):
+                for detail in Status.FromString(value).details:
+                    if detail.Unpack(info):
+                        return hint_s(info.retry_delay.seconds + info.retry_delay.nanos / 1e9)
+    return None

@@ -1,0 +1,218 @@
+"""HttpSender: OTLP over HTTP with protobuf bodies."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import gzip
+import re
+import socket
+import threading
+import time
+import zlib
+from functools import partial
+from http.client import HTTPException
+from typing import Any, NamedTuple, cast
+
+import requests
+from google.protobuf.message import DecodeError
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # has .pyi, no py.typed
+from requests.adapters import HTTPAdapter
+
+from esper_otel.export.credentials import provided
+from esper_otel.export.endpoint import USER_AGENT, Endpoint
+from esper_otel.export.failure import meaning
+from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s, one_line
+from esper_otel.export.token import Headers
+
+_OTHER_PATH = ": it takes no OTLP metrics at this path (usual is /v1/metrics)"
+_STATUS = {
+    **dict.fromkeys((408, 429, 502, 503, 504), (Result.TEMPORARY, "")),
+    **dict.fromkeys((404, 405, 501), (Result.TEMPORARY, _OTHER_PATH)),
+    **dict.fromkeys((401, 403), (Result.UNAUTHENTICATED, ": credentials refused ({variable})")),
+    407: (Result.UNAUTHENTICATED, ": the proxy refuses the credentials (HTTP_PROXY, HTTPS_PROXY)"),
+    413: (Result.TOO_LARGE, ""),
+}
+
+
+class _Request(NamedTuple):
+    body: bytes
+    headers: dict[str, str]
+    deadline_s: float
+
+
+class HttpSender:
+    """OTLP over HTTP: see ``Sender``.
+
+    A thread of our own sends: ``requests`` limits each read, not the whole, and nothing ends the look-up of a name.
+
+    Raises:
+        ConfigurationError: the credential provider cannot be used.
+    """
+
+    def __init__(self, endpoint: Endpoint, headers: Headers) -> None:
+        self._endpoint = endpoint
+        self._headers = headers
+        self._connection: list[Any] = []
+        self._session = _session(endpoint, self._connection)
+        self._settings = _settings(endpoint)
+        self._changed = threading.Condition()
+        self._request: _Request | None = None
+        self._outcome: Outcome | None = None
+        self._is_busy = False
+        self._is_closed = False
+        # Started here and not with the first request: that may be at exit, when Python starts no more threads.
+        threading.Thread(target=self._work, name="esper-otel-http", daemon=True).start()
+
+    def send(self, body: bytes, timeout_s: float) -> Outcome:
+        """See ``Sender``."""
+        deadline_s = time.monotonic() + timeout_s
+        if self._endpoint.compression == "gzip":
+            body = gzip.compress(body, 1)
+        elif self._endpoint.compression == "deflate":
+            body = zlib.compress(body, 1)
+        request = _Request(body, dict(self._headers.now()), deadline_s)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or not self._is_busy, timeout_s)
+            if not self._is_closed and not self._is_busy:
+                self._request, self._outcome, self._is_busy = request, None, True
+                self._changed.notify_all()
+                left_s = max(deadline_s - time.monotonic(), 0.0)
+                answered = self._changed.wait_for(lambda: self._outcome or self._is_closed, left_s)
+                if isinstance(answered, Outcome) and (answered.result is Result.DELIVERED or not self._is_closed):
+                    return answered
+            if self._is_closed:
+                return CLOSED
+        self._cut()
+        return Outcome(Result.TEMPORARY, f"no answer from {self._endpoint.target} within {timeout_s:g} s")
+
+    def close(self) -> None:
+        """See ``Sender``."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._cut()
+
+    def _cut(self) -> None:
+        """Ends the connection under the thread that waits for it."""
+        for connection in self._connection:
+            if isinstance(getattr(connection, "sock", None), socket.socket):
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or self._request is not None)
+                request, self._request = self._request, None
+            if request is None:
+                break
+            outcome = self._exchanged(request)
+            with self._changed:
+                self._outcome, self._is_busy = outcome, False
+                self._changed.notify_all()
+        self._session.close()
+
+    def _exchanged(self, request: _Request) -> Outcome:
+        left_s = max(request.deadline_s - time.monotonic(), 0.0) + 0.5  # so that send gives up first
+        settings = {**self._settings, "headers": {**self._settings["headers"], **request.headers}}
+        if "authorization" in request.headers and self._endpoint.credential_provider is None:
+            settings["auth"] = partial(_with_authorization, request.headers["authorization"])
+        try:
+            response = self._session.post(self._endpoint.address, request.body, timeout=left_s, **settings)
+        except Exception as error:  # noqa: BLE001 - a provider's session may raise its own, and this thread must live
+            return Outcome(Result.TEMPORARY, _of_exception(error, self._endpoint))
+        answer = b""
+        with contextlib.suppress(Exception), contextlib.closing(response):
+            answer = response.raw.read(MAX_ANSWER_BYTES, decode_content=True)
+        return self._answered(response, answer)
+
+    def _answered(self, response: requests.Response, answer: bytes) -> Outcome:
+        """Retryable or not, by the OTLP specification 1.9, https://opentelemetry.io/docs/specs/otlp/#otlphttp-response.
+
+        Unlike there, data is kept when credentials are refused or metrics are not taken at this path, as over gRPC.
+        """
+        status, target = response.status_code, self._endpoint.target
+        is_page = response.headers.get("Content-Type", "").startswith("text/html")
+        if 200 <= status < 300 and not is_page:
+            return delivered(answer, self._headers.said)
+        said = "" if is_page else self._headers.said(_message(answer))
+        if status == 400 and re.search("to an https server|to https port", said.lower()):  # Go's servers, nginx
+            return Outcome(Result.TEMPORARY, f"{target} speaks TLS: give https://")
+        usual = (Result.REFUSED, "") if status >= 400 else (Result.TEMPORARY, _OTHER_PATH)  # redirects, and web pages
+        result, hint = _STATUS.get(status, usual)
+        reason = " ".join(filter(None, (target, "answered", str(status), self._headers.said(response.reason or ""))))
+        is_busy = result is Result.TEMPORARY and not hint
+        return Outcome(
+            result,
+            (f"{reason}: {said}" if said else reason) + hint.format(variable=self._headers.variable),
+            _retry_after_s(response.headers.get("Retry-After", "")) if is_busy else None,
+        )
+
+
+def _session(endpoint: Endpoint, connection: list[Any]) -> requests.Session:
+    """The provider's session, or one that keeps the newest of its connections in the list."""
+    if endpoint.credential_provider:
+        return provided(endpoint.credential_provider, requests.Session, "a requests.Session")
+
+    def connected(kind: Any, **settings: Any) -> Any:
+        connection[:] = [kind(**settings)]
+        return connection[0]
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            pool.ConnectionCls = partial(connected, type(pool).ConnectionCls)
+            return pool
+
+    session = requests.Session()
+    session.mount("http://", Adapter())
+    session.mount("https://", Adapter())
+    return session
+
+
+def _settings(endpoint: Endpoint) -> dict[str, Any]:
+    """What ``requests`` is given with each request; as the session's own it would lose against REQUESTS_CA_BUNDLE."""
+    headers = {"User-Agent": USER_AGENT, "Content-Type": "application/x-protobuf"}
+    if endpoint.compression != "none":
+        headers["Content-Encoding"] = endpoint.compression
+    settings: dict[str, Any] = {"headers": headers, "allow_redirects": False, "stream": True}
+    if endpoint.certificate is not None:
+        settings["verify"] = str(endpoint.certificate)
+    if endpoint.client_certificate is not None:
+        settings["cert"] = (str(endpoint.client_certificate), str(endpoint.client_key))
+    return settings
+
+
+def _with_authorization(text: str, request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """The last word: ``requests`` would put what ~/.netrc or the URL has in place of the header."""
+    request.headers["authorization"] = text
+    return request
+
+
+def _of_exception(error: Exception, endpoint: Endpoint) -> str:
+    """In words; what ``requests`` and urllib3 add is left out, since it holds the host's name, or a header."""
+    said, each = "", cast("BaseException | None", error)
+    while each is not None:
+        if isinstance(each, OSError | HTTPException):
+            is_python = type(each).__module__ in {"builtins", "ssl", "socket"}
+            said += f"{type(each).__name__} {each if is_python else ''} "
+        each = each.__cause__ or each.__context__
+    return meaning(said, endpoint) or f"{endpoint.target}: {one_line(said) or type(error).__name__}"
+
+
+def _message(answer: bytes) -> str:
+    """The message of a google.rpc.Status, or the text that there is instead of one."""
+    try:
+        return str(Status.FromString(answer).message)
+    except DecodeError:
+        return answer.decode("utf-8", "replace")
+
+
+def _retry_after_s(text: str) -> float | None:
+    """Seconds, or a date (RFC 9110, 10.2.3)."""
+    with contextlib.suppress(ValueError):
+        return hint_s(float(text))
+    with contextlib.suppress(ValueError, OverflowError):
+        return hint_s(email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    return None

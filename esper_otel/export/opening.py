@@ -1,0 +1,70 @@
+"""Opening: one session's step exporter, with its encoder, its sender and its spool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+from opentelemetry.sdk.resources import Resource
+
+from esper_otel.export.encode import Encoder
+from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.exporter import StepExporter
+from esper_otel.export.source import Leftover, leftovers_in
+from esper_otel.export.spool import Spool
+from esper_otel.export.transport import open_sender
+from esper_otel.frame import Run
+from esper_otel.log import Warnings
+from esper_otel.ring import Ring
+from esper_otel.schema import Metric
+from esper_otel.settings import EsperSettings
+
+
+def open_exporter(
+    endpoint: Endpoint,
+    settings: EsperSettings,
+    ring: Ring,
+    catalogue: Mapping[str, Metric],
+    resource_of: Callable[[Run], Resource],
+    *,
+    prepare: Callable[[], None],
+    health: Callable[[], Mapping[tuple[str, str], float]],
+    fault: Callable[[str, Exception], None],
+    warnings: Warnings,
+) -> StepExporter:
+    """The exporter, not started yet. See ``StepExporter`` for the arguments.
+
+    Raises:
+        ConfigurationError: the endpoint or the spool cannot be used.
+    """
+    if endpoint.protocol == "grpc":
+        # DataLoader workers fork; grpc's own fork handlers dead-lock or kill them.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    directory, spool = settings.spool_dir, None
+    if directory is not None:
+        most_bytes = settings.spool_bytes
+        spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
+
+    def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
+        return Encoder(metrics, resources, fault)
+
+    def leftovers() -> Iterable[Leftover]:
+        return () if directory is None else leftovers_in(directory, encoder_of, most_bytes=settings.spool_bytes)
+
+    def prepared() -> None:
+        prepare()
+        if spool is not None:
+            spool.tend()
+
+    return StepExporter(
+        ring,
+        encoder_of(catalogue, resource_of),
+        open_sender(endpoint, settings.token_file),
+        every_s=settings.export_every_s,
+        timeout_s=endpoint.timeout_s,
+        prepare=prepared,
+        health=health,
+        warnings=warnings,
+        spool=spool,
+        leftovers=leftovers,
+    )

@@ -1,0 +1,200 @@
+"""Sources: where an exporter's frames come from, with a cursor that moves when they are settled."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from opentelemetry.sdk.resources import Resource
+
+from esper_otel.export.blocks import COUNTED
+from esper_otel.export.encode import Encoder
+from esper_otel.export.records import Stored, frames_in
+from esper_otel.export.spool import OUTCOME, Folder, Spool, abandoned
+from esper_otel.export.streams import Streams
+from esper_otel.frame import Frame, Run
+from esper_otel.ring import Ring
+from esper_otel.schema import METRICS, Metric
+
+_MS = 1_000_000
+KILLED = "killed"
+
+# Makes an encoder for a catalogue and for what gives a run's Resource.
+EncoderOf = Callable[[Mapping[str, Metric], Callable[[Run], Resource]], Encoder]
+
+
+class Source(Protocol):
+    """Frames of one session, in order, and what has been said of them.
+
+    Attributes:
+        encoder: makes requests of them.
+        streams: the series that were delivered.
+        run: of the last frame delivered.
+        beside: requests that must be delivered before any further frame.
+        lost: the word for frames that are gone before they could be sent.
+        delivered: frames that the endpoint took.
+    """
+
+    encoder: Encoder
+    streams: Streams
+    run: Run | None
+    beside: deque[bytes]
+    lost: str
+    delivered: int
+
+    def after(self, limit: int) -> tuple[list[Frame], int]:
+        """Up to ``limit`` frames that are next, and how many before them are gone; nothing when there is none."""
+
+    def advance(self, count: int) -> None:
+        """So many frames are settled, or gone."""
+
+
+class Live:
+    """The frames of this session: from the ring, and from the spool when the ring has dropped them."""
+
+    lost = "buffer full"
+
+    def __init__(self, ring: Ring, encoder: Encoder, spool: Spool | None) -> None:
+        self.encoder = encoder
+        self.streams = Streams()
+        self.run: Run | None = None
+        self.beside: deque[bytes] = deque()
+        self.delivered = 0
+        self.cursor = 0
+        self._ring = ring
+        self._spool = spool
+
+    @property
+    def waiting(self) -> int:
+        """Frames that are not settled."""
+        return self._ring.last - self.cursor
+
+    def after(self, limit: int) -> tuple[list[Frame], int]:
+        """See ``Source.after``."""
+        frames, gone = self._ring.after(self.cursor, limit)
+        if gone and self._spool is not None:
+            spooled = self._spool.after(self.cursor, min(limit, gone))
+            if spooled:
+                return spooled, spooled[0].sequence - self.cursor - 1
+        return frames, gone
+
+    def advance(self, count: int) -> None:
+        """See ``Source.advance``."""
+        self.cursor += count
+        if self._spool is not None:
+            self._spool.acknowledge(self.cursor)
+
+
+class Leftover:
+    """The frames that an earlier session has left in its folder of the spool.
+
+    Attributes:
+        folder: the folder.
+        deleted: frames deleted for want of room.
+        has_said_goodbye: whether the end of the run stands beside the frames.
+    """
+
+    lost = "spool damaged"
+
+    def __init__(self, folder: Folder, encoder_of: EncoderOf) -> None:
+        self.folder = folder
+        self.streams = Streams()
+        self.run: Run | None = None
+        self.beside: deque[bytes] = deque()
+        self.delivered = 0
+        self.has_said_goodbye = False
+        self.deleted = 0
+        self._stored = Stored()
+        self._catalogue = {metric.name: metric for metric in METRICS}
+        self._encoder_of = encoder_of
+        self.encoder = self._encoder()
+        self._paths = deque(folder.segments())
+        self._frames: deque[Frame] = deque()
+        self._cursor = folder.acknowledged
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(path.stat().st_size for path in self._paths)
+
+    def delete_oldest(self) -> None:
+        """Deletes its oldest file, for want of room; the frames in it are counted as ``deleted``."""
+        path = self._paths.popleft()
+        for frame in frames_in(path.read_bytes(), Stored()):
+            if frame.sequence > self._cursor:
+                self.deleted += 1
+                self._cursor = frame.sequence
+        self.folder.acknowledge(self._cursor)
+        path.unlink()
+
+    def _encoder(self) -> Encoder:
+        return self._encoder_of(self._catalogue, self._stored.resources.__getitem__)
+
+    def after(self, limit: int) -> tuple[list[Frame], int]:
+        """See ``Source.after``."""
+        while self._paths and len(self._frames) < limit:
+            self._read(self._paths.popleft())
+        frames: list[Frame] = []
+        for frame in self._frames:
+            if len(frames) == limit or (frames and frame.sequence != frames[-1].sequence + 1):
+                break
+            frames.append(frame)
+        if frames:
+            return frames, frames[0].sequence - self._cursor - 1
+        # A frame of which only the beginning is there: the process died, or the file was cut short, in the middle.
+        torn, self._stored.is_torn = self._stored.is_torn, False
+        return [], int(torn)
+
+    def _read(self, path: Path) -> None:
+        last = self._frames[-1].sequence if self._frames else self._cursor
+        for frame in frames_in(path.read_bytes(), self._stored):
+            if frame.sequence > last:
+                self._frames.append(frame)
+                last = frame.sequence
+            elif frame.sequence <= self.folder.acknowledged:
+                # Delivered before; but its series have not ended yet.
+                self.streams.ended(frame.retired)
+                self.streams.named((*frame.names, *COUNTED))
+                self.streams.sent(frame)
+                self.run = frame.run
+        if not self._catalogue.keys() >= self._stored.metrics.keys():
+            self._catalogue.update(self._stored.metrics)
+            self.encoder = self._encoder()
+
+    def advance(self, count: int) -> None:
+        """See ``Source.advance``."""
+        self._cursor += count
+        while self._frames and self._frames[0].sequence <= self._cursor:
+            self._frames.popleft()
+        self.folder.acknowledge(self._cursor)
+
+    @property
+    def outcome(self) -> str:
+        """How the run ended, as far as it could say so."""
+        try:
+            return (self.folder.path / OUTCOME).read_text(encoding="utf-8") or KILLED
+        except OSError:
+            return KILLED
+
+    def say_goodbye(self, time_unix_ns: int) -> None:
+        """Puts beside the frames that the run has ended, and how, and the end of every series."""
+        self.has_said_goodbye = True
+        if self.run is None:
+            return
+        ended = {("esper.run.ended", self.outcome): 1.0}
+        self.beside.append(self.encoder.health(self.run, ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns))
+        last_unix_ns = self.streams.last_unix_ns
+        self.beside.extend(self.encoder.stale(self.run, self.streams.all_ended(), time_unix_ns=last_unix_ns + _MS))
+
+
+def leftovers_in(directory: Path, encoder_of: EncoderOf, *, most_bytes: int) -> list[Leftover]:
+    """What earlier sessions have left in a spool directory, oldest first; ours from now on, and cut to the limit."""
+    leftovers = [Leftover(folder, encoder_of) for folder in abandoned(directory)]
+    sizes = [leftover.size for leftover in leftovers]
+    while sum(sizes) > most_bytes:
+        number = next(number for number, size in enumerate(sizes) if size)
+        leftovers[number].delete_oldest()
+        sizes[number] = leftovers[number].size
+    return leftovers
