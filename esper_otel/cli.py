@@ -1,11 +1,11 @@
-"""The command line: ``esper-otel schema | demo | check``. A command's own imports happen when it is chosen."""
+"""The command line: ``esper-otel COMMAND``. A command's own imports happen when it is chosen."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,6 +19,11 @@ _EXIT_BROKEN_PIPE = 141
 _EXIT_INTERRUPTED = 130
 _NO_WIDTH = 10_000
 _DEMO_PACKAGES = {"torch": "torch", "sklearn": "scikit-learn"}
+_GATEWAY_PACKAGES = {
+    "aiohttp": "aiohttp",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+}
 
 
 class _MissingExtra(EsperOtelError):
@@ -121,27 +126,42 @@ def _schema_text() -> str:
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    with _hint_when_missing():
+    with _hint_when_missing("demo", _DEMO_PACKAGES):
         from esper_otel.demo.command import add_arguments
     add_arguments(parser)
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    with _hint_when_missing():
+    with _hint_when_missing("demo", _DEMO_PACKAGES):
         from esper_otel.demo.command import main as run_demo
 
         return run_demo(options)
 
 
 @contextmanager
-def _hint_when_missing() -> Iterator[None]:
+def _hint_when_missing(extra: str, packages: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = _DEMO_PACKAGES.get((error.name or "").partition(".")[0])
+        package = packages.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        raise _MissingExtra(f'the demo needs {package}: pip install "esper-otel[demo]"') from None
+        raise _MissingExtra(f'the {extra} needs {package}: pip install "esper-otel[{extra}]"') from None
+
+
+# -- gateway ---------------------------------------------------------------------------------------------
+
+
+def _add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
+    with _hint_when_missing("gateway", _GATEWAY_PACKAGES):
+        from esper_otel.gateway.command import add_arguments
+    add_arguments(parser)
+
+
+def _run_gateway(options: argparse.Namespace) -> int:
+    from esper_otel.gateway.command import main as run_gateway
+
+    return run_gateway(options)
 
 
 # -- check -----------------------------------------------------------------------------------------------
@@ -191,6 +211,12 @@ _COMMANDS = {
         "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 esper-otel check --seeds 100 --steps-per-second 5",
         _add_check_arguments,
         _run_check,
+    ),
+    "gateway": _Command(
+        "receive OTLP from training runs, and let controllers pull Leyline packets",
+        "esper-otel gateway --store ./steps",
+        _add_gateway_arguments,
+        _run_gateway,
     ),
     "schema": _Command(
         "list every metric: name, unit, gate, needs and meaning",

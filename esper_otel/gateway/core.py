@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from esper_otel.errors import EsperOtelError
@@ -81,6 +82,7 @@ class Core:
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._next_expiry_s = 0.0
+        self._is_ending = False
         self._warnings = Warnings()
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
@@ -148,10 +150,8 @@ class Core:
         self._timer = None
         now_s = time.monotonic()
         items = self._assembler.release(now_s)
-        try:
+        with suppress(StoreFull):  # counted; tried again
             self._save(items)
-        except StoreFull:
-            pass  # counted; tried again
         self._schedule(now_s)
 
     def _restore(self, store: FileStore) -> None:
@@ -165,22 +165,25 @@ class Core:
 
     def start(self) -> None:
         """Begins to release frames; called in the event loop."""
-        try:
+        with suppress(StoreFull):  # counted; tried again
             self._save([])
-        except StoreFull:
-            pass  # counted; tried again
         self._schedule(time.monotonic())
 
     def close(self) -> None:
         """Ends the waiting of pullers, and the use of the store."""
         if self._timer is not None:
             self._timer.cancel()
+        self.end_waiting()
+        self._store.close()
+
+    def end_waiting(self) -> None:
+        """Answers every puller that waits: the gateway is about to end."""
+        self._is_ending = True
         for waiters in self._waiters.values():
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
         self._waiters.clear()
-        self._store.close()
 
     # -- pulling -----------------------------------------------------------------------------------------
 
@@ -222,7 +225,7 @@ class Core:
             else:
                 if response.steps or response.gap or time.monotonic() >= deadline_s:
                     return response
-            if not await self._news(request.run_id, deadline_s):
+            if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
 
     def _page(self, request: PullRequest) -> PullResponse:
@@ -282,7 +285,9 @@ class Core:
 
 
 def _check(decoded: Decoded, grant: Grant) -> None:
-    senders = {each.sender for each in (*decoded.blocks, *decoded.markers, *decoded.ended)}
+    senders = {block.sender for block in decoded.blocks}
+    senders |= {marker.sender for marker in decoded.markers}
+    senders |= {ended.sender for ended in decoded.ended}
     for sender in senders:
         if not grant.allows(sender.run_id):
             raise NotAllowed(f"this token is not for run {sender.run_id!r}")

@@ -130,7 +130,9 @@ class FileStore:
             for item in items:
                 self._insert(connection, item, changed)
             for run in changed.values():
-                connection.execute("UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key))
+                connection.execute(
+                    "UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key)
+                )
                 connection.executemany(
                     "INSERT OR REPLACE INTO ranks VALUES (?, ?, ?)", [(run.key, *each) for each in run.ranks.items()]
                 )

@@ -1,0 +1,77 @@
+"""Faults: what a sender or a puller is told when something cannot be done, over gRPC and over HTTP."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as above
+
+from esper_otel.gateway.core import BadRequest, NotAllowed
+from esper_otel.gateway.decoded import Malformed
+from esper_otel.gateway.security import Refused
+from esper_otel.gateway.stored import StaleCursor, StoreFull, UnknownRun
+from esper_otel.log import Warnings
+
+_RETRY_S = 1.0
+
+
+class Busy(Exception):
+    """More is in flight than there is room for."""
+
+
+class TooLarge(Exception):
+    """A request is larger than any may be."""
+
+
+class Fault(NamedTuple):
+    """The same answer in both protocols.
+
+    Attributes:
+        code: of gRPC.
+        status: of HTTP.
+        message: in words.
+        retry_s: when to come again; None: never with the same request.
+    """
+
+    code: grpc.StatusCode
+    status: int
+    message: str
+    retry_s: float | None
+
+    def body(self) -> Status:
+        """As ``google.rpc.Status``, the body of an HTTP answer and the details of gRPC."""
+        status = Status(code=self.code.value[0], message=self.message)
+        if self.retry_s is not None:
+            delay = Duration()
+            delay.FromNanoseconds(int(self.retry_s * 1e9))
+            status.details.add().Pack(RetryInfo(retry_delay=delay))
+        return status
+
+
+_TABLE: dict[type[Exception], tuple[grpc.StatusCode, int, float | None]] = {
+    Malformed: (grpc.StatusCode.INVALID_ARGUMENT, 400, None),
+    BadRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400, None),
+    Refused: (grpc.StatusCode.UNAUTHENTICATED, 401, None),
+    NotAllowed: (grpc.StatusCode.PERMISSION_DENIED, 403, None),
+    UnknownRun: (grpc.StatusCode.NOT_FOUND, 404, None),
+    StaleCursor: (grpc.StatusCode.FAILED_PRECONDITION, 409, None),
+    TooLarge: (grpc.StatusCode.INVALID_ARGUMENT, 413, None),
+    Busy: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S),
+    StoreFull: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S),
+}
+
+
+def fault_of(error: Exception, warnings: Warnings) -> Fault:
+    """What to answer. A fault of ours is logged, and refuses the one request that met it, for good."""
+    known = _TABLE.get(type(error))
+    if known is None:
+        warnings.say(
+            f"fault {type(error).__name__}", "a request failed (%s: %s)", type(error).__name__, error, exc_info=error
+        )
+        # Not "come again": it would, and hold up all that its sender has behind it.
+        return Fault(grpc.StatusCode.INVALID_ARGUMENT, 400, "the gateway failed over this request; see its log", None)
+    code, status, retry_s = known
+    return Fault(code, status, str(error), retry_s)

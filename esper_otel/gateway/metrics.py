@@ -1,0 +1,48 @@
+"""Metrics: the gateway about itself, in Prometheus' text format."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from esper_otel.gateway.core import Core
+
+
+class _Own(NamedTuple):
+    name: str
+    kind: str
+    text: str
+
+
+_COUNTERS = (
+    _Own("requests", "counter", "OTLP requests taken."),
+    _Own("points", "counter", "Points taken."),
+    _Own("steps", "counter", "Steps released, corrections included."),
+    _Own("incomplete_steps", "counter", "Steps released without some of their points."),
+    _Own("corrections", "counter", "Steps released again, with points that came late."),
+    _Own("pulled_steps", "counter", "Steps given to pullers."),
+    _Own("gap_steps", "counter", "Steps that fell out of the store before a puller came for them."),
+    _Own("dropped_steps", "counter", "Steps dropped from the store, for want of room or by age."),
+    _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to come again."),
+)
+_GAUGES = (
+    _Own("runs", "gauge", "Runs known."),
+    _Own("writers", "gauge", "Processes known that send."),
+    _Own("missing_steps", "gauge", "Steps that never came, of the runs known."),
+    _Own("stored_bytes", "gauge", "Bytes that stored steps take."),
+    _Own("waiting_pulls", "gauge", "Pullers that wait for the next step."),
+    _Own("unsaved_steps", "gauge", "Steps that the store has not taken yet."),
+)
+
+
+def prometheus_text(core: Core) -> str:
+    """Every metric, with its help and type; counters from 0 on."""
+    values = {**core.gauges(), **core.counts}
+    lines = []
+    for own in (*_COUNTERS, *_GAUGES):
+        name = f"esper_gateway_{own.name}" + ("_total" if own.kind == "counter" else "")
+        value = values.get(own.name, 0)
+        lines += [f"# HELP {name} {own.text}", f"# TYPE {name} {own.kind}", f"{name} {value:.17g}"]
+    name = "esper_gateway_rejected_points_total"
+    lines += [f"# HELP {name} Points refused, by reason.", f"# TYPE {name} counter"]
+    lines += [f'{name}{{reason="{reason}"}} {count}' for reason, count in sorted(core.rejected.items())]
+    return "\n".join(lines) + "\n"

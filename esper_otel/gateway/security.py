@@ -1,0 +1,180 @@
+"""Security: who may send and who may pull, and the certificates of the gateway's ports."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper_otel.errors import ConfigurationError
+from esper_otel.log import Warnings
+
+_LOOK_EVERY_S = 1.0
+_MOST_BYTES = 1024 * 1024
+_PREFIX = "run="
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a token allows: every run, or those whose id begins with ``prefix``."""
+
+    prefix: str = ""
+
+    def allows(self, run_id: str) -> bool:
+        """Whether it is good for this run."""
+        return run_id.startswith(self.prefix)
+
+
+EVERYTHING = Grant()
+
+
+class Refused(Exception):
+    """A token is missing or unknown."""
+
+
+class Tokens:
+    """Bearer tokens of a file: one a line, several at once for a rotation, each for every run or for some.
+
+    A line is the token alone, or the token, a space and ``run=PREFIX``; empty lines and those that begin with ``#``
+    say nothing. The file is read again, at most once a second, when it changes; one that cannot be used leaves the
+    last tokens in force, and is warned about.
+
+    Args:
+        path: the file.
+        option: what the user calls it.
+        clock: seconds that never go back.
+
+    Raises:
+        ConfigurationError: there is no token to begin with; the message names the option.
+    """
+
+    def __init__(self, path: Path, option: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._option = option
+        self._clock = clock
+        self._warnings = Warnings(clock)
+        self._next_look_s = clock() + _LOOK_EVERY_S
+        try:
+            self._known = _tokens_in(path)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{option} {path}: {_fault(error)}") from None
+
+    def grant(self, authorization: str | None) -> Grant:
+        """What the value of an ``authorization`` header allows. Takes as long for a wrong token as for a right one.
+
+        Raises:
+            Refused: nothing.
+        """
+        self._look()
+        scheme, _, token = (authorization or "").partition(" ")
+        given = _digest(token.strip().encode())
+        found = None
+        for known, grant in self._known:
+            if hmac.compare_digest(known, given):
+                found = grant
+        if found is None or scheme.lower() != "bearer":
+            raise Refused("a bearer token is missing, or it is not a known one")
+        return found
+
+    def _look(self) -> None:
+        if self._clock() < self._next_look_s:
+            return
+        self._next_look_s = self._clock() + _LOOK_EVERY_S
+        try:
+            self._known = _tokens_in(self._path)
+        except (OSError, ValueError) as error:
+            message = "%s %s: %s; the last tokens that it held stay in force"
+            self._warnings.say("tokens", message, self._option, self._path, _fault(error))
+
+
+def _tokens_in(path: Path) -> list[tuple[bytes, Grant]]:
+    """Raises OSError, or ValueError with words that do not show what is in the file."""
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    tokens = []
+    for number, line in enumerate(content.splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith(b"#"):
+            continue
+        if len(words) > 2 or (len(words) == 2 and not words[1].startswith(_PREFIX.encode())):
+            raise ValueError(f"line {number} is neither a token nor a token and {_PREFIX}PREFIX")
+        prefix = words[1].decode(errors="replace").removeprefix(_PREFIX) if len(words) == 2 else ""
+        tokens.append((_digest(words[0]), Grant(prefix)))
+    if not tokens:
+        raise ValueError("it holds no token")
+    return tokens
+
+
+def _digest(token: bytes) -> bytes:
+    # Of one length, whatever was given: comparing tells nothing of it. And no secret stays in memory.
+    return hashlib.sha256(token).digest()
+
+
+def _fault(error: OSError | ValueError) -> str:
+    return (error.strerror or type(error).__name__).lower() if isinstance(error, OSError) else str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """Files of a TLS server: its certificate with the chain, its key, and who must have signed the clients'."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def stamp(self) -> tuple[tuple[int, int, int], ...]:
+        """Changes when one of the files does."""
+        files = [path for path in (self.certificate, self.key, self.client_ca) if path is not None]
+        stats = [path.stat() for path in files]
+        return tuple((each.st_mtime_ns, each.st_size, each.st_ino) for each in stats)
+
+    def context(self) -> ssl.SSLContext:
+        """For a server of HTTP.
+
+        Raises:
+            ConfigurationError: the files are no pair, or cannot be read.
+        """
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigurationError(
+                f"--tls-cert {self.certificate}, --tls-key {self.key}"
+                + (f", --client-ca {self.client_ca}" if self.client_ca else "")
+                + f": {error.strerror or error}"
+            ) from None
+        return context
+
+
+def check_exposure(host: str, option: str, *, has_tls: bool, is_insecure: bool) -> None:
+    """Refuses to listen where others can reach the port in plain text, unless they are meant to.
+
+    Raises:
+        ConfigurationError: no TLS, and not on loopback.
+    """
+    if has_tls or is_insecure or _is_loopback(host):
+        return
+    raise ConfigurationError(
+        f"{option} {host}: others could reach this in plain text; give --tls-cert and --tls-key, or --insecure when "
+        "the network is trusted"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
