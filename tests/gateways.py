@@ -1,0 +1,85 @@
+"""A gateway for tests: ``esper-otel gateway`` as a process of its own, on free ports."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from esper_otel.gateway.pull_messages import (
+    SERVICE,
+    PullRequest,
+    PullResponse,
+    RunsRequest,
+    RunsResponse,
+)
+
+TIMEOUT_S = 20.0
+
+
+class RunningGateway:
+    """Runs while the ``with`` block does. ``said`` is what it wrote to standard error, when it has ended.
+
+    Args:
+        options: further ones of the command line.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        self.said = ""
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "esper_otel", "gateway", "--json"]
+        for port in ("--grpc", "--http"):
+            if port not in self._options:
+                command += [port, "127.0.0.1:0"]
+        self.process = subprocess.Popen(
+            [*command, *self._options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            _, said = self.process.communicate(timeout=TIMEOUT_S)
+            raise AssertionError(said)
+        addresses = json.loads(line)
+        self.grpc: str = addresses["grpc"]
+        self.http: str = addresses["http"]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Ends it by a signal; returns its exit status."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=TIMEOUT_S)
+        self.said += said
+        return self.process.returncode
+
+    def channel(self) -> grpc.Channel:
+        """In plain text."""
+        return grpc.insecure_channel(self.grpc)
+
+
+def pull(channel: grpc.Channel, run_id: str, cursor: str = "", token: str | None = None, **request: Any) -> Any:
+    """One pull: the response."""
+    call = channel.unary_unary(f"/{SERVICE}/Pull", PullRequest.SerializeToString, PullResponse.FromString)
+    asked = PullRequest(run_id=run_id, cursor=cursor, **request)
+    return call(asked, timeout=TIMEOUT_S, metadata=_headers(token))
+
+
+def runs(channel: grpc.Channel, token: str | None = None) -> list[Any]:
+    """The runs that the gateway knows."""
+    call = channel.unary_unary(f"/{SERVICE}/Runs", RunsRequest.SerializeToString, RunsResponse.FromString)
+    return list(call(RunsRequest(), timeout=TIMEOUT_S, metadata=_headers(token)).runs)
+
+
+def _headers(token: str | None) -> tuple[tuple[str, str], ...]:
+    return () if token is None else (("authorization", f"Bearer {token}"),)
