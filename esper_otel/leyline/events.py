@@ -43,9 +43,9 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> Te
         )
     if values.get("esper.step.failed"):
         add_event(packet, "step_failed", TelemetryLevel.TELEMETRY_LEVEL_ERROR)
-    for name, value in values.items():
-        if not -FLOAT32_BOUND < value < FLOAT32_BOUND and name != "loss":
-            _warn(packet, "value_nonfinite", name, value)
+    outside = [name for name, value in values.items() if not -FLOAT32_BOUND < value < FLOAT32_BOUND and name != "loss"]
+    for name in sorted(outside):  # not in the order of recording, which does not travel
+        _warn(packet, "value_nonfinite", name, values[name])
     if whole(frame.epoch, UINT32_LIMIT) is None:
         _warn(packet, "value_invalid", "esper.epoch", frame.epoch)
     if whole(frame.global_step, UINT64_LIMIT) is None:

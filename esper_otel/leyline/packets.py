@@ -13,6 +13,7 @@ from esper_otel.errors import AdapterError
 from esper_otel.frame import Frame, is_absent
 from esper_otel.leyline.events import step_events
 from esper_otel.leyline.messages import SystemStatePacket, TelemetryPacket
+from esper_otel.leyline.order import ordered
 from esper_otel.leyline.seed_telemetry import known_cells, reported_rows, seed_telemetry
 from esper_otel.leyline.system_state import step_label, system_state
 from esper_otel.schema import SEED_CELLS
@@ -95,6 +96,7 @@ def packets(
     """
     if now_unix_ns is None:
         now_unix_ns = time.time_ns()
+    frame = ordered(frame)
     values = frame.values()
     known = known_cells(frame)
     rows = reported_rows(frame.seeds, known)
@@ -138,6 +140,7 @@ def state(frame: Frame) -> SystemStatePacket:
         AdapterError: a text that is not valid Unicode, which no packet can carry.
     """
     try:
+        frame = ordered(frame)
         return system_state(frame, frame.values())
     except ValueError as error:
         raise _explained(frame, error) from error

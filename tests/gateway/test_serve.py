@@ -33,7 +33,7 @@ from esper_otel.export.resource import resource_for
 from esper_otel.frame import Run
 from esper_otel.gateway.pull_messages import SERVICE
 from esper_otel.gateway.serve import OTLP_SERVICE
-from esper_otel.leyline import SystemStatePacket
+from esper_otel.leyline import SystemStatePacket, TelemetryPacket
 from esper_otel.schema import METRICS
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
@@ -81,11 +81,11 @@ def recorded(telemetry: Telemetry, steps: int = 30) -> None:
             now.put({"loss": float("nan") if step == 7 else 2.0 - step / 64, "gradient_norm": 0.0})
             if step % 3:
                 now.put({"accuracy": step / 64})
-            now.seed("seed-1", stage=4, alpha=step / 64, alpha_steps=step, isolation_violations=step // 5)
+            now.seed("seed-10", stage=4, alpha=step / 64, alpha_steps=step, isolation_violations=step // 5)
             if step < 20 and step % 2:
-                now.seed("seed-2", stage=2, last_kernel_latency_ms=float(step))
+                now.seed("s", stage=2, last_kernel_latency_ms=float(step))
         if step == 20:
-            telemetry.retire_seed("seed-2")
+            telemetry.retire_seed("s")
         if step == 25:
             telemetry.validation(loss=1.5, accuracy=0.25)
 
@@ -124,6 +124,8 @@ def test_pulled_packets_are_those_pulled_in_process(
     assert response.gap == 0
     for step, packets in zip(response.steps, in_process, strict=True):
         assert comparable(SystemStatePacket.FromString(step.state)) == comparable(packets.state)
+        pulled = [comparable(TelemetryPacket.FromString(packet)) for packet in step.telemetry]
+        assert pulled == list(map(comparable, packets.telemetry))
         assert set(step.names) == packets.names
         assert (step.complete, step.revision, step.step) == (True, 1, packets.step)
 

@@ -147,10 +147,13 @@ def test_a_number_that_its_integer_field_cannot_hold_is_an_event(field: str, val
 
 
 def test_each_row_gets_its_own_numbers_events_and_health() -> None:
-    """Rows are converted together; none may lean on its neighbour. Rows keep their order."""
+    """Rows are converted together; none may lean on its neighbour. They are in the order of their ids."""
     rows = {"b": {"alpha": 0.25}, "a": {"alpha": math.nan}, "c": {"isolation_violations": 2.0}}
     live = {"a": {"stage": 4.0}, "x": {"isolation_violations": 1.0}, "b": {"fallback_used": 1.0}}
-    b, a, c = telemetry(rows, live)
+    a, b, c = telemetry(rows, live)
+    assert [packet.packet_id for packet in telemetry(dict(reversed(rows.items())), live)] == [
+        packet.packet_id for packet in (a, b, c)
+    ]
     assert [packet.packet_id for packet in (b, a, c)] == [f"kasmina-seed-{seed}-17" for seed in "bac"]
     assert [packet.system_health.summary for packet in (b, a, c)] == ["fallback", "nominal", "violations"]
     assert [points(packet) for packet in (b, a, c)] == [
@@ -178,7 +181,7 @@ def test_ids_stay_unique_when_step_numbers_went_back() -> None:
 )
 def test_every_recorded_cell_is_a_point_or_an_event(rows: dict[str, dict[str, float]]) -> None:
     """Nothing recorded disappears but ``alpha_steps`` outside BLENDING, and no row gets what it did not record."""
-    for packet, cells in zip(telemetry(rows), rows.values(), strict=True):
+    for packet, cells in zip(telemetry(rows), dict(sorted(rows.items())).values(), strict=True):
         names = {metric.field: metric.name for metric in SEED_METRICS}
         expected = {names[field] for field in cells if field != "alpha_steps" or cells.get("stage") == Stage.BLENDING}
         in_events = {event.attributes["metric"] for event in packet.events}
