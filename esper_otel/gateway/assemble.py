@@ -66,11 +66,15 @@ class Assembler:
             self._take_block(block, now_s, received_unix_ns, rejected)
         for marker in decoded.markers:
             track = self._track(marker.sender, now_s)
-            if track is not None:
+            if track is None:
+                rejected[TOO_MANY_RUNS] += 1
+            else:
                 track.end_stream(marker)
         for sender, outcome in decoded.ended:
             track = self._track(sender, now_s)
-            if track is not None:
+            if track is None:
+                rejected[TOO_MANY_RUNS] += 1
+            else:
                 track.note(sender, now_s, received_unix_ns)
                 track.end(outcome)
         return Taken(decoded.points - rejected.total(), rejected)

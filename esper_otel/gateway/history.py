@@ -12,7 +12,7 @@ import numpy as np
 from esper_otel.frame import ABSENT_BITS, Frame, Run, SeedTable, is_absent
 from esper_otel.gateway.decoded import Marker, Sender
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.parts import Part, merged, part_of
+from esper_otel.gateway.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.queue import Ready, Waiting
 from esper_otel.leyline.numbers import UINT64_LIMIT, finite, whole
 from esper_otel.record.live import LiveSeeds, SeedStep
@@ -341,12 +341,8 @@ def _is_same(one: Frame, other: Frame) -> bool:
         and one.live.cells.tobytes() == other.live.cells.tobytes()
         and one.retired == other.retired
         and one.recorded.keys() == other.recorded.keys()
-        and all(_is_equal(value, other.recorded[name]) for name, value in one.recorded.items())
+        and all(is_equal(value, other.recorded[name]) for name, value in one.recorded.items())
     )
-
-
-def _is_equal(one: float, other: float) -> bool:
-    return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
 
 
 @lru_cache(maxsize=4096)

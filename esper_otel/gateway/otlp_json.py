@@ -41,7 +41,7 @@ def protobuf_of_json(body: bytes) -> bytes:
                 for metric in _objects(of_scope, "metrics"):
                     _fill_metric(scope.metrics.add(), metric)
         return request.SerializeToString()
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise Malformed(f"no OTLP request in JSON: {error}") from None
 
 
@@ -142,6 +142,6 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | str | float):
         raise TypeError(f"{value!r} is no number")
     number = float(value)
-    if isinstance(value, str) and not math.isfinite(number):
+    if not math.isfinite(number):  # 1e999 is none either
         raise ValueError(f"{value!r} is no number")
     return number

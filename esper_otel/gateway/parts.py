@@ -147,14 +147,15 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> Merged:
     for part in parts:
         for stream, number in zip(part.shape.streams, part.numbers.tolist(), strict=True):
             known = numbers.setdefault(stream, number)
-            if known is not number and not _is_same(known, number):
+            if known is not number and not is_equal(known, number):
                 differing += 1
                 if last_counts:
                     numbers[stream] = number
     return Merged(Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing)
 
 
-def _is_same(one: float, other: float) -> bool:
+def is_equal(one: float, other: float) -> bool:
+    """Whether two values are the same; NaN is the same as NaN."""
     return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
 
 

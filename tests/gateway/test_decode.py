@@ -1,0 +1,161 @@
+"""Decoding: the fast decoder says what the plain one says, of every request and of anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from frames import TIME_UNIX_NS, histories
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Exemplar, Metric, NumberDataPoint
+from wire import bodies
+
+from esper_otel.frame import Frame
+from esper_otel.gateway.decode import Decoder, decode_plain
+from esper_otel.gateway.decoded import NO_SEED, NO_TIME, NOT_A_NUMBER, UNKNOWN_METRIC, WRONG_TIME, Decoded, Malformed
+from esper_otel.gateway.envelope import field
+
+
+def said(decode: Callable[[bytes], Decoded], body: bytes) -> object:
+    """What a decoder says, comparable; the word for a request that it refuses."""
+    try:
+        decoded = decode(body)
+    except Malformed:
+        return "malformed"
+    blocks = [
+        (
+            block.sender,
+            block.names,
+            block.seeds,
+            block.streams.tolist(),
+            block.times.tolist(),
+            block.values.tobytes(),
+        )
+        for block in decoded.blocks
+    ]
+    return blocks, decoded.markers, decoded.ended, decoded.points, dict(decoded.rejected)
+
+
+def same(body: bytes) -> object:
+    """What both decoders say; the fast one twice, since it remembers."""
+    plain, decoder = said(decode_plain, body), Decoder()
+    assert said(decoder.decode, body) == plain
+    assert said(decoder.decode, body) == plain
+    return plain
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories(), st.integers(0, 2**32))
+def test_our_requests_and_broken_ones_are_read_alike(history: list[Frame], seed: int) -> None:
+    """A fast path that reads a request otherwise than protobuf would make values up."""
+    luck = random.Random(seed)
+    for body in bodies(history):
+        same(body)
+        for _ in range(5):
+            broken = bytearray(body)
+            for _ in range(luck.randint(1, 3)):
+                broken[luck.randrange(len(broken))] = luck.randrange(256)
+            same(bytes(broken))
+            same(body[: luck.randrange(len(body))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_anything_else_is_malformed_or_read_alike(body: bytes) -> None:
+    """Bytes of strangers must not raise what no server expects."""
+    same(body)
+
+
+def request_of(*metrics: Metric) -> bytes:
+    request = ExportMetricsServiceRequest()
+    request.resource_metrics.add().scope_metrics.add().metrics.extend(metrics)
+    return request.SerializeToString()
+
+
+def gauge(name: str, *points: NumberDataPoint) -> Metric:
+    metric = Metric(name=name)
+    metric.gauge.data_points.extend(points)
+    return metric
+
+
+def point(time_unix_ns: int = TIME_UNIX_NS, seed: str = "", **fields: object) -> NumberDataPoint:
+    made = NumberDataPoint(time_unix_nano=time_unix_ns, **(fields or {"as_double": 1.5}))  # type: ignore[arg-type]
+    if seed:
+        made.attributes.append(KeyValue(key="seed_id", value=AnyValue(string_value=seed)))
+    return made
+
+
+def reversed_fields(of: NumberDataPoint) -> bytes:
+    """A point with its fields in descending order, as the Go collector writes them."""
+    attributes = NumberDataPoint(attributes=of.attributes).SerializeToString()
+    value = NumberDataPoint(as_double=of.as_double).SerializeToString()
+    time = NumberDataPoint(time_unix_nano=of.time_unix_nano).SerializeToString()
+    return attributes + value + time
+
+
+def test_a_points_fields_may_stand_in_any_order() -> None:
+    """Upb, Go and others order fields differently; all of them say the same."""
+    points = [point(TIME_UNIX_NS + n, as_double=n + 0.5) for n in range(20)]
+    forwards = request_of(gauge("loss", *points))
+    content = b"".join(field(1, reversed_fields(of)) for of in points)
+    metric = field(5, content) + Metric(name="loss").SerializeToString()
+    backwards = field(1, field(2, field(2, metric)))
+    assert same(backwards) == same(forwards)
+
+
+def histogram() -> Metric:
+    metric = Metric(name="loss")
+    metric.histogram.data_points.add(count=1)
+    return metric
+
+
+def summed(temporality: int) -> Metric:
+    metric = Metric(name="loss")
+    metric.sum.aggregation_temporality = temporality  # type: ignore[assignment] # an enum is an int
+    metric.sum.data_points.append(point())
+    return metric
+
+
+@pytest.mark.parametrize(
+    ("metric", "rejected"),
+    [
+        (gauge("loss", point(0)), {NO_TIME: 1}),
+        (gauge("loss", point(1)), {WRONG_TIME: 1}),
+        (gauge("loss", point(7_258_118_400 * 10**9)), {WRONG_TIME: 1}),
+        (gauge("what.nobody.knows", point(), point()), {UNKNOWN_METRIC: 2}),
+        (gauge("", point()), {"no metric name": 1}),
+        (gauge("loss", NumberDataPoint(time_unix_nano=TIME_UNIX_NS)), {"no value": 1}),
+        (histogram(), {NOT_A_NUMBER: 1}),
+        (summed(1), {"delta sum": 1}),
+        (summed(2), {}),
+        (gauge("loss", point(as_int=-7)), {}),
+        (gauge("loss", point(as_double=1.0, exemplars=[Exemplar(as_double=2.0)])), {}),
+        (gauge("kasmina.seed.alpha", point()), {NO_SEED: 1}),
+        (gauge("kasmina.seed.alpha", point(seed="seed-1")), {}),
+    ],
+)
+def test_what_is_not_taken_is_counted_by_reason(metric: Metric, rejected: dict[str, int]) -> None:
+    """A sender must be told which of its points were dropped, and why."""
+    body = request_of(metric)
+    same(body)
+    decoded = Decoder().decode(body)
+    assert dict(decoded.rejected) == rejected
+    assert decoded.points == sum(len(block.times) for block in decoded.blocks) + sum(rejected.values())
+
+
+CORPUS = sorted(Path(__file__).with_name("corpus").glob("*.bin"))
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
+def test_the_corpus_is_read_alike(path: Path) -> None:
+    """What once found something, or takes a way of its own through the decoders, must stay right."""
+    body = path.read_bytes()
+    same(body)
+    with contextlib.suppress(Malformed):
+        Decoder().decode_json(body)
