@@ -23,14 +23,14 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
 
 
 @pytest.fixture
-def interrupt_in() -> Iterator[Callable[[float], None]]:
+def interrupt_in() -> Iterator[Callable[[float], object]]:
     """Sends this thread a KeyboardInterrupt after so many seconds, as Ctrl-C would; 0 calls it off."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)  # type: ignore[func-returns-value]
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
@@ -46,7 +46,7 @@ def record(telemetry: Telemetry, number: float) -> None:
 
 
 def test_a_step_that_is_interrupted_anywhere_is_the_only_one_that_suffers(
-    collector: MemoryCollector, interrupt_in: Callable[[float], None]
+    collector: MemoryCollector, interrupt_in: Callable[[float], object]
 ) -> None:
     """Someone presses Ctrl-C in a notebook and runs the next cell."""
     chance = random.Random(4)
