@@ -94,8 +94,11 @@ def test_seeds_come_and_go_without_growth(monkeypatch: pytest.MonkeyPatch) -> No
             assert telemetry.health()["faults"] == 0
 
 
-def test_a_seed_that_comes_back_begins_a_series_of_its_own(collector: MemoryCollector) -> None:
+def test_a_seed_that_comes_back_begins_a_series_of_its_own(
+    collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its end goes out in a request that holds no frame, before its new beginning; at close every series ends."""
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")  # all in one go
     with esper_otel.start(run_id="back") as telemetry:
         for life in range(3):
             for _ in range(2):
@@ -118,6 +121,21 @@ def test_a_seed_that_comes_back_begins_a_series_of_its_own(collector: MemoryColl
     last = {(point.name, str(point.attributes.get("seed_id"))): point.value for point in collector.points()}
     frames = {(p.name, str(p.attributes.get("seed_id"))) for p in collector.points() if p.scope == FRAME_SCOPE}
     assert {last[stream] for stream in frames} == {None}
+
+
+def test_a_seed_that_is_back_at_once_goes_on_where_it_has_values(collector: MemoryCollector) -> None:
+    """One time cannot hold both the end of a series and its next point."""
+    with esper_otel.start(run_id="at once") as telemetry:
+        telemetry.seeds(["slot-1"], alpha=[0.5], fallback_used=[1.0])
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        telemetry.retire_seed("slot-1")
+        telemetry.seeds(["slot-1"], alpha=[0.25])
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+    of_seed = [point for point in collector.points() if point.attributes.get("seed_id") == "slot-1"]
+    assert [p.value for p in of_seed if p.name == "kasmina.seed.alpha"] == [0.5, 0.25, None]
+    fallback = [(p.value, p.time_unix_ns) for p in of_seed if p.name == "kasmina.seed.fallback_used"]
+    assert [value for value, _ in fallback] == [1.0, None]
+    assert fallback[1][1] == max(p.time_unix_ns for p in of_seed if p.value == 0.25)
 
 
 def test_readers_of_our_own_tell_more_seeds_apart_than_the_sdk_does(monkeypatch: pytest.MonkeyPatch) -> None:
