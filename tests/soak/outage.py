@@ -103,19 +103,29 @@ class _Received:
     """Times and values by stream, as they come."""
 
     def __init__(self) -> None:
+        self._requests: list[bytes] = []
         self._place = {stream: place for place, stream in enumerate(STREAMS)}
         self.times: list[list[npt.NDArray[np.uint64]]] = [[] for _ in STREAMS]
         self.values: list[list[npt.NDArray[np.float64]]] = [[] for _ in STREAMS]
 
     def take(self, request: ExportMetricsServiceRequest) -> ExportMetricsServiceResponse:
-        """An endpoint's answer; frames only."""
+        """An endpoint's answer; read later, since an endpoint is faster than this program."""
+        self._requests.append(request.SerializeToString())
+        return ExportMetricsServiceResponse()
+
+    def read(self) -> None:
+        """Reads the frames of what was taken."""
+        for content in self._requests:
+            self._read(ExportMetricsServiceRequest.FromString(content))
+        self._requests.clear()
+
+    def _read(self, request: ExportMetricsServiceRequest) -> None:
         for of_run in request.resource_metrics:
             for scoped in of_run.scope_metrics:
                 if scoped.scope.name != "esper_otel":
                     continue
                 for metric in scoped.metrics:
                     self._take(metric.name, metric.gauge.data_points)
-        return ExportMetricsServiceResponse()
 
     def _take(self, name: str, points: object) -> None:
         by_stream: dict[str, tuple[list[int], list[float]]] = {}
@@ -217,6 +227,7 @@ def run(steps: int, rate: float, protocol: str, folder: Path, **environment: str
                 trainer.send_signal(signal.SIGTERM)
                 status = trainer.wait(60)
                 flush_s = time.monotonic() - started_s
+    received.read()
     stamps = np.frombuffer(times.read_bytes(), np.uint64)
     missing, wrong, duplicates, points = _compared(received, stamps)
     text = (folder / "said").read_text(encoding="utf-8")
