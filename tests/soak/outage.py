@@ -99,25 +99,25 @@ class Report(NamedTuple):
     said: str
 
 
-class _Received:
-    """Times and values by stream, as they come."""
+class _Received(MemoryCollector):
+    """An endpoint that is no slower than a real one: it only keeps what comes, and reads it in the end."""
 
     def __init__(self) -> None:
-        self._requests: list[bytes] = []
+        super().__init__()
+        self._contents: list[bytes] = []
         self._place = {stream: place for place, stream in enumerate(STREAMS)}
         self.times: list[list[npt.NDArray[np.uint64]]] = [[] for _ in STREAMS]
         self.values: list[list[npt.NDArray[np.float64]]] = [[] for _ in STREAMS]
 
-    def take(self, request: ExportMetricsServiceRequest) -> ExportMetricsServiceResponse:
-        """An endpoint's answer; read later, since an endpoint is faster than this program."""
-        self._requests.append(request.SerializeToString())
+    def _receive(self, request: ExportMetricsServiceRequest) -> ExportMetricsServiceResponse:
+        self._contents.append(request.SerializeToString())
         return ExportMetricsServiceResponse()
 
     def read(self) -> None:
         """Reads the frames of what was taken."""
-        for content in self._requests:
+        for content in self._contents:
             self._read(ExportMetricsServiceRequest.FromString(content))
-        self._requests.clear()
+        self._contents.clear()
 
     def _read(self, request: ExportMetricsServiceRequest) -> None:
         for of_run in request.resource_metrics:
@@ -200,10 +200,9 @@ def _ended_with_us(trainer: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def run(steps: int, rate: float, protocol: str, folder: Path, **environment: str) -> Report:
     """The whole story; the endpoint lives in this process."""
-    received = _Received()
     times = folder / "times"
-    with MemoryCollector(keep=1, answer=received.take) as collector:
-        address = collector.grpc_endpoint if protocol == "grpc" else collector.http_endpoint
+    with _Received() as received:
+        address = received.grpc_endpoint if protocol == "grpc" else received.http_endpoint
         behind = int(address.rpartition(":")[2])
         with _Door(behind) as door:
             port = door.port
