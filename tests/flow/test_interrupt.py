@@ -45,6 +45,8 @@ def record(telemetry: Telemetry, number: float) -> None:
     telemetry.seeds(["seed-1", "seed-2"], alpha=[0.25, 0.75])
 
 
+# One that falls into a callback of the garbage collector (Hypothesis has one) can only be reported by Python.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_step_that_is_interrupted_anywhere_is_the_only_one_that_suffers(
     collector: MemoryCollector, interrupt_in: Callable[[float], object]
 ) -> None:
