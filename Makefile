@@ -18,7 +18,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench lint format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak lint format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,11 @@ lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
 	@$(RUN) tests/bench/promises.py
+
+soak: $(VENV)/.installed-dev ## hours: an outage of 100,000 steps over both protocols, then 5 million steps at 1,000 a second
+	@$(RUN) tests/soak/outage.py --protocol grpc
+	@$(RUN) tests/soak/outage.py --protocol http/protobuf
+	@$(RUN) tests/soak/soak.py $(ARGS)
 
 format: $(VENV)/.installed-dev ## format the code and repair what can be repaired
 	@$(RUN) -m ruff check --fix

@@ -217,7 +217,8 @@ class Telemetry:
         """How the telemetry itself is doing.
 
         Returns:
-            ``recorded``, ``exported``, ``dropped`` and ``queue`` in frames, ``failed`` steps, ``nonfinite`` and
+            ``recorded``, ``exported``, ``dropped`` and ``queue`` in frames, ``kept`` by the spool, ``buffer_bytes``,
+            ``retries`` and ``latency_ms`` of the last request, None before it, ``failed`` steps, ``nonfinite`` and
             ``out_of_range`` values, ``faults`` of ours, and ``last_error`` of the export, None when there is none.
         """
         return self._wiring.health()

@@ -73,6 +73,7 @@ class Result:
         absent: why each of the other metrics has none.
         destination: where the frames went.
         last_error: of the export; None when there is none.
+        export: ``retries``, ``latency_ms`` of the last request and ``buffer_bytes``.
     """
 
     run_id: str
@@ -86,6 +87,7 @@ class Result:
     absent: Mapping[str, str]
     destination: str = ""
     last_error: str | None = field(default=None)
+    export: Mapping[str, int | float | str | None] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """One object in the terms of JSON: a value that is not finite is None."""

@@ -87,6 +87,13 @@ def _summary(result: Result) -> list[str]:
         f"frames: recorded {frames['recorded']}, exported {frames['exported']}{received}, "
         f"dropped {frames['dropped']}; packets pulled: {packets['states']} states, {packets['telemetry']} of seeds"
     )
+    if result.export:
+        latency_ms = result.export["latency_ms"]
+        took = "none was answered" if latency_ms is None else f"the last took {latency_ms:.1f} ms"
+        lines.append(
+            f"requests: {result.export['retries']} sent again, {took}, last error: {result.last_error or 'none'}; "
+            f"buffer {int(result.export['buffer_bytes'] or 0) / 1e6:.1f} MB"
+        )
     lines.append(f"run {result.run_id} went to {result.destination}")
     if frames["received"] is not None:
         lines.append("set OTEL_EXPORTER_OTLP_ENDPOINT to send it to your stack")

@@ -88,6 +88,7 @@ def run(plan: Plan, receiver: Receiver, observe: Callable[[Packets, Decision], N
         absent=reasons(metrics, absent),
         destination=receiver.destination,
         last_error=None if health["last_error"] is None else str(health["last_error"]),
+        export={name: health[name] for name in ("retries", "latency_ms", "buffer_bytes")},
     )
 
 

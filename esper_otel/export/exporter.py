@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.source import Leftover, Live, Source
 from esper_otel.export.spool import Spool
+from esper_otel.export.streams import before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frame import Frame
 from esper_otel.log import Warnings, announce
@@ -230,6 +231,7 @@ class StepExporter:
                 source.advance(gone)
             if not frames:
                 return None
+            frames = frames[: before_a_return(frames)]
             for request in source.encoder.requests(frames):
                 pause_s = self._settled(source, request, self._sent(request.body), frames)
                 if pause_s is None:
@@ -273,7 +275,7 @@ class StepExporter:
         for frame in frames[: request.frames]:
             source.run = frame.run
             if frame.retired:
-                ended = source.streams.ended(frame.retired)
+                ended = source.streams.ended_by(frame)
                 source.beside.extend(source.encoder.stale(frame.run, ended, time_unix_ns=frame.time_unix_ns))
             source.streams.sent(frame)
         source.advance(request.frames)

@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.errors import ConfigurationError
 
 _GROUP = "opentelemetry_metrics_exporter"
+# The SDK keeps each attribute set that it ever saw, and puts what is above its limit, 2,000 unless told otherwise,
+# into one point without a name.
+SEED_IDS = 100_000
 _PROTOCOLS = {"otlp": None, "otlp_proto_grpc": "grpc", "otlp_proto_http": "http/protobuf"}
 
 
@@ -94,7 +98,10 @@ def exporters_for(*, has_provider: bool, export_steps: bool | None) -> Exporters
 def own_provider(resource: Resource, reader_names: tuple[str, ...]) -> MeterProvider:
     """A MeterProvider that is not the global one. Whoever made it shuts it down."""
     return MeterProvider(
-        metric_readers=[_reader(name) for name in reader_names], resource=resource, shutdown_on_exit=False
+        metric_readers=[_reader(name) for name in reader_names],
+        resource=resource,
+        shutdown_on_exit=False,
+        views=[View(instrument_name="kasmina.seed.*", aggregation_cardinality_limit=SEED_IDS)],
     )
 
 

@@ -155,7 +155,7 @@ class Leftover:
                 last = frame.sequence
             elif frame.sequence <= self.folder.acknowledged:
                 # Delivered before; but its series have not ended yet.
-                self.streams.ended(frame.retired)
+                self.streams.ended_by(frame)
                 self.streams.named((*frame.names, *COUNTED))
                 self.streams.sent(frame)
                 self.run = frame.run

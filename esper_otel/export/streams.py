@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -49,18 +49,46 @@ class Streams:
             self._seeds[seed_id] = present if before is None else before | present
         self._ids, self._sent = (), self._sent[:0]
 
-    def ended(self, seed_ids: Iterable[str]) -> list[Stream]:
-        """The series of seeds whose lives are over; they are forgotten."""
+    def ended_by(self, frame: Frame) -> list[Stream]:
+        """The series of seeds whose lives are over with this frame; they are forgotten.
+
+        Of a seed that is back in the very frame, the series that it has a point of go on: there is no time between.
+        """
+        ids, cells = frame.seeds
+        rows = {seed_id: row for row, seed_id in enumerate(ids)}
         self._note()
-        return [
-            (SEED_CELLS[column].name, {"seed_id": seed_id})
-            for seed_id in seed_ids
-            for column in np.flatnonzero(self._seeds.pop(seed_id, _NOTHING))
-        ]
+        ended: list[Stream] = []
+        for seed_id in frame.retired:
+            over = self._seeds.pop(seed_id, _NOTHING)
+            if seed_id in rows:
+                over = over & is_absent(cells[rows[seed_id]])
+            ended += _streams_of(seed_id, over)
+        return ended
 
     def all_ended(self) -> list[Stream]:
         """Every series sent: the run is over. Empty when nothing was sent."""
         if not self.last_unix_ns:
             return []
         self._note()
-        return [*((name, {}) for name in sorted(self._steps)), *self.ended(tuple(self._seeds))]
+        ended: list[Stream] = [(name, {}) for name in sorted(self._steps)]
+        for seed_id, sent in self._seeds.items():
+            ended += _streams_of(seed_id, sent)
+        self._seeds.clear()
+        return ended
+
+
+def _streams_of(seed_id: str, columns: npt.NDArray[np.bool_]) -> list[Stream]:
+    return [(SEED_CELLS[column].name, {"seed_id": seed_id}) for column in np.flatnonzero(columns)]
+
+
+def before_a_return(frames: Sequence[Frame]) -> int:
+    """How many frames come before the first in which a seed is back that one of them has retired.
+
+    Its series must be ended in between, or their end would be older than their next point.
+    """
+    retired: set[str] = set()
+    for count, frame in enumerate(frames):
+        if retired and not retired.isdisjoint(frame.seeds.ids):
+            return count
+        retired.update(frame.retired)
+    return len(frames)

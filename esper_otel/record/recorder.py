@@ -14,11 +14,7 @@ from esper_otel.record.coming import Coming
 from esper_otel.record.draft import Draft
 from esper_otel.record.needs import Probing
 from esper_otel.record.publisher import Publisher
-from esper_otel.record.seeds import (
-    checked_seed_id,
-    merged_row,
-    one_cell,
-)
+from esper_otel.record.seeds import checked_seed_id, merged_row, one_cell
 from esper_otel.record.step import Step
 from esper_otel.record.values import (
     CONTEXT,
@@ -82,13 +78,24 @@ class Recorder:
 
     def open(self, step: Step) -> None:
         """Opens a step: numbers and stamps it."""
-        if self.open_step is not None:
+        if self.open_step is not None and self._still_open():
             raise WrongState(f"step {self.open_step.global_step} is still open: one step at a time")
         step.global_step = self._numbered(step._numbered)
         step.time_unix_ns = self.clock.stamp()
         if self.coming.is_anything:
             step._waited_ms, step._table, step._retired = self.coming.take()
         self.open_step = step
+
+    def _still_open(self) -> bool:
+        """Whether the open step's scope runs; a step that a KeyboardInterrupt has left open is handed over."""
+        step = self.open_step
+        if step is None or step.is_in_its_scope():
+            return step is not None
+        self.open_step = None
+        if step._started_s:
+            step._failed = True
+            self.finish(step, time.perf_counter())
+        return False
 
     def _numbered(self, given: int | None) -> int:
         if given is None:
@@ -191,7 +198,7 @@ class Recorder:
         self._record_step(values, epoch, global_step, samples)
 
     def _record_step(self, values: Mapping[str, Any], epoch: int, global_step: int | None, samples: int | None) -> None:
-        if self.open_step is not None:
+        if self._still_open():
             raise WrongState("record_step() inside an open step: use now.put() there")
         if not isinstance(values, Mapping):
             raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")

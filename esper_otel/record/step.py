@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -115,6 +117,18 @@ class Step:
     ) -> None:
         self._failed = kind is not None
         self._recorder.finish(self, time.perf_counter())
+
+    def is_in_its_scope(self) -> bool:
+        """Whether the ``with`` statement that opened the step still runs.
+
+        A KeyboardInterrupt may end it before the first line of ``__exit__``. It holds that method while it runs:
+        up to Python 3.13 as an object of its own, which the garbage collector knows of.
+        """
+        if not self._started_s:
+            return False
+        if sys.version_info >= (3, 14):
+            return True
+        return any(getattr(holder, "__func__", None) is Step.__exit__ for holder in gc.get_referrers(self))
 
     def put(self, mapping: Mapping[str, Scalar | None] | None = None, /, **values: Scalar | None) -> None:
         """Records step metrics by name; dotted names need the mapping. The last value of a name counts.

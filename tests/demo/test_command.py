@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def test_without_a_terminal_there_is_a_plain_table_and_a_few_lines(demo: Run) ->
         assert f"\n{metric.name} " in out
     assert "training runs on cpu" in out or torch.cuda.is_available()
     assert "frames: recorded 30, exported 30, received 30, dropped 0" in out
+    assert re.search(r"requests: 0 sent again, the last took [0-9.]+ ms, last error: none; buffer 0\.\d MB", out)
     assert "set OTEL_EXPORTER_OTLP_ENDPOINT to send it to your stack" in out
     assert not any(line.endswith(" ") for line in out.splitlines())
     progress = [line for line in err.splitlines() if line.startswith("step ")]
