@@ -18,7 +18,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak lint format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz lint format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ test-wheel: build ## install the built wheel alone, without torch, and try it
 	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)
 	@$(UV) pip install --quiet --python $(WHEEL)/bin/python --constraint constraints.txt dist/*.whl
 	@cd $(WHEEL) && bin/python -I ../tests/installed.py
+
+fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property test; CI takes the same ones each time
+	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff check

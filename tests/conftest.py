@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 
 import pytest
+from hypothesis import settings
 
 from esper_otel.settings import EsperSettings
 
@@ -18,6 +19,8 @@ _FOREIGN_NAMES = {
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "GRPC_PROXY"),
 }
 _THREAD_END_TIMEOUT_S = 5.0
+
+settings.register_profile("fuzz", max_examples=2_000, deadline=None)
 
 
 @pytest.fixture(autouse=True)

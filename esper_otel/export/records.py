@@ -38,7 +38,7 @@ class Stored:
     Attributes:
         resources: of the runs in them.
         metrics: the user's own metrics in them, by name.
-        is_torn: whether the file read last ends in the middle of a record.
+        is_torn: whether the file read last ends in the middle of what was written with a frame.
     """
 
     resources: dict[Run, Resource] = dataclasses.field(default_factory=dict)
@@ -159,7 +159,9 @@ def _records(content: bytes, stored: Stored) -> Iterator[bytes]:
         record = content[start : start + length]
         if len(record) == length and zlib.crc32(record) == crc:
             yield record
-            place = end = start + length
+            place = start + length
+            if record[:1] == _FRAME:  # a frame's record comes last of those written with it
+                end = place
         else:
             place += 1
     stored.is_torn = end < len(content)

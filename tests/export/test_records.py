@@ -55,6 +55,15 @@ def test_a_file_that_was_cut_short_gives_all_that_is_whole(frames: list[Frame], 
     assert stored.is_torn == (len(content) > ([0, *ends])[whole])
 
 
+def test_a_file_cut_exactly_before_its_first_frame_is_torn() -> None:
+    """The run that the frame refers to is whole, and the frame is missing."""
+    whole = written([make_frame()])
+    head = whole[: whole.rindex(whole[:4])]
+    stored = Stored()
+    assert list(frames_in(head, stored)) == []
+    assert (len(stored.resources), stored.is_torn) == (1, True)
+
+
 @settings(deadline=None, max_examples=300)
 @given(histories(max_size=4), st.data())
 def test_a_damaged_file_gives_only_what_was_written(frames: list[Frame], data: st.DataObject) -> None:
