@@ -15,21 +15,27 @@ from typing import TYPE_CHECKING
 from esper_otel._version import __version__
 
 if TYPE_CHECKING:
+    from esper_otel import aio as aio
     from esper_otel import errors as errors
     from esper_otel import leyline as leyline
     from esper_otel import schema as schema
     from esper_otel import testing as testing
+    from esper_otel.client import RunInfo, TamiyoClient
     from esper_otel.derive.gradients import gradient_conflict_rate
     from esper_otel.derive.processor import Processor
     from esper_otel.errors import (
         AdapterError,
         ConfigurationError,
         EsperOtelError,
+        GatewayError,
+        GatewayUnavailable,
         InvalidCatalogue,
         InvalidName,
         InvalidValue,
         MistakeError,
+        StaleCursor,
         UnknownMetric,
+        UnknownRun,
         WrongState,
     )
     from esper_otel.leyline.packets import Packets, Page
@@ -45,6 +51,8 @@ __all__ = [
     "ConfigurationError",
     "EsperOtelError",
     "EsperSettings",
+    "GatewayError",
+    "GatewayUnavailable",
     "InvalidCatalogue",
     "InvalidName",
     "InvalidValue",
@@ -54,10 +62,14 @@ __all__ = [
     "Packets",
     "Page",
     "Processor",
+    "RunInfo",
     "Stage",
+    "StaleCursor",
     "Step",
+    "TamiyoClient",
     "Telemetry",
     "UnknownMetric",
+    "UnknownRun",
     "WrongState",
     "__version__",
     "gradient_conflict_rate",
@@ -65,17 +77,22 @@ __all__ = [
 ]
 
 _HOMES = {
+    "esper_otel.client": ("RunInfo", "TamiyoClient"),
     "esper_otel.derive.gradients": ("gradient_conflict_rate",),
     "esper_otel.derive.processor": ("Processor",),
     "esper_otel.errors": (
         "AdapterError",
         "ConfigurationError",
         "EsperOtelError",
+        "GatewayError",
+        "GatewayUnavailable",
         "InvalidCatalogue",
         "InvalidName",
         "InvalidValue",
         "MistakeError",
+        "StaleCursor",
         "UnknownMetric",
+        "UnknownRun",
         "WrongState",
     ),
     "esper_otel.leyline.packets": ("Packets", "Page"),
@@ -87,7 +104,7 @@ _HOMES = {
     "esper_otel.telemetry": ("Telemetry",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = frozenset({"errors", "leyline", "schema", "testing"})
+_MODULES = frozenset({"aio", "errors", "leyline", "schema", "testing"})
 
 
 def __getattr__(name: str) -> object:

@@ -164,6 +164,30 @@ def _run_gateway(options: argparse.Namespace) -> int:
     return run_gateway(options)
 
 
+def _add_pull_arguments(parser: argparse.ArgumentParser) -> None:
+    from esper_otel.gateway.follow import add_arguments
+
+    add_arguments(parser)
+
+
+def _run_pull(options: argparse.Namespace) -> int:
+    from esper_otel.gateway.follow import main as run_pull
+
+    return run_pull(options)
+
+
+def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
+    with _hint_when_missing("gateway", _GATEWAY_PACKAGES):
+        from esper_otel.gateway.replay import add_arguments
+    add_arguments(parser)
+
+
+def _run_replay(options: argparse.Namespace) -> int:
+    from esper_otel.gateway.replay import main as run_replay
+
+    return run_replay(options)
+
+
 # -- check -----------------------------------------------------------------------------------------------
 
 
@@ -217,6 +241,18 @@ _COMMANDS = {
         "esper-otel gateway --store ./steps",
         _add_gateway_arguments,
         _run_gateway,
+    ),
+    "pull": _Command(
+        "print the packets of a run, or the runs, that a gateway has",
+        "esper-otel pull digits-7 --follow --json",
+        _add_pull_arguments,
+        _run_pull,
+    ),
+    "replay": _Command(
+        "serve a stored run again, as it came or with what a controller must stand",
+        "esper-otel replay ./steps digits-7 --speed 10 --inject gap,nan",
+        _add_replay_arguments,
+        _run_replay,
     ),
     "schema": _Command(
         "list every metric: name, unit, gate, needs and meaning",

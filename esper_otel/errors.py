@@ -9,7 +9,11 @@ EsperOtelError
 │   └── WrongState           a call out of order: a step inside a step, a closed session (RuntimeError)
 ├── ConfigurationError       a setting or environment variable that cannot be used (ValueError)
 ├── ProbeUnavailable         hardware, driver or library that is not there; its text is the reason
-└── AdapterError             telemetry that cannot become a Leyline packet
+├── AdapterError             telemetry that cannot become a Leyline packet
+└── GatewayError             a gateway refused a pull, or could not be asked
+    ├── GatewayUnavailable   it was not there in time; the same pull may be tried again
+    ├── UnknownRun           nothing is stored of the run
+    └── StaleCursor          the cursor is not of this life of the run's store: begin without one
 
 What depends on data or on the world (NaN, a dead endpoint, a driver that went away) raises nothing into
 the training loop: it is counted and logged. ``ProbeUnavailable`` travels between our own parts only.
@@ -78,3 +82,19 @@ class ProbeUnavailable(EsperOtelError):
 
 class AdapterError(EsperOtelError):
     """Telemetry that cannot become a Leyline packet; the message names the field."""
+
+
+class GatewayError(EsperOtelError):
+    """A gateway refused a pull; the message is its reason."""
+
+
+class GatewayUnavailable(GatewayError):
+    """A gateway that did not answer in time; the same pull may be tried again."""
+
+
+class UnknownRun(GatewayError):
+    """No step of this run is stored."""
+
+
+class StaleCursor(GatewayError):
+    """A cursor that the run's store did not give, or that it gave in another life."""

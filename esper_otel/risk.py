@@ -52,7 +52,7 @@ class Rule:
     Attributes:
         name: of the signal.
         metric: key of the state packet's metrics; ``LOSS_STEP`` is the loss minus that of the packet before.
-        threshold: the value above which the signal comes; compared with the value rounded to float32.
+        threshold: the value above which the signal comes; the packet's values are float32.
         level: ``WARN`` or ``HIGH``.
         route: ``PAUSE`` or ``OPTIMIZER``.
         is_inclusive: whether the threshold itself is enough.
@@ -124,18 +124,20 @@ def signals(
     """
     values = state.training_metrics
     # Both losses are as a controller reads them: rounded to float32, subtracted as doubles.
-    loss_step = values.get("loss_delta", 0.0) if loss_before is None else state.validation_loss - _rounded(loss_before)
+    loss_step = values.get("loss_delta") if loss_before is None else state.validation_loss - _rounded(loss_before)
     found: dict[str, Signal] = {}
     for rule in rules:
-        value = loss_step if rule.metric == LOSS_STEP else _rounded(values.get(rule.metric, 0.0))
-        if not (value > rule.threshold or (rule.is_inclusive and value == rule.threshold)) or not math.isfinite(value):
+        value = loss_step if rule.metric == LOSS_STEP else values.get(rule.metric)
+        if value is None or not (value > rule.threshold or (rule.is_inclusive and value == rule.threshold)):
+            continue
+        if not math.isfinite(value):
             continue
         if (rule.only_unrouted and found) or rule.unless in found:
             continue
         reason = f"{rule.metric} {value:.6g} {'from' if rule.is_inclusive else 'above'} {rule.threshold:g}"
         if rule.and_below is not None:
             other, limit = rule.and_below
-            if other not in values or not _rounded(values[other]) <= limit:
+            if other not in values or not values[other] <= limit:
                 continue
             reason += f", {other} {values[other]:.6g} up to {limit:g}"
         found[rule.name] = Signal(rule.name, rule.level, _PRIORITIES[rule.level], reason, rule.route)

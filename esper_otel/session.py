@@ -34,6 +34,7 @@ from esper_otel.record.names import Names
 from esper_otel.record.publisher import Publisher
 from esper_otel.record.recorder import Recorder
 from esper_otel.ring import Ring
+from esper_otel.risk import configured
 from esper_otel.schema import Metric
 from esper_otel.settings import EsperSettings
 from esper_otel.telemetry import Telemetry
@@ -108,6 +109,7 @@ class _Session:
         export_steps: bool | None,
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
+        self.rules = configured(settings.risk_thresholds)
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         run = identify(**identity)

@@ -100,6 +100,11 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         allow_inf_nan=False,
         description="A seed whose last kernel took longer, in milliseconds, is reported as DEGRADED.",
     )
+    risk_thresholds: dict[str, float] = Field(
+        default={},
+        description='Other thresholds for risk signals, by name, such as `{"hook_budget": 80}`; `Infinity` '
+        "silences one.",
+    )
 
     def __init__(self, **values: Any) -> None:
         try:

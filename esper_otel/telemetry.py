@@ -8,11 +8,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from esper_otel.errors import ConfigurationError, InvalidValue, WrongState
-from esper_otel.frame import Run
+from esper_otel.frame import LAST_LOSS, Run
 from esper_otel.leyline import Page, packets
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
+from esper_otel.risk import Rule, signals, with_signals
 
 if TYPE_CHECKING:
     from esper_otel.record.step import Scalar
@@ -48,6 +49,10 @@ class Wiring(Protocol):
     @property
     def latency_budget_ms(self) -> float:
         """Above it a seed's kernel latency is DEGRADED."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The table of risks."""
 
     def health(self) -> Mapping[str, int | float | str | None]:
         """See ``Telemetry.health``."""
@@ -201,11 +206,18 @@ class Telemetry:
             self.pulled = position
         now_unix_ns = self._recorder.clock.now_ns()
         budget_ms = self._wiring.latency_budget_ms
-        return Page(
-            tuple(packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns) for frame in frames),
-            cursor=f"{self.run.attempt}:{position}",
-            gap=gap,
-        )
+        made = []
+        loss = self._loss_before(frames[0].sequence) if frames else None
+        for frame in frames:
+            step = packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns)
+            made.append(with_signals(step, signals(step.state, loss_before=loss, rules=self._wiring.rules)))
+            loss = frame.values().get(LAST_LOSS)
+        return Page(tuple(made), cursor=f"{self.run.attempt}:{position}", gap=gap)
+
+    def _loss_before(self, sequence: int) -> float | None:
+        """The loss in the packet of the step before; None when there is none, or it fell out of the ring."""
+        frames, _ = self._recorder.publisher.ring.after(sequence - 2, 1)
+        return frames[0].values().get(LAST_LOSS) if frames and frames[0].sequence == sequence - 1 else None
 
     def _position(self, cursor: object) -> int:
         attempt, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")

@@ -12,6 +12,7 @@ DOCUMENTED = {
     *("LeylineMetricReader", "gradient_conflict_rate", "__version__"),
     *("EsperOtelError", "MistakeError", "UnknownMetric", "InvalidValue", "InvalidName", "InvalidCatalogue"),
     *("WrongState", "ConfigurationError", "AdapterError"),
+    *("TamiyoClient", "RunInfo", "GatewayError", "GatewayUnavailable", "UnknownRun", "StaleCursor"),
 }
 
 

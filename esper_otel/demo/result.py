@@ -21,7 +21,7 @@ class Puller:
 
     Attributes:
         states: SystemStatePackets pulled.
-        telemetry: TelemetryPackets pulled.
+        telemetry: TelemetryPackets of seeds pulled.
         metrics: last values by name, of seed metrics by seed id below it; NaN where the last one was not finite.
     """
 
@@ -41,7 +41,7 @@ class Puller:
 
     def _take(self, packets: Packets) -> None:
         self.states += 1
-        self.telemetry += len(packets.telemetry)
+        self.telemetry += sum(packet.source_subsystem == "kasmina" for packet in packets.telemetry)
         values = packets.state.training_metrics
         for name in _STEP_NAMES:
             if name in packets.names:  # a packet leaves out what is not finite

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, Block, Decoded, Sender
-from esper_otel.gateway.items import Item, RunState
+from esper_otel.gateway.items import Item, Origin, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Shapes
 from esper_otel.gateway.queue import Waiting
@@ -52,6 +52,7 @@ class Assembler:
         self._held: dict[Track, None] = {}
         self._kept: deque[tuple[Track, int, int]] = deque()
         self._kept_bytes = 0
+        self._ended: dict[Origin, str] = {}
 
     def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Taken:
         """Takes what a request says.
@@ -77,7 +78,17 @@ class Assembler:
             else:
                 track.note(sender, now_s, received_unix_ns)
                 track.end(outcome)
+                self._ended[track.origin] = outcome
         return Taken(decoded.points - rejected.total(), rejected)
+
+    def ended(self) -> dict[Origin, str]:
+        """Outcomes of the runs that ended since the last call."""
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def since(self) -> float | None:
+        """When the first point came of what waits, on the monotonic clock; None when nothing waits."""
+        return min((track.since_s for track in self._held if track.since_s is not None), default=None)
 
     def due(self) -> float | None:
         """When ``release`` must be called next, on the monotonic clock; None when nothing waits."""
@@ -108,11 +119,12 @@ class Assembler:
             self._kept = deque(kept for kept in self._kept if kept[0] not in gone)
         return self._runs.states(now_s)
 
-    def restore(self, items: Iterable[Item], *, now_s: float) -> None:
+    def restore(self, items: Iterable[Item], ended: Mapping[Origin, str], *, now_s: float) -> None:
         """Goes on where an earlier life of the gateway stopped.
 
         Args:
             items: the newest revision of the newest frames of each writer, oldest first.
+            ended: outcomes of their runs.
             now_s: the monotonic clock.
         """
         for item in items:
@@ -120,6 +132,8 @@ class Assembler:
             track.received_s = now_s
             track.restore(item)
             self._keep(track, item.frame.time_unix_ns)
+        for origin, outcome in ended.items():
+            self._runs.restored(origin).end(outcome)
 
     def _take_block(self, block: Block, now_s: float, received_unix_ns: int, rejected: Counter[str]) -> None:
         sender = block.sender

@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import TypedDict
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
@@ -17,7 +18,7 @@ from esper_otel.gateway.serve import Gateway, Ports
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import StoreLimits
 from esper_otel.log import announce
-from esper_otel.risk import configured
+from esper_otel.risk import Rule, configured
 
 _MIB = 1024 * 1024
 
@@ -25,22 +26,7 @@ _MIB = 1024 * 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``esper-otel gateway``."""
     defaults = StoreLimits()
-    where = parser.add_argument_group("where it listens (port 0: a free one; none: not at all)")
-    where.add_argument("--grpc", default="127.0.0.1:4327", metavar="HOST:PORT", help="OTLP, pulls, health, reflection")
-    where.add_argument(
-        "--http", default="127.0.0.1:4328", metavar="HOST:PORT", help="OTLP, /healthz, /readyz, /metrics"
-    )
-    who = parser.add_argument_group("who may come")
-    who.add_argument(
-        "--tls-cert", type=Path, metavar="FILE", help="certificate with its chain, PEM; read anew when it changes"
-    )
-    who.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
-    who.add_argument("--client-ca", type=Path, metavar="FILE", help="who must have signed the clients' certificates")
-    who.add_argument("--insecure", action="store_true", help="plain text on an address that others can reach")
-    who.add_argument(
-        "--send-tokens", type=Path, metavar="FILE", help="bearer tokens of senders, one a line, or 'TOKEN run=PREFIX'"
-    )
-    who.add_argument("--pull-tokens", type=Path, metavar="FILE", help="the same for pullers")
+    add_access_arguments(parser)
     kept = parser.add_argument_group("what is kept")
     kept.add_argument("--store", type=Path, metavar="DIR", help="keep steps in files that outlive this process")
     kept.add_argument("--keep-steps", type=int, default=defaults.steps, metavar="N", help="of one run (%(default)s)")
@@ -60,12 +46,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--linger", type=float, default=0.05, metavar="S", help="wait after a plain sender's last point (%(default)g)"
     )
-    how.add_argument(
+    add_packet_arguments(parser)
+
+
+def add_packet_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say how packets are made."""
+    made = parser.add_argument_group("how packets are made")
+    made.add_argument(
         *("--latency-budget-ms",), type=float, default=10.0, metavar="MS", help="of a seed's kernel (%(default)g)"
     )
-    how.add_argument(
+    made.add_argument(
         *("--threshold",), action="append", default=[], metavar="SIGNAL=VALUE", help="of a risk; inf silences it"
     )
+
+
+def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = True) -> None:
+    """The options that say where a gateway listens, and to whom.
+
+    Args:
+        parser: takes them.
+        receives: whether it takes OTLP; else it has no HTTP port, and nobody sends.
+    """
+    where = parser.add_argument_group("where it listens (port 0: a free one; none: not at all)")
+    where.add_argument(
+        *("--grpc",),
+        default="127.0.0.1:4327",
+        metavar="HOST:PORT",
+        help=f"{'OTLP, ' if receives else ''}pulls, health, reflection (%(default)s)",
+    )
+    if receives:
+        where.add_argument(
+            *("--http",),
+            default="127.0.0.1:4328",
+            metavar="HOST:PORT",
+            help="OTLP, /healthz, /readyz, /metrics (%(default)s)",
+        )
+    who = parser.add_argument_group("who may come")
+    who.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="certificate with its chain, PEM; read anew when it changes"
+    )
+    who.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
+    who.add_argument("--client-ca", type=Path, metavar="FILE", help="who must have signed the clients' certificates")
+    who.add_argument("--insecure", action="store_true", help="plain text on an address that others can reach")
+    tokens = "bearer tokens of {}, one a line, or 'TOKEN run=PREFIX'"
+    if receives:
+        who.add_argument("--send-tokens", type=Path, metavar="FILE", help=tokens.format("senders"))
+    who.add_argument("--pull-tokens", type=Path, metavar="FILE", help=tokens.format("pullers"))
+    parser.set_defaults(**{} if receives else {"http": "none", "send_tokens": None})
     parser.add_argument(
         "--json", action="store_true", help="the first line on standard output says the addresses, as JSON"
     )
@@ -78,22 +105,30 @@ def main(options: argparse.Namespace) -> int:
 
 async def _serve(options: argparse.Namespace) -> int:
     ports = ports_of(options)
+    kept = "memory" if options.store is None else str(options.store)
     core = core_of(options)
+    async with Gateway(core, ports) as gateway:
+        await until_told(gateway, f"steps are kept in {kept}", as_json=options.json)
+    counted = (
+        f"{name.replace('_', ' ')} {core.counts[name]}" for name in ("requests", "points", "steps", "pulled_steps")
+    )
+    announce("gateway ended", ", ".join(counted))
+    return 0
+
+
+async def until_told(gateway: Gateway, what: str, *, as_json: bool) -> None:
+    """Says where the gateway listens, and waits for SIGTERM or SIGINT."""
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
-    async with Gateway(core, ports) as gateway:
-        addresses = {"grpc": gateway.grpc_address, "http": gateway.http_address}
-        if options.json:
-            sys.stdout.write(json.dumps(addresses) + "\n")
-            sys.stdout.flush()
-        where = ", ".join(f"{name} {address}" for name, address in addresses.items() if address)
-        kept = "memory" if options.store is None else str(options.store)
-        announce("gateway listens", f"{where}; steps are kept in {kept}")
-        await over.wait()
-    announce("gateway ended", "")
-    return 0
+    addresses = {"grpc": gateway.grpc_address, "http": gateway.http_address}
+    if as_json:
+        sys.stdout.write(json.dumps(addresses) + "\n")
+        sys.stdout.flush()
+    where = ", ".join(f"{name} {address}" for name, address in addresses.items() if address)
+    announce("gateway listens", f"{where}; {what}")
+    await over.wait()
 
 
 def ports_of(options: argparse.Namespace) -> Ports:
@@ -135,25 +170,45 @@ def core_of(options: argparse.Namespace) -> Core:
         ConfigurationError: an option that cannot be used.
         UnknownMetric: a threshold of a signal that does not exist.
     """
-    numbers = ("hold", "linger", "keep_steps", "keep_run_mib", "keep_mib", "keep_hours", "latency_budget_ms")
-    for name in numbers:
-        if not 0 <= getattr(options, name) < float("inf"):
-            raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 0 on")
+    for name in ("hold", "linger", "keep_steps", "keep_run_mib", "keep_mib", "keep_hours"):
+        _check_number(options, name)
     limits = StoreLimits(
         steps=max(options.keep_steps, 1),
         run_bytes=options.keep_run_mib * _MIB,
         all_bytes=options.keep_mib * _MIB,
         idle_s=options.keep_hours * 3600,
     )
-    rules = configured(dict(map(_threshold, options.threshold)))
     store = MemoryStore(limits) if options.store is None else FileStore(options.store, limits)
     return Core(
         store,
         hold_s=options.hold,
         linger_s=options.linger,
-        rules=rules,
-        latency_budget_ms=options.latency_budget_ms,
+        **packet_options(options),
     )
+
+
+class PacketOptions(TypedDict):
+    """Arguments of ``Core``: how packets are made."""
+
+    rules: tuple[Rule, ...]
+    latency_budget_ms: float
+
+
+def packet_options(options: argparse.Namespace) -> PacketOptions:
+    """How packets are made.
+
+    Raises:
+        ConfigurationError: an option that cannot be used.
+        UnknownMetric: a threshold of a signal that does not exist.
+    """
+    _check_number(options, "latency_budget_ms")
+    rules = configured(dict(map(_threshold, options.threshold)))
+    return {"rules": rules, "latency_budget_ms": options.latency_budget_ms}
+
+
+def _check_number(options: argparse.Namespace, name: str) -> None:
+    if not 0 <= getattr(options, name) < float("inf"):
+        raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 0 on")
 
 
 def _threshold(text: str) -> tuple[str, float]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from esper_otel.errors import EsperOtelError
+from esper_otel.errors import EsperOtelError, UnknownRun
 from esper_otel.gateway.assemble import Assembler
 from esper_otel.gateway.decode import Decoder
 from esper_otel.gateway.decoded import Decoded
-from esper_otel.gateway.items import Item, RunState
+from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.memory import MemoryStore
-from esper_otel.gateway.pages import step_of
+from esper_otel.gateway.pages import run_message, step_of
 from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, RunsResponse
 from esper_otel.gateway.security import Grant
 from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import Kept, StoreFull, UnknownRun
+from esper_otel.gateway.stored import NOTHING_ENDED, Kept, Store, StoreFull
 from esper_otel.log import Warnings
 from esper_otel.risk import RULES, Rule
 
@@ -28,7 +27,7 @@ MOST_PACKETS = 1000
 _DEFAULT_PACKETS = 64
 _MOST_WAIT_S = 60.0
 _PAGE_BYTES = 16 * 1024 * 1024
-_EXPIRE_EVERY_S = 10.0
+_TIDY_EVERY_S = 10.0
 _RETRY_STORE_S = 1.0
 
 
@@ -61,27 +60,33 @@ class Core:
         linger_s: how long a frame waits that does not say how many points it has.
         rules: the table of risks.
         latency_budget_ms: a seed whose last kernel took longer is DEGRADED.
+        clock_ns: Unix time, in nanoseconds.
     """
 
     def __init__(
         self,
-        store: MemoryStore | FileStore,
+        store: Store,
         *,
         limits: Limits | None = None,
         hold_s: float = 2.0,
         linger_s: float = 0.05,
         rules: tuple[Rule, ...] = RULES,
         latency_budget_ms: float = 10.0,
+        clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._store = store
+        self._clock_ns = clock_ns
         self._decoder = Decoder(limits)
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
         self._unsaved: list[Item] = []
+        self._ended: dict[Origin, str] = {}
+        self._bodies: deque[tuple[int, float]] = deque()
+        self._last_body = 0
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._next_expiry_s = 0.0
+        self._tidying: asyncio.TimerHandle | None = None
         self._is_ending = False
         self._warnings = Warnings()
         self.counts: Counter[str] = Counter()
@@ -103,10 +108,10 @@ class Core:
         decoded = self._decoder.decode_json(body) if is_json else self._decoder.decode(body)
         if grant is not None:
             _check(decoded, grant)
-        now_s, received_unix_ns = time.monotonic(), time.time_ns()
+        now_s, received_unix_ns = time.monotonic(), self._clock_ns()
         taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=received_unix_ns)
         items = self._assembler.release(now_s)
-        self._save(items, Kept(body, is_json, received_unix_ns))
+        self._save(items, Kept(self._last_body + 1, body, is_json, received_unix_ns))
         self._schedule(now_s)
         self.counts["requests"] += 1
         self.counts["points"] += taken.accepted
@@ -116,15 +121,23 @@ class Core:
     def _save(self, items: list[Item], kept: Kept | None = None) -> None:
         """Stores frames, in their order; what cannot be stored now is stored with the next ones."""
         self._unsaved += items
-        waits = self._assembler.due() is not None
-        if self._unsaved or kept is not None:
-            try:
-                self._store.add(self._unsaved, kept=kept if waits else None, nothing_waits=not waits)
-            except StoreFull as error:
-                self.counts["store_failures"] += 1
-                self._warnings.say("store", "%s; senders are asked to come again", error)
-                raise
-        saved, self._unsaved = self._unsaved, []
+        self._ended |= self._assembler.ended()
+        since_s = self._assembler.since()
+        while self._bodies and (since_s is None or self._bodies[0][1] < since_s):
+            self._bodies.popleft()
+        if since_s is None:
+            kept = None
+        first_kept = self._bodies[0][0] if self._bodies else None if kept is None else kept.number
+        try:
+            self._store.add(self._unsaved, ended=self._ended, kept=kept, first_kept=first_kept)
+        except StoreFull as error:
+            self.counts["store_failures"] += 1
+            self._warnings.say("store", "%s; senders are asked to come again", error)
+            raise
+        if kept is not None:
+            self._last_body = kept.number
+            self._bodies.append((kept.number, time.monotonic()))
+        saved, self._unsaved, self._ended = self._unsaved, [], {}
         for item in saved:
             self.counts["steps"] += 1
             self.counts["incomplete_steps"] += not item.complete
@@ -157,10 +170,12 @@ class Core:
     def _restore(self, store: FileStore) -> None:
         """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
         now_s = time.monotonic()
-        self._assembler.restore(store.newest(), now_s=now_s)
+        self._assembler.restore(store.newest(), store.outcomes(), now_s=now_s)
         for kept in store.bodies():
             decoded = self._decoder.decode_json(kept.body) if kept.is_json else self._decoder.decode(kept.body)
             self._assembler.take(decoded, now_s=now_s, received_unix_ns=kept.received_unix_ns)
+            self._bodies.append((kept.number, now_s))
+            self._last_body = kept.number
         self._unsaved = self._assembler.release(now_s)
 
     def start(self) -> None:
@@ -168,11 +183,37 @@ class Core:
         with suppress(StoreFull):  # counted; tried again
             self._save([])
         self._schedule(time.monotonic())
+        self._tidy()
+
+    def publish(self, item: Item, *, is_lost: bool = False) -> None:
+        """Gives pullers a frame that did not come by a request; or only notes it as one that they lost.
+
+        Raises:
+            StoreFull: it could not be stored; it is stored with the next ones.
+        """
+        self._assembler.restore([item], NOTHING_ENDED, now_s=time.monotonic())
+        self._save([] if is_lost else [item])
+
+    def end(self, outcomes: Mapping[Origin, str]) -> None:
+        """Notes how runs ended of which frames were published."""
+        self._assembler.restore([], outcomes, now_s=time.monotonic())
+
+    def _tidy(self) -> None:
+        """Drops runs that were silent for long, now and every few seconds."""
+        self._assembler.runs(time.monotonic())
+        try:
+            for run_id in self._store.expire():
+                self._warnings.say("expired", "run %s had no news for long: its steps were dropped", run_id)
+        except StoreFull as error:
+            self._warnings.say("store", "%s; runs that are too old stay", error)
+        self._tidying = asyncio.get_running_loop().call_later(_TIDY_EVERY_S, self._tidy)
 
     def close(self) -> None:
         """Ends the waiting of pullers, and the use of the store."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._tidying is not None:
+            self._tidying.cancel()
         self.end_waiting()
         self._store.close()
 
@@ -189,16 +230,12 @@ class Core:
 
     def runs(self, grant: Grant | None = None) -> RunsResponse:
         """The runs that are known, as far as a puller may see them."""
-        now_s = time.monotonic()
-        if now_s >= self._next_expiry_s:
-            self._store.expire()
-            self._next_expiry_s = now_s + _EXPIRE_EVERY_S
-        stored = self._store.counts()
-        states = {state.origin: state for state in self._assembler.runs(now_s)}
-        messages = [_run_message(state, stored.pop(origin, 0)) for origin, state in states.items()]
+        stored, outcomes = self._store.counts(), self._store.outcomes()
+        states = {state.origin: state for state in self._assembler.runs(time.monotonic())}
+        messages = [run_message(state, stored.pop(origin, 0)) for origin, state in states.items()]
         messages += [
-            Run(run_id=run_id, attempt=attempt, rank=rank, writer=writer, stored=count, writers=1)
-            for (run_id, attempt, rank, writer), count in stored.items()
+            Run(**origin._asdict(), stored=count, writers=1, ended=outcomes.get(origin))
+            for origin, count in stored.items()
         ]
         messages.sort(key=lambda run: (run.run_id, run.attempt, run.rank, run.writer))
         return RunsResponse(runs=[run for run in messages if grant is None or grant.allows(run.run_id)])
@@ -232,7 +269,7 @@ class Core:
         rank = request.rank if request.HasField("rank") else None
         most = request.max_packets or _DEFAULT_PACKETS
         found = self._store.after(request.run_id, request.cursor, rank, most)
-        now_unix_ns = time.time_ns()
+        now_unix_ns = self._clock_ns()
         response = PullResponse(cursor=found.cursor, gap=found.gap)
         size = 0
         for entry in found.entries:
@@ -295,26 +332,3 @@ def _check(decoded: Decoded, grant: Grant) -> None:
 
 def _reason(rejected: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()) if count)
-
-
-def _run_message(state: RunState, stored: int) -> Run:
-    return Run(
-        run_id=state.origin.run_id,
-        attempt=state.origin.attempt,
-        rank=state.origin.rank,
-        writer=state.origin.writer,
-        world_size=state.world_size,
-        experiment=state.experiment,
-        first_step=state.first_step,
-        last_step=state.last_step,
-        last_time_unix_ns=state.last_time_unix_ns,
-        last_received_unix_ns=state.last_received_unix_ns,
-        ended=state.ended,
-        resumed=state.resumed,
-        writers=state.writers,
-        missing=state.missing,
-        incomplete=state.incomplete,
-        stored=stored,
-        differing=state.differing,
-        too_late=state.too_late,
-    )

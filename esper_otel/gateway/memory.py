@@ -5,13 +5,22 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from operator import attrgetter
 
-from esper_otel.frame import Frame
+from esper_otel.errors import UnknownRun
+from esper_otel.frame import LAST_LOSS, Frame
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.stored import Entry, Found, Kept, StoreLimits, UnknownRun, cursor_place, cursor_text
+from esper_otel.gateway.stored import (
+    NOTHING_ENDED,
+    Entry,
+    Found,
+    Kept,
+    StoreLimits,
+    cursor_place,
+    cursor_text,
+)
 from esper_otel.ring import frame_bytes
 
 
@@ -45,6 +54,7 @@ class _Shelf:
         self.size = 0
         self.losses: dict[Origin, float | None] = {}
         self.counts: Counter[Origin] = Counter()
+        self.outcomes: dict[Origin, str] = {}
         self.added_s = now_s
 
     def add(self, item: Item, size: int) -> None:
@@ -78,8 +88,15 @@ class MemoryStore:
         self.dropped = 0
         self.size = 0
 
-    def add(self, items: Iterable[Item], *, kept: Kept | None = None, nothing_waits: bool = True) -> None:  # noqa: ARG002
-        """Stores frames; bodies are of no use to memory."""
+    def add(
+        self,
+        items: Iterable[Item],
+        *,
+        ended: Mapping[Origin, str] = NOTHING_ENDED,
+        kept: Kept | None = None,  # noqa: ARG002 - bodies are of no use to memory
+        first_kept: int | None = None,  # noqa: ARG002
+    ) -> None:
+        """Stores frames and outcomes. See ``Store``."""
         now_s = self._clock()
         for item in items:
             shelf = self._shelves.get(item.origin.run_id)
@@ -93,6 +110,10 @@ class MemoryStore:
                 self._drop(shelf)
             while self.size > self._limits.all_bytes:
                 self._drop(max(self._shelves.values(), key=attrgetter("size")))
+        for origin, outcome in ended.items():
+            shelf = self._shelves.get(origin.run_id)
+            if shelf is not None:
+                shelf.outcomes[origin] = outcome
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
         """Entries after a cursor. See ``Store``."""
@@ -105,9 +126,13 @@ class MemoryStore:
         last = place + gap + len(entries)
         return Found(entries, cursor_text(shelf.life, rank, last), gap)
 
-    def counts(self) -> dict[tuple[str, int, int, str], int]:
+    def counts(self) -> dict[Origin, int]:
         """How many entries each writer has."""
-        return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items()}
+        return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items() if count}
+
+    def outcomes(self) -> dict[Origin, str]:
+        """How the runs ended of which something is stored."""
+        return {origin: outcome for shelf in self._shelves.values() for origin, outcome in shelf.outcomes.items()}
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for long."""
@@ -119,12 +144,6 @@ class MemoryStore:
             self.dropped += len(shelf.sizes)
         return gone
 
-    def forget(self, run_id: str) -> None:
-        """Drops what is stored of a run, as if newer steps had taken its room; places go on."""
-        shelf = self._shelves[run_id]
-        while shelf.sizes:
-            self._drop(shelf)
-
     def close(self) -> None:
         """Nothing to end."""
 
@@ -135,4 +154,4 @@ class MemoryStore:
 
 def loss_of(frame: Frame) -> float | None:
     """The loss that the frame's packet has."""
-    return frame.context.get("esper.training.loss", frame.recorded.get("esper.training.loss"))
+    return frame.values().get(LAST_LOSS)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import Default
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+
+if TYPE_CHECKING:
+    from esper_otel.leyline.packets import Packets
 
 _compiled = resources.files(__package__).joinpath("pull.binpb").read_bytes()
 _file = FileDescriptorSet.FromString(_compiled).file[0]
@@ -24,3 +29,19 @@ Run = _classes["Run"]
 RunsRequest = _classes["RunsRequest"]
 RunsResponse = _classes["RunsResponse"]
 Step = _classes["Step"]
+
+
+def step_message(packets: Packets) -> Message:
+    """The packets as the message in which a gateway gives them."""
+    return Step(
+        state=packets.state.SerializeToString(),
+        telemetry=[packet.SerializeToString() for packet in packets.telemetry],
+        attempt=packets.attempt,
+        rank=packets.rank,
+        step=packets.step,
+        revision=packets.revision,
+        complete=packets.complete,
+        age_s=packets.age_s,
+        names=sorted(packets.names),
+        writer=packets.writer,
+    )

@@ -3,7 +3,11 @@ from collections.abc import Iterable
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer, RepeatedScalarFieldContainer
 from google.protobuf.message import Message
 
+from esper_otel.leyline.packets import Packets
+
 SERVICE: str
+
+def step_message(packets: Packets) -> Step: ...
 
 class RunsRequest(Message):
     def __init__(self) -> None: ...

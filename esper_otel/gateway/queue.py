@@ -110,6 +110,11 @@ class Queue:
         """Points of all waiting frames."""
         return sum(waiting.points for waiting in self._frames.values())
 
+    @property
+    def since_s(self) -> float | None:
+        """When the first part came of what waits here; None when nothing waits."""
+        return min((waiting.first_s for waiting in self._frames.values()), default=None)
+
     def get(self, time_unix_ns: int) -> Waiting | None:
         """The frame of this time, if it waits here."""
         return self._frames.get(time_unix_ns)

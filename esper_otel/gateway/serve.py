@@ -56,17 +56,19 @@ class Gateway:
     Args:
         core: what it does with requests.
         ports: where it listens.
+        receives: whether the gRPC port takes OTLP.
 
     Attributes:
         grpc_address: ``host:port`` of the gRPC port, when it is open.
         http_address: the same of the HTTP port.
     """
 
-    def __init__(self, core: Core, ports: Ports) -> None:
+    def __init__(self, core: Core, ports: Ports, *, receives: bool = True) -> None:
         self.grpc_address: str | None = None
         self.http_address: str | None = None
         self._core = core
         self._ports = ports
+        self._receives = receives
         self._warnings = Warnings()
         self._requests = 0
         self._pulls = 0
@@ -119,14 +121,13 @@ class Gateway:
             "Runs": unary(self._runs, RunsRequest.FromString, lambda response: response.SerializeToString()),
             "Pull": unary(self._pull, PullRequest.FromString, lambda response: response.SerializeToString()),
         }
+        handlers = {SERVICE: pull_handlers}
+        if self._receives:
+            handlers[OTLP_SERVICE] = {"Export": unary(self._export, None, bytes_of)}
         server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(OTLP_SERVICE, {"Export": unary(self._export, None, bytes_of)}),
-                grpc.method_handlers_generic_handler(SERVICE, pull_handlers),
-            )
+            tuple(grpc.method_handlers_generic_handler(*handler) for handler in handlers.items())
         )
-        services = (OTLP_SERVICE, SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(services, server)
+        reflection.enable_server_reflection((*handlers, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
             certificates = self._ports.certificates
             if certificates is None:
@@ -138,7 +139,7 @@ class Gateway:
         if not port:
             raise ConfigurationError(f"--grpc {address}: the port is taken, or the address is none of this machine")
         await server.start()
-        for service in ("", OTLP_SERVICE, SERVICE):
+        for service in ("", *handlers):
             await checking.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.grpc_address = f"{address.rpartition(':')[0]}:{port}"
 

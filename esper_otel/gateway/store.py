@@ -6,48 +6,33 @@ in the kernel's hands (synchronous = NORMAL). A power cut may take the last tran
 
 from __future__ import annotations
 
-import fcntl
 import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from pathlib import Path
 
-from esper_otel.errors import ConfigurationError
+from esper_otel.errors import ConfigurationError, UnknownRun
+from esper_otel.gateway.database import FILE, locked, opened, transaction
 from esper_otel.gateway.frames import frame_from_bytes, frame_to_bytes
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.memory import loss_of
 from esper_otel.gateway.stored import (
+    NOTHING_ENDED,
     Entry,
     Found,
     Kept,
-    StoreFull,
     StoreLimits,
-    UnknownRun,
     cursor_place,
     cursor_text,
 )
 
-_FILE = "steps.sqlite3"
-_LOCK = "lock"
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE runs (id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL);
-CREATE TABLE ranks (run INTEGER, rank INTEGER, last INTEGER, PRIMARY KEY (run, rank)) WITHOUT ROWID;
-CREATE TABLE items (
-    run INTEGER, position INTEGER, rank INTEGER, number INTEGER, attempt INTEGER, writer TEXT, revision INTEGER,
-    complete INTEGER, received INTEGER, loss_before REAL, size INTEGER, frame BLOB
-);
-CREATE UNIQUE INDEX items_by_position ON items (run, position);
-CREATE UNIQUE INDEX items_by_number ON items (run, rank, number);
-CREATE TABLE bodies (id INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB);
-"""
 _COLUMNS = "position, number, attempt, rank, writer, frame, revision, complete, received, loss_before"
 _ROW_BYTES = 150
 _RESTORED = 256
+_NO_BODY = 2**62
 
 
 class _Run:
@@ -63,10 +48,12 @@ class _Run:
         self.ranks: dict[int, int] = {}
         self.losses: dict[Origin, float | None] = {}
         self.counts: Counter[Origin] = Counter()
+        self.outcomes: dict[Origin, str] = {}
 
     def copied(self) -> _Run:
         other = copy(self)
         other.ranks, other.losses, other.counts = dict(self.ranks), dict(self.losses), Counter(self.counts)
+        other.outcomes = dict(self.outcomes)
         return other
 
 
@@ -94,41 +81,49 @@ class FileStore:
         self._limits = limits or StoreLimits()
         self._clock = clock
         self._runs: dict[str, _Run] = {}
-        self._body_count = 0
+        self._bodies: list[int] = []
         self.dropped = 0
         self.size = 0
         path = Path(folder)
-        self._lock = None if read_only else _locked(path)
+        self._lock = None if read_only else locked(path)
         try:
-            self._connection = _opened(path / _FILE, read_only=read_only)
+            self._connection = opened(path / FILE, read_only=read_only)
             self._load()
         except sqlite3.Error as error:
             self.close()
-            raise ConfigurationError(f"{path / _FILE} is no store that this version can use: {error}") from error
+            raise ConfigurationError(f"{path / FILE} is no store that this version can use: {error}") from error
         except BaseException:
             self.close()
             raise
 
-    def add(self, items: Iterable[Item], *, kept: Kept | None = None, nothing_waits: bool = True) -> None:
-        """Stores frames and a body, all or nothing. See ``Store``."""
+    def add(
+        self,
+        items: Iterable[Item],
+        *,
+        ended: Mapping[Origin, str] = NOTHING_ENDED,
+        kept: Kept | None = None,
+        first_kept: int | None = None,
+    ) -> None:
+        """Stores frames, outcomes and a body, all or nothing. See ``Store``."""
         items = list(items)
-        if not items and kept is None and not (nothing_waits and self._body_count):
+        bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
+        if not items and not ended and kept is None and bodies == self._bodies:
             return
         changed: dict[str, _Run] = {}
         dropped = 0
-        with self._transaction() as connection:
-            bodies = self._body_count
-            if nothing_waits and bodies:
-                connection.execute("DELETE FROM bodies")
-                bodies = 0
+        with transaction(self._connection) as connection:
+            if bodies != self._bodies:
+                connection.execute("DELETE FROM bodies WHERE number < ?", (first_kept or _NO_BODY,))
             if kept is not None:
                 connection.execute(
-                    "INSERT INTO bodies (is_json, received, body) VALUES (?, ?, ?)",
-                    (kept.is_json, kept.received_unix_ns, kept.body),
+                    "INSERT INTO bodies VALUES (?, ?, ?, ?)",
+                    (kept.number, kept.is_json, kept.received_unix_ns, kept.body),
                 )
-                bodies += 1
+                bodies.append(kept.number)
             for item in items:
                 self._insert(connection, item, changed)
+            for origin, outcome in ended.items():
+                self._end(connection, origin, outcome, changed)
             for run in changed.values():
                 connection.execute(
                     "UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key)
@@ -138,7 +133,7 @@ class FileStore:
                 )
                 dropped += self._shrink(connection, run)
             dropped += self._shrink_all(connection, changed)
-        self._body_count = bodies
+        self._bodies = bodies
         self._runs |= changed
         self.size = sum(run.size for run in self._runs.values())
         self.dropped += dropped
@@ -161,9 +156,13 @@ class FileStore:
         gap = (places[0] if places else newest + 1) - place - 1
         return Found(entries, cursor_text(run.life, rank, last), gap)
 
-    def counts(self) -> dict[tuple[str, int, int, str], int]:
+    def counts(self) -> dict[Origin, int]:
         """How many entries each writer has."""
         return {origin: count for run in self._runs.values() for origin, count in run.counts.items() if count}
+
+    def outcomes(self) -> dict[Origin, str]:
+        """How the runs ended of which something is stored."""
+        return {origin: outcome for run in self._runs.values() for origin, outcome in run.outcomes.items()}
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for long."""
@@ -171,8 +170,8 @@ class FileStore:
         gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s]
         for run_id in gone:
             run = self._runs[run_id]
-            with self._transaction() as connection:
-                for table in ("items", "ranks"):
+            with transaction(self._connection) as connection:
+                for table in ("items", "ranks", "ends"):
                     connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
                 connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
             del self._runs[run_id]
@@ -199,8 +198,8 @@ class FileStore:
 
     def bodies(self) -> list[Kept]:
         """The bodies that are kept, oldest first."""
-        rows = self._connection.execute("SELECT body, is_json, received FROM bodies ORDER BY id")
-        return [Kept(body, bool(is_json), received) for body, is_json, received in rows]
+        rows = self._connection.execute("SELECT number, body, is_json, received FROM bodies ORDER BY number")
+        return [Kept(number, body, bool(is_json), received) for number, body, is_json, received in rows]
 
     def run_ids(self) -> list[str]:
         """The runs of which something is stored."""
@@ -214,7 +213,7 @@ class FileStore:
             self._lock.close()
 
     def _load(self) -> None:
-        self._body_count = self._connection.execute("SELECT count(*) FROM bodies").fetchone()[0]
+        self._bodies = [number for (number,) in self._connection.execute("SELECT number FROM bodies ORDER BY number")]
         for key, run_id, life, last, added_s in self._connection.execute(
             "SELECT id, run_id, life, last, added_s FROM runs"
         ).fetchall():
@@ -237,33 +236,17 @@ class FileStore:
                     "SELECT frame FROM items WHERE run = ? AND position = ?", (key, position)
                 ).fetchone()
                 run.losses[origin] = loss_of(frame_from_bytes(frame))
+            ends = self._connection.execute("SELECT attempt, rank, writer, outcome FROM ends WHERE run = ?", (key,))
+            run.outcomes = {Origin(run_id, *origin): outcome for *origin, outcome in ends}
             self.size += run.size
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
-            self._connection.execute("COMMIT")
-        except BaseException as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
-                raise StoreFull(f"the store cannot be written: {error}") from error
-            raise
 
     def _insert(self, connection: sqlite3.Connection, item: Item, changed: dict[str, _Run]) -> None:
         run_id, attempt, rank, writer = item.origin
-        run = changed.get(run_id)
+        run = changed.get(run_id) or self._copied(run_id, changed)
         if run is None:
-            before = self._runs.get(run_id)
-            if before is None:
-                life = secrets.token_hex(4)
-                key = connection.execute("INSERT INTO runs (run_id, life) VALUES (?, ?)", (run_id, life)).lastrowid
-                run = _Run(key or 0, life)
-            else:
-                run = before.copied()
-            changed[run_id] = run
+            life = secrets.token_hex(4)
+            key = connection.execute("INSERT INTO runs (run_id, life) VALUES (?, ?)", (run_id, life)).lastrowid
+            run = changed[run_id] = _Run(key or 0, life)
         frame = frame_to_bytes(item.frame)
         size = len(frame) + _ROW_BYTES
         run.last += 1
@@ -279,6 +262,21 @@ class FileStore:
         run.counts[item.origin] += 1
         run.size += size
         run.added_s = self._clock()
+
+    def _end(self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _Run]) -> None:
+        """Stores an outcome, if anything else of the run is stored."""
+        run = changed.get(origin.run_id) or self._copied(origin.run_id, changed)
+        if run is not None:
+            row = (run.key, origin.rank, origin.attempt, origin.writer, outcome)
+            connection.execute("INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)", row)
+            run.outcomes[origin] = outcome
+
+    def _copied(self, run_id: str, changed: dict[str, _Run]) -> _Run | None:
+        """A copy that a transaction may change; none when nothing of the run is stored."""
+        before = self._runs.get(run_id)
+        if before is not None:
+            changed[run_id] = before.copied()
+        return changed.get(run_id)
 
     def _shrink(self, connection: sqlite3.Connection, run: _Run, surplus: int = 0) -> int:
         """Drops the oldest entries of a run that is too large, or so many bytes; returns how many."""
@@ -307,35 +305,6 @@ class FileStore:
             run_id = max(runs, key=lambda run_id: runs[run_id].size)
             run = changed.setdefault(run_id, runs[run_id].copied())
             count += self._shrink(connection, run, surplus)
-
-
-def _locked(folder: Path):  # type: ignore[no-untyped-def] # the type of an open file has no short name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("w")
-    except OSError as error:
-        raise ConfigurationError(f"--store {folder}: {error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ConfigurationError(f"--store {folder}: another gateway is using it") from None
-    return lock
-
-
-def _opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    if read_only and not path.is_file():
-        raise ConfigurationError(f"{path} is not there: give a folder that a gateway has stored to")
-    connection = sqlite3.connect(path, isolation_level=None, timeout=1.0)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0 and not read_only:
-        connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
-    elif version != _VERSION:
-        connection.close()
-        raise ConfigurationError(f"{path} has version {version}, not {_VERSION}: it was written by another esper_otel")
-    return connection
 
 
 def _entry(run_id: str, row: tuple[int, int, int, int, str, bytes, int, int, int, float | None]) -> Entry:

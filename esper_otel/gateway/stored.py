@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from esper_otel.errors import EsperOtelError
-from esper_otel.gateway.items import Item
+from esper_otel.errors import EsperOtelError, StaleCursor
+from esper_otel.gateway.items import Item, Origin
+
+NOTHING_ENDED: Mapping[Origin, str] = {}
 
 
 class StoreFull(EsperOtelError):
     """Nothing can be written now; nothing that was there is lost."""
-
-
-class UnknownRun(EsperOtelError):
-    """No step of this run is stored."""
-
-
-class StaleCursor(EsperOtelError):
-    """A cursor that this store did not give, or that it gave in another life."""
 
 
 class Entry(NamedTuple):
@@ -53,8 +47,16 @@ class Found(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A request's body that is kept until all of its frames are stored as items."""
+    """A request's body that is kept until all of its frames are stored as items.
 
+    Attributes:
+        number: 1, 2, ... in the order in which they came, over all lives of the store.
+        body: the request.
+        is_json: whether it is JSON.
+        received_unix_ns: when it came.
+    """
+
+    number: int
     body: bytes
     is_json: bool
     received_unix_ns: int
@@ -88,13 +90,21 @@ class Store(Protocol):
     dropped: int
     size: int
 
-    def add(self, items: Iterable[Item], *, kept: Kept | None = None, nothing_waits: bool = True) -> None:
+    def add(
+        self,
+        items: Iterable[Item],
+        *,
+        ended: Mapping[Origin, str] = NOTHING_ENDED,
+        kept: Kept | None = None,
+        first_kept: int | None = None,
+    ) -> None:
         """Stores released frames, and the body of a request of which something waits, all or nothing.
 
         Args:
             items: frames in order of release.
+            ended: outcomes of runs that have ended.
             kept: a body to keep.
-            nothing_waits: whether every frame of all bodies kept before has been released.
+            first_kept: the number of the first body of which something waits; None when nothing waits.
 
         Raises:
             StoreFull: nothing was stored.
@@ -108,8 +118,11 @@ class Store(Protocol):
             StaleCursor: the cursor is of another life, or of other ranks.
         """
 
-    def counts(self) -> dict[tuple[str, int, int, str], int]:
-        """How many entries each writer has, by its origin."""
+    def counts(self) -> dict[Origin, int]:
+        """How many entries each writer has."""
+
+    def outcomes(self) -> dict[Origin, str]:
+        """How the runs ended of which something is stored."""
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for long; returns their names."""

@@ -129,6 +129,11 @@ class Track:
         return self._queue.due_s
 
     @property
+    def since_s(self) -> float | None:
+        """When the first point came of what waits; None when nothing waits."""
+        return self._queue.since_s
+
+    @property
     def waiting_points(self) -> int:
         """Points of frames that are not released."""
         return self._queue.points
@@ -176,6 +181,7 @@ class Track:
         """Goes on after a frame that was released in an earlier life, with those restored before it."""
         self._queue.restore(item.frame.sequence)
         self._history.restore(item)
+        self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
 
     def state(self, *, resumed: bool, writers: int) -> RunState:

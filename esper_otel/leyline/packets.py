@@ -35,6 +35,7 @@ class Packets:
         complete: whether every value of the step is in it.
         age_s: seconds from the step's time to the making of these packets.
         names: metrics that were recorded or derived in the step, those whose value was not finite included.
+        writer: tells two live processes of one (run, attempt, rank) apart; empty for the first one, and in process.
     """
 
     state: SystemStatePacket
@@ -47,6 +48,7 @@ class Packets:
     complete: bool
     age_s: float = field(compare=False)
     names: frozenset[str]
+    writer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
