@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esper_otel.errors import ConfigurationError, EsperOtelError
+from esper_otel.risk import LOSS_STEP, RULES, Rule
 from esper_otel.schema.render import markdown_table, metrics_markdown, readme_table
 from esper_otel.settings import EsperSettings
 
@@ -25,6 +26,26 @@ def settings_table() -> str:
             for name, field in EsperSettings.model_fields.items()
         ),
     )
+
+
+def risks_table() -> str:
+    """The README's table of risks: signal, condition, level, route."""
+    return markdown_table(
+        ("signal", "when", "severity", "route"),
+        ((f"`{rule.name}`", _condition(rule), rule.level.lower(), rule.route) for rule in RULES),
+    )
+
+
+def _condition(rule: Rule) -> str:
+    what = "the loss is above that of the step before by" if rule.metric == LOSS_STEP else f"`{rule.metric}`"
+    text = f"{what} {'at least' if rule.is_inclusive else 'more than'} {rule.threshold:g}"
+    if rule.and_below is not None:
+        text += f", and `{rule.and_below[0]}` at most {rule.and_below[1]:g}"
+    if rule.only_unrouted:
+        text += "; no signal above it"
+    if rule.unless and not rule.only_unrouted:
+        text += f"; not with `{rule.unless}`"
+    return text
 
 
 def with_section(text: str, name: str, section: str) -> str:
@@ -51,7 +72,7 @@ def documents(root: Path = _ROOT) -> dict[Path, str]:
     if not readme.is_file():
         raise ConfigurationError(f"{readme} is not there: render the documents in a checkout")
     text = readme.read_text(encoding="utf-8")
-    for name, section in (("metrics", readme_table()), ("settings", settings_table())):
+    for name, section in (("metrics", readme_table()), ("settings", settings_table()), ("risks", risks_table())):
         text = with_section(text, name, section)
     return {readme: text, root / "esper_otel" / "schema" / "METRICS.md": metrics_markdown()}
 

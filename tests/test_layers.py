@@ -43,7 +43,7 @@ MAY_IMPORT = {
     },
     "testing": {"schema", "export"},
     "check": {"schema", "settings", "frame", "identity", "export", "_version"},
-    "docs": {"schema", "settings"},
+    "docs": {"schema", "settings", "risk"},
     "cli": {"schema", "_version", "demo", "check", "gateway"},
     "__main__": {"cli"},
     "demo": {"schema", "settings", "telemetry", "leyline", "testing", "record", "_version", ""},

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from gateways import RunningGateway
 
 from esper_otel.cli import build_parser
 from esper_otel.testing import MemoryCollector, Point
@@ -51,7 +52,7 @@ def values_in(collector: MemoryCollector) -> list[Point]:
 def test_every_program_of_the_readme_is_run_here() -> None:
     """A block without a marker would be one that nobody tries."""
     assert README.count("```python") == len(EXAMPLES)
-    assert set(EXAMPLES) == {"loop", "own", "tamiyo"}
+    assert set(EXAMPLES) == {"loop", "own", "tamiyo", "gateway"}
 
 
 def test_the_training_loop_sends_every_step(tmp_path: Path) -> None:
@@ -83,6 +84,18 @@ def test_the_packets_are_printed_as_the_readme_says(tmp_path: Path) -> None:
     assert "'loss': 0.41999998688697815" in inside  # float32
     assert pulled == "1 digits-7-step-1 ['kasmina-seed-seed-3-1']"
     assert lost == "lost before these: 0"
+
+
+def test_the_packets_of_another_machine_are_printed_as_the_readme_says(tmp_path: Path) -> None:
+    """A trainer, a gateway, a controller."""
+    with RunningGateway() as gateway:
+        environ = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}"}
+        script = tmp_path / "trainer.py"
+        script.write_text(EXAMPLES["tamiyo"], encoding="utf-8")
+        subprocess.run([sys.executable, str(script)], check=True, timeout=110, env=environ, capture_output=True)
+        script.write_text(EXAMPLES["gateway"].replace("127.0.0.1:4327", gateway.grpc), encoding="utf-8")
+        ran = subprocess.run([sys.executable, str(script)], check=True, timeout=110, capture_output=True, text=True)
+    assert ran.stdout.splitlines() == ["[('digits-7', 1, 'completed')]", "1 1 True 0.41999998688697815"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

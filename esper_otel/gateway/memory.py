@@ -21,6 +21,7 @@ from esper_otel.gateway.stored import (
     cursor_place,
     cursor_text,
 )
+from esper_otel.leyline.numbers import finite
 from esper_otel.ring import frame_bytes
 
 
@@ -153,5 +154,5 @@ class MemoryStore:
 
 
 def loss_of(frame: Frame) -> float | None:
-    """The loss that the frame's packet has."""
-    return frame.values().get(LAST_LOSS)
+    """The loss that the frame's packet has; None when there is none."""
+    return finite(frame.values().get(LAST_LOSS))

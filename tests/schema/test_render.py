@@ -98,7 +98,9 @@ def test_check_names_what_is_stale_with_the_repair_and_writes_nothing(
 ) -> None:
     """What `make lint` prints is what to do."""
     readme = tmp_path / "README.md"
-    readme.write_text("".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("metrics", "settings")))
+    readme.write_text(
+        "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("metrics", "settings", "risks"))
+    )
     (tmp_path / "esper_otel" / "schema").mkdir(parents=True)
 
     assert docs.main(["--check"], tmp_path) == 1

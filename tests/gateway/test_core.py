@@ -1,0 +1,182 @@
+"""Core: what was answered with OK is stored, whatever happens next, and is given once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from frames import RUN, TIME_UNIX_NS, make_frame
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from wire import bodies, encoder
+
+from esper_otel.frame import Frame
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.memory import MemoryStore
+from esper_otel.gateway.pull_messages import PullRequest, Step
+from esper_otel.gateway.store import FileStore
+from esper_otel.gateway.stored import StoreFull, StoreLimits
+
+HOLD_S = 0.3
+
+
+def history(count: int, first: int = 1) -> list[Frame]:
+    return [
+        make_frame(
+            sequence=step, global_step=step, time_unix_ns=TIME_UNIX_NS + step * 10**6, recorded={"loss": step / 8}
+        )
+        for step in range(first, first + count)
+    ]
+
+
+def split(body: bytes) -> list[bytes]:
+    """A request for each metric."""
+    whole = ExportMetricsServiceRequest.FromString(body)
+    requests = []
+    for metric in whole.resource_metrics[0].scope_metrics[0].metrics:
+        part = ExportMetricsServiceRequest()
+        part.CopyFrom(whole)
+        del part.resource_metrics[0].scope_metrics[0].metrics[:]
+        part.resource_metrics[0].scope_metrics[0].metrics.append(metric)
+        requests.append(part.SerializeToString())
+    return requests
+
+
+async def pulled(core: Core, run_id: str = RUN.run_id) -> list[Step]:
+    response = await core.pull(PullRequest(run_id=run_id, max_packets=1000))
+    assert response.gap == 0
+    return list(response.steps)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_path: Path, seed: int) -> None:
+    """The files as they are at that moment are all that the next life has: a copy stands for kill -9."""
+    luck = random.Random(seed)
+    requests = [part for body in bodies(history(20)) for part in split(body)]
+    for start in range(0, len(requests), 8):  # what a collector does to the order
+        batch = requests[start : start + 8]
+        luck.shuffle(batch)
+        requests[start : start + 8] = batch
+
+    async def live() -> list[Step]:
+        life = 0
+        core = Core(FileStore(tmp_path / "0"), hold_s=HOLD_S)
+        core.start()
+        for request in requests:
+            core.receive(request)
+            if luck.random() < 0.2:
+                if luck.random() < 0.3:
+                    await asyncio.sleep(0.01)
+                life += 1
+                shutil.copytree(tmp_path / str(life - 1), tmp_path / str(life))
+                core.close()
+                core = Core(FileStore(tmp_path / str(life)), hold_s=HOLD_S)
+                core.start()
+                if luck.random() < 0.5:
+                    core.receive(request)  # its sender did not hear the answer
+        steps = await pulled(core)
+        core.close()
+        assert life > 10
+        return steps
+
+    steps = asyncio.run(live())
+    assert [(step.step, step.complete, step.revision) for step in steps] == [(n, True, 1) for n in range(1, 21)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_store_that_fails_now_and_then_loses_and_repeats_nothing(tmp_path: Path, seed: int) -> None:
+    """Its senders come again with the same request, or with a larger one."""
+    luck = random.Random(seed)
+    requests = [part for body in bodies(history(20)) for part in split(body)]
+
+    async def live() -> list[Step]:
+        store = FileStore(tmp_path)
+        core = Core(store, hold_s=HOLD_S)
+        core.start()
+        failures = 0
+        for request in requests:
+            while True:
+                is_full = luck.random() < 0.4
+                store._connection.execute(f"PRAGMA query_only = {'ON' if is_full else 'OFF'}")
+                try:
+                    core.receive(request)
+                    break
+                except StoreFull:
+                    failures += 1
+        store._connection.execute("PRAGMA query_only = OFF")
+        assert failures > 5
+        assert core.counts["store_failures"] >= failures
+        steps = await pulled(core)
+        assert core.is_ready
+        core.close()
+        return steps
+
+    steps = asyncio.run(live())
+    assert [(step.step, step.complete, step.revision) for step in steps] == [(n, True, 1) for n in range(1, 21)]
+
+
+def test_requests_are_kept_no_longer_than_something_of_them_waits(tmp_path: Path) -> None:
+    """Also when something always waits: a collector cuts frames in two with each of its batches."""
+    parts = [part for body in bodies(history(200)) for part in split(body)]
+    shift = len(parts) // 200 // 2
+
+    async def live() -> None:
+        store = FileStore(tmp_path)
+        core = Core(store, hold_s=5.0)
+        core.start()
+        most = 0
+        size = len(parts) // 200
+        core.receive(b"".join(parts[:shift]))  # serialized messages merge by concatenation
+        for start in range(shift, len(parts), size):
+            core.receive(b"".join(parts[start : start + size]))
+            most = max(most, len(store.bodies()))
+        assert 1 <= most <= 3
+        assert store.bodies() == []
+        assert len(await pulled(core)) == 200
+        core.close()
+
+    asyncio.run(live())
+
+
+def test_a_run_without_news_is_forgotten_by_itself() -> None:
+    """Nobody has to ask."""
+    now = [0.0]
+    store = MemoryStore(StoreLimits(idle_s=5), clock=lambda: now[0])
+
+    async def live() -> None:
+        core = Core(store)
+        for body in bodies(history(3)):
+            core.receive(body)
+        now[0] = 6.0
+        core.start()
+        assert store.counts() == {}
+        assert core.gauges()["dropped_steps"] == 3
+        core.close()
+
+    asyncio.run(live())
+
+
+def test_an_end_is_known_after_a_restart_and_a_silence_is_not_one(tmp_path: Path) -> None:
+    async def live() -> None:
+        core = Core(FileStore(tmp_path))
+        core.start()
+        quiet, ended = RUN, replace(RUN, run_id="ended")
+        for run in (quiet, ended):
+            for frame in history(2):
+                for request in encoder().requests([frame._replace(run=run)]):
+                    core.receive(request.body)
+        end_ns = TIME_UNIX_NS + 10**9
+        outcome = {("esper.run.ended", "ValueError"): 1.0}
+        core.receive(encoder().health(ended, outcome, start_unix_ns=TIME_UNIX_NS, time_unix_ns=end_ns))
+        before = core.runs()
+        core.close()
+        core = Core(FileStore(tmp_path))
+        after = core.runs()
+        core.close()
+        said = [[(run.run_id, run.ended, run.HasField("ended")) for run in runs.runs] for runs in (before, after)]
+        assert said[0] == said[1] == [("digits-7", "", False), ("ended", "ValueError", True)]
+
+    asyncio.run(live())
