@@ -103,6 +103,11 @@ class Raw:
         """The place of a metric whose points are to be looked at; None when all of them are refused."""
         self.points += count
         level = _KNOWN.get(name)
+        is_plain = is_number and not is_delta and self.taken + count <= self.limits.points
+        if level is not None and is_plain and not isinstance(sender, str):  # as nearly always
+            self.taken += count
+            self.metrics.append(Metric(sender, scope, name, level))
+            return len(self.metrics) - 1
         if level is None and scope != OTHERS:
             level = STEP  # a user's own metric; only ours can stand in these scopes
         reason = ""

@@ -50,9 +50,11 @@ class Found(NamedTuple):
 
 def find(payload: bytes, *, is_sum: bool) -> Found | None:
     """The records of a serialized gauge or sum; None when it has to be left to protobuf."""
+    end = len(payload)
+    if 2 <= end < 0x82 and payload[0] == _POINT and payload[1] == end - 2:
+        return Found([Run(0, end, 1)], 1, is_delta=False)
     runs: list[Run] = []
     position = count = 0
-    end = len(payload)
     is_delta = False
     while position < end:
         tag = payload[position]
