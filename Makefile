@@ -18,7 +18,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz lint format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz collector prometheus lint format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev ## run the tests; ARGS="-k seeds"
 	@$(RUN) -m pytest $(ARGS)
 
 test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that pyproject.toml allows
-	@$(LOWEST)/bin/python -m pytest $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -m "not collector" $(ARGS)
 
 test-wheel: build ## install the built wheel alone, without torch, and try it
 	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)
@@ -40,6 +40,12 @@ test-wheel: build ## install the built wheel alone, without torch, and try it
 fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property test; CI takes the same ones each time
 	@$(RUN) tests/gateway/fuzz.py --seconds 600
 	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
+
+collector: ## build the collector of collector-config/ for the tests, once; the last line is its path
+	@tools/build collector
+
+prometheus: ## the same for Prometheus and promtool
+	@tools/build prometheus
 
 lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff check

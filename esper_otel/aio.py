@@ -88,8 +88,13 @@ class TamiyoClient:
         deadline_s = time.monotonic() + self._target.timeout_s + wait_s
         while True:
             try:
-                return await call(request, timeout=deadline_s - time.monotonic(), metadata=self._target.metadata())
+                return await call(
+                    request,
+                    timeout=deadline_s - time.monotonic(),
+                    metadata=self._target.metadata(),
+                    wait_for_ready=True,  # else a channel that failed once may not try again while calls come
+                )
             except grpc.RpcError as error:
                 if not may_retry(error, deadline_s):
-                    raise_translated(error, self._target.address)
+                    raise_translated(error, self._target)
             await asyncio.sleep(RETRY_S)

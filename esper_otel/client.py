@@ -236,10 +236,15 @@ class TamiyoClient:
         deadline_s = time.monotonic() + self._target.timeout_s + wait_s
         while True:
             try:
-                return call(request, timeout=deadline_s - time.monotonic(), metadata=self._target.metadata())
+                return call(
+                    request,
+                    timeout=deadline_s - time.monotonic(),
+                    metadata=self._target.metadata(),
+                    wait_for_ready=True,  # else a channel that failed once may not try again while calls come
+                )
             except grpc.RpcError as error:
                 if not may_retry(error, deadline_s):
-                    raise_translated(error, self._target.address)
+                    raise_translated(error, self._target)
             time.sleep(RETRY_S)
 
 
@@ -253,10 +258,14 @@ def may_retry(error: Any, deadline_s: float) -> bool:
     return error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() + RETRY_S < deadline_s
 
 
-def raise_translated(error: Any, address: str) -> NoReturn:
+def raise_translated(error: Any, target: Target) -> NoReturn:
     """Raises the error as one of ours."""
     kind = _ERRORS.get(error.code(), GatewayError)
-    raise kind(f"gateway {address}: {error.code().name}: {error.details()}") from error
+    reason = f"{error.code().name}: {error.details()}"
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        how = "without TLS" if target.credentials is None else "over TLS"
+        reason = f"nobody answers there, {how}, within {target.timeout_s:g} s"
+    raise kind(f"gateway {target.address}: {reason}") from error
 
 
 def pull_request(run_id: str, cursor: str | None, rank: int | None, max_packets: int, wait_s: float) -> PullRequest:

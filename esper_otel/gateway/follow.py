@@ -20,6 +20,7 @@ from esper_otel.leyline.packets import Packets
 
 _WAIT_S = 30.0
 _AGAIN_S = 1.0
+_AWAY_S = 3.0
 _MOST = 1000
 
 
@@ -49,6 +50,7 @@ def main(options: argparse.Namespace) -> int:
         ca_file=options.ca_file,
         certificate_file=options.cert_file,
         key_file=options.key_file,
+        timeout_s=_AWAY_S,
     ) as client:
         if options.run_id is None:
             _write_runs(client.runs(), as_json=options.json)
