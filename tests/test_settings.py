@@ -39,6 +39,7 @@ def test_defaults_as_shipped() -> None:
         "probe_period_s": 1.0,
         "token_file": None,
         "kernel_latency_budget_ms": 10.0,
+        "risk_thresholds": {},
     }
 
 

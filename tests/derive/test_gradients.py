@@ -68,7 +68,11 @@ def test_parameters_without_a_gradient_do_not_count() -> None:
     assert gradient_norm([frozen, *with_gradients(None, torch.tensor([3.0, 4.0]))]) == 5.0
 
 
-@pytest.mark.parametrize("given", [torch.nn.Linear(2, 1), torch.nn.ReLU(), [], with_gradients(None), iter(())], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [torch.nn.Linear(2, 1), torch.nn.ReLU(), [], with_gradients(None), iter(())],
+    ids=lambda given: type(given).__name__,
+)
 def test_without_any_gradient_there_is_no_norm(given: Any) -> None:
     """Missing is not 0."""
     assert gradient_norm(given) is None
@@ -289,7 +293,11 @@ def test_the_sign_is_right_for_gradients_that_are_almost_orthogonal(cosine: floa
     assert rate_by_matrices([[source] for source in sources]) == expected
 
 
-@pytest.mark.parametrize("sources", [{}, [], [torch.ones(2)], {"a": [torch.ones(2)]}, iter([torch.ones(1)])], ids=str)
+@pytest.mark.parametrize(
+    "sources",
+    [{}, [], [torch.ones(2)], {"a": [torch.ones(2)]}, iter([torch.ones(1)])],
+    ids=lambda sources: type(sources).__name__,
+)
 def test_fewer_than_two_sources_have_no_rate(sources: Any) -> None:
     """Nobody to disagree with."""
     assert gradient_conflict_rate(sources) is None

@@ -45,7 +45,7 @@ def test_any_single_number_can_be_put(telemetry: Telemetry, value: Any) -> None:
 @pytest.mark.parametrize(
     "value",
     ["0.5", [0.5], (0.5,), {}, object(), 1j, b"1", torch.zeros(3), torch.zeros(1), np.zeros(1), torch.tensor(1j)],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_not_one_number_is_a_mistake_and_says_which_metric(telemetry: Telemetry, value: Any) -> None:
     """Found at the first step, not in the curves."""
