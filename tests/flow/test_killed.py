@@ -207,7 +207,11 @@ def test_a_spool_that_was_cut_short_or_damaged_gives_what_is_whole(nowhere: Path
     assert telemetry.health()["dropped"] == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"not a spool", os.urandom(5_000), b"\xe5\x9e\x0f1" * 1_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a spool", os.urandom(5_000), b"\xe5\x9e\x0f1" * 1_000],
+    ids=["empty", "text", "random", "only heads"],
+)
 def test_a_file_that_holds_no_frame_is_no_trouble(nowhere: Path, collector: MemoryCollector, content: bytes) -> None:
     """The new run goes out all the same."""
     folder = nowhere / "1-1-1"
