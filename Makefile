@@ -55,6 +55,7 @@ lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
 	@$(RUN) -m esper_otel.docs --check
+	@$(RUN) deploy/rendering/main.py --check
 
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
 	@$(RUN) tests/bench/promises.py
@@ -70,6 +71,7 @@ format: $(VENV)/.installed-dev ## format the code and repair what can be repaire
 
 docs: $(VENV)/.installed-dev ## render README.md's tables and METRICS.md from the catalogue and the settings
 	@$(RUN) -m esper_otel.docs
+	@$(RUN) deploy/rendering/main.py
 
 constraints: $(UV) ## take the newest versions, and the oldest, into the two constraints files
 	@echo "# Versions that make and CI install. Written by 'make constraints'." > constraints.txt

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, Block, Decoded, Sender
-from esper_otel.gateway.items import Item, Origin, RunState
+from esper_otel.gateway.items import End, Item, Origin, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Shapes
 from esper_otel.gateway.queue import Waiting
@@ -53,6 +53,7 @@ class Assembler:
         self._kept: deque[tuple[Track, int, int]] = deque()
         self._kept_bytes = 0
         self._ended: dict[Origin, str] = {}
+        self._ending: dict[Track, None] = {}
 
     def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Taken:
         """Takes what a request says.
@@ -71,6 +72,7 @@ class Assembler:
                 rejected[TOO_MANY_RUNS] += 1
             else:
                 track.end_stream(marker)
+                self._ending[track] = None
         for sender, outcome in decoded.ended:
             track = self._track(sender, now_s)
             if track is None:
@@ -85,6 +87,15 @@ class Assembler:
         """Outcomes of the runs that ended since the last call."""
         ended, self._ended = self._ended, {}
         return ended
+
+    def ends(self) -> list[End] | None:
+        """Ends of streams that are to come; None when they are those of the last call."""
+        changed = [track for track in self._ending if track.ends_changed]
+        if not changed:
+            return None
+        by_track = {track: track.ends() for track in self._ending}
+        self._ending = {track: None for track, ends in by_track.items() if ends}
+        return [end for ends in by_track.values() for end in ends]
 
     def since(self) -> float | None:
         """When the first point came of what waits, on the monotonic clock; None when nothing waits."""
@@ -119,12 +130,15 @@ class Assembler:
             self._kept = deque(kept for kept in self._kept if kept[0] not in gone)
         return self._runs.states(now_s)
 
-    def restore(self, items: Iterable[Item], ended: Mapping[Origin, str], *, now_s: float) -> None:
+    def restore(
+        self, items: Iterable[Item], ended: Mapping[Origin, str], ends: Iterable[End] = (), *, now_s: float
+    ) -> None:
         """Goes on where an earlier life of the gateway stopped.
 
         Args:
             items: the newest revision of the newest frames of each writer, oldest first.
             ended: outcomes of their runs.
+            ends: ends of streams that were to come.
             now_s: the monotonic clock.
         """
         for item in items:
@@ -134,6 +148,10 @@ class Assembler:
             self._keep(track, item.frame.time_unix_ns)
         for origin, outcome in ended.items():
             self._runs.restored(origin).end(outcome)
+        for end in ends:
+            track = self._runs.restored(end.origin)
+            track.restore_end(end)
+            self._ending[track] = None
 
     def _take_block(self, block: Block, now_s: float, received_unix_ns: int, rejected: Counter[str]) -> None:
         sender = block.sender

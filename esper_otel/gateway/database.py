@@ -27,6 +27,9 @@ CREATE UNIQUE INDEX items_by_number ON items (run, rank, number);
 CREATE TABLE ends (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, outcome TEXT, PRIMARY KEY (run, rank, attempt, writer)
 ) WITHOUT ROWID;
+CREATE TABLE streams (
+    run_id TEXT, attempt INTEGER, rank INTEGER, writer TEXT, time INTEGER, seed TEXT, place INTEGER
+);
 CREATE TABLE bodies (number INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB);
 """
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from esper_otel.frame import ABSENT_BITS, Frame, Run, SeedTable, is_absent
 from esper_otel.gateway.decoded import Marker, Sender
-from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.items import End, Item, Origin
 from esper_otel.gateway.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.queue import Ready, Waiting
+from esper_otel.gateway.released import Released
 from esper_otel.leyline.numbers import UINT64_LIMIT, finite, whole
 from esper_otel.record.live import LiveSeeds, SeedStep
 from esper_otel.schema import SEED_CELLS
@@ -23,45 +23,6 @@ _STALE_NS = 300 * 10**9
 
 _ALL = -1
 _COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
-
-# What a kept frame takes beside its values and cells, about.
-_BYTES, _BYTES_PER_VALUE = 2_000, 100
-
-
-@dataclass(slots=True, eq=False)
-class Kept:
-    """A released frame, and what it is made of.
-
-    Attributes:
-        part: its values.
-        sequence: its number; 0 when its sender does not say it.
-        sender: who sent it.
-        step: its global step, if its sender does not say it.
-        complete: whether every point is in it.
-        received_unix_ns: when its last point came.
-        before: the live seeds before it.
-        loss_before: the last finite loss before it.
-        ends: seeds and columns whose streams end before it; the column is -1 when the seed's life does.
-        frame: the frame.
-        revision: how often it was made.
-    """
-
-    part: Part
-    sequence: int
-    sender: Sender
-    step: int
-    complete: bool
-    received_unix_ns: int
-    before: SeedTable
-    loss_before: float | None
-    ends: set[tuple[str, int]]
-    frame: Frame | None = None
-    revision: int = 0
-
-    def size(self) -> int:
-        """The memory it takes, about."""
-        cells = 0 if self.frame is None else self.frame.seeds.cells.nbytes + self.frame.live.cells.nbytes
-        return _BYTES + _BYTES_PER_VALUE * len(self.part.shape.names) + self.part.numbers.nbytes + cells
 
 
 class History:
@@ -75,11 +36,12 @@ class History:
     def __init__(self, origin: Origin, *, most_ends: int) -> None:
         self._origin = origin
         self._most_ends = most_ends
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, Released] = {}
         self._times: dict[int, int] = {}
         self._live = LiveSeeds()
         self._seen: dict[str, int] = {}
         self._ends: dict[int, set[tuple[str, int]]] = {}
+        self.ends_changed = False
         self._loss: float | None = None
         self._step = 0
         self.newest_unix_ns = 0
@@ -124,7 +86,7 @@ class History:
         time_unix_ns, waiting, complete = ready
         part = waiting.joined()
         self.differing += waiting.differing
-        kept = Kept(
+        kept = Released(
             part,
             waiting.sequence or 0,
             waiting.sender,
@@ -162,6 +124,7 @@ class History:
         """Notes the end of a stream; the items of released frames in which it was taken to go on."""
         what = (marker.seed, _ALL if marker.retires else _COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
+            self.ends_changed = True
             self._ends.setdefault(marker.time_unix_ns, set()).add(what)
             while sum(map(len, self._ends.values())) > self._most_ends:
                 del self._ends[min(self._ends)]
@@ -183,10 +146,18 @@ class History:
         """The memory that a kept frame takes, about."""
         return self._kept[time_unix_ns].size()
 
+    def ends(self) -> list[End]:
+        """The ends that are to come."""
+        return [End(self._origin, time, *what) for time, ends in self._ends.items() for what in sorted(ends)]
+
+    def restore_end(self, end: End) -> None:
+        """Notes an end that was to come in an earlier life."""
+        self._ends.setdefault(end.time_unix_ns, set()).add((end.seed, end.column))
+
     def restore(self, item: Item) -> None:
         """Goes on from a frame that was released in an earlier life, with those restored before it."""
         frame = item.frame
-        kept = Kept(
+        kept = Released(
             part_of(frame, complete=item.complete),
             frame.sequence,
             Sender(*dataclasses.astuple(frame.run)),
@@ -215,12 +186,12 @@ class History:
             if seed not in self._live.ids:
                 self._seen.pop(seed, None)
 
-    def _keep(self, time_unix_ns: int, kept: Kept) -> None:
+    def _keep(self, time_unix_ns: int, kept: Released) -> None:
         self._kept[time_unix_ns] = kept
         if kept.sequence:
             self._times[kept.sequence] = time_unix_ns
 
-    def _insert(self, time_unix_ns: int, kept: Kept) -> list[Item]:
+    def _insert(self, time_unix_ns: int, kept: Released) -> list[Item]:
         """Puts a frame between those that were released before it."""
         earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
         later = min((time for time in self._kept if time > time_unix_ns), default=None)
@@ -253,7 +224,7 @@ class History:
             self._live, self._loss = live, loss
         return items
 
-    def _made(self, time_unix_ns: int, kept: Kept, live: LiveSeeds, loss: float | None) -> Item:
+    def _made(self, time_unix_ns: int, kept: Released, live: LiveSeeds, loss: float | None) -> Item:
         part = kept.part
         retired = _end(live, kept.ends) if kept.ends else ()
         values = part.values()
@@ -286,9 +257,10 @@ class History:
         """Ends that a frame of this time is the first to see."""
         if not self._ends:
             return set()
+        self.ends_changed = True
         return {what for time in sorted(self._ends) if time <= time_unix_ns for what in self._ends.pop(time)}
 
-    def _unseen(self, time_unix_ns: int, kept: Kept) -> set[tuple[str, int]]:
+    def _unseen(self, time_unix_ns: int, kept: Released) -> set[tuple[str, int]]:
         """Seeds that can no longer live, though nobody says so: those longest unseen, of what is too many."""
         shape = kept.part.shape
         if shape.ids == self._live.table.ids:

@@ -203,10 +203,10 @@ class Queue:
                 continue
             waiting = self._frames[time_unix_ns]
             is_whole = waiting.is_whole()
-            complete = is_whole and not lacks(time_unix_ns, waiting)
-            if not complete and not is_over(waiting.first_s, self._hold_s):
+            goes = is_whole and not lacks(time_unix_ns, waiting)
+            if not goes and not is_over(waiting.first_s, self._hold_s):
                 return
-            yield self._out(time_unix_ns, complete=complete)
+            yield self._out(time_unix_ns, complete=is_whole)
 
     def _is_hole_new(self) -> bool:
         return self._hole is None or self._hole[0] != self.next

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from esper_otel.errors import EsperOtelError, StaleCursor
-from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.items import End, Item, Origin
 
 NOTHING_ENDED: Mapping[Origin, str] = {}
 
@@ -95,6 +95,7 @@ class Store(Protocol):
         items: Iterable[Item],
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
+        ends: Sequence[End] | None = None,
         kept: Kept | None = None,
         first_kept: int | None = None,
     ) -> None:
@@ -103,6 +104,7 @@ class Store(Protocol):
         Args:
             items: frames in order of release.
             ended: outcomes of runs that have ended.
+            ends: ends of seeds' streams that are to come; None when they are as they were.
             kept: a body to keep.
             first_kept: the number of the first body of which something waits; None when nothing waits.
 

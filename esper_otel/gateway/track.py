@@ -6,7 +6,7 @@ from collections import Counter
 
 from esper_otel.gateway.decoded import TOO_MANY_SEEDS, Marker, Sender
 from esper_otel.gateway.history import History
-from esper_otel.gateway.items import Item, Origin, RunState
+from esper_otel.gateway.items import End, Item, Origin, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Part
 from esper_otel.gateway.queue import Queue, Waiting
@@ -85,6 +85,20 @@ class Track:
     def end_stream(self, marker: Marker) -> None:
         """A stream of a seed has no value any more."""
         self._corrected += self._history.end(marker)
+
+    @property
+    def ends_changed(self) -> bool:
+        """Whether ends that are to come were added or came into force; False from then on."""
+        changed, self._history.ends_changed = self._history.ends_changed, False
+        return changed
+
+    def ends(self) -> list[End]:
+        """Ends of streams that come into force with the next frame."""
+        return self._history.ends()
+
+    def restore_end(self, end: End) -> None:
+        """Notes an end that was to come in an earlier life."""
+        self._history.restore_end(end)
 
     def end(self, outcome: str) -> None:
         """The run has ended."""

@@ -11,7 +11,7 @@ from esper_otel.schema.metric import Metric
 
 # Words for units (UCUM) that Prometheus knows; what it does not know is appended as it is.
 _WORDS = {"ms": "milliseconds", "s": "seconds", "By": "bytes", "%": "percent", "Cel": "celsius"}
-_RATIO = "ratio"
+_RATIO, _TOTAL = "ratio", "total"
 
 
 def prometheus_name(metric: Metric, *, suffixes: bool = False) -> str:
@@ -31,7 +31,7 @@ def prometheus_name(metric: Metric, *, suffixes: bool = False) -> str:
     if word and word not in tokens:
         tokens.append(word)
     if metric.kind == "counter":
-        tokens = [token for token in tokens if token != "total"] + ["total"]
+        tokens = [token for token in tokens if token != _TOTAL] + [_TOTAL]
     elif unit == "1":
         tokens = [token for token in tokens if token != _RATIO] + [_RATIO]
     name = "_".join(tokens)

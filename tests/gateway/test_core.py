@@ -13,12 +13,13 @@ from frames import RUN, TIME_UNIX_NS, make_frame
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from wire import bodies, encoder
 
-from esper_otel.frame import Frame
+from esper_otel.frame import NO_SEEDS, Frame
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.memory import MemoryStore
 from esper_otel.gateway.pull_messages import PullRequest, Step
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import StoreFull, StoreLimits
+from esper_otel.leyline import SystemStatePacket
 
 HOLD_S = 0.3
 
@@ -178,5 +179,36 @@ def test_an_end_is_known_after_a_restart_and_a_silence_is_not_one(tmp_path: Path
         core.close()
         said = [[(run.run_id, run.ended, run.HasField("ended")) for run in runs.runs] for runs in (before, after)]
         assert said[0] == said[1] == [("digits-7", "", False), ("ended", "ValueError", True)]
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["kept", "lost"])
+def test_the_end_of_a_seed_that_was_acknowledged_outlives_the_gateway(tmp_path: Path, is_lost: bool) -> None:
+    """The next step comes at once and without the seed; were its end lost, after a while, whole, and without it too."""
+    before, after = history(2)
+    after = after._replace(seeds=NO_SEEDS, live=NO_SEEDS, retired=("seed-1",))
+    streams = [(name, {"seed_id": "seed-1"}) for name in ("kasmina.seed.stage", "kasmina.seed.alpha")]
+    markers = encoder().stale(RUN, streams, time_unix_ns=after.time_unix_ns)
+
+    async def live() -> None:
+        core = Core(FileStore(tmp_path), hold_s=HOLD_S)
+        core.start()
+        core.receive(bodies([before])[0])
+        for marker in markers:
+            if not is_lost:
+                core.receive(marker)
+        core.close()
+        core = Core(FileStore(tmp_path), hold_s=HOLD_S)
+        core.start()
+        core.receive(bodies([after])[0])
+        steps = await pulled(core)
+        assert len(steps) == (1 if is_lost else 2)
+        await asyncio.sleep(2 * HOLD_S)
+        steps = await pulled(core)
+        assert [(step.step, step.complete, step.revision) for step in steps] == [(1, True, 1), (2, True, 1)]
+        assert len(SystemStatePacket.FromString(steps[0].state).seed_states) == 1
+        assert len(SystemStatePacket.FromString(steps[1].state).seed_states) == 0
+        core.close()
 
     asyncio.run(live())

@@ -1,0 +1,668 @@
+"""Dashboards for Grafana, of the catalogue: one run, its seeds, runs beside each other, and the telemetry itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grafana_foundation_sdk.builders import (
+    common,
+    dashboard,
+    prometheus,
+    stat,
+    statetimeline,
+    table,
+    timeseries,
+    xychart,
+)
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.common import DataSourceRef, LegendDisplayMode, LegendPlacement, StackingMode
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DashboardLinkType,
+    DataTransformerConfig,
+    SpecialValueMap,
+    SpecialValueMatch,
+    Threshold,
+    ThresholdsMode,
+    ValueMap,
+    ValueMappingResult,
+    VariableRefresh,
+)
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from names import CATALOGUE, Naming
+
+from esper_otel.schema import Stage
+
+_SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+_UNITS = {
+    "ms": "ms",
+    "ratio": "percentunit",
+    "GB": "decgbytes",
+    "%": "percent",
+    "s": "s",
+    "By": "bytes",
+    "Cel": "celsius",
+}
+_COLORS = {
+    Stage.UNKNOWN: "#c7d0d9",
+    Stage.DORMANT: "#6e7079",
+    Stage.GERMINATED: "#8ab8ff",
+    Stage.TRAINING: "#3274d9",
+    Stage.BLENDING: "#ff9830",
+    Stage.SHADOWING: "#b877d9",
+    Stage.PROBATIONARY: "#fade2a",
+    Stage.FOSSILIZED: "#37872d",
+    Stage.CULLED: "#c4162a",
+    Stage.EMBARGOED: "#8f3bb8",
+    Stage.RESETTING: "#96d98d",
+    Stage.TERMINATED: "#3d3d42",
+}
+Kind = Literal["stat", "lines", "stack", "stages", "table", "points"]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One query of a panel: an expression, and what its series are called."""
+
+    expression: str
+    legend: str = ""
+    instant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One panel.
+
+    Attributes:
+        title: what it shows.
+        description: how to read it.
+        kind: how it is drawn.
+        queries: what it asks for.
+        unit: Grafana's name of the unit.
+        width: of 24.
+        height: in rows of the grid.
+        limits: values from which on it turns orange, and red.
+        low_is_bad: whether the limits are lower ones.
+        columns: names of a table's columns, in the order of its queries.
+    """
+
+    title: str
+    description: str
+    kind: Kind
+    queries: Sequence[Query]
+    unit: str = ""
+    width: int = 8
+    height: int = 8
+    limits: tuple[float, ...] = ()
+    low_is_bad: bool = False
+    columns: tuple[str, ...] = field(default=())
+
+
+class Board:
+    """Makes a dashboard.
+
+    Args:
+        naming: how metrics are asked for.
+        uid: stable, so that links hold.
+        title: its name.
+        description: what it answers.
+    """
+
+    def __init__(self, naming: Naming, uid: str, title: str, description: str) -> None:
+        suffix = f"-{naming.folder}" if naming.folder else ""
+        self.file = f"{uid}.json"
+        self._board = (
+            dashboard.Dashboard(title)
+            .uid(f"esper-{uid}{suffix}")
+            .description(description)
+            .tags(["esper"])
+            .refresh("5s")
+            .time("now-1h", "now")
+            .timezone("browser")
+            .editable()
+            .tooltip(DashboardCursorSync.CROSSHAIR)
+        )
+        self._board.with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        link = dashboard.DashboardLink("esper").type(DashboardLinkType.DASHBOARDS).tags(["esper"])
+        self._board.link(link.as_dropdown(True).keep_time(True).include_vars(True))
+
+    def variable(self, name: str, label: str, query: str, regex: str = "", *, multi: bool = False) -> None:
+        """Adds a choice, from the values of a label."""
+        variable = (
+            dashboard.QueryVariable(name)
+            .label(label)
+            .query(query)
+            .datasource(_SOURCE)
+            .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+            .regex(regex)
+            .multi(multi)
+            .include_all(multi)
+        )
+        if multi:
+            variable = variable.all_value(".*")
+        self._board.with_variable(variable)
+
+    def row(self, title: str) -> None:
+        """Begins a row."""
+        self._board.with_row(dashboard.Row(title))
+
+    def show(self, *panels: Shown) -> None:
+        """Adds panels."""
+        for shown in panels:
+            self._board.with_panel(_panel(shown))
+
+    def annotate(self, name: str, expression: str, text: str) -> None:
+        """Marks the moments at which an expression has a value on every panel."""
+        query = dashboard.AnnotationQuery().name(name).datasource(_SOURCE).enable(True).icon_color("orange")
+        self._board.annotation(query.expr(expression).title_format(name).text_format(text).step("15s"))
+
+    def rendered(self) -> str:
+        """The file."""
+        return JSONEncoder(sort_keys=True, indent=2).encode(self._board.build()) + "\n"
+
+
+def _panel(shown: Shown) -> Any:
+    panel = _KINDS[shown.kind](shown)
+    panel = panel.title(shown.title).description(shown.description).datasource(_SOURCE)
+    panel = panel.span(shown.width).height(shown.height)
+    if shown.unit:
+        panel = panel.unit(shown.unit)
+    for number, query in enumerate(shown.queries):
+        target = prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(chr(65 + number))
+        if shown.kind in {"table", "points"}:
+            target = target.format(PromQueryFormat.TABLE)
+        panel = panel.with_target(target.instant() if query.instant else target.range())
+    if shown.limits:
+        colors = ["green", "orange", "red"]
+        if shown.low_is_bad:
+            colors.reverse()
+        values = [None, *shown.limits]
+        colors = colors[len(colors) - len(values) :] if shown.low_is_bad else colors[: len(values)]
+        steps = [Threshold(value=value, color=color) for value, color in zip(values, colors, strict=True)]
+        panel = panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
+    return panel
+
+
+def _stat(_shown: Shown) -> Any:
+    calculation = common.ReduceDataOptions().calcs(["lastNotNull"])
+    nan = SpecialValueMap(_nan())
+    return stat.Panel().reduce_options(calculation).mappings([nan]).no_value("none")
+
+
+def _nan() -> Any:
+    return (
+        dashboard.DashboardSpecialValueMapOptions()
+        .match(SpecialValueMatch.NA_N)
+        .result(ValueMappingResult(text="NaN", color="red", index=0))
+        .build()
+    )
+
+
+def _lines(_shown: Shown) -> Any:
+    legend = common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
+    return timeseries.Panel().legend(legend.show_legend(True)).span_nulls(False).line_width(1)
+
+
+def _stack(shown: Shown) -> Any:
+    stacking = common.StackingConfig().mode(StackingMode.PERCENT).group("A")
+    return _lines(shown).stacking(stacking).fill_opacity(40)
+
+
+def _stages(_shown: Shown) -> Any:
+    named = {
+        str(int(stage)): ValueMappingResult(text=stage.name, color=_COLORS[stage], index=int(stage)) for stage in Stage
+    }
+    return statetimeline.Panel().mappings([ValueMap(options=named)]).merge_values(True).row_height(0.8)
+
+
+def _table(shown: Shown) -> Any:
+    merged = DataTransformerConfig(id_val="merge", options={})
+    names = {f"Value #{chr(65 + number)}": name for number, name in enumerate(shown.columns)}
+    organized = DataTransformerConfig(
+        id_val="organize", options={"renameByName": names, "excludeByName": {"Time": True}}
+    )
+    return table.Panel().with_transformation(merged).with_transformation(organized)
+
+
+def _points(shown: Shown) -> Any:
+    """Series of (x, y) pairs, one a run: rows of both queries are joined, then told apart by their run."""
+    merged = DataTransformerConfig(id_val="merge", options={})
+    names = {f"Value #{chr(65 + number)}": name for number, name in enumerate(shown.columns)}
+    organized = DataTransformerConfig(
+        id_val="organize", options={"renameByName": names, "excludeByName": {"Time": True}}
+    )
+    parted = DataTransformerConfig(
+        id_val="partitionByValues", options={"fields": ["run_id"], "keepFields": False, "naming": {"asLabels": True}}
+    )
+    panel = xychart.Panel()
+    for transformation in (merged, organized, parted):
+        panel = panel.with_transformation(transformation)
+    return panel
+
+
+_KINDS = {"stat": _stat, "lines": _lines, "stack": _stack, "stages": _stages, "table": _table, "points": _points}
+
+
+def boards(naming: Naming) -> list[Board]:
+    """Every dashboard."""
+    return [_run(naming), _seeds(naming), _compare(naming), _health(naming)]
+
+
+def _who(naming: Naming, run: str = "$run", rank: str = "$rank", operator: str = "=~") -> str:
+    if naming.has_labels:
+        return f'run_id{operator}"{run}", rank{operator}"{rank}"'
+    return f'instance{operator}"{run}/{rank}"'
+
+
+def _choose(board: Board, naming: Naming, *, runs: bool = False) -> None:
+    """Variables for the run, or for several, and the rank."""
+    name = naming.name("esper.global_step")
+    if naming.has_labels:
+        board.variable("run", "run", f"label_values({name}, run_id)", multi=runs)
+        board.variable("rank", "rank", f'label_values({name}{{run_id=~"$run"}}, rank)', multi=True)
+    else:
+        board.variable("run", "run", f"label_values({name}, instance)", "(.*)/[^/]*", multi=runs)
+        board.variable(
+            "rank", "rank", f'label_values({name}{{instance=~"$run/.*"}}, instance)', ".*/([^/]*)", multi=True
+        )
+
+
+def _lines_of(naming: Naming, *metrics: str, legend: str = "") -> list[Query]:
+    """A line for each metric and rank."""
+    who = _who(naming)
+    return [Query(naming.select(metric, who), legend or f"{metric} {{{{rank}}}}") for metric in metrics]
+
+
+def _described(metric: str) -> str:
+    return CATALOGUE[metric].description
+
+
+def _run(naming: Naming) -> Board:
+    board = Board(naming, "run", "Esper / Run", "Is it learning, is it healthy, what is slow?")
+    _choose(board, naming)
+    who = _who(naming)
+    last = naming.labelled(f"timestamp({naming.name('esper.global_step')}{{{who}}})")
+    loss = naming.select("loss", who)
+    newest = naming.select("loss", who, over="1m", function="last_over_time")
+    nonfinite = naming.select("esper.values.nonfinite", who)
+    board.row("Now")
+    board.show(
+        Shown(
+            "Step",
+            "The newest step, of each rank.",
+            "stat",
+            [Query(naming.select("esper.global_step", who), "{{rank}}")],
+            width=4,
+            height=5,
+        ),
+        Shown(
+            "Age of the last step",
+            "Grows while nothing comes. Above a few times the usual step time the run hangs or has gone.",
+            "stat",
+            [Query(f"time() - max by (run_id, rank) ({last})", "{{rank}}")],
+            "s",
+            4,
+            5,
+            (60, 300),
+        ),
+        Shown(
+            "Loss", "Of the newest step; NaN is shown as NaN.", "stat", [Query(newest, "{{rank}}")], width=4, height=5
+        ),
+        Shown(
+            "NaN and infinite values",
+            "How many values of the run were not finite, the loss included. Any is worth a look.",
+            "stat",
+            [Query(nonfinite, "{{rank}}")],
+            width=4,
+            height=5,
+            limits=(1,),
+        ),
+        Shown(
+            "Samples a second",
+            "Of the newest step, of each rank.",
+            "stat",
+            [Query(naming.select("samples_per_s", who), "{{rank}}")],
+            width=4,
+            height=5,
+        ),
+        Shown(
+            "Live seeds",
+            "Seeds that have not been retired.",
+            "stat",
+            [Query(naming.select("esper.seeds", who), "{{rank}}")],
+            width=4,
+            height=5,
+        ),
+    )
+    ewma = naming.select("loss_ewma", who)
+    volatility = naming.select("loss_volatility", who)
+    board.row("Learning")
+    board.show(
+        Shown(
+            "Loss",
+            "The loss, its moving average, and a band of one volatility around that. A loss that leaves the band for good has changed its ways.",
+            "lines",
+            [
+                Query(loss, "loss {{rank}}"),
+                Query(ewma, "average {{rank}}"),
+                Query(f"{ewma} + on (run_id, rank) {volatility}", "upper {{rank}}"),
+                Query(f"{ewma} - on (run_id, rank) {volatility}", "lower {{rank}}"),
+            ],
+            width=16,
+            height=9,
+        ),
+        Shown(
+            "Validation",
+            "Loss and accuracy on held-out data, as the trainer reported them last.",
+            "lines",
+            _lines_of(naming, "esper.validation.loss", "esper.validation.accuracy"),
+            height=9,
+        ),
+        Shown(
+            "Gradient norm",
+            f"{_described('gradient_norm')} A spike before a NaN is the usual story.",
+            "lines",
+            _lines_of(naming, "gradient_norm", "grad_norm_ewma"),
+        ),
+        Shown(
+            "Gradient conflict",
+            f"{_described('grad_conflict_rate')} Above 0.5 the sources pull against each other.",
+            "lines",
+            _lines_of(naming, "grad_conflict_rate"),
+            "percentunit",
+        ),
+        Shown(
+            "Volatility",
+            "How much the loss and the gradient norm jump about.",
+            "lines",
+            _lines_of(naming, "loss_volatility", "grad_var", "loss_delta"),
+        ),
+    )
+    board.row("Where the time goes")
+    parts = ("input_wait_ms", "hook_latency_ms", "kasmina.apply_ms", "kasmina.finalize_ms")
+    cycle = " + on (run_id, rank) ".join(
+        f"({naming.select(metric, who)})" for metric in ("input_wait_ms", "step_latency_ms")
+    )
+    known = " - on (run_id, rank) ".join(
+        [f"({cycle})", *(f"(({naming.select(metric, who)}) or on (run_id, rank) 0 * ({cycle}))" for metric in parts)]
+    )
+    board.show(
+        Shown(
+            "Where a step's time goes",
+            "Shares of a cycle, which is the wait for input and the step; the rest is forward, backward and the optimizer. "
+            "Input wait above a third: the loader is the bottleneck.",
+            "stack",
+            [*_lines_of(naming, *parts), Query(f"clamp_min({known}, 0)", "rest {{rank}}")],
+            "ms",
+            12,
+            9,
+        ),
+        Shown(
+            "Step latency",
+            "The whole step, and what the controller takes of it.",
+            "lines",
+            _lines_of(naming, "step_latency_ms", "tamiyo_latency_ms", "h2d_copy_ms"),
+            "ms",
+            6,
+            9,
+        ),
+        Shown(
+            "Throughput",
+            "Samples a second, of each rank.",
+            "lines",
+            _lines_of(naming, "samples_per_s"),
+            width=6,
+            height=9,
+        ),
+    )
+    board.row("Machine")
+    board.show(
+        Shown(
+            "GPU memory",
+            "Used and free. Free near zero: the next allocation may fail.",
+            "lines",
+            _lines_of(naming, "gpu_mem_used_gb", "gpu_mem_free_gb"),
+            "decgbytes",
+        ),
+        Shown(
+            "Utilization",
+            "Of the GPU and of the CPU. A GPU far below 100 % waits for something: see where the time goes.",
+            "lines",
+            _lines_of(naming, "gpu_util_percent", "cpu_util_percent"),
+            "percent",
+        ),
+        Shown(
+            "Temperature",
+            _described("esper.device.temperature_celsius"),
+            "lines",
+            _lines_of(naming, "esper.device.temperature_celsius"),
+            "celsius",
+        ),
+    )
+    _mark_stages(board, naming)
+    return board
+
+
+def _mark_stages(board: Board, naming: Naming) -> None:
+    stage = naming.select("kasmina.seed.stage", _who(naming))
+    changed = naming.select("kasmina.seed.stage", _who(naming), over="15s", function="changes")
+    board.annotate(
+        "stage", f"({stage}) and on (run_id, rank, seed_id) ({changed}) > 0", "{{seed_id}} changed its stage"
+    )
+
+
+def _seeds(naming: Naming) -> Board:
+    board = Board(naming, "seeds", "Esper / Seeds", "Which seed is in trouble?")
+    _choose(board, naming)
+    stage = naming.name("kasmina.seed.stage")
+    board.variable("seed", "seed", f"label_values({stage}{{{_who(naming)}}}, seed_id)", multi=True)
+    who = f'{_who(naming)}, seed_id=~"$seed"'
+
+    def lines(metric: str) -> list[Query]:
+        return [Query(naming.select(metric, who), "{{seed_id}} {{rank}}")]
+
+    board.show(
+        Shown(
+            "Stages",
+            "A row for each seed. Red is CULLED, green FOSSILIZED; a seed that stays GERMINATED or BLENDING for long is stuck.",
+            "stages",
+            lines("kasmina.seed.stage"),
+            width=24,
+            height=10,
+        ),
+        Shown(
+            "Alpha",
+            f"{_described('kasmina.seed.alpha')} It should rise steadily while a seed is BLENDING.",
+            "lines",
+            lines("kasmina.seed.alpha"),
+            "percentunit",
+        ),
+        Shown(
+            "Steps of blending",
+            f"{_described('kasmina.seed.alpha_steps')} Flat while alpha rises: the schedule is not counted.",
+            "lines",
+            lines("kasmina.seed.alpha_steps"),
+        ),
+        Shown(
+            "Kernel latency",
+            f"{_described('kasmina.seed.last_kernel_latency_ms')} Above the budget, 10 ms by default, a seed is DEGRADED.",
+            "lines",
+            lines("kasmina.seed.last_kernel_latency_ms"),
+            "ms",
+        ),
+        Shown(
+            "Isolation violations",
+            f"{_described('kasmina.seed.isolation_violations')} Any step up is a leak.",
+            "lines",
+            lines("kasmina.seed.isolation_violations"),
+        ),
+        Shown(
+            "Isolation: dot product",
+            f"{_described('kasmina.seed.isolation.dot')} Away from zero, the seed's gradient and the host's meet.",
+            "lines",
+            lines("kasmina.seed.isolation.dot"),
+        ),
+        Shown(
+            "Isolation: norms",
+            "Of the host's gradient and of the seed's.",
+            "lines",
+            [*lines("kasmina.seed.isolation.host_norm"), *lines("kasmina.seed.isolation.seed_norm")],
+        ),
+        Shown(
+            "Fallback and kernels",
+            "1 while a seed runs on its fallback, or has its kernel attached. A fallback for long: its kernel fails.",
+            "lines",
+            [*lines("kasmina.seed.fallback_used"), *lines("kasmina.seed.kernel_attached")],
+        ),
+    )
+    _mark_stages(board, naming)
+    return board
+
+
+def _compare(naming: Naming) -> Board:
+    board = Board(
+        naming, "compare", "Esper / Compare runs", "Which run is better at the same step? Wall time compares nothing."
+    )
+    _choose(board, naming, runs=True)
+    who = _who(naming)
+    step = f"max by (run_id) ({naming.select('esper.global_step', who)})"
+
+    def by_step(metric: str) -> list[Query]:
+        return [Query(step), Query(f"avg by (run_id) ({naming.select(metric, who)})")]
+
+    def last(metric: str) -> Query:
+        return Query(
+            f"avg by (run_id) ({naming.select(metric, who, over='$__range', function='last_over_time')})", instant=True
+        )
+
+    board.show(
+        Shown(
+            "Loss by step",
+            "The loss over the step's number, a series for each run, mean over ranks.",
+            "points",
+            by_step("loss"),
+            width=12,
+            height=11,
+            columns=("step", "loss"),
+        ),
+        Shown(
+            "Smoothed loss by step",
+            "The moving average instead of the loss.",
+            "points",
+            by_step("loss_ewma"),
+            width=12,
+            height=11,
+            columns=("step", "average"),
+        ),
+        Shown(
+            "Samples a second by step",
+            "Who is faster.",
+            "points",
+            by_step("samples_per_s"),
+            width=12,
+            height=9,
+            columns=("step", "samples/s"),
+        ),
+        Shown(
+            "Gradient norm by step",
+            "Who is calmer.",
+            "points",
+            by_step("gradient_norm"),
+            width=12,
+            height=9,
+            columns=("step", "norm"),
+        ),
+        Shown(
+            "Where each run is",
+            "The last values in the time range.",
+            "table",
+            [last("esper.global_step"), last("loss"), last("loss_ewma"), last("accuracy"), last("samples_per_s")],
+            width=24,
+            columns=("step", "loss", "average", "accuracy", "samples/s"),
+        ),
+    )
+    return board
+
+
+def _health(naming: Naming) -> Board:
+    board = Board(naming, "telemetry", "Esper / Telemetry health", "Can the other dashboards be trusted?")
+    _choose(board, naming, runs=True)
+    who = _who(naming)
+    board.show(
+        Shown(
+            "Steps dropped",
+            "Steps that never left the trainer, by reason. Should be empty.",
+            "lines",
+            [Query(naming.select("esper.frames.dropped", who), "{{run_id}} {{rank}} {{reason}}")],
+        ),
+        Shown(
+            "Steps waiting",
+            "Steps that the endpoint has not acknowledged. Grows during an outage, and falls after it.",
+            "lines",
+            [Query(naming.select("esper.export.queue", who), "{{run_id}} {{rank}}")],
+        ),
+        Shown(
+            "Buffer",
+            "Memory of the steps that are kept in the trainer.",
+            "lines",
+            [Query(naming.select("esper.buffer.bytes", who), "{{run_id}} {{rank}}")],
+            "bytes",
+        ),
+        Shown(
+            "Last request",
+            "How long the endpoint took to acknowledge.",
+            "lines",
+            [Query(naming.select("esper.export.latency_ms", who), "{{run_id}} {{rank}}")],
+            "ms",
+        ),
+        Shown(
+            "Requests sent again",
+            "Each one more is a refusal or a time-out.",
+            "lines",
+            [Query(naming.select("esper.export.retries", who), "{{run_id}} {{rank}}")],
+        ),
+        Shown(
+            "Errors inside",
+            "Faults of processors and of the telemetry itself. Should stay 0.",
+            "lines",
+            [Query(naming.select("esper.errors.internal", who), "{{run_id}} {{rank}}")],
+        ),
+        Shown(
+            "Collector: queues",
+            "How full each queue on disk is. Full: the collector refuses, and trainers keep the data.",
+            "lines",
+            [Query("otelcol_exporter_queue_size / otelcol_exporter_queue_capacity", "{{instance}} {{exporter}}")],
+            "percentunit",
+        ),
+        Shown(
+            "Collector: points",
+            "In, out, and refused for good. The last should be 0.",
+            "lines",
+            [
+                Query(
+                    'sum by (instance) (rate({__name__=~"otelcol_receiver_accepted_metric_points(_total)?"}[1m]))',
+                    "in {{instance}}",
+                ),
+                Query(
+                    'sum by (instance, exporter) (rate({__name__=~"otelcol_exporter_sent_metric_points(_total)?"}[1m]))',
+                    "out {{exporter}}",
+                ),
+                Query(
+                    'sum by (instance, exporter) (rate({__name__=~"otelcol_exporter_send_failed_metric_points(_total)?"}[1m]))',
+                    "lost {{exporter}}",
+                ),
+            ],
+        ),
+        Shown(
+            "Gateway: steps",
+            "Steps taken, incomplete ones among them, and those given to controllers, a second.",
+            "lines",
+            [
+                Query(f"rate(esper_gateway_{name}_total[1m])", f"{name.replace('_', ' ')} {{{{instance}}}}")
+                for name in ("steps", "incomplete_steps", "pulled_steps")
+            ],
+        ),
+    )
+    return board

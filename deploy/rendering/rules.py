@@ -1,0 +1,230 @@
+"""Rules for Prometheus: what a run must not do unnoticed, from the table of risks and from what people ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from names import BY_KEY, Naming
+
+from esper_otel.risk import LOSS_STEP, RULES, Rule
+
+_BY = "(run_id, rank)"
+_HEADER = """\
+# Rendered by `make docs`; change deploy/rendering/rules.py instead.
+"""
+
+# What to do about a risk, by the name of its signal.
+_TO_DO = {
+    "loss_spike": "Look at the step's batch and learning rate; Tamiyo pauses seeds. Repeated: go back to a checkpoint.",
+    "loss_warning": "Watch it: a second rise in a row is a trend. Lower the learning rate if it goes on.",
+    "hook_budget": "The hook takes longer than its budget: see which seeds are alive, and what Tamiyo's latency is.",
+    "step_latency_high": "See where the step's time goes on the Run dashboard; compare with input wait and kasmina.apply_ms.",
+    "kasmina_apply_slow": "Applying seeds is slow: see kernel latencies on the Seeds dashboard; cull or fossilize.",
+    "kasmina_finalize_slow": "Finalizing is slow: see how many seeds change stage at once.",
+    "isolation_violations": "A seed's gradients reach the host: see which one on the Seeds dashboard, and detach or cull it.",
+    "loss_volatility_high": "The loss jumps about: a smaller learning rate or a larger batch.",
+    "grad_variance_high": "Gradients vary: clip them, or warm up longer.",
+    "grad_conflict_high": "Tasks or seeds pull against each other: see which seed on the Seeds dashboard.",
+    "device_pressure_high": "The GPU is busy and its memory full: a smaller batch, or fewer seeds.",
+    "cpu_pressure_high": "The CPU is the bottleneck: fewer loader workers, or more cores.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One alert.
+
+    Attributes:
+        name: as Prometheus shows it.
+        expression: when it fires.
+        severity: ``warn`` or ``high``.
+        summary: what is wrong, with the run's name.
+        to_do: what to do about it.
+        pending: for how long it must hold.
+    """
+
+    name: str
+    expression: str
+    severity: str
+    summary: str
+    to_do: str
+    pending: str = "0s"
+
+
+_WHO = "{{ $labels.run_id }} (rank {{ $labels.rank }})"
+
+
+def risks(naming: Naming) -> list[Alert]:
+    """An alert for each row of the table of risks."""
+    return [_risk(rule, naming) for rule in RULES]
+
+
+def _risk(rule: Rule, naming: Naming) -> Alert:
+    name = "Esper" + "".join(word.capitalize() for word in rule.name.split("_"))
+    metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
+    compare = ">=" if rule.is_inclusive else ">"
+    expression = (
+        f"max by {_BY} ({naming.select(metric, over='1m', function='max_over_time')}) {compare} {rule.threshold:g}"
+    )
+    if rule.and_below is not None:
+        other, limit = rule.and_below
+        low = naming.select(BY_KEY[other].name, over="1m", function="min_over_time")
+        expression += f" and on {_BY} min by {_BY} ({low}) <= {limit:g}"
+    above = RULES[: RULES.index(rule)]
+    for silencing in above:
+        if silencing.name == rule.unless or silencing.metric == rule.metric:
+            expression += f" unless on {_BY} ({_risk(silencing, naming).expression})"
+    what = "the loss rose by" if rule.metric == LOSS_STEP else f"{rule.metric} is"
+    bound = f"{'at least' if rule.is_inclusive else 'above'} {rule.threshold:g}"
+    summary = f"{what} {{{{ $value | humanize }}}} in {_WHO}: {bound}"
+    return Alert(name, expression, rule.level.lower(), summary, _TO_DO[rule.name])
+
+
+def recorded(naming: Naming) -> list[tuple[str, str]]:
+    """Recording rules: when something came last, kept for longer than Prometheus looks back."""
+    step = naming.labelled(f"timestamp({naming.name('esper.global_step')})")
+    ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')})")
+    wait = naming.select("input_wait_ms", over="5m", function="avg_over_time")
+    step_ms = naming.select("step_latency_ms", over="5m", function="avg_over_time")
+    return [
+        ("esper:last_step:timestamp_seconds", f"max by {_BY} ({step})"),
+        ("esper:ended:timestamp_seconds", f"max by {_BY} ({ended})"),
+        (
+            "esper:input_wait:ratio5m",
+            f"sum by {_BY} ({wait}) / on {_BY} (sum by {_BY} ({wait}) + on {_BY} sum by {_BY} ({step_ms}))",
+        ),
+        (
+            "esper:samples_per_s:avg5m",
+            f"avg by {_BY} ({naming.select('samples_per_s', over='5m', function='avg_over_time')})",
+        ),
+    ]
+
+
+def others(naming: Naming) -> list[Alert]:
+    """What people ask for beside the risks."""
+    last = "max_over_time(esper:last_step:timestamp_seconds[6h])"
+    ended = "max_over_time(esper:ended:timestamp_seconds[6h])"
+    total = naming.select("loss", over="1m", function="sum_over_time")
+    free, used = naming.select("gpu_mem_free_gb"), naming.select("gpu_mem_used_gb")
+    dropped = naming.name("esper.frames.dropped")
+    grown = naming.labelled(f"increase({dropped}[10m])")
+    new = naming.labelled(f"({dropped} unless {dropped} offset 10m)")
+    return [
+        Alert(
+            "EsperRunStuck",
+            f"time() - {last} > 300 unless on {_BY} ({ended} >= on {_BY} {last})",
+            "high",
+            f"no step of {_WHO} for {{{{ $value | humanizeDuration }}}}, and no word that it has ended",
+            "See whether its process lives. If it does: py-spy dump, or the collective that a rank waits in. If not: its log, "
+            "dmesg (out of memory), the scheduler.",
+        ),
+        Alert(
+            "EsperLossNotFinite",
+            f"max by {_BY} ({total}) * 0 != 0",
+            "high",
+            f"the loss of {_WHO} is NaN or infinite",
+            "Stop it and go back to a checkpoint; look for the first such step (esper.values.nonfinite), its batch and its "
+            "gradient norm before that.",
+        ),
+        Alert(
+            "EsperThroughputDrop",
+            "esper:samples_per_s:avg5m < 0.7 * avg_over_time(esper:samples_per_s:avg5m[1h] offset 10m)",
+            "warn",
+            f"{_WHO} does {{{{ $value | humanize }}}} samples a second, less than 70 % of what it did in the hour before",
+            "See on the Run dashboard which part of the step grew; a slow disk, a throttled GPU and a busy neighbour are usual.",
+            "5m",
+        ),
+        Alert(
+            "EsperInputBound",
+            "esper:input_wait:ratio5m > 0.3",
+            "warn",
+            f"{_WHO} waits for input {{{{ $value | humanizePercentage }}}} of the time",
+            "More loader workers, prefetching, a faster disk, or less work per sample on the CPU.",
+            "5m",
+        ),
+        Alert(
+            "EsperGpuMemoryNearlyFull",
+            f"min by {_BY} ({free} / ({free} + {used})) < 0.05",
+            "warn",
+            f"the GPU of {_WHO} has {{{{ $value | humanizePercentage }}}} of its memory left",
+            "A smaller batch, activation checkpointing, or fewer seeds: the next allocation may fail.",
+            "2m",
+        ),
+        Alert(
+            "EsperTelemetryDropping",
+            f"max by (run_id, rank, reason) ({grown} > 0 or {new} > 0)",
+            "high",
+            f"{_WHO} dropped {{{{ $value | humanize }}}} steps of telemetry: {{{{ $labels.reason }}}}",
+            "The endpoint has been away for longer than the buffer lasts: see the collector; set ESPER_SPOOL_DIR.",
+        ),
+    ]
+
+
+PIPELINE = [
+    Alert(
+        "EsperCollectorDropping",
+        'sum by (job, instance, exporter) (rate({__name__=~"otelcol_exporter_send_failed_metric_points(_total)?"}[5m])) > 0',
+        "high",
+        "the collector {{ $labels.instance }} drops {{ $value | humanize }} points a second: {{ $labels.exporter }} refuses them",
+        "Its log says why. A wrong token is refused for good: let the receiving side accept both tokens while they change.",
+    ),
+    Alert(
+        "EsperCollectorQueueFilling",
+        "max by (job, instance, exporter) (otelcol_exporter_queue_size / otelcol_exporter_queue_capacity) > 0.6",
+        "warn",
+        "the queue of {{ $labels.exporter }} in the collector {{ $labels.instance }} is {{ $value | humanizePercentage }} full",
+        "Its backend is away or too slow. Nothing is lost yet: bring it back, or give the queue more room.",
+        "1m",
+    ),
+    Alert(
+        "EsperCollectorRefusing",
+        'sum by (job, instance) (rate({__name__=~"otelcol_receiver_refused_metric_points(_total)?"}[5m])) > 0',
+        "warn",
+        "the collector {{ $labels.instance }} refuses {{ $value | humanize }} points a second",
+        "It is short of memory, or a queue is full; trainers keep the data and send it again.",
+        "1m",
+    ),
+    Alert(
+        "EsperGatewayNotStoring",
+        "sum by (job, instance) (increase(esper_gateway_store_failures_total[5m])) > 0",
+        "high",
+        "the esper gateway {{ $labels.instance }} cannot store",
+        "See the disk of its --store; senders keep the data and send it again.",
+    ),
+    Alert(
+        "EsperGatewayRejecting",
+        "sum by (job, instance, reason) (increase(esper_gateway_rejected_points_total[5m])) > 0",
+        "warn",
+        "the esper gateway {{ $labels.instance }} refuses points: {{ $labels.reason }}",
+        "A sender that is not esper_otel reaches it, or one goes beyond the limits.",
+    ),
+]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _alert(alert: Alert) -> list[str]:
+    return [
+        f"      - alert: {alert.name}",
+        f"        expr: {_quoted(alert.expression)}",
+        f"        for: {alert.pending}",
+        "        labels:",
+        f"          severity: {alert.severity}",
+        "        annotations:",
+        f"          summary: {_quoted(alert.summary)}",
+        f"          action: {_quoted(alert.to_do)}",
+    ]
+
+
+def rendered(naming: Naming) -> str:
+    """The file of rules."""
+    lines = [_HEADER + "groups:", "  - name: esper-recorded", "    rules:"]
+    for name, expression in recorded(naming):
+        lines += [f"      - record: {name}", f"        expr: {_quoted(expression)}"]
+    for group, alerts in (("esper-risks", risks(naming)), ("esper-runs", others(naming)), ("esper-pipeline", PIPELINE)):
+        lines += [f"  - name: {group}", "    rules:"]
+        for alert in alerts:
+            lines += _alert(alert)
+    return "\n".join(lines) + "\n"

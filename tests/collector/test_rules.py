@@ -1,0 +1,190 @@
+"""The shipped rules: each alert fires on what it is for, and on nothing else; by promtool's own unit tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from programs import ROOT, built
+
+sys.path.insert(0, str(ROOT / "deploy" / "rendering"))
+
+from names import BY_KEY, OURS, STOCK, Naming
+from rules import PIPELINE, Alert, others, risks
+
+from esper_otel.risk import LOSS_STEP, RULES
+
+pytestmark = pytest.mark.collector
+
+# An hour and a half of healthy training, a value each 15 s.
+HEALTHY = {
+    "esper.global_step": "0+5x360",
+    "loss": "2.0-0.001x360",
+    "loss_delta": "-0.001+0x360",
+    "loss_volatility": "0.01+0x360",
+    "grad_var": "0.5+0x360",
+    "grad_conflict_rate": "0.1+0x360",
+    "hook_latency_ms": "2+0x360",
+    "step_latency_ms": "100+0x360",
+    "kasmina.apply_ms": "3+0x360",
+    "kasmina.finalize_ms": "3+0x360",
+    "esper.isolation.violations": "0+0x360",
+    "input_wait_ms": "5+0x360",
+    "samples_per_s": "1000+0x360",
+    "gpu_util_percent": "90+0x360",
+    "gpu_mem_free_gb": "10+0x360",
+    "gpu_mem_used_gb": "30+0x360",
+    "cpu_util_percent": "50+0x360",
+    "esper.frames.dropped": "0+0x360",
+}
+AN_HOUR_THEN = "{before}+0x240 {then}+0x120"
+
+
+class Case(NamedTuple):
+    """What happens, and which alerts fire when."""
+
+    series: dict[str, str]
+    at: str
+    fires: set[str]
+
+
+def cases() -> dict[str, Case]:
+    """For each alert, what makes it fire."""
+    found = {}
+    for rule, alert in zip(RULES, risks(OURS), strict=True):
+        metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
+        beyond = rule.threshold * 1.001 + 0.001
+        usual = rule.threshold / 2
+        series = {metric: f"{usual}+0x280 {beyond} {usual}+0x78"}
+        if rule.and_below is not None:
+            series[BY_KEY[rule.and_below[0]].name] = "0.1+0x360"
+        fires = {alert.name} | ({"EsperGpuMemoryNearlyFull"} if rule.and_below is not None else set())
+        found[alert.name] = Case(series, "70m30s", fires)
+    found["EsperRunStuck"] = Case(dict.fromkeys(HEALTHY, "1+0x200") | {"loss": "1+0x200"}, "70m", {"EsperRunStuck"})
+    found["EsperLossNotFinite"] = Case({"loss": "1+0x280 NaN 1+0x78"}, "70m30s", {"EsperLossNotFinite"})
+    found["EsperThroughputDrop"] = Case(
+        {"samples_per_s": AN_HOUR_THEN.format(before=1000, then=500)}, "72m", {"EsperThroughputDrop"}
+    )
+    found["EsperInputBound"] = Case(
+        {"input_wait_ms": AN_HOUR_THEN.format(before=5, then=80)}, "75m", {"EsperInputBound"}
+    )
+    found["EsperGpuMemoryNearlyFull"] = Case(
+        {"gpu_mem_free_gb": AN_HOUR_THEN.format(before=10, then=1)}, "65m", {"EsperGpuMemoryNearlyFull"}
+    )
+    found["EsperTelemetryDropping"] = Case(
+        {"esper.frames.dropped": AN_HOUR_THEN.format(before=0, then=7)}, "62m", {"EsperTelemetryDropping"}
+    )
+    return found
+
+
+def series_of(naming: Naming, values: dict[str, str]) -> list[dict[str, str]]:
+    """Input series of one run and rank."""
+    labels = 'run_id="digits-7",rank="0",' if naming.has_labels else ""
+    found = []
+    for metric, text in values.items():
+        more = ',reason="buffer full"' if metric == "esper.frames.dropped" else ""
+        name = naming.name(metric)
+        found.append({"series": f'{name}{{{labels}instance="digits-7/0",job="esper-tolaria"{more}}}', "values": text})
+    return found
+
+
+def run(naming: Naming, folder: Path, tests: list[dict[str, object]]) -> None:
+    """Has promtool judge."""
+    rules = ROOT / "deploy" / "prometheus" / naming.folder / "rules" / "esper.yml"
+    content = {"rule_files": [str(rules)], "evaluation_interval": "15s", "tests": tests}
+    file = folder / "test.yml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    tool = built("prometheus").with_name("promtool")
+    done = subprocess.run([tool, "test", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def expecting(case: Case, naming: Naming, more: list[dict[str, str]] | None = None) -> dict[str, object]:
+    """A test of promtool's: exactly these alerts fire."""
+    samples = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in sorted(case.fires)]
+    return {
+        "interval": "15s",
+        "input_series": [*series_of(naming, case.series), *(more or [])],
+        "promql_expr_test": [
+            {
+                "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                "eval_time": case.at,
+                "exp_samples": samples,
+            }
+        ],
+    }
+
+
+@pytest.fixture(params=[OURS, STOCK], ids=["ours", "stock"])
+def naming(request: pytest.FixtureRequest) -> Naming:
+    found: Naming = request.param
+    return found
+
+
+def test_every_alert_has_a_case(naming: Naming) -> None:
+    assert {alert.name for alert in [*risks(naming), *others(naming)]} == set(cases())
+
+
+def test_each_alert_fires_on_what_it_is_for_and_alone(naming: Naming, tmp_path: Path) -> None:
+    """In an otherwise healthy run."""
+    run(naming, tmp_path, [expecting(c._replace(series=HEALTHY | c.series), naming) for c in cases().values()])
+
+
+def test_a_healthy_run_and_no_run_at_all_are_silent(naming: Naming, tmp_path: Path) -> None:
+    times = ("1m", "30m", "89m")
+    tests = [expecting(Case(series, at, set()), naming) for series in (HEALTHY, {}) for at in times]
+    run(naming, tmp_path, tests)
+
+
+def test_a_run_that_has_ended_or_goes_on_is_not_stuck(naming: Naming, tmp_path: Path) -> None:
+    """Ended: never again. Resumed after a pause: not stuck. Dead after it had been resumed: stuck again."""
+    ended = {"esper.global_step": "0+5x100 stale", "esper.run.ended": "_x100 1 stale"}
+    resumed = {"esper.global_step": "0+5x100 _x60 300+5x199"}
+    again = {"esper.global_step": "0+5x100 stale _x60 300+5x100", "esper.run.ended": "_x100 1 stale _x258"}
+    tests = [
+        expecting(Case(ended, "60m", set()), naming),
+        expecting(Case(resumed, "60m", set()), naming),
+        expecting(Case(resumed, "36m", {"EsperRunStuck"}), naming),
+        expecting(Case(again, "80m", {"EsperRunStuck"}), naming),
+    ]
+    run(naming, tmp_path, tests)
+
+
+SERIES_OF_PIPELINE = {
+    "EsperCollectorDropping": 'otelcol_exporter_send_failed_metric_points_total{exporter="otlp_grpc/tier"}',
+    "EsperCollectorQueueFilling": 'otelcol_exporter_queue_size{exporter="otlp_grpc/tier"}',
+    "EsperCollectorRefusing": 'otelcol_receiver_refused_metric_points_total{receiver="otlp"}',
+    "EsperGatewayNotStoring": "esper_gateway_store_failures_total",
+    "EsperGatewayRejecting": 'esper_gateway_rejected_points_total{reason="no time"}',
+}
+
+
+def test_each_alert_of_the_pipeline_fires(tmp_path: Path) -> None:
+    """And is silent while its counter stands still."""
+    assert set(SERIES_OF_PIPELINE) == {alert.name for alert in PIPELINE}
+    tests = []
+    for name, series in SERIES_OF_PIPELINE.items():
+        capacity = {"series": 'otelcol_exporter_queue_capacity{exporter="otlp_grpc/tier"}', "values": "1000+0x360"}
+        for values, fires in (("0+10x360", {name}), ("0+0x360", set())):
+            tests.append(expecting(Case({}, "60m", fires), OURS, [{"series": series, "values": values}, capacity]))
+    run(OURS, tmp_path, tests)
+
+
+def test_each_alert_says_what_to_do() -> None:
+    for alert in [*risks(OURS), *others(OURS), *PIPELINE]:
+        assert isinstance(alert, Alert)
+        assert alert.severity in {"warn", "high"}
+        assert len(alert.to_do) > 30, alert.name
+        assert "{{ $labels" in alert.summary or "EsperGateway" in alert.name
+
+
+@pytest.mark.parametrize("file", ["prometheus.yml", "scrape.yml"])
+def test_the_configurations_are_right(file: str) -> None:
+    tool = built("prometheus").with_name("promtool")
+    path = ROOT / "deploy" / "prometheus" / file
+    done = subprocess.run([tool, "check", "config", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
