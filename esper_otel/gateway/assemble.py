@@ -14,6 +14,8 @@ from esper_otel.gateway.queue import Waiting
 from esper_otel.gateway.runs import Runs
 from esper_otel.gateway.track import Track
 
+NO_STEPS: Mapping[Origin, int] = {}
+
 
 class Taken(NamedTuple):
     """What became of a request.
@@ -131,7 +133,13 @@ class Assembler:
         return self._runs.states(now_s)
 
     def restore(
-        self, items: Iterable[Item], ended: Mapping[Origin, str], ends: Iterable[End] = (), *, now_s: float
+        self,
+        items: Iterable[Item],
+        ended: Mapping[Origin, str],
+        ends: Iterable[End] = (),
+        first_steps: Mapping[Origin, int] = NO_STEPS,
+        *,
+        now_s: float,
     ) -> None:
         """Goes on where an earlier life of the gateway stopped.
 
@@ -139,6 +147,7 @@ class Assembler:
             items: the newest revision of the newest frames of each writer, oldest first.
             ended: outcomes of their runs.
             ends: ends of streams that were to come.
+            first_steps: the oldest step of each writer.
             now_s: the monotonic clock.
         """
         for item in items:
@@ -146,6 +155,8 @@ class Assembler:
             track.received_s = now_s
             track.restore(item)
             self._keep(track, item.frame.time_unix_ns)
+        for origin, step in first_steps.items():
+            self._runs.restored(origin).restore_first(step)
         for origin, outcome in ended.items():
             self._runs.restored(origin).end(outcome)
         for end in ends:

@@ -173,7 +173,7 @@ class Core:
     def _restore(self, store: FileStore) -> None:
         """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
         now_s = time.monotonic()
-        self._assembler.restore(store.newest(), store.outcomes(), store.ends(), now_s=now_s)
+        self._assembler.restore(store.newest(), store.outcomes(), store.ends(), store.first_steps(), now_s=now_s)
         for kept in store.bodies():
             decoded = self._decoder.decode_json(kept.body) if kept.is_json else self._decoder.decode(kept.body)
             self._assembler.take(decoded, now_s=now_s, received_unix_ns=kept.received_unix_ns)

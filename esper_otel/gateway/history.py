@@ -122,6 +122,8 @@ class History:
 
     def end(self, marker: Marker) -> list[Item]:
         """Notes the end of a stream; the items of released frames in which it was taken to go on."""
+        if marker.time_unix_ns <= self.forgotten_unix_ns:
+            return []
         what = (marker.seed, _ALL if marker.retires else _COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
             self.ends_changed = True
@@ -157,6 +159,9 @@ class History:
     def restore(self, item: Item) -> None:
         """Goes on from a frame that was released in an earlier life, with those restored before it."""
         frame = item.frame
+        is_first = not self._kept
+        if is_first:  # what was before it is not known any more
+            self.forgotten_unix_ns = frame.time_unix_ns - 1
         kept = Released(
             part_of(frame, complete=item.complete),
             frame.sequence,
@@ -164,7 +169,7 @@ class History:
             frame.global_step,
             item.complete,
             item.received_unix_ns,
-            self._live.table,
+            frame.live if is_first else self._live.table,
             self._loss,
             {(seed, _ALL) for seed in frame.retired},
             frame,

@@ -201,6 +201,19 @@ class FileStore:
                 items += sorted(found.values(), key=lambda item: item.frame.time_unix_ns)
         return items
 
+    def first_steps(self) -> dict[Origin, int]:
+        """The oldest step of each writer."""
+        found = {}
+        for origin in self.counts():
+            key = self._runs[origin.run_id].key
+            (frame,) = self._connection.execute(
+                "SELECT frame FROM items WHERE run = ? AND rank = ? AND attempt = ? AND writer = ? "
+                "ORDER BY number LIMIT 1",
+                (key, origin.rank, origin.attempt, origin.writer),
+            ).fetchone()
+            found[origin] = frame_from_bytes(frame).global_step
+        return found
+
     def bodies(self) -> list[Kept]:
         """The bodies that are kept, oldest first."""
         rows = self._connection.execute("SELECT number, body, is_json, received FROM bodies ORDER BY number")

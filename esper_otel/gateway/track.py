@@ -191,6 +191,10 @@ class Track:
             self._incomplete.discard(time_unix_ns)
             self._incomplete_count += 1
 
+    def restore_first(self, step: int) -> None:
+        """Notes the first step of an earlier life."""
+        self._first_step = step
+
     def restore(self, item: Item) -> None:
         """Goes on after a frame that was released in an earlier life, with those restored before it."""
         self._queue.restore(item.frame.sequence)

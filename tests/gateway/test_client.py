@@ -146,7 +146,7 @@ def test_a_gateway_that_is_away_is_waited_for_and_no_longer(monkeypatch: pytest.
             pulling.join(20)
             assert [*first, *again[0]] == mine
             [run] = client.runs()
-            assert (run.ended, run.stored, run.last_step, run.experiment) == ("completed", 10, 10, "")
+            assert (run.ended, run.stored, run.first_step, run.last_step) == ("completed", 10, 1, 10)
         with RunningGateway("--grpc", address):
             trained(address, "restarted", monkeypatch)
             with pytest.raises(StaleCursor, match="another life"):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from frames import RUN, TIME_UNIX_NS, make_frame
+from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from wire import bodies, encoder
 
@@ -209,6 +209,40 @@ def test_the_end_of_a_seed_that_was_acknowledged_outlives_the_gateway(tmp_path: 
         assert [(step.step, step.complete, step.revision) for step in steps] == [(1, True, 1), (2, True, 1)]
         assert len(SystemStatePacket.FromString(steps[0].state).seed_states) == 1
         assert len(SystemStatePacket.FromString(steps[1].state).seed_states) == 0
+        core.close()
+
+    asyncio.run(live())
+
+
+def test_old_requests_that_come_again_after_a_restart_change_nothing(tmp_path: Path) -> None:
+    """More steps than a gateway goes on from, and ends of seeds that lie before them."""
+    frames: list[Frame] = []
+    requests: list[bytes] = []
+    for frame in history(400):
+        seed = f"seed-{1000 - frame.sequence // 50}"  # ids that sort against the order in which they came
+        table = seed_table({"seed-z": {"stage": 2.0}, seed: {"stage": 3.0}})
+        retired = (f"seed-{1000 - frame.sequence // 50 + 1}",) if frame.sequence % 50 == 0 else ()
+        frames.append(frame._replace(seeds=table, live=table, retired=retired))
+    for frame in frames:
+        for gone in frame.retired:
+            streams = [("kasmina.seed.stage", {"seed_id": gone})]
+            requests += encoder().stale(RUN, streams, time_unix_ns=frame.time_unix_ns)
+        requests += bodies([frame])
+
+    async def live() -> None:
+        core = Core(FileStore(tmp_path))
+        core.start()
+        for request in requests:
+            core.receive(request)
+        core.close()
+        core = Core(FileStore(tmp_path))
+        core.start()
+        for request in requests:
+            core.receive(request)
+        steps = await pulled(core)
+        assert [(step.step, step.revision) for step in steps] == [(number, 1) for number in range(1, 401)]
+        [run] = core.runs().runs
+        assert (run.first_step, run.last_step, run.missing, run.incomplete, run.differing) == (1, 400, 0, 0, 0)
         core.close()
 
     asyncio.run(live())

@@ -144,7 +144,7 @@ def test_all_the_weather_at_once(stored: Stored) -> None:
     assert "loss" in broken.names
     assert "loss" not in broken.state.training_metrics
     assert broken.state.training_loss == pytest.approx(1 / 20)
-    assert [e.description for t in broken.telemetry for e in t.events] == ["loss_nonfinite"]
+    assert "loss_nonfinite" in [e.description for t in broken.telemetry for e in t.events]
     part, whole = [packets for packets in found if packets.step == 31 and packets.attempt == found[0].attempt]
     assert (part.complete, part.revision, "loss" in part.names) == (False, 1, False)
     assert (whole.complete, whole.revision) == (True, 2)
