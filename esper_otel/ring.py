@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 from esper_otel.frame import Frame
+from esper_otel.packed import Packed
 
 # Measured with tracemalloc on Python 3.11: 760 bytes and 32 a value, with what is derived and its place in the dict;
 # 300 more and the cells themselves where there are seeds.
 _FRAME_BYTES = 760
 _VALUE_BYTES = 32
 _TABLE_BYTES = 300
+
+_AT_ONCE = 256  # frames that are packed together
 
 
 def frame_bytes(frame: Frame) -> int:
@@ -26,19 +32,25 @@ def frame_bytes(frame: Frame) -> int:
 class Ring:
     """Frames by sequence number. One writer; any number of readers, each with a cursor of its own.
 
-    Threads: ``append`` belongs to the publisher. Every other method may be called from any thread at any time;
-    a dict is read and written in single operations, which the interpreter keeps whole.
-
-    Attributes:
-        size: about how many bytes the frames hold on to.
+    Threads: ``append`` belongs to the publisher, ``pack`` to one other thread. Every other method may be called from
+    any thread at any time; a dict is read and written in single operations, which the interpreter keeps whole.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._frames: dict[int, Frame] = {}
-        self.size = 0
+        self._frames: dict[int, Frame | Packed] = {}
+        self._size = 0
         self._first = 1
         self._last = 0
+        self._saved = 0  # bytes by which packed frames are smaller; guarded, as is what becomes of them
+        self._guard = threading.Lock()
+        self._packed_to = 0
+        self._unpacked: tuple[Packed | None, list[Frame]] = (None, [])
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the frames hold on to."""
+        return self._size - self._saved
 
     @property
     def first(self) -> int:
@@ -55,20 +67,47 @@ class Ring:
         self._last = number = self._last + 1
         self._frames[number] = frame
         if frame.live.ids:
-            self.size += frame_bytes(frame)
+            self._size += frame_bytes(frame)
         else:  # the same, in half the time
-            self.size += _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)
-        if self.size > self._capacity_bytes:
+            self._size += _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)
+        if self._size - self._saved > self._capacity_bytes:
             self._drop()
 
     def _drop(self) -> None:
-        while self.size > self._capacity_bytes and self._first < self._last:
-            self.size -= frame_bytes(self._frames.pop(self._first))
-            self._first += 1
+        with self._guard:
+            while self._size - self._saved > self._capacity_bytes and self._first < self._last:
+                number = self._first
+                frame = self._frames.pop(number)
+                self._first += 1
+                size = frame.size_before(number) if isinstance(frame, Packed) else frame_bytes(frame)
+                self._size -= size
+                if isinstance(frame, Packed):
+                    self._saved -= size - frame.share
+
+    def pack(self, newest: int, is_over: Callable[[], bool]) -> None:
+        """Packs what is older than the newest so many frames: it waits for long. In bursts, until ``is_over``."""
+        while self._last - newest - self._packed_to >= _AT_ONCE and not is_over():
+            first = max(self._packed_to + 1, self._first)
+            self._packed_to = first + _AT_ONCE - 1
+            kept = [self._frames.get(number) for number in range(first, first + _AT_ONCE)]
+            frames = [frame for frame in kept if isinstance(frame, Frame)]
+            if len(frames) < _AT_ONCE:  # some were dropped meanwhile
+                continue
+            sizes = list(map(frame_bytes, frames))
+            try:
+                packed = Packed(frames, sizes)
+            except Exception:  # noqa: BLE001, S112 - a user's processor; its frames stay as they are
+                continue
+            with self._guard:
+                for frame, size in zip(frames, sizes, strict=True):
+                    if frame.sequence >= self._first:
+                        self._frames[frame.sequence] = packed
+                        self._saved += size - packed.share
 
     def newest(self) -> Frame | None:
         """The newest frame."""
-        return self._frames.get(self._last)
+        frame = self._frames.get(self._last)
+        return frame if isinstance(frame, Frame) else None
 
     def after(self, sequence: int, limit: int) -> tuple[list[Frame], int]:
         """Up to ``limit`` frames that follow ``sequence``, and how many between them and it are gone."""
@@ -76,6 +115,8 @@ class Ring:
         number = start = max(sequence + 1, self._first)
         while len(frames) < limit:
             frame = self._frames.get(number)
+            if isinstance(frame, Packed):
+                frame = self._frame_of(frame, number)
             if frame is not None:
                 frames.append(frame)
             elif frames or number > self._last:
@@ -84,3 +125,11 @@ class Ring:
                 start = number + 1
             number += 1
         return frames, start - (sequence + 1)
+
+    def _frame_of(self, packed: Packed, number: int) -> Frame:
+        """A packed frame; the others that were packed with it are likely to be asked for next."""
+        known, frames = self._unpacked
+        if known is not packed:
+            frames = packed.frames()
+            self._unpacked = (packed, frames)
+        return frames[number - packed.first]

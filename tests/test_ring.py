@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 
 import numpy as np
-from hypothesis import given
+from frames import frames
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_otel.frame import WIDTH, Frame, Run, SeedTable
+from esper_otel.frame import ABSENT, WIDTH, Frame, Run, SeedTable
 from esper_otel.ring import Ring, frame_bytes
 
 RUN = Run("run", 1)
@@ -76,3 +78,117 @@ def test_a_reader_beside_a_fast_writer_misses_nothing_it_is_not_told_of() -> Non
         cursor += gap + len(frames)
     writer.join()
     assert seen + missed == total
+
+
+def identity(frame: Frame) -> tuple[object, ...]:
+    """All of a frame, to the bit."""
+    values = {name: struct.pack("<d", value) for name, value in frame.values().items()}
+    tables = (frame.seeds.ids, frame.seeds.cells.tobytes(), frame.live.ids, frame.live.cells.tobytes())
+    return (
+        frame.run,
+        frame.sequence,
+        frame.global_step,
+        frame.epoch,
+        frame.time_unix_ns,
+        values,
+        tables,
+        frame.retired,
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(frames(), min_size=1, max_size=8), st.integers(1, 60))
+def test_packed_frames_come_out_as_they_were(some: list[Frame], limit: int) -> None:
+    """Every value, seed and bit; also when a reader comes from the middle, and takes a few at a time."""
+    made = [some[number % len(some)]._replace(sequence=number + 1) for number in range(600)]
+    ring = Ring(2**40)
+    for each in made:
+        ring.append(each)
+    before = ring.size
+    ring.pack(50, lambda: False)
+    assert ring.size < before
+    cursor, found = 200, []
+    while page := ring.after(cursor, limit)[0]:
+        found += page
+        cursor = page[-1].sequence
+    assert list(map(identity, found)) == list(map(identity, made[200:]))
+
+
+def test_packed_frames_take_a_fraction_of_the_memory_and_are_dropped_like_any_other() -> None:
+    """Frames of 21 values and 8 seeds, none of which comes twice; nothing is left when they are gone."""
+    luck = np.random.default_rng(7)
+    plain, packed = Ring(10_000_000), Ring(10_000_000)
+    for sequence in range(1, 20_001):
+        cells = np.full((8, WIDTH), ABSENT)
+        cells[:, :10] = luck.random((8, 10))
+        ids = tuple(f"s{i}" for i in range(8))
+        names, numbers = tuple(map(str, range(21))), tuple(luck.random(21).tolist())
+        each = frame(sequence)._replace(
+            seeds=SeedTable(ids, cells), live=SeedTable(ids, cells.copy()), names=names, numbers=numbers
+        )
+        plain.append(each)
+        packed.append(each)
+        if sequence % 200 == 0:
+            packed.pack(100, lambda: False)
+    assert packed.last - packed.first > 3 * (plain.last - plain.first)
+    assert 0 < packed.size <= 10_000_000
+    for sequence in range(20_001, 50_001):
+        packed.append(frame(sequence))
+    assert packed.size <= 10_000_000
+    assert packed.size == sum(map(frame_bytes, packed.after(packed.first - 1, 100_000)[0]))
+
+
+def test_a_processor_that_fails_keeps_its_frames_as_they_are() -> None:
+    class Broken:
+        def readings(self, state: object) -> dict[str, float]:
+            raise RuntimeError(state)
+
+    ring = Ring(2**40)
+    for sequence in range(1, 601):
+        derived = ((Broken(), None),) if sequence == 100 else ()
+        ring.append(frame(sequence)._replace(derived=derived))  # type: ignore[arg-type]
+    ring.pack(0, lambda: False)
+    found, gap = ring.after(0, 1000)
+    assert ([each.sequence for each in found], gap) == (list(range(1, 601)), 0)
+    assert found[99].derived
+
+
+def test_readers_a_packer_and_a_writer_at_once() -> None:
+    """Two readers, each in its own place, while frames are packed and dropped."""
+    ring = Ring(3_000 * SIZE)
+    total = 30_000
+    over = threading.Event()
+    faults: list[BaseException] = []
+
+    def write() -> None:
+        for sequence in range(1, total + 1):
+            ring.append(frame(sequence))
+
+    def pack() -> None:
+        while not over.is_set():
+            ring.pack(500, over.is_set)
+
+    def read() -> None:
+        try:
+            cursor = seen = missed = 0
+            while cursor < total:
+                found, gap = ring.after(cursor, 100)
+                numbers = [each.sequence for each in found]
+                assert numbers == list(range(cursor + gap + 1, cursor + gap + 1 + len(found)))
+                missed, seen, cursor = missed + gap, seen + len(found), cursor + gap + len(found)
+            assert seen + missed == total
+        except BaseException as error:
+            faults.append(error)
+            raise
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    packer = threading.Thread(target=pack)
+    writer = threading.Thread(target=write)
+    for thread in (packer, *readers, writer):
+        thread.start()
+    for thread in (*readers, writer):
+        thread.join()
+    over.set()
+    packer.join()
+    assert not faults
+    assert 0 < ring.size <= 3_000 * SIZE

@@ -157,6 +157,7 @@ class StepExporter:
         self._adopt()
         pause_s: float | None = self._every_s or None
         while self._deadline_s is None:
+            self._live.pack(self._closing.is_set)
             # After a failure a new step is no reason to try again at once.
             (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
@@ -316,12 +317,10 @@ class StepExporter:
     # -- what goes beside the frames ---------------------------------------------------------------------
 
     def _health_body(self) -> bytes | None:
-        live = self._live
-        if live.run is None:
+        run, since_ns = self._live.run, self._started_unix_ns
+        if run is None:
             return None
-        return live.encoder.health(
-            live.run, self._health(), start_unix_ns=self._started_unix_ns, time_unix_ns=time.time_ns()
-        )
+        return self._live.encoder.health(run, self._health(), start_unix_ns=since_ns, time_unix_ns=time.time_ns())
 
     def _send_health(self) -> None:
         """The counts of now, once in a while; newer ones follow, so that none is worth repeating."""

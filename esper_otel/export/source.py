@@ -19,6 +19,7 @@ from esper_otel.ring import Ring
 from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000
+_MANY = 4_096  # frames that wait
 KILLED = "killed"
 
 # Makes an encoder for a catalogue and for what gives a run's Resource.
@@ -70,6 +71,11 @@ class Live:
     def waiting(self) -> int:
         """Frames that are not settled."""
         return self._ring.last - self.cursor
+
+    def pack(self, is_over: Callable[[], bool]) -> None:
+        """Makes the frames smaller that wait, if they are many: the endpoint is away."""
+        if self.waiting > _MANY:
+            self._ring.pack(_MANY // 2, is_over)
 
     def after(self, limit: int) -> tuple[list[Frame], int]:
         """See ``Source.after``."""

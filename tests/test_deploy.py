@@ -1,0 +1,172 @@
+"""What is shipped for deployment: well-formed, in step with each other, and as safe as it says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+COMPOSE = [DEPLOY / "compose" / "compose.yaml", DEPLOY / "lgtm" / "compose.yaml"]
+
+
+def documents(path: Path) -> list[Any]:
+    return [each for each in yaml.safe_load_all(path.read_text(encoding="utf-8")) if each]
+
+
+def pods() -> Iterator[tuple[str, Any]]:
+    """Each pod that a manifest makes."""
+
+    def found(value: Any) -> Iterator[Any]:
+        if isinstance(value, dict):
+            if "containers" in value:
+                yield value
+            for each in value.values():
+                yield from found(each)
+        elif isinstance(value, list):
+            for each in value:
+                yield from found(each)
+
+    for path in MANIFESTS:
+        for document in documents(path):
+            for pod in found(document):
+                yield f"{path.name}: {document['kind']}", pod
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_manifests_fit_their_schemas(path: Path) -> None:
+    """Strictly: a word that Kubernetes does not know is an error."""
+    import kubernetes_validate
+
+    for document in documents(path):
+        if document.get("kind") in {None, "PyTorchJob"}:
+            continue  # a collector's configuration; an operator's resource, whose schema is not at hand
+        kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+def test_pods_are_hardened() -> None:
+    checked = 0
+    for where, pod in pods():
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"], where
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert pod["automountServiceAccountToken"] is False, where
+        assert pod["terminationGracePeriodSeconds"] >= 30, where
+        for container in pod["containers"]:
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False, where
+            assert own["readOnlyRootFilesystem"], where
+            assert own["capabilities"] == {"drop": ["ALL"]}, where
+            assert "memory" in container["resources"]["limits"], where
+            assert re.search(r":\d+\.\d+", container["image"]), where
+            for variable in container["env"]:
+                assert "0.0.0.0" not in str(variable.get("value")), where
+        checked += 1
+    assert checked == 6
+
+
+def test_every_volume_that_a_pod_mounts_is_there_and_every_secret_is_documented() -> None:
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    claims = {
+        claim["metadata"]["name"]
+        for path in MANIFESTS
+        for document in documents(path)
+        if document.get("kind") == "StatefulSet"
+        for claim in document["spec"]["volumeClaimTemplates"]
+    }
+    for where, pod in pods():
+        names = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= names | claims, where
+        for volume in pod["volumes"]:
+            name = volume.get("secret", {}).get("secretName") or volume.get("configMap", {}).get("name")
+            assert name is None or f"{name}" in readme, where
+
+
+def test_variables_of_pods_and_services_are_those_that_the_collector_reads() -> None:
+    """A name that is misspelt would leave the default in force."""
+    configurations = [*(ROOT / "collector-config").glob("*.yaml"), DEPLOY / "kubernetes" / "agent-tokens.yaml"]
+    known = set(re.findall(r"\$\{env:(\w+)", "".join(path.read_text(encoding="utf-8") for path in configurations)))
+    given = {
+        variable["name"]
+        for _, pod in pods()
+        for container in pod["containers"]
+        for variable in container["env"]
+        if variable["name"].startswith("ESPER_") and "otelcol" in container["image"] + container["name"]
+    }
+    [services] = [documents(path)[0]["services"] for path in COMPOSE[:1]]
+    given |= {name for name in services["collector"]["environment"] if name.startswith("ESPER_")}
+    unit = (DEPLOY / "systemd" / "esper-otelcol.service").read_text(encoding="utf-8")
+    given |= set(re.findall(r"Environment=(ESPER_\w+)", unit))
+    assert given <= known
+
+
+@pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.parent.name)
+def test_compose_files_publish_to_this_machine_only_and_mount_what_is_there(path: Path) -> None:
+    [file] = documents(path)
+    for name, service in file["services"].items():
+        for port in service["ports"]:
+            assert port.startswith("127.0.0.1:"), name
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            if source.startswith("."):
+                assert (path.parent / source).exists(), volume
+            else:
+                assert source in file["volumes"], volume
+        assert "build" in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
+        if "build" in service:
+            assert (path.parent / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+
+
+def test_prometheus_is_configured_the_same_everywhere() -> None:
+    """But for addresses."""
+    ours = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
+    composed = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text(encoding="utf-8"))
+    text = (
+        yaml.safe_dump(composed).replace("collector:8888", "127.0.0.1:8888").replace("gateway:4328", "127.0.0.1:4328")
+    )
+    assert yaml.safe_load(text) == ours
+
+
+def test_grafana_finds_its_data_source_and_dashboards() -> None:
+    [provider] = documents(DEPLOY / "grafana" / "provisioning" / "dashboards" / "esper.yaml")
+    [file] = documents(COMPOSE[0])
+    targets = [volume.split(":")[1] for volume in file["services"]["grafana"]["volumes"]]
+    assert provider["providers"][0]["options"]["path"] in targets
+    home = file["services"]["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (DEPLOY / "grafana" / "dashboards" / Path(home).name).is_file()
+    [provider] = documents(DEPLOY / "lgtm" / "dashboards.yaml")
+    [file] = documents(COMPOSE[1])
+    targets = [volume.split(":")[1] for volume in file["services"]["lgtm"]["volumes"]]
+    assert provider["providers"][0]["options"]["path"] in targets
+
+
+@pytest.mark.parametrize("unit", sorted((DEPLOY / "systemd").glob("*.service")), ids=lambda path: path.name)
+def test_units_are_understood_by_systemd(unit: Path, tmp_path: Path) -> None:
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        pytest.skip("systemd is not installed")
+    text = re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(encoding="utf-8"))
+    copy = tmp_path / unit.name
+    copy.write_text(text, encoding="utf-8")
+    done = subprocess.run([tool, "verify", copy], capture_output=True, text=True, check=False)
+    assert "Unknown" not in done.stderr, done.stderr
+
+
+def test_the_image_installs_the_gateway_and_nothing_that_trains() -> None:
+    text = (DEPLOY / "gateway" / "Dockerfile").read_text(encoding="utf-8")
+    assert "[gateway]" in text
+    assert "torch" not in text.replace("without torch", "")
+    assert "USER 10001" in text
+    for line in text.splitlines():
+        if line.startswith("COPY") and "--from" not in line:
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), source
