@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from esper_otel._version import __version__
@@ -197,12 +199,26 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps-per-second", type=_rate, default=1.0, metavar="RATE", help="steps to plan for (default: 1)"
     )
     parser.add_argument("--json", action="store_true", help="the findings as one JSON object")
+    through = parser.add_argument_group("the way through", "a marked step, and what became of it behind the endpoint")
+    through.add_argument("--through", action="store_true", help="send one, and look for it")
+    through.add_argument("--prometheus", metavar="URL", help="in this Prometheus, such as http://127.0.0.1:9090")
+    through.add_argument("--gateway", metavar="ADDRESS", help="at this gateway, such as 127.0.0.1:4327")
+    through.add_argument("--gateway-token-file", type=Path, metavar="FILE", help="file with the gateway's token")
+    through.add_argument("--gateway-ca-file", type=Path, metavar="FILE", help="who signed its certificate, PEM")
+    through.add_argument("--within", type=_rate, default=30.0, metavar="S", help="how long it may take (default: 30)")
 
 
 def _run_check(options: argparse.Namespace) -> int:
     from esper_otel.check import report_json, report_text, run_check
 
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
+    if options.through:
+        from esper_otel.through import Back, run_through
+
+        files = (options.gateway_token_file, options.gateway_ca_file)
+        back = Back(options.prometheus, options.gateway, *files, timeout_s=options.within)
+        stages = (*result.stages, *(run_through(back) if result.ok else ()))
+        result = replace(result, stages=stages, ok=all(stage.ok is not False for stage in stages))
     print(report_json(result) if options.json else report_text(result))
     return 0 if result.ok else 1
 
