@@ -17,6 +17,7 @@ from esper_otel.testing import MemoryCollector
 PACKAGED = (
     *("py.typed", "schema/METRICS.md"),
     *("leyline/leyline.proto", "leyline/leyline.binpb", "leyline/messages.pyi"),
+    *("gateway/page/index.html", "gateway/page/page.css", "gateway/page/page.js"),
     *("gateway/pull.proto", "gateway/pull.binpb", "gateway/pull_messages.pyi"),
 )
 

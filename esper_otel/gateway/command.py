@@ -13,7 +13,7 @@ from typing import TypedDict
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.memory import MemoryStore
-from esper_otel.gateway.security import Certificates, Tokens, check_exposure
+from esper_otel.gateway.security import Certificates, Tokens, check_exposure, is_loopback
 from esper_otel.gateway.serve import Gateway, Ports
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import StoreLimits
@@ -92,7 +92,9 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
     if receives:
         who.add_argument("--send-tokens", type=Path, metavar="FILE", help=tokens.format("senders"))
     who.add_argument("--pull-tokens", type=Path, metavar="FILE", help=tokens.format("pullers"))
-    parser.set_defaults(**{} if receives else {"http": "none", "send_tokens": None})
+    parser.set_defaults(**{} if receives else {"http": "none", "send_tokens": None, "ui": False})
+    if receives:
+        where.add_argument("--ui", action="store_true", help="a live page of the runs at /, for this machine")
     parser.add_argument(
         "--json", action="store_true", help="the first line on standard output says the addresses, as JSON"
     )
@@ -127,6 +129,8 @@ async def until_told(gateway: Gateway, what: str, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(addresses) + "\n")
         sys.stdout.flush()
     where = ", ".join(f"{name} {address}" for name, address in addresses.items() if address)
+    if gateway.page is not None:
+        where += f", the live page {gateway.page}"
     announce("gateway listens", f"{where}; {what}")
     await over.wait()
 
@@ -160,7 +164,13 @@ def ports_of(options: argparse.Namespace) -> Ports:
         name: None if path is None else Tokens(path, f"--{name}-tokens")
         for name, path in (("send", options.send_tokens), ("pull", options.pull_tokens))
     }
-    return Ports(addresses["grpc"], addresses["http"], certificates, tokens["send"], tokens["pull"])
+    if options.ui:
+        http = addresses["http"]
+        if http is None or not is_loopback(http.rpartition(":")[0]):
+            raise ConfigurationError("--ui is for this machine: give --http an address such as 127.0.0.1:4328")
+        if tokens["pull"] is not None:
+            raise ConfigurationError("--ui cannot show a token: leave --pull-tokens out, or --ui")
+    return Ports(addresses["grpc"], addresses["http"], certificates, tokens["send"], tokens["pull"], options.ui)
 
 
 def core_of(options: argparse.Namespace) -> Core:

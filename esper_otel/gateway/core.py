@@ -19,7 +19,7 @@ from esper_otel.gateway.pages import run_message, step_of
 from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, RunsResponse
 from esper_otel.gateway.security import Grant
 from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import NOTHING_ENDED, Kept, Store, StoreFull
+from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFull
 from esper_otel.log import Warnings
 from esper_otel.risk import RULES, Rule
 
@@ -286,6 +286,19 @@ class Core:
         self.counts["pulled_steps"] += len(response.steps)
         self.counts["gap_steps"] += response.gap if request.cursor else 0
         return response
+
+    def entries(self, run_id: str, cursor: str, most: int) -> Found:
+        """What is stored after a cursor.
+
+        Raises:
+            UnknownRun, StaleCursor: nothing can be had so.
+        """
+        return self._store.after(run_id, cursor, None, most)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The table of risks."""
+        return self._rules
 
     async def _news(self, run_id: str, deadline_s: float) -> bool:
         """Waits until something of the run was stored; False when the time is up."""

@@ -13,6 +13,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.decoded import Malformed
 from esper_otel.gateway.faults import Busy, TooLarge, fault_of
+from esper_otel.gateway.live import add_page
 from esper_otel.gateway.metrics import prometheus_text
 from esper_otel.gateway.security import Tokens
 from esper_otel.log import Warnings
@@ -25,8 +26,10 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _SLOWEST_S = 60.0
 
 
-def application(core: Core, send_tokens: Tokens | None, warnings: Warnings) -> web.Application:
-    """``POST /v1/metrics``, ``GET /healthz``, ``/readyz`` and ``/metrics``."""
+def application(
+    core: Core, send_tokens: Tokens | None, warnings: Warnings, *, has_page: bool = False
+) -> web.Application:
+    """``POST /v1/metrics``, ``GET /healthz``, ``/readyz`` and ``/metrics``; with a page also ``/``."""
     app = web.Application(client_max_size=MAX_REQUEST_BYTES)
     receiving = _Receiving(core, send_tokens, warnings)
     app.router.add_post("/v1/metrics", receiving.metrics)
@@ -37,6 +40,8 @@ def application(core: Core, send_tokens: Tokens | None, warnings: Warnings) -> w
         return web.Response(body=prometheus_text(core).encode(), headers={"content-type": _PROMETHEUS})
 
     app.router.add_get("/metrics", metrics)
+    if has_page:
+        add_page(app, core)
     return app
 
 

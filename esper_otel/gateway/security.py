@@ -163,7 +163,7 @@ def check_exposure(host: str, option: str, *, has_tls: bool, is_insecure: bool) 
     Raises:
         ConfigurationError: no TLS, and not on loopback.
     """
-    if has_tls or is_insecure or _is_loopback(host):
+    if has_tls or is_insecure or is_loopback(host):
         return
     raise ConfigurationError(
         f"{option} {host}: others could reach this in plain text; give --tls-cert and --tls-key, or --insecure when "
@@ -171,7 +171,8 @@ def check_exposure(host: str, option: str, *, has_tls: bool, is_insecure: bool) 
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine only."""
     if host == "localhost":
         return True
     try:

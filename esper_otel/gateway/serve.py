@@ -41,6 +41,7 @@ class Ports:
         certificates: of both; None for plain text.
         send_tokens: of senders; None: everybody may send.
         pull_tokens: of pullers; None: everybody may pull.
+        has_page: whether the HTTP port has the live page.
     """
 
     grpc: str | None
@@ -48,6 +49,7 @@ class Ports:
     certificates: Certificates | None = None
     send_tokens: Tokens | None = None
     pull_tokens: Tokens | None = None
+    has_page: bool = False
 
 
 class Gateway:
@@ -75,6 +77,13 @@ class Gateway:
         self._server: grpc.aio.Server | None = None
         self._runner: web.AppRunner | None = None
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def page(self) -> str | None:
+        """The address of the live page."""
+        if not self._ports.has_page or self.http_address is None:
+            return None
+        return f"{'http' if self._ports.certificates is None else 'https'}://{self.http_address}/"
 
     async def __aenter__(self) -> Gateway:
         try:
@@ -188,7 +197,7 @@ class Gateway:
     # -- HTTP --------------------------------------------------------------------------------------------
 
     async def _open_http(self, address: str) -> None:
-        app = application(self._core, self._ports.send_tokens, self._warnings)
+        app = application(self._core, self._ports.send_tokens, self._warnings, has_page=self._ports.has_page)
         # Bodies are unpacked by us, within bounds.
         self._runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=_GRACE_S)
         await self._runner.setup()
