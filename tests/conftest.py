@@ -21,6 +21,9 @@ _FOREIGN_NAMES = {
 _THREAD_END_TIMEOUT_S = 5.0
 
 settings.register_profile("fuzz", max_examples=2_000, deadline=None)
+if os.environ.get("CI"):  # the same examples each time: newer versions of Hypothesis do this by themselves
+    settings.register_profile("same", derandomize=True, database=None)
+    settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

@@ -244,4 +244,5 @@ def _new_violations(before: Cells, after: Cells) -> float:
     then = before[:, _VIOLATIONS]
     now = now[finite := np.isfinite(now)]
     then = np.where(np.isfinite(then[finite]), then[finite], 0.0)
-    return float(np.maximum(np.where(now >= then, now - then, now), 0.0).sum())
+    with np.errstate(over="ignore"):
+        return float(np.maximum(np.where(now >= then, now - then, now), 0.0).sum())
