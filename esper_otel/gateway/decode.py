@@ -9,7 +9,9 @@ import numpy.typing as npt
 
 from esper_otel.frame import ABSENT_BITS
 from esper_otel.gateway.decoded import (
+    EARLIEST_UNIX_NS,
     INVALID_TEXT,
+    LATEST_UNIX_NS,
     NO_SEED,
     NO_TIME,
     NO_VALUE,
@@ -28,12 +30,9 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.otlp_json import protobuf_of_json
 from esper_otel.gateway.plain import plain_columns
 from esper_otel.gateway.raw import AN_END, HEALTH, NOTHING, SEED, SESSION, Columns, Raw
+from esper_otel.gateway.template import Templates
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
-
-# 2000-01-01 and 2100-01-01: whose clock says something else has none.
-EARLIEST_UNIX_NS = 946_684_800 * 10**9
-LATEST_UNIX_NS = 4_102_444_800 * 10**9
 
 # Places in a column of verdicts; 0 is none.
 _REASONS = ("", NO_TIME, WRONG_TIME, INVALID_TEXT, TOO_MANY_ATTRIBUTES, NO_SEED, NO_VALUE)
@@ -48,6 +47,7 @@ class Decoder:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._fast = FastDecoder(self._limits)
+        self._templates = Templates(lambda body: _judged(*self._fast.columns(body)))
 
     def decode(self, body: bytes) -> Decoded:
         """A serialized ExportMetricsServiceRequest.
@@ -55,7 +55,7 @@ class Decoder:
         Raises:
             Malformed: the bytes are none.
         """
-        return _judged(*self._fast.columns(body))
+        return self._templates.read(body)
 
     def decode_json(self, body: bytes) -> Decoded:
         """A request in OTLP's JSON.

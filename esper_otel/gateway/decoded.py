@@ -26,6 +26,11 @@ TOO_MANY_SEEDS = "too many seeds"
 TOO_MANY_RUNS = "too many runs"
 
 
+# 2000-01-01 and 2100-01-01: whose clock says something else has none.
+EARLIEST_UNIX_NS = 946_684_800 * 10**9
+LATEST_UNIX_NS = 4_102_444_800 * 10**9
+
+
 class Malformed(EsperOtelError):
     """A request that is no ExportMetricsServiceRequest."""
 

@@ -25,6 +25,9 @@ from esper_otel.log import Warnings
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 _MOST_REQUESTS = 64
 _MOST_PULLS = 1_000
+_MOST_CONNECTIONS = 500  # fewer than the files that a process usually may open
+_SETTLED_S = 0.05
+_IDLE_MS = 300_000
 _GRACE_S = 1.0
 _LOOK_EVERY_S = 5.0
 
@@ -76,6 +79,7 @@ class Gateway:
         self._pulls = 0
         self._server: grpc.aio.Server | None = None
         self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Server | None = None
         self._watching: asyncio.Task[None] | None = None
 
     @property
@@ -104,6 +108,8 @@ class Gateway:
         """Stops taking requests, lets those that run end, and closes the store."""
         if self._watching is not None:
             self._watching.cancel()
+        if self._listening is not None:
+            self._listening.close()
         if self._runner is not None:
             await self._runner.cleanup()
         self._core.end_waiting()
@@ -120,6 +126,8 @@ class Gateway:
                 ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
                 ("grpc.so_reuseport", 0),  # a second gateway on the port is a mistake, not a colleague
                 ("grpc.max_concurrent_streams", 200),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
+                ("grpc.keepalive_time_ms", _IDLE_MS),  # a peer that is gone without a word
             ],
         )
         checking = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
@@ -204,12 +212,24 @@ class Gateway:
         certificates = self._ports.certificates
         context = None if certificates is None else certificates.context()
         host, _, port = address.rpartition(":")
-        site = web.TCPSite(self._runner, host.strip("[]"), int(port), ssl_context=context)
+        served = self._runner.server
+        assert served is not None
+        loop = asyncio.get_running_loop()
+
+        def connected() -> asyncio.BaseProtocol:
+            handler = served()
+            loop.call_later(_SETTLED_S, bound, handler)  # it is counted when it is connected
+            return handler
+
+        def bound(handler: web.RequestHandler) -> None:
+            if len(served.connections) > _MOST_CONNECTIONS and handler.transport is not None:
+                handler.transport.close()
+
         try:
-            await site.start()
+            self._listening = await loop.create_server(connected, host.strip("[]"), int(port), ssl=context)
         except OSError as error:
             raise ConfigurationError(f"--http {address}: {error.strerror or error}") from None
-        self.http_address = f"{host}:{self._runner.addresses[0][1]}"
+        self.http_address = f"{host}:{self._listening.sockets[0].getsockname()[1]}"
         if certificates is not None and context is not None:
             self._watching = asyncio.create_task(self._renew(certificates, context))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from frames import TIME_UNIX_NS, histories
+from frames import RUN, TIME_UNIX_NS, frames, histories, make_frame, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -16,7 +18,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Exemplar, Metric, NumberDataPoint
 from wire import bodies
 
-from esper_otel.frame import Frame
+from esper_otel.frame import ABSENT_BITS, Frame, is_absent
 from esper_otel.gateway.decode import Decoder, decode_plain
 from esper_otel.gateway.decoded import NO_SEED, NO_TIME, NOT_A_NUMBER, UNKNOWN_METRIC, WRONG_TIME, Decoded, Malformed
 from esper_otel.gateway.envelope import field
@@ -48,6 +50,41 @@ def same(body: bytes) -> object:
     assert said(decoder.decode, body) == plain
     assert said(decoder.decode, body) == plain
     return plain
+
+
+@settings(max_examples=100, deadline=None)
+@given(frames(), st.lists(st.lists(numbers(), min_size=1, max_size=12), min_size=3, max_size=6), st.integers(0, 2**32))
+def test_steps_that_are_alike_are_read_alike(frame: Frame, steps: list[list[float]], seed: int) -> None:
+    """By one decoder, which has learnt where the numbers stand; also what is almost like them, and what is broken."""
+    luck, decoder = random.Random(seed), Decoder()
+    for number, values in enumerate(steps):
+        changed = tuple(values[place % len(values)] for place in range(len(frame.numbers)))
+        cells = frame.seeds.cells.copy()
+        cells[~is_absent(cells)] = values[0]
+        of_step = frame._replace(
+            run=RUN,
+            numbers=changed,
+            sequence=number + 1,
+            time_unix_ns=TIME_UNIX_NS + number * 10**6,
+            seeds=frame.seeds._replace(cells=cells),
+        )
+        for body in bodies([of_step]):
+            assert said(decoder.decode, body) == said(decode_plain, body)
+            broken = bytearray(body)
+            broken[luck.randrange(len(broken))] ^= 1 << luck.randrange(8)
+            assert said(decoder.decode, bytes(broken)) == said(decode_plain, bytes(broken))
+
+
+def test_requests_of_one_step_are_learnt() -> None:
+    """The second one of a kind; a number that looks like a time, a NaN and a value that is none are no trouble."""
+    decoder = Decoder()
+    absent = struct.unpack("<d", ABSENT_BITS.to_bytes(8, "little"))[0]
+    time_like = struct.unpack("<d", TIME_UNIX_NS.to_bytes(8, "little"))[0]
+    for number, loss in enumerate([1.0, 2.0, math.nan, time_like, absent, -0.0, 3.0]):
+        frame = make_frame(recorded={"loss": loss, "accuracy": time_like}, time_unix_ns=TIME_UNIX_NS + number * 10**6)
+        [body] = bodies([frame])
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert sum(map(len, decoder._templates._of_length.values())) == 2  # with a finite loss, and without
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import signal
@@ -379,6 +380,21 @@ def test_a_port_that_is_taken_is_said(shared: RunningGateway) -> None:
     for option, address in (("--grpc", shared.grpc), ("--http", shared.http)):
         with pytest.raises(AssertionError, match=option), RunningGateway(option, address):
             pass
+
+
+def test_connections_are_bounded_and_those_that_are_served_stay_so() -> None:
+    """A client that opens too many is cut off beyond five hundred; who was there before goes on."""
+    with RunningGateway() as gateway, requests.Session() as before, contextlib.ExitStack() as opened:
+        url = f"http://{gateway.http}/healthz"
+        assert before.get(url, timeout=20).text == "ok\n"
+        host, _, port = gateway.http.rpartition(":")
+        others = [opened.enter_context(socket.create_connection((host, int(port)), 20)) for _ in range(550)]
+        others[-1].settimeout(20)
+        assert others[-1].recv(1) == b""
+        assert before.get(url, timeout=20).text == "ok\n"
+        others[0].sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        others[0].settimeout(20)
+        assert others[0].recv(12) == b"HTTP/1.1 200"
 
 
 def test_a_connection_that_says_nothing_holds_up_nobody(shared: RunningGateway) -> None:
