@@ -222,7 +222,9 @@ class Gateway:
             return handler
 
         def bound(handler: web.RequestHandler) -> None:
-            if len(served.connections) > _MOST_CONNECTIONS and handler.transport is not None:
+            open_ones = [each.transport for each in served.connections if each.transport is not None]
+            count = sum(not transport.is_closing() for transport in open_ones)
+            if count > _MOST_CONNECTIONS and handler.transport is not None:
                 handler.transport.close()
 
         try:
