@@ -51,7 +51,7 @@ def test_alerts_fire_when_a_run_goes_wrong_and_not_before(tmp_path: Path, monkey
                 assert alert["annotations"]["action"]
                 if "run_id" in alert["labels"]:
                     assert "wrong" in alert["annotations"]["summary"]
-            return set(found) - {"EsperCpuPressureHigh"}  # this machine may be busy
+            return set(found) - {"EsperCpuPressureHigh", "EsperStepLatencyHigh"}  # this machine may be busy
 
         with prometheus, agent:
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{agent.grpc}")
@@ -70,7 +70,7 @@ def test_alerts_fire_when_a_run_goes_wrong_and_not_before(tmp_path: Path, monkey
 
 def test_a_prometheus_that_only_scrapes_sees_the_newest_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same names and labels, each once; a run that has ended is gone after ``metric_expiration``."""
-    (tmp_path / "soon.yaml").write_text("exporters: {prometheus: {metric_expiration: 5s}}", encoding="utf-8")
+    (tmp_path / "soon.yaml").write_text("exporters: {prometheus: {metric_expiration: 20s}}", encoding="utf-8")
     variables = {"ESPER_GATEWAY": "127.0.0.1:1", "ESPER_PROMETHEUS_OTLP": "http://127.0.0.1:1"}
     agent = Collector(tmp_path / "agent", "agent.yaml", tmp_path / "soon.yaml", **variables)
     targets = {8889: agent.scrape, 8888: f"127.0.0.1:{agent.metrics_port}"}
@@ -99,4 +99,4 @@ def test_a_prometheus_that_only_scrapes_sees_the_newest_values(tmp_path: Path, m
         assert newest("esper_global_step") == {"0": 10.0, "1": 10.0}
         for telemetry in sessions:
             telemetry.close()
-        until("the run is gone", lambda: newest("gradient_norm") == {})
+        until("the run is gone", lambda: newest("gradient_norm") == {}, 60)

@@ -79,6 +79,8 @@ def stored(prometheus: Prometheus, run_id: str) -> set[Sample]:
     for labels, time_ms, value in prometheus.samples(f'{{run_id="{run_id}"}}'):
         label = dict(labels)
         name = label.pop("__name__")
+        if name.startswith("ALERTS") or ":" in name:
+            continue  # of the rules
         rank, seed = label.pop("rank"), label.pop("seed_id", "")
         assert label.pop("run_id") == run_id
         assert label.pop("instance") == f"{run_id}/{rank}"
