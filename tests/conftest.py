@@ -61,6 +61,13 @@ def _no_thread_left() -> Iterator[None]:
     assert not left, f"threads left running: {', '.join(left)}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test that needs a program may have to build it, for minutes."""
+    for item in items:
+        if item.get_closest_marker("collector") is not None:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
     """Closes with what could not run here, and why."""

@@ -21,12 +21,14 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "collector-config"
 TIMEOUT_S = 30.0
 
+# As it was before tests began to change it: it may say where the cache is.
+_ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
 
 @cache
 def built(what: str) -> Path:
     """The path of a program that ``tools/build`` makes; the test is skipped, with the reason, when it cannot."""
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([ROOT / "tools" / "build", what], capture_output=True, text=True, check=False, env=environ)
+    done = subprocess.run([ROOT / "tools" / "build", what], capture_output=True, text=True, check=False, env=_ENVIRON)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         pytest.skip(f"{what} could not be built: {last}")
