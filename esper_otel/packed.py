@@ -1,4 +1,4 @@
-"""Packed: frames that wait for long, in a tenth of the memory."""
+"""Packed: frames that wait for long, in a fifth to a tenth of the memory."""
 
 from __future__ import annotations
 
