@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -18,7 +20,7 @@ from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.gateway.pull_messages import step_message
 from esper_otel.leyline.packets import Packets
 
-_WAIT_S = 30.0
+_WAIT_S = 5.0
 _AGAIN_S = 1.0
 _AWAY_S = 3.0
 _MOST = 1000
@@ -57,14 +59,33 @@ def main(options: argparse.Namespace) -> int:
             return 0
         write = _write_json if options.json else _write_binary if options.binary else _write_text
         cursor = options.cursor or ""
+        interrupt = _Interrupt()
         try:
             while True:
+                interrupt.check()
                 cursor, count = _print_page(client, options, cursor, write)
                 if not count and not options.follow:
                     return 0
         finally:
             if cursor:
                 _say(f"cursor {cursor}")
+
+
+class _Interrupt:
+    """Ctrl-C, remembered: Python only prints the exception when it comes inside a callback, such as gRPC's."""
+
+    def __init__(self) -> None:
+        self._has_come = False
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._has_come = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises it, if it has been lost."""
+        if self._has_come:
+            raise KeyboardInterrupt
 
 
 def _print_page(

@@ -147,6 +147,7 @@ def test_following_goes_on_over_a_gateway_that_was_killed(tmp_path: Path, monkey
             _, said = following.communicate(timeout=TIMEOUT_S)
     finally:
         following.kill()
+        following.communicate()
     assert following.returncode == 130
     assert [json.loads(line)["attempt"] for line in lines] == [packets.attempt for packets in first + second]
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5] * 2
