@@ -78,7 +78,7 @@ class _Interrupt:
         self._has_come = False
         signal.signal(signal.SIGINT, self)
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
         self._has_come = True
         raise KeyboardInterrupt
 
