@@ -33,15 +33,19 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self.certificate = self._written(name, name, self._key, is_authority=True).certificate
 
-    def pair(self, name: str, host: str = "localhost") -> Pair:
-        """A key and its certificate, for 127.0.0.1 and the host."""
-        return self._written(name, host, ec.generate_private_key(ec.SECP256R1()), is_authority=False)
+    def pair(self, name: str, host: str = "localhost", *addresses: str) -> Pair:
+        """A key and its certificate, for the host (for localhost: 127.0.0.1, too) and the addresses."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        return self._written(name, host, key, *addresses, is_authority=False)
 
-    def _written(self, name: str, host: str, key: ec.EllipticCurvePrivateKey, *, is_authority: bool) -> Pair:
+    def _written(
+        self, name: str, host: str, key: ec.EllipticCurvePrivateKey, *addresses: str, is_authority: bool
+    ) -> Pair:
         now = datetime.datetime.now(datetime.UTC)
         alternatives: list[x509.GeneralName] = [x509.DNSName(host)]
         if host == "localhost":
-            alternatives.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
+            addresses = ("127.0.0.1", *addresses)
+        alternatives += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
         certificate = (
             x509.CertificateBuilder()
             .subject_name(_name(name))

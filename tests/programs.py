@@ -25,6 +25,17 @@ TIMEOUT_S = 30.0
 _ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
+# A shell that sees other mounts than we do, without being root outside.
+NAMESPACE = ("unshare", "--map-root-user", "--mount", "sh", "-c")
+
+
+@cache
+def needs_namespaces() -> None:
+    """The test is skipped where a process may not have mounts of its own."""
+    if subprocess.run([*NAMESPACE, "mount --bind /etc/hosts /etc/hosts"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespaces here (unshare --map-root-user --mount)")
+
+
 @cache
 def built(what: str) -> Path:
     """The path of a program that ``tools/build`` makes; the test is skipped, with the reason, when it cannot."""
@@ -128,11 +139,15 @@ class Collector(Program):
         self.grpc, self.http, self.scrape, self.health = (f"127.0.0.1:{free_port()}" for _ in range(4))
         self.metrics_port = free_port()
         self.variables = variables
+        self.hosts: Path | None = None
 
     def command(self) -> Sequence[str | Path]:
-        """See ``Program``."""
+        """See ``Program``. With ``hosts`` it finds other machines by that file instead of by ``/etc/hosts``."""
         configs = [part for config in self._configs for part in ("--config", CONFIG / config)]
-        return [built("collector"), *configs]
+        within: list[str | Path] = (
+            [] if self.hosts is None else [*NAMESPACE, 'mount --bind "$0" /etc/hosts && exec "$@"', self.hosts]
+        )
+        return [*within, built("collector"), *configs]
 
     def environ(self) -> Mapping[str, str]:
         """See ``Program``."""
@@ -173,11 +188,27 @@ class Prometheus(Program):
         config: the file.
         targets: addresses by the port that stands in the file.
         more: further options.
+        tls: its certificate and key; then ``authority`` says who signed them.
+        authority: the certificate to verify it by.
     """
 
-    def __init__(self, folder: Path, config: Path, targets: Mapping[int, str] | None = None, *more: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Path,
+        targets: Mapping[int, str] | None = None,
+        *more: str,
+        tls: tuple[Path, Path] | None = None,
+        authority: Path | None = None,
+    ) -> None:
         super().__init__(folder, "prometheus")
         self.address = f"127.0.0.1:{free_port()}"
+        self._verify = True if authority is None else str(authority)
+        self.url = f"http://{self.address}" if tls is None else f"https://{self.address}"
+        if tls is not None:
+            web = folder / "web.yml"
+            web.write_text(f"tls_server_config: {{cert_file: {tls[0]}, key_file: {tls[1]}}}", encoding="utf-8")
+            more += (f"--web.config.file={web}",)
         text = config.read_text(encoding="utf-8")
         for port, target in (targets or {}).items():
             text = text.replace(f"127.0.0.1:{port}", target)
@@ -202,18 +233,18 @@ class Prometheus(Program):
     def is_ready(self) -> bool:
         """See ``Program``."""
         try:
-            return requests.get(f"http://{self.address}/-/ready", timeout=1).status_code == 200
+            return requests.get(f"{self.url}/-/ready", timeout=1, verify=self._verify).status_code == 200
         except requests.ConnectionError:
             return False
 
     @property
     def otlp(self) -> str:
         """Where it takes OTLP."""
-        return f"http://{self.address}/api/v1/otlp"
+        return f"{self.url}/api/v1/otlp"
 
     def get(self, path: str, **parameters: str | float) -> Any:
         """What its API answers."""
-        response = requests.get(f"http://{self.address}/api/v1/{path}", params=parameters, timeout=TIMEOUT_S)
+        response = requests.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=TIMEOUT_S, verify=self._verify)
         answer = json.loads(response.text)
         assert answer["status"] == "success", answer
         return answer["data"]

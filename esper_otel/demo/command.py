@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from esper_otel.demo.receiver import Receiver
     from esper_otel.demo.result import Result
     from esper_otel.demo.screen import Screen
 
@@ -40,14 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"weights and the order of the images follow from it (default: {RANDOM_SEED})",
     )
     parser.add_argument("--no-enrichment", action="store_true", help="leave out every gated metric and the probes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end and nothing else")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print one JSON object at the end and nothing else")
+    shape.add_argument("--ui", action="store_true", help="show the run on a live page in your browser, until Ctrl-C")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Trains and prints. 0 when the training has finished, whatever became of its telemetry; 130 after Ctrl-C."""
+    from esper_otel.demo.receiver import PageReceiver, Receiver
+
+    if not arguments.ui:
+        return _trained(arguments, Receiver())
+    receiver = PageReceiver()
+    try:
+        sys.stderr.write(f"the live page: {receiver.page}\n")
+        status = _trained(arguments, receiver)
+        if status == 0:
+            sys.stderr.write(f"the live page stays until Ctrl-C: {receiver.page}\n")
+            with suppress(KeyboardInterrupt):
+                receiver.wait()
+        return status
+    finally:
+        receiver.close()
+
+
+def _trained(arguments: argparse.Namespace, receiver: Receiver) -> int:
     import torch
 
-    from esper_otel.demo.receiver import Receiver
     from esper_otel.demo.training import Plan, run
 
     plan = Plan(
@@ -60,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the network is so small that a second thread only waits for the first
     try:
         with _screen(sys.stderr, plan.steps) as screen:
-            result = run(plan, Receiver(), screen.show)
+            result = run(plan, receiver, screen.show)
     finally:
         torch.set_num_threads(threads)
     if arguments.json:

@@ -259,19 +259,20 @@ class Encoder:
 
         The time must be later than each stream's last point. The markers stand in the scope of ``health``, so
         that no receiver takes them for a frame. Prometheus' OTLP endpoint ends the series all the same: the
-        scope is no part of a series' identity there, unless ``promote_scope_metadata`` is set.
+        scope is no part of a series' identity there, unless ``promote_scope_metadata`` is set. Each marker is a
+        metric of its own: the collector's page to scrape takes only the first marker of a metric.
         """
-        for start in range(0, len(streams), self._max_points):
+        rest = list(reversed(streams))
+        while rest:
             request = ExportMetricsServiceRequest()
             scope = self._scope(request, run, HEALTH_SCOPE)
-            ended: dict[str, list[Mapping[str, str]]] = {}
-            for name, attributes in streams[start : start + self._max_points]:
-                ended.setdefault(name, []).append(attributes)
-            for name, ends in ended.items():
+            size = 0
+            while rest and len(scope.metrics) < self._max_points and size < _MAX_POINTS_BYTES:
+                name, attributes = rest.pop()
                 points = _stream(scope, self._catalogue[name]).data_points
-                for attributes in ends:
-                    point = points.add(time_unix_nano=time_unix_ns, flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK)
-                    point.attributes.extend(_attribute(*attribute) for attribute in attributes.items())
+                point = points.add(time_unix_nano=time_unix_ns, flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK)
+                point.attributes.extend(_attribute(*attribute) for attribute in attributes.items())
+                size += scope.metrics[-1].ByteSize()
             yield request.SerializeToString()
 
     def _scope(self, request: ExportMetricsServiceRequest, run: Run, name: str) -> ScopeMetrics:

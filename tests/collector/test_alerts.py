@@ -69,10 +69,9 @@ def test_alerts_fire_when_a_run_goes_wrong_and_not_before(tmp_path: Path, monkey
 
 
 def test_a_prometheus_that_only_scrapes_sees_the_newest_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same names and labels, each once; a run that has ended is gone after ``metric_expiration``."""
-    (tmp_path / "soon.yaml").write_text("exporters: {prometheus: {metric_expiration: 20s}}", encoding="utf-8")
+    """The same names and labels, each once; seeds that are retired and a run that has ended are gone at once."""
     variables = {"ESPER_GATEWAY": "127.0.0.1:1", "ESPER_PROMETHEUS_OTLP": "http://127.0.0.1:1"}
-    agent = Collector(tmp_path / "agent", "agent.yaml", tmp_path / "soon.yaml", **variables)
+    agent = Collector(tmp_path / "agent", **variables)
     targets = {8889: agent.scrape, 8888: f"127.0.0.1:{agent.metrics_port}"}
     prometheus = Prometheus(tmp_path / "prometheus", lively(tmp_path / "config", "scrape.yml"), targets)
     with agent, prometheus:
@@ -97,6 +96,19 @@ def test_a_prometheus_that_only_scrapes_sees_the_newest_values(tmp_path: Path, m
         assert all(math.isnan(value) for value in newest("loss").values())
         assert newest("kasmina_seed_alpha") == {"0": 0.25, "1": 0.25}
         assert newest("esper_global_step") == {"0": 10.0, "1": 10.0}
+        first, _ = sessions
+        first.seeds(["one", "two"], alpha=[0.5, 0.75])
+        step(first, loss=1.0, gradient_norm=10.0)
+
+        def alphas() -> list[float]:
+            found = prometheus.query('kasmina_seed_alpha{run_id="scraped", rank="0"}')
+            return sorted(float(series["value"][1]) for series in found)
+
+        until("three seeds are there", lambda: alphas() == [0.25, 0.5, 0.75])
+        for seed_id in ("one", "two"):
+            first.retire_seed(seed_id)
+        step(first, loss=1.0, gradient_norm=11.0)
+        until("two seeds are retired", lambda: alphas() == [0.25])
         for telemetry in sessions:
             telemetry.close()
-        until("the run is gone", lambda: newest("gradient_norm") == {}, 60)
+        until("the run is gone", lambda: newest("gradient_norm") == {})

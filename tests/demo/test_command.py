@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import requests
 
 from esper_otel.demo.command import add_arguments, main
 from esper_otel.schema import SEED_METRICS, STEP_METRICS
@@ -208,3 +210,27 @@ def test_the_arguments_are_known_without_torch() -> None:
     """``--help`` answers at once, on a machine without torch too."""
     program = "import sys; import esper_otel.demo.command; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_live_page_shows_the_run_until_ctrl_c() -> None:
+    """Every step is there, when the training is over and while the page stays."""
+    command = [sys.executable, "-m", "esper_otel", "demo", "--ui", "--steps", "30"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = iter(process.stderr.readline, "")
+            page = next(line for line in said if line.startswith("the live page stays")).split()[-1]
+            [run] = json.loads(requests.get(f"{page}page/runs", timeout=20).text)["runs"]
+            steps = json.loads(requests.get(f"{page}page/steps", params={"run": run["run_id"]}, timeout=20).text)[
+                "steps"
+            ]
+            assert (len(steps), run["ended"]) == (30, "completed")
+            assert "<title>" in requests.get(page, timeout=20).text
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert page in out
+    with pytest.raises(requests.ConnectionError):
+        requests.get(page, timeout=20)

@@ -335,14 +335,16 @@ def test_stale_markers_have_the_streams_identity_and_no_value() -> None:
     (body,) = encoder().stale(RUN, streams, time_unix_ns=TIME_UNIX_NS)
     (scoped,) = ExportMetricsServiceRequest.FromString(body).resource_metrics[0].scope_metrics
     assert scoped.scope.name == "esper_otel.health"
-    alpha, loss, steps = scoped.metrics
-    assert [(metric.name, metric.unit, metric.WhichOneof("data")) for metric in (alpha, loss, steps)] == [
+    one, other, loss, steps = scoped.metrics  # one each: the collector's page takes only the first marker of a metric
+    assert [(metric.name, metric.unit, metric.WhichOneof("data")) for metric in scoped.metrics] == [
+        ("kasmina.seed.alpha", "ratio", "gauge"),
         ("kasmina.seed.alpha", "ratio", "gauge"),
         ("loss", "loss", "gauge"),
         ("esper.steps", "count", "sum"),
     ]
     assert steps.sum.is_monotonic
-    ended = [*alpha.gauge.data_points, *loss.gauge.data_points, *steps.sum.data_points]
+    gauges = [point for metric in (one, other, loss) for point in metric.gauge.data_points]
+    ended = [*gauges, *steps.sum.data_points]
     assert [{attribute.key: attribute.value.string_value for attribute in point.attributes} for point in ended] == [
         attributes for _, attributes in streams
     ]
@@ -362,3 +364,11 @@ def test_stale_markers_of_many_streams_are_several_requests() -> None:
     ]
     assert len(bodies) == 3
     assert ended == [attributes["seed_id"] for _, attributes in streams]
+
+
+def test_stale_markers_of_seeds_with_long_names_fit_into_requests() -> None:
+    """A seed's name may have 256 bytes."""
+    streams = [("kasmina.seed.last_kernel_latency_ms", {"seed_id": f"{row:0256}"}) for row in range(20_000)]
+    bodies = list(encoder().stale(RUN, streams, time_unix_ns=TIME_UNIX_NS))
+    assert max(map(len, bodies)) < 4 * 2**20
+    assert sum(1 for _ in read([ExportMetricsServiceRequest.FromString(body) for body in bodies])) == 20_000

@@ -1,0 +1,217 @@
+"""The files for a cluster: an agent, the tier over TLS with tokens, gateways found by name, one of them killed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from certificates import Authority
+from gateways import RunningGateway
+from programs import ROOT, Collector, Prometheus, free_port, needs_namespaces, until
+
+import esper_otel
+from esper_otel import EsperSettings, TamiyoClient, Telemetry
+
+pytestmark = pytest.mark.collector
+
+PROMETHEUS = ROOT / "deploy" / "prometheus" / "prometheus.yml"
+FAST = EsperSettings(export_every_s=0.05)
+NAME = "esper-gateway"
+Losses = dict[int, float]  # by millisecond
+
+
+class Tier:
+    """A cluster on one machine: an agent, the tier, Prometheus, and gateways at addresses of their own."""
+
+    def __init__(self, folder: Path, gateways: int) -> None:
+        self.folder = folder
+        self.authority = Authority(folder)
+        self.port = free_port()
+        self.addresses = [f"127.0.0.{2 + number}" for number in range(gateways)]
+        self.secrets = folder / "secrets"
+        self.secrets.mkdir()
+        own = self.authority.pair("tier")
+        for name, content in {
+            "tls.crt": own.certificate.read_text(),
+            "tls.key": own.key.read_text(),
+            "ca.crt": self.authority.certificate.read_text(),
+            "agents.tokens": "agents\n",
+            "esper-gateway.token": "tier",
+            "prometheus.token": "unused",
+            "agent.token": "agents",
+        }.items():
+            (self.secrets / name).write_text(content, encoding="utf-8")
+        (folder / "send.tokens").write_text("tier\n", encoding="utf-8")
+        self._gateway_tls = self.authority.pair("gateways", NAME, *self.addresses)
+        self.prometheus = Prometheus(
+            folder / "prometheus",
+            PROMETHEUS,
+            tls=self.authority.pair("prometheus"),
+            authority=self.authority.certificate,
+        )
+        self.tier = Collector(
+            folder / "tier",
+            "gateway.yaml",
+            ESPER_OTELCOL_SECRETS=str(self.secrets),
+            ESPER_PROMETHEUS_OTLP=self.prometheus.otlp,
+            ESPER_GATEWAYS=NAME,
+            ESPER_GATEWAYS_PORT=str(self.port),
+        )
+        self.tier.hosts = folder / "hosts"
+        self.known(self.addresses)
+        self.agent = Collector(
+            folder / "agent",
+            "agent.yaml",
+            "to-gateway.yaml",
+            ESPER_TIER=self.tier.grpc,
+            ESPER_TIER_TOKEN_FILE=str(self.secrets / "agent.token"),
+            ESPER_TIER_CA=str(self.authority.certificate),
+        )
+
+    def gateway(self, address: str) -> RunningGateway:
+        """One of the gateways; its store outlives it."""
+        return RunningGateway(
+            *("--grpc", f"{address}:{self.port}", "--store", str(self.folder / f"store-{address}")),
+            *("--tls-cert", str(self._gateway_tls.certificate), "--tls-key", str(self._gateway_tls.key)),
+            *("--send-tokens", str(self.folder / "send.tokens")),
+        )
+
+    def known(self, addresses: list[str]) -> None:
+        """What the gateways' name stands for."""
+        lines = ["127.0.0.1 localhost", *(f"{address} {NAME}" for address in addresses)]
+        (self.folder / "hosts").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def held(self, address: str) -> dict[str, Losses]:
+        """What a gateway has, by run."""
+        found: dict[str, Losses] = {}
+        with TamiyoClient(f"{address}:{self.port}", ca_file=self.authority.certificate) as client:
+            for run_id in {run.run_id for run in client.runs()}:
+                cursor = None
+                losses = found.setdefault(run_id, {})
+                while page := client.pull(run_id, cursor, max_packets=1000):
+                    losses |= {p.state.timestamp_ns // 10**6: p.state.training_loss for p in page}
+                    cursor = page.cursor
+        return found
+
+    def stored(self) -> dict[str, Losses]:
+        """What Prometheus has, by run."""
+        found: dict[str, Losses] = {}
+        for labels, time_ms, value in self.prometheus.samples("loss"):
+            found.setdefault(dict(labels)["run_id"], {})[time_ms] = float(value)
+        return found
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[Tier]:
+    needs_namespaces()
+    made = Tier(tmp_path, gateways=3)
+    with made.prometheus, made.tier, made.agent:
+        yield made
+        for collector in (made.tier, made.agent):
+            assert "deprecated" not in collector.said
+            assert not [word for word in ("Bearer", "agents") if word in collector.said]
+
+
+def losses(runs: dict[str, list[int]]) -> dict[str, Losses]:
+    """What was recorded: the loss is the step."""
+    return {run_id: {time_ms: float(at) for at, time_ms in enumerate(times)} for run_id, times in runs.items()}
+
+
+def step(sessions: list[Telemetry], runs: dict[str, list[int]], seconds: float) -> None:
+    """All of them train for a while."""
+    over_s = time.monotonic() + seconds
+    while time.monotonic() < over_s:
+        for telemetry in sessions:
+            times = runs.setdefault(telemetry.run_id, [])
+            with telemetry.step(epoch=0) as now:
+                now.put(loss=float(len(times)))
+            times.append(now.time_unix_ns // 10**6)
+        time.sleep(0.01)
+
+
+def test_each_run_is_at_one_gateway_and_moves_when_that_is_killed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty runs over three gateways. One is killed: its runs go on at the others, and no step is missing."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{tier.agent.grpc}")
+    runs: dict[str, list[int]] = {}
+    first, *rest = tier.addresses
+    with tier.gateway(rest[0]), tier.gateway(rest[1]):
+        with tier.gateway(first) as killed:
+            sessions = [esper_otel.start(run_id=f"run-{number}", settings=FAST) for number in range(20)]
+            step(sessions, runs, 1.0)
+            until("all have come", lambda: sum(map(len, map(tier.held, tier.addresses))) == 20)
+            held = [set(tier.held(address)) for address in tier.addresses]
+            assert set().union(*held) == set(runs)
+            assert all(held)
+            moving = held[0]
+            killed.process.kill()
+            step(sessions, runs, 1.0)
+        tier.known(rest)
+        step(sessions, runs, 1.0)
+        for telemetry in sessions:
+            telemetry.close()
+        count = sum(map(len, runs.values()))
+        until("Prometheus has all", lambda: sum(map(len, tier.stored().values())) == count, 60)
+        assert tier.stored() == losses(runs)
+
+        def both() -> dict[str, Losses]:
+            return merged(tier.held(rest[0]), tier.held(rest[1]))
+
+        lasts = {run_id: times[-1] for run_id, times in runs.items()}
+        until("the last steps have come", lambda: all(lasts[run_id] in both().get(run_id, {}) for run_id in runs), 60)
+        assert moving <= set(both())
+    with tier.gateway(first):
+        everywhere = merged(both_after(tier, rest), tier.held(first))
+    assert everywhere == losses(runs)
+
+
+def both_after(tier: Tier, addresses: list[str]) -> dict[str, Losses]:
+    """What gateways that have ended have in their stores."""
+    found: dict[str, Losses] = {}
+    for address in addresses:
+        with tier.gateway(address):
+            found = merged(found, tier.held(address))
+    return found
+
+
+def merged(*parts: dict[str, Losses]) -> dict[str, Losses]:
+    """Of several gateways."""
+    found: dict[str, Losses] = {}
+    for part in parts:
+        for run_id, of_run in part.items():
+            found.setdefault(run_id, {}).update(of_run)
+    return found
+
+
+def test_a_token_is_exchanged_without_a_loss_and_a_wrong_one_is_seen(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are accepted for a while. The control: one that the tier does not know; the agent drops, and counts."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{tier.agent.grpc}")
+    runs: dict[str, list[int]] = {}
+    tokens, token = tier.secrets / "agents.tokens", tier.secrets / "agent.token"
+    failed = "otelcol_exporter_send_failed_metric_points"
+
+    def refused() -> float:
+        return sum(value for name, value in tier.agent.counts().items() if name.startswith(failed))
+
+    with esper_otel.start(run_id="rotated", settings=FAST) as telemetry:
+        step([telemetry], runs, 0.5)
+        until("the first came", lambda: "rotated" in tier.stored())
+        tokens.write_text("agents\nnew\n", encoding="utf-8")
+        step([telemetry], runs, 1.5)
+        token.write_text("new", encoding="utf-8")
+        step([telemetry], runs, 1.5)
+        tokens.write_text("new\n", encoding="utf-8")
+        step([telemetry], runs, 1.5)
+        telemetry.close()
+    until("Prometheus has all", lambda: len(tier.stored()["rotated"]) == len(runs["rotated"]))
+    assert tier.stored()["rotated"] == losses(runs)["rotated"]
+    assert refused() == 0
+    token.write_text("wrong", encoding="utf-8")
+    time.sleep(1.5)
+    with esper_otel.start(run_id="refused", settings=FAST) as telemetry:
+        step([telemetry], runs, 0.2)
+    until("it is counted", lambda: refused() >= len(runs["refused"]))
+    assert "refused" not in tier.stored()
