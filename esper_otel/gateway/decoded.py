@@ -24,6 +24,10 @@ TOO_MANY_ATTRIBUTES = "too many attributes"
 TOO_MANY_POINTS = "too many points in the request"
 TOO_MANY_SEEDS = "too many seeds"
 TOO_MANY_RUNS = "too many runs"
+REASONS = (
+    *(NO_NAME, UNKNOWN_METRIC, NOT_A_NUMBER, DELTA, NO_VALUE, NO_TIME, WRONG_TIME, NO_SEED, INVALID_TEXT),
+    *(TOO_MANY_ATTRIBUTES, TOO_MANY_POINTS, TOO_MANY_SEEDS, TOO_MANY_RUNS),
+)
 
 
 # 2000-01-01 and 2100-01-01: whose clock says something else has none.

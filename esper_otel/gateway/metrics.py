@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.decoded import REASONS
 
 
 class _Own(NamedTuple):
@@ -44,5 +45,6 @@ def prometheus_text(core: Core) -> str:
         lines += [f"# HELP {name} {own.text}", f"# TYPE {name} {own.kind}", f"{name} {value:.17g}"]
     name = "esper_gateway_rejected_points_total"
     lines += [f"# HELP {name} Points refused, by reason.", f"# TYPE {name} counter"]
-    lines += [f'{name}{{reason="{reason}"}} {count}' for reason, count in sorted(core.rejected.items())]
+    rejected = {**dict.fromkeys(REASONS, 0), **core.rejected}  # a counter that began at 1 would be no increase
+    lines += [f'{name}{{reason="{reason}"}} {count}' for reason, count in sorted(rejected.items())]
     return "\n".join(lines) + "\n"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import resource
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from gateways import RunningGateway
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from programs import ROOT, Collector, Prometheus, until
 
 import esper_otel
@@ -18,15 +24,39 @@ pytestmark = pytest.mark.collector
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 
 
-def lively(folder: Path, name: str) -> Path:
-    """A shipped configuration that looks each second, beside the shipped rules."""
+# The times of the rules, for a test that has no hour.
+SOONER = {
+    "[5m]": "[5s]",
+    "[1m]": "[8s]",
+    "5m": "2s",
+    "2m": "1s",
+    "1m": "1s",
+    "[1h] offset 10m": "[10s] offset 5s",
+    "[10m]": "[10s]",
+    "offset 10m": "offset 10s",
+    "> 300": "> 5",
+}
+
+
+def lively(folder: Path, name: str, sooner: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """A shipped configuration that looks each second, beside the shipped rules, or the same with other times."""
     folder.mkdir()
     text = (PROMETHEUS / name).read_text(encoding="utf-8")
     for interval in ("15s", "5s"):
         text = text.replace(f"interval: {interval}", "interval: 1s")
     path = folder / name
     path.write_text(text, encoding="utf-8")
-    (folder / "rules").symlink_to(PROMETHEUS / "rules")
+    if not sooner:
+        (folder / "rules").symlink_to(PROMETHEUS / "rules")
+        return path
+    rules = (PROMETHEUS / "rules" / "esper.yml").read_text(encoding="utf-8")
+    for shipped, other in sooner.items():
+        marked = [f"for: {shipped}"] if shipped[0].isdigit() else [shipped]
+        for text in marked:
+            assert text in rules, text
+            rules = rules.replace(text, f"for: {other}" if text.startswith("for") else other)
+    (folder / "rules").mkdir()
+    (folder / "rules" / "esper.yml").write_text(rules, encoding="utf-8")
     return path
 
 
@@ -66,6 +96,161 @@ def test_alerts_fire_when_a_run_goes_wrong_and_not_before(tmp_path: Path, monkey
                 expected = {"EsperLossSpike", "EsperHookBudget", "EsperLossNotFinite", "EsperLossVolatilityHigh"}
                 until("the alerts fire", lambda: firing() >= expected)
                 assert firing() == expected
+
+
+HEALTHY = {
+    "loss": 1.0,
+    "loss_delta": -0.01,
+    "loss_volatility": 0.01,
+    "grad_var": 0.1,
+    "hook_latency_ms": 2.0,
+    "step_latency_ms": 20.0,
+    "input_wait_ms": 1.0,
+    "samples_per_s": 1000.0,
+    "cpu_util_percent": 50.0,
+}
+# What each run has that is not healthy, and what fires for it.
+RUNS: dict[str, tuple[dict[str, float], set[str]]] = {
+    "healthy": ({}, set()),
+    "spike": ({"loss_delta": 0.2}, {"EsperLossSpike"}),
+    "warning": ({"loss_delta": 0.1}, {"EsperLossWarning"}),
+    "hook": ({"hook_latency_ms": 75.0}, {"EsperHookBudget"}),
+    "slow": ({"step_latency_ms": 150.0}, {"EsperStepLatencyHigh"}),
+    "apply": ({"kasmina.apply_ms": 40.0}, {"EsperKasminaApplySlow"}),
+    "finalize": ({"kasmina.finalize_ms": 40.0}, {"EsperKasminaFinalizeSlow"}),
+    "volatile": ({"loss_volatility": 0.2}, {"EsperLossVolatilityHigh"}),
+    "variance": ({"grad_var": 2.0}, {"EsperGradVarianceHigh"}),
+    "conflict": ({"grad_conflict_rate": 0.6}, {"EsperGradConflictHigh"}),
+    "device": (
+        {"gpu_util_percent": 97.0, "gpu_mem_free_gb": 0.1, "gpu_mem_used_gb": 79.0},
+        {"EsperDevicePressureHigh", "EsperGpuMemoryNearlyFull"},
+    ),
+    "cpu": ({"cpu_util_percent": 97.0}, {"EsperCpuPressureHigh"}),
+    "nan": ({"loss": math.nan}, {"EsperLossNotFinite"}),
+    "input": ({"input_wait_ms": 80.0}, {"EsperInputBound"}),
+    "isolation": ({}, {"EsperIsolationViolations"}),
+    "slower": ({}, {"EsperThroughputDrop"}),
+    "stuck": ({}, {"EsperRunStuck"}),
+    "dropping": ({}, {"EsperTelemetryDropping"}),
+}
+PIPELINE = {
+    "EsperCollectorDropping",
+    "EsperCollectorQueueFilling",
+    "EsperCollectorRefusing",
+    "EsperGatewayNotStoring",
+    "EsperGatewayRejecting",
+}
+SMALL_QUEUE = """
+exporters:
+  otlp_http/prometheus: &small
+    sending_queue: {queue_size: 20000, batch: {min_size: 1, max_size: 100}}
+  otlp_grpc/esper: *small
+"""
+
+
+@contextmanager
+def trained(sessions: dict[str, Telemetry]) -> Iterator[None]:
+    """Ten steps a second of each run, while the block runs."""
+    over = threading.Event()
+    started_s = time.monotonic()
+
+    def train() -> None:
+        violations = 0
+        while not over.wait(0.1):
+            for run_id, telemetry in sessions.items():
+                values = HEALTHY | RUNS[run_id][0]
+                since_s = time.monotonic() - started_s
+                if run_id == "slower" and since_s > 15:
+                    values["samples_per_s"] = 500.0
+                if run_id == "stuck" and since_s > 3:
+                    continue
+                if run_id == "isolation":
+                    violations += 1
+                    telemetry.seeds(["seed-1"], isolation_violations=[float(violations)])
+                telemetry.record_step(values, epoch=0)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        trainer.join()
+
+
+def test_every_alert_fires_by_a_run_and_fires_for_that_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them in one Prometheus, by runs and by a pipeline that go wrong in one way each; times are shortened."""
+    (tmp_path / "tokens").write_text("nobody-has-it\n", encoding="utf-8")
+    (tmp_path / "small.yaml").write_text(SMALL_QUEUE, encoding="utf-8")
+    settings = EsperSettings(export_every_s=0.1, buffer_bytes=1024 * 1024, probe_period_s=3600)
+    with ExitStack() as stack:
+        # Takes no token that a collector has; and one that can neither store nor use what it is sent.
+        closed = stack.enter_context(RunningGateway("--send-tokens", str(tmp_path / "tokens")))
+        full = stack.enter_context(RunningGateway("--store", str(tmp_path / "store")))
+        agent = Collector(tmp_path / "agent", ESPER_GATEWAY=closed.grpc)
+        nowhere = {"ESPER_GATEWAY": "127.0.0.1:1", "ESPER_PROMETHEUS_OTLP": "http://127.0.0.1:1"}
+        stuck = Collector(tmp_path / "stuck", "agent.yaml", tmp_path / "small.yaml", **nowhere)
+        scraped = '", "'.join(f"127.0.0.1:{each.metrics_port}" for each in (agent, stuck))
+        config = lively(tmp_path / "config", "prometheus.yml", SOONER)
+        prometheus = Prometheus(tmp_path / "prometheus", config, {8888: scraped, 4328: full.http})
+        agent.variables["ESPER_PROMETHEUS_OTLP"] = prometheus.otlp
+        stack.enter_context(prometheus)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{agent.grpc}")
+        sessions = {run_id: esper_otel.start(run_id=run_id, settings=settings) for run_id in RUNS}
+        for _ in range(200):  # more than its buffer holds, while nobody listens
+            sessions["dropping"].seeds([f"seed-{row}" for row in range(300)], alpha=[0.5] * 300)
+            sessions["dropping"].record_step(HEALTHY, epoch=0)
+        stack.enter_context(agent)
+        stack.enter_context(stuck)
+        for telemetry in sessions.values():
+            stack.callback(telemetry.close, timeout_s=2)
+
+        def firing() -> dict[str, set[str]]:
+            found: dict[str, set[str]] = {}
+            for alert in prometheus.get("alerts")["alerts"]:
+                if alert["state"] == "firing":
+                    assert alert["annotations"]["action"]
+                    name = alert["labels"]["alertname"]
+                    found.setdefault(alert["labels"].get("run_id", ""), set()).add(name)
+                    assert name in PIPELINE or alert["labels"]["run_id"] in alert["annotations"]["summary"]
+            return found
+
+        expected = {run_id: names for run_id, (_, names) in RUNS.items() if names} | {"": PIPELINE}
+        seen: dict[str, set[str]] = {}
+
+        def have_all_fired() -> bool:
+            for run_id, names in firing().items():
+                seen.setdefault(run_id, set()).update(names)
+            return seen == expected
+
+        with trained(sessions):
+            no_metric = ExportMetricsServiceRequest()
+            metric = no_metric.resource_metrics.add().scope_metrics.add().metrics.add(name="loss")
+            metric.exponential_histogram.data_points.add(time_unix_nano=time.time_ns())
+            until("the gateway has been scraped", lambda: prometheus.query("esper_gateway_rejected_points_total"))
+            send(full, no_metric)
+            until("it rejects", lambda: have_all_fired() or "EsperGatewayRejecting" in seen.get("", ()))
+            resource.prlimit(full.process.pid, resource.RLIMIT_FSIZE, (1, 1))  # what a full disk does to a file
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{full.grpc}")
+            with esper_otel.start(run_id="unstored", settings=settings) as unstored:
+                unstored.record_step(HEALTHY, epoch=0)
+                monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{stuck.grpc}")
+                with esper_otel.start(run_id="refused", settings=settings) as refused:
+                    # Which ones have not fired is said below.
+                    with trained({"healthy": refused}), suppress(AssertionError):
+                        until("each alert has fired", have_all_fired, 75)
+                    refused.close(timeout_s=0.1)
+                unstored.close(timeout_s=0.1)
+    assert seen == expected
+
+
+def send(gateway: RunningGateway, request: ExportMetricsServiceRequest) -> None:
+    """One request, as any sender would."""
+    path = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
+    with gateway.channel() as channel:
+        channel.unary_unary(path, bytes, bytes)(request.SerializeToString(), timeout=20)
 
 
 def test_a_prometheus_that_only_scrapes_sees_the_newest_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -101,6 +104,15 @@ def test_backends_down_and_the_collector_killed_lose_nothing(tmp_path: Path, mon
         agent.end(signal.SIGKILL)
 
 
+def test_a_collector_in_a_crash_loop_loses_nothing() -> None:
+    """Killed at random moments, also while it takes up its queue; ``make soak`` kills it twenty times."""
+    script = ROOT / "tests" / "soak" / "crash_loop.py"
+    done = subprocess.run([sys.executable, script, "--kills", "5"], capture_output=True, text=True, check=False)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["steps"] > 100
+    assert (said["missing"], said["wrong"]) == (0, 0)
+
+
 IN_MEMORY = """
 exporters:
   otlp_http/prometheus: &memory
@@ -130,6 +142,67 @@ def test_without_the_queue_on_disk_it_does_lose(tmp_path: Path, monkeypatch: pyt
             assert found.items() <= expected(times).items()
     finally:
         agent.end(signal.SIGKILL)
+
+
+FULL_SOON = """
+exporters:
+  otlp_http/prometheus: &small
+    sending_queue: {queue_size: 800000}
+  otlp_grpc/esper: *small
+"""
+
+
+def test_a_full_queue_on_disk_is_refused_to_the_trainer_which_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outage is longer than the collector's queue: the trainer's buffer takes over, and nothing is lost."""
+    (tmp_path / "small.yaml").write_text(FULL_SOON, encoding="utf-8")
+    prometheus = Prometheus(tmp_path / "prometheus", PROMETHEUS)
+    address = free_address()
+    variables = {"ESPER_PROMETHEUS_OTLP": prometheus.otlp, "ESPER_GATEWAY": address}
+    with Collector(tmp_path / "agent", "agent.yaml", tmp_path / "small.yaml", **variables) as agent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{agent.grpc}")
+
+        def is_full() -> bool:
+            with esper_otel.start(run_id="filler", settings=FAST) as filler:
+                filler.seeds([f"seed-{row}" for row in range(1000)], alpha=[0.5] * 1000)
+                filler.record_step({"loss": 1.0}, epoch=0)
+                filler.close(timeout_s=1)
+                return bool(filler.health()["dropped"])
+
+        until("the queue is full", is_full, 60)
+        with training(agent.grpc, "full", monkeypatch) as times:
+            refused = agent.counts().get("otelcol_receiver_refused_metric_points", 0.0)
+            until("it refuses", lambda: agent.counts()["otelcol_receiver_refused_metric_points"] > refused)
+            prometheus.start()
+            with RunningGateway("--grpc", address):
+                time.sleep(0.5)
+                count = len(times)
+                until("Prometheus has what was recorded", lambda: len(in_prometheus(prometheus, "full")) >= count, 60)
+                until("the gateway has it", lambda: len(in_gateway(address, "full")) >= count, 60)
+                known = dict(list(expected(times).items())[:count])
+                assert known.items() <= in_prometheus(prometheus, "full").items()
+                assert known.items() <= in_gateway(address, "full").items()
+        prometheus.end()
+
+
+def test_a_network_that_is_cut_and_comes_back_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections stand, and nobody answers on them: for the trainer, then for the collector."""
+    with RunningGateway() as gateway:
+        variables = {"ESPER_PROMETHEUS_OTLP": f"http://{free_address()}/api/v1/otlp", "ESPER_GATEWAY": gateway.grpc}
+        (tmp_path / "soon.yaml").write_text("exporters: {otlp_grpc/esper: {timeout: 1s}}", encoding="utf-8")
+        with Collector(tmp_path / "agent", "agent.yaml", tmp_path / "soon.yaml", **variables) as agent:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+            with training(agent.grpc, "cut", monkeypatch) as times:
+                until("the first step is there", lambda: in_gateway(gateway.grpc, "cut"))
+                assert agent.process is not None
+                for cut in (agent.process, gateway.process):
+                    cut.send_signal(signal.SIGSTOP)
+                    time.sleep(2.5)  # longer than a request may take
+                    cut.send_signal(signal.SIGCONT)
+                    time.sleep(0.5)
+            until("the gateway has it", lambda: len(in_gateway(gateway.grpc, "cut")) >= len(times), 60)
+            assert in_gateway(gateway.grpc, "cut") == expected(times)
 
 
 def test_one_backend_down_does_not_hold_up_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,8 @@ def test_points_that_are_not_taken_are_partial_success_with_a_reason(shared: Run
         assert "1 " in partial.error_message
         assert pull(channel, "partly").steps
     text = requests.get(f"http://{shared.http}/metrics", timeout=20).text
-    assert "esper_gateway_rejected_points_total{reason=" in text
+    assert 'esper_gateway_rejected_points_total{reason="neither gauge nor sum"} 1\n' in text
+    assert 'esper_gateway_rejected_points_total{reason="no time"} 0\n' in text
 
 
 def test_a_gzip_bomb_is_refused_and_harms_nobody(shared: RunningGateway) -> None:
@@ -258,7 +259,7 @@ def test_those_who_look_after_the_gateway_get_answers(shared: RunningGateway) ->
     assert requests.get(f"http://{shared.http}/readyz", timeout=20).status_code == 200
     answer = requests.get(f"http://{shared.http}/metrics", timeout=20)
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    names = [line.split()[0] for line in answer.text.splitlines() if not line.startswith("#")]
+    names = [line.rpartition(" ")[0] for line in answer.text.splitlines() if not line.startswith("#")]
     helps = [line.split()[2] for line in answer.text.splitlines() if line.startswith("# HELP")]
     assert len(names) == len(set(names))
     assert {name.partition("{")[0] for name in names} <= set(helps)
