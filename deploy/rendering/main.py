@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from dashboards import boards
+from helm import values
 from names import OURS, STOCK
 from rules import rendered
 
@@ -19,7 +20,7 @@ def documents() -> dict[Path, str]:
         found[_DEPLOY / "prometheus" / naming.folder / "rules" / "esper.yml"] = rendered(naming)
         for board in boards(naming):
             found[_DEPLOY / "grafana" / naming.folder / "dashboards" / board.file] = board.rendered()
-    return found
+    return found | {_DEPLOY / "helm" / name: text for name, text in values().items()}
 
 
 def main() -> int:

@@ -47,6 +47,32 @@ def secrets(folder: Path) -> Mapping[str, str]:
     }
 
 
+def without_nulls(value: object) -> object:
+    """As Helm takes out what a null stands for."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return value
+
+
+@pytest.mark.parametrize("name", ["agent.yaml", "tier.yaml"])
+def test_the_collector_accepts_what_helm_gives_it(name: str, tmp_path: Path) -> None:
+    """The configuration within the values for the official chart."""
+    values = yaml.safe_load((ROOT / "deploy" / "helm" / name).read_text(encoding="utf-8"))
+    file = tmp_path / "relay.yaml"
+    file.write_text(yaml.safe_dump(without_nulls(values["config"])), encoding="utf-8")
+    done = subprocess.run(
+        [built("collector"), "validate", f"--config={file}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **secrets(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    mounted = {mount["name"] for mount in values["extraVolumeMounts"]}
+    claims = {claim["metadata"]["name"] for claim in values.get("statefulset", {}).get("volumeClaimTemplates", ())}
+    assert mounted == {volume["name"] for volume in values["extraVolumes"]} | claims
+
+
 @pytest.mark.parametrize("files", SHIPPED, ids="+".join)
 def test_the_collector_accepts_it_without_a_word(files: tuple[str, ...], tmp_path: Path) -> None:
     """A deprecated name is a line in its log."""
