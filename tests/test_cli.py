@@ -34,7 +34,7 @@ def test_schema_as_json_has_every_metric_with_its_whole_contract(capsys: Capture
     assert [row["name"] for row in rows] == [metric.name for metric in METRICS]
     assert list(rows[0]) == [
         *("name", "unit", "gated", "needs", "kind", "level"),
-        *("description", "source", "present", "misleads"),
+        *("description", "source", "present", "misleads", "window", "error", "cost", "rise"),
     ]
     for row, metric in zip(rows, METRICS, strict=True):
         assert row == {field: getattr(metric, field) for field in row} | {"needs": list(metric.needs)}

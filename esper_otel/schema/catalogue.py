@@ -10,6 +10,13 @@ from __future__ import annotations
 from esper_otel.schema.metric import Metric, Need
 
 _DERIVED = "Derived when the frame is read, from the finite values put so far."
+_MICRO = "A few microseconds, on the host's clock."
+_FLOAT = "Rounding of float64; equal to pandas on the series without gaps to 1e-12."
+_CLOCK = "Two readings of a clock, below a microsecond."
+_PUT = "On the CPU below a microsecond; on CUDA a copy of one number on the current stream and no wait."
+_DERIVED_COST = "Below a microsecond of arithmetic, when the step is read."
+_PROBE = "None for the training thread: a thread samples."
+_ROW = "A cell of the seed's row, below a microsecond."
 _PAIRED = "A step in which its input is missing or not finite has none."
 
 STEP_METRICS: tuple[Metric, ...] = (
@@ -20,6 +27,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="As recorded; a tensor is read in the precision it has.",
         present="When the trainer records it.",
         misleads="The mean over a batch moves with the batch size; NaN is exported, never hidden.",
+        window="The step.",
+        error="None: float64 of the tensor's own dtype.",
+        cost=_PUT,
+        rise="The model does worse on this batch; over many steps, it diverges.",
     ),
     Metric(
         "accuracy",
@@ -28,6 +39,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When the trainer records it.",
         misleads="A percentage is kept as it is, counted in esper.values.out_of_range and warned about.",
+        window="The step's batch.",
+        error="None.",
+        cost=_PUT,
+        rise="The model gets more of the batch right.",
     ),
     Metric(
         "gradient_norm",
@@ -36,6 +51,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="now.gradients(model): the square root of the sum of squares over every parameter's gradient.",
         present="When now.gradients is called or the trainer records it.",
         misleads="Taken where it is called: before or after clipping are two different numbers.",
+        window="Where now.gradients() is called, once a step.",
+        error="As torch.nn.utils.clip_grad_norm_, half precision added up in float32; with FSDP1 of the shards.",
+        cost="One fused pass over the gradients; on CUDA two launches for each dtype and no wait.",
+        rise="Larger updates: a hard batch, a learning rate that is too high, or the way to NaN.",
     ),
     Metric(
         "samples_per_s",
@@ -44,6 +63,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="samples / (input_wait_ms + step_latency_ms); without batches() from the last step's end.",
         present="When the step is given samples=.",
         misleads="On a GPU it is the rate of enqueueing until the queue is full or something synchronises.",
+        window="One cycle: the wait for the batch and the step.",
+        error="That of the two durations: microseconds.",
+        cost=_CLOCK,
+        rise="Training is faster.",
     ),
     Metric(
         "hook_latency_ms",
@@ -52,6 +75,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Monotonic clock; a scope entered twice adds up.",
         present="When now.hook() is used.",
         misleads="Includes tamiyo_latency_ms and kasmina.apply_ms.",
+        window="The step.",
+        error=_MICRO,
+        cost=_CLOCK,
+        rise="The controller or what it changes takes longer: see tamiyo_latency_ms and kasmina.apply_ms.",
     ),
     Metric(
         "tamiyo_latency_ms",
@@ -60,6 +87,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Monotonic clock; a scope entered twice adds up.",
         present="When now.tamiyo() is used.",
         misleads="Includes now.state() when it is called inside the scope.",
+        window="The step.",
+        error=_MICRO,
+        cost=_CLOCK,
+        rise="The controller decides more slowly, or waits in now.state() for the GPU.",
     ),
     Metric(
         "step_latency_ms",
@@ -69,6 +100,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Monotonic clock, from entering to leaving telemetry.step().",
         present="In every step that is a scope.",
         misleads="On a GPU, work that is still queued when the scope ends is not in it.",
+        window="The step's scope.",
+        error=_MICRO,
+        cost=_CLOCK,
+        rise="Work in the step takes longer; with several ranks also waiting for the slowest in a collective.",
     ),
     Metric(
         "kasmina.apply_ms",
@@ -78,6 +113,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Monotonic clock; a scope entered twice adds up.",
         present="When now.apply() is used.",
         misleads="Lies inside hook_latency_ms; do not add the two.",
+        window="The step.",
+        error=_MICRO,
+        cost=_CLOCK,
+        rise="Commands of the controller take longer to carry out.",
     ),
     Metric(
         "kasmina.finalize_ms",
@@ -87,6 +126,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Monotonic clock; a scope entered twice adds up.",
         present="When now.finalize() is used.",
         misleads="Lies outside hook_latency_ms, inside step_latency_ms.",
+        window="The step.",
+        error=_MICRO,
+        cost=_CLOCK,
+        rise="Kasmina has more to do at the end of a step.",
     ),
     Metric(
         "loss_delta",
@@ -96,6 +139,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source=_DERIVED,
         present="From the second finite loss on. " + _PAIRED,
         misleads="After a gap it spans the gap.",
+        window="This step and the one before with a finite loss.",
+        error=_FLOAT,
+        cost=_DERIVED_COST,
+        rise="The loss rose: above 0.15 is a spike (risk loss_spike).",
     ),
     Metric(
         "loss_ewma",
@@ -105,6 +152,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="m <- m + a (x - m), a = 0.2, started at the first finite value.",
         present="From the first finite loss on. " + _PAIRED,
         misleads="Lags about 1/a = 5 steps behind a jump.",
+        window="All steps, weights fall by 0.8 a step.",
+        error=_FLOAT,
+        cost=_DERIVED_COST,
+        rise="The trend of the loss is up.",
     ),
     Metric(
         "loss_volatility",
@@ -114,6 +165,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Population standard deviation over the window, computed anew each time (no drift).",
         present="From the second finite loss on. " + _PAIRED,
         misleads="A steady fall of the loss is volatility too.",
+        window="The last 9 finite losses.",
+        error=_FLOAT,
+        cost=_DERIVED_COST,
+        rise="The loss jumps about more.",
     ),
     Metric(
         "grad_norm_ewma",
@@ -123,6 +178,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="m <- m + a (x - m), a = 0.2, started at the first finite value.",
         present="From the first finite gradient_norm on. " + _PAIRED,
         misleads="Lags about 1/a = 5 steps behind a jump.",
+        window="All steps, weights fall by 0.8 a step.",
+        error=_FLOAT,
+        cost=_DERIVED_COST,
+        rise="The trend of the gradient norm is up.",
     ),
     Metric(
         "grad_var",
@@ -132,6 +191,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="v <- (1 - a) (v + a (x - m)^2) with m before the update (Finch 2009), 0.0 at the first value.",
         present="From the first finite gradient_norm on. " + _PAIRED,
         misleads="A variance over steps of one norm, not over the elements of a gradient.",
+        window="All steps, weights fall by 0.8 a step.",
+        error=_FLOAT,
+        cost=_DERIVED_COST,
+        rise="Gradient norms differ more from step to step: instability, or batches unlike each other.",
     ),
     Metric(
         "grad_conflict_rate",
@@ -142,6 +205,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="now.gradients(..., sources=...): exact inner products over all elements.",
         present="When a step has two or more gradient sources, all of them finite.",
         misleads="Two sources can only give 0 or 1.",
+        window="The step's sources.",
+        error="The signs are those of inner products in float64 where float32 could lose them; no sampling.",
+        cost="8 x 10 M elements take 56 ms of one CPU thread; on CUDA products of matrices and no wait.",
+        rise="More sources pull against each other.",
     ),
     Metric(
         "input_wait_ms",
@@ -151,6 +218,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Monotonic clock around the iterator inside telemetry.batches().",
         present="When batches() is used.",
         misleads="The first batch of an epoch includes starting the DataLoader's workers.",
+        window="From asking for the batch to having it, before the step.",
+        error=_MICRO,
+        cost=_CLOCK,
+        rise="The loader cannot keep up, or a rank waits for its data and the others for it.",
     ),
     Metric(
         "h2d_copy_ms",
@@ -161,6 +232,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="CUDA events around the copies on the current stream, resolved when they have completed.",
         present="When now.to() copies host tensors to a CUDA device.",
         misleads="The copy's own time; it overlaps with the step, do not subtract it.",
+        window="All copies of the step.",
+        error="CUDA's own: 0.5 microseconds.",
+        cost="Two events a call of now.to(); read when the device has come that far.",
+        rise="More or larger batches, pageable memory, or a busy bus.",
     ),
     Metric(
         "gpu_mem_used_gb",
@@ -171,6 +246,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="cudaMemGetInfo: total minus free, sampled by a probe.",
         present="While the probe's last sample is younger than three of its periods.",
         misleads="Device-wide: includes other processes and PyTorch's cache.",
+        window="A moment, once a probe_period_s.",
+        error="As old as the sample: at most three periods; a peak between two samples is not seen.",
+        cost=_PROBE,
+        rise="More memory is taken: larger batches, seeds, or a leak.",
     ),
     Metric(
         "gpu_mem_free_gb",
@@ -181,6 +260,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="cudaMemGetInfo, sampled by a probe.",
         present="While the probe's last sample is younger than three of its periods.",
         misleads="PyTorch's cache counts as used although PyTorch can use it.",
+        window="A moment, once a probe_period_s.",
+        error="As old as the sample: at most three periods; a low between two samples is not seen.",
+        cost=_PROBE,
+        rise="Memory was given back.",
     ),
     Metric(
         "gpu_util_percent",
@@ -191,6 +274,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="NVML utilisation rates of the training device, over NVML's own window (1/6 s to 1 s).",
         present="While the probe's last sample is younger than three of its periods.",
         misleads="100 % says that some kernel ran all the time, not that the device was full.",
+        window="NVML's, of 1/6 s to 1 s, once a probe_period_s.",
+        error="A percent point, and as old as the sample: at most three periods.",
+        cost=_PROBE,
+        rise="The GPU idles less.",
     ),
     Metric(
         "cpu_util_percent",
@@ -201,6 +288,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="psutil since the probe's last sample: system-wide, or inside a container against its quota.",
         present="While the probe's last sample is younger than three of its periods.",
         misleads="100 % of one core on a 64-core machine is 1.6 %.",
+        window="Between two samples, a probe_period_s apart; the first one 0.1 s.",
+        error="One clock tick (10 ms) of each CPU a period; as old as the sample: at most three periods.",
+        cost=_PROBE,
+        rise="The CPUs that this process may use are busier, by whomever.",
     ),
 )
 
@@ -213,6 +304,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When recorded.",
         misleads="A number, but not a quantity: do not average it.",
+        window="The step.",
+        error="None: a whole number.",
+        cost=_ROW,
+        rise="The seed has moved on in its life; 9 and above are ends.",
     ),
     Metric(
         "kasmina.seed.alpha",
@@ -222,6 +317,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When recorded.",
         misleads="Outside BLENDING it says where blending began or ended.",
+        window="The step.",
+        error="None.",
+        cost=_ROW,
+        rise="More of the seed's output is used.",
     ),
     Metric(
         "kasmina.seed.alpha_steps",
@@ -232,6 +331,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="Only while the seed's stage is BLENDING.",
         misleads="Its absence means another stage, not 0 steps.",
+        window="Since blending began.",
+        error="None: a whole number.",
+        cost=_ROW,
+        rise="Blending goes on.",
     ),
     Metric(
         "kasmina.seed.kernel_attached",
@@ -241,6 +344,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When recorded.",
         misleads="Attached does not say that the kernel's output is used: see alpha.",
+        window="The step.",
+        error="None: 0 or 1.",
+        cost=_ROW,
+        rise="A kernel has been attached.",
     ),
     Metric(
         "kasmina.seed.last_kernel_latency_ms",
@@ -250,6 +357,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="now.kernel(id), monotonic clock, or as recorded.",
         present="When measured or recorded.",
         misleads="On a GPU, a wall-clock scope sees the launch, not the kernel.",
+        window="The last run of the kernel; a scope entered twice adds up.",
+        error=_MICRO,
+        cost=_ROW,
+        rise="The seed's kernel is slower; above kernel_latency_budget_ms the seed is DEGRADED.",
     ),
     Metric(
         "kasmina.seed.isolation_violations",
@@ -259,6 +370,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded. Kasmina resets the count, so it is a gauge.",
         present="When recorded.",
         misleads="A count since Kasmina's last reset, not since the start of the run.",
+        window="Since Kasmina's last reset.",
+        error="None: a whole number.",
+        cost=_ROW,
+        rise="The seed's gradients reached the host again.",
     ),
     Metric(
         "kasmina.seed.fallback_used",
@@ -268,6 +383,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When recorded.",
         misleads="Says nothing about why.",
+        window="The step.",
+        error="None: 0 or 1.",
+        cost=_ROW,
+        rise="The seed's kernel failed or was too late.",
     ),
     Metric(
         "kasmina.seed.isolation.dot",
@@ -278,6 +397,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When isolation statistics are available.",
         misleads="Its size depends on both norms: divide by them for a cosine.",
+        window="The step.",
+        error="As recorded.",
+        cost=_ROW,
+        rise="Host and seed pull more in one direction; below 0 they pull against each other.",
     ),
     Metric(
         "kasmina.seed.isolation.host_norm",
@@ -288,6 +411,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When isolation statistics are available.",
         misleads="Not the model's gradient_norm: only where host and seed meet.",
+        window="The step.",
+        error="As recorded.",
+        cost=_ROW,
+        rise="The host's gradient where the seed sits is larger.",
     ),
     Metric(
         "kasmina.seed.isolation.seed_norm",
@@ -298,6 +425,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         source="As recorded.",
         present="When isolation statistics are available.",
         misleads="0 for a seed that does not train in this step.",
+        window="The step.",
+        error="As recorded.",
+        cost=_ROW,
+        rise="The seed's gradient is larger.",
     ),
 )
 

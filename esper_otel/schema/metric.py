@@ -42,6 +42,10 @@ class Metric:
         source: clock, window or formula behind the value.
         present: when a frame has it.
         misleads: how it can be misread.
+        window: which stretch of time or which steps the value is about.
+        error: how wrong it is at most.
+        cost: what it costs the training thread.
+        rise: what it means when it rises.
     """
 
     name: str
@@ -56,6 +60,10 @@ class Metric:
     source: str = ""
     present: str = ""
     misleads: str = ""
+    window: str = ""
+    error: str = ""
+    cost: str = ""
+    rise: str = ""
 
     def __post_init__(self) -> None:
         if self.key is None:  # a step metric stands in the packet under its own name

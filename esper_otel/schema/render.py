@@ -20,7 +20,7 @@ from esper_otel.schema.metric import Metric
 
 _FIELDS = (
     *("name", "unit", "gated", "needs", "kind", "level"),
-    *("description", "source", "present", "misleads"),
+    *("description", "source", "present", "misleads", "window", "error", "cost", "rise"),
 )
 
 _INTRODUCTION = """\
@@ -85,7 +85,11 @@ def _entry(metric: Metric) -> str:
         facts.append(f"recorded as `{metric.field}`")
     elif metric.key and metric.key != metric.name:
         facts.append(f"key `{metric.key}`")
-    remarks = (("Source", metric.source), ("Present", metric.present), ("Misleads", metric.misleads))
+    remarks = (
+        *(("Clock or formula", metric.source), ("Window", metric.window), ("Present", metric.present)),
+        *(("Wrong at most", metric.error), ("Cost", metric.cost)),
+        *(("Misleads", metric.misleads), ("A rise means", metric.rise)),
+    )
     lines = [f"### `{metric.name}`", "", metric.description, "", f"- {', '.join(facts)}"]
     lines += [f"- {title}: {text}" for title, text in remarks if text]
     return "\n".join(lines) + "\n"

@@ -102,7 +102,8 @@ def test_only_the_telemetrys_own_totals_are_counters() -> None:
 def test_each_of_the_31_has_its_whole_contract() -> None:
     """A number without its clock, its presence and its trap is half a metric."""
     for metric in STEP_METRICS + SEED_METRICS:
-        for text in (metric.description, metric.source, metric.present, metric.misleads):
+        said = (metric.source, metric.present, metric.misleads, metric.window, metric.error, metric.cost, metric.rise)
+        for text in (metric.description, *said):
             assert text.endswith("."), metric.name
     for metric in METRICS:
         assert metric.description.endswith("."), metric.name

@@ -26,7 +26,8 @@ def test_metrics_md_has_every_metric_with_all_that_is_known_of_it() -> None:
     for metric, section in zip(METRICS, sections, strict=True):
         assert f"unit `{metric.unit}`, {metric.kind}, " in section
         assert ("not gated" in section) is not metric.gated
-        for text in (metric.description, *metric.needs, metric.source, metric.present, metric.misleads):
+        said = (metric.source, metric.present, metric.misleads, metric.window, metric.error, metric.cost, metric.rise)
+        for text in (metric.description, *metric.needs, *said):
             assert text in section
 
 
@@ -64,6 +65,10 @@ def test_schema_json_is_the_catalogue_in_order() -> None:
         "source": "CUDA events around the copies on the current stream, resolved when they have completed.",
         "present": "When now.to() copies host tensors to a CUDA device.",
         "misleads": "The copy's own time; it overlaps with the step, do not subtract it.",
+        "window": "All copies of the step.",
+        "error": "CUDA's own: 0.5 microseconds.",
+        "cost": "Two events a call of now.to(); read when the device has come that far.",
+        "rise": "More or larger batches, pageable memory, or a busy bus.",
     }
 
 
