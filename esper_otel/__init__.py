@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UnknownRun,
         WrongState,
     )
+    from esper_otel.gateway.views import RankInfo, RunRanks
     from esper_otel.leyline.packets import Packets, Page
     from esper_otel.leyline.reader import LeylineMetricReader
     from esper_otel.record.step import Step
@@ -62,7 +63,9 @@ __all__ = [
     "Packets",
     "Page",
     "Processor",
+    "RankInfo",
     "RunInfo",
+    "RunRanks",
     "Stage",
     "StaleCursor",
     "Step",
@@ -78,6 +81,7 @@ __all__ = [
 
 _HOMES = {
     "esper_otel.client": ("RunInfo", "TamiyoClient"),
+    "esper_otel.gateway.views": ("RankInfo", "RunRanks"),
     "esper_otel.derive.gradients": ("gradient_conflict_rate",),
     "esper_otel.derive.processor": ("Processor",),
     "esper_otel.errors": (

@@ -23,7 +23,8 @@ from esper_otel.client import (
     raise_translated,
     run_infos,
 )
-from esper_otel.gateway.pull_messages import PullResponse, RunsRequest, RunsResponse
+from esper_otel.gateway.pull_messages import PullResponse, RanksRequest, RanksResponse, RunsRequest, RunsResponse
+from esper_otel.gateway.views import RunRanks, run_ranks
 from esper_otel.leyline.packets import Page
 
 __all__ = ["RunInfo", "TamiyoClient"]
@@ -54,6 +55,7 @@ class TamiyoClient:
         )
         self._runs = self._channel.unary_unary(*method("Runs"), RunsResponse.FromString)
         self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
+        self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
 
     async def runs(self) -> list[RunInfo]:
         """The runs that the gateway knows, an entry for each writer."""
@@ -71,6 +73,10 @@ class TamiyoClient:
         """The steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
         request = pull_request(run_id, cursor, rank, max_packets, wait_s)
         return page_of(run_id, await self._call(self._pull, request, wait_s))
+
+    async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
+        """The ranks of a run side by side. See ``esper_otel.TamiyoClient.ranks``."""
+        return run_ranks(await self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
 
     async def close(self) -> None:
         """Ends the connection."""

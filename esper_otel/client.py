@@ -13,7 +13,17 @@ import grpc
 from google.protobuf.message import Message
 
 from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
-from esper_otel.gateway.pull_messages import SERVICE, PullRequest, PullResponse, Run, RunsRequest, RunsResponse
+from esper_otel.gateway.pull_messages import (
+    SERVICE,
+    PullRequest,
+    PullResponse,
+    RanksRequest,
+    RanksResponse,
+    Run,
+    RunsRequest,
+    RunsResponse,
+)
+from esper_otel.gateway.views import RunRanks, run_ranks
 from esper_otel.leyline.messages import SystemStatePacket, TelemetryPacket
 from esper_otel.leyline.packets import Packets, Page
 
@@ -184,6 +194,7 @@ class TamiyoClient:
         )
         self._runs = self._channel.unary_unary(*method("Runs"), RunsResponse.FromString)
         self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
+        self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
 
     def runs(self) -> list[RunInfo]:
         """The runs that the gateway knows, an entry for each writer.
@@ -219,6 +230,15 @@ class TamiyoClient:
         """
         request = pull_request(run_id, cursor, rank, max_packets, wait_s)
         return page_of(run_id, self._call(self._pull, request, wait_s))
+
+    def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
+        """The ranks of a run side by side, over at most so many of its newest steps, up to 256.
+
+        Raises:
+            UnknownRun: no step of it has come since the gateway was started.
+            GatewayError: it refused, or was not there in time.
+        """
+        return run_ranks(self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
 
     def close(self) -> None:
         """Ends the connection."""

@@ -17,7 +17,7 @@ from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.ending import forget, watch
 from esper_otel.errors import InvalidCatalogue
-from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
+from esper_otel.export.endpoint import Endpoint, endpoint_for
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import instruments_of
 from esper_otel.export.opening import open_exporter
@@ -114,8 +114,10 @@ class _Session:
         self._warnings = Warnings()
         run = identify(**identity)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
-        exporters = exporters_for(has_provider=meter_provider is not None, export_steps=export_steps)
-        endpoint = _endpoint(exporters.protocol) if exporters.steps else None
+        is_silent = settings.export_ranks == "rank0" and run.rank > 0
+        has_provider = meter_provider is not None
+        exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
+        endpoint = endpoint_for(exporters.protocol) if exporters.steps else None
 
         self._resource_of = resources()
         self._deriver = Deriver(processors, self._fault)
@@ -320,12 +322,6 @@ class _Session:
             if self._exporter.kept:
                 summary += f", kept for the next start {health['kept']}"
         return summary
-
-
-def _endpoint(protocol: str | None) -> Endpoint:
-    if protocol is None:
-        return endpoint_from_environment()
-    return endpoint_from_environment({**os.environ, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": protocol})
 
 
 def _gradient_math() -> Any:

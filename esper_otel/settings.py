@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -66,6 +66,10 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         le=3600,
         allow_inf_nan=False,
         description="Least time between two OTLP requests, in seconds; 0 sends each step at once.",
+    )
+    export_ranks: Literal["all", "rank0"] = Field(
+        default="all",
+        description="Which ranks of a run send: `all`, or `rank0` alone; the others record and can be pulled from.",
     )
     buffer_bytes: int = Field(
         default=256 * 1024 * 1024,

@@ -12,7 +12,16 @@ DOCUMENTED = {
     *("LeylineMetricReader", "gradient_conflict_rate", "__version__"),
     *("EsperOtelError", "MistakeError", "UnknownMetric", "InvalidValue", "InvalidName", "InvalidCatalogue"),
     *("WrongState", "ConfigurationError", "AdapterError"),
-    *("TamiyoClient", "RunInfo", "GatewayError", "GatewayUnavailable", "UnknownRun", "StaleCursor"),
+    *(
+        "TamiyoClient",
+        "RankInfo",
+        "RunInfo",
+        "RunRanks",
+        "GatewayError",
+        "GatewayUnavailable",
+        "UnknownRun",
+        "StaleCursor",
+    ),
 }
 
 

@@ -33,6 +33,7 @@ def test_defaults_as_shipped() -> None:
     assert EsperSettings().model_dump() == {
         "tolaria_step_enrichment_enabled": True,
         "export_every_s": 1.0,
+        "export_ranks": "all",
         "buffer_bytes": 268_435_456,
         "spool_dir": None,
         "spool_bytes": 1_073_741_824,

@@ -98,6 +98,17 @@ class Endpoint:
         return False
 
 
+def endpoint_for(protocol: str | None) -> Endpoint:
+    """Where steps go, over the protocol if one is given, else as the environment says.
+
+    Raises:
+        ConfigurationError: as ``endpoint_from_environment``.
+    """
+    if protocol is None:
+        return endpoint_from_environment()
+    return endpoint_from_environment({**os.environ, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": protocol})
+
+
 def endpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Endpoint:
     """Reads ``OTEL_EXPORTER_OTLP_*``; the variable for metrics wins over the general one, an empty one is not set.
 

@@ -76,16 +76,19 @@ def exporters_from_environment(environ: Mapping[str, str] = os.environ) -> Expor
     )
 
 
-def exporters_for(*, has_provider: bool, export_steps: bool | None) -> Exporters:
+def exporters_for(*, has_provider: bool, export_steps: bool | None, is_silent: bool = False) -> Exporters:
     """What the environment asks for, and what the caller of ``start`` does.
 
     Args:
         has_provider: whether the user has given a MeterProvider, whose readers are then the user's business.
         export_steps: whether every step goes out; None leaves it to the environment.
+        is_silent: whether this rank sends nothing, whatever else is said.
 
     Raises:
         ConfigurationError: as ``exporters_from_environment``.
     """
+    if is_silent:
+        return Exporters(False, None, (), "export_ranks is rank0")
     if has_provider and not sdk_is_disabled():
         exporters = Exporters(False, None, (), "export_steps=True was not asked for")
     else:

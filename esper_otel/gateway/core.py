@@ -9,15 +9,22 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from esper_otel.errors import EsperOtelError, UnknownRun
+from esper_otel.errors import UnknownRun
 from esper_otel.gateway.assemble import Assembler
 from esper_otel.gateway.decode import Decoder
-from esper_otel.gateway.decoded import Decoded
 from esper_otel.gateway.items import End, Item, Origin
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.pages import run_message, step_of
-from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, RunsResponse
-from esper_otel.gateway.security import Grant
+from esper_otel.gateway.pull_messages import (
+    PullRequest,
+    PullResponse,
+    RanksRequest,
+    RanksResponse,
+    Run,
+    RunsResponse,
+)
+from esper_otel.gateway.ranks import Ranks
+from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFull
 from esper_otel.log import Warnings
@@ -29,14 +36,6 @@ _MOST_WAIT_S = 60.0
 _PAGE_BYTES = 16 * 1024 * 1024
 _TIDY_EVERY_S = 10.0
 _RETRY_STORE_S = 1.0
-
-
-class NotAllowed(EsperOtelError):
-    """A token that is good, and not for this run."""
-
-
-class BadRequest(EsperOtelError):
-    """A pull that cannot be right."""
 
 
 class Answer(NamedTuple):
@@ -89,7 +88,7 @@ class Core:
         self._timer: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
         self._is_ending = False
-        self._warnings = Warnings()
+        self._warnings, self._ranks = Warnings(), Ranks()
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         if isinstance(store, FileStore):
@@ -108,7 +107,7 @@ class Core:
         self._save([])  # what an earlier request left comes first; while that fails nothing more is taken
         decoded = self._decoder.decode_json(body) if is_json else self._decoder.decode(body)
         if grant is not None:
-            _check(decoded, grant)
+            check_senders(decoded, grant)
         now_s, received_unix_ns = time.monotonic(), self._clock_ns()
         taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=received_unix_ns)
         items = self._assembler.release(now_s)
@@ -141,6 +140,7 @@ class Core:
             self._last_body = kept.number
             self._bodies.append((kept.number, time.monotonic()))
         saved, self._unsaved, self._ended, self._ends = self._unsaved, [], {}, None
+        self._ranks.note(saved)
         for item in saved:
             self.counts["steps"] += 1
             self.counts["incomplete_steps"] += not item.complete
@@ -249,12 +249,9 @@ class Core:
         Raises:
             BadRequest, NotAllowed, UnknownRun, StaleCursor: nothing can be pulled so.
         """
-        if not request.run_id:
-            raise BadRequest("run_id is empty")
+        check_puller(request.run_id, grant)
         if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_packets > MOST_PACKETS:
             raise BadRequest(f"max_packets goes to {MOST_PACKETS}, wait_s from 0 to {_MOST_WAIT_S:g}")
-        if grant is not None and not grant.allows(request.run_id):
-            raise NotAllowed(f"this token is not for run {request.run_id!r}")
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
@@ -267,6 +264,18 @@ class Core:
                     return response
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
+
+    def ranks(self, request: RanksRequest, grant: Grant | None = None) -> RanksResponse:
+        """A run's ranks side by side.
+
+        Raises:
+            BadRequest, NotAllowed, UnknownRun: there is nothing to show.
+        """
+        check_puller(request.run_id, grant)
+        view = self._ranks.view(request.run_id, request.steps)
+        if view is None:
+            raise UnknownRun(f"no step of run {request.run_id!r} has come since this gateway was started")
+        return view
 
     def _page(self, request: PullRequest) -> PullResponse:
         rank = request.rank if request.HasField("rank") else None
@@ -335,15 +344,6 @@ class Core:
     def is_ready(self) -> bool:
         """Whether requests can be stored now, as far as is known."""
         return not self._unsaved
-
-
-def _check(decoded: Decoded, grant: Grant) -> None:
-    senders = {block.sender for block in decoded.blocks}
-    senders |= {marker.sender for marker in decoded.markers}
-    senders |= {ended.sender for ended in decoded.ended}
-    for sender in senders:
-        if not grant.allows(sender.run_id):
-            raise NotAllowed(f"this token is not for run {sender.run_id!r}")
 
 
 def _reason(rejected: Mapping[str, int]) -> str:

@@ -10,9 +10,8 @@ from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untype
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as above
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.core import BadRequest, NotAllowed
 from esper_otel.gateway.decoded import Malformed
-from esper_otel.gateway.security import Refused
+from esper_otel.gateway.security import BadRequest, NotAllowed, Refused
 from esper_otel.gateway.stored import StoreFull
 from esper_otel.log import Warnings
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from google.protobuf.message import Message
 from esper_otel.client import RunInfo, TamiyoClient
 from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.gateway.pull_messages import step_message
+from esper_otel.gateway.views import RunRanks
 from esper_otel.leyline.packets import Packets
 
 _WAIT_S = 5.0
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=_rank, metavar="N", help="one rank only (all)")
     parser.add_argument("--cursor", metavar="TEXT", help="go on from here (from the oldest step stored)")
     parser.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
+    parser.add_argument("--ranks", action="store_true", help="the run's ranks side by side, instead of its packets")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="one JSON object a line")
     shape.add_argument(
@@ -56,6 +59,9 @@ def main(options: argparse.Namespace) -> int:
     ) as client:
         if options.run_id is None:
             _write_runs(client.runs(), as_json=options.json)
+            return 0
+        if options.ranks:
+            _write_ranks(client.ranks(options.run_id), as_json=options.json)
             return 0
         write = _write_json if options.json else _write_binary if options.binary else _write_text
         cursor = options.cursor or ""
@@ -155,6 +161,21 @@ def _write_runs(runs: list[RunInfo], *, as_json: bool) -> None:
         sys.stdout.write(f"{run.run_id}  attempt {run.attempt}  {'  '.join(marks)}\n")
     if not runs:
         _say("no run is there yet")
+
+
+def _write_ranks(found: RunRanks, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found)) + "\n")
+        return
+    sys.stdout.write(f"steps {found.first_step} to {found.last_step}, {len(found.ranks)} of {found.world_size} ranks\n")
+    for row in found.ranks:
+        named = (("step", row.step_latency_ms), ("input wait", row.input_wait_ms), ("cycle", row.cycle_ms))
+        times = [f"{name} {'none' if value is None else f'{value:.3f} ms'}" for name, value in named]
+        is_slowest = row.rank == found.slowest_rank
+        mark = f"  <- the slowest, by {found.slowest_by}" if is_slowest else ""
+        sys.stdout.write(f"rank {row.rank}  {'  '.join(times)}{mark}\n")
+    spreads = f"step {found.step_latency_spread_ms:.3f} ms, input wait {found.input_wait_spread_ms:.3f} ms"
+    sys.stdout.write(f"spread over the ranks: {spreads}\n")
 
 
 def as_json(packets: Packets) -> dict[str, Any]:

@@ -109,3 +109,30 @@ class Step(Message):
         names: Iterable[str] = ...,
         writer: str = ...,
     ) -> None: ...
+
+class RanksRequest(Message):
+    run_id: str
+    steps: int
+    def __init__(self, *, run_id: str = ..., steps: int = ...) -> None: ...
+
+class RanksResponse(Message):
+    attempt: int
+    world_size: int
+    steps: int
+    first_step: int
+    last_step: int
+    @property
+    def ranks(self) -> RepeatedCompositeFieldContainer[Rank]: ...
+    step_latency_spread_ms: float
+    input_wait_spread_ms: float
+    slowest_rank: int
+    slowest_by: str
+    def __init__(self, *, attempt: int = ..., world_size: int = ..., steps: int = ...) -> None: ...
+
+class Rank(Message):
+    rank: int
+    step_latency_ms: float
+    input_wait_ms: float
+    cycle_ms: float
+    own_ms: float
+    def __init__(self, *, rank: int = ...) -> None: ...

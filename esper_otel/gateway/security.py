@@ -11,12 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from esper_otel.errors import ConfigurationError
+from esper_otel.errors import ConfigurationError, EsperOtelError
+from esper_otel.gateway.decoded import Decoded
 from esper_otel.log import Warnings
 
 _LOOK_EVERY_S = 1.0
 _MOST_BYTES = 1024 * 1024
 _PREFIX = "run="
+
+
+class NotAllowed(EsperOtelError):
+    """A token that is good, and not for this run."""
+
+
+class BadRequest(EsperOtelError):
+    """A pull that cannot be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,3 +188,29 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def check_senders(decoded: Decoded, grant: Grant) -> None:
+    """Refuses a request of which a part is for a run that the sender may not write to.
+
+    Raises:
+        NotAllowed: there is such a part.
+    """
+    senders = {block.sender for block in decoded.blocks}
+    senders |= {marker.sender for marker in decoded.markers}
+    senders |= {ended.sender for ended in decoded.ended}
+    for sender in senders:
+        if not grant.allows(sender.run_id):
+            raise NotAllowed(f"this token is not for run {sender.run_id!r}")
+
+
+def check_puller(run_id: str, grant: Grant | None) -> None:
+    """Refuses a question about a run that the puller may not see.
+
+    Raises:
+        BadRequest, NotAllowed: it names no run, or not one of theirs.
+    """
+    if not run_id:
+        raise BadRequest("run_id is empty")
+    if grant is not None and not grant.allows(run_id):
+        raise NotAllowed(f"this token is not for run {run_id!r}")

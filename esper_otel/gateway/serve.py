@@ -18,7 +18,7 @@ from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.http import MAX_REQUEST_BYTES, application
-from esper_otel.gateway.pull_messages import SERVICE, PullRequest, RunsRequest
+from esper_otel.gateway.pull_messages import SERVICE, PullRequest, RanksRequest, RunsRequest
 from esper_otel.gateway.security import Certificates, Grant, Tokens
 from esper_otel.log import Warnings
 
@@ -137,6 +137,7 @@ class Gateway:
         pull_handlers = {
             "Runs": unary(self._runs, RunsRequest.FromString, lambda response: response.SerializeToString()),
             "Pull": unary(self._pull, PullRequest.FromString, lambda response: response.SerializeToString()),
+            "Ranks": unary(self._ranks, RanksRequest.FromString, lambda response: response.SerializeToString()),
         }
         handlers = {SERVICE: pull_handlers}
         if self._receives:
@@ -194,6 +195,12 @@ class Gateway:
                 return await self._core.pull(request, grant)
             finally:
                 self._pulls -= 1
+        except Exception as error:  # noqa: BLE001 - a puller is told
+            await self._abort(error, context)
+
+    async def _ranks(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return self._core.ranks(request, _grant(self._ports.pull_tokens, context))
         except Exception as error:  # noqa: BLE001 - a puller is told
             await self._abort(error, context)
 

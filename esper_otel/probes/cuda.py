@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from esper_otel.captures import Driver, apart_from_captures, cuda_driver
 from esper_otel.errors import ProbeUnavailable
 from esper_otel.probes.probe import NotYet
 
 _GIB = 1024**3
-_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 def cuda_device(device: Callable[[], str | None]) -> int:
@@ -51,7 +49,7 @@ class CudaMemory:
         self,
         device: Callable[[], str | None],
         *,
-        driver: Callable[[], Any] = lambda: ctypes.CDLL("libcuda.so.1"),
+        driver: Driver = cuda_driver,
     ) -> None:
         self._device = device
         self._driver = driver
@@ -62,7 +60,7 @@ class CudaMemory:
         import torch
 
         try:
-            with _apart_from_captures(self._driver):
+            with apart_from_captures(self._driver):
                 free, total = torch.cuda.mem_get_info(index)
         except (RuntimeError, AssertionError) as error:
             raise ProbeUnavailable(f"CUDA does not tell: {str(error).partition(chr(10))[0]}") from error
@@ -74,28 +72,6 @@ class CudaMemory:
 
     def close(self) -> None:
         """See ``Probe``: nothing is held."""
-
-
-@contextmanager
-def _apart_from_captures(driver: Callable[[], Any]) -> Iterator[None]:
-    """Keeps this thread's calls from ending a CUDA graph capture on another thread.
-
-    While a capture in mode "global" (PyTorch's default) is open, an unsafe call of *any* thread fails and spoils the
-    capture. CUDA does not say whether cudaMemGetInfo is one; a thread in mode "thread local" is exempt either way
-    (CUDA driver API 10.1 and later, cuThreadExchangeStreamCaptureMode).
-    """
-    try:
-        exchange = driver().cuThreadExchangeStreamCaptureMode
-    except (OSError, AttributeError):  # a PyTorch without NVIDIA's driver: ROCm
-        yield
-        return
-    mode = ctypes.c_int(_THREAD_LOCAL)
-    has_changed = exchange(ctypes.byref(mode)) == 0
-    try:
-        yield
-    finally:
-        if has_changed:
-            exchange(ctypes.byref(mode))
 
 
 def cuda_identity(index: int) -> tuple[str | None, str | None]:

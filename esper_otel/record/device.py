@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from esper_otel.captures import apart_from_captures, check_no_capture
 from esper_otel.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def scalar(name: str, value: object) -> float | Tensor:
 
     Raises:
         InvalidValue: anything else.
+        WrongState: a CUDA graph is being captured.
     """
     torch = _torch()
     if torch is not None and isinstance(value, torch.Tensor):
@@ -79,7 +81,10 @@ def _of_tensor(name: str, tensor: Tensor) -> float | Tensor:
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):  # a DTensor
         tensor = tensor.full_tensor()
-    return _copied(tensor) if tensor.is_cuda else float(tensor.item())
+    if tensor.is_cuda:
+        check_no_capture("values of CUDA tensors are recorded")
+        return _copied(tensor)
+    return float(tensor.item())
 
 
 def _check_shape(name: str, what: str, shape: tuple[int, ...]) -> None:
@@ -126,7 +131,8 @@ class Pending:
     def done(self) -> bool:
         """Whether all have arrived or are lost; never waits."""
         try:
-            return self._lost or all(each.copied.query() for each in self._copies)
+            with apart_from_captures():
+                return self._lost or all(each.copied.query() for each in self._copies)
         except RuntimeError:  # CUDA reports an error of any kernel at the next call
             self._lost = True
             return True
@@ -134,8 +140,9 @@ class Pending:
     def wait(self) -> None:
         """Waits until all have arrived or are lost."""
         try:
-            for each in self._copies:
-                each.copied.synchronize()
+            with apart_from_captures():
+                for each in self._copies:
+                    each.copied.synchronize()
         except RuntimeError:
             self._lost = True
 
@@ -193,21 +200,24 @@ class CopyTiming(NamedTuple):
     def done(self) -> bool:
         """Whether the copies are over, or the device has failed; never waits."""
         try:
-            return self.ended.query()
+            with apart_from_captures():
+                return self.ended.query()
         except RuntimeError:
             return True
 
     def wait(self) -> None:
         """Waits until the copies are over, or the device has failed."""
         try:
-            self.ended.synchronize()
+            with apart_from_captures():
+                self.ended.synchronize()
         except RuntimeError:
             return
 
     def milliseconds(self) -> float | None:
         """The time; None when the device could not tell. Call once it is done."""
         try:
-            return self.started.elapsed_time(self.ended)
+            with apart_from_captures():
+                return self.started.elapsed_time(self.ended)
         except RuntimeError:
             return None
 
@@ -225,6 +235,7 @@ def move(device: str | int | torch.device | Tensor, items: Sequence[Any]) -> tup
 
     Raises:
         InvalidValue: ``device`` names no device.
+        WrongState: a CUDA graph is being captured.
     """
     name = device_name(device)
     torch = _torch()
@@ -233,6 +244,7 @@ def move(device: str | int | torch.device | Tensor, items: Sequence[Any]) -> tup
     target = torch.device(name)
     if target.type != "cuda" or not _is_on_host(items) or not torch.cuda.is_available():
         return tuple(_moved(item, target) for item in items), None
+    check_no_capture("copies to the device are timed")
     stream = torch.cuda.current_stream(target)
     started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     started.record(stream)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
+from esper_otel.captures import check_no_capture
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frame import ABSENT, SeedTable
 from esper_otel.record.device import move
@@ -228,6 +229,7 @@ class Step:
         if self._recorder.open_step is not self:
             raise self._is_over("gradients()")
         math = self._recorder.gradient_math()
+        check_no_capture("gradients are recorded")
         values: dict[str, object] = {"gradient_norm": math.gradient_norm(model_or_parameters, scaler=scaler)}
         if sources is not None and "grad_conflict_rate" not in self._recorder.names.left_out:
             values["grad_conflict_rate"] = math.conflict_on_device(sources)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from esper_otel.captures import apart_from_captures
 from esper_otel.errors import ProbeUnavailable
 from esper_otel.probes import host_and_device_probes
-from esper_otel.probes.cuda import CudaMemory, _apart_from_captures, cuda_device
+from esper_otel.probes.cuda import CudaMemory, cuda_device
 from esper_otel.probes.nvml import GpuTemperature, GpuUtilisation
 from esper_otel.probes.probe import NotYet, Probe
 
@@ -245,7 +246,7 @@ def test_the_drivers_library_keeps_this_thread_apart() -> None:
     """The name and the numbers are the driver's."""
     torch.zeros(1, device="cuda:0")
     driver = ctypes.CDLL("libcuda.so.1")
-    with _apart_from_captures(lambda: driver):
+    with apart_from_captures(lambda: driver):
         mode = ctypes.c_int(1)
         assert driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)) == 0
         assert mode.value == 1

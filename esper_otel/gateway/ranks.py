@@ -1,0 +1,125 @@
+"""Ranks: a run's ranks side by side, over its newest steps: which one holds the others up."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+
+from esper_otel.gateway.items import Item
+from esper_otel.gateway.pull_messages import Rank, RanksResponse
+
+STEPS = 256
+_MOST_RUNS = 1_000
+_MOST_RANKS = 4_096
+# What a rank does by itself, as far as the metrics tell; the rest of a step may be waiting for other ranks.
+_OWN = ("input_wait_ms", "hook_latency_ms", "kasmina.finalize_ms")
+_STEP = "step_latency_ms"
+# Less than this share of a cycle, and less than these milliseconds, is noise.
+_NOISE_SHARE = 0.05
+_NOISE_MS = 1.0
+
+Times = Mapping[str, float]
+
+
+class Ranks:
+    """Keeps the durations of the newest steps of each rank. Threads: one at a time."""
+
+    def __init__(self) -> None:
+        self._runs: OrderedDict[str, _Run] = OrderedDict()
+
+    def note(self, items: Iterable[Item]) -> None:
+        """Takes released frames."""
+        for item in items:
+            run_id = item.origin.run_id
+            run = self._runs.get(run_id)
+            if run is None or run.attempt < item.origin.attempt:
+                run = self._runs[run_id] = _Run(item.origin.attempt)
+                if len(self._runs) > _MOST_RUNS:
+                    self._runs.popitem(last=False)
+            if run.attempt == item.origin.attempt:
+                self._runs.move_to_end(run_id)
+                run.note(item)
+
+    def view(self, run_id: str, steps: int) -> RanksResponse | None:
+        """The newest attempt's ranks over its newest steps; None when nothing of the run has been released here."""
+        run = self._runs.get(run_id)
+        return None if run is None else run.view(min(steps or STEPS, STEPS))
+
+
+class _Run:
+    """One attempt."""
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self._ranks: dict[int, OrderedDict[int, Times]] = {}
+        self._world_size = 1
+
+    def note(self, item: Item) -> None:
+        frame, rank = item.frame, item.origin.rank
+        if rank not in self._ranks and len(self._ranks) >= _MOST_RANKS:
+            return
+        self._world_size = max(self._world_size, frame.run.world_size)
+        of_rank = self._ranks.setdefault(rank, OrderedDict())
+        values = dict(zip(frame.names, frame.numbers, strict=True))
+        of_rank[frame.global_step] = {
+            name: values[name] for name in (*_OWN, _STEP) if name in values and math.isfinite(values[name])
+        }
+        of_rank.move_to_end(frame.global_step)
+        if len(of_rank) > STEPS:
+            of_rank.popitem(last=False)
+
+    def view(self, most: int) -> RanksResponse:
+        common = set.intersection(*(set(of_rank) for of_rank in self._ranks.values()))
+        steps = sorted(common)[-most:]
+        answer = RanksResponse(attempt=self.attempt, world_size=self._world_size, steps=len(steps))
+        if not steps:
+            return answer
+        answer.first_step, answer.last_step = steps[0], steps[-1]
+        for rank, of_rank in sorted(self._ranks.items()):
+            times = [of_rank[step] for step in steps]
+            row = answer.ranks.add(rank=rank)
+            for name, field in ((_STEP, "step_latency_ms"), ("input_wait_ms", "input_wait_ms")):
+                values = [each[name] for each in times if name in each]
+                if values:
+                    setattr(row, field, fmean(values))
+            row.own_ms = fmean(sum(each.get(name, 0.0) for name in _OWN) for each in times)
+            row.cycle_ms = fmean(each.get(_STEP, 0.0) + each.get("input_wait_ms", 0.0) for each in times)
+        by_step = [[of_rank[step] for of_rank in self._ranks.values()] for step in steps]
+        answer.step_latency_spread_ms = fmean(_spread(times, _STEP) for times in by_step)
+        answer.input_wait_spread_ms = fmean(_spread(times, "input_wait_ms") for times in by_step)
+        self._judge(answer, steps)
+        return answer
+
+    def _judge(self, answer: RanksResponse, steps: list[int]) -> None:
+        """Names the rank that stands out: by its cycle where ranks run free, by its own time in lock-step."""
+        if len(answer.ranks) < 2:
+            return
+        noise_ms = max(_NOISE_MS, _NOISE_SHARE * fmean(row.cycle_ms for row in answer.ranks))
+        found = _first(answer.ranks, "cycle_ms", noise_ms)
+        if found is None:
+            found = _first(answer.ranks, "own_ms", noise_ms)
+        if found is None:
+            return
+        answer.slowest_rank = found.rank
+        others = [row.rank for row in answer.ranks if row.rank != found.rank]
+        excess = {}
+        for name in (*_OWN, _STEP):
+            mine = fmean(self._ranks[found.rank][step].get(name, 0.0) for step in steps)
+            theirs = fmean(self._ranks[rank][step].get(name, 0.0) for rank in others for step in steps)
+            excess[name] = mine - theirs
+        answer.slowest_by = max(_OWN, key=lambda name: excess[name])
+        if excess[answer.slowest_by] < excess[_STEP] / 2:  # what it does longer is none of the parts that are timed
+            answer.slowest_by = _STEP
+
+
+def _spread(times: list[Times], name: str) -> float:
+    values = [each[name] for each in times if name in each]
+    return max(values) - min(values) if values else 0.0
+
+
+def _first(ranks: Iterable[Rank], field: str, noise_ms: float) -> Rank | None:
+    """The rank with the largest value, if it stands out from the next."""
+    first, second, *_ = sorted(ranks, key=lambda row: -getattr(row, field))
+    return first if getattr(first, field) - getattr(second, field) > noise_ms else None

@@ -1,0 +1,116 @@
+"""Ranks side by side: which one holds the others up, from known durations."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from gateways import RunningGateway
+from programs import until
+
+import esper_otel
+from esper_otel import EsperSettings, RunRanks, TamiyoClient, UnknownRun, aio
+from esper_otel.frame import Frame, Run
+from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.ranks import STEPS, Ranks
+from esper_otel.gateway.views import run_ranks
+
+Durations = dict[str, float]
+
+
+def item(rank: int, step: int, durations: Durations, attempt: int = 1) -> Item:
+    run = Run("run", attempt, rank=rank, world_size=4)
+    frame = Frame(run, step, step, 0, step * 10**6, tuple(durations), tuple(durations.values()), {})
+    return Item(Origin("run", attempt, rank), frame, 1, True, 0)
+
+
+def view(*by_rank: Durations, steps: int = 10) -> RunRanks:
+    """Of ranks of which each step takes the same."""
+    ranks = Ranks()
+    for step in range(1, steps + 1):
+        ranks.note(item(rank, step, durations) for rank, durations in enumerate(by_rank))
+    found = ranks.view("run", 0)
+    assert found is not None
+    return run_ranks(found)
+
+
+def durations(wait: float, step: float, **more: float) -> Durations:
+    return {"input_wait_ms": wait, "step_latency_ms": step, **more}
+
+
+def test_in_lock_step_the_one_that_waits_for_its_data_is_named() -> None:
+    """The others wait for it inside their steps: all cycles are equal."""
+    found = view(durations(1, 99), durations(41, 59), durations(2, 98))
+    assert (found.slowest_rank, found.slowest_by) == (1, "input_wait_ms")
+    assert (found.step_latency_spread_ms, found.input_wait_spread_ms) == (40.0, 40.0)
+    assert [(row.rank, row.cycle_ms) for row in found.ranks] == [(0, 100.0), (1, 100.0), (2, 100.0)]
+    assert found.world_size == 4
+
+
+def test_in_lock_step_the_one_whose_hook_is_long_is_named() -> None:
+    found = view(durations(1, 99, hook_latency_ms=2), durations(1, 99, hook_latency_ms=30))
+    assert (found.slowest_rank, found.slowest_by) == (1, "hook_latency_ms")
+
+
+def test_without_a_collective_the_one_with_the_longest_cycle_is_named() -> None:
+    found = view(durations(1, 50), durations(1, 80))
+    assert (found.slowest_rank, found.slowest_by) == (1, "step_latency_ms")
+
+
+@pytest.mark.parametrize(
+    "by_rank", [(durations(1, 99),), (durations(1, 99), durations(2, 98)), (durations(0.1, 2), durations(0.9, 1.2))]
+)
+def test_nobody_is_named_for_noise(by_rank: tuple[Durations, ...]) -> None:
+    """Less than a twentieth of a cycle, less than a millisecond, or nobody to compare with."""
+    found = view(*by_rank)
+    assert (found.slowest_rank, found.slowest_by) == (None, None)
+
+
+def test_missing_durations_are_not_zero() -> None:
+    found = view({"loss": 1.0}, durations(5, 10))
+    assert (found.ranks[0].step_latency_ms, found.ranks[0].input_wait_ms) == (None, None)
+    assert found.ranks[1].input_wait_ms == 5.0
+
+
+def test_only_steps_that_all_have_are_looked_at_and_only_the_newest() -> None:
+    """A rank that is behind does not spoil the means; memory is bounded."""
+    ranks = Ranks()
+    for step in range(1, STEPS + 101):
+        ranks.note([item(0, step, durations(1, step))])
+    for step in range(1, STEPS + 51):
+        ranks.note([item(1, step, durations(1, step))])
+    found = ranks.view("run", 0)
+    assert found is not None
+    assert (found.first_step, found.last_step, found.steps) == (101, STEPS + 50, STEPS - 50)
+    newest = ranks.view("run", 10)
+    assert newest is not None
+    assert (newest.first_step, newest.last_step) == (STEPS + 41, STEPS + 50)
+
+
+def test_a_new_attempt_begins_anew_and_the_old_one_is_over() -> None:
+    ranks = Ranks()
+    ranks.note([item(0, 1, durations(1, 1)), item(0, 1, durations(7, 1), attempt=2), item(0, 2, durations(9, 9))])
+    found = ranks.view("run", 0)
+    assert found is not None
+    assert (found.attempt, found.steps, found.ranks[0].input_wait_ms) == (2, 1, 7.0)
+    assert ranks.view("another", 0) is None
+
+
+def test_a_gateway_tells_it_to_both_clients_and_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunningGateway() as gateway, TamiyoClient(gateway.grpc) as client:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+        for rank in (0, 1):
+            settings = EsperSettings(export_every_s=0)
+            with esper_otel.start(run_id="run", rank=rank, world_size=2, settings=settings) as telemetry:
+                for _ in range(5):
+                    telemetry.record_step(durations(1.0 + 20 * rank, 50.0 - 20 * rank), epoch=0)
+        # Two starts within one process are two attempts: the newest is rank 1's.
+        until("it has come", lambda: len(client.runs()) == 2 and client.ranks("run").ranks[-1].rank == 1)
+
+        async def asked() -> RunRanks:
+            async with aio.TamiyoClient(gateway.grpc) as one:
+                return await one.ranks("run")
+
+        assert asyncio.run(asked()) == client.ranks("run")
+        with pytest.raises(UnknownRun, match="nobody"):
+            client.ranks("nobody")
