@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import esper_otel
-from esper_otel import Telemetry
+from esper_otel import Telemetry, WrongState
 from esper_otel.record.device import compute_capability, device_name, move, pack, scalar
 
 torch = pytest.importorskip("torch")
@@ -200,3 +200,36 @@ def test_devices_are_named_and_have_a_capability() -> None:
     major, minor = torch.cuda.get_device_capability()
     assert compute_capability(name) == major * 10 + minor
     assert compute_capability("cuda:99") == 0
+
+
+def test_a_captured_training_step_is_recorded_after_its_replay(telemetry: Telemetry) -> None:
+    """Its tensors stay where they are, with new values; threads of ours do not spoil a capture in mode "global"."""
+    model = torch.nn.Linear(64, 1, device="cuda")
+    inputs = torch.randn(32, 64, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        model(inputs).square().mean().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    with telemetry.step(epoch=0) as now:
+        now.put(loss=torch.ones((), device="cuda"))
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        loss = model(inputs).square().mean()
+        loss.backward()
+        with pytest.raises(WrongState):
+            telemetry_step_put(telemetry, loss)
+    for _ in range(3):
+        with telemetry.step(epoch=0) as now:
+            inputs.copy_(torch.randn(32, 64, device="cuda"))
+            graph.replay()
+            now.gradients(model)
+            now.put(loss=loss)
+            expected = loss.clone()
+        assert newest(telemetry)["loss"] == pytest.approx(expected.item())
+
+
+def telemetry_step_put(telemetry: Telemetry, loss: Any) -> None:
+    with telemetry.step(epoch=0) as now:
+        now.put(loss=loss)

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.errors import InvalidValue
+import esper_otel
+from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.record.device import Copy, CopyTiming, Pending, compute_capability, device_name, move, scalar
 
 torch = pytest.importorskip("torch")
@@ -362,3 +363,18 @@ except InvalidValue as error:
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
     assert ran.stdout == "device: 'mps' is no device; give one such as 'cpu', 'cuda' or 'cuda:0'\n", ran.stderr
+
+
+def test_what_a_cuda_graph_would_capture_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake, as there is no GPU: it says that a capture goes on. The copy would be made once, not at each replay."""
+    model = torch.nn.Linear(2, 1)
+    model(torch.ones(2)).backward()
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    with esper_otel.start(run_id="run") as telemetry, telemetry.step(epoch=0) as now:
+        with monkeypatch.context() as capture:
+            capture.setattr(torch.cuda, "is_initialized", lambda: True)
+            capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            with pytest.raises(WrongState, match=r"after replay\(\)"):
+                now.gradients(model)
+            now.put(loss=0.5)  # a float asks nothing of the device
+        now.gradients(model)
