@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         WrongState,
     )
     from esper_otel.gateway.views import RankInfo, RunRanks
+    from esper_otel.integrations.watch import watch
     from esper_otel.leyline.packets import Packets, Page
     from esper_otel.leyline.reader import LeylineMetricReader
     from esper_otel.record.step import Step
@@ -77,6 +78,7 @@ __all__ = [
     "__version__",
     "gradient_conflict_rate",
     "start",
+    "watch",
 ]
 
 _HOMES = {
@@ -99,6 +101,7 @@ _HOMES = {
         "UnknownRun",
         "WrongState",
     ),
+    "esper_otel.integrations.watch": ("watch",),
     "esper_otel.leyline.packets": ("Packets", "Page"),
     "esper_otel.leyline.reader": ("LeylineMetricReader",),
     "esper_otel.record.step": ("Step",),

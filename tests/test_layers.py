@@ -43,6 +43,7 @@ MAY_IMPORT = {
         *("schema", "settings", "frame", "ring", "log", "ending", "identity", "absence", "telemetry", "_version"),
         *("record", "derive", "probes", "export", "leyline", "risk"),
     },
+    "integrations": {"errors", "derive", "record", "telemetry", "session"},
     "testing": {"schema", "export"},
     "check": {"schema", "settings", "frame", "identity", "export", "_version"},
     "through": {"schema", "settings", "leyline", "check", "client", "session"},
@@ -55,7 +56,7 @@ MAY_IMPORT = {
 
 # Where each foreign library may be imported at run time; a folder ends in a slash.
 OWNERS = {
-    "torch": ("record/", "derive/", "probes/cuda.py", "demo/"),
+    "torch": ("record/", "derive/", "probes/cuda.py", "demo/", "integrations/"),
     "pynvml": ("probes/nvml.py",),
     "psutil": ("probes/host.py",),
     "sklearn": ("demo/",),

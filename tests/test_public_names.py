@@ -8,7 +8,7 @@ import esper_otel
 from esper_otel import errors
 
 DOCUMENTED = {
-    *("start", "Telemetry", "Step", "Metric", "Stage", "EsperSettings", "Processor", "Packets", "Page"),
+    *("start", "watch", "Telemetry", "Step", "Metric", "Stage", "EsperSettings", "Processor", "Packets", "Page"),
     *("LeylineMetricReader", "gradient_conflict_rate", "__version__"),
     *("EsperOtelError", "MistakeError", "UnknownMetric", "InvalidValue", "InvalidName", "InvalidCatalogue"),
     *("WrongState", "ConfigurationError", "AdapterError"),

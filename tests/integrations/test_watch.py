@@ -1,0 +1,196 @@
+"""A plain script in three lines: one step for each step of the optimizer, and the same curve as without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import esper_otel
+from esper_otel import InvalidValue, Packets, UnknownMetric
+
+torch = pytest.importorskip("torch")
+
+BATCH, BATCHES = 8, 6
+
+
+class Slow:
+    """A loader whose batches take their time."""
+
+    def __init__(self, delay_s: float = 0.0, batches: int = BATCHES) -> None:
+        self.delay_s = delay_s
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        random = torch.Generator().manual_seed(5)
+        for _ in range(self.batches):
+            time.sleep(self.delay_s)
+            yield torch.randn(BATCH, 4, generator=random), torch.randint(0, 2, (BATCH,), generator=random)
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+
+
+def setting() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def pulled(watched: Any) -> list[Packets]:
+    watched.close()
+    return list(watched.telemetry.pull(max_packets=1000))
+
+
+def train(
+    loader: Any, *, watched: bool, epochs: int = 2, clip: float | None = None
+) -> tuple[list[float], list[Packets]]:
+    """A script's loop; with telemetry it has three lines more."""
+    model, optimizer = setting()
+    if watched:
+        loader = esper_otel.watch(model, optimizer, loader, run_id="watched")
+    losses = []
+    for _ in range(epochs):
+        for inputs, targets in loader:
+            loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            losses.append(loss.item())
+            if watched:
+                loader.put(loss=loss)
+    return losses, pulled(loader) if watched else []
+
+
+def test_three_lines_give_what_can_be_measured_and_the_same_curve() -> None:
+    losses, packets = train(Slow(0.01), watched=True)
+    assert train(Slow(), watched=False)[0] == losses
+    assert [p.step for p in packets] == [*range(1, 2 * BATCHES + 1)]
+    assert [p.state.current_epoch for p in packets] == [0] * BATCHES + [1] * BATCHES
+    assert [p.state.training_loss for p in packets] == pytest.approx(losses)
+    for p in packets:
+        assert {"gradient_norm", "samples_per_s", "input_wait_ms", "step_latency_ms", "loss_ewma"} <= p.names
+        metrics = p.state.training_metrics
+        cycle_ms = metrics["input_wait_ms"] + metrics["step_latency_ms"]
+        assert metrics["samples_per_s"] == pytest.approx(BATCH * 1e3 / cycle_ms, rel=1e-3)
+        assert metrics["input_wait_ms"] >= 9.9
+
+
+def test_the_gradient_norm_is_the_one_that_the_optimizer_sees() -> None:
+    """After clipping, when the script clips."""
+    _, packets = train(Slow(), watched=True, clip=0.01)
+    for p in packets:
+        assert p.state.training_metrics["gradient_norm"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    """Waits and samples add up; the waits inside are no part of the step's latency."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, Slow(0.02), run_id="run")
+    for number, (inputs, targets) in enumerate(watched, start=1):
+        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+        time.sleep(0.005)
+        if number % 3 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    packets = pulled(watched)
+    assert [p.step for p in packets] == [1, 2]
+    for p in packets:
+        metrics = p.state.training_metrics
+        assert 59.9 <= metrics["input_wait_ms"] < 90
+        assert 14.9 <= metrics["step_latency_ms"] < 40
+        assert "loss" not in p.names
+
+
+def test_an_epoch_that_trains_nothing_and_one_that_is_left_early() -> None:
+    """Evaluating on the watched loader is no step; a break ends the step that was under way."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, Slow(), run_id="run")
+    for inputs, _ in watched:
+        model(inputs)
+    for inputs, targets in watched:
+        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        break
+    watched.validation(loss=0.25)
+    assert [p.state.current_epoch for p in pulled(watched)] == [1]
+
+
+def test_amp_is_unscaled() -> None:
+    """GradScaler unscales before the optimizer's step; steps that it skips are none."""
+    model, optimizer = setting()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    watched = esper_otel.watch(model, optimizer, Slow(), run_id="run")
+    norms = []
+    for number, (inputs, targets) in enumerate(watched):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+        scaler.scale(loss * (float("inf") if number == 2 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+        scaler.step(optimizer)
+        scaler.update()
+    del norms[2]
+    found = [p.state.training_metrics["gradient_norm"] for p in pulled(watched)]
+    assert found == pytest.approx(norms, rel=1e-5)
+
+
+def test_mistakes_are_said_at_once() -> None:
+    model, optimizer = setting()
+    with pytest.raises(InvalidValue, match="optimizer"):
+        esper_otel.watch(model, model, Slow())
+    with pytest.raises(InvalidValue, match="model"):
+        esper_otel.watch("model", optimizer, Slow())  # type: ignore[arg-type]
+    with esper_otel.start(run_id="run") as telemetry:
+        with pytest.raises(InvalidValue, match="run_id"):
+            esper_otel.watch(model, optimizer, Slow(), telemetry=telemetry, run_id="other")
+        watched = esper_otel.watch(model, optimizer, Slow(), telemetry=telemetry)
+        assert len(watched) == BATCHES
+        with pytest.raises(UnknownMetric, match="loss"):
+            watched.put(los=1.0)
+        watched.close()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+import esper_otel, torch
+from test_watch import Slow, setting
+from esper_otel.testing import MemoryCollector
+model, optimizer = setting()
+collector = MemoryCollector().__enter__()
+import os
+os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.grpc_endpoint
+os.environ.pop("OTEL_METRICS_EXPORTER", None)
+watched = esper_otel.watch(model, optimizer, Slow(), run_id="dies")
+for number, (inputs, targets) in enumerate(watched):
+    loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+    watched.put(loss=float(number))
+    loss.backward()
+    if number == 2:
+        raise KeyError("in the middle")
+    optimizer.step()
+"""
+
+
+def test_an_exception_ends_the_run_as_it_does_without_us(tmp_path: Path) -> None:
+    """The traceback and the exit status are the script's; the step under way is there, marked as failed."""
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(here=here)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.rstrip().splitlines()[-1].startswith("esper_otel closed: run dies KeyError, frames recorded 3")
+    assert "KeyError: 'in the middle'" in done.stderr
