@@ -84,6 +84,21 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+# -- run -------------------------------------------------------------------------------------------------
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    from esper_otel.integrations.run import add_arguments
+
+    add_arguments(parser)
+
+
+def _run_script(options: argparse.Namespace) -> int:
+    from esper_otel.integrations.run import main as run
+
+    return run(options)
+
+
 # -- schema ----------------------------------------------------------------------------------------------
 
 
@@ -269,6 +284,12 @@ _COMMANDS = {
         "esper-otel replay ./steps digits-7 --speed 10 --inject gap,nan",
         _add_replay_arguments,
         _run_replay,
+    ),
+    "run": _Command(
+        "run a training script as it is, and send what can be measured of it from outside",
+        "esper-otel run --run-id digits-7 train.py --epochs 3",
+        _add_run_arguments,
+        _run_script,
     ),
     "schema": _Command(
         "list every metric: name, unit, gate, needs and meaning",

@@ -60,6 +60,10 @@ class Loop:
         if samples is not None:
             self._samples = samples + (self._samples or 0)
 
+    def no_batch(self) -> None:
+        """The batch that was asked for does not come."""
+        self._asked_s = None
+
     def gradients(self, parameters: Iterable[Tensor], scale: float | Tensor | None = None) -> None:
         """Notes the norm of the gradients; waits for no GPU.
 

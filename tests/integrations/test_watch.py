@@ -99,6 +99,7 @@ def test_accumulated_batches_are_one_step() -> None:
     """Waits and samples add up; the waits inside are no part of the step's latency."""
     model, optimizer = setting()
     watched = esper_otel.watch(model, optimizer, Slow(0.02), run_id="run")
+    started_s = time.perf_counter()
     for number, (inputs, targets) in enumerate(watched, start=1):
         torch.nn.functional.cross_entropy(model(inputs), targets).backward()
         time.sleep(0.005)
@@ -106,12 +107,14 @@ def test_accumulated_batches_are_one_step() -> None:
             optimizer.step()
             optimizer.zero_grad()
     packets = pulled(watched)
+    spent_ms = (time.perf_counter() - started_s) * 1e3
     assert [p.step for p in packets] == [1, 2]
     for p in packets:
-        metrics = p.state.training_metrics
-        assert 59.9 <= metrics["input_wait_ms"] < 90
-        assert 14.9 <= metrics["step_latency_ms"] < 40
+        assert p.state.training_metrics["input_wait_ms"] >= 59.9
+        assert p.state.training_metrics["step_latency_ms"] >= 14.9
         assert "loss" not in p.names
+    names = ("input_wait_ms", "step_latency_ms")
+    assert sum(p.state.training_metrics[name] for p in packets for name in names) <= spent_ms
 
 
 def test_an_epoch_that_trains_nothing_and_one_that_is_left_early() -> None:

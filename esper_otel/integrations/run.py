@@ -1,0 +1,32 @@
+"""The command ``esper-otel run``: a training script that is not to be edited."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+_INJECTED = Path(__file__).resolve().parent / "inject"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``esper-otel run``."""
+    parser.add_argument("--run-id", metavar="NAME", help="name of the run (ESPER_RUN_ID, the launcher's, or made up)")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="where the telemetry says what it does (nowhere)")
+    parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module, as in python -m")
+    parser.add_argument("script", metavar="SCRIPT", help="the training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Becomes Python with the script; comes back only if that cannot be started."""
+    environ = dict(os.environ)
+    paths = [str(_INJECTED), environ.get("PYTHONPATH", "")]
+    environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environ["ESPER_OTEL_RUN"] = f"{os.getpid()}:{'' if options.log is None else options.log.absolute()}"
+    if options.run_id is not None:
+        environ["ESPER_RUN_ID"] = options.run_id
+    command = [sys.executable, *(["-m"] if options.is_module else []), options.script, *options.arguments]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environ)  # noqa: S606 - it is what the user asked for

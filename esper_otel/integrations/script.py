@@ -1,0 +1,181 @@
+"""Script: what can be measured of a training script from outside, without a word in it."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from esper_otel.log import logger
+
+if TYPE_CHECKING:
+    from esper_otel.integrations.loop import Loop
+    from esper_otel.telemetry import Telemetry
+
+
+def attach(log: str) -> None:
+    """Waits for the script to import torch; then follows its optimizers and loaders.
+
+    Args:
+        log: a file for what the telemetry says; empty for nowhere. The script's own streams are left alone.
+    """
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.FileHandler(log) if log else logging.NullHandler())
+    sys.meta_path.insert(0, _OnTorch(Script().follow))
+
+
+class _OnTorch(MetaPathFinder):
+    """Calls something when torch has been imported."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See ``MetaPathFinder``."""
+        del path, target
+        if fullname != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute, then = spec.loader.exec_module, self._then
+
+            def execute_and_follow(module: ModuleType) -> None:
+                execute(module)
+                then()
+
+            spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign] # of this one loader
+        return spec
+
+
+def _harmless(method: Callable[..., None]) -> Callable[..., None]:
+    """Whatever goes wrong in it is logged, and never the script's concern."""
+
+    @functools.wraps(method)
+    def guarded(*arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except Exception:  # noqa: BLE001 - logged with its traceback
+            logger.exception("esper-otel run: %s", method.__name__)
+
+    return guarded
+
+
+class Script:
+    """Follows every optimizer and every DataLoader of the process. Threads: the one that trains.
+
+    A step is what lies between two batches with an optimizer's step in it. Its loader is the one whose batch came last
+    before the optimizer's step: what other loaders give, to a validation for instance, is no part of it. Without a
+    DataLoader a step lasts from the end of one optimizer's step to the end of the next.
+    """
+
+    def __init__(self) -> None:
+        self._telemetry: Telemetry | None = None
+        self._loop: Loop | None = None
+        self._loader: Callable[[], object] = lambda: None
+        self._optimizer: Callable[[], object] = lambda: None
+        self._has_batch = False
+        self._may_train = False
+        self._last_end_s: float | None = None
+
+    @_harmless
+    def follow(self) -> None:
+        """Hooks into PyTorch: its own hooks for optimizers, and the iterator that every DataLoader gives."""
+        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+        from torch.utils.data import dataloader
+
+        register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer))
+        register_optimizer_step_post_hook(lambda *_: self._after_step())
+        iterator: Any = dataloader._BaseDataLoaderIter  # noqa: SLF001 - the one place that all loaders pass
+        original = iterator.__next__
+        script = self
+
+        @functools.wraps(original)
+        def timed(self: Any) -> Any:
+            script._asks(self)
+            try:
+                batch = original(self)
+            except BaseException:
+                script._gets_nothing()
+                raise
+            script._gets(batch)
+            return batch
+
+        iterator.__next__ = timed
+        iterator.next = timed
+
+    @_harmless
+    def _asks(self, loader: object) -> None:
+        loop = self._started()
+        if loop.has_stepped:
+            loop.end(epoch=0)
+        elif loader is not self._loader():
+            loop.forget()
+        self._loader = weakref.ref(loader)
+        loop.wait()
+
+    @_harmless
+    def _gets(self, batch: object) -> None:
+        import torch
+
+        from esper_otel.integrations.loop import samples_of
+
+        self._has_batch = True
+        self._may_train = torch.is_grad_enabled()
+        self._started().batch(samples_of(batch))
+
+    @_harmless
+    def _gets_nothing(self) -> None:
+        self._started().no_batch()
+
+    @_harmless
+    def _before_step(self, optimizer: Any) -> None:
+        loop = self._started()
+        if loop.has_stepped and self._optimizer() is not optimizer:
+            loop.put({"gradient_norm": None})  # of several models: it would be one of them
+            return
+        self._optimizer = weakref.ref(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        loop.gradients(parameters, getattr(optimizer, "grad_scale", None))
+
+    @_harmless
+    def _after_step(self) -> None:
+        loop = self._started()
+        loop.stepped()
+        if not self._has_batch:
+            now_s, before_s = time.perf_counter(), self._last_end_s
+            self._last_end_s = now_s
+            if before_s is not None:
+                loop.put({"step_latency_ms": (now_s - before_s) * 1e3})
+            loop.end(epoch=0)
+
+    def _started(self) -> Loop:
+        """The loop; the session begins with the first batch or step."""
+        if self._loop is None:
+            from esper_otel.integrations.loop import Loop
+            from esper_otel.session import start
+
+            self._telemetry = start()
+            self._loop = Loop(self._telemetry)
+            atexit.register(self._finish)
+        return self._loop
+
+    @_harmless
+    def _finish(self) -> None:
+        loop = self._started()
+        if getattr(sys, "last_type", None) is None:
+            loop.end(epoch=0)
+        elif loop.has_stepped or self._may_train:
+            loop.fail(epoch=0)

@@ -1,0 +1,148 @@
+"""``esper-otel run``: a script that nobody edits behaves as before, and its steps are sent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from esper_otel.testing import MemoryCollector
+
+pytest.importorskip("torch")
+
+SCRIPT = """
+import os, sys, time
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+workers = int(os.environ.get("WORKERS", "0"))
+for epoch in range(2):
+    for number, (inputs, targets) in enumerate(DataLoader(data, batch_size=16, shuffle=True, num_workers=workers)):
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        if (epoch, number) == (1, 2) and "fail" in sys.argv:
+            raise KeyError("in the middle")
+        optimizer.step()
+        print(repr(loss.item()), flush=True)
+    with torch.no_grad():
+        for inputs, targets in DataLoader(data, batch_size=32):
+            model(inputs)
+print(__name__, sys.argv[1:], sys.path[0] == os.path.dirname(os.path.abspath(__file__)), file=sys.stderr)
+print(os.environ.get("PYTHONPATH"), [name for name in os.environ if name.startswith("ESPER_OTEL")], file=sys.stderr)
+if "wait" in sys.argv:
+    time.sleep(30)
+sys.exit(3 if "three" in sys.argv else 0)
+"""
+FULL_BATCHES = """
+import torch
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.ones(8, 4)).mean().backward()
+    optimizer.step()
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def environ(collector: MemoryCollector, **more: str) -> dict[str, str]:
+    return {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.grpc_endpoint, **more}
+
+
+def both(
+    collector: MemoryCollector, script: Path, *arguments: str, **more: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Without and with us."""
+    ours = [sys.executable, "-m", "esper_otel", "run", "--run-id", "scripted"]
+    return [
+        subprocess.run(
+            [*command, script, *arguments], capture_output=True, text=True, check=False, env=environ(collector, **more)
+        )
+        for command in ([sys.executable], ours)
+    ]
+
+
+def values(collector: MemoryCollector, name: str) -> list[float]:
+    return [point.value for point in collector.points() if point.name == name and point.value is not None]
+
+
+@pytest.mark.parametrize("arguments", [(), ("three", "--epochs"), ("fail",)], ids=["ends", "exits", "fails"])
+def test_output_traceback_and_exit_status_are_the_same(script: Path, arguments: tuple[str, ...]) -> None:
+    with MemoryCollector() as collector:
+        without, ours = both(collector, script, *arguments, PYTHONPATH="/nowhere")
+        assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, without.returncode)
+        steps = 7 if "fail" in arguments else 8
+        assert values(collector, "esper.global_step") == [*range(1, steps + 1)]
+        assert len(values(collector, "gradient_norm")) == steps - ("fail" in arguments)
+        assert values(collector, "esper.step.failed") == ([1.0] if "fail" in arguments else [])
+        assert min(values(collector, "input_wait_ms")) > 0
+        assert min(values(collector, "samples_per_s")) > 0
+        assert values(collector, "loss") == []
+
+
+def test_workers_of_loaders_are_left_alone(script: Path) -> None:
+    with MemoryCollector() as collector:
+        without, ours = both(collector, script, WORKERS="2")
+        assert (ours.stdout, ours.returncode) == (without.stdout, 0)
+        assert values(collector, "esper.global_step") == [*range(1, 9)]
+
+
+def test_a_script_without_loaders_has_the_time_from_step_to_step(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(FULL_BATCHES, encoding="utf-8")
+    with MemoryCollector() as collector:
+        _, ours = both(collector, tmp_path / "train.py")
+        assert (ours.stdout, ours.stderr, ours.returncode) == ("", "", 0)
+        assert len(values(collector, "gradient_norm")) == 5
+        assert len(values(collector, "step_latency_ms")) == 4
+        assert values(collector, "input_wait_ms") == []
+
+
+def test_a_signal_ends_it_as_before_and_the_steps_are_there(script: Path) -> None:
+    with MemoryCollector() as collector:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "esper_otel", "run", script, "wait"],
+            env=environ(collector),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        process.stderr.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGTERM
+        assert values(collector, "esper.global_step") == [*range(1, 9)]
+
+
+def test_a_script_that_is_not_there_is_said_by_python(tmp_path: Path) -> None:
+    with MemoryCollector() as collector:
+        without, ours = both(collector, tmp_path / "nothing.py")
+        assert (ours.stderr, ours.returncode) == (without.stderr, 2)
+
+
+def test_a_module_is_run_too_and_the_log_says_what_was_done(script: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with MemoryCollector() as collector:
+        command = [sys.executable, "-m", "esper_otel", "run", "--log", str(log), "-m", "train", "three"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environ(collector), cwd=script.parent
+        )
+        assert done.returncode == 3
+        assert "frames recorded 8, exported 8, dropped 0" in log.read_text(encoding="utf-8")
