@@ -58,7 +58,11 @@ class Loop:
             self._waited_inside_s += waited_s
         self._asked_s = None
         if samples is not None:
-            self._samples = samples + (self._samples or 0)
+            self.count(samples)
+
+    def count(self, samples: int) -> None:
+        """Adds samples to the step under way."""
+        self._samples = samples + (self._samples or 0)
 
     def no_batch(self) -> None:
         """The batch that was asked for does not come."""

@@ -1,0 +1,153 @@
+"""Lightning for real, on a tiny module: the right steps, and the same curve as without the callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import esper_otel
+from esper_otel import InvalidValue, Packets
+
+torch = pytest.importorskip("torch")
+lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+
+from esper_otel.integrations.lightning import EsperCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
+
+
+class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    """One layer; notes what the optimizer saw."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+        self.fails_at = fails_at
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == self.fails_at:
+            raise KeyError("in the middle")
+        inputs, targets = batch
+        outputs = self.layer(inputs)
+        loss = torch.nn.functional.cross_entropy(outputs, targets)
+        self.log("train_acc", (outputs.argmax(1) == targets).float().mean())
+        self.losses.append(loss.item())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        gradients = [parameter.grad for parameter in self.parameters()]
+        self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, targets = batch
+        self.log("val_loss", torch.nn.functional.cross_entropy(self.layer(inputs), targets))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+
+
+def fit(
+    callback: EsperCallback | None, *, epochs: int = 2, resume: Path | None = None, fails_at: int = -1, **more: Any
+) -> Any:
+    """Trains 8 batches an epoch; returns the module and the trainer."""
+    lightning.seed_everything(0)
+    module = Module(fails_at)
+    random = torch.Generator().manual_seed(1)
+    data = torch.utils.data.TensorDataset(
+        torch.randn(64, 4, generator=random), torch.randint(0, 2, (64,), generator=random)
+    )
+    loaders = [torch.utils.data.DataLoader(data, batch_size=8) for _ in range(2)]
+    trainer = lightning.Trainer(
+        **{"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, **more},
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[] if callback is None else [callback],
+    )
+    trainer.fit(module, *loaders, ckpt_path=resume)
+    return module, trainer
+
+
+def pulled(callback: EsperCallback) -> list[Packets]:
+    assert callback.telemetry is not None
+    return list(callback.telemetry.pull(max_packets=1000))
+
+
+def parameters(module: Any) -> list[list[float]]:
+    return [parameter.detach().flatten().tolist() for parameter in module.parameters()]
+
+
+def test_each_optimizer_step_is_a_step_and_the_curve_is_the_same() -> None:
+    without, _ = fit(None, val_check_interval=4)
+    callback = EsperCallback(run_id="lightning", metrics={"accuracy": "train_acc"})
+    module, _ = fit(callback, val_check_interval=4)
+    assert (module.losses, parameters(module)) == (without.losses, parameters(without))
+    packets = pulled(callback)
+    assert [p.step for p in packets] == [*range(1, 17)]
+    assert [p.state.current_epoch for p in packets] == [0] * 8 + [1] * 8
+    assert [p.state.training_loss for p in packets] == pytest.approx(module.losses)
+    assert [p.state.training_metrics["gradient_norm"] for p in packets] == pytest.approx(module.norms)
+    assert "validation_loss" not in packets[3].state.training_metrics
+    assert packets[4].state.validation_loss > 0
+    for p in packets:
+        expected = {"accuracy", "samples_per_s", "input_wait_ms", "step_latency_ms", "loss_ewma", "grad_var"}
+        assert expected <= p.names
+        metrics = p.state.training_metrics
+        assert metrics["optimizer_lr"] == pytest.approx(0.1)
+        assert metrics["samples_per_s"] == pytest.approx(
+            8e3 / (metrics["input_wait_ms"] + metrics["step_latency_ms"]), rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_accumulated_batches_are_one_step_and_clipping_comes_after_the_norm(precision: str) -> None:
+    callback = EsperCallback(run_id="lightning")
+    module, _ = fit(callback, accumulate_grad_batches=3, gradient_clip_val=0.01, precision=precision)
+    packets = pulled(callback)
+    groups = [module.losses[at : at + size] for at, size in ((0, 3), (3, 3), (6, 2), (8, 3), (11, 3), (14, 2))]
+    assert [p.state.training_loss for p in packets] == pytest.approx([sum(group) / len(group) for group in groups])
+    assert [p.state.training_metrics["gradient_norm"] for p in packets] == pytest.approx(module.norms)
+    assert min(module.norms) > 0.01
+
+
+def test_a_resumed_run_goes_on_with_its_numbers_and_averages(tmp_path: Path) -> None:
+    whole = EsperCallback(run_id="resumed")
+    fit(whole, epochs=2)
+    first = EsperCallback(run_id="resumed")
+    _, trainer = fit(first, epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    second = EsperCallback(run_id="resumed")
+    fit(second, epochs=2, resume=tmp_path / "last.ckpt")
+    parts = [*pulled(first), *pulled(second)]
+    assert [p.step for p in parts] == [*range(1, 17)]
+    uninterrupted = pulled(whole)
+    for name in ("loss", "loss_ewma", "grad_var", "loss_volatility"):
+        found = [p.state.training_metrics.get(name) for p in parts]
+        assert found == [p.state.training_metrics.get(name) for p in uninterrupted], name
+
+
+def test_an_exception_goes_on_and_the_step_is_recorded_as_failed() -> None:
+    callback = EsperCallback(run_id="fails")
+    with pytest.raises(KeyError, match="in the middle"):
+        fit(callback, fails_at=2)
+    assert callback.telemetry is not None
+    assert callback.telemetry.health()["failed"] == 1
+    assert [p.step for p in pulled(callback)] == [1, 2, 3]
+
+
+def test_a_session_that_is_there_is_used_and_left_open() -> None:
+    with esper_otel.start(run_id="mine") as telemetry:
+        callback = EsperCallback(telemetry)
+        fit(callback, epochs=1)
+        telemetry.record_step({"loss": 1.0}, epoch=1)
+        assert len(list(telemetry.pull())) == 9
+        with pytest.raises(InvalidValue, match="run_id"):
+            EsperCallback(telemetry, run_id="other")

@@ -1,0 +1,145 @@
+"""Hugging Face's Trainer for real, on a tiny model made on the spot: the right steps, and the same curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper_otel import Packets
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from esper_otel.integrations.transformers import EsperCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the Trainer's own
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+class Fails(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    """An error of the user's own."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == 2:
+            raise KeyError("in the middle")
+
+
+def train(folder: Path, *callbacks: Any, resume: str | None = None, **more: Any) -> Any:
+    """32 samples, 4 at a time, 2 epochs."""
+    transformers.set_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    random = torch.Generator().manual_seed(1)
+    data = [{"input_ids": torch.randint(0, 50, (8,), generator=random), "labels": row % 2} for row in range(32)]
+    settings = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "eval_strategy": "epoch",
+        "disable_tqdm": True,
+        **more,
+    }
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(str(folder), **settings), train_dataset=data, eval_dataset=data[:8]
+    )
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [line[name] for line in trainer.state.log_history if "loss" in line]
+
+
+def pulled(callback: EsperCallback) -> list[Packets]:
+    assert callback.telemetry is not None
+    return list(callback.telemetry.pull(max_packets=1000))
+
+
+def metric(callback_packets: list[Packets], name: str) -> list[float]:
+    return [p.state.training_metrics[name] for p in callback_packets]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"gradient_accumulation_steps": 3},
+        {"max_grad_norm": 0.05, "bf16": True},
+    ],
+    ids=["plain", "accumulating", "clipping in bf16"],
+)
+def test_steps_are_the_trainers_own_and_the_curve_is_the_same(tmp_path: Path, more: dict[str, Any]) -> None:
+    """Loss and norm as the Trainer logs them at each step: before clipping, accumulated as it does."""
+    without = train(tmp_path, **more)
+    callback = EsperCallback(run_id="hf")
+    trainer = train(tmp_path, callback, **more)
+    assert logged(trainer, "loss") == logged(without, "loss")
+    assert logged(trainer, "grad_norm") == logged(without, "grad_norm")
+    packets = pulled(callback)
+    steps = len(logged(trainer, "loss"))
+    assert [p.step for p in packets] == [*range(1, steps + 1)]
+    assert [p.state.current_epoch for p in packets] == [0] * (steps // 2) + [1] * (steps // 2)
+    assert metric(packets, "loss") == pytest.approx(logged(trainer, "loss"), rel=1e-6)
+    assert metric(packets, "gradient_norm") == pytest.approx(logged(trainer, "grad_norm"), rel=1e-6)
+    assert metric(packets, "optimizer_lr")[0] == pytest.approx(5e-5)
+    assert "validation_loss" in packets[-1].state.training_metrics
+    for p in packets:
+        assert {"samples_per_s", "input_wait_ms", "step_latency_ms", "loss_ewma"} <= p.names
+    per_step = metric(packets, "samples_per_s")[0] * (
+        metric(packets, "input_wait_ms")[0] + metric(packets, "step_latency_ms")[0]
+    )
+    assert per_step / 1e3 == pytest.approx(4 * more.get("gradient_accumulation_steps", 1), rel=1e-3)
+
+
+def test_without_clipping_the_norm_is_computed(tmp_path: Path) -> None:
+    clipped, computed = EsperCallback(run_id="hf"), EsperCallback(run_id="hf")
+    train(tmp_path, clipped, max_grad_norm=1e9)
+    train(tmp_path, computed, max_grad_norm=0)
+    assert metric(pulled(computed), "gradient_norm") == pytest.approx(
+        metric(pulled(clipped), "gradient_norm"), rel=1e-5
+    )
+    assert torch.nn.utils.clip_grad_norm_.__module__.startswith("torch")
+
+
+def test_a_resumed_run_goes_on_with_its_numbers_and_averages(tmp_path: Path) -> None:
+    whole, second = EsperCallback(run_id="hf"), EsperCallback(run_id="hf")
+    train(tmp_path, whole, save_strategy="steps", save_steps=8)
+    expected = pulled(whole)
+    train(tmp_path, second, resume=str(tmp_path / "checkpoint-8"))
+    resumed = pulled(second)
+    assert [p.step for p in resumed] == [*range(9, 17)]
+    ewma = metric(expected, "loss_ewma")[7]
+    for loss, found in zip(metric(resumed, "loss"), metric(resumed, "loss_ewma"), strict=True):
+        ewma += 0.2 * (loss - ewma)
+        assert found == pytest.approx(ewma, rel=1e-6)
+    assert metric(resumed, "loss_delta")[0] == pytest.approx(
+        metric(resumed, "loss")[0] - metric(expected, "loss")[7], abs=1e-6
+    )
+
+
+def test_an_exception_goes_on(tmp_path: Path) -> None:
+    callback = EsperCallback(run_id="hf")
+    with pytest.raises(KeyError, match="in the middle"):
+        train(tmp_path, callback, Fails())
+    assert [p.step for p in pulled(callback)] == [1, 2]
+    assert callback.telemetry is not None
+    callback.on_train_end(None, None, None)
