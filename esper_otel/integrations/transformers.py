@@ -28,7 +28,8 @@ class EsperCallback(TrainerCallback):
     """Records a step for each step of the optimizer: loss, gradient norm, samples/s, input wait, step latency.
 
     - ``loss`` is what the model's forward returns as ``loss``, as it does when it is given labels; of accumulated
-      batches what the Trainer makes of it. Absent where the loss is computed outside the model.
+      batches the mean, or the sum where the model divides by the items of all of them. Absent where the loss is
+      computed outside the model.
     - ``gradient_norm`` is the Trainer's own, before it clips; without clipping (``max_grad_norm=0``) it is computed.
     - ``input_wait_ms`` begins when the step before, with its logging, saving and evaluating, is over; the Trainer
       fetches all batches of a step at once.

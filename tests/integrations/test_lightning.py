@@ -39,8 +39,7 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        gradients = [parameter.grad for parameter in self.parameters()]
-        self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        self.norms.append(torch.cat([parameter.grad.flatten() for parameter in self.parameters()]).norm().item())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         inputs, targets = batch

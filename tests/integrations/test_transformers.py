@@ -82,7 +82,7 @@ def metric(callback_packets: list[Packets], name: str) -> list[float]:
     "more",
     [
         {},
-        {"gradient_accumulation_steps": 3},
+        {"gradient_accumulation_steps": 4},
         {"max_grad_norm": 0.05, "bf16": True},
     ],
     ids=["plain", "accumulating", "clipping in bf16"],
@@ -98,7 +98,7 @@ def test_steps_are_the_trainers_own_and_the_curve_is_the_same(tmp_path: Path, mo
     steps = len(logged(trainer, "loss"))
     assert [p.step for p in packets] == [*range(1, steps + 1)]
     assert [p.state.current_epoch for p in packets] == [0] * (steps // 2) + [1] * (steps // 2)
-    assert metric(packets, "loss") == pytest.approx(logged(trainer, "loss"), rel=1e-6)
+    assert metric(packets, "loss") == pytest.approx(logged(trainer, "loss"), abs=6e-5)  # older ones log four digits
     assert metric(packets, "gradient_norm") == pytest.approx(logged(trainer, "grad_norm"), rel=1e-6)
     assert metric(packets, "optimizer_lr")[0] == pytest.approx(5e-5)
     assert "validation_loss" in packets[-1].state.training_metrics
@@ -120,6 +120,7 @@ def test_without_clipping_the_norm_is_computed(tmp_path: Path) -> None:
     assert torch.nn.utils.clip_grad_norm_.__module__.startswith("torch")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="transformers resumes with torch 2.6 and later only")
 def test_a_resumed_run_goes_on_with_its_numbers_and_averages(tmp_path: Path) -> None:
     whole, second = EsperCallback(run_id="hf"), EsperCallback(run_id="hf")
     train(tmp_path, whole, save_strategy="steps", save_steps=8)
