@@ -111,7 +111,7 @@ _HOMES = {
     "esper_otel.telemetry": ("Telemetry",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = frozenset({"aio", "errors", "leyline", "schema", "testing"})
+_MODULES = frozenset({"aio", "errors", "leyline", "oona", "schema", "testing"})
 
 
 def __getattr__(name: str) -> object:

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "export": {"schema", "settings", "errors", "frame", "ring", "log", "_version"},
     "leyline": {"schema", "frame"},
     "risk": {"errors", "leyline"},
-    "gateway": {"schema", "errors", "frame", "ring", "log", "leyline", "record", "risk", "client", "_version"},
+    "gateway": {"schema", "errors", "frame", "ring", "log", "leyline", "record", "risk", "client", "oona", "_version"},
+    "oona": {"errors", "leyline", "log"},
     "client": {"errors", "gateway", "leyline"},  # of the gateway: the messages of its pull service
     "aio": {"client", "gateway", "leyline"},
     "telemetry": {"schema", "frame", "record", "leyline", "risk"},
@@ -76,6 +77,10 @@ OWNERS = {
     "aiohttp": ("gateway/",),
     "requests": ("export/", "through.py"),
     "urllib3": ("export/",),
+    "redis": ("oona.py",),
+    "lightning": ("integrations/lightning.py",),
+    "pytorch_lightning": ("integrations/lightning.py",),
+    "transformers": ("integrations/transformers.py",),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.gateway.bus import OfGateway
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.memory import MemoryStore
 from esper_otel.gateway.security import Certificates, Tokens, check_exposure, is_loopback
@@ -18,6 +19,7 @@ from esper_otel.gateway.serve import Gateway, Ports
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import StoreLimits
 from esper_otel.log import announce
+from esper_otel.oona import Publisher
 from esper_otel.risk import Rule, configured
 
 _MIB = 1024 * 1024
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--linger", type=float, default=0.05, metavar="S", help="wait after a plain sender's last point (%(default)g)"
     )
     add_packet_arguments(parser)
+    parser.add_argument("--oona", metavar="URL", help="publish the packets on the Esper bus: redis://HOST:PORT/0")
 
 
 def add_packet_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +113,13 @@ async def _serve(options: argparse.Namespace) -> int:
     kept = "memory" if options.store is None else str(options.store)
     core = core_of(options)
     async with Gateway(core, ports) as gateway:
-        await until_told(gateway, f"steps are kept in {kept}", as_json=options.json)
+        publisher = None if options.oona is None else Publisher(OfGateway(core), options.oona)
+        core.publisher = publisher
+        try:
+            await until_told(gateway, f"steps are kept in {kept}", as_json=options.json)
+        finally:
+            if publisher is not None:
+                await asyncio.to_thread(publisher.close, 2.0)
     counted = (
         f"{name.replace('_', ' ')} {core.counts[name]}" for name in ("requests", "points", "steps", "pulled_steps")
     )

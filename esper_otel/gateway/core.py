@@ -28,6 +28,7 @@ from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_s
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFull
 from esper_otel.log import Warnings
+from esper_otel.oona import Publisher
 from esper_otel.risk import RULES, Rule
 
 MOST_PACKETS = 1000
@@ -83,14 +84,13 @@ class Core:
         self._ended: dict[Origin, str] = {}
         self._ends: list[End] | None = None
         self._bodies: deque[tuple[int, float]] = deque()
-        self._last_body = 0
+        self._last_body, self._is_ending = 0, False
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
-        self._is_ending = False
         self._warnings, self._ranks = Warnings(), Ranks()
-        self.counts: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()
+        self.publisher: Publisher | None = None  # on Oona, if it is asked for
+        self.counts, self.rejected = Counter[str](), Counter[str]()
         if isinstance(store, FileStore):
             self._restore(store)
 

@@ -25,6 +25,12 @@ _COUNTERS = (
     _Own("dropped_steps", "counter", "Steps dropped from the store, for want of room or by age."),
     _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to come again."),
 )
+_OONA = (
+    _Own("published", "counter", "Messages published on Oona."),
+    _Own("emergencies", "counter", "Messages among them on the emergency stream."),
+    _Own("failures", "counter", "Failures of Redis; what could not be published is published later."),
+    _Own("lost", "counter", "Steps that fell out of the store before they could be published."),
+)
 _GAUGES = (
     _Own("runs", "gauge", "Runs known."),
     _Own("writers", "gauge", "Processes known that send."),
@@ -43,6 +49,11 @@ def prometheus_text(core: Core) -> str:
         name = f"esper_gateway_{own.name}" + ("_total" if own.kind == "counter" else "")
         value = values.get(own.name, 0)
         lines += [f"# HELP {name} {own.text}", f"# TYPE {name} {own.kind}", f"{name} {value:.17g}"]
+    if core.publisher is not None:
+        for own in _OONA:
+            name = f"esper_gateway_oona_{own.name}_total"
+            count = core.publisher.counts[own.name]
+            lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {count}"]
     name = "esper_gateway_rejected_points_total"
     lines += [f"# HELP {name} Points refused, by reason.", f"# TYPE {name} counter"]
     rejected = {**dict.fromkeys(REASONS, 0), **core.rejected}  # a counter that began at 1 would be no increase

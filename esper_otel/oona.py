@@ -1,0 +1,316 @@
+"""Oona: packets on the Esper bus, Redis Streams that Esper's own parts listen on. Needs the extra ``[oona]``."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+
+from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
+from esper_otel.leyline.messages import BusEnvelope, BusMessageType, MessagePriority, TelemetryLevel
+from esper_otel.log import Warnings
+
+if TYPE_CHECKING:
+    from esper_otel.leyline import Packets, Page
+    from esper_otel.leyline.messages import TelemetryPacket
+    from esper_otel.telemetry import Telemetry
+
+NORMAL, TELEMETRY, EMERGENCY = STREAMS = ("oona.normal", "oona.telemetry", "oona.emergency")
+SECRET_VARIABLE = "ESPER_LEYLINE_SECRET"  # noqa: S105 - where it stands, not what it is
+TTL_MS = 900_000
+
+_EMERGENCIES_A_MINUTE = 120  # what the prototype's bus client lets through
+_AT_ONCE = 256
+_IDLE_S = 0.02
+_TRIM_EVERY_S = 10.0
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
+_TIMEOUT_S = 5.0
+_CURSOR_KEY = "esper_otel:oona:cursor:"
+
+
+class Entry(NamedTuple):
+    """One message: the stream it belongs to, and the fields of its entry there.
+
+    Attributes:
+        stream: its name.
+        usual: the stream that it would belong to if it were not urgent.
+        fields: ``payload``, a serialized BusEnvelope, and with a secret ``signature``.
+    """
+
+    stream: str
+    usual: str
+    fields: dict[str, bytes]
+
+
+def entries(packets: Packets, secret: str | None = None) -> list[Entry]:
+    """A step's packets as messages: its state on ``oona.normal``, its telemetry on ``oona.telemetry``.
+
+    What is of priority HIGH or CRITICAL goes to ``oona.emergency`` instead: a step with such a signal, an UNHEALTHY
+    seed, an event of level CRITICAL.
+
+    Args:
+        packets: the step.
+        secret: signs the payloads (HMAC-SHA256 over the very bytes, in base64).
+    """
+    priorities = [_priority(packet) for packet in packets.telemetry]
+    of_events = [
+        priority
+        for packet, priority in zip(packets.telemetry, priorities, strict=True)
+        if packet.packet_id == f"{packets.state.packet_id}-events"
+    ]
+    of_step = max([MessagePriority.MESSAGE_PRIORITY_NORMAL, *of_events])
+    state = BusMessageType.BUS_MESSAGE_TYPE_SYSTEM_STATE
+    telemetry = BusMessageType.BUS_MESSAGE_TYPE_TELEMETRY
+    found = [_entry(packets, state, NORMAL, packets.state, of_step, secret)]
+    for packet, priority in zip(packets.telemetry, priorities, strict=True):
+        found.append(_entry(packets, telemetry, TELEMETRY, packet, priority, secret))
+    return found
+
+
+def _priority(packet: TelemetryPacket) -> int:
+    if packet.level >= TelemetryLevel.TELEMETRY_LEVEL_CRITICAL:
+        return MessagePriority.MESSAGE_PRIORITY_CRITICAL
+    name = packet.system_health.indicators.get("priority")
+    return MessagePriority.Value(name) if name else MessagePriority.MESSAGE_PRIORITY_NORMAL
+
+
+def _entry(packets: Packets, kind: int, usual: str, packet: Any, priority: int, secret: str | None) -> Entry:
+    payload = BusEnvelope(
+        message_type=kind,  # type: ignore[arg-type] # a number of the enum
+        payload=packet.SerializeToString(),
+        attributes={
+            "packet_id": packet.packet_id,
+            "priority": MessagePriority.Name(priority),
+            "run_id": packets.run_id,
+            "attempt": str(packets.attempt),
+            "rank": str(packets.rank),
+            "revision": str(packets.revision),
+            "complete": str(packets.complete).lower(),
+        },
+    ).SerializeToString()
+    fields = {"payload": payload}
+    if secret:
+        fields["signature"] = base64.b64encode(hmac.digest(secret.encode(), payload, hashlib.sha256))
+    is_urgent = priority >= MessagePriority.MESSAGE_PRIORITY_HIGH
+    return Entry(EMERGENCY if is_urgent else usual, usual, fields)
+
+
+class Source(Protocol):
+    """Where a publisher gets its packets."""
+
+    def runs(self) -> Sequence[str]:
+        """The runs that there are."""
+
+    def page(self, run_id: str, cursor: str | None, most: int) -> Page:
+        """Packets after a cursor; waits for nothing.
+
+        Raises:
+            GatewayError: there is nothing to be had so.
+        """
+
+
+class Publisher:
+    """Publishes packets from a thread of its own, each at least once, in order; a context manager.
+
+    A page of packets and the cursor behind it go to Redis in one transaction: what a lost connection leaves open is
+    sent again. While Redis is away, full, loading or closed to us nothing is lost that the source still has.
+
+    Args:
+        source: what is published.
+        url: ``redis://``, ``rediss://`` or ``unix://``, with user and password if there are any.
+        secret: signs the payloads; by default ``ESPER_LEYLINE_SECRET``.
+        ttl_ms: entries older than this are trimmed.
+        remembers: whether the cursor is kept in Redis, for the next life of this publisher.
+
+    Attributes:
+        counts: ``published`` messages, ``emergencies`` among them, ``failures`` of Redis, ``lost`` steps that fell out
+            of the source before they could be published.
+        last_error: of Redis; None when there is none.
+
+    Raises:
+        ConfigurationError: a URL that cannot be one, or the ``redis`` package is not installed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        url: str,
+        *,
+        secret: str | None = None,
+        ttl_ms: int = TTL_MS,
+        remembers: bool = True,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.last_error: str | None = None
+        self._source = source
+        self._redis, self._errors = _client(url)
+        self._secret = os.environ.get(SECRET_VARIABLE) or None if secret is None else secret
+        self._ttl_ms = ttl_ms
+        self._remembers = remembers
+        self._cursors: dict[str, str | None] = {}
+        self._emergencies: deque[float] = deque()
+        self._trimmed_s = float("-inf")
+        self._warnings = Warnings()
+        self._over = threading.Event()
+        self._until_s = float("inf")
+        self._thread = threading.Thread(target=self._run, name="esper-otel-oona", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Publishes what there is, within about ``timeout_s``, and ends."""
+        self._until_s = time.monotonic() + timeout_s
+        self._over.set()
+        self._thread.join(timeout_s + _TIMEOUT_S)
+        self._redis.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        retry_s = _FIRST_RETRY_S
+        while True:
+            is_over = self._over.is_set()
+            try:
+                count = self._round()
+                retry_s = _FIRST_RETRY_S
+            except self._errors as error:
+                self.counts["failures"] += 1
+                self.last_error = f"{type(error).__name__}: {error}"
+                self._warnings.say(
+                    "oona", "packets do not reach Redis: %s; they are kept and sent later", self.last_error
+                )
+                if is_over and time.monotonic() >= self._until_s:
+                    return
+                self._over.wait(0.0 if is_over else retry_s)
+                if is_over:
+                    time.sleep(_FIRST_RETRY_S)
+                retry_s = min(retry_s * 2, _LAST_RETRY_S)
+                continue
+            except Exception as error:  # noqa: BLE001 - a fault of ours ends no gateway and no training
+                self._warnings.say(
+                    "oona fault", "publishing failed (%s: %s)", type(error).__name__, error, exc_info=error
+                )
+                count = 0
+            if count == 0:
+                if is_over:
+                    return
+                self._over.wait(_IDLE_S)
+
+    def _round(self) -> int:
+        """A page of each run; how many steps they had."""
+        if time.monotonic() - self._trimmed_s > _TRIM_EVERY_S:
+            self._trim()
+        return sum(self._publish(run_id) for run_id in self._source.runs())
+
+    def _publish(self, run_id: str) -> int:
+        key = _CURSOR_KEY + run_id
+        if run_id not in self._cursors:
+            kept = self._redis.get(key) if self._remembers else None
+            self._cursors[run_id] = None if kept is None else kept.decode()
+        try:
+            page = self._source.page(run_id, self._cursors[run_id], _AT_ONCE)
+        except StaleCursor:
+            self._cursors[run_id] = None
+            return 0
+        except UnknownRun:
+            return 0
+        except GatewayError as error:
+            self._warnings.say("oona source", "run %s: %s", run_id, error)
+            return 0
+        if page.gap and self._cursors[run_id] is not None:
+            self.counts["lost"] += page.gap
+            self._warnings.say(
+                "oona lost", "%d steps of run %s were dropped before they were published", page.gap, run_id
+            )
+        if not page:
+            return 0
+        made = [entry for packets in page for entry in entries(packets, self._secret)]
+        with self._redis.pipeline(transaction=True) as together:
+            urgent = 0
+            for entry in made:
+                stream = entry.stream
+                if stream == EMERGENCY and not self._may_call(urgent):
+                    stream = entry.usual
+                urgent += stream == EMERGENCY
+                together.xadd(stream, entry.fields)
+            if self._remembers:
+                together.set(key, page.cursor, px=max(self._ttl_ms, 1) * 100)
+            together.execute()
+        self._emergencies.extend([time.monotonic()] * urgent)
+        self._cursors[run_id] = page.cursor
+        self.counts["published"] += len(made)
+        self.counts["emergencies"] += urgent
+        self.last_error = None
+        return len(page)
+
+    def _may_call(self, urgent: int) -> bool:
+        """Whether one more emergency is within what consumers let through; the others go where they usually would."""
+        a_minute_ago_s = time.monotonic() - 60.0
+        while self._emergencies and self._emergencies[0] < a_minute_ago_s:
+            self._emergencies.popleft()
+        return len(self._emergencies) + urgent < _EMERGENCIES_A_MINUTE
+
+    def _trim(self) -> None:
+        oldest = time.time_ns() // 10**6 - self._ttl_ms
+        with self._redis.pipeline(transaction=False) as together:
+            for stream in STREAMS:
+                together.xtrim(stream, minid=oldest, approximate=False)
+            together.execute()
+        self._trimmed_s = time.monotonic()
+
+
+def _client(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    try:
+        import redis
+    except ImportError:
+        raise ConfigurationError("Oona needs the redis package: pip install 'esper-otel[oona]'") from None
+    try:
+        client = redis.Redis.from_url(
+            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, health_check_interval=30
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"Oona's URL: {error}; give redis://HOST:PORT/0") from None
+    return client, (redis.RedisError, OSError)
+
+
+class OfTelemetry:
+    """A session's own packets as a source; its ``pull()`` without a cursor is left alone."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    def runs(self) -> Sequence[str]:
+        """See ``Source``."""
+        return (self._telemetry.run_id,)
+
+    def page(self, run_id: str, cursor: str | None, most: int) -> Page:
+        """See ``Source``."""
+        del run_id
+        return self._telemetry.pull(cursor or f"{self._telemetry.run.attempt}:0", most)
+
+
+def publish(telemetry: Telemetry, url: str, *, secret: str | None = None, ttl_ms: int = TTL_MS) -> Publisher:
+    """Publishes a session's steps on Oona, without a gateway; close what is returned after the session.
+
+    Args:
+        telemetry: the session.
+        url: as of ``Publisher``, and what follows too.
+        secret: signs the payloads.
+        ttl_ms: entries older than this are trimmed.
+
+    Raises:
+        ConfigurationError: as of ``Publisher``.
+    """
+    return Publisher(OfTelemetry(telemetry), url, secret=secret, ttl_ms=ttl_ms, remembers=False)
