@@ -99,6 +99,21 @@ def _run_script(options: argparse.Namespace) -> int:
     return run(options)
 
 
+# -- report ----------------------------------------------------------------------------------------------
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    from esper_otel.report.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _run_report(options: argparse.Namespace) -> int:
+    from esper_otel.report.command import main as report
+
+    return report(options)
+
+
 # -- schema ----------------------------------------------------------------------------------------------
 
 
@@ -284,6 +299,12 @@ _COMMANDS = {
         "esper-otel replay ./steps digits-7 --speed 10 --inject gap,nan",
         _add_replay_arguments,
         _run_replay,
+    ),
+    "report": _Command(
+        "what happened in a run: one page from a black box or from a gateway, and tables",
+        "esper-otel report /tmp/esper-otel/digits-7-0-1790000000000-KeyError.esper.jsonl.gz",
+        _add_report_arguments,
+        _run_report,
     ),
     "run": _Command(
         "run a training script as it is, and send what can be measured of it from outside",

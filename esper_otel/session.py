@@ -12,6 +12,7 @@ from opentelemetry.metrics import MeterProvider
 
 from esper_otel import leyline
 from esper_otel.absence import reasons
+from esper_otel.blackbox import BlackBox
 from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
@@ -132,6 +133,8 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
+        self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
+        self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = Recorder(
             self._publisher,
             clock=Clock(),
@@ -300,6 +303,7 @@ class _Session:
         """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
         if os.getpid() != self._process_id:
             return
+        self._black_box.ended(outcome)
         if self._exporter is not None:
             self._exporter.close(deadline_s, outcome)
         if self._provider is not None:

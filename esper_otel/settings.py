@@ -86,6 +86,17 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         ge=32 * 1024 * 1024,
         description="Disk that the spool may take, in bytes; the oldest frames are deleted and counted.",
     )
+    black_box_frames: int = Field(
+        default=256,
+        ge=0,
+        le=100_000,
+        description="How many of the last steps are written to a file when the loss is not finite, or the run ends by "
+        "an exception or SIGTERM; 0 for none.",
+    )
+    black_box_dir: Path | None = Field(
+        default=None,
+        description="Where these files go; without it a folder `esper-otel` in the system's for temporary files.",
+    )
     probe_period_s: float = Field(
         default=1.0,
         ge=0.01,

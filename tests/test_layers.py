@@ -36,12 +36,15 @@ MAY_IMPORT = {
     "leyline": {"schema", "frame"},
     "risk": {"errors", "leyline"},
     "gateway": {"schema", "errors", "frame", "ring", "log", "leyline", "record", "risk", "client", "oona", "_version"},
+    "blackbox": {"errors", "frame", "log", "ring"},
+    "report": {"blackbox", "client", "errors", "leyline", "risk", "schema"},
     "oona": {"errors", "leyline", "log"},
     "client": {"errors", "gateway", "leyline"},  # of the gateway: the messages of its pull service
     "aio": {"client", "gateway", "leyline"},
     "telemetry": {"schema", "frame", "record", "leyline", "risk"},
     "session": {
         *("schema", "settings", "frame", "ring", "log", "ending", "identity", "absence", "telemetry", "_version"),
+        "blackbox",
         *("record", "derive", "probes", "export", "leyline", "risk"),
     },
     "integrations": {"log", "errors", "derive", "record", "telemetry", "session"},
@@ -49,7 +52,7 @@ MAY_IMPORT = {
     "check": {"schema", "settings", "frame", "identity", "export", "_version"},
     "through": {"schema", "settings", "leyline", "check", "client", "session"},
     "docs": {"schema", "settings", "risk"},
-    "cli": {"schema", "_version", "demo", "check", "through", "gateway", "integrations"},
+    "cli": {"schema", "_version", "demo", "check", "through", "gateway", "integrations", "report"},
     "__main__": {"cli"},
     "demo": {"schema", "settings", "telemetry", "leyline", "testing", "record", "_version", ""},
     "": {"_version"},  # the rest is loaded when it is first used
@@ -78,6 +81,7 @@ OWNERS = {
     "requests": ("export/", "through.py"),
     "urllib3": ("export/",),
     "redis": ("oona.py",),
+    "pyarrow": ("report/table.py",),
     "lightning": ("integrations/lightning.py",),
     "pytorch_lightning": ("integrations/lightning.py",),
     "transformers": ("integrations/transformers.py",),

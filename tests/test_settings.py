@@ -28,12 +28,15 @@ def by_assignment(name: str, value: object) -> None:
     setattr(EsperSettings, name, value)
 
 
-def test_defaults_as_shipped() -> None:
+def test_defaults_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user gets who sets nothing."""
+    monkeypatch.delenv("ESPER_BLACK_BOX_FRAMES")
     assert EsperSettings().model_dump() == {
         "tolaria_step_enrichment_enabled": True,
         "export_every_s": 1.0,
         "export_ranks": "all",
+        "black_box_frames": 256,
+        "black_box_dir": None,
         "buffer_bytes": 268_435_456,
         "spool_dir": None,
         "spool_bytes": 1_073_741_824,
@@ -123,6 +126,7 @@ def test_other_esper_variables_are_not_ours_to_judge(monkeypatch: pytest.MonkeyP
     """ESPER_RUN_ID is read elsewhere, and Esper itself has more."""
     monkeypatch.setenv("ESPER_RUN_ID", "digits-7")
     monkeypatch.setenv("ESPER_LEYLINE_SECRET", "secret")
+    monkeypatch.delenv("ESPER_BLACK_BOX_FRAMES")
     assert EsperSettings() == EsperSettings.model_construct()
 
 

@@ -56,6 +56,7 @@ class Publisher:
         self.live = LiveSeeds()
         self.last_finite_loss: float | None = None
         self.published: Callable[[Frame], None] | None = None
+        self.alarmed: Callable[[], None] | None = None  # of a loss that is not finite
         self.waiting: deque[tuple[Draft, Held | None]] = deque()
         self._device_is_named = False
         self._names: tuple[str, ...] = ()
@@ -235,6 +236,8 @@ class Publisher:
         self.ring.append(frame)
         if self.published is not None:
             self.published(frame)
+        if not has_loss and self.alarmed is not None and "loss" in values:
+            self.alarmed()
 
     def _stepped(self, table: SeedTable) -> tuple[SeedTable, float | None]:
         """Takes a step's rows: what of them counts as recorded, and the violations that are new."""

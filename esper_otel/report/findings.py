@@ -1,0 +1,235 @@
+"""Findings: what someone who was not there wants to know first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, median
+from typing import NamedTuple
+
+from esper_otel.leyline.messages import SystemStatePacket
+from esper_otel.report.recording import Recording, Row
+from esper_otel.risk import signals
+from esper_otel.schema import Stage
+
+PHASES = ("input wait", "hook", "finalize", "rest")
+_BEFORE = 10
+_LATENCY_BUDGET_MS = 10.0
+
+
+class Finding(NamedTuple):
+    """One answer.
+
+    Attributes:
+        question: what it answers.
+        answer: in a sentence or two.
+        is_bad: whether something is wrong.
+        step: the step that it is about.
+    """
+
+    question: str
+    answer: str
+    is_bad: bool = False
+    step: int | None = None
+
+
+def findings(recording: Recording) -> list[Finding]:
+    """What went wrong, where the time goes, which seed; in that order."""
+    if not recording.rows:
+        return [Finding("What is here?", "No step was recorded.", True)]
+    bad = first_bad(recording)
+    return [
+        _end(recording),
+        _first_bad(recording, bad),
+        _learning(recording),
+        _slowest(recording),
+        _seed(recording, bad),
+    ]
+
+
+def first_bad(recording: Recording) -> tuple[int, str] | None:
+    """The place of the first step that went wrong, and why: a loss that is not finite, else a HIGH signal."""
+    loss_before: float | None = None
+    alarm: tuple[int, str] | None = None
+    for place, row in enumerate(recording.rows):
+        loss = row.values.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            others = [name for name, value in row.values.items() if not math.isfinite(value) and name != "loss"]
+            return place, f"the loss is {loss:g}" + (f", and so are {', '.join(sorted(others))}" if others else "")
+        if alarm is None:
+            found = [signal for signal in signals(_packet(row), loss_before=loss_before) if signal.level == "HIGH"]
+            if found:
+                alarm = place, f"{found[0].name}: {found[0].reason}"
+        if loss is not None:
+            loss_before = loss
+    return alarm
+
+
+def _packet(row: Row) -> SystemStatePacket:
+    """As much of a packet as the risk table reads."""
+    finite = {name: value for name, value in row.values.items() if abs(value) < 3.4e38}
+    loss = finite.get("loss", finite.get("esper.training.loss", 0.0))
+    return SystemStatePacket(training_metrics=finite, validation_loss=loss)
+
+
+def _end(recording: Recording) -> Finding:
+    first, last = recording.rows[0], recording.rows[-1]
+    what = f"Steps {first.step} to {last.step} are here, of {last.unix_s - first.unix_s:.3g} s."
+    if not recording.ended:
+        return Finding("How did it end?", f"{what} Nothing says that it has ended.")
+    is_fine = recording.ended == "completed"
+    return Finding("How did it end?", f"{what} It ended: {recording.ended}.", not is_fine, last.step)
+
+
+def _first_bad(recording: Recording, bad: tuple[int, str] | None) -> Finding:
+    question = "Which step went wrong first?"
+    if bad is None:
+        return Finding(question, "None: every loss is finite, and no signal is HIGH.")
+    place, why = bad
+    row = recording.rows[place]
+    answer = f"Step {row.step} (epoch {row.epoch}): {why}."
+    before = [each.values for each in recording.rows[max(place - _BEFORE, 0) : place]]
+    for name in ("gradient_norm", "optimizer_lr", "esper.optimizer.lr"):
+        known = [values[name] for values in before if math.isfinite(values.get(name, math.nan))]
+        if len(known) >= 3 and known[-1] > 2 * median(known[:-1]):
+            times = known[-1] / median(known[:-1])
+            answer += f" {name} was {known[-1]:.4g} in the step before, {times:.3g} times what was usual."
+    return Finding(question, answer, True, row.step)
+
+
+def _learning(recording: Recording) -> Finding:
+    losses = [
+        (row.step, row.values["loss"]) for row in recording.rows if math.isfinite(row.values.get("loss", math.nan))
+    ]
+    question = "Was it learning?"
+    if len(losses) < 2:
+        return Finding(question, "There are too few losses to tell.")
+    size = max(len(losses) // 5, 1)
+    early, late = fmean(loss for _, loss in losses[:size]), fmean(loss for _, loss in losses[-size:])
+    best_step, best = min(losses, key=lambda pair: pair[1])
+    trend = "fell" if late < early else "rose"
+    return Finding(
+        question,
+        f"The loss {trend} from {early:.4g} to {late:.4g} (means of the first and last fifth); "
+        f"the least was {best:.4g} in step {best_step}.",
+        late > early,
+    )
+
+
+def phases(row: Row) -> dict[str, float]:
+    """Where a step's time went, in milliseconds, by phase; what is missing is not there."""
+    values = row.values
+    found = {}
+    for phase, name in (
+        ("input wait", "input_wait_ms"),
+        ("hook", "hook_latency_ms"),
+        ("finalize", "kasmina.finalize_ms"),
+    ):
+        if math.isfinite(values.get(name, math.nan)):
+            found[phase] = values[name]
+    step_ms = values.get("step_latency_ms", math.nan)
+    if math.isfinite(step_ms):
+        found["rest"] = max(step_ms - found.get("hook", 0.0) - found.get("finalize", 0.0), 0.0)
+    return found
+
+
+def _slowest(recording: Recording) -> Finding:
+    question = "Where does the time go?"
+    timed = [(row, phases(row)) for row in recording.rows]
+    timed = [(row, parts) for row, parts in timed if parts]
+    if not timed:
+        return Finding(question, "No durations were recorded.")
+    means = {phase: fmean(parts.get(phase, 0.0) for _, parts in timed) for phase in PHASES}
+    total = sum(means.values())
+    phase = max(means, key=means.__getitem__)
+    shares = ", ".join(f"{name} {means[name]:.3g} ms" for name in PHASES if means[name])
+    row, parts = max(timed, key=lambda pair: sum(pair[1].values()))
+    worst = max(parts, key=parts.__getitem__)
+    share = means[phase] / total if total else 0.0
+    return Finding(
+        question,
+        f"Mostly into {phase} ({share:.0%}): {shares}. The slowest step is {row.step}, {sum(parts.values()):.4g} ms, "
+        f"most of it {worst}.",
+        phase == "input wait" and share > 0.3,
+        row.step,
+    )
+
+
+def _seed(recording: Recording, bad: tuple[int, str] | None) -> Finding:
+    question = "Which seed is in trouble?"
+    last: dict[str, dict[str, float]] = {}
+    violations: dict[str, float] = {}
+    slowest: dict[str, tuple[float, int]] = {}
+    changes: list[tuple[int, int, str, float]] = []
+    for place, row in enumerate(recording.rows):
+        for seed_id, cells in row.seeds.items():
+            before = last.setdefault(seed_id, {})
+            if "stage" in cells and before.get("stage") not in {None, cells["stage"]}:
+                changes.append((place, row.step, seed_id, cells["stage"]))
+            violations[seed_id] = max(violations.get(seed_id, 0.0), cells.get("isolation_violations", 0.0))
+            latency = cells.get("last_kernel_latency_ms", math.nan)
+            if latency > slowest.get(seed_id, (0.0, 0))[0]:
+                slowest[seed_id] = latency, row.step
+            before.update(cells)
+    if not last:
+        return Finding(question, "No seed was recorded.")
+    answers = []
+    worst = max(violations, key=violations.__getitem__)
+    if violations[worst] > 0:
+        answers.append(f"{worst} violated gradient isolation {violations[worst]:g} times.")
+    late = max(slowest, key=lambda seed_id: slowest[seed_id][0], default=None)
+    if late is not None and slowest[late][0] > _LATENCY_BUDGET_MS:
+        answers.append(f"{late}'s kernel took {slowest[late][0]:.4g} ms in step {slowest[late][1]}.")
+    if bad is not None:
+        near = [change for change in changes if bad[0] - _BEFORE <= change[0] <= bad[0]]
+        answers += [
+            f"{seed_id} went to {_stage(stage)} in step {step}, {bad[0] - place} steps before it went wrong."
+            for place, step, seed_id, stage in near[-3:]
+        ]
+    return Finding(question, " ".join(answers) or f"None of {len(last)} shows any.", bool(answers))
+
+
+def _stage(number: float) -> str:
+    try:
+        return Stage(int(number)).name
+    except ValueError:
+        return f"stage {number:g}"
+
+
+def compared(one: Recording, other: Recording) -> list[Finding]:
+    """Two runs at the same steps."""
+    by_step = {row.step: row.values for row in other.rows}
+    pairs = [(row.step, row.values, by_step[row.step]) for row in one.rows if row.step in by_step]
+    question = f"How does it compare with {other.title}?"
+    if not pairs:
+        return [Finding(question, "The two have no step in common.")]
+    answers = [f"{len(pairs)} steps are in both, {pairs[0][0]} to {pairs[-1][0]}."]
+    for name, better in (
+        ("loss", "lower"),
+        ("accuracy", "higher"),
+        ("samples_per_s", "higher"),
+        ("step_latency_ms", "lower"),
+    ):
+        both = [(step, mine[name], theirs[name]) for step, mine, theirs in pairs if _finite(name, mine, theirs)]
+        if len(both) >= 2:
+            tail = both[-max(len(both) // 5, 1) :]
+            mine, theirs = fmean(each[1] for each in tail), fmean(each[2] for each in tail)
+            is_better = (mine < theirs) == (better == "lower")
+            word = "the same" if mine == theirs else "better" if is_better else "worse"
+            answers.append(f"{name} at the end: {mine:.4g} against {theirs:.4g} ({word}).")
+    apart = next(_apart(pairs), None)
+    if apart is not None:
+        answers.append(f"The losses part by more than a tenth in step {apart}.")
+    return [Finding(question, " ".join(answers), False, apart)]
+
+
+def _finite(name: str, *values: Mapping[str, float]) -> bool:
+    return all(math.isfinite(each.get(name, math.nan)) for each in values)
+
+
+def _apart(pairs: Sequence[tuple[int, Mapping[str, float], Mapping[str, float]]]) -> Iterator[int]:
+    for step, mine, theirs in pairs:
+        if _finite("loss", mine, theirs):
+            one, other = mine["loss"], theirs["loss"]
+            if abs(one - other) > 0.1 * max(abs(one), abs(other)):
+                yield step

@@ -1,0 +1,212 @@
+"""Page: a recording as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from esper_otel.report.findings import PHASES, Finding, compared, findings, first_bad, phases
+from esper_otel.report.recording import Recording
+from esper_otel.schema import Stage
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 920, 200, 64, 24
+_MOST_POINTS = 1_500
+_COLORS = ("#1f6feb", "#d29922", "#2da44e", "#8250df", "#cf222e", "#57606a")
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:960px;padding:0 1rem;color:#1f2328;background:#fff}
+h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:1.6rem 0 .3rem}p.sub{color:#57606a;margin-top:0}
+dl{border:1px solid #d0d7de;border-radius:8px;padding:.4rem 1rem}
+dt{font-weight:600;margin-top:.6rem}dd{margin:0 0 .6rem}
+dd.bad{border-left:4px solid #cf222e;padding-left:.6rem}svg{width:100%;height:auto}
+text{font:11px system-ui,sans-serif;fill:#57606a}table{border-collapse:collapse;font-size:13px}
+td,th{padding:.15rem .6rem;border-bottom:1px solid #d0d7de;text-align:right}
+td:first-child,th:first-child{text-align:left}
+"""
+
+Points = Sequence[tuple[float, float | None]]
+
+
+class Line(NamedTuple):
+    """One curve."""
+
+    name: str
+    points: Points
+
+
+def page(recording: Recording, other: Recording | None = None) -> str:
+    """The whole file.
+
+    Args:
+        recording: the run.
+        other: another one, to compare with.
+    """
+    found = findings(recording) + ([] if other is None else compared(recording, other))
+    bad = first_bad(recording)
+    mark = None if bad is None else recording.rows[bad[0]].step
+    parts = [_answers(found)]
+    losses = [_line("loss", recording, "loss"), _line("EWMA", recording, "loss_ewma")]
+    if other is not None:
+        losses = [losses[0], Line(f"loss of {other.title}", _line("", other, "loss").points)]
+    parts.append(_chart("Loss", losses, mark))
+    parts.append(_chart("Gradient norm", [_line("gradient_norm", recording, "gradient_norm")], mark))
+    parts.append(_times(recording, mark))
+    if other is not None:
+        cycles = [Line(each.title, _cycle(each)) for each in (recording, other)]
+        parts.append(_chart("Step and input wait, ms", cycles, mark))
+    parts += [_seeds(recording), _last_steps(recording)]
+    title = escape(recording.title)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f'<h1>{title}</h1><p class="sub">attempt {recording.attempt}, rank {recording.rank}; esper-otel report</p>'
+        + "".join(parts)
+        + "</html>\n"
+    )
+
+
+def _answers(found: Iterable[Finding]) -> str:
+    rows = [
+        f"<dt>{escape(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{escape(each.answer)}</dd>"
+        for each in found
+    ]
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _line(name: str, recording: Recording, metric: str) -> Line:
+    return Line(name, [(row.step, row.values.get(metric)) for row in recording.rows])
+
+
+def _cycle(recording: Recording) -> Points:
+    return [(row.step, sum(parts.values()) if (parts := phases(row)) else None) for row in recording.rows]
+
+
+def _thinned(points: Points) -> Points:
+    """At most so many that an eye can tell apart: of each stretch the least, the largest, and what is not finite."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    size = -(-len(points) // (_MOST_POINTS // 3))
+    kept: list[tuple[float, float | None]] = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        finite = [point for point in stretch if point[1] is not None and math.isfinite(point[1])]
+        chosen = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else set()  # type: ignore[arg-type, return-value]
+        odd = [point for point in stretch if point[1] is None or not math.isfinite(point[1])]
+        kept += sorted({*chosen, *odd[:1]}, key=lambda p: p[0])
+    return kept
+
+
+def _chart(title: str, lines: Sequence[Line], mark: int | None) -> str:
+    lines = [Line(line.name, _thinned(line.points)) for line in lines]
+    finite = [y for line in lines for _, y in line.points if y is not None and math.isfinite(y)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    low, high = low - margin, high + margin
+    steps = [x for line in lines for x, _ in line.points]
+    first, last = min(steps), max(steps)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - first) / ((last - first) or 1)
+        return _LEFT + across * (_WIDTH - _LEFT - 8), (high - y) / (high - low) * (_HEIGHT - _BOTTOM - 8) + 8
+
+    drawn = [_axes(low, high, first, last)]
+    for color, line in zip(_COLORS, lines, strict=False):
+        drawn.append(f'<path d="{_path(line.points, at)}" fill="none" stroke="{color}" stroke-width="1.4"/>')
+        for x, y in line.points:
+            if y is not None and not math.isfinite(y):
+                here, _ = at(x, low)
+                drawn.append(f'<text x="{here:.1f}" y="16" style="fill:#cf222e" text-anchor="middle">{y:g}</text>')
+    if mark is not None and first <= mark <= last:
+        here, _ = at(mark, low)
+        ends = f'x1="{here:.1f}" x2="{here:.1f}" y1="8" y2="{_HEIGHT - _BOTTOM}"'
+        drawn.append(f'<line {ends} stroke="#cf222e" stroke-dasharray="3 3"/>')
+    return f"<h2>{escape(title)}</h2>{_svg(drawn)}{_legend([line.name for line in lines])}"
+
+
+def _path(points: Points, at: Callable[[float, float], tuple[float, float]]) -> str:
+    words, is_down = [], False
+    for x, y in points:
+        if y is None or not math.isfinite(y):
+            is_down = False
+            continue
+        here = at(x, y)
+        words.append(f"{'L' if is_down else 'M'}{here[0]:.1f} {here[1]:.1f}")
+        is_down = True
+    return "".join(words)
+
+
+def _axes(low: float, high: float, first: float, last: float) -> str:
+    bottom = _HEIGHT - _BOTTOM
+    lines = [f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{bottom}" y2="{bottom}" stroke="#d0d7de"/>']
+    for share in (0.0, 0.5, 1.0):
+        y = 8 + share * (bottom - 8)
+        lines.append(
+            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{high - share * (high - low):.4g}</text>'
+        )
+        x = _LEFT + share * (_WIDTH - _LEFT - 8)
+        anchor = ("start", "middle", "end")[round(share * 2)]
+        lines.append(
+            f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{first + share * (last - first):.0f}</text>'
+        )
+    return "".join(lines)
+
+
+def _svg(drawn: Iterable[str]) -> str:
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(drawn)}</svg>'
+
+
+def _legend(names: Sequence[str]) -> str:
+    marks = [
+        f'<span style="color:{color}">■</span> {escape(name)}'
+        for color, name in zip(_COLORS, names, strict=False)
+        if name
+    ]
+    return f'<p class="sub">{" &nbsp; ".join(marks)} &nbsp; by step</p>'
+
+
+def _times(recording: Recording, mark: int | None) -> str:
+    """Where each step's time went, one phase upon the other."""
+    stacks: dict[str, list[tuple[float, float | None]]] = {phase: [] for phase in PHASES}
+    for row in recording.rows:
+        parts, total = phases(row), 0.0
+        for phase in PHASES:
+            total += parts.get(phase, 0.0)
+            stacks[phase].append((row.step, total if parts else None))
+    lines = [Line(phase, points) for phase, points in stacks.items()]
+    return _chart("Where a step's time goes, ms, one upon the other", lines, mark)
+
+
+def _seeds(recording: Recording) -> str:
+    lives: dict[str, list[tuple[int, float]]] = {}
+    for row in recording.rows:
+        for seed_id, cells in row.seeds.items():
+            stage = cells.get("stage")
+            of_seed = lives.setdefault(seed_id, [])
+            if stage is not None and (not of_seed or of_seed[-1][1] != stage):
+                of_seed.append((row.step, stage))
+    if not lives:
+        return ""
+    known = {stage.value: stage.name for stage in Stage}
+    rows = [
+        f"<tr><td>{escape(seed_id)}</td><td>"
+        + ", ".join(f"{known.get(int(stage), f'stage {stage:g}')} from {step}" for step, stage in changes)
+        + "</td></tr>"
+        for seed_id, changes in sorted(lives.items())
+    ]
+    return f"<h2>Seeds</h2><table><tr><th>seed</th><th>stages, from step</th></tr>{''.join(rows[:200])}</table>"
+
+
+def _last_steps(recording: Recording) -> str:
+    names = [
+        name
+        for name in ("loss", "gradient_norm", "accuracy", "step_latency_ms", "input_wait_ms", "samples_per_s")
+        if any(name in row.values for row in recording.rows)
+    ]
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = []
+    for row in recording.rows[-12:]:
+        cells = "".join(f"<td>{row.values[name]:.5g}</td>" if name in row.values else "<td></td>" for name in names)
+        rows.append(f"<tr><td>{row.step}</td>{cells}</tr>")
+    return f"<h2>The last steps</h2><table><tr><th>step</th>{head}</tr>{''.join(rows)}</table>"

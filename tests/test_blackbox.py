@@ -1,0 +1,190 @@
+"""The black box and its report: a run that went wrong, read by someone who was not there."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from gateways import RunningGateway
+from programs import until
+
+import esper_otel
+from esper_otel import ConfigurationError, EsperSettings, Stage, blackbox
+from esper_otel.cli import main
+from esper_otel.report.findings import findings
+from esper_otel.report.recording import Recording, of_file
+
+STEPS = 300
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.setenv("ESPER_BLACK_BOX_DIR", str(tmp_path / "box"))
+    monkeypatch.delenv("ESPER_BLACK_BOX_FRAMES")
+    return tmp_path / "box"
+
+
+def diverging(run_id: str, *, steps: int = STEPS, nan_at: int | None = STEPS, raises: bool = False) -> None:
+    """The gradient norm grows after a seed went to BLENDING, then the loss is NaN."""
+    with esper_otel.start(run_id=run_id) as telemetry:
+        for step in range(1, steps + 1):
+            near = nan_at is not None and step >= nan_at - 5
+            with telemetry.step(epoch=step // 100, samples=8) as now:
+                loss = math.nan if nan_at is not None and step >= nan_at else 2.0 * 0.99**step
+                now.put(loss=loss, gradient_norm=40.0 if near else 1.0, input_wait_ms=5.0, step_latency_ms=20.0)
+                now.put(hook_latency_ms=2.0)
+                stage = Stage.BLENDING if near else Stage.TRAINING
+                now.seed("seed-3", stage=stage, alpha=0.5, isolation_violations=float(near))
+                now.seed("seed-4", stage=Stage.TRAINING)
+        if raises:
+            raise KeyError(run_id)
+
+
+def only(folder: Path) -> Path:
+    [path] = until("it is written", lambda: list(folder.glob(f"*{blackbox.SUFFIX}")))
+    return Path(path)
+
+
+def test_a_loss_that_is_nan_is_written_with_the_steps_before_it(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """256 of them, exactly as recorded; the log says where. Once for a session."""
+    caplog.set_level("INFO")
+    with esper_otel.start(run_id="a/b c") as telemetry:
+        for step in range(1, STEPS + 1):
+            with telemetry.step(epoch=0) as now:
+                now.put(loss=math.nan if step == STEPS else 1.0, accuracy=math.inf)
+                now.seed("seed-1", alpha=step / STEPS)
+        path = only(folder)
+        telemetry.record_step({"loss": math.nan}, epoch=0)
+    assert only(folder) == path
+    head, rows = blackbox.read(path)
+    assert (head["run_id"], head["rank"], head["reason"]) == ("a/b c", 0, "loss not finite")
+    assert [row["step"] for row in rows] == [*range(STEPS - 255, STEPS + 1)]
+    assert math.isnan(rows[-1]["values"]["loss"])
+    assert rows[0]["values"]["accuracy"] == math.inf
+    assert "gradient_norm" not in rows[0]["values"]
+    assert rows[-1]["seeds"] == {"seed-1": {"alpha": 1.0}}
+    assert str(path) in caplog.text
+
+
+@pytest.mark.parametrize(("ends", "reason"), [("raise KeyError(1)", "KeyError"), ("kill", "SIGTERM"), ("pass", None)])
+def test_an_exception_and_sigterm_are_written_and_a_good_end_is_not(
+    folder: Path, ends: str, reason: str | None
+) -> None:
+    script = (
+        "import os, signal, time, esper_otel\n"
+        "telemetry = esper_otel.start(run_id='run')\n"
+        "for step in range(300): telemetry.record_step({'loss': 1.0}, epoch=0)\n"
+        + ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n" if ends == "kill" else f"{ends}\n")
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == {"KeyError": 1, "SIGTERM": -signal.SIGTERM, None: 0}[reason]
+    if reason is None:
+        assert not folder.exists()
+        return
+    path = only(folder)
+    head, rows = blackbox.read(path)
+    assert (head["reason"], len(rows)) == (reason, 256)
+    assert f"esper_otel black box: {reason}; the last 256 steps are in {path}" in done.stderr
+
+
+def test_it_can_be_switched_off_and_a_folder_that_cannot_be_written_harms_nobody(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    for settings in (EsperSettings(black_box_frames=0), EsperSettings(black_box_dir=tmp_path / "file" / "sub")):
+        with esper_otel.start(run_id="run", settings=settings) as telemetry:
+            telemetry.record_step({"loss": math.nan}, epoch=0)
+    until("it is said", lambda: "black box could not be written" in caplog.text)
+    assert not folder.exists()
+
+
+def answers(recording: Recording) -> dict[str, str]:
+    return {finding.question: finding.answer for finding in findings(recording)}
+
+
+def test_the_report_says_what_went_wrong_where_the_time_goes_and_which_seed(folder: Path) -> None:
+    with pytest.raises(KeyError):
+        diverging("wrong", raises=True)
+    until("both are written", lambda: len(list(folder.glob("*"))) == 2)
+    found = answers(of_file(next(folder.glob("*KeyError*"))))
+    assert found["How did it end?"].endswith("It ended: KeyError.")
+    assert f"Step {STEPS} (epoch 3): the loss is nan." in found["Which step went wrong first?"]
+    assert "gradient_norm was 40 in the step before, 40 times what was usual" in found["Which step went wrong first?"]
+    assert "Mostly into rest (72%): input wait 5 ms, hook 2 ms, rest 18 ms." in found["Where does the time go?"]
+    seed = found["Which seed is in trouble?"]
+    assert "seed-3 violated gradient isolation 1 times." in seed
+    assert f"seed-3 went to BLENDING in step {STEPS - 5}, 5 steps before it went wrong." in seed
+    assert "seed-4" not in seed
+
+
+def test_the_command_writes_a_page_and_tables(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file that needs nothing else; NaN and missing apart, in CSV and in Parquet."""
+    diverging("<one>")
+    first = only(folder)
+    diverging("two", nan_at=290)
+    second = next(path for path in folder.glob("*two*"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(first), "--vs", str(second), "--csv", "t.csv", "--parquet", "t.parquet"]) == 0
+    out = capsys.readouterr().out
+    assert "How does it compare with two?" in out
+    assert "Which step went wrong first?" in out
+    page = (tmp_path / "<one>.html").read_text(encoding="utf-8")
+    assert "&lt;one&gt;" in page
+    assert "<one>" not in page
+    assert not re.search(r"(src|href)=|@import|url\(", page)
+    assert page.count("<svg") >= 4
+    table = pd.read_parquet("t.parquet")
+    steps = table[table["seed_id"] == ""].set_index("step")
+    assert len(steps) == 256
+    assert bool(steps["loss"].isna().loc[STEPS])
+    assert steps.loc[STEPS - 1, "loss"] == pytest.approx(2.0 * 0.99 ** (STEPS - 1))
+    with Path("t.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if not row["seed_id"]]
+    assert rows[-1]["loss"] == "nan"
+    assert rows[-1].get("accuracy", "") == ""
+    assert len(table[table["seed_id"] == "seed-3"]) == 256
+
+
+def test_a_run_at_a_gateway_is_reported_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with RunningGateway() as gateway:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+        for run_id in ("one", "two"):
+            diverging(run_id, steps=60, nan_at=60 if run_id == "one" else None)
+        assert main(["report", "one", "--vs", "two", "--target", gateway.grpc]) == 0
+    out = capsys.readouterr().out
+    assert "Step 60 (epoch 0): the loss is nan." in out
+    assert "60 steps are in both, 1 to 60." in out
+    assert "It ended: completed." in out
+    assert (tmp_path / "one.html").is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x1f\x8b broken"])
+def test_what_is_no_black_box_is_said(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"x{blackbox.SUFFIX}"
+    path.write_bytes(content)
+    assert main(["report", str(path)]) == 2
+    assert "is no black box of esper_otel" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError):
+        blackbox.read(path)
+    assert main(["report", str(tmp_path / "missing.gz")]) == 2
+    assert os.environ["ESPER_BLACK_BOX_FRAMES"] == "0"
+
+
+def test_a_run_without_anything_wrong_says_so(tmp_path: Path) -> None:
+    rows: tuple[Any, ...] = ()
+    assert "No step was recorded." in answers(Recording("run", 0, 1, "", rows)).values()
