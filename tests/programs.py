@@ -261,3 +261,36 @@ class Prometheus(Program):
             for series in self.query(f"{selector}[{range_s}s]")
             for time_s, value in series["values"]
         }
+
+
+class Redis(Program):
+    """A server on a port of its own, which keeps what it was given."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__(folder, "redis")
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._options = options
+
+    def command(self) -> list[str | Path]:
+        """See ``Program``."""
+        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        return ["redis-server", *where, "--appendonly", "yes", "--appendfsync", "always", *self._options]
+
+    def client(self, **more: Any) -> Any:
+        """To look at it."""
+        import redis
+
+        return redis.Redis(port=self.port, **more)
+
+    def is_ready(self) -> bool:
+        """See ``Program``."""
+        import redis
+
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except redis.AuthenticationError:
+            return True
+        except redis.RedisError:
+            return False

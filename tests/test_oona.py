@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 from gateways import RunningGateway
-from programs import Program, free_port, until
+from programs import Redis, free_port, until
 
 import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage, Telemetry, oona
@@ -30,36 +30,6 @@ redis = pytest.importorskip("redis")
 SERVER = shutil.which("redis-server")
 SECRET = "of the bus"
 pytestmark = pytest.mark.skipif(SERVER is None, reason="Redis is not installed (Debian: apt-get install redis-server)")
-
-
-class Redis(Program):
-    """A server on a port of its own, which keeps what it was given."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        super().__init__(folder, "redis")
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._options = options
-
-    def command(self) -> list[str | Path]:
-        """See ``Program``."""
-        assert SERVER is not None
-        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        return [SERVER, *where, "--appendonly", "yes", "--appendfsync", "always", *self._options]
-
-    def client(self, **more: Any) -> Any:
-        """To look at it."""
-        return redis.Redis(port=self.port, **more)
-
-    def is_ready(self) -> bool:
-        """See ``Program``."""
-        try:
-            with self.client() as client:
-                return bool(client.ping())
-        except redis.AuthenticationError:
-            return True
-        except redis.RedisError:
-            return False
 
 
 class Message(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from gateways import RunningGateway
+from programs import Redis
 
 from esper_otel.cli import build_parser
 from esper_otel.testing import MemoryCollector, Point
@@ -53,7 +55,7 @@ def values_in(collector: MemoryCollector) -> list[Point]:
 def test_every_program_of_the_readme_is_run_here() -> None:
     """A block without a marker would be one that nobody tries."""
     assert README.count("```python") == len(EXAMPLES)
-    assert set(EXAMPLES) == {"loop", "own", "tamiyo", "gateway"}
+    assert set(EXAMPLES) == {"loop", "own", "tamiyo", "gateway", "oona"}
 
 
 def test_the_training_loop_sends_every_step(tmp_path: Path) -> None:
@@ -99,6 +101,17 @@ def test_the_packets_of_another_machine_are_printed_as_the_readme_says(tmp_path:
     assert ran.stdout.splitlines() == ["[('digits-7', 1, 'completed')]", "1 1 True 0.41999998688697815"]
 
 
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="Redis is not installed")
+def test_the_steps_are_on_the_bus_as_the_readme_says(tmp_path: Path) -> None:
+    """A trainer without a gateway."""
+    with Redis(tmp_path / "redis") as server, MemoryCollector() as collector:
+        EXAMPLES["bus"] = EXAMPLES["oona"].replace("redis://127.0.0.1:6379/0", server.url)
+        run_example("bus", collector, tmp_path)
+        del EXAMPLES["bus"]
+        with server.client() as client:
+            assert client.xlen("oona.normal") == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_exists(command: str) -> None:
     """Each is one that this checkout understands."""
@@ -113,14 +126,14 @@ def test_every_command_of_the_readme_exists(command: str) -> None:
         assert set(extras.split(",")) <= declared["optional-dependencies"].keys()
     else:
         assert program == "export"
-        assert all(re.fullmatch(r"OTEL_[A-Z_]+=\S+", argument) for argument in arguments)
+        assert all(re.fullmatch(r"(OTEL|ESPER)_[A-Z_]+=\S+", argument) for argument in arguments)
 
 
 def test_every_make_target_and_command_that_the_text_names_exists() -> None:
     """In running text too."""
     for text in (README, *((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "SECURITY.md"))):
         assert set(re.findall(r"`make ([a-z-]+)", text)) <= TARGETS
-        for arguments in re.findall(r"`esper-otel ([a-z]+)", text):
+        for arguments in re.findall(r"`esper-otel ([a-z][^`]*)`", text):
             build_parser(shlex.split(arguments)).parse_args(shlex.split(arguments))
 
 

@@ -103,7 +103,7 @@ def _chart(title: str, lines: Sequence[Line], mark: int | None) -> str:
         return ""
     low, high = min(finite), max(finite)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high = low - margin, high + margin
+    low, high = low - margin if low < 0 else max(low - margin, 0.0), high + margin
     steps = [x for line in lines for x, _ in line.points]
     first, last = min(steps), max(steps)
 

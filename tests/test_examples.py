@@ -1,0 +1,60 @@
+"""Each example, run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gateways import RunningGateway
+
+from esper_otel import TamiyoClient
+
+pytest.importorskip("torch")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# How many steps each records.
+STEPS = {"loop.py": 40, "watch.py": 40, "lightning_fit.py": 40, "huggingface.py": 16, "accelerate_loop.py": 20}
+
+
+def run(gateway: RunningGateway, *command: str | Path) -> str:
+    environ = {
+        **os.environ,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}",
+        "ESPER_RUN_ID": Path(command[-1]).stem,
+    }
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, env=environ, timeout=110
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_script_is_listed_and_has_its_test() -> None:
+    scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"draw_demo.py"}
+    assert scripts == STEPS.keys() | {"untouched.py", "controller.py"}
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((\w+\.py)\)", readme)) == scripts
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_it_runs_and_its_steps_arrive(name: str) -> None:
+    with RunningGateway() as gateway:
+        run(gateway, EXAMPLES / name)
+        with TamiyoClient(gateway.grpc) as client:
+            [state] = client.runs()
+            assert (state.stored, state.ended in {"completed", "exit"}) == (STEPS[name], True)
+            packets = client.pull(state.run_id, max_packets=1)[0]
+            expected = {"loss", "gradient_norm", "samples_per_s", "input_wait_ms", "step_latency_ms", "loss_ewma"}
+            assert expected <= packets.names
+
+
+def test_the_untouched_script_is_followed_and_a_controller_sees_its_steps() -> None:
+    with RunningGateway() as gateway:
+        out = run(gateway, "-m", "esper_otel", "run", EXAMPLES / "untouched.py")
+        assert out.splitlines()[-1].startswith("epoch 1: loss ")
+        seen = run(gateway, EXAMPLES / "controller.py", "--target", gateway.grpc, "untouched")
+        assert len([line for line in seen.splitlines() if line.startswith("step ")]) == 40
