@@ -26,7 +26,8 @@ def identify(
 ) -> Run:
     """Who this process is.
 
-    - run id: the argument, ``ESPER_RUN_ID``, ``TORCHELASTIC_RUN_ID`` unless ``none``, ``SLURM_JOB_ID``, else made up.
+    - run id: the argument, ``ESPER_RUN_ID``, ``TORCHELASTIC_RUN_ID`` unless ``none``, ``SLURM_JOB_ID``, else made up;
+      with several ranks by rank 0, when ``torch.distributed`` is initialised.
     - rank and world size: the argument, ``RANK`` and ``WORLD_SIZE``, ``SLURM_PROCID`` and ``SLURM_NTASKS``, else
       0 of 1.
     - attempt: Unix milliseconds now; with several ranks rank 0's milliseconds when ``torch.distributed`` is
@@ -43,11 +44,13 @@ def identify(
     if run_id is None:
         run_id = _run_id_of_launcher(environ)
     if run_id is None:
+        run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
         if world_size > 1:
+            run_id = _of_rank_zero("run_id", rank, run_id)
+        if run_id is None:
             raise ConfigurationError(
                 f"{world_size} ranks without a common run id: give start(run_id=...) or set ESPER_RUN_ID on every rank"
             )
-        run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
     run_id = _text("run_id", run_id)
     return Run(
         run_id=run_id,
@@ -71,17 +74,17 @@ def _attempt(run_id: str, rank: int, world_size: int, environ: Mapping[str, str]
     now_ms = time.time_ns() // 1_000_000
     if world_size == 1:
         return now_ms
-    shared_ms = _of_rank_zero(run_id, rank, now_ms)
+    shared_ms = _of_rank_zero(f"attempt/{run_id}", rank, str(now_ms))
     if shared_ms is not None:
-        return shared_ms
+        return int(shared_ms)
     for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         if variable in environ:
             return _whole("attempt", None, environ, (variable,), 0)
     return now_ms
 
 
-def _of_rank_zero(run_id: str, rank: int, now_ms: int) -> int | None:
-    """Rank 0's milliseconds, by the key-value store of ``torch.distributed`` where that is initialised.
+def _of_rank_zero(what: str, rank: int, mine: str) -> str | None:
+    """Rank 0's text, by the key-value store of ``torch.distributed`` where that is initialised.
 
     A broadcast would wait for ever for ranks that start no session; the store is asked for a few seconds only.
     """
@@ -89,21 +92,21 @@ def _of_rank_zero(run_id: str, rank: int, now_ms: int) -> int | None:
     distributed = getattr(torch, "distributed", None)
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
-    start_number = _starts[run_id] = _starts.get(run_id, 0) + 1
-    key = f"esper_otel/attempt/{run_id}/{start_number}"
+    number = _asked[what] = _asked.get(what, 0) + 1
+    key = f"esper_otel/{what}/{number}"
     try:
         store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001 - there is no public way to it
         if rank == 0:
-            store.set(key, str(now_ms))
-            return now_ms
+            store.set(key, mine)
+            return mine
         store.wait([key], _RANK_ZERO_TIMEOUT)
-        return int(store.get(key))
+        return str(store.get(key).decode())
     except Exception:  # noqa: BLE001 - rank 0 starts no session, or the store is gone
         return None
 
 
-# How often each run was started in this process; the same on every rank.
-_starts: dict[str, int] = {}
+# How often each thing was asked for in this process; the same on every rank.
+_asked: dict[str, int] = {}
 
 
 def _whole(name: str, given: int | None, environ: Mapping[str, str], variables: tuple[str, ...], default: int) -> int:

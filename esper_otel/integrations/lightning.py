@@ -66,8 +66,6 @@ class EsperCallback(Callback):
             arguments = {"rank": trainer.global_rank, "world_size": trainer.world_size, **self._arguments}
             if trainer.max_epochs is not None and trainer.max_epochs > 0:
                 arguments.setdefault("epochs", trainer.max_epochs)
-            if trainer.world_size > 1:
-                arguments["run_id"] = _common_run_id(trainer, arguments.get("run_id"))
             self.telemetry = start(**arguments)
         if self._resumed is not None:
             self.telemetry.load_state_dict(self._resumed)
@@ -156,18 +154,3 @@ class EsperCallback(Callback):
         if self.telemetry is not None and self._is_ours:
             self.telemetry.close(outcome=outcome)
         self._loop = None
-
-
-def _common_run_id(trainer: Any, given: str | None) -> str | None:
-    """Rank 0's, or a new one of rank 0; None where the environment has one."""
-    import os
-    import secrets
-    import time
-
-    if given is not None or os.environ.get("ESPER_RUN_ID") or os.environ.get("SLURM_JOB_ID"):
-        return given
-    if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
-        return None
-    made_up = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
-    common: str = trainer.strategy.broadcast(made_up)
-    return common

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gateways import RunningGateway
+from programs import until
 
 import esper_otel
-from esper_otel import InvalidValue, Packets
+from esper_otel import InvalidValue, Packets, TamiyoClient
 
 torch = pytest.importorskip("torch")
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
@@ -150,3 +155,40 @@ def test_a_session_that_is_there_is_used_and_left_open() -> None:
         assert len(list(telemetry.pull())) == 9
         with pytest.raises(InvalidValue, match="run_id"):
             EsperCallback(telemetry, run_id="other")
+
+
+DDP = """
+import sys
+sys.path.insert(0, {here!r})
+import test_lightning as tests
+callback = tests.EsperCallback()
+tests.fit(callback, epochs=1, devices=2, strategy="ddp")
+print("said", callback.telemetry.run_id)
+"""
+
+
+def test_several_ranks_are_one_run(tmp_path: Path) -> None:
+    """Lightning starts the second process itself; nobody has named the run."""
+    (tmp_path / "train.py").write_text(DDP.format(here=str(Path(__file__).parent)), encoding="utf-8")
+    with RunningGateway() as gateway:
+        environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}", "OMP_NUM_THREADS": "1"}
+        del environ["OTEL_METRICS_EXPORTER"]
+        done = subprocess.run(
+            [sys.executable, tmp_path / "train.py"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environ,
+            timeout=110,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        with TamiyoClient(gateway.grpc) as client:
+            until("both have ended", lambda: [run.ended for run in client.runs()] == ["completed"] * 2)
+            runs = client.runs()
+            assert [(run.rank, run.world_size, run.stored) for run in runs] == [(0, 2, 4), (1, 2, 4)]
+            assert len({(run.run_id, run.attempt) for run in runs}) == 1
+            norms = [
+                [p.state.training_metrics["gradient_norm"] for p in client.pull(runs[0].run_id, rank=rank)]
+                for rank in (0, 1)
+            ]
+            assert norms[0] == pytest.approx(norms[1], rel=1e-5)

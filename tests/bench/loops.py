@@ -1,0 +1,147 @@
+"""What the telemetry costs other people's loops: ``python tests/bench/loops.py [--rounds 5]``.
+
+The same training with and without, in turns; the medians and 99th percentiles of the time from one step to the next,
+and their ratios. Steps are sent to a receiver on loopback in another process. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+import esper_otel
+
+STEPS = 300
+WIDTH = 256
+Times = list[float]
+
+
+def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Random ones."""
+    random = torch.Generator().manual_seed(1)
+    inputs = torch.randn(64, WIDTH, generator=random)
+    targets = torch.randint(0, 10, (64,), generator=random)
+    for _ in range(STEPS):
+        yield inputs, targets
+
+
+class Loader:
+    """Gives them."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return batches()
+
+
+def model() -> torch.nn.Module:
+    """Some 200,000 parameters: a step of about a millisecond."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, 10))
+
+
+def plain(*, watched: bool) -> Times:
+    """A script's own loop."""
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    loader: Any = Loader()
+    if watched:
+        loader = esper_otel.watch(net, optimizer, loader, run_id=f"bench-{time.time_ns()}")
+    stamps = []
+    for inputs, targets in loader:
+        loss = torch.nn.functional.cross_entropy(net(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if watched:
+            loader.put(loss=loss)
+        stamps.append(time.perf_counter())
+    if watched:
+        loader.close()
+    return np.diff(stamps[20:]).tolist()
+
+
+def lightning(*, watched: bool) -> Times:
+    """Lightning's."""
+    import lightning.pytorch as pl
+
+    from esper_otel.integrations.lightning import EsperCallback
+
+    stamps = []
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            stamps.append(time.perf_counter())
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    callbacks = [EsperCallback(run_id=f"bench-{time.time_ns()}")] if watched else []
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, **quiet)
+    trainer.fit(Module(), Loader())
+    return np.diff(stamps[20:]).tolist()
+
+
+def measured(run: Callable[..., Times], rounds: int) -> tuple[Times, Times]:
+    """Without and with, in turns."""
+    without: Times = []
+    with_it: Times = []
+    for _ in range(rounds):
+        without += run(watched=False)
+        with_it += run(watched=True)
+    return without, with_it
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    receiver = subprocess.Popen(
+        [sys.executable, "-m", "esper_otel", "gateway", "--json", "--grpc", "127.0.0.1:0", "--http", "none"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert receiver.stdout is not None
+    address = json.loads(receiver.stdout.readline())["grpc"]
+    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{address}"
+    try:
+        print("| loop | step without | with | p50 | p99 without | with | p99 |\n|---|---|---|---|---|---|---|")
+        for name, run in (("plain, `watch`", plain), ("Lightning", lightning)):
+            run(watched=False)
+            without, with_it = (np.array(times) * 1e6 for times in measured(run, rounds))
+            cells = [name]
+            for share in (50, 99):
+                one, other = np.percentile(without, share), np.percentile(with_it, share)
+                cells += [f"{one:,.0f} us", f"{other:,.0f} us", f"{other / one:.2f}x"]
+            print(f"| {' | '.join(cells)} |")
+    finally:
+        receiver.terminate()
+        receiver.wait()
+
+
+if __name__ == "__main__":
+    main()
