@@ -46,7 +46,7 @@ class BlackBox:
         self._ring = ring
         self._run = run
         self._frames = settings.black_box_frames
-        self._folder = settings.black_box_dir or Path(tempfile.gettempdir()) / "esper-otel"
+        self._folder = settings.black_box_dir
         self._warnings = warnings
         self._has_alarmed = False
 
@@ -69,10 +69,11 @@ class BlackBox:
     def _write(self, reason: str) -> None:
         run = self._run()
         name = re.sub(r"[^\w.-]+", "_", f"{run.run_id}-{run.rank}-{run.attempt}-{reason}")[:200]
-        path = self._folder / f"{name}{SUFFIX}"
+        path = Path(f"{name}{SUFFIX}")
         try:
+            path = (self._folder or _folder_of_ours()) / path
             frames, _ = self._ring.after(self._ring.last - self._frames, self._frames)
-            self._folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f"{path.name}.{os.getpid()}.new")
             with gzip.open(new, "wt", encoding="utf-8", compresslevel=1) as file:
                 file.writelines(_lines(run, reason, frames))
@@ -81,6 +82,15 @@ class BlackBox:
             self._warnings.say("black box", "the black box could not be written: %s", error)
         else:
             announce("black box", f"{reason}; the last {len(frames)} steps are in {path}: esper-otel report {path}")
+
+
+def _folder_of_ours() -> Path:
+    """A folder for temporary files that nobody else can have put there, or can look into."""
+    folder = Path(tempfile.gettempdir()) / f"esper-otel-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} is not ours; set ESPER_BLACK_BOX_DIR")
+    return folder
 
 
 def _lines(run: Run, reason: str, frames: list[Frame]) -> Iterator[str]:

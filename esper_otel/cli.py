@@ -302,7 +302,7 @@ _COMMANDS = {
     ),
     "report": _Command(
         "what happened in a run: one page from a black box or from a gateway, and tables",
-        "esper-otel report /tmp/esper-otel/digits-7-0-1790000000000-KeyError.esper.jsonl.gz",
+        "esper-otel report /tmp/esper-otel-1000/digits-7-0-1790000000000-KeyError.esper.jsonl.gz",
         _add_report_arguments,
         _run_report,
     ),

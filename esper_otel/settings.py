@@ -95,7 +95,7 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
     )
     black_box_dir: Path | None = Field(
         default=None,
-        description="Where these files go; without it a folder `esper-otel` in the system's for temporary files.",
+        description="Where these files go; without it `esper-otel-UID` in the system's folder for temporary files.",
     )
     probe_period_s: float = Field(
         default=1.0,

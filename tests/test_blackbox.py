@@ -108,6 +108,25 @@ def test_it_can_be_switched_off_and_a_folder_that_cannot_be_written_harms_nobody
     assert not folder.exists()
 
 
+def test_the_folder_for_temporary_files_is_ours_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody else's folder under that name is not used."""
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.delenv("ESPER_BLACK_BOX_FRAMES")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ours = tmp_path / f"esper-otel-{os.getuid()}"
+    with esper_otel.start(run_id="run") as telemetry:
+        telemetry.record_step({"loss": math.nan}, epoch=0)
+        only(ours)
+    assert ours.stat().st_mode & 0o777 == 0o700
+    ours.rename(tmp_path / "elsewhere")
+    ours.symlink_to(tmp_path / "elsewhere")
+    with esper_otel.start(run_id="other") as telemetry:
+        telemetry.record_step({"loss": math.nan}, epoch=0)
+        until("it is said", lambda: "is not ours" in caplog.text)
+
+
 def answers(recording: Recording) -> dict[str, str]:
     return {finding.question: finding.answer for finding in findings(recording)}
 
