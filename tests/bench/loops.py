@@ -60,7 +60,7 @@ def plain(*, watched: bool) -> Times:
     for inputs, targets in loader:
         loss = torch.nn.functional.cross_entropy(net(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         if watched:
             loader.put(loss=loss)
@@ -90,13 +90,13 @@ def lightning(*, watched: bool) -> Times:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    quiet = {
+    quiet: Any = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    callbacks = [EsperCallback(run_id=f"bench-{time.time_ns()}")] if watched else []
+    callbacks: Any = [EsperCallback(run_id=f"bench-{time.time_ns()}")] if watched else []
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, **quiet)
     trainer.fit(Module(), Loader())
     return np.diff(stamps[20:]).tolist()
