@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from esper_otel.telemetry import Telemetry
 
 try:
     from lightning.pytorch import Callback
-except ImportError:
-    from pytorch_lightning import Callback  # type: ignore[assignment] # the same under its older name
+except ImportError:  # the same under its older name, for those who have installed that
+    Callback = import_module("pytorch_lightning").Callback  # type: ignore[misc]
 
 VALIDATION = {"loss": "val_loss", "accuracy": "val_acc"}
 

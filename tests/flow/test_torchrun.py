@@ -15,6 +15,7 @@ from programs import until
 from esper_otel import TamiyoClient
 
 torch = pytest.importorskip("torch")
+fsdp = pytest.importorskip("torch.distributed.fsdp")
 
 TRAIN = """
 import json, sys, time
@@ -108,6 +109,7 @@ def test_each_rank_of_ddp_is_there_and_the_one_that_waits_for_data_is_named(tmp_
             assert len(client.pull("job-7", rank=2)) == 12
 
 
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="this torch has no FSDP2")
 def test_shards_of_fsdp_have_the_norm_of_the_whole_and_rank_0_can_send_alone(tmp_path: Path) -> None:
     with RunningGateway() as gateway:
         said = torchrun(tmp_path, gateway, 2, "fsdp", "0", ESPER_EXPORT_RANKS="rank0")
