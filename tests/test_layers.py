@@ -83,6 +83,7 @@ OWNERS = {
     "redis": ("oona.py",),
     "pyarrow": ("report/table.py",),
     "lightning": ("integrations/lightning.py",),
+    "pytorch_lightning": ("integrations/lightning.py",),
     "transformers": ("integrations/transformers.py",),
 }
 
