@@ -134,7 +134,7 @@ def answers(recording: Recording) -> dict[str, str]:
 def test_the_report_says_what_went_wrong_where_the_time_goes_and_which_seed(folder: Path) -> None:
     with pytest.raises(KeyError):
         diverging("wrong", raises=True)
-    until("both are written", lambda: len(list(folder.glob("*"))) == 2)
+    until("both are written", lambda: len(list(folder.glob(f"*{blackbox.SUFFIX}"))) == 2)
     found = answers(of_file(next(folder.glob("*KeyError*"))))
     assert found["How did it end?"].endswith("It ended: KeyError.")
     assert f"Step {STEPS} (epoch 3): the loss is nan." in found["Which step went wrong first?"]
@@ -153,7 +153,7 @@ def test_the_command_writes_a_page_and_tables(
     diverging("<one>")
     first = only(folder)
     diverging("two", nan_at=290)
-    second = next(path for path in folder.glob("*two*"))
+    [second] = until("the other is written", lambda: list(folder.glob(f"*two*{blackbox.SUFFIX}")))
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(first), "--vs", str(second), "--csv", "t.csv", "--parquet", "t.parquet"]) == 0
     out = capsys.readouterr().out

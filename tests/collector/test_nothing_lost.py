@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from gateways import RunningGateway
-from programs import ROOT, Collector, Prometheus, until
+from programs import ROOT, Collector, Prometheus, free_port, until
 
 import esper_otel
 from esper_otel import EsperSettings, TamiyoClient, UnknownRun
@@ -75,9 +74,7 @@ def expected(times: list[int]) -> dict[int, float]:
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def test_backends_down_and_the_collector_killed_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

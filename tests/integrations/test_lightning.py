@@ -172,6 +172,7 @@ def test_several_ranks_are_one_run(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(DDP.format(here=str(Path(__file__).parent)), encoding="utf-8")
     with RunningGateway() as gateway:
         environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}", "OMP_NUM_THREADS": "1"}
+        environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         del environ["OTEL_METRICS_EXPORTER"]
         done = subprocess.run(
             [sys.executable, tmp_path / "train.py"],
