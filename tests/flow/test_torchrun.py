@@ -68,7 +68,7 @@ dist.destroy_process_group()
 
 
 def test_each_rank_is_there_and_the_one_that_waits_for_data_is_named(tmp_path: Path) -> None:
-    """DDP: one run, one attempt, the norm of the averaged gradients. FSDP2: the norm of the whole; rank 0 sends alone."""
+    """DDP: one run, one attempt, the norm of averaged gradients. FSDP2: the norm of the whole; rank 0 sends alone."""
     (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "job-7"]
