@@ -75,7 +75,8 @@ class BlackBox:
             frames, _ = self._ring.after(self._ring.last - self._frames, self._frames)
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f"{path.name}.{os.getpid()}.new")
-            with gzip.open(new, "wt", encoding="utf-8", compresslevel=1) as file:
+            private = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(private, "wb") as raw, gzip.open(raw, "wt", encoding="utf-8", compresslevel=1) as file:
                 file.writelines(_lines(run, reason, frames))
             new.replace(path)
         except OSError as error:

@@ -66,6 +66,7 @@ def test_a_loss_that_is_nan_is_written_with_the_steps_before_it(folder: Path, ca
         path = only(folder)
         telemetry.record_step({"loss": math.nan}, epoch=0)
     assert only(folder) == path
+    assert path.stat().st_mode & 0o777 == 0o600
     head, rows = blackbox.read(path)
     assert (head["run_id"], head["rank"], head["reason"]) == ("a/b c", 0, "loss not finite")
     assert [row["step"] for row in rows] == [*range(STEPS - 255, STEPS + 1)]
