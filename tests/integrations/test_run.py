@@ -80,26 +80,38 @@ def values(collector: MemoryCollector, name: str) -> list[float]:
     return [point.value for point in collector.points() if point.name == name and point.value is not None]
 
 
-@pytest.mark.parametrize("arguments", [("three", "--epochs"), ("fail",)], ids=["exits", "fails"])
-def test_output_traceback_and_exit_status_are_the_same(script: Path, arguments: tuple[str, ...]) -> None:
-    with MemoryCollector() as collector:
-        without = run(collector, script, *arguments, PYTHONPATH="/nowhere")
-        ours = followed(collector, script, *arguments, PYTHONPATH="/nowhere")
-        assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, without.returncode)
-        steps = 7 if "fail" in arguments else 8
-        assert values(collector, "esper.global_step") == [*range(1, steps + 1)]
-        assert len(values(collector, "gradient_norm")) == steps - ("fail" in arguments)
-        assert values(collector, "esper.step.failed") == ([1.0] if "fail" in arguments else [])
-        assert min(values(collector, "input_wait_ms")) > 0
-        assert min(values(collector, "samples_per_s")) > 0
-        assert values(collector, "loss") == []
+def check(collector: MemoryCollector, steps: int, failed: int) -> None:
+    """What has arrived of a script."""
+    assert values(collector, "esper.global_step") == [*range(1, steps + failed + 1)]
+    assert len(values(collector, "gradient_norm")) == steps
+    assert values(collector, "esper.step.failed") == [1.0] * failed
+    assert min(values(collector, "input_wait_ms")) > 0
+    assert min(values(collector, "samples_per_s")) > 0
+    assert values(collector, "loss") == []
 
 
-def test_workers_of_loaders_are_left_alone(script: Path) -> None:
+def test_output_traceback_and_exit_status_of_one_that_fails_are_the_same(script: Path) -> None:
     with MemoryCollector() as collector:
-        ours = followed(collector, script, WORKERS="2")
-        assert (len(ours.stdout.splitlines()), ours.returncode) == (8, 0)
-        assert values(collector, "esper.global_step") == [*range(1, 9)]
+        without = run(collector, script, "fail", PYTHONPATH="/nowhere")
+        ours = followed(collector, script, "fail", PYTHONPATH="/nowhere")
+        assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, 1)
+        check(collector, steps=6, failed=1)
+
+
+def test_a_module_whose_loaders_have_workers_exits_as_without_us(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log, where one is asked for, says what was done."""
+    monkeypatch.chdir(script.parent)
+    log = tmp_path / "log"
+    with MemoryCollector() as collector:
+        without = run(collector, "-m", "train", "three", "--epochs", WORKERS="2")
+        ours = run(
+            *(collector, "-m", "esper_otel", "run", "--log", log, "-m", "train", "three", "--epochs"), WORKERS="2"
+        )
+        assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, 3)
+        check(collector, steps=8, failed=0)
+    assert "frames recorded 8, exported 8, dropped 0" in log.read_text(encoding="utf-8")
 
 
 def test_a_script_without_loaders_has_the_time_from_step_to_step(tmp_path: Path) -> None:
@@ -135,14 +147,3 @@ def test_a_script_that_is_not_there_is_said_by_python(tmp_path: Path) -> None:
         without = run(collector, tmp_path / "nothing.py")
         ours = followed(collector, tmp_path / "nothing.py")
         assert (ours.stderr, ours.returncode) == (without.stderr, 2)
-
-
-def test_a_module_is_run_too_and_the_log_says_what_was_done(script: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with MemoryCollector() as collector:
-        command = [sys.executable, "-m", "esper_otel", "run", "--log", str(log), "-m", "train", "three"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environ(collector), cwd=script.parent
-        )
-        assert done.returncode == 3
-        assert "frames recorded 8, exported 8, dropped 0" in log.read_text(encoding="utf-8")
