@@ -64,8 +64,9 @@ class Ring:
 
     def append(self, frame: Frame) -> None:
         """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
-        self._last = number = self._last + 1
-        self._frames[number] = frame
+        number = self._last + 1
+        self._frames[number] = frame  # first: whoever sees the number finds the frame
+        self._last = number
         if frame.live.ids:
             self._size += frame_bytes(frame)
         else:  # the same, in half the time
@@ -112,16 +113,17 @@ class Ring:
     def after(self, sequence: int, limit: int) -> tuple[list[Frame], int]:
         """Up to ``limit`` frames that follow ``sequence``, and how many between them and it are gone."""
         frames: list[Frame] = []
+        last = self._last  # before any look-up: what is not there then was dropped, and does not come just now
         number = start = max(sequence + 1, self._first)
-        while len(frames) < limit:
+        while len(frames) < limit and number <= last:
             frame = self._frames.get(number)
             if isinstance(frame, Packed):
                 frame = self._frame_of(frame, number)
             if frame is not None:
                 frames.append(frame)
-            elif frames or number > self._last:
+            elif frames:
                 break
-            else:  # dropped between the two look-ups
+            else:  # dropped since the first number was looked up
                 start = number + 1
             number += 1
         return frames, start - (sequence + 1)

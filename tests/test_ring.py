@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from frames import frames
@@ -55,6 +57,35 @@ def test_a_seed_table_that_is_shared_counts_once() -> None:
     """Most steps record every live seed: the two tables are one."""
     cells = 100 * WIDTH * 8
     assert cells < frame_bytes(frame(1, seeds=100)) - SIZE < 1.1 * cells
+
+
+class WhileLookingUp(dict[int, Frame]):
+    """Calls something in the middle of a look-up, when the answer is known and not yet given."""
+
+    def __init__(self, content: dict[int, Frame], then: Callable[[], None]) -> None:
+        super().__init__(content)
+        self.then = then
+
+    def get(self, key: int, default: Any = None) -> Any:
+        found = super().get(key, default)
+        self.then()
+        return found
+
+
+def test_a_frame_that_comes_while_a_reader_looks_for_it_is_not_taken_for_a_dropped_one() -> None:
+    """The exporter and every puller would skip it, and count it as lost."""
+    ring = Ring(10 * SIZE)
+    ring.append(frame(1))
+    ring._frames = WhileLookingUp(ring._frames, lambda: ring.append(frame(ring.last + 1)))  # type: ignore[assignment, arg-type]
+    cursor, seen = 0, []
+    while len(seen) < 5:
+        frames, gap = ring.after(cursor, 1)
+        assert gap == 0
+        seen += [f.sequence for f in frames]
+        cursor += len(frames)
+    assert seen == [1, 2, 3, 4, 5]
+    frames, gap = ring.after(ring.last, 5)
+    assert (frames, gap) == ([], 0)
 
 
 def test_a_reader_beside_a_fast_writer_misses_nothing_it_is_not_told_of() -> None:
