@@ -77,7 +77,8 @@ def test_a_frame_that_comes_while_a_reader_looks_for_it_is_not_taken_for_a_dropp
     ring = Ring(10 * SIZE)
     ring.append(frame(1))
     ring._frames = WhileLookingUp(ring._frames, lambda: ring.append(frame(ring.last + 1)))  # type: ignore[assignment, arg-type]
-    cursor, seen = 0, []
+    cursor = 0
+    seen: list[int] = []
     while len(seen) < 5:
         frames, gap = ring.after(cursor, 1)
         assert gap == 0
