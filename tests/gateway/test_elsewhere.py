@@ -63,8 +63,7 @@ def test_packets_are_the_same_through_another_makers_otlp(
 
             until("all steps have come", is_whole)
             assert list(client.pull("through", max_packets=100)) == in_process
-            [run] = client.runs()
-            assert run.ended == "completed"
+            until("its end has come", lambda: [run.ended for run in client.runs()] == ["completed"])
 
 
 def test_an_old_prometheus_scrapes_the_gateway(tmp_path: Path) -> None:
