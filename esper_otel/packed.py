@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import zlib
-from array import array
 from collections.abc import Sequence
 
 from esper_otel.frame import Frame
@@ -14,7 +13,7 @@ from esper_otel.frame import Frame
 _AT_ONCE = 16
 
 # What a frame takes beside its part of the content: its place in the ring, and its size.
-_BESIDE = 120
+_BESIDE = 150
 
 
 class Packed:
@@ -24,7 +23,6 @@ class Packed:
 
     Args:
         frames: they follow each other.
-        sizes: how many bytes each of them took before.
 
     Attributes:
         first: sequence number of the first one.
@@ -34,27 +32,23 @@ class Packed:
         Exception: what a user's processor raises that is asked for its readings.
     """
 
-    __slots__ = ("_content", "_sizes", "first", "share")
+    __slots__ = ("_content", "_count", "first", "share")
 
-    def __init__(self, frames: Sequence[Frame], sizes: Sequence[int]) -> None:
+    def __init__(self, frames: Sequence[Frame]) -> None:
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
         for start in range(0, len(frames), _AT_ONCE):
             pickler.dump([_read(frame) for frame in frames[start : start + _AT_ONCE]])
         self._content = zlib.compress(buffer.getbuffer(), 1)
-        self._sizes = array("Q", sizes)
+        self._count = len(frames)
         self.first = frames[0].sequence
         self.share = len(self._content) // len(frames) + _BESIDE
-
-    def size_before(self, number: int) -> int:
-        """How many bytes the frame of this number took before it was packed."""
-        return self._sizes[number - self.first]
 
     def frames(self) -> list[Frame]:
         """The frames."""
         unpickler = pickle.Unpickler(io.BytesIO(zlib.decompress(self._content)))  # noqa: S301 - pickled here
         found: list[Frame] = []
-        while len(found) < len(self._sizes):
+        while len(found) < self._count:
             found += unpickler.load()
         return found
 

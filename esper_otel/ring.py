@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from esper_otel.frame import Frame
 from esper_otel.packed import Packed
 
-# Measured with tracemalloc on Python 3.11: 760 bytes and 32 a value, with what is derived and its place in the dict;
-# 300 more and the cells themselves where there are seeds.
-_FRAME_BYTES = 760
+# Measured with tracemalloc on Python 3.11: 800 bytes and 32 a value, with what is derived, its place in the dict and
+# its size; 300 more and the cells themselves where there are seeds.
+_FRAME_BYTES = 800
 _VALUE_BYTES = 32
 _TABLE_BYTES = 300
 
 _AT_ONCE = 256  # frames that are packed together
+_FEW = 16  # frames that are dropped together at most, beyond what the bytes ask for
 
 
 def frame_bytes(frame: Frame) -> int:
@@ -34,14 +36,19 @@ class Ring:
 
     Threads: ``append`` belongs to the publisher, ``pack`` to one other thread. Every other method may be called from
     any thread at any time; a dict is read and written in single operations, which the interpreter keeps whole.
+
+    Attributes:
+        first: sequence number of the oldest frame kept; ``last + 1`` when there is none.
+        last: sequence number of the newest frame; 0 before the first.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._frames: dict[int, Frame | Packed] = {}
+        self._sizes: deque[int] = deque()  # of the frames, before any was packed
         self._size = 0
-        self._first = 1
-        self._last = 0
+        self.first = 1
+        self.last = 0
         self._saved = 0  # bytes by which packed frames are smaller; guarded, as is what becomes of them
         self._guard = threading.Lock()
         self._packed_to = 0
@@ -52,43 +59,34 @@ class Ring:
         """About how many bytes the frames hold on to."""
         return self._size - self._saved
 
-    @property
-    def first(self) -> int:
-        """Sequence number of the oldest frame kept; ``last + 1`` when there is none."""
-        return self._first
-
-    @property
-    def last(self) -> int:
-        """Sequence number of the newest frame; 0 before the first."""
-        return self._last
-
     def append(self, frame: Frame) -> None:
         """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
-        number = self._last + 1
+        number = self.last + 1
         self._frames[number] = frame  # first: whoever sees the number finds the frame
-        self._last = number
-        if frame.live.ids:
-            self._size += frame_bytes(frame)
-        else:  # the same, in half the time
-            self._size += _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)
+        self.last = number
+        size = frame_bytes(frame)
+        self._sizes.append(size)
+        self._size += size
         if self._size - self._saved > self._capacity_bytes:
             self._drop()
 
     def _drop(self) -> None:
+        """Drops the oldest until the bytes fit, and up to 1/1024 of the frames: then it is not to do in every step."""
         with self._guard:
-            while self._size - self._saved > self._capacity_bytes and self._first < self._last:
-                number = self._first
+            enough = self.first + min((self.last - self.first) // 1024, _FEW)
+            while self.first < enough or (self._size - self._saved > self._capacity_bytes and self.first < self.last):
+                number = self.first
                 frame = self._frames.pop(number)
-                self._first += 1
-                size = frame.size_before(number) if isinstance(frame, Packed) else frame_bytes(frame)
+                self.first += 1
+                size = self._sizes.popleft()
                 self._size -= size
                 if isinstance(frame, Packed):
                     self._saved -= size - frame.share
 
     def pack(self, newest: int, is_over: Callable[[], bool]) -> None:
         """Packs what is older than the newest so many frames: it waits for long. In bursts, until ``is_over``."""
-        while self._last - newest - self._packed_to >= _AT_ONCE and not is_over():
-            first = max(self._packed_to + 1, self._first)
+        while self.last - newest - self._packed_to >= _AT_ONCE and not is_over():
+            first = max(self._packed_to + 1, self.first)
             self._packed_to = first + _AT_ONCE - 1
             kept = [self._frames.get(number) for number in range(first, first + _AT_ONCE)]
             frames = [frame for frame in kept if isinstance(frame, Frame)]
@@ -96,25 +94,25 @@ class Ring:
                 continue
             sizes = list(map(frame_bytes, frames))
             try:
-                packed = Packed(frames, sizes)
+                packed = Packed(frames)
             except Exception:  # noqa: BLE001, S112 - a user's processor; its frames stay as they are
                 continue
             with self._guard:
                 for frame, size in zip(frames, sizes, strict=True):
-                    if frame.sequence >= self._first:
+                    if frame.sequence >= self.first:
                         self._frames[frame.sequence] = packed
                         self._saved += size - packed.share
 
     def newest(self) -> Frame | None:
         """The newest frame."""
-        frame = self._frames.get(self._last)
+        frame = self._frames.get(self.last)
         return frame if isinstance(frame, Frame) else None
 
     def after(self, sequence: int, limit: int) -> tuple[list[Frame], int]:
         """Up to ``limit`` frames that follow ``sequence``, and how many between them and it are gone."""
         frames: list[Frame] = []
-        last = self._last  # before any look-up: what is not there then was dropped, and does not come just now
-        number = start = max(sequence + 1, self._first)
+        last = self.last  # before any look-up: what is not there then was dropped, and does not come just now
+        number = start = max(sequence + 1, self.first)
         while len(frames) < limit and number <= last:
             frame = self._frames.get(number)
             if isinstance(frame, Packed):

@@ -71,6 +71,8 @@ class Deriver:
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self._states: list[Any] = [processor.initial() for processor in self._processors]
         self.reads_probes = not all(isinstance(processor, Dynamics) for processor in processors)
+        # Most runs have ours only, which needs neither a loop nor a guard: it fails with nothing but numbers given.
+        self._alone = processors[0] if len(processors) == 1 and isinstance(processors[0], Dynamics) else None
         self._fault = fault
         given_before: set[str] = set()
         self._chained = False
@@ -80,7 +82,14 @@ class Deriver:
 
     def commit(self, given: Mapping[str, float]) -> Derived:
         """Advances to the next step; returns the processors that have a reading in it, with their states."""
-        return self._advance(self._states, given)
+        if self._alone is None:
+            return self._advance(self._states, given)
+        before = self._states[0]
+        after = self._alone.advance(before, given)
+        if after is before:
+            return ()
+        self._states[0] = after
+        return ((self._alone, after),)
 
     def peek(self, given: Mapping[str, float]) -> Derived:
         """What ``commit`` would return, without advancing."""

@@ -66,11 +66,10 @@ class Dynamics:
         if x - x == 0.0:  # neither NaN nor an infinity
             if window:
                 ewma = loss_ewma + self._smoothing * (x - loss_ewma)
-                if ewma - ewma == 0.0 and math.isfinite(x - window[-1]):
+                delta = x - window[-1]
+                if ewma - ewma == 0.0 and delta - delta == 0.0:
                     moved, loss_ewma = _LOSS, ewma
-                    window += (x,)
-                    if len(window) > self._window:
-                        window = window[1:]
+                    window = window[1:] + (x,) if len(window) == self._window else (*window, x)  # noqa: RUF005 - the sum is faster
             else:
                 moved, loss_ewma, window = _LOSS, x, (x,)
         x = given.get("gradient_norm", _NAN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,9 @@ def blocks(frames: Iterable[Frame], known: Collection[str], fault: Callable[[str
     alike: list[Frame] = []
     beside: list[Mapping[str, float]] = []
     key: object = None
+    had_loss = False
+    names: tuple[str, ...] = ()
+    loss_place: int | None = None
     for frame in frames:
         try:
             others = _others(frame)
@@ -59,16 +63,21 @@ def blocks(frames: Iterable[Frame], known: Collection[str], fault: Callable[[str
             fault(f"readings of frame {frame.sequence}", error)
             frame = frame._replace(derived=())  # noqa: PLW2901 - the same frame, without what is broken
             others = _others(frame)
+        if frame.names is not names:
+            names = frame.names
+            loss_place = names.index("loss") if "loss" in names else None
+        loss = others.get("loss", FLOAT32_BOUND) if loss_place is None else frame.numbers[loss_place]
+        has_loss = -FLOAT32_BOUND < loss < FLOAT32_BOUND  # then it is the last finite one, too
         ids = frame.seeds.ids
-        like = (frame.run, frame.names, tuple(others), ids, _has_loss(frame, others))
+        like = (frame.run, names, tuple(others), ids, has_loss)
         if like != key or len(alike) == _MAX_FRAMES or len(alike) * len(ids) > _MAX_ROWS:
             if alike:
-                yield _block(alike, beside, known)
-            alike, beside, key = [], [], like
+                yield _block(alike, beside, known, has_loss=had_loss)
+            alike, beside, key, had_loss = [], [], like, has_loss
         alike.append(frame)
         beside.append(others)
     if alike:
-        yield _block(alike, beside, known)
+        yield _block(alike, beside, known, has_loss=had_loss)
 
 
 def _others(frame: Frame) -> Mapping[str, float]:
@@ -88,32 +97,26 @@ def _others(frame: Frame) -> Mapping[str, float]:
     return others
 
 
-def _has_loss(frame: Frame, others: Mapping[str, float]) -> bool:
-    """Whether the loss is finite, so that it is the last finite one too."""
-    names = frame.names
-    loss = frame.numbers[names.index("loss")] if "loss" in names else others.get("loss", FLOAT32_BOUND)
-    return -FLOAT32_BOUND < loss < FLOAT32_BOUND
-
-
-def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collection[str]) -> Block:
+def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collection[str], *, has_loss: bool) -> Block:
     first = frames[0]
     others = tuple(beside[0])
     there = (*others, *first.names)
     place = {name: column for column, name in enumerate(there) if name in known}  # what was put stands
-    if _has_loss(first, beside[0]):
+    if has_loss:
         place[LAST_LOSS] = place["loss"]
     place.update({name: column for column, name in enumerate(COUNTED, len(there))})
     given = np.empty((len(frames), len(there) + len(COUNTED)))
     if others:
         given[:, : len(others)] = [tuple(values.values()) for values in beside]
     if first.names:
-        given[:, len(others) : len(there)] = [frame.numbers for frame in frames]
+        numbers = chain.from_iterable([frame.numbers for frame in frames])
+        given[:, len(others) : len(there)] = np.fromiter(numbers, np.float64).reshape(len(frames), -1)
     given[:, len(there) :] = [
         (frame.global_step, frame.epoch, len(frame.live.ids), frame.sequence, 0) for frame in frames
     ]
     ids = first.seeds.ids
     points = np.full(len(frames), len(place))
-    cells = np.array([frame.seeds.cells for frame in frames]) if ids else np.empty((len(frames), 0, WIDTH))
+    cells = np.frombuffer(b"".join([frame.seeds.cells.data for frame in frames])).reshape(len(frames), len(ids), WIDTH)
     present = cells.view(np.uint64) != ABSENT_BITS
     if ids:
         points += np.count_nonzero(present.reshape(len(frames), -1), axis=1)

@@ -190,19 +190,17 @@ class Encoder:
         yield pieces[-1]._replace(ends=1)
 
     def _request(self, parts: Sequence[_Part]) -> Request:
-        wire = []
+        wire: list[bytes] = []
         for run, following in groupby(parts, lambda part: part.run):
             points = self._points(list(following))
-            metrics = [
-                _field(_SCOPE_METRICS, self._heads[name] + _field(_METRIC_GAUGE, b"".join(points[name])))
-                for name in self._catalogue
-                if name in points
-            ]
-            origin = self._origin_of(run)
             scope = ScopeMetrics()
             _set_scope(scope, FRAME_SCOPE)
-            scoped = _field(_RESOURCE_SCOPE_METRICS, b"".join((scope.SerializeToString(), *metrics)))
-            wire.append(_field(_REQUEST_RESOURCE_METRICS, origin.SerializeToString() + scoped))
+            scoped = [scope.SerializeToString()]
+            for name in self._catalogue:
+                if name in points:
+                    scoped += _field(_SCOPE_METRICS, [self._heads[name], *_field(_METRIC_GAUGE, points[name])])
+            origin = self._origin_of(run).SerializeToString()
+            wire += _field(_REQUEST_RESOURCE_METRICS, [origin, *_field(_RESOURCE_SCOPE_METRICS, scoped)])
         names = frozenset(name for part in parts for name in part.names)
         return Request(b"".join(wire), sum(part.points for part in parts), sum(part.ends for part in parts), names)
 
@@ -216,8 +214,8 @@ class Encoder:
                 for name, of_metric in zip(part.names, of_part, strict=True):
                     points.setdefault(name, []).append(of_metric)
             if part.ids:
-                for column, of_metric in seed_points(part.times, part.ids, part.cells, part.present).items():
-                    points.setdefault(SEED_CELLS[column].name, []).append(of_metric)
+                for column, pieces in seed_points(part.times, part.ids, part.cells, part.present).items():
+                    points.setdefault(SEED_CELLS[column].name, []).extend(pieces)
         return points
 
     def health(
@@ -307,15 +305,15 @@ def _some(block: Block, first: int, end: int, points: int, size: int) -> _Part:
     return _Part(run, times, block.names, block.values[some], block.ids, cells, present, points, size, end - first)
 
 
-def _field(number: int, content: bytes) -> bytes:
-    """A field of bytes or of a message, serialized: tag, length, content."""
+def _field(number: int, content: Sequence[bytes]) -> list[bytes]:
+    """A field of bytes or of a message, serialized: tag, length, content. In pieces: large ones are copied once."""
     header = bytearray((number << 3 | 2,))
-    length = len(content)
+    length = sum(map(len, content))
     while length > 0x7F:
         header.append(length & 0x7F | 0x80)
         length >>= 7
     header.append(length)
-    return bytes(header) + content
+    return [bytes(header), *content]
 
 
 def _set_scope(scope: ScopeMetrics, name: str) -> None:

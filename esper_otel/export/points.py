@@ -66,8 +66,10 @@ def step_points(times: Times, values: npt.NDArray[np.float64]) -> list[bytes]:
     return [of_metric.tobytes() for of_metric in wire]
 
 
-def seed_points(times: Times, ids: tuple[str, ...], cells: Cells, present: npt.NDArray[np.bool_]) -> dict[int, bytes]:
-    """The points of seed metrics: a Gauge's serialized ``data_points`` by column; columns without any are left out.
+def seed_points(
+    times: Times, ids: tuple[str, ...], cells: Cells, present: npt.NDArray[np.bool_]
+) -> dict[int, list[bytes]]:
+    """The points of seed metrics: a Gauge's serialized ``data_points`` in pieces, by column; none of an empty column.
 
     Points of one stream are in the frames' order; streams whose records have equal length alternate.
 
@@ -94,7 +96,7 @@ def seed_points(times: Times, ids: tuple[str, ...], cells: Cells, present: npt.N
         else:
             for part, of_metric, mask in zip(parts, wire, there, strict=True):
                 part.append(of_metric[mask].tobytes())
-    return {column: b"".join(part) for column, part in zip(columns.tolist(), parts, strict=True)}
+    return dict(zip(columns.tolist(), parts, strict=True))
 
 
 def _by_column(

@@ -12,7 +12,7 @@ from esper_otel.frame import ABSENT, WIDTH, SeedTable
 from esper_otel.record.seeds import COLUMN, checked_seed_id, checked_stage
 from esper_otel.schema import SEED_FIELDS
 
-_STAGE = COLUMN["stage"]
+_ARRAY, _FLOAT64 = np.ndarray, np.dtype(np.float64)
 
 
 class Columns:
@@ -22,7 +22,7 @@ class Columns:
     """
 
     def __init__(self) -> None:
-        self._ids: tuple[str, ...] = ()
+        self._layout = _Layout((), ())
         self._stages = b""
 
     def table(self, ids: Sequence[str], columns: Mapping[str, object]) -> SeedTable:
@@ -35,25 +35,64 @@ class Columns:
         """
         if isinstance(ids, str):
             raise InvalidValue("seed ids", f"{ids!r} is one string; give a sequence of strings")
-        names = tuple(ids)
-        names = self._ids if names == self._ids else _checked_ids(names)
-        # One row a field first: whole columns are copied in one go.
-        cells = np.full((WIDTH, len(names)), ABSENT)
-        for field, column in columns.items():
-            place = COLUMN.get(field)
-            if place is None:
+        layout, names, fields = self._layout, tuple(ids), tuple(columns)
+        if names != layout.ids:
+            layout = _Layout(_checked_ids(names), fields)
+        elif fields != layout.fields:
+            layout = _Layout(layout.ids, fields)
+        shape = layout.shape
+        for row, (field, column) in zip(layout.rows, columns.items(), strict=True):
+            if type(column) is _ARRAY and column.dtype is _FLOAT64 and column.shape == shape:
+                row[...] = column
+            else:
+                row[...] = _numbers(field, column, len(names))
+        if np.isnan(layout.given, layout.nans).tobytes() != layout.no_nans:
+            np.copyto(layout.given, ABSENT, where=layout.nans)
+        if layout.stage is not None:
+            stages = layout.stage.tobytes()
+            if stages != self._stages:
+                for stage in np.unique(layout.stage).tolist():
+                    checked_stage(stage)
+                self._stages = stages
+        self._layout = layout
+        cells = layout.absent.copy()
+        cells[:, layout.places] = layout.given.T
+        return SeedTable(layout.ids, cells)
+
+
+class _Layout:
+    """Of calls with the same seeds and fields.
+
+    Attributes:
+        ids: the seeds.
+        fields: the fields given, in order.
+        shape: of a column.
+        given: room for the columns, one a row: whole columns are copied in one go.
+        rows: its rows.
+        nans: room for where they are NaN.
+        no_nans: the bytes of it when none is.
+        stage: the row of the stages; None when they are not given.
+        places: the columns of the table that are given.
+        absent: a table with nothing in it.
+    """
+
+    __slots__ = ("absent", "fields", "given", "ids", "nans", "no_nans", "places", "rows", "shape", "stage")
+
+    def __init__(self, ids: tuple[str, ...], fields: tuple[str, ...]) -> None:
+        for field in fields:
+            if field not in COLUMN:
                 raise UnknownMetric(field, SEED_FIELDS, what="seed field")
-            if type(column) is np.ndarray and column.dtype.kind in "fiub" and column.shape == (len(names),):
-                cells[place] = column
-            elif column is not None:
-                cells[place] = _numbers(field, column, len(names))
-        np.copyto(cells, ABSENT, where=cells != cells)  # noqa: PLR0124 - NaN
-        stages = cells[_STAGE].tobytes()
-        if stages != self._stages:
-            for stage in np.unique(cells[_STAGE]).tolist():
-                checked_stage(stage)
-        self._ids, self._stages = names, stages
-        return SeedTable(names, np.ascontiguousarray(cells.T))
+        self.ids = ids
+        self.fields = fields
+        self.shape = (len(ids),)
+        self.given = np.empty((len(fields), len(ids)))
+        self.rows = list(self.given)
+        self.nans = np.empty(self.given.shape, np.bool_)
+        self.no_nans = bytes(self.nans.size)
+        self.stage = self.given[fields.index("stage")] if "stage" in fields else None
+        places = [COLUMN[field] for field in fields]
+        self.places = slice(0, len(places)) if places == list(range(len(places))) else places
+        self.absent = np.full((len(ids), WIDTH), ABSENT)
 
 
 def _checked_ids(ids: tuple[object, ...]) -> tuple[str, ...]:
@@ -64,7 +103,9 @@ def _checked_ids(ids: tuple[object, ...]) -> tuple[str, ...]:
     return names
 
 
-def _numbers(field: str, column: object, count: int) -> npt.NDArray[np.float64]:
+def _numbers(field: str, column: object, count: int) -> npt.NDArray[np.float64] | float:
+    if column is None:
+        return ABSENT
     if getattr(column, "is_cuda", False):
         raise InvalidValue(field, "is on a CUDA device; reading it would stall training: copy it to the CPU first")
     if hasattr(column, "detach"):

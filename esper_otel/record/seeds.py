@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
-from esper_otel.frame import ABSENT, NO_SEEDS, WIDTH, SeedTable, is_absent
+from esper_otel.frame import ABSENT, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
 from esper_otel.schema import SEED_FIELDS, SEED_METRICS, Stage
 
 ROW = struct.Struct(f"={WIDTH}d")
 # Most calls give the request's fields only: a row that begins with them and ends with NO_MORE.
 MORE_FIELDS = SEED_FIELDS[len(SEED_METRICS) :]
 NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
-REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d{len(NO_MORE)}s")
+REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d")
 COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
 
 _STAGE = COLUMN["stage"]
@@ -66,7 +66,7 @@ def table_of_rows(rows: Mapping[str, bytes]) -> SeedTable:
     """A table from packed rows (``ROW``), one per seed id."""
     if not rows:
         return NO_SEEDS
-    cells = np.frombuffer(b"".join(rows.values())).reshape(len(rows), WIDTH)
+    cells: Cells = np.ndarray((len(rows), WIDTH), np.float64, b"".join(rows.values()))
     return SeedTable(tuple(rows), cells)
 
 

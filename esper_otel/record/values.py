@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from esper_otel.errors import InvalidValue
@@ -60,12 +60,13 @@ def are_floats(values: Iterable[object]) -> bool:
     return True
 
 
-def are_ordinary(values: Iterable[Any]) -> bool:
-    """Whether every value is a plain float, finite and not negative. Touches no tensor."""
-    for value in values:  # noqa: SIM110 - as above
-        if value.__class__ is not float or not 0.0 <= value <= _MAX:
+def are_ordinary(values: Collection[Any]) -> bool:
+    """Whether every value is a plain float and not negative, and all, and their sum, are finite. Touches no tensor."""
+    for value in values:
+        if value.__class__ is not float or value < 0.0:
             return False
-    return True
+    total: float = sum(values)
+    return total <= _MAX  # neither infinite nor NaN
 
 
 class Shape:
