@@ -71,9 +71,9 @@ class Ring:
             self._drop()
 
     def _drop(self) -> None:
-        """Drops the oldest until the bytes fit, and up to 1/1024 of the frames: then it is not to do in every step."""
+        """Drops the oldest until the bytes fit, and up to 1/128 of the frames: then it is not to do in every step."""
         with self._guard:
-            enough = self.first + min((self.last - self.first) // 1024, _FEW)
+            enough = self.first + min((self.last - self.first) // 128, _FEW)
             while self.first < enough or (self._size - self._saved > self._capacity_bytes and self.first < self.last):
                 number = self.first
                 frame = self._frames.pop(number)

@@ -16,7 +16,7 @@ from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
 from esper_otel.risk import Rule, signals, with_signals
 
 if TYPE_CHECKING:
-    from esper_otel.record.step import Scalar
+    from esper_otel.record.values import Scalar
 
 Batch = TypeVar("Batch")
 

@@ -17,7 +17,7 @@ from esper_otel.session import start
 from esper_otel.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from esper_otel.record.step import Scalar
+    from esper_otel.record.values import Scalar
 
 Batch = TypeVar("Batch")
 

@@ -12,7 +12,7 @@ from esper_otel.frame import ABSENT, WIDTH, SeedTable
 from esper_otel.record.seeds import COLUMN, checked_seed_id, checked_stage
 from esper_otel.schema import SEED_FIELDS
 
-_ARRAY, _FLOAT64 = np.ndarray, np.dtype(np.float64)
+_ARRAYS, _FLOAT64 = frozenset({np.ndarray}), np.dtype(np.float64)
 
 
 class Columns:
@@ -40,23 +40,22 @@ class Columns:
             layout = _Layout(_checked_ids(names), fields)
         elif fields != layout.fields:
             layout = _Layout(layout.ids, fields)
-        shape = layout.shape
-        for row, (field, column) in zip(layout.rows, columns.items(), strict=True):
-            if type(column) is _ARRAY and column.dtype is _FLOAT64 and column.shape == shape:
-                row[...] = column
-            else:
+        given = _stacked(columns)
+        if given is None or given.shape != layout.nans.shape:
+            given = np.empty(layout.nans.shape)
+            for row, (field, column) in zip(given, columns.items(), strict=True):
                 row[...] = _numbers(field, column, len(names))
-        if np.isnan(layout.given, layout.nans).tobytes() != layout.no_nans:
-            np.copyto(layout.given, ABSENT, where=layout.nans)
+        if np.isnan(given, layout.nans).tobytes() != layout.no_nans:
+            np.copyto(given, ABSENT, where=layout.nans)
         if layout.stage is not None:
-            stages = layout.stage.tobytes()
+            stages = given[layout.stage].tobytes()
             if stages != self._stages:
-                for stage in np.unique(layout.stage).tolist():
+                for stage in np.unique(given[layout.stage]).tolist():
                     checked_stage(stage)
                 self._stages = stages
         self._layout = layout
         cells = layout.absent.copy()
-        cells[:, layout.places] = layout.given.T
+        cells[:, layout.places] = given.T
         return SeedTable(layout.ids, cells)
 
 
@@ -66,17 +65,14 @@ class _Layout:
     Attributes:
         ids: the seeds.
         fields: the fields given, in order.
-        shape: of a column.
-        given: room for the columns, one a row: whole columns are copied in one go.
-        rows: its rows.
-        nans: room for where they are NaN.
+        nans: room for where the columns, one a row, are NaN.
         no_nans: the bytes of it when none is.
         stage: the row of the stages; None when they are not given.
         places: the columns of the table that are given.
         absent: a table with nothing in it.
     """
 
-    __slots__ = ("absent", "fields", "given", "ids", "nans", "no_nans", "places", "rows", "shape", "stage")
+    __slots__ = ("absent", "fields", "ids", "nans", "no_nans", "places", "stage")
 
     def __init__(self, ids: tuple[str, ...], fields: tuple[str, ...]) -> None:
         for field in fields:
@@ -84,12 +80,9 @@ class _Layout:
                 raise UnknownMetric(field, SEED_FIELDS, what="seed field")
         self.ids = ids
         self.fields = fields
-        self.shape = (len(ids),)
-        self.given = np.empty((len(fields), len(ids)))
-        self.rows = list(self.given)
-        self.nans = np.empty(self.given.shape, np.bool_)
+        self.nans = np.empty((len(fields), len(ids)), np.bool_)
         self.no_nans = bytes(self.nans.size)
-        self.stage = self.given[fields.index("stage")] if "stage" in fields else None
+        self.stage = fields.index("stage") if "stage" in fields else None
         places = [COLUMN[field] for field in fields]
         self.places = slice(0, len(places)) if places == list(range(len(places))) else places
         self.absent = np.full((len(ids), WIDTH), ABSENT)
@@ -101,6 +94,17 @@ def _checked_ids(ids: tuple[object, ...]) -> tuple[str, ...]:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise InvalidName(f"seed id {twice[0]!r} comes more than once in one call")
     return names
+
+
+def _stacked(columns: Mapping[str, object]) -> npt.NDArray[np.float64] | None:
+    """The columns, one a row, if they are all arrays that can be stacked to floats in one go."""
+    if not _ARRAYS.issuperset(map(type, columns.values())):
+        return None
+    try:
+        stacked = np.array(list(columns.values()))
+    except (TypeError, ValueError):
+        return None
+    return stacked if stacked.dtype is _FLOAT64 else None
 
 
 def _numbers(field: str, column: object, count: int) -> npt.NDArray[np.float64] | float:

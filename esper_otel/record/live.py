@@ -96,7 +96,8 @@ class _Settled:
         if self._erased:
             cells = cells.copy()
             cells[self._erased, _ALPHA_STEPS] = ABSENT
-        return SeedTable(self.ids, cells)
+        table: SeedTable = tuple.__new__(SeedTable, (self.ids, cells))  # in half the time
+        return table
 
 
 class LiveSeeds:

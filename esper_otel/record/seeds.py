@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -11,11 +12,14 @@ from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
 from esper_otel.frame import ABSENT, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
 from esper_otel.schema import SEED_FIELDS, SEED_METRICS, Stage
 
+if TYPE_CHECKING:
+    from esper_otel.record.values import Scalar
+
 ROW = struct.Struct(f"={WIDTH}d")
 # Most calls give the request's fields only: a row that begins with them and ends with NO_MORE.
 MORE_FIELDS = SEED_FIELDS[len(SEED_METRICS) :]
 NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
-REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d")
+REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d{len(NO_MORE)}s")
 COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
 
 _STAGE = COLUMN["stage"]
@@ -24,6 +28,20 @@ _MAX_ID_BYTES = 256
 STAGES = frozenset(float(stage) for stage in Stage)
 # The first cell of a packed row, when it needs no checking.
 STAGE_BYTES = frozenset(struct.pack("=d", cell) for cell in (*STAGES, ABSENT))
+
+
+class MoreOfASeed(TypedDict, total=False):
+    """Fields of a seed that a packet has and the request lacks."""
+
+    learning_rate: Scalar | None
+    layer_depth: Scalar | None
+    age_epochs: Scalar | None
+    risk_score: Scalar | None
+    gradient_norm: Scalar | None
+    alpha_total_steps: Scalar | None
+    alpha_temperature: Scalar | None
+    risk_tolerance: Scalar | None
+    blend_allowed: Scalar | None
 
 
 def checked_seed_id(seed_id: object) -> str:
@@ -67,7 +85,8 @@ def table_of_rows(rows: Mapping[str, bytes]) -> SeedTable:
     if not rows:
         return NO_SEEDS
     cells: Cells = np.ndarray((len(rows), WIDTH), np.float64, b"".join(rows.values()))
-    return SeedTable(tuple(rows), cells)
+    table: SeedTable = tuple.__new__(SeedTable, (tuple(rows), cells))  # in half the time
+    return table
 
 
 def one_cell(seed_id: str, field: str, value: float) -> SeedTable:

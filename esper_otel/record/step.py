@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from esper_otel.captures import check_no_capture
 from esper_otel.errors import InvalidValue, WrongState
@@ -35,23 +35,10 @@ if TYPE_CHECKING:
 
     from esper_otel.leyline.messages import SystemStatePacket
     from esper_otel.record.recorder import Recorder
+    from esper_otel.record.seeds import MoreOfASeed
+    from esper_otel.record.values import Scalar
 
-    Scalar: TypeAlias = float | Tensor
     Sources: TypeAlias = Mapping[str, Tensor | Sequence[Tensor | None]] | Sequence[Tensor | Sequence[Tensor | None]]
-
-
-class MoreOfASeed(TypedDict, total=False):
-    """Fields of a seed that a packet has and the request lacks."""
-
-    learning_rate: Scalar | None
-    layer_depth: Scalar | None
-    age_epochs: Scalar | None
-    risk_score: Scalar | None
-    gradient_norm: Scalar | None
-    alpha_total_steps: Scalar | None
-    alpha_temperature: Scalar | None
-    risk_tolerance: Scalar | None
-    blend_allowed: Scalar | None
 
 
 class Step:
@@ -267,44 +254,33 @@ class Step:
         recorder = self._recorder
         if recorder.open_step is not self:
             raise self._is_over("seed()")
-        cells: tuple[Any, ...] = (
-            stage,
-            alpha,
-            alpha_steps,
-            kernel_attached,
-            last_kernel_latency_ms,
-            isolation_violations,
-            fallback_used,
-            isolation_dot,
-            isolation_host_norm,
-            isolation_seed_norm,
-        )
         if (
-            more
-            or self._held is not None
-            or not (
-                # Ten floats are known in a third of the time.
-                stage.__class__
-                is alpha.__class__
-                is alpha_steps.__class__
-                is kernel_attached.__class__
-                is last_kernel_latency_ms.__class__
-                is isolation_violations.__class__
-                is fallback_used.__class__
-                is isolation_dot.__class__
-                is isolation_host_norm.__class__
-                is isolation_seed_norm.__class__
-                is float
-                or ROW_TYPES.issuperset(map(type, cells))
-            )
+            # Plain floats are known by their classes in a third of the time that a set of types takes.
+            stage.__class__ is alpha.__class__ is alpha_steps.__class__ is kernel_attached.__class__ is float
+            and last_kernel_latency_ms.__class__ is isolation_violations.__class__ is fallback_used.__class__ is float
+            and isolation_dot.__class__ is isolation_host_norm.__class__ is isolation_seed_norm.__class__ is float
+            and not more
+            and self._held is None
         ):
-            seed_id = checked_seed_id(seed_id)
-            cells = self._read_row(seed_id, (*cells, *more_cells(more)))
-            row = ROW.pack(*cells)
+            row = REQUESTED.pack(
+                stage,
+                alpha,
+                alpha_steps,
+                kernel_attached,
+                last_kernel_latency_ms,
+                isolation_violations,
+                fallback_used,
+                isolation_dot,
+                isolation_host_norm,
+                isolation_seed_norm,
+                NO_MORE,
+            )
         else:
-            row = REQUESTED.pack(*cells) + NO_MORE
+            first = (stage, alpha, alpha_steps, kernel_attached, last_kernel_latency_ms)
+            last = (isolation_violations, fallback_used, isolation_dot, isolation_host_norm, isolation_seed_norm)
+            row = self._packed(seed_id, first + last, more)
         if row[:8] not in STAGE_BYTES:
-            checked_stage(cells[0])
+            checked_stage(ROW.unpack(row)[0])
         rows = self._rows
         if type(seed_id) is not str or seed_id not in self._known or seed_id in rows or recorder.coming.retiring:
             self._add_row(checked_seed_id(seed_id), row)
@@ -318,15 +294,18 @@ class Step:
         earlier = self._rows.get(seed_id)
         self._rows[seed_id] = row if earlier is None else merged_row(earlier, row)
 
-    def _read_row(self, seed_id: str, cells: Sequence[object]) -> tuple[float, ...]:
-        plain, tensors = read_row(seed_id, cells)
+    def _packed(self, seed_id: str, cells: tuple[Any, ...], more: Mapping[str, object]) -> bytes:
+        if not more and self._held is None and ROW_TYPES.issuperset(map(type, cells)):
+            return REQUESTED.pack(*cells, NO_MORE)
+        seed_id = checked_seed_id(seed_id)
+        plain, tensors = read_row(seed_id, (*cells, *more_cells(more)))
         if self._held is not None:
             self._held.forget(
                 (seed_id, field) for field, cell in zip(SEED_FIELDS, plain, strict=True) if cell is not ABSENT
             )
         if tensors:
             self._hold(tensors)
-        return plain
+        return ROW.pack(*plain)
 
     def _add(self, table: SeedTable) -> None:
         """Rows of many seeds at once."""

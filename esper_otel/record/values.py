@@ -15,6 +15,8 @@ from esper_otel.schema import SEED_FIELDS, STEP_METRICS, Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Scalar: TypeAlias = float | Tensor
+
 ROW_TYPES: frozenset[type] = frozenset({float, bool, Stage})
 
 _MAX = sys.float_info.max
