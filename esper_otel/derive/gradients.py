@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain, combinations
 from typing import Any, TypeAlias
 
@@ -59,14 +60,12 @@ def gradient_norm(
         return None
     with torch.no_grad():
         norm = _total_norm(gradients)
-        if scaler is not None:
-            norm = norm / _scale(scaler, norm.device)
-    return norm if norm.is_cuda else norm.item()
+    return norm if scaler is None else norm / _scale(scaler, norm.device if isinstance(norm, Tensor) else None)
 
 
 def _gradients_of(given: object) -> list[Tensor]:
     if isinstance(given, nn.Module):
-        return [each.grad for each in given.parameters() if each.grad is not None]
+        return [gradient for each in given.parameters() if (gradient := each.grad) is not None]
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
         raise _no_parameters(f"a {type(given).__name__} has no parameters")
     tensors = [given] if isinstance(given, Tensor) else list(given)
@@ -85,7 +84,10 @@ def _no_parameters(why: str) -> InvalidValue:
     return InvalidValue("gradients", f"{why}; give the model, or parameters whose .grad counts")
 
 
-def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+def _total_norm(gradients: list[Tensor]) -> float | Tensor:
+    if all(type(each) is Tensor and each.dtype is torch.float32 and not each.is_sparse for each in gradients):
+        with suppress(RuntimeError):  # they lie on several devices
+            return _norm_of(torch._foreach_norm(gradients, 2.0))  # noqa: SLF001 - what clip_grad_norm_ uses
     groups: dict[tuple[object, ...], list[Tensor]] = {}
     for gradient in gradients:
         dense = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
@@ -94,18 +96,22 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
     norms: list[Tensor] = []
     for (_, dtype, mesh), group_of in groups.items():
         wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
-        these = torch._foreach_norm(group_of, 2.0, dtype=wide)  # noqa: SLF001 - what clip_grad_norm_ uses
+        these = torch._foreach_norm(group_of, 2.0, dtype=wide)  # noqa: SLF001 - as above
         norms += these if mesh is None else [torch.linalg.vector_norm(torch.stack(these)).full_tensor()]
     device = next((norm.device for norm in norms if norm.is_cuda), norms[0].device)
     dtype = max((norm.dtype for norm in norms), key=lambda each: each.itemsize)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device, dtype, non_blocking=True) for norm in norms]))
-    return total
+    return _norm_of([norm.to(device, dtype, non_blocking=True) for norm in norms])
 
 
-def _scale(scaler: GradScaler, device: torch.device) -> float | Tensor:
+def _norm_of(norms: tuple[Tensor, ...] | list[Tensor]) -> float | Tensor:
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total if total.is_cuda else total.item()
+
+
+def _scale(scaler: GradScaler, device: torch.device | None) -> float | Tensor:
     # get_scale() waits for the device, unless the scale is not on it yet or the scaler is disabled.
     scale = getattr(scaler, "_scale", None)
-    if isinstance(scale, Tensor) and device.type == "cuda":
+    if isinstance(scale, Tensor) and device is not None:
         return scale.to(device, non_blocking=True)
     if not hasattr(scaler, "get_scale"):
         raise InvalidValue("scaler", f"{reprlib.repr(scaler)} is no torch.amp.GradScaler")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper_otel.derive.gradients import gradient_norm
 from esper_otel.record.device import scalar
@@ -68,14 +68,14 @@ class Loop:
         """The batch that was asked for does not come."""
         self._asked_s = None
 
-    def gradients(self, parameters: Iterable[Tensor], scale: float | Tensor | None = None) -> None:
+    def gradients(self, of: nn.Module | Iterable[Tensor], scale: float | Tensor | None = None) -> None:
         """Notes the norm of the gradients; waits for no GPU.
 
         Args:
-            parameters: whose gradients count.
+            of: the model, or the parameters, whose gradients count.
             scale: what the gradients are still multiplied by.
         """
-        norm = gradient_norm(parameters)
+        norm = gradient_norm(of)
         if norm is not None:
             self._values["gradient_norm"] = norm if scale is None else norm / scale
 
@@ -104,8 +104,8 @@ class Loop:
     def end(self, *, epoch: int, global_step: int | None = None) -> None:
         """Records the step, if the optimizer has stepped; else goes on with it."""
         if self.has_stepped:
-            values = {**self._durations(), **self._values}
-            samples = self._samples
+            values = {**self._measured(), **self._values}
+            samples = self._samples if self._began_s is None else None
             self.forget()
             self._telemetry.record_step(values, epoch=epoch, global_step=global_step, samples=samples)
 
@@ -113,9 +113,9 @@ class Loop:
         """Records the step under way as failed, as far as it got."""
         if self._began_s is None:
             return
-        values, samples = {**self._durations(), **self._values}, self._samples
+        values = {**self._measured(), **self._values}
         self.forget()
-        with suppress(_StepFailed), self._telemetry.step(epoch=epoch, global_step=global_step, samples=samples) as now:
+        with suppress(_StepFailed), self._telemetry.step(epoch=epoch, global_step=global_step) as now:
             now.put(values)
             raise _StepFailed
 
@@ -126,12 +126,15 @@ class Loop:
         self._waited_s = self._waited_inside_s = 0.0
         self._values = {}
 
-    def _durations(self) -> dict[str, float | Tensor]:
+    def _measured(self) -> dict[str, float]:
         if self._began_s is None:  # no batch was asked for: the step has no begin
             return {}
         over_s = time.perf_counter() if self._over_s is None else self._over_s
         spent_s = over_s - self._began_s - self._waited_inside_s
-        return {"input_wait_ms": self._waited_s * 1e3, "step_latency_ms": spent_s * 1e3}
+        measured = {"input_wait_ms": self._waited_s * 1e3, "step_latency_ms": spent_s * 1e3}
+        if self._samples is not None and (cycle_s := self._waited_s + spent_s) > 0.0:
+            measured["samples_per_s"] = self._samples / cycle_s
+        return measured
 
 
 def samples_of(batch: object) -> int | None:

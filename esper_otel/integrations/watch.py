@@ -104,7 +104,7 @@ class Watch(Generic[Batch]):
 
     def _before(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         # A fused optimizer that a GradScaler drives divides by the scale itself.
-        self._loop.gradients(self._model.parameters(), getattr(optimizer, "grad_scale", None))
+        self._loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
 
     def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self._loop.stepped()

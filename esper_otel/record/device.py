@@ -47,6 +47,10 @@ def scalar(name: str, value: object) -> float | Tensor:
     """
     torch = _torch()
     if torch is not None and isinstance(value, torch.Tensor):
+        if type(value) is torch.Tensor and value.is_cpu and not value.dim():
+            one = value.item()
+            if type(one) is float:  # as most are, in a fifth of the time
+                return one
         return _of_tensor(name, value)
     if isinstance(value, np.ndarray | np.generic):
         _check_shape(name, "an array", value.shape)
