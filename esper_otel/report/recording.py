@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from esper_otel import blackbox
 from esper_otel.client import TamiyoClient
@@ -17,12 +21,13 @@ _FIELDS = {metric.name: metric.field for metric in SEED_CELLS}
 _NAMES = {metric.name for metric in STEP_METRICS}
 _AT_ONCE = 1000
 
+Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
 
-@dataclass(frozen=True, slots=True)
+
 class Row:
-    """One step.
+    """One step, in the bytes of its numbers: a run may have a million.
 
-    Attributes:
+    Args:
         step: its number.
         epoch: the epoch it belongs to.
         unix_s: its time.
@@ -30,11 +35,40 @@ class Row:
         seeds: cells of the seeds recorded in it, by field.
     """
 
-    step: int
-    epoch: int
-    unix_s: float
-    values: Mapping[str, float]
-    seeds: Mapping[str, Mapping[str, float]]
+    __slots__ = ("_cells", "_names", "_numbers", "_seeds", "epoch", "step", "unix_s")
+
+    def __init__(
+        self,
+        step: int,
+        epoch: int,
+        unix_s: float,
+        values: Mapping[str, float],
+        seeds: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        self.step = step
+        self.epoch = epoch
+        self.unix_s = unix_s
+        self._names = _shared(tuple(values))
+        self._numbers = array("d", values.values())
+        self._seeds = _shared(tuple((seed_id, tuple(cells)) for seed_id, cells in seeds.items()))
+        self._cells = array("d", chain.from_iterable(cells.values() for cells in seeds.values()))
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Step metrics by name."""
+        return dict(zip(self._names, self._numbers, strict=True))
+
+    @property
+    def seeds(self) -> dict[str, dict[str, float]]:
+        """Cells of the seeds recorded in the step, by field."""
+        cells = iter(self._cells)
+        return {seed_id: dict(zip(fields, cells, strict=False)) for seed_id, fields in self._seeds}
+
+
+@lru_cache(maxsize=4096)
+def _shared(names: tuple[Name, ...]) -> tuple[Name, ...]:
+    """The same tuple for equal ones: most steps have the same names."""
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +117,20 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         GatewayError: there is no such run, or it cannot be had.
         ConfigurationError: the rank has no steps.
     """
-    found: dict[int, Packets] = {}
-    cursor = None
+    found: dict[int, Row] = {}
+    attempt, cursor = -1, None
     while page := client.pull(run_id, cursor, rank=rank, max_packets=_AT_ONCE):
-        found |= {packets.state.timestamp_ns: packets for packets in page}  # a later revision replaces an earlier one
+        for packets in page:
+            if packets.attempt > attempt:
+                attempt = packets.attempt
+                found.clear()
+            if packets.attempt == attempt:
+                found[packets.state.timestamp_ns] = _row(packets)  # a later revision replaces an earlier one
         cursor = page.cursor
     if not found:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
-    attempt = max(packets.attempt for packets in found.values())
     ended = [run.ended or "" for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
-    rows = [_row(packets) for _, packets in sorted(found.items()) if packets.attempt == attempt]
+    rows = [row for _, row in sorted(found.items())]
     return Recording(run_id, rank, attempt, ended[0] if ended else "", tuple(rows))
 
 
