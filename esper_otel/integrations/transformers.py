@@ -28,8 +28,8 @@ class EsperCallback(TrainerCallback):
     """Records a step for each step of the optimizer: loss, gradient norm, samples/s, input wait, step latency.
 
     - ``loss`` is what the model's forward returns as ``loss``, as it does when it is given labels; of accumulated
-      batches the mean, or the sum where the model divides by the items of all of them. Absent where the loss is
-      computed outside the model.
+      batches the mean, or the sum where the model divides by the items of all of them (of all ranks: then times their
+      number, so that the ranks' mean is the loss that the Trainer logs). Absent where it is computed outside the model.
     - ``gradient_norm`` is the Trainer's own, before it clips; without clipping (``max_grad_norm=0``) it is computed.
     - ``input_wait_ms`` begins when the step before, with its logging, saving and evaluating, is over; the Trainer
       fetches all batches of a step at once.
@@ -56,6 +56,7 @@ class EsperCallback(TrainerCallback):
         self._hook: Any = None
         self._losses: list[Tensor] = []
         self._are_shares = False
+        self._parts = 1
         self._samples = 0
         self._norm: float | Tensor | None = None
         self._unclip: Callable[[], None] = lambda: None
@@ -71,6 +72,7 @@ class EsperCallback(TrainerCallback):
             self.telemetry = start(**arguments)
         self._load(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE_FILE)
         self._loop = Loop(self.telemetry)
+        self._parts = args.world_size if args.average_tokens_across_devices else 1
         model = given["model"]
         self._model = model
         self._hook = model.register_forward_hook(self._forwarded, with_kwargs=True)
@@ -111,7 +113,7 @@ class EsperCallback(TrainerCallback):
         loop.stepped()
         if self._losses:
             total = sum(self._losses[1:], self._losses[0])
-            loop.put({"loss": total if self._are_shares else total / len(self._losses)})
+            loop.put({"loss": total * self._parts if self._are_shares else total / len(self._losses)})
         if self._samples:
             loop.count(self._samples)
         epoch = max(math.ceil(state.epoch or 0) - 1, 0)  # what has been done of them, this step included

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gateways import RunningGateway
+from programs import until
 
-from esper_otel import Packets
+from esper_otel import Packets, TamiyoClient
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -144,3 +150,44 @@ def test_an_exception_goes_on(tmp_path: Path) -> None:
     assert [p.step for p in pulled(callback)] == [1, 2]
     assert callback.telemetry is not None
     callback.on_train_end(None, None, None)
+
+
+RANKS = """
+import json, sys
+sys.path.insert(0, {here!r})
+import test_transformers as tests
+without, with_it = (tests.train({folder!r}, *callbacks, num_train_epochs=1, eval_strategy="no")
+                    for callbacks in ((), (tests.EsperCallback(),)))
+print("said", json.dumps([[tests.logged(each, name) for each in (without, with_it)] for name in ("loss", "grad_norm")]))
+"""
+
+
+def test_several_ranks_are_one_run_and_the_curve_is_the_same(tmp_path: Path) -> None:
+    """torchrun, two processes: each has the norm of the averaged gradients, and half of the samples."""
+    (tmp_path / "train.py").write_text(
+        RANKS.format(here=str(Path(__file__).parent), folder=str(tmp_path)), encoding="utf-8"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "job-8"]
+    with RunningGateway() as gateway:
+        environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}", "OMP_NUM_THREADS": "1"}
+        environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        del environ["OTEL_METRICS_EXPORTER"]
+        done = subprocess.run(
+            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=170
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses, norms = json.loads(
+            next(line.partition("said ")[2] for line in done.stdout.splitlines() if "said [[[" in line)
+        )
+        assert losses[0] == losses[1]
+        assert norms[0] == norms[1]
+        with TamiyoClient(gateway.grpc) as client:
+            until("both have ended", lambda: [run.ended for run in client.runs()] == ["completed"] * 2)
+            runs = [(run.run_id, run.rank, run.world_size, run.stored) for run in client.runs()]
+            assert runs == [("job-8", 0, 2, 4), ("job-8", 1, 2, 4)]
+            mine, other = ([*client.pull("job-8", rank=rank)] for rank in (0, 1))
+        assert metric(mine, "gradient_norm") == pytest.approx(norms[1], rel=1e-6)
+        assert metric(other, "gradient_norm") == pytest.approx(norms[1], rel=1e-6)
+        both = zip(metric(mine, "loss"), metric(other, "loss"), strict=True)
+        assert [sum(pair) / 2 for pair in both] == pytest.approx(losses[1], abs=6e-5)
