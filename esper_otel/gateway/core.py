@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from esper_otel.errors import UnknownRun
@@ -14,7 +15,7 @@ from esper_otel.gateway.assemble import Assembler
 from esper_otel.gateway.decode import Decoder
 from esper_otel.gateway.items import End, Item, Origin
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.pages import run_message, step_of
+from esper_otel.gateway.pages import page, run_message, step_of
 from esper_otel.gateway.pull_messages import (
     PullRequest,
     PullResponse,
@@ -32,9 +33,7 @@ from esper_otel.oona import Publisher
 from esper_otel.risk import RULES, Rule
 
 MOST_PACKETS = 1000
-_DEFAULT_PACKETS = 64
 _MOST_WAIT_S = 60.0
-_PAGE_BYTES = 16 * 1024 * 1024
 _TIDY_EVERY_S = 10.0
 _RETRY_STORE_S = 1.0
 
@@ -255,7 +254,7 @@ class Core:
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
-                response = self._page(request)
+                response = await self._page(request)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
                     raise
@@ -277,21 +276,9 @@ class Core:
             raise UnknownRun(f"no step of run {request.run_id!r} has come since this gateway was started")
         return view
 
-    def _page(self, request: PullRequest) -> PullResponse:
-        rank = request.rank if request.HasField("rank") else None
-        most = request.max_packets or _DEFAULT_PACKETS
-        found = self._store.after(request.run_id, request.cursor, rank, most)
-        now_unix_ns = self._clock_ns()
-        response = PullResponse(cursor=found.cursor, gap=found.gap)
-        size = 0
-        for entry in found.entries:
-            step = step_of(entry, self._rules, self._latency_budget_ms, now_unix_ns)
-            size += step.ByteSize()
-            if size > _PAGE_BYTES and response.steps:
-                place = entry.position if rank is None else entry.number
-                response.cursor = found.cursor.rpartition(":")[0] + f":{place - 1}"
-                break
-            response.steps.append(step)
+    async def _page(self, request: PullRequest) -> PullResponse:
+        made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
+        response = await page(self._store, request, made, self._clock_ns)
         self.counts["pulled_steps"] += len(response.steps)
         self.counts["gap_steps"] += response.gap if request.cursor else 0
         return response

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
+from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.items import RunState
-from esper_otel.gateway.pull_messages import Run, Step, step_message
-from esper_otel.gateway.stored import Entry
+from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, Step, step_message
+from esper_otel.gateway.stored import Entry, Store
 from esper_otel.leyline.packets import packets
 from esper_otel.risk import Rule, signals, with_signals
 
+_DEFAULT_PACKETS = 64
+_PAGE_BYTES = 16 * 1024 * 1024
+_FETCHED = 128  # steps fetched at once, and
+_AT_ONCE = 16  # steps made at once: some milliseconds each, until others have a turn
 
-def step_of(entry: Entry, rules: tuple[Rule, ...], latency_budget_ms: float, now_unix_ns: int) -> Step:
+
+async def page(
+    store: Store, request: PullRequest, made: Callable[[Entry, int], Step], clock_ns: Callable[[], int]
+) -> PullResponse:
+    """Steps after a cursor, a few at a time: whoever else talks to the gateway does not wait for a large page.
+
+    Args:
+        store: where they are.
+        request: how many of what.
+        made: makes a step's message of an entry and the time.
+        clock_ns: Unix time in nanoseconds.
+
+    Raises:
+        UnknownRun, StaleCursor: nothing can be had so.
+    """
+    rank = request.rank if request.HasField("rank") else None
+    most = request.max_packets or _DEFAULT_PACKETS
+    response = PullResponse(cursor=request.cursor)
+    size = 0
+    while True:
+        few = min(most - len(response.steps), _FETCHED)
+        try:
+            found = store.after(request.run_id, response.cursor, rank, few)
+        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next pull will tell
+            if response.steps:
+                return response
+            raise
+        if response.steps and found.gap:
+            return response
+        response.gap += found.gap
+        now_unix_ns = clock_ns()
+        for entry in found.entries:
+            step = made(entry, now_unix_ns)
+            size += step.ByteSize()
+            if size > _PAGE_BYTES and response.steps:
+                place = entry.position if rank is None else entry.number
+                response.cursor = found.cursor.rpartition(":")[0] + f":{place - 1}"
+                return response
+            response.steps.append(step)
+            if len(response.steps) % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+        response.cursor = found.cursor
+        if len(found.entries) < few or len(response.steps) == most:
+            return response
+
+
+def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:
     """The entry as packets, with the signals of its risks."""
     item = entry.item
     made = packets(

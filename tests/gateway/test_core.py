@@ -13,6 +13,7 @@ from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from wire import bodies, encoder
 
+from esper_otel.errors import UnknownRun
 from esper_otel.frame import NO_SEEDS, Frame
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.memory import MemoryStore
@@ -85,6 +86,58 @@ def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_p
 
     steps = asyncio.run(live())
     assert [(step.step, step.complete, step.revision) for step in steps] == [(n, True, 1) for n in range(1, 21)]
+
+
+def test_others_have_their_turns_while_a_large_page_is_made() -> None:
+    """A controller is not to wait for somebody who reads a whole run."""
+
+    async def live() -> None:
+        core = Core(MemoryStore(), hold_s=HOLD_S)
+        core.start()
+        for body in bodies(history(1000)):
+            core.receive(body)
+        reading = asyncio.create_task(pulled(core))
+        turns = 0
+        while not reading.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert [step.step for step in reading.result()] == [*range(1, 1001)]
+        assert turns > 50
+        core.close()
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["some steps are", "the run is"])
+def test_a_page_ends_where_steps_are_dropped_while_it_is_made(ends: bool) -> None:
+    """What is missing then is told by the next pull, as ever."""
+    now = [0.0]
+
+    async def live() -> None:
+        core = Core(MemoryStore(StoreLimits(steps=300, idle_s=5), clock=lambda: now[0]), hold_s=HOLD_S)
+        core.start()
+        for body in bodies(history(300)):
+            core.receive(body)
+        reading = asyncio.create_task(core.pull(PullRequest(run_id=RUN.run_id, max_packets=300)))
+        await asyncio.sleep(0)
+        if ends:
+            now[0] = 10.0
+            core._store.expire()
+        else:
+            for body in bodies(history(200, first=301)):
+                core.receive(body)
+        page = await reading
+        assert [step.step for step in page.steps] == [*range(1, 129)]
+        following = PullRequest(run_id=RUN.run_id, cursor=page.cursor, max_packets=300)
+        if ends:
+            with pytest.raises(UnknownRun):
+                await core.pull(following)
+        else:
+            rest = await core.pull(following)
+            assert (rest.gap, [step.step for step in rest.steps]) == (72, [*range(201, 501)])
+        core.close()
+
+    asyncio.run(live())
 
 
 @pytest.mark.parametrize("seed", range(4))
