@@ -6,7 +6,6 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from operator import attrgetter
 
 from esper_otel.errors import UnknownRun
@@ -36,11 +35,8 @@ class _Row:
         """Up to ``most`` entries after a place, and how many before them were dropped."""
         first = self.last - len(self.entries)
         start = max(place, first)
-        if self.last - start > len(self.entries) // 2:
-            found = list(islice(self.entries, start - first, start - first + most))
-        else:  # a deque is walked from the nearer end
-            count = self.last - start
-            found = list(islice(reversed(self.entries), count))[::-1][:most]
+        # A deque walks to an index in blocks, from the nearer end; to a slice one by one.
+        found = [self.entries[index - first] for index in range(start, min(start + most, self.last))]
         return found, max(first - place, 0)
 
 

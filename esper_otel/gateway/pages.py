@@ -15,14 +15,13 @@ from esper_otel.risk import Rule, signals, with_signals
 
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024
-_FETCHED = 128  # steps fetched at once, and
-_AT_ONCE = 16  # steps made at once: some milliseconds each, until others have a turn
+_FETCHED = 32  # steps at once
 
 
 async def page(
     store: Store, request: PullRequest, made: Callable[[Entry, int], Step], clock_ns: Callable[[], int]
 ) -> PullResponse:
-    """Steps after a cursor, a few at a time: whoever else talks to the gateway does not wait for a large page.
+    """Steps after a cursor. Each takes some tenths of a millisecond; in between others have their turns.
 
     Args:
         store: where they are.
@@ -50,6 +49,8 @@ async def page(
         response.gap += found.gap
         now_unix_ns = clock_ns()
         for entry in found.entries:
+            if response.steps:
+                await asyncio.sleep(0)
             step = made(entry, now_unix_ns)
             size += step.ByteSize()
             if size > _PAGE_BYTES and response.steps:
@@ -57,8 +58,6 @@ async def page(
                 response.cursor = found.cursor.rpartition(":")[0] + f":{place - 1}"
                 return response
             response.steps.append(step)
-            if len(response.steps) % _AT_ONCE == 0:
-                await asyncio.sleep(0)
         response.cursor = found.cursor
         if len(found.entries) < few or len(response.steps) == most:
             return response
