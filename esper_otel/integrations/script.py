@@ -31,7 +31,9 @@ def attach(log: str) -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.FileHandler(log) if log else logging.NullHandler())
-    sys.meta_path.insert(0, _OnTorch(Script().follow))
+    script = Script()
+    sys.meta_path.insert(0, _OnTorch(script.follow))
+    atexit.register(script.say_if_idle)
 
 
 class _OnTorch(MetaPathFinder):
@@ -115,6 +117,15 @@ class Script:
 
         iterator.__next__ = timed
         iterator.next = timed
+
+    @_harmless
+    def say_if_idle(self) -> None:
+        """Why nothing was recorded, for the log."""
+        if self._loop is None:
+            logger.info(
+                "no batch and no optimizer's step was seen in this process; those that it starts are not followed: "
+                "torchrun --no-python esper-otel run SCRIPT follows each worker"
+            )
 
     @_harmless
     def _asks(self, loader: object) -> None:

@@ -147,3 +147,12 @@ def test_a_script_that_is_not_there_is_said_by_python(tmp_path: Path) -> None:
         without = run(collector, tmp_path / "nothing.py")
         ours = followed(collector, tmp_path / "nothing.py")
         assert (ours.stderr, ours.returncode) == (without.stderr, 2)
+
+
+def test_a_script_in_which_nothing_steps_is_explained_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "launcher.py").write_text("print('hello')", encoding="utf-8")
+    log = tmp_path / "log"
+    with MemoryCollector() as collector:
+        done = run(collector, "-m", "esper_otel", "run", "--log", log, tmp_path / "launcher.py")
+    assert (done.stdout, done.stderr, done.returncode) == ("hello\n", "", 0)
+    assert "torchrun --no-python esper-otel run SCRIPT" in log.read_text(encoding="utf-8")
