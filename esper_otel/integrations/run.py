@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-id", metavar="NAME", help="name of the run (ESPER_RUN_ID, the launcher's, or made up)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="where the telemetry says what it does (nowhere)")
     parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is a module, as in python -m")
-    parser.add_argument("script", metavar="SCRIPT", help="the training script; processes that it starts are not followed")
+    parser.add_argument("script", metavar="SCRIPT", help="the script; processes that it starts are not followed")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
 
 
