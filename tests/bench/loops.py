@@ -7,6 +7,7 @@ and their ratios. Steps are sent to a receiver on loopback in another process. P
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -26,20 +27,19 @@ WIDTH = 256
 Times = list[float]
 
 
-def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Random ones."""
-    random = torch.Generator().manual_seed(1)
-    inputs = torch.randn(64, WIDTH, generator=random)
-    targets = torch.randint(0, 10, (64,), generator=random)
-    for _ in range(STEPS):
-        yield inputs, targets
-
-
 class Loader:
-    """Gives them."""
+    """Gives the same random batch again and again."""
+
+    def __init__(self, *shape: int, steps: int = STEPS) -> None:
+        random = torch.Generator().manual_seed(1)
+        self._batch = (
+            torch.randn(shape or (64, WIDTH), generator=random),
+            torch.randint(0, 10, (64,), generator=random),
+        )
+        self._steps = steps
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return batches()
+        return itertools.repeat(self._batch, self._steps)
 
 
 def model() -> torch.nn.Module:
@@ -49,11 +49,26 @@ def model() -> torch.nn.Module:
     return torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, 10))
 
 
-def plain(*, watched: bool) -> Times:
+def images() -> torch.nn.Module:
+    """Convolutions, as many parameters: a step of some tens of milliseconds."""
+    torch.manual_seed(0)
+    channels = (3, 32, 64, 128, 128)
+    layers: list[torch.nn.Module] = []
+    for before, after in itertools.pairwise(channels):
+        layers += [torch.nn.Conv2d(before, after, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(128 * 2 * 2, 10))
+
+
+def convolutions(*, watched: bool) -> Times:
+    """A script's own loop over images of 32 x 32."""
+    return plain(watched=watched, net=images(), loader=Loader(64, 3, 32, 32, steps=STEPS // 3))
+
+
+def plain(*, watched: bool, net: torch.nn.Module | None = None, loader: Any = None) -> Times:
     """A script's own loop."""
-    net = model()
+    net = net or model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    loader: Any = Loader()
+    loader = loader or Loader()
     if watched:
         loader = esper_otel.watch(net, optimizer, loader, run_id=f"bench-{time.time_ns()}")
     stamps = []
@@ -130,7 +145,7 @@ def main() -> None:
     os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{address}"
     try:
         print("| loop | step without | with | p50 | p99 without | with | p99 |\n|---|---|---|---|---|---|---|")
-        for name, run in (("plain, `watch`", plain), ("Lightning", lightning)):
+        for name, run in (("plain, `watch`", plain), ("images, `watch`", convolutions), ("Lightning", lightning)):
             run(watched=False)
             without, with_it = (np.array(times) * 1e6 for times in measured(run, rounds))
             cells = [name]
