@@ -76,19 +76,19 @@ class EsperCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """The first batch of the epoch is asked for."""
-        del trainer, pl_module
+        del pl_module
+        self._steps = trainer.global_step
         self._running.wait()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The batch is there."""
-        del pl_module, batch_idx
-        self._steps = trainer.global_step
+        del trainer, pl_module, batch_idx
         self._running.batch(samples_of(batch))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """The gradients are whole."""
         del trainer, optimizer
-        self._running.gradients(pl_module.parameters())
+        self._running.gradients(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is over, if the optimizer has stepped."""
@@ -97,18 +97,24 @@ class EsperCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach())
-        if trainer.global_step > self._steps:
+        steps = trainer.global_step  # asked for once: Lightning adds it up each time, as it does what was logged
+        if steps > self._steps:
+            self._steps = steps
             loop.stepped()
+            values: dict[str, Any] = {}
             if self._losses:
+                total = sum(self._losses[1:], self._losses[0])
                 # Lightning has divided each by the number of batches that a step is to have.
                 share = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-                loop.put({"loss": sum(self._losses[1:], self._losses[0]) * (share / len(self._losses))})
-            self._losses = []
-            logged = trainer.callback_metrics
-            loop.put({name: logged[key] for name, key in self._metrics.items() if key in logged})
+                values["loss"] = total if share == len(self._losses) else total * (share / len(self._losses))
+                self._losses = []
+            if self._metrics:
+                logged = trainer.callback_metrics
+                values |= {name: logged[key] for name, key in self._metrics.items() if key in logged}
             if len(trainer.optimizers) == 1:
-                loop.put({"optimizer_lr": trainer.optimizers[0].param_groups[0]["lr"]})
-            loop.end(epoch=trainer.current_epoch, global_step=trainer.global_step)
+                values["optimizer_lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            loop.put(values)
+            loop.end(epoch=trainer.current_epoch, global_step=steps)
         loop.wait()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

@@ -100,7 +100,7 @@ class EsperCallback(TrainerCallback):
             self._loop.put({"optimizer_lr": optimizer.param_groups[0]["lr"]})
         if self._norm is None:
             scale = None if optimizer is None else getattr(unwrapped(optimizer), "grad_scale", None)
-            self._loop.gradients(self._model.parameters(), scale)
+            self._loop.gradients(self._model, scale)
         else:
             self._loop.put({"gradient_norm": self._norm})
 

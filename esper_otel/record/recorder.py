@@ -178,7 +178,7 @@ class Recorder:
             and len(values) == len(shape.names)
             and type(epoch) is int
             and 0 <= epoch <= UINT32_MAX
-            and global_step is None
+            and (global_step is None or (type(global_step) is int and self.highest_step < global_step <= UINT64_MAX))
             and samples is None
         ):
             # Most steps are like the one before: names that are known to be good, and nothing that waits.
@@ -188,7 +188,7 @@ class Recorder:
                 numbers = ()
             if numbers and are_ordinary(numbers) and not self.publisher.waiting:
                 try:
-                    self.highest_step = number = self.highest_step + 1
+                    self.highest_step = number = self.highest_step + 1 if global_step is None else global_step
                     self.publisher.publish_plain(
                         number, epoch, self.clock.stamp(), shape, numbers, values, NO_SEEDS, self._probed()
                     )

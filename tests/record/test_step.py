@@ -133,13 +133,19 @@ def test_a_later_change_of_a_tensor_does_not_change_what_was_put(telemetry: Tele
     assert metrics(telemetry)["loss"] == 1.0
 
 
-def test_numbers_of_steps_begin_at_one_and_go_on_from_the_highest(telemetry: Telemetry) -> None:
+@pytest.mark.parametrize("values", [{"loss": 1.0}, {"loss": 1.0, "gradient_norm": 1.0}], ids=["odd", "as most are"])
+def test_numbers_of_steps_begin_at_one_and_go_on_from_the_highest(
+    telemetry: Telemetry, values: dict[str, float]
+) -> None:
     """A number that goes back is data: kept, counted, and its packet has an id of its own."""
-    for given_step in (None, 10, None, 5, None):
-        telemetry.record_step({"loss": 1.0}, epoch=0, global_step=given_step)
+    for given_step in (None, 10, 12, None, 13, 5, None, 2**63):
+        telemetry.record_step(values, epoch=0, global_step=given_step)
+    for wrong in (-1, 2**64, 1.5, "14"):
+        with pytest.raises(InvalidValue, match="global_step"):
+            telemetry.record_step(values, epoch=0, global_step=wrong)  # type: ignore[arg-type] # the mistake
     page = telemetry.pull()
-    assert [packets.step for packets in page] == [1, 10, 11, 5, 12]
-    assert len({packets.state.packet_id for packets in page}) == 5
+    assert [packets.step for packets in page] == [1, 10, 12, 13, 13, 5, 14, 2**63]
+    assert len({packets.state.packet_id for packets in page}) == 8
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "1", None, 2**64])
