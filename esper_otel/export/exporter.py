@@ -19,8 +19,8 @@ from esper_otel.ring import Ring
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 30.0
-_PAUSE_FOR_CREDENTIALS_S = 5.0  # a token that was put right is to be used soon
+_LONGEST_PAUSE_S = 5.0  # what waits is to be gone soon after an outage, and a token that was put right used
+_LONGEST_ASKED_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
 HEALTH_EVERY_S = 10.0
 _MS = 1_000_000
@@ -304,10 +304,9 @@ class StepExporter:
         """How long to wait after a failure: what the endpoint asks for, else twice as long each time."""
         self._failures += 1
         if outcome is not None and outcome.retry_after_s is not None:
-            return min(outcome.retry_after_s, _LONGEST_PAUSE_S)
-        is_refused = outcome is not None and outcome.result is Result.UNAUTHENTICATED
-        most_s = _PAUSE_FOR_CREDENTIALS_S if is_refused else _LONGEST_PAUSE_S
-        return min(_FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 10), most_s) * random.uniform(0.5, 1.0)  # noqa: S311
+            return min(outcome.retry_after_s, _LONGEST_ASKED_S)
+        pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 10), _LONGEST_PAUSE_S)
+        return pause_s * random.uniform(0.5, 1.0)  # noqa: S311
 
     def _report(self, reason: str, result: Result | None = None, error: Exception | None = None) -> None:
         self.last_error = reason
