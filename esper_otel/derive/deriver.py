@@ -72,7 +72,7 @@ class Deriver:
         self._states: list[Any] = [processor.initial() for processor in self._processors]
         self.reads_probes = not all(isinstance(processor, Dynamics) for processor in processors)
         # Most runs have ours only, which needs neither a loop nor a guard: it fails with nothing but numbers given.
-        self._alone = processors[0] if len(processors) == 1 and isinstance(processors[0], Dynamics) else None
+        self._alone = processors[0] if len(processors) == 1 and type(processors[0]) is Dynamics else None
         self._fault = fault
         given_before: set[str] = set()
         self._chained = False
