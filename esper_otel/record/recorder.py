@@ -14,7 +14,7 @@ from esper_otel.record.coming import Coming
 from esper_otel.record.draft import Draft
 from esper_otel.record.needs import Probing
 from esper_otel.record.publisher import Publisher
-from esper_otel.record.seeds import checked_seed_id, merged_row, one_cell
+from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
 from esper_otel.record.step import Step
 from esper_otel.record.values import (
     CONTEXT,
@@ -84,6 +84,7 @@ class Recorder:
         step.time_unix_ns = self.clock.stamp()
         if self.coming.is_anything:
             step._waited_ms, step._table, step._retired = self.coming.take()
+        step._known = self.publisher.live.ids
         self.open_step = step
 
     def _still_open(self) -> bool:
@@ -113,6 +114,7 @@ class Recorder:
     def finish(self, step: Step, now_s: float) -> None:
         """Hands over a step that is over; whatever goes wrong stays here."""
         self.open_step = None
+        step._known = NO_IDS
         try:
             spent_ms = (now_s - step._started_s) * 1e3
             values = step._values
@@ -279,6 +281,8 @@ class Recorder:
     def retire(self, seed_id: str) -> None:
         """Ends a seed's life: it is in no frame after the open one."""
         self.coming.retire(checked_seed_id(seed_id))
+        if self.open_step is not None:
+            self.open_step._known = NO_IDS
 
     def set_context(self, values: Mapping[str, object]) -> None:
         """Replaces values that stay in every frame that follows."""

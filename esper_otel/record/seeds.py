@@ -26,8 +26,9 @@ _STAGE = COLUMN["stage"]
 
 _MAX_ID_BYTES = 256
 STAGES = frozenset(float(stage) for stage in Stage)
-# The first cell of a packed row, when it needs no checking.
-STAGE_BYTES = frozenset(struct.pack("=d", cell) for cell in (*STAGES, ABSENT))
+# What needs no checking as a stage.
+STAGES_OR_ABSENT = STAGES | {ABSENT}
+NO_IDS: Mapping[str, int] = {}
 
 
 class MoreOfASeed(TypedDict, total=False):

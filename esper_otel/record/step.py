@@ -14,10 +14,11 @@ from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frame import ABSENT, SeedTable
 from esper_otel.record.device import move
 from esper_otel.record.seeds import (
+    NO_IDS,
     NO_MORE,
     REQUESTED,
     ROW,
-    STAGE_BYTES,
+    STAGES_OR_ABSENT,
     checked_seed_id,
     checked_stage,
     merged_row,
@@ -85,7 +86,9 @@ class Step:
         self._values: dict[str, float] = {}
         self._timings: dict[str, float] = {}
         self._rows: dict[str, bytes] = {}
-        self._known: Mapping[str, int] = recorder.publisher.live.ids  # they need no checking
+        # Seeds whose first row needs no second look: those that live, while the step is open, nothing has been retired
+        # in it and no cell is on a device.
+        self._known: Mapping[str, int] = NO_IDS
         self._table: SeedTable | None = None
         self._held: Held | None = None
         self._retired: Sequence[str] = ()
@@ -163,6 +166,8 @@ class Step:
         self._held.tensors.update(tensors)
         for name in tensors:
             self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is no key of the values
+            if isinstance(name, tuple):
+                self._known = NO_IDS
 
     def hook(self) -> Timed:
         """Times ``hook_latency_ms``: the controller and what its commands change."""
@@ -251,18 +256,18 @@ class Step:
             InvalidValue: a value that is not one number, or a stage that Leyline does not have.
             WrongState: the step is not open.
         """
-        recorder = self._recorder
-        if recorder.open_step is not self:
-            raise self._is_over("seed()")
         if (
             # Plain floats are known by their classes in a third of the time that a set of types takes.
             stage.__class__ is alpha.__class__ is alpha_steps.__class__ is kernel_attached.__class__ is float
             and last_kernel_latency_ms.__class__ is isolation_violations.__class__ is fallback_used.__class__ is float
             and isolation_dot.__class__ is isolation_host_norm.__class__ is isolation_seed_norm.__class__ is float
             and not more
-            and self._held is None
+            and stage in STAGES_OR_ABSENT
+            and seed_id.__class__ is str
+            and seed_id in self._known
+            and seed_id not in self._rows
         ):
-            row = REQUESTED.pack(
+            self._rows[seed_id] = REQUESTED.pack(
                 stage,
                 alpha,
                 alpha_steps,
@@ -275,20 +280,18 @@ class Step:
                 isolation_seed_norm,
                 NO_MORE,
             )
-        else:
-            first = (stage, alpha, alpha_steps, kernel_attached, last_kernel_latency_ms)
-            last = (isolation_violations, fallback_used, isolation_dot, isolation_host_norm, isolation_seed_norm)
-            row = self._packed(seed_id, first + last, more)
-        if row[:8] not in STAGE_BYTES:
-            checked_stage(ROW.unpack(row)[0])
-        rows = self._rows
-        if type(seed_id) is not str or seed_id not in self._known or seed_id in rows or recorder.coming.retiring:
-            self._add_row(checked_seed_id(seed_id), row)
-        else:
-            rows[seed_id] = row
+            return
+        first = (stage, alpha, alpha_steps, kernel_attached, last_kernel_latency_ms)
+        last = (isolation_violations, fallback_used, isolation_dot, isolation_host_norm, isolation_seed_norm)
+        self._add_row(seed_id, first + last, more)
 
-    def _add_row(self, seed_id: str, row: bytes) -> None:
-        """A row of a seed that is new, or was recorded in this step before, or may have been retired in it."""
+    def _add_row(self, seed_id: str, cells: tuple[Any, ...], more: Mapping[str, object]) -> None:
+        """A row of any kind; one of a seed that was retired in this step begins a new life."""
+        if self._recorder.open_step is not self:
+            raise self._is_over("seed()")
+        row = self._packed(seed_id, cells, more)
+        checked_stage(ROW.unpack(row)[0])
+        seed_id = checked_seed_id(seed_id)
         if seed_id in self._recorder.coming.retiring:
             self._is_born_again(seed_id)
         earlier = self._rows.get(seed_id)
