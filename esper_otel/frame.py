@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.schema import SEED_FIELDS
+from esper_otel.schema import SEED_FIELDS, SEED_METRICS
 
 if TYPE_CHECKING:
     from esper_otel.derive.processor import Derived
@@ -21,6 +22,7 @@ ABSENT_BITS = 0x7FF8_E59E_0A85_E117
 ABSENT: float = struct.unpack("<d", struct.pack("<Q", ABSENT_BITS))[0]
 
 WIDTH = len(SEED_FIELDS)
+NARROW = len(SEED_METRICS)  # the request's fields, which come first
 
 Cells = npt.NDArray[np.float64]
 
@@ -32,10 +34,22 @@ def is_absent(cells: Cells) -> npt.NDArray[np.bool_]:
 
 
 class SeedTable(NamedTuple):
-    """Rows of seeds: ``cells`` has shape (len(ids), 19), float64, columns in the order of ``SEED_FIELDS``."""
+    """Rows of seeds: ``cells`` has one for each id, float64, columns in the order of ``SEED_FIELDS``.
+
+    There are 19 columns, or the first 10 where no cell of the others is there: most seeds say the request's fields
+    only. In memory, rows or columns stand together.
+    """
 
     ids: tuple[str, ...]
     cells: Cells
+
+    def wide(self) -> SeedTable:
+        """The same table with all 19 columns; itself, if it has them."""
+        if self.cells.shape[1] == WIDTH:
+            return self
+        cells = _blank(len(self.ids)).copy()
+        cells[:, :NARROW] = self.cells
+        return SeedTable(self.ids, cells)
 
     def rows(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Each seed's id with the cells that are present, by field name."""
@@ -43,8 +57,14 @@ class SeedTable(NamedTuple):
         for seed_id, cells, mask in zip(self.ids, self.cells.tolist(), present.tolist(), strict=True):
             yield (
                 seed_id,
-                {field: cell for field, cell, there in zip(SEED_FIELDS, cells, mask, strict=True) if there},
+                {field: cell for field, cell, there in zip(SEED_FIELDS, cells, mask, strict=False) if there},
             )
+
+
+@lru_cache(maxsize=4)
+def _blank(rows: int) -> Cells:
+    """Cells of which none is there."""
+    return np.full((rows, WIDTH), ABSENT)
 
 
 def _no_rows() -> SeedTable:

@@ -21,14 +21,13 @@ _FEW = 16  # frames that are dropped together at most, beyond what the bytes ask
 
 def frame_bytes(frame: Frame) -> int:
     """About how much memory a frame holds on to, in bytes. Seed tables shared between fields count once."""
-    size = _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)
-    live = frame.live
-    if live.ids:
-        seeds = frame.seeds
-        size += _TABLE_BYTES + live.cells.nbytes
-        if seeds.cells is not live.cells:
-            size += _TABLE_BYTES + seeds.cells.nbytes
-    return size
+    return _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers) + (_tables_bytes(frame) if frame.live.ids else 0)
+
+
+def _tables_bytes(frame: Frame) -> int:
+    live, seeds = frame.live.cells, frame.seeds.cells
+    size = _TABLE_BYTES + live.nbytes
+    return size if seeds is live else size + _TABLE_BYTES + seeds.nbytes
 
 
 class Ring:
@@ -64,7 +63,9 @@ class Ring:
         number = self.last + 1
         self._frames[number] = frame  # first: whoever sees the number finds the frame
         self.last = number
-        size = frame_bytes(frame)
+        size = _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)  # as frame_bytes(), without a call in every step
+        if frame.live.ids:
+            size += _tables_bytes(frame)
         self._sizes.append(size)
         self._size += size
         if self._size - self._saved > self._capacity_bytes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from hypothesis import strategies as st
 
-from esper_otel.frame import ABSENT, WIDTH, Frame, Run, SeedTable
+from esper_otel.frame import ABSENT, NARROW, WIDTH, Frame, Run, SeedTable
 from esper_otel.schema import OWN_STEP, SEED_FIELDS, STEP_METRICS, Stage
 
 RUN = Run("digits-7", 1_790_000_000_000)
@@ -19,9 +19,10 @@ TIME_UNIX_NS = 1_790_000_000_000_000_000
 _COUNTED = {"esper.global_step", "esper.epoch", "esper.seeds"}
 
 
-def seed_table(rows: Mapping[str, Mapping[str, float]]) -> SeedTable:
-    """A table from cells by seed id and field; what is not given is absent."""
-    cells = np.full((len(rows), WIDTH), ABSENT)
+def seed_table(rows: Mapping[str, Mapping[str, float]], *, order: Literal["C", "F"] = "C") -> SeedTable:
+    """A table from cells by seed id and field, as wide as it needs to be; what is not given is absent."""
+    is_narrow = all(field in SEED_FIELDS[:NARROW] for given in rows.values() for field in given)
+    cells = np.full((len(rows), NARROW if is_narrow else WIDTH), ABSENT, order=order)
     for row, given in enumerate(rows.values()):
         for field, cell in given.items():
             cells[row, SEED_FIELDS.index(field)] = cell
@@ -75,7 +76,7 @@ def _cells(draw: st.DrawFn) -> dict[str, float]:
 @st.composite
 def frames(draw: st.DrawFn, /, **fixed: Any) -> Frame:
     """A frame as a session may publish it; fields of ``Frame`` may be fixed."""
-    live = draw(st.dictionaries(seed_ids(), _cells(), max_size=4))
+    live = draw(st.dictionaries(seed_ids() | st.sampled_from(["a", "b"]), _cells(), max_size=4))
     recorded = [seed_id for seed_id in live if draw(st.booleans())]
     step_names = st.sampled_from([metric.name for metric in STEP_METRICS])
     own_names = st.sampled_from([metric.name for metric in OWN_STEP if metric.name not in _COUNTED])
@@ -86,7 +87,7 @@ def frames(draw: st.DrawFn, /, **fixed: Any) -> Frame:
         "time_unix_ns": draw(st.integers(1, 2**63 - 1)),
         "recorded": draw(st.dictionaries(step_names, numbers(), max_size=8)),
         "context": draw(st.dictionaries(own_names, numbers(), max_size=3)),
-        "seeds": seed_table({seed_id: live[seed_id] for seed_id in recorded}),
+        "seeds": seed_table({seed_id: live[seed_id] for seed_id in recorded}, order=draw(st.sampled_from("CF"))),
         "live": seed_table(live),
     }
     return make_frame(**drawn | fixed)

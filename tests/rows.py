@@ -7,7 +7,7 @@ import math
 from hypothesis import strategies as st
 
 from esper_otel.frame import ABSENT, SeedTable
-from esper_otel.record.seeds import ROW, table_of_rows
+from esper_otel.record.seeds import MORE_FIELDS, REQUESTED, ROW, table_of_rows
 from esper_otel.schema import SEED_FIELDS
 
 cell_values = st.one_of(st.floats(allow_nan=True), st.integers(0, 11).map(float))
@@ -16,7 +16,11 @@ tables = st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), rows)
 
 
 def packed(cells: dict[str, float]) -> bytes:
-    return ROW.pack(*(cells.get(field, ABSENT) for field in SEED_FIELDS))
+    """A row as a step packs it: the request's fields, and the others only if one of them is there."""
+    row = [cells.get(field, ABSENT) for field in SEED_FIELDS]
+    if not cells.keys() & set(MORE_FIELDS):
+        return REQUESTED.pack(*row[: -len(MORE_FIELDS)])
+    return ROW.pack(*row)
 
 
 def table(seeds: dict[str, dict[str, float]]) -> SeedTable:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, WIDTH, Frame
+from esper_otel.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, Frame, SeedTable
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
 
 _MAX_FRAMES = 1_000
@@ -28,7 +28,7 @@ class Block(NamedTuple):
         names: of their step values.
         values: the step values, shape (frames, names), float64.
         ids: the seeds recorded.
-        cells: their cells, shape (frames, seeds, 19), float64.
+        cells: their cells, shape (frames, seeds, columns), float64, as many columns as the widest table has.
         present: which of them are there, same shape.
         points: how many points each frame makes, shape (frames,).
     """
@@ -116,9 +116,22 @@ def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collec
     ]
     ids = first.seeds.ids
     points = np.full(len(frames), len(place))
-    cells = np.frombuffer(b"".join([frame.seeds.cells.data for frame in frames])).reshape(len(frames), len(ids), WIDTH)
+    cells = _side_by_side([frame.seeds for frame in frames])
     present = cells.view(np.uint64) != ABSENT_BITS
     if ids:
         points += np.count_nonzero(present.reshape(len(frames), -1), axis=1)
     given[:, -1] = points
     return Block(frames, tuple(place), given[:, list(place.values())], ids, cells, present, points)
+
+
+def _side_by_side(tables: list[SeedTable]) -> _Values:
+    """The cells of tables with the same seeds, shape (tables, seeds, columns)."""
+    shapes = {table.cells.shape for table in tables}
+    if len(shapes) > 1:
+        tables = [table.wide() for table in tables]
+    all_cells = [table.cells for table in tables]
+    try:
+        content = b"".join([cells.data for cells in all_cells])
+    except TypeError:  # columns stand together in some: their memory is no row of bytes
+        content = b"".join([cells.tobytes() for cells in all_cells])
+    return np.frombuffer(content).reshape(len(tables), *all_cells[0].shape)

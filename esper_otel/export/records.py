@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from opentelemetry.sdk.resources import Resource
 
-from esper_otel.frame import ABSENT, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable
 from esper_otel.schema import METRICS, Metric
 
 _MAGIC = b"\xe5\x9e\x0f1"
@@ -175,14 +175,15 @@ def _frame(body: bytes, known: Mapping[int, Any]) -> Frame | None:
     run, names, ids, live_ids = (known[number] for number in numbers)
     place = _FIELDS.size + retired_bytes
     retired = tuple(json.loads(body[_FIELDS.size : place])) if retired_bytes else ()
-    size = 8 * (len(names) + WIDTH * len(ids))
-    if not isinstance(run, Run) or len(body) != place + size:
+    of_names = 8 * len(names)
+    sizes = {place + of_names + 8 * len(ids) * columns: columns for columns in (NARROW, WIDTH)}
+    if not isinstance(run, Run) or len(body) not in sizes:
         return None
     values = np.frombuffer(body, np.float64, len(names), place).tolist()
     seeds = live = NO_SEEDS
     if ids:
-        cells = np.frombuffer(body, np.float64, WIDTH * len(ids), place + 8 * len(names)).reshape(len(ids), WIDTH)
-        seeds = live = SeedTable(ids, cells)
+        cells = np.frombuffer(body, np.float64, offset=place + of_names)
+        seeds = live = SeedTable(ids, cells.reshape(len(ids), sizes[len(body)]))
     if live_ids != ids:
         live = SeedTable(live_ids, np.full((len(live_ids), WIDTH), ABSENT))
     return Frame(run, sequence, step, epoch, time_unix_ns, names, tuple(values), {}, seeds, live, retired)

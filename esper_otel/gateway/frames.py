@@ -29,8 +29,8 @@ def frame_to_bytes(frame: Frame) -> bytes:
         "retired": frame.retired,
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    live = b"" if is_same else frame.live.cells.tobytes()
-    return b"".join((_LENGTH.pack(len(text)), text, frame.seeds.cells.tobytes(), live))
+    live = b"" if is_same else frame.live.wide().cells.tobytes()
+    return b"".join((_LENGTH.pack(len(text)), text, frame.seeds.wide().cells.tobytes(), live))
 
 
 def frame_from_bytes(content: bytes) -> Frame:

@@ -34,12 +34,11 @@ def seed_states(live: SeedTable) -> bytes:
     """
     if not live.ids:
         return b""
+    cells = live.wide().cells
     stencil = _table_stencil(
-        live.ids,
-        live.cells[:, _INTEGER_COLUMNS].tobytes(),
-        finite_cells(live.cells[:, _FLOAT_COLUMNS]).tobytes(),
+        live.ids, cells[:, _INTEGER_COLUMNS].tobytes(), finite_cells(cells[:, _FLOAT_COLUMNS]).tobytes()
     )
-    return stencil.filled(live.cells)
+    return stencil.filled(cells)
 
 
 @lru_cache(maxsize=4)

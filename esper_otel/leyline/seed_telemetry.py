@@ -37,8 +37,8 @@ _HEALTH = (
 
 
 def known_cells(frame: Frame) -> Cells:
-    """For each row recorded in the step, the last known cells of its seed, the row's own first."""
-    rows, live = frame.seeds, frame.live
+    """For each row recorded in the step, all the last known cells of its seed, the row's own first."""
+    rows, live = frame.seeds.wide(), frame.live.wide()
     if rows.ids == live.ids:
         below = live.cells
     else:
@@ -50,7 +50,8 @@ def known_cells(frame: Frame) -> Cells:
 
 
 def reported_rows(rows: SeedTable, known: Cells) -> SeedTable:
-    """The rows, ``alpha_steps`` only where the seed is BLENDING."""
+    """The rows, with all columns; ``alpha_steps`` only where the seed is BLENDING."""
+    rows = rows.wide()
     too_many = (known[:, _STAGE] != Stage.BLENDING) & ~is_absent(rows.cells[:, _ALPHA_STEPS])
     if not too_many.any():
         return rows

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import ABSENT, ABSENT_BITS, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
+from esper_otel.frame import ABSENT, ABSENT_BITS, NO_SEEDS, Cells, SeedTable, is_absent
 from esper_otel.record.seeds import COLUMN
 from esper_otel.schema import SEED_CELLS, SEED_FIELDS, Stage
 
@@ -48,6 +48,8 @@ _LOW, _HIGH = _bounds()
 # The bits of non-negative doubles are in the order of their values, with infinity and NaN above and the negative
 # ones above those: one comparison of integers finds what is finite and in range. Where negative values are
 # allowed the sign is masked out first.
+_UINT64 = np.dtype(np.uint64)
+_xor, _and, _is_at_most = np.bitwise_xor, np.bitwise_and, np.less_equal
 _EVERY_BIT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _MASK = np.where(_LOW < 0.0, np.uint64(0x7FFF_FFFF_FFFF_FFFF), _EVERY_BIT)
 _HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
@@ -64,37 +66,63 @@ class _Settled:
         violations: new in such a step; None when no row says.
     """
 
-    __slots__ = ("_all", "_erased", "_expected", "_fits", "_limit", "_mask", "_scratch", "ids", "violations")
+    __slots__ = (
+        "_all",
+        "_erased",
+        "_expected",
+        "_fits",
+        "_fitting",
+        "_flat",
+        "_limit",
+        "_mask",
+        "_scratch",
+        "ids",
+        "violations",
+    )
 
     def __init__(self, step: SeedStep) -> None:
         bits = step.recorded.cells.view(np.uint64)
         exact = bits == ABSENT_BITS
         exact[:, [_STAGE, _VIOLATIONS]] = True
         self._expected = np.where(exact, bits, np.uint64(0))
-        self._mask = np.where(exact, _EVERY_BIT, _MASK)
-        self._limit = np.where(exact, np.uint64(0), _HIGHEST_BITS)
+        width = bits.shape[1]
+        self._mask = np.where(exact, _EVERY_BIT, _MASK[:width])
+        self._limit = np.where(exact, np.uint64(0), _HIGHEST_BITS[:width])
         # While a seed is not blending its alpha_steps do not count, whatever is given.
         self._erased = list(step.erased)
         self._expected[self._erased, _ALPHA_STEPS] = 0
         self._mask[self._erased, _ALPHA_STEPS] = 0
         self._scratch = np.empty_like(bits)
-        self._fits = np.empty(bits.shape, np.bool_)
+        self._fits = np.empty_like(bits, np.bool_)
+        self._flat = self._fits.reshape(-1, order="A")  # as it lies in memory: a view
         self._all = b"\1" * bits.size
+        self._fitting: SeedTable | None = None  # the table that was found to be one last
         self.ids = step.live.ids
         self.violations = 0.0 if (bits[:, _VIOLATIONS] != ABSENT_BITS).any() else None
 
+    def fits(self, recorded: SeedTable) -> bool:
+        """Whether the rows are those of a like step; of the same table again it is known."""
+        if recorded is self._fitting:
+            return True
+        cells = recorded.cells
+        if recorded.ids != self.ids or cells.size != len(self._all):
+            return False
+        scratch = self._scratch
+        _xor(cells.view(_UINT64), self._expected, scratch)
+        _and(scratch, self._mask, scratch)
+        _is_at_most(scratch, self._limit, self._fits)
+        if self._flat.tobytes() != self._all:
+            return False
+        self._fitting = recorded
+        return True
+
     def table(self, recorded: SeedTable) -> SeedTable | None:
         """The rows of a like step; None for one that is not."""
-        if recorded.ids != self.ids:
+        if not self.fits(recorded):
             return None
         cells = recorded.cells
-        scratch = self._scratch
-        np.bitwise_xor(cells.view(np.uint64), self._expected, scratch)
-        np.bitwise_and(scratch, self._mask, scratch)
-        if np.less_equal(scratch, self._limit, self._fits).tobytes() != self._all:
-            return None
         if self._erased:
-            cells = cells.copy()
+            cells = cells.copy("K")
             cells[self._erased, _ALPHA_STEPS] = ABSENT
         table: SeedTable = tuple.__new__(SeedTable, (self.ids, cells))  # in half the time
         return table
@@ -127,10 +155,14 @@ class LiveSeeds:
 
     def _step(self, recorded: SeedTable) -> SeedStep:
         live = self.table
-        new = recorded.cells
+        if recorded.cells.shape[1] != live.cells.shape[1]:
+            recorded, live = (
+                (recorded.wide(), live.wide()) if live.ids else (recorded, SeedTable((), recorded.cells[:0]))
+            )
+        new, width = recorded.cells, recorded.cells.shape[1]
         same = recorded.ids == live.ids
         rows = () if same else [self.ids.get(seed_id, -1) for seed_id in recorded.ids]
-        before = live.cells if same else self._cells_before(recorded.ids, rows)
+        before = live.cells if same else self._cells_before(live.cells, recorded.ids, rows)
         absent = is_absent(new)
         merged = np.where(absent, before, new)
         erased = np.array((), np.intp)
@@ -147,10 +179,10 @@ class LiveSeeds:
             kept = np.flatnonzero(~empty)
             return self.step(SeedTable(tuple(recorded.ids[row] for row in kept), recorded.cells[kept]))
         finite = np.isfinite(new)
-        outside = (new < _LOW) | (new > _HIGH)
+        outside = (new < _LOW[:width]) | (new > _HIGH[:width])
         step = SeedStep(
             SeedTable(live.ids if same else recorded.ids, new),
-            self._live_after(recorded.ids, rows, merged),
+            _live_after(live, recorded.ids, rows, merged),
             None if absent[:, _VIOLATIONS].all() else _new_violations(before, new),
             int(new.size - np.count_nonzero(finite) - np.count_nonzero(absent)),
             tuple(SEED_FIELDS[column] for column in np.flatnonzero(outside.any(axis=0))) if outside.any() else (),
@@ -160,26 +192,18 @@ class LiveSeeds:
         step.live.cells.flags.writeable = False
         return step
 
-    def _cells_before(self, ids: tuple[str, ...], rows: Sequence[int]) -> Cells:
-        before = np.full((len(ids), WIDTH), ABSENT)
+    def _cells_before(self, live: Cells, ids: tuple[str, ...], rows: Sequence[int]) -> Cells:
+        before = np.full((len(ids), live.shape[1]), ABSENT)
         known = np.array(rows) >= 0
-        before[known] = self.table.cells[[row for row in rows if row >= 0]]
+        before[known] = live[[row for row in rows if row >= 0]]
         for position, seed_id in enumerate(ids):
             if rows[position] < 0 and seed_id in self._resumed_violations:
                 before[position, _VIOLATIONS] = self._resumed_violations[seed_id]
         return before
 
-    def _live_after(self, ids: tuple[str, ...], rows: Sequence[int], merged: Cells) -> SeedTable:
-        live = self.table
-        if ids == live.ids:
-            return SeedTable(live.ids, merged)
-        cells = live.cells.copy()
-        known = [position for position, row in enumerate(rows) if row >= 0]
-        born = [position for position, row in enumerate(rows) if row < 0]
-        cells[[rows[position] for position in known]] = merged[known]
-        if not born:
-            return SeedTable(live.ids, cells)
-        return SeedTable((*live.ids, *(ids[position] for position in born)), np.concatenate([cells, merged[born]]))
+    def is_settled(self, recorded: SeedTable) -> bool:
+        """Whether the rows are, as yet, those of a step that means just what it says: every cell is good as it is."""
+        return self._settled is not None and self._settled.fits(recorded)
 
     def settled(self, recorded: SeedTable) -> SeedTable | None:
         """The rows of a step that means just what it says, which live on; None for any other, and nothing changed."""
@@ -225,6 +249,18 @@ class LiveSeeds:
     def resume_violations(self, counts: Mapping[str, float]) -> None:
         """Takes the counts of a checkpoint, so that old violations are not new again."""
         self._resumed_violations = dict(counts)
+
+
+def _live_after(live: SeedTable, ids: tuple[str, ...], rows: Sequence[int], merged: Cells) -> SeedTable:
+    if ids == live.ids:
+        return SeedTable(live.ids, merged)
+    cells = live.cells.copy()
+    known = [position for position, row in enumerate(rows) if row >= 0]
+    born = [position for position, row in enumerate(rows) if row < 0]
+    cells[[rows[position] for position in known]] = merged[known]
+    if not born:
+        return SeedTable(live.ids, cells)
+    return SeedTable((*live.ids, *(ids[position] for position in born)), np.concatenate([cells, merged[born]]))
 
 
 def _settled(step: SeedStep) -> _Settled | None:

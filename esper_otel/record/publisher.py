@@ -152,8 +152,8 @@ class Publisher:
             recorded = live.settled(table) or NO_SEEDS
             if recorded is NO_SEEDS:
                 is_plain = False
-            elif live.settled_violations is not None:
-                names, numbers = shape.names_with_violations, (*numbers, live.settled_violations)
+            elif (violations := live.settled_violations) is not None:
+                names, numbers = shape.names_with_violations, (*numbers, violations)
         if not is_plain:
             self.publish(Draft(step, epoch, time_unix_ns, values, table, probed=probed))
             return

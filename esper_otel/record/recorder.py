@@ -71,7 +71,7 @@ class Recorder:
         # Of the last step that was recorded whole, and of the last scope; see ``record_step`` and ``finish``.
         self._shape: Shape | None = None
         self._step_shape: Shape | None = None
-        self._columns = Columns()
+        self._columns = Columns(publisher.live.is_settled)
         self._last_end_s: float | None = None
 
     # -- steps -------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Recorder:
                 if cycle_ms > 0.0:
                     values.setdefault("samples_per_s", step._samples * 1e3 / cycle_ms)
             self._last_end_s = now_s
-            table = NO_SEEDS if step._table is None and not step._rows else step._all_rows()
+            table = step._all_rows() if step._rows or step._table is not None else NO_SEEDS
             if (
                 step._is_ordinary
                 and step._held is None
@@ -153,18 +153,8 @@ class Recorder:
                         step.global_step, step.epoch, step.time_unix_ns, shape, numbers, values, table, self._probed()
                     )
                     return
-            draft = Draft(
-                step.global_step,
-                step.epoch,
-                step.time_unix_ns,
-                values,
-                table,
-                step._failed,
-                step._retired,
-                step._ended,
-                None,
-                self._probed(),
-            )
+            ends = (step._failed, step._retired, step._ended)
+            draft = Draft(step.global_step, step.epoch, step.time_unix_ns, values, table, *ends, probed=self._probed())
             self._publish(draft, step._held, is_ordinary=step._is_ordinary)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
-from esper_otel.frame import ABSENT, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
-from esper_otel.schema import SEED_FIELDS, SEED_METRICS, Stage
+from esper_otel.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
+from esper_otel.schema import SEED_FIELDS, Stage
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
 
+# Packed rows; most calls give the request's fields only.
 ROW = struct.Struct(f"={WIDTH}d")
-# Most calls give the request's fields only: a row that begins with them and ends with NO_MORE.
-MORE_FIELDS = SEED_FIELDS[len(SEED_METRICS) :]
-NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
-REQUESTED = struct.Struct(f"={len(SEED_METRICS)}d{len(NO_MORE)}s")
+REQUESTED = struct.Struct(f"={NARROW}d")
+MORE_FIELDS = SEED_FIELDS[NARROW:]
+_NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
 COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
 
 _STAGE = COLUMN["stage"]
@@ -82,23 +82,33 @@ def more_cells(more: Mapping[str, object]) -> list[object]:
 
 
 def table_of_rows(rows: Mapping[str, bytes]) -> SeedTable:
-    """A table from packed rows (``ROW``), one per seed id."""
+    """A table from packed rows (``REQUESTED`` or ``ROW``), one per seed id."""
     if not rows:
         return NO_SEEDS
-    cells: Cells = np.ndarray((len(rows), WIDTH), np.float64, b"".join(rows.values()))
+    content, width = b"".join(rows.values()), NARROW
+    if len(content) != len(rows) * REQUESTED.size:  # some are wide: all are to be
+        content, width = b"".join(map(_wide, rows.values())), WIDTH
+    cells: Cells = np.ndarray((len(rows), width), np.float64, content)
     table: SeedTable = tuple.__new__(SeedTable, (tuple(rows), cells))  # in half the time
     return table
 
 
 def one_cell(seed_id: str, field: str, value: float) -> SeedTable:
     """A table of one row with one cell."""
-    cells = np.full((1, WIDTH), ABSENT)
-    cells[0, COLUMN[field]] = value
+    column = COLUMN[field]
+    cells = np.full((1, NARROW if column < NARROW else WIDTH), ABSENT)
+    cells[0, column] = value
     return SeedTable((seed_id,), cells)
+
+
+def _wide(row: bytes) -> bytes:
+    return row if len(row) == ROW.size else row + _NO_MORE
 
 
 def merged_row(earlier: bytes, later: bytes) -> bytes:
     """Two packed rows of one seed: the later one's cells, else the earlier one's."""
+    if len(earlier) != len(later):
+        earlier, later = _wide(earlier), _wide(later)
     above = np.frombuffer(later)
     merged: bytes = np.where(is_absent(above), np.frombuffer(earlier), above).tobytes()
     return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import struct
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,6 @@ from esper_otel.frame import ABSENT, SeedTable
 from esper_otel.record.device import move
 from esper_otel.record.seeds import (
     NO_IDS,
-    NO_MORE,
     REQUESTED,
     ROW,
     STAGES_OR_ABSENT,
@@ -278,7 +278,6 @@ class Step:
                 isolation_dot,
                 isolation_host_norm,
                 isolation_seed_norm,
-                NO_MORE,
             )
             return
         first = (stage, alpha, alpha_steps, kernel_attached, last_kernel_latency_ms)
@@ -290,7 +289,7 @@ class Step:
         if self._recorder.open_step is not self:
             raise self._is_over("seed()")
         row = self._packed(seed_id, cells, more)
-        checked_stage(ROW.unpack(row)[0])
+        checked_stage(struct.unpack_from("=d", row)[0])
         seed_id = checked_seed_id(seed_id)
         if seed_id in self._recorder.coming.retiring:
             self._is_born_again(seed_id)
@@ -299,20 +298,21 @@ class Step:
 
     def _packed(self, seed_id: str, cells: tuple[Any, ...], more: Mapping[str, object]) -> bytes:
         if not more and self._held is None and ROW_TYPES.issuperset(map(type, cells)):
-            return REQUESTED.pack(*cells, NO_MORE)
+            return REQUESTED.pack(*cells)
         seed_id = checked_seed_id(seed_id)
-        plain, tensors = read_row(seed_id, (*cells, *more_cells(more)))
+        plain, tensors = read_row(seed_id, (*cells, *more_cells(more)) if more else cells)
         if self._held is not None:
             self._held.forget(
-                (seed_id, field) for field, cell in zip(SEED_FIELDS, plain, strict=True) if cell is not ABSENT
+                (seed_id, field) for field, cell in zip(SEED_FIELDS, plain, strict=False) if cell is not ABSENT
             )
         if tensors:
             self._hold(tensors)
-        return ROW.pack(*plain)
+        return (ROW if more else REQUESTED).pack(*plain)
 
     def _add(self, table: SeedTable) -> None:
         """Rows of many seeds at once."""
-        for seed_id in [seed_id for seed_id in self._recorder.coming.retiring if seed_id in table.ids]:
+        retiring = self._recorder.coming.retiring
+        for seed_id in [seed_id for seed_id in retiring if seed_id in table.ids] if retiring else ():
             self._is_born_again(seed_id)
         if self._rows or self._table is not None:
             table = merged_tables(self._all_rows(), table)
@@ -321,10 +321,9 @@ class Step:
 
     def _all_rows(self) -> SeedTable:
         """Every row recorded so far."""
-        rows = table_of_rows(self._rows)
         if self._table is None:
-            return rows
-        return merged_tables(self._table, rows) if rows.ids else self._table
+            return table_of_rows(self._rows)
+        return merged_tables(self._table, table_of_rows(self._rows)) if self._rows else self._table
 
     def _is_born_again(self, seed_id: str) -> None:
         """A seed retired in this very step is recorded once more: its old life ends before the step."""

@@ -118,10 +118,10 @@ def read(given: Mapping[str, object]) -> tuple[dict[str, float], dict[Target, Te
 
 
 def read_row(seed_id: str, cells: Sequence[object]) -> tuple[tuple[float, ...], dict[Target, Tensor]]:
-    """The cells of one seed as floats, ``ABSENT`` where there is None or a tensor to wait for."""
+    """The first cells of one seed as floats, ``ABSENT`` where there is None or a tensor to wait for."""
     row = []
     tensors: dict[Target, Tensor] = {}
-    for field, cell in zip(SEED_FIELDS, cells, strict=True):
+    for field, cell in zip(SEED_FIELDS, cells, strict=False):
         one = ABSENT if cell is None else cell if isinstance(cell, Stage) else number(field, cell)
         if not isinstance(one, float | Stage):
             tensors[seed_id, field] = one

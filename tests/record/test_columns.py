@@ -10,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import plain, table
 
+import esper_otel
+from esper_otel import EsperSettings, Telemetry
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
+from esper_otel.frame import NARROW, Frame
 from esper_otel.record.columns import Columns
+from esper_otel.record.values import VIOLATIONS
 from esper_otel.schema import SEED_FIELDS, Stage
 
 
@@ -19,7 +23,8 @@ from esper_otel.schema import SEED_FIELDS, Stage
 def test_columns_and_rows_say_the_same(alphas: list[float | None]) -> None:
     """telemetry.seeds() is only the cheaper way; NaN in a column means absent."""
     ids = [f"seed-{number}" for number in range(len(alphas))]
-    columns = Columns().table(ids, {"alpha": alphas, "fallback_used": np.zeros(len(ids), bool), "stage": None})
+    given_columns = {"alpha": alphas, "fallback_used": np.zeros(len(ids), bool), "stage": None}
+    columns = Columns(lambda table: False).table(ids, given_columns)
     expected = {
         seed_id: {"alpha": alpha, "fallback_used": 0.0}
         if alpha is not None and alpha == alpha
@@ -48,19 +53,19 @@ def test_wrong_columns_are_mistakes(
 ) -> None:
     """Each names the culprit."""
     with pytest.raises(error, match=message):
-        Columns().table(ids, columns)
+        Columns(lambda table: False).table(ids, columns)
 
 
 def test_ids_of_the_last_call_are_not_checked_again() -> None:
     """With a thousand seeds a step, checking costs more than recording."""
-    columns = Columns()
+    columns = Columns(lambda table: False)
     first = columns.table(["a", "b"], {})
     assert columns.table(["a", "b"], {}).ids is first.ids
 
 
 def test_a_call_that_failed_leaves_nothing_that_counts_as_good() -> None:
     """The second try must be told the same."""
-    columns = Columns()
+    columns = Columns(lambda table: False)
     for _ in range(2):
         with pytest.raises(InvalidValue, match="none of Leyline's stages"):
             columns.table(["a"], {"stage": [12]})
@@ -77,7 +82,7 @@ def test_a_call_that_failed_leaves_nothing_that_counts_as_good() -> None:
 )
 def test_each_call_means_what_it_would_mean_alone(calls: list[dict[str, float]]) -> None:
     """What is remembered of the last call must never show."""
-    columns = Columns()
+    columns = Columns(lambda table: False)
     for call in calls:
         given_columns = {field: np.array([cell, math.nan]) for field, cell in call.items()}
         stage = call.get("stage", math.nan)
@@ -87,3 +92,47 @@ def test_each_call_means_what_it_would_mean_alone(calls: list[dict[str, float]])
             continue
         present = {field: cell for field, cell in call.items() if not math.isnan(cell)}
         assert plain(columns.table(["a", "b"], given_columns)) == plain(table({"a": present, "b": {}}))
+
+
+_CELLS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, -1.0, 4.0, -0.0, math.nan, math.inf, -math.inf])
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(SEED_FIELDS[1:]), _CELLS, max_size=2), min_size=1, max_size=6),
+    st.sampled_from([*Stage]),
+)
+def test_a_run_of_columns_means_what_its_rows_mean(changes: list[dict[str, float]], stage: Stage) -> None:
+    """Most steps change little, and what they have in common with the last is not looked at again."""
+    cells = dict.fromkeys(SEED_FIELDS[:NARROW], 0.5) | {"stage": float(stage)}
+    ids = ["a", "b"]
+    with silent() as by_row, silent() as by_column:
+        for number, change in enumerate([{}, {}, *changes, {}]):
+            cells = cells | change
+            columns = {field: np.array([cell, 0.5 if field != "stage" else 4.0]) for field, cell in cells.items()}
+            with by_row.step(epoch=0) as now:
+                now.put(loss=float(number))
+                for row, seed_id in enumerate(ids):
+                    given_cells = {field: column[row] for field, column in columns.items()}
+                    now.seed(seed_id, **{f: float(c) for f, c in given_cells.items() if not math.isnan(c)})
+            with by_column.step(epoch=0) as now:
+                now.put(loss=float(number))
+                by_column.seeds(ids, **columns)
+            rows, tables = newest(by_row), newest(by_column)
+            assert plain(rows.seeds) == plain(tables.seeds)
+            assert plain(rows.live) == plain(tables.live)
+            assert rows.recorded.keys() == tables.recorded.keys()
+            assert rows.recorded.get(VIOLATIONS) == tables.recorded.get(VIOLATIONS)
+        counted = [telemetry._recorder.publisher.counters for telemetry in (by_row, by_column)]
+        assert counted[0].nonfinite == counted[1].nonfinite
+        assert counted[0].out_of_range == counted[1].out_of_range
+
+
+def silent() -> Telemetry:
+    settings = EsperSettings(tolaria_step_enrichment_enabled=False)
+    return esper_otel.start(run_id="run", settings=settings, export_steps=False)
+
+
+def newest(telemetry: Telemetry) -> Frame:
+    frame = telemetry._recorder.publisher.ring.newest()
+    assert frame is not None
+    return frame

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from rows import plain, rows, table, tables
@@ -37,9 +39,14 @@ _MOVED = st.one_of(
 )
 
 
-@given(rows, st.lists(st.tuples(st.sampled_from(SEED_FIELDS), _MOVED), max_size=6), st.sampled_from([*Stage]))
+@given(
+    rows,
+    st.lists(st.tuples(st.sampled_from(SEED_FIELDS), _MOVED), max_size=6),
+    st.sampled_from([*Stage]),
+    st.sampled_from("CF"),
+)
 def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely(
-    row: dict[str, float], changes: list[tuple[str, float]], stage: Stage
+    row: dict[str, float], changes: list[tuple[str, float]], stage: Stage, order: Literal["C", "F"]
 ) -> None:
     """The short cut for such steps must be one only in time."""
     live, closely = LiveSeeds(), LiveSeeds()
@@ -48,8 +55,9 @@ def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely
         if field != "stage":
             row = {**row, field: value}
         seeds = {"a": row, "b": {"alpha": 0.5, "isolation_dot": -1.0}}
-        quick, slow = live.step(table(seeds)), closely._step(table(seeds))
-        settled = live.settled(table(seeds))
+        given_table = table(seeds)._replace(cells=np.array(table(seeds).cells, order=order))
+        quick, slow = live.step(given_table), closely._step(table(seeds))
+        settled = live.settled(given_table)
         if settled is None:
             live.commit(quick)
         else:
