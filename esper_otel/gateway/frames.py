@@ -27,10 +27,11 @@ def frame_to_bytes(frame: Frame) -> bytes:
         "seeds": frame.seeds.ids,
         "live": None if is_same else frame.live.ids,
         "retired": frame.retired,
+        "columns": (frame.seeds.cells.shape[1], frame.live.cells.shape[1]),
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    live = b"" if is_same else frame.live.wide().cells.tobytes()
-    return b"".join((_LENGTH.pack(len(text)), text, frame.seeds.wide().cells.tobytes(), live))
+    live = b"" if is_same else frame.live.cells.tobytes()
+    return b"".join((_LENGTH.pack(len(text)), text, frame.seeds.cells.tobytes(), live))
 
 
 def frame_from_bytes(content: bytes) -> Frame:
@@ -38,10 +39,11 @@ def frame_from_bytes(content: bytes) -> Frame:
     (length,) = _LENGTH.unpack_from(content)
     start = _LENGTH.size + length
     header = json.loads(content[_LENGTH.size : start])
-    seeds = _table(header["seeds"], content, start)
+    of_seeds, of_live = header.get("columns", (WIDTH, WIDTH))  # a file of an earlier version has all
+    seeds = _table(header["seeds"], of_seeds, content, start)
     live = seeds
     if header["live"] is not None:
-        live = _table(header["live"], content, start + seeds.cells.nbytes)
+        live = _table(header["live"], of_live, content, start + seeds.cells.nbytes)
     return Frame(
         run=Run(**header["run"]),
         sequence=header["sequence"],
@@ -57,8 +59,8 @@ def frame_from_bytes(content: bytes) -> Frame:
     )
 
 
-def _table(ids: list[str], content: bytes, start: int) -> SeedTable:
+def _table(ids: list[str], columns: int, content: bytes, start: int) -> SeedTable:
     if not ids:
         return NO_SEEDS
-    cells = np.frombuffer(content, np.float64, len(ids) * WIDTH, start).reshape(len(ids), WIDTH)
+    cells = np.frombuffer(content, np.float64, len(ids) * columns, start).reshape(len(ids), columns)
     return SeedTable(tuple(ids), cells)

@@ -294,7 +294,8 @@ def _complete(values: dict[str, float], violations: float | None, loss: float | 
 def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     """Ends streams; returns the seeds whose lives are over."""
     retired = sorted(seed for seed, column in ends if column < 0)
-    cells = [(live.ids[seed], column) for seed, column in ends if column >= 0 and seed in live.ids]
+    known = range(live.table.cells.shape[1])
+    cells = [(live.ids[seed], column) for seed, column in ends if column in known and seed in live.ids]
     if cells:
         table = SeedTable(live.table.ids, live.table.cells.copy())
         for row, column in cells:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import ABSENT, NO_SEEDS, WIDTH, Frame, SeedTable
+from esper_otel.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, SeedTable
 from esper_otel.gateway.decoded import Block
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS
 
@@ -41,6 +41,7 @@ class Shape:
         names: step metrics that are values of the frame.
         name_places: their places.
         ids: seeds, sorted.
+        columns: of the table of their cells.
         cells: places in the flat table of cells.
         cell_places: the places of the values that belong there.
     """
@@ -55,6 +56,7 @@ class Shape:
     names: tuple[str, ...]
     name_places: npt.NDArray[np.intp]
     ids: tuple[str, ...]
+    columns: int
     cells: npt.NDArray[np.intp]
     cell_places: npt.NDArray[np.intp]
 
@@ -64,7 +66,9 @@ class Shape:
         place = {stream: number for number, stream in enumerate(streams)}
         ids = tuple(sorted({seed for _, seed in place if seed}))
         row = {seed: number for number, seed in enumerate(ids)}
-        cells = [(row[seed] * WIDTH + _COLUMNS[name], number) for (name, seed), number in place.items() if seed]
+        last = max((_COLUMNS[name] for name, seed in place if seed), default=0)
+        columns = NARROW if last < NARROW else WIDTH
+        cells = [(row[seed] * columns + _COLUMNS[name], number) for (name, seed), number in place.items() if seed]
         values = [
             (stream[0], number)
             for stream, number in place.items()
@@ -81,6 +85,7 @@ class Shape:
             tuple(name for name, _ in values),
             np.array([number for _, number in values], np.intp),
             ids,
+            columns,
             np.array([cell for cell, _ in cells], np.intp),
             np.array([number for _, number in cells], np.intp),
         )
@@ -110,9 +115,9 @@ class Part(NamedTuple):
         shape = self.shape
         if not shape.ids:
             return NO_SEEDS
-        cells = np.full(len(shape.ids) * WIDTH, ABSENT)
+        cells = np.full(len(shape.ids) * shape.columns, ABSENT)
         cells[shape.cells] = self.numbers[shape.cell_places]
-        return SeedTable(shape.ids, cells.reshape(-1, WIDTH))
+        return SeedTable(shape.ids, cells.reshape(-1, shape.columns))
 
     def without(self, seeds: Iterable[str]) -> Part:
         """The part without the values of some seeds."""

@@ -27,6 +27,7 @@ class SeedStep(NamedTuple):
         nonfinite: recorded cells that are NaN or infinite.
         out_of_range: recorded cells outside their range, by field.
         erased: rows whose ``alpha_steps`` were given and do not count.
+        is_settled: whether it was known beforehand to be like the step before.
     """
 
     recorded: SeedTable
@@ -35,6 +36,7 @@ class SeedStep(NamedTuple):
     nonfinite: int
     out_of_range: tuple[str, ...]
     erased: tuple[int, ...] = ()
+    is_settled: bool = False
 
 
 def _bounds() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -56,13 +58,16 @@ _HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
 
 
 class _Settled:
-    """What steps have in common after which a like one means just what it says: nothing inherited, new or out of range.
+    """What steps have in common after which a like one means just what it says: nothing is new or out of range.
 
     A like step has the same seeds and cells present, the same stages and violations, and finite cells in their
     ranges. For each cell, ``(bits ^ expected) & mask <= limit`` says so.
 
+    Args:
+        step: the step that others are to be like.
+        rows: where its seeds stand among the live ones; None if they are those, in their order.
+
     Attributes:
-        ids: the seeds.
         violations: new in such a step; None when no row says.
     """
 
@@ -73,16 +78,22 @@ class _Settled:
         "_fits",
         "_fitting",
         "_flat",
+        "_ids",
         "_limit",
         "_mask",
+        "_present",
+        "_rows",
         "_scratch",
-        "ids",
         "violations",
     )
 
-    def __init__(self, step: SeedStep) -> None:
+    def __init__(self, step: SeedStep, rows: Sequence[int] | None) -> None:
         bits = step.recorded.cells.view(np.uint64)
         exact = bits == ABSENT_BITS
+        self._rows = None if rows is None else np.array(rows)[:, None]
+        # Of cells that are not said again the last known ones count; none of these where the two tables are one.
+        is_all = rows is None and bits.tobytes() == step.live.cells.tobytes()
+        self._present = None if is_all else ~exact
         exact[:, [_STAGE, _VIOLATIONS]] = True
         self._expected = np.where(exact, bits, np.uint64(0))
         width = bits.shape[1]
@@ -97,7 +108,7 @@ class _Settled:
         self._flat = self._fits.reshape(-1, order="A")  # as it lies in memory: a view
         self._all = b"\1" * bits.size
         self._fitting: SeedTable | None = None  # the table that was found to be one last
-        self.ids = step.live.ids
+        self._ids = step.recorded.ids
         self.violations = 0.0 if (bits[:, _VIOLATIONS] != ABSENT_BITS).any() else None
 
     def fits(self, recorded: SeedTable) -> bool:
@@ -105,7 +116,7 @@ class _Settled:
         if recorded is self._fitting:
             return True
         cells = recorded.cells
-        if recorded.ids != self.ids or cells.size != len(self._all):
+        if recorded.ids != self._ids or cells.size != len(self._all):
             return False
         scratch = self._scratch
         _xor(cells.view(_UINT64), self._expected, scratch)
@@ -116,16 +127,24 @@ class _Settled:
         self._fitting = recorded
         return True
 
-    def table(self, recorded: SeedTable) -> SeedTable | None:
-        """The rows of a like step; None for one that is not."""
+    def tables(self, recorded: SeedTable, live: SeedTable) -> tuple[SeedTable, SeedTable] | None:
+        """The rows of a like step, and the live seeds after it; None for one that is not."""
         if not self.fits(recorded):
             return None
         cells = recorded.cells
         if self._erased:
             cells = cells.copy("K")
             cells[self._erased, _ALPHA_STEPS] = ABSENT
-        table: SeedTable = tuple.__new__(SeedTable, (self.ids, cells))  # in half the time
-        return table
+        table: SeedTable = tuple.__new__(SeedTable, (self._ids, cells))  # in half the time
+        if self._present is None:
+            return table, table
+        after = live.cells.copy("K")
+        if self._rows is None:
+            np.copyto(after[:, : cells.shape[1]], cells, where=self._present)
+        else:
+            rows, columns = self._rows, slice(cells.shape[1])
+            after[rows[:, 0], columns] = np.where(self._present, cells, after[rows[:, 0], columns])
+        return table, SeedTable(live.ids, after)
 
 
 class LiveSeeds:
@@ -148,21 +167,21 @@ class LiveSeeds:
         """What this step's rows mean; nothing is changed."""
         if not recorded.ids:
             return SeedStep(NO_SEEDS, self.table, None, 0, ())
-        table = None if self._settled is None else self._settled.table(recorded)
-        if table is not None:
-            return SeedStep(table, table, self.settled_violations, 0, ())
+        tables = None if self._settled is None else self._settled.tables(recorded, self.table)
+        if tables is not None:
+            return SeedStep(*tables, self.settled_violations, 0, (), is_settled=True)
         return self._step(recorded)
 
     def _step(self, recorded: SeedTable) -> SeedStep:
-        live = self.table
-        if recorded.cells.shape[1] != live.cells.shape[1]:
-            recorded, live = (
-                (recorded.wide(), live.wide()) if live.ids else (recorded, SeedTable((), recorded.cells[:0]))
-            )
         new, width = recorded.cells, recorded.cells.shape[1]
+        live = self.table if self.table.ids else SeedTable((), new[:0])
+        if width > live.cells.shape[1]:
+            live = live.wide()
         same = recorded.ids == live.ids
         rows = () if same else [self.ids.get(seed_id, -1) for seed_id in recorded.ids]
-        before = live.cells if same else self._cells_before(live.cells, recorded.ids, rows)
+        before = live.cells[:, :width]
+        if not same:
+            before = self._cells_before(before, recorded.ids, rows)
         absent = is_absent(new)
         merged = np.where(absent, before, new)
         erased = np.array((), np.intp)
@@ -171,7 +190,7 @@ class LiveSeeds:
             merged.view(np.uint64)[resting, _ALPHA_STEPS] = ABSENT_BITS
             erased = np.flatnonzero(resting & ~absent[:, _ALPHA_STEPS])
             if erased.size:
-                new = new.copy()
+                new = new.copy("K")
                 new.view(np.uint64)[erased, _ALPHA_STEPS] = ABSENT_BITS
                 absent = is_absent(new)
         empty = absent.all(axis=1)
@@ -206,13 +225,12 @@ class LiveSeeds:
         return self._settled is not None and self._settled.fits(recorded)
 
     def settled(self, recorded: SeedTable) -> SeedTable | None:
-        """The rows of a step that means just what it says, which live on; None for any other, and nothing changed."""
-        if self._settled is None:
+        """The rows of a step that means just what it says; they live on. None for any other, and nothing changed."""
+        tables = None if self._settled is None else self._settled.tables(recorded, self.table)
+        if tables is None:
             return None
-        table = self._settled.table(recorded)
-        if table is not None:
-            self.table = table
-        return table
+        self.table = tables[1]
+        return tables[0]
 
     @property
     def settled_violations(self) -> float | None:
@@ -224,8 +242,18 @@ class LiveSeeds:
         if step.live.ids is not self.table.ids:
             self.ids = {seed_id: row for row, seed_id in enumerate(step.live.ids)}
         self.table = step.live
-        if step.live is not step.recorded:
-            self._settled = _settled(step)
+        if not step.is_settled:
+            self._settled = self._settled_after(step)
+
+    def _settled_after(self, step: SeedStep) -> _Settled | None:
+        recorded = step.recorded
+        if not recorded.ids:
+            return None
+        exact = recorded.cells[:, [_STAGE, _VIOLATIONS]]
+        if not (np.isfinite(exact) | is_absent(exact)).all():
+            return None  # each such cell is to be counted
+        is_same = recorded.ids == step.live.ids
+        return _Settled(step, None if is_same else [self.ids[seed_id] for seed_id in recorded.ids])
 
     def retire(self, seed_ids: Iterable[str]) -> tuple[str, ...]:
         """Ends the lives of seeds; returns those that were alive."""
@@ -252,27 +280,22 @@ class LiveSeeds:
 
 
 def _live_after(live: SeedTable, ids: tuple[str, ...], rows: Sequence[int], merged: Cells) -> SeedTable:
-    if ids == live.ids:
+    width = merged.shape[1]
+    if ids == live.ids and width == live.cells.shape[1]:
         return SeedTable(live.ids, merged)
-    cells = live.cells.copy()
+    cells = live.cells.copy("K")
+    if ids == live.ids:
+        cells[:, :width] = merged
+        return SeedTable(live.ids, cells)
     known = [position for position, row in enumerate(rows) if row >= 0]
     born = [position for position, row in enumerate(rows) if row < 0]
-    cells[[rows[position] for position in known]] = merged[known]
+    cells[[rows[position] for position in known], :width] = merged[known]
     if not born:
         return SeedTable(live.ids, cells)
-    return SeedTable((*live.ids, *(ids[position] for position in born)), np.concatenate([cells, merged[born]]))
-
-
-def _settled(step: SeedStep) -> _Settled | None:
-    recorded, live = step.recorded, step.live
-    if recorded.ids != live.ids:
-        return None
-    absent = is_absent(recorded.cells)
-    violations = recorded.cells[:, _VIOLATIONS]
-    known = absent[:, _VIOLATIONS]
-    if not np.array_equal(absent, is_absent(live.cells)) or not (known.all() or np.isfinite(violations).all()):
-        return None
-    return _Settled(step)
+    new = SeedTable(tuple(ids[position] for position in born), merged[born])
+    if width < cells.shape[1]:
+        new = new.wide()
+    return SeedTable(live.ids + new.ids, np.concatenate([cells, new.cells]))
 
 
 def _new_violations(before: Cells, after: Cells) -> float:

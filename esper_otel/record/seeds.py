@@ -22,6 +22,7 @@ MORE_FIELDS = SEED_FIELDS[NARROW:]
 _NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
 COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
 
+_FLOAT64 = np.dtype(np.float64)
 _STAGE = COLUMN["stage"]
 
 _MAX_ID_BYTES = 256
@@ -88,7 +89,7 @@ def table_of_rows(rows: Mapping[str, bytes]) -> SeedTable:
     content, width = b"".join(rows.values()), NARROW
     if len(content) != len(rows) * REQUESTED.size:  # some are wide: all are to be
         content, width = b"".join(map(_wide, rows.values())), WIDTH
-    cells: Cells = np.ndarray((len(rows), width), np.float64, content)
+    cells: Cells = np.ndarray((len(rows), width), _FLOAT64, content)
     table: SeedTable = tuple.__new__(SeedTable, (tuple(rows), cells))  # in half the time
     return table
 

@@ -28,7 +28,7 @@ from esper_otel.record.seeds import (
 )
 from esper_otel.record.timed import Timed, TimedOnce
 from esper_otel.record.values import ROW_TYPES, Held, Target, are_floats, are_ordinary, read, read_row
-from esper_otel.schema import SEED_FIELDS
+from esper_otel.schema import SEED_FIELDS, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -258,7 +258,8 @@ class Step:
         """
         if (
             # Plain floats are known by their classes in a third of the time that a set of types takes.
-            stage.__class__ is alpha.__class__ is alpha_steps.__class__ is kernel_attached.__class__ is float
+            alpha.__class__ is alpha_steps.__class__ is kernel_attached.__class__ is float
+            and (stage.__class__ is float or stage.__class__ is Stage)
             and last_kernel_latency_ms.__class__ is isolation_violations.__class__ is fallback_used.__class__ is float
             and isolation_dot.__class__ is isolation_host_norm.__class__ is isolation_seed_norm.__class__ is float
             and not more
@@ -290,21 +291,24 @@ class Step:
             raise self._is_over("seed()")
         row = self._packed(seed_id, cells, more)
         checked_stage(struct.unpack_from("=d", row)[0])
-        seed_id = checked_seed_id(seed_id)
-        if seed_id in self._recorder.coming.retiring:
-            self._is_born_again(seed_id)
+        if type(seed_id) is not str or seed_id not in self._known:
+            seed_id = checked_seed_id(seed_id)
+            if seed_id in self._recorder.coming.retiring:
+                self._is_born_again(seed_id)
         earlier = self._rows.get(seed_id)
         self._rows[seed_id] = row if earlier is None else merged_row(earlier, row)
 
     def _packed(self, seed_id: str, cells: tuple[Any, ...], more: Mapping[str, object]) -> bytes:
         if not more and self._held is None and ROW_TYPES.issuperset(map(type, cells)):
-            return REQUESTED.pack(*cells)
+            try:
+                return REQUESTED.pack(*cells)
+            except OverflowError:  # an int beyond the range of a double
+                pass
         seed_id = checked_seed_id(seed_id)
         plain, tensors = read_row(seed_id, (*cells, *more_cells(more)) if more else cells)
         if self._held is not None:
-            self._held.forget(
-                (seed_id, field) for field, cell in zip(SEED_FIELDS, plain, strict=False) if cell is not ABSENT
-            )
+            said = [field for field, cell in zip(SEED_FIELDS, plain, strict=False) if cell is not ABSENT]
+            self._held.forget((seed_id, field) for field in said)
         if tensors:
             self._hold(tensors)
         return (ROW if more else REQUESTED).pack(*plain)

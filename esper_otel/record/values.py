@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import numpy as np
+
 from esper_otel.errors import InvalidValue
 from esper_otel.frame import ABSENT, FLOAT32_BOUND
 from esper_otel.record.device import pack, scalar
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
     Scalar: TypeAlias = float | Tensor
 
-ROW_TYPES: frozenset[type] = frozenset({float, bool, Stage})
+# Of cells that can be packed as they are, without asking a tensor.
+ROW_TYPES: frozenset[type] = frozenset({float, int, bool, Stage, np.float64, np.float32, np.int64, np.bool_})
 
 _MAX = sys.float_info.max
 
