@@ -130,8 +130,12 @@ def _side_by_side(tables: list[SeedTable]) -> _Values:
     if len(shapes) > 1:
         tables = [table.wide() for table in tables]
     all_cells = [table.cells for table in tables]
+    is_by_field = not all_cells[0].flags.c_contiguous  # columns stand together, as they were given
     try:
-        content = b"".join([cells.data for cells in all_cells])
-    except TypeError:  # columns stand together in some: their memory is no row of bytes
-        content = b"".join([cells.tobytes() for cells in all_cells])
-    return np.frombuffer(content).reshape(len(tables), *all_cells[0].shape)
+        content = b"".join([(cells.T if is_by_field else cells).data for cells in all_cells])
+    except TypeError:  # some this way, some that: the memory of a table is not always a row of bytes
+        content, is_by_field = b"".join([cells.tobytes() for cells in all_cells]), False
+    seeds, columns = all_cells[0].shape
+    if is_by_field:
+        return np.frombuffer(content).reshape(len(tables), columns, seeds).transpose(0, 2, 1)
+    return np.frombuffer(content).reshape(len(tables), seeds, columns)

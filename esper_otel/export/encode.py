@@ -153,6 +153,11 @@ class Encoder:
         """Parts that fit into a request."""
         for block in blocks(frames, self._catalogue, self._fault):
             cell_bytes = largest_seed_point(block.ids)
+            points = int(block.points.sum())
+            size = len(block.frames) * len(block.names) * (PLAIN_BYTES - cell_bytes) + points * cell_bytes
+            if points <= self._max_points and size <= _MAX_POINTS_BYTES:
+                yield _some(block, 0, len(block.frames), points, size)
+                continue
             first = points = size = 0
             for row, count in enumerate(block.points.tolist()):
                 of_frame = _size(block, count, cell_bytes)
