@@ -18,8 +18,8 @@ _INTEGERS = ("stage", "layer_depth", "age_epochs")
 _SCALARS = ("gradient_norm", "learning_rate", "risk_score")
 _IN_MAP = ("alpha", "alpha_steps", "alpha_total_steps", "alpha_temperature", "risk_tolerance", "blend_allowed")
 
-_INTEGER_COLUMNS = [SEED_FIELDS.index(field) for field in _INTEGERS]
-_FLOAT_COLUMNS = [SEED_FIELDS.index(field) for field in _SCALARS + _IN_MAP]
+_INTEGER_COLUMNS = np.array([SEED_FIELDS.index(field) for field in _INTEGERS])
+_FLOAT_COLUMNS = np.array([SEED_FIELDS.index(field) for field in _SCALARS + _IN_MAP])
 _INTEGERS_BYTES = len(_INTEGERS) * np.dtype(np.float64).itemsize
 
 _STAGES_THAT_BLEND = range(Stage.BLENDING, Stage.FOSSILIZED + 1)
@@ -36,7 +36,7 @@ def seed_states(live: SeedTable) -> bytes:
         return b""
     cells = live.wide().cells
     stencil = _table_stencil(
-        live.ids, cells[:, _INTEGER_COLUMNS].tobytes(), finite_cells(cells[:, _FLOAT_COLUMNS]).tobytes()
+        live.ids, cells.take(_INTEGER_COLUMNS, 1).tobytes(), finite_cells(cells.take(_FLOAT_COLUMNS, 1)).tobytes()
     )
     return stencil.filled(cells)
 

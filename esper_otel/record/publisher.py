@@ -120,6 +120,13 @@ class Publisher:
             values.setdefault("h2d_copy_ms", copy_ms)
         return draft._replace(values=self.names.kept(values), context=context, table=table)
 
+    def is_settled(self, table: SeedTable) -> bool:
+        """Whether every cell of the rows is known to be good as it is. Belongs to the thread that records.
+
+        While a step waits another thread may publish it, and what is known changes.
+        """
+        return not self.waiting and self.live.is_settled(table)
+
     def publish_plain(
         self,
         step: int,

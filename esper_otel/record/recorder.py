@@ -71,7 +71,7 @@ class Recorder:
         # Of the last step that was recorded whole, and of the last scope; see ``record_step`` and ``finish``.
         self._shape: Shape | None = None
         self._step_shape: Shape | None = None
-        self._columns = Columns(publisher.live.is_settled)
+        self._columns = Columns(publisher.is_settled)
         self._last_end_s: float | None = None
 
     # -- steps -------------------------------------------------------------------------------------------
