@@ -250,8 +250,8 @@ class LiveSeeds:
         if not recorded.ids:
             return None
         exact = recorded.cells[:, [_STAGE, _VIOLATIONS]]
-        if not (np.isfinite(exact) | is_absent(exact)).all():
-            return None  # each such cell is to be counted
+        if not (np.isfinite(exact) & (exact >= 0.0) | is_absent(exact)).all():
+            return None  # each such cell is to be counted, in every step
         is_same = recorded.ids == step.live.ids
         return _Settled(step, None if is_same else [self.ids[seed_id] for seed_id in recorded.ids])
 
