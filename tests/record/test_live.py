@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rows import plain, rows, table, tables
@@ -76,6 +77,21 @@ def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely
             slow.nonfinite,
             slow.out_of_range,
         )
+
+
+@pytest.mark.parametrize("silent", ["", "b"])
+def test_what_is_not_said_again_stays_known_in_every_like_step(silent: str) -> None:
+    """Kasmina may say some cells now and then only, and nothing of a seed that has been fossilized."""
+    live = LiveSeeds()
+    whole = {seed_id: {"stage": 4.0, "alpha": 0.5, "isolation_dot": -1.0, "learning_rate": 0.1} for seed_id in "abc"}
+    live.commit(live.step(table(whole)))
+    for number in range(4):
+        said = {seed_id: {"stage": 4.0, "alpha": number / 8} for seed_id in whole if seed_id not in silent}
+        step = live.step(table(said))
+        live.commit(step)
+        assert step.is_settled == (number > 0)
+        assert plain(step.recorded) == plain(table(said))
+        assert plain(live.table) == plain(table({seed_id: whole[seed_id] | said.get(seed_id, {}) for seed_id in whole}))
 
 
 def test_looking_at_a_step_changes_nothing() -> None:
