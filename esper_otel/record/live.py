@@ -90,19 +90,18 @@ class _Settled:
     def __init__(self, step: SeedStep, rows: Sequence[int] | None) -> None:
         bits = step.recorded.cells.view(np.uint64)
         exact = bits == ABSENT_BITS
-        self._rows = None if rows is None else np.array(rows)[:, None]
+        self._rows = None if rows is None else np.array(rows)
         # Of cells that are not said again the last known ones count; none of these where the two tables are one.
         is_all = rows is None and bits.tobytes() == step.live.cells.tobytes()
         self._present = None if is_all else ~exact
         exact[:, [_STAGE, _VIOLATIONS]] = True
+        # While a seed is not blending its alpha_steps do not count, whichever are given.
+        self._erased = list(step.erased)
+        exact[self._erased, _ALPHA_STEPS] = False
         self._expected = np.where(exact, bits, np.uint64(0))
         width = bits.shape[1]
         self._mask = np.where(exact, _EVERY_BIT, _MASK[:width])
         self._limit = np.where(exact, np.uint64(0), _HIGHEST_BITS[:width])
-        # While a seed is not blending its alpha_steps do not count, whatever is given.
-        self._erased = list(step.erased)
-        self._expected[self._erased, _ALPHA_STEPS] = 0
-        self._mask[self._erased, _ALPHA_STEPS] = 0
         self._scratch = np.empty_like(bits)
         self._fits = np.empty_like(bits, np.bool_)
         self._flat = self._fits.reshape(-1, order="A")  # as it lies in memory: a view
@@ -143,7 +142,7 @@ class _Settled:
             np.copyto(after[:, : cells.shape[1]], cells, where=self._present)
         else:
             rows, columns = self._rows, slice(cells.shape[1])
-            after[rows[:, 0], columns] = np.where(self._present, cells, after[rows[:, 0], columns])
+            after[rows, columns] = np.where(self._present, cells, after[rows, columns])
         return table, SeedTable(live.ids, after)
 
 
@@ -162,12 +161,14 @@ class LiveSeeds:
         self.ids: dict[str, int] = {}
         self._resumed_violations: dict[str, float] = {}
         self._settled: _Settled | None = None
+        self._before: SeedStep | None = None  # the step to find out from what later ones may have in common with it
 
     def step(self, recorded: SeedTable) -> SeedStep:
         """What this step's rows mean; nothing is changed."""
         if not recorded.ids:
             return SeedStep(NO_SEEDS, self.table, None, 0, ())
-        tables = None if self._settled is None else self._settled.tables(recorded, self.table)
+        settled = self._settled_for(recorded)
+        tables = None if settled is None else settled.tables(recorded, self.table)
         if tables is not None:
             return SeedStep(*tables, self.settled_violations, 0, (), is_settled=True)
         return self._step(recorded)
@@ -222,11 +223,13 @@ class LiveSeeds:
 
     def is_settled(self, recorded: SeedTable) -> bool:
         """Whether the rows are, as yet, those of a step that means just what it says: every cell is good as it is."""
-        return self._settled is not None and self._settled.fits(recorded)
+        settled = self._settled_for(recorded)
+        return settled is not None and settled.fits(recorded)
 
     def settled(self, recorded: SeedTable) -> SeedTable | None:
         """The rows of a step that means just what it says; they live on. None for any other, and nothing changed."""
-        tables = None if self._settled is None else self._settled.tables(recorded, self.table)
+        settled = self._settled_for(recorded)
+        tables = None if settled is None else settled.tables(recorded, self.table)
         if tables is None:
             return None
         self.table = tables[1]
@@ -243,12 +246,17 @@ class LiveSeeds:
             self.ids = {seed_id: row for row, seed_id in enumerate(step.live.ids)}
         self.table = step.live
         if not step.is_settled:
-            self._settled = self._settled_after(step)
+            self._settled, self._before = None, step if step.recorded.ids else None
+
+    def _settled_for(self, recorded: SeedTable) -> _Settled | None:
+        """What the step may have in common with those before; found out when the same seeds come again."""
+        before = self._before
+        if before is not None and before.recorded.ids == recorded.ids:
+            self._settled, self._before = self._settled_after(before), None
+        return self._settled
 
     def _settled_after(self, step: SeedStep) -> _Settled | None:
         recorded = step.recorded
-        if not recorded.ids:
-            return None
         exact = recorded.cells[:, [_STAGE, _VIOLATIONS]]
         if not (np.isfinite(exact) & (exact >= 0.0) | is_absent(exact)).all():
             return None  # each such cell is to be counted, in every step
@@ -263,7 +271,7 @@ class LiveSeeds:
             keep = [row for row, seed_id in enumerate(self.table.ids) if seed_id not in gone]
             self.table = SeedTable(tuple(self.table.ids[row] for row in keep), self.table.cells[keep])
             self.ids = {seed_id: row for row, seed_id in enumerate(self.table.ids)}
-            self._settled = None
+            self._settled = self._before = None
             for seed_id in ended:
                 self._resumed_violations.pop(seed_id, None)
         return ended
