@@ -128,6 +128,20 @@ def test_a_run_of_columns_means_what_its_rows_mean(changes: list[dict[str, float
         assert counted[0].out_of_range == counted[1].out_of_range
 
 
+def test_blending_steps_that_are_absent_stay_absent_when_the_seed_begins_to_blend_in_the_same_step() -> None:
+    """While it rested nobody looked at its steps, whatever was given."""
+    resting = dict.fromkeys(SEED_FIELDS[:NARROW], 0.5) | {"stage": float(Stage.TRAINING)}
+    with silent() as telemetry:
+        for alpha_steps, begins in ((3.0, False), (3.0, False), (3.0, False), (math.nan, True)):
+            with telemetry.step(epoch=0) as now:
+                cells = resting | {"alpha_steps": alpha_steps}
+                telemetry.seeds(["a"], **{field: np.array([cell]) for field, cell in cells.items()})
+                now.put(loss=0.5)
+                if begins:
+                    now.seed("a", stage=Stage.BLENDING)
+        assert "alpha_steps" not in plain(newest(telemetry).seeds)["a"]
+
+
 def silent() -> Telemetry:
     settings = EsperSettings(tolaria_step_enrichment_enabled=False)
     return esper_otel.start(run_id="run", settings=settings, export_steps=False)
