@@ -39,16 +39,17 @@ class Columns:
         """
         if isinstance(ids, str):
             raise InvalidValue("seed ids", f"{ids!r} is one string; give a sequence of strings")
-        layout, names, fields = self._layout, tuple(ids), tuple(columns)
-        if names != layout.ids:
-            layout = _Layout(_checked_ids(names), fields)
+        layout, fields = self._layout, tuple(columns)
+        is_known = ids == layout.listed if ids.__class__ is list else tuple(ids) == layout.ids
+        if not is_known:
+            layout = _Layout(_checked_ids(tuple(ids)), fields)
         elif fields != layout.fields:
             layout = _Layout(layout.ids, fields)
         given = _stacked(columns)
         if given is None or given.shape != layout.shape:
             given = np.empty(layout.shape)
             for row, (field, column) in zip(given, columns.items(), strict=True):
-                row[...] = _numbers(field, column, len(names))
+                row[...] = _numbers(field, column, len(layout.ids))
         table = layout.table(given)
         if not self._is_good(table):
             self._clean(given, layout)
@@ -73,6 +74,7 @@ class _Layout:
 
     Attributes:
         ids: the seeds.
+        listed: the same as a list, for one to be compared with it as it is.
         fields: the fields given, in order.
         shape: of the columns, one a row.
         nans: room for where they are NaN.
@@ -80,13 +82,14 @@ class _Layout:
         stage: the row of the stages; None when they are not given.
     """
 
-    __slots__ = ("_absent", "_places", "fields", "ids", "nans", "no_nans", "shape", "stage")
+    __slots__ = ("_absent", "_places", "fields", "ids", "listed", "nans", "no_nans", "shape", "stage")
 
     def __init__(self, ids: tuple[str, ...], fields: tuple[str, ...]) -> None:
         for field in fields:
             if field not in COLUMN:
                 raise UnknownMetric(field, SEED_FIELDS, what="seed field")
         self.ids = ids
+        self.listed = list(ids)
         self.fields = fields
         self.shape = (len(fields), len(ids))
         self.nans = np.empty(self.shape, np.bool_)
