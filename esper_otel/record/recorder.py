@@ -84,8 +84,8 @@ class Recorder:
         step.time_unix_ns = self.clock.stamp()
         if self.coming.is_anything:
             step._waited_ms, step._table, step._retired = self.coming.take()
-        step._known = self.publisher.live.ids
         self.open_step = step
+        step._known = self.publisher.live.ids
 
     def _still_open(self) -> bool:
         """Whether the open step's scope runs; a step that a KeyboardInterrupt has left open is handed over."""
