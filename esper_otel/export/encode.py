@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -312,13 +313,17 @@ def _some(block: Block, first: int, end: int, points: int, size: int) -> _Part:
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:
     """A field of bytes or of a message, serialized: tag, length, content. In pieces: large ones are copied once."""
+    return [_header(number, sum(map(len, content))), *content]
+
+
+@lru_cache(maxsize=1024)
+def _header(number: int, length: int) -> bytes:
     header = bytearray((number << 3 | 2,))
-    length = sum(map(len, content))
     while length > 0x7F:
         header.append(length & 0x7F | 0x80)
         length >>= 7
     header.append(length)
-    return [bytes(header), *content]
+    return bytes(header)
 
 
 def _set_scope(scope: ScopeMetrics, name: str) -> None:
