@@ -122,7 +122,7 @@ class Telemetry:
         return Step(
             self._recorder,
             None if global_step is None else whole("global_step", global_step, UINT64_MAX),
-            whole("epoch", epoch, UINT32_MAX),
+            epoch if epoch.__class__ is int and 0 <= epoch <= UINT32_MAX else whole("epoch", epoch, UINT32_MAX),
             None if samples is None else whole("samples", samples, UINT64_MAX),
         )
 

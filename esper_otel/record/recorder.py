@@ -144,10 +144,14 @@ class Recorder:
                 and not (self.coming.is_anything and (self.coming.context or self.coming.tensors))
                 and not self.publisher.waiting
             ):
-                numbers = tuple(values.values())
                 shape = self._step_shape
-                if shape is None or shape.names != tuple(values):
+                try:  # most steps have the names of the one before
+                    numbers = shape.numbers_of(values) if shape and len(shape.names) == len(values) else ()
+                except KeyError:
+                    numbers = ()
+                if not numbers:
                     self._step_shape = shape = shape_of(values)
+                    numbers = tuple(values.values())
                 if shape is not None:
                     self.publisher.publish_plain(
                         step.global_step, step.epoch, step.time_unix_ns, shape, numbers, values, table, self._probed()
