@@ -88,9 +88,10 @@ class Live:
 
     def advance(self, count: int) -> None:
         """See ``Source.advance``."""
-        self.cursor += count
+        cursor = self.cursor + count
         if self._spool is not None:
-            self._spool.acknowledge(self.cursor)
+            self._spool.acknowledge(cursor)  # before anybody sees that they are: a process may be killed at any time
+        self.cursor = cursor
 
 
 class Leftover:
