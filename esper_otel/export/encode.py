@@ -155,13 +155,13 @@ class Encoder:
         for block in blocks(frames, self._catalogue, self._fault):
             cell_bytes = largest_seed_point(block.ids)
             points = int(block.points.sum())
-            size = len(block.frames) * len(block.names) * (PLAIN_BYTES - cell_bytes) + points * cell_bytes
+            size = _size(len(block.frames) * len(block.names), points, cell_bytes)
             if points <= self._max_points and size <= _MAX_POINTS_BYTES:
                 yield _some(block, 0, len(block.frames), points, size)
                 continue
             first = points = size = 0
             for row, count in enumerate(block.points.tolist()):
-                of_frame = _size(block, count, cell_bytes)
+                of_frame = _size(len(block.names), count, cell_bytes)
                 if row > first and (points + count > self._max_points or size + of_frame > _MAX_POINTS_BYTES):
                     yield _some(block, first, row, points, size)
                     first, points, size = row, 0, 0
@@ -298,8 +298,9 @@ _NO_CELLS = np.empty((1, 0, WIDTH))
 _NONE_PRESENT = np.empty((1, 0, WIDTH), np.bool_)
 
 
-def _size(block: Block, points: int, cell_bytes: int) -> int:
-    return len(block.names) * PLAIN_BYTES + (points - len(block.names)) * cell_bytes
+def _size(plain: int, points: int, cell_bytes: int) -> int:
+    """Bytes of so many points, some of which are plain and the others of seeds."""
+    return plain * PLAIN_BYTES + (points - plain) * cell_bytes
 
 
 def _some(block: Block, first: int, end: int, points: int, size: int) -> _Part:

@@ -89,9 +89,11 @@ class Live:
     def advance(self, count: int) -> None:
         """See ``Source.advance``."""
         cursor = self.cursor + count
-        if self._spool is not None:
-            self._spool.acknowledge(cursor)  # before anybody sees that they are: a process may be killed at any time
-        self.cursor = cursor
+        try:
+            if self._spool is not None:
+                self._spool.acknowledge(cursor)  # before anybody sees it: a process may be killed at any time
+        finally:
+            self.cursor = cursor  # whatever the disk says: what was delivered is not sent again
 
 
 class Leftover:

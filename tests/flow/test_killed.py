@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 import esper_otel
 from esper_otel import EsperSettings
+from esper_otel.export.spool import Folder
 from esper_otel.testing import MemoryCollector
 
 # Says what it has recorded, then does what it was told to.
@@ -153,6 +155,24 @@ def test_only_what_was_not_acknowledged_is_sent_again(
     assert len(came) == 51
     assert all(len(values) == 1 for values in came.values())
     assert came.keys() > recorded.keys()
+
+
+def test_a_disk_that_takes_no_note_has_nothing_sent_again(
+    nowhere: Path, collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was delivered is delivered, whatever becomes of the note that says so."""
+
+    def full(_folder: Folder, _sequence: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Folder, "acknowledge", full)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.http_endpoint)
+    with esper_otel.start(run_id="full", settings=EsperSettings(export_every_s=0.05)) as telemetry:
+        for step in range(3):
+            telemetry.record_step({"loss": step / 8}, epoch=0)
+            assert collector.wait_for(lambda c, count=step + 1: c.frames_received >= count)  # type: ignore[misc]
+    losses = [p.value for p in collector.points() if p.name == "loss" and p.value is not None]
+    assert losses == [0.0, 0.125, 0.25]
 
 
 def test_a_session_that_lives_keeps_its_spool(nowhere: Path, collector: MemoryCollector) -> None:
