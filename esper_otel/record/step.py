@@ -302,7 +302,7 @@ class Step:
         if not more and self._held is None and ROW_TYPES.issuperset(map(type, cells)):
             try:
                 return REQUESTED.pack(*cells)
-            except OverflowError:  # an int beyond the range of a double
+            except struct.error:  # an int beyond the range of a double
                 pass
         seed_id = checked_seed_id(seed_id)
         plain, tensors = read_row(seed_id, (*cells, *more_cells(more)) if more else cells)

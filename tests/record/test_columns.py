@@ -142,6 +142,17 @@ def test_blending_steps_that_are_absent_stay_absent_when_the_seed_begins_to_blen
         assert "alpha_steps" not in plain(newest(telemetry).seeds)["a"]
 
 
+def test_a_whole_number_beyond_a_double_is_infinite_in_a_row_as_everywhere() -> None:
+    """Data never raises."""
+    with silent() as telemetry:
+        for _ in range(3):
+            with telemetry.step(epoch=0) as now:
+                now.seed("a", stage=Stage.BLENDING, alpha=True, isolation_violations=10**400)
+            assert plain(newest(telemetry).seeds) == {
+                "a": {"stage": 4.0, "alpha": 1.0, "isolation_violations": math.inf}
+            }
+
+
 def silent() -> Telemetry:
     settings = EsperSettings(tolaria_step_enrichment_enabled=False)
     return esper_otel.start(run_id="run", settings=settings, export_steps=False)
