@@ -20,7 +20,7 @@ from esper_otel.ending import forget, watch
 from esper_otel.errors import InvalidCatalogue
 from esper_otel.export.endpoint import Endpoint, endpoint_for
 from esper_otel.export.exporter import StepExporter
-from esper_otel.export.instruments import instruments_of
+from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import open_exporter
 from esper_otel.export.provider import exporters_for, own_provider
 from esper_otel.export.resource import resources
@@ -150,22 +150,30 @@ class _Session:
             {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
         )
         self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
-        self._instruments = instruments_of(meter_provider or self._provider)  # type: ignore[arg-type] # one is there
+        self._instruments = self._attached(meter_provider, names.entries.values())
+        self.telemetry = Telemetry(self._recorder, self)
+        self._process_id = os.getpid()
+        self._begin()
+        announce("started", self._describe(endpoint, exporters.off))
+
+    def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
+        """The instruments of a provider, fed by this session."""
+        instruments = instruments_of(meter_provider or self._provider)  # type: ignore[arg-type] # one is there
         try:
-            self._instruments.attach(self, names.entries.values())
+            instruments.attach(self, entries)
         except InvalidCatalogue:
             if self._exporter is not None:
                 self._exporter.abandon()
             raise
+        return instruments
 
-        self.telemetry = Telemetry(self._recorder, self)
-        self._process_id = os.getpid()
+    def _begin(self) -> None:
+        """Starts what runs in threads of its own."""
         watch(self.telemetry)
         if self._sampler is not None:
             self._sampler.start()
         if self._exporter is not None:
             self._exporter.start()
-        announce("started", self._describe(endpoint, exporters.off))
 
     def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
         publisher = self._publisher
