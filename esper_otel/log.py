@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -13,12 +14,36 @@ logger = logging.getLogger("esper_otel")
 _QUIET_S = 60.0
 
 
-def announce(event: str, message: str) -> None:
-    """Says what a user should see once: through logging where that is set up, else on standard error."""
-    if logger.hasHandlers():
-        logger.info("%s: %s", event, message)
-    else:
-        sys.stderr.write(f"esper_otel {event}: {message}\n")
+def announce(event: str, message: str, level: int = logging.INFO) -> None:
+    """Says once what a user must see: through logging where that shows the level, else on standard error.
+
+    ``logging.basicConfig()`` alone shows nothing below WARNING, ``logging.config`` disables loggers that it does not
+    name: neither is aimed at us. A level or a NullHandler of the logger ``esper_otel`` itself is, and is respected.
+    """
+    if _is_shown(level):
+        logger.log(level, "%s: %s", event, message)
+    elif not _is_silenced(level):
+        # There may be no standard error, or nobody who reads it any more.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            sys.stderr.write(f"esper_otel {event}: {message}\n")
+            sys.stderr.flush()
+
+
+def _is_shown(level: int) -> bool:
+    """Whether some handler takes records of this level from our logger."""
+    if not logger.isEnabledFor(level):
+        return False
+    source: logging.Logger | None = logger
+    while source is not None:
+        if any(each.level <= level and not isinstance(each, logging.NullHandler) for each in source.handlers):
+            return True
+        source = source.parent if source.propagate else None
+    return False
+
+
+def _is_silenced(level: int) -> bool:
+    """Whether somebody has turned this logger down, by its name."""
+    return logger.level > level or any(isinstance(each, logging.NullHandler) for each in logger.handlers)
 
 
 class Warnings:

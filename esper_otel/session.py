@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -321,7 +322,8 @@ class _Session:
         if self._sampler is not None:
             self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
         forget(self.telemetry)
-        announce("closed", self._summary(outcome))
+        has_lost = self._exporter is not None and self._exporter.dropped.total() > 0
+        announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
 
     def _summary(self, outcome: str) -> str:
         health = self.health()

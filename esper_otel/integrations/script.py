@@ -30,7 +30,9 @@ def attach(log: str) -> None:
     """
     logger.propagate = False
     logger.setLevel(logging.INFO)
-    logger.addHandler(logging.FileHandler(log) if log else logging.NullHandler())
+    logger.addHandler(logging.NullHandler())
+    if log:
+        logger.addHandler(logging.FileHandler(log))
     script = Script()
     sys.meta_path.insert(0, _OnTorch(script.follow))
     atexit.register(script.say_if_idle)
@@ -178,6 +180,7 @@ class Script:
             from esper_otel.integrations.loop import Loop
             from esper_otel.session import start
 
+            logger.disabled = False  # the script's logging.config may have disabled every logger that it does not name
             self._telemetry = start()
             self._loop = Loop(self._telemetry)
             atexit.register(self._finish)
