@@ -22,6 +22,7 @@ the training loop: it is counted and logged. ``ProbeUnavailable`` travels betwee
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -39,13 +40,81 @@ class UnknownMetric(MistakeError, ValueError):
     def __init__(self, name: object, known: Iterable[str], *, what: str = "metric") -> None:
         names = sorted(known)
         self.name = name
-        self.nearest: tuple[str, ...] = tuple(difflib.get_close_matches(str(name), names, n=3, cutoff=0.5))
-        hint = (
-            "did you mean " + " or ".join(repr(near) for near in self.nearest) + "?"
-            if self.nearest
-            else "known: " + ", ".join(names)
-        )
+        self.nearest: tuple[str, ...] = _nearest(str(name), names)
+        hint = "known: " + ", ".join(names)
+        if elsewhere := _ELSEWHERE.get("_".join(_words(str(name)))) if what in _RECORDED else None:
+            hint = f"give it as {elsewhere}"
+        elif self.nearest:
+            hint = "did you mean " + " or ".join(repr(near) for near in self.nearest) + "?"
+        elif what == "metric":
+            hint = f"declare your own with start(metrics=[esper_otel.Metric({str(name)!r}, ...)]); {hint}"
         super().__init__(f"unknown {what} {name!r}: {hint}")
+
+
+_RECORDED = ("metric", "seed field")
+# What other libraries call it, and what it may be called here.
+_OTHER_WORDS = {
+    **dict.fromkeys(("train_loss", "training_loss"), ("loss",)),
+    **dict.fromkeys(("acc", "train_acc", "train_accuracy", "training_accuracy"), ("accuracy",)),
+    **dict.fromkeys(("grad_norm", "total_norm", "gnorm"), ("gradient_norm",)),
+    **dict.fromkeys(("lr", "learning_rate"), ("optimizer_lr", "esper.optimizer.lr", "learning_rate")),
+    **dict.fromkeys(("throughput", "samples_per_sec", "samples_per_second"), ("samples_per_s",)),
+    **dict.fromkeys(("step_time", "step_time_ms", "batch_time"), ("step_latency_ms",)),
+    **dict.fromkeys(("data_time", "data_wait", "data_wait_ms"), ("input_wait_ms",)),
+}
+# What is not recorded as a value of a step or a seed at all.
+_ELSEWHERE = {
+    **{
+        f"{when}_{name}": f"telemetry.validation({argument}=...)"
+        for when in ("val", "valid", "validation", "eval")
+        for name, argument in {"loss": "loss", "acc": "accuracy", "accuracy": "accuracy"}.items()
+    },
+    **{
+        name: f"step({argument}=...) or record_step(..., {argument}=...)"
+        for name, argument in {
+            "epoch": "epoch",
+            **dict.fromkeys(("step", "global_step"), "global_step"),
+            **dict.fromkeys(("samples", "num_samples", "batch_size"), "samples"),
+        }.items()
+    },
+}
+
+
+def _nearest(name: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Up to three of the known names that can be meant by this one: other words for it, else those it resembles."""
+    others = [other for other in _OTHER_WORDS.get("_".join(_words(name)), ()) if other in known]
+    found = others[:1] or sorted(
+        (each for each in known if _resembles(name, each)), key=lambda each: -_ratio(name, each)
+    )
+    return tuple(found[:3])
+
+
+def _resembles(name: str, known: str) -> bool:
+    """Whether it is the known name with slips in its words, without its separators, or a part of it.
+
+    Letters alone would not do: ``aux_loss``, ``tokens_per_s`` and ``cpu_mem`` are no slips for ``loss``,
+    ``samples_per_s`` and ``gpu_mem``.
+    """
+    mine, theirs = _words(name), _words(known)
+    if "".join(mine) == "".join(theirs):
+        return bool(mine)
+    if len(mine) == len(theirs):
+        return all(map(_is_slip, mine, theirs))
+    parts = [theirs[start : start + len(mine)] for start in range(len(theirs))]
+    return len(mine) >= 2 and mine in parts
+
+
+def _is_slip(word: str, known: str) -> bool:
+    return word == known or (max(len(word), len(known)) > 3 and _ratio(word, known) >= 0.65)
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _words(name: str) -> list[str]:
+    """``val/loss``, ``valLoss`` and ``val_loss`` are the same words."""
+    return re.findall(r"[^\W_]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
 
 
 class InvalidValue(MistakeError, TypeError):

@@ -22,8 +22,8 @@ SEEN = {
     "basicConfig() shows warnings alone": "logging.basicConfig()",
     "basicConfig for errors": "logging.basicConfig(level=logging.ERROR)",
     "basicConfig for all": "logging.basicConfig(level=logging.INFO)",
-    "a handler that takes warnings": "logging.basicConfig(level=1); logging.getLogger().handlers[0].setLevel('WARNING')",
-    "a handler that takes errors": "logging.basicConfig(level=1); logging.getLogger().handlers[0].setLevel('ERROR')",
+    "a handler that takes warnings": "logging.basicConfig(level=1); logging.root.handlers[0].setLevel('WARNING')",
+    "a handler that takes errors": "logging.basicConfig(level=1); logging.root.handlers[0].setLevel('ERROR')",
     "another library's NullHandler": "logging.getLogger().addHandler(logging.NullHandler())",
     "a NullHandler and all levels": "logging.basicConfig(level=1, handlers=[logging.NullHandler()])",
     "logging.disable": "logging.basicConfig(level=1); logging.disable()",
@@ -89,7 +89,9 @@ def test_who_turns_our_logger_down_is_obeyed(set_up: str, lines: list[str]) -> N
 @pytest.mark.parametrize("gone", ["sys.stderr = None", "sys.stderr.close()", "import os; os.close(2)"])
 def test_a_program_without_standard_error_goes_on(gone: str) -> None:
     """A daemon has none."""
-    assert said(f"logging.basicConfig()\n{gone}", 'from esper_otel.log import announce\nannounce("started", "run")') == []
+    assert (
+        said(f"logging.basicConfig()\n{gone}", "from esper_otel.log import announce\nannounce('started', 'run')") == []
+    )
 
 
 def test_a_whole_session_under_basic_config_says_its_run_its_losses_and_its_end(tmp_path: Path) -> None:
