@@ -95,9 +95,8 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
     latency_ms = None
     try:
         settings = EsperSettings()
-        exporters = exporters_from_environment(environ)
-        protocol = {} if exporters.protocol is None else {"OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": exporters.protocol}
-        endpoint = endpoint_from_environment({**environ, **protocol})
+        exporters = exporters_from_environment(environ, ignored=_refuse)
+        endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
         sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
     except (ConfigurationError, OSError) as error:
         stages.append(Stage("settings", False, str(error)))
@@ -118,6 +117,11 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
         series,
         samples_per_s,
     )
+
+
+def _refuse(message: str) -> None:
+    """A run warns of a setting that it ignores and goes on; here it is a fault."""
+    raise ConfigurationError(message)
 
 
 def _look(endpoint: Endpoint, sender: Sender, stages: list[Stage]) -> float | None:

@@ -19,12 +19,13 @@ from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.ending import forget, watch
 from esper_otel.errors import InvalidCatalogue
-from esper_otel.export.endpoint import Endpoint, endpoint_for
+from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import open_exporter
-from esper_otel.export.provider import exporters_for, own_provider
+from esper_otel.export.provider import OwnProvider, exporters_for
 from esper_otel.export.resource import resources
+from esper_otel.export.transport import open_sender
 from esper_otel.frame import Frame
 from esper_otel.identity import identify
 from esper_otel.log import Warnings, announce
@@ -95,6 +96,19 @@ def start(
     return session.telemetry
 
 
+def check_environment() -> None:
+    """Reads the settings of a session that somebody else is going to start, and warns and raises as ``start`` would.
+
+    Raises:
+        ConfigurationError: a setting or environment variable that cannot be used.
+    """
+    settings = EsperSettings()
+    configured(settings.risk_thresholds)
+    exporters = exporters_for(has_provider=False, export_steps=None)
+    if exporters.steps:
+        open_sender(endpoint_from_environment(protocol=exporters.protocol), settings.token_file).close()
+
+
 class _Session:
     """Everything behind one Telemetry: made, watched and ended together."""
 
@@ -119,7 +133,7 @@ class _Session:
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
         exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
-        endpoint = endpoint_for(exporters.protocol) if exporters.steps else None
+        endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
 
         self._resource_of = resources()
         self._deriver = Deriver(processors, self._fault)
@@ -145,12 +159,13 @@ class _Session:
         )
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
-        self._provider = own_provider(self._resource_of(run), exporters.readers) if meter_provider is None else None
         # A provider that was given has its user's Resource: the points themselves say whose they are.
         self.attributes: Mapping[str, str | int] = (
             {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
         )
         self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
+        # After what may raise, so that no port is left open.
+        self._provider = OwnProvider(self._resource_of(run), exporters.readers) if meter_provider is None else None
         self._instruments = self._attached(meter_provider, names.entries.values())
         self.telemetry = Telemetry(self._recorder, self)
         self._process_id = os.getpid()
@@ -207,6 +222,7 @@ class _Session:
             if endpoint is not None
             else f"steps are not sent ({off})"
         )
+        parts += () if self._provider is None else self._provider.said
         if not self._enriched:
             parts.append("gated metrics and probes are off (tolaria_step_enrichment_enabled = False)")
         return ", ".join(parts)

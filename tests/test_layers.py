@@ -80,6 +80,7 @@ OWNERS = {
     "aiohttp": ("gateway/",),
     "requests": ("export/", "through.py"),
     "urllib3": ("export/",),
+    "prometheus_client": ("export/",),
     "redis": ("oona.py",),
     "pyarrow": ("report/table.py",),
     "lightning": ("integrations/lightning.py",),

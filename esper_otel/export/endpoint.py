@@ -8,7 +8,8 @@ import math
 import os
 import re
 import ssl
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -18,6 +19,7 @@ from opentelemetry.util.re import parse_env_headers
 
 from esper_otel._version import __version__
 from esper_otel.errors import ConfigurationError
+from esper_otel.export.variables import Variables, warn
 
 Protocol = Literal["grpc", "http/protobuf"]
 Compression = Literal["none", "gzip", "deflate"]
@@ -98,73 +100,72 @@ class Endpoint:
         return False
 
 
-def endpoint_for(protocol: str | None) -> Endpoint:
-    """Where steps go, over the protocol if one is given, else as the environment says.
-
-    Raises:
-        ConfigurationError: as ``endpoint_from_environment``.
-    """
-    if protocol is None:
-        return endpoint_from_environment()
-    return endpoint_from_environment({**os.environ, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": protocol})
-
-
-def endpoint_from_environment(environ: Mapping[str, str] = os.environ) -> Endpoint:
+def endpoint_from_environment(
+    environ: Mapping[str, str] = os.environ, *, protocol: str | None = None, ignored: Callable[[str], None] = warn
+) -> Endpoint:
     """Reads ``OTEL_EXPORTER_OTLP_*``; the variable for metrics wins over the general one, an empty one is not set.
 
     The protocol is gRPC unless another is asked for, as Python's distribution has it. Time-outs are in seconds, as
     the official Python exporters read them.
 
+    Args:
+        environ: the environment.
+        protocol: one that is fixed already, whatever the environment says.
+        ignored: is told of each number, switch or word that cannot be used: it counts as not set.
+
     Raises:
-        ConfigurationError: a value that cannot be used; the message names the variable and the fix.
+        ConfigurationError: an address, header or file that cannot be used: without it steps would go elsewhere, or
+            in vain. The message names the variable and the fix.
     """
-    variable, protocol = _found(environ, "PROTOCOL")
-    protocol = protocol or "grpc"
-    if protocol not in _DEFAULT_ENDPOINT:
-        raise ConfigurationError(f"{variable}={protocol!r} is not supported: set it to grpc or http/protobuf")
-    chosen = cast("Protocol", protocol)
-    address, target, is_insecure = _grpc(environ) if protocol == "grpc" else _http(environ)
-    certificate, client_key, client_certificate = _tls_files(environ, is_insecure=is_insecure)
+    variables = Variables(environ, ignored)
+    chosen = cast("Protocol", protocol or _protocol(variables))
+    address, target, is_insecure = _grpc(variables) if chosen == "grpc" else _http(variables)
+    certificate, client_key, client_certificate = _tls_files(variables, is_insecure=is_insecure)
     return Endpoint(
         protocol=chosen,
         target=target,
         address=address,
         is_insecure=is_insecure,
-        headers=_headers(environ, protocol),
+        headers=_headers(variables, chosen),
         certificate=certificate,
         client_key=client_key,
         client_certificate=client_certificate,
-        compression=_compression(environ, protocol),
-        timeout_s=_timeout_s(environ),
-        credential_provider=next(filter(None, map(environ.get, _PROVIDER[protocol])), None),
+        compression=_compression(variables, chosen),
+        timeout_s=_timeout_s(variables),
+        credential_provider=variables.text(*_PROVIDER[chosen])[1] or None,
     )
 
 
-def _found(environ: Mapping[str, str], name: str) -> tuple[str, str]:
-    """The variable that counts and its text, stripped; empty when neither is set."""
-    for variable in (_METRICS + name, _GENERAL + name):
-        text = environ.get(variable, "").strip()
-        if text:
-            return variable, text
-    return _GENERAL + name, ""
+def _names(name: str) -> tuple[str, str]:
+    return _METRICS + name, _GENERAL + name
 
 
-def _grpc(environ: Mapping[str, str]) -> tuple[str, str, bool]:
+def _protocol(variables: Variables) -> str:
+    return variables.choice(
+        *_names("PROTOCOL"),
+        known=_DEFAULT_ENDPOINT,
+        default="grpc",
+        replaced={"http/json": "http/protobuf"},  # endpoints of OTLP over HTTP take both at the same path
+        scope="",
+    )
+
+
+def _grpc(variables: Variables) -> tuple[str, str, bool]:
     """Address, target, and whether it is plain text."""
-    variable, text = _found(environ, "ENDPOINT")
+    variable, text = variables.text(*_names("ENDPOINT"))
     if _GRPC_NAME.fullmatch(text):
-        return text, text, _is_insecure(environ, "")
+        return text, text, _is_insecure(variables, "")
     url, port = _url(variable, text or _DEFAULT_ENDPOINT["grpc"])
     if url.scheme not in {"", "http", "https"}:
         raise _wrong(variable, text, f"has the scheme {url.scheme!r}: give http://host:port or https://host:port")
     host = url.netloc.rpartition("@")[2]
     address = host if port is not None else f"{host.removesuffix(':')}:{_GRPC_DEFAULT_PORT}"
-    return address, address, _is_insecure(environ, url.scheme)
+    return address, address, _is_insecure(variables, url.scheme)
 
 
-def _http(environ: Mapping[str, str]) -> tuple[str, str, bool]:
+def _http(variables: Variables) -> tuple[str, str, bool]:
     """As ``_grpc``."""
-    variable, text = _found(environ, "ENDPOINT")
+    variable, text = variables.text(*_names("ENDPOINT"))
     url, _ = _url(variable, text or _DEFAULT_ENDPOINT["http/protobuf"])
     if url.scheme not in {"http", "https"}:
         fault = f"has the scheme {url.scheme!r}" if url.scheme else "has no scheme"
@@ -201,19 +202,14 @@ def _without_credentials(text: str) -> str:
     return f"{head}://{rest.rpartition('@')[2]}"
 
 
-def _is_insecure(environ: Mapping[str, str], scheme: str) -> bool:
+def _is_insecure(variables: Variables, scheme: str) -> bool:
     if scheme == "https":
         return False
-    variable, text = _found(environ, "INSECURE")
-    if text:
-        if text.lower() not in {"true", "false"}:
-            raise ConfigurationError(f"{variable}={text!r} is neither true nor false")
-        return text.lower() == "true"
-    return scheme == "http"
+    return variables.boolean(*_names("INSECURE"), default=scheme == "http")
 
 
-def _headers(environ: Mapping[str, str], protocol: str) -> tuple[tuple[str, str], ...]:
-    variable, text = _found(environ, "HEADERS")
+def _headers(variables: Variables, protocol: str) -> tuple[tuple[str, str], ...]:
+    variable, text = variables.text(*_names("HEADERS"))
     headers: dict[str, str] = {}
     for number, part in enumerate(text.split(","), 1):
         if not part.strip():
@@ -229,13 +225,12 @@ def _headers(environ: Mapping[str, str], protocol: str) -> tuple[tuple[str, str]
     return tuple(headers.items())
 
 
-def _tls_files(environ: Mapping[str, str], *, is_insecure: bool) -> tuple[Path | None, Path | None, Path | None]:
+def _tls_files(variables: Variables, *, is_insecure: bool) -> tuple[Path | None, Path | None, Path | None]:
     """Authorities, our key and our certificate; read once, since gRPC aborts the process over half a pair."""
-    certificate, key, chain = (_file(environ, name) for name in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"))
+    certificate, key, chain = (_file(variables, name) for name in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"))
     if key is not None and chain is None:
-        raise ConfigurationError(
-            f"{_found(environ, 'CLIENT_KEY')[0]} is set without {_GENERAL}CLIENT_CERTIFICATE: set both, or neither"
-        )
+        variable, _ = variables.text(*_names("CLIENT_KEY"))
+        raise ConfigurationError(f"{variable} is set without {_GENERAL}CLIENT_CERTIFICATE: set both, or neither")
     key = chain if key is None else key  # one PEM file may hold both
     if is_insecure:
         return certificate, key, chain
@@ -248,15 +243,15 @@ def _tls_files(environ: Mapping[str, str], *, is_insecure: bool) -> tuple[Path |
         if chain is not None:
             context.load_cert_chain(chain, key, password="")  # without one OpenSSL asks the terminal
     except OSError as error:
-        variable, text = _found(environ, name)
+        variable, text = variables.text(*_names(name))
         need = "CERTIFICATE" if name == "CERTIFICATE" else "CERTIFICATE and its unencrypted key (_CLIENT_KEY)"
         why = getattr(error, "reason", None) or error.strerror or error
         raise ConfigurationError(f"{variable}={text!r}: {why}; give PEM files: BEGIN {need}") from None
     return certificate, key, chain
 
 
-def _file(environ: Mapping[str, str], name: str) -> Path | None:
-    variable, text = _found(environ, name)
+def _file(variables: Variables, name: str) -> Path | None:
+    variable, text = variables.text(*_names(name))
     if not text:
         return None
     if "-----BEGIN" in text:
@@ -270,23 +265,20 @@ def _file(environ: Mapping[str, str], name: str) -> Path | None:
     return Path(text)
 
 
-def _compression(environ: Mapping[str, str], protocol: str) -> Compression:
-    variable, text = _found(environ, "COMPRESSION")
-    text = text.lower() or "none"
-    if text not in _COMPRESSIONS[protocol]:
-        known = ", ".join(_COMPRESSIONS[protocol])
-        raise ConfigurationError(f"{variable}={text!r} is not supported over {protocol}: set it to one of {known}")
+def _compression(variables: Variables, protocol: str) -> Compression:
+    text = variables.choice(
+        *_names("COMPRESSION"), known=_COMPRESSIONS[protocol], default="none", replaced={}, scope=f" over {protocol}"
+    )
     return cast("Compression", text)
 
 
-def _timeout_s(environ: Mapping[str, str]) -> float:
-    variable, text = _found(environ, "TIMEOUT")
-    if not text:
-        return _DEFAULT_TIMEOUT_S
-    try:
-        timeout_s = float(text)
-    except ValueError:
-        timeout_s = math.nan
-    if not 0.0 < timeout_s < math.inf:
-        raise ConfigurationError(f"{variable}={text!r} is not a number of seconds above 0")
+def _timeout_s(variables: Variables) -> float:
+    # By the specification 0 is no limit: then a connection that has fallen silent would never be noticed.
+    timeout_s = variables.number(
+        *_names("TIMEOUT"),
+        default=_DEFAULT_TIMEOUT_S,
+        lowest=math.ulp(0.0),
+        highest=sys.float_info.max,
+        unit="a number of seconds above 0",
+    )
     return min(timeout_s, _LONGEST_TIMEOUT_S)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 
-from esper_otel.errors import ConfigurationError
+from esper_otel.export.variables import Variables, warn
 
+_EXPORTERS = "OTEL_METRICS_EXPORTER"
 _GROUP = "opentelemetry_metrics_exporter"
 # The SDK keeps each attribute set that it ever saw, and puts what is above its limit, 2,000 unless told otherwise,
 # into one point without a name.
@@ -37,43 +39,59 @@ class Exporters(NamedTuple):
     off: str
 
 
-def sdk_is_disabled(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether ``OTEL_SDK_DISABLED`` switches OpenTelemetry off as a whole."""
-    return environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+_DISABLED = Exporters(False, None, (), "OTEL_SDK_DISABLED=true")
 
 
-def exporters_from_environment(environ: Mapping[str, str] = os.environ) -> Exporters:
+def exporters_from_environment(
+    environ: Mapping[str, str] = os.environ, *, ignored: Callable[[str], None] = warn
+) -> Exporters:
     """Reads ``OTEL_SDK_DISABLED`` and ``OTEL_METRICS_EXPORTER``: otlp (the default), console, prometheus, none, lists.
 
     Any other name is looked up among the exporters that installed packages offer, as everywhere in OpenTelemetry.
 
-    Raises:
-        ConfigurationError: a name that no installed package offers, or none beside others.
+    Args:
+        environ: the environment.
+        ignored: is told of what cannot be used.
     """
-    if sdk_is_disabled(environ):
-        return Exporters(False, None, (), "OTEL_SDK_DISABLED=true")
-    setting = environ.get("OTEL_METRICS_EXPORTER", "").strip() or "otlp"
-    names = [name for name in (part.strip() for part in setting.split(",")) if name]
-    if "none" in names:
-        if len(names) > 1:
-            raise ConfigurationError(f"OTEL_METRICS_EXPORTER={setting!r}: 'none' cannot stand beside others")
-        return Exporters(False, None, (), "OTEL_METRICS_EXPORTER=none")
-    readers = tuple(dict.fromkeys(name for name in names if name not in _PROTOCOLS))
-    offered = {point.name for point in entry_points(group=_GROUP)}
-    for name in readers:
-        if name not in offered:
-            hint = ": pip install 'esper-otel[prometheus]'" if name == "prometheus" else ""
-            raise ConfigurationError(
-                f"OTEL_METRICS_EXPORTER={setting!r}: no installed package offers {name!r}{hint}; "
-                f"there are: {', '.join(sorted(offered | {'otlp', 'none'}))}"
-            )
+    variables = Variables(environ, ignored)
+    return _DISABLED if _is_disabled(variables) else _named(variables)
+
+
+def _is_disabled(variables: Variables) -> bool:
+    return variables.boolean("OTEL_SDK_DISABLED", default=False)
+
+
+def _named(variables: Variables) -> Exporters:
+    _, setting = variables.text(_EXPORTERS)
+    names = _known(variables, setting) or ["otlp"]
+    if names == ["none"]:
+        return Exporters(False, None, (), f"{_EXPORTERS}=none")
     protocols = [_PROTOCOLS[name] for name in names if name in _PROTOCOLS]
     return Exporters(
         bool(protocols),
         protocols[0] if protocols else None,
-        readers,
-        "" if protocols else f"OTEL_METRICS_EXPORTER={setting}",
+        tuple(dict.fromkeys(name for name in names if name not in _PROTOCOLS)),
+        "" if protocols else f"{_EXPORTERS}={setting}",
     )
+
+
+def _known(variables: Variables, setting: str) -> list[str]:
+    """The names in the setting that stand for something."""
+    given = [name for name in (part.strip() for part in setting.split(",")) if name]
+    offered = {point.name for point in entry_points(group=_GROUP)} | {*_PROTOCOLS, "none", "prometheus"}
+    known = []
+    for name in given:
+        word = name if name in offered else name.lower()
+        if word not in offered:
+            fault = f"no installed package offers {name!r}, there are: {', '.join(sorted(offered))}"
+            variables.ignored(f"{_EXPORTERS}={setting!r}: {fault}; it is left out, the default is otlp")
+        elif word == "none" and len(given) > 1:
+            variables.ignored(
+                f"{_EXPORTERS}={setting!r}: 'none' cannot be combined with other exporters; it is left out"
+            )
+        else:
+            known.append(word)
+    return known
 
 
 def exporters_for(*, has_provider: bool, export_steps: bool | None, is_silent: bool = False) -> Exporters:
@@ -83,39 +101,71 @@ def exporters_for(*, has_provider: bool, export_steps: bool | None, is_silent: b
         has_provider: whether the user has given a MeterProvider, whose readers are then the user's business.
         export_steps: whether every step goes out; None leaves it to the environment.
         is_silent: whether this rank sends nothing, whatever else is said.
-
-    Raises:
-        ConfigurationError: as ``exporters_from_environment``.
     """
     if is_silent:
         return Exporters(False, None, (), "export_ranks is rank0")
-    if has_provider and not sdk_is_disabled():
-        exporters = Exporters(False, None, (), "export_steps=True was not asked for")
-    else:
-        exporters = exporters_from_environment()
-    if export_steps is None or sdk_is_disabled():  # no argument overrules the operator's switch
+    variables = Variables(os.environ)
+    if _is_disabled(variables):  # no argument overrules the operator's switch
+        return _DISABLED
+    exporters = Exporters(False, None, (), "export_steps=True was not asked for") if has_provider else _named(variables)
+    if export_steps is None:
         return exporters
     return exporters._replace(steps=export_steps, off="" if export_steps else "export_steps=False")
 
 
-def own_provider(resource: Resource, reader_names: tuple[str, ...]) -> MeterProvider:
-    """A MeterProvider that is not the global one. Whoever made it shuts it down."""
-    return MeterProvider(
-        metric_readers=[_reader(name) for name in reader_names],
-        resource=resource,
-        shutdown_on_exit=False,
-        views=[View(instrument_name="kasmina.seed.*", aggregation_cardinality_limit=SEED_IDS)],
-    )
+class OwnProvider(MeterProvider):
+    """A MeterProvider that is not the global one. Whoever made it shuts it down.
+
+    Attributes:
+        said: what its readers have to say about where they are read.
+    """
+
+    def __init__(self, resource: Resource, reader_names: tuple[str, ...]) -> None:
+        readers = [reader for reader in map(_reader, reader_names) if reader is not None]
+        super().__init__(
+            metric_readers=readers,
+            resource=resource,
+            exemplar_filter=AlwaysOffExemplarFilter(),  # there are only observable gauges, which have none
+            shutdown_on_exit=False,
+            views=[View(instrument_name="kasmina.seed.*", aggregation_cardinality_limit=SEED_IDS)],
+        )
+        self.said = tuple(reader.said for reader in readers if hasattr(reader, "said"))
 
 
-def _reader(name: str) -> MetricReader:
-    [point, *_] = entry_points(group=_GROUP, name=name)
+def _reader(name: str) -> MetricReader | None:
+    """The reader of this name; None, and a warning, when it cannot be started: training goes on without it."""
     try:
+        if name == "prometheus":
+            return _scraped()
+        [point, *_] = entry_points(group=_GROUP, name=name)
         made = point.load()()
-    except Exception as error:
-        raise ConfigurationError(f"OTEL_METRICS_EXPORTER: {name!r} cannot be started: {error}") from error
-    if isinstance(made, MetricReader):
-        return made
-    if isinstance(made, MetricExporter):
-        return PeriodicExportingMetricReader(made)
-    raise ConfigurationError(f"OTEL_METRICS_EXPORTER: {name!r} is neither an exporter nor a reader of metrics")
+        if isinstance(made, MetricReader):
+            return made
+        if isinstance(made, MetricExporter):
+            return _periodic(made)
+        fault = "it is neither an exporter nor a reader of metrics"
+    except Exception as error:  # noqa: BLE001 - of code that is not ours
+        fault = str(error) or type(error).__name__
+    warn(f"{_EXPORTERS}: {name!r} cannot be started and is left out: {fault}")
+    return None
+
+
+def _scraped() -> MetricReader:
+    try:
+        from esper_otel.export.scrape import ScrapeReader
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install 'esper-otel[prometheus]'") from None
+    return ScrapeReader(Variables(os.environ))
+
+
+def _periodic(exporter: MetricExporter) -> MetricReader:
+    variables, unit = Variables(os.environ), "a number of milliseconds above 0"
+
+    def milliseconds(name: str, default: float) -> float:
+        return variables.number(name, default=default, lowest=math.ulp(0.0), highest=2**31 - 1, unit=unit)
+
+    return PeriodicExportingMetricReader(
+        exporter,
+        export_interval_millis=milliseconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000),
+        export_timeout_millis=milliseconds("OTEL_METRIC_EXPORT_TIMEOUT", 30_000),
+    )

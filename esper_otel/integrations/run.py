@@ -20,7 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Becomes Python with the script; comes back only if that cannot be started."""
+    """Becomes Python with the script; comes back only if that cannot be started.
+
+    Raises:
+        ConfigurationError: a setting that cannot be used: said now, since the script's own streams are left alone.
+    """
+    from esper_otel.session import check_environment
+
+    check_environment()
     environ = dict(os.environ)
     paths = [str(_INJECTED), environ.get("PYTHONPATH", "")]
     environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

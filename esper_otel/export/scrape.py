@@ -1,0 +1,110 @@
+"""Scrape: a session's metrics for Prometheus, at the port that is set, else at the next one that is free."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import socketserver
+import threading
+import weakref
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from esper_otel.export.variables import Variables
+
+_HOST = "OTEL_EXPORTER_PROMETHEUS_HOST"
+_PORT = "OTEL_EXPORTER_PROMETHEUS_PORT"
+_NEIGHBOURS = 64  # the ranks of one host are then found at ports that follow one another
+_CANNOT_HAVE = {errno.EADDRINUSE, errno.EACCES}
+
+
+class ScrapeReader(PrometheusMetricReader):
+    """The SDK's scrape exporter with a registry and a server of its own, since all sessions have the same metrics.
+
+    Raises:
+        OSError: the host is not one of this machine's, or there is no port at all; the message names the setting.
+    """
+
+    def __init__(self, variables: Variables) -> None:
+        _, host = variables.text(_HOST)
+        host = host or "localhost"
+        port = int(variables.number(_PORT, default=9464, lowest=0, highest=65535, unit="a port", of=int))
+        registry = CollectorRegistry()
+        try:
+            self._server, why = _listening(host, port)
+        except OSError as error:
+            raise OSError(f"{_HOST}={host!r}, {_PORT}={port}: {error.strerror or error}") from None
+        super().__init__(registry=registry)
+        self._server.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(target=self._serve, name="esper-otel-scrape", daemon=True)
+        self._thread.start()
+        shown = f"[{host}]" if ":" in host else host
+        self.said = f"scraped at http://{shown}:{self._server.server_port}/metrics"
+        if why:
+            self.said += f" ({_PORT}={port}: {why})"
+        _open.add(self._server)
+
+    def _serve(self) -> None:
+        while not self._server.is_closing:
+            self._server.handle_request()
+
+    def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
+        """See ``MetricReader``; gives the port back."""
+        self._server.is_closing = True
+        self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join(timeout_millis / 1e3)
+        self._server.server_close()
+        super().shutdown(timeout_millis, **kwargs)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0  # for a client that connects and says nothing
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
+        """Scrapes are not news."""
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    allow_reuse_port = False  # newer Pythons let two processes have one port, and scrapes go to either
+    is_closing = False
+
+    def server_bind(self) -> None:
+        """As there, without asking the network for this machine's name."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment] # both are there
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is nothing to print a traceback for."""
+
+
+def _listening(host: str, port: int) -> tuple[_Server, str]:
+    """The server, and why it is not at the port that was asked for."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    kind = type("_Server", (_Server,), {"address_family": family})
+    why = ""
+    for each in range(port, min(port + _NEIGHBOURS, 65536)):
+        try:
+            return kind((address[0], each), _Handler), why
+        except OSError as error:
+            if error.errno not in _CANNOT_HAVE:
+                raise
+            why = why or (error.strerror or str(error)).lower()
+    return kind((address[0], 0), _Handler), why
+
+
+_open: weakref.WeakSet[_Server] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """A forked child would hold the port as long as it lives."""
+    for server in _open:
+        server.socket.close()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,85 @@
+"""Variables: ``OTEL_*`` as the specification wants them read: empty is not set, what cannot be used is warned about.
+
+https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+from esper_otel.log import announce
+
+
+def warn(message: str) -> None:
+    """What becomes of a value that is ignored: the user is told."""
+    announce("setting ignored", message, logging.WARNING)
+
+
+class Variables:
+    """The environment, and what to do with a value that cannot be used.
+
+    Of several names the first that holds a usable value counts.
+
+    Args:
+        environ: the environment.
+        ignored: is told of each value that is ignored: variable, value, fault, and the default.
+    """
+
+    def __init__(self, environ: Mapping[str, str], ignored: Callable[[str], None] = warn) -> None:
+        self._environ = environ
+        self.ignored = ignored
+
+    def text(self, *names: str) -> tuple[str, str]:
+        """The variable that counts and its text, stripped; the last name and an empty text when none is set."""
+        found = ((name, self._environ.get(name, "").strip()) for name in names)
+        return next((each for each in found if each[1]), (names[-1], ""))
+
+    def boolean(self, *names: str, default: bool) -> bool:
+        """A switch, spelt as the specification does; the default when it is not set."""
+        for name, text in self._set(names):
+            if text.lower() in {"true", "false"}:
+                return text.lower() == "true"
+            self.ignore(name, text, "is neither true nor false", default=str(default).lower())
+        return default
+
+    def number(
+        self,
+        *names: str,
+        default: float,
+        lowest: float,
+        highest: float,
+        unit: str,
+        of: Callable[[str], float] = float,
+    ) -> float:
+        """A number in the range; the default when it is not set."""
+        for name, text in self._set(names):
+            try:
+                number = of(text)
+            except ValueError:
+                number = math.nan
+            if lowest <= number <= highest:
+                return number
+            self.ignore(name, text, f"is not {unit}", default=f"{default:g}")
+        return default
+
+    def choice(self, *names: str, known: Iterable[str], default: str, replaced: Mapping[str, str], scope: str) -> str:
+        """One of the known words, in lower case, or what one is replaced by; the default when it is not set."""
+        for name, text in self._set(names):
+            word = text.lower()
+            if word in known:
+                return word
+            if word in replaced:
+                self.ignored(f"{name}={text!r} is not supported yet: {replaced[word]} takes its place")
+                return replaced[word]
+            fault = f"is not supported{scope}: set it to one of {', '.join(known)}"
+            self.ignore(name, text, fault, default=default)
+        return default
+
+    def ignore(self, name: str, text: str, fault: str, *, default: str) -> None:
+        """Says that a value cannot be used."""
+        self.ignored(f"{name}={text!r} {fault}; it counts as not set, the default is {default}")
+
+    def _set(self, names: tuple[str, ...]) -> list[tuple[str, str]]:
+        return [(name, text) for name in names if (text := self._environ.get(name, "").strip())]
