@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.encode import Encoder
-from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
+from esper_otel.export.endpoint import GRPC_NAMES, Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import HEALTH_EVERY_S
 from esper_otel.export.provider import exporters_from_environment
+from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
 from esper_otel.export.transport import Outcome, Result, Sender, open_sender
 from esper_otel.frame import Frame, Run
@@ -29,7 +29,6 @@ from esper_otel.settings import EsperSettings
 
 _ON_THE_WAY_S = 5.0  # for everything before the frame is sent
 _LONG_TIMEOUT_S = 600.0
-_GRPC_NAMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
 
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # as OpenSSL says before and from 3.2
 _OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
@@ -41,7 +40,7 @@ _OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
 _FIXES = {
     Result.TEMPORARY: "put that right; until then a run keeps its steps and sends them again",
     Result.UNAUTHENTICATED: "correct the credentials there: a header is authorization=Bearer%20<token>, a token file "
-    "holds the token alone",
+    "holds the token alone, a proxy is http://user:password@host:port",
     Result.TOO_LARGE: "raise the endpoint's limit for a request to 4 MiB or more",
     Result.REFUSED: "the endpoint's log says what it does not take; steps that it refuses are lost, and counted",
 }
@@ -183,15 +182,17 @@ def _described(endpoint: Endpoint, token_file: Path | None) -> str:
 
 def _on_the_way(endpoint: Endpoint) -> Iterator[Stage]:
     """Name resolution, connection and TLS, each only when the one before is well."""
-    if endpoint.address.startswith(_GRPC_NAMES):
+    proxy = proxy_of(endpoint)
+    if proxy is not None and proxy.is_used:
+        yield Stage("connection", None, f"goes through the proxy {proxy}, which is not looked at")
+        return
+    if proxy is not None:
+        yield Stage("proxy", None, f"{proxy} is not http://host:port: gRPC passes it by")
+    if endpoint.address.startswith(GRPC_NAMES):
         yield Stage("connection", None, f"gRPC finds {endpoint.target} itself")
         return
     url = urlsplit(endpoint.address if "://" in endpoint.address else f"//{endpoint.address}")
     host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    proxy = _proxy(endpoint, url.scheme, host)
-    if proxy is not None:
-        yield Stage("connection", None, f"goes through the proxy {proxy}, which is not looked at")
-        return
     deadline_s = time.monotonic() + _ON_THE_WAY_S
     silence = f"no answer about the name {host!r}", "is the network up?"
     yield _within(deadline_s, lambda: _resolved(host, port), "name resolution", *silence)
@@ -202,20 +203,6 @@ def _on_the_way(endpoint: Endpoint) -> Iterator[Stage]:
         left_s = max(min(deadline_s - time.monotonic(), endpoint.timeout_s), 0.1)
         silence = f"{host}:{port} does not answer the TLS handshake", "for plain text give http://"
         yield _within(deadline_s, lambda: _secured(endpoint, host, port, left_s), "TLS", *silence)
-
-
-def _proxy(endpoint: Endpoint, scheme: str, host: str) -> str | None:
-    """Host of the proxy that the sender uses: each of the two protocols has its own rules."""
-    if endpoint.protocol == "grpc":  # https://github.com/grpc/grpc/blob/master/doc/environment_variables.md
-        proxy = next(filter(None, map(os.environ.get, ("grpc_proxy", "https_proxy", "http_proxy"))), None)
-        direct = next(filter(None, map(os.environ.get, ("no_grpc_proxy", "no_proxy"))), "")
-        is_direct = any(host.endswith(name) for name in map(str.strip, direct.split(",")) if name)
-    else:
-        proxies = getproxies()
-        proxy, is_direct = proxies.get(scheme) or proxies.get("all"), bool(proxy_bypass(host))
-    if not proxy or is_direct:
-        return None
-    return urlsplit(proxy if "://" in proxy else f"//{proxy}").hostname
 
 
 def _authorities(endpoint: Endpoint) -> Path | None:

@@ -173,6 +173,41 @@ def relay(port: int) -> Iterator[tuple[str, threading.Event]]:
                 each.close()
 
 
+@contextmanager
+def proxy(answer: bytes = b"") -> Iterator[tuple[str, list[bytes]]]:
+    """An HTTP proxy that opens tunnels, or gives each request the same answer; gives host and port, and requests."""
+    received: list[bytes] = []
+    onward: list[socket.socket] = []
+
+    def talk(connection: socket.socket) -> None:
+        with suppress(OSError):
+            received.append(http_request(connection))
+            method, target, _ = received[-1].split(b" ", 2)
+            if answer or method != b"CONNECT":
+                connection.sendall(answer or http_answer("200 OK"))
+                connection.shutdown(socket.SHUT_RDWR)
+                return
+            host, _, port = target.decode().rpartition(":")
+            onward.append(socket.create_connection((host.strip("[]"), int(port))))
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            for source, sink in ((connection, onward[-1]), (onward[-1], connection)):
+                threading.Thread(target=pass_on, args=(source, sink), daemon=True).start()
+
+    def pass_on(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while got := source.recv(65536):
+                sink.sendall(got)
+
+    with server(talk) as address:
+        try:
+            yield address, received
+        finally:
+            for each in onward:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+                each.close()
+
+
 def http_request(connection: socket.socket) -> bytes:
     """One whole request.
 

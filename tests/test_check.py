@@ -193,7 +193,7 @@ def test_what_a_proxy_or_grpc_itself_finds_is_not_looked_at(protocol: str, monke
         ("connection", None),
         ("frame", False),
     ]
-    assert "goes through the proxy 127.0.0.1, which is not looked at" in result.stages[1].message
+    assert "goes through the proxy 127.0.0.1:1 (http_proxy), which is not looked at" in result.stages[1].message
     assert "hunter2" not in report_text(result)
     monkeypatch.setenv("no_proxy", "collector.invalid")
     assert fault(run_check(environ=environ))[0] == "name resolution"

@@ -44,7 +44,8 @@ _PROVIDER = {
 }
 
 # gRPC's own target names, https://grpc.github.io/grpc/core/md_doc_naming.html
-_GRPC_NAME = re.compile(r"(unix|unix-abstract|dns|ipv4|ipv6):(?!//$)\S+")
+GRPC_NAMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
+_GRPC_NAME = re.compile(rf"({'|'.join(GRPC_NAMES)})(?!//$)\S+")
 _GRPC_DEFAULT_PORT = 443  # gRPC's, for plain text too
 
 # What reaches the wire as it is: gRPC aborts a call over anything else, requests raises with the value in its message.
@@ -169,7 +170,8 @@ def _http(variables: Variables) -> tuple[str, str, bool]:
     url, _ = _url(variable, text or _DEFAULT_ENDPOINT["http/protobuf"])
     if url.scheme not in {"http", "https"}:
         fault = f"has the scheme {url.scheme!r}" if url.scheme else "has no scheme"
-        raise _wrong(variable, text, f"{fault}: over http/protobuf give http://host:port or https://host:port")
+        other = " (or set OTEL_EXPORTER_OTLP_PROTOCOL=grpc)" if _GRPC_NAME.fullmatch(text) else ""
+        raise _wrong(variable, text, f"{fault}: over http/protobuf give http://host:port or https://host:port{other}")
     if not variable.startswith(_METRICS):
         url = url._replace(path=url.path.removesuffix("/") + "/v1/metrics")
     shown = urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))

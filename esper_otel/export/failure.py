@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import re
 
-from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.endpoint import GRPC_NAMES, Endpoint
+from esper_otel.export.proxies import proxy_of
 
 # What gRPC (1.72 to 1.85) or Python say, in lower case, and what it means; the first that fits. Those that come with
 # the host's name stand first: it may hold any other word.
 _HUNG_UP = "socket closed|connection reset|broken pipe|remotedisconnected|ssleoferror"
+_OF_A_PROXY = (  # when there is one on the way: a connection that fails is then one to the proxy
+    ("invalidproxyurl", "{variable} names no host: give http://host:port"),
+    ("invalidschema", "the SOCKS proxy {proxy} needs pip install 'requests[socks]'"),
+    ("^dns resolution failed|^errors resolving|gaierror", "the name of the proxy {proxy} cannot be resolved"),
+    (
+        "response code 407|connection failed: 407",
+        "the proxy {proxy} refuses the credentials: give http://user:password@host:port there",
+    ),
+    (r"(?:response code|connection failed:) (?P<status>\d+)", "the proxy {proxy} answers {status} for {target}"),
+    ("connection refused", "nothing listens where the proxy {proxy} should be (connection refused)"),
+    ("unreachable|no route to host", "the proxy {proxy} cannot be reached from here"),
+    ("proxyerror|socks[45]error", "the proxy {proxy} does not let us through to {target}"),
+    (_HUNG_UP, "the proxy {proxy}, or {target} behind it, closed the connection"),
+)
 _MEANINGS = (
-    ("proxyerror.*gaierror", "the name of the proxy on the way to {target} cannot be resolved"),
-    ("proxyerror.*refused", "nothing listens where the proxy on the way to {target} should be (connection refused)"),
     ("^dns resolution failed|^errors resolving|gaierror", "the name in {target} cannot be resolved"),
     ("hostname verif|peer name|mismatch", "the certificate of {target} is for another host name: give its own"),
-    ("proxyerror", "the proxy on the way to {target} does not let us through"),
     ("connection refused", "nothing listens on {target} (connection refused)"),
     ("no such file", "nothing listens on {target} (no such file)"),
     ("certificate has expired", "the certificate of {target} has expired: it must be renewed there"),
     ("certificate is not yet valid", "the certificate of {target} is not valid yet: is the clock right?"),
     ("certificate_verify_failed", "the certificate of {target} is not trusted (OTEL_EXPORTER_OTLP_CERTIFICATE)"),
-    ("wrong_version_number|record_layer", "{target} does not speak TLS; for plain text give http://"),
-    ("alpn", "{target} speaks TLS, but not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
+    ("wrong_version_number|record_layer", "{target} does not speak TLS; for plain text {plain}"),
+    ("alpn", "{target} speaks TLS, but not gRPC: {http}"),
     ("certificate_required|unknown_ca", "{target} wants a certificate of ours (OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE)"),
     ("alert|handshake", "the TLS handshake with {target} failed"),
-    ("http1", "{target} speaks HTTP/1.1, not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
-    ("parsing http/2", "{target} does not speak gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or use port 4317"),
+    ("http1", "{target} speaks HTTP/1.1, not gRPC: {http}"),
+    ("parsing http/2", "{target} does not speak gRPC: {http}{port}"),
     (_HUNG_UP, "{target} closed the connection: it may {want}, or speak {other}"),
     ("badstatusline", "{target} does not speak HTTP/1.1: set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or use port 4318"),
     ("httpexception|linetoolong", "{target} answers with more headers, or longer ones, than anybody can read"),
@@ -35,7 +47,35 @@ _MEANINGS = (
 
 def meaning(words: str, endpoint: Endpoint) -> str | None:
     """What the words mean for the user of this endpoint; None when they are not known."""
-    found = next((text for pattern, text in _MEANINGS if re.search(pattern, words.lower())), None)
-    other = "HTTP/1.1, not gRPC" if endpoint.protocol == "grpc" else "gRPC, not HTTP/1.1"
-    want = "speak TLS (https://)" if endpoint.is_insecure else "want OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"
-    return None if found is None else found.format(target=endpoint.target, want=want, other=other)
+    proxy = proxy_of(endpoint)
+    meanings = _MEANINGS if proxy is None or not proxy.is_used else _OF_A_PROXY + _MEANINGS
+    found = ((re.search(pattern, words.lower()), text) for pattern, text in meanings)
+    match, text = next((each for each in found if each[0]), (None, ""))
+    if match is None:
+        return None
+    is_name = _is_name(endpoint)
+    tls = "OTEL_EXPORTER_OTLP_INSECURE=false" if is_name else "https://"
+    return text.format(
+        target=endpoint.target,
+        proxy=proxy,
+        variable=proxy and proxy.variable,
+        status=match.groupdict().get("status"),
+        plain="set OTEL_EXPORTER_OTLP_INSECURE=true" if is_name else "give http://",
+        want=f"speak TLS ({tls})" if endpoint.is_insecure else "want OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+        other="HTTP/1.1, not gRPC" if endpoint.protocol == "grpc" else "gRPC, not HTTP/1.1",
+        http=_over_http(endpoint),
+        port="" if is_name else ", or use port 4317",
+    )
+
+
+def _is_name(endpoint: Endpoint) -> bool:
+    """Whether the address is a name of gRPC's own, which has no http:// or https:// before it."""
+    return endpoint.address.startswith(GRPC_NAMES)
+
+
+def _over_http(endpoint: Endpoint) -> str:
+    """How the endpoint can be reached over HTTP."""
+    if endpoint.address.startswith(("unix:", "unix-abstract:")):
+        return "give the socket of a receiver for gRPC, since OTLP over HTTP takes no sockets"
+    address = " and give http://host:port" if _is_name(endpoint) else ""
+    return f"set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf{address}"

@@ -17,6 +17,7 @@ from esper_otel.export.credentials import provided
 from esper_otel.export.endpoint import USER_AGENT, Endpoint
 from esper_otel.export.failure import meaning
 from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s
+from esper_otel.export.proxies import way_of
 from esper_otel.export.token import Headers
 
 _METHOD = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
@@ -102,7 +103,7 @@ class GrpcSender:
             result = Result.TEMPORARY
             if words.startswith("Deadline Exceeded"):  # gRPC's own words
                 self._open_again()
-                reason = f"no answer from {target} within {timeout_s:g} s"
+                reason = f"no answer from {target}{way_of(self._endpoint)} within {timeout_s:g} s"
         elif code in {StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED}:
             reason = f"{target} refuses the credentials: {words} ({self._headers.variable})"
             result = Result.UNAUTHENTICATED

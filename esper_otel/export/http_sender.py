@@ -23,6 +23,7 @@ from esper_otel.export.credentials import provided
 from esper_otel.export.endpoint import USER_AGENT, Endpoint
 from esper_otel.export.failure import meaning
 from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s, one_line
+from esper_otel.export.proxies import proxy_of, way_of
 from esper_otel.export.token import Headers
 
 _OTHER_PATH = ": it takes no OTLP metrics at this path (usual is /v1/metrics)"
@@ -30,7 +31,7 @@ _STATUS = {
     **dict.fromkeys((408, 429, 502, 503, 504), (Result.TEMPORARY, "")),
     **dict.fromkeys((404, 405, 501), (Result.TEMPORARY, _OTHER_PATH)),
     **dict.fromkeys((401, 403), (Result.UNAUTHENTICATED, ": credentials refused ({variable})")),
-    407: (Result.UNAUTHENTICATED, ": the proxy refuses the credentials (HTTP_PROXY, HTTPS_PROXY)"),
+    407: (Result.UNAUTHENTICATED, ": the proxy refuses the credentials ({proxy})"),
     413: (Result.TOO_LARGE, ""),
 }
 
@@ -84,7 +85,8 @@ class HttpSender:
             if self._is_closed:
                 return CLOSED
         self._cut()
-        return Outcome(Result.TEMPORARY, f"no answer from {self._endpoint.target} within {timeout_s:g} s")
+        way = way_of(self._endpoint)
+        return Outcome(Result.TEMPORARY, f"no answer from {self._endpoint.target}{way} within {timeout_s:g} s")
 
     def close(self) -> None:
         """See ``Sender``."""
@@ -141,11 +143,18 @@ class HttpSender:
             return Outcome(Result.TEMPORARY, f"{target} speaks TLS: give https://")
         usual = (Result.REFUSED, "") if status >= 400 else (Result.TEMPORARY, _OTHER_PATH)  # redirects, and web pages
         result, hint = _STATUS.get(status, usual)
-        reason = " ".join(filter(None, (target, "answered", str(status), self._headers.said(response.reason or ""))))
+        # A proxy may have answered in its place: over plain text nobody can tell.
+        proxy, way = proxy_of(self._endpoint), way_of(self._endpoint) if status >= 400 else ""
+        reason = " ".join(
+            filter(None, (f"{target}{way}", "answered", str(status), self._headers.said(response.reason or "")))
+        )
         is_busy = result is Result.TEMPORARY and not hint
         return Outcome(
             result,
-            (f"{reason}: {said}" if said else reason) + hint.format(variable=self._headers.variable),
+            (f"{reason}: {said}" if said else reason)
+            + hint.format(
+                variable=self._headers.variable, proxy=proxy.variable if proxy else "HTTP_PROXY, HTTPS_PROXY"
+            ),
             _retry_after_s(response.headers.get("Retry-After", "")) if is_busy else None,
         )
 

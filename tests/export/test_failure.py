@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 from certificates import Authority
-from endpoints import PROTOCOLS, E, at, sent, to, unused_address
+from endpoints import PROTOCOLS, E, at, grpc_server, sent, to, unused_address
 
-from esper_otel.export.transport import Outcome, Result
+from esper_otel.export.transport import Result
 from esper_otel.testing import MemoryCollector
 
 
@@ -80,18 +81,22 @@ def test_grpc_meets_tls_without_http2(tmp_path: Path) -> None:
     assert "speaks TLS, but not gRPC: set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf" in outcome.reason
 
 
-@pytest.mark.parametrize(
-    ("proxy", "words"),
-    [
-        ("http://proxy.invalid:3128", "the name of the proxy on the way to {target} cannot be resolved"),
-        ("http://{unused}", "nothing listens where the proxy on the way to {target} should be (connection refused)"),
-    ],
-)
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_fault_of_the_proxy_is_not_put_down_to_the_endpoint(
-    scheme: str, proxy: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The name that cannot be resolved is not the one that the user has given."""
-    monkeypatch.setenv(f"{scheme}_proxy", proxy.format(unused=unused_address()))
-    outcome = sent(to("http/protobuf", f"{scheme}://192.0.2.1:4318"))
-    assert outcome == Outcome(Result.TEMPORARY, words.format(target=f"{scheme}://192.0.2.1:4318/v1/metrics"))
+@pytest.mark.parametrize("name", ["unix:{folder}/otel.sock", "dns:localhost:{port}", "ipv4:127.0.0.1:{port}"])
+def test_what_is_offered_for_a_name_of_grpcs_own_can_be_done(name: str, tmp_path: Path) -> None:
+    """There is no http:// before it that could stand for plain text."""
+    folder = tmp_path if len(str(tmp_path)) < 80 else Path(tempfile.mkdtemp())
+    with (
+        grpc_server(lambda *_: b"", f"unix:{folder}/otel.sock"),
+        MemoryCollector() as collector,
+    ):
+        target = name.format(folder=folder, port=collector.grpc_endpoint.rpartition(":")[2])
+        outcome = sent({f"{E}ENDPOINT": target})
+        assert outcome.reason == f"{target} does not speak TLS; for plain text set OTEL_EXPORTER_OTLP_INSECURE=true"
+        assert sent({f"{E}ENDPOINT": target, f"{E}INSECURE": "true"}).result is Result.DELIVERED
+
+
+def test_http_behind_a_name_of_grpcs_own_needs_another_address(tmp_path: Path) -> None:
+    """OTLP over HTTP takes neither names nor sockets."""
+    with MemoryCollector() as collector:
+        outcome = sent({f"{E}ENDPOINT": f"dns:{collector.http_endpoint[7:]}", f"{E}INSECURE": "true"})
+    assert outcome.reason.endswith("set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf and give http://host:port")
