@@ -60,8 +60,6 @@ ENVIRONMENTS: list[dict[str, str]] = [
                 "1",
                 "localhost",
                 "LOCALHOST",
-                "host",
-                ".localhost",
                 " 127.0.0.1 ",
                 ",x",
                 "x,127.0.0.1",
