@@ -22,13 +22,11 @@ class Proxy(NamedTuple):
     Attributes:
         variable: where it stands.
         address: its host and port, or what there is instead.
-        is_socks: whether it is of that kind.
-        is_used: gRPC passes by a proxy that is not an ``http://host:port``.
+        is_used: False where gRPC passes it by, since it is not an ``http://host:port``.
     """
 
     variable: str
     address: str
-    is_socks: bool
     is_used: bool = True
 
     def __str__(self) -> str:
@@ -50,7 +48,7 @@ def _proxy(variable: str, url: str, *, is_used: bool = True) -> Proxy:
     scheme, separator, rest = url.partition("://")
     # Whatever else a password may hold, its end is the last "@".
     address = re.split("[/?#]", (rest if separator else scheme).rpartition("@")[2], maxsplit=1)[0]
-    return Proxy(variable, address or "without a host", scheme.lower().startswith("socks"), is_used)
+    return Proxy(variable, address or "without a host", is_used)
 
 
 def _of_grpc(target: str, environ: Mapping[str, str]) -> Proxy | None:

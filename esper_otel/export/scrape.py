@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import socketserver
 import threading
+import time
 import weakref
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -19,6 +21,7 @@ from esper_otel.export.variables import Variables
 _HOST = "OTEL_EXPORTER_PROMETHEUS_HOST"
 _PORT = "OTEL_EXPORTER_PROMETHEUS_PORT"
 _NEIGHBOURS = 64  # the ranks of one host are then found at ports that follow one another
+_PAUSE_S = 0.1
 _CANNOT_HAVE = {errno.EADDRINUSE, errno.EACCES}
 
 
@@ -55,7 +58,8 @@ class ScrapeReader(PrometheusMetricReader):
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
         """See ``MetricReader``; gives the port back."""
         self._server.is_closing = True
-        self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        with contextlib.suppress(OSError):
+            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join(timeout_millis / 1e3)
         self._server.server_close()
         super().shutdown(timeout_millis, **kwargs)
@@ -78,6 +82,15 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment] # both are there
         self.setup_environ()
+
+    def get_request(self) -> Any:
+        """As there, without spinning while the process has no file descriptor left."""
+        try:
+            return super().get_request()
+        except OSError:
+            if not self.is_closing:
+                time.sleep(_PAUSE_S)
+            raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is nothing to print a traceback for."""
