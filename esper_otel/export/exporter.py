@@ -217,7 +217,8 @@ class StepExporter:
             self._warnings.say("spool", "%s cannot be sent and is left alone: %s", path, error, exc_info=error)
             return None
         if leftover.delivered:
-            announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}")
+            kept = "" if leftover.folder.is_marked else "; it has no marker of ours and may be deleted by hand"
+            announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}{kept}")
         return None
 
     def _deliver(self, source: Source) -> float | None:

@@ -49,7 +49,9 @@ def open_exporter(
         return Encoder(metrics, resources, fault)
 
     def leftovers() -> Iterable[Leftover]:
-        return () if directory is None else leftovers_in(directory, encoder_of, most_bytes=settings.spool_bytes)
+        if directory is None:
+            return ()
+        return leftovers_in(directory, encoder_of, most_bytes=settings.spool_bytes, warnings=warnings)
 
     def prepared() -> None:
         prepare()

@@ -11,10 +11,12 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import Encoder
+from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.records import Stored, frames_in
-from esper_otel.export.spool import OUTCOME, Folder, Spool, abandoned
+from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frame import Frame, Run
+from esper_otel.log import Warnings
 from esper_otel.ring import Ring
 from esper_otel.schema import METRICS, Metric
 
@@ -119,32 +121,32 @@ class Leftover:
         self._catalogue = {metric.name: metric for metric in METRICS}
         self._encoder_of = encoder_of
         self.encoder = self._encoder()
-        self._paths = deque(folder.segments())
+        self._names = deque(folder.segments())
         self._frames: deque[Frame] = deque()
         self._cursor = folder.acknowledged
 
     @property
     def size(self) -> int:
         """Bytes of its files."""
-        return sum(path.stat().st_size for path in self._paths)
+        return sum(map(self.folder.size, self._names))
 
     def delete_oldest(self) -> None:
         """Deletes its oldest file, for want of room; the frames in it are counted as ``deleted``."""
-        path = self._paths.popleft()
-        for frame in frames_in(path.read_bytes(), Stored()):
+        name = self._names.popleft()
+        for frame in frames_in(self.folder.read(name), Stored()):
             if frame.sequence > self._cursor:
                 self.deleted += 1
                 self._cursor = frame.sequence
         self.folder.acknowledge(self._cursor)
-        path.unlink()
+        self.folder.delete(name)
 
     def _encoder(self) -> Encoder:
         return self._encoder_of(self._catalogue, self._stored.resources.__getitem__)
 
     def after(self, limit: int) -> tuple[list[Frame], int]:
         """See ``Source.after``."""
-        while self._paths and len(self._frames) < limit:
-            self._read(self._paths.popleft())
+        while self._names and len(self._frames) < limit:
+            self._read(self._names.popleft())
         frames: list[Frame] = []
         for frame in self._frames:
             if len(frames) == limit or (frames and frame.sequence != frames[-1].sequence + 1):
@@ -156,9 +158,9 @@ class Leftover:
         torn, self._stored.is_torn = self._stored.is_torn, False
         return [], int(torn)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, name: str) -> None:
         last = self._frames[-1].sequence if self._frames else self._cursor
-        for frame in frames_in(path.read_bytes(), self._stored):
+        for frame in frames_in(self.folder.read(name), self._stored):
             if frame.sequence > last:
                 self._frames.append(frame)
                 last = frame.sequence
@@ -182,10 +184,7 @@ class Leftover:
     @property
     def outcome(self) -> str:
         """How the run ended, as far as it could say so."""
-        try:
-            return (self.folder.path / OUTCOME).read_text(encoding="utf-8") or KILLED
-        except OSError:
-            return KILLED
+        return self.folder.outcome or KILLED
 
     def say_goodbye(self, time_unix_ns: int) -> None:
         """Puts beside the frames that the run has ended, and how, and the end of every series."""
@@ -198,10 +197,11 @@ class Leftover:
         self.beside.extend(self.encoder.stale(self.run, self.streams.all_ended(), time_unix_ns=last_unix_ns + _MS))
 
 
-def leftovers_in(directory: Path, encoder_of: EncoderOf, *, most_bytes: int) -> list[Leftover]:
+def leftovers_in(directory: Path, encoder_of: EncoderOf, *, most_bytes: int, warnings: Warnings) -> list[Leftover]:
     """What earlier sessions have left in a spool directory, oldest first; ours from now on, and cut to the limit."""
-    leftovers = [Leftover(folder, encoder_of) for folder in abandoned(directory)]
-    sizes = [leftover.size for leftover in leftovers]
+    leftovers = [Leftover(folder, encoder_of) for folder in abandoned(directory, warnings)]
+    # Nothing is deleted in a folder that lacks our marker, so it does not count.
+    sizes = [leftover.size if leftover.folder.is_marked else 0 for leftover in leftovers]
     while sum(sizes) > most_bytes:
         number = next(number for number, size in enumerate(sizes) if size)
         leftovers[number].delete_oldest()

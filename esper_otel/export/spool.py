@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +13,7 @@ from typing import NamedTuple
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.export.folder import SUFFIX, Folder
 from esper_otel.export.records import RecordWriter, Stored, frames_in
 from esper_otel.frame import Frame, Run
 from esper_otel.log import Warnings
@@ -23,80 +21,15 @@ from esper_otel.ring import Ring
 from esper_otel.schema import Metric
 
 SEGMENT_BYTES = 8 * 1024 * 1024
-SUFFIX = ".frames"
-OUTCOME = "outcome"
-_ACKNOWLEDGED = "acknowledged"
-_LOCK = "lock"
-_SEQUENCE = struct.Struct("<Q")
 _RETRY_S = 10.0
 _CATCH_UP = 500
 _PRIVATE = 0o700  # metrics may say what nobody else on the machine is to know
 
-# Locks of POSIX are the process's: between two sessions of one process they tell nothing.
-_ours: set[Path] = set()
-
-
-class Folder:
-    """One session's part of the spool directory, which one process at a time owns.
-
-    Attributes:
-        path: the folder.
-        acknowledged: sequence of the last frame that nobody needs any more.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            # Not flock: a forked worker would share that lock, and hold it when its parent is long dead.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._state = os.open(path / _ACKNOWLEDGED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        _ours.add(path)
-        said = os.pread(self._state, _SEQUENCE.size, 0)
-        self.acknowledged: int = _SEQUENCE.unpack(said)[0] if len(said) == _SEQUENCE.size else 0
-
-    def acknowledge(self, sequence: int) -> None:
-        """Notes that nobody needs the frames up to this one any more."""
-        if sequence > self.acknowledged:
-            os.pwrite(self._state, _SEQUENCE.pack(sequence), 0)
-            self.acknowledged = sequence
-
-    def segments(self) -> list[Path]:
-        """Its files of frames, oldest first."""
-        return sorted(self.path.glob(f"*{SUFFIX}"))
-
-    def release(self) -> None:
-        """Lets go; what is there stays for the next session."""
-        os.close(self._state)
-        os.close(self._lock)
-        _ours.discard(self.path)
-
-    def remove(self) -> None:
-        """Deletes the folder and lets go: everything in it has been delivered."""
-        for path in self.path.iterdir():
-            path.unlink()
-        self.path.rmdir()
-        self.release()
-
-
-def abandoned(directory: Path) -> Iterator[Folder]:
-    """The folders whose sessions are over, oldest first; each is ours from now on."""
-    for path in sorted(directory.iterdir()):
-        if path in _ours or not path.is_dir():
-            continue
-        try:
-            yield Folder(path)
-        except OSError:  # its session lives, or somebody else was faster
-            continue
-
 
 class _Segment(NamedTuple):
-    """A file that is complete: its path, size, and the sequences of its first and last frame."""
+    """A file that is complete: its name, size, and the sequences of its first and last frame."""
 
-    path: Path
+    name: str
     size: int
     first: int
     last: int
@@ -143,17 +76,14 @@ class Spool:
         self._missed = False
         self._file: int | None = None
         self._retry_at_s = 0.0
-        self._path = Path()
+        self._name = ""
         self._size = self._first = self._last = 0
         self._complete: list[_Segment] = []
         self._number = 0
         self._reading: tuple[int, Iterator[Frame]] = (0, iter(()))
         try:
             directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            # Names sort by age.
-            path = directory / f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"
-            path.mkdir(mode=_PRIVATE)
-            self._folder = Folder(path)
+            self._folder = Folder.create(directory)
             self._open()
         except OSError as error:
             raise ConfigurationError(
@@ -238,9 +168,9 @@ class Spool:
 
     def _renew(self) -> None:
         if self._size:
-            self._complete.append(_Segment(self._path, self._size, self._first, self._last))
+            self._complete.append(_Segment(self._name, self._size, self._first, self._last))
         else:
-            self._path.unlink(missing_ok=True)
+            self._folder.delete(self._name)
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -252,19 +182,15 @@ class Spool:
 
     def _open(self) -> None:
         self._number += 1
-        self._path = self._folder.path / f"{self._number:08d}{SUFFIX}"
+        self._name = f"{self._number:08d}{SUFFIX}"
         self._size = 0
         self._first = self._last + 1
         self._writer = RecordWriter(self._catalogue, self._resource_of)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._file = self._folder.append_to(self._name)
 
     def _shrink(self) -> None:
         while self._complete and self._size + sum(segment.size for segment in self._complete) > self._most_bytes:
-            self._delete(self._complete.pop(0))
-
-    @staticmethod
-    def _delete(segment: _Segment) -> None:
-        segment.path.unlink(missing_ok=True)
+            self._folder.delete(self._complete.pop(0).name)
 
     def after(self, sequence: int, limit: int) -> list[Frame]:
         """Up to ``limit`` frames without holes, the first of those on disk that follow ``sequence``."""
@@ -285,13 +211,13 @@ class Spool:
         return frames
 
     def _frames_from(self, sequence: int) -> Iterator[Frame]:
-        for segment in [*self._complete, _Segment(self._path, self._size, self._first, self._last)]:
+        for segment in [*self._complete, _Segment(self._name, self._size, self._first, self._last)]:
             if segment.last < sequence:
                 continue
             try:
-                content = segment.path.read_bytes()
+                content = self._folder.read(segment.name)
             except OSError as error:
-                self._warnings.say("spool", "%s cannot be read: %s", segment.path, error)
+                self._warnings.say("spool", "%s cannot be read: %s", self.path / segment.name, error)
                 continue
             for frame in frames_in(content, Stored()):
                 if frame.sequence >= sequence:
@@ -302,7 +228,7 @@ class Spool:
         """Frames up to this one are not needed any more; whole segments of them are deleted."""
         self._folder.acknowledge(sequence)
         while self._complete and self._complete[0].last <= sequence:
-            self._delete(self._complete.pop(0))
+            self._folder.delete(self._complete.pop(0).name)
 
     def close(self, outcome: str, *, is_delivered: bool) -> None:
         """Ends the session's spool: deletes it, or leaves it to the next session with how the run ended."""
@@ -314,7 +240,9 @@ class Spool:
                 if is_delivered:
                     self._folder.remove()
                 else:
-                    (self._folder.path / OUTCOME).write_text(outcome, encoding="utf-8")
-                    self._folder.release()
+                    try:
+                        self._folder.note_outcome(outcome)
+                    finally:
+                        self._folder.release()
             except OSError as error:
                 self._warnings.say("spool", "%s cannot be closed: %s", self.path, error)

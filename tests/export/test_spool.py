@@ -13,8 +13,9 @@ from frames import make_frame
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export import spool as spool_module
+from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.resource import resource_for
-from esper_otel.export.spool import Folder, Spool, abandoned
+from esper_otel.export.spool import Spool
 from esper_otel.log import Warnings
 from esper_otel.ring import Ring
 from esper_otel.schema import METRICS
@@ -130,36 +131,40 @@ def test_a_folder_is_deleted_when_everything_was_delivered(tmp_path: Path, ring:
     assert list(tmp_path.iterdir()) == []
 
 
+OTHER = """
+import pathlib, sys
+from esper_otel.export.folder import Folder
+folder = Folder.create(pathlib.Path(sys.argv[1]))
+print(folder.path.name, flush=True)
+sys.stdin.read()
+"""
+
+
 def test_only_folders_whose_sessions_are_over_are_taken(tmp_path: Path, ring: Ring, spool: Spool) -> None:
     """Neither another session of this process, nor one of another process that lives."""
-    assert list(abandoned(tmp_path)) == []
-    script = (
-        "import sys, pathlib; from esper_otel.export.spool import Folder\n"
-        "path = pathlib.Path(sys.argv[1]); path.mkdir(); Folder(path); print('ready', flush=True); sys.stdin.read()"
-    )
-    arguments = [sys.executable, "-c", script, str(tmp_path / "other")]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    assert list(abandoned(tmp_path, Warnings())) == []
+    arguments = [sys.executable, "-c", OTHER, str(tmp_path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"ready\n"
-        assert list(abandoned(tmp_path)) == []
+        name = other.stdout.readline().strip()
+        assert list(abandoned(tmp_path, Warnings())) == []
         other.kill()
-    [folder] = abandoned(tmp_path)
-    assert folder.path.name == "other"
-    assert list(abandoned(tmp_path)) == []
+    [folder] = abandoned(tmp_path, Warnings())
+    assert folder.path.name == name
+    assert list(abandoned(tmp_path, Warnings())) == []
     folder.remove()
+    assert list(tmp_path.iterdir()) == [spool.path]
 
 
 def test_what_was_acknowledged_is_known_to_the_next_owner(tmp_path: Path) -> None:
     """A killed trainer's steps must not all be sent again."""
-    path = tmp_path / "folder"
-    path.mkdir()
-    first = Folder(path)
+    first = Folder.create(tmp_path)
     first.acknowledge(41)
     first.acknowledge(7)
     first.release()
-    second = Folder(path)
+    [second] = abandoned(tmp_path, Warnings())
     assert second.acknowledged == 41
-    second.release()
+    second.remove()
 
 
 @pytest.mark.parametrize("below", [".", "folder"])

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 import esper_otel
 from esper_otel import EsperSettings
-from esper_otel.export.spool import Folder
+from esper_otel.export.folder import Folder
 from esper_otel.testing import MemoryCollector
 
 # Says what it has recorded, then does what it was told to.
@@ -240,7 +240,8 @@ def test_a_file_that_holds_no_frame_is_no_trouble(nowhere: Path, collector: Memo
     (folder / "acknowledged").write_bytes(content[:3])
     telemetry = sent_by_next_start(collector)
     assert telemetry.health()["exported"] == 1
-    assert list(nowhere.iterdir()) == []
+    assert list(nowhere.iterdir()) == [folder]  # without our marker nothing is deleted
+    assert (folder / "00000001.frames").read_bytes() == content
 
 
 FULL = """
