@@ -32,7 +32,7 @@ def risks_table() -> str:
     """The README's table of risks: signal, condition, level, route."""
     return markdown_table(
         ("signal", "when", "severity", "route"),
-        ((f"`{rule.name}`", _condition(rule), rule.level.lower(), rule.route) for rule in RULES),
+        ((f"`{rule.name}`", _condition(rule), rule.level.lower(), _route(rule)) for rule in RULES),
     )
 
 
@@ -46,6 +46,11 @@ def _condition(rule: Rule) -> str:
     if rule.unless and not rule.only_unrouted:
         text += f"; not with `{rule.unless}`"
     return text
+
+
+def _route(rule: Rule) -> str:
+    is_conditional = not rule.overrules and not rule.only_unrouted
+    return f"{rule.route}, unless a signal above it has decided" if is_conditional else rule.route
 
 
 def with_section(text: str, name: str, section: str) -> str:

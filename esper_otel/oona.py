@@ -14,12 +14,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
-from esper_otel.leyline.messages import BusEnvelope, BusMessageType, MessagePriority, TelemetryLevel
+from esper_otel.leyline import messages
 from esper_otel.log import Warnings
 
 if TYPE_CHECKING:
     from esper_otel.leyline import Packets, Page
-    from esper_otel.leyline.messages import TelemetryPacket
     from esper_otel.telemetry import Telemetry
 
 NORMAL, TELEMETRY, EMERGENCY = STREAMS = ("oona.normal", "oona.telemetry", "oona.emergency")
@@ -65,29 +64,27 @@ def entries(packets: Packets, secret: str | None = None) -> list[Entry]:
         for packet, priority in zip(packets.telemetry, priorities, strict=True)
         if packet.packet_id == f"{packets.state.packet_id}-events"
     ]
-    of_step = max([MessagePriority.MESSAGE_PRIORITY_NORMAL, *of_events])
-    state = BusMessageType.BUS_MESSAGE_TYPE_SYSTEM_STATE
-    telemetry = BusMessageType.BUS_MESSAGE_TYPE_TELEMETRY
+    of_step = max([messages.MessagePriority.MESSAGE_PRIORITY_NORMAL, *of_events])
+    state = messages.BusMessageType.BUS_MESSAGE_TYPE_SYSTEM_STATE
+    telemetry = messages.BusMessageType.BUS_MESSAGE_TYPE_TELEMETRY
     found = [_entry(packets, state, NORMAL, packets.state, of_step, secret)]
     for packet, priority in zip(packets.telemetry, priorities, strict=True):
         found.append(_entry(packets, telemetry, TELEMETRY, packet, priority, secret))
     return found
 
 
-def _priority(packet: TelemetryPacket) -> int:
-    if packet.level >= TelemetryLevel.TELEMETRY_LEVEL_CRITICAL:
-        return MessagePriority.MESSAGE_PRIORITY_CRITICAL
+def _priority(packet: messages.TelemetryPacket) -> int:
     name = packet.system_health.indicators.get("priority")
-    return MessagePriority.Value(name) if name else MessagePriority.MESSAGE_PRIORITY_NORMAL
+    return messages.MessagePriority.Value(name) if name else messages.MessagePriority.MESSAGE_PRIORITY_NORMAL
 
 
 def _entry(packets: Packets, kind: int, usual: str, packet: Any, priority: int, secret: str | None) -> Entry:
-    payload = BusEnvelope(
+    payload = messages.BusEnvelope(
         message_type=kind,  # type: ignore[arg-type] # a number of the enum
         payload=packet.SerializeToString(),
         attributes={
             "packet_id": packet.packet_id,
-            "priority": MessagePriority.Name(priority),
+            "priority": messages.MessagePriority.Name(priority),
             "run_id": packets.run_id,
             "attempt": str(packets.attempt),
             "rank": str(packets.rank),
@@ -98,7 +95,7 @@ def _entry(packets: Packets, kind: int, usual: str, packet: Any, priority: int, 
     fields = {"payload": payload}
     if secret:
         fields["signature"] = base64.b64encode(hmac.digest(secret.encode(), payload, hashlib.sha256))
-    is_urgent = priority >= MessagePriority.MESSAGE_PRIORITY_HIGH
+    is_urgent = priority >= messages.MessagePriority.MESSAGE_PRIORITY_HIGH
     return Entry(EMERGENCY if is_urgent else usual, usual, fields)
 
 

@@ -10,20 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.errors import UnknownMetric
-from esper_otel.leyline.events import SOURCE, add_event
-from esper_otel.leyline.messages import (
-    HealthStatus,
-    MessagePriority,
-    SystemStatePacket,
-    TelemetryLevel,
-    TelemetryPacket,
-)
+from esper_otel.leyline import messages
+from esper_otel.leyline.events import SOURCE, add_event, conclude
 from esper_otel.leyline.packets import Packets
 
-_PRIORITIES = {
-    "WARN": MessagePriority.MESSAGE_PRIORITY_NORMAL,
-    "HIGH": MessagePriority.MESSAGE_PRIORITY_HIGH,
-}
 _EVENTS_SUFFIX = "-events"
 
 
@@ -35,7 +25,8 @@ class Signal(NamedTuple):
         level: ``WARN`` or ``HIGH``.
         priority: a number of ``MessagePriority``: NORMAL for WARN, HIGH for HIGH.
         reason: the number and the threshold that it is beyond.
-        route: what a controller is advised to do: ``PAUSE`` or ``OPTIMIZER``.
+        route: what Tamiyo's rules have decided once they have looked at this signal and those before it: ``PAUSE`` or
+            ``OPTIMIZER``. That of a step's last signal is the step's.
     """
 
     name: str
@@ -54,9 +45,10 @@ class Rule:
         metric: key of the state packet's metrics; ``LOSS_STEP`` is the loss minus that of the packet before.
         threshold: the value above which the signal comes; the packet's values are float32.
         level: ``WARN`` or ``HIGH``.
-        route: ``PAUSE`` or ``OPTIMIZER``.
+        route: ``PAUSE`` or ``OPTIMIZER``, decided only if no signal above has decided, unless ``overrules``.
+        overrules: whether the route is decided whatever the signals above have decided.
         is_inclusive: whether the threshold itself is enough.
-        only_unrouted: silent when a rule above has given a route already.
+        only_unrouted: silent when a signal above has decided a route already.
         and_below: a second metric that must be there and at most so large, and how large.
         unless: the name of a signal that silences this one.
     """
@@ -66,6 +58,7 @@ class Rule:
     threshold: float
     level: str
     route: str
+    overrules: bool = False
     is_inclusive: bool = False
     only_unrouted: bool = False
     and_below: tuple[str, float] | None = None
@@ -75,13 +68,13 @@ class Rule:
 LOSS_STEP = "loss step"
 
 RULES = (
-    Rule("loss_spike", LOSS_STEP, 0.15, "HIGH", "PAUSE"),
+    Rule("loss_spike", LOSS_STEP, 0.15, "HIGH", "PAUSE", overrules=True),
     Rule("loss_warning", LOSS_STEP, 0.075, "WARN", "OPTIMIZER", only_unrouted=True),
-    Rule("hook_budget", "hook_latency_ms", 50.0, "HIGH", "PAUSE"),
-    Rule("step_latency_high", "step_latency_ms", 120.0, "HIGH", "PAUSE"),
+    Rule("hook_budget", "hook_latency_ms", 50.0, "HIGH", "PAUSE", overrules=True),
+    Rule("step_latency_high", "step_latency_ms", 120.0, "HIGH", "PAUSE", overrules=True),
     Rule("kasmina_apply_slow", "kasmina.apply_ms", 30.0, "WARN", "OPTIMIZER"),
     Rule("kasmina_finalize_slow", "kasmina.finalize_ms", 30.0, "WARN", "OPTIMIZER"),
-    Rule("isolation_violations", "kasmina.isolation.violations", 0.0, "HIGH", "PAUSE"),
+    Rule("isolation_violations", "kasmina.isolation.violations", 0.0, "HIGH", "PAUSE", overrules=True),
     Rule("loss_volatility_high", "loss_volatility", 0.1125, "WARN", "OPTIMIZER"),
     Rule("grad_variance_high", "grad_var", 1.0, "WARN", "OPTIMIZER", only_unrouted=True),
     Rule("grad_conflict_high", "grad_conflict_rate", 0.5, "WARN", "OPTIMIZER", only_unrouted=True),
@@ -113,7 +106,7 @@ def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
 
 
 def signals(
-    state: SystemStatePacket, *, loss_before: float | None = None, rules: tuple[Rule, ...] = RULES
+    state: messages.SystemStatePacket, *, loss_before: float | None = None, rules: tuple[Rule, ...] = RULES
 ) -> tuple[Signal, ...]:
     """What the packet suggests, in the table's order; a missing value suggests nothing.
 
@@ -126,13 +119,14 @@ def signals(
     # Both losses are as a controller reads them: rounded to float32, subtracted as doubles.
     loss_step = values.get("loss_delta") if loss_before is None else state.validation_loss - _rounded(loss_before)
     found: dict[str, Signal] = {}
+    route = ""
     for rule in rules:
         value = loss_step if rule.metric == LOSS_STEP else values.get(rule.metric)
         if value is None or not (value > rule.threshold or (rule.is_inclusive and value == rule.threshold)):
             continue
         if not math.isfinite(value):
             continue
-        if (rule.only_unrouted and found) or rule.unless in found:
+        if (rule.only_unrouted and route) or rule.unless in found:
             continue
         reason = f"{rule.metric} {value:.6g} {'from' if rule.is_inclusive else 'above'} {rule.threshold:g}"
         if rule.and_below is not None:
@@ -140,22 +134,19 @@ def signals(
             if other not in values or not values[other] <= limit:
                 continue
             reason += f", {other} {values[other]:.6g} up to {limit:g}"
-        found[rule.name] = Signal(rule.name, rule.level, _PRIORITIES[rule.level], reason, rule.route)
+        if rule.overrules or not route:
+            route = rule.route
+        found[rule.name] = Signal(rule.name, rule.level, _priority(rule.level), reason, route)
     return tuple(found.values())
 
 
-def priority(found: tuple[Signal, ...]) -> int:
-    """The highest priority of some signals, a number of ``MessagePriority``; NORMAL when there are none."""
-    return max((signal.priority for signal in found), default=MessagePriority.MESSAGE_PRIORITY_NORMAL)
-
-
 def with_signals(packets: Packets, found: tuple[Signal, ...]) -> Packets:
-    """The packets with the signals as events, in the step's packet of events; that has their highest priority."""
+    """The packets with the signals as events, in the step's packet of events."""
     if not found:
         return packets
     events_id = packets.state.packet_id + _EVENTS_SUFFIX
     others = tuple(packet for packet in packets.telemetry if packet.packet_id != events_id)
-    events = TelemetryPacket(packet_id=events_id, source_subsystem=SOURCE)
+    events = messages.TelemetryPacket(packet_id=events_id, source_subsystem=SOURCE)
     events.timestamp.FromNanoseconds(packets.state.timestamp_ns)
     for packet in packets.telemetry[len(others) :]:  # the packet of events comes last
         events.CopyFrom(packet)
@@ -163,22 +154,21 @@ def with_signals(packets: Packets, found: tuple[Signal, ...]) -> Packets:
         add_event(
             events,
             signal.name,
-            TelemetryLevel.TELEMETRY_LEVEL_WARNING,
+            messages.TelemetryLevel.TELEMETRY_LEVEL_WARNING,
             severity=signal.level.lower(),
-            priority=MessagePriority.Name(signal.priority),
+            priority=messages.MessagePriority.Name(signal.priority),
             reason=signal.reason,
             route=signal.route,
         )
-    events.level = max(event.level for event in events.events)
-    highest = priority(found)
-    is_high = highest >= MessagePriority.MESSAGE_PRIORITY_HIGH
-    events.system_health.status = (
-        HealthStatus.HEALTH_STATUS_UNHEALTHY if is_high else HealthStatus.HEALTH_STATUS_DEGRADED
-    )
-    events.system_health.summary = found[0].name
-    events.system_health.indicators["priority"] = MessagePriority.Name(highest)
-    events.system_health.indicators["step_index"] = str(packets.step)
+    conclude(events, packets.step)
     return replace(packets, telemetry=(*others, events))
+
+
+def _priority(level: str) -> int:
+    is_high = level == "HIGH"
+    return (
+        messages.MessagePriority.MESSAGE_PRIORITY_HIGH if is_high else messages.MessagePriority.MESSAGE_PRIORITY_NORMAL
+    )
 
 
 def _rounded(value: float) -> float:

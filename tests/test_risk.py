@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import esper_otel
 from esper_otel import EsperSettings, Packets, Stage, Telemetry, UnknownMetric
-from esper_otel.leyline import MessagePriority, SystemStatePacket, TelemetryLevel
-from esper_otel.risk import LOSS_STEP, RULES, Rule, Signal, configured, priority, signals
+from esper_otel.leyline import HealthStatus, MessagePriority, SystemStatePacket, TelemetryLevel
+from esper_otel.risk import LOSS_STEP, RULES, Rule, Signal, configured, signals
 
 BY_NAME = {rule.name: rule for rule in RULES}
 HIGH = {
@@ -87,8 +87,6 @@ def test_signals_of_the_optimizer_give_way_to_one_that_has_a_route() -> None:
     assert names_of(signals(state_of(grad_var=2.0, grad_conflict_rate=0.9))) == ["grad_variance_high"]
     both = signals(state_of(hook_latency_ms=60.0, grad_var=2.0, loss_volatility=0.2))
     assert names_of(both) == ["hook_budget", "loss_volatility_high"]
-    assert priority(both) == MessagePriority.MESSAGE_PRIORITY_HIGH
-    assert priority(()) == MessagePriority.MESSAGE_PRIORITY_NORMAL
 
 
 def test_a_device_is_under_pressure_only_when_its_memory_is_known() -> None:
@@ -97,6 +95,118 @@ def test_a_device_is_under_pressure_only_when_its_memory_is_known() -> None:
     pressed = signals(state_of(gpu_util_percent=95.0, gpu_mem_free_gb=0.1, cpu_util_percent=99.0))
     assert names_of(pressed) == ["device_pressure_high"]
     assert names_of(signals(state_of(cpu_util_percent=95.0))) == ["cpu_pressure_high"]
+
+
+# -- the table, written down a second time -----------------------------------------------------------------
+
+
+def oracle(packet: SystemStatePacket, loss_before: float | None) -> list[tuple[str, str, str]]:
+    """What Tamiyo does with a packet by the contract's table, row by row: event, priority, and its action after it."""
+    found: list[tuple[str, str, str]] = []
+    action = "SEED"
+    metrics = packet.training_metrics
+
+    def read(name: str) -> float:
+        value = metrics.get(name, 0.0)
+        return 0.0 if math.isnan(value) else value
+
+    def event(name: str, priority: str) -> None:
+        found.append((name, priority, action))
+
+    delta = read("loss_delta") if loss_before is None else packet.validation_loss - float(np.float32(loss_before))
+    if delta > 0.15:
+        action = "PAUSE"
+        event("loss_spike", "HIGH")
+    elif delta > 0.075 and action == "SEED":
+        action = "OPTIMIZER"
+        event("loss_warning", "NORMAL")
+    if read("hook_latency_ms") > 50:
+        action = "PAUSE"
+        event("hook_budget", "HIGH")
+    if read("step_latency_ms") > 120:
+        action = "PAUSE"
+        event("step_latency_high", "HIGH")
+    if read("kasmina.apply_ms") > 30:
+        action = "OPTIMIZER" if action == "SEED" else action
+        event("kasmina_apply_slow", "NORMAL")
+    if read("kasmina.finalize_ms") > 30:
+        action = "OPTIMIZER" if action == "SEED" else action
+        event("kasmina_finalize_slow", "NORMAL")
+    if read("kasmina.isolation.violations") > 0:
+        action = "PAUSE"
+        event("isolation_violations", "HIGH")
+    if read("loss_volatility") > 0.75 * 0.15:
+        action = "OPTIMIZER" if action == "SEED" else action
+        event("loss_volatility_high", "NORMAL")
+    if read("grad_var") > 1.0 and action == "SEED":
+        action = "OPTIMIZER"
+        event("grad_variance_high", "NORMAL")
+    if read("grad_conflict_rate") > 0.5 and action == "SEED":
+        action = "OPTIMIZER"
+        event("grad_conflict_high", "NORMAL")
+    if read("gpu_util_percent") >= 95 and "gpu_mem_free_gb" in metrics and metrics["gpu_mem_free_gb"] <= 0.2:
+        action = "PAUSE" if action == "SEED" else action
+        event("device_pressure_high", "HIGH")
+    elif read("cpu_util_percent") >= 95 and action == "SEED":
+        action = "OPTIMIZER"
+        event("cpu_pressure_high", "HIGH")
+    return found
+
+
+def around(threshold: float) -> st.SearchStrategy[float]:
+    """Numbers on both sides of a threshold, the nearest float32 among them; 0 and NaN."""
+    at = np.float32(threshold)
+    nearest = [at, np.nextafter(at, np.float32(math.inf)), np.nextafter(at, np.float32(-math.inf))]
+    return st.sampled_from(
+        [threshold, *map(float, nearest), threshold * 2, threshold + 1.0, threshold / 2, 0.0, math.nan]
+    )
+
+
+METRICS = {
+    "loss_delta": 0.15,
+    "hook_latency_ms": 50.0,
+    "step_latency_ms": 120.0,
+    "kasmina.apply_ms": 30.0,
+    "kasmina.finalize_ms": 30.0,
+    "kasmina.isolation.violations": 0.0,
+    "loss_volatility": 0.1125,
+    "grad_var": 1.0,
+    "grad_conflict_rate": 0.5,
+    "gpu_util_percent": 95.0,
+    "gpu_mem_free_gb": 0.2,
+    "cpu_util_percent": 95.0,
+}
+
+
+@given(
+    st.fixed_dictionaries({}, optional={name: around(threshold) for name, threshold in METRICS.items()}),
+    st.floats(0, 10),
+    st.none() | st.sampled_from([0.0, 0.075, 0.0751, 0.15, 0.1500001, 0.3]),
+)
+def test_the_signals_are_what_tamiyos_rules_do_with_the_packet(
+    values: dict[str, float], before: float, rise: float | None
+) -> None:
+    """Events, priorities, order, and what has been decided after each: whatever is missing, at a threshold, or NaN."""
+    packet = SystemStatePacket(validation_loss=before + (rise or 0.0))
+    packet.training_metrics.update(values)
+    loss_before = None if rise is None else before
+    found = [
+        (signal.name, MessagePriority.Name(signal.priority).removeprefix("MESSAGE_PRIORITY_"), signal.route)
+        for signal in signals(packet, loss_before=loss_before)
+    ]
+    assert found == oracle(packet, loss_before)
+
+
+def test_pressure_on_the_device_pauses_only_while_nothing_else_has_decided() -> None:
+    pressed = {"gpu_util_percent": 99.0, "gpu_mem_free_gb": 0.1}
+    assert [signal.route for signal in signals(state_of(**pressed))] == ["PAUSE"]
+    both = signals(state_of(kasmina__apply_ms=31.0, **pressed))
+    assert [(signal.name, signal.route) for signal in both] == [
+        ("kasmina_apply_slow", "OPTIMIZER"),
+        ("device_pressure_high", "OPTIMIZER"),
+    ]
+    overruled = signals(state_of(kasmina__apply_ms=31.0, kasmina__isolation__violations=1.0, loss_volatility=0.2))
+    assert [signal.route for signal in overruled] == ["OPTIMIZER", "PAUSE", "PAUSE"]
 
 
 @given(st.sampled_from(RULES), st.floats(-1e6, 1e6), st.floats(-1e6, 1e6, width=32))
@@ -156,7 +266,11 @@ def test_a_pulled_step_has_its_signals_beside_other_events() -> None:
     assert events.level == TelemetryLevel.TELEMETRY_LEVEL_WARNING
     assert events.system_health.indicators["priority"] == "MESSAGE_PRIORITY_HIGH"
     assert list(events_of(broken)) == ["loss_nonfinite", "hook_budget"]
-    assert broken.telemetry[-1].level == TelemetryLevel.TELEMETRY_LEVEL_CRITICAL
+    events = broken.telemetry[-1]
+    assert events.level == TelemetryLevel.TELEMETRY_LEVEL_CRITICAL
+    assert events.system_health.status == HealthStatus.HEALTH_STATUS_CRITICAL
+    assert events.system_health.summary == "loss_nonfinite"
+    assert events.system_health.indicators == {"priority": "MESSAGE_PRIORITY_CRITICAL", "step_index": "3"}
 
 
 def test_one_step_pulled_alone_has_the_signals_that_it_has_among_others() -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from esper_otel.frame import FLOAT32_BOUND, Frame
-from esper_otel.leyline.messages import TelemetryLevel, TelemetryPacket
+from esper_otel.leyline import messages
 from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
 
 SOURCE = "tolaria"
 
 
-def add_event(packet: TelemetryPacket, name: str, level: TelemetryLevel, **attributes: str) -> None:
+def add_event(packet: messages.TelemetryPacket, name: str, level: messages.TelemetryLevel, **attributes: str) -> None:
     """Adds an event whose id is the packet's and its number in it; the packet has its id already."""
     event_id = f"{packet.packet_id}-event-{len(packet.events) + 1}"
     packet.events.add(event_id=event_id, description=name, level=level, attributes=attributes)
 
 
-def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> TelemetryPacket | None:
+def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> messages.TelemetryPacket | None:
     """The packet of the step's own events; None when there are none.
 
     - ``loss_missing``, ``loss_nonfinite`` (CRITICAL): the packet's losses repeat the last finite one.
@@ -30,19 +30,19 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> Te
         values: ``frame.values()``.
         packet_id: the id of the step's state packet.
     """
-    packet = TelemetryPacket(packet_id=f"{packet_id}-events", source_subsystem=SOURCE)
+    packet = messages.TelemetryPacket(packet_id=f"{packet_id}-events", source_subsystem=SOURCE)
     if "loss" not in values:
-        add_event(packet, "loss_missing", TelemetryLevel.TELEMETRY_LEVEL_CRITICAL, metric="loss")
+        add_event(packet, "loss_missing", messages.TelemetryLevel.TELEMETRY_LEVEL_CRITICAL, metric="loss")
     elif finite(values["loss"]) is None:
         add_event(
             packet,
             "loss_nonfinite",
-            TelemetryLevel.TELEMETRY_LEVEL_CRITICAL,
+            messages.TelemetryLevel.TELEMETRY_LEVEL_CRITICAL,
             metric="loss",
             value=str(values["loss"]),
         )
     if values.get("esper.step.failed"):
-        add_event(packet, "step_failed", TelemetryLevel.TELEMETRY_LEVEL_ERROR)
+        add_event(packet, "step_failed", messages.TelemetryLevel.TELEMETRY_LEVEL_ERROR)
     outside = [name for name, value in values.items() if not -FLOAT32_BOUND < value < FLOAT32_BOUND and name != "loss"]
     for name in sorted(outside):  # not in the order of recording, which does not travel
         _warn(packet, "value_nonfinite", name, values[name])
@@ -53,9 +53,47 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> Te
     if not packet.events:
         return None
     packet.timestamp.FromNanoseconds(frame.time_unix_ns)
-    packet.level = max(event.level for event in packet.events)
+    conclude(packet, frame.global_step)
     return packet
 
 
-def _warn(packet: TelemetryPacket, event: str, metric: str, value: float) -> None:
-    add_event(packet, event, TelemetryLevel.TELEMETRY_LEVEL_WARNING, metric=metric, value=str(value))
+def conclude(packet: messages.TelemetryPacket, step: int) -> None:
+    """Sets the level, the health and the priority of a packet of events: those of its most urgent event.
+
+    An event's attribute ``priority`` says how urgent it is. One without it is CRITICAL, HIGH or NORMAL as its level
+    is CRITICAL, ERROR or below.
+
+    Args:
+        packet: has at least one event.
+        step: the step's number.
+    """
+    priorities, statuses = messages.MessagePriority, messages.HealthStatus
+    status_of: dict[int, messages.HealthStatus] = {
+        priorities.MESSAGE_PRIORITY_CRITICAL: statuses.HEALTH_STATUS_CRITICAL,
+        priorities.MESSAGE_PRIORITY_HIGH: statuses.HEALTH_STATUS_UNHEALTHY,
+        priorities.MESSAGE_PRIORITY_NORMAL: statuses.HEALTH_STATUS_DEGRADED,
+    }
+    urgent = max(packet.events, key=_priority)
+    priority = _priority(urgent)
+    health = packet.system_health
+    health.status = status_of[priority]
+    health.summary = urgent.description
+    health.indicators["priority"] = priorities.Name(priority)
+    health.indicators["step_index"] = str(step)
+    packet.level = max(event.level for event in packet.events)
+
+
+def _priority(event: messages.TelemetryEvent) -> int:
+    priorities = messages.MessagePriority
+    named = event.attributes.get("priority")
+    if named is not None:
+        return priorities.Value(named)
+    if event.level == messages.TelemetryLevel.TELEMETRY_LEVEL_CRITICAL:
+        return priorities.MESSAGE_PRIORITY_CRITICAL
+    if event.level == messages.TelemetryLevel.TELEMETRY_LEVEL_ERROR:
+        return priorities.MESSAGE_PRIORITY_HIGH
+    return priorities.MESSAGE_PRIORITY_NORMAL
+
+
+def _warn(packet: messages.TelemetryPacket, event: str, metric: str, value: float) -> None:
+    add_event(packet, event, messages.TelemetryLevel.TELEMETRY_LEVEL_WARNING, metric=metric, value=str(value))

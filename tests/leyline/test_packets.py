@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from esper_otel.errors import AdapterError
 from esper_otel.frame import NO_SEEDS, Frame
-from esper_otel.leyline import Packets, Page, TelemetryEvent, TelemetryLevel, TelemetryPacket, packets, state
+from esper_otel.leyline import (
+    HealthStatus,
+    Packets,
+    Page,
+    TelemetryEvent,
+    TelemetryLevel,
+    TelemetryPacket,
+    packets,
+    state,
+)
 from esper_otel.schema import METRICS, OWN_STEP, STEP_METRICS, Metric
 
 HEALTHY: dict[str, Any] = {"seeds": NO_SEEDS, "live": NO_SEEDS}
@@ -77,7 +86,8 @@ def test_the_events_packet_says_whose_it_is_and_holds_no_metrics() -> None:
     assert packet.timestamp.ToNanoseconds() == TIME_UNIX_NS
     assert packet.level == TelemetryLevel.TELEMETRY_LEVEL_WARNING
     assert not packet.metrics
-    assert not packet.HasField("system_health")
+    assert packet.system_health.summary == "value_nonfinite"
+    assert dict(packet.system_health.indicators) == {"priority": "MESSAGE_PRIORITY_NORMAL", "step_index": "17"}
 
 
 @pytest.mark.parametrize(
@@ -109,12 +119,29 @@ def test_each_thing_that_goes_wrong_is_one_event(
     assert (event.description, level, dict(event.attributes)) == expected
 
 
-def test_the_packets_level_is_that_of_its_worst_event() -> None:
-    """Only HIGH and CRITICAL packets belong in the emergency stream: the level decides."""
-    packet = step_packet(recorded={"accuracy": math.nan, "esper.step.failed": 1.0})
+@pytest.mark.parametrize(
+    ("recorded", "level", "status", "priority", "summary"),
+    [
+        ({}, "CRITICAL", "CRITICAL", "CRITICAL", "loss_missing"),
+        ({"loss": math.nan}, "CRITICAL", "CRITICAL", "CRITICAL", "loss_nonfinite"),
+        ({"loss": 1.0, "esper.step.failed": 1.0}, "ERROR", "UNHEALTHY", "HIGH", "step_failed"),
+        ({"loss": 1.0, "accuracy": math.nan}, "WARNING", "DEGRADED", "NORMAL", "value_nonfinite"),
+        ({"loss": 1.0, "accuracy": math.nan, "esper.step.failed": 1.0}, "ERROR", "UNHEALTHY", "HIGH", "step_failed"),
+        ({"accuracy": math.nan, "esper.step.failed": 1.0}, "CRITICAL", "CRITICAL", "CRITICAL", "loss_missing"),
+    ],
+)
+def test_the_packets_level_health_and_priority_are_those_of_its_worst_event(
+    recorded: dict[str, float], level: str, status: str, priority: str, summary: str
+) -> None:
+    """Only HIGH and CRITICAL packets belong in the emergency stream: the priority decides."""
+    packet = step_packet(recorded=recorded)
     assert packet is not None
-    assert [event.event_id for event in packet.events] == [f"{packet.packet_id}-event-{n}" for n in (1, 2, 3)]
-    assert packet.level == TelemetryLevel.TELEMETRY_LEVEL_CRITICAL
+    numbers = range(1, len(packet.events) + 1)
+    assert [event.event_id for event in packet.events] == [f"{packet.packet_id}-event-{n}" for n in numbers]
+    assert TelemetryLevel.Name(packet.level) == f"TELEMETRY_LEVEL_{level}"
+    assert HealthStatus.Name(packet.system_health.status) == f"HEALTH_STATUS_{status}"
+    assert packet.system_health.indicators["priority"] == f"MESSAGE_PRIORITY_{priority}"
+    assert packet.system_health.summary == summary
 
 
 def test_the_events_packet_comes_after_those_of_the_seeds() -> None:
