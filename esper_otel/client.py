@@ -24,7 +24,7 @@ from esper_otel.gateway.pull_messages import (
     RunsResponse,
 )
 from esper_otel.gateway.views import RunRanks, run_ranks
-from esper_otel.leyline.messages import SystemStatePacket, TelemetryPacket
+from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 
 RETRY_S = 0.1
@@ -307,8 +307,8 @@ def page_of(run_id: str, response: PullResponse) -> Page:
     """The answer to a pull, as packets."""
     steps = tuple(
         Packets(
-            state=SystemStatePacket.FromString(step.state),
-            telemetry=tuple(TelemetryPacket.FromString(packet) for packet in step.telemetry),
+            state=messages.SystemStatePacket.FromString(step.state),
+            telemetry=tuple(messages.TelemetryPacket.FromString(packet) for packet in step.telemetry),
             run_id=run_id,
             attempt=step.attempt,
             rank=step.rank,

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "captures": set[str](),
     "probes": {"schema", "log", "captures"},
     "export": {"schema", "settings", "errors", "frame", "ring", "log", "_version"},
-    "leyline": {"schema", "frame"},
+    "leyline": {"schema", "frame", "log"},
     "risk": {"errors", "leyline"},
     "gateway": {"schema", "errors", "frame", "ring", "log", "leyline", "record", "risk", "client", "oona", "_version"},
     "blackbox": {"errors", "frame", "log", "ring"},

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from esper_otel.leyline.messages import (
-    BusEnvelope,
-    BusMessageType,
-    HardwareContext,
-    HealthStatus,
-    MessagePriority,
-    MetricPoint,
-    SeedLifecycleStage,
-    SeedState,
-    SystemHealth,
-    SystemStatePacket,
-    TelemetryEvent,
-    TelemetryLevel,
-    TelemetryPacket,
-    TraceSpan,
-)
+from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page, packets, state
 
 if TYPE_CHECKING:
+    from esper_otel.leyline.messages import (
+        BusEnvelope,
+        BusMessageType,
+        HardwareContext,
+        HealthStatus,
+        MessagePriority,
+        MetricPoint,
+        SeedLifecycleStage,
+        SeedState,
+        SystemHealth,
+        SystemStatePacket,
+        TelemetryEvent,
+        TelemetryLevel,
+        TelemetryPacket,
+        TraceSpan,
+    )
     from esper_otel.leyline.reader import LeylineMetricReader
 
 __all__ = [
@@ -53,4 +54,6 @@ def __getattr__(name: str) -> object:
         from esper_otel.leyline.reader import LeylineMetricReader
 
         return LeylineMetricReader
+    if name in __all__:  # on demand, too: see messages.py
+        return getattr(messages, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,8 @@ import numpy as np
 
 from esper_otel.errors import AdapterError
 from esper_otel.frame import Frame, is_absent
+from esper_otel.leyline import messages
 from esper_otel.leyline.events import step_events
-from esper_otel.leyline.messages import SystemStatePacket, TelemetryPacket
 from esper_otel.leyline.order import ordered
 from esper_otel.leyline.seed_telemetry import known_cells, reported_rows, seed_telemetry
 from esper_otel.leyline.system_state import step_label, system_state
@@ -38,8 +38,8 @@ class Packets:
         writer: tells two live processes of one (run, attempt, rank) apart; empty for the first one, and in process.
     """
 
-    state: SystemStatePacket
-    telemetry: tuple[TelemetryPacket, ...]
+    state: messages.SystemStatePacket
+    telemetry: tuple[messages.TelemetryPacket, ...]
     run_id: str
     attempt: int
     rank: int
@@ -135,7 +135,7 @@ def packets(
     )
 
 
-def state(frame: Frame) -> SystemStatePacket:
+def state(frame: Frame) -> messages.SystemStatePacket:
     """The frame as the SystemStatePacket that a controller reads inside the step.
 
     Raises:

@@ -2,82 +2,136 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import resources
-from typing import Any, TypeAlias
+from typing import Any
 
 from google.protobuf import timestamp_pb2
-from google.protobuf.descriptor_pb2 import (
-    DescriptorProto,
-    EnumDescriptorProto,
-    FileDescriptorProto,
-    FileDescriptorSet,
-)
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, FileDescriptor
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorSet
 from google.protobuf.descriptor_pool import Default, DescriptorPool
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message_factory import GetMessageClass
 
-_Shape: TypeAlias = frozenset[Any]
+from esper_otel.log import logger
 
 
-def _contract() -> FileDescriptorProto:
-    """Our ``leyline.proto``, compiled."""
+def _contract() -> FileDescriptor:
+    """Our ``leyline.proto``, in a pool of its own: nobody else's registration can conflict with it."""
     compiled = resources.files(__package__).joinpath("leyline.binpb").read_bytes()
-    return FileDescriptorSet.FromString(compiled).file[0]
-
-
-def _message_shape(message: DescriptorProto) -> _Shape:
-    fields = {(f.number, f.name, f.type, f.label, f.type_name, f.proto3_optional) for f in message.field}
-    nested = {(nested.name, _message_shape(nested)) for nested in message.nested_type}
-    return frozenset(fields | nested)
-
-
-def _enum_shape(enum: EnumDescriptorProto) -> _Shape:
-    return frozenset((value.name, value.number) for value in enum.value)
-
-
-def _has_equal(pool: DescriptorPool, contract: FileDescriptorProto) -> bool:
-    """Whether the pool knows every message and enum of the contract, with equal fields and numbers."""
-    try:
-        for message in contract.message_type:
-            theirs = DescriptorProto()
-            pool.FindMessageTypeByName(f"{contract.package}.{message.name}").CopyToProto(theirs)
-            if _message_shape(theirs) != _message_shape(message):
-                return False
-        for enum in contract.enum_type:
-            their_enum = EnumDescriptorProto()
-            pool.FindEnumTypeByName(f"{contract.package}.{enum.name}").CopyToProto(their_enum)
-            if _enum_shape(their_enum) != _enum_shape(enum):
-                return False
-    except KeyError:
-        return False
-    return True
-
-
-def _private(contract: FileDescriptorProto) -> DescriptorPool:
+    file = FileDescriptorSet.FromString(compiled).file[0]
     pool = DescriptorPool()
     pool.AddSerializedFile(timestamp_pb2.DESCRIPTOR.serialized_pb)
-    pool.AddSerializedFile(contract.SerializeToString())
-    return pool
+    pool.AddSerializedFile(file.SerializeToString())
+    return pool.FindFileByName(file.name)
+
+
+def _registered(find: Any, name: str) -> Any:
+    """What a pool has under a name; None when it has nothing."""
+    try:
+        return find(name)
+    except KeyError:
+        return None
+
+
+def _field_facts(field: FieldDescriptor) -> dict[str, object]:
+    """What both sides must agree on for one field, in the words in which a difference is reported."""
+    kind = field.message_type or field.enum_type
+    return {
+        "number": field.number,
+        "type": FieldDescriptorProto.Type.Name(field.type),  # type: ignore[arg-type] # a number of the enum
+        "type name": None if kind is None else kind.full_name,
+        "repeated": field.is_repeated,
+        "required": field.is_required,
+        "presence": field.has_presence,
+        "oneof": None if field.containing_oneof is None else field.containing_oneof.name,
+        "default": None if field.is_repeated or field.message_type else field.default_value,
+    }
+
+
+def _message_differences(ours: Descriptor, theirs: Descriptor, name: str) -> Iterator[str]:
+    if ours.GetOptions().map_entry != theirs.GetOptions().map_entry:
+        yield f"only one of the two {name} is a map"
+    for field in ours.fields:
+        their_field = theirs.fields_by_name.get(field.name)
+        if their_field is None:
+            yield f"{name} lacks the field {field.name}"
+            continue
+        their_facts = _field_facts(their_field)
+        for fact, value in _field_facts(field).items():
+            if their_facts[fact] != value:
+                yield f"{name}.{field.name} has {fact} {their_facts[fact]}, not {value}"
+        entry, their_entry = field.message_type, their_field.message_type
+        if entry is not None and their_entry is not None and entry.GetOptions().map_entry:
+            yield from _message_differences(entry, their_entry, f"{name}.{field.name}")
+    for field in theirs.fields:
+        if field.is_required and field.name not in ours.fields_by_name:
+            yield f"{name} requires the field {field.name}"
+
+
+def _enum_differences(ours: EnumDescriptor, theirs: EnumDescriptor) -> Iterator[str]:
+    if ours.is_closed != theirs.is_closed:
+        yield f"only one of the two {ours.name} is a closed enum"
+    for value in ours.values:
+        their_value = theirs.values_by_name.get(value.name)
+        if their_value is None:
+            yield f"{ours.name} lacks the value {value.name}"
+        elif their_value.number != value.number:
+            yield f"{value.name} has number {their_value.number}, not {value.number}"
+        elif theirs.values_by_number[value.number].name != value.name:
+            yield f"{value.number} in {ours.name} is {theirs.values_by_number[value.number].name}, not {value.name}"
+
+
+def _differences(contract: FileDescriptor, pool: DescriptorPool) -> Iterator[str]:
+    """What the pool lacks of the contract, and where it contradicts it. What it has in addition is no difference."""
+    for name, message in contract.message_types_by_name.items():
+        their_message = _registered(pool.FindMessageTypeByName, message.full_name)
+        if their_message is None:
+            yield f"there is no message {name}"
+        else:
+            yield from _message_differences(message, their_message, name)
+    for name, enum in contract.enum_types_by_name.items():
+        their_enum = _registered(pool.FindEnumTypeByName, enum.full_name)
+        if their_enum is None:
+            yield f"there is no enum {name}"
+        else:
+            yield from _enum_differences(enum, their_enum)
+
+
+def _is_registered(contract: FileDescriptor, pool: DescriptorPool) -> bool:
+    """Whether the pool has anything of the contract."""
+    messages, enums = contract.message_types_by_name.values(), contract.enum_types_by_name.values()
+    return any(_registered(pool.FindMessageTypeByName, message.full_name) for message in messages) or any(
+        _registered(pool.FindEnumTypeByName, enum.full_name) for enum in enums
+    )
 
 
 def leyline_types(module: str) -> dict[str, Any]:
     """Message classes and enums by name.
 
-    They are those of the default pool if somebody has registered the contract there with equal fields, so
-    that both sides pass one kind of object around. Else they live in a pool of their own: whoever registers the
-    contract in the default pool later meets no conflict, and both sides understand each other's bytes.
+    They are those of the default pool if somebody has registered there all that the contract has, with the same
+    names, numbers and types: both sides then pass one kind of object around. Whatever is registered in addition
+    (fields, values of enums, messages) does not matter. Else they live in a pool of their own: whoever registers
+    the contract in the default pool later meets no conflict, and both sides understand each other's bytes.
 
     Args:
         module: the module that will hold the classes, under which pickle finds them.
     """
-    contract = _contract()
-    is_shared = _has_equal(Default(), contract)
-    pool = Default() if is_shared else _private(contract)
+    contract, pool = _contract(), Default()
+    difference = next(_differences(contract, pool), None)
+    if difference is not None and _is_registered(contract, pool):
+        logger.warning(
+            "this process has message classes of %s that differ from the contract (%s): esper_otel uses its own, and "
+            "its packets reach the others as bytes only (SerializeToString, ParseFromString)",
+            contract.package,
+            difference,
+        )
     types: dict[str, Any] = {}
-    for message in contract.message_type:
-        types[message.name] = GetMessageClass(pool.FindMessageTypeByName(f"{contract.package}.{message.name}"))
-        if not is_shared:
-            types[message.name].__module__ = module
-    for enum in contract.enum_type:
-        types[enum.name] = EnumTypeWrapper(pool.FindEnumTypeByName(f"{contract.package}.{enum.name}"))
+    for name, ours in contract.message_types_by_name.items():
+        message = ours if difference else pool.FindMessageTypeByName(ours.full_name)
+        types[name] = GetMessageClass(message)
+        if difference:
+            types[name].__module__ = module
+    for name, our_enum in contract.enum_types_by_name.items():
+        types[name] = EnumTypeWrapper(our_enum if difference else pool.FindEnumTypeByName(our_enum.full_name))
     return types

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from esper_otel.frame import WIDTH, SeedTable
-from esper_otel.leyline.messages import SystemStatePacket
+from esper_otel.leyline import messages
 from esper_otel.leyline.numbers import STAGE_LIMIT, UINT32_LIMIT, finite_cells, whole
 from esper_otel.leyline.stencil import Stencil
 from esper_otel.schema import SEED_FIELDS, Stage
@@ -63,8 +63,8 @@ def _row_stencil(seed_id: str, integers: bytes, present: bytes) -> Stencil:
     there["alpha_steps"] &= stage == Stage.BLENDING
     implied = {} if stage is None else {"blend_allowed": float(stage in _STAGES_THAT_BLEND)}
 
-    def build(hole: Callable[[int], float]) -> SystemStatePacket:
-        packet = SystemStatePacket()
+    def build(hole: Callable[[int], float]) -> messages.SystemStatePacket:
+        packet = messages.SystemStatePacket()
         seed = packet.seed_states.add(
             seed_id=seed_id,
             stage=stage,

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.frame import ABSENT, ABSENT_BITS, WIDTH, Cells, Frame, SeedTable, is_absent
+from esper_otel.leyline import messages
 from esper_otel.leyline.events import add_event
-from esper_otel.leyline.messages import HealthStatus, MessagePriority, TelemetryLevel, TelemetryPacket
 from esper_otel.leyline.numbers import STAGE_LIMIT, UINT32_LIMIT, finite_cells
 from esper_otel.leyline.stencil import Stencil
 from esper_otel.schema import SEED_CELLS, SEED_FIELDS, SEED_METRICS, Stage
@@ -26,14 +26,6 @@ _LATENCY = SEED_FIELDS.index("last_kernel_latency_ms")
 _INTEGER_LIMITS = {"stage": STAGE_LIMIT, "layer_depth": UINT32_LIMIT, "age_epochs": UINT32_LIMIT}
 _INTEGER_COLUMNS = [SEED_FIELDS.index(field) for field in _INTEGER_LIMITS]
 _LIMITS = np.array(list(_INTEGER_LIMITS.values()), np.float64)
-
-# What a seed's health can be: status and summary. The first that applies counts, the last always does.
-_HEALTH = (
-    (HealthStatus.HEALTH_STATUS_UNHEALTHY, "violations"),
-    (HealthStatus.HEALTH_STATUS_DEGRADED, "fallback"),
-    (HealthStatus.HEALTH_STATUS_DEGRADED, "latency_high"),
-    (HealthStatus.HEALTH_STATUS_HEALTHY, "nominal"),
-)
 
 
 def known_cells(frame: Frame) -> Cells:
@@ -62,7 +54,7 @@ def reported_rows(rows: SeedTable, known: Cells) -> SeedTable:
 
 def seed_telemetry(
     rows: SeedTable, known: Cells, *, label: str, step: int, time_unix_ns: int, latency_budget_ms: float
-) -> Iterator[TelemetryPacket]:
+) -> Iterator[messages.TelemetryPacket]:
     """One packet for each row, in order.
 
     A metric of the schema that was recorded in the step is a point; one that was recorded and is not finite is an
@@ -87,7 +79,7 @@ def seed_telemetry(
     faults = _faults(rows.cells, there)
     faulty = np.asarray(faults.any(axis=1)).tolist()
     for row, (seed_id, part) in enumerate(zip(rows.ids, stencil.slices(), strict=True)):
-        packet: TelemetryPacket = TelemetryPacket.FromString(wire[part] + ending)
+        packet: messages.TelemetryPacket = messages.TelemetryPacket.FromString(wire[part] + ending)
         packet.packet_id = f"kasmina-seed-{seed_id}-{label}"
         if faulty[row]:
             _report(packet, seed_id, rows.cells[row], faults[row])
@@ -95,12 +87,23 @@ def seed_telemetry(
 
 
 def _health(known: Cells, latency_budget_ms: float) -> npt.NDArray[np.uint8]:
-    """For each row, which entry of ``_HEALTH`` it is."""
+    """For each row, which entry of ``_healths()`` it is."""
     health: npt.NDArray[np.uint8] = np.full(len(known), 3, np.uint8)
     health[known[:, _LATENCY] > latency_budget_ms] = 2
     health[known[:, _FALLBACK] > 0] = 1
     health[known[:, _VIOLATIONS] > 0] = 0
     return health
+
+
+def _healths() -> tuple[tuple[messages.HealthStatus, str], ...]:
+    """What a seed's health can be: status and summary. The first that applies counts, the last always does."""
+    status = messages.HealthStatus
+    return (
+        (status.HEALTH_STATUS_UNHEALTHY, "violations"),
+        (status.HEALTH_STATUS_DEGRADED, "fallback"),
+        (status.HEALTH_STATUS_DEGRADED, "latency_high"),
+        (status.HEALTH_STATUS_HEALTHY, "nominal"),
+    )
 
 
 @lru_cache(maxsize=4)
@@ -114,12 +117,14 @@ def _table_stencil(ids: tuple[str, ...], present: bytes, health: bytes) -> Stenc
 
 @lru_cache(maxsize=4096)
 def _row_stencil(seed_id: str, present: bytes, health: int) -> Stencil:
-    status, summary = _HEALTH[health]
-    urgent = status == HealthStatus.HEALTH_STATUS_UNHEALTHY
-    priority = MessagePriority.MESSAGE_PRIORITY_HIGH if urgent else MessagePriority.MESSAGE_PRIORITY_NORMAL
+    status, summary = _healths()[health]
+    urgent = status == messages.HealthStatus.HEALTH_STATUS_UNHEALTHY
+    priority = (
+        messages.MessagePriority.MESSAGE_PRIORITY_HIGH if urgent else messages.MessagePriority.MESSAGE_PRIORITY_NORMAL
+    )
 
-    def build(hole: Callable[[int], float]) -> TelemetryPacket:
-        packet = TelemetryPacket(source_subsystem=SOURCE, level=TelemetryLevel.TELEMETRY_LEVEL_INFO)
+    def build(hole: Callable[[int], float]) -> messages.TelemetryPacket:
+        packet = messages.TelemetryPacket(source_subsystem=SOURCE, level=messages.TelemetryLevel.TELEMETRY_LEVEL_INFO)
         for column, (metric, is_there) in enumerate(zip(SEED_METRICS, present, strict=True)):
             if is_there:
                 packet.metrics.add(
@@ -128,7 +133,7 @@ def _row_stencil(seed_id: str, present: bytes, health: int) -> Stencil:
         packet.system_health.status = status
         packet.system_health.summary = summary
         packet.system_health.indicators["seed_id"] = seed_id
-        packet.system_health.indicators["priority"] = MessagePriority.Name(priority)
+        packet.system_health.indicators["priority"] = messages.MessagePriority.Name(priority)
         return packet
 
     return Stencil.of(build, 8)
@@ -136,7 +141,7 @@ def _row_stencil(seed_id: str, present: bytes, health: int) -> Stencil:
 
 def _ending(step: int, time_unix_ns: int) -> bytes:
     """What all packets of a step have in common, serialized: appended to each, it merges into it."""
-    packet = TelemetryPacket()
+    packet = messages.TelemetryPacket()
     packet.timestamp.FromNanoseconds(time_unix_ns)
     packet.system_health.indicators["step_index"] = str(step)
     return packet.SerializeToString()
@@ -151,13 +156,13 @@ def _faults(cells: Cells, there: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]
     return faults
 
 
-def _report(packet: TelemetryPacket, seed_id: str, cells: Cells, faults: npt.NDArray[np.bool_]) -> None:
+def _report(packet: messages.TelemetryPacket, seed_id: str, cells: Cells, faults: npt.NDArray[np.bool_]) -> None:
     finite = finite_cells(cells)
     for column in faults.nonzero()[0].tolist():
         add_event(
             packet,
             "value_invalid" if finite[column] else "value_nonfinite",
-            TelemetryLevel.TELEMETRY_LEVEL_WARNING,
+            messages.TelemetryLevel.TELEMETRY_LEVEL_WARNING,
             metric=SEED_CELLS[column].name,
             value=str(float(cells[column])),
             seed_id=seed_id,

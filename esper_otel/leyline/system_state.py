@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from esper_otel.frame import FLOAT32_BOUND, Frame, Run
-from esper_otel.leyline.messages import HardwareContext, SystemStatePacket
+from esper_otel.leyline import messages
 from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
 from esper_otel.leyline.seed_states import seed_states
 from esper_otel.schema import METRICS
@@ -31,7 +31,7 @@ def packet_id(frame: Frame, values: Mapping[str, float]) -> str:
     return f"{sender}-step-{step_label(frame, values)}"
 
 
-def system_state(frame: Frame, values: Mapping[str, float]) -> SystemStatePacket:
+def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemStatePacket:
     """The step's state packet.
 
     The training loss fills fields 4 and 11: it is the last finite one, since a controller that subtracts two
@@ -45,7 +45,7 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> SystemStatePacket
     metrics = {key(name, name): value for name, value in values.items() if -FLOAT32_BOUND < value < FLOAT32_BOUND}
     metrics.pop(_NO_KEY, None)
     loss = metrics.get("training_loss")
-    packet = SystemStatePacket(
+    packet = messages.SystemStatePacket(
         version=VERSION,
         current_epoch=whole(frame.epoch, UINT32_LIMIT),
         validation_accuracy=finite(values.get("esper.validation.accuracy")),
@@ -64,7 +64,7 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> SystemStatePacket
     return packet
 
 
-def _hardware(run: Run, values: Mapping[str, float]) -> HardwareContext | None:
+def _hardware(run: Run, values: Mapping[str, float]) -> messages.HardwareContext | None:
     """The training device, as far as it is known; None when nothing is."""
     used = finite(values.get("gpu_mem_used_gb"))
     free = finite(values.get("gpu_mem_free_gb"))
@@ -74,7 +74,7 @@ def _hardware(run: Run, values: Mapping[str, float]) -> HardwareContext | None:
     if free is None:
         free = finite(values.get("esper.device.memory_available_gb"))
     utilization = "gpu_util_percent" if run.device_type == "cuda" else "cpu_util_percent"
-    hardware = HardwareContext(
+    hardware = messages.HardwareContext(
         device_type=run.device_type,
         device_id=run.device_id,
         total_memory_gb=total,

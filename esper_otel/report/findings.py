@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import NamedTuple
 
-from esper_otel.leyline.messages import SystemStatePacket
+from esper_otel.leyline import messages
 from esper_otel.report.recording import Recording, Row
 from esper_otel.risk import signals
 from esper_otel.schema import Stage
@@ -65,11 +65,11 @@ def first_bad(recording: Recording) -> tuple[int, str] | None:
     return alarm
 
 
-def _packet(row: Row) -> SystemStatePacket:
+def _packet(row: Row) -> messages.SystemStatePacket:
     """As much of a packet as the risk table reads."""
     finite = {name: value for name, value in row.values.items() if abs(value) < 3.4e38}
     loss = finite.get("loss", finite.get("esper.training.loss", 0.0))
-    return SystemStatePacket(training_metrics=finite, validation_loss=loss)
+    return messages.SystemStatePacket(training_metrics=finite, validation_loss=loss)
 
 
 def _end(recording: Recording) -> Finding:
