@@ -28,6 +28,7 @@ SUFFIX = ".esper.jsonl.gz"
 FINE = frozenset({"completed", "exit", "interrupted"})
 
 _MOST_BYTES = 64 * 1024 * 1024
+_MOST_OF_A_NAME = 200  # bytes: file systems take 255, and suffixes follow
 _WRITING_S = 1.0
 _NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
@@ -68,8 +69,7 @@ class BlackBox:
 
     def _write(self, reason: str) -> None:
         run = self._run()
-        name = re.sub(r"[^\w.-]+", "_", f"{run.run_id}-{run.rank}-{run.attempt}-{reason}")[:200]
-        path = Path(f"{name}{SUFFIX}")
+        path = Path(f"{file_stem(run.run_id, run.rank, run.attempt, reason)}{SUFFIX}")
         try:
             path = (self._folder or _folder_of_ours()) / path
             frames, _ = self._ring.after(self._ring.last - self._frames, self._frames)
@@ -83,6 +83,13 @@ class BlackBox:
             self._warnings.say("black box", "the black box could not be written: %s", error)
         else:
             announce("black box", f"{reason}; the last {len(frames)} steps are in {path}: esper-otel report {path}")
+
+
+def file_stem(run_id: str, *others: object) -> str:
+    """A file's name for some steps of a run. Of a long run id only the beginning is in it, of the others everything."""
+    ending = "-".join(map(str, others))
+    beginning = run_id.encode(errors="replace")[: _MOST_OF_A_NAME - len(ending.encode())].decode(errors="ignore")
+    return re.sub(r"[^\w.-]+", "_", f"{beginning}-{ending}")
 
 
 def _folder_of_ours() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -10,10 +11,12 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pandas as pd
 import pytest
 from gateways import RunningGateway
@@ -24,6 +27,7 @@ import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage, blackbox
 from esper_otel.cli import main
 from esper_otel.report.findings import findings
+from esper_otel.report.page import page
 from esper_otel.report.recording import Recording, Row, of_file
 
 STEPS = 300
@@ -196,6 +200,32 @@ def test_a_run_at_a_gateway_is_reported_too(
     assert (tmp_path / "one.html").is_file()
 
 
+def test_a_report_from_a_gateway_tells_infinity_from_nan_and_one_rank_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A packet has no numbers that are not finite: its events say what they were."""
+    monkeypatch.chdir(tmp_path)
+    tokens = esper_otel.Metric("tokens_per_s", unit="rate")
+    with RunningGateway() as gateway:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+        for rank in (0, 1):
+            with esper_otel.start(run_id="wide", rank=rank, world_size=2, metrics=[tokens]) as telemetry:
+                telemetry.record_step({"loss": 1.0 - rank}, epoch=0)
+                with contextlib.suppress(KeyError), telemetry.step(epoch=0) as now:
+                    now.put(loss=math.inf if rank else 0.5, accuracy=-math.inf, tokens_per_s=math.inf)
+                    now.seed("seed-1", stage=Stage.TRAINING, alpha=-math.inf)
+                    raise KeyError
+            assert main(["report", "wide", f"--rank={rank}", "--target", gateway.grpc, "--csv", f"{rank}.csv"]) == 0
+    said = capsys.readouterr().out
+    assert "Step 2 (epoch 0): it raised an exception." in said
+    assert "Step 2 (epoch 0): the loss is inf, and so are accuracy, tokens_per_s." in said
+    assert (tmp_path / "wide.html").is_file()
+    assert (tmp_path / "wide-rank-1.html").is_file()
+    with Path("0.csv").open(encoding="utf-8") as file:
+        *_, step, seed = csv.DictReader(file)
+    assert (step["accuracy"], step["tokens_per_s"], seed["seed.alpha"]) == ("-inf", "inf", "-inf")
+
+
 @pytest.mark.parametrize("content", [b"", b"nothing", b"\x1f\x8b broken"])
 def test_what_is_no_black_box_is_said(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"x{blackbox.SUFFIX}"
@@ -209,8 +239,185 @@ def test_what_is_no_black_box_is_said(tmp_path: Path, content: bytes, capsys: py
 
 
 def test_a_run_without_anything_wrong_says_so(tmp_path: Path) -> None:
-    rows: tuple[Any, ...] = ()
-    assert "No step was recorded." in answers(Recording("run", 0, 1, "", rows)).values()
+    assert "No step was recorded." in answers(recorded([])).values()
+
+
+# -- what the report says of runs that are made up -------------------------------------------------------
+
+
+def recorded(steps: list[dict[str, float]], run_id: str = "run", **others: Any) -> Recording:
+    """A recording of steps from 1 on, with these values."""
+    rows = tuple(Row(step, 0, float(step), values, {}) for step, values in enumerate(steps, 1))
+    return replace(Recording(run_id, 0, 1, "completed", rows, run_id), **others)
+
+
+def noisy(steps: int, **values: float) -> list[dict[str, float]]:
+    """Steps of a run that goes well: the loss falls, with the noise of small batches."""
+    rng = np.random.default_rng(7)
+    losses = 1.0 + 5.0 * np.exp(-np.arange(steps) / 30) + rng.normal(0, 0.3, steps)
+    return [{"loss": float(loss), **values} for loss in losses]
+
+
+def with_step(steps: list[dict[str, float]], number: int, **values: float) -> list[dict[str, float]]:
+    """The steps, one of them with other values."""
+    return [step | values if place == number else step for place, step in enumerate(steps, 1)]
+
+
+HEALTHY = {
+    "a busy CPU": noisy(300, cpu_util_percent=99.0),
+    "a CPU that gets busy": noisy(100) + noisy(200, cpu_util_percent=99.0)[100:],
+    "slow steps": noisy(300, step_latency_ms=800.0),
+    "steps around the limit": [s | {"step_latency_ms": 110.0 + i % 20} for i, s in enumerate(noisy(300))],
+    "a first step that compiles": with_step(noisy(300, step_latency_ms=50.0), 1, step_latency_ms=9000.0),
+    "a controller that takes long": noisy(300, hook_latency_ms=75.0, step_latency_ms=90.0),
+    "a device that is used up": noisy(300, gpu_util_percent=100.0, gpu_mem_free_gb=0.1),
+    "losses with noise": noisy(3000),
+}
+
+
+@pytest.mark.parametrize("steps", HEALTHY.values(), ids=list(HEALTHY))
+def test_what_a_healthy_run_does_all_along_is_not_what_went_wrong(steps: list[dict[str, float]]) -> None:
+    assert answers(recorded(steps))["Which step went wrong first?"].startswith("None:")
+    assert "went wrong" not in page(recorded(steps)).partition("</dl>")[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"loss": 20.0}, "loss_spike: loss step"),
+        ({"loss": math.inf}, "the loss is inf"),
+        ({"hook_latency_ms": 60.0}, "hook_budget: hook_latency_ms 60 above 50"),
+        ({"step_latency_ms": 900.0}, "step_latency_high: step_latency_ms 900 above 120"),
+        ({"esper.isolation.violations": 2.0}, "isolation_violations: kasmina.isolation.violations 2 above 0"),
+        ({"kasmina.isolation.violations": 2.0}, "isolation_violations: kasmina.isolation.violations 2 above 0"),
+        ({"gpu_mem_free_gb": 0.1}, "device_pressure_high: gpu_util_percent 99 from 95, gpu_mem_free_gb 0.1 up to 0.2"),
+        ({"esper.step.failed": 1.0}, "it raised an exception"),
+    ],
+)
+def test_the_first_step_that_is_unlike_those_before_went_wrong(values: dict[str, float], why: str) -> None:
+    """In a black box, which has the catalogue's names, as in a recording from a gateway; a busy CPU hides nothing."""
+    steps = noisy(
+        300,
+        hook_latency_ms=1.0,
+        step_latency_ms=60.0,
+        gpu_util_percent=99.0,
+        gpu_mem_free_gb=4.0,
+        cpu_util_percent=99.0,
+    )
+    found = answers(recorded(with_step(steps, 200, **values)))["Which step went wrong first?"]
+    assert found.startswith(f"Step 200 (epoch 0): {why}")
+
+
+def test_marks_of_what_is_not_finite_say_whose_they_are_and_where() -> None:
+    """Each stretch once, whatever there is in between, also of so many steps that not all are drawn."""
+    one = noisy(4000)
+    for number in (*range(1001, 1006), 3000):
+        one = with_step(one, number, loss=math.nan)
+    two = with_step(noisy(4000), 2500, loss=math.inf)
+    del one[2999 - 1]["loss"]  # a step without a loss beside one whose loss is NaN
+    html = page(recorded(one, "one"), recorded(two, "two"))
+    marks = re.findall(r"<text [^>]*fill:#cf222e[^>]*>([^<]*)<", html)
+    assert marks == [
+        "loss of one: nan in steps 1001 to 1005",
+        "loss of one: nan in step 3000",
+        "loss of two: inf in step 2500",
+    ]
+    assert "dashed: step 1001, where one went wrong" in html
+    alone = page(recorded(one, "one"))
+    assert "loss: nan in step 3000" in alone
+    many = page(recorded([{"loss": math.nan if step % 2 else 1.0} for step in range(100)]))
+    assert "and 42 more stretches that are not finite" in many
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"rank": 1}, "run, rank 1"),
+        ({"attempt": 2}, "run, attempt 2"),
+        ({"ended": "KeyError"}, "run, KeyError"),
+        ({}, "run, the second"),
+    ],
+)
+def test_a_run_that_is_compared_with_itself_has_two_names(other: dict[str, Any], name: str) -> None:
+    """Ranks, attempts and black boxes of one run."""
+    html = page(recorded(noisy(20)), recorded(noisy(20), **other))
+    assert f"loss of {name}" in html
+    assert f"How does it compare with {name}?" in html
+
+
+def areas(html: str) -> dict[str, list[list[tuple[float, float]]]]:
+    """The chart of times: for each name of its legend the corners of its areas."""
+    chart = html.partition("one upon the other")[2].partition("</p>")[0]
+    colors = dict(re.findall(r'<path d="([^"]*)" fill="(#\w+)"', chart))
+    by_color = {color: path for path, color in colors.items()}
+    assert 'fill="none"' not in chart
+    return {
+        name: [
+            [tuple(map(float, corner.split())) for corner in area.removesuffix("Z").split("L")]  # type: ignore[misc]
+            for area in by_color[color].split("M")[1:]
+        ]
+        for color, name in re.findall(r'color:(#\w+)">■</span> ([^&]*?) &nbsp;', chart)
+    }
+
+
+def test_times_are_areas_one_upon_the_other_and_only_of_phases_that_were_recorded() -> None:
+    """5 ms of waiting below 15 ms of the rest, from 0 to 20: heights in proportion; a gap is a gap."""
+    steps = [{"loss": 1.0, "input_wait_ms": 5.0, "step_latency_ms": 15.0} for _ in range(50)]
+    steps[20] = {"loss": 1.0}
+    found = areas(page(recorded(steps)))
+    assert list(found) == ["input wait", "rest"]
+    heights = {}
+    for name, parts in found.items():
+        assert len(parts) == 2
+        for corners in parts:
+            bottom = corners[-1][1]
+            assert {down for _, down in corners} == {bottom, corners[0][1]}
+            heights[name] = bottom - corners[0][1]
+    assert heights["rest"] == pytest.approx(4 * heights["input wait"], abs=0.3)
+
+
+def test_areas_of_many_steps_do_not_cross() -> None:
+    """What is left out is left out of all phases alike."""
+    rng = np.random.default_rng(3)
+    steps = [
+        {"input_wait_ms": float(a), "hook_latency_ms": float(b), "step_latency_ms": float(b + c)}
+        for a, b, c in rng.exponential(5.0, (4000, 3))
+    ]
+    found = areas(page(recorded(steps)))
+    assert list(found) == ["input wait", "hook", "rest"]
+    [[*wait]], [[*hook]], [[*rest]] = found.values()
+    assert [x for x, _ in wait] == [x for x, _ in hook] == [x for x, _ in rest]
+    assert all(low >= middle >= high for (_, low), (_, middle), (_, high) in zip(wait, hook, rest, strict=True))
+    slowest = max(sum((s["input_wait_ms"], s["step_latency_ms"])) for s in steps)
+    assert f"{slowest * 1.05:.4g}" in page(recorded(steps))
+
+
+def test_the_page_of_another_rank_attempt_or_black_box_is_never_overwritten(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own page is, when it is made again."""
+    diverging("run", raises=False)
+    first = only(folder)
+    with pytest.raises(KeyError):
+        diverging("run", nan_at=None, raises=True)
+    with esper_otel.start(run_id="run", rank=1, world_size=2) as telemetry:
+        telemetry.record_step({"loss": math.nan}, epoch=0)
+        boxes = until("all are written", lambda: len(found := list(folder.glob(f"*{blackbox.SUFFIX}"))) == 3 and found)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        for path in (first, *sorted({*boxes} - {first})):
+            assert main(["report", str(path)]) == 0
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
+    assert set(pages) >= {"run.html", "run-rank-1.html"}
+    assert len(pages) == 3
+    assert len({re.findall('esper-otel-report" content="([^"]*)"', page)[0] for page in pages.values()}) == 3
+
+
+def test_a_long_run_id_leaves_room_for_rank_and_reason_in_the_files_name() -> None:
+    """Else the black boxes of two ranks would be one file."""
+    names = {blackbox.file_stem("ü" * 250, rank, 1, "KeyError") for rank in (0, 1)}
+    assert len(names) == 2
+    assert all(len(name.encode()) < 220 and name.endswith("-1-KeyError") for name in names)
 
 
 CELLS = st.dictionaries(st.text(max_size=3), st.floats(), max_size=4)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
 from esper_otel.leyline import messages
-from esper_otel.report.recording import Recording, Row
-from esper_otel.risk import signals
-from esper_otel.schema import Stage
+from esper_otel.leyline.numbers import finite
+from esper_otel.report.recording import Recording, Row, names_of
+from esper_otel.risk import LOSS_STEP, RULES, Rule, signals
+from esper_otel.schema import METRICS, Stage
 
 PHASES = ("input wait", "hook", "finalize", "rest")
 _BEFORE = 10
+_FEWEST = 3
+_SELDOM = 0.1
+_TIMES_THE_NOISE = 3
 _LATENCY_BUDGET_MS = 10.0
+
+# Signals at which something has gone wrong. A busy CPU is none of them: where it trains, it is to be busy.
+_ALARMS = {rule.name: rule for rule in RULES if (rule.level, rule.route) == ("HIGH", "PAUSE")}
+# A black box has the names of the catalogue, a packet has these.
+_KEYS = {metric.name: metric.key for metric in METRICS if metric.level == "step" and metric.key}
 
 
 class Finding(NamedTuple):
@@ -48,28 +59,65 @@ def findings(recording: Recording) -> list[Finding]:
 
 
 def first_bad(recording: Recording) -> tuple[int, str] | None:
-    """The place of the first step that went wrong, and why: a loss that is not finite, else a HIGH signal."""
+    """The place of the first step that went wrong, and why.
+
+    A loss that is not finite counts before everything else, then a step that raised, then a signal that pauses the
+    run and is unusual in it: what a healthy run does all along, such as steps of half a second, is not what went wrong.
+    """
     loss_before: float | None = None
+    failed: tuple[int, str] | None = None
     alarm: tuple[int, str] | None = None
+    before: deque[Mapping[str, float]] = deque(maxlen=_BEFORE)
+    seen: Counter[str] = Counter()
     for place, row in enumerate(recording.rows):
-        loss = row.values.get("loss")
+        values = row.values
+        loss = values.get("loss")
         if loss is not None and not math.isfinite(loss):
-            others = [name for name, value in row.values.items() if not math.isfinite(value) and name != "loss"]
+            others = [name for name, value in values.items() if not math.isfinite(value) and name != "loss"]
             return place, f"the loss is {loss:g}" + (f", and so are {', '.join(sorted(others))}" if others else "")
-        if alarm is None:
-            found = [signal for signal in signals(_packet(row), loss_before=loss_before) if signal.level == "HIGH"]
-            if found:
-                alarm = place, f"{found[0].name}: {found[0].reason}"
+        if failed is None and values.get("esper.step.failed"):
+            failed = place, "it raised an exception"
+        found = [each for each in signals(_packet(values), loss_before=loss_before) if each.name in _ALARMS]
+        for signal in found:
+            if alarm is None and _is_unusual(_ALARMS[signal.name], values, before, seen[signal.name] / (place or 1)):
+                alarm = place, f"{signal.name}: {signal.reason}"
+        seen.update(signal.name for signal in found)
+        before.append(values)
         if loss is not None:
             loss_before = loss
-    return alarm
+    return failed or alarm
 
 
-def _packet(row: Row) -> messages.SystemStatePacket:
+def _is_unusual(
+    rule: Rule, values: Mapping[str, float], before: Sequence[Mapping[str, float]], share_before: float
+) -> bool:
+    """Whether a run that goes well does not do this.
+
+    Args:
+        rule: the signal's.
+        values: of the step that has it.
+        before: those of the steps just before.
+        share_before: which share of all steps before had the signal.
+    """
+    if rule.name == "isolation_violations":
+        return True
+    metric = "loss" if rule.metric == LOSS_STEP else rule.metric
+    known = [each[metric] for each in before if math.isfinite(each.get(metric, math.nan))]
+    if len(known) < _FEWEST:  # the first steps load, compile and warm up
+        return False
+    if rule.metric == LOSS_STEP:
+        largest = max(abs(later - earlier) for earlier, later in pairwise(known))
+        return "loss" in values and values["loss"] - known[-1] > _TIMES_THE_NOISE * largest
+    if rule.is_inclusive:  # a share of a device that is at its limit cannot become twice as large
+        return share_before <= _SELDOM
+    return values[metric] > 2 * median(known)
+
+
+def _packet(values: Mapping[str, float]) -> messages.SystemStatePacket:
     """As much of a packet as the risk table reads."""
-    finite = {name: value for name, value in row.values.items() if abs(value) < 3.4e38}
-    loss = finite.get("loss", finite.get("esper.training.loss", 0.0))
-    return messages.SystemStatePacket(training_metrics=finite, validation_loss=loss)
+    known = {_KEYS.get(name, name): value for name, value in values.items() if finite(value) is not None}
+    loss = known.get("loss", known.get("training_loss", 0.0))
+    return messages.SystemStatePacket(training_metrics=known, validation_loss=loss)
 
 
 def _end(recording: Recording) -> Finding:
@@ -84,7 +132,7 @@ def _end(recording: Recording) -> Finding:
 def _first_bad(recording: Recording, bad: tuple[int, str] | None) -> Finding:
     question = "Which step went wrong first?"
     if bad is None:
-        return Finding(question, "None: every loss is finite, and no signal is HIGH.")
+        return Finding(question, "None: every loss is finite, no step raised, and no alarm is unusual in this run.")
     place, why = bad
     row = recording.rows[place]
     answer = f"Step {row.step} (epoch {row.epoch}): {why}."
@@ -200,7 +248,7 @@ def compared(one: Recording, other: Recording) -> list[Finding]:
     """Two runs at the same steps."""
     by_step = {row.step: row.values for row in other.rows}
     pairs = [(row.step, row.values, by_step[row.step]) for row in one.rows if row.step in by_step]
-    question = f"How does it compare with {other.title}?"
+    question = f"How does it compare with {names_of(one, other)[1]}?"
     if not pairs:
         return [Finding(question, "The two have no step in common.")]
     answers = [f"{len(pairs)} steps are in both, {pairs[0][0]} to {pairs[-1][0]}."]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from itertools import groupby
 from typing import NamedTuple
 
 from esper_otel.report.findings import PHASES, Finding, compared, findings, first_bad, phases
-from esper_otel.report.recording import Recording
+from esper_otel.report.recording import Recording, names_of
 from esper_otel.schema import Stage
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 920, 200, 64, 24
 _MOST_POINTS = 1_500
+_MOST_MARKS = 8
 _COLORS = ("#1f6feb", "#d29922", "#2da44e", "#8250df", "#cf222e", "#57606a")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:960px;padding:0 1rem;color:#1f2328;background:#fff}
@@ -29,10 +31,17 @@ Points = Sequence[tuple[float, float | None]]
 
 
 class Line(NamedTuple):
-    """One curve."""
+    """One curve; or, where curves are stacked, the upper edge of one area."""
 
     name: str
     points: Points
+
+
+class Mark(NamedTuple):
+    """A step that is marked in each chart, and why."""
+
+    step: int
+    reason: str
 
 
 def page(recording: Recording, other: Recording | None = None) -> str:
@@ -44,25 +53,34 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     """
     found = findings(recording) + ([] if other is None else compared(recording, other))
     bad = first_bad(recording)
-    mark = None if bad is None else recording.rows[bad[0]].step
+    mark = None if bad is None else Mark(recording.rows[bad[0]].step, f"{recording.title} went wrong")
     parts = [_answers(found)]
-    losses = [_line("loss", recording, "loss"), _line("EWMA", recording, "loss_ewma")]
-    if other is not None:
-        losses = [losses[0], Line(f"loss of {other.title}", _line("", other, "loss").points)]
+    if other is None:
+        losses = [_line("loss", recording, "loss"), _line("EWMA", recording, "loss_ewma")]
+    else:
+        both = zip((recording, other), names_of(recording, other), strict=True)
+        losses = [_line(f"loss of {name}", each, "loss") for each, name in both]
     parts.append(_chart("Loss", losses, mark))
     parts.append(_chart("Gradient norm", [_line("gradient_norm", recording, "gradient_norm")], mark))
     parts.append(_times(recording, mark))
     if other is not None:
-        cycles = [Line(each.title, _cycle(each)) for each in (recording, other)]
+        both = zip((recording, other), names_of(recording, other), strict=True)
+        cycles = [Line(name, _cycle(each)) for each, name in both]
         parts.append(_chart("Step and input wait, ms", cycles, mark))
     parts += [_seeds(recording), _last_steps(recording)]
     title = escape(recording.title)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"{made_of(recording)}<style>{_STYLE}</style>"
         f'<h1>{title}</h1><p class="sub">attempt {recording.attempt}, rank {recording.rank}; esper-otel report</p>'
         + "".join(parts)
         + "</html>\n"
     )
+
+
+def made_of(recording: Recording) -> str:
+    """What stands in the page of a recording, and in no page of another."""
+    return f'<meta name="esper-otel-report" content="{escape(recording.source)}">'
 
 
 def _answers(found: Iterable[Finding]) -> str:
@@ -82,7 +100,7 @@ def _cycle(recording: Recording) -> Points:
 
 
 def _thinned(points: Points) -> Points:
-    """At most so many that an eye can tell apart: of each stretch the least, the largest, and what is not finite."""
+    """At most so many that an eye can tell apart: of each stretch the least, the largest, and the first gap."""
     if len(points) <= _MOST_POINTS:
         return points
     size = -(-len(points) // (_MOST_POINTS // 3))
@@ -96,12 +114,13 @@ def _thinned(points: Points) -> Points:
     return kept
 
 
-def _chart(title: str, lines: Sequence[Line], mark: int | None) -> str:
+def _chart(title: str, lines: Sequence[Line], mark: Mark | None, *, is_stacked: bool = False) -> str:
+    odd = [stretch for line in lines for stretch in _odd(line)]
     lines = [Line(line.name, _thinned(line.points)) for line in lines]
     finite = [y for line in lines for _, y in line.points if y is not None and math.isfinite(y)]
     if not finite:
         return ""
-    low, high = min(finite), max(finite)
+    low, high = (0.0 if is_stacked else min(finite)), max(finite)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     low, high = low - margin if low < 0 else max(low - margin, 0.0), high + margin
     steps = [x for line in lines for x, _ in line.points]
@@ -112,17 +131,43 @@ def _chart(title: str, lines: Sequence[Line], mark: int | None) -> str:
         return _LEFT + across * (_WIDTH - _LEFT - 8), (high - y) / (high - low) * (_HEIGHT - _BOTTOM - 8) + 8
 
     drawn = [_axes(low, high, first, last)]
-    for color, line in zip(_COLORS, lines, strict=False):
-        drawn.append(f'<path d="{_path(line.points, at)}" fill="none" stroke="{color}" stroke-width="1.4"/>')
-        for x, y in line.points:
-            if y is not None and not math.isfinite(y):
-                here, _ = at(x, low)
-                drawn.append(f'<text x="{here:.1f}" y="16" style="fill:#cf222e" text-anchor="middle">{y:g}</text>')
-    if mark is not None and first <= mark <= last:
-        here, _ = at(mark, low)
+    colored = list(zip(_COLORS, lines, strict=False))
+    if is_stacked:  # from the top of the stack downwards, so that each area ends where the next one begins
+        drawn += [
+            f'<path d="{_area(line.points, at)}" fill="{color}" stroke="{color}"/>' for color, line in reversed(colored)
+        ]
+    else:
+        drawn += [
+            f'<path d="{_path(line.points, at)}" fill="none" stroke="{color}" stroke-width="1.4"/>'
+            for color, line in colored
+        ]
+    for place, (x, text) in enumerate(odd[:_MOST_MARKS]):
+        here, _ = at(x, low)
+        anchor = "start" if here < _WIDTH / 2 else "end"
+        where = f'x="{here:.1f}" y="{16 + place * 12}" text-anchor="{anchor}"'
+        drawn.append(f'<text {where} style="fill:#cf222e">{escape(text)}</text>')
+    more = [f"and {len(odd) - _MOST_MARKS} more stretches that are not finite"] if len(odd) > _MOST_MARKS else []
+    if mark is not None and first <= mark.step <= last:
+        here, _ = at(mark.step, low)
         ends = f'x1="{here:.1f}" x2="{here:.1f}" y1="8" y2="{_HEIGHT - _BOTTOM}"'
         drawn.append(f'<line {ends} stroke="#cf222e" stroke-dasharray="3 3"/>')
-    return f"<h2>{escape(title)}</h2>{_svg(drawn)}{_legend([line.name for line in lines])}"
+        more.append(f"dashed: step {mark.step}, where {mark.reason}")
+    return f"<h2>{escape(title)}</h2>{_svg(drawn)}{_legend([line.name for line in lines], more)}"
+
+
+def _odd(line: Line) -> list[tuple[float, str]]:
+    """Where a curve is not finite, and what is written there: one entry for each stretch of equal values."""
+    found = []
+    for value, stretch in groupby(line.points, key=lambda point: _if_not_finite(point[1])):
+        first, *rest = [x for x, _ in stretch]
+        if value:
+            steps = f"in steps {first:g} to {rest[-1]:g}" if rest else f"in step {first:g}"
+            found.append((first, f"{line.name}: {value} {steps}"))
+    return found
+
+
+def _if_not_finite(value: float | None) -> str:
+    return "" if value is None or math.isfinite(value) else f"{value:g}"
 
 
 def _path(points: Points, at: Callable[[float, float], tuple[float, float]]) -> str:
@@ -134,6 +179,17 @@ def _path(points: Points, at: Callable[[float, float], tuple[float, float]]) -> 
         here = at(x, y)
         words.append(f"{'L' if is_down else 'M'}{here[0]:.1f} {here[1]:.1f}")
         is_down = True
+    return "".join(words)
+
+
+def _area(points: Points, at: Callable[[float, float], tuple[float, float]]) -> str:
+    """What lies between a curve and 0."""
+    words = []
+    for is_there, stretch in groupby(points, key=lambda point: point[1] is not None):
+        if is_there:
+            upper = [at(x, y) for x, y in stretch if y is not None]
+            lower = [(across, at(0.0, 0.0)[1]) for across in (upper[-1][0], upper[0][0])]
+            words.append("M" + "L".join(f"{across:.1f} {down:.1f}" for across, down in (*upper, *lower)) + "Z")
     return "".join(words)
 
 
@@ -157,25 +213,32 @@ def _svg(drawn: Iterable[str]) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(drawn)}</svg>'
 
 
-def _legend(names: Sequence[str]) -> str:
-    marks = [
+def _legend(names: Sequence[str], more: Sequence[str]) -> str:
+    entries = [
         f'<span style="color:{color}">■</span> {escape(name)}'
         for color, name in zip(_COLORS, names, strict=False)
         if name
     ]
-    return f'<p class="sub">{" &nbsp; ".join(marks)} &nbsp; by step</p>'
+    entries += map(escape, more)
+    return f'<p class="sub">{" &nbsp; ".join(entries)} &nbsp; by step</p>'
 
 
-def _times(recording: Recording, mark: int | None) -> str:
-    """Where each step's time went, one phase upon the other."""
-    stacks: dict[str, list[tuple[float, float | None]]] = {phase: [] for phase in PHASES}
-    for row in recording.rows:
-        parts, total = phases(row), 0.0
-        for phase in PHASES:
-            total += parts.get(phase, 0.0)
-            stacks[phase].append((row.step, total if parts else None))
-    lines = [Line(phase, points) for phase, points in stacks.items()]
-    return _chart("Where a step's time goes, ms, one upon the other", lines, mark)
+def _times(recording: Recording, mark: Mark | None) -> str:
+    """Where each step's time went, one phase upon the other; a phase that was never recorded is not there."""
+    timed = [(row.step, phases(row)) for row in recording.rows]
+    total = [(step, sum(parts.values()) if parts else None) for step, parts in timed]
+    kept = {step for step, _ in _thinned(total)}
+    recorded = [phase for phase in PHASES if any(phase in parts for _, parts in timed)]
+    lines = []
+    for place, phase in enumerate(recorded):
+        below = recorded[: place + 1]
+        points = [
+            (step, sum(parts.get(each, 0.0) for each in below) if parts else None)
+            for step, parts in timed
+            if step in kept
+        ]
+        lines.append(Line(phase, points))
+    return _chart("Where a step's time goes, ms, one upon the other", lines, mark, is_stacked=True)
 
 
 def _seeds(recording: Recording) -> str:

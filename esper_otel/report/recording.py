@@ -14,11 +14,13 @@ from typing import TypeVar
 from esper_otel import blackbox
 from esper_otel.client import TamiyoClient
 from esper_otel.errors import ConfigurationError
+from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
-from esper_otel.schema import SEED_CELLS, STEP_METRICS
+from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 
 _FIELDS = {metric.name: metric.field for metric in SEED_CELLS}
-_NAMES = {metric.name for metric in STEP_METRICS}
+# Of the catalogue's metrics a packet has those of the step under their names, and users' own.
+_NOT_IN_PACKETS = {metric.name for metric in METRICS} - {metric.name for metric in STEP_METRICS}
 _AT_ONCE = 1000
 
 Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
@@ -81,6 +83,7 @@ class Recording:
         attempt: which start of the run.
         ended: how it ended; empty when it has not, or nobody knows.
         rows: the steps.
+        source: tells it from all other recordings, and can be a file's name.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Recording:
     attempt: int
     ended: str
     rows: tuple[Row, ...]
+    source: str
 
     @property
     def title(self) -> str:
@@ -107,7 +111,8 @@ def of_file(path: Path) -> Recording:
     """
     head, rows = blackbox.read(path)
     made = tuple(Row(row["step"], row["epoch"], row["time_unix_ns"] / 1e9, row["values"], row["seeds"]) for row in rows)
-    return Recording(head["run_id"], head["rank"], head["attempt"], head["reason"], made)
+    source = path.name.removesuffix(blackbox.SUFFIX)
+    return Recording(head["run_id"], head["rank"], head["attempt"], head["reason"], made, source)
 
 
 def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
@@ -131,16 +136,44 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
     ended = [run.ended or "" for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
     rows = [row for _, row in sorted(found.items())]
-    return Recording(run_id, rank, attempt, ended[0] if ended else "", tuple(rows))
+    source = blackbox.file_stem(run_id, rank, attempt)
+    return Recording(run_id, rank, attempt, ended[0] if ended else "", tuple(rows), source)
+
+
+def names_of(one: Recording, other: Recording) -> tuple[str, str]:
+    """Names that tell two recordings apart."""
+    for names in (
+        (one.title, other.title),
+        (f"{one.title}, attempt {one.attempt}", f"{other.title}, attempt {other.attempt}"),
+        (f"{one.title}, {one.ended}", f"{other.title}, {other.ended}"),
+    ):
+        if names[0] != names[1]:
+            return names
+    return f"{one.title}, the first", f"{other.title}, the second"
 
 
 def _row(packets: Packets) -> Row:
     state = packets.state
     values = dict(state.training_metrics)
-    values |= {name: math.nan for name in packets.names & _NAMES if name not in values}
+    values |= dict.fromkeys((packets.names - _NOT_IN_PACKETS) - values.keys(), math.nan)
     seeds: dict[str, dict[str, float]] = {}
     for packet in packets.telemetry:
         for point in packet.metrics:
             if point.name in _FIELDS:
                 seeds.setdefault(point.attributes["seed_id"], {})[_FIELDS[point.name]] = point.value
+        for event in packet.events:
+            _add_event(event, values, seeds)
     return Row(packets.step, state.current_epoch, state.timestamp_ns / 1e9, values, seeds)
+
+
+def _add_event(event: messages.TelemetryEvent, values: dict[str, float], seeds: dict[str, dict[str, float]]) -> None:
+    """Puts back what a packet of numbers cannot carry: which value was not finite, and that the step raised."""
+    about = event.attributes
+    if event.description == "step_failed":
+        values["esper.step.failed"] = 1.0
+    elif event.description not in {"loss_nonfinite", "value_nonfinite"}:
+        return
+    elif "seed_id" in about:
+        seeds.setdefault(about["seed_id"], {})[_FIELDS[about["metric"]]] = float(about["value"])
+    elif about["metric"] in values:
+        values[about["metric"]] = float(about["value"])
