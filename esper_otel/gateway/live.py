@@ -45,10 +45,13 @@ def add_page(app: web.Application, core: Core) -> None:
             {
                 "run_id": run.run_id,
                 "rank": run.rank,
+                "attempt": run.attempt,
                 "ended": run.ended if run.HasField("ended") else None,
                 "missing": run.missing,
                 "incomplete": run.incomplete,
                 "last_received_unix_ns": run.last_received_unix_ns,
+                "last_step": run.last_step,
+                "last_time_ms": run.last_time_unix_ns // 10**6,
             }
             for run in core.runs().runs
         ]
@@ -63,7 +66,10 @@ def add_page(app: web.Application, core: Core) -> None:
         except StaleCursor as error:
             raise web.HTTPConflict(text=str(error)) from None
         shown = [_shown(entry, core.rules) for entry in found.entries]
-        return web.json_response({"steps": shown, "cursor": found.cursor, "gap": found.gap}, headers=_HEADERS)
+        more = len(found.entries) == _AT_ONCE
+        return web.json_response(
+            {"steps": shown, "cursor": found.cursor, "gap": found.gap, "more": more}, headers=_HEADERS
+        )
 
     app.router.add_get("/page/runs", runs)
     app.router.add_get("/page/steps", steps)

@@ -3,37 +3,63 @@
 
 const MOST = 4000; // steps kept of a run
 const EVERY_MS = 1000;
+const SLOW_MS = 3000; // an answer that takes longer is missed aloud
+const GIVE_UP_MS = 15000; // and then asked for again
 const COLORS = ["#3274d9", "#e0752d", "#37872d", "#b877d9", "#c4162a", "#8a6d00", "#1f9e9e", "#6e7079"];
 const STAGES = ["UNKNOWN", "DORMANT", "GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY", "FOSSILIZED", "CULLED", "EMBARGOED", "RESETTING", "TERMINATED"];
 const STAGE_COLORS = ["#c7d0d9", "#6e7079", "#8ab8ff", "#3274d9", "#ff9830", "#b877d9", "#fade2a", "#37872d", "#c4162a", "#8f3bb8", "#96d98d", "#3d3d42"];
 const PARTS = [["input_wait_ms", "input wait"], ["hook_latency_ms", "hook"], ["kasmina.apply_ms", "apply"], ["kasmina.finalize_ms", "finalize"], ["rest", "rest"]];
 
 const $ = (id) => document.getElementById(id);
-const runs = new Map(); // name -> { cursor, steps, infos }
+const runs = new Map(); // name -> { cursor, steps, infos, isBehind }
+const faults = new Map(); // what the page itself failed to do -> why
+const gateway = { heardMs: performance.now(), hasAnswered: false, fault: "" };
 let chosen = "";
 let rank = "0";
+let isStale = true; // whether there is something that was not drawn yet
+
+class Refused extends Error {} // the gateway has answered, and gives nothing
 
 async function ask(path) {
-  const response = await fetch(path, { cache: "no-store" });
-  if (!response.ok) throw new Error(`${response.status} ${await response.text()}`);
-  return response.json();
+  let response;
+  let answer;
+  try {
+    response = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(GIVE_UP_MS) });
+    answer = await response.text();
+  } catch (error) {
+    gateway.fault = error.message;
+    throw error;
+  }
+  gateway.heardMs = performance.now();
+  gateway.hasAnswered = true;
+  gateway.fault = "";
+  if (!response.ok) throw Object.assign(new Refused(`${response.status} ${answer}`), { status: response.status });
+  return JSON.parse(answer);
 }
 
 async function look() {
-  try {
-    const infos = (await ask("/page/runs")).runs;
-    for (const run of runs.values()) run.infos = [];
-    for (const info of infos) {
-      if (!runs.has(info.run_id)) runs.set(info.run_id, { cursor: "", steps: [], infos: [] });
-      runs.get(info.run_id).infos.push(info);
-    }
-    if (!runs.has(chosen)) chosen = newest(infos);
-    for (const [name, run] of runs) if (run.infos.length) await follow(name, run);
-    $("connection").textContent = "";
-  } catch (error) {
-    $("connection").textContent = `the gateway does not answer: ${error.message}`;
+  const infos = (await ask("/page/runs")).runs;
+  for (const run of runs.values()) run.infos = [];
+  for (const info of infos) {
+    if (!runs.has(info.run_id)) runs.set(info.run_id, { cursor: "", steps: [], infos: [], isBehind: true });
+    runs.get(info.run_id).infos.push(info);
   }
-  draw();
+  for (const [name, run] of runs) {
+    if (run.infos.length) continue;
+    runs.delete(name); // the gateway has dropped it
+    isStale = true;
+  }
+  if (!runs.has(chosen)) chosen = newest(infos);
+  let failure = null; // of one run: the others are looked at all the same
+  for (const name of new Set([chosen, ...runs.keys()])) {
+    try {
+      if (runs.has(name)) await follow(name, runs.get(name));
+    } catch (error) {
+      if (gateway.fault) throw error;
+      failure ??= error;
+    }
+  }
+  if (failure) throw failure;
 }
 
 function newest(infos) {
@@ -49,36 +75,76 @@ async function follow(name, run) {
     try {
       answer = await ask(path);
     } catch (error) {
-      if (!run.cursor) throw error;
+      if (error.status === 404) { // nothing of it is stored yet, or it was dropped since: the next look knows
+        run.isBehind = false;
+        return;
+      }
+      if (error.status !== 409 || !run.cursor) throw error;
       run.cursor = ""; // the gateway has begun anew
       run.steps = [];
       continue;
     }
     run.cursor = answer.cursor;
-    for (const step of answer.steps) {
-      if (step.revision > 1) { // a correction takes the place of what it corrects
-        const place = run.steps.findLastIndex((old) => old.time_ms === step.time_ms && old.rank === step.rank);
-        if (place >= 0) { run.steps[place] = step; continue; }
-      }
-      run.steps.push(step);
-    }
+    run.isBehind = answer.more;
+    for (const step of answer.steps) keep(run.steps, step);
     if (run.steps.length > MOST) run.steps.splice(0, run.steps.length - MOST);
-    if (!answer.steps.length) return;
+    if (answer.steps.length) isStale = true;
+    if (!answer.more) return;
   }
+}
+
+// In the order of their times: a step may come late, and a correction takes the place of what it corrects.
+function keep(steps, step) {
+  let place = steps.length;
+  while (place > 0 && later(steps[place - 1], step)) place--;
+  for (let same = place - 1; same >= 0 && steps[same].attempt === step.attempt && steps[same].time_ms === step.time_ms; same--) {
+    if (steps[same].rank === step.rank && steps[same].step === step.step) { steps[same] = step; return; }
+  }
+  steps.splice(place, 0, step);
+}
+
+function later(one, other) {
+  return one.attempt - other.attempt > 0 || (one.attempt === other.attempt && one.time_ms > other.time_ms);
 }
 
 // -- drawing -------------------------------------------------------------------------------------------
 
+function fill(element, children) {
+  element.replaceChildren();
+  for (const child of children) element.append(child);
+}
+
 function choose(select, values, value) {
   if ([...select.options].map((option) => option.value).join("\0") !== values.join("\0")) {
-    select.replaceChildren(...values.map((each) => new Option(each, each)));
+    fill(select, values.map((each) => new Option(each, each)));
   }
   select.value = value;
 }
 
+// The least and the largest of the finite numbers; null when there are none. However many: a spread has its limits.
+function extent(numbers) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const number of numbers) {
+    if (!Number.isFinite(number)) continue;
+    if (number < low) low = number;
+    if (number > high) high = number;
+  }
+  return low <= high ? [low, high] : null;
+}
+
+// Does one part of the page's work. When that fails, the page says so, and its other parts go on.
+function guard(what, work) {
+  try {
+    work();
+    faults.delete(what);
+  } catch (error) {
+    faults.set(what, error.message);
+  }
+}
+
 function draw() {
   const has = runs.size > 0;
-  $("nothing").hidden = has;
+  $("nothing").hidden = has || !gateway.hasAnswered;
   document.querySelector("main").hidden = !has;
   if (!has) return;
   choose($("run"), [...runs.keys()], chosen);
@@ -86,15 +152,33 @@ function draw() {
   const ranks = [...new Set(run.infos.map((info) => String(info.rank)))].sort((a, b) => a - b);
   if (!ranks.includes(rank)) rank = ranks[0] || "0";
   choose($("rank"), ranks, rank);
-  const attempt = Math.max(...run.steps.map((step) => step.attempt), 0);
-  const steps = run.steps.filter((step) => String(step.rank) === rank && step.attempt === attempt);
-  tiles(run, steps);
-  loss(steps);
-  time(steps);
-  lines($("throughput"), [{ color: COLORS[2], points: steps.map((s) => [s.step, s.values.samples_per_s]) }]);
-  seeds(steps);
-  compare();
-  signals(steps);
+  const ofRank = run.steps.filter((step) => String(step.rank) === rank);
+  const attempt = ofRank.reduce((newest, step) => Math.max(newest, step.attempt), 0);
+  const steps = ofRank.filter((step) => step.attempt === attempt);
+  guard("the numbers", () => tiles(run, steps));
+  if (!isStale) return;
+  isStale = false;
+  guard("the loss", () => loss(steps));
+  guard("the times", () => time(steps));
+  guard("the throughput", () => lines($("throughput"), [{ color: COLORS[2], points: steps.map((s) => [s.step, s.values.samples_per_s]) }]));
+  guard("the seeds", () => seeds(steps));
+  guard("the comparison", compare);
+  guard("the signals", () => signals(steps));
+}
+
+// What keeps the page from being right: empty when nothing does.
+function lost() {
+  const silentMs = performance.now() - gateway.heardMs;
+  const since = `for ${Math.round(silentMs / 1000)} s`;
+  if (gateway.fault) return `the gateway does not answer (${since}): ${gateway.fault}`;
+  return silentMs > SLOW_MS ? `the gateway does not answer (${since})` : "";
+}
+
+function status() {
+  const said = [lost(), ...[...faults].map(([what, why]) => `${what} cannot be shown: ${why}`)];
+  const behind = [...runs].filter(([, run]) => run.isBehind).map(([name]) => name);
+  if (behind.length) said.push(`catching up with ${behind.slice(0, 3).join(", ")}${behind.length > 3 ? ` and ${behind.length - 3} more` : ""}`);
+  $("connection").textContent = said.filter(Boolean).join("; ");
 }
 
 function shown(value) {
@@ -105,25 +189,26 @@ function shown(value) {
 
 function tiles(run, steps) {
   const last = steps.at(-1);
-  const info = run.infos.find((each) => String(each.rank) === rank) || {};
-  const age = last ? (Date.now() - last.time_ms) / 1000 : NaN;
+  const info = run.infos.findLast((each) => String(each.rank) === rank) || {}; // the newest attempt comes last
+  const lastMs = Math.max(info.last_time_ms || 0, last ? last.time_ms : 0);
+  const age = lastMs ? (Date.now() - lastMs) / 1000 : NaN;
   const found = last ? last.values.loss : undefined;
   const recent = steps.slice(-20).flatMap((step) => step.signals);
   const worst = recent.some((signal) => signal[1] === "HIGH") ? "bad" : recent.length ? "warn" : "good";
-  const state = info.ended ? `ended: ${info.ended}` : age > 300 ? "silent" : "running";
-  const tone = info.ended && info.ended !== "completed" ? "bad" : state === "silent" ? "bad" : "good";
+  const state = lost() ? "not known" : info.ended ? `ended: ${info.ended}` : age > 300 ? "silent" : "running";
+  const tone = info.ended && info.ended !== "completed" ? "bad" : state === "silent" || state === "not known" ? "bad" : "good";
   const missing = (info.missing || 0) + (info.incomplete || 0);
   const all = [
     ["state", state, tone],
-    ["step", last ? last.step : "none", ""],
-    ["age of the last step", info.ended ? "over" : `${age.toFixed(age < 10 ? 1 : 0)} s`, !info.ended && age > 60 ? "warn" : ""],
+    ["step", run.isBehind ? `${reached(last, info)}, catching up` : reached(last, {}), run.isBehind ? "warn" : ""],
+    ["age of the last step", info.ended ? "over" : Number.isFinite(age) ? `${age.toFixed(age < 10 ? 1 : 0)} s` : "none", !info.ended && age > 60 ? "warn" : ""],
     ["loss", shown(found), found === null ? "bad" : ""],
     ["samples a second", shown(last && last.values.samples_per_s), ""],
     ["live seeds", last ? last.seeds.length : 0, ""],
     ["signals, last 20 steps", recent.length ? recent.at(-1)[0] : "none", worst],
     ["steps missing or incomplete", missing, missing ? "warn" : ""],
   ];
-  $("tiles").replaceChildren(...all.map(([name, value, tone]) => {
+  fill($("tiles"), all.map(([name, value, tone]) => {
     const tile = document.createElement("div");
     tile.className = `tile ${tone}`;
     const number = document.createElement("b");
@@ -131,6 +216,13 @@ function tiles(run, steps) {
     tile.append(name, number);
     return tile;
   }));
+}
+
+// The newest step that is here, and if the gateway has a later one of the same attempt, how far there is to go.
+function reached(last, info) {
+  const here = last ? last.step.toLocaleString("en") : "none";
+  const isOnTheWay = last ? info.attempt === last.attempt && info.last_step > last.step : info.last_step > 0;
+  return isOnTheWay ? `${here} of ${info.last_step.toLocaleString("en")}` : here;
 }
 
 function canvas(element, height) {
@@ -148,11 +240,9 @@ function canvas(element, height) {
 
 function axes(element, xs, ys, height) {
   const [context, width, tall] = canvas(element, height);
-  const numbers = ys.filter(Number.isFinite);
-  let [low, high] = [Math.min(...numbers), Math.max(...numbers)];
-  if (!numbers.length) [low, high] = [0, 1];
+  let [low, high] = extent(ys) || [0, 1];
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
-  const [first, last] = xs.length ? [Math.min(...xs), Math.max(...xs)] : [0, 1];
+  const [first, last] = extent(xs) || [0, 1];
   const x = (value) => 56 + ((value - first) / (last - first || 1)) * (width - 66);
   const y = (value) => tall - 20 - ((value - low) / (high - low)) * (tall - 30);
   context.globalAlpha = 0.6;
@@ -216,7 +306,7 @@ function loss(steps) {
 }
 
 function legend(element, entries) {
-  element.replaceChildren(...entries.map(([name, color]) => {
+  fill(element, entries.map(([name, color]) => {
     const entry = document.createElement("span");
     const mark = document.createElement("i");
     mark.style.background = color;
@@ -235,7 +325,7 @@ function time(steps) {
   const sums = shares.map(([, ...parts]) => parts.reduce((a, b) => a + b, 0));
   // One step that hangs must not make all others invisible: what is far above the rest is cut off.
   const usual = [...sums].sort((a, b) => a - b)[Math.floor(sums.length * 0.97)] || 0;
-  const [context, x, y] = axes($("time"), shares.map((s) => s[0]), [0, Math.min(Math.max(...sums, 0), usual * 1.5) || 1]);
+  const [context, x, y] = axes($("time"), shares.map((s) => s[0]), [0, Math.min((extent(sums) || [0, 0])[1], usual * 1.5) || 1]);
   context.beginPath();
   context.rect(56, 0, $("time").clientWidth, $("time").clientHeight - 20);
   context.clip();
@@ -285,8 +375,9 @@ function seeds(steps) {
 function compare() {
   const series = [];
   for (const [name, run] of runs) {
-    const attempt = Math.max(...run.steps.map((step) => step.attempt), 0);
-    const mine = run.steps.filter((step) => step.rank === 0 && step.attempt === attempt);
+    const ofRank = run.steps.filter((step) => step.rank === 0);
+    const attempt = ofRank.reduce((newest, step) => Math.max(newest, step.attempt), 0);
+    const mine = ofRank.filter((step) => step.attempt === attempt);
     const value = (step) => (Number.isFinite(step.values.loss_ewma) ? step.values.loss_ewma : step.values.loss);
     series.push({ name, color: COLORS[series.length % COLORS.length], points: mine.map((s) => [s.step, value(s)]) });
   }
@@ -296,7 +387,7 @@ function compare() {
 
 function signals(steps) {
   const newestFirst = steps.slice(-500).reverse().flatMap((step) => step.signals.map((signal) => [step.step, ...signal]));
-  $("signals").replaceChildren(...newestFirst.slice(0, 50).map(([step, name, level, reason, route]) => {
+  fill($("signals"), newestFirst.slice(0, 50).map(([step, name, level, reason, route]) => {
     const item = document.createElement("li");
     item.className = level.toLowerCase();
     item.textContent = `step ${step}: ${name} (${reason}) → ${route}`;
@@ -304,12 +395,34 @@ function signals(steps) {
   }));
 }
 
-$("run").addEventListener("change", (event) => { chosen = event.target.value; draw(); });
-$("rank").addEventListener("change", (event) => { rank = event.target.value; draw(); });
-addEventListener("resize", draw);
+// -- what keeps it going -------------------------------------------------------------------------------
 
-async function forever() {
-  await look();
-  setTimeout(forever, EVERY_MS);
+function show() {
+  guard("the page", draw);
+  status();
 }
+
+function redraw() {
+  isStale = true;
+  show();
+}
+
+$("run").addEventListener("change", (event) => { chosen = event.target.value; redraw(); });
+$("rank").addEventListener("change", (event) => { rank = event.target.value; redraw(); });
+addEventListener("resize", redraw);
+
+// Two loops that do not wait for each other: what is shown goes on while the gateway lets the page wait.
+async function forever() {
+  let waitMs = EVERY_MS;
+  try {
+    await look();
+    faults.delete("the gateway's answer");
+    if ([...runs.values()].some((run) => run.isBehind)) waitMs = 0;
+  } catch (error) {
+    if (!gateway.fault) faults.set("the gateway's answer", error.message);
+  }
+  setTimeout(forever, waitMs);
+  show();
+}
+setInterval(show, EVERY_MS);
 forever();
