@@ -13,27 +13,28 @@ const PARTS = [["input_wait_ms", "input wait"], ["hook_latency_ms", "hook"], ["k
 const $ = (id) => document.getElementById(id);
 const runs = new Map(); // name -> { cursor, steps, infos, isBehind }
 const faults = new Map(); // what the page itself failed to do -> why
-const gateway = { heardMs: performance.now(), hasAnswered: false, fault: "" };
+const gateway = { heardMs: performance.now(), askedMs: Infinity, hasAnswered: false, fault: "" };
 let chosen = "";
 let rank = "0";
 let isStale = true; // whether there is something that was not drawn yet
 
-class Refused extends Error {} // the gateway has answered, and gives nothing
-
 async function ask(path) {
   let response;
   let answer;
+  gateway.askedMs = performance.now();
   try {
     response = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(GIVE_UP_MS) });
     answer = await response.text();
   } catch (error) {
     gateway.fault = error.message;
     throw error;
+  } finally {
+    gateway.askedMs = Infinity;
   }
   gateway.heardMs = performance.now();
   gateway.hasAnswered = true;
   gateway.fault = "";
-  if (!response.ok) throw Object.assign(new Refused(`${response.status} ${answer}`), { status: response.status });
+  if (!response.ok) throw Object.assign(new Error(`${response.status} ${answer}`), { status: response.status });
   return JSON.parse(answer);
 }
 
@@ -166,12 +167,12 @@ function draw() {
   guard("the signals", () => signals(steps));
 }
 
-// What keeps the page from being right: empty when nothing does.
+// Why the gateway's news do not come; empty when they do.
 function lost() {
-  const silentMs = performance.now() - gateway.heardMs;
-  const since = `for ${Math.round(silentMs / 1000)} s`;
+  const now = performance.now();
+  const since = `for ${Math.round((now - gateway.heardMs) / 1000)} s`;
   if (gateway.fault) return `the gateway does not answer (${since}): ${gateway.fault}`;
-  return silentMs > SLOW_MS ? `the gateway does not answer (${since})` : "";
+  return now - gateway.askedMs > SLOW_MS ? `the gateway does not answer (${since})` : "";
 }
 
 function status() {
