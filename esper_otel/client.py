@@ -60,11 +60,12 @@ class RunInfo:
         ended: ``completed``, an exception's type, or a signal's name; None while it lives or is silent.
         resumed: whether an earlier attempt of the run is known.
         writers: live processes that claim this (run, attempt, rank).
-        missing: steps that never came.
+        missing: steps that have not come, though earlier and later ones have.
         incomplete: steps released without some of their points.
         stored: steps that can be pulled.
         differing: points that came twice with two values.
-        too_late: steps that came after their place had been forgotten.
+        too_late: steps that came again, or after their place had been forgotten.
+        unseen: steps before the first that has come: late, lost, or sent to another gateway.
     """
 
     run_id: str
@@ -85,6 +86,7 @@ class RunInfo:
     stored: int
     differing: int
     too_late: int
+    unseen: int
 
 
 class Target(NamedTuple):

@@ -102,6 +102,10 @@ class Run:
 
 NO_READINGS: Mapping[str, float] = {}
 
+# A step whose sender does not say its number gets one from here on: this and its time in Unix nanoseconds. No sender's
+# own number is as large.
+GUESSED_STEP = 2**63
+
 # The last finite loss; a frame with a finite loss says no other.
 LAST_LOSS = "esper.training.loss"
 

@@ -6,15 +6,16 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from esper_otel.frame import Frame
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, Block, Decoded, Sender
-from esper_otel.gateway.items import End, Item, Origin, RunState
+from esper_otel.gateway.items import End, Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Shapes
 from esper_otel.gateway.queue import Waiting
 from esper_otel.gateway.runs import Runs
 from esper_otel.gateway.track import Track
 
-NO_STEPS: Mapping[Origin, int] = {}
+NO_FRAMES: Mapping[Origin, Frame] = {}
 
 
 class Taken(NamedTuple):
@@ -56,6 +57,7 @@ class Assembler:
         self._kept_bytes = 0
         self._ended: dict[Origin, str] = {}
         self._ending: dict[Track, None] = {}
+        self._moved: dict[Track, None] = {}
 
     def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Taken:
         """Takes what a request says.
@@ -99,6 +101,11 @@ class Assembler:
         self._ending = {track: None for track, ends in by_track.items() if ends}
         return [end for ends in by_track.values() for end in ends]
 
+    def places(self) -> list[Place]:
+        """Where the writers stand of which frames were released since the last call."""
+        moved, self._moved = self._moved, {}
+        return [track.place() for track in moved]
+
     def since(self) -> float | None:
         """When the first point came of what waits, on the monotonic clock; None when nothing waits."""
         return min((track.since_s for track in self._held if track.since_s is not None), default=None)
@@ -137,7 +144,8 @@ class Assembler:
         items: Iterable[Item],
         ended: Mapping[Origin, str],
         ends: Iterable[End] = (),
-        first_steps: Mapping[Origin, int] = NO_STEPS,
+        first_frames: Mapping[Origin, Frame] = NO_FRAMES,
+        places: Iterable[Place] = (),
         *,
         now_s: float,
     ) -> None:
@@ -147,7 +155,8 @@ class Assembler:
             items: the newest revision of the newest frames of each writer, oldest first.
             ended: outcomes of their runs.
             ends: ends of streams that were to come.
-            first_steps: the oldest step of each writer.
+            first_frames: the oldest frame of each writer.
+            places: where the writers stand.
             now_s: the monotonic clock.
         """
         for item in items:
@@ -155,8 +164,10 @@ class Assembler:
             track.received_s = now_s
             track.restore(item)
             self._keep(track, item.frame.time_unix_ns)
-        for origin, step in first_steps.items():
-            self._runs.restored(origin).restore_first(step)
+        for origin, frame in first_frames.items():
+            self._runs.restored(origin).restore_first(frame)
+        for place in places:
+            self._runs.restored(place.origin).restore_place(place)
         for origin, outcome in ended.items():
             self._runs.restored(origin).end(outcome)
         for end in ends:
@@ -171,26 +182,31 @@ class Assembler:
             rejected[TOO_MANY_RUNS] += len(block.times)
             return
         twin = self._runs.twin(sender)
-        for time_unix_ns, part in self._shapes.parts(block):
-            target = track
+        for time_unix_ns, of_frame in self._shapes.parts(block):
+            target, shape = track, of_frame.part.shape
             if twin is not None and not track.knows(time_unix_ns):
-                number = part.number(part.shape.sequence)
+                number = of_frame.part.number(shape.sequence)
                 if twin.knows(time_unix_ns) or (number is not None and number == twin.next != track.next):
                     target = twin
-            clash = target.take(time_unix_ns, part, sender, now_s, received_unix_ns, rejected)
+            self._touched[target] = None
+            target.learn(shape, is_ours=block.is_ours)
+            clash = target.take(time_unix_ns, of_frame, sender, now_s, received_unix_ns, rejected)
             if clash is not None:
-                twin = self._clashed(track if target is twin else None, sender, time_unix_ns, clash, now_s) or twin
+                other = track if target is twin else twin
+                twin = self._clashed(track, other, sender, time_unix_ns, clash, now_s) or twin
 
     def _clashed(
-        self, other: Track | None, sender: Sender, time_unix_ns: int, waiting: Waiting, now_s: float
+        self, first: Track, other: Track | None, sender: Sender, time_unix_ns: int, waiting: Waiting, now_s: float
     ) -> Track | None:
-        """Gives a frame whose number is taken to the sender's other writer."""
+        """Gives a frame whose number is taken to the sender's other writer; one that fits neither is counted."""
         target = other or self._runs.track(sender, now_s, suffix="#2")
         if target is None:
+            first.count_too_late()
             return None
         self._touched[target] = None
         target.note(sender, now_s, waiting.received_unix_ns)
-        target.put(time_unix_ns, waiting)
+        if target.put(time_unix_ns, waiting) is not None:
+            target.count_too_late()
         return None if other else target
 
     def _track(self, sender: Sender, now_s: float) -> Track | None:
@@ -201,6 +217,8 @@ class Assembler:
 
     def _released(self, track: Track, now_s: float, *, all_now: bool = False) -> list[Item]:
         items = track.release(now_s, all_now=all_now)
+        if items:
+            self._moved[track] = None
         for item in items:
             if item.revision == 1:
                 self._keep(track, item.frame.time_unix_ns)

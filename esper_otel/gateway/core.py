@@ -13,7 +13,7 @@ from typing import NamedTuple
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.assemble import Assembler
 from esper_otel.gateway.decode import Decoder
-from esper_otel.gateway.items import End, Item, Origin
+from esper_otel.gateway.items import End, Item, Origin, Place
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.pages import page, run_message, step_of
 from esper_otel.gateway.pull_messages import (
@@ -82,6 +82,7 @@ class Core:
         self._unsaved: list[Item] = []
         self._ended: dict[Origin, str] = {}
         self._ends: list[End] | None = None
+        self._places: dict[Origin, Place] = {}
         self._bodies: deque[tuple[int, float]] = deque()
         self._last_body, self._is_ending = 0, False
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
@@ -123,6 +124,7 @@ class Core:
         self._ended |= self._assembler.ended()
         ends = self._assembler.ends()
         self._ends = self._ends if ends is None else ends
+        self._places |= {place.origin: place for place in self._assembler.places()}
         since_s = self._assembler.since()
         while self._bodies and (since_s is None or self._bodies[0][1] < since_s):
             self._bodies.popleft()
@@ -130,7 +132,14 @@ class Core:
             kept = None
         first_kept = self._bodies[0][0] if self._bodies else None if kept is None else kept.number
         try:
-            self._store.add(self._unsaved, ended=self._ended, ends=self._ends, kept=kept, first_kept=first_kept)
+            self._store.add(
+                self._unsaved,
+                ended=self._ended,
+                ends=self._ends,
+                places=self._places.values(),
+                kept=kept,
+                first_kept=first_kept,
+            )
         except StoreFull as error:
             self.counts["store_failures"] += 1
             self._warnings.say("store", "%s; senders are asked to come again", error)
@@ -138,7 +147,7 @@ class Core:
         if kept is not None:
             self._last_body = kept.number
             self._bodies.append((kept.number, time.monotonic()))
-        saved, self._unsaved, self._ended, self._ends = self._unsaved, [], {}, None
+        saved, self._unsaved, self._ended, self._ends, self._places = self._unsaved, [], {}, None, {}
         self._ranks.note(saved)
         for item in saved:
             self.counts["steps"] += 1
@@ -172,7 +181,9 @@ class Core:
     def _restore(self, store: FileStore) -> None:
         """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
         now_s = time.monotonic()
-        self._assembler.restore(store.newest(), store.outcomes(), store.ends(), store.first_steps(), now_s=now_s)
+        self._assembler.restore(
+            *(store.newest(), store.outcomes(), store.ends(), store.first_frames(), store.places()), now_s=now_s
+        )
         for kept in store.bodies():
             decoded = self._decoder.decode_json(kept.body) if kept.is_json else self._decoder.decode(kept.body)
             self._assembler.take(decoded, now_s=now_s, received_unix_ns=kept.received_unix_ns)

@@ -14,7 +14,7 @@ from esper_otel.gateway.stored import StoreFull
 
 FILE = "steps.sqlite3"
 _LOCK = "lock"
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE runs (id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL);
 CREATE TABLE ranks (run INTEGER, rank INTEGER, last INTEGER, PRIMARY KEY (run, rank)) WITHOUT ROWID;
@@ -31,6 +31,16 @@ CREATE TABLE streams (
     run_id TEXT, attempt INTEGER, rank INTEGER, writer TEXT, time INTEGER, seed TEXT, place INTEGER
 );
 CREATE TABLE bodies (number INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB);
+"""
+# What version 2 added. When a run got its last step is told in seconds of the store's own age from then on.
+_ADDED = """
+CREATE TABLE places (
+    run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, next INTEGER, lowest INTEGER, missing INTEGER,
+    says_step INTEGER, says_epoch INTEGER, holes TEXT, PRIMARY KEY (run, rank, attempt, writer)
+) WITHOUT ROWID;
+CREATE TABLE age (seconds REAL);
+INSERT INTO age VALUES (0.0);
+UPDATE runs SET added_s = 0.0;
 """
 
 
@@ -87,9 +97,10 @@ def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0 and not read_only:
-        connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
-    elif version != _VERSION:
+    if version in (0, 1) and not read_only:
+        new = _ADDED if version else _SCHEMA + _ADDED
+        connection.executescript(f"BEGIN;{new}PRAGMA user_version = {_VERSION};COMMIT;")
+    elif version != _VERSION and not (version == 1 and read_only):  # frames are the same in both
         connection.close()
         raise ConfigurationError(f"{path} has version {version}, not {_VERSION}: it was written by another esper_otel")
     return connection

@@ -29,7 +29,7 @@ from esper_otel.gateway.labels import Label
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.otlp_json import protobuf_of_json
 from esper_otel.gateway.plain import plain_columns
-from esper_otel.gateway.raw import AN_END, HEALTH, NOTHING, SEED, SESSION, Columns, Raw
+from esper_otel.gateway.raw import AN_END, FRAMES, HEALTH, NOTHING, SEED, SESSION, Columns, Raw
 from esper_otel.gateway.template import Templates
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
@@ -193,6 +193,8 @@ def _blocks(raw: Raw, columns: Columns, labels: _Labels) -> tuple[Block, ...]:
     further = labels.further[columns.label] + (~is_seed & (said >= 0))
     is_mixed = further.any()
     names = tuple(name_places)
+    ours = np.array([metric.scope == FRAMES for metric in raw.metrics])
+    has_others = not ours.all()
     blocks = []
     for number, sender in enumerate(owners):
         mine = slice(None) if len(owners) == 1 else np.flatnonzero(owner == number)
@@ -201,7 +203,9 @@ def _blocks(raw: Raw, columns: Columns, labels: _Labels) -> tuple[Block, ...]:
             continue
         # Of two points of one stream the one with the fewest further attributes comes first, and counts.
         order = np.lexsort((further[mine], times)) if is_mixed else np.argsort(times, kind="stable")
-        blocks.append(Block(sender, names, labels.seeds, streams[mine][order], times[order], values[mine][order]))
+        is_ours = bool(ours[columns.metric[mine]].any()) if has_others else True
+        points = (streams[mine][order], times[order], values[mine][order])
+        blocks.append(Block(sender, names, labels.seeds, *points, is_ours))
     return tuple(blocks)
 
 

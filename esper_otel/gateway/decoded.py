@@ -76,6 +76,7 @@ class Block(NamedTuple):
             ``seeds``, -1 for step metrics, and name one in ``names``.
         times: Unix nanoseconds.
         values: the values.
+        is_ours: whether some are of our instrumentation scope.
     """
 
     sender: Sender
@@ -84,6 +85,7 @@ class Block(NamedTuple):
     streams: npt.NDArray[np.int64]
     times: npt.NDArray[np.uint64]
     values: npt.NDArray[np.float64]
+    is_ours: bool = False
 
 
 class Marker(NamedTuple):

@@ -155,7 +155,7 @@ def _write_runs(runs: list[RunInfo], *, as_json: bool) -> None:
         marks = [f"rank {run.rank} of {run.world_size}", f"steps {steps}", f"stored {run.stored}"]
         marks += [f"ended {run.ended}"] if run.ended else []
         marks += ["resumed"] if run.resumed else []
-        counts = ("missing", "incomplete", "differing", "too_late")
+        counts = ("missing", "unseen", "incomplete", "differing", "too_late")
         marks += [f"{name.replace('_', ' ')} {said[name]}" for name in counts if said[name]]
         marks += [f"writer {run.writer}"] if run.writer else []
         sys.stdout.write(f"{run.run_id}  attempt {run.attempt}  {'  '.join(marks)}\n")

@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from esper_otel.frame import ABSENT_BITS, Frame, Run, SeedTable, is_absent
+from esper_otel.frame import ABSENT_BITS, GUESSED_STEP, Frame, Run, SeedTable, is_absent
 from esper_otel.gateway.decoded import Marker, Sender
+from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.items import End, Item, Origin
 from esper_otel.gateway.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.queue import Ready, Waiting
@@ -30,11 +31,13 @@ class History:
 
     Args:
         origin: whose frames they are.
+        habits: what the writer says in its frames.
         most_ends: how many ends of streams are remembered that are to come.
     """
 
-    def __init__(self, origin: Origin, *, most_ends: int) -> None:
+    def __init__(self, origin: Origin, habits: Habits, *, most_ends: int) -> None:
         self._origin = origin
+        self._habits = habits
         self._most_ends = most_ends
         self._kept: dict[int, Released] = {}
         self._times: dict[int, int] = {}
@@ -56,6 +59,11 @@ class History:
     def time_of(self, sequence: int) -> int | None:
         """The time of the released frame with this number, if it is still kept."""
         return self._times.get(sequence)
+
+    def number_at(self, time_unix_ns: int) -> int:
+        """The number of the released frame of this time; 0 when it has none, or is not kept."""
+        kept = self._kept.get(time_unix_ns)
+        return 0 if kept is None else kept.sequence
 
     def __contains__(self, time_unix_ns: int) -> bool:
         return time_unix_ns in self._kept
@@ -90,7 +98,7 @@ class History:
             part,
             waiting.sequence or 0,
             waiting.sender,
-            self._step + 1,
+            self._guessed(time_unix_ns),
             complete,
             waiting.received_unix_ns,
             self._live.table,
@@ -116,8 +124,11 @@ class History:
             return []
         self.differing += joined.differing
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
-        expected = joined.part.number(joined.part.shape.points)
-        kept.complete = kept.complete or (expected is not None and len(joined.part.numbers) >= expected)
+        kept.complete = kept.complete or self._habits.is_complete(joined.part)
+        number = whole(joined.part.number(joined.part.shape.sequence), UINT64_LIMIT)
+        if not kept.sequence and number and number not in self._times:
+            kept.sequence = number
+            self._keep(time_unix_ns, kept)
         return self._replayed(time_unix_ns, changed=time_unix_ns)
 
     def end(self, marker: Marker) -> list[Item]:
@@ -145,8 +156,9 @@ class History:
             self.forgotten_unix_ns = max(self.forgotten_unix_ns, time_unix_ns)
 
     def size_of(self, time_unix_ns: int) -> int:
-        """The memory that a kept frame takes, about."""
-        return self._kept[time_unix_ns].size()
+        """The memory that a frame takes while it is kept, about."""
+        kept = self._kept.get(time_unix_ns)
+        return 0 if kept is None else kept.size()
 
     def ends(self) -> list[End]:
         """The ends that are to come."""
@@ -177,6 +189,8 @@ class History:
         )
         self._keep(frame.time_unix_ns, kept)
         self._live = _living(frame.live)
+        if frame.global_step < GUESSED_STEP:
+            self._step = max(self._step, frame.global_step)
         self._after(frame)
 
     # -- how they are made -------------------------------------------------------------------------------
@@ -184,12 +198,21 @@ class History:
     def _after(self, frame: Frame) -> None:
         """Notes what the next frame starts from."""
         self.newest_unix_ns = frame.time_unix_ns
-        self._step = frame.global_step
         self._loss = frame.recorded.get("esper.training.loss", self._loss)
         self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
         for seed in frame.retired:
             if seed not in self._live.ids:
                 self._seen.pop(seed, None)
+
+    def _guessed(self, time_unix_ns: int) -> int:
+        """The number of a step whose frame does not say it, or not yet.
+
+        A writer that never says one has its steps counted. In the steps of one that does, none is as large as this.
+        """
+        if self._habits.says_step:
+            return GUESSED_STEP + time_unix_ns
+        self._step += 1
+        return self._step
 
     def _keep(self, time_unix_ns: int, kept: Released) -> None:
         self._kept[time_unix_ns] = kept
@@ -206,18 +229,22 @@ class History:
             kept.loss_before = None if frame is None else frame.recorded.get("esper.training.loss")
         elif later is not None:
             kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
+        if time_unix_ns <= self.forgotten_unix_ns:  # what was between it and those that are kept is not known any more
+            return [self._made(time_unix_ns, kept, _living(kept.before), kept.loss_before)]
         self._keep(time_unix_ns, kept)
         return self._replayed(time_unix_ns, changed=time_unix_ns)
 
     def _replayed(self, start_unix_ns: int, *, changed: int | None = None) -> list[Item]:
         """Makes the frames from a time on anew; the items of those that are not as they were."""
-        items = []
+        items: list[Item] = []
         times = sorted(time for time in self._kept if time >= start_unix_ns)
         live = _living(self._kept[start_unix_ns].before)
         loss = self._kept[start_unix_ns].loss_before
         for time in times:
             kept = self._kept[time]
             was = kept.frame
+            if time > start_unix_ns and _is_equal_state(kept, live.table, loss):
+                return items  # from here on everything is as it was
             kept.before, kept.loss_before = live.table, loss
             item = self._made(time, kept, live, loss)
             loss = item.frame.recorded.get("esper.training.loss", loss)
@@ -241,7 +268,7 @@ class History:
             table, violations = step.recorded, step.violations
         if not kept.sequence:
             _complete(values, violations, loss)
-        global_step = whole(part.number(part.shape.step), UINT64_LIMIT)
+        global_step = whole(part.number(part.shape.step), GUESSED_STEP)
         kept.frame = Frame(
             _run(kept.sender),
             kept.sequence,
@@ -321,6 +348,13 @@ def _is_same(one: Frame, other: Frame) -> bool:
         and one.recorded.keys() == other.recorded.keys()
         and all(is_equal(value, other.recorded[name]) for name, value in one.recorded.items())
     )
+
+
+def _is_equal_state(kept: Released, live: SeedTable, loss: float | None) -> bool:
+    """Whether this is what the frame was made of beside its own values."""
+    was, loss_was = kept.before, kept.loss_before
+    is_same_loss = loss == loss_was or (loss is not None and loss_was is not None and is_equal(loss, loss_was))
+    return is_same_loss and live.ids == was.ids and live.cells.tobytes() == was.cells.tobytes()
 
 
 @lru_cache(maxsize=4096)

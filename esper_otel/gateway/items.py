@@ -58,6 +58,28 @@ class End(NamedTuple):
     column: int
 
 
+class Place(NamedTuple):
+    """Where a writer's frames stand: what must be known of them after a restart.
+
+    Attributes:
+        origin: whose they are.
+        next: the number that is to be released next; None when there are no numbers.
+        lowest: the lowest number that has come; None before the first.
+        missing: how many numbers after that were skipped and have not come.
+        says_step: whether frames say their global step.
+        says_epoch: whether they say their epoch.
+        holes: the numbers that are missing, each from the first to before the second; of very many the newest.
+    """
+
+    origin: Origin
+    next: int | None
+    lowest: int | None
+    missing: int
+    says_step: bool
+    says_epoch: bool
+    holes: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class RunState:
     """What is known of one rank of one attempt.
@@ -73,7 +95,8 @@ class RunState:
         ended: outcome of its end (``completed``, an exception's type, a signal); None while it lives or is silent.
         resumed: whether an earlier attempt of the run is known.
         writers: live processes that claim this (run, attempt, rank).
-        missing: frames that never came, counted when they were skipped.
+        missing: frames that have not come, between others that have, counted when they were skipped.
+        unseen: frames before the first that has come: late, lost, or sent to somebody else.
         incomplete: frames that were released without some of their points, and never completed.
         differing: points that came twice with two values; before the release the first one counted, then the last.
         too_late: frames that came again, or after their place had been forgotten; they were not looked at.
@@ -90,6 +113,7 @@ class RunState:
     resumed: bool = False
     writers: int = 1
     missing: int = 0
+    unseen: int = 0
     incomplete: int = 0
     differing: int = 0
     too_late: int = 0

@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from esper_otel.errors import StaleCursor, UnknownRun
+from esper_otel.frame import GUESSED_STEP
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.stored import Entry
 from esper_otel.leyline.packets import state
@@ -65,7 +66,9 @@ def add_page(app: web.Application, core: Core) -> None:
             raise web.HTTPNotFound(text=str(error)) from None
         except StaleCursor as error:
             raise web.HTTPConflict(text=str(error)) from None
-        shown = [_shown(entry, core.rules) for entry in found.entries]
+        # One whose number was lost has no place on the axis of steps; the run's counts show it.
+        entries = [entry for entry in found.entries if entry.item.frame.global_step < GUESSED_STEP]
+        shown = [_shown(entry, core.rules) for entry in entries]
         more = len(found.entries) == _AT_ONCE
         return web.json_response(
             {"steps": shown, "cursor": found.cursor, "gap": found.gap, "more": more}, headers=_HEADERS

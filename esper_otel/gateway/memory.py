@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from esper_otel.errors import UnknownRun
 from esper_otel.frame import LAST_LOSS, Frame
-from esper_otel.gateway.items import End, Item, Origin
+from esper_otel.gateway.items import End, Item, Origin, Place
 from esper_otel.gateway.stored import (
     NOTHING_ENDED,
     Entry,
@@ -91,6 +91,7 @@ class MemoryStore:
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         ends: Sequence[End] | None = None,  # noqa: ARG002
+        places: Iterable[Place] = (),  # noqa: ARG002
         kept: Kept | None = None,  # noqa: ARG002 - bodies are of no use to memory
         first_kept: int | None = None,  # noqa: ARG002
     ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from esper_otel.errors import StaleCursor, UnknownRun
+from esper_otel.frame import GUESSED_STEP
 from esper_otel.gateway.items import RunState
 from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, Step, step_message
 from esper_otel.gateway.stored import Entry, Store
@@ -74,7 +75,8 @@ def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_
         now_unix_ns=now_unix_ns,
     )
     made = with_signals(made, signals(made.state, loss_before=entry.loss_before, rules=rules))
-    return step_message(replace(made, writer=item.origin.writer))
+    names = made.names if made.step < GUESSED_STEP else made.names - {"esper.global_step"}
+    return step_message(replace(made, writer=item.origin.writer, names=names))
 
 
 def run_message(state: RunState, stored: int) -> Run:
@@ -98,4 +100,5 @@ def run_message(state: RunState, stored: int) -> Run:
         stored=stored,
         differing=state.differing,
         too_late=state.too_late,
+        unseen=state.unseen,
     )

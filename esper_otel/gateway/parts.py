@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, SeedTable
+from esper_otel.frame import ABSENT, GUESSED_STEP, NARROW, NO_SEEDS, WIDTH, Frame, SeedTable
 from esper_otel.gateway.decoded import Block
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS
 
@@ -129,6 +129,8 @@ class Part(NamedTuple):
 def part_of(frame: Frame, *, complete: bool) -> Part:
     """The points that a frame was made of; how many they were is known only if none is missing."""
     numbers: dict[Stream, float] = {(name, ""): value for name, value in frame.values().items()}
+    if frame.global_step >= GUESSED_STEP:
+        del numbers[_STEP]
     for seed, cells in frame.seeds.rows():
         numbers |= {(SEED_CELLS[SEED_FIELDS.index(field)].name, seed): cell for field, cell in cells.items()}
     if frame.sequence:
@@ -139,7 +141,10 @@ def part_of(frame: Frame, *, complete: bool) -> Part:
 
 
 class Merged(NamedTuple):
-    """Parts of one frame put together; ``differing`` counts values that came twice and were not the same."""
+    """Parts of one frame put together; ``differing`` counts values that came twice and were not the same.
+
+    Of two frames at one time nobody knows which values are whose: the part does not say then how many points it has.
+    """
 
     part: Part
     differing: int
@@ -149,13 +154,17 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> Merged:
     """The parts as one. Of a stream that comes twice the first value counts, or the last."""
     numbers: dict[Stream, float] = {}
     differing = 0
+    is_one = True
     for part in parts:
         for stream, number in zip(part.shape.streams, part.numbers.tolist(), strict=True):
             known = numbers.setdefault(stream, number)
             if known is not number and not is_equal(known, number):
                 differing += 1
+                is_one = is_one and stream != _SEQUENCE
                 if last_counts:
                     numbers[stream] = number
+    if not is_one:
+        numbers.pop(_POINTS, None)
     return Merged(Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing)
 
 
@@ -178,7 +187,7 @@ class Shapes:
         self._numbers = itertools.count()
         self._vocabularies: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
 
-    def parts(self, block: Block) -> Iterator[tuple[int, Part]]:
+    def parts(self, block: Block) -> Iterator[tuple[int, Merged]]:
         """The times in a block, each with its part."""
         times, streams, values = block.times, block.streams, block.values
         vocabulary = self._vocabulary(block)
@@ -188,7 +197,7 @@ class Shapes:
             some = slice(bounds[number], bounds[number + 1])
             # A copy: a frame that waits must not keep the whole request.
             part = Part(self._shape(block, vocabulary, streams[some]), values[some].copy())
-            yield time_unix_ns, merged((part,)).part if part.shape.has_repeats else part
+            yield time_unix_ns, merged((part,)) if part.shape.has_repeats else Merged(part, 0)
 
     def _vocabulary(self, block: Block) -> int:
         """A number for what streams are counted in; hashed once a block, since it may be long."""

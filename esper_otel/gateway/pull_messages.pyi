@@ -36,6 +36,7 @@ class Run(Message):
     stored: int
     differing: int
     too_late: int
+    unseen: int
     def __init__(
         self,
         *,
@@ -57,6 +58,7 @@ class Run(Message):
         stored: int = ...,
         differing: int = ...,
         too_late: int = ...,
+        unseen: int = ...,
     ) -> None: ...
 
 class PullRequest(Message):

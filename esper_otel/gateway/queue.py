@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from esper_otel.gateway.decoded import Sender
+from esper_otel.gateway.habits import Habits
+from esper_otel.gateway.items import Place
 from esper_otel.gateway.parts import Part, merged
 from esper_otel.gateway.skipped import Skipped
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
@@ -27,6 +29,8 @@ class Waiting:
         points: how many points these have.
         sequence: its number, once it is known.
         expected: how many points it has, once that is known.
+        has_step: whether its global step is known.
+        has_epoch: whether its epoch is.
         differing: values that came twice and were not the same; the first one counts.
     """
 
@@ -38,6 +42,8 @@ class Waiting:
     points: int = 0
     sequence: int | None = None
     expected: int | None = None
+    has_step: bool = False
+    has_epoch: bool = False
     differing: int = 0
 
     def add(self, part: Part) -> None:
@@ -45,6 +51,8 @@ class Waiting:
         self.parts.append(part)
         self.points += len(part.numbers)
         shape = part.shape
+        self.has_step = self.has_step or shape.step is not None
+        self.has_epoch = self.has_epoch or shape.epoch is not None
         if self.sequence is None and shape.sequence is not None:
             self.sequence = whole(part.number(shape.sequence), UINT64_LIMIT) or None
         if self.expected is None and shape.points is not None:
@@ -80,23 +88,26 @@ class Queue:
     """Frames wait here until they are whole and those before them are out, or for as long as ``hold_s``.
 
     A frame that says its number waits for its points and for the frames before it. One that does not is a plain
-    sender's, and goes ``linger_s`` after its last point; from a sender that has said numbers it is a part of a
-    frame, and waits for the rest.
+    sender's, and goes ``linger_s`` after its last point; but it waits for ``hold_s`` when it lacks what its sender
+    says in other frames, and the first one when it has no global step or epoch: they may come in a later request.
 
     Args:
+        habits: what the writer says in its frames.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long one waits that does not say how many points it has.
         most: how many frames wait; when there are more the oldest goes at once.
     """
 
-    def __init__(self, *, hold_s: float, linger_s: float, most: int) -> None:
+    def __init__(self, habits: Habits, *, hold_s: float, linger_s: float, most: int) -> None:
+        self._habits = habits
         self._hold_s = hold_s
         self._linger_s = linger_s
         self._most = most
         self._frames: dict[int, Waiting] = {}
         self._numbered: dict[int, int] = {}
-        self._late: dict[int, None] = {}
+        self._late: dict[int, int] = {}
         self._unnumbered: dict[int, None] = {}
+        self._released: set[int] = set()
         self._hole: tuple[int | None, float] | None = None
         self.next: int | None = None
         self.skipped = Skipped()
@@ -121,7 +132,7 @@ class Queue:
 
     def time_of(self, sequence: int) -> int | None:
         """The time of the waiting frame with this number."""
-        return self._numbered.get(sequence)
+        return self._numbered.get(sequence) or self._late.get(sequence)
 
     def seeds(self) -> set[str]:
         """The seeds of waiting frames."""
@@ -134,27 +145,52 @@ class Queue:
             self._unnumbered[time_unix_ns] = None
             return
         self._unnumbered.pop(time_unix_ns, None)
-        if self.next is not None and waiting.sequence < self.next:
-            self._late[time_unix_ns] = None
-        else:
-            self._numbered[waiting.sequence] = time_unix_ns
+        of_turn = self._late if self.is_late(waiting.sequence) else self._numbered
+        of_turn[waiting.sequence] = time_unix_ns
+
+    def is_late(self, sequence: int) -> bool:
+        """Whether the turn of this number is over."""
+        return self.next is not None and sequence < self.next
+
+    def note_released(self, sequence: int) -> None:
+        """Takes the number of a frame that was released before its number was known."""
+        if self.is_late(sequence):
+            self.skipped.remove(sequence)
+        elif sequence not in self._numbered:
+            self._released.add(sequence)
+            if len(self._released) > self._most:
+                self._released.remove(min(self._released))
+            self._pass_released()
+
+    def _pass_released(self) -> None:
+        """Goes on behind numbers that were released already."""
+        while self.next in self._released:
+            self._released.remove(self.next)
+            self.next += 1
 
     def pop(self, time_unix_ns: int) -> Waiting | None:
         """Gives a frame away."""
         waiting = self._frames.pop(time_unix_ns, None)
         if waiting is not None:
             self._unnumbered.pop(time_unix_ns, None)
-            self._late.pop(time_unix_ns, None)
-            if waiting.sequence is not None and self._numbered.get(waiting.sequence) == time_unix_ns:
-                del self._numbered[waiting.sequence]
+            for of_turn in (self._numbered, self._late):
+                if waiting.sequence is not None and of_turn.get(waiting.sequence) == time_unix_ns:
+                    del of_turn[waiting.sequence]
         return waiting
 
     def restore(self, sequence: int) -> None:
         """Notes that a frame was released in an earlier life, and those between it and the one before were not."""
         if sequence:
-            if self.next is not None and sequence > self.next:
+            if self.next is None:
+                self.skipped.lowest = 1  # those before it came too, or were counted
+            elif sequence > self.next:
                 self.skipped.add(self.next, sequence)
             self.next = max(self.next or 0, sequence + 1)
+
+    def restore_place(self, place: Place) -> None:
+        """Goes on from what was known in an earlier life; that counts more than what its frames tell."""
+        self.next = place.next
+        self.skipped.restore(place.lowest, place.holes, place.missing)
 
     def ready(self, now_s: float, lacks: Callable[[int, Waiting], bool], *, all_now: bool = False) -> Iterator[Ready]:
         """The frames whose turn it is, in order; afterwards ``due_s`` says when to ask again.
@@ -173,19 +209,25 @@ class Queue:
             return False
 
         yield from self._in_order(is_over, lacks)
-        for time_unix_ns in list(self._late):
+        for _, time_unix_ns in sorted(self._late.items()):
             waiting = self._frames[time_unix_ns]
             if waiting.is_whole() or is_over(waiting.first_s, self._hold_s):
                 yield self._out(time_unix_ns, complete=waiting.is_whole())
-        is_plain = self.next is None and not self._numbered
+        yield from self._unordered(is_over)
+        self.due_s = min(due_s, default=None)
+
+    def _unordered(self, is_over: Callable[[float, float], bool]) -> Iterator[Ready]:
+        """The frames without a number."""
+        habits = self._habits
         for time_unix_ns in sorted(self._unnumbered):
             waiting = self._frames[time_unix_ns]
-            lingered = is_plain and is_over(waiting.last_s, self._linger_s)
-            if lingered or is_over(waiting.first_s, self._hold_s):
-                yield self._out(time_unix_ns, complete=is_plain)
-            elif is_plain:
+            lacks = habits.counts or habits.lacks(has_step=waiting.has_step, has_epoch=waiting.has_epoch)
+            is_open = lacks or not (habits.is_known or (waiting.has_step and waiting.has_epoch))
+            since_s, wait_s = (waiting.first_s, self._hold_s) if is_open else (waiting.last_s, self._linger_s)
+            if is_over(since_s, wait_s):
+                yield self._out(time_unix_ns, complete=not lacks)
+            elif not habits.counts:
                 break  # those after it must not overtake it
-        self.due_s = min(due_s, default=None)
 
     def _in_order(
         self, is_over: Callable[[float, float], bool], lacks: Callable[[int, Waiting], bool]
@@ -196,10 +238,7 @@ class Queue:
                 lowest = min(self._numbered) if self._is_hole_new() or self.next is None else None
                 if lowest != 1 and not is_over(self._hole_since_s(), self._hold_s):
                     return
-                lowest = min(self._numbered)
-                if self.next is not None:
-                    self.skipped.add(self.next, lowest)
-                self.next = lowest
+                self._skip_to(min(self._numbered))
                 continue
             waiting = self._frames[time_unix_ns]
             is_whole = waiting.is_whole()
@@ -207,6 +246,23 @@ class Queue:
             if not goes and not is_over(waiting.first_s, self._hold_s):
                 return
             yield self._out(time_unix_ns, complete=is_whole)
+
+    def _skip_to(self, lowest: int) -> None:
+        """Gives up the numbers before this one for now: what comes of them is late."""
+        first = self.next
+        if first is None:
+            self.skipped.lowest = lowest
+        for number in sorted(each for each in self._released if each < lowest):
+            self._released.remove(number)
+            if first is None:
+                self.skipped.lowest, first = number, number + 1
+                continue
+            if number > first:
+                self.skipped.add(first, number)
+            first = number + 1
+        if first is not None and first < lowest:
+            self.skipped.add(first, lowest)
+        self.next = lowest
 
     def _is_hole_new(self) -> bool:
         return self._hole is None or self._hole[0] != self.next
@@ -221,6 +277,10 @@ class Queue:
     def _out(self, time_unix_ns: int, *, complete: bool) -> Ready:
         waiting = self._frames[time_unix_ns]
         self.pop(time_unix_ns)
+        self._habits.is_known = True
         if waiting.sequence is not None and waiting.sequence == self.next:
             self.next += 1
+            self._pass_released()
+        elif waiting.sequence is not None:
+            self.skipped.remove(waiting.sequence)
         return Ready(time_unix_ns, waiting, complete)

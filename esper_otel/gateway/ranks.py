@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
+from esper_otel.frame import GUESSED_STEP
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.pull_messages import Rank, RanksResponse
 
@@ -58,8 +59,8 @@ class _Run:
 
     def note(self, item: Item) -> None:
         frame, rank = item.frame, item.origin.rank
-        if rank not in self._ranks and len(self._ranks) >= _MOST_RANKS:
-            return
+        if frame.global_step >= GUESSED_STEP or (rank not in self._ranks and len(self._ranks) >= _MOST_RANKS):
+            return  # by its number no other rank's step could be found
         self._world_size = max(self._world_size, frame.run.world_size)
         of_rank = self._ranks.setdefault(rank, OrderedDict())
         values = dict(zip(frame.names, frame.numbers, strict=True))

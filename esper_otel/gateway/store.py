@@ -6,6 +6,7 @@ in the kernel's hands (synchronous = NORMAL). A power cut may take the last tran
 
 from __future__ import annotations
 
+import json
 import secrets
 import sqlite3
 import time
@@ -15,9 +16,10 @@ from copy import copy
 from pathlib import Path
 
 from esper_otel.errors import ConfigurationError, UnknownRun
+from esper_otel.frame import Frame
 from esper_otel.gateway.database import FILE, locked, opened, transaction
 from esper_otel.gateway.frames import frame_from_bytes, frame_to_bytes
-from esper_otel.gateway.items import End, Item, Origin
+from esper_otel.gateway.items import End, Item, Origin, Place
 from esper_otel.gateway.memory import loss_of
 from esper_otel.gateway.stored import (
     NOTHING_ENDED,
@@ -33,6 +35,7 @@ _COLUMNS = "position, number, attempt, rank, writer, frame, revision, complete, 
 _ROW_BYTES = 150
 _RESTORED = 256
 _NO_BODY = 2**62
+_AGE_EVERY_S = 60.0
 
 
 class _Run:
@@ -63,7 +66,7 @@ class FileStore:
     Args:
         folder: made when it is not there; one gateway at a time has it.
         limits: how much is stored.
-        clock: Unix time, in seconds.
+        clock: seconds that never go back; how old the store is, is counted with it over all its lives.
         read_only: only reads; a gateway may be writing.
 
     Raises:
@@ -74,12 +77,13 @@ class FileStore:
         self,
         folder: Path | str,
         limits: StoreLimits | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         *,
         read_only: bool = False,
     ) -> None:
         self._limits = limits or StoreLimits()
-        self._clock = clock
+        self._clock, self._opened_s = clock, clock()
+        self._age_before_s = self._age_noted_s = 0.0
         self._runs: dict[str, _Run] = {}
         self._bodies: list[int] = []
         self.dropped = 0
@@ -102,6 +106,7 @@ class FileStore:
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         ends: Sequence[End] | None = None,
+        places: Iterable[Place] = (),
         kept: Kept | None = None,
         first_kept: int | None = None,
     ) -> None:
@@ -129,6 +134,8 @@ class FileStore:
                 self._insert(connection, item, changed)
             for origin, outcome in ended.items():
                 self._end(connection, origin, outcome, changed)
+            for place in places:
+                self._place(connection, place, changed)
             for run in changed.values():
                 connection.execute(
                     "UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key)
@@ -171,12 +178,16 @@ class FileStore:
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for long."""
-        oldest_s = self._clock() - self._limits.idle_s
+        oldest_s = self._age_s() - self._limits.idle_s
+        if self._age_s() > self._age_noted_s + _AGE_EVERY_S:
+            with transaction(self._connection) as connection:
+                connection.execute("UPDATE age SET seconds = ?", (self._age_s(),))
+            self._age_noted_s = self._age_s()
         gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s]
         for run_id in gone:
             run = self._runs[run_id]
             with transaction(self._connection) as connection:
-                for table in ("items", "ranks", "ends"):
+                for table in ("items", "ranks", "ends", "places"):
                     connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
                 connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
             del self._runs[run_id]
@@ -201,8 +212,8 @@ class FileStore:
                 items += sorted(found.values(), key=lambda item: item.frame.time_unix_ns)
         return items
 
-    def first_steps(self) -> dict[Origin, int]:
-        """The oldest step of each writer."""
+    def first_frames(self) -> dict[Origin, Frame]:
+        """The oldest frame of each writer."""
         found = {}
         for origin in self.counts():
             key = self._runs[origin.run_id].key
@@ -211,7 +222,19 @@ class FileStore:
                 "ORDER BY number LIMIT 1",
                 (key, origin.rank, origin.attempt, origin.writer),
             ).fetchone()
-            found[origin] = frame_from_bytes(frame).global_step
+            found[origin] = frame_from_bytes(frame)
+        return found
+
+    def places(self) -> list[Place]:
+        """Where the writers stand."""
+        names = {run.key: run_id for run_id, run in self._runs.items()}
+        rows = self._connection.execute(
+            "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes FROM places"
+        )
+        found = []
+        for run, *origin, next_number, lowest, missing, says_step, says_epoch, holes in rows:
+            place = (next_number, lowest, missing, bool(says_step), bool(says_epoch))
+            found.append(Place(Origin(names[run], *origin), *place, tuple(map(tuple, json.loads(holes)))))
         return found
 
     def bodies(self) -> list[Kept]:
@@ -262,6 +285,15 @@ class FileStore:
             ends = self._connection.execute("SELECT attempt, rank, writer, outcome FROM ends WHERE run = ?", (key,))
             run.outcomes = {Origin(run_id, *origin): outcome for *origin, outcome in ends}
             self.size += run.size
+        if self._lock is not None:
+            (self._age_before_s,) = self._connection.execute("SELECT seconds FROM age").fetchone()
+            # Not all of it may have been noted: what was added last was added by then.
+            self._age_before_s = max([self._age_before_s, *(run.added_s for run in self._runs.values())])
+            self._age_noted_s = self._age_before_s
+
+    def _age_s(self) -> float:
+        """For how long gateways have run on this folder."""
+        return self._age_before_s + self._clock() - self._opened_s
 
     def _insert(self, connection: sqlite3.Connection, item: Item, changed: dict[str, _Run]) -> None:
         run_id, attempt, rank, writer = item.origin
@@ -284,7 +316,7 @@ class FileStore:
         run.losses[item.origin] = loss_of(item.frame)
         run.counts[item.origin] += 1
         run.size += size
-        run.added_s = self._clock()
+        run.added_s = self._age_s()
 
     def _end(self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _Run]) -> None:
         """Stores an outcome, if anything else of the run is stored."""
@@ -293,6 +325,15 @@ class FileStore:
             row = (run.key, origin.rank, origin.attempt, origin.writer, outcome)
             connection.execute("INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)", row)
             run.outcomes[origin] = outcome
+
+    def _place(self, connection: sqlite3.Connection, place: Place, changed: dict[str, _Run]) -> None:
+        """Stores where a writer stands, if anything of the run is stored."""
+        origin = place.origin
+        run = changed.get(origin.run_id) or self._copied(origin.run_id, changed)
+        if run is not None:
+            of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
+            row = (*of_writer, *place[1:-1], json.dumps(place.holes))
+            connection.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def _copied(self, run_id: str, changed: dict[str, _Run]) -> _Run | None:
         """A copy that a transaction may change; none when nothing of the run is stored."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from esper_otel.errors import EsperOtelError, StaleCursor
-from esper_otel.gateway.items import End, Item, Origin
+from esper_otel.gateway.items import End, Item, Origin, Place
 
 NOTHING_ENDED: Mapping[Origin, str] = {}
 
@@ -70,7 +70,7 @@ class StoreLimits:
         steps: of one run.
         run_bytes: about how much one run takes.
         all_bytes: about how much all runs take.
-        idle_s: a run to which nothing was added for so long is dropped.
+        idle_s: a run to which nothing was added for so long is dropped; only while a gateway runs does time count.
     """
 
     steps: int = 1_000_000
@@ -96,6 +96,7 @@ class Store(Protocol):
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         ends: Sequence[End] | None = None,
+        places: Iterable[Place] = (),
         kept: Kept | None = None,
         first_kept: int | None = None,
     ) -> None:
@@ -105,6 +106,7 @@ class Store(Protocol):
             items: frames in order of release.
             ended: outcomes of runs that have ended.
             ends: ends of seeds' streams that are to come; None when they are as they were.
+            places: where the writers of these frames stand.
             kept: a body to keep.
             first_kept: the number of the first body of which something waits; None when nothing waits.
 

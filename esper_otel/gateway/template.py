@@ -135,6 +135,7 @@ def _is_equal(one: Decoded, other: Decoded) -> bool:
     mine, theirs = one.blocks[0], other.blocks[0]
     return (
         mine[:3] == theirs[:3]
+        and mine.is_ours == theirs.is_ours
         and np.array_equal(mine.streams, theirs.streams)
         and np.array_equal(mine.times, theirs.times)
         and mine.values.tobytes() == theirs.values.tobytes()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from esper_otel.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.decoded import TOO_MANY_SEEDS, Marker, Sender
+from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.history import History
-from esper_otel.gateway.items import End, Item, Origin, RunState
+from esper_otel.gateway.items import End, Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.parts import Part
+from esper_otel.gateway.parts import Merged, Part, Shape
 from esper_otel.gateway.queue import Queue, Waiting
 
 
@@ -25,18 +27,23 @@ class Track:
     def __init__(self, origin: Origin, limits: Limits, *, hold_s: float, linger_s: float) -> None:
         self.origin = origin
         self._limits = limits
-        self._queue = Queue(hold_s=hold_s, linger_s=linger_s, most=limits.waiting)
-        self._history = History(origin, most_ends=2 * limits.seeds)
+        self._habits = Habits()
+        self._shape: Shape | None = None
+        self._queue = Queue(self._habits, hold_s=hold_s, linger_s=linger_s, most=limits.waiting)
+        self._history = History(origin, self._habits, most_ends=2 * limits.seeds)
         self._corrected: list[Item] = []
         self._known: set[str] = set()
         self._ids: tuple[str, ...] = ()
         self._outcome: str | None = None
         self._sender: Sender | None = None
         self._first_step: int | None = None
+        self._first_unix_ns = 0
+        self._last_step: int | None = None
         self._last: Item | None = None
         self._incomplete: set[int] = set()
         self._incomplete_count = 0
         self._too_late = 0
+        self._differing = 0
         self.received_s = 0.0
         self._received_unix_ns = 0
 
@@ -47,19 +54,35 @@ class Track:
         return time_unix_ns in self._history or self._queue.get(time_unix_ns) is not None
 
     def take(
-        self, time_unix_ns: int, part: Part, sender: Sender, now_s: float, received_unix_ns: int, rejected: Counter[str]
+        self,
+        time_unix_ns: int,
+        of_frame: Merged,
+        sender: Sender,
+        now_s: float,
+        received_unix_ns: int,
+        rejected: Counter[str],
     ) -> Waiting | None:
         """Takes a part of a frame; gives the frame back if it is another writer's."""
         self.note(sender, now_s, received_unix_ns)
-        part = self._within_limits(part, rejected)
-        if time_unix_ns in self._history:
-            self._corrected += self._history.correct(time_unix_ns, part, received_unix_ns)
-            return None
+        part = self._within_limits(of_frame.part, rejected)
+        number = part.number(part.shape.sequence)
         waiting = self._queue.get(time_unix_ns)
+        known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
+        if known and number is not None and number != known:
+            # Somebody on the way has given two frames the same time: these values are not of the one that came first.
+            self._differing += len(part.numbers)
+            return None
+        if time_unix_ns in self._history:
+            self._differing += of_frame.differing
+            self._corrected += self._history.correct(time_unix_ns, part, received_unix_ns)
+            if not known and self._history.number_at(time_unix_ns):
+                self._queue.note_released(self._history.number_at(time_unix_ns))
+            return None
         if waiting is None:
             waiting = Waiting(sender, now_s, now_s, received_unix_ns)
         was_numbered = waiting.sequence is not None
         waiting.add(part)
+        waiting.differing += of_frame.differing
         waiting.last_s, waiting.received_unix_ns = now_s, received_unix_ns
         if not was_numbered:
             return self.put(time_unix_ns, waiting)
@@ -73,14 +96,35 @@ class Track:
             if same not in (None, time_unix_ns):
                 self._queue.pop(time_unix_ns)
                 return waiting
-            if self._queue.next is not None and number < self._queue.next and number not in self._queue.skipped:
-                self._queue.pop(time_unix_ns)
-                if self._history.is_out_of_step(number, time_unix_ns):
+            if self._queue.is_late(number):
+                if not self._fits(number, time_unix_ns):
+                    self._queue.pop(time_unix_ns)
                     return waiting
-                self._too_late += 1
-                return None
+                if number not in self._queue.skipped:
+                    self._queue.pop(time_unix_ns)
+                    self.count_too_late()
+                    return None
         self._queue.put(time_unix_ns, waiting)
         return None
+
+    def _fits(self, number: int, time_unix_ns: int) -> bool:
+        """Whether a late frame's number and time are in one order with those of others; else another process counts."""
+        if self._history.is_out_of_step(number, time_unix_ns):
+            return False
+        if number not in self._queue.skipped:
+            return True
+        before, after = map(self._history.time_of, self._queue.skipped.around(number))
+        return (before is None or before < time_unix_ns) and (after is None or time_unix_ns < after)
+
+    def count_too_late(self) -> None:
+        """A frame has come that has no place any more."""
+        self._too_late += 1
+
+    def learn(self, shape: Shape, *, is_ours: bool) -> None:
+        """Learns what the writer says in its frames."""
+        if shape is not self._shape:
+            self._shape = shape
+            self._habits.note(shape, is_ours=is_ours)
 
     def end_stream(self, marker: Marker) -> None:
         """A stream of a seed has no value any more."""
@@ -156,25 +200,26 @@ class Track:
         """The items whose turn it is, in order."""
         items, self._corrected = self._corrected, []
         for ready in self._queue.ready(now_s, self._history.lacks_ends, all_now=all_now):
-            number = ready.waiting.sequence
-            if number is None and ready.time_unix_ns <= self._history.forgotten_unix_ns:
-                self._too_late += 1
+            if ready.waiting.sequence is None and ready.time_unix_ns <= self._history.forgotten_unix_ns:
+                self.count_too_late()
                 continue
             if not ready.waiting.points:
                 continue
-            if number is not None and number in self._queue.skipped:
-                self._queue.skipped.remove(number)
             items += self._history.release(ready)
         for item in items:
             self._note_item(item)
         return items
 
     def _note_item(self, item: Item) -> None:
-        step = item.frame.global_step
-        if self._first_step is None:
-            self._first_step = step
-        if self._last is None or item.frame.time_unix_ns >= self._last.frame.time_unix_ns:
+        step, time_unix_ns = item.frame.global_step, item.frame.time_unix_ns
+        is_last = self._last is None or time_unix_ns >= self._last.frame.time_unix_ns
+        if is_last:
             self._last = item
+        if step < GUESSED_STEP:
+            if self._first_step is None or time_unix_ns <= self._first_unix_ns:
+                self._first_step, self._first_unix_ns = step, time_unix_ns
+            if is_last:
+                self._last_step = step
         if not item.complete:
             self._incomplete.add(item.frame.time_unix_ns)
         else:
@@ -191,13 +236,28 @@ class Track:
             self._incomplete.discard(time_unix_ns)
             self._incomplete_count += 1
 
-    def restore_first(self, step: int) -> None:
-        """Notes the first step of an earlier life."""
-        self._first_step = step
+    def restore_first(self, first: Frame) -> None:
+        """Notes the first frame of an earlier life."""
+        if first.global_step < GUESSED_STEP and first.time_unix_ns <= self._first_unix_ns:
+            self._first_step, self._first_unix_ns = first.global_step, first.time_unix_ns
+
+    def restore_place(self, place: Place) -> None:
+        """Goes on from what was known in an earlier life; called after its frames were restored."""
+        self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
+        self._queue.restore_place(place)
+
+    def place(self) -> Place:
+        """What must be known of it after a restart."""
+        queue, habits = self._queue, self._habits
+        skipped = queue.skipped
+        of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
+        return Place(self.origin, *of_frames, skipped.holes)
 
     def restore(self, item: Item) -> None:
         """Goes on after a frame that was released in an earlier life, with those restored before it."""
         self._queue.restore(item.frame.sequence)
+        self._habits.is_known = True
+        self._habits.counts = self._habits.counts or item.frame.sequence > 0
         self._history.restore(item)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
@@ -212,14 +272,15 @@ class Track:
             run.world_size if run else sender.world_size if sender else 1,
             run.experiment if run else sender.experiment if sender else "",
             self._first_step,
-            None if last is None else last.frame.global_step,
+            self._last_step,
             0 if last is None else last.frame.time_unix_ns,
             self._received_unix_ns,
             ended=None if len(self._queue) else self._outcome,
             resumed=resumed,
             writers=writers,
             missing=self._queue.skipped.count,
+            unseen=self._queue.skipped.unseen,
             incomplete=self._incomplete_count + len(self._incomplete),
-            differing=self._history.differing,
+            differing=self._differing + self._history.differing,
             too_late=self._too_late,
         )

@@ -30,7 +30,8 @@ class Packets:
         run_id: the run's name.
         attempt: which start of the run; Unix milliseconds or the launcher's restart count.
         rank: the process within the run.
-        step: the step's number.
+        step: the step's number; from ``esper_otel.frame.GUESSED_STEP`` on, one that a gateway gave to a step whose
+            number was lost on the way.
         revision: 1, or higher for a later correction of the step.
         complete: whether every value of the step is in it.
         age_s: seconds from the step's time to the making of these packets.
