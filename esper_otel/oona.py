@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
 from esper_otel.leyline import messages
@@ -28,10 +28,13 @@ TTL_MS = 900_000
 _EMERGENCIES_A_MINUTE = 120  # what the prototype's bus client lets through
 _AT_ONCE = 256
 _IDLE_S = 0.02
-_TRIM_EVERY_S = 10.0
+_TRIM_EVERY_S, _MOST_MARKS = 10.0, 100
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
 _TIMEOUT_S = 5.0
 _CURSOR_KEY = "esper_otel:oona:cursor:"
+
+# Of an entry of a stream: milliseconds and a number.
+_Id: TypeAlias = tuple[int, int]
 
 
 class Entry(NamedTuple):
@@ -154,6 +157,7 @@ class Publisher:
         self._cursors: dict[str, str | None] = {}
         self._emergencies: deque[float] = deque()
         self._trimmed_s = float("-inf")
+        self._marks: deque[tuple[float, dict[str, _Id]]] = deque()
         self._warnings = Warnings()
         self._over = threading.Event()
         self._until_s = float("inf")
@@ -161,7 +165,7 @@ class Publisher:
         self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Publishes what there is, within about ``timeout_s``, and ends."""
+        """Publishes what there is, within about ``timeout_s``, and ends; what is left is said, and is no fault."""
         self._until_s = time.monotonic() + timeout_s
         self._over.set()
         self._thread.join(timeout_s + _TIMEOUT_S)
@@ -179,6 +183,11 @@ class Publisher:
         retry_s = _FIRST_RETRY_S
         while True:
             is_over = self._over.is_set()
+            if is_over and time.monotonic() >= self._until_s:
+                self._warnings.say(
+                    "oona end", "the time to end was too short to publish every step on Oona; %s", self._left
+                )
+                return
             try:
                 count = self._round()
                 retry_s = _FIRST_RETRY_S
@@ -188,8 +197,6 @@ class Publisher:
                 self._warnings.say(
                     "oona", "packets do not reach Redis: %s; they are kept and sent later", self.last_error
                 )
-                if is_over and time.monotonic() >= self._until_s:
-                    return
                 self._over.wait(0.0 if is_over else retry_s)
                 if is_over:
                     time.sleep(_FIRST_RETRY_S)
@@ -207,9 +214,19 @@ class Publisher:
 
     def _round(self) -> int:
         """A page of each run; how many steps they had."""
-        if time.monotonic() - self._trimmed_s > _TRIM_EVERY_S:
+        if time.monotonic() - self._trimmed_s > max(_TRIM_EVERY_S, self._ttl_ms / 1000 / _MOST_MARKS):
             self._trim()
-        return sum(self._publish(run_id) for run_id in self._source.runs())
+        count = 0
+        try:
+            run_ids = self._source.runs()
+        except GatewayError as error:
+            self._warnings.say("oona source", "the runs to publish are not known: %s", error)
+            return 0
+        for run_id in run_ids:
+            if self._over.is_set() and time.monotonic() >= self._until_s:
+                break
+            count += self._publish(run_id)
+        return count
 
     def _publish(self, run_id: str) -> int:
         key = _CURSOR_KEY + run_id
@@ -219,7 +236,10 @@ class Publisher:
         try:
             page = self._source.page(run_id, self._cursors[run_id], _AT_ONCE)
         except StaleCursor:
-            self._cursors[run_id] = None
+            self._cursors[run_id] = ""  # from the oldest step that there is
+            self._warnings.say(
+                "oona cursor", "run %s was published from a store that is gone: what it still had is lost", run_id
+            )
             return 0
         except UnknownRun:
             return 0
@@ -260,12 +280,30 @@ class Publisher:
         return len(self._emergencies) + urgent < _EMERGENCIES_A_MINUTE
 
     def _trim(self) -> None:
-        oldest = time.time_ns() // 10**6 - self._ttl_ms
+        """Trims what was there a ttl ago, by our own steady clock: that of Redis, or of this machine, may jump."""
+        now_s = time.monotonic()
         with self._redis.pipeline(transaction=False) as together:
             for stream in STREAMS:
-                together.xtrim(stream, minid=oldest, approximate=False)
-            together.execute()
-        self._trimmed_s = time.monotonic()
+                together.xrevrange(stream, count=1)
+            found = together.execute()
+        newest = {stream: _id(entries[0][0]) for stream, entries in zip(STREAMS, found, strict=True) if entries}
+        self._marks.append((now_s, newest))
+        old: dict[str, _Id] = {}
+        while self._marks and self._marks[0][0] <= now_s - self._ttl_ms / 1000:
+            _, old = self._marks.popleft()
+        for stream, (milliseconds, number) in old.items():
+            if (milliseconds, number) <= newest.get(stream, (0, 0)):  # else the stream was begun anew
+                self._redis.xtrim(stream, minid=f"{milliseconds}-{number + 1}", approximate=False)
+        self._trimmed_s = now_s
+
+    @property
+    def _left(self) -> str:
+        return "the rest follows in its next life" if self._remembers else "the rest is not published"
+
+
+def _id(entry_id: bytes) -> _Id:
+    milliseconds, _, number = entry_id.partition(b"-")
+    return int(milliseconds), int(number)
 
 
 def _client(url: str) -> tuple[Any, tuple[type[Exception], ...]]:

@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
+from frames import RUN, TIME_UNIX_NS, make_frame
 from gateways import RunningGateway
 from programs import Redis, free_port, until
 
 import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage, Telemetry, oona
+from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.store import FileStore
 from esper_otel.leyline import BusEnvelope, BusMessageType, SystemStatePacket, TelemetryPacket
 
 redis = pytest.importorskip("redis")
@@ -214,6 +217,43 @@ def test_a_gateway_publishes_and_goes_on_after_it_was_killed(
                 assert "esper_gateway_oona_published_total 10\n" in text
                 gateway.process.send_signal(signal.SIGKILL)
     assert [m.packet.global_step for m in messages] == [*range(1, 21)]
+
+
+def test_a_gateway_that_ends_with_a_backlog_ends_in_time_and_without_a_traceback(server: Redis, tmp_path: Path) -> None:
+    """More steps than the time is enough for: those that are published are the first ones, and the rest is said."""
+    store = FileStore(tmp_path)
+    frames = [make_frame(sequence=n, global_step=n, time_unix_ns=TIME_UNIX_NS + n) for n in range(1, 20_001)]
+    store.add([Item(Origin(RUN.run_id, RUN.attempt, 0), frame, 1, True, 1) for frame in frames])
+    store.close()
+    with server.client() as client, RunningGateway("--store", str(tmp_path), "--oona", server.url) as gateway:
+        until("it publishes", lambda: client.xlen("oona.normal") > 0)
+        started_s = time.monotonic()
+        assert gateway.end() == 0
+        assert time.monotonic() - started_s < 8
+        steps = [
+            SystemStatePacket.FromString(BusEnvelope.FromString(fields[b"payload"]).payload).global_step
+            for _, fields in client.xrange("oona.normal")
+        ]
+    assert 0 < len(steps) < len(frames)
+    assert steps == [*range(1, len(steps) + 1)]
+    assert "Traceback" not in gateway.said
+    assert "the rest follows in its next life" in gateway.said
+
+
+@pytest.mark.parametrize("jump_s", [30 * 3600, -30 * 3600], ids=["ahead", "back"])
+def test_a_clock_that_jumps_trims_nothing(server: Redis, monkeypatch: pytest.MonkeyPatch, jump_s: float) -> None:
+    """What consumers have not read yet is not deleted for its age because of one reading of a clock."""
+    monkeypatch.setattr(oona, "_TRIM_EVERY_S", 0.05)
+    monkeypatch.setattr(oona, "_MOST_MARKS", 100_000)
+    with esper_otel.start(run_id="bus") as telemetry, oona.publish(telemetry, server.url) as publisher:
+        steps(telemetry, 5)
+        until("they are published", lambda: publisher.counts["published"] == 10)
+        real, real_ns = time.time, time.time_ns
+        monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+        monkeypatch.setattr(time, "time_ns", lambda: real_ns() + int(jump_s * 1e9))
+        with server.client() as client:
+            until("it has trimmed", lambda: client.info("commandstats")["cmdstat_xrevrange"]["calls"] > 12)
+            assert client.xlen("oona.normal") + client.xlen("oona.telemetry") == 10
 
 
 def test_a_redis_that_is_not_there_harms_neither_training_nor_gateway(tmp_path: Path) -> None:

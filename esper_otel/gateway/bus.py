@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from esper_otel.client import page_of
@@ -40,4 +41,9 @@ class OfGateway:
         if self._loop.is_closed():
             question.close()
             raise GatewayUnavailable("the gateway has ended")
-        return asyncio.run_coroutine_threadsafe(question, self._loop).result(_TIMEOUT_S)
+        answer = asyncio.run_coroutine_threadsafe(question, self._loop)
+        try:
+            return answer.result(_TIMEOUT_S)
+        except (CancelledError, TimeoutError):
+            answer.cancel()
+            raise GatewayUnavailable("the gateway is about to end") from None

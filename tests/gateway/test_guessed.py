@@ -12,7 +12,8 @@ from frames import RUN, TIME_UNIX_NS, make_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from test_assemble import HOLD_S, LINGER_S, MS, Gateway, bodies, without_point
+from test_assemble import HOLD_S, LINGER_S, MS, Gateway, without_point
+from wire import bodies
 
 from esper_otel.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.core import Core

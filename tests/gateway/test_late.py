@@ -11,7 +11,8 @@ import pytest
 from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_assemble import HOLD_S, MS, Gateway, bodies, living
+from test_assemble import HOLD_S, MS, Gateway, living
+from wire import bodies
 
 from esper_otel.frame import Frame
 from esper_otel.gateway import skipped
