@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -211,6 +212,59 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     assert store.bodies() == []
     store.add([item(11)])
     assert store.after("run", "", None, 100).entries[-1].position == 11
+    store.close()
+
+
+@pytest.mark.parametrize("jump_s", [30 * 3600, -30 * 3600, 10 * 365 * 86_400])
+def test_no_jump_of_a_clock_ages_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float) -> None:
+    """Neither the wall clock, at the start or on the way, nor the steady clock, which begins anew after a reboot."""
+    store = FileStore(tmp_path)
+    store.add([item(1)])
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    assert store.expire() == []
+    store.close()
+    for clock in (time.monotonic, lambda: 5.0, lambda: 1e9):
+        store = FileStore(tmp_path, clock=clock)
+        assert store.expire() == []
+        store.close()
+
+
+def test_a_runs_age_adds_up_over_the_lives_of_a_gateway(tmp_path: Path) -> None:
+    """What is dropped was idle for that long while a gateway ran, however often it was started."""
+    limits = StoreLimits(idle_s=1_000)
+    store = FileStore(tmp_path, limits, clock=lambda: 0.0)
+    store.add([item(1, "old"), item(1, "new")])
+    store.close()
+    gone = []
+    for life in range(5):
+        now = [7e6 * life]
+        store = FileStore(tmp_path, limits, clock=lambda: now[0])  # noqa: B023
+        for _ in range(3):
+            now[0] += 100.0
+            store.add([item(2 + life, "new")])
+            gone += store.expire()
+        store.close()
+    assert gone == ["old"]
+
+
+def test_a_store_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    """Its runs begin to age then: when they got their last steps was told by the wall clock."""
+    store = FileStore(tmp_path)
+    store.add([item(step) for step in range(1, 6)])
+    store.close()
+    with sqlite3.connect(tmp_path / "steps.sqlite3") as connection:
+        connection.executescript("DROP TABLE places; DROP TABLE age; UPDATE runs SET added_s = 1.79e9;")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    reader = FileStore(tmp_path, read_only=True)
+    assert steps_of(reader) == [1, 2, 3, 4, 5]
+    reader.close()
+    now = [0.0]
+    store = FileStore(tmp_path, StoreLimits(idle_s=10), clock=lambda: now[0])
+    assert (steps_of(store), store.expire(), store.places()) == ([1, 2, 3, 4, 5], [], [])
+    now[0] = 11.0
+    assert store.expire() == ["run"]
     store.close()
 
 
