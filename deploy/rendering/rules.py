@@ -160,6 +160,9 @@ def others(naming: Naming) -> list[Alert]:
     ]
 
 
+# Reasons of the gateway that say that a run of ours needs more than it may have.
+_OVER_LIMIT = "too many (points|runs|seeds).*"
+
 PIPELINE = [
     Alert(
         "EsperCollectorDropping",
@@ -193,10 +196,36 @@ PIPELINE = [
     ),
     Alert(
         "EsperGatewayRejecting",
-        "sum by (job, instance, reason) (increase(esper_gateway_rejected_points_total[5m])) > 0",
+        "sum by (job, instance, reason) "
+        f'(increase(esper_gateway_rejected_points_total{{reason!~"{_OVER_LIMIT}"}}[5m])) > 0',
         "warn",
         "the esper gateway {{ $labels.instance }} refuses points: {{ $labels.reason }}",
-        "A sender that is not esper_otel reaches it, or one goes beyond the limits.",
+        "Its log names the metrics. A sender that is not esper_otel reaches it, or a processor on the way changes points.",
+    ),
+    Alert(
+        "EsperGatewayOverLimit",
+        "sum by (job, instance, reason) "
+        f'(increase(esper_gateway_rejected_points_total{{reason=~"{_OVER_LIMIT}"}}[5m])) > 0',
+        "high",
+        "the esper gateway {{ $labels.instance }} loses points of runs: {{ $labels.reason }}",
+        "Too many runs: send some of them to another gateway. Too many points: let the collector send smaller batches. "
+        "Too many seeds: retire those that are over.",
+    ),
+    Alert(
+        "EsperGatewayRefusing",
+        "sum by (job, instance, reason) (increase(esper_gateway_refused_requests_total[5m])) > 0",
+        "high",
+        "the esper gateway {{ $labels.instance }} refuses requests for good: {{ $labels.reason }}",
+        "Its log says what was wrong. A wrong token: let the gateway accept both tokens while they change.",
+    ),
+    Alert(
+        "EsperGatewayDeferring",
+        "sum by (job, instance, reason) (increase(esper_gateway_deferred_requests_total[1m])) > 0",
+        "warn",
+        "the esper gateway {{ $labels.instance }} asks senders to come again: {{ $labels.reason }}",
+        "They keep the data. Too many runs: end those that are over, or send some to another gateway before their buffers "
+        "are full.",
+        "2m",
     ),
 ]
 

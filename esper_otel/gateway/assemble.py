@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from esper_otel.frame import Frame
+from esper_otel.gateway.crowd import Crowd
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, Block, Decoded, Sender
 from esper_otel.gateway.items import End, Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
@@ -24,10 +25,14 @@ class Taken(NamedTuple):
     Attributes:
         accepted: points taken.
         rejected: points not taken, by reason.
+        crowded: the runs for which there is no room now.
+        waits_for: those of them because of which the request should come again.
     """
 
     accepted: int
     rejected: Mapping[str, int]
+    crowded: tuple[str, ...] = ()
+    waits_for: tuple[str, ...] = ()
 
 
 class Assembler:
@@ -58,6 +63,7 @@ class Assembler:
         self._ended: dict[Origin, str] = {}
         self._ending: dict[Track, None] = {}
         self._moved: dict[Track, None] = {}
+        self._crowd = Crowd(self._limits.patient_s)
 
     def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Taken:
         """Takes what a request says.
@@ -66,8 +72,12 @@ class Assembler:
             decoded: the request.
             now_s: the monotonic clock.
             received_unix_ns: when it came.
+
+        Returns:
+            What became of it. A request that comes again changes nothing of what was taken the first time.
         """
         rejected = Counter(decoded.rejected)
+        self._crowd.begin()
         for block in decoded.blocks:
             self._take_block(block, now_s, received_unix_ns, rejected)
         for marker in decoded.markers:
@@ -85,7 +95,8 @@ class Assembler:
                 track.note(sender, now_s, received_unix_ns)
                 track.end(outcome)
                 self._ended[track.origin] = outcome
-        return Taken(decoded.points - rejected.total(), rejected)
+        waits_for = self._crowd.waiting(now_s) if rejected[TOO_MANY_RUNS] else ()
+        return Taken(decoded.points - rejected.total(), +rejected, self._crowd.runs, waits_for)
 
     def ended(self) -> dict[Origin, str]:
         """Outcomes of the runs that ended since the last call."""
@@ -211,6 +222,7 @@ class Assembler:
 
     def _track(self, sender: Sender, now_s: float) -> Track | None:
         track = self._runs.track(sender, now_s)
+        self._crowd.note(sender, now_s, is_taken=track is not None)
         if track is not None:
             self._touched[track] = None
         return track

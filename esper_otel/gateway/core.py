@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -13,8 +13,10 @@ from typing import NamedTuple
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.assemble import Assembler
 from esper_otel.gateway.decode import Decoder
+from esper_otel.gateway.decoded import OTHER_METRICS, TOO_MANY_RUNS
+from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import End, Item, Origin, Place
-from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import page, run_message, step_of
 from esper_otel.gateway.pull_messages import (
     PullRequest,
@@ -36,6 +38,8 @@ MOST_PACKETS = 1000
 _MOST_WAIT_S = 60.0
 _TIDY_EVERY_S = 10.0
 _RETRY_STORE_S = 1.0
+_MOST_REJECTED_METRICS = 100
+_MOST_RUNS_NAMED = 3
 
 
 class Answer(NamedTuple):
@@ -91,6 +95,8 @@ class Core:
         self._warnings, self._ranks = Warnings(), Ranks()
         self.publisher: Publisher | None = None  # on Oona, if it is asked for
         self.counts, self.rejected = Counter[str](), Counter[str]()
+        self.refused, self.deferred = Counter[str](), Counter[str]()  # requests as a whole, by reason
+        self.rejected_metrics = Counter[tuple[str, str]]()
         if isinstance(store, FileStore):
             self._restore(store)
 
@@ -103,6 +109,7 @@ class Core:
             Malformed: the bytes are no request.
             NotAllowed: the sender may not write to one of the runs.
             StoreFull: it could not be stored; the same request may come again.
+            Crowded: there is no room for one of its writers; the others' points are stored. As above.
         """
         self._save([])  # what an earlier request left comes first; while that fails nothing more is taken
         decoded = self._decoder.decode_json(body) if is_json else self._decoder.decode(body)
@@ -113,10 +120,35 @@ class Core:
         items = self._assembler.release(now_s)
         self._save(items, Kept(self._last_body + 1, body, is_json, received_unix_ns))
         self._schedule(now_s)
+        if taken.waits_for:
+            runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
+            message = f"there is no room for run {runs} now: too many writers send; one that is silent makes room"
+            self._warnings.say("crowded", "%s; its sender is asked to come again", message)
+            raise Crowded(message)
         self.counts["requests"] += 1
         self.counts["points"] += taken.accepted
-        self.rejected.update(taken.rejected)
-        return Answer(sum(taken.rejected.values()), _reason(taken.rejected))
+        return self._answer(taken.rejected, decoded.metrics, taken.crowded)
+
+    def _answer(
+        self, rejected: Mapping[str, int], metrics: Mapping[str, Mapping[str, int]], runs: Sequence[str]
+    ) -> Answer:
+        """Counts and logs what was refused for good of a request that was taken otherwise."""
+        reason = _reason(rejected, {**metrics, TOO_MANY_RUNS: runs[:_MOST_RUNS_NAMED]})
+        if reason:
+            self.rejected.update(rejected)
+            for pair in ((why, metric) for why, of_reason in metrics.items() for metric in of_reason):
+                is_known = pair in self.rejected_metrics or len(self.rejected_metrics) < _MOST_REJECTED_METRICS
+                self.rejected_metrics[pair if is_known else (pair[0], OTHER_METRICS)] += metrics[pair[0]][pair[1]]
+            self._warnings.say("rejected", "points were refused: %s", reason)
+        return Answer(sum(rejected.values()), reason)
+
+    def note_fault(self, fault: Fault) -> None:
+        """Counts a request that was not taken; one that is refused for good is logged, with nothing about secrets."""
+        is_final = fault.retry_s is None
+        (self.refused if is_final else self.deferred)[fault.reason] += 1
+        if is_final:
+            detail = "" if fault.reason in CREDENTIALS else f": {fault.message}"
+            self._warnings.say(f"refused {fault.reason}", "a request was refused for good, %s%s", fault.reason, detail)
 
     def _save(self, items: list[Item], kept: Kept | None = None) -> None:
         """Stores frames, in their order; what cannot be stored now is stored with the next ones."""
@@ -332,6 +364,7 @@ class Core:
             "runs": len({state.origin.run_id for state in runs}),
             "writers": len(runs),
             "missing_steps": sum(state.missing for state in runs),
+            "too_late_steps": sum(state.too_late for state in runs),
             "stored_bytes": self._store.size,
             "dropped_steps": self._store.dropped,
             "waiting_pulls": sum(map(len, self._waiters.values())),
@@ -344,5 +377,10 @@ class Core:
         return not self._unsaved
 
 
-def _reason(rejected: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()) if count)
+def _reason(rejected: Mapping[str, int], whose: Mapping[str, Iterable[str]]) -> str:
+    """How many points were refused, why, and of which metrics or runs, in words."""
+    parts = []
+    for reason, count in sorted(rejected.items()):
+        names = [name if name == OTHER_METRICS else repr(name) for name in whose.get(reason, ()) if name]
+        parts.append(f"{count} {reason}" + (f" ({', '.join(names)})" if names else ""))
+    return ", ".join(parts)

@@ -104,16 +104,17 @@ class _Labels(NamedTuple):
 def _judged(raw: Raw, columns: Columns) -> Decoded:
     rejected = raw.rejected
     if not raw.metrics:
-        return Decoded((), (), (), raw.points, rejected)
+        return Decoded((), (), (), raw.points, rejected.counts, rejected.metrics)
     labels = _Labels.of(list(raw.labels))
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
     is_health = np.array([metric.scope == HEALTH for metric in raw.metrics])
     verdict = _verdict(columns, labels, levels)
     if verdict.any():
-        counts = np.bincount(verdict, minlength=len(_REASONS)).tolist()
-        for reason, count in list(zip(_REASONS, counts, strict=True))[1:]:
-            if count:
-                rejected[reason] += count
+        pairs = columns.metric.astype(np.int64) * len(_REASONS) + verdict
+        for pair, count in zip(*(each.tolist() for each in np.unique(pairs, return_counts=True)), strict=True):
+            metric, reason = divmod(pair, len(_REASONS))
+            if reason:
+                rejected.add(_REASONS[reason], raw.metrics[metric].name, count)
     taken = verdict == 0
     is_end = columns.holds == AN_END
     beside = taken & (is_end | (levels == SESSION)[columns.metric] | is_health[columns.metric])
@@ -124,7 +125,8 @@ def _judged(raw: Raw, columns: Columns) -> Decoded:
         taken &= ~beside
     if not taken.all():
         columns = Columns(*(column[taken] for column in columns))
-    return Decoded(_blocks(raw, columns, labels), markers, ended, raw.points, rejected)
+    blocks = _blocks(raw, columns, labels)
+    return Decoded(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics)
 
 
 def _verdict(columns: Columns, labels: _Labels, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,31 @@ REASONS = (
 # 2000-01-01 and 2100-01-01: whose clock says something else has none.
 EARLIEST_UNIX_NS = 946_684_800 * 10**9
 LATEST_UNIX_NS = 4_102_444_800 * 10**9
+
+
+# How many metrics are named with each reason, and how much of a name is shown.
+_MOST_NAMES, _NAME_LENGTH = 5, 64
+OTHER_METRICS = "others"
+
+
+class Rejected:
+    """Points that were not taken: how many for each reason, and of which metrics they are, of the first few.
+
+    Attributes:
+        counts: points by reason.
+        metrics: by reason, points by metric; those of further metrics stand under ``OTHER_METRICS``.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.metrics: dict[str, Counter[str]] = {}
+
+    def add(self, reason: str, metric: str, count: int) -> None:
+        """Notes points of a metric, whose name may be anything."""
+        self.counts[reason] += count
+        of_reason = self.metrics.setdefault(reason, Counter())
+        name = "".join(character if character.isprintable() else "?" for character in metric[:_NAME_LENGTH])
+        of_reason[name if name in of_reason or len(of_reason) < _MOST_NAMES else OTHER_METRICS] += count
 
 
 class Malformed(EsperOtelError):
@@ -122,6 +149,7 @@ class Decoded(NamedTuple):
         ended: ranks that have ended.
         points: all points of the request, rejected ones too.
         rejected: how many points were not taken, by reason.
+        metrics: by reason, how many of which metrics, of the first few.
     """
 
     blocks: tuple[Block, ...]
@@ -129,3 +157,4 @@ class Decoded(NamedTuple):
     ended: tuple[Ended, ...]
     points: int
     rejected: Mapping[str, int]
+    metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})

@@ -11,15 +11,27 @@ from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as ab
 
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.decoded import Malformed
+from esper_otel.gateway.limits import Crowded
 from esper_otel.gateway.security import BadRequest, NotAllowed, Refused
 from esper_otel.gateway.stored import StoreFull
 from esper_otel.log import Warnings
 
 _RETRY_S = 1.0
+_RETRY_ROOM_S = 5.0
+
+# Why requests are refused: in counters.
+CREDENTIALS = UNKNOWN_SENDER, OTHER_RUN = "credentials missing or unknown", "credentials not for the run"
+UNSUPPORTED, FAULT = "content type or encoding", "fault of the gateway"
+REFUSED = ("malformed", UNKNOWN_SENDER, OTHER_RUN, "too large", UNSUPPORTED, FAULT)
+DEFERRED = ("busy", "not stored", "too many runs")
 
 
 class Busy(Exception):
     """More is in flight than there is room for."""
+
+
+class Unsupported(Exception):
+    """A content type or an encoding that is not spoken here."""
 
 
 class TooLarge(Exception):
@@ -34,12 +46,14 @@ class Fault(NamedTuple):
         status: of HTTP.
         message: in words.
         retry_s: when to come again; None: never with the same request.
+        reason: one of a few words, to count by.
     """
 
     code: grpc.StatusCode
     status: int
     message: str
     retry_s: float | None
+    reason: str
 
     def body(self) -> Status:
         """As ``google.rpc.Status``, the body of an HTTP answer and the details of gRPC."""
@@ -51,16 +65,18 @@ class Fault(NamedTuple):
         return status
 
 
-_TABLE: dict[type[Exception], tuple[grpc.StatusCode, int, float | None]] = {
-    Malformed: (grpc.StatusCode.INVALID_ARGUMENT, 400, None),
-    BadRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400, None),
-    Refused: (grpc.StatusCode.UNAUTHENTICATED, 401, None),
-    NotAllowed: (grpc.StatusCode.PERMISSION_DENIED, 403, None),
-    UnknownRun: (grpc.StatusCode.NOT_FOUND, 404, None),
-    StaleCursor: (grpc.StatusCode.FAILED_PRECONDITION, 409, None),
-    TooLarge: (grpc.StatusCode.INVALID_ARGUMENT, 413, None),
-    Busy: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S),
-    StoreFull: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S),
+_TABLE: dict[type[Exception], tuple[grpc.StatusCode, int, float | None, str]] = {
+    Malformed: (grpc.StatusCode.INVALID_ARGUMENT, 400, None, "malformed"),
+    BadRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400, None, "malformed"),
+    Refused: (grpc.StatusCode.UNAUTHENTICATED, 401, None, UNKNOWN_SENDER),
+    NotAllowed: (grpc.StatusCode.PERMISSION_DENIED, 403, None, OTHER_RUN),
+    UnknownRun: (grpc.StatusCode.NOT_FOUND, 404, None, "unknown run"),
+    StaleCursor: (grpc.StatusCode.FAILED_PRECONDITION, 409, None, "stale cursor"),
+    TooLarge: (grpc.StatusCode.INVALID_ARGUMENT, 413, None, "too large"),
+    Unsupported: (grpc.StatusCode.INVALID_ARGUMENT, 415, None, UNSUPPORTED),
+    Busy: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S, "busy"),
+    StoreFull: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S, "not stored"),
+    Crowded: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_ROOM_S, "too many runs"),
 }
 
 
@@ -72,6 +88,7 @@ def fault_of(error: Exception, warnings: Warnings) -> Fault:
             f"fault {type(error).__name__}", "a request failed (%s: %s)", type(error).__name__, error, exc_info=error
         )
         # Not "come again": it would, and hold up all that its sender has behind it.
-        return Fault(grpc.StatusCode.INVALID_ARGUMENT, 400, "the gateway failed over this request; see its log", None)
-    code, status, retry_s = known
-    return Fault(code, status, str(error), retry_s)
+        message = "the gateway failed over this request; see its log"
+        return Fault(grpc.StatusCode.INVALID_ARGUMENT, 400, message, None, FAULT)
+    code, status, retry_s, reason = known
+    return Fault(code, status, str(error), retry_s, reason)

@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.decoded import Malformed
-from esper_otel.gateway.faults import Busy, TooLarge, fault_of
+from esper_otel.gateway.faults import Busy, TooLarge, Unsupported, fault_of
 from esper_otel.gateway.live import add_page
 from esper_otel.gateway.metrics import prometheus_text
 from esper_otel.gateway.security import Tokens
@@ -66,10 +66,10 @@ class _Receiving:
         """Answers as OTLP/HTTP says: in the request's encoding; a failure as ``google.rpc.Status``."""
         is_json = request.content_type == _JSON
         if not is_json and request.content_type != _PROTOBUF:
-            return web.Response(status=415, text=f"the body is to be {_PROTOBUF} or {_JSON}\n")
+            return self._unsupported(f"the body is to be {_PROTOBUF} or {_JSON}")
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding not in {"identity", "gzip"}:
-            return web.Response(status=415, text="content-encoding is to be gzip or identity\n")
+            return self._unsupported("content-encoding is to be gzip or identity")
         try:
             grant = None if self._tokens is None else self._tokens.grant(request.headers.get("authorization"))
             body = await self._body(request)
@@ -78,6 +78,7 @@ class _Receiving:
             answer = self._core.receive(body, is_json=is_json, grant=grant)
         except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules
             fault = fault_of(error, self._warnings)
+            self._core.note_fault(fault)
             headers = {} if fault.retry_s is None else {"retry-after": f"{fault.retry_s:g}"}
             return _response(fault.body(), is_json=is_json, status=fault.status, headers=headers)
         response = ExportMetricsServiceResponse()
@@ -85,6 +86,10 @@ class _Receiving:
             response.partial_success.rejected_data_points = answer.rejected
             response.partial_success.error_message = answer.reason
         return _response(response, is_json=is_json)
+
+    def _unsupported(self, message: str) -> web.Response:
+        self._core.note_fault(fault_of(Unsupported(message), self._warnings))
+        return web.Response(status=415, text=f"{message}\n")
 
     async def _body(self, request: web.Request) -> bytes:
         announced = request.content_length or 0

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from esper_otel.errors import EsperOtelError
+
+
+class Crowded(EsperOtelError):
+    """There is no room for a further writer now; there may be when another has been silent for a while."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -14,7 +20,9 @@ class Limits:
         attributes: attributes of one point, or of one Resource.
         text_bytes: length of an id or a name, in UTF-8.
         seeds: seeds of one run's rank that are alive at once.
-        runs: ranks of runs that are known at once.
+        runs: ranks of runs that are known at once; a further one is asked to come again.
+        patient_s: for how long a request with the points of others too is refused because of such a one; from then on
+            only its own points are, for good.
         waiting: frames of one rank that wait for points or for frames before them.
         waiting_points: points in waiting frames, over all runs.
         kept_bytes: memory for released frames that a late point may still correct, over all runs.
@@ -26,6 +34,7 @@ class Limits:
     text_bytes: int = 256
     seeds: int = 20_000
     runs: int = 1_000
+    patient_s: float = 60.0
     waiting: int = 20_000
     waiting_points: int = 2_000_000
     kept_bytes: int = 128 * 1024 * 1024

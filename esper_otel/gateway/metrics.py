@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.decoded import REASONS
+from esper_otel.gateway.faults import DEFERRED, REFUSED
 
 
 class _Own(NamedTuple):
@@ -34,7 +35,8 @@ _OONA = (
 _GAUGES = (
     _Own("runs", "gauge", "Runs known."),
     _Own("writers", "gauge", "Processes known that send."),
-    _Own("missing_steps", "gauge", "Steps that never came, of the runs known."),
+    _Own("missing_steps", "gauge", "Steps that have not come though later ones have, of the runs known."),
+    _Own("too_late_steps", "gauge", "Steps that came again, or too late to be taken, of the runs known."),
     _Own("stored_bytes", "gauge", "Bytes that stored steps take."),
     _Own("waiting_pulls", "gauge", "Pullers that wait for the next step."),
     _Own("unsaved_steps", "gauge", "Steps that the store has not taken yet."),
@@ -54,8 +56,24 @@ def prometheus_text(core: Core) -> str:
             name = f"esper_gateway_oona_{own.name}_total"
             count = core.publisher.counts[own.name]
             lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {count}"]
-    name = "esper_gateway_rejected_points_total"
-    lines += [f"# HELP {name} Points refused, by reason.", f"# TYPE {name} counter"]
-    rejected = {**dict.fromkeys(REASONS, 0), **core.rejected}  # a counter that began at 1 would be no increase
-    lines += [f'{name}{{reason="{reason}"}} {count}' for reason, count in sorted(rejected.items())]
+    for name, text, reasons, counted in (
+        ("rejected_points", "Points refused for good, by reason.", REASONS, core.rejected),
+        ("refused_requests", "Requests refused for good, by reason.", REFUSED, core.refused),
+        ("deferred_requests", "Requests whose senders were asked to come again, by reason.", DEFERRED, core.deferred),
+    ):
+        full = f"esper_gateway_{name}_total"
+        lines += [f"# HELP {full} {text}", f"# TYPE {full} counter"]
+        counts = {**dict.fromkeys(reasons, 0), **counted}  # a counter that began at 1 would be no increase
+        lines += [f'{full}{{reason="{reason}"}} {count}' for reason, count in sorted(counts.items())]
+    name = "esper_gateway_rejected_metric_points_total"
+    lines += [
+        f"# HELP {name} Points refused for good, by reason and metric, of the first metrics.",
+        f"# TYPE {name} counter",
+    ]
+    for (reason, metric), count in sorted(core.rejected_metrics.items()):
+        lines.append(f'{name}{{reason="{reason}",metric="{_escaped(metric)}"}} {count}')
     return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,6 +14,7 @@ from esper_otel.gateway.decoded import (
     NOT_A_NUMBER,
     TOO_MANY_POINTS,
     UNKNOWN_METRIC,
+    Rejected,
     Sender,
 )
 from esper_otel.gateway.labels import PLAIN, Label, is_valid
@@ -93,7 +93,7 @@ class Raw:
         self.limits = limits
         self.metrics: list[Metric] = []
         self.labels: dict[Label, int] = {PLAIN: 0}
-        self.rejected: Counter[str] = Counter()
+        self.rejected = Rejected()
         self.points = 0
         self.taken = 0
 
@@ -127,7 +127,7 @@ class Raw:
             reason = TOO_MANY_POINTS
         if reason or isinstance(sender, str) or level is None:
             if count:
-                self.rejected[reason] += count
+                self.rejected.add(reason, name, count)
             return None
         self.taken += count
         self.metrics.append(Metric(sender, scope, name, level))

@@ -172,7 +172,7 @@ class Gateway:
             finally:
                 self._requests -= 1
         except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules
-            await self._abort(error, context)
+            await self._abort(error, context, is_sender=True)
         response = ExportMetricsServiceResponse()
         if answer.rejected or answer.reason:
             response.partial_success.rejected_data_points = answer.rejected
@@ -204,8 +204,12 @@ class Gateway:
         except Exception as error:  # noqa: BLE001 - a puller is told
             await self._abort(error, context)
 
-    async def _abort(self, error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _abort(
+        self, error: Exception, context: grpc.aio.ServicerContext[Any, Any], *, is_sender: bool = False
+    ) -> None:
         fault = fault_of(error, self._warnings)
+        if is_sender:
+            self._core.note_fault(fault)
         details = (("grpc-status-details-bin", fault.body().SerializeToString()),)
         await context.abort(fault.code, fault.message, details)
 
@@ -233,6 +237,7 @@ class Gateway:
             count = sum(not transport.is_closing() for transport in open_ones)
             if count > _MOST_CONNECTIONS and handler.transport is not None:
                 handler.transport.close()
+                self._core.note_fault(fault_of(Busy("too many connections"), self._warnings))
 
         try:
             self._listening = await loop.create_server(connected, host.strip("[]"), int(port), ssl=context)

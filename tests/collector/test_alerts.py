@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
+import grpc
 import pytest
 from gateways import RunningGateway
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -139,6 +140,9 @@ PIPELINE = {
     "EsperCollectorRefusing",
     "EsperGatewayNotStoring",
     "EsperGatewayRejecting",
+    "EsperGatewayOverLimit",
+    "EsperGatewayRefusing",
+    "EsperGatewayDeferring",
 }
 SMALL_QUEUE = """
 exporters:
@@ -230,7 +234,10 @@ def test_every_alert_fires_by_a_run_and_fires_for_that_run_alone(
             metric = no_metric.resource_metrics.add().scope_metrics.add().metrics.add(name="loss")
             metric.exponential_histogram.data_points.add(time_unix_nano=time.time_ns())
             until("the gateway has been scraped", lambda: prometheus.query("esper_gateway_rejected_points_total"))
-            send(full, no_metric)
+            send(full, no_metric.SerializeToString())
+            send(full, too_many_seeds())
+            with suppress(grpc.RpcError):
+                send(full, b"no request")
             until("it rejects", lambda: have_all_fired() or "EsperGatewayRejecting" in seen.get("", ()))
             resource.prlimit(full.process.pid, resource.RLIMIT_FSIZE, (1, 1))  # what a full disk does to a file
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{full.grpc}")
@@ -246,11 +253,22 @@ def test_every_alert_fires_by_a_run_and_fires_for_that_run_alone(
     assert seen == expected
 
 
-def send(gateway: RunningGateway, request: ExportMetricsServiceRequest) -> None:
+def too_many_seeds() -> bytes:
+    """More than one rank may have alive at once."""
+    request = ExportMetricsServiceRequest()
+    metric = request.resource_metrics.add().scope_metrics.add().metrics.add(name="kasmina.seed.alpha")
+    now_ns = time.time_ns()
+    for number in range(20_001):
+        point = metric.gauge.data_points.add(time_unix_nano=now_ns, as_double=0.5)
+        point.attributes.add(key="seed_id").value.string_value = str(number)
+    return request.SerializeToString()
+
+
+def send(gateway: RunningGateway, body: bytes) -> None:
     """One request, as any sender would."""
     path = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
     with gateway.channel() as channel:
-        channel.unary_unary(path, bytes, bytes)(request.SerializeToString(), timeout=20)
+        channel.unary_unary(path, bytes, bytes)(body, timeout=20)
 
 
 def test_a_prometheus_that_only_scrapes_sees_the_newest_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

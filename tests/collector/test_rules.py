@@ -160,6 +160,9 @@ SERIES_OF_PIPELINE = {
     "EsperCollectorRefusing": 'otelcol_receiver_refused_metric_points_total{receiver="otlp"}',
     "EsperGatewayNotStoring": "esper_gateway_store_failures_total",
     "EsperGatewayRejecting": 'esper_gateway_rejected_points_total{reason="no time"}',
+    "EsperGatewayOverLimit": 'esper_gateway_rejected_points_total{reason="too many runs"}',
+    "EsperGatewayRefusing": 'esper_gateway_refused_requests_total{reason="malformed"}',
+    "EsperGatewayDeferring": 'esper_gateway_deferred_requests_total{reason="too many runs"}',
 }
 
 

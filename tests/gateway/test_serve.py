@@ -163,11 +163,66 @@ def test_points_that_are_not_taken_are_partial_success_with_a_reason(shared: Run
     with shared.channel() as channel:
         partial = export(channel, request.SerializeToString()).partial_success
         assert partial.rejected_data_points == 1
-        assert "1 " in partial.error_message
+        assert partial.error_message == "1 neither gauge nor sum ('latencies')"
         assert pull(channel, "partly").steps
     text = requests.get(f"http://{shared.http}/metrics", timeout=20).text
     assert 'esper_gateway_rejected_points_total{reason="neither gauge nor sum"} 1\n' in text
     assert 'esper_gateway_rejected_points_total{reason="no time"} 0\n' in text
+
+
+def test_a_metric_that_nobody_knows_is_named(shared: RunningGateway) -> None:
+    """In the answer and where it is counted, however it is called, and no more of it than is of use."""
+    names = ["system.cpu.time", 'with "quotes" \\', "line\nbreak\x1b[31m", "é" * 500, *(f"other{n}" for n in range(20))]
+    request = ExportMetricsServiceRequest.FromString(body_of("unknown names"))
+    scope = request.resource_metrics[0].scope_metrics.add()
+    for name in names:
+        scope.metrics.add(name=name).gauge.data_points.add(time_unix_nano=RUN.attempt * 10**6, as_double=1.0)
+    with shared.channel() as channel:
+        partial = export(channel, request.SerializeToString()).partial_success
+    assert partial.rejected_data_points == len(names)
+    assert partial.error_message.startswith(f"{len(names)} unknown metric ('system.cpu.time', ")
+    assert partial.error_message.endswith("'other0', others)")
+    assert partial.error_message.isprintable()
+    assert len(partial.error_message) < 300
+    text = requests.get(f"http://{shared.http}/metrics", timeout=20).text
+    counted = [line for line in text.splitlines() if line.startswith("esper_gateway_rejected_metric_points_total{")]
+    of = 'esper_gateway_rejected_metric_points_total{reason="unknown metric",metric='
+    assert f'{of}"system.cpu.time"}} 1' in counted
+    assert f'{of}"with \\"quotes\\" \\\\"}} 1' in counted
+    assert f'{of}"others"}} {len(names) - 5}' in counted
+
+
+def test_a_request_that_is_refused_as_a_whole_is_counted_by_its_reason(tmp_path: Path) -> None:
+    """Refused for good it is lost, and somebody has to hear of it."""
+    (tmp_path / "tokens").write_text("secret run=mine\n", encoding="utf-8")
+    with RunningGateway("--send-tokens", str(tmp_path / "tokens")) as gateway:
+        url = f"http://{gateway.http}/v1/metrics"
+        mine = {"authorization": "Bearer secret"} | PROTOBUF
+        statuses = [
+            requests.post(url, body, headers=headers, timeout=20).status_code
+            for body, headers in (
+                (body_of("mine"), mine),
+                (b"\xff" * 9, mine),
+                (body_of("mine"), PROTOBUF),
+                (body_of("others"), mine),
+                (gzip.compress(bytes(65 * 1024 * 1024)), mine | {"content-encoding": "gzip"}),
+                (b"", mine | {"content-type": "text/plain"}),
+            )
+        ]
+        assert statuses == [200, 400, 401, 403, 413, 415]
+        with gateway.channel() as channel:
+            assert code_of(export, channel, body_of("mine")) is grpc.StatusCode.UNAUTHENTICATED
+        text = requests.get(f"http://{gateway.http}/metrics", timeout=20).text
+    for reason, count in {
+        "malformed": 1,
+        "credentials missing or unknown": 2,
+        "credentials not for the run": 1,
+        "too large": 1,
+        "content type or encoding": 1,
+        "fault of the gateway": 0,
+    }.items():
+        assert f'esper_gateway_refused_requests_total{{reason="{reason}"}} {count}\n' in text
+    assert "a request was refused for good, malformed" in gateway.said
 
 
 def test_a_gzip_bomb_is_refused_and_harms_nobody(shared: RunningGateway) -> None:

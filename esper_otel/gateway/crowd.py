@@ -1,0 +1,68 @@
+"""Crowd: the writers for which there is no room, and for how long their requests are to be sent again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from esper_otel.gateway.decoded import Sender
+
+_MOST = 10_000
+
+
+class _Refusals(NamedTuple):
+    first_s: float
+    last_s: float
+
+
+class Crowd:
+    """Decides what a sender is told whose request has a writer too many.
+
+    It is asked to come again, so that nothing is lost when room is made. A request that carries the points of other
+    writers too, as a collector's does, would hold these up for ever: after a while it is answered with a partial
+    success, and the points of the one too many are refused for good.
+
+    Args:
+        patient_s: how long that while is.
+    """
+
+    def __init__(self, patient_s: float) -> None:
+        self._patient_s = patient_s
+        self._refused: dict[tuple[str, int, int], _Refusals] = {}
+        self._of_request: dict[tuple[str, int, int], None] = {}
+        self._has_others = False
+
+    def begin(self) -> None:
+        """The next request."""
+        self._of_request = {}
+        self._has_others = False
+
+    def note(self, sender: Sender, now_s: float, *, is_taken: bool) -> None:
+        """Notes a writer of the request, and whether there was room for it."""
+        writer = sender[:3]
+        if is_taken:
+            self._has_others = True
+            if self._refused:
+                self._refused.pop(writer, None)
+            return
+        self._of_request[writer] = None
+        known = self._refused.pop(writer, None)
+        if known is None or now_s - known.last_s > self._patient_s:  # it has been away
+            known = _Refusals(now_s, now_s)
+        self._refused[writer] = _Refusals(known.first_s, now_s)
+        if len(self._refused) > _MOST:
+            del self._refused[next(iter(self._refused))]
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The runs of the request for which there was no room."""
+        return tuple(writer[0] for writer in self._of_request)
+
+    def waiting(self, now_s: float) -> tuple[str, ...]:
+        """The runs because of which the request should come again; none when it would hold up others for too long."""
+        if not self._has_others:
+            return self.runs
+        return tuple(
+            writer[0]
+            for writer in self._of_request
+            if writer in self._refused and now_s - self._refused[writer].first_s < self._patient_s
+        )
