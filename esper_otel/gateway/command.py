@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-mib", type=int, default=defaults.all_bytes // _MIB, metavar="N", help="of all runs (%(default)s)"
     )
     kept.add_argument(
-        "--keep-hours", type=float, default=defaults.idle_s / 3600, metavar="N", help="a run without news (%(default)g)"
+        "--keep-hours",
+        type=float,
+        default=defaults.idle_s / 3600,
+        metavar="N",
+        help="a run without news, while a gateway runs (%(default)g)",
     )
     how = parser.add_argument_group("how steps are put together")
     how.add_argument(

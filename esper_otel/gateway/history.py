@@ -127,7 +127,7 @@ class History:
         kept.complete = kept.complete or self._habits.is_complete(joined.part)
         number = whole(joined.part.number(joined.part.shape.sequence), UINT64_LIMIT)
         if not kept.sequence and number and number not in self._times:
-            kept.sequence = number
+            kept.sequence, kept.complete = number, self._habits.is_complete(joined.part)
             self._keep(time_unix_ns, kept)
         return self._replayed(time_unix_ns, changed=time_unix_ns)
 
@@ -147,6 +147,17 @@ class History:
             return []
         self._kept[after].ends.add(what)
         return self._replayed(after)
+
+    def uncount(self) -> list[Item]:
+        """The items of frames whose numbers were counted, now that the writer says numbers after all."""
+        counted = [
+            time for time, kept in self._kept.items() if kept.part.shape.step is None and kept.step < GUESSED_STEP
+        ]
+        items = []
+        for time in counted:
+            self._kept[time].step, self._kept[time].complete = GUESSED_STEP + time, False
+            items += self._replayed(time, changed=time)
+        return items
 
     def forget(self, time_unix_ns: int) -> None:
         """Lets go of a frame: what comes of it from now on is too late."""

@@ -226,7 +226,7 @@ class FileStore:
         return found
 
     def places(self) -> list[Place]:
-        """Where the writers stand."""
+        """Where the writers stand of which something is stored."""
         names = {run.key: run_id for run_id, run in self._runs.items()}
         rows = self._connection.execute(
             "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes FROM places"
@@ -235,7 +235,8 @@ class FileStore:
         for run, *origin, next_number, lowest, missing, says_step, says_epoch, holes in rows:
             place = (next_number, lowest, missing, bool(says_step), bool(says_epoch))
             found.append(Place(Origin(names[run], *origin), *place, tuple(map(tuple, json.loads(holes)))))
-        return found
+        counts = self.counts()
+        return [place for place in found if place.origin in counts]
 
     def bodies(self) -> list[Kept]:
         """The bodies that are kept, oldest first."""

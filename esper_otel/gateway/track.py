@@ -122,9 +122,13 @@ class Track:
 
     def learn(self, shape: Shape, *, is_ours: bool) -> None:
         """Learns what the writer says in its frames."""
-        if shape is not self._shape:
-            self._shape = shape
-            self._habits.note(shape, is_ours=is_ours)
+        if shape is self._shape:
+            return
+        self._shape = shape
+        said_step = self._habits.says_step
+        self._habits.note(shape, is_ours=is_ours)
+        if self._habits.says_step and not said_step:
+            self._corrected += self._history.uncount()
 
     def end_stream(self, marker: Marker) -> None:
         """A stream of a seed has no value any more."""

@@ -136,6 +136,20 @@ def test_a_counted_step_that_comes_late_has_a_number_of_its_own() -> None:
     assert sorted(item.frame.global_step for item in items if item.revision == 1) == [1, 2, 3]
 
 
+def test_counted_steps_give_their_numbers_back_when_the_sender_says_its_own() -> None:
+    """The first number comes later than anybody waits."""
+    one, two, three = filtered(resumed(3), SEQUENCE, POINTS, scope="somebody")
+    gateway = Gateway()
+    items: list[Item] = []
+    for body in (without_point(one, STEP)[0], without_point(two, STEP)[0]):
+        items += gateway.take(body) + gateway.wait(HOLD_S)
+    assert [(item.frame.global_step, item.complete) for item in items] == [(1, True), (2, True)]
+    items += gateway.take(without_point(two, STEP)[1]) + gateway.take(three) + gateway.wait(LINGER_S)
+    newest = {item.frame.time_unix_ns: item for item in items}
+    said = [(item.frame.global_step, item.complete) for item in newest.values()]
+    assert said == [(GUESSED_STEP + TIME_UNIX_NS + MS, False), (1002, True), (1003, True)]
+
+
 def test_what_a_plain_sender_says_is_known_after_a_restart(tmp_path: Path) -> None:
     """A guess would else take the number that comes next."""
     requests = filtered(resumed(2), SEQUENCE, POINTS, scope="somebody")

@@ -183,6 +183,13 @@ def test_a_twins_frames_are_told_apart_though_a_beginning_is_open() -> None:
     ]
 
 
+def test_a_twins_whole_frames_are_released_at_once() -> None:
+    gateway = Gateway()
+    gateway.take(*bodies(living(3)))
+    other = bodies([frame._replace(time_unix_ns=frame.time_unix_ns + 1) for frame in living(3)])
+    assert [item.frame.sequence for body in other for item in gateway.take(body)] == [1, 2, 3]
+
+
 def test_a_third_process_with_the_same_identity_is_counted() -> None:
     """There are two writers for one identity; what fits neither must not vanish without a word."""
     gateway = Gateway()
