@@ -13,7 +13,7 @@ from esper_otel.gateway.decoded import Marker, Sender
 from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.items import End, Item, Origin
 from esper_otel.gateway.parts import Part, is_equal, merged, part_of
-from esper_otel.gateway.queue import Ready, Waiting
+from esper_otel.gateway.queue import SEQUENCE_LIMIT, Ready, Waiting
 from esper_otel.gateway.released import Released
 from esper_otel.leyline.numbers import UINT64_LIMIT, finite, whole
 from esper_otel.record.live import LiveSeeds, SeedStep
@@ -125,7 +125,7 @@ class History:
         self.differing += joined.differing
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
         kept.complete = kept.complete or self._habits.is_complete(joined.part)
-        number = whole(joined.part.number(joined.part.shape.sequence), UINT64_LIMIT)
+        number = whole(joined.part.number(joined.part.shape.sequence), SEQUENCE_LIMIT)
         if not kept.sequence and number and number not in self._times:
             kept.sequence, kept.complete = number, self._habits.is_complete(joined.part)
             self._keep(time_unix_ns, kept)

@@ -13,6 +13,9 @@ from esper_otel.gateway.parts import Part, merged
 from esper_otel.gateway.skipped import Skipped
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 
+# Numbers of frames are sent as doubles: from here on two of them can be the same.
+SEQUENCE_LIMIT = 2**53
+
 _MANY_PARTS = 64
 
 
@@ -54,7 +57,7 @@ class Waiting:
         self.has_step = self.has_step or shape.step is not None
         self.has_epoch = self.has_epoch or shape.epoch is not None
         if self.sequence is None and shape.sequence is not None:
-            self.sequence = whole(part.number(shape.sequence), UINT64_LIMIT) or None
+            self.sequence = whole(part.number(shape.sequence), SEQUENCE_LIMIT) or None
         if self.expected is None and shape.points is not None:
             self.expected = whole(part.number(shape.points), UINT64_LIMIT)
         if len(self.parts) > _MANY_PARTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,24 @@ def test_a_late_step_that_is_too_old_to_be_put_in_changes_no_other(tmp_path: Pat
         core.receive(b"".join(bodies(late)))
         steps = (await core.pull(PullRequest(run_id=RUN.run_id, max_packets=1000))).steps
         assert sorted((step.step, step.revision) for step in steps) == [(number, 1) for number in range(1, 401)]
+        core.close()
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("number", [2**53 - 1, 2**53, 2**63, 2**64 - 2048])
+def test_no_number_of_a_frame_stops_the_store(tmp_path: Path, number: int) -> None:
+    """Anybody may send one that no database has; others must not notice."""
+
+    async def live() -> None:
+        core = Core(FileStore(tmp_path), hold_s=0.0)
+        for frame in (*living(1), living(1)[0]._replace(sequence=number, time_unix_ns=TIME_UNIX_NS + 9 * MS)):
+            core.receive(b"".join(bodies([frame])))
+        core.close()
+        core = Core(FileStore(tmp_path), hold_s=0.0)
+        core.receive(b"".join(bodies([living(1, start=2)[0]._replace(run=replace(RUN, run_id="another"))])))
+        assert len((await core.pull(PullRequest(run_id="another"))).steps) == 1
+        assert len((await core.pull(PullRequest(run_id=RUN.run_id))).steps) == 2
         core.close()
 
     asyncio.run(live())
