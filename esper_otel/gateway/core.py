@@ -364,6 +364,7 @@ class Core:
             "runs": len({state.origin.run_id for state in runs}),
             "writers": len(runs),
             "missing_steps": sum(state.missing for state in runs),
+            "unseen_steps": sum(state.unseen for state in runs),
             "too_late_steps": sum(state.too_late for state in runs),
             "stored_bytes": self._store.size,
             "dropped_steps": self._store.dropped,

@@ -36,6 +36,7 @@ _GAUGES = (
     _Own("runs", "gauge", "Runs known."),
     _Own("writers", "gauge", "Processes known that send."),
     _Own("missing_steps", "gauge", "Steps that have not come though later ones have, of the runs known."),
+    _Own("unseen_steps", "gauge", "Steps before the first that came: late, lost, or sent to another gateway."),
     _Own("too_late_steps", "gauge", "Steps that came again, or too late to be taken, of the runs known."),
     _Own("stored_bytes", "gauge", "Bytes that stored steps take."),
     _Own("waiting_pulls", "gauge", "Pullers that wait for the next step."),
