@@ -61,6 +61,16 @@ class SeedTable(NamedTuple):
             )
 
 
+def alike(*tables: SeedTable) -> tuple[SeedTable, ...]:
+    """The tables with equally many columns: as they are where they have that, else all with 19.
+
+    Whatever puts cells of two tables side by side or compares them goes through here.
+    """
+    if len({table.cells.shape[1] for table in tables}) <= 1:
+        return tables
+    return tuple(table.wide() for table in tables)
+
+
 @lru_cache(maxsize=4)
 def _blank(rows: int) -> Cells:
     """Cells of which none is there."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 logger = logging.getLogger("esper_otel")
 
@@ -21,10 +21,11 @@ def announce(event: str, message: str, level: int = logging.INFO) -> None:
     name: neither is aimed at us. A level or a NullHandler of the logger ``esper_otel`` itself is, and is respected.
     """
     if _is_shown(level):
-        logger.log(level, "%s: %s", event, message)
+        with suppress(Exception):  # a handler of the user's that raises
+            logger.log(level, "%s: %s", event, message)
     elif not _is_silenced(level):
         # There may be no standard error, or nobody who reads it any more.
-        with contextlib.suppress(AttributeError, OSError, ValueError):
+        with suppress(AttributeError, OSError, ValueError):
             sys.stderr.write(f"esper_otel {event}: {message}\n")
             sys.stderr.flush()
 
@@ -47,7 +48,10 @@ def _is_silenced(level: int) -> bool:
 
 
 class Warnings:
-    """Logs each kind of warning at most once a minute, with the number of those kept back."""
+    """Logs each kind of warning at most once a minute, with the number of those kept back.
+
+    Never raises: a handler of the user's that does must end neither training nor export.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -64,4 +68,5 @@ class Warnings:
         held = self._held.pop(kind, 0)
         if held:
             message = f"{message} ({held} more like it since the last such line)"
-        logger.warning(message, *arguments, exc_info=exc_info)
+        with suppress(Exception):
+            logger.warning(message, *arguments, exc_info=exc_info)

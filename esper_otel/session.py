@@ -6,7 +6,8 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.metrics import MeterProvider
@@ -328,18 +329,36 @@ class _Session:
         """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
         if os.getpid() != self._process_id:
             return
-        self._black_box.ended(outcome)
-        if self._exporter is not None:
-            self._exporter.close(deadline_s, outcome)
-        if self._provider is not None:
-            left_s = max(deadline_s - time.monotonic(), 0.1)
-            self._provider.shutdown(timeout_millis=left_s * 1e3)
-        self._instruments.detach(self)
-        if self._sampler is not None:
-            self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
-        forget(self.telemetry)
+        with ExitStack() as ending:  # called from the last to the first, each of them whatever another raises
+            ending.callback(self._say_closed, outcome)
+            ending.callback(forget, self.telemetry)
+            if self._sampler is not None:
+                ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
+            ending.callback(self._instruments.detach, self)
+            if self._provider is not None:
+                ending.callback(self._ended, "the readers", self._stop_readers, deadline_s)
+            if self._exporter is not None:
+                ending.callback(self._ended, "the export", self._exporter.close, deadline_s, outcome)
+            ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
+
+    def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
+        """Ends a part; a fault of ours in it is nothing that a training should end with."""
+        try:
+            end(*arguments)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._fault(f"ending {what}", error)
+
+    def _say_closed(self, outcome: str) -> None:
         has_lost = self._exporter is not None and self._exporter.dropped.total() > 0
         announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
+
+    def _stop_readers(self, deadline_s: float) -> None:
+        if self._provider is not None:
+            self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), 0.1) * 1e3)
+
+    def _stop_probes(self, deadline_s: float) -> None:
+        if self._sampler is not None:
+            self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
 
     def _summary(self, outcome: str) -> str:
         health = self.health()

@@ -290,8 +290,10 @@ class Telemetry:
             self._wiring.join(deadline_s)
             return
         self._is_closed = True
-        self._recorder.publisher.settle(deadline_s)
-        self._wiring.close(deadline_s, outcome or "completed")
+        try:
+            self._recorder.publisher.settle(deadline_s)
+        finally:  # a Ctrl-C ends the waiting for a device, and no more
+            self._wiring.close(deadline_s, outcome or "completed")
 
     def interrupted(self) -> None:
         """Sends what is there at once: the process has been told to end. Called on SIGTERM."""

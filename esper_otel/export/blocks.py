@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, Frame, SeedTable
+from esper_otel.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, Frame, SeedTable, alike
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
 
 _MAX_FRAMES = 1_000
@@ -123,10 +123,7 @@ def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collec
 
 def _side_by_side(tables: list[SeedTable]) -> _Values:
     """The cells of tables with the same seeds, shape (tables, seeds, columns)."""
-    shapes = {table.cells.shape for table in tables}
-    if len(shapes) > 1:
-        tables = [table.wide() for table in tables]
-    all_cells = [table.cells for table in tables]
+    all_cells = [table.cells for table in alike(*tables)]
     is_by_field = not all_cells[0].flags.c_contiguous  # columns stand together, as they were given
     try:
         content = b"".join([(cells.T if is_by_field else cells).data for cells in all_cells])

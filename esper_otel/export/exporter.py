@@ -6,10 +6,12 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 from esper_otel.export.encode import Encoder, Request
-from esper_otel.export.source import Leftover, Live, Source
+from esper_otel.export.source import Leftover, Live, Source, end_series, note
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
@@ -23,7 +25,6 @@ _LONGEST_PAUSE_S = 5.0  # what waits is to be gone soon after an outage, and a t
 _LONGEST_ASKED_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
 HEALTH_EVERY_S = 10.0
-_MS = 1_000_000
 
 
 class StepExporter:
@@ -41,6 +42,7 @@ class StepExporter:
         timeout_s: how long a request may take.
         prepare: called before frames are looked for.
         health: session metrics by (name, reason).
+        fault: told of a fault of ours, which it counts and logs.
         warnings: where failures are reported.
         spool: where frames are kept that must outlive the process.
         leftovers: what earlier sessions have left; asked for once, in the exporter's thread.
@@ -56,6 +58,7 @@ class StepExporter:
         timeout_s: float,
         prepare: Callable[[], None],
         health: Callable[[], Mapping[tuple[str, str], float]],
+        fault: Callable[[str, Exception], None],
         warnings: Warnings,
         spool: Spool | None = None,
         leftovers: Callable[[], Iterable[Leftover]] = tuple,
@@ -65,11 +68,13 @@ class StepExporter:
         self._timeout_s = timeout_s
         self._prepare = prepare
         self._health = health
+        self._fault = fault
         self._warnings = warnings
         self._spool = spool
         self._leftovers_of = leftovers
         self._leftovers: deque[Leftover] = deque()
         self._live = Live(ring, encoder, spool)
+        self._at_once = _FRAMES_AT_ONCE
         self._failures = 0
         self._has_said_goodbye = False
         self._started_unix_ns = time.time_ns()
@@ -138,12 +143,17 @@ class StepExporter:
         self._deadline_s = deadline_s
         self._closing.set()
         self._wake.set()
-        self.join(deadline_s)
+        try:
+            self.join(deadline_s)
+        finally:  # a Ctrl-C ends the waiting, not what is said of the steps
+            self._end(outcome)
+
+    def _end(self, outcome: str) -> None:
         self._sender.close()
         self._thread.join(0.5)
         waiting = self.waiting
         if self._spool is not None:
-            self._spool.tend(now=True)
+            self._guarded("writing the last steps to the spool", partial(self._spool.tend, now=True))
             self.kept = min(waiting, max(self._spool.last - self._live.cursor, 0))
             self._spool.close(outcome, is_delivered=self._has_said_goodbye and not waiting)
         for leftover in self._leftovers:
@@ -157,7 +167,7 @@ class StepExporter:
         self._adopt()
         pause_s: float | None = self._every_s or None
         while self._deadline_s is None:
-            self._live.pack(self._closing.is_set)
+            self._guarded("packing steps", self._live.pack, self._closing.is_set)
             # After a failure a new step is no reason to try again at once.
             (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
@@ -168,6 +178,13 @@ class StepExporter:
             self._has_said_goodbye = self._say_goodbye()
         except Exception as error:  # noqa: BLE001 - the frames are delivered; the end of the run is not
             self._report(f"{type(error).__name__}: {error}", error=error)
+
+    def _guarded(self, where: str, work: Callable[..., None], *arguments: Any) -> None:
+        """Does what is not worth holding up steps for, or sending them again: a fault of ours in it is only counted."""
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._fault(where, error)
 
     def _send_guarded(self) -> float | None:
         """Sends everything there is; returns how long to pause, None for: until woken, or all is sent at the end."""
@@ -199,7 +216,7 @@ class StepExporter:
             self._leftovers.popleft()
         pause_s = self._deliver(self._live)
         if pause_s is None:
-            self._send_health()
+            self._guarded("sending health", self._send_health)
         return pause_s
 
     def _send_leftover(self, leftover: Leftover) -> float | None:
@@ -207,15 +224,19 @@ class StepExporter:
         try:
             pause_s = self._deliver(leftover)
             if pause_s is None and not leftover.has_said_goodbye:
-                leftover.say_goodbye(time.time_ns())
+                self._guarded("ending the series of an earlier session", leftover.say_goodbye, time.time_ns())
                 pause_s = self._send_beside(leftover)
             if pause_s is not None:
                 return pause_s
-            leftover.folder.remove()
         except Exception as error:  # noqa: BLE001 - one damaged folder must not hold up everything else
             leftover.folder.release()
             self._warnings.say("spool", "%s cannot be sent and is left alone: %s", path, error, exc_info=error)
             return None
+        try:
+            leftover.folder.remove()
+        except OSError as error:
+            leftover.folder.release()
+            self._warnings.say("spool", "%s was sent but cannot be deleted: %s", path, error)
         if leftover.delivered:
             kept = "" if leftover.folder.is_marked else "; it has no marker of ours and may be deleted by hand"
             announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}{kept}")
@@ -227,20 +248,34 @@ class StepExporter:
             pause_s = self._send_beside(source)
             if pause_s is not None:
                 return pause_s
-            frames, gone = source.after(_FRAMES_AT_ONCE)
+            frames, gone = source.after(self._at_once)
             if gone:
                 self.dropped[source.lost] += gone
-                source.advance(gone)
+                self._advance(source, gone)
             if not frames:
                 return None
             frames = frames[: before_a_return(frames)]
-            for request in source.encoder.requests(frames):
+            for request in self._requests(source, frames):
                 pause_s = self._settled(source, request, self._sent(request.body), frames)
                 if pause_s is None:
                     pause_s = self._send_beside(source)
                 if pause_s is not None:
                     return pause_s
                 frames = frames[request.frames :]
+
+    def _requests(self, source: Source, frames: list[Frame]) -> Iterator[Request]:
+        """The frames as requests. One that we cannot encode is looked for, dropped and counted: others wait behind."""
+        try:
+            yield from source.encoder.requests(frames)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._fault("encoding steps", error)
+            if len(frames) > 1:
+                self._at_once = len(frames) // 2
+            else:
+                self.dropped["cannot be encoded"] += 1
+                self._advance(source, 1)
+        else:
+            self._at_once = _FRAMES_AT_ONCE
 
     def _sent(self, body: bytes) -> Outcome:
         ends_s = self._deadline_s
@@ -259,12 +294,27 @@ class StepExporter:
         if outcome.result is not Result.DELIVERED:
             self._report(outcome.reason, outcome.result)
             self.dropped[outcome.result.value] += request.frames
-            source.advance(request.frames)
+            self._advance(source, request.frames)
             return None
         self._failures = 0
         source.delivered += request.frames
         if source is not self._live:
             self.recovered += request.frames
+        self._advance(source, request.frames)  # first: whatever goes wrong below, what was delivered is not sent again
+        self._guarded("noting an answer", self._note_answer, request, outcome)
+        self._guarded("noting the series sent", source.streams.named, request.names)
+        for frame in frames[: request.frames]:
+            self._guarded("noting a step sent", note, source, frame)
+        return None
+
+    def _advance(self, source: Source, count: int) -> None:
+        """Moves past frames that are settled, whether or not a disk takes a note of it."""
+        try:
+            source.advance(count)
+        except OSError as error:
+            self._warnings.say("spool", "the spool cannot note what was sent (%s): after a kill it is sent again", error)
+
+    def _note_answer(self, request: Request, outcome: Outcome) -> None:
         refused = min(outcome.rejected_points, request.points)  # an endpoint may say anything
         if refused:
             self.rejected_points += refused
@@ -273,15 +323,6 @@ class StepExporter:
             self.last_error = None
             if outcome.reason:
                 self._warnings.say("remark", "the endpoint took the steps and says: %s", outcome.reason)
-        source.streams.named(request.names)
-        for frame in frames[: request.frames]:
-            source.run = frame.run
-            if frame.retired:
-                ended = source.streams.ended_by(frame)
-                source.beside.extend(source.encoder.stale(frame.run, ended, time_unix_ns=frame.time_unix_ns))
-            source.streams.sent(frame)
-        source.advance(request.frames)
-        return None
 
     def _is_to_be_repeated(self, outcome: Outcome) -> bool:
         if outcome.result not in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
@@ -325,9 +366,15 @@ class StepExporter:
     def _send_health(self) -> None:
         """The counts of now, once in a while; newer ones follow, so that none is worth repeating."""
         is_due = self._deadline_s is None and time.monotonic() >= self._next_health_s
-        if is_due and (body := self._health_body()) is not None:
-            self._next_health_s = time.monotonic() + HEALTH_EVERY_S
+        if not is_due or self._live.run is None:
+            return
+        self._next_health_s = time.monotonic() + HEALTH_EVERY_S
+        if (body := self._health_body()) is not None:
             self._sent(body)
+
+    def _put_last_health(self) -> None:
+        if (body := self._health_body()) is not None:
+            self._live.beside.append(body)
 
     def _say_goodbye(self) -> bool:
         """The last counts, how the run ended, and the end of every series; whether all that was delivered.
@@ -337,11 +384,10 @@ class StepExporter:
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:
             return False
-        if live.run is None or (body := self._health_body()) is None:
+        if live.run is None:
             return True  # nothing was ever sent
-        live.beside.append(body)
-        last_unix_ns = live.streams.last_unix_ns
-        live.beside.extend(live.encoder.stale(live.run, live.streams.all_ended(), time_unix_ns=last_unix_ns + _MS))
+        self._guarded("saying how the run ended", self._put_last_health)
+        self._guarded("ending the series", end_series, live)
         while time.monotonic() < self._deadline_s:
             if self._send_beside(live) is None:
                 return True

@@ -185,8 +185,9 @@ class Folder:
         try:
             if not self.is_marked:
                 return
-            names = sorted(filter(_is_ours, os.listdir(self._descriptor)), key=lambda name: name == MARKER)
-            for name in names:  # the marker last: until then the folder can be recognized
+            # Steps first, so that a kill in between has nothing sent again; the marker last, so that the folder is known.
+            names = filter(_is_ours, os.listdir(self._descriptor))
+            for name in sorted(names, key=lambda name: (name == MARKER, not name.endswith(SUFFIX))):
                 os.unlink(name, dir_fd=self._descriptor)
             parent = _opened(self.path.parent, follow=True)
             try:

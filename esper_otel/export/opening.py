@@ -51,7 +51,7 @@ def open_exporter(
     def leftovers() -> Iterable[Leftover]:
         if directory is None:
             return ()
-        return leftovers_in(directory, encoder_of, most_bytes=settings.spool_bytes, warnings=warnings)
+        return leftovers_in(directory, encoder_of, fault, most_bytes=settings.spool_bytes, warnings=warnings)
 
     def prepared() -> None:
         prepare()
@@ -66,6 +66,7 @@ def open_exporter(
         timeout_s=endpoint.timeout_s,
         prepare=prepared,
         health=health,
+        fault=fault,
         warnings=warnings,
         spool=spool,
         leftovers=leftovers,

@@ -27,6 +27,9 @@ KILLED = "killed"
 # Makes an encoder for a catalogue and for what gives a run's Resource.
 EncoderOf = Callable[[Mapping[str, Metric], Callable[[Run], Resource]], Encoder]
 
+# Told of a fault of ours: where it was, and what.
+Fault = Callable[[str, Exception], None]
+
 
 class Source(Protocol):
     """Frames of one session, in order, and what has been said of them.
@@ -51,7 +54,29 @@ class Source(Protocol):
         """Up to ``limit`` frames that are next, and how many before them are gone; nothing when there is none."""
 
     def advance(self, count: int) -> None:
-        """So many frames are settled, or gone."""
+        """So many frames are settled, or gone.
+
+        Raises:
+            OSError: that is so, but a disk takes no note of it.
+        """
+
+
+def note(source: Source, frame: Frame) -> None:
+    """Notes that a frame was delivered; the ends of its retired seeds go before any further frame."""
+    source.run = frame.run
+    try:
+        if frame.retired:
+            ended = source.streams.ended_by(frame)
+            source.beside.extend(source.encoder.stale(frame.run, ended, time_unix_ns=frame.time_unix_ns))
+    finally:
+        source.streams.sent(frame)
+
+
+def end_series(source: Source) -> None:
+    """Puts beside the frames that every series has ended."""
+    if source.run is not None:
+        ended, last_unix_ns = source.streams.all_ended(), source.streams.last_unix_ns
+        source.beside.extend(source.encoder.stale(source.run, ended, time_unix_ns=last_unix_ns + _MS))
 
 
 class Live:
@@ -105,12 +130,18 @@ class Leftover:
         folder: the folder.
         deleted: frames deleted for want of room.
         has_said_goodbye: whether the end of the run stands beside the frames.
+
+    Args:
+        folder: the folder.
+        encoder_of: makes an encoder for what is found in it.
+        fault: told of a fault of ours in noting what was delivered before.
     """
 
     lost = "spool damaged"
 
-    def __init__(self, folder: Folder, encoder_of: EncoderOf) -> None:
+    def __init__(self, folder: Folder, encoder_of: EncoderOf, fault: Fault) -> None:
         self.folder = folder
+        self._fault = fault
         self.streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
@@ -165,14 +196,20 @@ class Leftover:
                 self._frames.append(frame)
                 last = frame.sequence
             elif frame.sequence <= self.folder.acknowledged:
-                # Delivered before; but its series have not ended yet.
-                self.streams.ended_by(frame)
-                self.streams.named((*frame.names, *COUNTED))
-                self.streams.sent(frame)
-                self.run = frame.run
+                self._note_delivered(frame)
         if not self._catalogue.keys() >= self._stored.metrics.keys():
             self._catalogue.update(self._stored.metrics)
             self.encoder = self._encoder()
+
+    def _note_delivered(self, frame: Frame) -> None:
+        """Of a frame that was delivered before: its series have not ended yet."""
+        self.run = frame.run
+        try:
+            self.streams.ended_by(frame)
+            self.streams.named((*frame.names, *COUNTED))
+            self.streams.sent(frame)
+        except Exception as error:  # noqa: BLE001 - the frames that were not delivered are to be sent all the same
+            self._fault("noting a step sent before", error)
 
     def advance(self, count: int) -> None:
         """See ``Source.advance``."""
@@ -192,14 +229,18 @@ class Leftover:
         if self.run is None:
             return
         ended = {("esper.run.ended", self.outcome): 1.0}
-        self.beside.append(self.encoder.health(self.run, ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns))
-        last_unix_ns = self.streams.last_unix_ns
-        self.beside.extend(self.encoder.stale(self.run, self.streams.all_ended(), time_unix_ns=last_unix_ns + _MS))
+        times = {"start_unix_ns": time_unix_ns, "time_unix_ns": time_unix_ns}
+        try:
+            self.beside.append(self.encoder.health(self.run, ended, **times))
+        finally:
+            end_series(self)
 
 
-def leftovers_in(directory: Path, encoder_of: EncoderOf, *, most_bytes: int, warnings: Warnings) -> list[Leftover]:
+def leftovers_in(
+    directory: Path, encoder_of: EncoderOf, fault: Fault, *, most_bytes: int, warnings: Warnings
+) -> list[Leftover]:
     """What earlier sessions have left in a spool directory, oldest first; ours from now on, and cut to the limit."""
-    leftovers = [Leftover(folder, encoder_of) for folder in abandoned(directory, warnings)]
+    leftovers = [Leftover(folder, encoder_of, fault) for folder in abandoned(directory, warnings)]
     # Nothing is deleted in a folder that lacks our marker, so it does not count.
     sizes = [leftover.size if leftover.folder.is_marked else 0 for leftover in leftovers]
     while sum(sizes) > most_bytes:

@@ -7,24 +7,28 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import Frame, is_absent
+from esper_otel.frame import WIDTH, Frame, is_absent
 from esper_otel.schema import SEED_CELLS
 
 # A metric's name and the attributes that tell its series from others of that name.
 Stream = tuple[str, Mapping[str, str]]
 
 
-_NOTHING = np.zeros(len(SEED_CELLS), np.bool_)
+_NOTHING = np.zeros(WIDTH, np.bool_)
 
 
 class Streams:
-    """Notes the series of frames that were delivered. Threads: the exporter's only."""
+    """Notes the series of frames that were delivered. Threads: the exporter's only.
+
+    What is noted of a seed has all 19 columns, however many its table has: a seed may be recorded with the first 10
+    in one step and with more in the next.
+    """
 
     def __init__(self) -> None:
         self._steps: set[str] = set()
         self._seeds: dict[str, npt.NDArray[np.bool_]] = {}
         self._ids: tuple[str, ...] = ()
-        self._sent: npt.NDArray[np.bool_] = np.empty((0, len(SEED_CELLS)), np.bool_)
+        self._sent: npt.NDArray[np.bool_] = np.empty((0, WIDTH), np.bool_)
         self.last_unix_ns = 0
 
     def named(self, names: Iterable[str]) -> None:
@@ -36,12 +40,10 @@ class Streams:
         self.last_unix_ns = frame.time_unix_ns
         ids, cells = frame.seeds
         if ids:
-            present = ~is_absent(cells)
-            if ids == self._ids:
-                self._sent |= present
-            else:
+            if ids != self._ids:
                 self._note()
-                self._ids, self._sent = ids, present
+                self._ids, self._sent = ids, np.zeros((len(ids), WIDTH), np.bool_)
+            self._sent[:, : cells.shape[1]] |= ~is_absent(cells)
 
     def _note(self) -> None:
         for seed_id, present in zip(self._ids, self._sent, strict=True):
@@ -54,7 +56,7 @@ class Streams:
 
         Of a seed that is back in the very frame, the series that it has a point of go on: there is no time between.
         """
-        ids, cells = frame.seeds
+        ids, cells = frame.seeds.wide()
         rows = {seed_id: row for row, seed_id in enumerate(ids)}
         self._note()
         ended: list[Stream] = []

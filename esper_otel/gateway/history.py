@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from esper_otel.frame import ABSENT_BITS, GUESSED_STEP, Frame, Run, SeedTable, is_absent
+from esper_otel.frame import ABSENT_BITS, GUESSED_STEP, Frame, Run, SeedTable, alike, is_absent
 from esper_otel.gateway.decoded import Marker, Sender
 from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.items import End, Item, Origin
@@ -352,9 +352,10 @@ def _living(table: SeedTable) -> LiveSeeds:
 
 def _is_same(one: Frame, other: Frame) -> bool:
     """Whether two frames of the same points are the same: they can differ in what was before them."""
+    live, other_live = alike(one.live, other.live)
     return (
-        one.live.ids == other.live.ids
-        and one.live.cells.tobytes() == other.live.cells.tobytes()
+        live.ids == other_live.ids
+        and live.cells.tobytes() == other_live.cells.tobytes()
         and one.retired == other.retired
         and one.recorded.keys() == other.recorded.keys()
         and all(is_equal(value, other.recorded[name]) for name, value in one.recorded.items())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import ABSENT, ABSENT_BITS, NO_SEEDS, Cells, SeedTable, is_absent
+from esper_otel.frame import ABSENT, ABSENT_BITS, NO_SEEDS, Cells, SeedTable, alike, is_absent
 from esper_otel.record.seeds import COLUMN
 from esper_otel.schema import SEED_CELLS, SEED_FIELDS, Stage
 
@@ -301,9 +301,8 @@ def _live_after(live: SeedTable, ids: tuple[str, ...], rows: Sequence[int], merg
     if not born:
         return SeedTable(live.ids, cells)
     new = SeedTable(tuple(ids[position] for position in born), merged[born])
-    if width < cells.shape[1]:
-        new = new.wide()
-    return SeedTable(live.ids + new.ids, np.concatenate([cells, new.cells]))
+    both = alike(SeedTable(live.ids, cells), new)
+    return SeedTable(live.ids + new.ids, np.concatenate([table.cells for table in both]))
 
 
 def _new_violations(before: Cells, after: Cells) -> float:

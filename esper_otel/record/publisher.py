@@ -83,9 +83,7 @@ class Publisher:
                         held.wait()
                     elif not held.done():
                         return
-                    draft = self._with_arrived(draft, held)
-                self.publish(draft)
-                self.waiting.popleft()  # only now: a step that ends meanwhile must queue behind it
+                self._publish_first(held)
         finally:
             self._draining.release()
 
@@ -101,10 +99,31 @@ class Publisher:
         if self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             try:
                 while self.waiting:
-                    self.publish(self.waiting[0][0])
-                    self.waiting.popleft()
+                    self._publish_first(None)
             finally:
                 self._draining.release()
+
+    def _publish_first(self, held: Held | None) -> None:
+        """Publishes the first step that waits. Whatever goes wrong, it is not published again, and others follow."""
+        draft, _ = self.waiting[0]
+        try:
+            self.publish(draft if held is None else self._with_arrived(draft, held))
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not hold up later steps
+            self.fault("publishing a step", error)
+        finally:
+            self.waiting.popleft()  # only now: a step that ends meanwhile must queue behind it
+
+    def fault(self, where: str, error: Exception) -> None:
+        """Counts and logs a fault of the telemetry; training goes on."""
+        self.counters.faults += 1
+        self.warnings.say(
+            f"fault {where}",
+            "%s failed (%s: %s); training goes on, with less telemetry",
+            where,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
 
     def _with_arrived(self, draft: Draft, held: Held) -> Draft:
         values, context, table = dict(draft.values), dict(draft.context or {}), draft.table

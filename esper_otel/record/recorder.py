@@ -335,13 +335,5 @@ class Recorder:
     # -- the rest ----------------------------------------------------------------------------------------
 
     def fault(self, where: str, error: Exception) -> None:
-        """Counts and logs a fault of the telemetry; training goes on."""
-        self.publisher.counters.faults += 1
-        self.publisher.warnings.say(
-            f"fault {where}",
-            "%s failed (%s: %s); training goes on, with less telemetry",
-            where,
-            type(error).__name__,
-            error,
-            exc_info=error,
-        )
+        """See ``Publisher.fault``."""
+        self.publisher.fault(where, error)
