@@ -235,7 +235,6 @@ class StepExporter:
         try:
             leftover.folder.remove()
         except OSError as error:
-            leftover.folder.release()
             self._warnings.say("spool", "%s was sent but cannot be deleted: %s", path, error)
         if leftover.delivered:
             kept = "" if leftover.folder.is_marked else "; it has no marker of ours and may be deleted by hand"
