@@ -76,10 +76,13 @@ class BlackBox:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f"{path.name}.{os.getpid()}.new")
             private = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(private, "wb") as raw, gzip.open(raw, "wt", encoding="utf-8", compresslevel=1) as file:
-                file.writelines(_lines(run, reason, frames))
-            new.replace(path)
-        except OSError as error:
+            try:
+                with os.fdopen(private, "wb") as raw, gzip.open(raw, "wt", encoding="utf-8", compresslevel=1) as file:
+                    file.writelines(_lines(run, reason, frames))
+                new.replace(path)
+            finally:
+                new.unlink(missing_ok=True)  # what a full disk has taken of it
+        except Exception as error:  # noqa: BLE001 - the run has ended, or goes on, as it would without us
             self._warnings.say("black box", "the black box could not be written: %s", error)
         else:
             announce("black box", f"{reason}; the last {len(frames)} steps are in {path}: esper-otel report {path}")

@@ -131,7 +131,7 @@ class Publisher:
 
     Attributes:
         counts: ``published`` messages, ``emergencies`` among them, ``failures`` of Redis, ``lost`` steps that fell out
-            of the source before they could be published.
+            of the source before they could be published, or could not be put into messages.
         last_error: of Redis; None when there is none.
 
     Raises:
@@ -203,9 +203,7 @@ class Publisher:
                 retry_s = min(retry_s * 2, _LAST_RETRY_S)
                 continue
             except Exception as error:  # noqa: BLE001 - a fault of ours ends no gateway and no training
-                self._warnings.say(
-                    "oona fault", "publishing failed (%s: %s)", type(error).__name__, error, exc_info=error
-                )
+                self._say_fault(error)
                 count = 0
             if count == 0:
                 if is_over:
@@ -225,8 +223,31 @@ class Publisher:
         for run_id in run_ids:
             if self._over.is_set() and time.monotonic() >= self._until_s:
                 break
-            count += self._publish(run_id)
+            count += self._publish_guarded(run_id)
         return count
+
+    def _publish_guarded(self, run_id: str) -> int:
+        try:
+            return self._publish(run_id)
+        except self._errors:
+            raise
+        except Exception as error:  # noqa: BLE001 - the other runs are published all the same
+            self._say_fault(error)
+            return 0
+
+    def _entries(self, page: Page) -> list[Entry]:
+        """The messages of a page. A step that cannot be put into any is left out: others wait behind it."""
+        made = []
+        for packets in page:
+            try:
+                made += entries(packets, self._secret)
+            except Exception as error:  # noqa: BLE001 - see above
+                self.counts["lost"] += 1
+                self._say_fault(error)
+        return made
+
+    def _say_fault(self, error: Exception) -> None:
+        self._warnings.say("oona fault", "publishing failed (%s: %s)", type(error).__name__, error, exc_info=error)
 
     def _publish(self, run_id: str) -> int:
         key = _CURSOR_KEY + run_id
@@ -253,7 +274,7 @@ class Publisher:
             )
         if not page:
             return 0
-        made = [entry for packets in page for entry in entries(packets, self._secret)]
+        made = self._entries(page)
         with self._redis.pipeline(transaction=True) as together:
             urgent = 0
             for entry in made:

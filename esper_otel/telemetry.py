@@ -202,8 +202,6 @@ class Telemetry:
         after = self.pulled if cursor is None else self._position(cursor)
         frames, gap = self._recorder.publisher.ring.after(after, max_packets)
         position = frames[-1].sequence if frames else after + gap
-        if cursor is None:
-            self.pulled = position
         now_unix_ns = self._recorder.clock.now_ns()
         budget_ms = self._wiring.latency_budget_ms
         made = []
@@ -212,6 +210,8 @@ class Telemetry:
             step = packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns)
             made.append(with_signals(step, signals(step.state, loss_before=loss, rules=self._wiring.rules)))
             loss = frame.values().get(LAST_LOSS)
+        if cursor is None:  # only now: what raises in between, a Ctrl-C included, must not cost the caller these steps
+            self.pulled = position
         return Page(tuple(made), cursor=f"{self.run.attempt}:{position}", gap=gap)
 
     def _loss_before(self, sequence: int) -> float | None:

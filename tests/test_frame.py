@@ -67,12 +67,15 @@ def pulled(history: Sequence[Frame]) -> list[object]:
 
 
 def parts(history: Sequence[Frame]) -> list[object]:
-    return [sorted(zip(p.shape.streams, map(repr, p.numbers), strict=True)) for p in (part_of(f, complete=True) for f in history)]
+    return [
+        sorted(zip(p.shape.streams, map(repr, p.numbers), strict=True))
+        for p in (part_of(f, complete=True) for f in history)
+    ]
 
 
 def lived(history: Sequence[Frame]) -> list[object]:
     """What the live seeds become, and what of each step counts."""
-    live, said = LiveSeeds(), []
+    live, said = LiveSeeds(), list[object]()
     for frame in history:
         step = live.step(frame.seeds)
         live.commit(step)

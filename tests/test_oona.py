@@ -26,7 +26,7 @@ import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage, Telemetry, oona
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.store import FileStore
-from esper_otel.leyline import BusEnvelope, BusMessageType, SystemStatePacket, TelemetryPacket
+from esper_otel.leyline import BusEnvelope, BusMessageType, Packets, SystemStatePacket, TelemetryPacket
 
 redis = pytest.importorskip("redis")
 
@@ -137,6 +137,26 @@ def test_more_alarms_than_a_consumer_lets_through_go_where_they_usually_would(se
             messages = consumed(client)
     assert sum(message.stream == "oona.emergency" for message in messages) == 120
     assert states(messages) == {*range(1, 101)}
+
+
+def test_a_step_that_fits_no_message_holds_up_no_other(server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted as lost; those behind it are published, once."""
+    entries = oona.entries
+
+    def picky(packets: Packets, secret: str | None = None) -> list[oona.Entry]:
+        if packets.step == 3:
+            raise ValueError("a fault of ours")
+        return entries(packets, secret)
+
+    monkeypatch.setattr(oona, "entries", picky)
+    with esper_otel.start(run_id="bus") as telemetry:
+        with oona.publish(telemetry, server.url) as publisher:
+            steps(telemetry, 6)
+        with server.client() as client:
+            messages = consumed(client)
+    found = [message.packet.global_step for message in messages if isinstance(message.packet, SystemStatePacket)]
+    assert found == [1, 2, 4, 5, 6]
+    assert publisher.counts["lost"] == 1
 
 
 def test_without_a_secret_there_is_no_signature(server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,7 +311,9 @@ class StepExporter:
         try:
             source.advance(count)
         except OSError as error:
-            self._warnings.say("spool", "the spool cannot note what was sent (%s): after a kill it is sent again", error)
+            self._warnings.say(
+                "spool", "the spool cannot note what was sent (%s): after a kill it is sent again", error
+            )
 
     def _note_answer(self, request: Request, outcome: Outcome) -> None:
         refused = min(outcome.rejected_points, request.points)  # an endpoint may say anything

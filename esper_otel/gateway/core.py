@@ -180,7 +180,10 @@ class Core:
             self._last_body = kept.number
             self._bodies.append((kept.number, time.monotonic()))
         saved, self._unsaved, self._ended, self._ends, self._places = self._unsaved, [], {}, None, {}
-        self._ranks.note(saved)
+        try:
+            self._ranks.note(saved)
+        except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must be told so
+            self._fault("comparing ranks", error)
         for item in saved:
             self.counts["steps"] += 1
             self.counts["incomplete_steps"] += not item.complete
@@ -205,10 +208,18 @@ class Core:
     def _release(self) -> None:
         self._timer = None
         now_s = time.monotonic()
-        items = self._assembler.release(now_s)
-        with suppress(StoreFull):  # counted; tried again
-            self._save(items)
+        try:
+            items = self._assembler.release(now_s)
+            with suppress(StoreFull):  # counted; tried again
+                self._save(items)
+        except Exception as error:  # noqa: BLE001 - what waits behind is still to be released
+            self._fault("releasing steps", error)
         self._schedule(now_s)
+
+    def _fault(self, where: str, error: Exception) -> None:
+        """Counts and logs a fault of ours that nobody can be told of in an answer."""
+        self.counts["faults"] += 1
+        self._warnings.say(f"fault {where}", "%s failed (%s: %s)", where, type(error).__name__, error, exc_info=error)
 
     def _restore(self, store: FileStore) -> None:
         """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
@@ -245,13 +256,13 @@ class Core:
 
     def _tidy(self) -> None:
         """Drops runs that were silent for long, now and every few seconds."""
+        self._tidying = asyncio.get_running_loop().call_later(_TIDY_EVERY_S, self._tidy)
         self._assembler.runs(time.monotonic())
         try:
             for run_id in self._store.expire():
                 self._warnings.say("expired", "run %s had no news for long: its steps were dropped", run_id)
         except StoreFull as error:
             self._warnings.say("store", "%s; runs that are too old stay", error)
-        self._tidying = asyncio.get_running_loop().call_later(_TIDY_EVERY_S, self._tidy)
 
     def close(self) -> None:
         """Ends the waiting of pullers, and the use of the store."""

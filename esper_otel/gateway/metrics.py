@@ -24,6 +24,7 @@ _COUNTERS = (
     _Own("pulled_steps", "counter", "Steps given to pullers."),
     _Own("gap_steps", "counter", "Steps that fell out of the store before a puller came for them."),
     _Own("dropped_steps", "counter", "Steps dropped from the store, for want of room or by age."),
+    _Own("faults", "counter", "Faults of the gateway itself; its log has them."),
     _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to come again."),
 )
 _OONA = (

@@ -77,7 +77,7 @@ class Publisher:
             return
         try:
             while self.waiting:
-                draft, held = self.waiting[0]
+                _, held = self.waiting[0]
                 if held is not None:
                     if wait:
                         held.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 import esper_otel
@@ -25,6 +29,10 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.spool import Folder
 from esper_otel.export.streams import Streams
 from esper_otel.frame import Frame
+from esper_otel.gateway.assemble import Assembler
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.memory import MemoryStore
+from esper_otel.gateway.ranks import Ranks
 from esper_otel.record.draft import Draft
 from esper_otel.testing import MemoryCollector
 
@@ -321,3 +329,49 @@ def test_a_disk_that_takes_no_note_has_the_series_ended_all_the_same(
     assert (ends["kasmina.seed.alpha"], ends["loss"]) == (3, 1)
     assert (telemetry.health()["faults"], telemetry.health()["last_error"]) == (0, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_that_a_pull_could_not_give_come_with_the_next_one(
+    collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a controller that pulls costs it no step."""
+    with esper_otel.start(run_id="run") as telemetry:
+        trained_unsent(telemetry)
+        with monkeypatch.context() as patched:
+            patched.setattr("esper_otel.telemetry.packets", broken)
+            with pytest.raises(ValueError, match="fault"):
+                telemetry.pull()
+        assert [packets.step for packets in telemetry.pull()] == list(range(1, 13))
+
+
+def test_a_gateway_goes_on_after_a_fault_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has stored is acknowledged, and a fault in releasing one step stops no other."""
+
+    async def scenario() -> None:
+        core = Core(MemoryStore(), linger_s=0.01)
+        core.start()
+        with monkeypatch.context() as patched:
+            patched.setattr(Ranks, "note", broken)
+            assert core.receive(request_of("first")).rejected == 0
+            await asyncio.sleep(0.05)
+        with monkeypatch.context() as patched:
+            patched.setattr(Assembler, "release", broken)
+            before = core.counts["faults"]
+            core._release()
+            assert core.counts["faults"] == before + 1 > 1
+        core.receive(request_of("second"))
+        await asyncio.sleep(0.05)
+        assert {run.run_id: run.stored for run in core.runs().runs} == {"first": 1, "second": 1}
+        core.close()
+
+    asyncio.run(scenario())
+
+
+def request_of(run_id: str) -> bytes:
+    """A step of a plain sender: it is released a little later."""
+    request = ExportMetricsServiceRequest()
+    of_run = request.resource_metrics.add()
+    of_run.resource.attributes.add(key="esper.run.id").value.string_value = run_id
+    metric = of_run.scope_metrics.add().metrics.add(name="loss")
+    metric.gauge.data_points.add(time_unix_nano=time.time_ns(), as_double=1.0)
+    return request.SerializeToString()

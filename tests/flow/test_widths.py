@@ -133,7 +133,7 @@ def run(telemetry: Telemetry, plan: Plan) -> None:
                     telemetry.seeds(list(call.rows), **columns)
                 else:
                     for seed, cells in call.rows.items():
-                        now.seed(seed, **cells)  # type: ignore[arg-type]
+                        now.seed(seed, **cells)
             if plan.raises:
                 raise KeyError("planned")
     except KeyError:
@@ -148,7 +148,7 @@ def run(telemetry: Telemetry, plan: Plan) -> None:
 IN_STATES = ("alpha", "alpha_steps", "alpha_total_steps", "alpha_temperature", "risk_tolerance")
 
 
-def seeds_of(step: Packets) -> tuple[dict[str, Row], dict[str, Row]]:
+def seeds_of(step: Packets) -> tuple[Mapping[str, Row], Mapping[str, Row]]:
     """The rows and the live seeds of a step's packets, as far as packets have them."""
     fields = {name: field for field, name in NAMES.items()}
     rows = {
