@@ -77,7 +77,8 @@ def start(
         metrics: the user's own step metrics.
         processors: the user's own processors. One that gives a metric of ours replaces ours.
         meter_provider: where to register the instruments instead of a provider of our own; its readers carry
-            them, and steps are sent only with ``export_steps=True``.
+            them, and steps are sent only with ``export_steps=True``. Seed ids beyond the SDK's limit for an
+            instrument stand in scopes of their own; a limit that you have set is kept, and warned of.
         export_steps: whether every step goes out over OTLP; by default as ``OTEL_METRICS_EXPORTER`` says.
 
     Raises:

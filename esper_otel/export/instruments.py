@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
 
 from esper_otel._version import __version__
 from esper_otel.errors import InvalidCatalogue
+from esper_otel.export.room import Room, limit_of
 from esper_otel.frame import Frame
+from esper_otel.log import Warnings
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, Metric
 
 _FIELD_OF = {metric.name: field for metric, field in zip(SEED_CELLS, SEED_FIELDS, strict=True)}
+_UNSHOWN = ("esper.seeds.unshown", "")
+
+# Parts of the seeds' instruments that stand ready: none can be added while they are read.
+_PARTS_AHEAD = 5
+_NEARLY_FULL = 0.8
+_FIX = (
+    "give the provider View(instrument_name='kasmina.seed.*', aggregation_cardinality_limit=N) and the same for "
+    "'esper.seed.*', N above the number of seed ids that will come; what is sent over OTLP always has all seeds"
+)
 _NOT_INSTRUMENTS = frozenset({FRAME_SEQUENCE.name, FRAME_POINTS.name})
 
 Attributes = Mapping[str, str | int]
@@ -36,21 +49,12 @@ class Source(Protocol):
 
 
 class _Reading(NamedTuple):
-    """One session as one collect sees it."""
+    """One session as one collect sees it; its seeds by the part of the instruments that shows them."""
 
     values: Mapping[str, float]
-    seeds: tuple[tuple[Attributes, Mapping[str, float]], ...]
+    seeds: Mapping[int, list[tuple[Attributes, Mapping[str, float]]]]
     counts: Mapping[tuple[str, str], float]
     attributes: Attributes
-
-
-def _read(source: Source) -> _Reading:
-    attributes = source.attributes
-    frame = source.newest_frame()
-    if frame is None:
-        return _Reading({}, (), source.counts(), attributes)
-    seeds = tuple(({**attributes, "seed_id": seed_id}, cells) for seed_id, cells in frame.seeds.rows())
-    return _Reading(frame.values(), seeds, source.counts(), attributes)
 
 
 class _Pin(threading.local):
@@ -70,11 +74,18 @@ class Instruments:
     """
 
     def __init__(self, provider: MeterProvider) -> None:
+        self._provider = weakref.ref(provider)
         self._meter: Meter = provider.get_meter("esper_otel", __version__)
         self._lock = threading.Lock()
         self._declared: dict[str, Metric] = {}
+        self._bits = itertools.count()
+        self._room = Room(0)
+        self._parts = 1
+        self._growing: threading.Thread | None = None
+        self._has_warned = False
         self._sources: tuple[Source, ...] = ()
         self._pin = _Pin()
+        self._warnings = Warnings()
 
     def attach(self, source: Source, metrics: Iterable[Metric]) -> None:
         """Registers the metrics that are new here and shows the session in every collect from now on.
@@ -91,11 +102,13 @@ class Instruments:
             ]
             if faults:
                 raise InvalidCatalogue(faults)
-            for metric in metrics:
-                if metric.name not in self._declared:
-                    bit = 1 << len(self._declared)
-                    self._declared[metric.name] = metric  # a collect may ask the new callback at once
-                    self._register(metric, bit)
+            new = [metric for metric in metrics if metric.name not in self._declared]
+            self._declared.update({metric.name: metric for metric in new})  # a collect may ask a new callback at once
+            made = {metric.name: self._register(metric, self._meter) for metric in new}
+            of_seeds = [instrument for name, instrument in made.items() if self._declared[name].level == "seed"]
+            if of_seeds:  # they are all of the catalogue, and come with the first session
+                self._room = Room(limit_of(self._provider(), of_seeds))
+                self._add_parts(_PARTS_AHEAD)
             self._sources = (*self._sources, source)
 
     def detach(self, source: Source) -> None:
@@ -103,24 +116,77 @@ class Instruments:
         with self._lock:
             self._sources = tuple(other for other in self._sources if other is not source)
 
-    def _register(self, metric: Metric, bit: int) -> None:
-        observe = {"step": self._of_step, "seed": self._of_seeds, "session": self._of_session}[metric.level]
+    def _register(self, metric: Metric, meter: Meter, part: int = 0) -> object:
+        bit = 1 << next(self._bits)
 
         def callback(_options: CallbackOptions) -> list[Observation]:
-            return observe(metric.name, self._pinned(bit))
+            readings = self._pinned(bit)
+            if metric.level == "seed":
+                return self._of_seeds(metric.name, part, readings)
+            return (self._of_step if metric.level == "step" else self._of_session)(metric.name, readings)
 
         create: Callable[..., object] = (
-            self._meter.create_observable_counter if metric.kind == "counter" else self._meter.create_observable_gauge
+            meter.create_observable_counter if metric.kind == "counter" else meter.create_observable_gauge
         )
-        create(metric.name, [callback], metric.unit, metric.description)
+        return create(metric.name, [callback], metric.unit, metric.description)
+
+    def _add_parts(self, wanted: int) -> None:
+        """Registers the instruments of seeds once more, in scopes of their own, as far as there is need and room."""
+        provider = self._provider()
+        while provider is not None and self._parts < min(wanted, self._room.parts):
+            meter = provider.get_meter(f"esper_otel.seeds.{self._parts + 1}", __version__)
+            for metric in SEED_CELLS:
+                self._register(metric, meter, self._parts)
+            self._parts += 1
+
+    def _grow(self, wanted: int) -> None:
+        with self._lock:
+            self._add_parts(wanted)
 
     def _pinned(self, bit: int) -> tuple[_Reading, ...]:
         pin = self._pin
         if pin.served & bit:
             pin.served = 0
-            pin.readings = tuple(map(_read, self._sources))
+            pin.readings = tuple(map(self._read, self._sources))
+            self._look_ahead()
         pin.served |= bit
         return pin.readings
+
+    def _read(self, source: Source) -> _Reading:
+        attributes, counts, frame = source.attributes, source.counts(), source.newest_frame()
+        if frame is None:
+            return _Reading({}, {}, counts, attributes)
+        seeds: dict[int, list[tuple[Attributes, Mapping[str, float]]]] = {}
+        unshown = 0
+        owner = tuple(attributes.items())
+        for seed_id, cells in frame.seeds.rows():
+            part = self._room.part_of((owner, seed_id))
+            if part is None or part >= self._parts:
+                unshown += 1
+            else:
+                seeds.setdefault(part, []).append(({**attributes, "seed_id": seed_id}, cells))
+        return _Reading(frame.values(), seeds, {**counts, _UNSHOWN: unshown}, attributes)
+
+    def _look_ahead(self) -> None:
+        """Sees to it that there are instruments for the seeds of the next collect, and says when there will be none."""
+        room = self._room
+        used = room.used / room.size
+        unshown = sum(reading.counts.get(_UNSHOWN, 0) for reading in self._pin.readings)
+        if unshown and used == 1.0:
+            text = "the readers of a MeterProvider leave out %d live seeds, its limit is %d seed ids: %s"
+            self._warnings.say("room is full", text, unshown, room.size, _FIX)
+        elif used >= _NEARLY_FULL and not self._has_warned:
+            self._has_warned = True
+            text = "%d of the %d seed ids that a MeterProvider can tell apart are used: %s"
+            self._warnings.say("room", text, room.used, room.size, _FIX)
+        wanted = min(int(used * room.parts) + _PARTS_AHEAD, room.parts)
+        if wanted > self._parts and (self._growing is None or not self._growing.is_alive()):
+            # Not here: the SDK holds the lock that registering takes.
+            self._growing = threading.Thread(
+                target=self._grow, args=(wanted,), name="esper-otel-instruments", daemon=True
+            )
+            with suppress(RuntimeError):  # the interpreter is about to end
+                self._growing.start()
 
     # The SDK drops NaN and infinities with a log line each, so they are left out here.
 
@@ -133,12 +199,12 @@ class Instruments:
         ]
 
     @staticmethod
-    def _of_seeds(name: str, readings: tuple[_Reading, ...]) -> list[Observation]:
+    def _of_seeds(name: str, part: int, readings: tuple[_Reading, ...]) -> list[Observation]:
         field = _FIELD_OF[name]
         return [
             Observation(cells[field], attributes)
             for reading in readings
-            for attributes, cells in reading.seeds
+            for attributes, cells in reading.seeds.get(part, ())
             if math.isfinite(cells.get(field, math.nan))
         ]
 

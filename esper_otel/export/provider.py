@@ -13,13 +13,13 @@ from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, Perio
 from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 
+from esper_otel.export.room import SEED_IDS
 from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
 _GROUP = "opentelemetry_metrics_exporter"
-# The SDK keeps each attribute set that it ever saw, and puts what is above its limit, 2,000 unless told otherwise,
-# into one point without a name.
-SEED_IDS = 100_000
+# What an instrument of a seed's metric is called.
+_OF_SEEDS = ("kasmina.seed.*", "esper.seed.*")
 _PROTOCOLS = {"otlp": None, "otlp_proto_grpc": "grpc", "otlp_proto_http": "http/protobuf"}
 
 
@@ -127,7 +127,7 @@ class OwnProvider(MeterProvider):
             resource=resource,
             exemplar_filter=AlwaysOffExemplarFilter(),  # there are only observable gauges, which have none
             shutdown_on_exit=False,
-            views=[View(instrument_name="kasmina.seed.*", aggregation_cardinality_limit=SEED_IDS)],
+            views=[View(instrument_name=name, aggregation_cardinality_limit=SEED_IDS + 1) for name in _OF_SEEDS],
         )
         self.said = tuple(reader.said for reader in readers if hasattr(reader, "said"))
 

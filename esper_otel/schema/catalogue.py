@@ -634,6 +634,13 @@ SESSION: tuple[Metric, ...] = (
         split_by="reason",
     ),
     Metric("esper.export.latency_ms", "ms", "Time that the last request took.", level="session"),
+    Metric(
+        "esper.seeds.unshown",
+        "count",
+        "Seeds of the newest step that a MeterProvider's readers do not show: it has no room for further seed ids.",
+        level="session",
+        present="At the readers of a MeterProvider only: what is sent over OTLP has all seeds.",
+    ),
     Metric("esper.pull.lag", "count", "Frames published and not yet pulled.", level="session"),
     Metric(
         "esper.run.ended",
