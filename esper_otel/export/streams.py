@@ -42,11 +42,15 @@ class Streams:
         if ids:
             if ids != self._ids:
                 self._note()
-                self._ids, self._sent = ids, np.zeros((len(ids), WIDTH), np.bool_)
-            self._sent[:, : cells.shape[1]] |= ~is_absent(cells)
+                self._ids, self._sent = ids, ~is_absent(cells)
+            elif cells.shape == self._sent.shape:
+                self._sent |= ~is_absent(cells)
+            else:
+                self._sent = _wide(self._sent)
+                self._sent[:, : cells.shape[1]] |= ~is_absent(cells)
 
     def _note(self) -> None:
-        for seed_id, present in zip(self._ids, self._sent, strict=True):
+        for seed_id, present in zip(self._ids, _wide(self._sent), strict=True):
             before = self._seeds.get(seed_id)
             self._seeds[seed_id] = present if before is None else before | present
         self._ids, self._sent = (), self._sent[:0]
@@ -77,6 +81,15 @@ class Streams:
             ended += _streams_of(seed_id, sent)
         self._seeds.clear()
         return ended
+
+
+def _wide(sent: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """For all columns; the same array, if it has them."""
+    if sent.shape[1] == WIDTH:
+        return sent
+    wide = np.zeros((len(sent), WIDTH), np.bool_)
+    wide[:, : sent.shape[1]] = sent
+    return wide
 
 
 def _streams_of(seed_id: str, columns: npt.NDArray[np.bool_]) -> list[Stream]:
