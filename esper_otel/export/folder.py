@@ -185,7 +185,7 @@ class Folder:
         try:
             if not self.is_marked:
                 return
-            # Steps first, so that a kill in between has nothing sent again; the marker last, so that the folder is known.
+            # Steps first: after a kill in between nothing is sent again. The marker last: the folder can be recognized.
             names = filter(_is_ours, os.listdir(self._descriptor))
             for name in sorted(names, key=lambda name: (name == MARKER, not name.endswith(SUFFIX))):
                 os.unlink(name, dir_fd=self._descriptor)

@@ -25,7 +25,7 @@ from esper_otel import EsperSettings, Telemetry
 from esper_otel.export import encode, provider
 from esper_otel.export.blocks import Block, blocks
 from esper_otel.export.encode import Encoder
-from esper_otel.export.spool import Folder
+from esper_otel.export.folder import Folder
 from esper_otel.export.streams import Streams
 from esper_otel.frame import Frame
 from esper_otel.gateway.assemble import Assembler
@@ -183,17 +183,17 @@ def test_a_folder_that_is_deleted_in_part_has_nothing_sent_again(
     """A kill, or a file that the disk keeps, between the first deletion and the last."""
     left_behind(tmp_path, monkeypatch)
     for most in range(4):
-        unlink, deleted = Path.unlink, 0
+        unlink, deleted = os.unlink, 0
 
-        def some(path: Path, missing_ok: bool = False, *, most: int = most, unlink: Any = unlink) -> None:
+        def some(path: str, *, dir_fd: int | None = None, most: int = most, unlink: Any = unlink) -> None:
             nonlocal deleted
-            deleted += path.parent.parent == tmp_path
+            deleted += dir_fd is not None  # a file in a folder of the spool
             if deleted > most:
                 raise OSError(16, "Device or resource busy")
-            unlink(path, missing_ok=missing_ok)
+            unlink(path, dir_fd=dir_fd)
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(Path, "unlink", some)
+            patched.setattr(os, "unlink", some)
             telemetry = esper_otel.start(run_id=f"next-{most}")
             telemetry.record_step({"loss": 1.0}, epoch=0)
             telemetry.close()
@@ -345,7 +345,7 @@ def test_a_gateway_goes_on_after_a_fault_of_its_own(monkeypatch: pytest.MonkeyPa
     """What it has stored is acknowledged, and a fault in releasing one step stops no other."""
 
     async def scenario() -> None:
-        core = Core(MemoryStore(), linger_s=0.01)
+        core = Core(MemoryStore(), hold_s=0.01, linger_s=0.01)
         core.start()
         with monkeypatch.context() as patched:
             patched.setattr(Ranks, "note", broken)
