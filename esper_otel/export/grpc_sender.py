@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from grpc import StatusCode
 from esper_otel.export.credentials import provided
 from esper_otel.export.endpoint import USER_AGENT, Endpoint
 from esper_otel.export.failure import meaning
+from esper_otel.export.forks import Gate
 from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s
 from esper_otel.export.proxies import way_of
 from esper_otel.export.token import Headers
@@ -49,13 +51,34 @@ class GrpcSender:
         self._credentials = None if endpoint.is_insecure else _credentials(endpoint)
         self._closing = threading.Lock()
         self._is_closed = False
-        self._channel = self._opened()
+        self._is_cut = False
+        self._gate = Gate(self._cut)
+        with self._gate:
+            self._channel = self._opened()
 
     def send(self, body: bytes, timeout_s: float) -> Outcome:
         """See ``Sender``."""
+        deadline_s = time.monotonic() + timeout_s
+        self._gate.begin(timeout_s)
+        while True:
+            with self._gate:
+                outcome = self._exchanged(body, timeout_s, max(deadline_s - time.monotonic(), 0.0))
+                if not self._is_cut:
+                    return outcome
+                self._is_cut = False
+                self._open_again()
+            if self._is_closed or outcome.result is Result.DELIVERED:
+                return outcome
+
+    def _cut(self) -> None:
+        """Ends the request under way, because the process is about to fork; ``send`` then repeats it."""
+        self._is_cut = True
+        self._channel.close()
+
+    def _exchanged(self, body: bytes, timeout_s: float, left_s: float) -> Outcome:
         call: Any = self._channel.unary_unary(_METHOD, bytes, bytes)
         try:
-            answer = call(body, timeout=timeout_s, metadata=self._headers.now())
+            answer = call(body, timeout=left_s, metadata=self._headers.now())
         except grpc.RpcError as error:
             return CLOSED if self._is_closed else self._failed(error, timeout_s)
         except ValueError:  # what gRPC raises on a closed channel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 
 from opentelemetry.sdk.resources import Resource
@@ -37,9 +36,6 @@ def open_exporter(
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
     """
-    if endpoint.protocol == "grpc":
-        # DataLoader workers fork; grpc's own fork handlers dead-lock or kill them.
-        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     directory, spool = settings.spool_dir, None
     if directory is not None:
         most_bytes = settings.spool_bytes

@@ -265,7 +265,7 @@ def test_a_forked_child_neither_sends_nor_hangs_nor_ends_what_its_parent_sends(p
         release.wait(20)
 
     with MemoryCollector(answer=answer) as collector:
-        environ = {**os.environ, **at(collector, protocol), "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        environ = {**os.environ, **at(collector, protocol)}
         command = [sys.executable, "-W", "ignore", "-c", FORK]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, text=True) as process:
