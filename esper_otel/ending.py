@@ -1,19 +1,22 @@
-"""The end of the process: sessions that are still live are closed at interpreter exit and on SIGTERM."""
+"""The end of the process: sessions that are still live are closed at interpreter exit, and flushed on signals."""
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import os
 import signal
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Protocol
 
 _TIMEOUT_S = 5.0
+_AGAIN_S = 0.002
+# They run the user's code; what they call of ours has a module of its own.
+_RUNNERS = ("esper_otel.integrations.", "esper_otel.demo.", "esper_otel.cli", "esper_otel.__main__")
 
 
 class Closing(Protocol):
@@ -27,26 +30,23 @@ class Closing(Protocol):
 
 
 _live: weakref.WeakSet[Closing] = weakref.WeakSet()
-_before: Callable[[int, FrameType | None], object] | int | None = None
-_process_id = 0
+os.register_at_fork(after_in_child=_live.clear)  # a DataLoader worker inherits the handlers, not the sessions
 
 
-def watch(session: Closing) -> None:
+def watch(session: Closing, names: Iterable[str] = ()) -> list[str]:
     """Closes the session when the process ends, unless ``forget`` comes first.
 
-    The handler of SIGTERM is installed by the first session of the process that starts in the main thread (Python
-    allows no other); one that was not set from Python is left alone.
+    SIGTERM and the signals of these names flush it. A handler that was there is called as well; one that was not set
+    from Python is left alone.
+
+    Returns:
+        The signals that will not flush it: Python lets only the main thread set a handler.
     """
-    global _before, _process_id
     _live.add(session)
     # Last registered is first called: before those of gRPC and whatever else the session has imported.
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
-    if threading.current_thread() is threading.main_thread():
-        there = signal.getsignal(signal.SIGTERM)
-        if there is not None and there is not _on_sigterm:
-            _before, _process_id = there, os.getpid()
-            signal.signal(signal.SIGTERM, _on_sigterm)
+    return [name for name in dict.fromkeys(("SIGTERM", *names)) if not _is_followed(signal.Signals[name])]
 
 
 def forget(session: Closing) -> None:
@@ -54,19 +54,66 @@ def forget(session: Closing) -> None:
     _live.discard(session)
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    """Wakes the exporters and does what would have happened without us; before the process dies of it, flushes."""
-    is_ours = os.getpid() == _process_id  # a DataLoader worker inherits the handler, not the sessions
-    if is_ours:
-        for session in list(_live):
-            session.interrupted()
-    if callable(_before):
-        _before(number, frame)
-    elif _before is not signal.SIG_IGN:
-        if is_ours:
-            _close_all("SIGTERM")
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+def _is_followed(number: int) -> bool:
+    """Whether our handler is there, or could be put there."""
+    there = signal.getsignal(number)
+    if isinstance(there, _Handler):
+        return True
+    if there is None:
+        return False
+    try:
+        signal.signal(number, _Handler(there))
+    except ValueError:  # this is not the main thread
+        return False
+    return True
+
+
+class _Handler:
+    """Wakes the exporters and does what would have happened without us; before the process dies of it, flushes.
+
+    Args:
+        before: the handler whose place it takes.
+    """
+
+    def __init__(self, before: Callable[[int, FrameType | None], object] | int) -> None:
+        self._before = before
+        self._until_s: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if callable(self._before) or self._before is signal.SIG_IGN:
+            for session in list(_live):
+                session.interrupted()
+            if callable(self._before):
+                self._before(number, frame)
+        elif self._is_too_early(frame):
+            _thread.start_new_thread(_send_again, (number,))
+        else:
+            _close_all(signal.Signals(number).name)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _is_too_early(self, frame: FrameType | None) -> bool:
+        """Whether the signal has interrupted code of ours, which may hold a lock that closing needs."""
+        if not _live or not _is_ours(frame):
+            return False
+        now_s = time.monotonic()
+        if self._until_s is None:
+            self._until_s = now_s + _TIMEOUT_S
+        return now_s < self._until_s
+
+
+def _is_ours(frame: FrameType | None) -> bool:
+    while frame is not None:
+        name = frame.f_globals.get("__name__") or ""
+        if name.startswith("esper_otel.") and not name.startswith(_RUNNERS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    time.sleep(_AGAIN_S)
+    os.kill(os.getpid(), number)
 
 
 def _close_all(outcome: str) -> None:

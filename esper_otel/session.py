@@ -40,7 +40,7 @@ from esper_otel.record.recorder import Recorder
 from esper_otel.ring import Ring
 from esper_otel.risk import configured
 from esper_otel.schema import Metric
-from esper_otel.settings import EsperSettings
+from esper_otel.settings import EsperSettings, signal_names
 from esper_otel.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ class _Session:
         self._instruments = self._attached(meter_provider, names.entries.values())
         self.telemetry = Telemetry(self._recorder, self)
         self._process_id = os.getpid()
-        self._begin()
-        announce("started", self._describe(endpoint, exporters.off))
+        unfollowed = self._begin(settings.flush_signals)
+        announce("started", self._describe(endpoint, exporters.off, unfollowed))
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """The instruments of a provider, fed by this session."""
@@ -185,13 +185,14 @@ class _Session:
             raise
         return instruments
 
-    def _begin(self) -> None:
-        """Starts what runs in threads of its own."""
-        watch(self.telemetry)
+    def _begin(self, flush_signals: str) -> list[str]:
+        """Starts what runs in threads of its own; returns the signals that do not flush the session."""
+        unfollowed = watch(self.telemetry, signal_names(flush_signals))
         if self._sampler is not None:
             self._sampler.start()
         if self._exporter is not None:
             self._exporter.start()
+        return unfollowed
 
     def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
         publisher = self._publisher
@@ -216,7 +217,7 @@ class _Session:
         if clock.is_ahead:
             self._warnings.say("ahead", "steps run more than 5 minutes ahead of the wall clock: above 1,000 a second")
 
-    def _describe(self, endpoint: Endpoint | None, off: str) -> str:
+    def _describe(self, endpoint: Endpoint | None, off: str, unfollowed: Sequence[str]) -> str:
         run = self._publisher.run
         parts = [f"run {run.run_id}", f"rank {run.rank} of {run.world_size}"]
         parts.append(
@@ -227,6 +228,11 @@ class _Session:
         parts += () if self._provider is None else self._provider.said
         if not self._enriched:
             parts.append("gated metrics and probes are off (tolaria_step_enrichment_enabled = False)")
+        if unfollowed and self._exporter is not None:
+            parts.append(
+                f"nothing is flushed on {' or '.join(unfollowed)} (Python allows that to sessions which start in the "
+                "main thread, where no other library has taken the signal)"
+            )
         return ", ".join(parts)
 
     def _device(self) -> str | None:

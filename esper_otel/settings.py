@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from esper_otel.errors import ConfigurationError, UnknownMetric
@@ -39,6 +39,19 @@ class _DefaultsByAssignment(_ModelMetaclass):  # type: ignore[misc] # pydantic d
         if name in fields:
             return fields[name].default
         return super().__getattr__(name)
+
+
+# Those that end a process unless it handles them, and that something outside sends on purpose.
+_FLUSH_SIGNALS = ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGTERM")
+
+
+def signal_names(text: str) -> tuple[str, ...]:
+    """The signals of ``flush_signals``; ValueError when one is not among those that can be followed."""
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    for name in names:
+        if name not in _FLUSH_SIGNALS:
+            raise ValueError(f"{name!r} is not one of {', '.join(_FLUSH_SIGNALS)}; separate several by commas")
+    return names
 
 
 _MODEL_NAMES = frozenset({"model_config", "model_fields"})
@@ -104,6 +117,11 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         allow_inf_nan=False,
         description="Time between two samples of a hardware probe, in seconds.",
     )
+    flush_signals: str = Field(
+        default="",
+        description="Signals on which steps are sent at once, beside SIGTERM, such as `SIGUSR1,SIGXCPU`: what a "
+        "scheduler sends before it ends a job. What the signal does otherwise, it still does.",
+    )
     token_file: Path | None = Field(
         default=None,
         description="File with a bearer token for the OTLP endpoint, read again when it changes; "
@@ -120,6 +138,12 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
         description='Other thresholds for risk signals, by name, such as `{"hook_budget": 80}`; `Infinity` '
         "silences one.",
     )
+
+    @field_validator("flush_signals")
+    @classmethod
+    def _are_signals(cls, names: str) -> str:
+        signal_names(names)
+        return names
 
     def __init__(self, **values: Any) -> None:
         try:

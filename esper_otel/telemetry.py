@@ -296,7 +296,7 @@ class Telemetry:
             self._wiring.close(deadline_s, outcome or "completed")
 
     def interrupted(self) -> None:
-        """Sends what is there at once: the process has been told to end. Called on SIGTERM."""
+        """Sends what is there at once, in the background; may be called from a signal handler."""
         self._wiring.interrupted()
 
     def __enter__(self) -> Telemetry:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from esper_otel.export.bell import Bell
 from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.source import Leftover, Live, Source, end_series, note
 from esper_otel.export.spool import Spool
@@ -80,7 +81,7 @@ class StepExporter:
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._deadline_s: float | None = None
-        self._wake = threading.Event()
+        self._wake = Bell()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="esper-otel-export", daemon=True)
         self.rejected_points = 0
