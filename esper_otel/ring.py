@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 
 from esper_otel.frame import Frame
+from esper_otel.native import threads
 from esper_otel.packed import Packed
 
 # Measured with tracemalloc on Python 3.11: 770 bytes and 32 a value, with what is derived, its place in the dict and
@@ -49,7 +49,7 @@ class Ring:
         self.first = 1
         self.last = 0
         self._saved = 0  # bytes by which packed frames are smaller; guarded, as is what becomes of them
-        self._guard = threading.Lock()
+        self._guard = threads().Lock()
         self._packed_to = 0
         self._unpacked: tuple[Packed | None, list[Frame]] = (None, [])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from esper_otel.export.streams import before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frame import Frame
 from esper_otel.log import Warnings, announce
+from esper_otel.native import threads
 from esper_otel.ring import Ring
 
 _FRAMES_AT_ONCE = 1_000
@@ -82,8 +82,8 @@ class StepExporter:
         self._next_health_s = 0.0
         self._deadline_s: float | None = None
         self._wake = Bell()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="esper-otel-export", daemon=True)
+        self._closing = threads().Event()
+        self._thread = threads().Thread(target=self._work, name="esper-otel-export", daemon=True)
         self.rejected_points = 0
         self.recovered = 0
         self.retries = 0

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.native import threads
 
 _PATIENCE_S = 0.1  # a request to an endpoint nearby has been answered by then
 _CUTS_AT_ANY_TIME = 3
@@ -43,7 +44,7 @@ class Gate:
                 'with multiprocessing\'s "spawn" method, or set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf'
             )
         self._cut = cut
-        self._changed = threading.Condition()
+        self._changed: threading.Condition = threads().Condition()
         self._is_inside = self._is_shut = False
         self._patient_until_s = self._half_s = 0.0
         self._cuts = 0
@@ -98,7 +99,7 @@ class Gate:
 _gates: weakref.WeakSet[Gate] = weakref.WeakSet()
 _broken: list[str] = []  # in a forked child: why gRPC cannot be used
 _unprepared: list[str] = []  # why no child will be able to use gRPC
-_forking = threading.RLock()  # two threads that fork at once would let in what the other has shut out
+_forking = threads().RLock()  # two threads that fork at once would let in what the other has shut out
 
 
 def _before_fork() -> None:

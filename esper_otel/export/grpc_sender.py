@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 import time
 from typing import Any
 
@@ -21,6 +20,7 @@ from esper_otel.export.forks import Gate
 from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s
 from esper_otel.export.proxies import way_of
 from esper_otel.export.token import Headers
+from esper_otel.native import threads
 
 _METHOD = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 
@@ -49,7 +49,7 @@ class GrpcSender:
         self._endpoint = endpoint
         self._headers = headers
         self._credentials = None if endpoint.is_insecure else _credentials(endpoint)
-        self._closing = threading.Lock()
+        self._closing = threads().Lock()
         self._is_closed = False
         self._is_cut = False
         self._gate = Gate(self._cut)

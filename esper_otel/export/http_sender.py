@@ -19,12 +19,14 @@ from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # has .pyi, no py.typed
 from requests.adapters import HTTPAdapter
 
+from esper_otel.errors import ConfigurationError
 from esper_otel.export.credentials import provided
 from esper_otel.export.endpoint import USER_AGENT, Endpoint
 from esper_otel.export.failure import meaning
 from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s, one_line
 from esper_otel.export.proxies import proxy_of, way_of
 from esper_otel.export.token import Headers
+from esper_otel.native import has_greenlet_sockets, threads
 
 _OTHER_PATH = ": it takes no OTLP metrics at this path (usual is /v1/metrics)"
 _STATUS = {
@@ -48,22 +50,27 @@ class HttpSender:
     A thread of our own sends: ``requests`` limits each read, not the whole, and nothing ends the look-up of a name.
 
     Raises:
-        ConfigurationError: the credential provider cannot be used.
+        ConfigurationError: the credential provider or the process's sockets cannot be used.
     """
 
     def __init__(self, endpoint: Endpoint, headers: Headers) -> None:
+        if has_greenlet_sockets():
+            raise ConfigurationError(
+                "eventlet has put its own sockets in the place of Python's, and OTLP over HTTP does not work with "
+                "them: set OTEL_EXPORTER_OTLP_PROTOCOL=grpc"
+            )
         self._endpoint = endpoint
         self._headers = headers
         self._connection: list[Any] = []
         self._session = _session(endpoint, self._connection)
         self._settings = _settings(endpoint)
-        self._changed = threading.Condition()
+        self._changed: threading.Condition = threads().Condition()
         self._request: _Request | None = None
         self._outcome: Outcome | None = None
         self._is_busy = False
         self._is_closed = False
         # Started here and not with the first request: that may be at exit, when Python starts no more threads.
-        threading.Thread(target=self._work, name="esper-otel-http", daemon=True).start()
+        threads().Thread(target=self._work, name="esper-otel-http", daemon=True).start()
 
     def send(self, body: bytes, timeout_s: float) -> Outcome:
         """See ``Sender``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from esper_otel.export.folder import SUFFIX, Folder
 from esper_otel.export.records import RecordWriter, Stored, frames_in
 from esper_otel.frame import Frame, Run
 from esper_otel.log import Warnings
+from esper_otel.native import threads
 from esper_otel.ring import Ring
 from esper_otel.schema import Metric
 
@@ -72,7 +72,7 @@ class Spool:
         self._most_bytes = most_bytes
         self._warnings = warnings
         self._process_id = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threads().Lock()
         self._missed = False
         self._file: int | None = None
         self._retry_at_s = 0.0

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from esper_otel.errors import ProbeUnavailable
 from esper_otel.log import Warnings, logger
+from esper_otel.native import threads
 from esper_otel.probes.probe import NotYet, Probe
 
 _FRESH_PERIODS = 3
@@ -54,7 +55,7 @@ class Sampler:
         *,
         period_s: float,
         clock: Callable[[], float] = time.monotonic,
-        wait: Callable[[threading.Event, float], bool] = threading.Event.wait,
+        wait: Callable[[threading.Event, float], bool] = lambda event, timeout_s: event.wait(timeout_s),
     ) -> None:
         self._probes = tuple(probes)
         self._period_s = period_s
@@ -64,10 +65,10 @@ class Sampler:
         self._answers = [_Answer({}, clock(), "not sampled yet") for _ in self._probes]
         self._began_s: list[float | None] = [None for _ in self._probes]  # of the sample that is under way
         self._shown = _Shown({}, _FOREVER_S)
-        self._publishing = threading.Lock()
-        self._ending = threading.Event()
+        self._publishing = threads().Lock()
+        self._ending = threads().Event()
         self._threads = [
-            threading.Thread(target=self._work, args=(place,), name="esper-otel-probes", daemon=True)
+            threads().Thread(target=self._work, args=(place,), name="esper-otel-probes", daemon=True)
             for place in range(len(self._probes))
         ]
 

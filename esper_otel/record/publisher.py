@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from esper_otel.frame import FLOAT32_BOUND, LAST_LOSS, NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.log import Warnings
+from esper_otel.native import threads
 from esper_otel.record import device
 from esper_otel.record.counters import Counters
 from esper_otel.record.draft import Draft
@@ -62,7 +62,7 @@ class Publisher:
         self._names: tuple[str, ...] = ()
         self._deriving = deriving
         self._context = dict(context)
-        self._draining = threading.Lock()
+        self._draining = threads().Lock()
 
     def publish_later(self, draft: Draft, held: Held | None) -> None:
         """Makes the step's frame when the device has delivered what it holds, behind the steps that wait already."""
