@@ -41,6 +41,7 @@ def test_defaults_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
         "spool_dir": None,
         "spool_bytes": 1_073_741_824,
         "probe_period_s": 1.0,
+        "flush_signals": "",
         "token_file": None,
         "kernel_latency_budget_ms": 10.0,
         "risk_thresholds": {},
