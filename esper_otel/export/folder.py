@@ -202,7 +202,7 @@ class Folder:
         """Opens a file of the folder; only a plain file without other names is ours."""
         file = os.open(name, flags & ~os.O_TRUNC | _FILE_FLAGS, 0o600, dir_fd=self._descriptor)
         found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             os.close(file)
             raise OSError(f"{self.path / name} is not a plain file of ours")
         if flags & os.O_TRUNC:
@@ -314,7 +314,7 @@ def _is_marked(descriptor: int) -> bool:
             continue
         with suppress(FileNotFoundError):  # its session is alive and deletes what was acknowledged
             file = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            if not stat.S_ISREG(file.st_mode) or file.st_nlink != 1 or file.st_uid != found.st_uid:
+            if not stat.S_ISREG(file.st_mode) or file.st_nlink > 1 or file.st_uid != found.st_uid:
                 raise NotOurs(f"its {name} is not a plain file of this user")
     if is_marked:
         marker = os.open(MARKER, os.O_RDONLY | _FILE_FLAGS, dir_fd=descriptor)
