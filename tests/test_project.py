@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import esper_otel
@@ -82,7 +83,7 @@ def test_every_foreign_import_is_of_a_declared_dependency() -> None:
         for line in path.read_text(encoding="utf-8").splitlines():
             found = re.match(r"\s*(?:from|import) ([a-z_]+)", line)
             if found and found[1] in homes and found[1] != "esper_otel":
-                assert declared & set(homes[found[1]]), f"{path.name}: {line.strip()}"
+                assert declared & {canonicalize_name(home) for home in homes[found[1]]}, f"{path.name}: {line.strip()}"
 
 
 def test_constraints_name_no_registry() -> None:
