@@ -78,10 +78,11 @@ policy: $(UV) ## check what is deployed by the tools of others: manifests, image
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
 	@$(RUN) tests/bench/promises.py
 
-soak: $(VENV)/.installed-dev ## hours: an outage of 100,000 steps over both protocols, a crash loop, 5 million steps at 1,000 a second
+soak: $(VENV)/.installed-dev ## hours: an outage of 100,000 steps over both protocols, crash loops, 5 million steps at 1,000 a second
 	@$(RUN) tests/soak/outage.py --protocol grpc
 	@$(RUN) tests/soak/outage.py --protocol http/protobuf
 	@$(RUN) tests/soak/crash_loop.py
+	@$(RUN) tests/soak/lives.py
 	@$(RUN) tests/soak/soak.py $(ARGS)
 
 format: $(VENV)/.installed-dev ## format the code and repair what can be repaired

@@ -116,6 +116,10 @@ NO_READINGS: Mapping[str, float] = {}
 # own number is as large.
 GUESSED_STEP = 2**63
 
+# What an incomplete frame that was put together elsewhere has recorded, with ``esper.seeds``: what its sender said of
+# it, which cannot be seen from the rest. They are no values of the step.
+SAID_BESIDE = frozenset({"esper.seeds.digest", "esper.frame.points"})
+
 # The last finite loss; a frame with a finite loss says no other.
 LAST_LOSS = "esper.training.loss"
 
@@ -177,5 +181,5 @@ class Frame(NamedTuple):
             values[LAST_LOSS] = loss
         values["esper.global_step"] = self.global_step
         values["esper.epoch"] = self.epoch
-        values["esper.seeds"] = len(self.live.ids)
+        values.setdefault("esper.seeds", len(self.live.ids))
         return values

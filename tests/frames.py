@@ -16,7 +16,7 @@ RUN = Run("digits-7", 1_790_000_000_000)
 TIME_UNIX_NS = 1_790_000_000_000_000_000
 
 # What ``Frame.values`` adds by itself.
-_COUNTED = {"esper.global_step", "esper.epoch", "esper.seeds"}
+_COUNTED = {"esper.global_step", "esper.epoch", "esper.seeds", "esper.seeds.digest"}
 
 
 def seed_table(rows: Mapping[str, Mapping[str, float]], *, order: Literal["C", "F"] = "C") -> SeedTable:
@@ -89,6 +89,7 @@ def frames(draw: st.DrawFn, /, **fixed: Any) -> Frame:
         "context": draw(st.dictionaries(own_names, numbers(), max_size=3)),
         "seeds": seed_table({seed_id: live[seed_id] for seed_id in recorded}, order=draw(st.sampled_from("CF"))),
         "live": seed_table(live),
+        "retired": tuple(draw(st.lists(seed_ids() | st.sampled_from(["a", "b"]), max_size=2, unique=True))),
     }
     return make_frame(**drawn | fixed)
 

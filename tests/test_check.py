@@ -21,7 +21,7 @@ from esper_otel import EsperSettings
 from esper_otel.check import CheckResult, report_json, report_text, run_check
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.schema import METRICS, SEED_FIELDS
+from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS
 from esper_otel.testing import MemoryCollector
 
 E = "OTEL_EXPORTER_OTLP_"
@@ -290,9 +290,8 @@ def test_the_size_of_a_run_follows_from_the_schema(monkeypatch: pytest.MonkeyPat
     result = run_check(seeds=100, steps_per_second=5.0, environ={"OTEL_METRICS_EXPORTER": "none"})
     steps = [metric for metric in METRICS if metric.level == "step"]
     session = [metric for metric in METRICS if metric.level == "session"]
-    seeds = [metric for metric in METRICS if metric.level == "seed"]
-    assert result.series == len(steps) + 100 * len(seeds) + len(session)
-    assert result.samples_per_s == pytest.approx(5.0 * (len(steps) + 100 * len(seeds)) + len(session) / 10)
+    assert result.series == len(steps) + 100 * len(SEED_CELLS) + len(session)
+    assert result.samples_per_s == pytest.approx(5.0 * (len(steps) + 100 * len(SEED_CELLS)) + len(session) / 10)
     monkeypatch.setattr(EsperSettings, "tolaria_step_enrichment_enabled", False)
     core = run_check(environ={"OTEL_METRICS_EXPORTER": "none"})
     assert core.series == len([m for m in steps if not m.gated]) + len(session)

@@ -10,18 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, Frame, SeedTable, alike
+from esper_otel.lives import digest_of
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
 
 _MAX_FRAMES = 1_000
 _MAX_ROWS = 4_000  # of seeds: they are copied side by side
 
-COUNTED = ("esper.global_step", "esper.epoch", "esper.seeds", FRAME_SEQUENCE.name, FRAME_POINTS.name)
+COUNTED = (
+    *("esper.global_step", "esper.epoch", "esper.seeds", "esper.seeds.digest"),
+    *(FRAME_SEQUENCE.name, FRAME_POINTS.name),
+)
 
 _Values = npt.NDArray[np.float64]
 
 
 class Block(NamedTuple):
-    """Frames of one run, with the same metrics and the same seeds recorded.
+    """Frames of one run, with the same metrics and the same seeds recorded and retired.
 
     Attributes:
         frames: the frames.
@@ -30,6 +34,7 @@ class Block(NamedTuple):
         ids: the seeds recorded.
         cells: their cells, shape (frames, seeds, columns), float64, as many columns as the widest table has.
         present: which of them are there, same shape.
+        retired: the seeds whose lives ended before each of the frames.
         points: how many points each frame makes, shape (frames,).
     """
 
@@ -39,6 +44,7 @@ class Block(NamedTuple):
     ids: tuple[str, ...]
     cells: _Values
     present: npt.NDArray[np.bool_]
+    retired: tuple[str, ...]
     points: npt.NDArray[np.int64]
 
 
@@ -69,7 +75,7 @@ def blocks(frames: Iterable[Frame], known: Collection[str], fault: Callable[[str
         loss = others.get("loss", FLOAT32_BOUND) if loss_place is None else frame.numbers[loss_place]
         has_loss = -FLOAT32_BOUND < loss < FLOAT32_BOUND  # then it is the last finite one, too
         ids = frame.seeds.ids
-        like = (frame.run, names, tuple(others), ids, has_loss)
+        like = (frame.run, names, tuple(others), ids, has_loss, frame.retired)
         if like != key or len(alike) == _MAX_FRAMES or len(alike) * len(ids) > _MAX_ROWS:
             if alike:
                 yield _block(alike, beside, known, has_loss=had_loss)
@@ -107,18 +113,29 @@ def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collec
     place.update({name: column for column, name in enumerate(COUNTED, len(there))})
     row = struct.Struct(f"={len(there) + len(COUNTED)}d").pack  # in a third of the time that NumPy takes for tuples
     rows = [
-        row(*values.values(), *frame.numbers, frame.global_step, frame.epoch, len(frame.live.ids), frame.sequence, 0.0)
-        for frame, values in zip(frames, beside, strict=True)
+        row(*values.values(), *frame.numbers, frame.global_step, frame.epoch, *living, frame.sequence, 0.0)
+        for frame, values, living in zip(frames, beside, _living(frames), strict=True)
     ]
     given = np.frombuffer(b"".join(rows)).reshape(len(frames), -1)[:, list(place.values())]
     ids = first.seeds.ids
-    points = np.full(len(frames), len(place))
+    points = np.full(len(frames), len(place) + len(first.retired))
     cells = _side_by_side([frame.seeds for frame in frames])
     present = cells.view(np.uint64) != ABSENT_BITS
     if ids:
         points += np.count_nonzero(present.reshape(len(frames), -1), axis=1)
     given[:, [*place].index(FRAME_POINTS.name)] = points
-    return Block(frames, tuple(place), given, ids, cells, present, points)
+    return Block(frames, tuple(place), given, ids, cells, present, first.retired, points)
+
+
+def _living(frames: Iterable[Frame]) -> Iterator[tuple[int, int]]:
+    """How many seeds live after each frame, and their digest."""
+    ids: tuple[str, ...] = ()
+    count = digest = 0
+    for frame in frames:
+        if frame.live.ids is not ids:  # few do
+            ids = frame.live.ids
+            count, digest = len(ids), digest_of(ids)
+        yield count, digest
 
 
 def _side_by_side(tables: list[SeedTable]) -> _Values:

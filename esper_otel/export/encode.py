@@ -29,7 +29,7 @@ from esper_otel._version import __version__
 from esper_otel.export.blocks import Block, blocks
 from esper_otel.export.points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
 from esper_otel.frame import WIDTH, Frame, Run
-from esper_otel.schema import SEED_CELLS, Metric
+from esper_otel.schema import SEED_CELLS, SEED_RETIRED, Metric
 
 SCHEMA_VERSION = "1"
 FRAME_SCOPE = "esper_otel"
@@ -76,6 +76,7 @@ class _Part(NamedTuple):
         points: how many points these make.
         size: the most bytes that they take.
         ends: how many frames end with it.
+        retired: seeds whose lives ended before each of the frames.
     """
 
     run: Run
@@ -88,16 +89,18 @@ class _Part(NamedTuple):
     points: int
     size: int
     ends: int
+    retired: tuple[str, ...] = ()
 
 
 class Encoder:
     """Encodes frames, and what is said beside them.
 
     A frame is: one Gauge point per value present, NaN and infinities included; one per present cell of its
-    seed rows, with the attribute ``seed_id``; and two of its own, ``esper.frame.sequence`` and
-    ``esper.frame.points``. All of them carry the frame's time, no start time, and a double, counts too, so
-    that a receiver meets one shape only. Frames of one run that follow each other share a ResourceMetrics,
-    where each metric stands once, in the catalogue's order, with each stream's points in the frames' order.
+    seed rows, with the attribute ``seed_id``; one for each seed whose life ended before it, ``esper.seed.retired``;
+    and two of its own, ``esper.frame.sequence`` and ``esper.frame.points``. All of them carry the frame's time, no
+    start time, and a double, counts too, so that a receiver meets one shape only. Frames of one run that follow
+    each other share a ResourceMetrics, where each metric stands once, in the catalogue's order, with each stream's
+    points in the frames' order.
 
     Threads: one at a time.
 
@@ -153,7 +156,7 @@ class Encoder:
     def _parts(self, frames: Iterable[Frame]) -> Iterator[_Part]:
         """Parts that fit into a request."""
         for block in blocks(frames, self._catalogue, self._fault):
-            cell_bytes = largest_seed_point(block.ids)
+            cell_bytes = max(largest_seed_point(block.ids), largest_seed_point(block.retired))
             points = int(block.points.sum())
             size = _size(len(block.frames) * len(block.names), points, cell_bytes)
             if points <= self._max_points and size <= _MAX_POINTS_BYTES:
@@ -192,6 +195,12 @@ class Encoder:
             count = int(of_seeds[some].sum())
             size = count * cell_bytes
             pieces.append(_Part(frame.run, times, (), _NO_VALUES, block.ids[some], cells, present, count, size, 0))
+        rows = max(min(self._max_points, _MAX_POINTS_BYTES // cell_bytes), 1) if cell_bytes else 1
+        for start in range(0, len(block.retired), rows):
+            over = block.retired[start : start + rows]
+            size = len(over) * cell_bytes
+            none = ((), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT)
+            pieces.append(_Part(frame.run, times, *none, len(over), size, 0, over))
         yield from pieces[:-1]
         yield pieces[-1]._replace(ends=1)
 
@@ -222,6 +231,10 @@ class Encoder:
             if part.ids:
                 for column, pieces in seed_points(part.times, part.ids, part.cells, part.present).items():
                     points.setdefault(SEED_CELLS[column].name, []).extend(pieces)
+            if part.retired:
+                ones = np.ones((len(part.times), len(part.retired), 1))
+                of_retired = seed_points(part.times, part.retired, ones, ones > 0.0)
+                points.setdefault(SEED_RETIRED.name, []).extend(of_retired[0])
         return points
 
     def health(
@@ -309,7 +322,8 @@ def _some(block: Block, first: int, end: int, points: int, size: int) -> _Part:
     times = np.array([frame.time_unix_ns for frame in block.frames[some]], np.uint64)
     run = block.frames[first].run
     cells, present = block.cells[some], block.present[some]
-    return _Part(run, times, block.names, block.values[some], block.ids, cells, present, points, size, end - first)
+    values, count = block.values[some], end - first
+    return _Part(run, times, block.names, values, block.ids, cells, present, points, size, count, block.retired)
 
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:

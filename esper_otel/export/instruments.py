@@ -16,8 +16,9 @@ from esper_otel._version import __version__
 from esper_otel.errors import InvalidCatalogue
 from esper_otel.export.room import Room, limit_of
 from esper_otel.frame import Frame
+from esper_otel.lives import digest_of
 from esper_otel.log import Warnings
-from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, Metric
+from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED, Metric
 
 _FIELD_OF = {metric.name: field for metric, field in zip(SEED_CELLS, SEED_FIELDS, strict=True)}
 _UNSHOWN = ("esper.seeds.unshown", "")
@@ -29,7 +30,7 @@ _FIX = (
     "give the provider View(instrument_name='kasmina.seed.*', aggregation_cardinality_limit=N) and the same for "
     "'esper.seed.*', N above the number of seed ids that will come; what is sent over OTLP always has all seeds"
 )
-_NOT_INSTRUMENTS = frozenset({FRAME_SEQUENCE.name, FRAME_POINTS.name})
+_NOT_INSTRUMENTS = frozenset({FRAME_SEQUENCE.name, FRAME_POINTS.name, SEED_RETIRED.name})
 
 Attributes = Mapping[str, str | int]
 
@@ -165,7 +166,8 @@ class Instruments:
                 unshown += 1
             else:
                 seeds.setdefault(part, []).append(({**attributes, "seed_id": seed_id}, cells))
-        return _Reading(frame.values(), seeds, {**counts, _UNSHOWN: unshown}, attributes)
+        values = {**frame.values(), "esper.seeds.digest": digest_of(frame.live.ids)}
+        return _Reading(values, seeds, {**counts, _UNSHOWN: unshown}, attributes)
 
     def _look_ahead(self) -> None:
         """Sees to it that there are instruments for the seeds of the next collect, and says when there will be none."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from esper_otel.frame import Frame
 from esper_otel.gateway.crowd import Crowd
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, Block, Decoded, Sender
-from esper_otel.gateway.items import End, Item, Origin, Place, RunState
+from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Shapes
 from esper_otel.gateway.queue import Waiting
@@ -61,7 +61,6 @@ class Assembler:
         self._kept: deque[tuple[Track, int, int]] = deque()
         self._kept_bytes = 0
         self._ended: dict[Origin, str] = {}
-        self._ending: dict[Track, None] = {}
         self._moved: dict[Track, None] = {}
         self._crowd = Crowd(self._limits.patient_s)
 
@@ -86,7 +85,6 @@ class Assembler:
                 rejected[TOO_MANY_RUNS] += 1
             else:
                 track.end_stream(marker)
-                self._ending[track] = None
         for sender, outcome in decoded.ended:
             track = self._track(sender, now_s)
             if track is None:
@@ -102,15 +100,6 @@ class Assembler:
         """Outcomes of the runs that ended since the last call."""
         ended, self._ended = self._ended, {}
         return ended
-
-    def ends(self) -> list[End] | None:
-        """Ends of streams that are to come; None when they are those of the last call."""
-        changed = [track for track in self._ending if track.ends_changed]
-        if not changed:
-            return None
-        by_track = {track: track.ends() for track in self._ending}
-        self._ending = {track: None for track, ends in by_track.items() if ends}
-        return [end for ends in by_track.values() for end in ends]
 
     def places(self) -> list[Place]:
         """Where the writers stand of which frames were released since the last call."""
@@ -154,7 +143,6 @@ class Assembler:
         self,
         items: Iterable[Item],
         ended: Mapping[Origin, str],
-        ends: Iterable[End] = (),
         first_frames: Mapping[Origin, Frame] = NO_FRAMES,
         places: Iterable[Place] = (),
         *,
@@ -165,7 +153,6 @@ class Assembler:
         Args:
             items: the newest revision of the newest frames of each writer, oldest first.
             ended: outcomes of their runs.
-            ends: ends of streams that were to come.
             first_frames: the oldest frame of each writer.
             places: where the writers stand.
             now_s: the monotonic clock.
@@ -181,10 +168,6 @@ class Assembler:
             self._runs.restored(place.origin).restore_place(place)
         for origin, outcome in ended.items():
             self._runs.restored(origin).end(outcome)
-        for end in ends:
-            track = self._runs.restored(end.origin)
-            track.restore_end(end)
-            self._ending[track] = None
 
     def _take_block(self, block: Block, now_s: float, received_unix_ns: int, rejected: Counter[str]) -> None:
         sender = block.sender

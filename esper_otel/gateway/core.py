@@ -15,7 +15,7 @@ from esper_otel.gateway.assemble import Assembler
 from esper_otel.gateway.decode import Decoder
 from esper_otel.gateway.decoded import OTHER_METRICS, TOO_MANY_RUNS
 from esper_otel.gateway.faults import CREDENTIALS, Fault
-from esper_otel.gateway.items import End, Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import page, run_message, step_of
 from esper_otel.gateway.pull_messages import (
@@ -85,7 +85,6 @@ class Core:
         self._latency_budget_ms = latency_budget_ms
         self._unsaved: list[Item] = []
         self._ended: dict[Origin, str] = {}
-        self._ends: list[End] | None = None
         self._places: dict[Origin, Place] = {}
         self._bodies: deque[tuple[int, float]] = deque()
         self._last_body, self._is_ending = 0, False
@@ -154,8 +153,6 @@ class Core:
         """Stores frames, in their order; what cannot be stored now is stored with the next ones."""
         self._unsaved += items
         self._ended |= self._assembler.ended()
-        ends = self._assembler.ends()
-        self._ends = self._ends if ends is None else ends
         self._places |= {place.origin: place for place in self._assembler.places()}
         since_s = self._assembler.since()
         while self._bodies and (since_s is None or self._bodies[0][1] < since_s):
@@ -167,7 +164,6 @@ class Core:
             self._store.add(
                 self._unsaved,
                 ended=self._ended,
-                ends=self._ends,
                 places=self._places.values(),
                 kept=kept,
                 first_kept=first_kept,
@@ -179,7 +175,7 @@ class Core:
         if kept is not None:
             self._last_body = kept.number
             self._bodies.append((kept.number, time.monotonic()))
-        saved, self._unsaved, self._ended, self._ends, self._places = self._unsaved, [], {}, None, {}
+        saved, self._unsaved, self._ended, self._places = self._unsaved, [], {}, {}
         try:
             self._ranks.note(saved)
         except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must be told so
@@ -224,9 +220,7 @@ class Core:
     def _restore(self, store: FileStore) -> None:
         """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
         now_s = time.monotonic()
-        self._assembler.restore(
-            *(store.newest(), store.outcomes(), store.ends(), store.first_frames(), store.places()), now_s=now_s
-        )
+        self._assembler.restore(*(store.newest(), store.outcomes(), store.first_frames(), store.places()), now_s=now_s)
         for kept in store.bodies():
             decoded = self._decoder.decode_json(kept.body) if kept.is_json else self._decoder.decode(kept.body)
             self._assembler.take(decoded, now_s=now_s, received_unix_ns=kept.received_unix_ns)

@@ -27,9 +27,6 @@ CREATE UNIQUE INDEX items_by_number ON items (run, rank, number);
 CREATE TABLE ends (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, outcome TEXT, PRIMARY KEY (run, rank, attempt, writer)
 ) WITHOUT ROWID;
-CREATE TABLE streams (
-    run_id TEXT, attempt INTEGER, rank INTEGER, writer TEXT, time INTEGER, seed TEXT, place INTEGER
-);
 CREATE TABLE bodies (number INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB);
 """
 # What version 2 added. When a run got its last step is told in seconds of the store's own age from then on.

@@ -25,12 +25,12 @@ from esper_otel.gateway.decoded import (
     Sender,
 )
 from esper_otel.gateway.fast import FastDecoder
-from esper_otel.gateway.labels import Label
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.otlp_json import protobuf_of_json
 from esper_otel.gateway.plain import plain_columns
-from esper_otel.gateway.raw import AN_END, FRAMES, HEALTH, NOTHING, SEED, SESSION, Columns, Raw
+from esper_otel.gateway.raw import AN_END, FRAMES, HEALTH, NOTHING, OTHERS, SEED, SESSION, Columns, Raw
 from esper_otel.gateway.template import Templates
+from esper_otel.leyline.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
 
@@ -152,7 +152,10 @@ def _verdict(columns: Columns, labels: _Labels, levels: npt.NDArray[np.uint8]) -
 def _beside(
     raw: Raw, columns: Columns, labels: _Labels, places: npt.NDArray[np.intp]
 ) -> tuple[tuple[Marker, ...], tuple[Ended, ...]]:
-    """What is said beside the frames: the ends of seeds' streams, and of runs."""
+    """What is said beside the frames: the ends of seeds' streams, and of runs.
+
+    The ends that our own exporter sends are for databases: its frames say themselves which seeds live.
+    """
     markers: dict[Marker, None] = {}
     ended: dict[Ended, None] = {}
     for place in places.tolist():
@@ -160,9 +163,8 @@ def _beside(
         label = labels.all[columns.label[place]]
         sender = _owner(metric.sender, label)
         if columns.holds[place] == AN_END:
-            if label.seed and metric.level == SEED:
-                is_ours = metric.scope == HEALTH
-                markers[Marker(sender, metric.name, label.seed, int(columns.times[place]), is_ours)] = None
+            if label.seed and metric.level == SEED and metric.scope == OTHERS:
+                markers[Marker(sender, metric.name, label.seed, int(columns.times[place]))] = None
         elif metric.name == "esper.run.ended" and columns.values[place] > 0:
             ended[Ended(sender, label.outcome)] = None
     return tuple(markers), tuple(ended)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.errors import EsperOtelError
+from esper_otel.leyline import senders
 
 # Why a point was not taken. These words go into answers and counters.
 NO_NAME = "no metric name"
@@ -21,7 +22,7 @@ NO_VALUE = "no value"
 NO_TIME = "no time"
 WRONG_TIME = "time before 2000 or after 2100"
 NO_SEED = "seed metric without seed_id"
-INVALID_TEXT = "text too long or with control characters"
+INVALID_TEXT = senders.INVALID_TEXT
 TOO_MANY_ATTRIBUTES = "too many attributes"
 TOO_MANY_POINTS = "too many points in the request"
 TOO_MANY_SEEDS = "too many seeds"
@@ -123,14 +124,12 @@ class Marker(NamedTuple):
         name: the metric.
         seed: the seed's id.
         time_unix_ns: from when on the stream has no value.
-        retires: whether the seed's life is over, not only this stream.
     """
 
     sender: Sender
     name: str
     seed: str
     time_unix_ns: int
-    retires: bool
 
 
 class Ended(NamedTuple):

@@ -10,10 +10,11 @@ from google.protobuf.message import DecodeError
 from esper_otel.gateway import records
 from esper_otel.gateway.decoded import Malformed, Sender
 from esper_otel.gateway.envelope import POINTS, Envelope, field, read_data, read_points, read_resource
-from esper_otel.gateway.labels import Label, label_of, sender_of
+from esper_otel.gateway.labels import label_of, sender_of
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.plain import is_delta, plain_columns, plain_row
 from esper_otel.gateway.raw import Columns, Raw, Row, scope_of
+from esper_otel.leyline.senders import Label
 
 # What is remembered of earlier requests: attributes and Resources come again and again.
 _MOST_LABELS = 50_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -11,16 +11,18 @@ import numpy as np
 from esper_otel.frame import ABSENT_BITS, GUESSED_STEP, Frame, Run, SeedTable, alike, is_absent
 from esper_otel.gateway.decoded import Marker, Sender
 from esper_otel.gateway.habits import Habits
-from esper_otel.gateway.items import End, Item, Origin
+from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.parts import Part, is_equal, merged, part_of
-from esper_otel.gateway.queue import SEQUENCE_LIMIT, Ready, Waiting
+from esper_otel.gateway.queue import SEQUENCE_LIMIT, Ready
 from esper_otel.gateway.released import Released
-from esper_otel.leyline.numbers import UINT64_LIMIT, finite, whole
+from esper_otel.leyline import senders
+from esper_otel.leyline.numbers import UINT64_LIMIT, whole
+from esper_otel.lives import dead_of, digest_of, silent_of
 from esper_otel.record.live import LiveSeeds, SeedStep
-from esper_otel.schema import SEED_CELLS
+from esper_otel.schema import FRAME_POINTS, SEED_CELLS
 
-# The series of a plain sender that was not seen for so long has ended, as in Prometheus.
-_STALE_NS = 300 * 10**9
+# So many dead seeds are remembered with the living before they are forgotten, all at once.
+_SPARE = 100
 
 _ALL = -1
 _COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
@@ -28,6 +30,12 @@ _COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
 
 class History:
     """Makes frames of what was put together, with the seeds that live at that time.
+
+    A frame of ours says which seeds' lives ended before it, how many live after it, and a digest of these. If what is
+    known of the frames before does not fit, some of them are missing: seeds that have died since are found by the
+    digest, or the frame is marked as not complete. When a frame comes late, those after it are made anew.
+
+    The seeds of a plain sender live until their streams end, or until they have been silent for five minutes.
 
     Args:
         origin: whose frames they are.
@@ -44,7 +52,6 @@ class History:
         self._live = LiveSeeds()
         self._seen: dict[str, int] = {}
         self._ends: dict[int, set[tuple[str, int]]] = {}
-        self.ends_changed = False
         self._loss: float | None = None
         self._step = 0
         self.newest_unix_ns = 0
@@ -75,20 +82,6 @@ class History:
 
     # -- frames ------------------------------------------------------------------------------------------
 
-    def lacks_ends(self, time_unix_ns: int, waiting: Waiting) -> bool:
-        """Whether a frame knows of fewer live seeds than we do: the ends of the others are still to come."""
-        part = waiting.joined()
-        expected = whole(part.number(part.shape.live), UINT64_LIMIT)
-        if expected is None:
-            return False
-        live = self._live.ids
-        if part.shape.ids == self._live.table.ids:
-            return len(live) > expected
-        ended = {
-            seed for time, ends in self._ends.items() if time <= time_unix_ns for seed, column in ends if column < 0
-        }
-        return len({*live} - ended | {*part.shape.ids}) > expected
-
     def release(self, ready: Ready) -> list[Item]:
         """The items that a frame makes: its own, and those of later frames that it changes."""
         time_unix_ns, waiting, complete = ready
@@ -107,7 +100,7 @@ class History:
         )
         if time_unix_ns < self.newest_unix_ns:
             return self._insert(time_unix_ns, kept)
-        kept.ends |= self._unseen(time_unix_ns, kept)
+        kept.ends |= self._silent(time_unix_ns, kept)
         self._keep(time_unix_ns, kept)
         item = self._made(time_unix_ns, kept, self._live, self._loss)
         self._after(item.frame)
@@ -133,11 +126,10 @@ class History:
 
     def end(self, marker: Marker) -> list[Item]:
         """Notes the end of a stream; the items of released frames in which it was taken to go on."""
-        if marker.time_unix_ns <= self.forgotten_unix_ns:
+        if marker.time_unix_ns <= self.forgotten_unix_ns or marker.name not in _COLUMNS:
             return []
-        what = (marker.seed, _ALL if marker.retires else _COLUMNS[marker.name])
+        what = (marker.seed, _COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
-            self.ends_changed = True
             self._ends.setdefault(marker.time_unix_ns, set()).add(what)
             while sum(map(len, self._ends.values())) > self._most_ends:
                 del self._ends[min(self._ends)]
@@ -171,30 +163,24 @@ class History:
         kept = self._kept.get(time_unix_ns)
         return 0 if kept is None else kept.size()
 
-    def ends(self) -> list[End]:
-        """The ends that are to come."""
-        return [End(self._origin, time, *what) for time, ends in self._ends.items() for what in sorted(ends)]
-
-    def restore_end(self, end: End) -> None:
-        """Notes an end that was to come in an earlier life."""
-        self._ends.setdefault(end.time_unix_ns, set()).add((end.seed, end.column))
-
     def restore(self, item: Item) -> None:
         """Goes on from a frame that was released in an earlier life, with those restored before it."""
         frame = item.frame
         is_first = not self._kept
         if is_first:  # what was before it is not known any more
             self.forgotten_unix_ns = frame.time_unix_ns - 1
+        part = part_of(frame, complete=item.complete)
+        is_whole = item.complete or part.shape.points is not None or _lacks_lives(frame)
         kept = Released(
-            part_of(frame, complete=item.complete),
+            part,
             frame.sequence,
             Sender(*dataclasses.astuple(frame.run)),
             frame.global_step,
-            item.complete,
+            is_whole,
             item.received_unix_ns,
             frame.live if is_first else self._live.table,
             self._loss,
-            {(seed, _ALL) for seed in frame.retired},
+            set(),
             frame,
             item.revision,
         )
@@ -211,9 +197,8 @@ class History:
         self.newest_unix_ns = frame.time_unix_ns
         self._loss = frame.recorded.get("esper.training.loss", self._loss)
         self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
-        for seed in frame.retired:
-            if seed not in self._live.ids:
-                self._seen.pop(seed, None)
+        if len(self._seen) > 2 * len(self._live.ids) + _SPARE:
+            self._seen = {seed: self._seen[seed] for seed in self._live.ids if seed in self._seen}
 
     def _guessed(self, time_unix_ns: int) -> int:
         """The number of a step whose frame does not say it, or not yet.
@@ -246,9 +231,13 @@ class History:
         return self._replayed(time_unix_ns, changed=time_unix_ns)
 
     def _replayed(self, start_unix_ns: int, *, changed: int | None = None) -> list[Item]:
-        """Makes the frames from a time on anew; the items of those that are not as they were."""
+        """Makes the frames from a time on anew; the items of those that are not as they were.
+
+        A frame before which others were forgotten is made alone: what it means for those after it is not known.
+        """
         items: list[Item] = []
-        times = sorted(time for time in self._kept if time >= start_unix_ns)
+        is_alone = start_unix_ns <= self.forgotten_unix_ns
+        times = [start_unix_ns] if is_alone else sorted(time for time in self._kept if time >= start_unix_ns)
         live = _living(self._kept[start_unix_ns].before)
         loss = self._kept[start_unix_ns].loss_before
         for time in times:
@@ -269,7 +258,12 @@ class History:
 
     def _made(self, time_unix_ns: int, kept: Released, live: LiveSeeds, loss: float | None) -> Item:
         part = kept.part
-        retired = _end(live, kept.ends) if kept.ends else ()
+        retired = part.shape.retired
+        if retired:
+            live.retire(retired)
+        digest = whole(part.number(part.shape.digest), UINT64_LIMIT)
+        if kept.ends and digest is None:
+            retired += _end(live, kept.ends)
         values = part.values()
         table = part.seeds()
         violations = None
@@ -277,11 +271,21 @@ class History:
             step = live.step(table)
             live.commit(step)
             table, violations = step.recorded, step.violations
+        run = _run(kept.sender)
         if not kept.sequence:
-            _complete(values, violations, loss)
+            senders.complete(values, violations, loss)
+            run = senders.on_its_device(run, values)
+        dead = () if digest is None or digest_of(live.table.ids) == digest else self._dead(live, kept, digest)
+        if dead:
+            live.retire(dead)
+        if dead and not kept.sequence:  # nobody says so again after a restart
+            retired += tuple(dead)
+        are_known = dead is not None
+        if not (kept.complete and are_known):
+            values |= _lives(kept)
         global_step = whole(part.number(part.shape.step), GUESSED_STEP)
         kept.frame = Frame(
-            _run(kept.sender),
+            run,
             kept.sequence,
             kept.step if global_step is None else global_step,
             whole(part.number(part.shape.epoch), UINT64_LIMIT) or 0,
@@ -294,39 +298,45 @@ class History:
             retired,
         )
         kept.revision += 1
-        return Item(self._origin, kept.frame, kept.revision, kept.complete, kept.received_unix_ns)
+        return Item(self._origin, kept.frame, kept.revision, kept.complete and are_known, kept.received_unix_ns)
+
+    def _dead(self, live: LiveSeeds, kept: Released, digest: int) -> Collection[str] | None:
+        """The seeds that have died since, as the digest of a frame says; None when these cannot be found."""
+        part = kept.part
+        count = whole(part.number(part.shape.live), UINT64_LIMIT)
+        before = () if kept.frame is None else kept.frame.live.ids
+        found = {*before} if digest_of(before) == digest else set()  # who lived when the frame was made last
+        return dead_of(
+            live.table.ids, {*part.shape.ids}, count, digest, lambda seed: (seed in found, self._seen.get(seed, 0))
+        )
 
     def _ends_until(self, time_unix_ns: int) -> set[tuple[str, int]]:
         """Ends that a frame of this time is the first to see."""
-        if not self._ends:
-            return set()
-        self.ends_changed = True
         return {what for time in sorted(self._ends) if time <= time_unix_ns for what in self._ends.pop(time)}
 
-    def _unseen(self, time_unix_ns: int, kept: Released) -> set[tuple[str, int]]:
-        """Seeds that can no longer live, though nobody says so: those longest unseen, of what is too many."""
+    def _silent(self, time_unix_ns: int, kept: Released) -> set[tuple[str, int]]:
+        """Seeds of a plain sender that were silent for so long that they no longer live."""
         shape = kept.part.shape
-        if shape.ids == self._live.table.ids:
+        if kept.sequence or shape.digest is not None or shape.ids == self._live.table.ids:
             return set()
-        expected = whole(kept.part.number(shape.live), UINT64_LIMIT)
-        gone = {seed for seed, column in kept.ends if column < 0}
-        mine = {*shape.ids}
-        candidates = [seed for seed in self._live.table.ids if seed not in gone and seed not in mine]
-        if expected is None:
-            horizon = time_unix_ns - _STALE_NS
-            return set() if kept.sequence else {(s, _ALL) for s in candidates if self._seen.get(s, 0) < horizon}
-        surplus = len(candidates) + len(shape.ids) - expected
-        candidates.sort(key=lambda seed: self._seen.get(seed, 0))
-        return {(seed, _ALL) for seed in candidates[: max(surplus, 0)]}
+        return {(seed, _ALL) for seed in silent_of(self._live.ids, {*shape.ids}, self._seen, time_unix_ns)}
 
 
-def _complete(values: dict[str, float], violations: float | None, loss: float | None) -> None:
-    """Adds what a session of ours would say itself: the last finite loss and the new violations."""
-    known = values["loss"] if finite(values.get("loss")) is not None else loss
-    if known is not None:
-        values.setdefault("esper.training.loss", known)
-    if violations is not None:
-        values.setdefault("esper.isolation.violations", violations)
+def _lives(kept: Released) -> dict[str, float]:
+    """What an incomplete frame says of its live seeds, to be recorded in it, so that it is known after a restart.
+
+    If only seeds are missing, the number of its points too: the frame is complete as soon as its seeds are known.
+    """
+    part, shape = kept.part, kept.part.shape
+    places = {"esper.seeds": shape.live, "esper.seeds.digest": shape.digest}
+    if kept.complete:
+        places[FRAME_POINTS.name] = shape.points
+    return {name: float(part.numbers[place]) for name, place in places.items() if place is not None}
+
+
+def _lacks_lives(frame: Frame) -> bool:
+    """Whether a plain sender's frame was marked as not complete because its live seeds were not known."""
+    return not frame.sequence and "esper.seeds.digest" in frame.names
 
 
 def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:

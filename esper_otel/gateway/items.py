@@ -42,22 +42,6 @@ class Item(NamedTuple):
     received_unix_ns: int
 
 
-class End(NamedTuple):
-    """The end of a seed's stream that is to come into force with the next frame.
-
-    Attributes:
-        origin: whose it is.
-        time_unix_ns: from when on.
-        seed: the seed.
-        column: of ``SEED_CELLS``; -1 when the seed's life ends.
-    """
-
-    origin: Origin
-    time_unix_ns: int
-    seed: str
-    column: int
-
-
 class Place(NamedTuple):
     """Where a writer's frames stand: what must be known of them after a restart.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from esper_otel.errors import EsperOtelError
+from esper_otel.leyline.senders import MOST_ATTRIBUTES, MOST_SEEDS, MOST_TEXT_BYTES
 
 
 class Crowded(EsperOtelError):
@@ -30,9 +31,9 @@ class Limits:
     """
 
     points: int = 200_000
-    attributes: int = 128
-    text_bytes: int = 256
-    seeds: int = 20_000
+    attributes: int = MOST_ATTRIBUTES
+    text_bytes: int = MOST_TEXT_BYTES
+    seeds: int = MOST_SEEDS
     runs: int = 1_000
     patient_s: float = 60.0
     waiting: int = 20_000

@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 
 from esper_otel.errors import UnknownRun
 from esper_otel.frame import LAST_LOSS, Frame
-from esper_otel.gateway.items import End, Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.stored import (
     NOTHING_ENDED,
     Entry,
@@ -90,7 +90,6 @@ class MemoryStore:
         items: Iterable[Item],
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
-        ends: Sequence[End] | None = None,  # noqa: ARG002
         places: Iterable[Place] = (),  # noqa: ARG002
         kept: Kept | None = None,  # noqa: ARG002 - bodies are of no use to memory
         first_kept: int | None = None,  # noqa: ARG002

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from esper_otel.frame import ABSENT, GUESSED_STEP, NARROW, NO_SEEDS, WIDTH, Frame, SeedTable
 from esper_otel.gateway.decoded import Block
-from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS
+from esper_otel.lives import digest_of
+from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED
 
 # A metric's name, and the seed's id or nothing.
 Stream: TypeAlias = tuple[str, str]
@@ -23,7 +24,8 @@ _POINTS: Stream = (FRAME_POINTS.name, "")
 _STEP: Stream = ("esper.global_step", "")
 _EPOCH: Stream = ("esper.epoch", "")
 _LIVE: Stream = ("esper.seeds", "")
-_NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE)
+_DIGEST: Stream = ("esper.seeds.digest", "")
+_NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +40,8 @@ class Shape:
         step: of its global step.
         epoch: of its epoch.
         live: of its number of live seeds.
+        digest: of the digest of these.
+        retired: seeds whose lives ended before the frame, sorted.
         names: step metrics that are values of the frame.
         name_places: their places.
         ids: seeds, sorted.
@@ -53,6 +57,8 @@ class Shape:
     step: int | None
     epoch: int | None
     live: int | None
+    digest: int | None
+    retired: tuple[str, ...]
     names: tuple[str, ...]
     name_places: npt.NDArray[np.intp]
     ids: tuple[str, ...]
@@ -64,11 +70,12 @@ class Shape:
     def of(cls, streams: Sequence[Stream]) -> Shape:
         """The shape of values of these streams."""
         place = {stream: number for number, stream in enumerate(streams)}
-        ids = tuple(sorted({seed for _, seed in place if seed}))
+        of_cells = [(name, seed, number) for (name, seed), number in place.items() if seed and name in _COLUMNS]
+        ids = tuple(sorted({seed for _, seed, _ in of_cells}))
         row = {seed: number for number, seed in enumerate(ids)}
-        last = max((_COLUMNS[name] for name, seed in place if seed), default=0)
+        last = max((_COLUMNS[name] for name, _, _ in of_cells), default=0)
         columns = NARROW if last < NARROW else WIDTH
-        cells = [(row[seed] * columns + _COLUMNS[name], number) for (name, seed), number in place.items() if seed]
+        cells = [(row[seed] * columns + _COLUMNS[name], number) for name, seed, number in of_cells]
         values = [
             (stream[0], number)
             for stream, number in place.items()
@@ -82,6 +89,8 @@ class Shape:
             place.get(_STEP),
             place.get(_EPOCH),
             place.get(_LIVE),
+            place.get(_DIGEST),
+            tuple(sorted(seed for name, seed in place if name == SEED_RETIRED.name)),
             tuple(name for name, _ in values),
             np.array([number for _, number in values], np.intp),
             ids,
@@ -131,11 +140,13 @@ def part_of(frame: Frame, *, complete: bool) -> Part:
     numbers: dict[Stream, float] = {(name, ""): value for name, value in frame.values().items()}
     if frame.global_step >= GUESSED_STEP:
         del numbers[_STEP]
+    numbers |= dict.fromkeys([(SEED_RETIRED.name, seed) for seed in frame.retired], 1.0)
     for seed, cells in frame.seeds.rows():
         numbers |= {(SEED_CELLS[SEED_FIELDS.index(field)].name, seed): cell for field, cell in cells.items()}
     if frame.sequence:
         numbers[_SEQUENCE] = frame.sequence
         if complete:
+            numbers[_DIGEST] = digest_of(frame.live.ids)
             numbers[_POINTS] = len(numbers) + 1
     return Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
 

@@ -35,6 +35,7 @@ class Waiting:
         has_step: whether its global step is known.
         has_epoch: whether its epoch is.
         differing: values that came twice and were not the same; the first one counts.
+        is_cut: whether points of it were refused, which would have made too many seeds.
     """
 
     sender: Sender
@@ -48,6 +49,7 @@ class Waiting:
     has_step: bool = False
     has_epoch: bool = False
     differing: int = 0
+    is_cut: bool = False
 
     def add(self, part: Part) -> None:
         """Takes a further part."""
@@ -195,12 +197,11 @@ class Queue:
         self.next = place.next
         self.skipped.restore(place.lowest, place.holes, place.missing)
 
-    def ready(self, now_s: float, lacks: Callable[[int, Waiting], bool], *, all_now: bool = False) -> Iterator[Ready]:
+    def ready(self, now_s: float, *, all_now: bool = False) -> Iterator[Ready]:
         """The frames whose turn it is, in order; afterwards ``due_s`` says when to ask again.
 
         Args:
             now_s: the monotonic clock.
-            lacks: whether a whole frame should wait for something else; asked when all before it have been taken.
             all_now: whether everything goes at once, whole or not.
         """
         due_s: list[float] = []
@@ -211,7 +212,7 @@ class Queue:
             due_s.append(since_s + wait_s)
             return False
 
-        yield from self._in_order(is_over, lacks)
+        yield from self._in_order(is_over)
         for _, time_unix_ns in sorted(self._late.items()):
             waiting = self._frames[time_unix_ns]
             if waiting.is_whole() or is_over(waiting.first_s, self._hold_s):
@@ -232,9 +233,7 @@ class Queue:
             elif not habits.counts:
                 break  # those after it must not overtake it
 
-    def _in_order(
-        self, is_over: Callable[[float, float], bool], lacks: Callable[[int, Waiting], bool]
-    ) -> Iterator[Ready]:
+    def _in_order(self, is_over: Callable[[float, float], bool]) -> Iterator[Ready]:
         while self._numbered:
             time_unix_ns = None if self.next is None else self._numbered.get(self.next)
             if time_unix_ns is None:
@@ -245,8 +244,7 @@ class Queue:
                 continue
             waiting = self._frames[time_unix_ns]
             is_whole = waiting.is_whole()
-            goes = is_whole and not lacks(time_unix_ns, waiting)
-            if not goes and not is_over(waiting.first_s, self._hold_s):
+            if not is_whole and not is_over(waiting.first_s, self._hold_s):
                 return
             yield self._out(time_unix_ns, complete=is_whole)
 
@@ -286,4 +284,4 @@ class Queue:
             self._pass_released()
         elif waiting.sequence is not None:
             self.skipped.remove(waiting.sequence)
-        return Ready(time_unix_ns, waiting, complete)
+        return Ready(time_unix_ns, waiting, complete and not waiting.is_cut)

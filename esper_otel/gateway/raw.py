@@ -17,8 +17,9 @@ from esper_otel.gateway.decoded import (
     Rejected,
     Sender,
 )
-from esper_otel.gateway.labels import PLAIN, Label, is_valid
+from esper_otel.gateway.labels import PLAIN
 from esper_otel.gateway.limits import Limits
+from esper_otel.leyline.senders import Label, is_valid
 from esper_otel.schema import METRICS
 
 # What a scope's metrics are: anybody's, the frames of our exporter, or what it says beside them.
@@ -121,7 +122,7 @@ class Raw:
             reason = NOT_A_NUMBER
         elif is_delta:
             reason = DELTA
-        elif not is_valid(name, self.limits):
+        elif not is_valid(name, self.limits.text_bytes):
             reason = INVALID_TEXT
         elif self.taken + count > self.limits.points:
             reason = TOO_MANY_POINTS

@@ -24,7 +24,7 @@ from esper_otel.gateway.command import (
     until_told,
 )
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.items import End, Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.memory import loss_of
 from esper_otel.gateway.serve import Gateway
 from esper_otel.gateway.store import FileStore
@@ -149,7 +149,6 @@ class Shelf:
         items: Iterable[Item],
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,  # noqa: ARG002 - the core knows
-        ends: Sequence[End] | None = None,  # noqa: ARG002
         places: Iterable[Place] = (),  # noqa: ARG002
         kept: Kept | None = None,  # noqa: ARG002 - nothing is received
         first_kept: int | None = None,  # noqa: ARG002

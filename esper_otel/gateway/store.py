@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.frame import Frame
 from esper_otel.gateway.database import FILE, locked, opened, transaction
 from esper_otel.gateway.frames import frame_from_bytes, frame_to_bytes
-from esper_otel.gateway.items import End, Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.memory import loss_of
 from esper_otel.gateway.stored import (
     NOTHING_ENDED,
@@ -105,15 +105,14 @@ class FileStore:
         items: Iterable[Item],
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
-        ends: Sequence[End] | None = None,
         places: Iterable[Place] = (),
         kept: Kept | None = None,
         first_kept: int | None = None,
     ) -> None:
-        """Stores frames, ends and a body, all or nothing. See ``Store``."""
+        """Stores frames, outcomes and a body, all or nothing. See ``Store``."""
         items = list(items)
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
-        if not items and not ended and ends is None and kept is None and bodies == self._bodies:
+        if not items and not ended and kept is None and bodies == self._bodies:
             return
         changed: dict[str, _Run] = {}
         dropped = 0
@@ -126,10 +125,6 @@ class FileStore:
                     (kept.number, kept.is_json, kept.received_unix_ns, kept.body),
                 )
                 bodies.append(kept.number)
-            if ends is not None:
-                connection.execute("DELETE FROM streams")
-                rows = [(*end.origin, *end[1:]) for end in ends]
-                connection.executemany("INSERT INTO streams VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             for item in items:
                 self._insert(connection, item, changed)
             for origin, outcome in ended.items():
@@ -242,11 +237,6 @@ class FileStore:
         """The bodies that are kept, oldest first."""
         rows = self._connection.execute("SELECT number, body, is_json, received FROM bodies ORDER BY number")
         return [Kept(number, body, bool(is_json), received) for number, body, is_json, received in rows]
-
-    def ends(self) -> list[End]:
-        """The ends of streams that are to come."""
-        rows = self._connection.execute("SELECT * FROM streams")
-        return [End(Origin(*row[:4]), *row[4:]) for row in rows]
 
     def run_ids(self) -> list[str]:
         """The runs of which something is stored."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from esper_otel.errors import EsperOtelError, StaleCursor
-from esper_otel.gateway.items import End, Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place
 
 NOTHING_ENDED: Mapping[Origin, str] = {}
 
@@ -95,7 +95,6 @@ class Store(Protocol):
         items: Iterable[Item],
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
-        ends: Sequence[End] | None = None,
         places: Iterable[Place] = (),
         kept: Kept | None = None,
         first_kept: int | None = None,
@@ -105,7 +104,6 @@ class Store(Protocol):
         Args:
             items: frames in order of release.
             ended: outcomes of runs that have ended.
-            ends: ends of seeds' streams that are to come; None when they are as they were.
             places: where the writers of these frames stand.
             kept: a body to keep.
             first_kept: the number of the first body of which something waits; None when nothing waits.

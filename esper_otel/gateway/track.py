@@ -8,7 +8,7 @@ from esper_otel.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.decoded import TOO_MANY_SEEDS, Marker, Sender
 from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.history import History
-from esper_otel.gateway.items import End, Item, Origin, Place, RunState
+from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Merged, Part, Shape
 from esper_otel.gateway.queue import Queue, Waiting
@@ -83,6 +83,7 @@ class Track:
         was_numbered = waiting.sequence is not None
         waiting.add(part)
         waiting.differing += of_frame.differing
+        waiting.is_cut |= part is not of_frame.part
         waiting.last_s, waiting.received_unix_ns = now_s, received_unix_ns
         if not was_numbered:
             return self.put(time_unix_ns, waiting)
@@ -133,20 +134,6 @@ class Track:
     def end_stream(self, marker: Marker) -> None:
         """A stream of a seed has no value any more."""
         self._corrected += self._history.end(marker)
-
-    @property
-    def ends_changed(self) -> bool:
-        """Whether ends that are to come were added or came into force; False from then on."""
-        changed, self._history.ends_changed = self._history.ends_changed, False
-        return changed
-
-    def ends(self) -> list[End]:
-        """Ends of streams that come into force with the next frame."""
-        return self._history.ends()
-
-    def restore_end(self, end: End) -> None:
-        """Notes an end that was to come in an earlier life."""
-        self._history.restore_end(end)
 
     def end(self, outcome: str) -> None:
         """The run has ended."""
@@ -203,7 +190,7 @@ class Track:
     def release(self, now_s: float, *, all_now: bool = False) -> list[Item]:
         """The items whose turn it is, in order."""
         items, self._corrected = self._corrected, []
-        for ready in self._queue.ready(now_s, self._history.lacks_ends, all_now=all_now):
+        for ready in self._queue.ready(now_s, all_now=all_now):
             if ready.waiting.sequence is None and ready.time_unix_ns <= self._history.forgotten_unix_ns:
                 self.count_too_late()
                 continue

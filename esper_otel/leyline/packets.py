@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 
 from esper_otel.errors import AdapterError
-from esper_otel.frame import Frame, is_absent
+from esper_otel.frame import SAID_BESIDE, Frame, is_absent
 from esper_otel.leyline import messages
 from esper_otel.leyline.events import step_events
 from esper_otel.leyline.order import ordered
@@ -33,7 +33,7 @@ class Packets:
         step: the step's number; from ``esper_otel.frame.GUESSED_STEP`` on, one that a gateway gave to a step whose
             number was lost on the way.
         revision: 1, or higher for a later correction of the step.
-        complete: whether every value of the step is in it.
+        complete: whether every value of the step is in it, and all of its live seeds are known.
         age_s: seconds from the step's time to the making of these packets.
         names: metrics that were recorded or derived in the step, those whose value was not finite included.
         writer: tells two live processes of one (run, attempt, rank) apart; empty for the first one, and in process.
@@ -132,7 +132,7 @@ def packets(
         revision=revision,
         complete=complete,
         age_s=(now_unix_ns - frame.time_unix_ns) / 1e9,
-        names=frozenset(values).union(seed_names),
+        names=frozenset(values).union(seed_names) - SAID_BESIDE,
     )
 
 

@@ -8,6 +8,7 @@ from esper_otel.schema.catalogue import (
     SEED_CELLS,
     SEED_FIELDS,
     SEED_METRICS,
+    SEED_RETIRED,
     SESSION,
     STEP_METRICS,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "SEED_CELLS",
     "SEED_FIELDS",
     "SEED_METRICS",
+    "SEED_RETIRED",
     "SESSION",
     "STEP_METRICS",
     "Metric",

@@ -437,6 +437,15 @@ OWN_STEP: tuple[Metric, ...] = (
     Metric("esper.epoch", "count", "Epoch of the step.", key="", present="In every frame."),
     Metric("esper.seeds", "count", "Live seeds: recorded and not retired.", key="", present="In every frame."),
     Metric(
+        "esper.seeds.digest",
+        "1",
+        "Which seeds are live, as one number: a receiver checks with it what it believes.",
+        key="",
+        source="Exclusive or, over the live seeds, of the first six bytes of the SHA-256 of the id; 0 without seeds.",
+        present="In every frame.",
+        misleads="A number, but not a quantity: only equal and not equal mean something.",
+    ),
+    Metric(
         "esper.training.loss",
         "loss",
         "The last finite training loss; a controller that subtracts losses never sees a gap.",
@@ -537,6 +546,16 @@ FRAME_POINTS = Metric(
     "Points that carry the frame's time, this one included.",
     key="",
     present="In every frame sent over OTLP.",
+)
+
+# Not a cell of the seed's row, and from the step exporter only: it is about the life that is over.
+SEED_RETIRED = Metric(
+    "esper.seed.retired",
+    "flag",
+    "1 when the seed's life ended after the frame before; its other points in the frame begin a new life.",
+    level="seed",
+    present="In the frame after the retirement, sent over OTLP.",
+    misleads="An event: one point without an end, which a database shows until its look-back is over.",
 )
 
 OWN_SEED: tuple[Metric, ...] = (
@@ -657,6 +676,7 @@ METRICS: tuple[Metric, ...] = (
     *OWN_STEP,
     FRAME_SEQUENCE,
     FRAME_POINTS,
+    SEED_RETIRED,
     *OWN_SEED,
     *SESSION,
 )

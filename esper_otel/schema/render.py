@@ -13,6 +13,7 @@ from esper_otel.schema.catalogue import (
     OWN_SEED,
     OWN_STEP,
     SEED_METRICS,
+    SEED_RETIRED,
     SESSION,
     STEP_METRICS,
 )
@@ -51,7 +52,7 @@ _SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
     (
         "Our own, per step",
         "What else a packet holds, in fields of its own or in `training_metrics` under the key given here.",
-        (*OWN_STEP, FRAME_SEQUENCE, FRAME_POINTS),
+        (*OWN_STEP, FRAME_SEQUENCE, FRAME_POINTS, SEED_RETIRED),
     ),
     (
         "Our own, per seed",
@@ -81,7 +82,9 @@ def _entry(metric: Metric) -> str:
         "gated" if metric.gated else "not gated",
         "needs " + (", ".join(metric.needs) or "nothing"),
     ]
-    if metric.level == "seed":
+    if metric is SEED_RETIRED:
+        facts.append("recorded by `retire_seed()`; its points carry the attribute `seed_id`")
+    elif metric.level == "seed":
         facts.append(f"recorded as `{metric.field}`")
     elif metric.key and metric.key != metric.name:
         facts.append(f"key `{metric.key}`")

@@ -14,6 +14,7 @@ from programs import ROOT, Collector, Prometheus, until
 import esper_otel
 from esper_otel import EsperSettings, Packets, Stage, TamiyoClient, Telemetry
 from esper_otel.frame import Frame
+from esper_otel.lives import digest_of
 from esper_otel.schema import METRICS, SEED_CELLS
 
 pytestmark = pytest.mark.collector
@@ -70,6 +71,8 @@ def recorded(frames: list[Frame]) -> set[Sample]:
             found.add((name.replace(".", "_"), rank, "", time_ms, shown(value)))
         for seed, cells in frame.seeds.rows():
             found |= {(SEED_NAMES[field], rank, seed, time_ms, shown(value)) for field, value in cells.items()}
+        found.add(("esper_seeds_digest", rank, "", time_ms, shown(digest_of(frame.live.ids))))
+        found |= {("esper_seed_retired", rank, seed, time_ms, shown(1)) for seed in frame.retired}
     return found
 
 

@@ -22,6 +22,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from esper_otel import __version__
 from esper_otel.export.encode import MAX_POINTS, Encoder, Request
 from esper_otel.frame import Frame, Run
+from esper_otel.lives import digest_of
 from esper_otel.schema import METRICS, SEED_CELLS, Metric
 
 CATALOGUE = {metric.name: metric for metric in METRICS}
@@ -66,6 +67,8 @@ def contents(frame: Frame) -> dict[tuple[str, str], bytes]:
     readings = {(name, ""): float(value) for name, value in frame.values().items()}
     for seed_id, cells in frame.seeds.rows():
         readings |= {(name, seed_id): cells[FIELD[name]] for name in FIELD if FIELD[name] in cells}
+    readings["esper.seeds.digest", ""] = digest_of(frame.live.ids)
+    readings |= {("esper.seed.retired", seed_id): 1.0 for seed_id in frame.retired}
     readings["esper.frame.sequence", ""] = frame.sequence
     readings["esper.frame.points", ""] = len(readings) + 1
     return {stream: bits(value) for stream, value in readings.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from wire import bodies, encoder
 
-from esper_otel.frame import Frame, Run, is_absent
+from esper_otel.frame import SAID_BESIDE, Frame, Run, is_absent
 from esper_otel.gateway.assemble import Assembler
 from esper_otel.gateway.decode import Decoder
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, TOO_MANY_SEEDS, Block, Decoded, Ended, Marker, Sender
@@ -100,9 +100,10 @@ def test_scattered_frames_come_out_once_in_order_and_unchanged(history: list[Fra
     for frame, item in zip(history, of_first, strict=True):
         values = {name: bits(number) for name, number in item.frame.values().items()}
         sent = {name: bits(number) for name, number in frame.values().items()}
-        del values["esper.seeds"], sent["esper.seeds"]
+        values = {name: value for name, value in values.items() if name not in SAID_BESIDE}
         assert values == sent
         assert rows(item.frame) == rows(frame)
+        assert sorted(item.frame.retired) == sorted(frame.retired)
         assert item.frame.time_unix_ns == frame.time_unix_ns
     assert gateway.assembler.due() is None
 
@@ -170,27 +171,56 @@ def test_a_hole_is_skipped_after_hold_counted_and_filled_by_a_latecomer() -> Non
     assert gateway.assembler.runs(gateway.now_s)[0].missing == 0
 
 
-def test_a_seed_lives_until_its_stale_marker() -> None:
+def test_a_seed_lives_until_the_frame_that_retires_it() -> None:
     """A seed that is silent in a step is still there; one that was retired must not haunt the controller."""
     first, quiet, gone = living(3)
     nothing = seed_table({})
-    quiet, gone = quiet._replace(seeds=nothing), gone._replace(seeds=nothing, live=nothing)
+    quiet = quiet._replace(seeds=nothing)
+    gone = gone._replace(seeds=nothing, live=nothing, retired=("seed-1",))
     gateway = Gateway()
     items = gateway.take(*bodies([first, quiet]))
     assert [item.frame.live.ids for item in items] == [("seed-1",), ("seed-1",)]
     assert np.array_equal(items[1].frame.live.cells.view(np.uint64), first.live.cells.view(np.uint64))
     assert is_absent(items[1].frame.live.cells).sum() == is_absent(first.live.cells).sum()
-    streams = [(name, {"seed_id": "seed-1"}) for name in sorted(_names(bodies([first])[0]))]
-    gateway.take(*bodies([gone]))
-    markers = encoder().stale(gone.run, streams, time_unix_ns=gone.time_unix_ns)
-    items = gateway.take(*markers)
-    assert [item.frame.live.ids for item in items] == [()]
+    [item] = gateway.take(*bodies([gone]))
+    assert (item.frame.live.ids, item.frame.retired, item.complete) == ((), ("seed-1",), True)
 
 
-def _names(body: bytes) -> set[str]:
-    """Names of metrics that have a point with a seed."""
-    scope = ExportMetricsServiceRequest.FromString(body).resource_metrics[0].scope_metrics[0]
-    return {metric.name for metric in scope.metrics if metric.gauge.data_points[0].attributes}
+def theirs(step: int, scope: str, alphas: Mapping[str, float], *, ends: bool = False) -> bytes:
+    """A request of a plain sender: a loss, and alphas by seed; or the ends of these."""
+    request = ExportMetricsServiceRequest()
+    metrics = request.resource_metrics.add().scope_metrics.add(scope={"name": scope}).metrics
+    time_unix_ns = TIME_UNIX_NS + step * MS
+    if not ends:
+        metrics.add(name="loss").gauge.data_points.add(time_unix_nano=time_unix_ns, as_double=0.5)
+    for seed, alpha in alphas.items():
+        point = metrics.add(name="kasmina.seed.alpha").gauge.data_points.add(time_unix_nano=time_unix_ns)
+        point.attributes.add(key="seed_id").value.string_value = seed
+        if ends:
+            point.flags = 1
+        else:
+            point.as_double = alpha
+    return request.SerializeToString()
+
+
+def test_a_plain_senders_seed_lives_until_its_series_end_or_are_silent_for_long() -> None:
+    """Its frames do not say who lives; what our own exporter's markers end is said by its frames."""
+    gateway = Gateway()
+
+    def alive(step: int, **alphas: float) -> tuple[str, ...]:
+        gateway.take(theirs(step, "a program", alphas))
+        [item] = gateway.wait(LINGER_S + 0.001)
+        assert item.complete
+        return item.frame.live.ids
+
+    assert alive(1, a=0.5, b=0.5, c=0.5) == ("a", "b", "c")
+    gateway.take(theirs(2, "esper_otel", {"a": 0.0}, ends=True), theirs(2, "esper_otel.health", {"c": 0.0}, ends=True))
+    gateway.take(theirs(2, "a program", {"b": 0.0}, ends=True))
+    assert alive(3) == ("a", "c")
+    assert alive(299_999, a=0.5) == ("a", "c")
+    assert alive(300_002) == ("a",)
+    [item] = gateway.take(theirs(300_000, "a program", {"a": 0.0}, ends=True))  # late
+    assert (item.frame.live.ids, item.revision) == ((), 2)
 
 
 def test_a_new_attempt_is_a_resumed_run() -> None:
@@ -264,6 +294,6 @@ def test_the_end_of_one_run_too_many_is_counted() -> None:
     decoded = Decoded((), (), (Ended(Sender("one"), "completed"), Ended(Sender("two"), "completed")), 2, {})
     taken = assembler.take(decoded, now_s=1.0, received_unix_ns=1)
     assert (taken.accepted, dict(taken.rejected)) == (1, {TOO_MANY_RUNS: 1})
-    marker = Marker(Sender("two"), "kasmina.seed.alpha", "seed-1", TIME_UNIX_NS, retires=True)
+    marker = Marker(Sender("two"), "kasmina.seed.alpha", "seed-1", TIME_UNIX_NS)
     taken = assembler.take(Decoded((), (marker,), (), 1, {}), now_s=1.0, received_unix_ns=1)
     assert (taken.accepted, dict(taken.rejected)) == (0, {TOO_MANY_RUNS: 1})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -100,3 +103,14 @@ def test_nothing_is_missing_and_nothing_comes_twice(seed: int, tmp_path: Path, m
     assert [packets.step for packets in controller.found] == [packets.step for packets in mine]
     assert controller.found == mine
     assert run.stored == len(mine)
+
+
+def test_who_lives_is_right_whoever_is_killed() -> None:
+    """The trainer, with its spool, and the gateway, with its store; its long form is run by hand."""
+    script = Path(__file__).parents[1] / "soak" / "lives.py"
+    command = [sys.executable, str(script), "--kills", "2", "--random-seed", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.pop("steps") > 20
+    assert said == {"kills": 2, "missing": 0, "wrong": 0, "incomplete": 0, "twice": 0}
