@@ -3,46 +3,82 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from esper_otel.frame import ABSENT, WIDTH, Cells, Frame, Run, SeedTable, is_absent
-from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
-from esper_otel.leyline.seed_telemetry import reported_rows
-from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, METRICS, SEED_CELLS, SEED_FIELDS, Need
+from esper_otel.frame import ABSENT, LAST_LOSS, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.leyline import senders
+from esper_otel.leyline.numbers import UINT64_LIMIT, whole
+from esper_otel.lives import dead_of, silent_of
+from esper_otel.record.live import LiveSeeds
+from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, METRICS, SEED_CELLS, SEED_RETIRED
 
-_STEP_NAMES = {metric.name for metric in METRICS if metric.level == "step"} - {
-    FRAME_SEQUENCE.name,
-    FRAME_POINTS.name,
-}
+_NAMES = {metric.name for metric in METRICS}
+_STEP_NAMES = {metric.name for metric in METRICS if metric.level == "step"} - {FRAME_SEQUENCE.name, FRAME_POINTS.name}
 _SEED_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
-_CUDA_NAMES = {metric.name for metric in METRICS if {Need.CUDA, Need.NVML}.intersection(metric.needs)}
-_VIOLATIONS = SEED_FIELDS.index("isolation_violations")
+_SEED_NAMES = {*_SEED_COLUMNS, SEED_RETIRED.name}
 
-# Where a run's id is looked for in a Resource, best first.
-_RUN_ID_SOURCES = ("esper.run.id", "service.instance.id", "service.name")
+# Scopes of our own: in the first one a name that nobody knows is a user's own metric; the second one is in no step.
+_FRAME_SCOPE, _HEALTH_SCOPE = "esper_otel", "esper_otel.health"
+
+# The SDK folds what exceeds its limit of attribute sets into one point that has this attribute only.
+_OVERFLOW = "otel.metric.overflow"
+
+NO_SEED_ID = "seed metric without seed_id"
+TOO_MANY_SEEDS = f"more than {senders.MOST_SEEDS:,} seeds at once"
+TOO_MANY_SETS = "more attribute sets than the SDK tells apart"
 
 
 class Reading(NamedTuple):
-    """One number of one instrument; ``resource`` holds the attributes of the provider's Resource."""
+    """One number of one instrument.
+
+    Attributes:
+        name: of the instrument.
+        value: the number.
+        time_unix_ns: when it was read.
+        attributes: of the point.
+        resource: the attributes of the provider's Resource.
+        scope: name of the instrument's scope.
+    """
 
     name: str
     value: float
     time_unix_ns: int
     attributes: Mapping[str, object]
     resource: Mapping[str, object]
+    scope: str = ""
 
 
-class _Sender(NamedTuple):
-    run_id: str
-    rank: int
+class Collected(NamedTuple):
+    """The frame of one collection.
+
+    Attributes:
+        frame: the frame.
+        complete: whether everything that was read is in it, and which seeds live is known.
+        refused: how many readings are not in it, by reason.
+    """
+
+    frame: Frame
+    complete: bool
+    refused: Mapping[str, int]
+
+
+class _Point(NamedTuple):
+    """A reading that may become a part of a frame; ``further`` counts attributes that nobody here knows."""
+
+    further: int
+    name: str
+    seed: str
+    value: float
+    time_unix_ns: int
 
 
 class Assembler:
-    """Makes one frame of the readings of each collection; not thread-safe.
+    """Makes one frame of the readings of each collection, by the gateway's rules; not thread-safe.
 
     When several runs or ranks share a provider it follows one of them: the one with the most readings, for as
     long as it has any.
@@ -55,129 +91,151 @@ class Assembler:
         self._attempt = attempt
         self._followed: _Followed | None = None
 
-    def frame(self, readings: Iterable[Reading]) -> Frame | None:
+    def frame(self, readings: Iterable[Reading]) -> Collected | None:
         """The frame of readings that were collected together; None when none is of the catalogue."""
-        senders: dict[_Sender, list[Reading]] = {}
+        refused = Counter[str]()
+        points: dict[Run, list[_Point]] = {}
+        resource: Mapping[str, object] | None = None
+        run = None
         for reading in readings:
-            if reading.name in _STEP_NAMES or (reading.name in _SEED_COLUMNS and "seed_id" in reading.attributes):
-                senders.setdefault(_sender(reading), []).append(reading)
-        if not senders:
+            if not _is_taken(reading):
+                continue
+            if reading.resource is not resource:
+                resource = reading.resource
+                run = self._run(resource)
+            found = _pointed(reading, run)
+            if isinstance(found, str):
+                refused[found] += 1
+            else:
+                points.setdefault(found[0], []).append(found[1])
+        if not points:
             return None
-        if self._followed is None or self._followed.sender not in senders:
-            sender = max(senders, key=lambda sender: len(senders[sender]))
-            self._followed = _Followed(sender, self._attempt)
-        return self._followed.frame(senders[self._followed.sender])
+        by_rank = {(run.run_id, run.rank): run for run in points}
+        if self._followed is None or self._followed.rank not in by_rank:
+            run = max(points, key=lambda run: len(points[run]))
+            self._followed = _Followed((run.run_id, run.rank))
+        run = by_rank[self._followed.rank]
+        frame, is_known = self._followed.frame(run, points[run], refused)
+        is_cut = bool(refused[TOO_MANY_SEEDS] or refused[TOO_MANY_SETS])
+        return Collected(frame, is_known and not is_cut, refused)
+
+    def _run(self, resource: Mapping[str, object]) -> Run | None:
+        """The run that a Resource describes; None when no point of it is taken."""
+        texts = {key: senders.text_of(value) for key, value in resource.items()}
+        if len(texts) > senders.MOST_ATTRIBUTES:
+            return None
+        run = senders.run_of_texts(texts)
+        return replace(run, attempt=self._attempt) if run and not texts.get("esper.run.attempt") else run
+
+
+def _is_taken(reading: Reading) -> bool:
+    if reading.scope == _HEALTH_SCOPE:
+        return False
+    name = reading.name
+    return name in _STEP_NAMES or name in _SEED_NAMES or (reading.scope == _FRAME_SCOPE and name not in _NAMES)
+
+
+def _pointed(reading: Reading, run: Run | None) -> tuple[Run, _Point] | str:
+    """Whose point a reading is, and the point; or why it is not taken."""
+    if run is None or len(reading.attributes) > senders.MOST_ATTRIBUTES:
+        return senders.INVALID_TEXT
+    label = senders.label_of_texts({key: senders.text_of(value) for key, value in reading.attributes.items()})
+    is_of_seed = reading.name in _SEED_NAMES
+    if is_of_seed and reading.attributes.get(_OVERFLOW) is True:
+        return TOO_MANY_SETS
+    if label.fault:
+        return label.fault
+    if is_of_seed and not label.seed:
+        return NO_SEED_ID
+    if label.run_id or label.rank >= 0:
+        rank = label.rank if label.rank >= 0 else run.rank
+        run = replace(run, run_id=label.run_id or run.run_id, rank=rank)
+    seed = label.seed if is_of_seed else ""
+    # A step metric that names a seed is a part of something, as one with attributes that nobody knows.
+    further = label.further + (not is_of_seed and bool(label.seed))
+    return run, _Point(further, reading.name, seed, reading.value, reading.time_unix_ns)
 
 
 class _Followed:
-    """The sender whose readings become frames, and what must be remembered between two of them."""
+    """The run and rank whose readings become frames, and what must be remembered between two of them."""
 
-    def __init__(self, sender: _Sender, attempt: int) -> None:
-        self.sender = sender
-        self._attempt = attempt
+    def __init__(self, rank: tuple[str, int]) -> None:
+        self.rank = rank
         self._numbers = itertools.count(1)
+        self._step = 0
         self._loss: float | None = None
-        self._violations: dict[str, float] = {}
-        self._live: dict[str, Cells] = {}
+        self._live = LiveSeeds()
+        self._seen: dict[str, int] = {}
 
-    def frame(self, readings: list[Reading]) -> Frame:
-        number = next(self._numbers)
-        values: dict[str, float] = {}
-        rows: dict[str, Cells] = {}
-        # A metric with further attributes is a part of something; what has the fewest comes last and stays.
-        for reading in sorted(readings, key=lambda reading: -len(reading.attributes)):
-            if reading.name in _STEP_NAMES:
-                values[reading.name] = reading.value
-            else:
-                seed_id = _text(reading.attributes["seed_id"])
-                row = rows.setdefault(seed_id, np.full(WIDTH, ABSENT))
-                row[_SEED_COLUMNS[reading.name]] = reading.value
+    def frame(self, run: Run, points: list[_Point], refused: Counter[str]) -> tuple[Frame, bool]:
+        """The frame, and whether all of its live seeds are known."""
+        numbers: dict[tuple[str, str], float] = {}
+        # Of several points of one stream the first one with the fewest further attributes counts.
+        for point in sorted(points, key=lambda point: point.further):
+            numbers.setdefault((point.name, point.seed), point.value)
+        time_unix_ns = max(point.time_unix_ns for point in points)
+        self._drop_surplus(numbers, refused)
+        values = {name: value for (name, seed), value in numbers.items() if not seed}
         step = whole(values.pop("esper.global_step", None), UINT64_LIMIT)
-        epoch = whole(values.pop("esper.epoch", None), UINT32_LIMIT)
-        live_count = whole(values.pop("esper.seeds", None), UINT64_LIMIT)
-        self._complete(values, rows)
-        return Frame(
-            run=_run(self.sender, self._attempt, readings),
-            sequence=number,
-            global_step=number if step is None else step,
-            epoch=epoch or 0,
-            time_unix_ns=max(reading.time_unix_ns for reading in readings),
-            names=tuple(values),
-            numbers=tuple(values.values()),
-            context={},
-            seeds=_table(rows),
-            live=self._live_after(rows, live_count),
+        epoch = whole(values.pop("esper.epoch", None), UINT64_LIMIT)
+        count = whole(values.pop("esper.seeds", None), UINT64_LIMIT)
+        digest = whole(values.pop("esper.seeds.digest", None), UINT64_LIMIT)
+        self._step = self._step + 1 if step is None else step
+        retired = tuple(sorted(seed for name, seed in numbers if name == SEED_RETIRED.name))
+        self._live.retire(retired)
+        recorded, violations = _table(numbers), None
+        if recorded.ids:
+            stepped = self._live.step(recorded)
+            self._live.commit(stepped)
+            recorded, violations = stepped.recorded, stepped.violations
+        is_known = self._bury(recorded.ids, count, digest, time_unix_ns)
+        senders.complete(values, violations, self._loss)
+        self._loss = values.get(LAST_LOSS, self._loss)
+        frame = Frame(
+            senders.on_its_device(run, values),
+            next(self._numbers),
+            self._step,
+            epoch or 0,
+            time_unix_ns,
+            tuple(values),
+            tuple(values.values()),
+            {},
+            recorded,
+            self._live.table,
+            retired,
         )
+        return frame, is_known
 
-    def _complete(self, values: dict[str, float], rows: Mapping[str, Cells]) -> None:
-        """Adds what a session of ours would say itself: the last finite loss and the new violations."""
-        if finite(values.get("loss")) is not None:
-            self._loss = values["loss"]
-        if self._loss is not None:
-            values.setdefault("esper.training.loss", self._loss)
-        counts = {seed_id: float(row[_VIOLATIONS]) for seed_id, row in rows.items()}
-        counts = {seed_id: count for seed_id, count in counts.items() if math.isfinite(count)}
-        if counts:
-            new = sum(_newly(self._violations.get(seed_id, 0.0), count) for seed_id, count in counts.items())
-            values.setdefault("esper.isolation.violations", new)
-            self._violations.update(counts)
+    def _drop_surplus(self, numbers: dict[tuple[str, str], float], refused: Counter[str]) -> None:
+        """Takes out what would make too many seeds."""
+        new = sorted({seed for name, seed in numbers if name in _SEED_COLUMNS and seed not in self._live.ids})
+        surplus = {*new[max(senders.MOST_SEEDS - len(self._live.ids), 0) :]}
+        if surplus:
+            for stream in [stream for stream in numbers if stream[1] in surplus]:
+                del numbers[stream]
+                refused[TOO_MANY_SEEDS] += 1
 
-    def _live_after(self, rows: Mapping[str, Cells], count: int | None) -> SeedTable:
-        """The live seeds: those read now; and those read before, if the sender says that more are alive."""
-        known = {} if count is None else dict(self._live)
-        for seed_id, row in rows.items():
-            before = known.pop(seed_id, row)
-            known[seed_id] = np.where(is_absent(row), before, row)
-        surplus = len(known) - max(len(rows), count or 0)
-        for seed_id in list(known)[: max(surplus, 0)]:  # the longest unseen come first
-            del known[seed_id]
-        table = _table(known)
-        live = reported_rows(table, table.cells)
-        self._live = dict(zip(live.ids, live.cells, strict=True))
-        self._violations = {seed_id: was for seed_id, was in self._violations.items() if seed_id in known}
-        return live
+    def _bury(self, recorded: tuple[str, ...], count: int | None, digest: int | None, time_unix_ns: int) -> bool:
+        """Retires seeds that no longer live; False when it cannot be found out which these are."""
+        dead = (
+            silent_of(self._live.ids, {*recorded}, self._seen, time_unix_ns)
+            if digest is None
+            else dead_of(self._live.table.ids, {*recorded}, count, digest, lambda seed: self._seen.get(seed, 0))
+        )
+        self._live.retire(dead or ())
+        known = self._seen | dict.fromkeys(recorded, time_unix_ns)
+        self._seen = {seed: known[seed] for seed in self._live.ids}
+        return dead is not None
 
 
-def _newly(before: float, now: float) -> float:
-    """Violations counted since; a count that fell was reset and counts from 0."""
-    return max(now - before if now >= before else now, 0.0)
-
-
-def _table(rows: Mapping[str, Cells]) -> SeedTable:
-    return SeedTable(tuple(rows), np.array(list(rows.values()), np.float64).reshape(-1, WIDTH))
-
-
-def _sender(reading: Reading) -> _Sender:
-    attributes, resource = reading.attributes, reading.resource
-    run_id = attributes.get("esper.run.id") or next(filter(None, map(resource.get, _RUN_ID_SOURCES)), "unknown")
-    rank = attributes.get("esper.rank", resource.get("esper.rank"))
-    return _Sender(_text(run_id), _integer(rank, 0))
-
-
-def _run(sender: _Sender, attempt: int, readings: Iterable[Reading]) -> Run:
-    resource: Mapping[str, object] = {}
-    on_cuda = False
-    for reading in readings:
-        resource = reading.resource
-        on_cuda |= reading.name in _CUDA_NAMES
-    return Run(
-        run_id=sender.run_id,
-        attempt=_integer(resource.get("esper.run.attempt"), attempt),
-        rank=sender.rank,
-        world_size=_integer(resource.get("esper.world_size"), 1),
-        experiment=_text(resource.get("esper.experiment.name", "")),
-        device_type=_text(resource.get("esper.device.type", "cuda" if on_cuda else "")),
-        device_id=_text(resource.get("esper.device.id", "")),
-        compute_capability=_integer(resource.get("esper.device.compute_capability"), 0),
-    )
-
-
-def _text(attribute: object) -> str:
-    return str(attribute).encode(errors="replace").decode()
-
-
-def _integer(attribute: object, default: int) -> int:
-    try:
-        return int(str(attribute))
-    except ValueError:
-        return default
+def _table(numbers: Mapping[tuple[str, str], float]) -> SeedTable:
+    """The seeds' rows, in the order of their ids."""
+    ids = tuple(sorted({seed for name, seed in numbers if name in _SEED_COLUMNS}))
+    if not ids:
+        return NO_SEEDS
+    row = {seed: place for place, seed in enumerate(ids)}
+    cells = np.full((len(ids), WIDTH), ABSENT)
+    for (name, seed), value in numbers.items():
+        if name in _SEED_COLUMNS:
+            cells[row[seed], _SEED_COLUMNS[name]] = value
+    return SeedTable(ids, cells)

@@ -57,7 +57,8 @@ def test_every_metric_of_the_request_set_by_somebody_else_is_in_the_packets(
         1,
         "digits-7-step-1",
     )
-    [seed] = packets.telemetry
+    seed, events = packets.telemetry
+    assert "isolation_violations" in {event.description for event in events.events}  # 0.5 of them are new
     assert [(point.name, point.unit, dict(point.attributes)) for point in seed.metrics] == [
         (metric.name, metric.unit, {"seed_id": "seed-1"}) for metric in SEED_METRICS
     ]
