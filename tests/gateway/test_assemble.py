@@ -209,7 +209,7 @@ def test_a_plain_senders_seed_lives_until_its_series_end_or_are_silent_for_long(
 
     def alive(step: int, **alphas: float) -> tuple[str, ...]:
         gateway.take(theirs(step, "a program", alphas))
-        [item] = gateway.wait(LINGER_S + 0.001)
+        [item] = gateway.wait(HOLD_S + 0.001)
         assert item.complete
         return item.frame.live.ids
 

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 from gateways import RunningGateway  # noqa: E402
-from programs import free_port  # noqa: E402
+from programs import free_port, until  # noqa: E402
 
 import esper_otel  # noqa: E402
 from esper_otel import Packets, TamiyoClient  # noqa: E402
@@ -86,7 +86,7 @@ def loop(folder: Path, kills: int, chance: random.Random, options: list[str]) ->
                         trainer = subprocess.Popen(
                             [sys.executable, "-c", TRAINER, str(chance.random())[2:]], stdout=said
                         )
-                    time.sleep(0.5)
+                    until("the trainer has begun", lambda: Path(said.name).stat().st_size > 0)
                 time.sleep(chance.uniform(0.1, 1.5))
                 if not is_gateway or chance.random() < 0.3:
                     trainer.kill()
