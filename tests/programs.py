@@ -256,6 +256,10 @@ class Prometheus(Program):
         assert answer["status"] == "success", answer
         return answer["data"]
 
+    def text(self, path: str) -> str:
+        """A page as it is."""
+        return requests.get(f"{self.url}/{path}", timeout=TIMEOUT_S, verify=self._verify).text
+
     def query(self, expression: str, **parameters: float) -> list[Any]:
         """An instant query's series."""
         found: list[Any] = self.get("query", query=expression, **parameters)["result"]

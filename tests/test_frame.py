@@ -36,8 +36,9 @@ def noted(history: Sequence[Frame]) -> list[object]:
     """What an exporter says of the ends of series."""
     streams, said = Streams(), []
     for frame in history:
-        said.append(sorted((name, *attributes.items()) for name, attributes in streams.ended_by(frame)))
-        streams.sent(frame)
+        [ended] = streams.note([frame]).values() or [()]
+        said.append(sorted((name, *attributes.items()) for name, attributes in ended))
+        streams.settled(frame.sequence)
     return [said, sorted((name, *attributes.items()) for name, attributes in streams.all_ended())]
 
 
@@ -120,9 +121,9 @@ def test_a_series_ends_once_however_wide_its_steps_were() -> None:
     tables: list[SeedTable] = [seed_table(narrow), seed_table(wide), seed_table(narrow)]
     assert [table.cells.shape[1] for table in tables] == [NARROW, WIDTH, NARROW]
     streams = Streams()
-    for table in tables:
-        streams.sent(make_frame(seeds=table, live=table))
-    again = make_frame(seeds=tables[0], live=tables[0], retired=("a",))
-    assert [name for name, _ in streams.ended_by(again)] == ["esper.seed.learning_rate"]
-    streams.sent(again)
+    for number, table in enumerate(tables, 1):
+        streams.note([make_frame(sequence=number, seeds=table, live=table)])
+    again = make_frame(sequence=4, seeds=tables[0], live=tables[0], retired=("a",))
+    assert [name for name, _ in streams.note([again])[4]] == ["esper.seed.learning_rate"]
+    streams.settled(4)
     assert sorted(name for name, _ in streams.all_ended()) == ["kasmina.seed.alpha", "kasmina.seed.stage"]

@@ -25,7 +25,7 @@ _Values = npt.NDArray[np.float64]
 
 
 class Block(NamedTuple):
-    """Frames of one run, with the same metrics and the same seeds recorded and retired.
+    """Frames of one run, with the same metrics and the same seeds recorded. Only the first one may retire seeds.
 
     Attributes:
         frames: the frames.
@@ -76,7 +76,7 @@ def blocks(frames: Iterable[Frame], known: Collection[str], fault: Callable[[str
         has_loss = -FLOAT32_BOUND < loss < FLOAT32_BOUND  # then it is the last finite one, too
         ids = frame.seeds.ids
         like = (frame.run, names, tuple(others), ids, has_loss, frame.retired)
-        if like != key or len(alike) == _MAX_FRAMES or len(alike) * len(ids) > _MAX_ROWS:
+        if like != key or frame.retired or len(alike) == _MAX_FRAMES or len(alike) * len(ids) > _MAX_ROWS:
             if alike:
                 yield _block(alike, beside, known, has_loss=had_loss)
             alike, beside, key, had_loss = [], [], like, has_loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     AGGREGATION_TEMPORALITY_CUMULATIVE,
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
     Gauge,
+    NumberDataPoint,
     ResourceMetrics,
     ScopeMetrics,
     Sum,
@@ -28,6 +30,7 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel._version import __version__
 from esper_otel.export.blocks import Block, blocks
 from esper_otel.export.points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
+from esper_otel.export.streams import Stream
 from esper_otel.frame import WIDTH, Frame, Run
 from esper_otel.schema import SEED_CELLS, SEED_RETIRED, Metric
 
@@ -45,6 +48,8 @@ _RESOURCE_SCOPE_METRICS = 2
 _SCOPE_METRICS = 2
 _METRIC_GAUGE = 5
 
+_MS = 1_000_000
+
 
 class Request(NamedTuple):
     """One request, ready to be sent.
@@ -54,16 +59,45 @@ class Request(NamedTuple):
         points: the points in it.
         frames: how many frames end in it; a frame has been sent when its last point has.
         names: of the step metrics in it.
+        has_health: whether the session's own metrics are in it too.
+        is_goodbye: whether it ends every series.
     """
 
     body: bytes
     points: int
     frames: int
     names: frozenset[str]
+    has_health: bool = False
+    is_goodbye: bool = False
+
+
+def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> None:
+    """Frames without health."""
+
+
+class Along(NamedTuple):
+    """What goes along with frames, in the same requests: a request of its own could overtake them in a collector.
+
+    Attributes:
+        ended: the series that end with a frame, by the frame's number.
+        health_of: gives the health that goes with a request, by the time of its last point, the number of frames
+            that end in it, and whether it ends every series; None when there is none.
+        all_ended: gives every series, those of these step metrics included, after the last frame of a run; they end
+            a millisecond after it. None when more frames follow.
+    """
+
+    ended: Mapping[int, Sequence[Stream]] = MappingProxyType({})
+    health_of: Callable[[int, int, bool], ScopeMetrics | None] = _no_health
+    all_ended: Callable[[Iterable[str]], Iterable[Stream]] | None = None
+
+
+_NOTHING_ALONG = Along()
 
 
 class _Part(NamedTuple):
     """What one request holds of a block: some of its frames, or a piece of one that is too large for a request.
+
+    Or markers that end series, and no frame.
 
     Attributes:
         run: whose frames they are.
@@ -77,6 +111,7 @@ class _Part(NamedTuple):
         size: the most bytes that they take.
         ends: how many frames end with it.
         retired: seeds whose lives ended before each of the frames.
+        markers: serialized metrics that end series.
     """
 
     run: Run
@@ -90,6 +125,7 @@ class _Part(NamedTuple):
     size: int
     ends: int
     retired: tuple[str, ...] = ()
+    markers: Sequence[bytes] = ()
 
 
 class Encoder:
@@ -136,26 +172,46 @@ class Encoder:
         self._max_points = max_points
         return True
 
-    def requests(self, frames: Iterable[Frame]) -> Iterator[Request]:
+    def requests(self, frames: Iterable[Frame], along: Along = _NOTHING_ALONG) -> Iterator[Request]:
         """The frames as requests, each encoded when it is asked for.
 
         A frame is cut only when it is too large for a request of its own; each of its points still carries
         the frame's time, and ``esper.frame.points`` counts those of the whole frame.
+
+        No point is older than one of an earlier request, whatever its scope: Prometheus makes a sample of the Resource,
+        at the times of a request's oldest and newest point, and refuses the request when that sample goes back.
         """
         parts: list[_Part] = []
         points = size = 0
-        for part in self._parts(frames):
-            if parts and (points + part.points > self._max_points or size + part.size > _MAX_POINTS_BYTES):
-                yield self._request(parts)
+        names: set[str] = set()
+        for part in self._parts(frames, along.ended):
+            if parts and not self._fits(points + part.points, size + part.size):
+                yield self._request(parts, _health(parts, along, is_end=False))
                 parts, points, size = [], 0, 0
             parts.append(part)
+            names.update(part.names)
             points, size = points + part.points, size + part.size
         if parts:
-            yield self._request(parts)
+            last, goodbye = parts[-1], list[_Part]()
+            if along.all_ended is not None:
+                end_unix_ns = int(last.times[-1]) + _MS
+                goodbye = list(self._markers(last.run, along.all_ended(names), time_unix_ns=end_unix_ns))
+            if len(goodbye) == 1 and self._fits(points + goodbye[0].points, size + goodbye[0].size):
+                parts += goodbye
+            is_goodbye = parts[-1] is not last
+            health = _health(parts, along, is_end=is_goodbye)
+            yield self._request(parts, health)._replace(is_goodbye=is_goodbye)
 
-    def _parts(self, frames: Iterable[Frame]) -> Iterator[_Part]:
+    def _fits(self, points: int, size: int) -> bool:
+        return points <= self._max_points and size <= _MAX_POINTS_BYTES
+
+    def _parts(self, frames: Iterable[Frame], ended: Mapping[int, Sequence[Stream]]) -> Iterator[_Part]:
         """Parts that fit into a request."""
         for block in blocks(frames, self._catalogue, self._fault):
+            first_frame = block.frames[0]  # no other one of the block retires a seed
+            yield from self._markers(
+                first_frame.run, ended.get(first_frame.sequence, ()), time_unix_ns=first_frame.time_unix_ns
+            )
             cell_bytes = max(largest_seed_point(block.ids), largest_seed_point(block.retired))
             points = int(block.points.sum())
             size = _size(len(block.frames) * len(block.names), points, cell_bytes)
@@ -204,20 +260,26 @@ class Encoder:
         yield from pieces[:-1]
         yield pieces[-1]._replace(ends=1)
 
-    def _request(self, parts: Sequence[_Part]) -> Request:
+    def _request(self, parts: Sequence[_Part], health: ScopeMetrics | None = None) -> Request:
         wire: list[bytes] = []
         for run, following in groupby(parts, lambda part: part.run):
-            points = self._points(list(following))
+            of_run = list(following)
+            points = self._points(of_run)
             scope = ScopeMetrics()
             _set_scope(scope, FRAME_SCOPE)
             scoped = [scope.SerializeToString()]
             for name in self._catalogue:
                 if name in points:
                     scoped += _field(_SCOPE_METRICS, [self._heads[name], *_field(_METRIC_GAUGE, points[name])])
-            origin = self._origin_of(run).SerializeToString()
-            wire += _field(_REQUEST_RESOURCE_METRICS, [origin, *_field(_RESOURCE_SCOPE_METRICS, scoped)])
+            for part in of_run:
+                scoped += part.markers
+            scopes = _field(_RESOURCE_SCOPE_METRICS, scoped)
+            if health is not None and of_run[-1] is parts[-1]:
+                scopes += _field(_RESOURCE_SCOPE_METRICS, [health.SerializeToString()])
+            wire += _field(_REQUEST_RESOURCE_METRICS, [self._origin_of(run).SerializeToString(), *scopes])
         names = frozenset(name for part in parts for name in part.names)
-        return Request(b"".join(wire), sum(part.points for part in parts), sum(part.ends for part in parts), names)
+        count = sum(part.points for part in parts)
+        return Request(b"".join(wire), count, _frames_in(parts), names, has_health=health is not None)
 
     @staticmethod
     def _points(parts: Sequence[_Part]) -> dict[str, list[bytes]]:
@@ -238,23 +300,31 @@ class Encoder:
         return points
 
     def health(
-        self,
-        run: Run,
-        values: Mapping[tuple[str, str], float],
-        *,
-        start_unix_ns: int,
-        time_unix_ns: int,
+        self, run: Run, values: Mapping[tuple[str, str], float], *, start_unix_ns: int, time_unix_ns: int
     ) -> bytes:
-        """A request with the session's own metrics, in a scope of their own: they belong to no frame.
+        """A request with the session's own metrics and nothing else; see ``health_scope``."""
+        return self.alone(run, self.health_scope(values, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns))
+
+    def alone(self, run: Run, scope: ScopeMetrics) -> bytes:
+        """A request with one scope and nothing else."""
+        request = ExportMetricsServiceRequest()
+        of_run = request.resource_metrics.add()
+        of_run.CopyFrom(self._origin_of(run))
+        of_run.scope_metrics.append(scope)
+        return request.SerializeToString()
+
+    def health_scope(
+        self, values: Mapping[tuple[str, str], float], *, start_unix_ns: int, time_unix_ns: int
+    ) -> ScopeMetrics:
+        """The session's own metrics, in a scope of their own: they belong to no frame.
 
         Args:
-            run: whose they are.
             values: by name and reason, which is empty for a metric that is not split.
             start_unix_ns: when the counters were 0.
-            time_unix_ns: when the values were read.
+            time_unix_ns: the time of their points.
         """
-        request = ExportMetricsServiceRequest()
-        scope = self._scope(request, run, HEALTH_SCOPE)
+        scope = ScopeMetrics()
+        _set_scope(scope, HEALTH_SCOPE)
         by_name: dict[str, list[tuple[str, float]]] = {}
         for (name, reason), number in values.items():
             by_name.setdefault(name, []).append((reason, number))
@@ -267,37 +337,47 @@ class Encoder:
                     point.start_time_unix_nano = start_unix_ns
                 if reason:
                     point.attributes.append(_attribute(metric.split_by, reason))
-        return request.SerializeToString()
+        return scope
 
     def stale(
-        self, run: Run, streams: Sequence[tuple[str, Mapping[str, str]]], *, time_unix_ns: int
+        self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int, health: ScopeMetrics | None = None
     ) -> Iterator[bytes]:
-        """Requests that end streams, given by metric name and attributes, with "no recorded value" points.
+        """Requests that end series of frames, given by metric name and attributes.
 
-        The time must be later than each stream's last point. The markers stand in the scope of ``health``, so
-        that no receiver takes them for a frame. Prometheus' OTLP endpoint ends the series all the same: the
-        scope is no part of a series' identity there, unless ``promote_scope_metadata`` is set. Each marker is a
-        metric of its own: the collector's page to scrape takes only the first marker of a metric.
+        Args:
+            run: whose they are.
+            streams: the series.
+            time_unix_ns: must be later than each series' last point.
+            health: goes with the first request.
         """
-        rest = list(reversed(streams))
-        while rest:
-            request = ExportMetricsServiceRequest()
-            scope = self._scope(request, run, HEALTH_SCOPE)
-            size = 0
-            while rest and len(scope.metrics) < self._max_points and size < _MAX_POINTS_BYTES:
-                name, attributes = rest.pop()
-                points = _stream(scope, self._catalogue[name]).data_points
-                point = points.add(time_unix_nano=time_unix_ns, flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK)
-                point.attributes.extend(_attribute(*attribute) for attribute in attributes.items())
-                size += scope.metrics[-1].ByteSize()
-            yield request.SerializeToString()
+        for part in self._markers(run, streams, time_unix_ns=time_unix_ns):
+            yield self._request([part], health).body
+            health = None
 
-    def _scope(self, request: ExportMetricsServiceRequest, run: Run, name: str) -> ScopeMetrics:
-        of_run = request.resource_metrics.add()
-        of_run.CopyFrom(self._origin_of(run))
-        scope = of_run.scope_metrics.add()
-        _set_scope(scope, name)
-        return scope
+    def _markers(self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int) -> Iterator[_Part]:
+        """The ends of series, "no recorded value" points, in parts that fit into a request.
+
+        A marker has the scope, the name, the unit and the attributes of the series that it ends. Each is a metric of
+        its own: the collector's page to scrape takes only the first marker of a metric, and nothing after it.
+        """
+        markers: list[bytes] = []
+        size = 0
+        times = np.array([time_unix_ns], np.uint64)
+        for name, attributes in streams:
+            point = NumberDataPoint(
+                time_unix_nano=time_unix_ns,
+                flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
+                attributes=[_attribute(*attribute) for attribute in attributes.items()],
+            )
+            gauge = _field(_METRIC_GAUGE, [Gauge(data_points=[point]).SerializeToString()])
+            marker = b"".join(_field(_SCOPE_METRICS, [self._heads[name], *gauge]))
+            if markers and (len(markers) == self._max_points or size + len(marker) > _MAX_POINTS_BYTES):
+                yield _markers_part(run, times, markers, size)
+                markers, size = [], 0
+            markers.append(marker)
+            size += len(marker)
+        if markers:
+            yield _markers_part(run, times, markers, size)
 
     def _origin_of(self, run: Run) -> ResourceMetrics:
         if self._origin is None or self._origin[0] != run:
@@ -324,6 +404,20 @@ def _some(block: Block, first: int, end: int, points: int, size: int) -> _Part:
     cells, present = block.cells[some], block.present[some]
     values, count = block.values[some], end - first
     return _Part(run, times, block.names, values, block.ids, cells, present, points, size, count, block.retired)
+
+
+def _frames_in(parts: Sequence[_Part]) -> int:
+    return sum(part.ends for part in parts)
+
+
+def _health(parts: Sequence[_Part], along: Along, *, is_end: bool) -> ScopeMetrics | None:
+    """The health that goes with parts."""
+    return along.health_of(int(parts[-1].times[-1]), _frames_in(parts), is_end)
+
+
+def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -> _Part:
+    """A part without a frame."""
+    return _Part(run, times, (), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT, len(markers), size, 0, markers=markers)
 
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:

@@ -7,13 +7,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
 from esper_otel.export.bell import Bell
-from esper_otel.export.encode import Encoder, Request
-from esper_otel.export.source import Leftover, Live, Source, end_series, note
+from esper_otel.export.encode import Along, Encoder, Request
+from esper_otel.export.source import Leftover, Live, Source, put_goodbye
 from esper_otel.export.spool import Spool
-from esper_otel.export.streams import before_a_return
+from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frame import Frame
 from esper_otel.log import Warnings, announce
@@ -26,6 +28,10 @@ _LONGEST_PAUSE_S = 5.0  # what waits is to be gone soon after an outage, and a t
 _LONGEST_ASKED_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
 HEALTH_EVERY_S = 10.0
+_MS = 1_000_000
+_EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
+
+_T = TypeVar("_T")
 
 
 class StepExporter:
@@ -80,6 +86,9 @@ class StepExporter:
         self._has_said_goodbye = False
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
+        self._health_unix_ns = 0
+        self._goodbye: tuple[int, ScopeMetrics] | None = None
+        self._owes_health = False
         self._deadline_s: float | None = None
         self._wake = Bell()
         self._closing = threads().Event()
@@ -187,6 +196,14 @@ class StepExporter:
         except Exception as error:  # noqa: BLE001 - see above
             self._fault(where, error)
 
+    def _given(self, where: str, otherwise: _T, give: Callable[..., _T], *arguments: Any) -> _T:
+        """What is given, or something else after a fault of ours, which is only counted."""
+        try:
+            return give(*arguments)
+        except Exception as error:  # noqa: BLE001 - as in _guarded
+            self._fault(where, error)
+            return otherwise
+
     def _send_guarded(self) -> float | None:
         """Sends everything there is; returns how long to pause, None for: until woken, or all is sent at the end."""
         try:
@@ -217,7 +234,7 @@ class StepExporter:
             self._leftovers.popleft()
         pause_s = self._deliver(self._live)
         if pause_s is None:
-            self._guarded("sending health", self._send_health)
+            self._guarded("sending health", self._send_owed_health)
         return pause_s
 
     def _send_leftover(self, leftover: Leftover) -> float | None:
@@ -225,7 +242,7 @@ class StepExporter:
         try:
             pause_s = self._deliver(leftover)
             if pause_s is None and not leftover.has_said_goodbye:
-                self._guarded("ending the series of an earlier session", leftover.say_goodbye, time.time_ns())
+                self._guarded("ending the series of an earlier session", leftover.say_goodbye)
                 pause_s = self._send_beside(leftover)
             if pause_s is not None:
                 return pause_s
@@ -245,28 +262,28 @@ class StepExporter:
     def _deliver(self, source: Source) -> float | None:
         """Sends the source's frames; returns how long to pause before going on, None when none is left."""
         while True:
-            pause_s = self._send_beside(source)
-            if pause_s is not None:
-                return pause_s
-            frames, gone = source.after(self._at_once)
+            limit = self._at_once
+            frames, gone = source.after(limit)
             if gone:
                 self.dropped[source.lost] += gone
                 self._advance(source, gone)
             if not frames:
                 return None
+            found = len(frames)
             frames = frames[: before_a_return(frames)]
+            is_all = len(frames) == found < limit
             for request in self._requests(source, frames):
                 pause_s = self._settled(source, request, self._sent(request.body), frames)
-                if pause_s is None:
-                    pause_s = self._send_beside(source)
                 if pause_s is not None:
                     return pause_s
                 frames = frames[request.frames :]
+            if is_all and not frames and source is self._live and self._every_s and self._deadline_s is None:
+                return None  # what has come meanwhile goes with the next period's
 
     def _requests(self, source: Source, frames: list[Frame]) -> Iterator[Request]:
         """The frames as requests. One that we cannot encode is looked for, dropped and counted: others wait behind."""
         try:
-            yield from source.encoder.requests(frames)
+            yield from source.encoder.requests(frames, self._along(source, frames))
         except Exception as error:  # noqa: BLE001 - see above
             self._fault("encoding steps", error)
             if len(frames) > 1:
@@ -294,6 +311,7 @@ class StepExporter:
         if outcome.result is not Result.DELIVERED:
             self._report(outcome.reason, outcome.result)
             self.dropped[outcome.result.value] += request.frames
+            self._owes_health = self._owes_health or request.has_health
             self._advance(source, request.frames)
             return None
         self._failures = 0
@@ -301,10 +319,12 @@ class StepExporter:
         if source is not self._live:
             self.recovered += request.frames
         self._advance(source, request.frames)  # first: whatever goes wrong below, what was delivered is not sent again
+        source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
+        source.run = frames[max(request.frames, 1) - 1].run
         self._guarded("noting an answer", self._note_answer, request, outcome)
         self._guarded("noting the series sent", source.streams.named, request.names)
-        for frame in frames[: request.frames]:
-            self._guarded("noting a step sent", note, source, frame)
+        if request.frames:
+            self._guarded("noting the series ended", source.streams.settled, frames[request.frames - 1].sequence)
         return None
 
     def _advance(self, source: Source, count: int) -> None:
@@ -334,7 +354,7 @@ class StepExporter:
         return True
 
     def _send_beside(self, source: Source) -> float | None:
-        """Sends what must come before further frames; returns how long to pause before trying again."""
+        """Sends what comes after the last frame; returns how long to pause before trying again."""
         while source.beside:
             outcome = self._sent(source.beside[0])
             if self._is_to_be_repeated(outcome):
@@ -359,24 +379,57 @@ class StepExporter:
 
     # -- what goes beside the frames ---------------------------------------------------------------------
 
-    def _health_body(self) -> bytes | None:
-        run, since_ns = self._live.run, self._started_unix_ns
-        if run is None:
-            return None
-        return self._live.encoder.health(run, self._health(), start_unix_ns=since_ns, time_unix_ns=time.time_ns())
+    def _along(self, source: Source, frames: list[Frame]) -> Along:
+        """What goes along with frames of a source; a fault of ours in it does not hold them up."""
+        is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
+        all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
+        return Along(
+            self._given("noting the series sent", {}, source.streams.note, frames),
+            partial(self._given, "saying the counts", None, partial(self._health_of, source)),
+            all_ended if is_over and source.are_last(frames) else None,
+        )
 
-    def _send_health(self) -> None:
-        """The counts of now, once in a while; newer ones follow, so that none is worth repeating."""
+    def _health_of(self, source: Source, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:
+        """The counts of now, once in a while, as they will be when a request with so many frames has been taken.
+
+        They go with the frames, in the millisecond of the newest. At the time of now they would be later than the frame
+        of a step that is open: that frame would then go back in time. Newer counts follow, so that none is worth
+        repeating; and a request that is sent again must not have other counts for the same time.
+        """
+        if isinstance(source, Leftover):
+            return source.health(time_unix_ns) if is_end else None
+        if is_end:
+            return self._last_health(time_unix_ns, frames)
         is_due = self._deadline_s is None and time.monotonic() >= self._next_health_s
-        if not is_due or self._live.run is None:
-            return
-        self._next_health_s = time.monotonic() + HEALTH_EVERY_S
-        if (body := self._health_body()) is not None:
-            self._sent(body)
+        return self._health_at(time_unix_ns, frames) if is_due and time_unix_ns > self._health_unix_ns else None
 
-    def _put_last_health(self) -> None:
-        if (body := self._health_body()) is not None:
-            self._live.beside.append(body)
+    def _last_health(self, time_unix_ns: int, frames: int = 0) -> ScopeMetrics:
+        """The counts at the end: asked again for the same time, the same."""
+        if self._goodbye is None or self._goodbye[0] != time_unix_ns:
+            self._goodbye = time_unix_ns, self._health_at(time_unix_ns, frames)
+        return self._goodbye[1]
+
+    def _health_at(self, time_unix_ns: int, frames: int = 0) -> ScopeMetrics:
+        self._next_health_s = time.monotonic() + HEALTH_EVERY_S
+        self._health_unix_ns = time_unix_ns = _end_of_ms(time_unix_ns)
+        counts = dict(self._health())
+        for name, more in ((_EXPORTED, frames), (_QUEUE, -frames)):
+            if name in counts:
+                counts[name] += more
+        start_unix_ns = self._started_unix_ns
+        return self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+
+    def _send_owed_health(self) -> None:
+        """The counts in a request of their own, after one in which they were refused with the frames.
+
+        Else nobody would hear of it when the endpoint refuses all frames.
+        """
+        run = self._live.run
+        if self._owes_health and self._deadline_s is None and run is not None:
+            self._owes_health = False
+            time_unix_ns = _end_of_ms(self._live.streams.last_unix_ns)
+            times = {"start_unix_ns": self._started_unix_ns, "time_unix_ns": time_unix_ns}
+            self._sent(self._live.encoder.health(run, self._health(), **times))
 
     def _say_goodbye(self) -> bool:
         """The last counts, how the run ended, and the end of every series; whether all that was delivered.
@@ -386,12 +439,17 @@ class StepExporter:
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:
             return False
-        if live.run is None:
-            return True  # nothing was ever sent
-        self._guarded("saying how the run ended", self._put_last_health)
-        self._guarded("ending the series", end_series, live)
+        if live.run is None or live.has_said_goodbye:
+            return True  # nothing was ever sent, or the last frames took it along
+        time_unix_ns = live.streams.last_unix_ns + _MS
+        put_goodbye(live, self._given("saying how the run ended", None, self._last_health, time_unix_ns), self._fault)
         while time.monotonic() < self._deadline_s:
             if self._send_beside(live) is None:
                 return True
             time.sleep(_PAUSE_WHILE_CLOSING_S)
         return False
+
+
+def _end_of_ms(time_unix_ns: int) -> int:
+    """Later than the frame of this time and before any other, and for a backend of milliseconds the same."""
+    return time_unix_ns - time_unix_ns % _MS + _MS - 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import COUNTED
@@ -36,11 +37,12 @@ class Source(Protocol):
 
     Attributes:
         encoder: makes requests of them.
-        streams: the series that were delivered.
+        streams: the series that were sent.
         run: of the last frame delivered.
-        beside: requests that must be delivered before any further frame.
+        beside: requests that say how the run ended, and end its series.
         lost: the word for frames that are gone before they could be sent.
         delivered: frames that the endpoint took.
+        has_said_goodbye: whether the end of every series has been sent, or stands beside the frames.
     """
 
     encoder: Encoder
@@ -49,9 +51,13 @@ class Source(Protocol):
     beside: deque[bytes]
     lost: str
     delivered: int
+    has_said_goodbye: bool
 
     def after(self, limit: int) -> tuple[list[Frame], int]:
         """Up to ``limit`` frames that are next, and how many before them are gone; nothing when there is none."""
+
+    def are_last(self, frames: Sequence[Frame]) -> bool:
+        """Whether these, which are next, are all that there is."""
 
     def advance(self, count: int) -> None:
         """So many frames are settled, or gone.
@@ -61,22 +67,19 @@ class Source(Protocol):
         """
 
 
-def note(source: Source, frame: Frame) -> None:
-    """Notes that a frame was delivered; the ends of its retired seeds go before any further frame."""
-    source.run = frame.run
+def put_goodbye(source: Source, health: ScopeMetrics | None, fault: Fault) -> None:
+    """Puts beside the frames how the run ended, and the end of every series; a fault of ours in one keeps the other."""
+    if source.run is None:
+        return
+    bodies: list[bytes] = []
     try:
-        if frame.retired:
-            ended = source.streams.ended_by(frame)
-            source.beside.extend(source.encoder.stale(frame.run, ended, time_unix_ns=frame.time_unix_ns))
-    finally:
-        source.streams.sent(frame)
-
-
-def end_series(source: Source) -> None:
-    """Puts beside the frames that every series has ended."""
-    if source.run is not None:
-        ended, last_unix_ns = source.streams.all_ended(), source.streams.last_unix_ns
-        source.beside.extend(source.encoder.stale(source.run, ended, time_unix_ns=last_unix_ns + _MS))
+        streams, last_unix_ns = source.streams.all_ended(), source.streams.last_unix_ns
+        bodies += source.encoder.stale(source.run, streams, time_unix_ns=last_unix_ns + _MS, health=health)
+    except Exception as error:  # noqa: BLE001 - how the run ended is said all the same
+        fault("ending the series", error)
+    if not bodies and health is not None:
+        bodies.append(source.encoder.alone(source.run, health))
+    source.beside.extend(bodies)
 
 
 class Live:
@@ -90,6 +93,7 @@ class Live:
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
         self.delivered = 0
+        self.has_said_goodbye = False
         self.cursor = 0
         self._ring = ring
         self._spool = spool
@@ -113,6 +117,10 @@ class Live:
                 return spooled, spooled[0].sequence - self.cursor - 1
         return frames, gone
 
+    def are_last(self, frames: Sequence[Frame]) -> bool:
+        """See ``Source.are_last``."""
+        return self.waiting == len(frames)
+
     def advance(self, count: int) -> None:
         """See ``Source.advance``."""
         cursor = self.cursor + count
@@ -129,7 +137,6 @@ class Leftover:
     Attributes:
         folder: the folder.
         deleted: frames deleted for want of room.
-        has_said_goodbye: whether the end of the run stands beside the frames.
 
     Args:
         folder: the folder.
@@ -189,6 +196,10 @@ class Leftover:
         torn, self._stored.is_torn = self._stored.is_torn, False
         return [], int(torn)
 
+    def are_last(self, frames: Sequence[Frame]) -> bool:
+        """See ``Source.are_last``."""
+        return not self._names and len(self._frames) == len(frames)
+
     def _read(self, name: str) -> None:
         last = self._frames[-1].sequence if self._frames else self._cursor
         for frame in frames_in(self.folder.read(name), self._stored):
@@ -205,9 +216,9 @@ class Leftover:
         """Of a frame that was delivered before: its series have not ended yet."""
         self.run = frame.run
         try:
-            self.streams.ended_by(frame)
+            self.streams.note([frame])
+            self.streams.settled(frame.sequence)
             self.streams.named((*frame.names, *COUNTED))
-            self.streams.sent(frame)
         except Exception as error:  # noqa: BLE001 - the frames that were not delivered are to be sent all the same
             self._fault("noting a step sent before", error)
 
@@ -223,17 +234,22 @@ class Leftover:
         """How the run ended, as far as it could say so."""
         return self.folder.outcome or KILLED
 
-    def say_goodbye(self, time_unix_ns: int) -> None:
+    def health(self, time_unix_ns: int) -> ScopeMetrics:
+        """How the run ended."""
+        ended = {("esper.run.ended", self.outcome): 1.0}
+        return self.encoder.health_scope(ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns)
+
+    def say_goodbye(self) -> None:
         """Puts beside the frames that the run has ended, and how, and the end of every series."""
         self.has_said_goodbye = True
         if self.run is None:
             return
-        ended = {("esper.run.ended", self.outcome): 1.0}
-        times = {"start_unix_ns": time_unix_ns, "time_unix_ns": time_unix_ns}
+        health = None
         try:
-            self.beside.append(self.encoder.health(self.run, ended, **times))
-        finally:
-            end_series(self)
+            health = self.health(self.streams.last_unix_ns + _MS)
+        except Exception as error:  # noqa: BLE001 - the series are ended all the same
+            self._fault("saying how an earlier run ended", error)
+        put_goodbye(self, health, self._fault)
 
 
 def leftovers_in(

@@ -18,13 +18,18 @@ _NOTHING = np.zeros(WIDTH, np.bool_)
 
 
 class Streams:
-    """Notes the series of frames that were delivered. Threads: the exporter's only.
+    """Notes the series of frames that are sent. Threads: the exporter's only.
 
     What is noted of a seed has all 19 columns, however many its table has: a seed may be recorded with the first 10
     in one step and with more in the next.
+
+    Attributes:
+        last_unix_ns: the time of the last frame noted; 0 when there is none.
     """
 
     def __init__(self) -> None:
+        self._noted = 0
+        self._ended: dict[int, dict[str, npt.NDArray[np.bool_]]] = {}
         self._steps: set[str] = set()
         self._seeds: dict[str, npt.NDArray[np.bool_]] = {}
         self._ids: tuple[str, ...] = ()
@@ -35,13 +40,40 @@ class Streams:
         """Notes series of step metrics."""
         self._steps.update(names)
 
-    def sent(self, frame: Frame) -> None:
-        """Notes the seeds' series of one frame; those of its retired seeds must have been asked for before."""
+    def note(self, frames: Sequence[Frame]) -> Mapping[int, Sequence[Stream]]:
+        """Notes the seeds' series of frames that are about to be sent; a frame that is sent again may be noted again.
+
+        Returns:
+            The series that end with these frames, by the frame's number.
+        """
+        for number in [number for number in self._ended if number < frames[0].sequence]:
+            self._go_on(self._ended.pop(number))  # the frame is gone: nobody was told
+        for frame in frames:
+            if frame.sequence > self._noted:
+                if frame.retired:
+                    self._ended[frame.sequence] = self._ended_by(frame)
+                self._add(frame)
+                self._noted = frame.sequence
+        return {
+            number: [stream for seed_id, columns in ended.items() for stream in _streams_of(seed_id, columns)]
+            for number, ended in self._ended.items()
+        }
+
+    def settled(self, number: int) -> None:
+        """Frames up to this one are settled, and what they end has ended."""
+        for settled in [other for other in self._ended if other <= number]:
+            del self._ended[settled]
+
+    def _go_on(self, ended: Mapping[str, npt.NDArray[np.bool_]]) -> None:
+        for seed_id, columns in ended.items():
+            self._seeds[seed_id] = self._seeds.get(seed_id, _NOTHING) | columns
+
+    def _add(self, frame: Frame) -> None:
         self.last_unix_ns = frame.time_unix_ns
         ids, cells = frame.seeds
         if ids:
             if ids != self._ids:
-                self._note()
+                self._merge()
                 self._ids, self._sent = ids, ~is_absent(cells)
             elif cells.shape == self._sent.shape:
                 self._sent |= ~is_absent(cells)
@@ -49,37 +81,34 @@ class Streams:
                 self._sent = _wide(self._sent)
                 self._sent[:, : cells.shape[1]] |= ~is_absent(cells)
 
-    def _note(self) -> None:
+    def _merge(self) -> None:
         for seed_id, present in zip(self._ids, _wide(self._sent), strict=True):
             before = self._seeds.get(seed_id)
             self._seeds[seed_id] = present if before is None else before | present
         self._ids, self._sent = (), self._sent[:0]
 
-    def ended_by(self, frame: Frame) -> list[Stream]:
-        """The series of seeds whose lives are over with this frame; they are forgotten.
+    def _ended_by(self, frame: Frame) -> dict[str, npt.NDArray[np.bool_]]:
+        """The columns of seeds whose lives are over with this frame; they are forgotten.
 
         Of a seed that is back in the very frame, the series that it has a point of go on: there is no time between.
         """
         ids, cells = frame.seeds.wide()
         rows = {seed_id: row for row, seed_id in enumerate(ids)}
-        self._note()
-        ended: list[Stream] = []
+        self._merge()
+        ended = {}
         for seed_id in frame.retired:
             over = self._seeds.pop(seed_id, _NOTHING)
             if seed_id in rows:
                 over = over & is_absent(cells[rows[seed_id]])
-            ended += _streams_of(seed_id, over)
+            ended[seed_id] = over
         return ended
 
-    def all_ended(self) -> list[Stream]:
-        """Every series sent: the run is over. Empty when nothing was sent."""
-        if not self.last_unix_ns:
-            return []
-        self._note()
-        ended: list[Stream] = [(name, {}) for name in sorted(self._steps)]
+    def all_ended(self, names: Iterable[str] = ()) -> list[Stream]:
+        """Every series sent, those of these step metrics included: the run is over."""
+        self._merge()
+        ended: list[Stream] = [(name, {}) for name in sorted(self._steps.union(names))]
         for seed_id, sent in self._seeds.items():
             ended += _streams_of(seed_id, sent)
-        self._seeds.clear()
         return ended
 
 

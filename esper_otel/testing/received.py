@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
-from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint
+from opentelemetry.proto.metrics.v1.metrics_pb2 import DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK, NumberDataPoint
 
 from esper_otel.export.encode import FRAME_SCOPE
 from esper_otel.schema import FRAME_POINTS
@@ -61,7 +61,7 @@ class CompleteFrames:
         self._expected: dict[Hashable, float] = {}
 
     def add(self, request: ExportMetricsServiceRequest) -> None:
-        """Takes the points of a request; those outside the scope of frames count for nothing."""
+        """Takes the points of a request; those outside the scope of frames and the ends of series count for nothing."""
         for of_run in request.resource_metrics:
             resource = _attributes(of_run.resource.attributes)
             run = tuple(resource.get(name) for name in ("esper.run.id", "esper.run.attempt", "esper.rank"))
@@ -69,7 +69,8 @@ class CompleteFrames:
                 if scoped.scope.name == FRAME_SCOPE:
                     for metric in scoped.metrics:
                         for point in metric.gauge.data_points:
-                            self._add_point((run, point.time_unix_nano), metric.name, point)
+                            if not point.flags & DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK:
+                                self._add_point((run, point.time_unix_nano), metric.name, point)
 
     def _add_point(self, frame: Hashable, name: str, point: NumberDataPoint) -> None:
         if frame not in self._streams:

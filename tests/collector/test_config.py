@@ -25,6 +25,7 @@ TYPES = {
     "otlphttpexporter": "otlp_http",
     "loadbalancingexporter": "load_balancing",
     "prometheusexporter": "prometheus",
+    "prometheusremotewriteexporter": "prometheus_remote_write",
     "bearertokenauthextension": "bearertokenauth",
     "healthcheckextension": "health_check",
     "filestorage": "file_storage",
@@ -98,7 +99,7 @@ def test_a_wrong_key_is_found(tmp_path: Path) -> None:
     assert "endpoynt" in done.stderr
 
 
-def test_the_manifest_has_exactly_what_the_configurations_use() -> None:
+def test_the_manifest_has_exactly_what_the_configurations_and_tests_use() -> None:
     manifest = yaml.safe_load((CONFIG / "builder.yaml").read_text(encoding="utf-8"))
     built_in = {
         kind: {TYPES[entry["gomod"].split()[0].rpartition("/")[2]] for entry in manifest[kind]}
@@ -109,6 +110,7 @@ def test_the_manifest_has_exactly_what_the_configurations_use() -> None:
         configuration = yaml.safe_load((CONFIG / file).read_text(encoding="utf-8"))
         for kind in used:
             used[kind] |= {name.partition("/")[0] for name in configuration.get(kind, ())}
+    used["exporters"].add("prometheus_remote_write")  # of a test
     assert built_in == used
     versions = {entry["gomod"].split()[1] for kind in built_in for entry in manifest[kind]}
     assert versions == {f"v{manifest['dist']['version']}"}

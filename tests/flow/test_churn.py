@@ -97,7 +97,7 @@ def test_seeds_come_and_go_without_growth(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_seed_that_comes_back_begins_a_series_of_its_own(
     collector: MemoryCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its end goes out in a request that holds no frame, before its new beginning; at close every series ends."""
+    """Its end goes out with the step that it is gone from, before its new beginning; at close every series ends."""
     monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")  # all in one go
     with esper_otel.start(run_id="back") as telemetry:
         for life in range(3):
@@ -107,13 +107,14 @@ def test_a_seed_that_comes_back_begins_a_series_of_its_own(
             telemetry.retire_seed("slot-1")
             telemetry.record_step({"loss": 1.0}, epoch=0)
     series: list[float | None] = []
-    ends = 0
+    newest_ns = 0
     for request in collector.requests:
-        points = list(points_of(request))
-        if any(point.value is None for point in points):
-            ends += 1
-            assert all(point.value is None and point.scope != FRAME_SCOPE for point in points)
-    assert ends == 4  # three lives, and all that is left at the end
+        times = [point.time_unix_ns for point in points_of(request)]
+        assert min(times) >= newest_ns
+        newest_ns = max(times)
+    gone = sorted({p.time_unix_ns for p in collector.points() if p.name == "loss" and not p.flags})[2::3]
+    ends = [p.time_unix_ns for p in collector.points() if p.flags and p.attributes.get("seed_id") == "slot-1"]
+    assert ends == gone
     for point in collector.points():
         if point.name == "kasmina.seed.alpha" and point.attributes["seed_id"] == "slot-1":
             series.append(point.value)

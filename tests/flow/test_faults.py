@@ -98,8 +98,8 @@ def broken(*_: object, **__: object) -> Any:
 
 
 PARTS = [
-    *((Streams, name) for name in ("sent", "named", "ended_by", "all_ended")),
-    *((Encoder, name) for name in ("stale", "health")),
+    *((Streams, name) for name in ("note", "named", "settled", "all_ended")),
+    *((Encoder, name) for name in ("stale", "health_scope")),
 ]
 
 
@@ -120,7 +120,7 @@ def test_a_fault_after_the_delivery_repeats_nothing_and_holds_up_nothing(
     with esper_otel.start(run_id="run") as telemetry:
         trained(telemetry)
     assert steps_of(collector, "run") == list(range(1, 13))
-    if name != "health":
+    if name != "health_scope":
         assert outcomes(collector, "run") == ["completed"]
     health = telemetry.health()
     assert (health["exported"], health["dropped"], health["queue"], health["kept"]) == (12, 0, 0, 0)
@@ -138,7 +138,7 @@ def test_no_folder_of_the_spool_is_poisoned_by_a_fault_after_the_delivery(
     monkeypatch.setattr(owner, name, broken)
     esper_otel.start(run_id="next").close()
     assert steps_of(collector, "killed") == list(range(1, 21))
-    if name != "health":
+    if name != "health_scope":
         assert outcomes(collector, "killed") == ["killed"]
     assert list(tmp_path.iterdir()) == []
     esper_otel.start(run_id="third").close()

@@ -64,7 +64,7 @@ def test_a_frames_points_are_as_many_as_it_says(collector: MemoryCollector) -> N
                     now.seed(f"seed-{seed}", stage=4, alpha=0.1, alpha_steps=step)
     frames: dict[int, list[Point]] = {}
     for point in collector.points():
-        if point.scope == "esper_otel":
+        if point.scope == "esper_otel" and not point.flags:
             frames.setdefault(point.time_unix_ns, []).append(point)
     assert len(frames) == 20
     for points in frames.values():
@@ -125,7 +125,12 @@ def test_a_retired_seeds_series_end(collector: MemoryCollector) -> None:
         assert collector.wait_for(lambda c: any(p.flags for p in c.points()))
         ended = [p for p in collector.points() if p.flags]
         assert [(p.name, p.attributes) for p in ended] == [("kasmina.seed.alpha", {"seed_id": "seed-1"})]
-        assert ended[0].scope == "esper_otel.health"
+        [began] = [
+            p
+            for p in collector.points()
+            if p.name == "kasmina.seed.alpha" and p.attributes == {"seed_id": "seed-1"} and not p.flags
+        ]
+        assert (ended[0].scope, ended[0].unit, ended[0].resource) == (began.scope, began.unit, began.resource)
     ended = [p for p in collector.points() if p.flags]
     assert ("kasmina.seed.alpha", {"seed_id": "seed-2"}) in [(p.name, p.attributes) for p in ended]
     assert ("loss", {}) in [(p.name, p.attributes) for p in ended]

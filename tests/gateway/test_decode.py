@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from frames import RUN, TIME_UNIX_NS, frames, histories, make_frame, numbers
+from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -196,3 +197,23 @@ def test_the_corpus_is_read_alike(path: Path) -> None:
     same(body)
     with contextlib.suppress(Malformed):
         Decoder().decode_json(body)
+
+
+@pytest.mark.parametrize("scope", ["esper_otel", "esper_otel.health", "somebody"])
+def test_a_flagged_point_is_an_end_in_any_scope_and_no_point_of_a_frame(scope: str) -> None:
+    """Next to the frame's own points, at its time: every decoder, JSON's too."""
+    request = ExportMetricsServiceRequest.FromString(bodies([make_frame()])[0])
+    (scoped,) = request.resource_metrics[0].scope_metrics
+    ends = scoped if scope == scoped.scope.name else request.resource_metrics[0].scope_metrics.add()
+    ends.scope.name = scope
+    for name in ("kasmina.seed.alpha", "kasmina.seed.stage"):
+        point = ends.metrics.add(name=name).gauge.data_points.add(time_unix_nano=TIME_UNIX_NS, flags=1)
+        point.attributes.append(KeyValue(key="seed_id", value=AnyValue(string_value="gone")))
+    assert same(request.SerializeToString())
+    decoded = Decoder().decode(request.SerializeToString())
+    assert sum(len(block.times) for block in decoded.blocks) == decoded.points - 2
+    # A frame of ours says itself who lives: only another sender's markers end anything.
+    names = ("kasmina.seed.alpha", "kasmina.seed.stage") if scope == "somebody" else ()
+    assert [(m.name, m.seed, m.time_unix_ns) for m in decoded.markers] == [(n, "gone", TIME_UNIX_NS) for n in names]
+    as_json = json_format.MessageToJson(request, preserving_proto_field_name=False, use_integers_for_enums=True)
+    assert Decoder().decode_json(as_json.encode()).markers == decoded.markers

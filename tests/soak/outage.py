@@ -130,6 +130,8 @@ class _Received(MemoryCollector):
     def _take(self, name: str, points: object) -> None:
         by_stream: dict[str, tuple[list[int], list[float]]] = {}
         for point in points:  # type: ignore[attr-defined] # a repeated field
+            if point.flags:  # the end of a series
+                continue
             seed_id = point.attributes[0].value.string_value if point.attributes else ""
             times, values = by_stream.setdefault(seed_id, ([], []))
             times.append(point.time_unix_nano)

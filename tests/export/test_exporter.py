@@ -1,0 +1,83 @@
+"""What one session sends never goes back in time, whatever it is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+import esper_otel
+from esper_otel import EsperSettings
+from esper_otel.export import exporter
+from esper_otel.testing import MemoryCollector
+from esper_otel.testing.received import Point, points_of
+
+
+def in_order(requests: list[ExportMetricsServiceRequest]) -> list[Point]:
+    """All points; no request has an older one than those before it, and no stream has one time twice."""
+    newest_ns = 0
+    seen: set[tuple[str, str, int]] = set()
+    found = []
+    for request in requests:
+        points = list(points_of(request))
+        assert min(point.time_unix_ns for point in points) >= newest_ns
+        newest_ns = max(point.time_unix_ns for point in points)
+        for point in points:
+            stream = (point.name, repr(point.attributes), point.time_unix_ns // 10**6)
+            assert stream not in seen
+            seen.add(stream)
+        found += points
+    return found
+
+
+@pytest.mark.parametrize("every_s", [0.0, 0.05])
+def test_counts_go_with_frames_and_never_before_a_step_that_is_open(
+    every_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts are due all the time; a step stays open meanwhile, and its frame has the time of its beginning."""
+    monkeypatch.setattr(exporter, "HEALTH_EVERY_S", 0.0)
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        with esper_otel.start(run_id="open", settings=EsperSettings(export_every_s=every_s)) as telemetry:
+            for number in range(4):
+                with telemetry.step(epoch=0) as now:
+                    now.seed(f"seed-{number // 2}", alpha=0.5)
+                    time.sleep(0.12)
+                if number % 2:
+                    telemetry.retire_seed(f"seed-{number // 2}")
+        points = in_order(list(collector.requests))
+    exported = [p.value for p in points if p.name == "esper.frames.exported"]
+    assert exported[-1] == 4
+    assert exported == sorted(exported)  # type: ignore[type-var] # none is missing
+    frames = {p.time_unix_ns for p in points if p.name == "esper.frame.points" and not p.flags}
+    assert frames.isdisjoint(p.time_unix_ns for p in points if p.scope == "esper_otel.health")
+    [ended] = [p for p in points if p.name == "esper.run.ended"]
+    assert ended.time_unix_ns // 10**6 == max(frames) // 10**6 + 1
+
+
+def test_an_endpoint_that_refuses_all_steps_hears_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts that go with refused steps are refused as well; they come again in a request of their own."""
+    monkeypatch.setattr(exporter, "HEALTH_EVERY_S", 0.0)
+    taken: list[bool] = []
+
+    def answer(request: ExportMetricsServiceRequest) -> Any:
+        has_frames = any(point.name == "esper.frame.points" for point in points_of(request))
+        taken.append(not has_frames or len(taken) == 0)
+        return None if taken[-1] else 400
+
+    with MemoryCollector(answer=answer) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.http_endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+
+        def dropped() -> list[float | None]:
+            return [point.value for point in collector.points() if point.name == "esper.frames.dropped"]
+
+        with esper_otel.start(run_id="refused", settings=EsperSettings(export_every_s=0.0)) as telemetry:
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+            assert collector.wait_for(lambda c: bool(c.points()))
+            for count in (1.0, 2.0):
+                telemetry.record_step({"loss": 1.0}, epoch=0)
+                assert collector.wait_for(lambda _, last=count: dropped()[-1:] == [last])  # type: ignore[misc]
+            assert dropped() == [1.0, 2.0]
