@@ -86,13 +86,18 @@ def _no_rows() -> SeedTable:
 NO_SEEDS = _no_rows()
 
 
+# An attempt that is not known; a Resource does not say it.
+UNKNOWN_ATTEMPT = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What all frames of one attempt and rank have in common; rendered into the OTLP resource.
 
     Attributes:
         run_id: the run's name; the same after a resume and on every rank.
-        attempt: Unix milliseconds of the start (rank 0's), or the launcher's restart count.
+        attempt: which start of the run: the same for all its ranks, and larger at each start. Unix milliseconds of the
+            start, if nothing else was given.
         rank: this process among ``world_size``.
         experiment: name of the experiment; empty when there is none.
         device_type: ``cuda`` or ``cpu``; empty until it is known.

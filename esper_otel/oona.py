@@ -354,7 +354,7 @@ class OfTelemetry:
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
         """See ``Source``."""
         del run_id
-        return self._telemetry.pull(cursor or f"{self._telemetry.run.attempt}:0", most)
+        return self._telemetry.pull(cursor or self._telemetry.beginning, most)
 
 
 def publish(telemetry: Telemetry, url: str, *, secret: str | None = None, ttl_ms: int = TTL_MS) -> Publisher:

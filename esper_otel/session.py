@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.metrics import MeterProvider
@@ -27,8 +28,8 @@ from esper_otel.export.opening import open_exporter
 from esper_otel.export.provider import OwnProvider, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
-from esper_otel.frame import Frame
-from esper_otel.identity import identify
+from esper_otel.frame import UNKNOWN_ATTEMPT, Frame, Run
+from esper_otel.identity import agreement_for, identify
 from esper_otel.log import Warnings, announce
 from esper_otel.probes import host_and_device_probes
 from esper_otel.probes.sampler import Sampler
@@ -131,6 +132,10 @@ class _Session:
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         run = identify(**identity)
+        self._agreement = agreement_for(run)
+        attempt = None if self._agreement is None else self._agreement.by_store()
+        if attempt is not None:
+            run, self._agreement = replace(run, attempt=attempt), None
         names, processors = _declared(metrics, processors, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
@@ -150,6 +155,8 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
+        if self._agreement is not None:
+            self._publisher.settle_run = self._with_agreed_attempt
         self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = Recorder(
@@ -167,7 +174,8 @@ class _Session:
         )
         self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
         # After what may raise, so that no port is left open.
-        self._provider = OwnProvider(self._resource_of(run), exporters.readers) if meter_provider is None else None
+        certain = self._resource_of(self._certain(run))
+        self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
         self._instruments = self._attached(meter_provider, names.entries.values())
         self.telemetry = Telemetry(self._recorder, self)
         self._process_id = os.getpid()
@@ -216,6 +224,28 @@ class _Session:
         clock.check()
         if clock.is_ahead:
             self._warnings.say("ahead", "steps run more than 5 minutes ahead of the wall clock: above 1,000 a second")
+
+    def _certain(self, run: Run) -> Run:
+        """The run for a Resource that cannot change: without an attempt that the ranks have not agreed on."""
+        return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
+
+    def _with_agreed_attempt(self, run: Run) -> Run:
+        """The run, when its first step is there: by now its ranks can agree on an attempt, or never will."""
+        attempt = None
+        if self._agreement is not None:
+            attempt = self._agreement.by_store()
+            attempt = self._agreement.without_store() if attempt is None else attempt
+        if attempt is None:
+            self._warnings.say(
+                "attempt",
+                "the %d ranks of run %s have nothing by which to agree on one attempt, so each has its own: call "
+                "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same whole "
+                "number on every rank, and to a larger one at each launch",
+                run.world_size,
+                run.run_id,
+            )
+            return run
+        return replace(run, attempt=attempt)
 
     def _describe(self, endpoint: Endpoint | None, off: str, unfollowed: Sequence[str]) -> str:
         run = self._publisher.run

@@ -90,10 +90,12 @@ class Telemetry:
         self._wiring = wiring
         self.pulled = 0
         self._is_closed = False
+        # Marks this session's cursors. The attempt that the run begins with may not be the one that its ranks agree on.
+        self._mark = str(recorder.publisher.run.attempt)
 
     @property
     def run(self) -> Run:
-        """Run id, attempt, rank and device, as in every frame."""
+        """Run id, attempt, rank and device, as in every frame. Device and attempt may change until the first frame."""
         return self._recorder.publisher.run
 
     @property
@@ -212,7 +214,12 @@ class Telemetry:
             loss = frame.values().get(LAST_LOSS)
         if cursor is None:  # only now: what raises in between, a Ctrl-C included, must not cost the caller these steps
             self.pulled = position
-        return Page(tuple(made), cursor=f"{self.run.attempt}:{position}", gap=gap)
+        return Page(tuple(made), cursor=f"{self._mark}:{position}", gap=gap)
+
+    @property
+    def beginning(self) -> str:
+        """The cursor before the first step of this session."""
+        return f"{self._mark}:0"
 
     def _loss_before(self, sequence: int) -> float | None:
         """The loss in the packet of the step before; None when there is none, or it fell out of the ring."""
@@ -220,8 +227,8 @@ class Telemetry:
         return frames[0].values().get(LAST_LOSS) if frames and frames[0].sequence == sequence - 1 else None
 
     def _position(self, cursor: object) -> int:
-        attempt, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")
-        if attempt != str(self.run.attempt) or not position.isdecimal():
+        mark, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")
+        if mark != self._mark or not position.isdecimal():
             raise InvalidValue("cursor", f"{cursor!r} is none that this session gave (Page.cursor)")
         return int(position)
 

@@ -56,11 +56,11 @@ def _identity(run: Run) -> dict[str, str | int]:
     identity: dict[str, str | int] = {
         "service.instance.id": f"{run.run_id}/{run.rank}",
         "esper.run.id": run.run_id,
-        "esper.run.attempt": run.attempt,
         "esper.rank": run.rank,
         "esper.world_size": run.world_size,
     }
     when_known: dict[str, str | int] = {
+        "esper.run.attempt": run.attempt,
         "esper.experiment.name": run.experiment,
         "esper.device.type": run.device_type,
         "esper.device.id": run.device_id,

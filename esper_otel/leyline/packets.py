@@ -28,7 +28,7 @@ class Packets:
         telemetry: a TelemetryPacket for each seed row recorded in the step; then, when something went wrong in
             the step, one of events.
         run_id: the run's name.
-        attempt: which start of the run; Unix milliseconds or the launcher's restart count.
+        attempt: which start of the run; larger at each start.
         rank: the process within the run.
         step: the step's number; from ``esper_otel.frame.GUESSED_STEP`` on, one that a gateway gave to a step whose
             number was lost on the way.

@@ -49,6 +49,7 @@ class Publisher:
         warnings: Warnings,
     ) -> None:
         self.run = run
+        self.settle_run: Callable[[Run], Run] | None = None  # asked once, by the first frame
         self.names = names
         self.ring = ring
         self.counters = Counters()
@@ -171,7 +172,7 @@ class Publisher:
         """
         deriving, live, recorded = self._deriving, self.live, NO_SEEDS
         is_plain = shape.is_plain(numbers) and not (
-            self.counters.backwards or deriving.reads_probes or not self.run.device_type
+            self.counters.backwards or deriving.reads_probes or not self.run.device_type or self.settle_run
         )
         names = shape.names
         if is_plain and table.ids:
@@ -233,6 +234,9 @@ class Publisher:
             derived = deriving.commit({**probed, **values} if deriving.reads_probes else values)
         if not self.run.device_type:
             self.settle_on_cpu()
+        if self.settle_run is not None:
+            settle, self.settle_run = self.settle_run, None
+            self.run = settle(self.run)
         has_loss = -FLOAT32_BOUND < values.get("loss", _NAN) < FLOAT32_BOUND
         if has_loss:
             self.last_finite_loss = values["loss"]
