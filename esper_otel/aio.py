@@ -22,6 +22,7 @@ from esper_otel.client import (
     pull_request,
     raise_translated,
     run_infos,
+    run_outcome,
 )
 from esper_otel.gateway.pull_messages import PullResponse, RanksRequest, RanksResponse, RunsRequest, RunsResponse
 from esper_otel.gateway.views import RunRanks, run_ranks
@@ -77,6 +78,10 @@ class TamiyoClient:
     async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """The ranks of a run side by side. See ``esper_otel.TamiyoClient.ranks``."""
         return run_ranks(await self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
+
+    async def ended(self, run_id: str) -> str | None:
+        """How the whole run ended. See ``esper_otel.TamiyoClient.ended``."""
+        return run_outcome(await self.runs(), run_id)
 
     async def close(self) -> None:
         """Ends the connection."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +58,7 @@ class RunInfo:
         last_time_unix_ns: that step's time.
         last_received_unix_ns: when something of this writer came last.
         ended: ``completed``, an exception's type, or a signal's name; None while it lives or is silent.
-        resumed: whether an earlier attempt of the run is known.
+        resumed: whether an earlier attempt of its rank is known, or one of another rank that was over when it began.
         writers: live processes that claim this (run, attempt, rank).
         missing: steps that have not come, though earlier and later ones have.
         incomplete: steps released without some of their points.
@@ -66,6 +66,7 @@ class RunInfo:
         differing: points that came twice with two values.
         too_late: steps that came again, or after their place had been forgotten.
         unseen: steps before the first that has come: late, lost, or sent to another gateway.
+        run_ended: how the whole run ended; see ``TamiyoClient.ended``.
     """
 
     run_id: str
@@ -87,6 +88,7 @@ class RunInfo:
     differing: int
     too_late: int
     unseen: int
+    run_ended: str | None
 
 
 class Target(NamedTuple):
@@ -242,6 +244,18 @@ class TamiyoClient:
         """
         return run_ranks(self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
 
+    def ended(self, run_id: str) -> str | None:
+        """How the whole run ended, over all of its attempts and ranks; None while a rank lives or may live.
+
+        ``completed``; else what the first rank said that did not complete; ``lost`` where one fell silent without a
+        word and others have ended. An attempt that was killed and that a later one has followed does not count. A
+        run that has ended may be started again; then this is None again.
+
+        Raises:
+            GatewayError: the gateway refused, or was not there in time.
+        """
+        return run_outcome(self.runs(), run_id)
+
     def close(self) -> None:
         """Ends the connection."""
         self._channel.close()
@@ -331,9 +345,14 @@ def run_infos(response: RunsResponse) -> list[RunInfo]:
     return [_run_info(run) for run in response.runs]
 
 
+def run_outcome(runs: Iterable[RunInfo], run_id: str) -> str | None:
+    """How the run ended, of what a gateway says of all runs."""
+    return next((run.run_ended for run in runs if run.run_id == run_id), None)
+
+
 def _run_info(run: Run) -> RunInfo:
     said = {name: getattr(run, name) for name in RunInfo.__slots__}
-    for name in ("first_step", "last_step", "ended"):
+    for name in ("first_step", "last_step", "ended", "run_ended"):
         if not run.HasField(name):
             said[name] = None
     return RunInfo(**said)

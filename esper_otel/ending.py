@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import builtins
+import functools
+import opcode
 import os
 import signal
 import sys
@@ -11,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 _TIMEOUT_S = 5.0
 _AGAIN_S = 0.002
@@ -43,6 +46,7 @@ def watch(session: Closing, names: Iterable[str] = ()) -> list[str]:
         The signals that will not flush it: Python lets only the main thread set a handler.
     """
     _live.add(session)
+    _exits.watch()
     # Last registered is first called: before those of gRPC and whatever else the session has imported.
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
@@ -52,6 +56,8 @@ def watch(session: Closing, names: Iterable[str] = ()) -> list[str]:
 def forget(session: Closing) -> None:
     """The session has been closed."""
     _live.discard(session)
+    if not _live:
+        _exits.forget()
 
 
 def _is_followed(number: int) -> bool:
@@ -123,6 +129,108 @@ def _close_all(outcome: str) -> None:
 
 
 def _at_exit() -> None:
+    _close_all(outcome_of_process())
+    _exits.forget()
+
+
+def outcome_of_process() -> str:
+    """How the program ended, for callbacks at interpreter exit: Python does not give them the exit status.
+
+    - ``completed``: the main program ran to its end, or left by ``sys.exit`` (``exit``, ``quit``) with status 0.
+    - The name of the exception that nobody caught.
+    - ``SystemExit``: it left by ``sys.exit`` with another status.
+    - ``exit``: it left in a way of which the status cannot be known, such as ``raise SystemExit(status)``.
+    """
+    if _exits.has_run_to_end():
+        return "completed"
+    status = _exits.status()
+    if status is not None:
+        return "SystemExit" if status else "completed"
     # Set by the interpreter when it has printed the traceback of an exception that nobody caught.
     uncaught = getattr(sys, "last_type", None)
-    _close_all("exit" if uncaught is None else uncaught.__name__)
+    return "exit" if uncaught is None else str(uncaught.__name__)
+
+
+class _Leaving(NamedTuple):
+    """A call of ``sys.exit``: where the main program was, the status, and the newest exception that nobody caught."""
+
+    place: int
+    status: int
+    uncaught: object
+
+
+class _Exits:
+    """Watches where the main program is: at its end, or in a call of ``sys.exit`` that it did not come back from."""
+
+    def __init__(self) -> None:
+        self._root: FrameType | None = None
+        self._last: _Leaving | None = None
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+
+    def watch(self) -> None:
+        """Finds the main program; from now on calls of ``sys.exit`` are noted, and do what they did."""
+        if self._root is None:
+            self._root = _main_program()
+        if not self._replaced:
+            self._replace(sys, "exit", 0)
+            quitter = type(getattr(builtins, "exit", None))  # what site puts there; absent with python -S
+            if quitter.__module__ == "_sitebuiltins":
+                self._replace(quitter, "__call__", 1)
+
+    def forget(self) -> None:
+        """Puts back what was there, unless somebody else has replaced it since."""
+        for owner, name, original, ours in self._replaced:
+            if getattr(owner, name) is ours:
+                setattr(owner, name, original)
+        self._replaced = []
+        self._root = self._last = None
+
+    def _replace(self, owner: Any, name: str, place: int) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def leave(*arguments: Any, **named: Any) -> Any:
+            given = (*arguments[place:], *named.values(), None)
+            root = self._root
+            if root is not None and threading.current_thread() is threading.main_thread():
+                self._last = _Leaving(root.f_lasti, _status(given[0]), getattr(sys, "last_value", None))
+            return original(*arguments, **named)
+
+        setattr(owner, name, leave)
+        self._replaced.append((owner, name, original, leave))
+
+    def has_run_to_end(self) -> bool:
+        """Whether the last instruction of the main program was the return at its end."""
+        if self._root is None:
+            return False
+        code, place = self._root.f_code.co_code, self._root.f_lasti
+        return 0 <= place < len(code) and code[place] in _RETURNS
+
+    def status(self) -> int | None:
+        """The exit status, if the main program stopped where it last called ``sys.exit``; None when it is not known."""
+        last, root = self._last, self._root
+        if last is None or root is None or last.place != root.f_lasti:
+            return None
+        return last.status if last.uncaught is getattr(sys, "last_value", None) else None
+
+
+def _main_program() -> FrameType | None:
+    """The outermost frame of the main thread, if it is a script's or that of ``python -m``."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 - the documented way to it
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    where = frame.f_globals.get("__name__"), frame.f_code.co_name
+    return frame if where in {("__main__", "<module>"), ("runpy", "_run_module_as_main")} else None
+
+
+def _status(given: object) -> int:
+    """What the process reports for an argument of ``sys.exit``."""
+    if given is None:
+        return 0
+    return given & 0xFF if isinstance(given, int) else 1
+
+
+_RETURNS = {opcode.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in opcode.opmap}
+_exits = _Exits()

@@ -86,6 +86,9 @@ def _no_rows() -> SeedTable:
 NO_SEEDS = _no_rows()
 
 
+# How a run ends without anything having gone wrong, as far as is known.
+FINE = frozenset({"completed", "exit", "interrupted"})
+
 # An attempt that is not known; a Resource does not say it.
 UNKNOWN_ATTEMPT = 0
 

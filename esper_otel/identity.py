@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import secrets
 import sys
@@ -76,8 +75,8 @@ def identify(
 class Agreement:
     """How the ranks of a run come to one attempt: each proposes the time, and the proposal that comes first counts.
 
-    They meet at the store of torchrun's agents, or at that of ``torch.distributed``. Before ``init_process_group`` there
-    may be no store; then the first step asks again, and by then a data-parallel script has called it. Without
+    They meet at the store of torchrun's agents, or at that of ``torch.distributed``. Before ``init_process_group``
+    there may be no store; then the first step asks again, and by then a data-parallel script has called it. Without
     a store, ranks that Slurm's ``srun`` has started take the number of the launch, which they can all read.
 
     Args:
@@ -90,13 +89,14 @@ class Agreement:
         self._number = _number_of(f"attempt/{run.run_id}")
         self._key = f"attempt/{run.run_id}/{self._number}"
 
+    @property
+    def lacks_torch(self) -> bool:
+        """Whether torchrun's store is there, and cannot be reached because the script has not imported torch."""
+        return self._environ.get(_HAS_AGENT) == "True" and "torch" not in sys.modules
+
     def by_store(self) -> int | None:
         """The attempt that a store has for all ranks; None when there is none, or it does not answer within 5 s."""
         text = _agreed(self._key, str(_now_ms()), self._environ)
-        if text is None and self._environ.get(_HAS_AGENT) == "True" and "torch" not in sys.modules:
-            with suppress(ImportError):  # torchrun's store is there, but the script has not imported torch
-                importlib.import_module("torch.distributed")
-                text = _agreed(self._key, str(_now_ms()), self._environ)
         return None if text is None else int(text)
 
     def without_store(self) -> int | None:

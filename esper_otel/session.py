@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from esper_otel.blackbox import BlackBox
 from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
-from esper_otel.ending import forget, watch
+from esper_otel.ending import forget, outcome_of_process, watch
 from esper_otel.errors import InvalidCatalogue
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
@@ -28,8 +28,8 @@ from esper_otel.export.opening import open_exporter
 from esper_otel.export.provider import OwnProvider, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
-from esper_otel.frame import UNKNOWN_ATTEMPT, Frame, Run
-from esper_otel.identity import agreement_for, identify
+from esper_otel.frame import FINE, UNKNOWN_ATTEMPT, Frame, Run
+from esper_otel.identity import Agreement, agreement_for, identify
 from esper_otel.log import Warnings, announce
 from esper_otel.probes import host_and_device_probes
 from esper_otel.probes.sampler import Sampler
@@ -131,11 +131,7 @@ class _Session:
         self.rules = configured(settings.risk_thresholds)
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
-        run = identify(**identity)
-        self._agreement = agreement_for(run)
-        attempt = None if self._agreement is None else self._agreement.by_store()
-        if attempt is not None:
-            run, self._agreement = replace(run, attempt=attempt), None
+        run, self._agreement = _identified(identity)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
@@ -155,8 +151,7 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
-        if self._agreement is not None:
-            self._publisher.settle_run = self._with_agreed_attempt
+        self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
         self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = Recorder(
@@ -231,16 +226,20 @@ class _Session:
 
     def _with_agreed_attempt(self, run: Run) -> Run:
         """The run, when its first step is there: by now its ranks can agree on an attempt, or never will."""
+        agreement = self._agreement
         attempt = None
-        if self._agreement is not None:
-            attempt = self._agreement.by_store()
-            attempt = self._agreement.without_store() if attempt is None else attempt
+        if agreement is not None:
+            if agreement.lacks_torch:
+                with suppress(ImportError):
+                    _gradient_math()
+            attempt = agreement.by_store()
+            attempt = agreement.without_store() if attempt is None else attempt
         if attempt is None:
             self._warnings.say(
                 "attempt",
                 "the %d ranks of run %s have nothing by which to agree on one attempt, so each has its own: call "
-                "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same whole "
-                "number on every rank, and to a larger one at each launch",
+                "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same "
+                "whole number on every rank, and to a larger one at each launch",
                 run.world_size,
                 run.run_id,
             )
@@ -408,6 +407,19 @@ class _Session:
             if self._exporter.kept:
                 summary += f", kept for the next start {health['kept']}"
         return summary
+
+
+def has_ended_well() -> bool:
+    """Whether the program ended without anything having gone wrong, as far as is known; for interpreter exit."""
+    return outcome_of_process() in FINE
+
+
+def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
+    """Who this process is, and how its attempt is agreed on later, if it cannot be agreed on now."""
+    run = identify(**identity)
+    agreement = agreement_for(run)
+    attempt = None if agreement is None else agreement.by_store()
+    return (run, agreement) if attempt is None else (replace(run, attempt=attempt), None)
 
 
 def _gradient_math() -> Any:

@@ -24,6 +24,15 @@ _STATE_VERSION = 1
 _STATE_KEYS = frozenset({"version", "global_step", "last_finite_loss", "isolation_violations", "derive"})
 
 
+def outcome_of(kind: type[BaseException] | None, error: BaseException | None) -> str | None:
+    """How a run ended whose ``with`` block was left so; None when it was completed, by ``sys.exit(0)`` as well."""
+    if kind is None:
+        return None
+    status = error.code if isinstance(error, SystemExit) else 1
+    is_fine = status is None or (isinstance(status, int) and not status & 0xFF)
+    return None if is_fine else kind.__name__
+
+
 class Batches(Generic[Batch]):
     """An iterable of batches that times how long the loop waits for each."""
 
@@ -312,4 +321,4 @@ class Telemetry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(outcome=None if kind is None else kind.__name__)
+        self.close(outcome=outcome_of(kind, error))

@@ -19,5 +19,6 @@ with esper_otel.TamiyoClient(options.target) as client:
             alarms = [event.description for packet in packets.telemetry for event in packet.events]
             print(f"step {packets.step}: loss {packets.state.training_loss:.3f}", *alarms)
         cursor = page.cursor
-        if not page and all(run.ended for run in client.runs() if run.run_id == options.run_id):
+        if not page and (outcome := client.ended(options.run_id)):
+            print(f"the run has ended: {outcome}")
             break

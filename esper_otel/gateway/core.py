@@ -16,14 +16,14 @@ from esper_otel.gateway.decode import Decoder
 from esper_otel.gateway.decoded import OTHER_METRICS, TOO_MANY_RUNS
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.launches import outcomes
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import page, run_message, step_of
+from esper_otel.gateway.pages import forgotten, page, run_message, step_of
 from esper_otel.gateway.pull_messages import (
     PullRequest,
     PullResponse,
     RanksRequest,
     RanksResponse,
-    Run,
     RunsResponse,
 )
 from esper_otel.gateway.ranks import Ranks
@@ -280,14 +280,15 @@ class Core:
 
     def runs(self, grant: Grant | None = None) -> RunsResponse:
         """The runs that are known, as far as a puller may see them."""
-        stored, outcomes = self._store.counts(), self._store.outcomes()
-        states = {state.origin: state for state in self._assembler.runs(time.monotonic())}
-        messages = [run_message(state, stored.pop(origin, 0)) for origin, state in states.items()]
-        messages += [
-            Run(**origin._asdict(), stored=count, writers=1, ended=outcomes.get(origin))
-            for origin, count in stored.items()
+        stored, ends = self._store.counts(), self._store.outcomes()
+        states = self._assembler.runs(time.monotonic())
+        known = {state.origin for state in states}
+        states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
+        ended = outcomes(states)
+        messages = [
+            run_message(state, stored.get(state.origin, 0), ended.get(state.origin.run_id))
+            for state in sorted(states, key=lambda state: state.origin)
         ]
-        messages.sort(key=lambda run: (run.run_id, run.attempt, run.rank, run.writer))
         return RunsResponse(runs=[run for run in messages if grant is None or grant.allows(run.run_id)])
 
     async def pull(self, request: PullRequest, grant: Grant | None = None) -> PullResponse:

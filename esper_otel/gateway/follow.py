@@ -154,6 +154,7 @@ def _write_runs(runs: list[RunInfo], *, as_json: bool) -> None:
         steps = "none" if run.last_step is None else f"{run.first_step} to {run.last_step}"
         marks = [f"rank {run.rank} of {run.world_size}", f"steps {steps}", f"stored {run.stored}"]
         marks += [f"ended {run.ended}"] if run.ended else []
+        marks += [f"the whole run ended {run.run_ended}"] if run.run_ended and run.run_ended != run.ended else []
         marks += ["resumed"] if run.resumed else []
         counts = ("missing", "unseen", "incomplete", "differing", "too_late")
         marks += [f"{name.replace('_', ' ')} {said[name]}" for name in counts if said[name]]

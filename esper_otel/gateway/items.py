@@ -73,11 +73,13 @@ class RunState:
         world_size: processes of the run.
         experiment: name of the experiment.
         first_step: the first step released; None before it.
+        first_time_unix_ns: the oldest time of a step that is known here; 0 before it.
         last_step: the newest step released.
         last_time_unix_ns: that step's time.
         last_received_unix_ns: when something of it came last.
         ended: outcome of its end (``completed``, an exception's type, a signal); None while it lives or is silent.
-        resumed: whether an earlier attempt of the run is known.
+        resumed: whether it resumed the run (see ``launches``).
+        is_silent: whether nothing has come for so long that it may not be alive.
         writers: live processes that claim this (run, attempt, rank).
         missing: frames that have not come, between others that have, counted when they were skipped.
         unseen: frames before the first that has come: late, lost, or sent to somebody else.
@@ -101,3 +103,5 @@ class RunState:
     incomplete: int = 0
     differing: int = 0
     too_late: int = 0
+    first_time_unix_ns: int = 0
+    is_silent: bool = False

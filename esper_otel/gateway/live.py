@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.frame import GUESSED_STEP
+from esper_otel.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.stored import Entry
 from esper_otel.leyline.packets import state
@@ -47,7 +47,8 @@ def add_page(app: web.Application, core: Core) -> None:
                 "run_id": run.run_id,
                 "rank": run.rank,
                 "attempt": run.attempt,
-                "ended": run.ended if run.HasField("ended") else None,
+                "ended": run.ended or run.run_ended or None,
+                "is_fine": (run.ended or run.run_ended) in FINE,
                 "missing": run.missing,
                 "incomplete": run.incomplete,
                 "last_received_unix_ns": run.last_received_unix_ns,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frame import GUESSED_STEP
-from esper_otel.gateway.items import RunState
+from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, Step, step_message
 from esper_otel.gateway.stored import Entry, Store
 from esper_otel.leyline.packets import packets
@@ -79,8 +79,13 @@ def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_
     return step_message(replace(made, writer=item.origin.writer, names=names))
 
 
-def run_message(state: RunState, stored: int) -> Run:
-    """What is known of a writer, with the number of its steps that can be pulled."""
+def forgotten(origin: Origin, ended: str | None) -> RunState:
+    """What is known of a writer of which steps are stored, and nothing came for so long that the rest was forgotten."""
+    return RunState(origin, 0, "", None, None, 0, 0, ended=ended, is_silent=True)
+
+
+def run_message(state: RunState, stored: int, run_ended: str | None) -> Run:
+    """What is known of a writer, with the number of its steps that can be pulled, and how the whole run ended."""
     return Run(
         run_id=state.origin.run_id,
         attempt=state.origin.attempt,
@@ -101,4 +106,5 @@ def run_message(state: RunState, stored: int) -> Run:
         differing=state.differing,
         too_late=state.too_late,
         unseen=state.unseen,
+        run_ended=run_ended,
     )

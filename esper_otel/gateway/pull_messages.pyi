@@ -36,6 +36,7 @@ class Run(Message):
     stored: int
     differing: int
     too_late: int
+    run_ended: str
     unseen: int
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Run(Message):
         stored: int = ...,
         differing: int = ...,
         too_late: int = ...,
+        run_ended: str | None = ...,
         unseen: int = ...,
     ) -> None: ...
 

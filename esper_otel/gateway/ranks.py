@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-from esper_otel.frame import GUESSED_STEP
+from esper_otel.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.pull_messages import Rank, RanksResponse
 
@@ -35,13 +35,12 @@ class Ranks:
         for item in items:
             run_id = item.origin.run_id
             run = self._runs.get(run_id)
-            if run is None or run.attempt < item.origin.attempt:
-                run = self._runs[run_id] = _Run(item.origin.attempt)
+            if run is None:
+                run = self._runs[run_id] = _Run()
                 if len(self._runs) > _MOST_RUNS:
                     self._runs.popitem(last=False)
-            if run.attempt == item.origin.attempt:
+            if run.note(item):
                 self._runs.move_to_end(run_id)
-                run.note(item)
 
     def view(self, run_id: str, steps: int) -> RanksResponse | None:
         """The newest attempt's ranks over its newest steps; None when nothing of the run has been released here."""
@@ -49,70 +48,108 @@ class Ranks:
         return None if run is None else run.view(min(steps or STEPS, STEPS))
 
 
-class _Run:
-    """One attempt."""
+class _Rank:
+    """The newest attempt of one rank."""
 
     def __init__(self, attempt: int) -> None:
         self.attempt = attempt
-        self._ranks: dict[int, OrderedDict[int, Times]] = {}
-        self._world_size = 1
+        self.world_size = 1
+        self.first_unix_ns = self.last_unix_ns = 0
+        self.steps: OrderedDict[int, Times] = OrderedDict()
 
-    def note(self, item: Item) -> None:
-        frame, rank = item.frame, item.origin.rank
-        if frame.global_step >= GUESSED_STEP or (rank not in self._ranks and len(self._ranks) >= _MOST_RANKS):
+    def note(self, frame: Frame) -> None:
+        self.world_size = frame.run.world_size
+        self.first_unix_ns = min(self.first_unix_ns or frame.time_unix_ns, frame.time_unix_ns)
+        self.last_unix_ns = max(self.last_unix_ns, frame.time_unix_ns)
+        if frame.global_step >= GUESSED_STEP:
             return  # by its number no other rank's step could be found
-        self._world_size = max(self._world_size, frame.run.world_size)
-        of_rank = self._ranks.setdefault(rank, OrderedDict())
         values = dict(zip(frame.names, frame.numbers, strict=True))
-        of_rank[frame.global_step] = {
+        self.steps[frame.global_step] = {
             name: values[name] for name in (*_OWN, _STEP) if name in values and math.isfinite(values[name])
         }
-        of_rank.move_to_end(frame.global_step)
-        if len(of_rank) > STEPS:
-            of_rank.popitem(last=False)
+        self.steps.move_to_end(frame.global_step)
+        if len(self.steps) > STEPS:
+            self.steps.popitem(last=False)
+
+
+class _Run:
+    """The ranks of one run."""
+
+    def __init__(self) -> None:
+        self._newest: dict[int, _Rank] = {}
+
+    def note(self, item: Item) -> bool:
+        """Takes a frame; whether it is one of its rank's newest attempt."""
+        attempt, rank = item.origin.attempt, item.origin.rank
+        of_rank = self._newest.get(rank)
+        if of_rank is None and len(self._newest) >= _MOST_RANKS:
+            return False
+        if of_rank is None or of_rank.attempt < attempt:
+            of_rank = self._newest[rank] = _Rank(attempt)
+        if of_rank.attempt == attempt:
+            of_rank.note(item.frame)
+        return of_rank.attempt == attempt
 
     def view(self, most: int) -> RanksResponse:
-        common = set.intersection(*(set(of_rank) for of_rank in self._ranks.values()))
-        steps = sorted(common)[-most:]
-        answer = RanksResponse(attempt=self.attempt, world_size=self._world_size, steps=len(steps))
-        if not steps:
-            return answer
-        answer.first_step, answer.last_step = steps[0], steps[-1]
-        for rank, of_rank in sorted(self._ranks.items()):
-            times = [of_rank[step] for step in steps]
-            row = answer.ranks.add(rank=rank)
-            for name, field in ((_STEP, "step_latency_ms"), ("input_wait_ms", "input_wait_ms")):
-                values = [each[name] for each in times if name in each]
-                if values:
-                    setattr(row, field, fmean(values))
-            row.own_ms = fmean(sum(each.get(name, 0.0) for name in _OWN) for each in times)
-            row.cycle_ms = fmean(each.get(_STEP, 0.0) + each.get("input_wait_ms", 0.0) for each in times)
-        by_step = [[of_rank[step] for of_rank in self._ranks.values()] for step in steps]
-        answer.step_latency_spread_ms = fmean(_spread(times, _STEP) for times in by_step)
-        answer.input_wait_spread_ms = fmean(_spread(times, "input_wait_ms") for times in by_step)
-        self._judge(answer, steps)
-        return answer
+        """Of the newest attempt, and of ranks that still made steps when it had begun.
 
-    def _judge(self, answer: RanksResponse, steps: list[int]) -> None:
-        """Names the rank that stands out: by its cycle where ranks run free, by its own time in lock-step."""
-        if len(answer.ranks) < 2:
-            return
-        noise_ms = max(_NOISE_MS, _NOISE_SHARE * fmean(row.cycle_ms for row in answer.ranks))
-        found = _first(answer.ranks, "cycle_ms", noise_ms)
-        if found is None:
-            found = _first(answer.ranks, "own_ms", noise_ms)
-        if found is None:
-            return
-        answer.slowest_rank = found.rank
-        others = [row.rank for row in answer.ranks if row.rank != found.rank]
-        excess = {}
-        for name in (*_OWN, _STEP):
-            mine = fmean(self._ranks[found.rank][step].get(name, 0.0) for step in steps)
-            theirs = fmean(self._ranks[rank][step].get(name, 0.0) for rank in others for step in steps)
-            excess[name] = mine - theirs
-        answer.slowest_by = max(_OWN, key=lambda name: excess[name])
-        if excess[answer.slowest_by] < excess[_STEP] / 2:  # what it does longer is none of the parts that are timed
-            answer.slowest_by = _STEP
+        Those could not agree with the others on a number for the attempt; see ``launches``.
+        """
+        attempt = max(of_rank.attempt for of_rank in self._newest.values())
+        begun_ns = min(of_rank.first_unix_ns for of_rank in self._newest.values() if of_rank.attempt == attempt)
+        running = {
+            rank: of_rank
+            for rank, of_rank in self._newest.items()
+            if of_rank.attempt == attempt or of_rank.last_unix_ns >= begun_ns
+        }
+        world_size = max(of_rank.world_size for of_rank in running.values())
+        compared = {rank: of_rank.steps for rank, of_rank in running.items() if of_rank.steps}
+        return _view(compared, attempt, world_size, most)
+
+
+def _view(ranks: Mapping[int, Mapping[int, Times]], attempt: int, world_size: int, most: int) -> RanksResponse:
+    common = set.intersection(*(set(of_rank) for of_rank in ranks.values())) if ranks else set()
+    steps = sorted(common)[-most:]
+    answer = RanksResponse(attempt=attempt, world_size=world_size, steps=len(steps))
+    if not steps:
+        return answer
+    answer.first_step, answer.last_step = steps[0], steps[-1]
+    for rank, of_rank in sorted(ranks.items()):
+        times = [of_rank[step] for step in steps]
+        row = answer.ranks.add(rank=rank)
+        for name, field in ((_STEP, "step_latency_ms"), ("input_wait_ms", "input_wait_ms")):
+            values = [each[name] for each in times if name in each]
+            if values:
+                setattr(row, field, fmean(values))
+        row.own_ms = fmean(sum(each.get(name, 0.0) for name in _OWN) for each in times)
+        row.cycle_ms = fmean(each.get(_STEP, 0.0) + each.get("input_wait_ms", 0.0) for each in times)
+    by_step = [[of_rank[step] for of_rank in ranks.values()] for step in steps]
+    answer.step_latency_spread_ms = fmean(_spread(times, _STEP) for times in by_step)
+    answer.input_wait_spread_ms = fmean(_spread(times, "input_wait_ms") for times in by_step)
+    _judge(answer, steps, ranks)
+    return answer
+
+
+def _judge(answer: RanksResponse, steps: list[int], ranks: Mapping[int, Mapping[int, Times]]) -> None:
+    """Names the rank that stands out: by its cycle where ranks run free, by its own time in lock-step."""
+    if len(answer.ranks) < 2:
+        return
+    noise_ms = max(_NOISE_MS, _NOISE_SHARE * fmean(row.cycle_ms for row in answer.ranks))
+    found = _first(answer.ranks, "cycle_ms", noise_ms)
+    if found is None:
+        found = _first(answer.ranks, "own_ms", noise_ms)
+    if found is None:
+        return
+    answer.slowest_rank = found.rank
+    others = [row.rank for row in answer.ranks if row.rank != found.rank]
+    excess = {}
+    for name in (*_OWN, _STEP):
+        mine = fmean(ranks[found.rank][step].get(name, 0.0) for step in steps)
+        theirs = fmean(ranks[rank][step].get(name, 0.0) for rank in others for step in steps)
+        excess[name] = mine - theirs
+    answer.slowest_by = max(_OWN, key=lambda name: excess[name])
+    if excess[answer.slowest_by] < excess[_STEP] / 2:  # what it does longer is none of the parts that are timed
+        answer.slowest_by = _STEP
 
 
 def _spread(times: list[Times], name: str) -> float:

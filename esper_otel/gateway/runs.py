@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from esper_otel.gateway.decoded import Sender
 from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.launches import with_resumed
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.track import Track
 
@@ -42,7 +43,6 @@ class Runs:
         self._hold_s = hold_s
         self._linger_s = linger_s
         self._ranks: dict[_Rank, dict[str, Track]] = {}
-        self._attempts: dict[str, set[int]] = {}
         self._count = 0
 
     def __iter__(self) -> Iterator[Track]:
@@ -71,7 +71,6 @@ class Runs:
     def _add(self, origin: Origin, process: str) -> Track:
         track = Track(origin, self._limits, hold_s=self._hold_s, linger_s=self._linger_s)
         self._ranks.setdefault(_Rank(*origin[:3]), {})[process] = track
-        self._attempts.setdefault(origin.run_id, set()).add(origin.attempt)
         self._count += 1
         return track
 
@@ -87,11 +86,14 @@ class Runs:
     def states(self, now_s: float) -> list[RunState]:
         """What is known of each writer."""
         states = []
-        for rank, writers in self._ranks.items():
-            alive = sum(now_s - track.received_s <= _ALIVE_S for track in writers.values())
-            resumed = min(self._attempts[rank.run_id]) < rank.attempt
-            states += [track.state(resumed=resumed, writers=max(alive, 1)) for track in writers.values()]
-        return states
+        for writers in self._ranks.values():
+            is_silent = [now_s - track.received_s > _ALIVE_S for track in writers.values()]
+            alive = max(is_silent.count(False), 1)
+            states += [
+                track.state(writers=alive, is_silent=silent)
+                for track, silent in zip(writers.values(), is_silent, strict=True)
+            ]
+        return with_resumed(states)
 
     def _make_room(self, now_s: float) -> bool:
         """Forgets the writer that has been silent for longest, if it is not alive."""
@@ -110,9 +112,4 @@ class Runs:
         self._count -= 1
         if not writers:
             del self._ranks[rank]
-            left = {other.attempt for other in self._ranks if other.run_id == rank.run_id}
-            if left:
-                self._attempts[rank.run_id] = left
-            else:
-                del self._attempts[rank.run_id]
         return track

@@ -37,7 +37,7 @@ class Track:
         self._outcome: str | None = None
         self._sender: Sender | None = None
         self._first_step: int | None = None
-        self._first_unix_ns = 0
+        self._first_step_unix_ns = self._first_unix_ns = 0
         self._last_step: int | None = None
         self._last: Item | None = None
         self._incomplete: set[int] = set()
@@ -203,12 +203,13 @@ class Track:
 
     def _note_item(self, item: Item) -> None:
         step, time_unix_ns = item.frame.global_step, item.frame.time_unix_ns
+        self._first_unix_ns = min(self._first_unix_ns or time_unix_ns, time_unix_ns)
         is_last = self._last is None or time_unix_ns >= self._last.frame.time_unix_ns
         if is_last:
             self._last = item
         if step < GUESSED_STEP:
-            if self._first_step is None or time_unix_ns <= self._first_unix_ns:
-                self._first_step, self._first_unix_ns = step, time_unix_ns
+            if self._first_step is None or time_unix_ns <= self._first_step_unix_ns:
+                self._first_step, self._first_step_unix_ns = step, time_unix_ns
             if is_last:
                 self._last_step = step
         if not item.complete:
@@ -229,8 +230,9 @@ class Track:
 
     def restore_first(self, first: Frame) -> None:
         """Notes the first frame of an earlier life."""
-        if first.global_step < GUESSED_STEP and first.time_unix_ns <= self._first_unix_ns:
-            self._first_step, self._first_unix_ns = first.global_step, first.time_unix_ns
+        self._first_unix_ns = min(self._first_unix_ns or first.time_unix_ns, first.time_unix_ns)
+        if first.global_step < GUESSED_STEP and first.time_unix_ns <= self._first_step_unix_ns:
+            self._first_step, self._first_step_unix_ns = first.global_step, first.time_unix_ns
 
     def restore_place(self, place: Place) -> None:
         """Goes on from what was known in an earlier life; called after its frames were restored."""
@@ -253,8 +255,8 @@ class Track:
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
 
-    def state(self, *, resumed: bool, writers: int) -> RunState:
-        """What is known of it."""
+    def state(self, *, writers: int, is_silent: bool) -> RunState:
+        """What is known of it alone."""
         last = self._last
         sender = self._sender
         run = None if last is None else last.frame.run
@@ -267,11 +269,12 @@ class Track:
             0 if last is None else last.frame.time_unix_ns,
             self._received_unix_ns,
             ended=None if len(self._queue) else self._outcome,
-            resumed=resumed,
             writers=writers,
             missing=self._queue.skipped.count,
             unseen=self._queue.skipped.unseen,
             incomplete=self._incomplete_count + len(self._incomplete),
             differing=self._differing + self._history.differing,
             too_late=self._too_late,
+            first_time_unix_ns=self._first_unix_ns,
+            is_silent=is_silent,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loop import Loop, samples_of
 from esper_otel.session import start
-from esper_otel.telemetry import Telemetry
+from esper_otel.telemetry import Telemetry, outcome_of
 
 try:
     from lightning.pytorch import Callback
@@ -133,7 +133,7 @@ class EsperCallback(Callback):
         del pl_module
         if self._loop is not None:
             self._loop.fail(epoch=trainer.current_epoch, global_step=trainer.global_step + 1)
-        self._end(type(exception).__name__)
+        self._end(outcome_of(type(exception), exception))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The run has ended."""

@@ -189,7 +189,9 @@ class Script:
     @_harmless
     def _finish(self) -> None:
         loop = self._started()
-        if getattr(sys, "last_type", None) is None:
+        from esper_otel.session import has_ended_well
+
+        if has_ended_well():
             loop.end(epoch=0)
         elif loop.has_stepped or self._may_train:
             loop.fail(epoch=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -13,8 +12,8 @@ from torch.optim import Optimizer
 
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loop import Loop, samples_of
-from esper_otel.session import start
-from esper_otel.telemetry import Telemetry
+from esper_otel.session import has_ended_well, start
+from esper_otel.telemetry import Telemetry, outcome_of
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
@@ -100,7 +99,7 @@ class Watch(Generic[Batch]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(outcome=None if kind is None else kind.__name__)
+        self.close(outcome=outcome_of(kind, error))
 
     def _before(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         # A fused optimizer that a GradScaler drives divides by the scale itself.
@@ -117,7 +116,7 @@ class Watch(Generic[Batch]):
         self._loop.forget()
 
     def _finish(self) -> None:
-        if getattr(sys, "last_type", None) is None:
+        if has_ended_well():
             self._end()
         elif not self._is_closed:
             self._loop.fail(epoch=max(self._epoch, 0))

@@ -232,11 +232,8 @@ class Publisher:
         else:
             deriving = self._deriving
             derived = deriving.commit({**probed, **values} if deriving.reads_probes else values)
-        if not self.run.device_type:
-            self.settle_on_cpu()
-        if self.settle_run is not None:
-            settle, self.settle_run = self.settle_run, None
-            self.run = settle(self.run)
+        if self.settle_run is not None or not self.run.device_type:
+            self._settle_run()
         has_loss = -FLOAT32_BOUND < values.get("loss", _NAN) < FLOAT32_BOUND
         if has_loss:
             self.last_finite_loss = values["loss"]
@@ -340,6 +337,14 @@ class Publisher:
             if getattr(item, "is_cuda", False):
                 self.set_device(device.device_name(item))
                 return
+
+    def _settle_run(self) -> None:
+        """Completes what every frame says of the run; what is still not known is asked for again by the next one."""
+        if self.settle_run is not None:
+            settle, self.settle_run = self.settle_run, None
+            self.run = settle(self.run)
+        if not self.run.device_type:
+            self.settle_on_cpu()
 
     def settle_on_cpu(self) -> None:
         """Trains on the CPU, if torch is there and CUDA is not in use when the first step ends."""

@@ -134,7 +134,8 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         cursor = page.cursor
     if not found:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
-    ended = [run.ended or "" for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
+    mine = [run for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
+    ended = [run.ended or run.run_ended or "" for run in mine]
     rows = [row for _, row in sorted(found.items())]
     source = blackbox.file_stem(run_id, rank, attempt)
     return Recording(run_id, rank, attempt, ended[0] if ended else "", tuple(rows), source)

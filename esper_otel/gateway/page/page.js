@@ -197,7 +197,7 @@ function tiles(run, steps) {
   const recent = steps.slice(-20).flatMap((step) => step.signals);
   const worst = recent.some((signal) => signal[1] === "HIGH") ? "bad" : recent.length ? "warn" : "good";
   const state = lost() ? "not known" : info.ended ? `ended: ${info.ended}` : age > 300 ? "silent" : "running";
-  const tone = info.ended && info.ended !== "completed" ? "bad" : state === "silent" || state === "not known" ? "bad" : "good";
+  const tone = info.ended && !info.is_fine ? "bad" : state === "silent" || state === "not known" ? "bad" : "good";
   const missing = (info.missing || 0) + (info.incomplete || 0);
   const all = [
     ["state", state, tone],

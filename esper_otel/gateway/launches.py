@@ -1,0 +1,89 @@
+"""Launches: what the attempts of a run say of each other: which one resumed it, and whether the whole run has ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+
+from esper_otel.gateway.items import RunState
+
+# How a run ended of which a rank fell silent without a word, after others had said their end.
+LOST = "lost"
+
+
+def with_resumed(states: Iterable[RunState]) -> list[RunState]:
+    """The states, each with whether it resumed its run: an earlier attempt has its rank, or was over when it began.
+
+    Attempts of different ranks whose steps overlap in time are one launch, of which the ranks could not agree on a
+    number.
+    """
+    made: list[RunState] = []
+    for of_run in _by_run(states):
+        over_ns = _over_before(of_run)
+        oldest: dict[int, int] = {}
+        for state in of_run:
+            oldest[state.origin.rank] = min(state.origin.attempt, oldest.get(state.origin.rank, state.origin.attempt))
+        for state in of_run:
+            origin = state.origin
+            resumed = oldest[origin.rank] < origin.attempt or over_ns[origin.attempt] < state.first_time_unix_ns
+            made.append(replace(state, resumed=resumed))
+    return made
+
+
+def outcomes(states: Iterable[RunState]) -> dict[str, str]:
+    """How each run has ended, over all of its attempts and ranks; one that has not is not in it.
+
+    Whoever has said its end has ended. Besides, a writer is over when a later attempt began after its last step, and
+    when it has been silent for a minute while there is a later attempt, or while another rank of its attempt has said
+    its end. A silent one of which no other says anything may still go on. ``completed`` if all that no later attempt
+    followed have completed, else what the first of the others says, or ``lost``.
+    """
+    return {of_run[0].origin.run_id: outcome for of_run in _by_run(states) if (outcome := _outcome(of_run)) is not None}
+
+
+def _outcome(states: list[RunState]) -> str | None:
+    newest = max(state.origin.attempt for state in states)
+    has_end = {state.origin.attempt for state in states if state.ended is not None}
+    begun_ns = _begun_after(states)
+    said: list[str | None] = []
+    for state in states:
+        attempt = state.origin.attempt
+        is_older = attempt < newest
+        is_followed = is_older and (not state.last_time_unix_ns or state.last_time_unix_ns < begun_ns[attempt])
+        if not is_followed:
+            said.append(state.ended)
+            if state.ended is None and not (state.is_silent and (is_older or attempt in has_end)):
+                return None
+    worse = [outcome for outcome in said if outcome not in {None, "completed"}]
+    return worse[0] if worse else LOST if None in said else "completed"
+
+
+def _by_run(states: Iterable[RunState]) -> Iterator[list[RunState]]:
+    in_order = sorted(states, key=lambda state: state.origin)
+    return (list(of_run) for _, of_run in groupby(in_order, key=lambda state: state.origin.run_id))
+
+
+def _over_before(states: list[RunState]) -> dict[int, float]:
+    """By attempt, when the first writer of the attempts before it was over; infinity when there is none."""
+    over: dict[int, float] = {}
+    for state in states:
+        over[state.origin.attempt] = min(state.last_time_unix_ns, over.get(state.origin.attempt, math.inf))
+    earliest, before = math.inf, {}
+    for attempt in sorted(over):
+        before[attempt] = earliest
+        earliest = min(earliest, over[attempt])
+    return before
+
+
+def _begun_after(states: list[RunState]) -> dict[int, float]:
+    """By attempt, when the last writer of the attempts after it began; 0 when there is none."""
+    begun: dict[int, float] = {}
+    for state in states:
+        begun[state.origin.attempt] = max(state.first_time_unix_ns, begun.get(state.origin.attempt, 0))
+    latest, after = 0.0, {}
+    for attempt in sorted(begun, reverse=True):
+        after[attempt] = latest
+        latest = max(latest, begun[attempt])
+    return after
