@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import ssl
 import threading
@@ -16,15 +15,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.export.encode import Encoder
+from esper_otel.export.blocks import COUNTED
+from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.endpoint import GRPC_NAMES, Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import HEALTH_EVERY_S
 from esper_otel.export.provider import exporters_from_environment
 from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
+from esper_otel.export.streams import Stream
 from esper_otel.export.transport import Outcome, Result, Sender, open_sender
 from esper_otel.frame import Frame, Run
-from esper_otel.schema import METRICS, SEED_CELLS
+from esper_otel.schema import METRICS, SEED_CELLS, new_check_id
 from esper_otel.settings import EsperSettings
 
 _ON_THE_WAY_S = 5.0  # for everything before the frame is sent
@@ -288,13 +289,27 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stag
 
 def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
     now_ns = time.time_ns()
-    run = Run(f"esper-otel-check-{secrets.token_hex(4)}", now_ns // 1_000_000, device_type="cpu")
+    run = Run(new_check_id(), now_ns // 1_000_000, device_type="cpu")
     frame = Frame(run, 1, 1, 0, now_ns, ("loss",), (0.0,), {})
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, _no_fault)
     [request] = encoder.requests([frame])
     started_s = time.perf_counter()
     outcome = sender.send(request.body, endpoint.timeout_s)
-    return outcome, (time.perf_counter() - started_s) * 1e3
+    latency_ms = (time.perf_counter() - started_s) * 1e3
+    if outcome.result is Result.DELIVERED:
+        _say_goodbye(endpoint, sender, encoder, request, frame)
+    return outcome, latency_ms
+
+
+def _say_goodbye(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
+    """Ends the run and its series, as a session does: nothing that the check has sent looks alive."""
+    after_ns = frame.time_unix_ns + 1_000_000
+    ended = encoder.health(
+        frame.run, {("esper.run.ended", "completed"): 1.0}, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns
+    )
+    streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
+    for body in (ended, *encoder.stale(frame.run, streams, time_unix_ns=after_ns)):
+        sender.send(body, endpoint.timeout_s)
 
 
 def _no_fault(where: str, error: Exception) -> None:

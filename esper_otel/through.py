@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from esper_otel.check import Stage
 from esper_otel.client import TamiyoClient
 from esper_otel.errors import ConfigurationError, GatewayError, UnknownRun
 from esper_otel.leyline.packets import Packets
-from esper_otel.schema import METRICS
+from esper_otel.schema import METRICS, new_check_id
 from esper_otel.schema import Stage as SeedStage
 from esper_otel.schema.prometheus import prometheus_name
 from esper_otel.session import start
@@ -59,7 +58,7 @@ def run_through(back: Back) -> list[Stage]:
         raise ConfigurationError("--through needs somebody to ask: give --prometheus URL, --gateway ADDRESS, or both")
     if back.prometheus is not None and not back.prometheus.startswith(("http://", "https://")):
         raise ConfigurationError(f"--prometheus {back.prometheus}: give a URL, such as http://127.0.0.1:9090")
-    run_id = f"esper-check-{secrets.token_hex(4)}"
+    run_id = new_check_id()
     # The same risks as at a gateway that was told nothing else: its packets are compared with these.
     settings = EsperSettings(export_every_s=0, risk_thresholds={}, probe_period_s=3600)
     with start(run_id=run_id, rank=0, world_size=1, settings=settings) as telemetry:

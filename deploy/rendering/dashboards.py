@@ -260,10 +260,10 @@ def _choose(board: Board, naming: Naming, *, runs: bool = False) -> None:
     """Variables for the run, or for several, and the rank."""
     name = naming.name("esper.global_step")
     if naming.has_labels:
-        board.variable("run", "run", f"label_values({name}, run_id)", multi=runs)
+        board.variable("run", "run", f"label_values({name}{{{naming.runs}}}, run_id)", multi=runs)
         board.variable("rank", "rank", f'label_values({name}{{run_id=~"$run"}}, rank)', multi=True)
     else:
-        board.variable("run", "run", f"label_values({name}, instance)", "(.*)/[^/]*", multi=runs)
+        board.variable("run", "run", f"label_values({name}{{{naming.runs}}}, instance)", "(.*)/[^/]*", multi=runs)
         board.variable(
             "rank", "rank", f'label_values({name}{{instance=~"$run/.*"}}, instance)', ".*/([^/]*)", multi=True
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper_otel.schema import METRICS, Metric
+from esper_otel.schema import CHECK_PATTERN, METRICS, Metric
 from esper_otel.schema.prometheus import prometheus_name
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in METRICS}
@@ -28,6 +28,11 @@ class Naming:
     def name(self, metric: str) -> str:
         """The metric's name."""
         return prometheus_name(CATALOGUE[metric], suffixes=self.suffixes)
+
+    @property
+    def runs(self) -> str:
+        """The matcher that leaves out what ``esper-otel check`` sends."""
+        return f'run_id!~"{CHECK_PATTERN}"' if self.has_labels else f'instance!~"{CHECK_PATTERN}/0"'
 
     def select(self, metric: str, matchers: str = "", over: str = "", function: str = "") -> str:
         """Series with ``run_id`` and ``rank``.

@@ -63,12 +63,10 @@ def _risk(rule: Rule, naming: Naming) -> Alert:
     name = "Esper" + "".join(word.capitalize() for word in rule.name.split("_"))
     metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
     compare = ">=" if rule.is_inclusive else ">"
-    expression = (
-        f"max by {_BY} ({naming.select(metric, over='1m', function='max_over_time')}) {compare} {rule.threshold:g}"
-    )
+    expression = f"max by {_BY} ({naming.select(metric, naming.runs, over='1m', function='max_over_time')}) {compare} {rule.threshold:g}"
     if rule.and_below is not None:
         other, limit = rule.and_below
-        low = naming.select(BY_KEY[other].name, over="1m", function="min_over_time")
+        low = naming.select(BY_KEY[other].name, naming.runs, over="1m", function="min_over_time")
         expression += f" and on {_BY} min by {_BY} ({low}) <= {limit:g}"
     above = RULES[: RULES.index(rule)]
     for silencing in above:
@@ -82,10 +80,10 @@ def _risk(rule: Rule, naming: Naming) -> Alert:
 
 def recorded(naming: Naming) -> list[tuple[str, str]]:
     """Recording rules: when something came last, kept for longer than Prometheus looks back."""
-    step = naming.labelled(f"timestamp({naming.name('esper.global_step')})")
-    ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')})")
-    wait = naming.select("input_wait_ms", over="5m", function="avg_over_time")
-    step_ms = naming.select("step_latency_ms", over="5m", function="avg_over_time")
+    step = naming.labelled(f"timestamp({naming.name('esper.global_step')}{{{naming.runs}}})")
+    ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')}{{{naming.runs}}})")
+    wait = naming.select("input_wait_ms", naming.runs, over="5m", function="avg_over_time")
+    step_ms = naming.select("step_latency_ms", naming.runs, over="5m", function="avg_over_time")
     return [
         ("esper:last_step:timestamp_seconds", f"max by {_BY} ({step})"),
         ("esper:ended:timestamp_seconds", f"max by {_BY} ({ended})"),
@@ -95,7 +93,7 @@ def recorded(naming: Naming) -> list[tuple[str, str]]:
         ),
         (
             "esper:samples_per_s:avg5m",
-            f"avg by {_BY} ({naming.select('samples_per_s', over='5m', function='avg_over_time')})",
+            f"avg by {_BY} ({naming.select('samples_per_s', naming.runs, over='5m', function='avg_over_time')})",
         ),
     ]
 
@@ -104,9 +102,9 @@ def others(naming: Naming) -> list[Alert]:
     """What people ask for beside the risks."""
     last = "max_over_time(esper:last_step:timestamp_seconds[6h])"
     ended = "max_over_time(esper:ended:timestamp_seconds[6h])"
-    total = naming.select("loss", over="1m", function="sum_over_time")
-    free, used = naming.select("gpu_mem_free_gb"), naming.select("gpu_mem_used_gb")
-    dropped = naming.name("esper.frames.dropped")
+    total = naming.select("loss", naming.runs, over="1m", function="sum_over_time")
+    free, used = naming.select("gpu_mem_free_gb", naming.runs), naming.select("gpu_mem_used_gb", naming.runs)
+    dropped = f"{naming.name('esper.frames.dropped')}{{{naming.runs}}}"
     grown = naming.labelled(f"increase({dropped}[10m])")
     new = naming.labelled(f"({dropped} unless {dropped} offset 10m)")
     return [

@@ -33,6 +33,7 @@ from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFu
 from esper_otel.log import Warnings
 from esper_otel.oona import Publisher
 from esper_otel.risk import RULES, Rule
+from esper_otel.schema import is_check
 
 MOST_PACKETS = 1000
 _MOST_WAIT_S = 60.0
@@ -279,7 +280,7 @@ class Core:
     # -- pulling -----------------------------------------------------------------------------------------
 
     def runs(self, grant: Grant | None = None) -> RunsResponse:
-        """The runs that are known, as far as a puller may see them."""
+        """The runs that are known, as far as a puller may see them; what a check sent is not among them."""
         stored, ends = self._store.counts(), self._store.outcomes()
         states = self._assembler.runs(time.monotonic())
         known = {state.origin for state in states}
@@ -289,7 +290,8 @@ class Core:
             run_message(state, stored.get(state.origin, 0), ended.get(state.origin.run_id))
             for state in sorted(states, key=lambda state: state.origin)
         ]
-        return RunsResponse(runs=[run for run in messages if grant is None or grant.allows(run.run_id)])
+        seen = [run for run in messages if not is_check(run.run_id) and (grant is None or grant.allows(run.run_id))]
+        return RunsResponse(runs=seen)
 
     async def pull(self, request: PullRequest, grant: Grant | None = None) -> PullResponse:
         """Steps after a cursor; waits for the first one as long as the puller wants.
@@ -365,7 +367,7 @@ class Core:
 
     def gauges(self) -> Mapping[str, float]:
         """How things stand now."""
-        runs = self._assembler.runs(time.monotonic())
+        runs = [run for run in self._assembler.runs(time.monotonic()) if not is_check(run.origin.run_id)]
         return {
             "runs": len({state.origin.run_id for state in runs}),
             "writers": len(runs),

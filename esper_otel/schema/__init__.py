@@ -12,10 +12,12 @@ from esper_otel.schema.catalogue import (
     SESSION,
     STEP_METRICS,
 )
+from esper_otel.schema.checks import CHECK_PATTERN, is_check, new_check_id
 from esper_otel.schema.metric import Metric, Need
 from esper_otel.schema.stage import Stage
 
 __all__ = [
+    "CHECK_PATTERN",
     "FRAME_POINTS",
     "FRAME_SEQUENCE",
     "METRICS",
@@ -29,4 +31,6 @@ __all__ = [
     "Metric",
     "Need",
     "Stage",
+    "is_check",
+    "new_check_id",
 ]
