@@ -409,9 +409,9 @@ class _Session:
         return summary
 
 
-def has_ended_well() -> bool:
-    """Whether the program ended without anything having gone wrong, as far as is known; for interpreter exit."""
-    return outcome_of_process() in FINE
+def has_died() -> bool:
+    """Whether the program ended by an exception that nobody caught; for interpreter exit."""
+    return outcome_of_process() not in FINE | {"SystemExit"}
 
 
 def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:

@@ -8,21 +8,24 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 from certificates import Authority
 from endpoints import expired_pair
 from frames import make_frame, seed_table
+from gateways import RunningGateway
 from grpc import StatusCode
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsPartialSuccess,
     ExportMetricsServiceResponse,
 )
 
-from esper_otel import EsperSettings
+from esper_otel import EsperSettings, TamiyoClient
 from esper_otel.check import CheckResult, report_json, report_text, run_check
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS
+from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, is_check
 from esper_otel.testing import MemoryCollector
+from esper_otel.through import Back, run_through
 
 E = "OTEL_EXPORTER_OTLP_"
 PROTOCOLS = ["grpc", "http/protobuf"]
@@ -50,7 +53,11 @@ def test_a_frame_that_arrives_is_ok_and_timed(protocol: str) -> None:
     with MemoryCollector() as collector:
         result = run_check(environ=at(collector, protocol))
         assert collector.frames_received == 1
-        assert collector.points()[0].resource["esper.run.id"].startswith("esper-otel-check-")
+        points = collector.points()
+        assert is_check(str(points[0].resource["esper.run.id"]))
+        series = {point.name for point in points if not point.flags} - {"esper.run.ended"}
+        assert {point.name for point in points if point.flags} == series  # nothing that it has sent goes on
+        assert [point.attributes["outcome"] for point in points if point.name == "esper.run.ended"] == ["completed"]
     assert result.ok
     assert [(stage.name, stage.ok) for stage in result.stages] == [
         ("settings", True),
@@ -312,3 +319,16 @@ def test_the_size_of_a_run_is_that_of_the_points_it_sends() -> None:
     quiet = run_check(seeds=2, steps_per_second=0.0, environ={"OTEL_METRICS_EXPORTER": "none"})
     busy = run_check(seeds=2, steps_per_second=1.0, environ={"OTEL_METRICS_EXPORTER": "none"})
     assert busy.samples_per_s - quiet.samples_per_s == request.points
+
+
+def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever steers by the list of runs must not meet it there, even if it was killed before it could end it."""
+    with RunningGateway("--ui") as gateway:
+        monkeypatch.setenv(f"{E}ENDPOINT", f"http://{gateway.grpc}")
+        assert run_check().ok
+        assert [stage.ok for stage in run_through(Back(None, gateway.grpc))] == [True]
+        with TamiyoClient(gateway.grpc) as client:
+            assert client.runs() == []
+        assert requests.get(f"http://{gateway.http}/page/runs", timeout=20).json() == {"runs": []}
+        page = requests.get(f"http://{gateway.http}/metrics", timeout=20).text
+        assert "esper_gateway_runs 0" in page

@@ -55,6 +55,7 @@ def test_they_run_and_their_steps_arrive() -> None:
         run(gateway, "-c", ALL, *(EXAMPLES / name for name in STEPS))
         with TamiyoClient(gateway.grpc) as client:
             until("all have ended", lambda: all(state.ended for state in client.runs()))
+            assert {state.ended for state in client.runs()} == {"completed"}  # watch.py does not close its session
             assert {state.run_id: state.stored for state in client.runs()} == STEPS
             for name in STEPS:
                 packets = client.pull(name, max_packets=1)[0]

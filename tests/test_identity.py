@@ -10,7 +10,7 @@ import pytest
 
 from esper_otel import ConfigurationError, InvalidName, InvalidValue
 from esper_otel.frame import Run
-from esper_otel.identity import identify
+from esper_otel.identity import agreement_for, identify
 
 
 def who(environ: dict[str, str] | None = None, **given: Any) -> Run:
@@ -79,9 +79,77 @@ def test_an_attempt_is_the_milliseconds_of_its_start() -> None:
 
 
 @pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_with_several_ranks_the_attempt_is_the_launchers_restart_count(variable: str) -> None:
-    """Clocks of ranks differ; the launcher's count is the same on all."""
-    assert who({variable: "2", "WORLD_SIZE": "2"}, run_id="run").attempt == 2
+def test_a_restart_count_is_never_the_attempt(variable: str) -> None:
+    """The first launch had milliseconds: a count of 1 after it would be an attempt before it."""
+    assert who({variable: "2", "RANK": "1", "WORLD_SIZE": "2"}, run_id="run").attempt > 1_700_000_000_000
+
+
+def slurm(rank: int, **more: str) -> dict[str, str]:
+    return {"SLURM_JOB_ID": "77", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2"} | more
+
+
+@pytest.mark.parametrize("started", [{}, {"SLURM_JOB_START_TIME": "1790000000"}])
+def test_the_tasks_of_an_srun_have_one_attempt_that_grows(started: dict[str, str]) -> None:
+    """Two steps of the job, a requeue, another job with the same run id; with an old version of Slurm too."""
+    launches = [
+        slurm(0, **started),
+        slurm(0, SLURM_STEP_ID="1", **started),
+        slurm(0, SLURM_RESTART_COUNT="1", SLURM_STEP_ID="0", **dict.fromkeys(started, "1790000060")),
+        slurm(0, SLURM_RESTART_COUNT="2", SLURM_STEP_ID="0", **dict.fromkeys(started, "1790000120")),
+        slurm(0, SLURM_JOB_ID="78", SLURM_STEP_ID="0", **dict.fromkeys(started, "1790000999")),
+    ]
+    attempts: list[int] = []
+    for environ in launches:
+        of_ranks = {who(environ | {"SLURM_PROCID": rank}, run_id="run").attempt for rank in ("0", "1")}
+        assert len(of_ranks) == 1
+        attempts += of_ranks
+    assert attempts == sorted(set(attempts))
+    assert all(1_700_000_000_000 < attempt < 2**53 for attempt in attempts)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        slurm(0, SLURM_JOB_START_TIME="1790000000", SLURM_STEP_ID="4294967294"),  # the batch script
+        slurm(0, SLURM_JOB_START_TIME="1790000000", SLURM_STEP_ID="0", TORCHELASTIC_RUN_ID="none", RANK="0"),
+        slurm(0, SLURM_JOB_START_TIME="1790000000", RANK="0", WORLD_SIZE="2"),  # started by the batch script
+    ],
+)
+def test_what_slurm_did_not_launch_does_not_have_its_number(environ: dict[str, str]) -> None:
+    """It may start several times in one step, with one number for all."""
+    agreement = agreement_for(who(environ, run_id="run"), environ)
+    assert agreement is not None
+    assert agreement.without_store() is None
+
+
+def test_one_process_has_its_own_milliseconds_under_slurm_too() -> None:
+    """In a shell of ``srun --pty`` everything that is started has the same step."""
+    environ = slurm(0, SLURM_JOB_START_TIME="1790000000", SLURM_STEP_ID="0") | {"SLURM_NTASKS": "1"}
+    before_ms = time.time_ns() // 1_000_000
+    run = who(environ, run_id="run")
+    assert run.attempt >= before_ms
+    assert agreement_for(run, environ) is None
+
+
+def test_sessions_of_one_process_are_attempts_of_their_own() -> None:
+    """The same number of the launch, and how many sessions of the run there were before."""
+    environ = slurm(1, SLURM_JOB_START_TIME="1790000000", SLURM_STEP_ID="0")
+    found = []
+    for _ in range(2):
+        agreement = agreement_for(who(environ, run_id="folds"), environ)
+        assert agreement is not None
+        found.append(agreement.without_store())
+    assert found == [1_790_000_000_000, 1_790_000_000_001]
+
+
+def test_an_attempt_can_be_given() -> None:
+    """Where ranks have nothing in common but what their launcher sets."""
+    environ = {"ESPER_RUN_ATTEMPT": "7", "RANK": "1", "WORLD_SIZE": "2"}
+    assert who(environ, run_id="run").attempt == 7
+    assert agreement_for(who(environ, run_id="run"), environ) is None
+    for text in ("seven", "-1", str(2**63)):
+        with pytest.raises(ConfigurationError, match="ESPER_RUN_ATTEMPT"):
+            who({"ESPER_RUN_ATTEMPT": text}, run_id="run")
 
 
 @pytest.mark.parametrize(

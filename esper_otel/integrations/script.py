@@ -189,9 +189,9 @@ class Script:
     @_harmless
     def _finish(self) -> None:
         loop = self._started()
-        from esper_otel.session import has_ended_well
+        from esper_otel.session import has_died
 
-        if has_ended_well():
+        if not has_died():
             loop.end(epoch=0)
         elif loop.has_stepped or self._may_train:
             loop.fail(epoch=0)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loop import Loop, samples_of
-from esper_otel.session import has_ended_well, start
+from esper_otel.session import has_died, start
 from esper_otel.telemetry import Telemetry, outcome_of
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Watch(Generic[Batch]):
         self._loop.forget()
 
     def _finish(self) -> None:
-        if has_ended_well():
+        if not has_died():
             self._end()
         elif not self._is_closed:
             self._loop.fail(epoch=max(self._epoch, 0))

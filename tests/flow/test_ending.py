@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +44,56 @@ def test_a_script_that_just_ends_loses_nothing(collector: MemoryCollector) -> No
     """Not everybody calls close()."""
     assert ended("").returncode == 0
     assert collector.frames_received == 200
-    assert outcomes(collector) == ["exit"]
+    assert outcomes(collector) == ["completed"]
+
+
+LEFT = {
+    "sys.exit()": (0, "completed"),
+    "exit(0)": (0, "completed"),
+    "sys.exit(256)": (0, "completed"),  # the status is a byte
+    "def main():\n    sys.exit(0)\nmain()": (0, "completed"),
+    "try:\n    sys.exit(3)\nexcept SystemExit:\n    pass": (0, "completed"),
+    "with telemetry:\n    sys.exit(0)": (0, "completed"),
+    "import threading\nthreading.Thread(target=lambda: 1 / 0).start()": (0, "completed"),
+    "import argparse\nargparse.ArgumentParser().parse_args(['--help'])": (0, "completed"),
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nos.kill(os.getpid(), signal.SIGTERM)": (0, "completed"),
+    "sys.exit(3)": (3, "SystemExit"),
+    "sys.exit('no such file')": (1, "SystemExit"),
+    "exit(code=3)": (3, "SystemExit"),
+    "with telemetry:\n    sys.exit(['no'])": (1, "SystemExit"),
+    "raise KeyboardInterrupt": (-signal.SIGINT, "KeyboardInterrupt"),
+    "def main():\n    try:\n        sys.exit(0)\n    except SystemExit:\n        pass\n    raise KeyError\nmain()": (
+        1,
+        "KeyError",
+    ),
+    "raise SystemExit(0)": (0, "exit"),  # which status it was cannot be known
+    "telemetry.close()\nassert sys.exit.__module__ == 'sys' and not hasattr(sys.exit, '__wrapped__')": (0, "completed"),
+}
+
+
+def test_a_script_that_ends_with_status_0_has_completed(collector: MemoryCollector) -> None:
+    """Whichever way it leaves, the outcome is what its exit status says, and the exit status is what it would be."""
+    scripts = [
+        subprocess.Popen([sys.executable, "-c", BEGIN + script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for script in LEFT
+    ]
+    statuses = [script.wait(60) for script in scripts]
+    found = {
+        point.resource["process.pid"]: point.attributes["outcome"]
+        for point in collector.points()
+        if point.name == "esper.run.ended" and not point.flags
+    }
+    said = {text: (status, found.get(script.pid)) for text, status, script in zip(LEFT, statuses, scripts, strict=True)}
+    assert said == LEFT
+
+
+def test_a_module_that_ends_with_status_0_has_completed(collector: MemoryCollector, tmp_path: Path) -> None:
+    """``python -m``: the main program is then Python's own."""
+    (tmp_path / "train.py").write_text(BEGIN + "sys.exit(int(sys.argv[1]))", encoding="utf-8")
+    for status in (0, 3):
+        done = subprocess.run([sys.executable, "-m", "train", str(status)], cwd=tmp_path, timeout=60, check=False)
+        assert done.returncode == status
+    assert outcomes(collector) == ["completed", "SystemExit"]
 
 
 def test_an_exception_that_nobody_caught_is_the_outcome(collector: MemoryCollector) -> None:
@@ -127,4 +177,4 @@ def test_a_forked_worker_dies_of_sigterm_without_a_word(collector: MemoryCollect
     done = ended(script)
     assert done.stdout == f"{-signal.SIGTERM}\n"
     assert collector.frames_received == 200
-    assert outcomes(collector) == ["exit"]
+    assert outcomes(collector) == ["completed"]

@@ -17,6 +17,7 @@ import pytest
 import requests
 from frames import RUN, make_frame
 from gateways import RunningGateway
+from programs import until
 
 import esper_otel
 from esper_otel import EsperSettings, Packets, Stage, StaleCursor, TamiyoClient, UnknownRun
@@ -132,6 +133,7 @@ def test_all_the_weather_at_once(stored: Stored) -> None:
         found, gaps = pulled(address, until=STEPS - 5 + 1 + 10)
         with TamiyoClient(address) as client:
             runs = client.runs()
+            assert until("the run has ended", lambda: client.ended("stored")) == "completed"
     assert gaps == [5]
     assert [packets.step for packets in found] == [
         *range(1, 11),

@@ -80,8 +80,14 @@ def values(collector: MemoryCollector, name: str) -> list[float]:
     return [point.value for point in collector.points() if point.name == name and point.value is not None]
 
 
-def check(collector: MemoryCollector, steps: int, failed: int) -> None:
+def outcomes(collector: MemoryCollector) -> list[str]:
+    ended = [point for point in collector.points() if point.name == "esper.run.ended" and not point.flags]
+    return [point.attributes["outcome"] for point in ended]
+
+
+def check(collector: MemoryCollector, steps: int, failed: int, outcome: str) -> None:
     """What has arrived of a script."""
+    assert outcomes(collector) == [outcome]
     assert values(collector, "esper.global_step") == [*range(1, steps + failed + 1)]
     assert len(values(collector, "gradient_norm")) == steps
     assert values(collector, "esper.step.failed") == [1.0] * failed
@@ -95,7 +101,7 @@ def test_output_traceback_and_exit_status_of_one_that_fails_are_the_same(script:
         without = run(collector, script, "fail", PYTHONPATH="/nowhere")
         ours = followed(collector, script, "fail", PYTHONPATH="/nowhere")
         assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, 1)
-        check(collector, steps=6, failed=1)
+        check(collector, steps=6, failed=1, outcome="KeyError")
 
 
 def test_a_module_whose_loaders_have_workers_exits_as_without_us(
@@ -110,7 +116,7 @@ def test_a_module_whose_loaders_have_workers_exits_as_without_us(
             *(collector, "-m", "esper_otel", "run", "--log", log, "-m", "train", "three", "--epochs"), WORKERS="2"
         )
         assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, 3)
-        check(collector, steps=8, failed=0)
+        check(collector, steps=8, failed=0, outcome="SystemExit")
     assert "frames recorded 8, exported 8, dropped 0" in log.read_text(encoding="utf-8")
 
 
@@ -122,6 +128,7 @@ def test_a_script_without_loaders_has_the_time_from_step_to_step(tmp_path: Path)
         assert len(values(collector, "gradient_norm")) == 5
         assert len(values(collector, "step_latency_ms")) == 4
         assert values(collector, "input_wait_ms") == []
+        assert outcomes(collector) == ["completed"]
 
 
 def test_a_signal_ends_it_as_before_and_the_steps_are_there(script: Path) -> None:
