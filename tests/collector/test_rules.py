@@ -17,6 +17,7 @@ from names import BY_KEY, OURS, STOCK, Naming
 from rules import PIPELINE, Alert, others, risks
 
 from esper_otel.risk import LOSS_STEP, RULES
+from esper_otel.schema import new_check_id
 
 pytestmark = pytest.mark.collector
 
@@ -81,14 +82,14 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def series_of(naming: Naming, values: dict[str, str]) -> list[dict[str, str]]:
+def series_of(naming: Naming, values: dict[str, str], run_id: str = "digits-7") -> list[dict[str, str]]:
     """Input series of one run and rank."""
-    labels = 'run_id="digits-7",rank="0",' if naming.has_labels else ""
+    labels = f'run_id="{run_id}",rank="0",' if naming.has_labels else ""
     found = []
     for metric, text in values.items():
         more = ',reason="buffer full"' if metric == "esper.frames.dropped" else ""
         name = naming.name(metric)
-        found.append({"series": f'{name}{{{labels}instance="digits-7/0",job="esper-tolaria"{more}}}', "values": text})
+        found.append({"series": f'{name}{{{labels}instance="{run_id}/0",job="esper-tolaria"{more}}}', "values": text})
     return found
 
 
@@ -151,6 +152,15 @@ def test_a_run_that_has_ended_or_goes_on_is_not_stuck(naming: Naming, tmp_path: 
         expecting(Case(resumed, "36m", {"EsperRunStuck"}), naming),
         expecting(Case(again, "80m", {"EsperRunStuck"}), naming),
     ]
+    run(naming, tmp_path, tests)
+
+
+def test_what_a_check_has_sent_fires_nothing(naming: Naming, tmp_path: Path) -> None:
+    """Not even what would fire every alert of a run: the check was killed, or tried the limits."""
+    tests = []
+    for case in cases().values():
+        none = case._replace(series={}, fires=set())
+        tests.append(expecting(none, naming, series_of(naming, HEALTHY | case.series, new_check_id())))
     run(naming, tmp_path, tests)
 
 
