@@ -664,7 +664,7 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.run.ended",
         "flag",
-        "1 when the run has ended; the attribute outcome says how: completed, an exception's type, SIGTERM, exit (unknown).",
+        "1 when the run has ended; the attribute outcome says how: completed, an exception's type, SIGTERM, or exit.",
         level="session",
         split_by="outcome",
     ),
