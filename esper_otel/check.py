@@ -297,18 +297,17 @@ def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
     outcome = sender.send(request.body, endpoint.timeout_s)
     latency_ms = (time.perf_counter() - started_s) * 1e3
     if outcome.result is Result.DELIVERED:
-        _say_goodbye(endpoint, sender, encoder, request, frame)
+        _end(endpoint, sender, encoder, request, frame)
     return outcome, latency_ms
 
 
-def _say_goodbye(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
-    """Ends the run and its series, as a session does: nothing that the check has sent looks alive."""
+def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
+    """Ends the run and its series, as a session does, so that nothing that the check has sent looks alive."""
     after_ns = frame.time_unix_ns + 1_000_000
-    ended = encoder.health(
-        frame.run, {("esper.run.ended", "completed"): 1.0}, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns
-    )
+    outcome = {("esper.run.ended", "completed"): 1.0}
+    ended = encoder.health_scope(outcome, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns)
     streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
-    for body in (ended, *encoder.stale(frame.run, streams, time_unix_ns=after_ns)):
+    for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=ended):
         sender.send(body, endpoint.timeout_s)
 
 

@@ -192,7 +192,7 @@ class _Exits:
         def leave(*arguments: Any, **named: Any) -> Any:
             given = (*arguments[place:], *named.values(), None)
             root = self._root
-            if root is not None and threading.current_thread() is threading.main_thread():
+            if root is not None and _outermost(sys._getframe()) is root:  # noqa: SLF001 - elsewhere it ends a thread only
                 self._last = _Leaving(root.f_lasti, _status(given[0]), getattr(sys, "last_value", None))
             return original(*arguments, **named)
 
@@ -216,13 +216,18 @@ class _Exits:
 
 def _main_program() -> FrameType | None:
     """The outermost frame of the main thread, if it is a script's or that of ``python -m``."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 - the documented way to it
-    while frame is not None and frame.f_back is not None:
+    for frame in sys._current_frames().values():  # noqa: SLF001 - the documented way to it
+        outermost = _outermost(frame)
+        where = outermost.f_globals.get("__name__"), outermost.f_code.co_name
+        if where in {("__main__", "<module>"), ("runpy", "_run_module_as_main")}:
+            return outermost
+    return None
+
+
+def _outermost(frame: FrameType) -> FrameType:
+    while frame.f_back is not None:
         frame = frame.f_back
-    if frame is None:
-        return None
-    where = frame.f_globals.get("__name__"), frame.f_code.co_name
-    return frame if where in {("__main__", "<module>"), ("runpy", "_run_module_as_main")} else None
+    return frame
 
 
 def _status(given: object) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 
 from esper_otel.errors import ConfigurationError, InvalidName, InvalidValue
 from esper_otel.frame import Run
+from esper_otel.native import threads
 
 _MAX_BYTES = 256
 _MOST_ATTEMPT = 2**63
@@ -170,7 +170,7 @@ def _agreed(what: str, mine: str, environ: Mapping[str, str]) -> str | None:
                 return
 
     with suppress(RuntimeError):  # no thread can be started any more: the interpreter ends
-        thread = threading.Thread(target=ask, name="esper-otel-agreement", daemon=True)
+        thread = threads().Thread(target=ask, name="esper-otel-agreement", daemon=True)
         thread.start()
         thread.join(_AGREEING_S)
     return answers[0] if answers else None

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "log": set[str](),
     "native": set[str](),
     "ending": set[str](),
-    "identity": {"frame"},
+    "identity": {"frame", "native"},
     "absence": {"schema", "frame"},
     "record": {"schema", "frame", "ring", "log", "captures", "native"},
     "derive": {"schema", "frame"},
@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "_version",
     },
     "blackbox": {"errors", "frame", "log", "ring"},
-    "report": {"blackbox", "client", "errors", "leyline", "risk", "schema"},
+    "report": {"blackbox", "client", "errors", "frame", "leyline", "risk", "schema"},
     "oona": {"errors", "leyline", "log"},
     "client": {"errors", "gateway", "leyline"},  # of the gateway: the messages of its pull service
     "aio": {"client", "gateway", "leyline"},

@@ -1,4 +1,4 @@
-"""Launches: what the attempts of a run say of each other: which one resumed it, and whether the whole run has ended."""
+"""Launches: what a run's attempts show together: which of them resumed the run, and whether the whole run has ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import groupby
 
 from esper_otel.gateway.items import RunState
 
-# How a run ended of which a rank fell silent without a word, after others had said their end.
+# The outcome of a run of which one rank fell silent without reporting its end, and the others have completed.
 LOST = "lost"
 
 
@@ -35,10 +35,15 @@ def with_resumed(states: Iterable[RunState]) -> list[RunState]:
 def outcomes(states: Iterable[RunState]) -> dict[str, str]:
     """How each run has ended, over all of its attempts and ranks; one that has not is not in it.
 
-    Whoever has said its end has ended. Besides, a writer is over when a later attempt began after its last step, and
-    when it has been silent for a minute while there is a later attempt, or while another rank of its attempt has said
-    its end. A silent one of which no other says anything may still go on. ``completed`` if all that no later attempt
-    followed have completed, else what the first of the others says, or ``lost``.
+    A run has ended when each of its writers is over. A writer is over
+
+    - when it has reported its end;
+    - when a later attempt began after its last step;
+    - when it has been silent for a minute, and there is a later attempt, or another rank of its attempt has reported
+      its end. A silent writer without either may still go on.
+
+    Writers that a later attempt followed do not count in the outcome. It is ``completed`` if all others have completed,
+    else what the first reported that did not complete; ``lost`` where nobody reported such an end, but one fell silent.
     """
     return {of_run[0].origin.run_id: outcome for of_run in _by_run(states) if (outcome := _outcome(of_run)) is not None}
 
@@ -69,7 +74,8 @@ def _over_before(states: list[RunState]) -> dict[int, float]:
     """By attempt, when the first writer of the attempts before it was over; infinity when there is none."""
     over: dict[int, float] = {}
     for state in states:
-        over[state.origin.attempt] = min(state.last_time_unix_ns, over.get(state.origin.attempt, math.inf))
+        last_ns = state.last_time_unix_ns or math.inf  # it may be about to make its first step
+        over[state.origin.attempt] = min(last_ns, over.get(state.origin.attempt, math.inf))
     earliest, before = math.inf, {}
     for attempt in sorted(over):
         before[attempt] = earliest

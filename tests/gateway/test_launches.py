@@ -89,6 +89,11 @@ def test_a_run_has_ended_when_nothing_of_it_can_go_on(name: str) -> None:
     assert outcomes(reversed(states)).get("run") == outcome
 
 
+def test_a_rank_that_has_made_no_step_yet_is_resumed_by_nobody() -> None:
+    found = with_resumed([state(1, 0), state(2, 1, steps=(11, 21))])
+    assert [each.resumed for each in found] == [False, False]
+
+
 def test_an_attempt_is_resumed_when_another_was_over_before_it() -> None:
     """Ranks that could not agree on a number, and step at the same time, are one launch."""
     first = [state(1, 0, steps=(10, 20)), state(2, 1, steps=(11, 21))]

@@ -10,7 +10,7 @@ from programs import until
 
 import esper_otel
 from esper_otel import EsperSettings, RunRanks, TamiyoClient, UnknownRun, aio
-from esper_otel.frame import Frame, Run
+from esper_otel.frame import GUESSED_STEP, Frame, Run
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.ranks import STEPS, Ranks
 from esper_otel.gateway.views import run_ranks
@@ -70,6 +70,19 @@ def test_missing_durations_are_not_zero() -> None:
     found = view({"loss": 1.0}, durations(5, 10))
     assert (found.ranks[0].step_latency_ms, found.ranks[0].input_wait_ms) == (None, None)
     assert found.ranks[1].input_wait_ms == 5.0
+
+
+def test_steps_whose_numbers_were_guessed_are_not_compared() -> None:
+    """By such a number no other rank's step could be found; the ranks that have real ones are still compared."""
+    ranks = Ranks()
+    ranks.note([item(0, GUESSED_STEP + 1, durations(5, 10))])
+    alone = ranks.view("run", 0)
+    assert alone is not None
+    assert (alone.steps, len(alone.ranks), alone.world_size) == (0, 0, 4)
+    ranks.note(item(rank, 1, durations(5, 10)) for rank in (1, 2))
+    both = ranks.view("run", 0)
+    assert both is not None
+    assert (both.steps, [row.rank for row in both.ranks]) == (1, [1, 2])
 
 
 def test_only_steps_that_all_have_are_looked_at_and_only_the_newest() -> None:
