@@ -24,15 +24,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUFFIX = ".esper.jsonl.gz"
+
 _MOST_BYTES = 64 * 1024 * 1024
 _MOST_OF_A_NAME = 200  # bytes: file systems take 255, and suffixes follow
 _WRITING_S = 1.0
 _NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
-
-
-def is_fine(outcome: str) -> bool:
-    """Whether a run ended so that nobody looks for the reason."""
-    return outcome in FINE
 
 
 class BlackBox:
@@ -61,7 +57,7 @@ class BlackBox:
 
     def ended(self, outcome: str) -> None:
         """The end of a session; written when it went wrong, and waited for a second at most."""
-        if not is_fine(outcome) and self._frames and self._ring.last:
+        if outcome not in FINE and self._frames and self._ring.last:
             self._started(outcome).join(_WRITING_S)
 
     def _started(self, reason: str) -> threading.Thread:

@@ -247,9 +247,10 @@ class TamiyoClient:
     def ended(self, run_id: str) -> str | None:
         """How the whole run ended, over all of its attempts and ranks; None while a rank lives or may live.
 
-        ``completed``; else what the first rank said that did not complete; ``lost`` where one fell silent without a
-        word and others have ended. An attempt that was killed and that a later one has followed does not count. A
-        run that has ended may be started again; then this is None again.
+        ``completed``; else what the first rank reported that did not complete; ``lost`` where one has been silent for
+        a minute without reporting its end, and the others have completed. An attempt that a later one has followed
+        does not count. A run that was killed and not started again has no end: nothing distinguishes it from one that
+        is silent. When a run that has ended is started again, this is None again.
 
         Raises:
             GatewayError: the gateway refused, or was not there in time.
@@ -346,7 +347,7 @@ def run_infos(response: RunsResponse) -> list[RunInfo]:
 
 
 def run_outcome(runs: Iterable[RunInfo], run_id: str) -> str | None:
-    """How the run ended, of what a gateway says of all runs."""
+    """How the whole run ended, from a gateway's list of runs."""
     return next((run.run_ended for run in runs if run.run_id == run_id), None)
 
 

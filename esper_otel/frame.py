@@ -86,10 +86,10 @@ def _no_rows() -> SeedTable:
 NO_SEEDS = _no_rows()
 
 
-# How a run ends without anything having gone wrong, as far as is known.
+# Outcomes of runs in which nothing went wrong, as far as is known.
 FINE = frozenset({"completed", "exit", "interrupted"})
 
-# An attempt that is not known; a Resource does not say it.
+# The attempt of a run of which it is not known yet; a Resource leaves it out.
 UNKNOWN_ATTEMPT = 0
 
 

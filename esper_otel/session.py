@@ -231,7 +231,7 @@ class _Session:
         if agreement is not None:
             if agreement.lacks_torch:
                 with suppress(ImportError):
-                    _gradient_math()
+                    _gradient_math()  # imports torch, which has the client of that store
             attempt = agreement.by_store()
             attempt = agreement.without_store() if attempt is None else attempt
         if attempt is None:

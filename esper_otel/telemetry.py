@@ -25,7 +25,7 @@ _STATE_KEYS = frozenset({"version", "global_step", "last_finite_loss", "isolatio
 
 
 def outcome_of(kind: type[BaseException] | None, error: BaseException | None) -> str | None:
-    """How a run ended whose ``with`` block was left so; None when it was completed, by ``sys.exit(0)`` as well."""
+    """The outcome of a run whose ``with`` block was left by this exception; None if by none, or by ``sys.exit(0)``."""
     if kind is None:
         return None
     status = error.code if isinstance(error, SystemExit) else 1

@@ -63,7 +63,8 @@ def _risk(rule: Rule, naming: Naming) -> Alert:
     name = "Esper" + "".join(word.capitalize() for word in rule.name.split("_"))
     metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
     compare = ">=" if rule.is_inclusive else ">"
-    expression = f"max by {_BY} ({naming.select(metric, naming.runs, over='1m', function='max_over_time')}) {compare} {rule.threshold:g}"
+    high = naming.select(metric, naming.runs, over="1m", function="max_over_time")
+    expression = f"max by {_BY} ({high}) {compare} {rule.threshold:g}"
     if rule.and_below is not None:
         other, limit = rule.and_below
         low = naming.select(BY_KEY[other].name, naming.runs, over="1m", function="min_over_time")

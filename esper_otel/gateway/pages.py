@@ -80,7 +80,7 @@ def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_
 
 
 def forgotten(origin: Origin, ended: str | None) -> RunState:
-    """What is known of a writer of which steps are stored, and nothing came for so long that the rest was forgotten."""
+    """What is left of a writer that was silent for so long that all but its stored steps was forgotten."""
     return RunState(origin, 0, "", None, None, 0, 0, ended=ended, is_silent=True)
 
 

@@ -188,9 +188,9 @@ class Script:
 
     @_harmless
     def _finish(self) -> None:
-        loop = self._started()
         from esper_otel.session import has_died
 
+        loop = self._started()
         if not has_died():
             loop.end(epoch=0)
         elif loop.has_stepped or self._may_train:

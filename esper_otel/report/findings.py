@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
-from esper_otel.blackbox import is_fine
+from esper_otel.frame import FINE
 from esper_otel.leyline import messages
 from esper_otel.leyline.numbers import finite
 from esper_otel.report.recording import Recording, Row, names_of
@@ -126,7 +126,7 @@ def _end(recording: Recording) -> Finding:
     what = f"Steps {first.step} to {last.step} are here, of {last.unix_s - first.unix_s:.3g} s."
     if not recording.ended:
         return Finding("How did it end?", f"{what} Nothing says that it has ended.")
-    return Finding("How did it end?", f"{what} It ended: {recording.ended}.", not is_fine(recording.ended), last.step)
+    return Finding("How did it end?", f"{what} It ended: {recording.ended}.", recording.ended not in FINE, last.step)
 
 
 def _first_bad(recording: Recording, bad: tuple[int, str] | None) -> Finding:

@@ -1,16 +1,16 @@
-"""Checks: the run ids of ``esper-otel check``. Its steps are no run's: lists, pages, alerts and Oona leave them out."""
+"""Checks: the run ids of ``esper-otel check``. Lists of runs, pages, alerts and Oona leave out what has one."""
 
 from __future__ import annotations
 
 import re
 import secrets
 
-# For Prometheus too, which looks for the whole of a label. Long enough that nobody else's run has such a name.
+# Prometheus, too, compares it with the whole of a label. Nobody gives a run of their own such a name by chance.
 CHECK_PATTERN = "esper-otel-check-[0-9a-f]{8}"
 
 
 def new_check_id() -> str:
-    """A run id that marks what is sent under it as a check's."""
+    """A run id for one check."""
     return f"esper-otel-check-{secrets.token_hex(4)}"
 
 
