@@ -28,12 +28,15 @@ def train(run_id, how, meeting, is_killed):
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
 
-    def meet(where):
-        open(f"{meeting}-{start}-{where}-{rank}", "w").close()
+    def wait(is_so):
         until_s = time.monotonic() + 60
-        while not all(os.path.exists(f"{meeting}-{start}-{where}-{other}") for other in (0, 1)):
+        while not is_so():
             assert time.monotonic() < until_s
             time.sleep(0.01)
+
+    def meet(where):
+        open(f"{meeting}-{start}-{where}-{rank}", "w").close()
+        wait(lambda: all(os.path.exists(f"{meeting}-{start}-{where}-{other}") for other in (0, 1)))
 
     if how == "group first":
         torch.distributed.init_process_group("gloo")
@@ -45,8 +48,7 @@ def train(run_id, how, meeting, is_killed):
     for _ in range(5):
         telemetry.record_step({"loss": 1.0, "step_latency_ms": 5.0}, epoch=0)
         time.sleep(0.02)
-    while telemetry.health()["queue"]:
-        time.sleep(0.01)
+    wait(lambda: not telemetry.health()["queue"])
     meet("end")
     if is_killed and start == "0":
         os.kill(os.getpid(), signal.SIGKILL)
