@@ -132,7 +132,7 @@ def _look(endpoint: Endpoint, sender: Sender, stages: list[Stage]) -> float | No
             if stage.ok is False:
                 return None
         outcome, latency_ms = _send(endpoint, sender)
-        stages.append(_of_outcome(outcome, endpoint))
+        stages.append(of_outcome(outcome, endpoint))
         return latency_ms
     finally:
         sender.close()
@@ -315,7 +315,8 @@ def _no_fault(where: str, error: Exception) -> None:
     """A frame without processors has no readings that could fail."""
 
 
-def _of_outcome(outcome: Outcome, endpoint: Endpoint) -> Stage:
+def of_outcome(outcome: Outcome, endpoint: Endpoint) -> Stage:
+    """What became of a request, as a stage."""
     if outcome.result is Result.DELIVERED and not outcome.rejected_points:
         remark = f", and remarks: {outcome.reason}" if outcome.reason else ""
         return Stage("frame", True, f"{endpoint.target} took it{remark}")

@@ -65,7 +65,7 @@ def test_the_shipped_stack_lets_everything_through(stack: Stack) -> None:
     with stack.agent() as agent:
         status, stages = checked(f"http://{agent.grpc}", *asking(stack))
     assert status == 0, stages["Prometheus"]
-    assert "NaN as NaN, what is missing missing" in stages["gateway"]["message"]
+    assert "NaN as NaN, missing values still missing" in stages["gateway"]["message"]
     assert "names as ours, labels run_id and rank" in stages["Prometheus"]["message"]
 
 
@@ -95,7 +95,7 @@ processors:
     ("context", "statement", "message"),
     [
         ("metric", 'set(metric.name, "cost") where metric.name == "loss"', "there is no loss"),
-        ("datapoint", 'set(datapoint.value_double, 0.0) where metric.name == "gradient_norm"', "NaN and came as 0"),
+        ("datapoint", 'set(datapoint.value_double, 0.0) where metric.name == "gradient_norm"', "came as 0"),
         ("datapoint", 'set(datapoint.value_double, 0.5) where metric.name == "loss"', "came as 0.5"),
         ("metric", 'set(metric.name, "took") where metric.name == "step_latency_ms"', "was renamed on the way"),
     ],
@@ -108,6 +108,31 @@ def test_what_a_processor_does_to_it_is_said(stack: Stack, context: str, stateme
     assert stages["gateway"]["ok"]
     assert message in stages["Prometheus"]["message"], stages["Prometheus"]
     assert stages["Prometheus"]["fix"]
+
+
+TRUNCATION = """
+processors:
+  transform/time:
+    metric_statements:
+      - context: datapoint
+        statements: ['set(datapoint.time, TruncateTime(datapoint.time, Duration("1s")))']
+service:
+  pipelines:
+    metrics/esper:
+      processors: [memory_limiter, transform/time]
+    metrics/prometheus:
+      processors: [memory_limiter, transform/time, transform/prometheus]
+"""
+
+
+def test_times_that_are_cut_are_said(stack: Stack) -> None:
+    """Of two steps within a second one is lost. What else a processor may do: ``tests/gateway/test_processors.py``."""
+    with stack.agent(TRUNCATION) as agent:
+        status, stages = checked(f"http://{agent.grpc}", *asking(stack))
+    assert status == 1
+    for stage in stages["gateway"], stages["Prometheus"]:
+        assert "cut to whole seconds" in stage["message"], stage
+        assert "steps within one such unit become one" in stage["fix"]
 
 
 def test_the_part_of_the_way_that_is_cut_is_named(stack: Stack) -> None:
