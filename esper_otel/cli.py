@@ -229,7 +229,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps-per-second", type=_rate, default=1.0, metavar="RATE", help="steps to plan for (default: 1)"
     )
     parser.add_argument("--json", action="store_true", help="the findings as one JSON object")
-    through = parser.add_argument_group("the way through", "a marked step, and what became of it behind the endpoint")
+    through = parser.add_argument_group("the way through", "a little run, and what became of it behind the endpoint")
     through.add_argument("--through", action="store_true", help="send one, and look for it")
     through.add_argument("--prometheus", metavar="URL", help="in this Prometheus, such as http://127.0.0.1:9090")
     through.add_argument("--gateway", metavar="ADDRESS", help="at this gateway, such as 127.0.0.1:4327")

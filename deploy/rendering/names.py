@@ -32,7 +32,7 @@ class Naming:
     @property
     def runs(self) -> str:
         """The matcher that leaves out what ``esper-otel check`` sends."""
-        return f'run_id!~"{CHECK_PATTERN}"' if self.has_labels else f'instance!~"{CHECK_PATTERN}/0"'
+        return f'run_id!~"{CHECK_PATTERN}"' if self.has_labels else f'instance!~"{CHECK_PATTERN}/[0-9]+"'
 
     def select(self, metric: str, matchers: str = "", over: str = "", function: str = "") -> str:
         """Series with ``run_id`` and ``rank``.

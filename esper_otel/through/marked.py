@@ -98,8 +98,8 @@ class Marked:
         for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
             run, started_ns, ended_ns = frames[0].run, frames[0].time_unix_ns, frames[-1].time_unix_ns + _MS
             over = {("esper.run.ended", "completed"): 1.0}
-            goodbye = encoder.health(run, over, start_unix_ns=started_ns, time_unix_ns=ended_ns)
-            for body in (goodbye, *encoder.stale(run, streams.all_ended(), time_unix_ns=ended_ns)):
+            health = encoder.health_scope(over, start_unix_ns=started_ns, time_unix_ns=ended_ns)
+            for body in encoder.stale(run, streams.all_ended(), time_unix_ns=ended_ns, health=health):
                 self._sender.send(body, self._timeout_s)
 
     def samples(self) -> dict[Key, dict[int, float]]:
