@@ -207,6 +207,7 @@ class _Session:
             self._resource_of,
             prepare=self._prepare_export,
             health=self.counts,
+            idle_ns=self._recorder.clock.idle_ns,
             fault=self._fault,
             warnings=self._warnings,
         )

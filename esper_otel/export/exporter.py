@@ -49,6 +49,8 @@ class StepExporter:
         timeout_s: how long a request may take.
         prepare: called before frames are looked for.
         health: session metrics by (name, reason).
+        idle_ns: gives a time that no later frame can be before, by the time of the last frame sent; None while there
+            is none, since a step is open.
         fault: told of a fault of ours, which it counts and logs.
         warnings: where failures are reported.
         spool: where frames are kept that must outlive the process.
@@ -65,12 +67,14 @@ class StepExporter:
         timeout_s: float,
         prepare: Callable[[], None],
         health: Callable[[], Mapping[tuple[str, str], float]],
+        idle_ns: Callable[[int], int | None],
         fault: Callable[[str, Exception], None],
         warnings: Warnings,
         spool: Spool | None = None,
         leftovers: Callable[[], Iterable[Leftover]] = tuple,
     ) -> None:
         self._sender = sender
+        self._idle_ns = idle_ns
         self._every_s = every_s
         self._timeout_s = timeout_s
         self._prepare = prepare
@@ -87,6 +91,7 @@ class StepExporter:
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._health_unix_ns = 0
+        self._last_sent_s = float("-inf")
         self._goodbye: tuple[int, ScopeMetrics] | None = None
         self._owes_health = False
         self._deadline_s: float | None = None
@@ -175,7 +180,7 @@ class StepExporter:
 
     def _work(self) -> None:
         self._adopt()
-        pause_s: float | None = self._every_s or None
+        pause_s: float | None = self._every_s or HEALTH_EVERY_S
         while self._deadline_s is None:
             self._guarded("packing steps", self._live.pack, self._closing.is_set)
             # After a failure a new step is no reason to try again at once.
@@ -205,7 +210,7 @@ class StepExporter:
             return otherwise
 
     def _send_guarded(self) -> float | None:
-        """Sends everything there is; returns how long to pause, None for: until woken, or all is sent at the end."""
+        """Sends everything there is; returns how long to pause at most; None when all is sent at the end."""
         try:
             self._prepare()
             pause_s = self._send_waiting()
@@ -215,7 +220,7 @@ class StepExporter:
         if pause_s is not None:
             return pause_s
         self._failures = 0
-        return (self._every_s or None) if self._deadline_s is None else None
+        return (self._every_s or HEALTH_EVERY_S) if self._deadline_s is None else None
 
     def _adopt(self) -> None:
         try:
@@ -234,7 +239,7 @@ class StepExporter:
             self._leftovers.popleft()
         pause_s = self._deliver(self._live)
         if pause_s is None:
-            self._guarded("sending health", self._send_owed_health)
+            self._guarded("sending health", self._send_health)
         return pause_s
 
     def _send_leftover(self, leftover: Leftover) -> float | None:
@@ -299,7 +304,8 @@ class StepExporter:
         left_s = self._timeout_s if ends_s is None else min(self._timeout_s, max(ends_s - time.monotonic(), 0.05))
         started_s = time.monotonic()
         outcome = self._sender.send(body, left_s)
-        self.latency_ms = (time.monotonic() - started_s) * 1e3
+        self._last_sent_s = time.monotonic()
+        self.latency_ms = (self._last_sent_s - started_s) * 1e3
         return outcome
 
     def _settled(self, source: Source, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
@@ -419,17 +425,25 @@ class StepExporter:
         start_unix_ns = self._started_unix_ns
         return self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
 
-    def _send_owed_health(self) -> None:
-        """The counts in a request of their own, after one in which they were refused with the frames.
+    def _send_health(self) -> None:
+        """The counts in a request of their own, where they cannot go with frames.
 
-        Else nobody would hear of it when the endpoint refuses all frames.
+        That is after a request in which they were refused with the frames: else nobody would hear of it when the
+        endpoint refuses all frames. And while no step comes, as in a validation, once in a while: not soon after
+        frames, which such a small request may overtake on the way, and not while a step is open, whose frame would be
+        older.
         """
-        run = self._live.run
-        if self._owes_health and self._deadline_s is None and run is not None:
-            self._owes_health = False
-            time_unix_ns = _end_of_ms(self._live.streams.last_unix_ns)
-            times = {"start_unix_ns": self._started_unix_ns, "time_unix_ns": time_unix_ns}
-            self._sent(self._live.encoder.health(run, self._health(), **times))
+        run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
+        if run is None or self._deadline_s is not None:
+            return
+        time_unix_ns: int | None = last_unix_ns
+        if not self._owes_health:
+            is_due = time.monotonic() >= max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S)
+            time_unix_ns = self._idle_ns(last_unix_ns) if is_due else None
+            if time_unix_ns is None or time_unix_ns <= self._health_unix_ns:
+                return
+        self._owes_health = False
+        self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)))
 
     def _say_goodbye(self) -> bool:
         """The last counts, how the run ended, and the end of every series; whether all that was delivered.
@@ -441,8 +455,9 @@ class StepExporter:
             return False
         if live.run is None or live.has_said_goodbye:
             return True  # nothing was ever sent, or the last frames took it along
-        time_unix_ns = live.streams.last_unix_ns + _MS
-        put_goodbye(live, self._given("saying how the run ended", None, self._last_health, time_unix_ns), self._fault)
+        time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns) + _MS
+        health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
+        put_goodbye(live, health, time_unix_ns, self._fault)
         while time.monotonic() < self._deadline_s:
             if self._send_beside(live) is None:
                 return True

@@ -28,6 +28,7 @@ def open_exporter(
     *,
     prepare: Callable[[], None],
     health: Callable[[], Mapping[tuple[str, str], float]],
+    idle_ns: Callable[[int], int | None],
     fault: Callable[[str, Exception], None],
     warnings: Warnings,
 ) -> StepExporter:
@@ -62,6 +63,7 @@ def open_exporter(
         timeout_s=endpoint.timeout_s,
         prepare=prepared,
         health=health,
+        idle_ns=idle_ns,
         fault=fault,
         warnings=warnings,
         spool=spool,

@@ -67,14 +67,13 @@ class Source(Protocol):
         """
 
 
-def put_goodbye(source: Source, health: ScopeMetrics | None, fault: Fault) -> None:
+def put_goodbye(source: Source, health: ScopeMetrics | None, time_unix_ns: int, fault: Fault) -> None:
     """Puts beside the frames how the run ended, and the end of every series; a fault of ours in one keeps the other."""
     if source.run is None:
         return
     bodies: list[bytes] = []
     try:
-        streams, last_unix_ns = source.streams.all_ended(), source.streams.last_unix_ns
-        bodies += source.encoder.stale(source.run, streams, time_unix_ns=last_unix_ns + _MS, health=health)
+        bodies += source.encoder.stale(source.run, source.streams.all_ended(), time_unix_ns=time_unix_ns, health=health)
     except Exception as error:  # noqa: BLE001 - how the run ended is said all the same
         fault("ending the series", error)
     if not bodies and health is not None:
@@ -244,12 +243,12 @@ class Leftover:
         self.has_said_goodbye = True
         if self.run is None:
             return
-        health = None
+        health, time_unix_ns = None, self.streams.last_unix_ns + _MS
         try:
-            health = self.health(self.streams.last_unix_ns + _MS)
+            health = self.health(time_unix_ns)
         except Exception as error:  # noqa: BLE001 - the series are ended all the same
             self._fault("saying how an earlier run ended", error)
-        put_goodbye(self, health, self._fault)
+        put_goodbye(self, health, time_unix_ns, self._fault)
 
 
 def leftovers_in(

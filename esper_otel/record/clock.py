@@ -8,6 +8,7 @@ from functools import partial
 
 _MS = 1_000_000
 _JUMP_NS = 1_000_000_000
+_STAMPING_NS = 1_000_000_000
 _AHEAD_NS = 300 * 1_000_000_000
 
 
@@ -48,6 +49,14 @@ class Clock:
     def now_ns(self) -> int:
         """The time now, by the same clock, without stamping a step."""
         return self._steady_ns() + self._offset_ns
+
+    def idle_ns(self, last_unix_ns: int) -> int | None:
+        """A time that no later step can be before, if the step of ``last_unix_ns`` is the last one stamped; else None.
+
+        It is a second ago: another thread may be in the middle of stamping a step.
+        """
+        before_ns = self.now_ns() - _STAMPING_NS
+        return before_ns if self._next_ns <= last_unix_ns - last_unix_ns % _MS + _MS else None
 
     def check(self) -> None:
         """Compares with the wall clock: counts jumps of more than a second, notes when steps run far ahead."""

@@ -37,7 +37,7 @@ def test_counts_go_with_frames_and_never_before_a_step_that_is_open(
     every_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The counts are due all the time; a step stays open meanwhile, and its frame has the time of its beginning."""
-    monkeypatch.setattr(exporter, "HEALTH_EVERY_S", 0.0)
+    monkeypatch.setattr(exporter, "HEALTH_EVERY_S", 0.01)
     with MemoryCollector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
         with esper_otel.start(run_id="open", settings=EsperSettings(export_every_s=every_s)) as telemetry:
@@ -55,6 +55,34 @@ def test_counts_go_with_frames_and_never_before_a_step_that_is_open(
     assert frames.isdisjoint(p.time_unix_ns for p in points if p.scope == "esper_otel.health")
     [ended] = [p for p in points if p.name == "esper.run.ended"]
     assert ended.time_unix_ns // 10**6 == max(frames) // 10**6 + 1
+
+
+@pytest.mark.parametrize("every_s", [0.0, 0.05])
+def test_counts_go_on_while_no_step_comes_but_not_while_one_is_open(
+    every_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation may take long; a step that hangs must not become older than what was sent."""
+    monkeypatch.setattr(exporter, "HEALTH_EVERY_S", 0.1)
+
+    def exported(collector: MemoryCollector) -> list[float | None]:
+        return [p.value for p in collector.points() if p.name == "esper.frames.exported"]
+
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        with esper_otel.start(run_id="idle", settings=EsperSettings(export_every_s=every_s)) as telemetry:
+            for _ in range(3):
+                telemetry.record_step({"loss": float("nan")}, epoch=0)
+            assert collector.wait_for(lambda c: exported(c)[-1:] == [3.0] and len(exported(c)) > 3)
+            with telemetry.step(epoch=0):
+                time.sleep(0.3)  # what was on its way has come
+                before = len(exported(collector))
+                time.sleep(1.5)
+                assert len(exported(collector)) == before
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+            assert collector.wait_for(lambda c: exported(c)[-1:] == [5.0])
+        points = in_order(list(collector.requests))
+    assert [p.value for p in points if p.name == "esper.global_step" and not p.flags] == [1, 2, 3, 4, 5]
+    assert len([p for p in points if p.name == "esper.run.ended"]) == 1
 
 
 def test_an_endpoint_that_refuses_all_steps_hears_how_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,3 +75,17 @@ def test_real_clocks_agree_with_the_wall_clock() -> None:
 
     clock = Clock()
     assert abs(clock.stamp() - time.time_ns()) < S
+
+
+def test_no_step_can_come_before_the_idle_time() -> None:
+    """The exporter's counts are sent at it; a step that is stamped and not sent yet must not be older."""
+    time = FakeTime()
+    clock = time.clock()
+    first = clock.stamp()
+    time.pass_ns(10 * S)
+    assert clock.idle_ns(first) == first + 9 * S
+    second = clock.stamp()
+    assert clock.idle_ns(first) is None
+    assert clock.idle_ns(second) == second - S  # earlier than the step: of no use yet
+    raised = clock.stamp()
+    assert (clock.idle_ns(second), clock.idle_ns(raised)) == (None, second - S)
