@@ -436,11 +436,11 @@ class StepExporter:
         run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
         if run is None or self._deadline_s is not None:
             return
-        time_unix_ns: int | None = last_unix_ns
+        time_unix_ns = last_unix_ns
         if not self._owes_health:
             is_due = time.monotonic() >= max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S)
-            time_unix_ns = self._idle_ns(last_unix_ns) if is_due else None
-            if time_unix_ns is None or time_unix_ns <= self._health_unix_ns:
+            time_unix_ns = (self._idle_ns(last_unix_ns) if is_due else None) or 0
+            if time_unix_ns <= max(last_unix_ns, self._health_unix_ns):
                 return
         self._owes_health = False
         self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)))
