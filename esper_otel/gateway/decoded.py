@@ -67,6 +67,10 @@ class Malformed(EsperOtelError):
     """A request that is no ExportMetricsServiceRequest."""
 
 
+class TooLarge(EsperOtelError):
+    """A request is larger, or would cost more, than any may."""
+
+
 class Sender(NamedTuple):
     """Who sent something, as its Resource says, or its point's own attributes.
 

@@ -18,6 +18,7 @@ from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 from opentelemetry.proto.resource.v1 import resource_pb2
 
+from esper_otel.gateway.bounds import check_parts
 from esper_otel.gateway.plain import read_request
 
 _OPAQUE = {("ResourceMetrics", "resource"), ("Metric", "gauge"), ("Metric", "sum")}
@@ -56,7 +57,9 @@ def read_resource(resource: bytes) -> resource_pb2.Resource:
 
     Raises:
         Malformed: it is none.
+        TooLarge: it would cost too much.
     """
+    check_parts(resource, resource_pb2.Resource)
     request = read_request(field(_RESOURCE_METRICS, field(_RESOURCE, resource)))
     return request.resource_metrics[0].resource
 
@@ -66,7 +69,9 @@ def read_data(kind: str, payload: bytes) -> metrics_pb2.Gauge | metrics_pb2.Sum:
 
     Raises:
         Malformed: it is none.
+        TooLarge: it would cost too much.
     """
+    check_parts(payload, metrics_pb2.Gauge if kind == "gauge" else metrics_pb2.Sum)
     content = payload
     for number in (_DATA[kind], _METRICS, _SCOPE_METRICS, _RESOURCE_METRICS):
         content = field(number, content)
@@ -79,6 +84,7 @@ def read_points(records: Iterable[bytes]) -> list[metrics_pb2.NumberDataPoint]:
 
     Raises:
         Malformed: one is none.
+        TooLarge: they would cost too much.
     """
     return list(read_data("gauge", b"".join(records)).data_points)
 

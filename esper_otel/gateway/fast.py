@@ -8,6 +8,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from esper_otel.gateway import records
+from esper_otel.gateway.bounds import pieces
 from esper_otel.gateway.decoded import Malformed, Sender
 from esper_otel.gateway.envelope import POINTS, Envelope, field, read_data, read_points, read_resource
 from esper_otel.gateway.labels import label_of, sender_of
@@ -17,7 +18,7 @@ from esper_otel.gateway.raw import Columns, Raw, Row, scope_of
 from esper_otel.leyline.senders import Label
 
 # What is remembered of earlier requests: attributes and Resources come again and again.
-_MOST_LABELS = 50_000
+_MOST_LABELS, _MOST_LABEL_BYTES = 50_000, 16 * 1024 * 1024
 _MOST_SENDERS = 2_000
 _LONGEST_REMEMBERED = 2_048
 
@@ -31,6 +32,7 @@ class FastDecoder:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._labels: dict[bytes, Label] = {}
+        self._label_bytes = 0
         self._senders: dict[bytes, Sender | str] = {}
 
     def columns(self, body: bytes) -> tuple[Raw, Columns]:
@@ -38,20 +40,31 @@ class FastDecoder:
 
         Raises:
             Malformed: the bytes are no request.
+            TooLarge: it would cost too much.
         """
+        raw = Raw(self._limits)
+        request = _Request(raw)
+        for piece in pieces(body, Envelope):
+            if not self._read(piece, request, raw):
+                return plain_columns(body, self._limits)
+        return raw, request.columns(_Places(self, raw))
+
+    def _read(self, body: bytes, request: _Request, raw: Raw) -> bool:
+        """Adds the metrics of a request; False if it has to be left to the plain decoder."""
         try:
             envelope = Envelope.FromString(body)
         except DecodeError as error:
             raise Malformed(f"no ExportMetricsServiceRequest: {error}") from None
         # An equal size proves that nothing came twice: protobuf would have joined two gauges, an envelope keeps one.
         if envelope.ByteSize() != len(body):
-            return plain_columns(body, self._limits)
-        raw = Raw(self._limits)
-        request = _Request(raw)
+            return False
+        raw.note_parts(len(envelope.resource_metrics))
         for of_resource in envelope.resource_metrics:
             sender = self._sender(of_resource.resource)
+            raw.note_parts(len(of_resource.scope_metrics))
             for of_scope in of_resource.scope_metrics:
                 scope = scope_of(of_scope.scope.name)
+                raw.note_parts(len(of_scope.metrics))
                 for metric in of_scope.metrics:
                     match metric.WhichOneof("data"):
                         case "gauge":
@@ -61,8 +74,8 @@ class FastDecoder:
                         case None:
                             pass
                         case _:  # packed numbers, of which the size proves nothing
-                            return plain_columns(body, self._limits)
-        return raw, request.columns(_Places(self, raw))
+                            return False
+        return True
 
     def _sender(self, resource: bytes) -> Sender | str:
         sender = self._senders.get(resource)
@@ -81,9 +94,11 @@ class FastDecoder:
             (point,) = read_points([field(POINTS, attributes)])
             label = label_of(point.attributes, self._limits)
             if len(attributes) <= _LONGEST_REMEMBERED:
-                if len(self._labels) >= _MOST_LABELS:
+                if len(self._labels) >= _MOST_LABELS or self._label_bytes > _MOST_LABEL_BYTES:
                     self._labels.clear()
+                    self._label_bytes = 0
                 self._labels[attributes] = label
+                self._label_bytes += len(attributes)
         return label
 
 

@@ -10,7 +10,7 @@ from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untype
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as above
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.decoded import Malformed
+from esper_otel.gateway.decoded import Malformed, TooLarge
 from esper_otel.gateway.limits import Crowded
 from esper_otel.gateway.security import BadRequest, NotAllowed, Refused
 from esper_otel.gateway.stored import StoreFull
@@ -32,10 +32,6 @@ class Busy(Exception):
 
 class Unsupported(Exception):
     """A content type or an encoding that is not spoken here."""
-
-
-class TooLarge(Exception):
-    """A request is larger than any may be."""
 
 
 class Fault(NamedTuple):

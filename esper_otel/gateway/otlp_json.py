@@ -6,12 +6,14 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from reprlib import repr as short
 from typing import Any, NoReturn
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, NumberDataPoint
 
+from esper_otel.gateway.bounds import check_json
 from esper_otel.gateway.decoded import Malformed
 
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -20,6 +22,7 @@ _OTHER_KINDS = {
     "exponentialHistogram": "exponential_histogram",
     "summary": "summary",
 }
+_LONGEST_ERROR = 200
 _CAPITAL = re.compile("[A-Z]")
 
 
@@ -28,7 +31,9 @@ def protobuf_of_json(body: bytes) -> bytes:
 
     Raises:
         Malformed: no JSON, or a field of the wrong type.
+        TooLarge: it would cost too much.
     """
+    check_json(body)
     try:
         content = json.loads(body, parse_constant=_no_constant)
         request = ExportMetricsServiceRequest()
@@ -42,7 +47,7 @@ def protobuf_of_json(body: bytes) -> bytes:
                     _fill_metric(scope.metrics.add(), metric)
         return request.SerializeToString()
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise Malformed(f"no OTLP request in JSON: {error}") from None
+        raise Malformed(f"no OTLP request in JSON: {str(error)[:_LONGEST_ERROR]}") from None
 
 
 def _no_constant(word: str) -> NoReturn:
@@ -129,9 +134,9 @@ def _text(content: Any, name: str) -> str:
 def _whole(value: Any) -> int:
     """An integer, given as a number or in a string."""
     if isinstance(value, bool) or not isinstance(value, int | str | float):
-        raise TypeError(f"{value!r} is no integer")
+        raise TypeError(f"{short(value)} is no integer")
     if isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"{value!r} is no integer")
+        raise ValueError(f"{short(value)} is no integer")
     return int(value)
 
 
@@ -140,8 +145,8 @@ def _number(value: Any) -> float:
     if isinstance(value, str) and value in _WORDS:
         return _WORDS[value]
     if isinstance(value, bool) or not isinstance(value, int | str | float):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{short(value)} is no number")
     number = float(value)
     if not math.isfinite(number):  # 1e999 is none either
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{short(value)} is no number")
     return number

@@ -184,6 +184,10 @@ def is_equal(one: float, other: float) -> bool:
     return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
 
 
+# As much memory as so many values takes a shape without any.
+_EMPTY_SHAPE = 16
+
+
 class Shapes:
     """Remembers shapes, since steps are alike; bounded by how many values they are for.
 
@@ -229,9 +233,9 @@ class Shapes:
         shape = self._known.pop(key, None)
         if shape is None:
             shape = Shape.of(_streams(block, streams))
-            self._values += len(streams)
+            self._values += len(streams) + _EMPTY_SHAPE
             while self._values > self._most_values and self._known:
-                self._values -= len(self._known.pop(next(iter(self._known))).streams)
+                self._values -= len(self._known.pop(next(iter(self._known))).streams) + _EMPTY_SHAPE
         self._known[key] = shape  # the last used comes last
         return shape
 

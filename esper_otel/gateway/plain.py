@@ -7,11 +7,13 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     AGGREGATION_TEMPORALITY_DELTA,
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
+    Metric,
     NumberDataPoint,
     Sum,
 )
 
-from esper_otel.gateway.decoded import Malformed
+from esper_otel.gateway.bounds import pieces
+from esper_otel.gateway.decoded import Malformed, Sender
 from esper_otel.gateway.labels import label_of, sender_of
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.raw import A_VALUE, AN_END, NOTHING, Columns, Raw, Row, scope_of
@@ -35,32 +37,36 @@ def plain_columns(body: bytes, limits: Limits) -> tuple[Raw, Columns]:
 
     Raises:
         Malformed: the bytes are no request.
+        TooLarge: it would cost too much.
     """
     raw = Raw(limits)
     rows: list[Row] = []
-    for of_resource in read_request(body).resource_metrics:
-        sender = sender_of(of_resource.resource.attributes, limits)
-        for of_scope in of_resource.scope_metrics:
-            scope = scope_of(of_scope.scope.name)
-            for metric in of_scope.metrics:
-                kind = metric.WhichOneof("data")
-                if kind is None:
-                    continue
-                data = getattr(metric, kind)
-                place = raw.metric(
-                    sender,
-                    scope,
-                    metric.name,
-                    len(data.data_points),
-                    is_number=kind in ("gauge", "sum"),
-                    is_delta=is_delta(data),
-                )
-                if place is not None:
-                    rows += [plain_row(place, point, raw) for point in data.data_points]
+    for piece in pieces(body, ExportMetricsServiceRequest):
+        request = read_request(piece)
+        raw.note_parts(len(request.resource_metrics))
+        for of_resource in request.resource_metrics:
+            sender = sender_of(of_resource.resource.attributes, limits)
+            raw.note_parts(len(of_resource.scope_metrics))
+            for of_scope in of_resource.scope_metrics:
+                scope = scope_of(of_scope.scope.name)
+                raw.note_parts(len(of_scope.metrics))
+                for metric in of_scope.metrics:
+                    rows += _rows(raw, sender, scope, metric)
     columns = Columns.empty(len(rows))
     for position, row in enumerate(rows):
         columns.set(position, row)
     return raw, columns
+
+
+def _rows(raw: Raw, sender: Sender | str, scope: int, metric: Metric) -> list[Row]:
+    kind = metric.WhichOneof("data")
+    if kind is None:
+        return []
+    data = getattr(metric, kind)
+    is_number = kind in ("gauge", "sum")
+    count = len(data.data_points)
+    place = raw.metric(sender, scope, metric.name, count, is_number=is_number, is_delta=is_delta(data))
+    return [] if place is None else [plain_row(place, point, raw) for point in data.data_points]
 
 
 def is_delta(data: object) -> bool:

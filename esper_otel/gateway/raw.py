@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from esper_otel.gateway.bounds import check_counts
 from esper_otel.gateway.decoded import (
     DELTA,
     INVALID_TEXT,
@@ -97,12 +98,27 @@ class Raw:
         self.rejected = Rejected()
         self.points = 0
         self.taken = 0
+        self._parts = 0
+
+    def note_parts(self, count: int) -> None:
+        """Counts resources, scopes or metrics.
+
+        Raises:
+            TooLarge: there are too many in this request.
+        """
+        self._parts += count
+        check_counts(metrics=self._parts)
 
     def metric(
         self, sender: Sender | str, scope: int, name: str, count: int, *, is_number: bool = True, is_delta: bool
     ) -> int | None:
-        """The place of a metric whose points are to be looked at; None when all of them are refused."""
+        """The place of a metric whose points are to be looked at; None when all of them are refused.
+
+        Raises:
+            TooLarge: there are too many points in this request.
+        """
         self.points += count
+        check_counts(points=self.points)
         level = _KNOWN.get(name)
         is_plain = is_number and not is_delta and self.taken + count <= self.limits.points
         if level is not None and is_plain and not isinstance(sender, str):  # as nearly always

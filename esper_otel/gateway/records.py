@@ -25,6 +25,7 @@ Places: TypeAlias = npt.NDArray[np.intp]
 _POINT = 0x0A
 _TEMPORALITY, _MONOTONIC = 0x10, 0x18
 _FEW = 8
+_MOST_RUNS = 200_000
 
 # The tags of a point's fields.
 _START, _TIME, _DOUBLE, _INTEGER = 0x11, 0x19, 0x21, 0x31
@@ -62,6 +63,8 @@ def find(payload: bytes, *, is_sum: bool) -> Found | None:
             return None
         length = payload[position + 1]
         if tag == _POINT:
+            if len(runs) == _MOST_RUNS:
+                return None
             head = 2
             if length >= 0x80:
                 if end - position < 3 or payload[position + 2] >= 0x80:
