@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from reprlib import repr as short
 from typing import Any, NoReturn
 
@@ -104,8 +105,13 @@ def _field(content: Any, name: str) -> Any:
         raise TypeError(f"{name} is looked for in a {type(content).__name__}, not in an object")
     value = content.get(name)
     if value is None and name not in content:
-        value = content.get(_CAPITAL.sub(lambda letter: f"_{letter[0].lower()}", name))
+        value = content.get(_protobuf_name(name))
     return value
+
+
+@cache
+def _protobuf_name(name: str) -> str:
+    return _CAPITAL.sub(lambda letter: f"_{letter[0].lower()}", name)
 
 
 def _object(content: Any, name: str) -> Any:
