@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from esper_otel.frame import Frame
-from esper_otel.gateway.crowd import Crowd
+from esper_otel.gateway.crowd import Crowd, OfRequest
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, Block, Decoded, Sender
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
@@ -15,6 +15,7 @@ from esper_otel.gateway.parts import Shapes
 from esper_otel.gateway.queue import Waiting
 from esper_otel.gateway.runs import Runs
 from esper_otel.gateway.track import Track
+from esper_otel.gateway.turns import ENDLESS, Turn, finished
 
 NO_FRAMES: Mapping[Origin, Frame] = {}
 
@@ -75,26 +76,36 @@ class Assembler:
         Returns:
             What became of it. A request that comes again changes nothing of what was taken the first time.
         """
+        return finished(self.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns))
+
+    def prepare(self, block: Block) -> None:
+        """Finds out beforehand what takes long of a block that is to be taken; in any one other thread."""
+        self._shapes.prepare(block)
+
+    def taking(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Generator[None, None, Taken]:
+        """``take``, in parts: between two of them other requests may be taken, and frames released."""
         rejected = Counter(decoded.rejected)
-        self._crowd.begin()
+        request = OfRequest()
         for block in decoded.blocks:
-            self._take_block(block, now_s, received_unix_ns, rejected)
+            yield from self._take_block(block, request, now_s, received_unix_ns, rejected)
         for marker in decoded.markers:
-            track = self._track(marker.sender, now_s)
+            yield
+            track = self._track(marker.sender, request, now_s)
             if track is None:
                 rejected[TOO_MANY_RUNS] += 1
             else:
                 track.end_stream(marker)
         for sender, outcome in decoded.ended:
-            track = self._track(sender, now_s)
+            yield
+            track = self._track(sender, request, now_s)
             if track is None:
                 rejected[TOO_MANY_RUNS] += 1
             else:
                 track.note(sender, now_s, received_unix_ns)
                 track.end(outcome)
                 self._ended[track.origin] = outcome
-        waits_for = self._crowd.waiting(now_s) if rejected[TOO_MANY_RUNS] else ()
-        return Taken(decoded.points - rejected.total(), +rejected, self._crowd.runs, waits_for)
+        waits_for = self._crowd.waiting(request, now_s) if rejected[TOO_MANY_RUNS] else ()
+        return Taken(decoded.points - rejected.total(), +rejected, request.runs, waits_for)
 
     def ended(self) -> dict[Origin, str]:
         """Outcomes of the runs that ended since the last call."""
@@ -116,16 +127,22 @@ class Assembler:
             return 0.0
         return min((track.due_s for track in self._held if track.due_s is not None), default=None)
 
-    def release(self, now_s: float) -> list[Item]:
-        """The frames whose turn it is: in order within each writer, with corrections of released ones."""
+    def release(self, now_s: float, turn: Turn = ENDLESS) -> list[Item]:
+        """The frames whose turn it is: in order within each writer, with corrections of released ones.
+
+        When the event loop's turn is over, what is left is due at once.
+        """
         due = [track for track in self._held if track.due_s is not None and track.due_s <= now_s]
         tracks = self._touched | dict.fromkeys(due)
         self._touched = {}
-        items = [item for track in tracks for item in self._released(track, now_s)]
+        items = [item for track in tracks for item in self._released(track, now_s, turn)]
         waiting = {track: track.waiting_points for track in self._held}
         while sum(waiting.values()) > self._limits.waiting_points:
             largest = max(waiting, key=lambda track: waiting[track])
-            items += self._released(largest, now_s, all_now=True)
+            if turn.is_over:
+                self._touched[largest] = None  # so that this is looked at again
+                break
+            items += self._released(largest, now_s, turn, all_now=True)
             waiting[largest] = largest.waiting_points
         return items
 
@@ -169,9 +186,11 @@ class Assembler:
         for origin, outcome in ended.items():
             self._runs.restored(origin).end(outcome)
 
-    def _take_block(self, block: Block, now_s: float, received_unix_ns: int, rejected: Counter[str]) -> None:
+    def _take_block(
+        self, block: Block, request: OfRequest, now_s: float, received_unix_ns: int, rejected: Counter[str]
+    ) -> Iterator[None]:
         sender = block.sender
-        track = self._track(sender, now_s)
+        track = self._track(sender, request, now_s)
         if track is None:
             rejected[TOO_MANY_RUNS] += len(block.times)
             return
@@ -188,6 +207,7 @@ class Assembler:
             if clash is not None:
                 other = track if target is twin else twin
                 twin = self._clashed(track, other, sender, time_unix_ns, clash, now_s) or twin
+            yield
 
     def _clashed(
         self, first: Track, other: Track | None, sender: Sender, time_unix_ns: int, waiting: Waiting, now_s: float
@@ -203,24 +223,23 @@ class Assembler:
             target.count_too_late()
         return None if other else target
 
-    def _track(self, sender: Sender, now_s: float) -> Track | None:
+    def _track(self, sender: Sender, request: OfRequest, now_s: float) -> Track | None:
         track = self._runs.track(sender, now_s)
-        self._crowd.note(sender, now_s, is_taken=track is not None)
+        self._crowd.note(request, sender, now_s, is_taken=track is not None)
         if track is not None:
             self._touched[track] = None
         return track
 
-    def _released(self, track: Track, now_s: float, *, all_now: bool = False) -> list[Item]:
-        items = track.release(now_s, all_now=all_now)
+    def _released(self, track: Track, now_s: float, turn: Turn, *, all_now: bool = False) -> list[Item]:
+        items = track.release(now_s, turn, all_now=all_now)
         if items:
             self._moved[track] = None
         for item in items:
             if item.revision == 1:
                 self._keep(track, item.frame.time_unix_ns)
-        if track.due_s is None:
-            self._held.pop(track, None)
-        else:
-            self._held[track] = None
+        self._held.pop(track, None)
+        if track.due_s is not None:
+            self._held[track] = None  # behind the others, if it was cut short
         return items
 
     def _keep(self, track: Track, time_unix_ns: int) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
 from esper_otel.errors import UnknownRun
-from esper_otel.gateway.assemble import Assembler
-from esper_otel.gateway.decode import Decoder
-from esper_otel.gateway.decoded import OTHER_METRICS, TOO_MANY_RUNS
+from esper_otel.gateway.assemble import Assembler, Taken
+from esper_otel.gateway.decoded import OTHER_METRICS, TOO_MANY_RUNS, Decoded
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.launches import outcomes
@@ -27,9 +26,11 @@ from esper_otel.gateway.pull_messages import (
     RunsResponse,
 )
 from esper_otel.gateway.ranks import Ranks
+from esper_otel.gateway.reading import Reader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFull
+from esper_otel.gateway.turns import ENDLESS, Turn, finished
 from esper_otel.log import Warnings
 from esper_otel.oona import Publisher
 from esper_otel.risk import RULES, Rule
@@ -80,15 +81,16 @@ class Core:
     ) -> None:
         self._store = store
         self._clock_ns = clock_ns
-        self._decoder = Decoder(limits)
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s)
+        self._reader = Reader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
         self._unsaved: list[Item] = []
         self._ended: dict[Origin, str] = {}
         self._places: dict[Origin, Place] = {}
         self._bodies: deque[tuple[int, float]] = deque()
-        self._last_body, self._is_ending = 0, False
+        self._last_body, self._is_restoring = 0, False
+        self._is_ending = self._is_closed = False
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
@@ -102,24 +104,55 @@ class Core:
 
     # -- receiving ---------------------------------------------------------------------------------------
 
-    def receive(self, body: bytes, *, is_json: bool = False, grant: Grant | None = None) -> Answer:
-        """Takes a request; what it says is stored when this returns.
+    async def take(
+        self, body: bytes, *, is_json: bool = False, is_gzip: bool = False, grant: Grant | None = None
+    ) -> Answer:
+        """Takes a request; what it says is stored when this returns. One that takes long does so in turns.
 
         Raises:
-            Malformed: the bytes are no request.
+            Malformed, TooLarge: the bytes are no request, or one that would cost too much.
             NotAllowed: the sender may not write to one of the runs.
             StoreFull: it could not be stored; the same request may come again.
             Crowded: there is no room for one of its writers; the others' points are stored. As above.
         """
         self._save([])  # what an earlier request left comes first; while that fails nothing more is taken
-        decoded = self._decoder.decode_json(body) if is_json else self._decoder.decode(body)
+        async with self._reader.reading(body, is_json=is_json, is_gzip=is_gzip) as (content, decoded):
+            taking, kept = self._begin(content, decoded, is_json=is_json, grant=grant)
+            turn = Turn()
+            try:
+                while True:
+                    next(taking)
+                    if turn.is_over:
+                        self._schedule(time.monotonic())
+                        await asyncio.sleep(0)
+                        turn = Turn()
+            except StopIteration as end:
+                return self._end(decoded, end.value, kept, turn)
+            finally:
+                self._schedule(time.monotonic())
+
+    def receive(self, body: bytes, *, is_json: bool = False, grant: Grant | None = None) -> Answer:
+        """``take``, in one turn."""
+        self._save([])
+        decoded = self._reader.read(body, is_json=is_json)
+        taking, kept = self._begin(body, decoded, is_json=is_json, grant=grant)
+        try:
+            return self._end(decoded, finished(taking), kept, ENDLESS)
+        finally:
+            self._schedule(time.monotonic())
+
+    def _begin(
+        self, body: bytes, decoded: Decoded, *, is_json: bool, grant: Grant | None
+    ) -> tuple[Generator[None, None, Taken], Kept]:
         if grant is not None:
             check_senders(decoded, grant)
-        now_s, received_unix_ns = time.monotonic(), self._clock_ns()
-        taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=received_unix_ns)
-        items = self._assembler.release(now_s)
-        self._save(items, Kept(self._last_body + 1, body, is_json, received_unix_ns))
-        self._schedule(now_s)
+        received_unix_ns = self._clock_ns()
+        taking = self._assembler.taking(decoded, now_s=time.monotonic(), received_unix_ns=received_unix_ns)
+        return taking, Kept(0, body, is_json, received_unix_ns)
+
+    def _end(self, decoded: Decoded, taken: Taken, kept: Kept, turn: Turn) -> Answer:
+        """Stores what a request says: the frames that it makes whole, and its bytes for those that wait."""
+        self._save(self._assembler.release(time.monotonic(), turn), kept._replace(number=self._last_body + 1))
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
             message = f"there is no room for run {runs} now: too many writers send; one that is silent makes room"
@@ -156,7 +189,7 @@ class Core:
         self._ended |= self._assembler.ended()
         self._places |= {place.origin: place for place in self._assembler.places()}
         since_s = self._assembler.since()
-        while self._bodies and (since_s is None or self._bodies[0][1] < since_s):
+        while self._bodies and not self._is_restoring and (since_s is None or self._bodies[0][1] < since_s):
             self._bodies.popleft()
         if since_s is None:
             kept = None
@@ -198,7 +231,7 @@ class Core:
         due_s = self._assembler.due()
         if self._unsaved:
             due_s = now_s + _RETRY_STORE_S
-        if due_s is not None:
+        if due_s is not None and not self._is_closed:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(due_s - now_s, 0.0), self._release)
 
@@ -206,7 +239,7 @@ class Core:
         self._timer = None
         now_s = time.monotonic()
         try:
-            items = self._assembler.release(now_s)
+            items = self._assembler.release(now_s, Turn())
             with suppress(StoreFull):  # counted; tried again
                 self._save(items)
         except Exception as error:  # noqa: BLE001 - what waits behind is still to be released
@@ -222,12 +255,32 @@ class Core:
         """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
         now_s = time.monotonic()
         self._assembler.restore(*(store.newest(), store.outcomes(), store.first_frames(), store.places()), now_s=now_s)
-        for kept in store.bodies():
-            decoded = self._decoder.decode_json(kept.body) if kept.is_json else self._decoder.decode(kept.body)
+        self._is_restoring = True  # no body goes before all of them were taken
+        numbers = store.body_numbers()
+        self._bodies.extend((number, now_s) for number in numbers)
+        for number in numbers:
+            self._last_body = number
+            self._take_again(store, number, now_s)
+        self._is_restoring = False
+
+    def _take_again(self, store: FileStore, number: int, now_s: float) -> None:
+        """Takes a request of an earlier life; one that fails is put aside: the gateway starts without it."""
+        try:
+            kept = store.body(number)
+            decoded = self._reader.read(kept.body, is_json=kept.is_json)
             self._assembler.take(decoded, now_s=now_s, received_unix_ns=kept.received_unix_ns)
-            self._bodies.append((kept.number, now_s))
-            self._last_body = kept.number
-        self._unsaved = self._assembler.release(now_s)
+            due_s: float | None = now_s
+            while due_s is not None and due_s <= now_s:  # little by little: all that it makes whole may be much
+                items = self._assembler.release(now_s, Turn())
+                due_s = self._assembler.due()
+                with suppress(StoreFull):  # counted; tried again
+                    self._save(items)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it would come again with each start
+            path = store.put_aside(number)
+            self._bodies = deque(body for body in self._bodies if body[0] != number)
+            self.counts["faults"] += 1
+            message = "a request of before the restart could not be taken again (%s: %s); it was put aside in %s"
+            self._warnings.say("put aside", message, type(error).__name__, error, path)
 
     def start(self) -> None:
         """Begins to release frames; called in the event loop."""
@@ -266,6 +319,8 @@ class Core:
         if self._tidying is not None:
             self._tidying.cancel()
         self.end_waiting()
+        self._is_closed = True
+        self._reader.close()
         self._store.close()
 
     def end_waiting(self) -> None:

@@ -14,6 +14,24 @@ class _Refusals(NamedTuple):
     last_s: float
 
 
+class OfRequest:
+    """The writers of one request.
+
+    Attributes:
+        crowded: those for which there was no room.
+        has_others: whether there was room for one.
+    """
+
+    def __init__(self) -> None:
+        self.crowded: dict[tuple[str, int, int], None] = {}
+        self.has_others = False
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The runs for which there was no room."""
+        return tuple(writer[0] for writer in self.crowded)
+
+
 class Crowd:
     """Decides what a sender is told whose request has a writer too many.
 
@@ -28,23 +46,16 @@ class Crowd:
     def __init__(self, patient_s: float) -> None:
         self._patient_s = patient_s
         self._refused: dict[tuple[str, int, int], _Refusals] = {}
-        self._of_request: dict[tuple[str, int, int], None] = {}
-        self._has_others = False
 
-    def begin(self) -> None:
-        """The next request."""
-        self._of_request = {}
-        self._has_others = False
-
-    def note(self, sender: Sender, now_s: float, *, is_taken: bool) -> None:
-        """Notes a writer of the request, and whether there was room for it."""
+    def note(self, request: OfRequest, sender: Sender, now_s: float, *, is_taken: bool) -> None:
+        """Notes a writer of a request, and whether there was room for it."""
         writer = sender[:3]
         if is_taken:
-            self._has_others = True
+            request.has_others = True
             if self._refused:
                 self._refused.pop(writer, None)
             return
-        self._of_request[writer] = None
+        request.crowded[writer] = None
         known = self._refused.pop(writer, None)
         if known is None or now_s - known.last_s > self._patient_s:  # it has been away
             known = _Refusals(now_s, now_s)
@@ -52,17 +63,12 @@ class Crowd:
         if len(self._refused) > _MOST:
             del self._refused[next(iter(self._refused))]
 
-    @property
-    def runs(self) -> tuple[str, ...]:
-        """The runs of the request for which there was no room."""
-        return tuple(writer[0] for writer in self._of_request)
-
-    def waiting(self, now_s: float) -> tuple[str, ...]:
-        """The runs because of which the request should come again; none when it would hold up others for too long."""
-        if not self._has_others:
-            return self.runs
+    def waiting(self, request: OfRequest, now_s: float) -> tuple[str, ...]:
+        """The runs because of which a request should come again; none when it would hold up others for too long."""
+        if not request.has_others:
+            return request.runs
         return tuple(
             writer[0]
-            for writer in self._of_request
+            for writer in request.crowded
             if writer in self._refused and now_s - self._refused[writer].first_s < self._patient_s
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -11,19 +10,16 @@ from google.protobuf.message import Message
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.decoded import Malformed
-from esper_otel.gateway.faults import Busy, TooLarge, Unsupported, fault_of
+from esper_otel.gateway.decoded import TooLarge
+from esper_otel.gateway.faults import Busy, Unsupported, fault_of
+from esper_otel.gateway.inflate import MAX_REQUEST_BYTES
 from esper_otel.gateway.live import add_page
 from esper_otel.gateway.metrics import prometheus_text
 from esper_otel.gateway.security import Tokens
 from esper_otel.log import Warnings
 
-MAX_REQUEST_BYTES = 64 * 1024 * 1024
 _MOST_BYTES_IN_FLIGHT = 8 * MAX_REQUEST_BYTES
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
-_GZIP = 16 + zlib.MAX_WBITS
-_PIECE, _MOST_MEMBERS = 64 * 1024, 1_000
-_ALWAYS_BYTES, _MOST_TIMES = 1024 * 1024, 200
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _SLOWEST_S = 60.0
 
@@ -75,9 +71,7 @@ class _Receiving:
         try:
             grant = None if self._tokens is None else self._tokens.grant(request.headers.get("authorization"))
             body = await self._body(request)
-            if encoding == "gzip":
-                body = inflated(body, MAX_REQUEST_BYTES)
-            answer = self._core.receive(body, is_json=is_json, grant=grant)
+            answer = await self._core.take(body, is_json=is_json, is_gzip=encoding == "gzip", grant=grant)
         except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules
             fault = fault_of(error, self._warnings)
             self._core.note_fault(fault)
@@ -107,41 +101,6 @@ class _Receiving:
             raise TooLarge(f"more than {MAX_REQUEST_BYTES} bytes") from error
         finally:
             self._in_flight -= reserved
-
-
-def inflated(body: bytes, most_bytes: int) -> bytes:
-    """The content of a gzip body of one or more members, unpacked no further than ``most_bytes``.
-
-    What it unpacks to is bounded by its own length too, so that a few bytes cannot cost much. Steps that are all the
-    same become 120 times as long.
-
-    Raises:
-        Malformed: it is no gzip, or was cut short.
-        TooLarge: there is more in it.
-    """
-    parts: list[bytes] = []
-    left = most_bytes = min(most_bytes, _ALWAYS_BYTES + _MOST_TIMES * len(body))
-    rest, unpacking, members = memoryview(body), None, 0
-    while rest:
-        if unpacking is None:
-            unpacking, members = zlib.decompressobj(_GZIP), members + 1
-            if members > _MOST_MEMBERS:
-                raise TooLarge(f"more than {_MOST_MEMBERS} gzip members: compress each request as one")
-        piece, rest = rest[:_PIECE], rest[_PIECE:]  # what is behind a member is copied, so it must be short
-        try:
-            part = unpacking.decompress(piece, left + 1)
-        except zlib.error as error:
-            raise Malformed(f"the body is no gzip: {error}") from None
-        if len(part) > left:
-            raise TooLarge(f"more than {most_bytes} bytes when unpacked, from {len(body)}: send smaller requests")
-        parts.append(part)
-        left -= len(part)
-        if unpacking.eof:
-            behind = len(unpacking.unused_data)
-            rest, unpacking = memoryview(body)[len(body) - len(rest) - behind :], None
-    if unpacking is not None:
-        raise Malformed("the gzip body was cut short")
-    return b"".join(parts)
 
 
 def _response(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -186,12 +187,14 @@ def is_equal(one: float, other: float) -> bool:
 
 # As much memory as so many values takes a shape without any.
 _EMPTY_SHAPE = 16
+# To find out the shape of so many values takes a millisecond or two.
+_LARGE = 1_000
 
 
 class Shapes:
     """Remembers shapes, since steps are alike; bounded by how many values they are for.
 
-    Threads: one at a time.
+    Threads: ``parts`` belongs to one, ``prepare`` to another; each uses what the other has found out.
     """
 
     def __init__(self, most_values: int = 500_000) -> None:
@@ -201,43 +204,71 @@ class Shapes:
         self._known: dict[tuple[int, bytes], Shape] = {}
         self._numbers = itertools.count()
         self._vocabularies: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
+        self._lock = Lock()
+
+    def prepare(self, block: Block) -> None:
+        """Finds out beforehand what takes long: the shapes of large frames."""
+        vocabulary = self._vocabulary(block)
+        for some in _frames(block.times):
+            if some.stop - some.start >= _LARGE:
+                self._part(block, vocabulary, some)
 
     def parts(self, block: Block) -> Iterator[tuple[int, Merged]]:
         """The times in a block, each with its part."""
-        times, streams, values = block.times, block.streams, block.values
         vocabulary = self._vocabulary(block)
-        starts = np.flatnonzero(times[1:] != times[:-1]) + 1
-        bounds = [0, *starts.tolist(), len(times)]
-        for number, time_unix_ns in enumerate(times[bounds[:-1]].tolist()):
-            some = slice(bounds[number], bounds[number + 1])
-            # A copy: a frame that waits must not keep the whole request.
-            part = Part(self._shape(block, vocabulary, streams[some]), values[some].copy())
-            yield time_unix_ns, merged((part,)) if part.shape.has_repeats else Merged(part, 0)
+        for some in _frames(block.times):
+            yield int(block.times[some.start]), self._part(block, vocabulary, some)
+
+    def _part(self, block: Block, vocabulary: int, some: slice) -> Merged:
+        streams, values = block.streams[some], block.values[some]
+        shape = self._shape(block, vocabulary, streams)
+        if not shape.has_repeats:
+            return Merged(Part(shape, values.copy()), 0)  # a frame that waits must not keep the whole request
+        _, first, of_stream = np.unique(streams, return_index=True, return_inverse=True)
+        known = values[first[of_stream]]
+        differs = (values != known) & ~(np.isnan(values) & np.isnan(known))
+        keep = np.sort(first)
+        names = dict(zip(block.names, itertools.count()))
+        if (differs & (streams == names.get(_SEQUENCE[0], -1))).any():
+            keep = keep[streams[keep] != names.get(_POINTS[0], -1)]
+        return Merged(Part(self._shape(block, vocabulary, streams[keep]), values[keep]), int(differs.sum()))
 
     def _vocabulary(self, block: Block) -> int:
         """A number for what streams are counted in; hashed once a block, since it may be long."""
         words = (block.names, block.seeds)
-        number = self._vocabularies.pop(words, None)
-        if number is None:
-            number = next(self._numbers)
-            self._words += len(block.names) + len(block.seeds)
-            while self._words > self._most_values and self._vocabularies:
-                names, seeds = next(iter(self._vocabularies))
-                del self._vocabularies[names, seeds]
-                self._words -= len(names) + len(seeds)
-        self._vocabularies[words] = number
+        with self._lock:
+            number = self._vocabularies.pop(words, None)
+            if number is None:
+                number = next(self._numbers)
+                self._words += len(block.names) + len(block.seeds)
+                while self._words > self._most_values and self._vocabularies:
+                    names, seeds = next(iter(self._vocabularies))
+                    del self._vocabularies[names, seeds]
+                    self._words -= len(names) + len(seeds)
+            self._vocabularies[words] = number
         return number
 
     def _shape(self, block: Block, vocabulary: int, streams: npt.NDArray[np.int64]) -> Shape:
         key = (vocabulary, streams.tobytes())
-        shape = self._known.pop(key, None)
-        if shape is None:
-            shape = Shape.of(_streams(block, streams))
-            self._values += len(streams) + _EMPTY_SHAPE
-            while self._values > self._most_values and self._known:
+        with self._lock:
+            shape = self._known.pop(key, None)
+            if shape is not None:
+                self._known[key] = shape  # the last used comes last
+                return shape
+        shape = Shape.of(_streams(block, streams))
+        with self._lock:
+            if key not in self._known:
+                self._values += len(streams) + _EMPTY_SHAPE
+            self._known[key] = shape
+            while self._values > self._most_values and len(self._known) > 1:
                 self._values -= len(self._known.pop(next(iter(self._known))).streams) + _EMPTY_SHAPE
-        self._known[key] = shape  # the last used comes last
         return shape
+
+
+def _frames(times: npt.NDArray[np.uint64]) -> Iterator[slice]:
+    """Where the points of each time stand."""
+    bounds = [0, *(np.flatnonzero(times[1:] != times[:-1]) + 1).tolist(), len(times)]
+    return itertools.starmap(slice, itertools.pairwise(bounds))
 
 
 def _streams(block: Block, streams: npt.NDArray[np.int64]) -> list[Stream]:

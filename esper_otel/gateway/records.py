@@ -63,8 +63,6 @@ def find(payload: bytes, *, is_sum: bool) -> Found | None:
             return None
         length = payload[position + 1]
         if tag == _POINT:
-            if len(runs) == _MOST_RUNS:
-                return None
             head = 2
             if length >= 0x80:
                 if end - position < 3 or payload[position + 2] >= 0x80:
@@ -72,7 +70,7 @@ def find(payload: bytes, *, is_sum: bool) -> Found | None:
                 head = 3
                 length += (payload[position + 2] - 1) << 7
             size = head + length
-            if position + size > end:
+            if position + size > end or len(runs) == _MOST_RUNS:
                 return None
             run = Run(position, size, _repeats(payload, position, size, head))
             runs.append(run)

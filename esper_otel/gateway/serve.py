@@ -17,7 +17,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy, fault_of
-from esper_otel.gateway.http import MAX_REQUEST_BYTES, application
+from esper_otel.gateway.http import application
+from esper_otel.gateway.inflate import MAX_REQUEST_BYTES
 from esper_otel.gateway.pull_messages import SERVICE, PullRequest, RanksRequest, RunsRequest
 from esper_otel.gateway.security import Certificates, Grant, Tokens
 from esper_otel.log import Warnings
@@ -168,7 +169,7 @@ class Gateway:
                 raise Busy("too many requests at once")  # noqa: TRY301 - answered like every other fault
             self._requests += 1
             try:
-                answer = self._core.receive(body, grant=grant)
+                answer = await self._core.take(body, grant=grant)
             finally:
                 self._requests -= 1
         except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules

@@ -7,6 +7,7 @@ in the kernel's hands (synchronous = NORMAL). A power cut may take the last tran
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sqlite3
 import time
@@ -88,7 +89,7 @@ class FileStore:
         self._bodies: list[int] = []
         self.dropped = 0
         self.size = 0
-        path = Path(folder)
+        path = self._folder = Path(folder)
         self._lock = None if read_only else locked(path)
         try:
             self._connection = opened(path / FILE, read_only=read_only)
@@ -235,8 +236,29 @@ class FileStore:
 
     def bodies(self) -> list[Kept]:
         """The bodies that are kept, oldest first."""
-        rows = self._connection.execute("SELECT number, body, is_json, received FROM bodies ORDER BY number")
-        return [Kept(number, body, bool(is_json), received) for number, body, is_json, received in rows]
+        return [self.body(number) for number in self._bodies]
+
+    def body_numbers(self) -> list[int]:
+        """The numbers of the bodies that are kept, oldest first."""
+        return list(self._bodies)
+
+    def body(self, number: int) -> Kept:
+        """A body that is kept."""
+        row = self._connection.execute("SELECT body, is_json, received FROM bodies WHERE number = ?", (number,))
+        body, is_json, received = row.fetchone()
+        return Kept(number, body, bool(is_json), received)
+
+    def put_aside(self, number: int) -> Path:
+        """Puts a body into a file of its own, where it is in nobody's way; returns the file."""
+        body = self._connection.execute("SELECT body FROM bodies WHERE number = ?", (number,)).fetchone()[0]
+        path = self._folder / f"body-{number}-{secrets.token_hex(4)}.refused"
+        content = body if isinstance(body, bytes) else str(body).encode()
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+        with transaction(self._connection) as connection:
+            connection.execute("DELETE FROM bodies WHERE number = ?", (number,))
+        self._bodies.remove(number)
+        return path
 
     def run_ids(self) -> list[str]:
         """The runs of which something is stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from esper_otel.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.decoded import TOO_MANY_SEEDS, Marker, Sender
@@ -11,7 +12,8 @@ from esper_otel.gateway.history import History
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Merged, Part, Shape
-from esper_otel.gateway.queue import Queue, Waiting
+from esper_otel.gateway.queue import Queue, Ready, Waiting
+from esper_otel.gateway.turns import ENDLESS, Turn
 
 
 class Track:
@@ -187,19 +189,29 @@ class Track:
         """Points of frames that are not released."""
         return self._queue.points
 
-    def release(self, now_s: float, *, all_now: bool = False) -> list[Item]:
-        """The items whose turn it is, in order."""
+    def release(self, now_s: float, turn: Turn = ENDLESS, *, all_now: bool = False) -> list[Item]:
+        """The items whose turn it is, in order; when the event loop's turn is over the others are due at once."""
         items, self._corrected = self._corrected, []
+        is_waiting = turn.is_over and len(self._queue) > 0
+        for ready in () if is_waiting else self._ready(now_s, turn, all_now=all_now):
+            items += self._history.release(ready)
+        if is_waiting:
+            self._queue.due_s = now_s
+        for item in items:
+            self._note_item(item)
+        return items
+
+    def _ready(self, now_s: float, turn: Turn, *, all_now: bool) -> Iterator[Ready]:
         for ready in self._queue.ready(now_s, all_now=all_now):
             if ready.waiting.sequence is None and ready.time_unix_ns <= self._history.forgotten_unix_ns:
                 self.count_too_late()
                 continue
             if not ready.waiting.points:
                 continue
-            items += self._history.release(ready)
-        for item in items:
-            self._note_item(item)
-        return items
+            yield ready
+            if turn.is_over:
+                self._queue.due_s = now_s
+                break
 
     def _note_item(self, item: Item) -> None:
         step, time_unix_ns = item.frame.global_step, item.frame.time_unix_ns

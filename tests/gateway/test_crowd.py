@@ -13,7 +13,7 @@ from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untype
 from wire import bodies
 
 from esper_otel.gateway.core import Answer, Core
-from esper_otel.gateway.crowd import Crowd
+from esper_otel.gateway.crowd import Crowd, OfRequest
 from esper_otel.gateway.decoded import TOO_MANY_RUNS, Sender
 from esper_otel.gateway.faults import fault_of
 from esper_otel.gateway.limits import Crowded, Limits
@@ -110,10 +110,10 @@ def test_who_was_away_is_waited_for_again() -> None:
     others, late = Sender("a"), Sender("c")
 
     def is_waited_for(now_s: float) -> bool:
-        crowd.begin()
-        crowd.note(others, now_s, is_taken=True)
-        crowd.note(late, now_s, is_taken=False)
-        return bool(crowd.waiting(now_s))
+        request = OfRequest()
+        crowd.note(request, others, now_s, is_taken=True)
+        crowd.note(request, late, now_s, is_taken=False)
+        return bool(crowd.waiting(request, now_s))
 
     assert [is_waited_for(now_s) for now_s in (0.0, 59.0, 61.0, 100.0, 161.0, 220.0, 222.0)] == [
         *(True, True, False, False),
@@ -123,9 +123,9 @@ def test_who_was_away_is_waited_for_again() -> None:
 
 def test_many_that_are_refused_take_no_memory() -> None:
     crowd = Crowd(60.0)
-    crowd.begin()
+    request = OfRequest()
     for number in range(30_000):
-        crowd.note(Sender(f"run-{number}"), 1.0, is_taken=False)
+        crowd.note(request, Sender(f"run-{number}"), 1.0, is_taken=False)
     assert len(crowd._refused) == 10_000
 
 
