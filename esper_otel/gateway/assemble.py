@@ -36,6 +36,13 @@ class Taken(NamedTuple):
     waits_for: tuple[str, ...] = ()
 
 
+class _Held(NamedTuple):
+    """What of a writer was not released yet when that was tried last."""
+
+    since_s: float | None
+    points: int
+
+
 class Assembler:
     """Makes frames of the points of many senders.
 
@@ -58,7 +65,7 @@ class Assembler:
         self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s)
         self._shapes = Shapes()
         self._touched: dict[Track, None] = {}
-        self._held: dict[Track, None] = {}
+        self._held: dict[Track, _Held] = {}
         self._kept: deque[tuple[Track, int, int]] = deque()
         self._kept_bytes = 0
         self._ended: dict[Origin, str] = {}
@@ -119,7 +126,7 @@ class Assembler:
 
     def since(self) -> float | None:
         """When the first point came of what waits, on the monotonic clock; None when nothing waits."""
-        return min((track.since_s for track in self._held if track.since_s is not None), default=None)
+        return min((held.since_s for held in self._held.values() if held.since_s is not None), default=None)
 
     def due(self) -> float | None:
         """When ``release`` must be called next, on the monotonic clock; None when nothing waits."""
@@ -136,21 +143,19 @@ class Assembler:
         tracks = self._touched | dict.fromkeys(due)
         self._touched = {}
         items = [item for track in tracks for item in self._released(track, now_s, turn)]
-        waiting = {track: track.waiting_points for track in self._held}
-        while sum(waiting.values()) > self._limits.waiting_points:
-            largest = max(waiting, key=lambda track: waiting[track])
+        while sum(held.points for held in self._held.values()) > self._limits.waiting_points:
+            largest = max(self._held, key=lambda track: self._held[track].points)
             if turn.is_over:
                 self._touched[largest] = None  # so that this is looked at again
                 break
             items += self._released(largest, now_s, turn, all_now=True)
-            waiting[largest] = largest.waiting_points
         return items
 
     def runs(self, now_s: float) -> list[RunState]:
         """The state of each writer; those that have been silent for long are forgotten."""
         gone = set(self._runs.expire(now_s))
         if gone:
-            self._held = {track: None for track in self._held if track not in gone}
+            self._held = {track: held for track, held in self._held.items() if track not in gone}
             self._touched = {track: None for track in self._touched if track not in gone}
             self._kept_bytes -= sum(size for track, _, size in self._kept if track in gone)
             self._kept = deque(kept for kept in self._kept if kept[0] not in gone)
@@ -239,7 +244,7 @@ class Assembler:
                 self._keep(track, item.frame.time_unix_ns)
         self._held.pop(track, None)
         if track.due_s is not None:
-            self._held[track] = None  # behind the others, if it was cut short
+            self._held[track] = _Held(track.since_s, track.waiting_points)  # behind the others, if it was cut short
         return items
 
     def _keep(self, track: Track, time_unix_ns: int) -> None:

@@ -30,7 +30,7 @@ from esper_otel.gateway.reading import Reader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFull
-from esper_otel.gateway.turns import ENDLESS, Turn, finished
+from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns
 from esper_otel.log import Warnings
 from esper_otel.oona import Publisher
 from esper_otel.risk import RULES, Rule
@@ -370,14 +370,14 @@ class Core:
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
 
-    def ranks(self, request: RanksRequest, grant: Grant | None = None) -> RanksResponse:
+    async def ranks(self, request: RanksRequest, grant: Grant | None = None) -> RanksResponse:
         """A run's ranks side by side.
 
         Raises:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        view = self._ranks.view(request.run_id, request.steps)
+        view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
         if view is None:
             raise UnknownRun(f"no step of run {request.run_id!r} has come since this gateway was started")
         return view

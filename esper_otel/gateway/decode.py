@@ -220,9 +220,9 @@ def _owners(raw: Raw, columns: Columns, labels: _Labels) -> tuple[list[Sender], 
         of_metric = [place.setdefault(metric.sender, len(place)) for metric in raw.metrics]
         return list(place), np.array(of_metric)[columns.metric]
     pairs = columns.metric.astype(np.int64) * len(labels.all) + columns.label
-    distinct, inverse = np.unique(pairs, return_inverse=True)
-    of_pair = []
-    for pair in distinct.tolist():
-        metric, label = divmod(pair, len(labels.all))
-        of_pair.append(place.setdefault(_owner(raw.metrics[metric].sender, labels.all[label]), len(place)))
-    return list(place), np.array(of_pair)[inverse]
+    distinct, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    of_pair = np.empty(len(distinct), np.int64)
+    for number in np.argsort(first).tolist():  # as they come in the request: labels are numbered as each decoder likes
+        metric, label = divmod(int(distinct[number]), len(labels.all))
+        of_pair[number] = place.setdefault(_owner(raw.metrics[metric].sender, labels.all[label]), len(place))
+    return list(place), of_pair[inverse]

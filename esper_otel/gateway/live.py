@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from importlib import resources
 from typing import Any
@@ -12,6 +13,7 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.stored import Entry
+from esper_otel.gateway.turns import Turn
 from esper_otel.leyline.packets import state
 from esper_otel.risk import Rule, signals
 from esper_otel.schema import SEED_FIELDS
@@ -22,7 +24,8 @@ _FILES = {
     "/page/page.js": ("page.js", "text/javascript"),
 }
 _LOCAL = {"localhost", "127.0.0.1", "[::1]"}
-_AT_ONCE = 500
+# Of one answer: so many steps, and not many more rows of seeds; so many steps are fetched at once.
+_AT_ONCE, _MOST_ROWS, _FETCHED = 500, 50_000, 8
 # Nothing from elsewhere, and nobody else's frame around it.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -62,21 +65,50 @@ def add_page(app: web.Application, core: Core) -> None:
     async def steps(request: web.Request) -> web.Response:
         _check(request)
         try:
-            found = core.entries(request.query.get("run", ""), request.query.get("cursor", ""), _AT_ONCE)
+            answer = await _steps(core, request.query.get("run", ""), request.query.get("cursor", ""))
         except UnknownRun as error:
             raise web.HTTPNotFound(text=str(error)) from None
         except StaleCursor as error:
             raise web.HTTPConflict(text=str(error)) from None
-        # One whose number was lost has no place on the axis of steps; the run's counts show it.
-        entries = [entry for entry in found.entries if entry.item.frame.global_step < GUESSED_STEP]
-        shown = [_shown(entry, core.rules) for entry in entries]
-        more = len(found.entries) == _AT_ONCE
-        return web.json_response(
-            {"steps": shown, "cursor": found.cursor, "gap": found.gap, "more": more}, headers=_HEADERS
-        )
+        return web.json_response(answer, headers=_HEADERS)
 
     app.router.add_get("/page/runs", runs)
     app.router.add_get("/page/steps", steps)
+
+
+async def _steps(core: Core, run_id: str, cursor: str) -> dict[str, Any]:
+    """Steps after a cursor, fewer of those with many seeds; others have their turns in between.
+
+    Raises:
+        UnknownRun, StaleCursor: nothing can be had so.
+    """
+    shown: list[dict[str, Any]] = []
+    gap = seen = rows = 0
+    turn = Turn()
+    while seen < _AT_ONCE and rows < _MOST_ROWS:
+        try:
+            found = core.entries(run_id, cursor, _FETCHED)
+        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next question is told
+            if seen:
+                return {"steps": shown, "cursor": cursor, "gap": gap, "more": True}
+            raise
+        if seen and found.gap:
+            return {"steps": shown, "cursor": cursor, "gap": gap, "more": True}
+        gap += found.gap
+        cursor = found.cursor
+        for entry in found.entries:
+            frame = entry.item.frame
+            rows += len(frame.live.ids)
+            # One whose number was lost has no place on the axis of steps; the run's counts show it.
+            if frame.global_step < GUESSED_STEP:
+                shown.append(_shown(entry, core.rules))
+            if turn.is_over:
+                await asyncio.sleep(0)
+                turn = Turn()
+        seen += len(found.entries)
+        if len(found.entries) < _FETCHED:
+            return {"steps": shown, "cursor": cursor, "gap": gap, "more": False}
+    return {"steps": shown, "cursor": cursor, "gap": gap, "more": True}
 
 
 def _file(content: bytes, kind: str) -> Any:

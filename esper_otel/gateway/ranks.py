@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from math import fsum
 from statistics import fmean
 
 from esper_otel.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.pull_messages import Rank, RanksResponse
+from esper_otel.gateway.turns import finished
 
 STEPS = 256
 _MOST_RUNS = 1_000
@@ -44,8 +46,12 @@ class Ranks:
 
     def view(self, run_id: str, steps: int) -> RanksResponse | None:
         """The newest attempt's ranks over its newest steps; None when nothing of the run has been released here."""
+        return finished(self.viewing(run_id, steps))
+
+    def viewing(self, run_id: str, steps: int) -> Generator[None, None, RanksResponse | None]:
+        """``view``, in parts: between two of them further frames may be taken."""
         run = self._runs.get(run_id)
-        return None if run is None else run.view(min(steps or STEPS, STEPS))
+        return None if run is None else (yield from run.viewing(min(steps or STEPS, STEPS)))
 
 
 class _Rank:
@@ -90,7 +96,7 @@ class _Run:
             of_rank.note(item.frame)
         return of_rank.attempt == attempt
 
-    def view(self, most: int) -> RanksResponse:
+    def viewing(self, most: int) -> Generator[None, None, RanksResponse]:
         """Of the newest attempt, and of ranks that still made steps when it had begun.
 
         Those could not agree with the others on a number for the attempt; see ``launches``.
@@ -103,35 +109,61 @@ class _Run:
             if of_rank.attempt == attempt or of_rank.last_unix_ns >= begun_ns
         }
         world_size = max(of_rank.world_size for of_rank in running.values())
-        compared = {rank: of_rank.steps for rank, of_rank in running.items() if of_rank.steps}
-        return _view(compared, attempt, world_size, most)
+        compared: dict[int, Mapping[int, Times]] = {}
+        for rank, of_rank in sorted(running.items()):
+            if of_rank.steps:
+                compared[rank] = dict(of_rank.steps)  # as they are now
+                yield
+        return (yield from _viewing(compared, attempt, world_size, most))
 
 
-def _view(ranks: Mapping[int, Mapping[int, Times]], attempt: int, world_size: int, most: int) -> RanksResponse:
-    common = set.intersection(*(set(of_rank) for of_rank in ranks.values())) if ranks else set()
+def _viewing(
+    ranks: Mapping[int, Mapping[int, Times]], attempt: int, world_size: int, most: int
+) -> Generator[None, None, RanksResponse]:
+    common = set(next(iter(ranks.values()))) if ranks else set()
+    for of_rank in ranks.values():
+        common &= of_rank.keys()
+        yield
     steps = sorted(common)[-most:]
     answer = RanksResponse(attempt=attempt, world_size=world_size, steps=len(steps))
     if not steps:
         return answer
     answer.first_step, answer.last_step = steps[0], steps[-1]
-    for rank, of_rank in sorted(ranks.items()):
+    sums: dict[int, dict[str, float]] = {}
+    for rank, of_rank in ranks.items():
         times = [of_rank[step] for step in steps]
-        row = answer.ranks.add(rank=rank)
-        for name, field in ((_STEP, "step_latency_ms"), ("input_wait_ms", "input_wait_ms")):
-            values = [each[name] for each in times if name in each]
-            if values:
-                setattr(row, field, fmean(values))
-        row.own_ms = fmean(sum(each.get(name, 0.0) for name in _OWN) for each in times)
-        row.cycle_ms = fmean(each.get(_STEP, 0.0) + each.get("input_wait_ms", 0.0) for each in times)
-    by_step = [[of_rank[step] for of_rank in ranks.values()] for step in steps]
-    answer.step_latency_spread_ms = fmean(_spread(times, _STEP) for times in by_step)
-    answer.input_wait_spread_ms = fmean(_spread(times, "input_wait_ms") for times in by_step)
-    _judge(answer, steps, ranks)
+        _add_row(answer, rank, times)
+        sums[rank] = {name: fsum(each.get(name, 0.0) for each in times) for name in (*_OWN, _STEP)}
+        yield
+    spreads: dict[str, list[float]] = {_STEP: [], "input_wait_ms": []}
+    for step in steps:
+        at_step = [of_rank[step] for of_rank in ranks.values()]
+        for name, of_name in spreads.items():
+            of_name.append(_spread(at_step, name))
+        yield
+    answer.step_latency_spread_ms = fmean(spreads[_STEP])
+    answer.input_wait_spread_ms = fmean(spreads["input_wait_ms"])
+    _judge(answer, sums)
     return answer
 
 
-def _judge(answer: RanksResponse, steps: list[int], ranks: Mapping[int, Mapping[int, Times]]) -> None:
-    """Names the rank that stands out: by its cycle where ranks run free, by its own time in lock-step."""
+def _add_row(answer: RanksResponse, rank: int, times: list[Times]) -> None:
+    row = answer.ranks.add(rank=rank)
+    for name, field in ((_STEP, "step_latency_ms"), ("input_wait_ms", "input_wait_ms")):
+        values = [each[name] for each in times if name in each]
+        if values:
+            setattr(row, field, fmean(values))
+    row.own_ms = fmean(sum(each.get(name, 0.0) for name in _OWN) for each in times)
+    row.cycle_ms = fmean(each.get(_STEP, 0.0) + each.get("input_wait_ms", 0.0) for each in times)
+
+
+def _judge(answer: RanksResponse, sums: Mapping[int, Mapping[str, float]]) -> None:
+    """Names the rank that stands out: by its cycle where ranks run free, by its own time in lock-step.
+
+    Args:
+        answer: with all of its rows.
+        sums: for each rank what its steps took of each duration.
+    """
     if len(answer.ranks) < 2:
         return
     noise_ms = max(_NOISE_MS, _NOISE_SHARE * fmean(row.cycle_ms for row in answer.ranks))
@@ -141,12 +173,10 @@ def _judge(answer: RanksResponse, steps: list[int], ranks: Mapping[int, Mapping[
     if found is None:
         return
     answer.slowest_rank = found.rank
-    others = [row.rank for row in answer.ranks if row.rank != found.rank]
     excess = {}
     for name in (*_OWN, _STEP):
-        mine = fmean(ranks[found.rank][step].get(name, 0.0) for step in steps)
-        theirs = fmean(ranks[rank][step].get(name, 0.0) for rank in others for step in steps)
-        excess[name] = mine - theirs
+        theirs = fsum(of_rank[name] for rank, of_rank in sums.items() if rank != found.rank)
+        excess[name] = (sums[found.rank][name] - theirs / (len(sums) - 1)) / answer.steps
     answer.slowest_by = max(_OWN, key=lambda name: excess[name])
     if excess[answer.slowest_by] < excess[_STEP] / 2:  # what it does longer is none of the parts that are timed
         answer.slowest_by = _STEP

@@ -201,7 +201,7 @@ class Gateway:
 
     async def _ranks(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return self._core.ranks(request, _grant(self._ports.pull_tokens, context))
+            return await self._core.ranks(request, _grant(self._ports.pull_tokens, context))
         except Exception as error:  # noqa: BLE001 - a puller is told
             await self._abort(error, context)
 

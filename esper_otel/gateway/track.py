@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from esper_otel.frame import GUESSED_STEP, Frame
-from esper_otel.gateway.decoded import TOO_MANY_SEEDS, Marker, Sender
+from esper_otel.gateway.decoded import TOO_MANY_SEEDS, TOO_SPARSE, Marker, Sender
 from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.history import History
 from esper_otel.gateway.items import Item, Origin, Place, RunState
@@ -14,6 +14,12 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.parts import Merged, Part, Shape
 from esper_otel.gateway.queue import Queue, Ready, Waiting
 from esper_otel.gateway.turns import ENDLESS, Turn
+
+# Rows of tables of live seeds, of about a hundred bytes each: how many may be made at once, and what earns more.
+_MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
+
+# How many seeds that live no more are known before they are looked for.
+_SPARE = 1_000
 
 
 class Track:
@@ -35,6 +41,8 @@ class Track:
         self._history = History(origin, self._habits, most_ends=2 * limits.seeds)
         self._corrected: list[Item] = []
         self._known: set[str] = set()
+        self._known_last = 0
+        self._rows, self._rows_s = _MOST_ROWS, 0.0
         self._ids: tuple[str, ...] = ()
         self._outcome: str | None = None
         self._sender: Sender | None = None
@@ -67,6 +75,10 @@ class Track:
         """Takes a part of a frame; gives the frame back if it is another writer's."""
         self.note(sender, now_s, received_unix_ns)
         part = self._within_limits(of_frame.part, rejected)
+        if part.shape.ids and not self._affords(part, is_new=not self.knows(time_unix_ns), now_s=now_s):
+            smaller = part.without(part.shape.ids)
+            rejected[TOO_SPARSE] += len(part.numbers) - len(smaller.numbers)
+            part = smaller
         number = part.number(part.shape.sequence)
         waiting = self._queue.get(time_unix_ns)
         known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
@@ -155,7 +167,7 @@ class Track:
         self._ids = ids
         self._known.update(ids)
         if len(self._known) > self._limits.seeds:
-            self._known = {*self._history.live.ids, *self._queue.seeds()}
+            self._count_known()
             room = self._limits.seeds - len(self._known)
             new = [seed for seed in ids if seed not in self._known]
             surplus = new[max(room, 0) :]
@@ -166,6 +178,27 @@ class Track:
                 rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
                 return smaller
         return part
+
+    def _count_known(self) -> None:
+        """Forgets the seeds that neither live nor wait."""
+        self._known = {*self._history.live.ids, *self._queue.seeds()}
+        self._known_last = len(self._known)
+
+    def _affords(self, part: Part, *, is_new: bool, now_s: float) -> bool:
+        """Whether another table of all live seeds may be made for a part of a frame.
+
+        Each frame with values of seeds has a table of all that live. Points earn rows, as many as any recording
+        needs; so does time. What a few points of ever other times and seeds would need is not there.
+        """
+        earned = _ROWS_PER_S * (now_s - self._rows_s) + _ROWS_PER_POINT * len(part.numbers)
+        self._rows, self._rows_s = min(self._rows + earned, _MOST_ROWS), now_s
+        if len(self._known) > 2 * self._known_last + _SPARE:
+            self._count_known()
+        cost = len(self._known) if is_new else 0
+        if cost > self._rows:
+            return False
+        self._rows -= cost
+        return True
 
     # -- what goes ---------------------------------------------------------------------------------------
 

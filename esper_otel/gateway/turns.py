@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Generator
@@ -35,6 +36,19 @@ def finished(long: Generator[None, None, _T]) -> _T:
             next(long)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
+
+
+async def in_turns(long: Generator[None, None, _T]) -> _T:
+    """What something long returns that is done in turns."""
+    turn = Turn()
+    while True:
+        try:
+            next(long)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if turn.is_over:
+            await asyncio.sleep(0)
+            turn = Turn()
 
 
 # For those that have nobody to wait for them.
