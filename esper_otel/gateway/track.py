@@ -41,7 +41,7 @@ class Track:
         self._history = History(origin, self._habits, most_ends=2 * limits.seeds)
         self._corrected: list[Item] = []
         self._known: set[str] = set()
-        self._known_last = 0
+        self._known_last, self._is_counted = 0, False
         self._rows, self._rows_s = _MOST_ROWS, 0.0
         self._ids: tuple[str, ...] = ()
         self._outcome: str | None = None
@@ -74,11 +74,10 @@ class Track:
     ) -> Waiting | None:
         """Takes a part of a frame; gives the frame back if it is another writer's."""
         self.note(sender, now_s, received_unix_ns)
-        part = self._within_limits(of_frame.part, rejected)
-        if part.shape.ids and not self._affords(part, is_new=not self.knows(time_unix_ns), now_s=now_s):
-            smaller = part.without(part.shape.ids)
-            rejected[TOO_SPARSE] += len(part.numbers) - len(smaller.numbers)
-            part = smaller
+        part = of_frame.part
+        if part.shape.ids:
+            is_new = not self.knows(time_unix_ns)
+            part = self._affordable(self._within_limits(part, rejected), rejected, is_new=is_new, now_s=now_s)
         number = part.number(part.shape.sequence)
         waiting = self._queue.get(time_unix_ns)
         known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
@@ -165,40 +164,45 @@ class Track:
         if ids == self._ids:
             return part
         self._ids = ids
-        self._known.update(ids)
-        if len(self._known) > self._limits.seeds:
+        new = [seed for seed in ids if seed not in self._known]
+        room = self._limits.seeds - len(self._known)
+        if len(new) > room and not self._is_counted:
             self._count_known()
-            room = self._limits.seeds - len(self._known)
             new = [seed for seed in ids if seed not in self._known]
-            surplus = new[max(room, 0) :]
-            self._known.update(new[: max(room, 0)])
-            if surplus:
-                self._ids = ()
-                smaller = part.without(surplus)
-                rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
-                return smaller
-        return part
+            room = self._limits.seeds - len(self._known)
+        self._known.update(new[: max(room, 0)])
+        surplus = new[max(room, 0) :]
+        if not surplus:
+            return part
+        self._ids = ()
+        smaller = part.without(surplus)
+        rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
+        return smaller
 
     def _count_known(self) -> None:
         """Forgets the seeds that neither live nor wait."""
         self._known = {*self._history.live.ids, *self._queue.seeds()}
-        self._known_last = len(self._known)
+        self._known_last, self._is_counted = len(self._known), True
 
-    def _affords(self, part: Part, *, is_new: bool, now_s: float) -> bool:
-        """Whether another table of all live seeds may be made for a part of a frame.
+    def _affordable(self, part: Part, rejected: Counter[str], *, is_new: bool, now_s: float) -> Part:
+        """The part, without its seeds if the frame cannot have another table of all that live.
 
-        Each frame with values of seeds has a table of all that live. Points earn rows, as many as any recording
-        needs; so does time. What a few points of ever other times and seeds would need is not there.
+        Points earn rows of tables, as many as any recording needs; so does time. A few points, each with a time of
+        its own, of ever other seeds do not earn what they would cost.
         """
         earned = _ROWS_PER_S * (now_s - self._rows_s) + _ROWS_PER_POINT * len(part.numbers)
         self._rows, self._rows_s = min(self._rows + earned, _MOST_ROWS), now_s
         if len(self._known) > 2 * self._known_last + _SPARE:
             self._count_known()
         cost = len(self._known) if is_new else 0
-        if cost > self._rows:
-            return False
-        self._rows -= cost
-        return True
+        if cost <= self._rows:
+            self._rows -= cost
+            return part
+        self._known.difference_update(part.shape.ids)
+        self._ids = ()
+        smaller = part.without(part.shape.ids)
+        rejected[TOO_SPARSE] += len(part.numbers) - len(smaller.numbers)
+        return smaller
 
     # -- what goes ---------------------------------------------------------------------------------------
 
@@ -232,6 +236,7 @@ class Track:
             self._queue.due_s = now_s
         for item in items:
             self._note_item(item)
+        self._is_counted = self._is_counted and not items
         return items
 
     def _ready(self, now_s: float, turn: Turn, *, all_now: bool) -> Iterator[Ready]:

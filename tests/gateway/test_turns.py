@@ -1,0 +1,353 @@
+"""Turns: nothing holds up the event loop for long, and nothing that was acknowledged is lost meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import shutil
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from test_decode import said
+from wire import bodies
+
+from esper_otel.gateway import core as core_module
+from esper_otel.gateway.core import Answer, Core
+from esper_otel.gateway.decode import Decoder, decode_plain
+from esper_otel.gateway.decoded import TOO_SPARSE
+from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.live import _steps
+from esper_otel.gateway.memory import MemoryStore
+from esper_otel.gateway.pull_messages import PullRequest
+from esper_otel.gateway.ranks import Ranks, _Run
+from esper_otel.gateway.store import FileStore
+from esper_otel.gateway.stored import StoreLimits
+from esper_otel.gateway.turns import Turn
+from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS
+
+MOST_S = 0.1
+ALPHA = SEED_CELLS[1].name
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """How long the event loop's thread computed in each of its turns."""
+    seconds: list[float] = []
+    run = asyncio.events.Handle._run
+
+    def measured(handle: asyncio.events.Handle) -> None:
+        start_s = time.thread_time()
+        run(handle)
+        seconds.append(time.thread_time() - start_s)
+
+    monkeypatch.setattr(asyncio.events.Handle, "_run", measured)
+    gc.collect()
+    gc.freeze()  # as the command does: what else there is in this process is none of the gateway's
+    gc.disable()
+    yield seconds
+    gc.enable()
+    gc.unfreeze()
+
+
+def request(run_id: str, scope: str, values: dict[str, Callable[[int], float]], points: int, seeds: int = 0) -> bytes:
+    """Points of metrics, each with a time of its own; with seeds of that many ids, one after the other."""
+    message = ExportMetricsServiceRequest()
+    of_resource = message.resource_metrics.add()
+    of_resource.resource.attributes.add(key="esper.run.id").value.string_value = run_id
+    of_scope = of_resource.scope_metrics.add()
+    of_scope.scope.name = scope
+    for name, value in values.items():
+        gauge = of_scope.metrics.add(name=name).gauge
+        for number in range(points):
+            point = gauge.data_points.add(time_unix_nano=TIME_UNIX_NS + number * 10**6, as_double=value(number))
+            if seeds:
+                point.attributes.add(key="seed_id").value.string_value = f"seed-{number % seeds}"
+    return message.SerializeToString()
+
+
+def incomplete(run_id: str, frames: int) -> bytes:
+    """Frames that say that they have five points, and of which two come."""
+    says = {FRAME_SEQUENCE.name: lambda number: number + 2.0, FRAME_POINTS.name: lambda _: 5.0}
+    return request(run_id, "esper_otel", says, frames)
+
+
+def steps(run_id: str, first: int, number: int) -> list[bytes]:
+    run = replace(RUN, run_id=run_id)
+    return bodies(
+        make_frame(run=run, sequence=step, global_step=step, time_unix_ns=TIME_UNIX_NS + step * 10**6)
+        for step in range(first, first + number)
+    )
+
+
+class Honest:
+    """A trainer that sends a step every few milliseconds beside something else, and has them all in the end."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self.sent = 0
+
+    async def beside(self, what: Coroutine[Any, Any, Answer]) -> Answer:
+        task = asyncio.ensure_future(what)
+        while not task.done() or self._core._assembler.due() is not None:
+            (body,) = steps("honest", self.sent + 1, 1)
+            self.sent += 1
+            assert await self._core.take(body) == (0, "")
+            await asyncio.sleep(0.005)
+        response = await self._core.pull(PullRequest(run_id="honest", max_packets=1000))
+        assert len(response.steps) == self.sent
+        return await task
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_no_turn_is_long(turns: list[float], tmp_path: Path, is_stored: bool) -> None:
+    """Thousands of frames whose time is up at once; a table of seeds for each point; what cannot be afforded."""
+
+    async def scenario() -> None:
+        core = Core(FileStore(tmp_path) if is_stored else MemoryStore(), hold_s=0.2)
+        core.start()
+        try:
+            honest = Honest(core)
+            for number in range(2):
+                assert await honest.beside(core.take(incomplete(f"rogue-{number}", 4_000))) == (0, "")
+            sparse = request("sparse", "", {ALPHA: lambda _: 0.5}, 4_000, seeds=4_000)
+            rejected, reason = await honest.beside(core.take(sparse))
+            assert 1_000 < rejected < 3_000
+            assert TOO_SPARSE in reason
+            counted = core.gauges()
+            assert counted["stored_bytes"] < 250 * 2**20
+        finally:
+            core.close()
+
+    asyncio.run(scenario())
+    assert max(turns) < MOST_S
+    assert len(turns) > 100
+
+
+def test_a_large_request_is_decoded_elsewhere(turns: list[float]) -> None:
+    """Points of ever other attributes, which take longest: a second or more of the processor's time."""
+    body = request("large", "", {ALPHA: lambda _: 0.5}, 30_000, seeds=30_000)
+
+    async def scenario() -> None:
+        core = Core(MemoryStore(StoreLimits(run_bytes=2**20)))
+        core.start()
+        large = asyncio.ensure_future(core.take(body))
+        sent = 0
+        while not large.done():
+            (small,) = steps("honest", sent + 1, 1)
+            await core.take(small)
+            sent += 1
+            await asyncio.sleep(0.005)
+        core.close()
+        assert (await large).rejected > 20_000
+        assert sent > 10
+
+    asyncio.run(scenario())
+    assert max(turns) < MOST_S
+
+
+def test_dense_steps_with_many_seeds_are_all_taken() -> None:
+    """500 seeds in each of 100 steps; 20,000 in one; and 500 of which each says something at a time of its own."""
+
+    async def scenario() -> None:
+        core = Core(MemoryStore(), hold_s=60.0)
+        core.start()
+        for seeds, number in ((500, 100), (20_000, 2)):
+            table = seed_table({f"seed-{seed:05}": {"stage": 2.0, "alpha": 0.5} for seed in range(seeds)})
+            run = replace(RUN, run_id=f"of {seeds}")
+            for step in range(1, number + 1):
+                frame = make_frame(run=run, sequence=step, time_unix_ns=TIME_UNIX_NS + step, seeds=table, live=table)
+                for body in bodies([frame]):
+                    assert await core.take(body) == (0, "")
+        assert await core.take(request("apart", "", {ALPHA: lambda _: 0.5}, 3_000, seeds=500)) == (0, "")
+        stored = {run.run_id: run.stored for run in core.runs().runs}
+        core.close()
+        assert stored == {"of 500": 100, "of 20000": 2}
+
+    asyncio.run(scenario())
+
+
+class Short(Turn):
+    """Over when it has been asked for the second time."""
+
+    __slots__ = ("_asked",)
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    @property
+    def is_over(self) -> bool:
+        self._asked += 1
+        return self._asked > 1
+
+
+def test_what_is_acknowledged_in_the_middle_of_a_release_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn is over with the first frame; the files as they are then are all that the next life has."""
+    monkeypatch.setattr(core_module, "Turn", Short)
+    body = b"".join(steps(RUN.run_id, 1, 20))
+
+    async def scenario() -> None:
+        core = Core(FileStore(tmp_path / "one"))
+        core.start()
+        assert await core.take(body) == (0, "")
+        assert core.counts["steps"] < 20
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        while core._assembler.due() is not None:
+            await asyncio.sleep(0.01)
+        core.close()
+        other = Core(FileStore(tmp_path / "two"))
+        other.start()
+        found = await other.pull(PullRequest(run_id=RUN.run_id, max_packets=100))
+        again = await other.take(body)
+        assert again == (0, "")
+        assert (await other.pull(PullRequest(run_id=RUN.run_id, cursor=found.cursor))).gap == 0
+        assert [step.step for step in found.steps] == [1] * 20 or len(found.steps) == 20
+        assert other._store.bodies() == []  # type: ignore[attr-defined]
+        other.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_writer_with_much_to_release_is_not_before_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes behind those that have waited since."""
+    monkeypatch.setattr(core_module, "Turn", Short)
+
+    async def scenario() -> None:
+        core = Core(MemoryStore(), hold_s=0.05)
+        core.start()
+        await core.take(incomplete("rogue", 200))
+        (small,) = steps("honest", 2, 1)  # its first step is missing: it waits
+        await core.take(small)
+        while core._ranks.view("honest", 1) is None:
+            await asyncio.sleep(0)
+        assert core.counts["steps"] < 100
+        core.close()
+
+    asyncio.run(scenario())
+
+
+# -- a restart -------------------------------------------------------------------------------------------
+
+
+def test_a_body_that_cannot_be_taken_again_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a file that is named; what else is kept is taken, and the next start has nothing to say."""
+    first, second, third = steps(RUN.run_id, 2, 1) + steps("other", 2, 1) + steps("third", 2, 1)
+
+    async def scenario() -> None:
+        core = Core(FileStore(tmp_path))
+        core.start()
+        for body in (first, second, third):
+            await core.take(body)
+        core.close()
+        store = FileStore(tmp_path)
+        damaged = b"\x0a\xff" + second[2:]
+        store._connection.execute("UPDATE bodies SET body = ? WHERE number = 2", (damaged,))
+        store._connection.execute("UPDATE bodies SET body = ? WHERE number = 3", ("no bytes at all",))
+        store.close()
+        with caplog.at_level(logging.WARNING):
+            core = Core(FileStore(tmp_path), hold_s=0.05)
+        core.start()
+        await asyncio.sleep(0.2)
+        assert {run.run_id for run in core.runs().runs} == {RUN.run_id}
+        assert core.counts["faults"] == 2
+        core.close()
+        aside = sorted(path for path in tmp_path.iterdir() if path.suffix == ".refused")
+        assert [path.read_bytes() for path in aside] == [damaged, b"no bytes at all"]
+        assert str(aside[0]) in caplog.text
+        assert aside[0].stat().st_mode & 0o077 == 0
+        core = Core(FileStore(tmp_path))
+        assert core.counts["faults"] == 0
+        core.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_stored_request_is_bounded_again(tmp_path: Path) -> None:
+    """A store of an earlier version, with a request that took 2 GiB: 6,000 points, each of its own seed and time."""
+    sparse = request("sparse", "", {ALPHA: lambda _: 0.5}, 6_000, seeds=6_000)
+    store = FileStore(tmp_path)
+    store._connection.execute("INSERT INTO bodies VALUES (1, 0, ?, ?)", (TIME_UNIX_NS, sparse))
+    store.close()
+    core = Core(FileStore(tmp_path), hold_s=0.0, linger_s=0.0)
+    assert 1_500 < core.counts["steps"] < 3_000
+    assert core.gauges()["stored_bytes"] < 250 * 2**20
+    core.close()
+
+
+# -- questions -------------------------------------------------------------------------------------------
+
+
+def test_the_ranks_of_a_large_run_are_compared_in_turns() -> None:
+    """Also while a rank goes on: each rank's steps are those of one moment."""
+    ranks = Ranks()
+    run = ranks._runs["run"] = _Run(0)
+    for rank in range(64):
+        for step in range(300):
+            frame = make_frame(global_step=step, recorded={"step_latency_ms": 10.0 + 5.0 * (rank == 7)})
+            run.note(Item(Origin("run", 0, rank), frame, 1, complete=True, received_unix_ns=1))
+    turns, viewing, following = 0, ranks.viewing("run", 100), count(300)
+    while True:
+        try:
+            next(viewing)
+        except StopIteration as end:
+            view = end.value
+            break
+        turns += 1
+        frame = make_frame(global_step=next(following), recorded={"step_latency_ms": 10.0})
+        run.note(Item(Origin("run", 0, 3), frame, 1, complete=True, received_unix_ns=1))
+    assert turns > 200
+    assert view.slowest_rank == 7
+    assert view.slowest_by == "step_latency_ms"
+    assert view.step_latency_spread_ms == 5.0
+    assert 1 <= view.steps <= 100
+
+
+def test_the_page_is_given_fewer_steps_of_many_seeds(turns: list[float]) -> None:
+    """One question took 3 s and 19 MiB. What was left out comes with the next one."""
+    table = seed_table({f"seed-{seed:05}": {"stage": 2.0, "alpha": 0.5} for seed in range(3_000)})
+
+    async def scenario() -> None:
+        core = Core(MemoryStore())
+        core.start()
+        for step in range(1, 61):
+            frame = make_frame(
+                sequence=step, global_step=step, time_unix_ns=TIME_UNIX_NS + step, seeds=table, live=table
+            )
+            for body in bodies([frame]):
+                await core.take(body)
+        turns.clear()
+        found: list[int] = []
+        cursor, more, asked = "", True, 0
+        while more:
+            answer = await _steps(core, RUN.run_id, cursor)
+            found += [shown["step"] for shown in answer["steps"]]
+            cursor, more, asked = answer["cursor"], answer["more"], asked + 1
+            assert answer["gap"] == 0
+        assert found == list(range(1, 61))
+        assert asked == 3
+        core.close()
+
+    asyncio.run(scenario())
+    assert max(turns) < MOST_S
+
+
+def test_both_decoders_give_the_blocks_of_several_owners_in_one_order() -> None:
+    """Owners whose points are of several lengths, which the fast decoder reads one length after the other."""
+    message = ExportMetricsServiceRequest()
+    gauge = message.resource_metrics.add().scope_metrics.add().metrics.add(name="loss").gauge
+    for number, run_id in enumerate(["b", "a long name", "a", "b", "another long name", "c"]):
+        point = gauge.data_points.add(time_unix_nano=TIME_UNIX_NS + number, as_double=1.0)
+        point.attributes.add(key="esper.run.id").value.string_value = run_id
+    body = message.SerializeToString()
+    assert said(Decoder().decode, body) == said(decode_plain, body)
+    names = [block.sender.run_id for block in Decoder().decode(body).blocks]
+    assert names == ["b", "a long name", "a", "another long name", "c"]
