@@ -242,9 +242,10 @@ class Assembler:
         for item in items:
             if item.revision == 1:
                 self._keep(track, item.frame.time_unix_ns)
-        self._held.pop(track, None)
+        if items or track.due_s is None:
+            self._held.pop(track, None)
         if track.due_s is not None:
-            self._held[track] = _Held(track.since_s, track.waiting_points)  # behind the others, if it was cut short
+            self._held[track] = _Held(track.since_s, track.waiting_points)  # behind the others, if it had its turn
         return items
 
     def _keep(self, track: Track, time_unix_ns: int) -> None:

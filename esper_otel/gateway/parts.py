@@ -273,5 +273,5 @@ def _frames(times: npt.NDArray[np.uint64]) -> Iterator[slice]:
 
 def _streams(block: Block, streams: npt.NDArray[np.int64]) -> list[Stream]:
     seed, name = np.divmod(streams, len(block.names))
-    seeds = ("", *block.seeds)
-    return [(block.names[n], seeds[s]) for s, n in zip(seed.tolist(), name.tolist(), strict=True)]
+    names, seeds = block.names, block.seeds
+    return [(names[n], seeds[s - 1] if s else "") for s, n in zip(seed.tolist(), name.tolist(), strict=True)]
