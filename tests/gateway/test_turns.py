@@ -228,7 +228,7 @@ def test_a_writer_with_much_to_release_is_not_before_all_others(monkeypatch: pyt
         (small,) = steps("honest", 2, 1)  # its first step is missing: it waits
         await core.take(small)
         assert core.counts["steps"] == 0
-        time.sleep(1.1)  # noqa: ASYNC251 - so that both are due when the loop comes to them
+        time.sleep(1.1)
         while core._ranks.view("honest", 1) is None:
             await asyncio.sleep(0)
         assert core.counts["steps"] < 100
