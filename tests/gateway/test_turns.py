@@ -291,7 +291,7 @@ def test_a_stored_request_is_bounded_again(tmp_path: Path) -> None:
 def test_the_ranks_of_a_large_run_are_compared_in_turns() -> None:
     """Also while a rank goes on: each rank's steps are those of one moment."""
     ranks = Ranks()
-    run = ranks._runs["run"] = _Run(0)
+    run = ranks._runs["run"] = _Run()
     for rank in range(64):
         for step in range(300):
             frame = make_frame(global_step=step, recorded={"step_latency_ms": 10.0 + 5.0 * (rank == 7)})
