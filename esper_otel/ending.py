@@ -91,21 +91,36 @@ class _Handler:
                 session.interrupted()
             if callable(self._before):
                 self._before(number, frame)
-        elif self._is_too_early(frame):
-            _thread.start_new_thread(_send_again, (number,))
-        else:
-            _close_all(signal.Signals(number).name)
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def _is_too_early(self, frame: FrameType | None) -> bool:
-        """Whether the signal has interrupted code of ours, which may hold a lock that closing needs."""
+            return
+        name = signal.Signals(number).name
         if not _live or not _is_ours(frame):
-            return False
+            _close_all(name)
+        elif self._is_too_early():
+            self._call_again(number)
+            return
+        else:
+            _close_beside(name)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def _is_too_early(self) -> bool:
+        """Whether to wait until the code of ours that the signal has interrupted, and that may hold a lock, is done."""
         now_s = time.monotonic()
         if self._until_s is None:
             self._until_s = now_s + _TIMEOUT_S
         return now_s < self._until_s
+
+    def _call_again(self, number: int) -> None:
+        """By the timer where nobody uses it: a thread gets its turn mostly while ours writes to the disk."""
+        if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not any(signal.getitimer(signal.ITIMER_REAL)):
+            signal.signal(signal.SIGALRM, lambda _alarm, frame: self._alarmed(number, frame))
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        else:
+            _thread.start_new_thread(_send_again, (number,))
+
+    def _alarmed(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        self(number, frame)
 
 
 def _is_ours(frame: FrameType | None) -> bool:
@@ -120,6 +135,19 @@ def _is_ours(frame: FrameType | None) -> bool:
 def _send_again(number: int) -> None:
     time.sleep(_AGAIN_S)
     os.kill(os.getpid(), number)
+
+
+def _close_beside(outcome: str) -> None:
+    """Closes in another thread and waits for a limited time: closing may need a lock that is held here."""
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def close() -> None:
+        _close_all(outcome)
+        done.release()
+
+    _thread.start_new_thread(close, ())
+    done.acquire(timeout=_TIMEOUT_S)
 
 
 def _close_all(outcome: str) -> None:
