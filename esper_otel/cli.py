@@ -185,6 +185,8 @@ def _hint_when_missing(extra: str, packages: Mapping[str, str]) -> Iterator[None
 
 
 def _add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
+    # gRPC reads it when it is loaded. Without it a server logs each handshake that fails, as often as a stranger likes.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with _hint_when_missing("gateway", _GATEWAY_PACKAGES):
         from esper_otel.gateway.command import add_arguments
     add_arguments(parser)

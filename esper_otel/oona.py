@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NORMAL, TELEMETRY, EMERGENCY = STREAMS = ("oona.normal", "oona.telemetry", "oona.emergency")
 SECRET_VARIABLE = "ESPER_LEYLINE_SECRET"  # noqa: S105 - where it stands, not what it is
+PASSWORD_VARIABLE = "ESPER_OONA_PASSWORD"  # noqa: S105 - as above
 TTL_MS = 900_000
 
 _EMERGENCIES_A_MINUTE = 120  # what the prototype's bus client lets through
@@ -124,7 +125,8 @@ class Publisher:
 
     Args:
         source: what is published.
-        url: ``redis://``, ``rediss://`` or ``unix://``, with user and password if there are any.
+        url: ``redis://``, ``rediss://`` or ``unix://``, with the user if there is one.
+        password: of Redis, when the URL has none; by default ``ESPER_OONA_PASSWORD``.
         secret: signs the payloads; by default ``ESPER_LEYLINE_SECRET``.
         ttl_ms: entries older than this are trimmed.
         remembers: whether the cursor is kept in Redis, for the next life of this publisher.
@@ -143,6 +145,7 @@ class Publisher:
         source: Source,
         url: str,
         *,
+        password: str | None = None,
         secret: str | None = None,
         ttl_ms: int = TTL_MS,
         remembers: bool = True,
@@ -150,7 +153,7 @@ class Publisher:
         self.counts: Counter[str] = Counter()
         self.last_error: str | None = None
         self._source = source
-        self._redis, self._errors = _client(url)
+        self._redis, self._errors = _client(url, password or os.environ.get(PASSWORD_VARIABLE) or None)
         self._secret = os.environ.get(SECRET_VARIABLE) or None if secret is None else secret
         self._ttl_ms = ttl_ms
         self._remembers = remembers
@@ -327,17 +330,22 @@ def _id(entry_id: bytes) -> _Id:
     return int(milliseconds), int(number)
 
 
-def _client(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
+def _client(url: str, password: str | None) -> tuple[Any, tuple[type[Exception], ...]]:
     try:
         import redis
     except ImportError:
         raise ConfigurationError("Oona needs the redis package: pip install 'esper-otel[oona]'") from None
     try:
         client = redis.Redis.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, health_check_interval=30
+            url,
+            password=password,  # one in the URL comes first
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+            health_check_interval=30,
         )
-    except ValueError as error:
-        raise ConfigurationError(f"Oona's URL: {error}; give redis://HOST:PORT/0") from None
+    except ValueError:  # its words may show a part of a password
+        message = f"Oona's URL cannot be used: give redis://HOST:PORT/0, and the password in {PASSWORD_VARIABLE}"
+        raise ConfigurationError(message) from None
     return client, (redis.RedisError, OSError)
 
 

@@ -27,10 +27,12 @@ class RunningGateway:
 
     Args:
         options: further ones of the command line.
+        descriptors: how many files it may open; None: as many as we.
     """
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, descriptors: int | None = None) -> None:
         self._options = options
+        self._descriptors = descriptors
         self.said = ""
 
     def __enter__(self) -> Self:
@@ -38,6 +40,8 @@ class RunningGateway:
         for port in ("--grpc", "--http"):
             if port not in self._options:
                 command += [port, "127.0.0.1:0"]
+        if self._descriptors is not None:
+            command = ["prlimit", f"--nofile={self._descriptors}", *command]
         self.process = subprocess.Popen(
             [*command, *self._options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

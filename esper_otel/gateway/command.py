@@ -8,19 +8,22 @@ import gc
 import json
 import signal
 import sys
+from logging import WARNING
 from pathlib import Path
 from typing import TypedDict
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.bus import OfGateway
+from esper_otel.gateway.connections import allow_descriptors
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.memory import MemoryStore
+from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.security import Certificates, Tokens, check_exposure, is_loopback
 from esper_otel.gateway.serve import Gateway, Ports
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import StoreLimits
 from esper_otel.log import announce
-from esper_otel.oona import Publisher
+from esper_otel.oona import PASSWORD_VARIABLE, Publisher
 from esper_otel.risk import Rule, configured
 
 _MIB = 1024 * 1024
@@ -55,7 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--linger", type=float, default=0.05, metavar="S", help="wait after a plain sender's last point (%(default)g)"
     )
     add_packet_arguments(parser)
-    parser.add_argument("--oona", metavar="URL", help="publish the packets on the Esper bus: redis://HOST:PORT/0")
+    oona = parser.add_argument_group("the Esper bus")
+    oona.add_argument("--oona", metavar="URL", help="publish the packets there: redis://HOST:PORT/0")
+    oona.add_argument(
+        *("--oona-password-file",),
+        type=Path,
+        metavar="FILE",
+        help=f"holds the password, as {PASSWORD_VARIABLE} does; an argument is seen by every user of the machine",
+    )
 
 
 def add_packet_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +100,13 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
             metavar="HOST:PORT",
             help="OTLP, /healthz, /readyz, /metrics (%(default)s)",
         )
+        where.add_argument(
+            *("--http-name",),
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="a name with dots that HTTP is asked by without TLS; others are refused, addresses are not",
+        )
     who = parser.add_argument_group("who may come")
     who.add_argument(
         "--tls-cert", type=Path, metavar="FILE", help="certificate with its chain, PEM; read anew when it changes"
@@ -101,7 +118,7 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
     if receives:
         who.add_argument("--send-tokens", type=Path, metavar="FILE", help=tokens.format("senders"))
     who.add_argument("--pull-tokens", type=Path, metavar="FILE", help=tokens.format("pullers"))
-    parser.set_defaults(**{} if receives else {"http": "none", "send_tokens": None, "ui": False})
+    parser.set_defaults(**{} if receives else {"http": "none", "http_name": [], "send_tokens": None, "ui": False})
     if receives:
         where.add_argument("--ui", action="store_true", help="a live page of the runs at /, for this machine")
     parser.add_argument(
@@ -111,16 +128,21 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
 
 def main(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT; 0 then."""
+    allow_descriptors()
+    quiet_grpc()
     return asyncio.run(_serve(options))
 
 
 async def _serve(options: argparse.Namespace) -> int:
     ports = ports_of(options)
     kept = "memory" if options.store is None else str(options.store)
+    password = _password_of(options)
     core = core_of(options)
     async with Gateway(core, ports) as gateway:
         sparing = asyncio.create_task(_spare_stored())
-        publisher = None if options.oona is None else Publisher(OfGateway(core), options.oona)
+        publisher = None
+        if options.oona is not None:
+            publisher = Publisher(OfGateway(core), options.oona, password=password)
         core.publisher = publisher
         try:
             await until_told(gateway, f"steps are kept in {kept}", as_json=options.json)
@@ -200,7 +222,30 @@ def ports_of(options: argparse.Namespace) -> Ports:
             raise ConfigurationError("--ui is for this machine: give --http an address such as 127.0.0.1:4328")
         if tokens["pull"] is not None:
             raise ConfigurationError("--ui cannot show a token: leave --pull-tokens out, or --ui")
-    return Ports(addresses["grpc"], addresses["http"], certificates, tokens["send"], tokens["pull"], options.ui)
+    names = frozenset(name.lower().rstrip(".") for name in options.http_name)
+    return Ports(addresses["grpc"], addresses["http"], certificates, tokens["send"], tokens["pull"], options.ui, names)
+
+
+def _password_of(options: argparse.Namespace) -> str | None:
+    """Of Oona, from its file; one on the command line is warned about.
+
+    Raises:
+        ConfigurationError: there is none in it.
+    """
+    if options.oona is not None and "@" in options.oona and ":" in options.oona.rpartition("@")[0].partition("//")[2]:
+        other = f"give {PASSWORD_VARIABLE} or --oona-password-file instead"
+        announce("gateway warns", f"every user of this machine can see the password in --oona; {other}", WARNING)
+    if options.oona_password_file is None:
+        return None
+    if options.oona is None:
+        raise ConfigurationError("--oona-password-file needs --oona")
+    try:
+        password: str = options.oona_password_file.read_text(encoding="utf-8").strip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--oona-password-file {options.oona_password_file}: {error}") from None
+    if not password:
+        raise ConfigurationError(f"--oona-password-file {options.oona_password_file}: it is empty")
+    return password
 
 
 def core_of(options: argparse.Namespace) -> Core:

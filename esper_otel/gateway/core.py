@@ -17,7 +17,7 @@ from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.launches import outcomes
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import forgotten, page, run_message, step_of
+from esper_otel.gateway.pages import FREE, Bounds, forgotten, page, run_message, step_of
 from esper_otel.gateway.pull_messages import (
     PullRequest,
     PullResponse,
@@ -348,11 +348,12 @@ class Core:
         seen = [run for run in messages if not is_check(run.run_id) and (grant is None or grant.allows(run.run_id))]
         return RunsResponse(runs=seen)
 
-    async def pull(self, request: PullRequest, grant: Grant | None = None) -> PullResponse:
+    async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
         """Steps after a cursor; waits for the first one as long as the puller wants.
 
         Raises:
             BadRequest, NotAllowed, UnknownRun, StaleCursor: nothing can be pulled so.
+            Busy: there is no room for an answer.
         """
         check_puller(request.run_id, grant)
         if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_packets > MOST_PACKETS:
@@ -360,7 +361,7 @@ class Core:
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
-                response = await self._page(request)
+                response = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
                     raise
@@ -382,9 +383,9 @@ class Core:
             raise UnknownRun(f"no step of run {request.run_id!r} has come since this gateway was started")
         return view
 
-    async def _page(self, request: PullRequest) -> PullResponse:
+    async def _page(self, request: PullRequest, bounds: Bounds) -> PullResponse:
         made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        response = await page(self._store, request, made, self._clock_ns)
+        response = await page(self._store, request, made, self._clock_ns, bounds)
         self.counts["pulled_steps"] += len(response.steps)
         self.counts["gap_steps"] += response.gap if request.cursor else 0
         return response

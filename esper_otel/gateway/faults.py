@@ -18,6 +18,7 @@ from esper_otel.log import Warnings
 
 _RETRY_S = 1.0
 _RETRY_ROOM_S = 5.0
+_MOST_CHARACTERS = 500  # gRPC gives up on an answer whose head is long
 
 # Why requests are refused: in counters.
 CREDENTIALS = UNKNOWN_SENDER, OTHER_RUN = "credentials missing or unknown", "credentials not for the run"
@@ -68,7 +69,7 @@ _TABLE: dict[type[Exception], tuple[grpc.StatusCode, int, float | None, str]] = 
     NotAllowed: (grpc.StatusCode.PERMISSION_DENIED, 403, None, OTHER_RUN),
     UnknownRun: (grpc.StatusCode.NOT_FOUND, 404, None, "unknown run"),
     StaleCursor: (grpc.StatusCode.FAILED_PRECONDITION, 409, None, "stale cursor"),
-    TooLarge: (grpc.StatusCode.INVALID_ARGUMENT, 413, None, "too large"),
+    TooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, 413, None, "too large"),
     Unsupported: (grpc.StatusCode.INVALID_ARGUMENT, 415, None, UNSUPPORTED),
     Busy: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S, "busy"),
     StoreFull: (grpc.StatusCode.UNAVAILABLE, 503, _RETRY_S, "not stored"),
@@ -87,4 +88,4 @@ def fault_of(error: Exception, warnings: Warnings) -> Fault:
         message = "the gateway failed over this request; see its log"
         return Fault(grpc.StatusCode.INVALID_ARGUMENT, 400, message, None, FAULT)
     code, status, retry_s, reason = known
-    return Fault(code, status, str(error), retry_s, reason)
+    return Fault(code, status, str(error)[:_MOST_CHARACTERS], retry_s, reason)

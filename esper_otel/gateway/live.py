@@ -12,6 +12,7 @@ from aiohttp import web
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.security import BadRequest, check_puller
 from esper_otel.gateway.stored import Entry
 from esper_otel.gateway.turns import Turn
 from esper_otel.leyline.packets import state
@@ -65,7 +66,10 @@ def add_page(app: web.Application, core: Core) -> None:
     async def steps(request: web.Request) -> web.Response:
         _check(request)
         try:
+            check_puller(request.query.get("run", ""), None)
             answer = await _steps(core, request.query.get("run", ""), request.query.get("cursor", ""))
+        except BadRequest as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
         except UnknownRun as error:
             raise web.HTTPNotFound(text=str(error)) from None
         except StaleCursor as error:

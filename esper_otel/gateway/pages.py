@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frame import GUESSED_STEP
+from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, Step, step_message
 from esper_otel.gateway.stored import Entry, Store
@@ -19,8 +22,27 @@ _PAGE_BYTES = 16 * 1024 * 1024
 _FETCHED = 32  # steps at once
 
 
+class Bounds(NamedTuple):
+    """What bounds the making of a page.
+
+    Attributes:
+        turn: within one a step is made.
+        has_room: whether a page may have so many bytes.
+    """
+
+    turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    has_room: Callable[[int], bool] = lambda _: True
+
+
+FREE = Bounds()
+
+
 async def page(
-    store: Store, request: PullRequest, made: Callable[[Entry, int], Step], clock_ns: Callable[[], int]
+    store: Store,
+    request: PullRequest,
+    made: Callable[[Entry, int], Step],
+    clock_ns: Callable[[], int],
+    bounds: Bounds = FREE,
 ) -> PullResponse:
     """Steps after a cursor. Each takes some tenths of a millisecond; in between others have their turns.
 
@@ -29,9 +51,11 @@ async def page(
         request: how many of what.
         made: makes a step's message of an entry and the time.
         clock_ns: Unix time in nanoseconds.
+        bounds: what others leave of time and memory.
 
     Raises:
         UnknownRun, StaleCursor: nothing can be had so.
+        Busy: there is no room for a single step.
     """
     rank = request.rank if request.HasField("rank") else None
     most = request.max_packets or _DEFAULT_PACKETS
@@ -50,11 +74,14 @@ async def page(
         response.gap += found.gap
         now_unix_ns = clock_ns()
         for entry in found.entries:
-            if response.steps:
-                await asyncio.sleep(0)
-            step = made(entry, now_unix_ns)
+            async with bounds.turn():
+                await asyncio.sleep(0)  # all others who are ready come first
+                step = made(entry, now_unix_ns)
             size += step.ByteSize()
-            if size > _PAGE_BYTES and response.steps:
+            has_room = bounds.has_room(size)
+            if not has_room and not response.steps:
+                raise Busy("too many answers that are not read yet")
+            if not has_room or (size > _PAGE_BYTES and response.steps):
                 place = entry.position if rank is None else entry.number
                 response.cursor = found.cursor.rpartition(":")[0] + f":{place - 1}"
                 return response

@@ -6,18 +6,22 @@ import hashlib
 import hmac
 import ipaddress
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from esper_otel.errors import ConfigurationError, EsperOtelError
 from esper_otel.gateway.decoded import Decoded
+from esper_otel.gateway.limits import Limits
 from esper_otel.log import Warnings
 
 _LOOK_EVERY_S = 1.0
 _MOST_BYTES = 1024 * 1024
 _PREFIX = "run="
+_MOST_ID_BYTES = Limits().text_bytes
 
 
 class NotAllowed(EsperOtelError):
@@ -30,9 +34,15 @@ class BadRequest(EsperOtelError):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token allows: every run, or those whose id begins with ``prefix``."""
+    """What a token allows: every run, or those whose id begins with ``prefix``.
+
+    Attributes:
+        prefix: empty for every run.
+        tenant: whose share it uses: tokens with one prefix share one, a token without a prefix has its own.
+    """
 
     prefix: str = ""
+    tenant: str = ""
 
     def allows(self, run_id: str) -> bool:
         """Whether it is good for this run."""
@@ -81,7 +91,7 @@ class Tokens:
         """
         self._look()
         scheme, _, token = (authorization or "").partition(" ")
-        given = _digest(token.strip().encode())
+        given = _digest(token.strip().encode(errors="surrogateescape"))  # bytes that are not UTF-8 are no token
         found = None
         for known, grant in self._known:
             if hmac.compare_digest(known, given):
@@ -115,7 +125,10 @@ def _tokens_in(path: Path) -> list[tuple[bytes, Grant]]:
         if len(words) > 2 or (len(words) == 2 and not words[1].startswith(_PREFIX.encode())):
             raise ValueError(f"line {number} is neither a token nor a token and {_PREFIX}PREFIX")
         prefix = words[1].decode(errors="replace").removeprefix(_PREFIX) if len(words) == 2 else ""
-        tokens.append((_digest(words[0]), Grant(prefix)))
+        if len(words) == 2 and not prefix:
+            raise ValueError(f"line {number}: {_PREFIX} without a prefix; leave it out if the token is for every run")
+        digest = _digest(words[0])
+        tokens.append((digest, Grant(prefix, f"{_PREFIX}{prefix}" if prefix else digest.hex())))
     if not tokens:
         raise ValueError("it holds no token")
     return tokens
@@ -128,6 +141,14 @@ def _digest(token: bytes) -> bytes:
 
 def _fault(error: OSError | ValueError) -> str:
     return (error.strerror or type(error).__name__).lower() if isinstance(error, OSError) else str(error)
+
+
+class Content(NamedTuple):
+    """What is in the files of a TLS server, as PEM."""
+
+    certificate: bytes
+    key: bytes
+    client_ca: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +164,15 @@ class Certificates:
         files = [path for path in (self.certificate, self.key, self.client_ca) if path is not None]
         stats = [path.stat() for path in files]
         return tuple((each.st_mtime_ns, each.st_size, each.st_ino) for each in stats)
+
+    def content(self) -> Content:
+        """For a server of gRPC.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        client_ca = None if self.client_ca is None else self.client_ca.read_bytes()
+        return Content(self.certificate.read_bytes(), self.key.read_bytes(), client_ca)
 
     def context(self) -> ssl.SSLContext:
         """For a server of HTTP.
@@ -164,6 +194,53 @@ class Certificates:
                 + f": {error.strerror or error}"
             ) from None
         return context
+
+
+class Renewed:
+    """Certificates as they are in force on every port: all files, or when one of them cannot be used, all as before.
+
+    Threads: any.
+
+    Args:
+        files: which are followed.
+        warnings: where it is said that they cannot be used.
+
+    Raises:
+        ConfigurationError: they cannot be used to begin with.
+    """
+
+    def __init__(self, files: Certificates, warnings: Warnings) -> None:
+        self._files = files
+        self._warnings = warnings
+        self._lock = threading.Lock()
+        self._stamp = files.stamp()
+        self._context = files.context()
+        self._content = files.content()
+
+    def context(self) -> ssl.SSLContext:
+        """For the next connection to the HTTP port."""
+        with self._lock:
+            self._look()
+            return self._context
+
+    def content(self) -> Content:
+        """For the next connection to the gRPC port."""
+        with self._lock:
+            self._look()
+            return self._content
+
+    def _look(self) -> None:
+        try:
+            stamp = self._files.stamp()
+            if stamp == self._stamp:
+                return
+            context, content = self._files.context(), self._files.content()
+            if stamp != self._files.stamp():
+                return  # in the middle of being replaced: the next connection looks again
+        except (OSError, ConfigurationError) as error:
+            self._warnings.say("tls", "%s; the certificates before stay in force on both ports", error)
+            return
+        self._stamp, self._context, self._content = stamp, context, content
 
 
 def check_exposure(host: str, option: str, *, has_tls: bool, is_insecure: bool) -> None:
@@ -212,5 +289,8 @@ def check_puller(run_id: str, grant: Grant | None) -> None:
     """
     if not run_id:
         raise BadRequest("run_id is empty")
+    size = len(run_id.encode())
+    if size > _MOST_ID_BYTES:
+        raise BadRequest(f"run_id has {size} bytes; no run's has more than {_MOST_ID_BYTES}")
     if grant is not None and not grant.allows(run_id):
         raise NotAllowed(f"this token is not for run {run_id!r}")

@@ -1,0 +1,46 @@
+"""Quiet: what libraries would log for whatever a stranger sends, said seldom, and without secrets."""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp.http import HttpProcessingError
+
+from esper_otel.log import Warnings
+
+_MOST_CHARACTERS = 200
+
+
+class Seldom(logging.Handler):
+    """Says what a library logs, each kind at most once a minute.
+
+    Of a request that cannot be read only that is said: in aiohttp's words its headers stand, and a token in them.
+
+    Args:
+        warnings: where.
+        library: its name for users.
+    """
+
+    def __init__(self, warnings: Warnings, library: str) -> None:
+        super().__init__(logging.WARNING)
+        self._warnings = warnings
+        self._library = library
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See ``logging.Handler``."""
+        error = record.exc_info[1] if record.exc_info else None
+        name = type(error).__name__
+        if isinstance(error, HttpProcessingError):
+            self._warnings.say(f"{self._library} request", "a request over %s could not be read", self._library)
+        elif isinstance(error, Exception):
+            self._warnings.say(f"{self._library} {name}", "%s failed (%s)", self._library, name, exc_info=error)
+        else:
+            last = (record.getMessage().strip().splitlines() or [""])[-1]
+            self._warnings.say(f"{self._library} {record.lineno}", "%s: %.*s", self._library, _MOST_CHARACTERS, last)
+
+
+def quiet_grpc() -> None:
+    """For a process that is a gateway and nothing else."""
+    log = logging.getLogger("grpc")
+    log.propagate = False
+    log.addHandler(Seldom(Warnings(), "gRPC"))
