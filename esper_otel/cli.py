@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from esper_otel._version import __version__
 from esper_otel.errors import EsperOtelError
+from esper_otel.log import printable
 
 _PROGRAM = "esper-otel"
 _EXIT_MISTAKE = 2
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except EsperOtelError as error:
-        sys.stderr.write(f"{_PROGRAM}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{_PROGRAM}: {printable(' '.join(str(error).split()))}\n")
         return _EXIT_MISTAKE
     except BrokenPipeError:  # as in `esper-otel schema | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say at exit either

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "check": {"schema", "settings", "frame", "identity", "export", "_version"},
     "through": {"schema", "settings", "frame", "record", "export", "leyline", "check", "client"},
     "docs": {"schema", "settings", "risk"},
-    "cli": {"schema", "_version", "demo", "check", "through", "gateway", "integrations", "report"},
+    "cli": {"schema", "_version", "log", "demo", "check", "through", "gateway", "integrations", "report"},
     "__main__": {"cli"},
     "demo": {"schema", "settings", "telemetry", "leyline", "testing", "record", "_version", ""},
     "": {"_version"},  # the rest is loaded when it is first used

@@ -21,11 +21,13 @@ from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.gateway.pull_messages import step_message
 from esper_otel.gateway.views import RunRanks
 from esper_otel.leyline.packets import Packets
+from esper_otel.log import printable
 
 _WAIT_S = 5.0
 _AGAIN_S = 1.0
 _AWAY_S = 3.0
 _MOST = 1000
+_MOST_LINE = 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,8 +123,13 @@ def _print_page(
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"esper-otel: {message}\n")
+    sys.stderr.write(f"esper-otel: {printable(message)}\n")
     sys.stderr.flush()
+
+
+def _write_line(text: str) -> None:
+    """Ids, reasons and writers are what a sender has said: none of them begins a line or moves the cursor."""
+    sys.stdout.write(printable(text, _MOST_LINE) + "\n")
 
 
 def _write_text(packets: Packets) -> None:
@@ -133,7 +140,7 @@ def _write_text(packets: Packets) -> None:
     marks += [] if packets.complete else ["incomplete"]
     marks += [event.description for packet in packets.telemetry for event in packet.events]
     loss = f"{state.training_loss:.6g}" if "loss" in packets.names else "none"
-    sys.stdout.write(f"step {packets.step}  loss {loss}  {'  '.join(marks)}\n")
+    _write_line(f"step {packets.step}  loss {loss}  {'  '.join(marks)}")
 
 
 def _write_json(packets: Packets) -> None:
@@ -159,7 +166,7 @@ def _write_runs(runs: list[RunInfo], *, as_json: bool) -> None:
         counts = ("missing", "unseen", "incomplete", "differing", "too_late")
         marks += [f"{name.replace('_', ' ')} {said[name]}" for name in counts if said[name]]
         marks += [f"writer {run.writer}"] if run.writer else []
-        sys.stdout.write(f"{run.run_id}  attempt {run.attempt}  {'  '.join(marks)}\n")
+        _write_line(f"{run.run_id}  attempt {run.attempt}  {'  '.join(marks)}")
     if not runs:
         _say("no run is there yet")
 
@@ -168,15 +175,15 @@ def _write_ranks(found: RunRanks, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(asdict(found)) + "\n")
         return
-    sys.stdout.write(f"steps {found.first_step} to {found.last_step}, {len(found.ranks)} of {found.world_size} ranks\n")
+    _write_line(f"steps {found.first_step} to {found.last_step}, {len(found.ranks)} of {found.world_size} ranks")
     for row in found.ranks:
         named = (("step", row.step_latency_ms), ("input wait", row.input_wait_ms), ("cycle", row.cycle_ms))
         times = [f"{name} {'none' if value is None else f'{value:.3f} ms'}" for name, value in named]
         is_slowest = row.rank == found.slowest_rank
         mark = f"  <- the slowest, by {found.slowest_by}" if is_slowest else ""
-        sys.stdout.write(f"rank {row.rank}  {'  '.join(times)}{mark}\n")
+        _write_line(f"rank {row.rank}  {'  '.join(times)}{mark}")
     spreads = f"step {found.step_latency_spread_ms:.3f} ms, input wait {found.input_wait_spread_ms:.3f} ms"
-    sys.stdout.write(f"spread over the ranks: {spreads}\n")
+    _write_line(f"spread over the ranks: {spreads}")
 
 
 def as_json(packets: Packets) -> dict[str, Any]:

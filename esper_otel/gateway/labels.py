@@ -10,6 +10,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from esper_otel.gateway.decoded import INVALID_TEXT, TOO_MANY_ATTRIBUTES, Sender
 from esper_otel.gateway.limits import Limits
 from esper_otel.leyline.senders import Label, label_of_texts, run_of_texts, text_of
+from esper_otel.log import printable
 
 _PROCESS = ("service.instance.id", "host.name", "process.pid")
 
@@ -33,7 +34,7 @@ def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> Sender | str:
     run = run_of_texts(texts, limits.text_bytes)
     if run is None:
         return INVALID_TEXT
-    process = " ".join(filter(None, map(texts.get, _PROCESS)))[: 3 * limits.text_bytes]
+    process = printable(" ".join(filter(None, map(texts.get, _PROCESS))), 3 * limits.text_bytes)
     return Sender(**asdict(run), process=process)
 
 
