@@ -33,6 +33,9 @@ _TRIM_EVERY_S, _MOST_MARKS = 10.0, 100
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
 _TIMEOUT_S = 5.0
 _CURSOR_KEY = "esper_otel:oona:cursor:"
+_MOST_CURSORS = 50_000
+# How many emergencies of a minute a tenant and a run may have, for each that is still free for others.
+_TENANT_FACTOR, _RUN_FACTOR = 3, 2
 
 # Of an entry of a stream: milliseconds and a number.
 _Id: TypeAlias = tuple[int, int]
@@ -109,6 +112,9 @@ class Source(Protocol):
     def runs(self) -> Sequence[str]:
         """The runs that there are."""
 
+    def tenant(self, run_id: str) -> str | None:
+        """Whose run it is; None when nobody else publishes here."""
+
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
         """Packets after a cursor; waits for nothing.
 
@@ -158,7 +164,7 @@ class Publisher:
         self._ttl_ms = ttl_ms
         self._remembers = remembers
         self._cursors: dict[str, str | None] = {}
-        self._emergencies: deque[float] = deque()
+        self._calls = _Calls(self._source)
         self._trimmed_s = float("-inf")
         self._marks: deque[tuple[float, dict[str, _Id]]] = deque()
         self._warnings = Warnings()
@@ -255,6 +261,8 @@ class Publisher:
     def _publish(self, run_id: str) -> int:
         key = _CURSOR_KEY + run_id
         if run_id not in self._cursors:
+            if self._remembers and len(self._cursors) >= _MOST_CURSORS:
+                self._cursors.clear()  # they are in Redis
             kept = self._redis.get(key) if self._remembers else None
             self._cursors[run_id] = None if kept is None else kept.decode()
         try:
@@ -282,26 +290,19 @@ class Publisher:
             urgent = 0
             for entry in made:
                 stream = entry.stream
-                if stream == EMERGENCY and not self._may_call(urgent):
+                if stream == EMERGENCY and not self._calls.may(run_id, urgent):
                     stream = entry.usual
                 urgent += stream == EMERGENCY
                 together.xadd(stream, entry.fields)
             if self._remembers:
                 together.set(key, page.cursor, px=max(self._ttl_ms, 1) * 100)
             together.execute()
-        self._emergencies.extend([time.monotonic()] * urgent)
+        self._calls.note(run_id, urgent)
         self._cursors[run_id] = page.cursor
         self.counts["published"] += len(made)
         self.counts["emergencies"] += urgent
         self.last_error = None
         return len(page)
-
-    def _may_call(self, urgent: int) -> bool:
-        """Whether one more emergency is within what consumers let through; the others go where they usually would."""
-        a_minute_ago_s = time.monotonic() - 60.0
-        while self._emergencies and self._emergencies[0] < a_minute_ago_s:
-            self._emergencies.popleft()
-        return len(self._emergencies) + urgent < _EMERGENCIES_A_MINUTE
 
     def _trim(self) -> None:
         """Trims what was there a ttl ago, by our own steady clock: that of Redis, or of this machine, may jump."""
@@ -323,6 +324,43 @@ class Publisher:
     @property
     def _left(self) -> str:
         return "the rest follows in its next life" if self._remembers else "the rest is not published"
+
+
+class _Calls:
+    """The emergencies of the last minute: what consumers let through is shared by those who publish.
+
+    The others go to the stream where they usually would. Of a gateway no tenant gets more than three times what is left
+    for others, and no run more than twice that: whoever calls later in the same minute still has some.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._times: deque[tuple[float, str, str]] = deque()
+        self._of_run: Counter[str] = Counter()
+        self._of_tenant: Counter[str] = Counter()
+
+    def may(self, run_id: str, urgent: int) -> bool:
+        """Whether a run may have one more besides so many of this moment."""
+        a_minute_ago_s = time.monotonic() - 60.0
+        while self._times and self._times[0][0] < a_minute_ago_s:
+            _, run, tenant = self._times.popleft()
+            for counts, whose in ((self._of_run, run), (self._of_tenant, tenant)):
+                counts[whose] -= 1
+                if not counts[whose]:
+                    del counts[whose]
+        free = _EMERGENCIES_A_MINUTE - len(self._times) - urgent
+        whose_run = self._source.tenant(run_id)
+        if whose_run is None:
+            return free > 0
+        of_tenant, of_run = self._of_tenant[whose_run] + urgent, self._of_run[run_id] + urgent
+        return of_tenant < _TENANT_FACTOR * free and of_run < _RUN_FACTOR * free
+
+    def note(self, run_id: str, count: int) -> None:
+        """So many were published."""
+        tenant = self._source.tenant(run_id) or ""
+        self._times.extend([(time.monotonic(), run_id, tenant)] * count)
+        self._of_run[run_id] += count
+        self._of_tenant[tenant] += count
 
 
 def _id(entry_id: bytes) -> _Id:
@@ -358,6 +396,9 @@ class OfTelemetry:
     def runs(self) -> Sequence[str]:
         """See ``Source``."""
         return (self._telemetry.run_id,)
+
+    def tenant(self, run_id: str) -> None:
+        """See ``Source``: it has all of its session's."""
 
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
         """See ``Source``."""
