@@ -66,33 +66,36 @@ class Assembler:
         self._shapes = Shapes()
         self._touched: dict[Track, None] = {}
         self._held: dict[Track, _Held] = {}
-        self._kept: deque[tuple[Track, int, int]] = deque()
-        self._kept_bytes = 0
+        self._kept: dict[str, deque[tuple[Track, int, int]]] = {}  # by tenant
+        self._kept_bytes: Counter[str] = Counter()
         self._ended: dict[Origin, str] = {}
         self._moved: dict[Track, None] = {}
         self._crowd = Crowd(self._limits.patient_s)
 
-    def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Taken:
+    def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int, tenant: str = "") -> Taken:
         """Takes what a request says.
 
         Args:
             decoded: the request.
             now_s: the monotonic clock.
             received_unix_ns: when it came.
+            tenant: whose share of the room it takes.
 
         Returns:
             What became of it. A request that comes again changes nothing of what was taken the first time.
         """
-        return finished(self.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns))
+        return finished(self.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant))
 
     def prepare(self, block: Block) -> None:
         """Finds out beforehand what takes long of a block that is to be taken; in any one other thread."""
         self._shapes.prepare(block)
 
-    def taking(self, decoded: Decoded, *, now_s: float, received_unix_ns: int) -> Generator[None, None, Taken]:
+    def taking(
+        self, decoded: Decoded, *, now_s: float, received_unix_ns: int, tenant: str = ""
+    ) -> Generator[None, None, Taken]:
         """``take``, in parts: between two of them other requests may be taken, and frames released."""
         rejected = Counter(decoded.rejected)
-        request = OfRequest()
+        request = OfRequest(tenant)
         for block in decoded.blocks:
             yield from self._take_block(block, request, now_s, received_unix_ns, rejected)
         for marker in decoded.markers:
@@ -134,6 +137,29 @@ class Assembler:
             return 0.0
         return min((track.due_s for track in self._held if track.due_s is not None), default=None)
 
+    def tenant(self, run_id: str) -> str:
+        """Who sent the first point of a run."""
+        return self._runs.tenant(run_id)
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """How much of each bound is used, and the bound."""
+        waiting = sum(held.points for held in self._held.values())
+        return {
+            "writers": (len(self._runs), self._limits.runs),
+            "stream ends": (self._runs.ends.used, self._runs.ends.most),
+            "waiting points": (waiting, self._limits.waiting_points),
+            "correctable bytes": (self._kept_bytes.total(), self._limits.kept_bytes),
+        }
+
+    def release_all(self, now_s: float, turn: Turn) -> list[Item]:
+        """The frames that wait, whether it is their turn or not, until the event loop's turn is over."""
+        items: list[Item] = []
+        for track in list(self._held):
+            if turn.is_over:
+                break
+            items += self._released(track, now_s, turn, all_now=True)
+        return items
+
     def release(self, now_s: float, turn: Turn = ENDLESS) -> list[Item]:
         """The frames whose turn it is: in order within each writer, with corrections of released ones.
 
@@ -144,7 +170,10 @@ class Assembler:
         self._touched = {}
         items = [item for track in tracks for item in self._released(track, now_s, turn)]
         while sum(held.points for held in self._held.values()) > self._limits.waiting_points:
-            largest = max(self._held, key=lambda track: self._held[track].points)
+            of_tenants = Counter[str]()
+            for track, held in self._held.items():
+                of_tenants[track.tenant] += held.points
+            largest = max(self._held, key=lambda track: (of_tenants[track.tenant], self._held[track].points))
             if turn.is_over:
                 self._touched[largest] = None  # so that this is looked at again
                 break
@@ -157,8 +186,12 @@ class Assembler:
         if gone:
             self._held = {track: held for track, held in self._held.items() if track not in gone}
             self._touched = {track: None for track in self._touched if track not in gone}
-            self._kept_bytes -= sum(size for track, _, size in self._kept if track in gone)
-            self._kept = deque(kept for kept in self._kept if kept[0] not in gone)
+            for tenant in {track.tenant for track in gone} & {*self._kept}:
+                left = deque(kept for kept in self._kept.pop(tenant) if kept[0] not in gone)
+                del self._kept_bytes[tenant]
+                if left:
+                    self._kept[tenant] = left
+                    self._kept_bytes[tenant] = sum(size for _, _, size in left)
         return self._runs.states(now_s)
 
     def restore(
@@ -169,6 +202,7 @@ class Assembler:
         places: Iterable[Place] = (),
         *,
         now_s: float,
+        tenant: str = "",
     ) -> None:
         """Goes on where an earlier life of the gateway stopped.
 
@@ -178,9 +212,10 @@ class Assembler:
             first_frames: the oldest frame of each writer.
             places: where the writers stand.
             now_s: the monotonic clock.
+            tenant: whose share of the room the writers take.
         """
         for item in items:
-            track = self._runs.restored(item.origin)
+            track = self._runs.restored(item.origin, tenant)
             track.received_s = now_s
             track.restore(item)
             self._keep(track, item.frame.time_unix_ns)
@@ -218,7 +253,7 @@ class Assembler:
         self, first: Track, other: Track | None, sender: Sender, time_unix_ns: int, waiting: Waiting, now_s: float
     ) -> Track | None:
         """Gives a frame whose number is taken to the sender's other writer; one that fits neither is counted."""
-        target = other or self._runs.track(sender, now_s, suffix="#2")
+        target = other or self._runs.track(sender, now_s, tenant=first.tenant, suffix="#2")
         if target is None:
             first.count_too_late()
             return None
@@ -229,7 +264,7 @@ class Assembler:
         return None if other else target
 
     def _track(self, sender: Sender, request: OfRequest, now_s: float) -> Track | None:
-        track = self._runs.track(sender, now_s)
+        track = self._runs.track(sender, now_s, tenant=request.tenant)
         self._crowd.note(request, sender, now_s, is_taken=track is not None)
         if track is not None:
             self._touched[track] = None
@@ -249,11 +284,12 @@ class Assembler:
         return items
 
     def _keep(self, track: Track, time_unix_ns: int) -> None:
-        """Notes a released frame; lets go of the oldest ones that make too many."""
+        """Notes a released frame; lets go of the oldest ones of the tenant that has most, if they are too many."""
         size = track.size_of(time_unix_ns)
-        self._kept.append((track, time_unix_ns, size))
-        self._kept_bytes += size
-        while self._kept_bytes > self._limits.kept_bytes:
-            oldest, time_unix_ns, size = self._kept.popleft()
+        self._kept.setdefault(track.tenant, deque()).append((track, time_unix_ns, size))
+        self._kept_bytes[track.tenant] += size
+        while self._kept_bytes.total() > self._limits.kept_bytes:
+            tenant = max(self._kept_bytes, key=self._kept_bytes.__getitem__)
+            oldest, time_unix_ns, size = self._kept[tenant].popleft()
             oldest.forget(time_unix_ns)
-            self._kept_bytes -= size
+            self._kept_bytes[tenant] -= size

@@ -32,6 +32,10 @@ class OfGateway:
 
         return self._asked(ask())
 
+    def tenant(self, run_id: str) -> str:
+        """See ``oona.Source``. Asked from another thread: it is one look into a dictionary."""
+        return self._core.tenant(run_id)
+
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
         """See ``oona.Source``."""
         request = PullRequest(run_id=run_id, cursor=cursor or "", max_packets=most)

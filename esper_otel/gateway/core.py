@@ -8,10 +8,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.assemble import Assembler, Taken
+from esper_otel.gateway.database import Damaged
 from esper_otel.gateway.decoded import OTHER_METRICS, TOO_MANY_RUNS, Decoded
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
@@ -42,6 +43,7 @@ _TIDY_EVERY_S = 10.0
 _RETRY_STORE_S = 1.0
 _MOST_REJECTED_METRICS = 100
 _MOST_RUNS_NAMED = 3
+_MOST_KEPT_BYTES = 256 * 1024 * 1024  # of requests of which something waits
 
 
 class Answer(NamedTuple):
@@ -81,6 +83,7 @@ class Core:
     ) -> None:
         self._store = store
         self._clock_ns = clock_ns
+        self._limits = limits or Limits()
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s)
         self._reader = Reader(limits, self._assembler.prepare)
         self._rules = rules
@@ -88,7 +91,9 @@ class Core:
         self._unsaved: list[Item] = []
         self._ended: dict[Origin, str] = {}
         self._places: dict[Origin, Place] = {}
-        self._bodies: deque[tuple[int, float]] = deque()
+        self._tenants: dict[str, str] = {}
+        self._bodies: deque[tuple[int, float, int]] = deque()
+        self._body_bytes = 0
         self._last_body, self._is_restoring = 0, False
         self._is_ending = self._is_closed = False
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
@@ -100,7 +105,10 @@ class Core:
         self.refused, self.deferred = Counter[str](), Counter[str]()  # requests as a whole, by reason
         self.rejected_metrics = Counter[tuple[str, str]]()
         if isinstance(store, FileStore):
-            self._restore(store)
+            try:
+                self._restore(store)
+            except Damaged as error:
+                store.begin_anew(error)
 
     # -- receiving ---------------------------------------------------------------------------------------
 
@@ -146,13 +154,18 @@ class Core:
     ) -> tuple[Generator[None, None, Taken], Kept]:
         if grant is not None:
             check_senders(decoded, grant)
-        received_unix_ns = self._clock_ns()
-        taking = self._assembler.taking(decoded, now_s=time.monotonic(), received_unix_ns=received_unix_ns)
-        return taking, Kept(0, body, is_json, received_unix_ns)
+        tenant = "" if grant is None else grant.tenant
+        now_s, received_unix_ns = time.monotonic(), self._clock_ns()
+        taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
+        return taking, Kept(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: Decoded, taken: Taken, kept: Kept, turn: Turn) -> Answer:
         """Stores what a request says: the frames that it makes whole, and its bytes for those that wait."""
-        self._save(self._assembler.release(time.monotonic(), turn), kept._replace(number=self._last_body + 1))
+        now_s = time.monotonic()
+        items = self._assembler.release(now_s, turn)
+        if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # without what waits, no request is needed any more
+            items += self._assembler.release_all(now_s, turn)
+        self._save(items, kept._replace(number=self._last_body + 1))
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
             message = f"there is no room for run {runs} now: too many writers send; one that is silent makes room"
@@ -190,7 +203,9 @@ class Core:
         self._places |= {place.origin: place for place in self._assembler.places()}
         since_s = self._assembler.since()
         while self._bodies and not self._is_restoring and (since_s is None or self._bodies[0][1] < since_s):
-            self._bodies.popleft()
+            self._body_bytes -= self._bodies.popleft()[2]
+        for run_id in {item.origin.run_id for item in items}:
+            self._tenants[run_id] = self._assembler.tenant(run_id)
         if since_s is None:
             kept = None
         first_kept = self._bodies[0][0] if self._bodies else None if kept is None else kept.number
@@ -199,6 +214,7 @@ class Core:
                 self._unsaved,
                 ended=self._ended,
                 places=self._places.values(),
+                tenants=self._tenants,
                 kept=kept,
                 first_kept=first_kept,
             )
@@ -208,8 +224,9 @@ class Core:
             raise
         if kept is not None:
             self._last_body = kept.number
-            self._bodies.append((kept.number, time.monotonic()))
-        saved, self._unsaved, self._ended, self._places = self._unsaved, [], {}, {}
+            self._bodies.append((kept.number, time.monotonic(), len(kept.body)))
+            self._body_bytes += len(kept.body)
+        saved, self._unsaved, self._ended, self._places, self._tenants = self._unsaved, [], {}, {}, {}
         try:
             self._ranks.note(saved)
         except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must be told so
@@ -254,21 +271,34 @@ class Core:
     def _restore(self, store: FileStore) -> None:
         """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
         now_s = time.monotonic()
-        self._assembler.restore(*(store.newest(), store.outcomes(), store.first_frames(), store.places()), now_s=now_s)
+        writers = store.writers(self._limits.runs)
+        known = set(writers)
+        for item in store.newest(writers):
+            self._restored([item], {}, now_s=now_s, tenant=store.tenant(item.origin.run_id))
+        for origin, frame in store.first_frames(writers).items():
+            self._restored([], {}, {origin: frame}, now_s=now_s)
+        for place in store.places():
+            if place.origin in known:
+                self._restored([], {}, {}, [place], now_s=now_s)
+        self._restored([], {origin: how for origin, how in store.outcomes().items() if origin in known}, now_s=now_s)
+        now_s = time.monotonic()  # what waits does so from now on, however long it took to come here
         self._is_restoring = True  # no body goes before all of them were taken
-        numbers = store.body_numbers()
-        self._bodies.extend((number, now_s) for number in numbers)
-        for number in numbers:
-            self._last_body = number
-            self._take_again(store, number, now_s)
+        sizes = store.body_sizes()
+        self._bodies.extend((number, now_s, size) for number, size in sizes.items())
+        self._last_body = max(sizes, default=0)
+        for kept in store.bodies():
+            self._take_again(store, kept, now_s)
+        left = store.body_sizes()
+        self._bodies = deque(body for body in self._bodies if body[0] in left)
+        self._body_bytes = sum(left.values())
         self._is_restoring = False
 
-    def _take_again(self, store: FileStore, number: int, now_s: float) -> None:
+    def _take_again(self, store: FileStore, kept: Kept, now_s: float) -> None:
         """Takes a request of an earlier life; one that fails is put aside: the gateway starts without it."""
         try:
-            kept = store.body(number)
             decoded = self._reader.read(kept.body, is_json=kept.is_json)
-            self._assembler.take(decoded, now_s=now_s, received_unix_ns=kept.received_unix_ns)
+            received_unix_ns = kept.received_unix_ns
+            self._assembler.take(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=kept.tenant)
             due_s: float | None = now_s
             while due_s is not None and due_s <= now_s:  # little by little: all that it makes whole may be much
                 items = self._assembler.release(now_s, Turn())
@@ -276,11 +306,15 @@ class Core:
                 with suppress(StoreFull):  # counted; tried again
                     self._save(items)
         except Exception as error:  # noqa: BLE001 - whatever it is, it would come again with each start
-            path = store.put_aside(number)
-            self._bodies = deque(body for body in self._bodies if body[0] != number)
             self.counts["faults"] += 1
-            message = "a request of before the restart could not be taken again (%s: %s); it was put aside in %s"
-            self._warnings.say("put aside", message, type(error).__name__, error, path)
+            store.put_aside(kept, f"{type(error).__name__}: {error}")
+
+    def _restored(self, *what: Any, now_s: float, tenant: str = "") -> None:
+        """Gives the assembler something of an earlier life; what it cannot use is counted and left out."""
+        try:
+            self._assembler.restore(*what, now_s=now_s, tenant=tenant)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fault("going on from a stored step", error)
 
     def start(self) -> None:
         """Begins to release frames; called in the event loop."""
@@ -435,6 +469,20 @@ class Core:
             "waiting_pulls": sum(map(len, self._waiters.values())),
             "unsaved_steps": len(self._unsaved),
         }
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """How much of each bound is used, and the bound."""
+        bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
+        return {**self._assembler.use(), **self._store.use(), **bodies}
+
+    @property
+    def damaged(self) -> Mapping[str, int]:
+        """What was found damaged in the store and taken out, by kind."""
+        return self._store.damaged
+
+    def tenant(self, run_id: str) -> str:
+        """Whose run it is."""
+        return self._store.tenant(run_id)
 
     @property
     def is_ready(self) -> bool:

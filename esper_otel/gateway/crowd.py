@@ -18,11 +18,13 @@ class OfRequest:
     """The writers of one request.
 
     Attributes:
+        tenant: whose share of the room it takes.
         crowded: those for which there was no room.
         has_others: whether there was room for one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: str = "") -> None:
+        self.tenant = tenant
         self.crowded: dict[tuple[str, int, int], None] = {}
         self.has_others = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable
 from functools import lru_cache
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from esper_otel.frame import ABSENT_BITS, GUESSED_STEP, Frame, Run, SeedTable, a
 from esper_otel.gateway.decoded import Marker, Sender
 from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.limits import Room
 from esper_otel.gateway.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.queue import SEQUENCE_LIMIT, Ready
 from esper_otel.gateway.released import Released
@@ -41,9 +43,11 @@ class History:
         origin: whose frames they are.
         habits: what the writer says in its frames.
         most_ends: how many ends of streams are remembered that are to come.
+        room: the same for all writers together.
+        tenant: whose part of the room it takes.
     """
 
-    def __init__(self, origin: Origin, habits: Habits, *, most_ends: int) -> None:
+    def __init__(self, origin: Origin, habits: Habits, *, most_ends: int, room: Room, tenant: str = "") -> None:
         self._origin = origin
         self._habits = habits
         self._most_ends = most_ends
@@ -51,7 +55,10 @@ class History:
         self._times: dict[int, int] = {}
         self._live = LiveSeeds()
         self._seen: dict[str, int] = {}
+        self._room, self._tenant = room, tenant
         self._ends: dict[int, set[tuple[str, int]]] = {}
+        self._end_times: list[int] = []  # a heap
+        self._end_count = 0
         self._loss: float | None = None
         self._step = 0
         self.newest_unix_ns = 0
@@ -130,9 +137,7 @@ class History:
             return []
         what = (marker.seed, _COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
-            self._ends.setdefault(marker.time_unix_ns, set()).add(what)
-            while sum(map(len, self._ends.values())) > self._most_ends:
-                del self._ends[min(self._ends)]
+            self._await_end(marker.time_unix_ns, what)
             return []
         after = min((time for time in self._kept if time >= marker.time_unix_ns), default=None)
         if after is None or what in self._kept[after].ends:
@@ -312,7 +317,31 @@ class History:
 
     def _ends_until(self, time_unix_ns: int) -> set[tuple[str, int]]:
         """Ends that a frame of this time is the first to see."""
-        return {what for time in sorted(self._ends) if time <= time_unix_ns for what in self._ends.pop(time)}
+        found: set[tuple[str, int]] = set()
+        count = 0
+        while self._end_times and self._end_times[0] <= time_unix_ns:
+            ends = self._ends.pop(heappop(self._end_times))
+            count += len(ends)
+            found |= ends
+        self._end_count -= count
+        self._room.give_back(self._tenant, count)
+        return found
+
+    def _await_end(self, time_unix_ns: int, what: tuple[str, int]) -> None:
+        """Notes an end that is to come. If there is no room the seed ends by its silence."""
+        if what in self._ends.get(time_unix_ns, ()):
+            return
+        if self._end_count >= self._most_ends or not self._room.take(self._tenant):
+            return
+        if time_unix_ns not in self._ends:
+            heappush(self._end_times, time_unix_ns)
+        self._ends.setdefault(time_unix_ns, set()).add(what)
+        self._end_count += 1
+
+    def close(self) -> None:
+        """Its writer is forgotten: frees the room of the ends that were to come."""
+        self._room.give_back(self._tenant, self._end_count)
+        self._ends, self._end_times, self._end_count = {}, [], 0
 
     def _silent(self, time_unix_ns: int, kept: Released) -> set[tuple[str, int]]:
         """Seeds of a plain sender that were silent for so long that they no longer live."""

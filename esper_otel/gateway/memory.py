@@ -6,13 +6,17 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
 
 from esper_otel.errors import UnknownRun
 from esper_otel.frame import LAST_LOSS, Frame
 from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.ledger import Ledger, use_of
 from esper_otel.gateway.stored import (
+    NO_TENANTS,
     NOTHING_ENDED,
+    RANK_BYTES,
+    RUN_BYTES,
+    WRITER_BYTES,
     Entry,
     Found,
     Kept,
@@ -43,18 +47,25 @@ class _Row:
 class _Shelf:
     """What is stored of a run."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, tenant: str) -> None:
         self.life = secrets.token_hex(4)
+        self.tenant = tenant
         self.all = _Row()
         self.ranks: dict[int, _Row] = {}
         self.sizes: deque[int] = deque()
-        self.size = 0
+        self.frame_bytes = 0
         self.losses: dict[Origin, float | None] = {}
         self.counts: Counter[Origin] = Counter()
         self.outcomes: dict[Origin, str] = {}
-        self.added_s = now_s
+        self.added_s = 0.0
 
-    def add(self, item: Item, size: int) -> None:
+    @property
+    def size(self) -> int:
+        """About what it takes."""
+        of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
+        return RUN_BYTES + of_writers + self.frame_bytes
+
+    def add(self, item: Item) -> None:
         rank = self.ranks.setdefault(item.origin.rank, _Row())
         self.all.last += 1
         rank.last += 1
@@ -63,16 +74,19 @@ class _Shelf:
         self.counts[item.origin] += 1
         self.all.entries.append(entry)
         rank.entries.append(entry)
+        size = frame_bytes(item.frame)
         self.sizes.append(size)
-        self.size += size
+        self.frame_bytes += size
 
-    def drop_oldest(self) -> int:
-        size = self.sizes.popleft()
+    def drop_oldest(self) -> None:
+        self.frame_bytes -= self.sizes.popleft()
         entry = self.all.entries.popleft()
-        self.ranks[entry.item.origin.rank].entries.popleft()
-        self.counts[entry.item.origin] -= 1
-        self.size -= size
-        return size
+        origin = entry.item.origin
+        self.ranks[origin.rank].entries.popleft()
+        self.counts[origin] -= 1
+        if not self.counts[origin]:
+            del self.counts[origin], self.losses[origin]
+            self.outcomes.pop(origin, None)
 
 
 class MemoryStore:
@@ -82,8 +96,14 @@ class MemoryStore:
         self._limits = limits or StoreLimits()
         self._clock = clock
         self._shelves: dict[str, _Shelf] = {}
+        self._ledger = Ledger()
         self.dropped = 0
-        self.size = 0
+        self.damaged: Counter[str] = Counter()
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the entries take."""
+        return self._ledger.size
 
     def add(
         self,
@@ -91,23 +111,23 @@ class MemoryStore:
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         places: Iterable[Place] = (),  # noqa: ARG002
+        tenants: Mapping[str, str] = NO_TENANTS,
         kept: Kept | None = None,  # noqa: ARG002 - bodies are of no use to memory
         first_kept: int | None = None,  # noqa: ARG002
     ) -> None:
         """Stores frames and outcomes. See ``Store``."""
         now_s = self._clock()
         for item in items:
-            shelf = self._shelves.get(item.origin.run_id)
+            run_id = item.origin.run_id
+            shelf = self._shelves.get(run_id)
             if shelf is None:
-                shelf = self._shelves[item.origin.run_id] = _Shelf(now_s)
+                shelf = self._shelves[run_id] = _Shelf(tenants.get(run_id, ""))
             shelf.added_s = now_s
-            size = frame_bytes(item.frame)
-            shelf.add(item, size)
-            self.size += size
-            while len(shelf.sizes) > self._limits.steps or shelf.size > self._limits.run_bytes:
+            shelf.add(item)
+            while shelf.sizes and (len(shelf.sizes) > self._limits.steps or shelf.size > self._limits.run_bytes):
                 self._drop(shelf)
-            while self.size > self._limits.all_bytes:
-                self._drop(max(self._shelves.values(), key=attrgetter("size")))
+            self._note(run_id, shelf, has_news=True)
+            self._make_room()
         for origin, outcome in ended.items():
             shelf = self._shelves.get(origin.run_id)
             if shelf is not None:
@@ -126,27 +146,58 @@ class MemoryStore:
 
     def counts(self) -> dict[Origin, int]:
         """How many entries each writer has."""
-        return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items() if count}
+        return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items()}
 
     def outcomes(self) -> dict[Origin, str]:
         """How the runs ended of which something is stored."""
         return {origin: outcome for shelf in self._shelves.values() for origin, outcome in shelf.outcomes.items()}
+
+    def tenant(self, run_id: str) -> str:
+        """Whose share of the room a run takes."""
+        return self._ledger.tenant(run_id)
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """How much of each bound is used, and the bound."""
+        return use_of(self._ledger, self._limits)
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for long."""
         oldest_s = self._clock() - self._limits.idle_s
         gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s]
         for run_id in gone:
-            shelf = self._shelves.pop(run_id)
-            self.size -= shelf.size
-            self.dropped += len(shelf.sizes)
+            self._forget(run_id)
         return gone
 
     def close(self) -> None:
         """Nothing to end."""
 
+    def _make_room(self) -> None:
+        """Drops what makes too much of all runs."""
+        while self._ledger.size > self._limits.all_bytes:
+            run_id = self._ledger.largest()
+            self._drop(self._shelves[run_id])
+            self._note(run_id, self._shelves[run_id])
+        while self._ledger.writers > self._limits.writers:
+            run_id, is_only = self._ledger.longest_silent()
+            if is_only:
+                self._drop(self._shelves[run_id])
+                self._note(run_id, self._shelves[run_id])
+            else:
+                self._forget(run_id)
+
+    def _note(self, run_id: str, shelf: _Shelf, *, has_news: bool = False) -> None:
+        """Notes what a run takes; one of which nothing is left takes nothing."""
+        if shelf.sizes:
+            self._ledger.note(run_id, shelf.tenant, shelf.size, len(shelf.counts), has_news=has_news)
+        else:
+            self._forget(run_id)
+
+    def _forget(self, run_id: str) -> None:
+        self.dropped += len(self._shelves.pop(run_id).sizes)
+        self._ledger.forget(run_id)
+
     def _drop(self, shelf: _Shelf) -> None:
-        self.size -= shelf.drop_oldest()
+        shelf.drop_oldest()
         self.dropped += 1
 
 

@@ -53,6 +53,19 @@ def prometheus_text(core: Core) -> str:
         name = f"esper_gateway_{own.name}" + ("_total" if own.kind == "counter" else "")
         value = values.get(own.name, 0)
         lines += [f"# HELP {name} {own.text}", f"# TYPE {name} {own.kind}", f"{name} {value:.17g}"]
+    for name, text, place in (
+        ("bound_used", "How much of a bound is used, of all senders together.", 0),
+        ("bound_limit", "The bound.", 1),
+    ):
+        full = f"esper_gateway_{name}"
+        lines += [f"# HELP {full} {text}", f"# TYPE {full} gauge"]
+        lines += [f'{full}{{bound="{bound}"}} {use[place]:.17g}' for bound, use in sorted(core.use().items())]
+    lines += [
+        "# HELP esper_gateway_damaged_total What was damaged in the store and is kept aside, by kind.",
+        "# TYPE esper_gateway_damaged_total counter",
+    ]
+    for kind in ("body", "frame", "place", "row", "store"):
+        lines.append(f'esper_gateway_damaged_total{{kind="{kind}"}} {core.damaged.get(kind, 0)}')
     if core.publisher is not None:
         for own in _OONA:
             name = f"esper_gateway_oona_{own.name}_total"

@@ -16,6 +16,7 @@ from esper_otel.gateway.turns import finished
 STEPS = 256
 _MOST_RUNS = 1_000
 _MOST_RANKS = 4_096
+_MOST_STEPS = 500_000  # of all ranks of all runs; those of the run that was silent for longest go first
 # What a rank does by itself, as far as the metrics tell; the rest of a step may be waiting for other ranks.
 _OWN = ("input_wait_ms", "hook_latency_ms", "kasmina.finalize_ms")
 _STEP = "step_latency_ms"
@@ -31,6 +32,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, _Run] = OrderedDict()
+        self._steps = 0
 
     def note(self, items: Iterable[Item]) -> None:
         """Takes released frames."""
@@ -39,10 +41,12 @@ class Ranks:
             run = self._runs.get(run_id)
             if run is None:
                 run = self._runs[run_id] = _Run()
-                if len(self._runs) > _MOST_RUNS:
-                    self._runs.popitem(last=False)
+            before = run.steps
             if run.note(item):
                 self._runs.move_to_end(run_id)
+            self._steps += run.steps - before
+            while len(self._runs) > 1 and (len(self._runs) > _MOST_RUNS or self._steps > _MOST_STEPS):
+                self._steps -= self._runs.popitem(last=False)[1].steps
 
     def view(self, run_id: str, steps: int) -> RanksResponse | None:
         """The newest attempt's ranks over its newest steps; None when nothing of the run has been released here."""
@@ -79,10 +83,15 @@ class _Rank:
 
 
 class _Run:
-    """The ranks of one run."""
+    """The ranks of one run.
+
+    Attributes:
+        steps: how many steps of its ranks are kept.
+    """
 
     def __init__(self) -> None:
         self._newest: dict[int, _Rank] = {}
+        self.steps = 0
 
     def note(self, item: Item) -> bool:
         """Takes a frame; whether it is one of its rank's newest attempt."""
@@ -91,9 +100,12 @@ class _Run:
         if of_rank is None and len(self._newest) >= _MOST_RANKS:
             return False
         if of_rank is None or of_rank.attempt < attempt:
+            self.steps -= 0 if of_rank is None else len(of_rank.steps)
             of_rank = self._newest[rank] = _Rank(attempt)
         if of_rank.attempt == attempt:
+            before = len(of_rank.steps)
             of_rank.note(item.frame)
+            self.steps += len(of_rank.steps) - before
         return of_rank.attempt == attempt
 
     def viewing(self, most: int) -> Generator[None, None, RanksResponse]:

@@ -7,6 +7,7 @@ import asyncio
 import math
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -28,7 +29,7 @@ from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.memory import loss_of
 from esper_otel.gateway.serve import Gateway
 from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import NOTHING_ENDED, Entry, Found, Kept, Store, cursor_place, cursor_text
+from esper_otel.gateway.stored import NO_TENANTS, NOTHING_ENDED, Entry, Found, Kept, Store, cursor_place, cursor_text
 from esper_otel.log import announce
 
 GAP, NAN, LATE, RESUME = "gap", "nan", "late", "resume"
@@ -136,6 +137,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.dropped = 0
+        self.damaged: Counter[str] = Counter()
         self.size = 0
         self._run_id = ""
         self._all: list[Entry] = []
@@ -150,6 +152,7 @@ class Shelf:
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,  # noqa: ARG002 - the core knows
         places: Iterable[Place] = (),  # noqa: ARG002
+        tenants: Mapping[str, str] = NO_TENANTS,  # noqa: ARG002
         kept: Kept | None = None,  # noqa: ARG002 - nothing is received
         first_kept: int | None = None,  # noqa: ARG002
     ) -> None:
@@ -197,6 +200,14 @@ class Shelf:
 
     def outcomes(self) -> dict[Origin, str]:
         """The core knows."""
+        return {}
+
+    def tenant(self, run_id: str) -> str:  # noqa: ARG002 - it is the only one
+        """Nobody's."""
+        return ""
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """Nothing is bounded here."""
         return {}
 
     def expire(self) -> list[str]:

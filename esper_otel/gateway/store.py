@@ -2,62 +2,88 @@
 
 A transaction that was committed survives the end of the process, however it ends: SQLite's write-ahead log is then
 in the kernel's hands (synchronous = NORMAL). A power cut may take the last transactions; it never tears one.
+
+Whatever is found in the file, the gateway starts. A row that cannot be ours is written to a file of its own in the
+folder ``damaged`` and taken out; a file that SQLite cannot read gets a name with the time, and a new one is begun.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.frame import Frame
-from esper_otel.gateway.database import FILE, locked, opened, transaction
-from esper_otel.gateway.frames import frame_from_bytes, frame_to_bytes
+from esper_otel.gateway.aside import Aside
+from esper_otel.gateway.database import FILE, Damaged, locked, moved_aside, opened, reading, transaction
+from esper_otel.gateway.frames import DamagedFrame, frame_from_bytes, frame_to_bytes
 from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.ledger import Ledger, use_of
 from esper_otel.gateway.memory import loss_of
+from esper_otel.gateway.rows import DAMAGED, is_run, place_of
 from esper_otel.gateway.stored import (
+    NO_TENANTS,
     NOTHING_ENDED,
+    RANK_BYTES,
+    RUN_BYTES,
+    WRITER_BYTES,
     Entry,
     Found,
     Kept,
+    StoreFull,
     StoreLimits,
     cursor_place,
     cursor_text,
 )
+from esper_otel.log import Warnings
 
 _COLUMNS = "position, number, attempt, rank, writer, frame, revision, complete, received, loss_before"
 _ROW_BYTES = 150
-_RESTORED = 256
+_RESTORED, _RESTORED_IN_ALL = 256, 65_536
+_LOOKED_AT = 4_096  # rows of a rank among which those of one writer are looked for
+_AT_ONCE = 64
 _NO_BODY = 2**62
 _AGE_EVERY_S = 60.0
+_MOST_AGE_S = 1e10
+_MOST_TRIES = 3
+_MOST_ASIDE = 1_000  # rows of one table
 
 
 class _Run:
     """What is known of a run without asking the file."""
 
-    def __init__(self, key: int, life: str) -> None:
+    def __init__(self, key: int, life: str, tenant: str) -> None:
         self.key = key
         self.life = life
+        self.tenant = tenant
         self.first = 1
         self.last = 0
-        self.size = 0
+        self.frame_bytes = 0
         self.added_s = 0.0
         self.ranks: dict[int, int] = {}
         self.losses: dict[Origin, float | None] = {}
+        self.newest: dict[Origin, int] = {}  # positions of those whose losses have not been read yet
         self.counts: Counter[Origin] = Counter()
         self.outcomes: dict[Origin, str] = {}
+
+    @property
+    def size(self) -> int:
+        """About what it takes."""
+        of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
+        return RUN_BYTES + of_writers + self.frame_bytes
 
     def copied(self) -> _Run:
         other = copy(self)
         other.ranks, other.losses, other.counts = dict(self.ranks), dict(self.losses), Counter(self.counts)
-        other.outcomes = dict(self.outcomes)
+        other.newest, other.outcomes = dict(self.newest), dict(self.outcomes)
         return other
 
 
@@ -84,22 +110,29 @@ class FileStore:
     ) -> None:
         self._limits = limits or StoreLimits()
         self._clock, self._opened_s = clock, clock()
-        self._age_before_s = self._age_noted_s = 0.0
+        self._path, self._read_only = Path(folder) / FILE, read_only
+        self._aside, self._warnings = Aside(Path(folder)), Warnings(clock)
         self._runs: dict[str, _Run] = {}
+        self._ledger = Ledger()
         self._bodies: list[int] = []
+        self._received: dict[Origin, int] = {}  # when something of a writer came last before the start
+        self._age_before_s = self._age_noted_s = 0.0
         self.dropped = 0
-        self.size = 0
-        path = self._folder = Path(folder)
-        self._lock = None if read_only else locked(path)
+        self.damaged: Counter[str] = Counter()
+        self._lock = None if read_only else locked(Path(folder))
         try:
-            self._connection = opened(path / FILE, read_only=read_only)
-            self._load()
-        except sqlite3.Error as error:
+            self._open()
+        except (sqlite3.Error, Damaged, StoreFull) as error:
             self.close()
-            raise ConfigurationError(f"{path / FILE} is no store that this version can use: {error}") from error
+            raise ConfigurationError(f"{self._path} is no store that this version can use: {error}") from error
         except BaseException:
             self.close()
             raise
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the entries take."""
+        return self._ledger.size
 
     def add(
         self,
@@ -107,62 +140,120 @@ class FileStore:
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         places: Iterable[Place] = (),
+        tenants: Mapping[str, str] = NO_TENANTS,
         kept: Kept | None = None,
         first_kept: int | None = None,
     ) -> None:
         """Stores frames, outcomes and a body, all or nothing. See ``Store``."""
-        items = list(items)
+        new = _New(list(items), ended, list(places), tenants, kept, first_kept)
+        try:
+            self._add(new)
+        except Damaged as error:
+            self.begin_anew(error)
+            with suppress(Damaged):  # a new file that is damaged again: the next request tries another one
+                self._add(new)
+
+    def _add(self, new: _New) -> None:
+        kept, first_kept = new.kept, new.first_kept
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
-        if not items and not ended and kept is None and bodies == self._bodies:
+        if not new.items and not new.ended and kept is None and bodies == self._bodies:
             return
-        changed: dict[str, _Run] = {}
-        dropped = 0
-        with transaction(self._connection) as connection:
-            if bodies != self._bodies:
-                connection.execute("DELETE FROM bodies WHERE number < ?", (first_kept or _NO_BODY,))
-            if kept is not None:
-                connection.execute(
-                    "INSERT INTO bodies VALUES (?, ?, ?, ?)",
-                    (kept.number, kept.is_json, kept.received_unix_ns, kept.body),
-                )
-                bodies.append(kept.number)
-            for item in items:
-                self._insert(connection, item, changed)
-            for origin, outcome in ended.items():
-                self._end(connection, origin, outcome, changed)
-            for place in places:
-                self._place(connection, place, changed)
-            for run in changed.values():
-                connection.execute(
-                    "UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key)
-                )
-                connection.executemany(
-                    "INSERT OR REPLACE INTO ranks VALUES (?, ?, ?)", [(run.key, *each) for each in run.ranks.items()]
-                )
-                dropped += self._shrink(connection, run)
-            dropped += self._shrink_all(connection, changed)
+        changed: dict[str, _Run | None] = {}
+        try:
+            with transaction(self._connection) as connection:
+                if bodies != self._bodies:
+                    connection.execute("DELETE FROM bodies WHERE number < ?", (first_kept or _NO_BODY,))
+                if kept is not None:
+                    row = (kept.number, kept.is_json, kept.received_unix_ns, kept.body, kept.tenant)
+                    connection.execute(
+                        "INSERT INTO bodies (number, is_json, received, body, tenant) VALUES (?, ?, ?, ?, ?)", row
+                    )
+                    bodies.append(kept.number)
+                dropped = self._write(connection, new, changed)
+        except BaseException:
+            for run_id in changed:  # as it was before
+                self._note(run_id, self._runs.get(run_id))
+            raise
         self._bodies = bodies
-        self._runs |= changed
-        self.size = sum(run.size for run in self._runs.values())
+        for run_id, run in changed.items():
+            if run is None:
+                self._runs.pop(run_id, None)
+            else:
+                self._runs[run_id] = run
         self.dropped += dropped
 
+    def _write(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _Run | None]) -> int:
+        """Writes what there is of runs; returns how many entries were dropped."""
+        for item in new.items:
+            self._insert(connection, item, changed, new.tenants)
+        for origin, outcome in new.ended.items():
+            self._end(connection, origin, outcome, changed)
+        for place in new.places:
+            self._place(connection, place, changed)
+        dropped = 0
+        for run_id, run in list(changed.items()):
+            if run is None:
+                continue
+            connection.execute("UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key))
+            connection.executemany(
+                "INSERT OR REPLACE INTO ranks VALUES (?, ?, ?)", [(run.key, *each) for each in run.ranks.items()]
+            )
+            dropped += self._shrink(connection, run_id, run, changed, self._is_too_large)
+            if changed[run_id] is not None:
+                self._note(run_id, run, has_news=True)
+        return dropped + self._make_room(connection, changed)
+
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
-        """Entries after a cursor. See ``Store``."""
+        """Entries after a cursor, up to the next hole that a damaged one has left. See ``Store``."""
         run = self._runs.get(run_id)
         if run is None:
             raise UnknownRun(f"no step of run {run_id!r} is here")
         newest = run.last if rank is None else run.ranks.get(rank, 0)
         place = cursor_place(cursor, run.life, rank, newest)
+        try:
+            found = self._entries(run_id, run, rank, place, most)
+        except Damaged as error:
+            if self._read_only:
+                raise ConfigurationError(f"{self._path} is damaged: {error}") from error
+            self.begin_anew(error)
+            raise UnknownRun(f"the store was damaged: no step of run {run_id!r} is here any more") from error
+        places = [entry.position if rank is None else entry.number for entry in found]
+        last = places[-1] if places else newest
+        gap = (places[0] if places else newest + 1) - place - 1
+        return Found(found, cursor_text(run.life, rank, last), gap)
+
+    def _entries(self, run_id: str, run: _Run, rank: int | None, place: int, most: int) -> list[Entry]:
+        """Entries without a hole between them, the first of those that there are."""
         if rank is None:
             where, of_run = "run = ? AND position > ? ORDER BY position", (run.key, place)
         else:
             where, of_run = "run = ? AND rank = ? AND number > ? ORDER BY number", (run.key, rank, place)  # type: ignore[assignment]
-        rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items WHERE {where} LIMIT ?", (*of_run, most))  # noqa: S608
-        entries = [_entry(run_id, row) for row in rows]
-        places = [entry.position if rank is None else entry.number for entry in entries]
-        last = places[-1] if places else newest
-        gap = (places[0] if places else newest + 1) - place - 1
-        return Found(entries, cursor_text(run.life, rank, last), gap)
+        with reading():
+            rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items WHERE {where} LIMIT ?", (*of_run, most))  # noqa: S608
+            found: list[Entry] = []
+            last = 0
+            for row in rows.fetchall():
+                number = row[0] if rank is None else row[1]
+                if found and number != last + 1:
+                    break
+                entry = self._entry(run_id, run, row)
+                if entry is None and found:
+                    break
+                if entry is not None:
+                    found.append(entry)
+                    last = number
+        return found
+
+    def _entry(self, run_id: str, run: _Run, row: tuple[Any, ...]) -> Entry | None:
+        """The entry of a row; None, and the row is taken out, if it is damaged."""
+        try:
+            return _entry(run_id, row)
+        except DamagedFrame as error:
+            if not self._read_only:
+                self._put_aside("frame", [row], f"step {row[0]} of run {run_id}: {error}")
+                with suppress(StoreFull), transaction(self._connection) as connection:
+                    connection.execute("DELETE FROM items WHERE run = ? AND position = ?", (run.key, row[0]))
+            return None
 
     def counts(self) -> dict[Origin, int]:
         """How many entries each writer has."""
@@ -172,8 +263,23 @@ class FileStore:
         """How the runs ended of which something is stored."""
         return {origin: outcome for run in self._runs.values() for origin, outcome in run.outcomes.items()}
 
+    def tenant(self, run_id: str) -> str:
+        """Whose share of the room a run takes."""
+        return self._ledger.tenant(run_id)
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """How much of each bound is used, and the bound."""
+        return use_of(self._ledger, self._limits)
+
     def expire(self) -> list[str]:
         """Drops runs that were idle for long."""
+        try:
+            return self._expired()
+        except Damaged as error:
+            self.begin_anew(error)
+            return []
+
+    def _expired(self) -> list[str]:
         oldest_s = self._age_s() - self._limits.idle_s
         if self._age_s() > self._age_noted_s + _AGE_EVERY_S:
             with transaction(self._connection) as connection:
@@ -183,82 +289,120 @@ class FileStore:
         for run_id in gone:
             run = self._runs[run_id]
             with transaction(self._connection) as connection:
-                for table in ("items", "ranks", "ends", "places"):
-                    connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
-                connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
+                _delete_run(connection, run)
             del self._runs[run_id]
+            self._note(run_id, None)
             self.dropped += run.counts.total()
-            self.size -= run.size
         return gone
 
-    def newest(self) -> list[Item]:
-        """The newest frames of each writer, oldest first: what an assembler goes on from."""
-        items = []
-        for run_id, run in self._runs.items():
-            for origin in run.counts:
-                rows = self._connection.execute(
-                    f"SELECT {_COLUMNS} FROM items WHERE run = ? AND rank = ? AND attempt = ? AND writer = ? "  # noqa: S608
-                    "ORDER BY number DESC LIMIT ?",
-                    (run.key, origin.rank, origin.attempt, origin.writer, _RESTORED),
-                )
-                found: dict[int, Item] = {}
-                for row in rows:
-                    item = _entry(run_id, row).item
-                    found.setdefault(item.frame.time_unix_ns, item)  # the newest revision comes first
-                items += sorted(found.values(), key=lambda item: item.frame.time_unix_ns)
-        return items
+    # -- what a gateway goes on from ---------------------------------------------------------------------
 
-    def first_frames(self) -> dict[Origin, Frame]:
+    def writers(self, most: int) -> list[Origin]:
+        """The writers of which something came last before the start."""
+        return sorted(self._received, key=lambda origin: -self._received[origin])[:most]
+
+    def newest(self, writers: Sequence[Origin] | None = None) -> Iterator[Item]:
+        """The newest frames of each writer, oldest first: what an assembler goes on from."""
+        origins = list(self.counts()) if writers is None else writers
+        most = min(_RESTORED, max(_RESTORED_IN_ALL // max(len(origins), 1), 1))
+        for origin in origins:
+            run = self._runs.get(origin.run_id)
+            if run is None:
+                continue
+            of_rank = (run.key, origin.rank, run.newest.get(origin, run.last), _LOOKED_AT)
+            with reading():
+                rows = self._connection.execute(
+                    f"SELECT {_COLUMNS} FROM (SELECT * FROM items WHERE run = ? AND rank = ? AND position <= ? "  # noqa: S608
+                    "ORDER BY number DESC LIMIT ?) WHERE attempt = ? AND writer = ? LIMIT ?",
+                    (*of_rank, origin.attempt, origin.writer, most),
+                ).fetchall()
+            found: dict[int, Item] = {}
+            for row in rows:
+                entry = self._entry(origin.run_id, run, row)
+                if entry is not None:
+                    found.setdefault(entry.item.frame.time_unix_ns, entry.item)  # the newest revision comes first
+            yield from sorted(found.values(), key=lambda item: item.frame.time_unix_ns)
+
+    def first_frames(self, writers: Sequence[Origin] | None = None) -> dict[Origin, Frame]:
         """The oldest frame of each writer."""
         found = {}
-        for origin in self.counts():
-            key = self._runs[origin.run_id].key
-            (frame,) = self._connection.execute(
-                "SELECT frame FROM items WHERE run = ? AND rank = ? AND attempt = ? AND writer = ? "
-                "ORDER BY number LIMIT 1",
-                (key, origin.rank, origin.attempt, origin.writer),
-            ).fetchone()
-            found[origin] = frame_from_bytes(frame)
+        for origin in list(self.counts()) if writers is None else writers:
+            run = self._runs.get(origin.run_id)
+            if run is None:
+                continue
+            with reading():
+                row = self._connection.execute(
+                    f"SELECT {_COLUMNS} FROM (SELECT * FROM items WHERE run = ? AND rank = ? "  # noqa: S608
+                    "ORDER BY number LIMIT ?) WHERE attempt = ? AND writer = ? LIMIT 1",
+                    (run.key, origin.rank, _LOOKED_AT, origin.attempt, origin.writer),
+                ).fetchone()
+            entry = None if row is None else self._entry(origin.run_id, run, row)
+            if entry is not None:
+                found[origin] = entry.item.frame
         return found
 
     def places(self) -> list[Place]:
         """Where the writers stand of which something is stored."""
         names = {run.key: run_id for run_id, run in self._runs.items()}
-        rows = self._connection.execute(
-            "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes FROM places"
-        )
+        with reading():
+            rows = self._connection.execute(
+                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes FROM places"
+            ).fetchall()
         found = []
-        for run, *origin, next_number, lowest, missing, says_step, says_epoch, holes in rows:
-            place = (next_number, lowest, missing, bool(says_step), bool(says_epoch))
-            found.append(Place(Origin(names[run], *origin), *place, tuple(map(tuple, json.loads(holes)))))
+        for key, *row in rows:
+            try:
+                if key in names:
+                    found.append(place_of(names[key], tuple(row)))
+            except (ValueError, TypeError, RecursionError) as error:
+                self._put_aside("place", [(key, *row)], f"where a writer of run {names[key]} stands: {error}")
         counts = self.counts()
         return [place for place in found if place.origin in counts]
 
-    def bodies(self) -> list[Kept]:
-        """The bodies that are kept, oldest first."""
-        return [self.body(number) for number in self._bodies]
+    def bodies(self) -> Iterator[Kept]:
+        """The bodies that are kept, oldest first.
 
-    def body_numbers(self) -> list[int]:
-        """The numbers of the bodies that are kept, oldest first."""
-        return list(self._bodies)
+        That they are being processed is noted in the file: of all at once, and of each one when a start has ended with
+        them. One with which several starts have ended is put aside.
+        """
+        with reading():
+            tries = dict(self._connection.execute("SELECT number, tries FROM bodies"))
+        self._note_tries("tries = max(tries, 1)")
+        for number in list(self._bodies):
+            with reading():
+                row = self._connection.execute(
+                    "SELECT number, body, is_json, received, tenant FROM bodies WHERE number = ?", (number,)
+                ).fetchone()
+            if row is None:
+                continue
+            _, body, is_json, received, tenant = row
+            kept = Kept(number, body, bool(is_json), received, tenant)
+            before = tries.get(number, 0)
+            if before >= _MOST_TRIES:
+                self.put_aside(kept, f"the gateway has ended {before} times while it processed it")
+                continue
+            if before:
+                self._note_tries("tries = tries + 1 WHERE number = ?", number)
+            yield kept
+            if before:
+                self._note_tries("tries = 1 WHERE number = ?", number)
+        self._note_tries("tries = 0")
 
-    def body(self, number: int) -> Kept:
-        """A body that is kept."""
-        row = self._connection.execute("SELECT body, is_json, received FROM bodies WHERE number = ?", (number,))
-        body, is_json, received = row.fetchone()
-        return Kept(number, body, bool(is_json), received)
+    def body_sizes(self) -> dict[int, int]:
+        """The numbers of the bodies that are kept, oldest first, each with its bytes."""
+        with reading():
+            return dict(self._connection.execute("SELECT number, length(body) FROM bodies ORDER BY number"))
 
-    def put_aside(self, number: int) -> Path:
-        """Puts a body into a file of its own, where it is in nobody's way; returns the file."""
-        body = self._connection.execute("SELECT body FROM bodies WHERE number = ?", (number,)).fetchone()[0]
-        path = self._folder / f"body-{number}-{secrets.token_hex(4)}.refused"
-        content = body if isinstance(body, bytes) else str(body).encode()
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-        with transaction(self._connection) as connection:
-            connection.execute("DELETE FROM bodies WHERE number = ?", (number,))
-        self._bodies.remove(number)
-        return path
+    def put_aside(self, kept: Kept, why: str) -> None:
+        """Takes a body out that cannot be processed."""
+        self._put_aside("body", [kept.body], f"a request that was acknowledged: {why}")
+        with suppress(StoreFull), transaction(self._connection) as connection:
+            connection.execute("DELETE FROM bodies WHERE number = ?", (kept.number,))
+        self._bodies = [number for number in self._bodies if number != kept.number]
+
+    def _note_tries(self, change: str, *number: int) -> None:
+        if not self._read_only and self._bodies:
+            with suppress(StoreFull), transaction(self._connection) as connection:
+                connection.execute(f"UPDATE bodies SET {change}", number)  # noqa: S608
 
     def run_ids(self) -> list[str]:
         """The runs of which something is stored."""
@@ -271,50 +415,143 @@ class FileStore:
         if self._lock is not None:
             self._lock.close()
 
+    # -- opening -----------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Opens the file; one that is damaged as a whole is moved aside, and a new one begun."""
+        try:
+            self._connection = opened(self._path, read_only=self._read_only)
+            with reading():
+                self._load()
+        except Damaged as error:
+            if self._read_only:
+                raise
+            self.begin_anew(error)
+
+    def begin_anew(self, damage: Damaged) -> None:
+        """Begins a new file. The old one, as it is, gets another name; nothing of it is deleted."""
+        if hasattr(self, "_connection"):
+            self._connection.close()
+        try:
+            aside = moved_aside(self._path)
+            self._connection = opened(self._path, read_only=False)
+            self._runs, self._ledger, self._bodies, self._received = {}, Ledger(), [], {}
+            self._load()
+        except (OSError, sqlite3.Error, Damaged) as error:
+            raise StoreFull(f"the store is damaged ({damage}) and cannot be begun anew: {error}") from error
+        self.damaged["store"] += 1
+        self._warnings.say(
+            "store file",
+            "the store's file is damaged (%s): it is kept as %s and a new one was begun; its steps are not served",
+            str(damage),
+            aside,
+        )
+
     def _load(self) -> None:
-        self._bodies = [number for (number,) in self._connection.execute("SELECT number FROM bodies ORDER BY number")]
-        for key, run_id, life, last, added_s in self._connection.execute(
-            "SELECT id, run_id, life, last, added_s FROM runs"
-        ).fetchall():
-            run = self._runs[run_id] = _Run(key, life)
-            run.last, run.added_s = last, added_s
-            run.ranks = dict(self._connection.execute("SELECT rank, last FROM ranks WHERE run = ?", (key,)))
-            first, run.size = self._connection.execute(
-                "SELECT coalesce(min(position), ?), coalesce(sum(size), 0) FROM items WHERE run = ?", (last + 1, key)
-            ).fetchone()
-            run.first = first
-            writers = self._connection.execute(
-                "SELECT attempt, rank, writer, count(*), max(position) FROM items WHERE run = ? "
-                "GROUP BY attempt, rank, writer",
-                (key,),
-            ).fetchall()
-            for attempt, rank, writer, count, position in writers:
-                origin = Origin(run_id, attempt, rank, writer)
-                run.counts[origin] = count
-                (frame,) = self._connection.execute(
-                    "SELECT frame FROM items WHERE run = ? AND position = ?", (key, position)
-                ).fetchone()
-                run.losses[origin] = loss_of(frame_from_bytes(frame))
-            ends = self._connection.execute("SELECT attempt, rank, writer, outcome FROM ends WHERE run = ?", (key,))
-            run.outcomes = {Origin(run_id, *origin): outcome for *origin, outcome in ends}
-            self.size += run.size
-        if self._lock is not None:
-            (self._age_before_s,) = self._connection.execute("SELECT seconds FROM age").fetchone()
+        self._age_before_s = self._age_noted_s = 0.0
+        if not self._read_only:
+            with transaction(self._connection) as connection:
+                self._clean(connection)
+        columns = "id, run_id, life, last, added_s, " + ("''" if self._read_only else "tenant")
+        rows = self._connection.execute(f"SELECT {columns} FROM runs").fetchall()  # noqa: S608
+        for key, run_id, life, last, added_s, tenant in rows:
+            if is_run((key, run_id, life, last, tenant)):
+                run = self._runs[run_id] = _Run(key, life, tenant)
+                run.last = last
+                run.added_s = (
+                    float(added_s) if isinstance(added_s, (int, float)) and 0 <= added_s < _MOST_AGE_S else 0.0
+                )
+        if not self._read_only:
+            numbers = self._connection.execute("SELECT number FROM bodies ORDER BY number")
+            self._bodies = [number for (number,) in numbers]
+            ages = self._connection.execute("SELECT max(seconds) FROM age WHERE seconds < ?", (_MOST_AGE_S,))
+            (found,) = ages.fetchone()
             # Not all of it may have been noted: what was added last was added by then.
-            self._age_before_s = max([self._age_before_s, *(run.added_s for run in self._runs.values())])
+            self._age_before_s = max([found or 0.0, *(run.added_s for run in self._runs.values())])
             self._age_noted_s = self._age_before_s
+        self._load_writers()
+        for run_id, run in sorted(self._runs.items(), key=lambda each: each[1].added_s):
+            self._note(run_id, run, has_news=True)
+
+    def _load_writers(self) -> None:
+        names = {run.key: run_id for run_id, run in self._runs.items()}
+        ranks = self._connection.execute(f"SELECT run, rank, last FROM ranks WHERE NOT ({DAMAGED['ranks']})")  # noqa: S608
+        for key, rank, last in ranks:
+            if key in names:
+                self._runs[names[key]].ranks[rank] = last
+        groups = self._connection.execute(
+            "SELECT run, attempt, rank, writer, count(*), min(position), max(position), max(number), "  # noqa: S608
+            f"sum(length(frame)), max(received) FROM items WHERE NOT ({DAMAGED['items']}) "
+            "GROUP BY run, attempt, rank, writer"
+        )
+        firsts: dict[str, int] = {}
+        for key, attempt, rank, writer, count, first, last, number, size, received in groups:
+            if key not in names:
+                continue
+            run_id = names[key]
+            run, origin = self._runs[run_id], Origin(run_id, attempt, rank, writer)
+            run.counts[origin], run.newest[origin] = count, last
+            self._received[origin] = received
+            run.frame_bytes += size + count * _ROW_BYTES
+            run.last = max(run.last, last)
+            run.ranks[rank] = max(run.ranks.get(rank, 0), number)
+            firsts[run_id] = min(firsts.get(run_id, first), first)
+        for run_id, run in self._runs.items():
+            run.first = firsts.get(run_id, run.last + 1)
+        for key, attempt, rank, writer, outcome in self._connection.execute(
+            f"SELECT run, attempt, rank, writer, outcome FROM ends WHERE NOT ({DAMAGED['ends']})"  # noqa: S608
+        ):
+            if key in names:
+                self._runs[names[key]].outcomes[Origin(names[key], attempt, rank, writer)] = outcome
+
+    def _clean(self, connection: sqlite3.Connection) -> None:
+        """Takes out the rows that no gateway can have written, and what belongs to no run."""
+        for table, damaged in DAMAGED.items():
+            blob = {"items": "frame", "bodies": "body"}.get(table)
+            columns = "*" if blob is None else f"*, CASE WHEN length({blob}) <= 1000000 THEN {blob} END"
+            kind = {"items": "frame", "bodies": "body"}.get(table, "row")
+            rows = connection.execute(f"SELECT {columns} FROM {table} WHERE {damaged} LIMIT {_MOST_ASIDE}").fetchall()  # noqa: S608
+            if rows:
+                connection.execute(f"DELETE FROM {table} WHERE {damaged}")  # noqa: S608
+                self._put_aside(kind, rows, f"{len(rows)} rows of {table}")
+        runs = connection.execute("SELECT id, run_id, life, last, tenant, * FROM runs").fetchall()
+        bad = [row for row in runs if not is_run(row[:5])]
+        if bad:
+            self._put_aside("row", bad, f"{len(bad)} rows of runs")
+            connection.executemany("DELETE FROM runs WHERE id = ?", [row[:1] for row in bad])
+        for table in ("items", "ranks", "ends", "places"):
+            connection.execute(f"DELETE FROM {table} WHERE run NOT IN (SELECT id FROM runs)")  # noqa: S608
+        if connection.execute("SELECT count(*) FROM age WHERE typeof(seconds) = 'real'").fetchone()[0] != 1:
+            connection.execute("DELETE FROM age")
+            connection.execute("INSERT INTO age VALUES (0.0)")
+
+    def _put_aside(self, kind: str, rows: Sequence[Any], what: str) -> None:
+        """Writes what is damaged to files of their own, as far as there is room, counts it, and says so."""
+        names = [self._aside.put(kind, row if isinstance(row, bytes) else repr(row).encode()) for row in rows]
+        self.damaged[kind] += len(rows)
+        where = f"kept in {self._aside.path / names[0]}" if names and names[0] else "there is no room to keep it"
+        self._warnings.say(f"damaged {kind}", "damage in the store was taken out, %s; %s", what, where)
 
     def _age_s(self) -> float:
         """For how long gateways have run on this folder."""
         return self._age_before_s + self._clock() - self._opened_s
 
-    def _insert(self, connection: sqlite3.Connection, item: Item, changed: dict[str, _Run]) -> None:
+    # -- writing -----------------------------------------------------------------------------------------
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        item: Item,
+        changed: dict[str, _Run | None],
+        tenants: Mapping[str, str],
+    ) -> None:
         run_id, attempt, rank, writer = item.origin
-        run = changed.get(run_id) or self._copied(run_id, changed)
+        run = self._copied(run_id, changed)
         if run is None:
-            life = secrets.token_hex(4)
-            key = connection.execute("INSERT INTO runs (run_id, life) VALUES (?, ?)", (run_id, life)).lastrowid
-            run = changed[run_id] = _Run(key or 0, life)
+            life, tenant = secrets.token_hex(4), tenants.get(run_id, "")
+            row = (run_id, life, tenant)
+            key = connection.execute("INSERT INTO runs (run_id, life, tenant) VALUES (?, ?, ?)", row).lastrowid
+            run = changed[run_id] = _Run(key or 0, life, tenant)
         frame = frame_to_bytes(item.frame)
         size = len(frame) + _ROW_BYTES
         run.last += 1
@@ -323,69 +560,148 @@ class FileStore:
             "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(run.key, run.last, rank, run.ranks[rank], attempt, writer, item.revision, item.complete),
-                *(item.received_unix_ns, run.losses.get(item.origin), size, frame),
+                *(item.received_unix_ns, self._loss_before(connection, run, item.origin), size, frame),
             ),
         )
         run.losses[item.origin] = loss_of(item.frame)
         run.counts[item.origin] += 1
-        run.size += size
+        run.frame_bytes += size
         run.added_s = self._age_s()
 
-    def _end(self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _Run]) -> None:
+    def _loss_before(self, connection: sqlite3.Connection, run: _Run, origin: Origin) -> float | None:
+        """The loss of the writer's step before; of the first one since the start it is in the file."""
+        position = run.newest.pop(origin, None)
+        if position is not None and origin not in run.losses:
+            row = connection.execute(
+                "SELECT frame FROM items WHERE run = ? AND position = ?", (run.key, position)
+            ).fetchone()
+            with suppress(DamagedFrame):  # found and put aside when it is pulled
+                run.losses[origin] = None if row is None else loss_of(frame_from_bytes(row[0]))
+        return run.losses.get(origin)
+
+    def _end(
+        self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _Run | None]
+    ) -> None:
         """Stores an outcome, if anything else of the run is stored."""
-        run = changed.get(origin.run_id) or self._copied(origin.run_id, changed)
+        run = self._copied(origin.run_id, changed)
         if run is not None:
             row = (run.key, origin.rank, origin.attempt, origin.writer, outcome)
             connection.execute("INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)", row)
             run.outcomes[origin] = outcome
 
-    def _place(self, connection: sqlite3.Connection, place: Place, changed: dict[str, _Run]) -> None:
+    def _place(self, connection: sqlite3.Connection, place: Place, changed: dict[str, _Run | None]) -> None:
         """Stores where a writer stands, if anything of the run is stored."""
         origin = place.origin
-        run = changed.get(origin.run_id) or self._copied(origin.run_id, changed)
+        run = self._copied(origin.run_id, changed)
         if run is not None:
             of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
             row = (*of_writer, *place[1:-1], json.dumps(place.holes))
             connection.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def _copied(self, run_id: str, changed: dict[str, _Run]) -> _Run | None:
+    def _copied(self, run_id: str, changed: dict[str, _Run | None]) -> _Run | None:
         """A copy that a transaction may change; none when nothing of the run is stored."""
-        before = self._runs.get(run_id)
-        if before is not None:
-            changed[run_id] = before.copied()
+        if run_id not in changed and run_id in self._runs:
+            changed[run_id] = self._runs[run_id].copied()
         return changed.get(run_id)
 
-    def _shrink(self, connection: sqlite3.Connection, run: _Run, surplus: int = 0) -> int:
-        """Drops the oldest entries of a run that is too large, or so many bytes; returns how many."""
-        limit = min(self._limits.run_bytes, run.size - surplus)
+    # -- dropping ----------------------------------------------------------------------------------------
+
+    def _note(self, run_id: str, run: _Run | None, *, has_news: bool = False) -> None:
+        """Notes what a run takes."""
+        if run is None:
+            self._ledger.forget(run_id)
+        else:
+            self._ledger.note(run_id, run.tenant, run.size, max(len(run.counts), 1), has_news=has_news)
+
+    def _is_too_large(self, run: _Run) -> bool:
+        return run.size > self._limits.run_bytes or run.last - run.first >= self._limits.steps
+
+    def _make_room(self, connection: sqlite3.Connection, changed: dict[str, _Run | None]) -> int:
+        """Drops what makes too much of all runs; returns how many entries."""
         count = 0
-        while run.first <= run.last and (run.size > limit or run.last - run.first >= self._limits.steps):
-            of_entry = (run.key, run.first)
-            attempt, rank, writer, size = connection.execute(
-                "SELECT attempt, rank, writer, size FROM items WHERE run = ? AND position = ?", of_entry
-            ).fetchone()
-            connection.execute("DELETE FROM items WHERE run = ? AND position = ?", of_entry)
-            run_id = next(iter(run.counts)).run_id
-            run.counts[Origin(run_id, attempt, rank, writer)] -= 1
-            run.size -= size
-            run.first += 1
-            count += 1
+        while self._ledger.size > self._limits.all_bytes:
+            surplus = self._ledger.size - self._limits.all_bytes
+            run_id = self._ledger.largest()
+            run = self._copied(run_id, changed)
+            assert run is not None
+            limit = run.size - surplus
+            count += self._shrink(connection, run_id, run, changed, lambda run: run.size > limit)  # noqa: B023
+        while self._ledger.writers > self._limits.writers:
+            surplus = self._ledger.writers - self._limits.writers
+            run_id, is_only = self._ledger.longest_silent()
+            run = self._copied(run_id, changed)
+            assert run is not None
+            most = len(run.counts) - surplus if is_only else 0
+            count += self._shrink(connection, run_id, run, changed, lambda run: len(run.counts) > most)  # noqa: B023
         return count
 
-    def _shrink_all(self, connection: sqlite3.Connection, changed: dict[str, _Run]) -> int:
+    def _shrink(
+        self,
+        connection: sqlite3.Connection,
+        run_id: str,
+        run: _Run,
+        changed: dict[str, _Run | None],
+        is_too_large: Callable[[_Run], bool],
+    ) -> int:
+        """Drops the oldest entries of a run for as long as it is too large; one without entries is dropped itself."""
         count = 0
-        while True:
-            runs = self._runs | changed
-            surplus = sum(run.size for run in runs.values()) - self._limits.all_bytes
-            if surplus <= 0:
-                return count
-            run_id = max(runs, key=lambda run_id: runs[run_id].size)
-            run = changed.setdefault(run_id, runs[run_id].copied())
-            count += self._shrink(connection, run, surplus)
+        while run.first <= run.last and is_too_large(run):
+            rows = connection.execute(
+                "SELECT position, attempt, rank, writer, length(frame) FROM items "
+                "WHERE run = ? AND position >= ? ORDER BY position LIMIT ?",
+                (run.key, run.first, _AT_ONCE),
+            ).fetchall()
+            if not rows:
+                run.first = run.last + 1
+            for position, attempt, rank, writer, size in rows:
+                if not is_too_large(run):
+                    break
+                run.first = position + 1
+                run.frame_bytes -= size + _ROW_BYTES
+                self._drop(connection, run, Origin(run_id, attempt, rank, writer))
+                count += 1
+            connection.execute("DELETE FROM items WHERE run = ? AND position < ?", (run.key, run.first))
+        if run.first > run.last:
+            _delete_run(connection, run)
+            changed[run_id] = None
+        self._note(run_id, changed[run_id])
+        return count
+
+    def _drop(self, connection: sqlite3.Connection, run: _Run, origin: Origin) -> None:
+        """One entry of this writer is gone; with the last one what else is known of it."""
+        run.counts[origin] -= 1
+        if run.counts[origin] <= 0:
+            del run.counts[origin]
+            run.losses.pop(origin, None)
+            run.newest.pop(origin, None)
+            run.outcomes.pop(origin, None)
+            of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
+            for table in ("ends", "places"):
+                where = "run = ? AND rank = ? AND attempt = ? AND writer = ?"
+                connection.execute(f"DELETE FROM {table} WHERE {where}", of_writer)  # noqa: S608
 
 
-def _entry(run_id: str, row: tuple[int, int, int, int, str, bytes, int, int, int, float | None]) -> Entry:
+class _New(NamedTuple):
+    """What is to be stored together."""
+
+    items: list[Item]
+    ended: Mapping[Origin, str]
+    places: list[Place]
+    tenants: Mapping[str, str]
+    kept: Kept | None
+    first_kept: int | None
+
+
+def _delete_run(connection: sqlite3.Connection, run: _Run) -> None:
+    for table in ("items", "ranks", "ends", "places"):
+        connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
+    connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
+
+
+def _entry(run_id: str, row: tuple[Any, ...]) -> Entry:
     position, number, attempt, rank, writer, frame, revision, complete, received, loss_before = row
+    if type(frame) is not bytes:
+        raise DamagedFrame("not bytes")
     origin = Origin(run_id, attempt, rank, writer)
     item = Item(origin, frame_from_bytes(frame), revision, bool(complete), received)
     return Entry(position, number, item, loss_before)

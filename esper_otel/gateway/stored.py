@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -10,6 +11,10 @@ from esper_otel.errors import EsperOtelError, StaleCursor
 from esper_otel.gateway.items import Item, Origin, Place
 
 NOTHING_ENDED: Mapping[Origin, str] = {}
+NO_TENANTS: Mapping[str, str] = {}
+
+# About what a run, each of its writers and each of its ranks take besides their frames.
+RUN_BYTES, WRITER_BYTES, RANK_BYTES = 4_096, 1_024, 256
 
 
 class StoreFull(EsperOtelError):
@@ -54,29 +59,36 @@ class Kept(NamedTuple):
         body: the request.
         is_json: whether it is JSON.
         received_unix_ns: when it came.
+        tenant: who sent it.
     """
 
     number: int
     body: bytes
     is_json: bool
     received_unix_ns: int
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
     """How much is stored; the oldest steps are dropped first, and counted.
 
+    When all runs together take too much, the tenant that takes most gives up steps of its largest run, or its run that
+    was silent for longest. Whoever takes less than an equal share loses nothing to the others.
+
     Attributes:
         steps: of one run.
         run_bytes: about how much one run takes.
         all_bytes: about how much all runs take.
         idle_s: a run to which nothing was added for so long is dropped; only while a gateway runs does time count.
+        writers: processes of which something is stored, over all runs.
     """
 
     steps: int = 1_000_000
     run_bytes: int = 256 * 1024 * 1024
     all_bytes: int = 1024 * 1024 * 1024
     idle_s: float = 24 * 3600.0
+    writers: int = 20_000
 
 
 class Store(Protocol):
@@ -84,11 +96,15 @@ class Store(Protocol):
 
     Attributes:
         dropped: entries that fell out.
-        size: about how many bytes the entries take.
+        damaged: what was found damaged and taken out, by kind.
     """
 
     dropped: int
-    size: int
+    damaged: Counter[str]
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the entries take."""
 
     def add(
         self,
@@ -96,6 +112,7 @@ class Store(Protocol):
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         places: Iterable[Place] = (),
+        tenants: Mapping[str, str] = NO_TENANTS,
         kept: Kept | None = None,
         first_kept: int | None = None,
     ) -> None:
@@ -105,6 +122,7 @@ class Store(Protocol):
             items: frames in order of release.
             ended: outcomes of runs that have ended.
             places: where the writers of these frames stand.
+            tenants: by run, whose share of the room it takes; a run keeps the first that it was stored with.
             kept: a body to keep.
             first_kept: the number of the first body of which something waits; None when nothing waits.
 
@@ -125,6 +143,12 @@ class Store(Protocol):
 
     def outcomes(self) -> dict[Origin, str]:
         """How the runs ended of which something is stored."""
+
+    def tenant(self, run_id: str) -> str:
+        """Whose share of the room a run takes; empty when nothing of it is stored."""
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """How much of each bound is used, and the bound."""
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for long; returns their names."""

@@ -10,7 +10,7 @@ from esper_otel.gateway.decoded import TOO_MANY_SEEDS, TOO_SPARSE, Marker, Sende
 from esper_otel.gateway.habits import Habits
 from esper_otel.gateway.history import History
 from esper_otel.gateway.items import Item, Origin, Place, RunState
-from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.limits import Limits, Room
 from esper_otel.gateway.parts import Merged, Part, Shape
 from esper_otel.gateway.queue import Queue, Ready, Waiting
 from esper_otel.gateway.turns import ENDLESS, Turn
@@ -30,15 +30,20 @@ class Track:
         limits: what it may cost.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long one waits that does not say how many points it has.
+        ends: room for ends of streams that are to come, the same for all writers.
+        tenant: whose share of the room it takes.
     """
 
-    def __init__(self, origin: Origin, limits: Limits, *, hold_s: float, linger_s: float) -> None:
+    def __init__(
+        self, origin: Origin, limits: Limits, *, hold_s: float, linger_s: float, ends: Room, tenant: str = ""
+    ) -> None:
         self.origin = origin
+        self.tenant = tenant
         self._limits = limits
         self._habits = Habits()
         self._shape: Shape | None = None
         self._queue = Queue(self._habits, hold_s=hold_s, linger_s=linger_s, most=limits.waiting)
-        self._history = History(origin, self._habits, most_ends=2 * limits.seeds)
+        self._history = History(origin, self._habits, most_ends=2 * limits.seeds, room=ends, tenant=tenant)
         self._corrected: list[Item] = []
         self._known: set[str] = set()
         self._known_last, self._is_counted = 0, False
@@ -304,6 +309,10 @@ class Track:
         self._history.restore(item)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
+
+    def close(self) -> None:
+        """It is forgotten."""
+        self._history.close()
 
     def state(self, *, writers: int, is_silent: bool) -> RunState:
         """What is known of it alone."""

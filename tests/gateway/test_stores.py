@@ -115,14 +115,18 @@ def test_the_oldest_fall_out_and_pullers_are_told(make: Maker) -> None:
 def test_bytes_are_bounded_per_run_and_in_all(make: Maker) -> None:
     probe = make()
     probe.add([item(1)])
-    one = probe.size
-    store = make(StoreLimits(run_bytes=20 * one, all_bytes=30 * one))
+    first = probe.size
+    probe.add([item(2)])
+    one = probe.size - first
+    run = first - one  # what a run takes besides its steps
+    all_bytes = 3 * run + 30 * one
+    store = make(StoreLimits(run_bytes=run + 20 * one, all_bytes=all_bytes))
     for step in range(1, 200):
         store.add([item(step, run_id) for run_id in ("a", "b", "c") if step < 100 or run_id == "a"])
-        assert store.size <= 30 * one + 100
+        assert store.size <= all_bytes
     counts = {origin.run_id: count for origin, count in store.counts().items()}
-    assert counts["a"] <= 20
-    assert 20 <= sum(counts.values()) <= 31
+    assert 10 <= counts["a"] <= 20  # the largest gives up steps first, within a factor of two
+    assert 28 <= sum(counts.values()) <= 31
     assert steps_of(store, "a")[-1] == 199
 
 
@@ -204,12 +208,12 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     after = (store.after("run", cursor, None, 100), store.counts(), store.size, store.outcomes())
     assert [shown(entry) for entry in after[0].entries] == [shown(entry) for entry in before[0].entries]
     assert after[1:] == before[1:]
-    assert store.bodies() == [Kept(1, b"one", False, 7), Kept(2, b"two", True, 8)]
+    assert [*store.bodies()] == [Kept(1, b"one", False, 7), Kept(2, b"two", True, 8)]
     assert [each.frame.global_step for each in store.newest()] == [4, 6, 8, 10, 3, 5, 7, 9]
     store.add([], first_kept=2)
     assert [kept.number for kept in store.bodies()] == [2]
     store.add([], first_kept=None)
-    assert store.bodies() == []
+    assert [*store.bodies()] == []
     store.add([item(11)])
     assert store.after("run", "", None, 100).entries[-1].position == 11
     store.close()
@@ -254,7 +258,11 @@ def test_a_store_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     store.add([item(step) for step in range(1, 6)])
     store.close()
     with sqlite3.connect(tmp_path / "steps.sqlite3") as connection:
-        connection.executescript("DROP TABLE places; DROP TABLE age; UPDATE runs SET added_s = 1.79e9;")
+        connection.executescript(
+            "DROP TABLE places; DROP TABLE age; UPDATE runs SET added_s = 1.79e9;"
+            "ALTER TABLE runs DROP COLUMN tenant; ALTER TABLE bodies DROP COLUMN tenant;"
+            "ALTER TABLE bodies DROP COLUMN tries;"
+        )
         connection.execute("PRAGMA user_version = 1")
     connection.close()
     reader = FileStore(tmp_path, read_only=True)
@@ -283,7 +291,7 @@ def test_one_gateway_at_a_time_has_a_folder(tmp_path: Path) -> None:
 def test_what_is_no_store_is_said(tmp_path: Path) -> None:
     (tmp_path / "steps.sqlite3").write_bytes(b"nothing of the kind" * 1000)
     with pytest.raises(ConfigurationError, match="no store"):
-        FileStore(tmp_path)
+        FileStore(tmp_path, read_only=True)
     with pytest.raises(ConfigurationError, match="is not there"):
         FileStore(tmp_path / "nowhere", read_only=True)
     (tmp_path / "file").write_text("")
@@ -353,5 +361,5 @@ def test_a_failed_write_leaves_nothing_half_done(tmp_path: Path) -> None:
     store._connection.execute("PRAGMA query_only = OFF")
     store.add([item(2), item(1, "other")])
     assert steps_of(store) == [1, 2]
-    assert store.bodies() == []
+    assert [*store.bodies()] == []
     store.close()

@@ -1,0 +1,66 @@
+"""Aside: a folder in a store's folder for rows that could not be read, so that they can be looked at later; bounded."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+FOLDER = "damaged"
+MOST_FILES = 1_000
+MOST_BYTES = 64 * 1024 * 1024
+
+
+class Aside:
+    """Keeps what is damaged, as far as there is room; the first that came are kept.
+
+    Args:
+        folder: of the store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FOLDER
+        self._files = self._bytes = -1  # not known yet
+
+    def put(self, kind: str, content: bytes) -> str:
+        """Writes a file of its own; returns its name, or an empty text when there is no room or no way to write it."""
+        try:
+            descriptor = self._opened()
+        except OSError:
+            return ""
+        try:
+            if self._files < 0:
+                self._look(descriptor)
+            if self._files >= MOST_FILES or self._bytes + len(content) > MOST_BYTES:
+                return ""
+            name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{kind}-{secrets.token_hex(4)}"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(name, flags, 0o600, dir_fd=descriptor), "wb") as file:
+                file.write(content)
+        except OSError:
+            return ""
+        finally:
+            os.close(descriptor)
+        self._files += 1
+        self._bytes += len(content)
+        return name
+
+    def _opened(self) -> int:
+        """Raises OSError, also when the folder is not one of ours."""
+        with suppress(FileExistsError):
+            self.path.mkdir(mode=0o700)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            os.close(descriptor)
+            raise OSError(f"{self.path} is not ours alone")
+        return descriptor
+
+    def _look(self, descriptor: int) -> None:
+        """Counts what earlier lives have left."""
+        with os.scandir(descriptor) as found:
+            sizes = [each.stat(follow_symlinks=False).st_size for each in found]
+        self._files, self._bytes = len(sizes), sum(sizes)
