@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from esper_otel.gateway.decode import Decoder
-from esper_otel.gateway.decoded import Block, Decoded
+from esper_otel.gateway.decoded import Block, Decoded, Malformed, TooLarge
 from esper_otel.gateway.inflate import inflated
 from esper_otel.gateway.limits import Limits
 
@@ -59,11 +59,15 @@ class Reader:
             yield await loop.run_in_executor(self._thread, self._read_large, body, is_json, is_gzip)
 
     def _read_large(self, body: bytes, is_json: bool, is_gzip: bool) -> tuple[bytes, Decoded]:
-        if is_gzip:
-            body = inflated(body)
-        decoded = self._other.decode_json(body) if is_json else self._other.decode(body)
-        for block in decoded.blocks:
-            self._prepare(block)
+        try:
+            if is_gzip:
+                body = inflated(body)
+            decoded = self._other.decode_json(body) if is_json else self._other.decode(body)
+            for block in decoded.blocks:
+                self._prepare(block)
+        except (Malformed, TooLarge) as error:
+            body = b""  # a traceback that somebody keeps would keep what was unpacked
+            raise error.with_traceback(None) from None
         return body, decoded
 
     def close(self) -> None:
