@@ -54,6 +54,7 @@ test-wheel: build ## install the built wheel alone, without torch, and try it
 
 fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property test; CI takes the same ones each time
 	@$(RUN) tests/gateway/fuzz.py --seconds 600
+	@PYTHONPATH=tests $(RUN) tests/fuzz_files.py --seconds 600
 	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
 
 collector: ## build the collector of collector-config/ for the tests, once; the last line is its path

@@ -7,17 +7,21 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.frame import FINE, Frame, Run
 from esper_otel.log import Warnings, announce
 from esper_otel.ring import Ring
+from esper_otel.text import printable
 
 if TYPE_CHECKING:
     from esper_otel.settings import EsperSettings
@@ -29,6 +33,14 @@ _MOST_BYTES = 64 * 1024 * 1024
 _MOST_OF_A_NAME = 200  # bytes: file systems take 255, and suffixes follow
 _WRITING_S = 1.0
 _NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_WORDS = {"NaN": math.nan} | {word: number for number, word in _NAMES.items()}
+
+# What a file of ours has at most, for reading.
+_MOST_OF_A_LINE = 32 * 1024 * 1024
+_MOST_READ = _MOST_BYTES + _MOST_OF_A_LINE
+_MOST_FRAMES = 100_000  # what black_box_frames may be
+_MOST_BITS = 128
+_MOST_PARTS = 1_000_000  # of a line: a step with as many seeds
 
 
 class BlackBox:
@@ -116,8 +128,11 @@ def _lines(run: Run, reason: str, frames: list[Frame]) -> Iterator[str]:
     }
     size, lines = 0, []
     for frame in reversed(frames):  # of very many seeds only the newest steps fit
-        lines.append(json.dumps(_row(frame), allow_nan=False) + "\n")
-        size += len(lines[-1])
+        line = json.dumps(_row(frame), allow_nan=False) + "\n"
+        if len(line) > _MOST_OF_A_LINE:
+            break
+        lines.append(line)
+        size += len(line)
         if size > _MOST_BYTES:
             break
     yield json.dumps(head) + "\n"
@@ -146,19 +161,136 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         ConfigurationError: it is no such file, or cannot be read.
     """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            head, *rows = (json.loads(line) for line in file)
-        if head["esper_otel"] != VERSION:
-            raise ConfigurationError(f"{path} was written by a later version of esper_otel")
-        for row in rows:
-            row["values"] = {name: float(value) for name, value in row["values"].items()}
-            row["seeds"] = {
-                seed_id: {field: float(value) for field, value in cells.items()}
-                for seed_id, cells in row["seeds"].items()
-            }
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"{path} is no black box of esper_otel: {str(error) or type(error).__name__}"
-        ) from None
+    head, *rows = contents(path)
     return head, rows
+
+
+def contents(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one after another. The file may come from anybody: its size and all that is used of it are checked.
+
+    Raises:
+        ConfigurationError: it is no such file, or cannot be read.
+    """
+    lines = 0
+    try:
+        with _opened(path) as file:
+            for line in _bounded(file):
+                lines += 1
+                said = json.loads(line.decode())
+                yield _checked_head(said) if lines == 1 else _checked_row(said)
+    except _Later:
+        raise ConfigurationError(f"{path} was written by a later version of esper_otel") from None
+    except OSError as error:
+        if error.strerror:
+            raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+        raise _not_one(path, lines, error) from None
+    except (EOFError, zlib.error, ValueError, OverflowError, RecursionError) as error:
+        raise _not_one(path, lines, error) from None
+    if not lines:
+        raise _not_one(path, lines, EOFError("it is empty"))
+
+
+class _Later(Exception):
+    """The file has another format than this version knows."""
+
+
+def _not_one(path: Path, lines: int, error: Exception) -> ConfigurationError:
+    where = f"line {lines}: " if lines else ""
+    why = "it is nested too deeply" if isinstance(error, RecursionError) else printable(error) or type(error).__name__
+    return ConfigurationError(f"{path} is no black box of esper_otel: {where}{why}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A plain file, unpacked. Opening a pipe does not wait for whoever writes into it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as raw:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a plain file")
+        if found.st_size > _MOST_READ:
+            raise ValueError(f"it has {found.st_size} bytes, more than esper_otel writes")
+        with gzip.open(raw, "rb") as file:
+            yield cast("IO[bytes]", file)
+
+
+def _bounded(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines, as many and as long as we write them. What a line takes in memory follows from its bytes."""
+    size = 0
+    for number in range(_MOST_FRAMES + 2):
+        line = file.readline(_MOST_OF_A_LINE + 1)
+        if not line:
+            return
+        size += len(line)
+        if number > _MOST_FRAMES or len(line) > _MOST_OF_A_LINE or size > _MOST_READ:
+            raise ValueError("it holds more than esper_otel writes")
+        if line.count(b"{") + line.count(b"[") > _MOST_PARTS:
+            raise ValueError("a line has too many parts")
+        yield line
+
+
+def _checked_head(said: object) -> dict[str, Any]:
+    head = _mapping(said, "the first line")
+    version = _whole(head, "esper_otel")
+    if version > VERSION:
+        raise _Later
+    if version < VERSION:
+        raise ValueError(f"'esper_otel' is {version}")
+    numbers = {name: _whole(head, name) for name in ("attempt", "rank")}
+    texts = {name: _text(head, name) for name in ("run_id", "reason")}
+    return head | numbers | texts
+
+
+def _checked_row(said: object) -> dict[str, Any]:
+    row = _mapping(said, "the line")
+    seeds = _mapping(row.get("seeds"), "'seeds'").items()
+    return row | {
+        "step": _whole(row, "step", 2**64),
+        "epoch": _whole(row, "epoch"),
+        "time_unix_ns": _whole(row, "time_unix_ns"),
+        "values": _numbers(row.get("values"), "'values'"),
+        "seeds": {seed_id: _numbers(cells, f"seed {printable(seed_id, 80)!r}") for seed_id, cells in seeds},
+    }
+
+
+def _mapping(said: object, what: str) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise ValueError(f"{what} is not an object with names and values")  # noqa: TRY004 - a fault of the file
+    return said
+
+
+def _whole(said: dict[str, Any], name: str, most: int = 2**63) -> int:
+    value = said.get(name)
+    if type(value) is not int or not 0 <= value < most:
+        raise ValueError(f"{name!r} is {_briefly(value)}, not a whole number from 0 to below 2^{most.bit_length() - 1}")
+    return value
+
+
+def _text(said: dict[str, Any], name: str) -> str:
+    value = said.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r} is {_briefly(value)}, not text")  # noqa: TRY004 - a fault of the file
+    return value
+
+
+def _numbers(said: object, what: str) -> dict[str, float]:
+    return {name: _number(value, name) for name, value in _mapping(said, what).items()}
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, str) and value in _WORDS:
+        return _WORDS[value]
+    raise ValueError(f"{printable(name, 80)!r} is {_briefly(value)}, not a number")
+
+
+def _briefly(value: object) -> str:
+    """A value in a message; of a long one only what it is."""
+    if value is None:
+        return "missing"
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return "a number of too many digits"
+    return printable(repr(value), 40)

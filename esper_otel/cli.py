@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from esper_otel._version import __version__
 from esper_otel.errors import EsperOtelError
-from esper_otel.log import printable
+from esper_otel.text import printable
 
 _PROGRAM = "esper-otel"
 _EXIT_MISTAKE = 2
@@ -21,6 +21,7 @@ _EXIT_MISTAKE = 2
 _EXIT_BROKEN_PIPE = 141
 _EXIT_INTERRUPTED = 130
 _NO_WIDTH = 10_000
+_MOST_OF_A_MESSAGE = 2_000
 _DEMO_PACKAGES = {"torch": "torch", "sklearn": "scikit-learn"}
 _GATEWAY_PACKAGES = {
     "aiohttp": "aiohttp",
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except EsperOtelError as error:
-        sys.stderr.write(f"{_PROGRAM}: {printable(' '.join(str(error).split()))}\n")
+        sys.stderr.write(f"{_PROGRAM}: {printable(' '.join(str(error).split()), _MOST_OF_A_MESSAGE)}\n")
         return _EXIT_MISTAKE
     except BrokenPipeError:  # as in `esper-otel schema | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say at exit either

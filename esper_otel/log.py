@@ -9,21 +9,13 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
+from esper_otel.text import printable
+
 logger = logging.getLogger("esper_otel")
 
 _QUIET_S = 60.0
+_MOST_OF_AN_ARGUMENT = 2_000
 _TEXTS = (str, BaseException)  # which may hold what somebody else has sent
-
-
-def printable(text: str, most: int = 2_000) -> str:
-    """A text from outside as it may stand in a line of a log or on a terminal: short, and without control characters.
-
-    What a terminal would act on, or what would begin a new line, is shown as an escape of Python.
-    """
-    shown = text if len(text) <= most else text[: most - 3] + "..."
-    if shown.isprintable():
-        return shown
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in shown)
 
 
 def announce(event: str, message: str, level: int = logging.INFO) -> None:
@@ -81,5 +73,5 @@ class Warnings:
         if held:
             message = f"{message} ({held} more like it since the last such line)"
         with suppress(Exception):
-            shown = [printable(str(each)) if isinstance(each, _TEXTS) else each for each in arguments]
+            shown = [printable(each, _MOST_OF_AN_ARGUMENT) if isinstance(each, _TEXTS) else each for each in arguments]
             logger.warning(message, *shown, exc_info=exc_info)

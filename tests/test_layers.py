@@ -18,6 +18,7 @@ PACKAGE = Path(esper_otel.__file__).parent
 # What each part may import at run time, besides itself, errors and the standard library. Imports for types are free.
 MAY_IMPORT = {
     "errors": set[str](),
+    "text": set[str](),
     "_version": set[str](),
     "settings": set[str](),
     "schema": set[str](),
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "frame": {"schema"},
     "packed": {"frame"},
     "ring": {"frame", "packed", "native"},
-    "log": set[str](),
+    "log": {"text"},
     "native": set[str](),
     "ending": set[str](),
     "identity": {"frame", "native"},
@@ -41,8 +42,8 @@ MAY_IMPORT = {
         *("schema", "errors", "frame", "lives", "ring", "log", "leyline", "record", "risk", "client", "oona"),
         "_version",
     },
-    "blackbox": {"errors", "frame", "log", "ring"},
-    "report": {"blackbox", "client", "errors", "frame", "leyline", "risk", "schema"},
+    "blackbox": {"errors", "frame", "log", "ring", "text"},
+    "report": {"blackbox", "client", "errors", "frame", "leyline", "risk", "schema", "text"},
     "oona": {"errors", "leyline", "log"},
     "client": {"errors", "gateway", "leyline"},  # of the gateway: the messages of its pull service
     "aio": {"client", "gateway", "leyline"},
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "check": {"schema", "settings", "frame", "identity", "export", "_version"},
     "through": {"schema", "settings", "frame", "record", "export", "leyline", "check", "client"},
     "docs": {"schema", "settings", "risk"},
-    "cli": {"schema", "_version", "log", "demo", "check", "through", "gateway", "integrations", "report"},
+    "cli": {"schema", "text", "_version", "demo", "check", "through", "gateway", "integrations", "report"},
     "__main__": {"cli"},
     "demo": {"schema", "settings", "telemetry", "leyline", "testing", "record", "_version", ""},
     "": {"_version"},  # the rest is loaded when it is first used

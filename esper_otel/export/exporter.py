@@ -255,6 +255,8 @@ class StepExporter:
             leftover.folder.release()
             self._warnings.say("spool", "%s cannot be sent and is left alone: %s", path, error, exc_info=error)
             return None
+        if leftover.skipped:
+            self._warnings.say("spool records", "in %s %d records could not be used", path, leftover.skipped)
         try:
             leftover.folder.remove()
         except OSError as error:

@@ -27,6 +27,7 @@ _ACKNOWLEDGED = "acknowledged"
 _LOCK = "lock"  # of folders that an earlier version has left; today the marker is locked
 _MARKER_TEXT = b"esper_otel spool 1\nSteps that an endpoint has not acknowledged. The next session here sends them.\n"
 _SEQUENCE = struct.Struct("<Q")
+_MOST_SEQUENCE = 2**63
 _PRIVATE = 0o700  # metrics may contain what nobody else on the machine should know
 _MOST_BYTES = 1 << 30  # of one file
 _MOST_OUTCOME_BYTES = 1_000
@@ -70,7 +71,8 @@ class Folder:
             raise
         self._identity = _identity(os.fstat(descriptor))
         noted = os.pread(self._state, _SEQUENCE.size, 0)
-        self.acknowledged: int = _SEQUENCE.unpack(noted)[0] if len(noted) == _SEQUENCE.size else 0
+        sequence: int = _SEQUENCE.unpack(noted)[0] if len(noted) == _SEQUENCE.size else 0
+        self.acknowledged = sequence if sequence < _MOST_SEQUENCE else 0  # a larger one is damage
 
     @classmethod
     def create(cls, directory: Path) -> Folder:

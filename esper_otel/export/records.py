@@ -12,7 +12,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from opentelemetry.sdk.resources import Resource
@@ -28,6 +28,8 @@ _NUMBER = struct.Struct("<I")
 # how many bytes of retired ids follow.
 _FIELDS = struct.Struct("<QQQQIIIII")
 _COUNTED = ("esper.global_step", "esper.epoch", "esper.seeds")
+_MOST_NUMBER = 2**63
+_MOST_SAID = 16 * 1024 * 1024  # bytes of names, of seed ids, of a Resource
 _OURS = frozenset(metric.name for metric in METRICS)
 
 
@@ -38,11 +40,15 @@ class Stored:
     Attributes:
         resources: of the runs in them.
         metrics: the user's own metrics in them, by name.
+        skipped: how many records were whole, but cannot be used.
+        lost: how many of these were frames.
         is_torn: whether the file read last ends in the middle of what was written with a frame.
     """
 
     resources: dict[Run, Resource] = dataclasses.field(default_factory=dict)
     metrics: dict[str, Metric] = dataclasses.field(default_factory=dict)
+    skipped: int = 0
+    lost: int = 0
     is_torn: bool = False
 
 
@@ -127,28 +133,104 @@ def _record(content: bytes) -> bytes:
 def frames_in(content: bytes, stored: Stored) -> Iterator[Frame]:
     """The frames of a file, as an exporter needs them: of seeds alive and silent it has the ids and no cells.
 
+    A checksum says that a record is whole, not that we wrote it: what it says is checked like a request, and a record
+    that cannot be used is skipped and counted.
+
     Args:
         content: the file.
         stored: filled with what the frames refer to.
     """
-    known: dict[int, Any] = {0: ()}
+    known = _Known({}, {0: ()}, {0: ()})
     for record in _records(content, stored):
         kind, body = record[:1], record[1:]
-        if kind == _FRAME:
-            frame = _frame(body, known)
-            if frame is not None:
-                yield frame
-            continue
-        (number,) = _NUMBER.unpack_from(body)
-        said = json.loads(body[_NUMBER.size :])
-        if kind == _RUN:
-            known[number] = run = Run(**said[0])
-            stored.resources[run] = Resource(said[1], said[2])
-        elif kind == _NAMES:
-            known[number] = tuple(said[0])
-            stored.metrics.update({name: Metric(name, unit=unit, description=text) for name, unit, text in said[1]})
-        else:
-            known[number] = tuple(said)
+        frame = None
+        try:
+            if kind == _FRAME:
+                frame = _frame(body, known)
+            else:
+                _learn(kind, body, known, stored)
+        except (ValueError, TypeError, LookupError, struct.error, RecursionError):
+            stored.skipped += 1
+            stored.lost += kind == _FRAME
+        if frame is not None:
+            yield frame
+
+
+class _Known(NamedTuple):
+    """What frames of a file refer to, by its number."""
+
+    runs: dict[int, Run]
+    names: dict[int, tuple[str, ...]]
+    seeds: dict[int, tuple[str, ...]]
+
+
+def _learn(kind: bytes, body: bytes, known: _Known, stored: Stored) -> None:
+    """Notes what later frames refer to; raises when it is not what we write."""
+    if len(body) > _MOST_SAID:
+        raise ValueError("it is longer than we write")
+    (number,) = _NUMBER.unpack_from(body)
+    if number in known.runs or number in known.names or number in known.seeds:
+        raise ValueError("its number is taken")
+    said = json.loads(body[_NUMBER.size :].decode())
+    if kind == _RUN:
+        of_run, attributes, schema_url = said
+        run = Run(**of_run)
+        if not _is_run(run):
+            raise ValueError("it is not a run")
+        stored.resources[run] = Resource(_attributes(attributes), *_texts([schema_url]))
+        known.runs[number] = run
+    elif kind == _NAMES:
+        names = _texts(said[0])
+        own = [Metric(name, unit=unit, description=text) for name, unit, text in map(_texts_of_metric, said[1])]
+        stored.metrics.update({metric.name: metric for metric in own if metric.name not in _OURS})
+        known.names[number] = names
+    elif kind == _SEEDS:
+        known.seeds[number] = _texts(said)
+    else:
+        raise ValueError("its kind is not known")
+
+
+def _texts(said: Any, *, can_repeat: bool = False) -> tuple[str, ...]:
+    if not isinstance(said, list) or not all(isinstance(each, str) for each in said):
+        raise TypeError("it is not a list of texts")
+    "".join(said).encode()  # raises where a text cannot be sent
+    if not can_repeat and len(set(said)) < len(said):
+        raise ValueError("a text is there twice")
+    return tuple(said)
+
+
+def _texts_of_metric(said: Any) -> tuple[str, ...]:
+    return _texts(said, can_repeat=True)
+
+
+def _attributes(said: Any) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise TypeError("it is not an object with names and values")
+    for name, value in said.items():
+        _texts([name])
+        if not all(map(_is_plain, value if isinstance(value, list) else [value])):
+            raise ValueError("an attribute is neither text nor a number")
+    return dict(said)
+
+
+def _is_run(run: Run) -> bool:
+    """Whether each field has the type that it is to have, and a run id is there."""
+    texts = (run.run_id, run.experiment, run.device_type, run.device_id)
+    numbers = (run.attempt, run.rank, run.world_size, run.compute_capability)
+    return (
+        bool(run.run_id)
+        and all(isinstance(each, str) for each in texts)
+        and all(type(each) is int for each in numbers)
+        and all(map(_is_plain, (*texts, *numbers)))
+    )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is text, or a number that OTLP has."""
+    if isinstance(value, str):
+        value.encode()
+        return True
+    return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
 
 
 def _records(content: bytes, stored: Stored) -> Iterator[bytes]:
@@ -167,23 +249,23 @@ def _records(content: bytes, stored: Stored) -> Iterator[bytes]:
     stored.is_torn = end < len(content)
 
 
-def _frame(body: bytes, known: Mapping[int, Any]) -> Frame | None:
-    """The frame; None when what it refers to has been lost."""
-    sequence, step, epoch, time_unix_ns, *numbers, retired_bytes = _FIELDS.unpack_from(body)
-    if not known.keys() >= set(numbers):
-        return None
-    run, names, ids, live_ids = (known[number] for number in numbers)
+def _frame(body: bytes, known: _Known) -> Frame:
+    """The frame; raises when what it refers to has been lost, or when we did not write it."""
+    sequence, step, epoch, time_unix_ns, of_run, of_names, of_ids, of_live, retired_bytes = _FIELDS.unpack_from(body)
+    if not 0 < sequence < _MOST_NUMBER or not 0 < time_unix_ns < _MOST_NUMBER:
+        raise ValueError("no frame has such a number or time")
+    run, names, ids, live_ids = known.runs[of_run], known.names[of_names], known.seeds[of_ids], known.seeds[of_live]
     place = _FIELDS.size + retired_bytes
-    retired = tuple(json.loads(body[_FIELDS.size : place])) if retired_bytes else ()
-    of_names = 8 * len(names)
-    sizes = {place + of_names + 8 * len(ids) * columns: columns for columns in (NARROW, WIDTH)}
-    if not isinstance(run, Run) or len(body) not in sizes:
-        return None
+    retired = _texts(json.loads(body[_FIELDS.size : place].decode())) if retired_bytes else ()
+    behind_names = place + 8 * len(names)
+    sizes = {behind_names + 8 * len(ids) * columns: columns for columns in (NARROW, WIDTH)}
+    if len(body) not in sizes:
+        raise ValueError("it has not as many bytes as numbers")
     values = np.frombuffer(body, np.float64, len(names), place).tolist()
     seeds = live = NO_SEEDS
     if ids:
-        cells = np.frombuffer(body, np.float64, offset=place + of_names)
+        cells = np.frombuffer(body, np.float64, offset=behind_names)
         seeds = live = SeedTable(ids, cells.reshape(len(ids), sizes[len(body)]))
-    if live_ids != ids:
-        live = SeedTable(live_ids, np.full((len(live_ids), WIDTH), ABSENT))
+    if live_ids != ids:  # these cells are one number in memory, however many seeds there are
+        live = SeedTable(live_ids, np.broadcast_to(np.float64(ABSENT), (len(live_ids), WIDTH)))
     return Frame(run, sequence, step, epoch, time_unix_ns, names, tuple(values), {}, seeds, live, retired)

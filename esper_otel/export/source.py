@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000
 _MANY = 4_096  # frames that wait
+_MOST_MISSING = 2**32  # frames in one gap: a number beyond it is damage, and must not count as so many lost
 KILLED = "killed"
 
 # Makes an encoder for a catalogue and for what gives a run's Resource.
@@ -159,8 +160,10 @@ class Leftover:
         self._encoder_of = encoder_of
         self.encoder = self._encoder()
         self._names = deque(folder.segments())
+        self._reading: Iterator[Frame] = iter(())
         self._frames: deque[Frame] = deque()
-        self._cursor = folder.acknowledged
+        self._cursor = self._last = folder.acknowledged
+        self._missing = 0
 
     @property
     def size(self) -> int:
@@ -182,34 +185,51 @@ class Leftover:
 
     def after(self, limit: int) -> tuple[list[Frame], int]:
         """See ``Source.after``."""
-        while self._names and len(self._frames) < limit:
-            self._read(self._names.popleft())
+        while len(self._frames) <= limit and self._read():
+            pass
+        if not self._catalogue.keys() >= self._stored.metrics.keys():
+            self._catalogue.update(self._stored.metrics)
+            self.encoder = self._encoder()
         frames: list[Frame] = []
         for frame in self._frames:
             if len(frames) == limit or (frames and frame.sequence != frames[-1].sequence + 1):
                 break
             frames.append(frame)
         if frames:
-            return frames, frames[0].sequence - self._cursor - 1
-        # A frame of which only the beginning is there: the process died, or the file was cut short, in the middle.
-        torn, self._stored.is_torn = self._stored.is_torn, False
-        return [], int(torn)
+            gone = frames[0].sequence - self._cursor - 1
+            self._missing += gone
+            return frames, gone
+        # A frame of which only the beginning is there: the process died, or the file was cut short, in the middle. And
+        # frames that cannot be used, of which no gap has told.
+        left = max(int(self._stored.is_torn), self._stored.lost - self._missing)
+        self._stored.is_torn, self._missing = False, self._stored.lost
+        return [], left
 
     def are_last(self, frames: Sequence[Frame]) -> bool:
         """See ``Source.are_last``."""
-        return not self._names and len(self._frames) == len(frames)
+        return len(self._frames) == len(frames) and not self._read()
 
-    def _read(self, name: str) -> None:
-        last = self._frames[-1].sequence if self._frames else self._cursor
-        for frame in frames_in(self.folder.read(name), self._stored):
-            if frame.sequence > last:
-                self._frames.append(frame)
-                last = frame.sequence
-            elif frame.sequence <= self.folder.acknowledged:
-                self._note_delivered(frame)
-        if not self._catalogue.keys() >= self._stored.metrics.keys():
-            self._catalogue.update(self._stored.metrics)
-            self.encoder = self._encoder()
+    @property
+    def skipped(self) -> int:
+        """Records that could not be used."""
+        return self._stored.skipped
+
+    def _read(self) -> bool:
+        """Takes one more frame from the files; False when all are read."""
+        while True:
+            for frame in self._reading:
+                if self._last < frame.sequence <= self._last + _MOST_MISSING:
+                    self._frames.append(frame)
+                    self._last = frame.sequence
+                    return True
+                if frame.sequence <= self.folder.acknowledged:
+                    self._note_delivered(frame)
+                elif frame.sequence > self._last:
+                    self._stored.skipped += 1
+                    self._stored.lost += 1
+            if not self._names:
+                return False
+            self._reading = frames_in(self.folder.read(self._names.popleft()), self._stored)
 
     def _note_delivered(self, frame: Frame) -> None:
         """Of a frame that was delivered before: its series have not ended yet."""

@@ -21,7 +21,7 @@ from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.gateway.pull_messages import step_message
 from esper_otel.gateway.views import RunRanks
 from esper_otel.leyline.packets import Packets
-from esper_otel.log import printable
+from esper_otel.text import printable
 
 _WAIT_S = 5.0
 _AGAIN_S = 1.0
@@ -123,7 +123,7 @@ def _print_page(
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"esper-otel: {printable(message)}\n")
+    sys.stderr.write(f"esper-otel: {printable(message, _MOST_LINE)}\n")
     sys.stderr.flush()
 
 

@@ -10,7 +10,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from esper_otel.gateway.decoded import INVALID_TEXT, TOO_MANY_ATTRIBUTES, Sender
 from esper_otel.gateway.limits import Limits
 from esper_otel.leyline.senders import Label, label_of_texts, run_of_texts, text_of
-from esper_otel.log import printable
+from esper_otel.text import printable
 
 _PROCESS = ("service.instance.id", "host.name", "process.pid")
 

@@ -29,8 +29,11 @@ def main(options: argparse.Namespace) -> int:
 
     check_environment()
     environ = dict(os.environ)
-    paths = [str(_INJECTED), environ.get("PYTHONPATH", "")]
-    environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    before = environ.get("PYTHONPATH")
+    if before is not None:
+        environ["ESPER_OTEL_PYTHONPATH"] = before
+    # An empty part of a list is the current directory; a variable that is empty as a whole is no list.
+    environ["PYTHONPATH"] = os.pathsep.join([str(_INJECTED), *([before] if before else [])])
     environ["ESPER_OTEL_RUN"] = f"{os.getpid()}:{'' if options.log is None else options.log.absolute()}"
     if options.run_id is not None:
         environ["ESPER_RUN_ID"] = options.run_id

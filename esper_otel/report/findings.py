@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import median
 from typing import NamedTuple
 
 from esper_otel.frame import FINE
@@ -20,6 +20,7 @@ PHASES = ("input wait", "hook", "finalize", "rest")
 _BEFORE = 10
 _FEWEST = 3
 _SELDOM = 0.1
+_MOST_NAMES = 12
 _TIMES_THE_NOISE = 3
 _LATENCY_BUDGET_MS = 10.0
 
@@ -27,6 +28,7 @@ _LATENCY_BUDGET_MS = 10.0
 _ALARMS = {rule.name: rule for rule in RULES if (rule.level, rule.route) == ("HIGH", "PAUSE")}
 # A black box has the names of the catalogue, a packet has these.
 _KEYS = {metric.name: metric.key for metric in METRICS if metric.level == "step" and metric.key}
+_STAGES: dict[float, str] = {stage.value: stage.name for stage in Stage}
 
 
 class Finding(NamedTuple):
@@ -75,7 +77,7 @@ def first_bad(recording: Recording) -> tuple[int, str] | None:
         loss = values.get("loss")
         if loss is not None and not math.isfinite(loss):
             others = [name for name, value in values.items() if not math.isfinite(value) and name != "loss"]
-            return place, f"the loss is {loss:g}" + (f", and so are {', '.join(sorted(others))}" if others else "")
+            return place, f"the loss is {loss:g}" + (f", and so are {_listed(sorted(others))}" if others else "")
         if failed is None and values.get("esper.step.failed"):
             failed = place, "it raised an exception"
         found = [each for each in signals(_packet(values), loss_before=loss_before) if each.name in _ALARMS]
@@ -87,6 +89,17 @@ def first_bad(recording: Recording) -> tuple[int, str] | None:
         if loss is not None:
             loss_before = loss
     return failed or alarm
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean; unlike ``statistics.fmean`` also of numbers whose sum is too large for a double."""
+    each = list(values)
+    return math.fsum(value / len(each) for value in each)
 
 
 def _is_unusual(
@@ -140,8 +153,9 @@ def _first_bad(recording: Recording, bad: tuple[int, str] | None) -> Finding:
     for name in ("gradient_norm", "optimizer_lr", "esper.optimizer.lr"):
         known = [values[name] for values in before if math.isfinite(values.get(name, math.nan))]
         if len(known) >= 3 and known[-1] > 2 * median(known[:-1]):
-            times = known[-1] / median(known[:-1])
-            answer += f" {name} was {known[-1]:.4g} in the step before, {times:.3g} times what was usual."
+            usual = median(known[:-1])
+            times = f"{known[-1] / usual:.3g} times what was usual" if usual > 0 else f"usual was {usual:.4g}"
+            answer += f" {name} was {known[-1]:.4g} in the step before, {times}."
     return Finding(question, answer, True, row.step)
 
 
@@ -153,7 +167,7 @@ def _learning(recording: Recording) -> Finding:
     if len(losses) < 2:
         return Finding(question, "There are too few losses to tell.")
     size = max(len(losses) // 5, 1)
-    early, late = fmean(loss for _, loss in losses[:size]), fmean(loss for _, loss in losses[-size:])
+    early, late = _mean(loss for _, loss in losses[:size]), _mean(loss for _, loss in losses[-size:])
     best_step, best = min(losses, key=lambda pair: pair[1])
     trend = "fell" if late < early else "rose"
     return Finding(
@@ -187,7 +201,7 @@ def _slowest(recording: Recording) -> Finding:
     timed = [(row, parts) for row, parts in timed if parts]
     if not timed:
         return Finding(question, "No durations were recorded.")
-    means = {phase: fmean(parts.get(phase, 0.0) for _, parts in timed) for phase in PHASES}
+    means = {phase: _mean(parts.get(phase, 0.0) for _, parts in timed) for phase in PHASES}
     total = sum(means.values())
     phase = max(means, key=means.__getitem__)
     shares = ", ".join(f"{name} {means[name]:.3g} ms" for name in PHASES if means[name])
@@ -231,17 +245,15 @@ def _seed(recording: Recording, bad: tuple[int, str] | None) -> Finding:
     if bad is not None:
         near = [change for change in changes if bad[0] - _BEFORE <= change[0] <= bad[0]]
         answers += [
-            f"{seed_id} went to {_stage(stage)} in step {step}, {bad[0] - place} steps before it went wrong."
+            f"{seed_id} went to {stage_name(stage)} in step {step}, {bad[0] - place} steps before it went wrong."
             for place, step, seed_id, stage in near[-3:]
         ]
     return Finding(question, " ".join(answers) or f"None of {len(last)} shows any.", bool(answers))
 
 
-def _stage(number: float) -> str:
-    try:
-        return Stage(int(number)).name
-    except ValueError:
-        return f"stage {number:g}"
+def stage_name(number: float) -> str:
+    """The stage's name; of a number that is none's, the number."""
+    return _STAGES.get(number) or f"stage {number:g}"
 
 
 def compared(one: Recording, other: Recording) -> list[Finding]:
@@ -261,7 +273,7 @@ def compared(one: Recording, other: Recording) -> list[Finding]:
         both = [(step, mine[name], theirs[name]) for step, mine, theirs in pairs if _finite(name, mine, theirs)]
         if len(both) >= 2:
             tail = both[-max(len(both) // 5, 1) :]
-            mine, theirs = fmean(each[1] for each in tail), fmean(each[2] for each in tail)
+            mine, theirs = _mean(each[1] for each in tail), _mean(each[2] for each in tail)
             is_better = (mine < theirs) == (better == "lower")
             word = "the same" if mine == theirs else "better" if is_better else "worse"
             answers.append(f"{name} at the end: {mine:.4g} against {theirs:.4g} ({word}).")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
-from esper_otel.report.findings import PHASES, Finding, compared, findings, first_bad, phases
+from esper_otel.report.findings import PHASES, Finding, compared, findings, first_bad, phases, stage_name
 from esper_otel.report.recording import Recording, names_of
-from esper_otel.schema import Stage
+from esper_otel.text import printable
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 920, 200, 64, 24
 _MOST_POINTS = 1_500
@@ -26,6 +29,16 @@ text{font:11px system-ui,sans-serif;fill:#57606a}table{border-collapse:collapse;
 td,th{padding:.15rem .6rem;border-bottom:1px solid #d0d7de;text-align:right}
 td:first-child,th:first-child{text-align:left}
 """
+# The page loads nothing and runs nothing, whatever is in it: of styles only these, and those of its own elements.
+_OUR_STYLE = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    f"style-src-elem 'sha256-{_OUR_STYLE}'; style-src-attr 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
+)
+_MADE = '<meta name="esper-otel-report"'
+_BEGINNING = 4096  # bytes of a file that tell who wrote it
+_MOST_SHOWN = 2_000
+_MOST_CHANGES = 100
 
 Points = Sequence[tuple[float, float | None]]
 
@@ -68,24 +81,34 @@ def page(recording: Recording, other: Recording | None = None) -> str:
         cycles = [Line(name, _cycle(each)) for each, name in both]
         parts.append(_chart("Step and input wait, ms", cycles, mark))
     parts += [_seeds(recording), _last_steps(recording)]
-    title = escape(recording.title)
+    title = _shown(recording.title)
+    sub = f"attempt {_shown(recording.attempt)}, rank {_shown(recording.rank)}; esper-otel report"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"{made_of(recording)}<style>{_STYLE}</style>"
-        f'<h1>{title}</h1><p class="sub">attempt {recording.attempt}, rank {recording.rank}; esper-otel report</p>'
-        + "".join(parts)
-        + "</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{_POLICY}{_made_of(recording)}<title>{title}</title>'
+        f'<style>{_STYLE}</style><h1>{title}</h1><p class="sub">{sub}</p>' + "".join(parts) + "</html>\n"
     )
 
 
-def made_of(recording: Recording) -> str:
+def is_page(path: Path, recording: Recording | None = None) -> bool:
+    """Whether a file is a page that this module has written; of this recording, if one is given."""
+    with path.open("rb") as file:
+        beginning = file.read(_BEGINNING)
+    return (_MADE if recording is None else _made_of(recording)).encode() in beginning
+
+
+def _made_of(recording: Recording) -> str:
     """What stands in the page of a recording, and in no page of another."""
-    return f'<meta name="esper-otel-report" content="{escape(recording.source)}">'
+    return f'{_MADE} content="{_shown(recording.source)}">'
+
+
+def _shown(text: object) -> str:
+    """Anything from outside, in the page's text or in an attribute's value."""
+    return escape(printable(text, _MOST_SHOWN))
 
 
 def _answers(found: Iterable[Finding]) -> str:
     rows = [
-        f"<dt>{escape(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{escape(each.answer)}</dd>"
+        f"<dt>{_shown(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{_shown(each.answer)}</dd>"
         for each in found
     ]
     return f"<dl>{''.join(rows)}</dl>"
@@ -145,14 +168,14 @@ def _chart(title: str, lines: Sequence[Line], mark: Mark | None, *, is_stacked: 
         here, _ = at(x, low)
         anchor = "start" if here < _WIDTH / 2 else "end"
         where = f'x="{here:.1f}" y="{16 + place * 12}" text-anchor="{anchor}"'
-        drawn.append(f'<text {where} style="fill:#cf222e">{escape(text)}</text>')
+        drawn.append(f'<text {where} style="fill:#cf222e">{_shown(text)}</text>')
     more = [f"and {len(odd) - _MOST_MARKS} more stretches that are not finite"] if len(odd) > _MOST_MARKS else []
     if mark is not None and first <= mark.step <= last:
         here, _ = at(mark.step, low)
         ends = f'x1="{here:.1f}" x2="{here:.1f}" y1="8" y2="{_HEIGHT - _BOTTOM}"'
         drawn.append(f'<line {ends} stroke="#cf222e" stroke-dasharray="3 3"/>')
         more.append(f"dashed: step {mark.step}, where {mark.reason}")
-    return f"<h2>{escape(title)}</h2>{_svg(drawn)}{_legend([line.name for line in lines], more)}"
+    return f"<h2>{_shown(title)}</h2>{_svg(drawn)}{_legend([line.name for line in lines], more)}"
 
 
 def _odd(line: Line) -> list[tuple[float, str]]:
@@ -215,11 +238,11 @@ def _svg(drawn: Iterable[str]) -> str:
 
 def _legend(names: Sequence[str], more: Sequence[str]) -> str:
     entries = [
-        f'<span style="color:{color}">■</span> {escape(name)}'
+        f'<span style="color:{color}">■</span> {_shown(name)}'
         for color, name in zip(_COLORS, names, strict=False)
         if name
     ]
-    entries += map(escape, more)
+    entries += map(_shown, more)
     return f'<p class="sub">{" &nbsp; ".join(entries)} &nbsp; by step</p>'
 
 
@@ -247,18 +270,21 @@ def _seeds(recording: Recording) -> str:
         for seed_id, cells in row.seeds.items():
             stage = cells.get("stage")
             of_seed = lives.setdefault(seed_id, [])
-            if stage is not None and (not of_seed or of_seed[-1][1] != stage):
+            if stage is not None and (not of_seed or _differ(of_seed[-1][1], stage)):
                 of_seed.append((row.step, stage))
     if not lives:
         return ""
-    known = {stage.value: stage.name for stage in Stage}
     rows = [
-        f"<tr><td>{escape(seed_id)}</td><td>"
-        + ", ".join(f"{known.get(int(stage), f'stage {stage:g}')} from {step}" for step, stage in changes)
+        f"<tr><td>{_shown(seed_id)}</td><td>"
+        + ", ".join(_shown(f"{stage_name(stage)} from {step}") for step, stage in changes[:_MOST_CHANGES])
         + "</td></tr>"
         for seed_id, changes in sorted(lives.items())
     ]
     return f"<h2>Seeds</h2><table><tr><th>seed</th><th>stages, from step</th></tr>{''.join(rows[:200])}</table>"
+
+
+def _differ(one: float, other: float) -> bool:
+    return one != other and not (math.isnan(one) and math.isnan(other))
 
 
 def _last_steps(recording: Recording) -> str:
@@ -267,9 +293,9 @@ def _last_steps(recording: Recording) -> str:
         for name in ("loss", "gradient_norm", "accuracy", "step_latency_ms", "input_wait_ms", "samples_per_s")
         if any(name in row.values for row in recording.rows)
     ]
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    head = "".join(f"<th>{_shown(name)}</th>" for name in names)
     rows = []
     for row in recording.rows[-12:]:
         cells = "".join(f"<td>{row.values[name]:.5g}</td>" if name in row.values else "<td></td>" for name in names)
-        rows.append(f"<tr><td>{row.step}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{_shown(row.step)}</td>{cells}</tr>")
     return f"<h2>The last steps</h2><table><tr><th>step</th>{head}</tr>{''.join(rows)}</table>"

@@ -16,7 +16,9 @@ from esper_otel.client import TamiyoClient
 from esper_otel.errors import ConfigurationError
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
+from esper_otel.leyline.senders import is_valid
 from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
+from esper_otel.text import printable
 
 _FIELDS = {metric.name: metric.field for metric in SEED_CELLS}
 # Of the catalogue's metrics a packet has those of the step under their names, and users' own.
@@ -109,10 +111,30 @@ def of_file(path: Path) -> Recording:
     Raises:
         ConfigurationError: it cannot be read.
     """
-    head, rows = blackbox.read(path)
-    made = tuple(Row(row["step"], row["epoch"], row["time_unix_ns"] / 1e9, row["values"], row["seeds"]) for row in rows)
-    source = path.name.removesuffix(blackbox.SUFFIX)
-    return Recording(head["run_id"], head["rank"], head["attempt"], head["reason"], made, source)
+    content = blackbox.contents(path)
+    head = next(content)
+    rows = tuple(
+        Row(row["step"], row["epoch"], row["time_unix_ns"] / 1e9, _clean(row["values"]), _clean_seeds(row["seeds"]))
+        for row in content
+    )
+    source = _clean_text(path.name.removesuffix(blackbox.SUFFIX))
+    return Recording(
+        _clean_text(head["run_id"]), head["rank"], head["attempt"], _clean_text(head["reason"]), rows, source
+    )
+
+
+@lru_cache(maxsize=4096)
+def _clean_text(text: str) -> str:
+    """The text, if a session accepts it as a name or id; of any other what can be shown."""
+    return text if is_valid(text) else printable(text)
+
+
+def _clean(values: Mapping[str, float]) -> dict[str, float]:
+    return {_clean_text(name): value for name, value in values.items()}
+
+
+def _clean_seeds(seeds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {_clean_text(seed_id): _clean(cells) for seed_id, cells in seeds.items()}
 
 
 def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
@@ -138,7 +160,7 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
     ended = [run.ended or run.run_ended or "" for run in mine]
     rows = [row for _, row in sorted(found.items())]
     source = blackbox.file_stem(run_id, rank, attempt)
-    return Recording(run_id, rank, attempt, ended[0] if ended else "", tuple(rows), source)
+    return Recording(_clean_text(run_id), rank, attempt, _clean_text(ended[0]) if ended else "", tuple(rows), source)
 
 
 def names_of(one: Recording, other: Recording) -> tuple[str, str]:
@@ -161,20 +183,26 @@ def _row(packets: Packets) -> Row:
     for packet in packets.telemetry:
         for point in packet.metrics:
             if point.name in _FIELDS:
-                seeds.setdefault(point.attributes["seed_id"], {})[_FIELDS[point.name]] = point.value
+                seeds.setdefault(point.attributes.get("seed_id", ""), {})[_FIELDS[point.name]] = point.value
         for event in packet.events:
             _add_event(event, values, seeds)
-    return Row(packets.step, state.current_epoch, state.timestamp_ns / 1e9, values, seeds)
+    return Row(packets.step, state.current_epoch, state.timestamp_ns / 1e9, _clean(values), _clean_seeds(seeds))
 
 
 def _add_event(event: messages.TelemetryEvent, values: dict[str, float], seeds: dict[str, dict[str, float]]) -> None:
     """Puts back what a packet of numbers cannot carry: which value was not finite, and that the step raised."""
-    about = event.attributes
     if event.description == "step_failed":
         values["esper.step.failed"] = 1.0
-    elif event.description not in {"loss_nonfinite", "value_nonfinite"}:
+    if event.description not in {"loss_nonfinite", "value_nonfinite"}:
         return
-    elif "seed_id" in about:
-        seeds.setdefault(about["seed_id"], {})[_FIELDS[about["metric"]]] = float(about["value"])
-    elif about["metric"] in values:
-        values[about["metric"]] = float(about["value"])
+    about = event.attributes
+    metric = about.get("metric", "")
+    try:
+        value = float(about.get("value", ""))
+    except ValueError:  # not by a gateway of ours
+        return
+    if "seed_id" in about:
+        if metric in _FIELDS:
+            seeds.setdefault(about["seed_id"], {})[_FIELDS[metric]] = value
+    elif metric in values:
+        values[metric] = value

@@ -12,34 +12,76 @@ from esper_otel.report.recording import Recording
 
 _KEYS = ("step", "epoch", "unix_s", "seed_id")
 _AT_ONCE = 10_000
+_FEW_CELLS = 10_000_000
+_MOST_EMPTY = 100  # cells for each that is not
+_CSV_BEGINS = ",".join(_KEYS).encode()
+# Text that begins so is a formula to a spreadsheet; the last four are the wide forms of the first four.
+_FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 Cell = int | float | str | None
 
 
-def header(recording: Recording) -> list[str]:
-    """The names of the columns."""
-    steps = sorted({name for row in recording.rows for name in row.values})
-    fields = sorted({field for row in recording.rows for cells in row.seeds.values() for field in cells})
-    return [*_KEYS, *steps, *(f"seed.{field}" for field in fields)]
+class _Columns:
+    """The columns of a table: the keys, the metrics of steps, the fields of seeds; each has a name of its own."""
+
+    def __init__(self, recording: Recording) -> None:
+        steps = sorted({name for row in recording.rows for name in row.values})
+        fields = sorted({field for row in recording.rows for cells in row.seeds.values() for field in cells})
+        self.of_seeds = {field: f"seed.{field}" for field in fields}
+        taken = {*_KEYS, *self.of_seeds.values()}
+        self.of_steps: dict[str, str] = {}
+        for name in steps:
+            column = name
+            while column in taken:
+                column = f"metric.{column}"
+            taken.add(column)
+            self.of_steps[name] = column
+        self.names = [*_KEYS, *self.of_steps.values(), *self.of_seeds.values()]
+        rows = sum(1 + len(row.seeds) for row in recording.rows)
+        there = sum(len(row.values) + sum(map(len, row.seeds.values())) for row in recording.rows)
+        if rows * len(self.names) > _FEW_CELLS + _MOST_EMPTY * there:
+            raise ConfigurationError(
+                f"a table of this recording would have {rows} lines of {len(self.names)} columns, nearly all empty"
+            )
+
+    def lines(self, recording: Recording) -> Iterator[list[Cell]]:
+        """A line for each step, with an empty ``seed_id``, and one for each row of a seed; None where nothing is."""
+        for row in recording.rows:
+            key: dict[str, Cell] = {"step": row.step, "epoch": row.epoch, "unix_s": row.unix_s}
+            values = {self.of_steps[name]: value for name, value in row.values.items()}
+            yield [*map((key | {"seed_id": ""} | values).get, self.names)]
+            for seed_id, cells in row.seeds.items():
+                found = key | {"seed_id": seed_id} | {self.of_seeds[field]: cell for field, cell in cells.items()}
+                yield [*map(found.get, self.names)]
 
 
-def lines(recording: Recording, names: list[str]) -> Iterator[list[Cell]]:
-    """A line for each step, with an empty ``seed_id``, and one for each row of a seed; None where nothing is."""
-    for row in recording.rows:
-        key: dict[str, Cell] = {"step": row.step, "epoch": row.epoch, "unix_s": row.unix_s, "seed_id": ""}
-        yield [*map((key | row.values).get, names)]
-        for seed_id, cells in row.seeds.items():
-            found = key | {"seed_id": seed_id} | {f"seed.{field}": cell for field, cell in cells.items()}
-            yield [*map(found.get, names)]
+def is_table(path: Path) -> bool:
+    """Whether a file is a table that this module has written."""
+    with path.open("rb") as file:
+        beginning = file.read(len(_CSV_BEGINS))
+    if beginning == _CSV_BEGINS:
+        return True
+    if not beginning.startswith(b"PAR1"):
+        return False
+    try:
+        from pyarrow import parquet
+
+        return tuple(parquet.read_schema(path).names[: len(_KEYS)]) == _KEYS
+    except Exception:  # noqa: BLE001 - whatever it is, we have not written it
+        return False
 
 
 def write_csv(recording: Recording, path: Path) -> None:
-    """An empty cell is missing; NaN is ``nan``."""
-    names = header(recording)
+    """An empty cell is missing; NaN is ``nan``. Text that a spreadsheet would take for a formula begins with ``'``."""
+    columns = _Columns(recording)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(lines(recording, names))
+        writer.writerow(map(_not_a_formula, columns.names))
+        writer.writerows(map(_not_a_formula, line) for line in columns.lines(recording))
+
+
+def _not_a_formula(cell: Cell) -> Cell:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULAS) else cell
 
 
 def write_parquet(recording: Recording, path: Path) -> None:
@@ -53,11 +95,14 @@ def write_parquet(recording: Recording, path: Path) -> None:
         from pyarrow import parquet
     except ImportError:
         raise ConfigurationError("--parquet needs pyarrow: pip install 'esper-otel[parquet]'") from None
-    names = header(recording)
-    kinds = {"step": pa.int64(), "epoch": pa.int64(), "seed_id": pa.string()}
+    columns = _Columns(recording)
+    names = columns.names
+    # A step whose sender did not give its number has one that only fits without a sign.
+    step = pa.uint64() if any(row.step >= 2**63 for row in recording.rows) else pa.int64()
+    kinds = {"step": step, "epoch": pa.int64(), "seed_id": pa.string()}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])
-    left = lines(recording, names)
+    left = columns.lines(recording)
     with parquet.ParquetWriter(path, schema) as writer:
         while some := list(islice(left, _AT_ONCE)):
-            columns = dict(zip(names, zip(*some, strict=True), strict=True))
-            writer.write_table(pa.table(columns, schema))
+            content = dict(zip(names, zip(*some, strict=True), strict=True))
+            writer.write_table(pa.table(content, schema))

@@ -16,7 +16,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 import esper_otel
 from esper_otel import EsperSettings
+from esper_otel.export import records
 from esper_otel.export.folder import Folder
+from esper_otel.export.records import Stored
 from esper_otel.testing import MemoryCollector
 
 # Says what it has recorded, then does what it was told to.
@@ -242,6 +244,33 @@ def test_a_file_that_holds_no_frame_is_no_trouble(nowhere: Path, collector: Memo
     assert telemetry.health()["exported"] == 1
     assert list(nowhere.iterdir()) == [folder]  # without our marker nothing is deleted
     assert (folder / "00000001.frames").read_bytes() == content
+
+
+def test_records_that_somebody_else_has_made_are_skipped_and_counted(
+    nowhere: Path, collector: MemoryCollector, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With right checksums, between those of a killed trainer: all of its steps arrive, and the folder goes."""
+    recorded = trained("killed", 20, KILL)
+    [path] = nowhere.rglob("*.frames")
+    contents = list(records._records(path.read_bytes(), Stored()))
+    run = json.dumps([{"run_id": ["x"], "attempt": 1}, {}, ""]).encode()
+    fields = records._FIELDS
+    hostile = [
+        *(b"", b"R", b"F", b"?1234", b"R\x63\0\0\0" + run, b"N\x63\0\0\0[[[]],[]]", b"S\x63\0\0\0" + b"[" * 100_000),
+        *(b"S\x63\0\0\0" + json.dumps(["\ud800"]).encode(), b'N\x63\0\0\0[["a"],[["a b","1","x"]]]'),
+        *(b"N\x01\0\0\0[[],[]]", b"R\x63\0\0\0" + json.dumps([{"run_id": "x", "attempt": 2**70}, {}, ""]).encode()),
+        b"F" + fields.pack(2**64 - 1, 1, 0, 1, 1, 0, 0, 0, 0),  # a number that would make all others old
+        b"F" + fields.pack(2**62, 1, 0, 1, 1, 0, 0, 0, 0),
+        b"F" + fields.pack(21, 1, 0, 1, 1, 0, 0, 0, 2**32 - 1),
+        b"F" + fields.pack(21, 1, 0, 1, 2, 1, 1, 1, 0),  # names in place of a run
+    ]
+    mixed = [*contents[:6], *hostile, *contents[6:]]
+    path.write_bytes(b"".join(map(records._record, mixed)))
+    telemetry = sent_by_next_start(collector)
+    assert_exact(collector, "killed", recorded)
+    assert telemetry.health()["dropped"] == 5
+    assert "15 records could not be used" in caplog.text
+    assert not path.parent.exists()
 
 
 FULL = """

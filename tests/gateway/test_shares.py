@@ -19,7 +19,7 @@ from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import Store, StoreLimits
-from esper_otel.log import printable
+from esper_otel.text import printable
 
 HONEST, ROGUE = Grant("team-", "run=team-"), Grant("rogue-", "run=rogue-")
 

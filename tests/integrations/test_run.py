@@ -163,3 +163,25 @@ def test_a_script_in_which_nothing_steps_is_explained_in_the_log(tmp_path: Path)
         done = run(collector, "-m", "esper_otel", "run", "--log", log, tmp_path / "launcher.py")
     assert (done.stdout, done.stderr, done.returncode) == ("hello\n", "", 0)
     assert "torchrun --no-python esper-otel run SCRIPT" in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("paths", ["", ":/nowhere", "/nowhere::"])
+def test_the_script_and_its_children_have_the_paths_that_they_would_have(tmp_path: Path, paths: str) -> None:
+    """To the letter: an empty part of PYTHONPATH is the current directory, and an empty variable is still set."""
+    child = "import os, sys; print(sys.path, os.environ['PYTHONPATH'], [n for n in os.environ if 'ESPER_OTEL' in n])"
+    script = f"import subprocess\n{child}\nsys.stdout.flush()\nsubprocess.run([sys.executable, '-c', {child!r}])\n"
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": paths, "OTEL_METRICS_EXPORTER": "none"}
+    said = [
+        subprocess.run(
+            [sys.executable, *command, "script.py"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for command in ([], ["-m", "esper_otel", "run"])
+    ]
+    assert said[0] == said[1]
+    assert said[0].count("\n") == 2

@@ -9,16 +9,17 @@ from pathlib import Path
 
 _here = str(Path(__file__).resolve().parent)
 _variable = "ESPER_OTEL_RUN"
+_before = "ESPER_OTEL_PYTHONPATH"
 
 
 def _step_aside() -> None:
     """The script, and what it starts, sees the paths that it would have seen without us."""
     with suppress(ValueError):
         sys.path.remove(_here)
-    kept = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != _here]
+    before = os.environ.pop(_before, None)
     os.environ.pop("PYTHONPATH", None)
-    if kept:
-        os.environ["PYTHONPATH"] = os.pathsep.join(kept)
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
 
 
 def _load_the_other() -> None:

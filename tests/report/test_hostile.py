@@ -1,0 +1,403 @@
+"""Reports of black boxes that somebody else has made: text stays text, and nothing costs more than it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from browser import CHROMIUM, Browser
+from fuzz_files import box_bytes, check_report, honest_box
+from pyarrow import parquet
+
+import esper_otel
+from esper_otel import Stage, blackbox
+from esper_otel.cli import main
+from esper_otel.report.page import page
+from esper_otel.report.recording import Row, of_file
+
+HOSTILE = (
+    "\"'></title></style></td></text></svg><img src={url}/i onerror='fetch(\"{url}/h\")'><script src={url}/s></script>"
+)
+
+
+def written(folder: Path, lines: list[Any] | bytes, name: str = "box") -> Path:
+    path = folder / f"{name}{blackbox.SUFFIX}"
+    path.write_bytes(lines if isinstance(lines, bytes) else box_bytes(lines))
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# -- the page in a browser -------------------------------------------------------------------------------
+
+
+class Tattler:
+    """An HTTP server that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.connections = 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def setup(self) -> None:
+                outer.connections += 1
+                super().setup()
+
+            def do_GET(self) -> None:
+                outer.asked.append(self.path)
+                self.send_response(200)
+                self.send_header("access-control-allow-origin", "*")
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as it is called there
+                del format, args
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.block_on_close = False  # Chromium may hold a connection on which it asks nothing
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def tattler() -> Iterator[Tattler]:
+    tattler = Tattler()
+    yield tattler
+    tattler.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("is_checked", [True, False], ids=["from a box", "past the reader's checks"])
+def test_no_field_of_a_box_loads_or_runs_anything(
+    tmp_path: Path, browser: Browser, tattler: Tattler, is_checked: bool
+) -> None:
+    """Every text of it at once; and the fields that the reader takes for numbers, were it ever to let text through."""
+    hostile: Any = HOSTILE.format(url=tattler.url)
+    lines = honest_box()
+    lines[0] |= dict.fromkeys(("run_id", "reason", "experiment", "device"), hostile)
+    for line in lines[1:]:
+        line["values"] |= {hostile: "NaN"}
+        line["seeds"] = {hostile: {"stage": 6.0 + line["step"] % 2, "isolation_violations": 1.0, hostile: 1.0}}
+        line["retired"] = [hostile]
+    recording = of_file(written(tmp_path, lines, name="x"))
+    if not is_checked:
+        rows = (*recording.rows[:-1], replace_step(recording.rows[-1], Text(hostile)))
+        recording = replace(recording, attempt=hostile, rank=hostile, source=hostile, rows=rows)
+    html = page(recording, replace(recording, attempt=7))
+    assert hostile not in html
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    browser.open((tmp_path / "page.html").as_uri())
+    assert browser.value("document.scripts.length + document.images.length") == 0
+    assert browser.value("[...document.querySelectorAll('*')].flatMap((e) => e.getAttributeNames())"
+                         ".filter((name) => name.startsWith('on'))") == []  # fmt: skip
+    assert hostile in browser.value("document.title")
+    time.sleep(0.1)
+    assert (tattler.connections, tattler.asked) == (0, [])
+
+
+class Text(int):
+    """A number that reads as text."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Text:
+        made = super().__new__(cls, 20)
+        made.text = text
+        return made
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __format__(self, how: str) -> str:
+        return format(int(self), how) if how else self.text
+
+
+def replace_step(row: Row, step: int) -> Row:
+    return Row(step, row.epoch, row.unix_s, row.values, row.seeds)
+
+
+def test_what_gets_into_the_page_all_the_same_is_stopped_by_its_policy(
+    tmp_path: Path, browser: Browser, tattler: Tattler
+) -> None:
+    """The page's own styles are applied; a script, a handler, an image, a style or a frame that came in is not."""
+    html = page(of_file(written(tmp_path, honest_box())))
+    more = (
+        f"<script>document.title = 'run'</script><script src={tattler.url}/s></script><img src={tattler.url}/i>"
+        f"<iframe src={tattler.url}/f></iframe><style>@import url({tattler.url}/c)</style>"
+        f"<div style='background:url({tattler.url}/b)' onclick='document.title = 1'>x</div>"
+    )
+    (tmp_path / "page.html").write_text(html.replace("</html>", f"{more}</html>"), encoding="utf-8")
+    browser.open((tmp_path / "page.html").as_uri())
+    browser.value("document.querySelector('div').click()")
+    time.sleep(0.2)
+    assert browser.value("document.title") == "run"
+    assert browser.value("document.images.length") == 1
+    assert browser.value("getComputedStyle(document.body).maxWidth") == "960px"
+    assert tattler.asked == []
+
+
+# -- text ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_and_written_in_tables_is_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No controls and no forged lines on the terminal, no formulas in a spreadsheet; numbers stay numbers."""
+    evil = "=HYPERLINK(1)\x1b[2J\nrun-fake is fine\u202e"
+    lines = honest_box()
+    lines[0] |= {"run_id": evil, "reason": evil}
+    for line in lines[1:]:
+        line["values"] |= {"@own": -1.5, "step": 3.0, "accuracy": "-Infinity"}
+        line["seeds"] = {evil: {"isolation_violations": 2.0}, "-seed": {"alpha": -0.5}, "+a": {}, "a\ud800": {}}
+    path = written(here, lines)
+    assert main(["report", str(path), "--csv", "t.csv", "--parquet", "t.parquet"]) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert not any(line.startswith("run-fake") for line in out.split("\n"))
+    with Path("t.csv").open(encoding="utf-8", newline="") as file:
+        names, *rows = csv.reader(file)
+    assert {"'@own", "metric.step", "accuracy", "seed.alpha"} <= set(names)
+    assert [row[names.index("step")] for row in rows][::5] == [str(step) for step in range(1, 21)]
+    assert rows[0][names.index("'@own")] == "-1.5"
+    assert rows[0][names.index("accuracy")] == "-inf"
+    assert {row[names.index("seed_id")] for row in rows} == {
+        *("", "'=HYPERLINK(1)\\x1b[2J\\nrun-fake is fine\\u202e", "'-seed", "'+a", "a\\ud800")
+    }
+    assert parquet.read_table("t.parquet")["@own"][0].as_py() == -1.5
+
+
+def test_errors_are_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever stands in them, and whichever command says them."""
+    for words in (
+        [str(written(tmp_path, [{"esper_otel": "\x1b[2J\n" * 9_000}]))],
+        [f"{tmp_path}/\x1b[2J\n.gz"],
+        ["\x1b[2J"],
+        [str(written(tmp_path, honest_box(), name="\x1b[2J")), "--html", str(tmp_path)],
+    ):
+        assert main(["report", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.rstrip("\n").isprintable()
+        assert len(error) < 500
+
+
+# -- files that are not as we write them -----------------------------------------------------------------
+
+
+def with_part(place: int, **parts: object) -> list[Any]:
+    lines = honest_box()
+    lines[place] |= parts
+    return lines
+
+
+def without(place: int, name: str) -> list[Any]:
+    lines = honest_box()
+    del lines[place][name]
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        (without(0, "run_id"), "line 1: 'run_id' is missing, not text"),
+        (with_part(0, reason=["x"]), "line 1: 'reason' is a list, not text"),
+        (with_part(0, attempt="1"), "line 1: 'attempt' is '1', not a whole number"),
+        (with_part(0, rank=True), "line 1: 'rank' is True"),
+        (with_part(0, esper_otel=0), "line 1: 'esper_otel' is 0"),
+        (["text"], "line 1: the first line is not an object"),
+        ([], "it is empty"),
+        (without(3, "step"), "line 4: 'step' is missing"),
+        (with_part(3, step=float("nan")), "line 4: 'step' is nan"),
+        (with_part(3, step=10**400), "line 4: 'step' is a number of too many digits"),
+        (with_part(3, epoch=1.5), "line 4: 'epoch' is 1.5"),
+        (with_part(3, time_unix_ns=-1), "line 4: 'time_unix_ns' is -1"),
+        (with_part(3, values=[]), "line 4: 'values' is not an object"),
+        (with_part(3, values={"loss": None}), "line 4: 'loss' is missing, not a number"),
+        (with_part(3, values={"loss": "1.0"}), "line 4: 'loss' is '1.0', not a number"),
+        (with_part(3, seeds={"s": 1}), "line 4: seed 's' is not an object"),
+    ],
+)
+def test_what_is_missing_or_of_another_type_is_named(
+    here: Path, lines: list[Any], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the file and the line; as the run and as the one to compare with. Nothing is written."""
+    bad, good = written(here, lines, "bad"), written(here, honest_box(), "good")
+    for words in ([str(bad)], [str(good), "--vs", str(bad)]):
+        assert main(["report", *words]) == 2
+        said = capsys.readouterr().err
+        assert f"{bad} is no black box of esper_otel: {why}" in said
+    assert list(here.glob("*.html")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"[" * 100_000, b'{"a":' * 100_000, b"{" * 1_100_000),
+        *(b'{"esper_otel": ' + b"1" * 5_000 + b"}", b"\xff\xfe{\x00}\x00"),
+    ],
+    ids=["deep list", "deep object", "many parts", "many digits", "another encoding"],
+)
+def test_json_that_is_not_ours_is_refused(here: Path, line: bytes) -> None:
+    assert check_report(here, str(written(here, gzip.compress(line + b"\n")))) == 2
+
+
+def test_a_small_file_does_not_become_a_large_one(tmp_path: Path) -> None:
+    """1.5 MB of gzip that would inflate to 1.5 GB, as one line and as many, in a process of 600 MB."""
+    megabyte = gzip.compress(b" " * 2**20)
+    lines = gzip.compress((json.dumps(honest_box()[1]) + "\n").encode() * 3_000)
+    head = gzip.compress(json.dumps(honest_box()[0]).encode() + b"\n")
+    program = (
+        "import resource, sys; from esper_otel.cli import main; import pyarrow\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (600 << 20, 600 << 20))\n"
+        "sys.exit(main(['report', *sys.argv[1:]]))\n"
+    )
+    for content in (head + megabyte * 1_500, head + lines * 1_500):
+        path = written(tmp_path, content)
+        assert path.stat().st_size < 40 * 2**20
+        words = [sys.executable, "-c", program, str(path)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, "holds more than esper_otel writes" in done.stderr) == (2, True), done.stderr[-2000:]
+
+
+def test_only_plain_files_are_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe that nobody writes into does not hang, a device that never ends does not fill the memory."""
+    os.mkfifo(here / "pipe.gz")
+    for what in ("pipe.gz", "/dev/zero"):
+        assert main(["report", what]) == 2
+        assert f"{what} is no black box of esper_otel: it is not a plain file" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_for_a_file_may_be_that_of_a_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "run" * 200, "--ca-file", "nothing.pem"]) == 2
+    assert "nothing.pem" in capsys.readouterr().err
+    assert main(["report", str(written(here, with_part(0, run_id="run" * 200)))]) == 0
+    assert (here / "box.html").is_file()
+
+
+# -- numbers ---------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_is_no_number_is_reported(tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a session takes it: NaN is a value."""
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.setenv("ESPER_BLACK_BOX_DIR", str(tmp_path / "box"))
+    monkeypatch.setenv("ESPER_BLACK_BOX_FRAMES", "8")
+    with contextlib.suppress(KeyError), esper_otel.start(run_id="run") as telemetry:
+        for stage in (Stage.TRAINING, float("nan"), float("nan"), Stage.BLENDING):
+            with telemetry.step(epoch=0) as now:
+                now.put(loss=1.0)
+                now.seed("s", stage=stage)
+        raise KeyError
+    [box] = (tmp_path / "box").glob("*")
+    assert main(["report", str(box)]) == 0
+    html = next(here.glob("*.html")).read_text(encoding="utf-8")
+    assert "TRAINING from 1, stage nan from 2, BLENDING from 4" in html
+
+
+def test_numbers_at_the_ends_of_what_a_double_holds_are_reported(here: Path) -> None:
+    """Infinite stages, sums that are too large, a norm that was 0, steps that have no number of their own."""
+    lines = honest_box()
+    for line in lines[1:]:
+        line["values"] = {"loss": 1.7e308, "gradient_norm": 0.0, "step_latency_ms": 1.7e308, "input_wait_ms": 1.7e308}
+        line["seeds"] = {"s": {"stage": "Infinity" if line["step"] % 2 else -1e308}}
+        line["step"] += 2**63
+    lines[-2]["values"]["gradient_norm"] = 5.0
+    lines[-1]["values"]["loss"] = "NaN"
+    assert check_report(here, str(written(here, lines))) == 0
+    assert parquet.read_schema(here / "t.parquet").field("step").type == pa.uint64()
+
+
+def test_a_table_that_is_nearly_all_empty_is_not_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A box of 100 KB, a table of 64 million cells."""
+    lines = honest_box()[:1]
+    lines += [honest_box()[1] | {"values": {f"{step:x}": 0}, "seeds": {}} for step in range(8_000)]
+    assert main(["report", str(written(here, lines)), "--csv", "t.csv"]) == 2
+    assert "8000 lines of 8004 columns" in capsys.readouterr().err
+    assert not (here / "t.csv").exists() or not (here / "t.csv").stat().st_size
+
+
+# -- what is written over --------------------------------------------------------------------------------
+
+
+def test_only_what_a_report_has_written_is_overwritten(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default and by name, page and tables; --force writes all the same."""
+    box = written(here.parent, honest_box())
+    everything = ["--csv", "t.csv", "--parquet", "t.parquet"]
+    for _ in range(2):  # the second time over those of the first
+        assert main(["report", str(box), *everything, "--html", "page.html"]) == 0
+    capsys.readouterr()
+    parquet.write_table(pa.table({"precious": [1]}), "mine.parquet")
+    Path("mine.csv").write_text("precious\n")
+    Path("mine.html").write_text("<p>precious")
+    before = {path: path.read_bytes() for path in here.glob("mine.*")}
+    for option, path in (("--csv", "mine.csv"), ("--parquet", "mine.parquet"), ("--html", "mine.html")):
+        assert main(["report", str(box), option, path]) == 2
+        assert f"{path} is there, and esper-otel report did not write it" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in here.glob("mine.*")} == before
+    for option, path in (("--csv", "mine.csv"), ("--parquet", "mine.parquet"), ("--html", "mine.html")):
+        assert main(["report", str(box), option, path, "--force"]) == 0
+    assert not set(before.values()) & {path.read_bytes() for path in here.glob("mine.*")}
+    assert main(["report", str(box), "--csv", str(box)]) == 2
+    assert main(["report", str(box), "--csv", "/dev/null"]) == 0
+
+
+def test_the_default_page_goes_past_what_is_not_ours(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other pages and links, also those that lead nowhere."""
+    box = written(here.parent, honest_box())
+    (here / "run.html").symlink_to(here.parent / "elsewhere")
+    assert main(["report", str(box)]) == 0
+    assert not (here.parent / "elsewhere").exists()
+    assert (here / "box.html").is_file()
+    (here / "box.html").write_text("precious")
+    capsys.readouterr()
+    assert main(["report", str(box)]) == 2
+    assert "box.html is there, and esper-otel report did not write it" in capsys.readouterr().err
+    assert (here / "box.html").read_text() == "precious"
+
+
+@pytest.mark.parametrize("option", ["--html", "--csv", "--parquet"])
+def test_a_place_that_cannot_be_written_is_said(here: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    box = written(here.parent, honest_box())
+    (here / "file").write_text("")
+    for place in (here, here / "none" / "x", here / "file" / "x", "/dev/full", here / ("x" * 300)):
+        assert main(["report", str(box), option, str(place)]) == 2
+        error = capsys.readouterr().err
+        assert f"{str(place)[:200]}" in error
+        assert "cannot be written" in error
+        assert error.count("\n") == 1
