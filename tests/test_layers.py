@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "risk": {"errors", "leyline"},
     "gateway": {
         *("schema", "errors", "frame", "lives", "ring", "log", "leyline", "record", "risk", "client", "oona"),
-        "_version",
+        *("text", "_version"),
     },
     "blackbox": {"errors", "frame", "log", "ring", "text"},
     "report": {"blackbox", "client", "errors", "frame", "leyline", "risk", "schema", "text"},
