@@ -1,0 +1,65 @@
+"""One tenant who takes what belongs to all: runs, room in the store."""
+
+from __future__ import annotations
+
+import time
+
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+from attack.otlp import Point, body, many_runs, step
+from attack.target import Attack, Target
+
+
+def _sends(target: Target, run: str) -> bool:
+    """Whether an honest step of a new run is taken; a refusal that asks to retry is none, if it ends in time."""
+    for _ in range(10):
+        status, answer = target.post(step(run, 1), token="honest-token")
+        if status == 200:
+            return not ExportMetricsServiceResponse.FromString(answer).partial_success.rejected_data_points
+        time.sleep(min(0.2, target.left_s()))
+    return False
+
+
+def _many_runs(target: Target) -> None:
+    """As many runs as a gateway knows, kept alive, while honest runs begin."""
+    content = many_runs("rogue-run-", 1_000)
+    for number in target.rounds(0.2):
+        if number % 10 == 0:
+            target.post(content)
+        target.hold(holds=_sends(target, f"honest-new-{number}"), otherwise="an honest new run was refused")
+
+
+def _runs_for_ever(target: Target) -> None:
+    """Ids that are new each time."""
+    for number in target.rounds(0.02):
+        target.post(many_runs(f"rogue-ever-{number}-", 500))
+
+
+def _crowding(target: Target) -> None:
+    """Many small runs, so that the largest, an honest one, has to give room."""
+    now = time.time_ns()
+    for first in range(0, 2_000, 500):
+        points = []
+        for place in range(first, first + 500):
+            at = now + place * 1_000_000
+            points += [Point("loss", 1.0, at), Point("esper.global_step", float(place), at)]
+        target.post(body("honest-large", points), token="honest-token")
+    time.sleep(min(1.0, target.left_s()))
+    before = _stored(target)
+    for number in target.rounds(0.05):
+        at = time.time_ns()
+        points = [Point("kasmina.seed.alpha", 0.5, at + place * 1_000, f"s{place % 40}") for place in range(400)]
+        target.post(body(f"rogue-small-{number % 300}", points))
+    after = _stored(target)
+    target.hold(holds=before == after > 0, otherwise=f"an honest run had {before} steps stored, then {after}")
+
+
+def _stored(target: Target) -> int:
+    return sum(run.stored for run in target.runs("honest-token") if run.run_id == "honest-large")
+
+
+ATTACKS = (
+    Attack("many-runs", "1,000 runs in a request, again and again", _many_runs),
+    Attack("runs-for-ever", "500 new run ids a request, as quickly as they are taken", _runs_for_ever),
+    Attack("crowding-out", "small runs that fill a store of 8 MiB", _crowding, options=("--keep-mib", "8")),
+)
