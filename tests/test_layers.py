@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "ring": {"frame", "packed", "native"},
     "log": {"text"},
     "native": set[str](),
+    "addresses": set[str](),
     "ending": set[str](),
     "identity": {"frame", "native"},
     "absence": {"schema", "frame"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "derive": {"schema", "frame"},
     "captures": set[str](),
     "probes": {"schema", "log", "captures", "native"},
-    "export": {"schema", "settings", "errors", "frame", "lives", "ring", "log", "native", "_version"},
+    "export": {"schema", "settings", "errors", "frame", "lives", "ring", "log", "native", "_version", "addresses"},
     "leyline": {"schema", "frame", "lives", "log", "record", "risk"},
     "risk": {"errors", "leyline"},
     "gateway": {
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "blackbox": {"errors", "frame", "log", "ring", "text"},
     "report": {"blackbox", "client", "errors", "frame", "leyline", "risk", "schema", "text"},
     "oona": {"errors", "leyline", "log"},
-    "client": {"errors", "gateway", "leyline"},  # of the gateway: the messages of its pull service
+    "client": {"addresses", "errors", "gateway", "leyline", "log"},  # of the gateway: the messages of its pull service
     "aio": {"client", "gateway", "leyline"},
     "telemetry": {"schema", "frame", "record", "leyline", "risk"},
     "session": {

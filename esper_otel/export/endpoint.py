@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import math
 import os
 import re
@@ -18,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from opentelemetry.util.re import parse_env_headers
 
 from esper_otel._version import __version__
+from esper_otel.addresses import is_on_this_machine
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.variables import Variables, warn
 
@@ -92,13 +91,7 @@ class Endpoint:
     @property
     def is_on_this_machine(self) -> bool:
         """Whether what is sent stays on this machine, by the endpoint's name alone."""
-        if self.address.startswith(("unix:", "unix-abstract:")):
-            return True
-        without_scheme = re.sub(r"^(?:https?://|(?:dns|ipv4|ipv6):(?://[^/]*/)?)", "", self.address)
-        with contextlib.suppress(ValueError):
-            host = urlsplit(f"//{without_scheme}").hostname or ""
-            return host == "localhost" or ipaddress.ip_address(host).is_loopback
-        return False
+        return is_on_this_machine(self.address)
 
 
 def endpoint_from_environment(

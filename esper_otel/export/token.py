@@ -103,6 +103,11 @@ class Headers:
         self._fixed = tuple(each for each in endpoint.headers if token_file is None or each[0] != "authorization")
         self.variable = "OTEL_EXPORTER_OTLP_HEADERS" if token_file is None else _VARIABLE
 
+    @property
+    def has_secret(self) -> bool:
+        """Whether something goes along that others must not read."""
+        return self._file is not None or any(_SECRET_HEADER.search(name) for name, _ in self._fixed)
+
     def now(self) -> tuple[tuple[str, str], ...]:
         """The headers of a request that is sent now."""
         if self._file is None:

@@ -41,7 +41,7 @@ def open_sender(endpoint: Endpoint, token_file: Path | None = None) -> Sender:
         ConfigurationError: certificates, credential provider or token file cannot be used.
     """
     headers = Headers(endpoint, token_file)
-    if token_file is not None and endpoint.is_insecure and not endpoint.is_on_this_machine:
+    if headers.has_secret and endpoint.is_insecure and not endpoint.is_on_this_machine:
         logger.warning(
             "the token of %s goes to %s over plain text, for all on the way to read: give https://",
             headers.variable,

@@ -10,7 +10,7 @@ import threading
 import time
 
 from attack.http2 import PING, SETTINGS, Connection
-from attack.otlp import MIB, Point, body, step
+from attack.otlp import MOST_REQUEST, Point, body, step
 from attack.target import EXPORT, PULL, Attack, Target, bearer
 from esper_otel.gateway.pull_messages import PullRequest, PullResponse
 
@@ -25,7 +25,7 @@ def _slow_posts(target: Target) -> None:
     """Bodies that begin and never go on: in chunks, or of an announced length."""
     opened: list[tuple[socket.socket, bytes]] = []
     for number in target.rounds(0.02):
-        length = "Transfer-Encoding: chunked\r\n" if number % 2 else f"Content-Length: {60 * MIB}\r\n"
+        length = "Transfer-Encoding: chunked\r\n" if number % 2 else f"Content-Length: {MOST_REQUEST}\r\n"
         part = b"1\r\nx\r\n" if number % 2 else b"x"
         if len(opened) < 64:
             with contextlib.suppress(OSError):

@@ -90,6 +90,20 @@ def test_the_collector_accepts_it_without_a_word(files: tuple[str, ...], tmp_pat
     assert "alias" not in done.stdout + done.stderr
 
 
+def test_the_collector_accepts_the_tenant_of_the_readme(tmp_path: Path) -> None:
+    """With the tier's own file, as the text says."""
+    text = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
+    tenant = text.partition("<!-- example: tenant -->\n```yaml\n")[2].partition("```")[0]
+    (tmp_path / "red.yaml").write_text(tenant, encoding="utf-8")
+    given = secrets(tmp_path)
+    for name in ("red-agents.tokens", "red-gateway.token"):
+        (tmp_path / name).write_text("token\n", encoding="utf-8")
+    options = [f"--config={CONFIG / 'gateway.yaml'}", f"--config={tmp_path / 'red.yaml'}"]
+    command = [built("collector"), "validate", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **given})
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_wrong_key_is_found(tmp_path: Path) -> None:
     """The test above can fail."""
     (tmp_path / "wrong.yaml").write_text("receivers: {otlp: {protocols: {grpc: {endpoynt: x}}}}", encoding="utf-8")

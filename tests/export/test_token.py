@@ -15,7 +15,7 @@ from grpc import StatusCode
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.token import Headers, TokenFile
-from esper_otel.export.transport import Result
+from esper_otel.export.transport import Result, open_sender
 from esper_otel.testing import MemoryCollector
 
 
@@ -260,6 +260,20 @@ def test_a_token_that_others_can_read_on_the_way_is_told_once(
     assert told == is_told * [
         f"the token of ESPER_TOKEN_FILE goes to {target} over plain text, for all on the way to read: give https://"
     ]
+
+
+@pytest.mark.parametrize(("url", "is_told"), [("http://collector:4317", True), ("http://localhost:4317", False)])
+def test_a_token_in_a_header_is_told_too(url: str, is_told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    environ = to("grpc", url, HEADERS="authorization=Bearer%20secret")
+    open_sender(endpoint_from_environment(environ)).close()
+    told = [record.getMessage() for record in caplog.records]
+    words = "the token of OTEL_EXPORTER_OTLP_HEADERS goes to collector:4317 over plain text"
+    assert told == is_told * [f"{words}, for all on the way to read: give https://"]
+
+
+def test_a_header_that_is_no_secret_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    open_sender(endpoint_from_environment(to("grpc", "http://collector:4317", HEADERS="x-team=vision"))).close()
+    assert not caplog.records
 
 
 def test_a_token_is_neither_logged_nor_shown(path: Path, caplog: pytest.LogCaptureFixture) -> None:

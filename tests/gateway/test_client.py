@@ -27,6 +27,7 @@ from esper_otel import (
     UnknownRun,
     aio,
 )
+from esper_otel.log import Warnings
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +253,40 @@ def test_arguments_that_do_not_fit_are_said_at_once(target: str, arguments: dict
     for kind in (TamiyoClient, aio.TamiyoClient):
         with pytest.raises(ConfigurationError, match=message):
             kind(target, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("target", "is_told"),
+    [
+        ("gateway-of-others:4327", True),
+        ("http://192.0.2.1:4327", True),
+        ("https://gateway-of-others:4327", False),
+        ("127.0.0.1:4327", False),
+        ("localhost:4327", False),
+        ("[::1]:4327", False),
+    ],
+)
+def test_a_token_that_others_can_read_on_the_way_is_told_once(
+    target: str, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both clients; sent all the same: inside a cluster plain text is common."""
+    monkeypatch.setattr("esper_otel.client._WARNINGS", Warnings())
+    (tmp_path / "token").write_text("secret-token\n", encoding="utf-8")
+
+    async def ask() -> None:
+        await aio.TamiyoClient(target, token_file=tmp_path / "token").close()
+
+    for _ in range(2):
+        TamiyoClient(target, token_file=tmp_path / "token").close()
+    asyncio.run(ask())
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == is_told
+    for each in told:
+        assert "over plain text" in each
+        assert "https://" in each
+        assert "secret-token" not in each
+
+
+def test_without_a_token_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    TamiyoClient("gateway-of-others:4327").close()
+    assert not caplog.records
