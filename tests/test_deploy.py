@@ -200,7 +200,7 @@ def test_the_health_check_asks_the_gateway_by_its_own_command_line(kind: str, tm
         "grpc alone": ["--http", "none"],
     }[kind]
     with RunningGateway(*options) as gateway:
-        http = "none" if gateway.http is None else gateway.http
+        http = gateway.http or "none"
         if kind == "everywhere":
             http = f"0.0.0.0:{gateway.http.rpartition(':')[2]}"
         options = [each for each in options if each not in ("--http", "none")]

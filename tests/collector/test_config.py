@@ -99,8 +99,13 @@ def test_the_collector_accepts_the_tenant_of_the_readme(tmp_path: Path) -> None:
     for name in ("red-agents.tokens", "red-gateway.token"):
         (tmp_path / name).write_text("token\n", encoding="utf-8")
     options = [f"--config={CONFIG / 'gateway.yaml'}", f"--config={tmp_path / 'red.yaml'}"]
-    command = [built("collector"), "validate", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **given})
+    done = subprocess.run(
+        [built("collector"), "validate", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **given},
+    )
     assert done.returncode == 0, done.stderr
 
 
