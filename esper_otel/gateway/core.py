@@ -41,6 +41,7 @@ MOST_PACKETS = 1000
 _MOST_WAIT_S = 60.0
 _TIDY_EVERY_S = 10.0
 _RETRY_STORE_S = 1.0
+_END_WAITS_S = 600.0
 _MOST_REJECTED_METRICS = 100
 _MOST_RUNS_NAMED = 3
 _MOST_KEPT_BYTES = 256 * 1024 * 1024  # of requests of which something waits
@@ -93,6 +94,7 @@ class Core:
         self._places: dict[Origin, Place] = {}
         self._tenants: dict[str, str] = {}
         self._bodies: deque[tuple[int, float, int]] = deque()
+        self._ended_s: dict[Origin, float] = {}
         self._body_bytes = 0
         self._last_body, self._is_restoring = 0, False
         self._is_ending = self._is_closed = False
@@ -165,6 +167,7 @@ class Core:
         items = self._assembler.release(now_s, turn)
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # without what waits, no request is needed any more
             items += self._assembler.release_all(now_s, turn)
+            self._ended.clear()
         self._save(items, kept._replace(number=self._last_body + 1))
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
@@ -201,7 +204,7 @@ class Core:
         self._unsaved += items
         self._ended |= self._assembler.ended()
         self._places |= {place.origin: place for place in self._assembler.places()}
-        since_s = self._assembler.since()
+        since_s = self._waits_since()
         while self._bodies and not self._is_restoring and (since_s is None or self._bodies[0][1] < since_s):
             self._body_bytes -= self._bodies.popleft()[2]
         for run_id in {item.origin.run_id for item in items}:
@@ -209,10 +212,16 @@ class Core:
         if since_s is None:
             kept = None
         first_kept = self._bodies[0][0] if self._bodies else None if kept is None else kept.number
+        runs = {item.origin.run_id for item in self._unsaved}
+        ended = {
+            origin: outcome
+            for origin, outcome in self._ended.items()
+            if origin.run_id in runs or self._store.holds(origin.run_id)
+        }
         try:
             self._store.add(
                 self._unsaved,
-                ended=self._ended,
+                ended=ended,
                 places=self._places.values(),
                 tenants=self._tenants,
                 kept=kept,
@@ -226,7 +235,8 @@ class Core:
             self._last_body = kept.number
             self._bodies.append((kept.number, time.monotonic(), len(kept.body)))
             self._body_bytes += len(kept.body)
-        saved, self._unsaved, self._ended, self._places, self._tenants = self._unsaved, [], {}, {}, {}
+        saved, self._unsaved, self._places, self._tenants = self._unsaved, [], {}, {}
+        self._ended = {origin: outcome for origin, outcome in self._ended.items() if origin not in ended}
         try:
             self._ranks.note(saved)
         except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must be told so
@@ -239,6 +249,18 @@ class Core:
             for waiter in self._waiters.pop(run_id, ()):
                 if not waiter.done():
                     waiter.set_result(None)
+
+    def _waits_since(self) -> float | None:
+        """When the first request came of which something is not stored: steps that wait, or the end of a run.
+
+        The end may overtake all of a run's steps. It is stored with the first of them, if that comes within minutes.
+        """
+        now_s, since_s = time.monotonic(), self._assembler.since()
+        self._ended_s = {origin: self._ended_s.get(origin, now_s) for origin in self._ended}
+        for origin, ended_s in list(self._ended_s.items()):
+            if now_s - ended_s > _END_WAITS_S:
+                del self._ended[origin], self._ended_s[origin]
+        return min([*self._ended_s.values(), *([] if since_s is None else [since_s])], default=None)
 
     def _schedule(self, now_s: float) -> None:
         """Sees to it that frames are released when their time has come."""

@@ -144,6 +144,10 @@ class MemoryStore:
         last = place + gap + len(entries)
         return Found(entries, cursor_text(shelf.life, rank, last), gap)
 
+    def holds(self, run_id: str) -> bool:
+        """Whether a step of the run is stored. See ``Store``."""
+        return run_id in self._shelves
+
     def counts(self) -> dict[Origin, int]:
         """How many entries each writer has."""
         return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items()}

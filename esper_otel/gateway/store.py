@@ -255,6 +255,10 @@ class FileStore:
                     connection.execute("DELETE FROM items WHERE run = ? AND position = ?", (run.key, row[0]))
             return None
 
+    def holds(self, run_id: str) -> bool:
+        """Whether a step of the run is stored. See ``Store``."""
+        return run_id in self._runs
+
     def counts(self) -> dict[Origin, int]:
         """How many entries each writer has."""
         return {origin: count for run in self._runs.values() for origin, count in run.counts.items() if count}

@@ -138,6 +138,9 @@ class Store(Protocol):
             StaleCursor: the cursor is of another life, or of other ranks.
         """
 
+    def holds(self, run_id: str) -> bool:
+        """Whether a step of the run is stored: only then are its outcomes."""
+
     def counts(self) -> dict[Origin, int]:
         """How many entries each writer has."""
 

@@ -236,6 +236,30 @@ def test_an_end_is_known_after_a_restart_and_a_silence_is_not_one(tmp_path: Path
     asyncio.run(live())
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_an_end_that_overtakes_the_steps_is_not_lost_by_a_restart(tmp_path: Path, cut: int) -> None:
+    """A killed collector queues again, so the last request may come first; it was acknowledged like the others."""
+    requests = [request.body for frame in history(4) for request in encoder().requests([frame])]
+    outcome = {("esper.run.ended", "completed"): 1.0}
+    times = {"start_unix_ns": TIME_UNIX_NS, "time_unix_ns": TIME_UNIX_NS + 10**9}
+    requests = [encoder().health(RUN, outcome, **times), *requests[::-1]]
+
+    async def live() -> None:
+        for some in (requests[:cut], requests[cut:], []):
+            core = Core(FileStore(tmp_path))
+            core.start()
+            for body in some:
+                core.receive(body)
+            said = [(run.ended, run.stored, run.missing) for run in core.runs().runs]
+            core.close()
+        assert said == [("completed", 4, 0)]
+        store = FileStore(tmp_path)
+        assert list(store.bodies()) == []  # nothing waits any more
+        store.close()
+
+    asyncio.run(live())
+
+
 def test_a_step_without_a_seed_comes_at_once_whoever_was_restarted_before(tmp_path: Path) -> None:
     """The step says itself whose life has ended: no marker is waited for, and none is missed."""
     before, after = history(2)
