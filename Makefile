@@ -22,6 +22,7 @@ SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist worksteal
 # What takes long and does not hang on versions: left out of test-lowest.
 LENGTHY := $(addprefix --ignore tests/,gateway/test_kill.py gateway/test_page.py gateway/test_replay.py \
 	gateway/test_stores.py gateway/test_assemble.py gateway/test_elsewhere.py gateway/test_ranks.py \
+	gateway/test_turns.py gateway/test_bounds.py gateway/test_processors.py gateway/test_damage.py attack \
 	flow/test_churn.py flow/test_fork.py flow/test_torchrun.py export/test_records.py integrations/test_run.py demo/test_command.py \
 	test_blackbox.py test_deploy.py test_examples.py test_oona.py test_project.py) \
 	--deselect tests/integrations/test_lightning.py::test_several_ranks_are_one_run \
