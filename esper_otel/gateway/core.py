@@ -32,6 +32,7 @@ from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_s
 from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFull
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns
+from esper_otel.leyline import messages
 from esper_otel.log import Warnings
 from esper_otel.oona import Publisher
 from esper_otel.risk import RULES, Rule
@@ -106,6 +107,8 @@ class Core:
         self.counts, self.rejected = Counter[str](), Counter[str]()
         self.refused, self.deferred = Counter[str](), Counter[str]()  # requests as a whole, by reason
         self.rejected_metrics = Counter[tuple[str, str]]()
+        # The classes of packets are found when the first is used: now, and not in a turn of the event loop.
+        messages.SystemStatePacket()
         if isinstance(store, FileStore):
             try:
                 self._restore(store)
