@@ -95,8 +95,13 @@ class Agreement:
         return self._environ.get(_HAS_AGENT) == "True" and "torch" not in sys.modules
 
     def by_store(self) -> int | None:
-        """The attempt that a store has for all ranks; None when there is none, or it does not answer within 5 s."""
-        text = _agreed(self._key, str(_now_ms()), self._environ)
+        """The attempt that a store has for all ranks; None when there is none, or it does not answer within 5 s.
+
+        It is the time, unless Slurm's number of the launch is higher: a launch of the same job that had no store has
+        such a number, and this one comes after it or before it.
+        """
+        mine = max(_now_ms(), self.without_store() or 0)
+        text = _agreed(self._key, str(mine), self._environ)
         return None if text is None else int(text)
 
     def without_store(self) -> int | None:

@@ -142,6 +142,22 @@ def test_sessions_of_one_process_are_attempts_of_their_own() -> None:
     assert found == [1_790_000_000_000, 1_790_000_000_001]
 
 
+def test_a_launch_with_a_store_comes_after_one_without() -> None:
+    """Old versions of Slurm do not say when a job started, so that its numbers of launches are above all times."""
+    distributed = pytest.importorskip("torch.distributed")
+    without, with_store = (slurm(0, SLURM_STEP_ID=step) for step in ("0", "1"))
+    first = who(without, run_id="mixed").attempt
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        agreement = agreement_for(who(with_store, run_id="mixed"), with_store)
+        assert agreement is not None
+        second = agreement.by_store()
+    finally:
+        distributed.destroy_process_group()
+    assert second is not None
+    assert first < second < who(slurm(0, SLURM_STEP_ID="2"), run_id="mixed").attempt
+
+
 def test_an_attempt_can_be_given() -> None:
     """Where ranks have nothing in common but what their launcher sets."""
     environ = {"ESPER_RUN_ATTEMPT": "7", "RANK": "1", "WORLD_SIZE": "2"}
