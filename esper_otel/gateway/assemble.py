@@ -196,7 +196,7 @@ class Assembler:
 
     def restore(
         self,
-        items: Iterable[Item],
+        items: Iterable[tuple[Item, bool]],
         ended: Mapping[Origin, str],
         first_frames: Mapping[Origin, Frame] = NO_FRAMES,
         places: Iterable[Place] = (),
@@ -207,17 +207,18 @@ class Assembler:
         """Goes on where an earlier life of the gateway stopped.
 
         Args:
-            items: the newest revision of the newest frames of each writer, oldest first.
+            items: the newest revision of the newest frames of each writer, oldest first, each with whether its writer
+                had none before it.
             ended: outcomes of their runs.
             first_frames: the oldest frame of each writer.
             places: where the writers stand.
             now_s: the monotonic clock.
             tenant: whose share of the room the writers take.
         """
-        for item in items:
+        for item, is_first in items:
             track = self._runs.restored(item.origin, tenant)
             track.received_s = now_s
-            track.restore(item)
+            track.restore(item, is_first=is_first)
             self._keep(track, item.frame.time_unix_ns)
         for origin, frame in first_frames.items():
             self._runs.restored(origin).restore_first(frame)

@@ -298,8 +298,8 @@ class Core:
         now_s = time.monotonic()
         writers = store.writers(self._limits.runs)
         known = set(writers)
-        for item in store.newest(writers):
-            self._restored([item], {}, now_s=now_s, tenant=store.tenant(item.origin.run_id))
+        for item, is_first in store.newest(writers):
+            self._restored([(item, is_first)], {}, now_s=now_s, tenant=store.tenant(item.origin.run_id))
         for origin, frame in store.first_frames(writers).items():
             self._restored([], {}, {origin: frame}, now_s=now_s)
         for place in store.places():
@@ -354,7 +354,7 @@ class Core:
         Raises:
             StoreFull: it could not be stored; it is stored with the next ones.
         """
-        self._assembler.restore([item], NOTHING_ENDED, now_s=time.monotonic())
+        self._assembler.restore([(item, False)], NOTHING_ENDED, now_s=time.monotonic())
         self._save([] if is_lost else [item])
 
     def end(self, outcomes: Mapping[Origin, str]) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import IO
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.gateway.frames import time_of
 from esper_otel.gateway.stored import StoreFull
 
 FILE = "steps.sqlite3"
 _LOCK = "lock"
 _SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file, and of those that SQLite makes next to it
 _FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in place of a file must not stop us
-_VERSION = 3
+_VERSION = 4
 _MOST_VERSION = 1_000  # a number beyond is not one that a later version of ours could have
 _SCHEMA = """
 CREATE TABLE runs (id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL);
@@ -54,13 +55,19 @@ ALTER TABLE runs ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
 ALTER TABLE bodies ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
 ALTER TABLE bodies ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
 """,
+    # The time of a step, by which the newest steps of a writer are found, however late and often they were stored.
+    4: """
+ALTER TABLE items ADD COLUMN time INTEGER NOT NULL DEFAULT 0;
+UPDATE items SET time = time_of(frame);
+CREATE INDEX items_by_time ON items (run, rank, attempt, writer, time, position, complete);
+""",
 }
 _TABLES = {
     "runs": {"id", "run_id", "life", "last", "added_s", "tenant"},
     "ranks": {"run", "rank", "last"},
     "items": {
         *("run", "position", "rank", "number", "attempt", "writer", "revision", "complete"),
-        *("received", "loss_before", "size", "frame"),
+        *("received", "loss_before", "size", "frame", "time"),
     },
     "ends": {"run", "rank", "attempt", "writer", "outcome"},
     "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},
@@ -69,7 +76,8 @@ _TABLES = {
     },
     "age": {"seconds"},
 }
-_INDEXES = {"items_by_position", "items_by_number"}
+_INDEXES = {"items_by_position", "items_by_number", "items_by_time"}
+_LATER = {"tenant", "tries", "time", "items_by_time"}  # what files of an earlier version may lack
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_TOOBIG}
 
 
@@ -199,6 +207,7 @@ def _check_header(path: Path) -> None:
 
 def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
     connection.text_factory = _text
+    connection.create_function("time_of", 1, time_of, deterministic=True)
     connection.execute("PRAGMA trusted_schema = OFF")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     parts = {(kind, name) for kind, name in connection.execute("SELECT type, name FROM sqlite_master")}
@@ -229,11 +238,11 @@ def _check_tables(connection: sqlite3.Connection, version: int) -> None:
     found = [*connection.execute("SELECT type, name FROM sqlite_master")]
     strange = [name for kind, name in found if kind not in {"table", "index"}]
     indexes = {name for kind, name in found if kind == "index"}
-    if strange or not indexes >= _INDEXES:
+    if strange or not indexes >= (_INDEXES if version == _VERSION else _INDEXES - _LATER):
         raise Damaged("it has other tables or indexes than a store")
     for table, columns in _TABLES.items():
         known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
-        lacks = columns - known - {"tenant", "tries"} if version < _VERSION else columns - known
+        lacks = columns - known - _LATER if version < _VERSION else columns - known
         if lacks and not (version == 1 and table in {"places", "age"}):
             raise Damaged(f"its table {table} lacks {', '.join(sorted(lacks))}")
 

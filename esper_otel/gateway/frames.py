@@ -15,7 +15,7 @@ MOST_BYTES = 32 * 1024 * 1024  # more than a frame with 20,000 seeds takes
 _LENGTH = struct.Struct("<I")
 _TEXTS = ("run_id", "experiment", "device_type", "device_id")
 _WHOLE = {"attempt": 2**63, "rank": 2**31, "world_size": 2**31, "compute_capability": 2**31}
-_LARGEST = 2**64
+_LARGEST, _LARGEST_STORED = 2**64, 2**63 - 1
 
 
 class DamagedFrame(Exception):
@@ -41,6 +41,19 @@ def frame_to_bytes(frame: Frame) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     live = b"" if is_same else frame.live.cells.tobytes()
     return b"".join((_LENGTH.pack(len(text)), text, frame.seeds.cells.tobytes(), live))
+
+
+def stored_time(time_unix_ns: int) -> int:
+    """The time of a frame as a database has it, whose numbers are smaller."""
+    return min(time_unix_ns, _LARGEST_STORED)
+
+
+def time_of(content: bytes) -> int:
+    """``stored_time`` of the frame that ``frame_to_bytes`` wrote; 0 of other bytes."""
+    try:
+        return stored_time(frame_from_bytes(content).time_unix_ns)
+    except DamagedFrame:
+        return 0
 
 
 def frame_from_bytes(content: bytes) -> Frame:

@@ -168,11 +168,16 @@ class History:
         kept = self._kept.get(time_unix_ns)
         return 0 if kept is None else kept.size()
 
-    def restore(self, item: Item) -> None:
-        """Goes on from a frame that was released in an earlier life, with those restored before it."""
+    def restore(self, item: Item, *, is_first: bool = False) -> None:
+        """Goes on from a frame that was released in an earlier life, with those restored before it.
+
+        Args:
+            item: the frame's newest revision.
+            is_first: whether none was released before it. Else what was before the one restored first is unknown.
+        """
         frame = item.frame
-        is_first = not self._kept
-        if is_first:  # what was before it is not known any more
+        is_cut_off = not (self._kept or is_first)
+        if is_cut_off:
             self.forgotten_unix_ns = frame.time_unix_ns - 1
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or part.shape.points is not None or _lacks_lives(frame)
@@ -183,7 +188,7 @@ class History:
             frame.global_step,
             is_whole,
             item.received_unix_ns,
-            frame.live if is_first else self._live.table,
+            frame.live if is_cut_off else self._live.table,
             self._loss,
             set(),
             frame,

@@ -61,10 +61,10 @@ def prometheus_text(core: Core) -> str:
         lines += [f"# HELP {full} {text}", f"# TYPE {full} gauge"]
         lines += [f'{full}{{bound="{bound}"}} {use[place]:.17g}' for bound, use in sorted(core.use().items())]
     lines += [
-        "# HELP esper_gateway_damaged_total What was damaged in the store and is kept aside, by kind.",
+        "# HELP esper_gateway_damaged_total What was damaged in the store, by kind: it is kept aside, or made anew.",
         "# TYPE esper_gateway_damaged_total counter",
     ]
-    for kind in ("body", "frame", "place", "row", "store"):
+    for kind in ("body", "frame", "index", "place", "row", "store"):
         lines.append(f'esper_gateway_damaged_total{{kind="{kind}"}} {core.damaged.get(kind, 0)}')
     if core.publisher is not None:
         for own in _OONA:

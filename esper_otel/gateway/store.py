@@ -24,7 +24,7 @@ from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.frame import Frame
 from esper_otel.gateway.aside import Aside
 from esper_otel.gateway.database import FILE, Damaged, locked, moved_aside, opened, reading, transaction
-from esper_otel.gateway.frames import DamagedFrame, frame_from_bytes, frame_to_bytes
+from esper_otel.gateway.frames import DamagedFrame, frame_from_bytes, frame_to_bytes, stored_time
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.ledger import Ledger, use_of
 from esper_otel.gateway.memory import loss_of
@@ -47,8 +47,8 @@ from esper_otel.log import Warnings
 
 _COLUMNS = "position, number, attempt, rank, writer, frame, revision, complete, received, loss_before"
 _ROW_BYTES = 150
-_RESTORED, _RESTORED_IN_ALL = 256, 65_536
-_LOOKED_AT = 4_096  # rows of a rank among which those of one writer are looked for
+_OF_WRITER = "run = ? AND rank = ? AND attempt = ? AND writer = ?"
+_RESTORED, _MOST_RESTORED, _RESTORED_IN_ALL = 256, 4_096, 65_536
 _AT_ONCE = 64
 _NO_BODY = 2**62
 _AGE_EVERY_S = 60.0
@@ -305,27 +305,52 @@ class FileStore:
         """The writers of which something came last before the start."""
         return sorted(self._received, key=lambda origin: -self._received[origin])[:most]
 
-    def newest(self, writers: Sequence[Origin] | None = None) -> Iterator[Item]:
-        """The newest frames of each writer, oldest first: what an assembler goes on from."""
+    def newest(self, writers: Sequence[Origin] | None = None) -> Iterator[tuple[Item, bool]]:
+        """The newest frames of each writer, oldest first, each in its newest revision: what an assembler goes on from.
+
+        They begin before the oldest frame that something of is still to come, if that is not too far back. With each
+        comes whether it is the first one of its writer that was ever stored.
+        """
         origins = list(self.counts()) if writers is None else writers
-        most = min(_RESTORED, max(_RESTORED_IN_ALL // max(len(origins), 1), 1))
+        most = max(_RESTORED_IN_ALL // max(len(origins), 1), 1)
+        missing = {place.origin for place in self.places() if place.missing}
         for origin in origins:
             run = self._runs.get(origin.run_id)
             if run is None:
                 continue
-            of_rank = (run.key, origin.rank, run.newest.get(origin, run.last), _LOOKED_AT)
-            with reading():
-                rows = self._connection.execute(
-                    f"SELECT {_COLUMNS} FROM (SELECT * FROM items WHERE run = ? AND rank = ? AND position <= ? "  # noqa: S608
-                    "ORDER BY number DESC LIMIT ?) WHERE attempt = ? AND writer = ? LIMIT ?",
-                    (*of_rank, origin.attempt, origin.writer, most),
-                ).fetchall()
-            found: dict[int, Item] = {}
-            for row in rows:
-                entry = self._entry(origin.run_id, run, row)
-                if entry is not None:
-                    found.setdefault(entry.item.frame.time_unix_ns, entry.item)  # the newest revision comes first
-            yield from sorted(found.values(), key=lambda item: item.frame.time_unix_ns)
+            positions, are_all = self._newest_positions(run, origin, most, is_missing=origin in missing)
+            is_first = are_all and run.first == 1  # none of the run was dropped
+            before_unix_ns = -1
+            for position in reversed(positions):
+                entry = self._at(origin.run_id, run, position)
+                if entry is not None and entry.item.frame.time_unix_ns > before_unix_ns:  # else the row is damaged
+                    before_unix_ns = entry.item.frame.time_unix_ns
+                    yield entry.item, is_first
+                is_first = False
+
+    def _newest_positions(self, run: _Run, origin: Origin, most: int, *, is_missing: bool) -> tuple[list[int], bool]:
+        """Where the newest revisions of a writer's newest frames are, the newest frame first, and if these are all."""
+        with reading():
+            # Beside max(), SQLite gives the other columns of the row that has it.
+            rows = self._connection.execute(
+                f"SELECT max(position), complete FROM items WHERE {_OF_WRITER} "  # noqa: S608
+                "GROUP BY time ORDER BY time DESC LIMIT ?",
+                (run.key, origin.rank, origin.attempt, origin.writer, min(_MOST_RESTORED, most)),
+            ).fetchall()
+        needed = len(rows)
+        if not is_missing:
+            incomplete = [place for place, (_, complete) in enumerate(rows) if not complete]
+            needed = max(_RESTORED, incomplete[-1] + 2 if incomplete else 0)
+        are_all = len(rows) <= needed and len(rows) < min(_MOST_RESTORED, most)
+        return [position for position, _ in rows[:needed]], are_all
+
+    def _at(self, run_id: str, run: _Run, position: int) -> Entry | None:
+        with reading():
+            row = self._connection.execute(
+                f"SELECT {_COLUMNS} FROM items WHERE run = ? AND position = ?",  # noqa: S608
+                (run.key, position),
+            ).fetchone()
+        return None if row is None else self._entry(run_id, run, row)
 
     def first_frames(self, writers: Sequence[Origin] | None = None) -> dict[Origin, Frame]:
         """The oldest frame of each writer."""
@@ -336,9 +361,8 @@ class FileStore:
                 continue
             with reading():
                 row = self._connection.execute(
-                    f"SELECT {_COLUMNS} FROM (SELECT * FROM items WHERE run = ? AND rank = ? "  # noqa: S608
-                    "ORDER BY number LIMIT ?) WHERE attempt = ? AND writer = ? LIMIT 1",
-                    (run.key, origin.rank, _LOOKED_AT, origin.attempt, origin.writer),
+                    f"SELECT {_COLUMNS} FROM items WHERE {_OF_WRITER} ORDER BY time, position LIMIT 1",  # noqa: S608
+                    (run.key, origin.rank, origin.attempt, origin.writer),
                 ).fetchone()
             entry = None if row is None else self._entry(origin.run_id, run, row)
             if entry is not None:
@@ -454,6 +478,7 @@ class FileStore:
     def _load(self) -> None:
         self._age_before_s = self._age_noted_s = 0.0
         if not self._read_only:
+            self._mend_indexes()
             with transaction(self._connection) as connection:
                 self._clean(connection)
         columns = "id, run_id, life, last, added_s, " + ("''" if self._read_only else "tenant")
@@ -508,6 +533,21 @@ class FileStore:
             if key in names:
                 self._runs[names[key]].outcomes[Origin(names[key], attempt, rank, writer)] = outcome
 
+    def _mend_indexes(self) -> None:
+        """Makes the indexes anew if something in the file is damaged: a row that one lacks could not be pulled."""
+        (found,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            try:
+                with transaction(self._connection) as connection:
+                    connection.execute("REINDEX")
+            except StoreFull as error:
+                if isinstance(error.__cause__, sqlite3.IntegrityError):  # two rows have one number
+                    raise Damaged(f"{found}; {error}") from error
+                self._warnings.say("damaged index", "the store's file is damaged (%s), and %s", found, error)
+            else:
+                self.damaged["index"] += 1
+                self._warnings.say("damaged index", "the store's file is damaged (%s): its indexes are new", found)
+
     def _clean(self, connection: sqlite3.Connection) -> None:
         """Takes out the rows that no gateway can have written, and what belongs to no run."""
         for table, damaged in DAMAGED.items():
@@ -561,10 +601,11 @@ class FileStore:
         run.last += 1
         run.ranks[rank] = run.ranks.get(rank, 0) + 1
         connection.execute(
-            "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(run.key, run.last, rank, run.ranks[rank], attempt, writer, item.revision, item.complete),
                 *(item.received_unix_ns, self._loss_before(connection, run, item.origin), size, frame),
+                stored_time(item.frame.time_unix_ns),
             ),
         )
         run.losses[item.origin] = loss_of(item.frame)
@@ -681,8 +722,7 @@ class FileStore:
             run.outcomes.pop(origin, None)
             of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
             for table in ("ends", "places"):
-                where = "run = ? AND rank = ? AND attempt = ? AND writer = ?"
-                connection.execute(f"DELETE FROM {table} WHERE {where}", of_writer)  # noqa: S608
+                connection.execute(f"DELETE FROM {table} WHERE {_OF_WRITER}", of_writer)  # noqa: S608
 
 
 class _New(NamedTuple):

@@ -301,12 +301,12 @@ class Track:
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
         return Place(self.origin, *of_frames, skipped.holes)
 
-    def restore(self, item: Item) -> None:
+    def restore(self, item: Item, *, is_first: bool) -> None:
         """Goes on after a frame that was released in an earlier life, with those restored before it."""
         self._queue.restore(item.frame.sequence)
         self._habits.is_known = True
         self._habits.counts = self._habits.counts or item.frame.sequence > 0
-        self._history.restore(item)
+        self._history.restore(item, is_first=is_first)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
 

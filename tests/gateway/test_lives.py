@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from frames import TIME_UNIX_NS, make_frame, seed_table
@@ -29,18 +31,23 @@ SILENT, RECORDED, RETIRED, BACK = range(4)
 
 @st.composite
 def lives(draw: st.DrawFn, *, most: int = 9, actions: Sequence[int] = (SILENT, RECORDED, RETIRED, BACK)) -> list[Frame]:
+    """See ``lived``."""
+    return lived(draw(st.integers(2, most)), lambda options: draw(st.sampled_from(options)), actions)
+
+
+def lived(count: int, choose: Callable[[Sequence[Any]], Any], actions: Sequence[int]) -> list[Frame]:
     """Steps of a trainer whose seeds come and go: what is recorded, and, found out with a dict, who lives."""
     alive: dict[str, dict[str, float]] = {}
     frames: list[Frame] = []
-    for step in range(1, draw(st.integers(2, most)) + 1):
-        done = {seed: draw(st.sampled_from(actions)) for seed in SEEDS}
+    for step in range(1, count + 1):
+        done = {seed: choose(actions) for seed in SEEDS}
         retired = [seed for seed in alive if done[seed] in (RETIRED, BACK)]
         for seed in retired:
             del alive[seed]
         rows = {}
         for seed, action in done.items():
             if action in (RECORDED, BACK):
-                fields = draw(st.sampled_from([("alpha",), ("stage", "fallback_used"), ("alpha", "layer_depth")]))
+                fields = choose([("alpha",), ("stage", "fallback_used"), ("alpha", "layer_depth")])
                 rows[seed] = dict.fromkeys(fields, float(step % 9))
                 alive[seed] = {**alive.get(seed, {}), **rows[seed]}
         frames.append(
@@ -94,10 +101,13 @@ def received(requests: Iterable[bytes | None], folder: Path | None) -> list[Item
                 core, store = begun()
             else:
                 core.receive(request)
-        for entry in store.after("digits-7", "", None, 10_000).entries:
-            before = items.get(entry.item.frame.time_unix_ns)
-            assert entry.item.revision == (1 if before is None else before.revision + 1)
-            items[entry.item.frame.time_unix_ns] = entry.item
+        found = store.after("digits-7", "", None, 10_000)
+        while found.entries:
+            for entry in found.entries:
+                before = items.get(entry.item.frame.time_unix_ns)
+                assert entry.item.revision == (1 if before is None else before.revision + 1)
+                items[entry.item.frame.time_unix_ns] = entry.item
+            found = store.after("digits-7", found.cursor, None, 10_000)
         core.close()
         return list(items.values())
 
@@ -128,6 +138,25 @@ def test_late_doubled_and_cut_steps_come_right_over_restarts(
         order.insert(place, None)
     items = received([*halves(first), *order], tmp_path_factory.mktemp("store"))
     assert_as_in_the_process(items, frames)
+
+
+@pytest.mark.parametrize("count", [60, 600])
+@pytest.mark.parametrize("order", ["backwards", "the second half first", "any"])
+def test_a_long_run_comes_right_over_restarts_in_any_order(tmp_path: Path, order: str, count: int) -> None:
+    """More steps lie between those that are next to each other than a gateway goes on from where all are whole."""
+    luck = random.Random(count)
+    frames = lived(count, luck.choice, [SILENT] * 20 + [RECORDED] * 6 + [RETIRED])
+    requests: list[bytes | None] = [body for frame in frames for body in bodies([frame])]
+    if order == "backwards":
+        requests.reverse()
+    elif order == "any":
+        luck.shuffle(requests)
+    else:
+        requests = requests[count // 2 :] + requests[: count // 2]
+    requests += luck.choices(requests, k=count // 20)
+    for _ in range(3):
+        requests.insert(luck.randrange(count), None)
+    assert_as_in_the_process(received(requests, tmp_path), frames)
 
 
 @settings(deadline=None, max_examples=25)

@@ -209,7 +209,8 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     assert [shown(entry) for entry in after[0].entries] == [shown(entry) for entry in before[0].entries]
     assert after[1:] == before[1:]
     assert [*store.bodies()] == [Kept(1, b"one", False, 7), Kept(2, b"two", True, 8)]
-    assert [each.frame.global_step for each in store.newest()] == [4, 6, 8, 10, 3, 5, 7, 9]
+    assert [each.frame.global_step for each, _ in store.newest()] == [4, 6, 8, 10, 3, 5, 7, 9]
+    assert not any(is_first for _, is_first in store.newest())
     store.add([], first_kept=2)
     assert [kept.number for kept in store.bodies()] == [2]
     store.add([], first_kept=None)
@@ -262,6 +263,7 @@ def test_a_store_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
             "DROP TABLE places; DROP TABLE age; UPDATE runs SET added_s = 1.79e9;"
             "ALTER TABLE runs DROP COLUMN tenant; ALTER TABLE bodies DROP COLUMN tenant;"
             "ALTER TABLE bodies DROP COLUMN tries;"
+            "DROP INDEX items_by_time; ALTER TABLE items DROP COLUMN time;"
         )
         connection.execute("PRAGMA user_version = 1")
     connection.close()
@@ -271,6 +273,8 @@ def test_a_store_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     now = [0.0]
     store = FileStore(tmp_path, StoreLimits(idle_s=10), clock=lambda: now[0])
     assert (steps_of(store), store.expire(), store.places()) == ([1, 2, 3, 4, 5], [], [])
+    newest = [(each.frame.global_step, is_first) for each, is_first in store.newest()]
+    assert newest == [(1, True), (2, False), (3, False), (4, False), (5, False)]
     now[0] = 11.0
     assert store.expire() == ["run"]
     store.close()
