@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import NamedTuple
 
 from esper_otel.frame import Frame
@@ -71,6 +72,7 @@ class Assembler:
         self._ended: dict[Origin, str] = {}
         self._moved: dict[Track, None] = {}
         self._crowd = Crowd(self._limits.patient_s)
+        self._last_tenant = ""  # whose track has used up a turn last
 
     def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int, tenant: str = "") -> Taken:
         """Takes what a request says.
@@ -160,15 +162,19 @@ class Assembler:
             items += self._released(track, now_s, turn, all_now=True)
         return items
 
-    def release(self, now_s: float, turn: Turn = ENDLESS) -> list[Item]:
+    def release(self, now_s: float, turn: Turn = ENDLESS, *, of_all: bool = True) -> list[Item]:
         """The frames whose turn it is: in order within each writer, with corrections of released ones.
 
         When the event loop's turn is over, what is left is due at once.
+
+        Args:
+            now_s: the monotonic clock.
+            turn: the event loop's.
+            of_all: whether of all writers, or only of those of whom something has come since the last call.
         """
-        due = [track for track in self._held if track.due_s is not None and track.due_s <= now_s]
-        tracks = self._touched | dict.fromkeys(due)
-        self._touched = {}
-        items = [item for track in tracks for item in self._released(track, now_s, turn)]
+        items: list[Item] = []
+        for track in self._in_turn(now_s if of_all else None):
+            items += self._released(track, now_s, turn)
         while sum(held.points for held in self._held.values()) > self._limits.waiting_points:
             of_tenants = Counter[str]()
             for track, held in self._held.items():
@@ -179,6 +185,22 @@ class Assembler:
                 break
             items += self._released(largest, now_s, turn, all_now=True)
         return items
+
+    def _in_turn(self, now_s: float | None) -> list[Track]:
+        """The tracks that are to be looked at: of each tenant one, then another; who had a turn last comes last.
+
+        Args:
+            now_s: those too whose time has come by then.
+        """
+        touched, self._touched = self._touched, {}
+        new = [track for track in touched if track not in self._held]
+        due = [track for track in self._held if track in touched or (now_s is not None and track.is_due(now_s))]
+        of_tenants: dict[str, list[Track]] = {}
+        for track in (*new, *due):
+            of_tenants.setdefault(track.tenant, []).append(track)
+        if self._last_tenant in of_tenants:
+            of_tenants[self._last_tenant] = of_tenants.pop(self._last_tenant)
+        return [track for tracks in zip_longest(*of_tenants.values()) for track in tracks if track is not None]
 
     def runs(self, now_s: float) -> list[RunState]:
         """The state of each writer; those that have been silent for long are forgotten."""
@@ -275,6 +297,8 @@ class Assembler:
         items = track.release(now_s, turn, all_now=all_now)
         if items:
             self._moved[track] = None
+            if track.is_due(now_s):
+                self._last_tenant = track.tenant
         for item in items:
             if item.revision == 1:
                 self._keep(track, item.frame.time_unix_ns)

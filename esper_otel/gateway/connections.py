@@ -23,7 +23,6 @@ SILENT_S = 10.0  # to say something: a TLS handshake, HTTP/2 settings, the head 
 _SPARE = 128  # descriptors for all but connections
 _MOST = {"http": 500, "grpc": 2_000}
 _BACKLOG = 256
-_YOUNG_S = 0.25
 _UNPROVEN_S = 2.0
 _LOOK_EVERY_S = 0.25
 _NO_DESCRIPTOR_S = 0.5
@@ -182,7 +181,7 @@ class Door:
     def _make_room(self) -> bool:
         now_s = time.monotonic()
         unproven = [each for each in self._connections if not each.is_proven]
-        silent = [each for each in unproven if not each.has_asked and now_s - each.since_s >= _YOUNG_S]
+        silent = [each for each in unproven if not each.has_asked]
         old = silent or [each for each in unproven if now_s - each.since_s >= _UNPROVEN_S]
         if not old:
             return False

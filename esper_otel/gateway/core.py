@@ -41,6 +41,7 @@ from esper_otel.schema import is_check
 MOST_PACKETS = 1000
 _MOST_WAIT_S = 60.0
 _TIDY_EVERY_S = 10.0
+_RELEASING_S = 0.004  # to store what is released then takes about twice as long, in the same turn
 _RETRY_STORE_S = 1.0
 _END_WAITS_S = 600.0
 _MOST_REJECTED_METRICS = 100
@@ -167,7 +168,7 @@ class Core:
     def _end(self, decoded: Decoded, taken: Taken, kept: Kept, turn: Turn) -> Answer:
         """Stores what a request says: the frames that it makes whole, and its bytes for those that wait."""
         now_s = time.monotonic()
-        items = self._assembler.release(now_s, turn)
+        items = self._assembler.release(now_s, turn, of_all=False)
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # without what waits, no request is needed any more
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
@@ -281,7 +282,7 @@ class Core:
         self._timer = None
         now_s = time.monotonic()
         try:
-            items = self._assembler.release(now_s, Turn())
+            items = self._assembler.release(now_s, Turn(_RELEASING_S))
             with suppress(StoreFull):  # counted; tried again
                 self._save(items)
         except Exception as error:  # noqa: BLE001 - what waits behind is still to be released

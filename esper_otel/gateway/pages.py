@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, Step, step_message
 from esper_otel.gateway.stored import Entry, Store
+from esper_otel.gateway.turns import Turn
 from esper_otel.leyline.packets import packets
 from esper_otel.risk import Rule, signals, with_signals
 
@@ -26,7 +28,7 @@ class Bounds(NamedTuple):
     """What bounds the making of a page.
 
     Attributes:
-        turn: within one a step is made.
+        turn: within one some steps are made.
         has_room: whether a page may have so many bytes.
     """
 
@@ -44,7 +46,7 @@ async def page(
     clock_ns: Callable[[], int],
     bounds: Bounds = FREE,
 ) -> PullResponse:
-    """Steps after a cursor. Each takes some tenths of a millisecond; in between others have their turns.
+    """Steps after a cursor, made in turns: in between others have theirs.
 
     Args:
         store: where they are.
@@ -72,23 +74,38 @@ async def page(
         if response.steps and found.gap:
             return response
         response.gap += found.gap
-        now_unix_ns = clock_ns()
-        for entry in found.entries:
-            async with bounds.turn():
-                await asyncio.sleep(0)  # all others who are ready come first
-                step = made(entry, now_unix_ns)
+        steps: deque[Step] = deque()
+        for place, entry in enumerate(found.entries):
+            if not steps:
+                steps = await _steps(found.entries[place:], made, clock_ns(), bounds)
+            step = steps.popleft()
             size += step.ByteSize()
             has_room = bounds.has_room(size)
             if not has_room and not response.steps:
                 raise Busy("too many answers that are not read yet")
             if not has_room or (size > _PAGE_BYTES and response.steps):
-                place = entry.position if rank is None else entry.number
-                response.cursor = found.cursor.rpartition(":")[0] + f":{place - 1}"
+                number = entry.position if rank is None else entry.number
+                response.cursor = found.cursor.rpartition(":")[0] + f":{number - 1}"
                 return response
             response.steps.append(step)
         response.cursor = found.cursor
         if len(found.entries) < few or len(response.steps) == most:
             return response
+
+
+async def _steps(
+    entries: Sequence[Entry], made: Callable[[Entry, int], Step], now_unix_ns: int, bounds: Bounds
+) -> deque[Step]:
+    """The messages of the first of these entries, at least of one: as many as can be made in a turn."""
+    steps: deque[Step] = deque()
+    async with bounds.turn():
+        await asyncio.sleep(0)  # all others who are ready come first
+        turn = Turn()
+        for entry in entries:
+            steps.append(made(entry, now_unix_ns))
+            if turn.is_over:
+                break
+    return steps
 
 
 def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:

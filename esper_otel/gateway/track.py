@@ -221,6 +221,10 @@ class Track:
         """When ``release`` must be called again, if nothing else comes."""
         return self._queue.due_s
 
+    def is_due(self, now_s: float) -> bool:
+        """Whether that time has come."""
+        return self._queue.due_s is not None and self._queue.due_s <= now_s
+
     @property
     def since_s(self) -> float | None:
         """When the first point came of what waits; None when nothing waits."""

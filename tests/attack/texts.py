@@ -50,7 +50,7 @@ def _logs(target: Target) -> None:
 def _hosts(target: Target) -> None:
     """A page of another site, whose name leads here by a trick with DNS."""
     for method, path in (("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("POST", "/v1/metrics")):
-        for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+        for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example"):
             head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n"
             head += "Content-Type: application/x-protobuf\r\nAuthorization: Bearer rogue-token\r\n\r\n"
             line = target.raw(head.encode()).partition(b"\r\n")[0].decode(errors="replace")

@@ -189,7 +189,7 @@ class Short(Turn):
 
     __slots__ = ("_asked",)
 
-    def __init__(self) -> None:
+    def __init__(self, most_s: float = 0.0) -> None:
         self._asked = 0
 
     @property
