@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from importlib import resources
 from typing import Any
@@ -40,6 +41,7 @@ _STAGE, _ALPHA = SEED_FIELDS.index("stage"), SEED_FIELDS.index("alpha")
 
 def add_page(app: web.Application, core: Core) -> None:
     """Adds ``/``, and what the page asks for below ``/page``."""
+    one_by_one = asyncio.Lock()
     folder = resources.files(__package__).joinpath("page")
     for path, (name, kind) in _FILES.items():
         app.router.add_get(path, _file(folder.joinpath(name).read_bytes(), kind))
@@ -67,37 +69,39 @@ def add_page(app: web.Application, core: Core) -> None:
         _check(request)
         try:
             check_puller(request.query.get("run", ""), None)
-            answer = await _steps(core, request.query.get("run", ""), request.query.get("cursor", ""))
+            async with one_by_one:  # together, windows would take as many turns of the event loop's
+                answer = await _steps(core, request.query.get("run", ""), request.query.get("cursor", ""))
         except BadRequest as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         except UnknownRun as error:
             raise web.HTTPNotFound(text=str(error)) from None
         except StaleCursor as error:
             raise web.HTTPConflict(text=str(error)) from None
-        return web.json_response(answer, headers=_HEADERS)
+        return web.Response(text=answer, content_type="application/json", headers=_HEADERS)
 
     app.router.add_get("/page/runs", runs)
     app.router.add_get("/page/steps", steps)
 
 
-async def _steps(core: Core, run_id: str, cursor: str) -> dict[str, Any]:
-    """Steps after a cursor, fewer of those with many seeds; others have their turns in between.
+async def _steps(core: Core, run_id: str, cursor: str) -> str:
+    """Steps after a cursor, in JSON, fewer of those with many seeds; others have their turns in between.
 
     Raises:
         UnknownRun, StaleCursor: nothing can be had so.
     """
-    shown: list[dict[str, Any]] = []
+    shown: list[str] = []  # made in turns, as all of a page would take long
     gap = seen = rows = 0
+    has_more = True
     turn = Turn()
     while seen < _AT_ONCE and rows < _MOST_ROWS:
         try:
             found = core.entries(run_id, cursor, _FETCHED)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next question is told
             if seen:
-                return {"steps": shown, "cursor": cursor, "gap": gap, "more": True}
+                break
             raise
         if seen and found.gap:
-            return {"steps": shown, "cursor": cursor, "gap": gap, "more": True}
+            break
         gap += found.gap
         cursor = found.cursor
         for entry in found.entries:
@@ -105,14 +109,16 @@ async def _steps(core: Core, run_id: str, cursor: str) -> dict[str, Any]:
             rows += len(frame.live.ids)
             # One whose number was lost has no place on the axis of steps; the run's counts show it.
             if frame.global_step < GUESSED_STEP:
-                shown.append(_shown(entry, core.rules))
+                shown.append(json.dumps(_shown(entry, core.rules)))
             if turn.is_over:
                 await asyncio.sleep(0)
                 turn = Turn()
         seen += len(found.entries)
         if len(found.entries) < _FETCHED:
-            return {"steps": shown, "cursor": cursor, "gap": gap, "more": False}
-    return {"steps": shown, "cursor": cursor, "gap": gap, "more": True}
+            has_more = False
+            break
+    rest = json.dumps({"cursor": cursor, "gap": gap, "more": has_more})
+    return f'{{"steps": [{", ".join(shown)}], {rest[1:]}'
 
 
 def _file(content: bytes, kind: str) -> Any:

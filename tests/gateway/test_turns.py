@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import shutil
 import time
@@ -344,7 +345,7 @@ def test_the_page_is_given_fewer_steps_of_many_seeds(turns: list[float]) -> None
         found: list[int] = []
         cursor, more, asked = "", True, 0
         while more:
-            answer = await _steps(core, RUN.run_id, cursor)
+            answer = json.loads(await _steps(core, RUN.run_id, cursor))
             found += [shown["step"] for shown in answer["steps"]]
             cursor, more, asked = answer["cursor"], answer["more"], asked + 1
             assert answer["gap"] == 0
