@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Self
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, SETTINGS = 0, 1, 4
+DATA, HEADERS, RST_STREAM, SETTINGS = 0, 1, 3, 4
+_CANCEL = struct.pack(">I", 8)
 _WINDOW_UPDATE = 8
 _END_STREAM, _END_HEADERS = 1, 4
 
@@ -56,6 +57,10 @@ class RawClient:
         for number, part in enumerate(parts, 1):
             flags = _END_STREAM if is_all and number == len(parts) else 0
             self.socket.sendall(frame(DATA, flags, stream, part))
+
+    def take_back(self, stream: int) -> None:
+        """Cancels a call."""
+        self.socket.sendall(frame(RST_STREAM, 0, stream, _CANCEL))
 
     def read(self, within_s: float) -> bytes:
         """What the server sends within a time."""

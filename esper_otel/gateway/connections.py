@@ -10,6 +10,7 @@ import resource
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,7 @@ _BACKLOG = 256
 _UNPROVEN_S = 2.0
 _LOOK_EVERY_S = 0.25
 _NO_DESCRIPTOR_S = 0.5
+_MOST_TAKEN_BACK = 100  # calls of a connection, between two looks
 
 
 def most_connections(port: str) -> int:
@@ -226,6 +228,7 @@ class Guard:
         self._most = most_connections("grpc")
         self._proven: set[str] = set()
         self._seen: dict[_Found, float] = {}
+        self._taken_back = Counter[str]()
         self._task = asyncio.create_task(self._watch())
 
     def close(self) -> None:
@@ -237,6 +240,12 @@ class Guard:
         if len(self._proven) < 2 * self._most:
             self._proven.add(peer)
 
+    def note_taken_back(self, peer: str) -> None:
+        """Notes that a peer has cancelled a call. One that does so without end is cut: gRPC would serve it first."""
+        self._taken_back[peer] += 1
+        if self._taken_back[peer] == _MOST_TAKEN_BACK:
+            self.cut(peer)
+
     def cut(self, peer: str) -> None:
         """Ends the connection of a peer, as gRPC names it, with all that waits to be sent there."""
         wanted = _peer_of(peer)
@@ -245,6 +254,7 @@ class Guard:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
+            self._taken_back.clear()
             if len(_descriptors()) > self._most // 2 or len(self._proven) >= self._most:
                 self._look()
 

@@ -86,7 +86,11 @@ class Rpc:
         Args:
             receives: whether OTLP is taken.
         """
-        unary = grpc.stream_unary_rpc_method_handler  # by the wire the same as unary_unary
+
+        def unary(method: Callable[[Any, _Context], Awaitable[Any]], *coding: Any) -> Any:
+            # By the wire the same as unary_unary.
+            return grpc.stream_unary_rpc_method_handler(partial(self._followed, method), *coding)
+
         stream = grpc.stream_stream_rpc_method_handler
         found = {SERVICE: {"Runs": unary(self._runs), "Pull": unary(self._pull), "Ranks": unary(self._ranks)}}
         if receives:
@@ -100,6 +104,15 @@ class Rpc:
         }
         found[reflection.SERVICE_NAME] = {"ServerReflectionInfo": stream(self._reflect, None, bytes_of)}
         return found
+
+    async def _followed(
+        self, method: Callable[[Any, _Context], Awaitable[Any]], requests: Any, context: _Context
+    ) -> Any:
+        try:
+            return await method(requests, context)
+        except asyncio.CancelledError:
+            self._guard.note_taken_back(context.peer())
+            raise
 
     # -- OTLP --------------------------------------------------------------------------------------------
 

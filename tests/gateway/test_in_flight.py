@@ -131,6 +131,31 @@ def test_messages_that_unpack_to_much_are_unpacked_one_after_the_other(gateway: 
     assert memory_mib(gateway) - before < 300
 
 
+def test_a_connection_that_takes_its_calls_back_without_end_is_cut(gateway: RunningGateway) -> None:
+    """gRPC would serve thousands of them before anybody else's. One that does so now and then goes on."""
+    with RawClient(gateway.grpc) as rare, RawClient(gateway.grpc) as client:
+        for _ in range(20):
+            rare.take_back(rare.begin(EXPORT))
+        with contextlib.suppress(OSError):
+            for _ in range(1_000):
+                client.take_back(client.begin(EXPORT))
+            until("it is cut", lambda: is_closed(client.socket))
+        assert not is_closed(rare.socket)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the peer has ended it; raises OSError if it did so before it had read everything."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(65_536):
+            pass
+    except BlockingIOError:
+        return False
+    finally:
+        connection.setblocking(True)
+    return True
+
+
 def test_calls_whose_messages_stall_hold_up_nobody(gateway: RunningGateway) -> None:
     """They are ended when others wait for their places, and few at a time can send much."""
     large = message(bytes(60 * 1024 * 1024))[:-1]
