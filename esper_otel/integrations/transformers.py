@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
 from esper_otel.errors import InvalidValue
+from esper_otel.integrations.listening import Listening
 from esper_otel.integrations.loop import Loop, samples_of
 from esper_otel.integrations.watch import unwrapped
 from esper_otel.session import start
-from esper_otel.telemetry import Telemetry
+from esper_otel.telemetry import Telemetry, outcome_of
 
 VALIDATION = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
+_LOGGER = logging.getLogger("esper_otel")
 _STATE_FILE = "esper_otel.json"
 
 
 class EsperCallback(TrainerCallback):
     """Records a step for each step of the optimizer: loss, gradient norm, samples/s, input wait, step latency.
 
-    - ``loss`` is what the model's forward returns as ``loss``, as it does when it is given labels; of accumulated
-      batches the mean, or the sum where the model divides by the items of all of them (of all ranks: then times their
-      number, so that the ranks' mean is the loss that the Trainer logs). Absent where it is computed outside the model.
-    - ``gradient_norm`` is the Trainer's own, before it clips; without clipping (``max_grad_norm=0``) it is computed.
+    - ``loss`` is what the Trainer's ``training_step`` returns, over the batches of a step added up: what the Trainer logs
+      at each step (but for its ``logging_nan_inf_filter``: a loss that is not finite is recorded as such), of this rank.
+      Absent where the Trainer does not train by ``training_step``.
+    - ``gradient_norm`` is the Trainer's own, before it clips; where it does not compute one, ours.
     - ``input_wait_ms`` begins when the step before, with its logging, saving and evaluating, is over; the Trainer
       fetches all batches of a step at once.
     - Steps have the numbers of ``state.global_step``; a run resumed from a checkpoint goes on with them, and with the
       averages, which lie in the checkpoint's folder as ``esper_otel.json``.
+    - A copy or a pickle of the callback has no session; it starts one when it trains.
 
     Args:
         telemetry: a session that is there, which its owner closes; else one is started with the training.
@@ -51,32 +55,48 @@ class EsperCallback(TrainerCallback):
         self._is_ours = telemetry is None
         self._validation = VALIDATION if validation is None else dict(validation)
         self._arguments = arguments
-        self._loop: Loop | None = None
-        self._model: nn.Module | None = None
-        self._hook: Any = None
-        self._losses: list[Tensor] = []
-        self._are_shares = False
-        self._parts = 1
-        self._samples = 0
+        self._unfinished: str | None = None
+        self._begin(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this object in this process."""
+        idle = {"telemetry": None, "_is_ours": True, "_loop": None, "_state": None, "_listening": []}
+        if self.telemetry is not None and not self._is_ours:
+            idle["_arguments"] = {"run_id": self.telemetry.run_id}
+        return {**vars(self), **idle, "_losses": [], "_samples": None, "_norm": None}
+
+    def _begin(self, loop: Loop | None) -> None:
+        """Nothing of an earlier training is left."""
+        self._loop = loop
+        self._state: Any = None
+        self._listening: list[Listening] = []
+        self._losses: list[float | Tensor] = []
+        self._samples: int | None = None
         self._norm: float | Tensor | None = None
-        self._unclip: Callable[[], None] = lambda: None
 
     # -- the Trainer's events, in the order in which they come -----------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Starts the session, and listens to the model."""
-        del control
+        """Starts the session, and listens to the Trainer."""
+        del control, given
+        self._end("interrupted")  # a training that was left by an exception; else it has ended
         if self.telemetry is None or self._is_ours:
             arguments = {"rank": args.process_index, "world_size": args.world_size, **self._arguments}
-            arguments.setdefault("epochs", max(int(state.num_train_epochs), 1))
+            if state.num_train_epochs < sys.maxsize:  # the Trainer's word for a loader without a length
+                arguments.setdefault("epochs", max(int(state.num_train_epochs), 1))
+            if self._unfinished and args.auto_find_batch_size:  # the same run once more, with smaller batches
+                arguments.setdefault("run_id", self._unfinished)
             self.telemetry = start(**arguments)
-        self._load(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE_FILE)
-        self._loop = Loop(self.telemetry)
-        self._parts = args.world_size if args.average_tokens_across_devices else 1
-        model = given["model"]
-        self._model = model
-        self._hook = model.register_forward_hook(self._forwarded, with_kwargs=True)
-        self._unclip = _listening_to_clipping(self._clipped)
+        trainer, checkpoint = _training(sys._getframe())  # noqa: SLF001 - no event has them
+        if checkpoint is not None and state.global_step:
+            self._load(Path(checkpoint) / _STATE_FILE)
+        self._begin(Loop(self.telemetry))
+        self._state = state
+        if trainer is not None:
+            self._listening = [
+                Listening(trainer, "training_step", self._computed, self._asked, self._failed),
+                Listening(trainer.accelerator, "clip_grad_norm_", self._clipped),
+            ]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The first batches of the epoch are asked for."""
@@ -85,24 +105,25 @@ class EsperCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The step's batches are there."""
-        del args, state, control, given
+        del args, control, given
         if self._loop is not None:
+            self._state = state
             self._loop.batch()
-            self._losses, self._samples, self._norm = [], 0, None
+            self._losses, self._samples, self._norm = [], None, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The gradients are whole; clipped, if the Trainer clips."""
-        del args, state, control
-        if self._loop is None or self._model is None:
+        del state, control
+        if self._loop is None:
             return
         optimizer = given.get("optimizer")
         if optimizer is not None:
             self._loop.put({"optimizer_lr": optimizer.param_groups[0]["lr"]})
-        if self._norm is None:
-            scale = None if optimizer is None else getattr(unwrapped(optimizer), "grad_scale", None)
-            self._loop.gradients(self._model, scale)
-        else:
+        if self._norm is not None:
             self._loop.put({"gradient_norm": self._norm})
+        elif not args.max_grad_norm:  # else clipped by something that nobody has heard
+            scale = None if optimizer is None else getattr(unwrapped(optimizer), "grad_scale", None)
+            self._loop.gradients(given["model"], scale)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The step is over."""
@@ -112,9 +133,8 @@ class EsperCallback(TrainerCallback):
             return
         loop.stepped()
         if self._losses:
-            total = sum(self._losses[1:], self._losses[0])
-            loop.put({"loss": total * self._parts if self._are_shares else total / len(self._losses)})
-        if self._samples:
+            loop.put({"loss": sum(self._losses[1:], self._losses[0])})
+        if self._samples is not None:
             loop.count(self._samples)
         epoch = max(math.ceil(state.epoch or 0) - 1, 0)  # what has been done of them, this step included
         loop.end(epoch=epoch, global_step=state.global_step)
@@ -139,18 +159,43 @@ class EsperCallback(TrainerCallback):
         del control, given
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.telemetry is not None and state.is_world_process_zero and folder.is_dir():
-            (folder / _STATE_FILE).write_text(json.dumps(self.telemetry.state_dict()), encoding="utf-8")
+            try:
+                (folder / _STATE_FILE).write_text(json.dumps(self.telemetry.state_dict()), encoding="utf-8")
+            except OSError as error:
+                _LOGGER.warning("%s: %s; a run resumed from here begins its averages anew", folder, error)
         self._wait()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The run has ended."""
         del args, state, control, given
-        self._unclip()
-        if self._hook is not None:
-            self._hook.remove()
-        if self.telemetry is not None and self._is_ours:
-            self.telemetry.close()
-        self._loop = None
+        self._end(None)
+
+    # -- what the Trainer does in between --------------------------------------------------------------------
+
+    def _asked(self, *arguments: Any, **named: Any) -> None:
+        """A batch is trained on."""
+        samples = samples_of(named["inputs"] if "inputs" in named else arguments[1])
+        if samples is not None:
+            self._samples = samples + (self._samples or 0)
+
+    def _computed(self, loss: Any) -> None:
+        """The batch's share of the step's loss, as the Trainer adds it up."""
+        if isinstance(loss, Tensor):
+            loss = loss.detach()
+        if isinstance(loss, float) or (isinstance(loss, Tensor) and not loss.dim()):
+            self._losses.append(loss)
+
+    def _failed(self, error: BaseException) -> None:
+        """The training ends with this exception: there is no event for it."""
+        if self._loop is not None:
+            epoch = math.floor(self._state.epoch or 0)
+            self._loop.fail(epoch=epoch, global_step=self._state.global_step + 1)
+        self._end(outcome_of(type(error), error))
+
+    def _clipped(self, norm: Any) -> None:
+        """The norm before clipping, which the Trainer keeps to itself."""
+        if self._norm is None and norm is not None:
+            self._norm = norm.detach() if isinstance(norm, Tensor) else norm
 
     # -- the rest --------------------------------------------------------------------------------------------
 
@@ -158,48 +203,37 @@ class EsperCallback(TrainerCallback):
         if self._loop is not None:
             self._loop.wait()
 
-    def _forwarded(self, model: nn.Module, inputs: Any, named: Mapping[str, Any], outputs: Any) -> None:
-        """The model has computed something: in a training step, its loss."""
-        if self._loop is None or not model.training or not torch.is_grad_enabled():
+    def _end(self, outcome: str | None) -> None:
+        """Ends the training that is under way, if any."""
+        if self._loop is None:
             return
-        self._samples += samples_of((*inputs, dict(named))) or 0
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if isinstance(loss, Tensor) and loss.dim() == 0:
-            self._losses.append(loss.detach())
-            # Then each loss is a share of the step's, not a mean of its own.
-            self._are_shares = named.get("num_items_in_batch") is not None
-
-    def _clipped(self, norm: Any) -> None:
-        if self._loop is not None and self._norm is None:
-            self._norm = norm.detach().clone() if isinstance(norm, Tensor) else norm
+        for each in self._listening:
+            each.end()
+        self._begin(None)
+        if self.telemetry is not None and self._is_ours:
+            self._unfinished = None if outcome is None else self.telemetry.run_id
+            self.telemetry.close(outcome=outcome)
 
     def _load(self, file: Path) -> None:
         if self.telemetry is None or not file.is_file():
             return
         try:
             self.telemetry.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            logging.getLogger("esper_otel").warning("%s: %s; averages begin anew", file, error)
+        except Exception as error:  # noqa: BLE001 - whatever lies there, the training goes on
+            _LOGGER.warning("%s: %s; averages begin anew", file, error)
 
 
-def _listening_to_clipping(heard: Callable[[Any], None]) -> Callable[[], None]:
-    """Hears the norm that ``torch.nn.utils.clip_grad_norm_`` returns: the Trainer keeps it to itself.
-
-    Returns:
-        What ends the listening.
-    """
-    original = nn.utils.clip_grad_norm_
-
-    @functools.wraps(original)
-    def listening(*arguments: Any, **named: Any) -> Any:
-        norm = original(*arguments, **named)
-        heard(norm)
-        return norm
-
-    nn.utils.clip_grad_norm_ = listening
-
-    def end() -> None:
-        if nn.utils.clip_grad_norm_ is listening:
-            nn.utils.clip_grad_norm_ = original
-
-    return end
+def _training(frame: FrameType | None) -> tuple[Trainer | None, str | None]:
+    """The Trainer that trains in this frame or one that called it, and the checkpoint that it goes on from."""
+    trainer = None
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if names[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if trainer is None and isinstance(owner, Trainer):
+                trainer = owner
+            if trainer is owner is not None and "resume_from_checkpoint" in names:
+                found = frame.f_locals.get("resume_from_checkpoint")
+                return trainer, os.fspath(found) if isinstance(found, str | os.PathLike) else None
+        frame = frame.f_back
+    return trainer, None

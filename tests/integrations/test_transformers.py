@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,12 @@ from gateways import RunningGateway
 from programs import until
 
 from esper_otel import Packets, TamiyoClient
+from esper_otel.ending import _live
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from accelerate import Accelerator  # noqa: E402
 
 from esper_otel.integrations.transformers import EsperCallback  # noqa: E402
 
@@ -37,7 +42,17 @@ class Fails(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
             raise KeyError("in the middle")
 
 
-def train(folder: Path, *callbacks: Any, resume: str | None = None, **more: Any) -> Any:
+def train(
+    folder: Path,
+    *callbacks: Any,
+    resume: str | None = None,
+    kind: Any = transformers.Trainer,
+    data: Any = list,
+    runs: bool = True,
+    compute_loss_func: Any = None,
+    words: bool = False,
+    **more: Any,
+) -> Any:
     """32 samples, 4 at a time, 2 epochs."""
     transformers.set_seed(0)
     config = transformers.BertConfig(
@@ -50,7 +65,11 @@ def train(folder: Path, *callbacks: Any, resume: str | None = None, **more: Any)
     )
     model = transformers.BertForSequenceClassification(config)
     random = torch.Generator().manual_seed(1)
-    data = [{"input_ids": torch.randint(0, 50, (8,), generator=random), "labels": row % 2} for row in range(32)]
+    rows = [{"input_ids": torch.randint(0, 50, (8,), generator=random), "labels": row % 2} for row in range(32)]
+    if words:
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+        masked = [torch.arange(8) > row % 7 for row in range(32)]  # so many tokens of each do not count
+        rows = [{**row, "labels": row["input_ids"].where(mask, -100)} for row, mask in zip(rows, masked, strict=True)]
     settings = {
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
@@ -62,12 +81,17 @@ def train(folder: Path, *callbacks: Any, resume: str | None = None, **more: Any)
         "disable_tqdm": True,
         **more,
     }
-    trainer = transformers.Trainer(
-        model, transformers.TrainingArguments(str(folder), **settings), train_dataset=data, eval_dataset=data[:8]
+    trainer = kind(
+        model,
+        transformers.TrainingArguments(str(folder), **settings),
+        train_dataset=data(rows),
+        eval_dataset=rows[:8],
+        compute_loss_func=compute_loss_func,
     )
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=resume)
+    if runs:
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -131,9 +155,11 @@ def test_a_resumed_run_goes_on_with_its_numbers_and_averages(tmp_path: Path) -> 
     whole, second = EsperCallback(run_id="hf"), EsperCallback(run_id="hf")
     train(tmp_path, whole, save_strategy="steps", save_steps=8)
     expected = pulled(whole)
-    train(tmp_path, second, resume=str(tmp_path / "checkpoint-8"))
+    (tmp_path / "checkpoint-8").rename(tmp_path / "kept elsewhere")
+    train(tmp_path / "other", second, resume=str(tmp_path / "kept elsewhere"))
     resumed = pulled(second)
     assert [p.step for p in resumed] == [*range(9, 17)]
+    assert [p.state.current_epoch for p in resumed] == [1] * 8
     ewma = metric(expected, "loss_ewma")[7]
     for loss, found in zip(metric(resumed, "loss"), metric(resumed, "loss_ewma"), strict=True):
         ewma += 0.2 * (loss - ewma)
@@ -191,3 +217,146 @@ def test_several_ranks_are_one_run_and_the_curve_is_the_same(tmp_path: Path) -> 
         assert metric(other, "gradient_norm") == pytest.approx(norms[1], rel=1e-6)
         both = zip(metric(mine, "loss"), metric(other, "loss"), strict=True)
         assert [sum(pair) / 2 for pair in both] == pytest.approx(losses[1], abs=6e-5)
+
+
+class Preferring(transformers.Trainer):  # type: ignore[misc, name-defined]
+    """As TRL's DPO: two forwards with labels, and a loss that is neither of theirs; a training_step around the base's."""
+
+    def compute_loss(self, model: Any, inputs: Any, *more: Any, return_outputs: bool = False, **named: Any) -> Any:
+        del more, named
+        chosen, rejected = model(**inputs), model(**{**inputs, "labels": 1 - inputs["labels"]})
+        loss = -torch.nn.functional.logsigmoid(0.1 * (rejected.loss - chosen.loss))
+        return (loss, chosen) if return_outputs else loss
+
+    def training_step(self, *arguments: Any, **named: Any) -> Any:
+        return super().training_step(*arguments, **named)
+
+
+class Alone(transformers.Trainer):  # type: ignore[misc, name-defined]
+    """Its training_step has nothing of the base's."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        model.train()
+        loss = 3 * model(**self._prepare_inputs(inputs)).loss
+        self.accelerator.backward(loss)
+        return loss.detach() / self.args.gradient_accumulation_steps
+
+
+def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / (num_items_in_batch or 4)
+
+
+class Copying(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    """What scripts do with a model in training: an EMA, a best copy, a checkpoint of the whole object."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept: list[Any] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        model, optimizer = given["model"], given["optimizer"]
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        torch.save(model, self.folder / "model.pt")
+        torch.optim.swa_utils.AveragedModel(model)
+        model.save_pretrained(self.folder / "saved")
+        copy.deepcopy(optimizer)
+        pickle.dumps(given["train_dataloader"].dataset)
+        self.kept.append(vars(copied).keys() == vars(model).keys() and not copied._forward_hooks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (Preferring, {"gradient_accumulation_steps": 3}),
+        (Alone, {"gradient_accumulation_steps": 3}),
+        (transformers.Trainer, {"label_smoothing_factor": 0.3, "gradient_accumulation_steps": 3}),
+        (transformers.Trainer, {"compute_loss_func": summed, "gradient_accumulation_steps": 3}),
+        (transformers.Trainer, {"words": True, "gradient_accumulation_steps": 3}),
+    ],
+    ids=["own loss", "own training_step", "label smoothing", "loss function", "uneven numbers of tokens"],
+)
+def test_the_loss_is_the_trainers_and_the_model_can_be_copied(tmp_path: Path, kind: Any, more: dict[str, Any]) -> None:
+    """The eight batches of an epoch make steps of three, three and two; whatever the model itself calls its loss."""
+    without = train(tmp_path, Copying(tmp_path), kind=kind, **more)
+    callback, copying = EsperCallback(run_id="hf"), Copying(tmp_path)
+    trainer = train(tmp_path, callback, copying, kind=kind, **more)
+    assert all(copying.kept)
+    assert logged(trainer, "loss") == logged(without, "loss")
+    for mine, other in zip(trainer.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    packets = pulled(callback)
+    assert metric(packets, "loss") == pytest.approx(logged(trainer, "loss"), abs=6e-5)
+    per_step = [
+        m["samples_per_s"] * (m["input_wait_ms"] + m["step_latency_ms"]) / 1e3
+        for m in (p.state.training_metrics for p in packets)
+    ]
+    assert per_step == pytest.approx([12, 12, 8] * 2, rel=1e-3)
+
+
+class Interrupted(transformers.Trainer):  # type: ignore[misc, name-defined]
+    """Raises in the first training, after some steps."""
+
+    raises: list[BaseException] = []  # noqa: RUF012 - one for the class
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step == 2 and self.raises:
+            raise self.raises.pop()
+        return super().compute_loss(*arguments, **named)
+
+
+def test_a_training_that_was_interrupted_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    callback = EsperCallback()
+    Interrupted.raises = [KeyboardInterrupt()]
+    classes = [dict(vars(kind)) for kind in (Interrupted, transformers.Trainer, Accelerator)]
+    trainer = train(tmp_path, callback, kind=Interrupted, runs=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    first = callback.telemetry
+    assert first is not None
+    assert [p.step for p in pulled(callback)] == [1, 2, 3]
+    assert first.health()["failed"] == 1
+    assert not _live
+    trainer.train()
+    packets = pulled(callback)
+    assert callback.telemetry is not first
+    assert [p.step for p in packets] == [*range(1, 17)]
+    assert metric(packets, "loss") == pytest.approx(logged(trainer, "loss")[-16:], abs=6e-5)
+    per_step = metric(packets, "samples_per_s")[5] * (
+        metric(packets, "input_wait_ms")[5] + metric(packets, "step_latency_ms")[5]
+    )
+    assert per_step / 1e3 == pytest.approx(4, rel=1e-3)
+    assert [dict(vars(kind)) for kind in (Interrupted, transformers.Trainer, Accelerator)] == classes
+
+
+def test_a_batch_size_that_is_found_is_the_same_run_again(tmp_path: Path) -> None:
+    callback = EsperCallback()
+    Interrupted.raises = [RuntimeError("CUDA out of memory.")]
+    trainer = train(tmp_path, callback, kind=Interrupted, auto_find_batch_size=True, per_device_train_batch_size=8)
+    packets = pulled(callback)
+    size = trainer._train_batch_size
+    assert size < 8
+    assert [p.step for p in packets] == [*range(1, trainer.state.global_step + 1)]
+    assert metric(packets, "loss") == pytest.approx(logged(trainer, "loss")[-len(packets) :], abs=6e-5)
+    again = pickle.loads(pickle.dumps(callback))
+    assert again.telemetry is None
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc, name-defined]
+    """Ends without having said when."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_the_epochs_of_a_stream_are_unknown(tmp_path: Path) -> None:
+    known, unknown = EsperCallback(run_id="hf"), EsperCallback(run_id="hf")
+    train(tmp_path, known, max_steps=20, eval_strategy="no")
+    trainer = train(tmp_path, unknown, max_steps=20, eval_strategy="no", data=Stream)
+    assert set(metric(pulled(known), "epochs_total")) == {3}
+    packets = pulled(unknown)
+    assert not [p for p in packets if "epochs_total" in p.names]
+    assert [p.state.current_epoch for p in packets] == [0] * 8 + [1] * 8 + [2] * 4
+    assert metric(packets, "loss") == pytest.approx(logged(trainer, "loss"), abs=6e-5)

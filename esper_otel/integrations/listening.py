@@ -1,0 +1,89 @@
+"""Listening: what a method of another library's object takes and returns, while nothing hangs on the object itself."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+
+class Listening:
+    """Hears the calls of one object's method, by its class: the object can be copied, pickled and saved as before.
+
+    Calls of other objects of the class pass through, and so do those that the method makes of itself in a base class.
+    A method that is no plain function of the class is not heard.
+
+    Args:
+        owner: the object.
+        name: of the method.
+        returned: is given what the method has returned.
+        called: is given the arguments before the method runs.
+        raised: is given an exception that leaves the method.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        name: str,
+        returned: Callable[[Any], None],
+        called: Callable[..., None] | None = None,
+        raised: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._owner: Callable[[], object] = weakref.ref(owner)
+        self._name = name
+        self._hears = (called, returned, raised)
+        self._is_inside = False
+        self._class = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
+        found = None if self._class is None or name in vars(owner) else vars(self._class)[name]
+        if isinstance(found, FunctionType):
+            setattr(self._class, name, self._around(found))
+
+    def end(self) -> None:
+        """Hears nothing more; the class has its method back, unless another library has replaced it since."""
+        self._owner = lambda: None
+        if self._class is None:
+            return
+        now = vars(self._class)[self._name]
+        while isinstance(listening := getattr(now, "_esper_listening", None), Listening) and listening.is_over:
+            now = now.__wrapped__
+        if now is not vars(self._class)[self._name]:
+            setattr(self._class, self._name, now)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nobody left to listen to."""
+        return self._owner() is None
+
+    def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        called, returned, raised = self._hears
+
+        @functools.wraps(original)
+        def listening(owner: object, *arguments: Any, **named: Any) -> Any:
+            if self._is_inside or owner is not self._owner():
+                return original(owner, *arguments, **named)
+            self._is_inside = True
+            try:
+                _harmless(called, *arguments, **named)
+                result = original(owner, *arguments, **named)
+            except BaseException as error:
+                _harmless(raised, error)
+                raise
+            finally:
+                self._is_inside = False
+            _harmless(returned, result)
+            return result
+
+        listening._esper_listening = self  # type: ignore[attr-defined] # our attribute
+        return listening
+
+
+def _harmless(hear: Callable[..., None] | None, *given: Any, **named: Any) -> None:
+    """A fault of ours is logged, and does not reach the training."""
+    try:
+        if hear is not None:
+            hear(*given, **named)
+    except Exception:
+        logging.getLogger("esper_otel").exception("%s", getattr(hear, "__qualname__", hear))
