@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+_MARK = "_esper_listening"
+
 
 class Listening:
     """Hears the calls of one object's method, by its class: the object can be copied, pickled and saved as before.
@@ -47,7 +49,7 @@ class Listening:
         if self._class is None:
             return
         now = vars(self._class)[self._name]
-        while isinstance(listening := getattr(now, "_esper_listening", None), Listening) and listening.is_over:
+        while isinstance(listening := getattr(now, _MARK, None), Listening) and listening.is_over:
             now = now.__wrapped__
         if now is not vars(self._class)[self._name]:
             setattr(self._class, self._name, now)
@@ -76,7 +78,7 @@ class Listening:
             _harmless(returned, result)
             return result
 
-        listening._esper_listening = self  # type: ignore[attr-defined] # our attribute
+        setattr(listening, _MARK, self)
         return listening
 
 

@@ -30,9 +30,9 @@ _STATE_FILE = "esper_otel.json"
 class EsperCallback(TrainerCallback):
     """Records a step for each step of the optimizer: loss, gradient norm, samples/s, input wait, step latency.
 
-    - ``loss`` is what the Trainer's ``training_step`` returns, over the batches of a step added up: what the Trainer logs
-      at each step (but for its ``logging_nan_inf_filter``: a loss that is not finite is recorded as such), of this rank.
-      Absent where the Trainer does not train by ``training_step``.
+    - ``loss`` is the sum of what the Trainer's ``training_step`` returns for the batches of a step: this rank's part of
+      what the Trainer logs with ``logging_steps=1``. A loss that is not finite is recorded as such; the Trainer's log
+      has an average in its place. Absent where the Trainer does not train by ``training_step``.
     - ``gradient_norm`` is the Trainer's own, before it clips; where it does not compute one, ours.
     - ``input_wait_ms`` begins when the step before, with its logging, saving and evaluating, is over; the Trainer
       fetches all batches of a step at once.
@@ -60,7 +60,7 @@ class EsperCallback(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this object in this process."""
-        idle = {"telemetry": None, "_is_ours": True, "_loop": None, "_state": None, "_listening": []}
+        idle: dict[str, Any] = {"telemetry": None, "_is_ours": True, "_loop": None, "_state": None, "_listening": []}
         if self.telemetry is not None and not self._is_ours:
             idle["_arguments"] = {"run_id": self.telemetry.run_id}
         return {**vars(self), **idle, "_losses": [], "_samples": None, "_norm": None}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from programs import until
 
 import esper_otel
 from esper_otel import InvalidValue, Packets, TamiyoClient
+from esper_otel.ending import _live
 
 torch = pytest.importorskip("torch")
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
@@ -26,8 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
 class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
     """One layer; notes what the optimizer saw."""
 
-    def __init__(self, fails_at: int = -1) -> None:
+    def __init__(self, fails_at: int = -1, error: BaseException | None = None) -> None:
         super().__init__()
+        self.error = error or KeyError("in the middle")
         self.layer = torch.nn.Linear(4, 2)
         self.fails_at = fails_at
         self.losses: list[float] = []
@@ -35,7 +40,7 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if batch_idx == self.fails_at:
-            raise KeyError("in the middle")
+            raise self.error
         inputs, targets = batch
         outputs = self.layer(inputs)
         loss = torch.nn.functional.cross_entropy(outputs, targets)
@@ -55,27 +60,48 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
 
 @pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these only wait for more, above all beside another test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
 
 
 def fit(
-    callback: EsperCallback | None, *, epochs: int = 2, resume: Path | None = None, fails_at: int = -1, **more: Any
+    callback: EsperCallback | None,
+    *,
+    epochs: int = 2,
+    resume: Path | None = None,
+    module: Any = None,
+    **more: Any,
 ) -> Any:
     """Trains 8 batches an epoch; returns the module and the trainer."""
     lightning.seed_everything(0)
-    module = Module(fails_at)
+    module = (Module if module is None else module)()
     random = torch.Generator().manual_seed(1)
     data = torch.utils.data.TensorDataset(
         torch.randn(64, 4, generator=random), torch.randint(0, 2, (64,), generator=random)
     )
     loaders = [torch.utils.data.DataLoader(data, batch_size=8) for _ in range(2)]
     trainer = lightning.Trainer(
-        **{"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, **more},
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[] if callback is None else [callback],
+        **{
+            "max_epochs": epochs,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "callbacks": [] if callback is None else [callback],
+            **more,
+        },
     )
+    module.loader = loaders[1]
     trainer.fit(module, *loaders, ckpt_path=resume)
     return module, trainer
 
@@ -141,7 +167,7 @@ def test_a_resumed_run_goes_on_with_its_numbers_and_averages(tmp_path: Path) -> 
 def test_an_exception_goes_on_and_the_step_is_recorded_as_failed() -> None:
     callback = EsperCallback(run_id="fails")
     with pytest.raises(KeyError, match="in the middle"):
-        fit(callback, fails_at=2)
+        fit(callback, module=lambda: Module(2))
     assert callback.telemetry is not None
     assert callback.telemetry.health()["failed"] == 1
     assert [p.step for p in pulled(callback)] == [1, 2, 3]
@@ -193,3 +219,110 @@ def test_several_ranks_are_one_run(tmp_path: Path) -> None:
                 for rank in (0, 1)
             ]
             assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+class Two(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    """Two optimizers that step in turn in each batch; notes what each of them saw."""
+
+    def __init__(self, callback: EsperCallback | None = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = torch.nn.Linear(4, 2), torch.nn.Linear(2, 2)
+        self.callback = callback
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, targets = batch
+        for part, optimizer in zip((self.first, self.second), self.optimizers(), strict=True):
+            loss = torch.nn.functional.cross_entropy(self.second(self.first(inputs)), targets)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            if self.callback is not None:
+                self.callback.put(loss=loss)
+            self.losses.append(loss.item())
+            self.norms.append(torch.cat([parameter.grad.flatten() for parameter in part.parameters()]).norm().item())
+            optimizer.step()
+        return loss * 100
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.first.parameters(), lr=0.1), torch.optim.Adam(self.second.parameters(), lr=0.2)]
+
+
+class Quasi(Module):
+    """Its optimizer computes loss and gradients several times in a step."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+def test_with_several_optimizers_each_step_is_a_step() -> None:
+    without, _ = fit(None, module=Two)
+    callback = EsperCallback(run_id="two")
+    module, trainer = fit(callback, module=lambda: Two(callback))
+    assert parameters(module) == parameters(without)
+    packets = pulled(callback)
+    assert [p.step for p in packets] == [*range(1, 33)]
+    assert trainer.global_step == 32
+    assert [p.state.training_loss for p in packets] == pytest.approx(module.losses)
+    found = [p.state.training_metrics for p in packets]
+    assert [metrics["gradient_norm"] for metrics in found] == pytest.approx(module.norms)
+    assert [metrics["optimizer_lr"] for metrics in found] == pytest.approx([0.1, 0.2] * 16)
+    for metrics in found:
+        seconds = (metrics["input_wait_ms"] + metrics["step_latency_ms"]) / 1e3
+        assert metrics["samples_per_s"] * seconds == pytest.approx(8, rel=1e-3)
+    silent = EsperCallback(run_id="two")
+    fit(silent, module=Two)
+    assert len(pulled(silent)) == 32
+    assert not [p for p in pulled(silent) if "loss" in p.names]  # what is returned is none of theirs
+
+
+def test_an_optimizer_that_computes_several_times_makes_one_step() -> None:
+    callback = EsperCallback(run_id="lbfgs")
+    module, _ = fit(callback, module=Quasi)
+    packets = pulled(callback)
+    assert [p.step for p in packets] == [*range(1, 17)]
+    evaluations = len(module.norms) // 16
+    assert evaluations > 1
+    assert [p.state.training_metrics["gradient_norm"] for p in packets] == pytest.approx(
+        module.norms[evaluations - 1 :: evaluations]
+    )
+
+
+class Stopped(BaseException):
+    """As a KeyboardInterrupt, at which Lightning leaves the process."""
+
+
+def test_a_fit_that_was_interrupted_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    callback = EsperCallback()
+    with pytest.raises(Stopped):
+        fit(callback, module=lambda: Module(4, Stopped()), accumulate_grad_batches=3)
+    assert [p.step for p in pulled(callback)] == [1, 2]
+    assert not _live
+    module, trainer = fit(callback, accumulate_grad_batches=3, num_sanity_val_steps=2)
+    packets = pulled(callback)
+    groups = [module.losses[at : at + size] for at, size in ((0, 3), (3, 3), (6, 2), (8, 3), (11, 3), (14, 2))]
+    assert [p.state.training_loss for p in packets] == pytest.approx([sum(group) / len(group) for group in groups])
+    assert "validation_loss" not in packets[0].names
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.validate(module, module.loader, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    fit(callback, epochs=1)
+    assert pulled(callback)[0].state.training_metrics.get("loss_delta") is None  # a test is no resuming
+
+
+def test_trainers_and_models_can_be_copied_and_tuned() -> None:
+    with esper_otel.start(run_id="mine") as telemetry:
+        callback = EsperCallback(telemetry)
+        copied: list[Any] = []
+
+        class Copies(lightning.Callback):  # type: ignore[misc, name-defined]
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, *more: Any) -> None:
+                if not copied:
+                    copied.extend(pickle.loads(pickle.dumps([callback, copy.deepcopy(pl_module.layer)])))
+
+        fit(callback, epochs=1, callbacks=[callback, Copies()])
+    again: Any = copied[0]
+    assert again.telemetry is None
+    fit(again, epochs=1)
+    assert again.telemetry.run_id == "mine"
+    assert [p.step for p in pulled(again)] == [*range(1, 9)]
