@@ -274,7 +274,7 @@ def test_with_several_optimizers_each_step_is_a_step() -> None:
     silent = EsperCallback(run_id="two")
     fit(silent, module=Two)
     assert len(pulled(silent)) == 32
-    assert not [p for p in pulled(silent) if "loss" in p.names]  # what is returned is none of theirs
+    assert not [p for p in pulled(silent) if "loss" in p.state.training_metrics]  # what is returned is none of theirs
 
 
 def test_an_optimizer_that_computes_several_times_makes_one_step() -> None:
@@ -303,7 +303,7 @@ def test_a_fit_that_was_interrupted_leaves_nothing_for_the_next(tmp_path: Path) 
     packets = pulled(callback)
     groups = [module.losses[at : at + size] for at, size in ((0, 3), (3, 3), (6, 2), (8, 3), (11, 3), (14, 2))]
     assert [p.state.training_loss for p in packets] == pytest.approx([sum(group) / len(group) for group in groups])
-    assert "validation_loss" not in packets[0].names
+    assert "validation_loss" not in packets[0].state.training_metrics
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     trainer.validate(module, module.loader, ckpt_path=tmp_path / "last.ckpt", verbose=False)
     fit(callback, epochs=1)
