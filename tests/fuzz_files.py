@@ -1,4 +1,4 @@
-"""Fuzzing of files that may come from anybody: black boxes with their reports, and the records of a spool.
+"""Fuzzing of files that may come from anybody: black boxes with their reports, spools, and stores of a gateway.
 
 Run it as ``python tests/fuzz_files.py --seconds 30``; a file that fails is left in the folder that is named.
 """
@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from frames import make_frame, seed_table
+from fuzz_stores import fuzz_store
 
 from esper_otel import blackbox
 from esper_otel.cli import main
@@ -216,7 +218,8 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     hostile = [hostile_record(luck, luck.choice(contents)) for _ in range(luck.randint(1, 3))]
     contents[place : place + luck.randint(0, 1)] = hostile
     stored = Stored()
-    frames = list(frames_in(b"".join(map(records._record, contents)), stored))
+    content = b"".join(map(records._record, contents))
+    frames = list(frames_in(mutated_bytes(luck, content) if luck.random() < 0.3 else content, stored))
     frames.sort(key=lambda frame: frame.sequence)
     catalogue = {metric.name: metric for metric in (*METRICS, *stored.metrics.values())}
     encoder = Encoder(catalogue, stored.resources.__getitem__, _raise)
@@ -231,7 +234,16 @@ def _raise(_where: str, error: Exception) -> None:
     raise error
 
 
-KINDS: dict[str, Callable[[random.Random, Path], None]] = {"boxes": fuzz_boxes, "records": fuzz_records}
+def fuzz_stores(luck: random.Random, folder: Path) -> None:
+    """One store of a gateway."""
+    fuzz_store(luck, folder, changed)
+
+
+KINDS: dict[str, Callable[[random.Random, Path], None]] = {
+    "boxes": fuzz_boxes,
+    "records": fuzz_records,
+    "stores": fuzz_stores,
+}
 
 
 def fuzz(kind: str, seconds: float, seed: int, folder: Path) -> int:
@@ -253,6 +265,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=time.time_ns() + os.getpid())
     parser.add_argument("--kind", choices=list(KINDS))
     given = parser.parse_args()
+    logging.disable()  # what a gateway says of each damage
     kinds = [given.kind] if given.kind else list(KINDS)
     for each in kinds:
         number = fuzz(each, given.seconds / len(kinds), given.seed, Path(tempfile.mkdtemp()))

@@ -245,6 +245,8 @@ def _check_tables(connection: sqlite3.Connection, version: int) -> None:
         lacks = columns - known - _LATER if version < _VERSION else columns - known
         if lacks and not (version == 1 and table in {"places", "age"}):
             raise Damaged(f"its table {table} lacks {', '.join(sorted(lacks))}")
+        if known - columns:  # no row could be written
+            raise Damaged(f"its table {table} has more columns than that of a store")
 
 
 def moved_aside(path: Path) -> Path:

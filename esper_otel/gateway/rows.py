@@ -27,7 +27,7 @@ _OF_WRITER = (_whole("run"), _whole("attempt", bits=63), _whole("rank", bits=31)
 DAMAGED = {
     "items": " OR ".join(
         (
-            *(*_OF_WRITER, _whole("position", 1), _whole("number", 1), _whole("revision", 1)),
+            *(*_OF_WRITER, _whole("position", 1), _whole("number", 1), _whole("revision", 1, bits=32)),
             *(
                 _whole("complete"),
                 _whole("received", bits=63),

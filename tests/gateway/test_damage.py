@@ -163,6 +163,7 @@ ROWS = {
     "a position at the end of all numbers": "UPDATE items SET position = 9223372036854775807 WHERE position = 6",
     "a number at the end of all numbers": "UPDATE items SET number = 9223372036854775807 WHERE number = 6",
     "an attempt that is a text": "UPDATE items SET attempt = 'x' WHERE position = 2",
+    "a revision that no answer can carry": "UPDATE items SET revision = 4294967296 WHERE position = 2",
     "a writer that is a number": "UPDATE items SET writer = x'00' WHERE position = 2",
     "a writer that is no UTF-8": "UPDATE items SET writer = CAST(x'FF' AS TEXT) WHERE position = 2",
     "a time that is a text": "UPDATE items SET received = 'x' WHERE position = 2",
@@ -219,8 +220,14 @@ def test_a_damaged_file_is_kept_under_another_name_and_a_new_one_begun(
     assert aside.name in caplog.text
 
 
-@pytest.mark.parametrize("script", ["DROP TABLE places", "DROP TABLE runs", "ALTER TABLE items DROP COLUMN received"])
-def test_a_store_that_lacks_a_part_is_kept_under_another_name(tmp_path: Path, script: str) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("DROP TABLE places", "DROP TABLE runs", "ALTER TABLE items DROP COLUMN received"),
+        *("ALTER TABLE places ADD COLUMN more TEXT", "ALTER TABLE items ADD COLUMN more TEXT"),
+    ],
+)
+def test_a_store_with_other_tables_is_kept_under_another_name(tmp_path: Path, script: str) -> None:
     filled(tmp_path)
     change(tmp_path, script)
     assert live(tmp_path) == [50]
