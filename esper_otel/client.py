@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from esper_otel.addresses import is_on_this_machine
 from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
@@ -28,11 +28,12 @@ from esper_otel.gateway.views import RunRanks, run_ranks
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 from esper_otel.log import Warnings
+from esper_otel.text import printable
 
 RETRY_S = 0.1
 _WARNINGS = Warnings()
 _OPTIONS = [
-    ("grpc.max_receive_message_length", -1),  # a page is bounded by the gateway
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has 16 MiB, or a single step
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -327,7 +328,18 @@ def pull_request(run_id: str, cursor: str | None, rank: int | None, max_packets:
 
 
 def page_of(run_id: str, response: PullResponse) -> Page:
-    """The answer to a pull, as packets."""
+    """The answer to a pull, as packets.
+
+    Raises:
+        GatewayError: it holds something else.
+    """
+    try:
+        return _page_of(run_id, response)
+    except DecodeError:
+        raise GatewayError(f"the gateway's answer for run {printable(run_id)} is not made of Leyline packets") from None
+
+
+def _page_of(run_id: str, response: PullResponse) -> Page:
     steps = tuple(
         Packets(
             state=messages.SystemStatePacket.FromString(step.state),

@@ -72,8 +72,13 @@ def _change_bytes(luck: random.Random, path: Path) -> None:
     path.write_bytes(content)
 
 
+def _columns(connection: sqlite3.Connection, table: str) -> list[str]:
+    """Those of the table, or a name that none has when it is gone by now."""
+    return [row[1] for row in connection.execute(f"PRAGMA table_info({table})")] or ["none"]
+
+
 def _change_cells(luck: random.Random, connection: sqlite3.Connection, table: str) -> None:
-    columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+    columns = _columns(connection, table)
     [count] = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
     row = luck.randrange(count + 1)
     value = luck.choice([*_VALUES, *columns]).replace("rowid", luck.choice(columns))
@@ -101,7 +106,7 @@ def _change_frame(luck: random.Random, connection: sqlite3.Connection, changed: 
 
 
 def _change_schema(luck: random.Random, connection: sqlite3.Connection, table: str) -> None:
-    columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+    columns = _columns(connection, table)
     connection.execute(
         luck.choice(
             [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 from esper_otel import blackbox
 from esper_otel.client import TamiyoClient
-from esper_otel.errors import ConfigurationError
+from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.leyline.senders import is_valid
@@ -24,6 +25,10 @@ _FIELDS = {metric.name: metric.field for metric in SEED_CELLS}
 # Of the catalogue's metrics a packet has those of the step under their names, and users' own.
 _NOT_IN_PACKETS = {metric.name for metric in METRICS} - {metric.name for metric in STEP_METRICS}
 _AT_ONCE = 1000
+# A gateway may answer without end: then this is what a report takes of it.
+_MOST_STEPS = 2_000_000
+_MOST_NUMBERS = 50_000_000  # of all steps, in 8 bytes each
+_MOST_S = 600.0
 
 Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
 
@@ -141,19 +146,17 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
     """From a gateway: all steps that it has of the newest attempt.
 
     Raises:
-        GatewayError: there is no such run, or it cannot be had.
+        GatewayError: there is no such run, it cannot be had, or it has no end.
         ConfigurationError: the rank has no steps.
     """
     found: dict[int, Row] = {}
-    attempt, cursor = -1, None
-    while page := client.pull(run_id, cursor, rank=rank, max_packets=_AT_ONCE):
-        for packets in page:
-            if packets.attempt > attempt:
-                attempt = packets.attempt
-                found.clear()
-            if packets.attempt == attempt:
-                found[packets.state.timestamp_ns] = _row(packets)  # a later revision replaces an earlier one
-        cursor = page.cursor
+    attempt = -1
+    for packets in _pulled(client, run_id, rank):
+        if packets.attempt > attempt:
+            attempt = packets.attempt
+            found.clear()
+        if packets.attempt == attempt:
+            found[packets.state.timestamp_ns] = _row(packets)  # a later revision replaces an earlier one
     if not found:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
     mine = [run for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
@@ -161,6 +164,28 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
     rows = [row for _, row in sorted(found.items())]
     source = blackbox.file_stem(run_id, rank, attempt)
     return Recording(_clean_text(run_id), rank, attempt, _clean_text(ended[0]) if ended else "", tuple(rows), source)
+
+
+def _pulled(client: TamiyoClient, run_id: str, rank: int) -> Iterator[Packets]:
+    """All that the gateway has.
+
+    Raises:
+        GatewayError: it has more than a report takes.
+    """
+    steps = numbers = 0
+    cursor = None
+    deadline_s = time.monotonic() + _MOST_S
+    while page := client.pull(run_id, cursor, rank=rank, max_packets=_AT_ONCE):
+        steps += len(page)
+        if steps > _MOST_STEPS or time.monotonic() > deadline_s:
+            raise GatewayError(f"the gateway goes on giving steps of run {run_id!r}: {steps} by now, and no end")
+        for packets in page:
+            numbers += len(packets.state.training_metrics) + len(packets.names)
+            numbers += sum(len(packet.metrics) + len(packet.events) for packet in packets.telemetry)
+            if numbers > _MOST_NUMBERS:
+                raise GatewayError(f"run {run_id!r} has more numbers than a report takes: {_MOST_NUMBERS}")
+            yield packets
+        cursor = page.cursor
 
 
 def names_of(one: Recording, other: Recording) -> tuple[str, str]:
