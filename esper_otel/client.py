@@ -28,7 +28,6 @@ from esper_otel.gateway.views import RunRanks, run_ranks
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 from esper_otel.log import Warnings
-from esper_otel.text import printable
 
 RETRY_S = 0.1
 _WARNINGS = Warnings()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +41,9 @@ def answering(answer: Answer, runs: RunsResponse) -> Iterator[str]:
         server.stop(0).wait()
 
 
-def step_at(time_ns: int, **parts: object) -> Step:
-    state = messages.SystemStatePacket(timestamp_ns=time_ns, training_metrics={"loss": 1.0})
-    return Step(**{"state": state.SerializeToString(), "attempt": 1, "step": 2**64 - 1, "names": ["loss"], **parts})
+def step_at(time_ns: int, *, state: bytes | None = None, names: Sequence[str] = ("loss",), writer: str = "") -> Step:
+    made = messages.SystemStatePacket(timestamp_ns=time_ns, training_metrics={"loss": 1.0}).SerializeToString()
+    return Step(state=made if state is None else state, attempt=1, step=2**64 - 1, names=names, writer=writer)
 
 
 def endless(request: PullRequest) -> bytes:
