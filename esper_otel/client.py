@@ -335,7 +335,7 @@ def page_of(run_id: str, response: PullResponse) -> Page:
     try:
         return _page_of(run_id, response)
     except DecodeError:
-        raise GatewayError(f"the gateway's answer for run {printable(run_id)} is not made of Leyline packets") from None
+        raise GatewayError(f"the gateway's answer for run {run_id!r} is not made of Leyline packets") from None
 
 
 def _page_of(run_id: str, response: PullResponse) -> Page:

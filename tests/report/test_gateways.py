@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,8 +24,8 @@ Answer = Callable[[PullRequest], bytes]
 def answering(answer: Answer, runs: RunsResponse) -> Iterator[str]:
     """A gateway that gives these answers; its address."""
 
-    class Handler(grpc.GenericRpcHandler):
-        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    class Handler(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # not generic when it runs
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
             if details.method == method("Pull")[0]:
                 return grpc.unary_unary_rpc_method_handler(
                     lambda said, _: answer(said), request_deserializer=PullRequest.FromString
