@@ -68,8 +68,15 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
         ValueError, TypeError, RecursionError: it is not one.
     """
     attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes = row
-    numbers = [number for number in (attempt, rank, next_number, lowest, missing) if number is not None]
-    if type(writer) is not str or any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+    bounds = (
+        (attempt, 63),
+        (rank, 31),
+        (next_number, 54),
+        (lowest, 54),
+        (missing, 54),
+    )  # they must not grow past 63 bits
+    numbers = [(number, bits) for number, bits in bounds if number is not None]
+    if type(writer) is not str or any(type(number) is not int or not 0 <= number < 2**bits for number, bits in numbers):
         raise ValueError("not the place of a writer")
     found = json.loads(holes)
     before = 0
