@@ -228,6 +228,8 @@ class FileStore:
             where, of_run = "run = ? AND position > ? ORDER BY position", (run.key, place)
         else:
             where, of_run = "run = ? AND rank = ? AND number > ? ORDER BY number", (run.key, rank, place)  # type: ignore[assignment]
+        if self._read_only:  # whoever may write has taken these rows out
+            where = f"NOT ({DAMAGED['items']}) AND {where}"
         with reading():
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items WHERE {where} LIMIT ?", (*of_run, most))  # noqa: S608
             found: list[Entry] = []

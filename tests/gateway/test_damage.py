@@ -197,6 +197,16 @@ def test_no_row_keeps_a_gateway_from_starting_and_taking_steps(tmp_path: Path, n
     assert live(tmp_path, new_step=51)[-2:] == [50, 51]
 
 
+@pytest.mark.parametrize("kind", ["TEXT", "BLOB"])
+def test_who_only_reads_skips_rows_that_are_none(tmp_path: Path, kind: str) -> None:
+    filled(tmp_path)
+    change(tmp_path, f"UPDATE items SET position = CAST('x' || position AS {kind}) WHERE position > 2")
+    with closing(FileStore(tmp_path, read_only=True)) as store:
+        cursor = store.after(RUN.run_id, "", None, 2).cursor
+        assert steps_of(store, RUN.run_id) == [1, 2]
+        assert steps_of(store, RUN.run_id, cursor) == []
+
+
 FILES: dict[str, Callable[[bytes], bytes]] = {
     "not SQLite": lambda content: b"nothing of the kind" * 1000,
     "cut short": lambda content: content[: len(content) // 2],
