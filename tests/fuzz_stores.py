@@ -37,9 +37,9 @@ _VALUES = (
 )
 
 
-def _body(step: int, run_id: str = RUN.run_id) -> bytes:
+def _body(step: int, run_id: str = RUN.run_id, attempt: int = RUN.attempt) -> bytes:
     frame = make_frame(sequence=step, global_step=step, time_unix_ns=TIME_UNIX_NS + step * 10**6)
-    [body] = bodies([frame._replace(run=RUN.__class__(run_id, RUN.attempt))])
+    [body] = bodies([frame._replace(run=RUN.__class__(run_id, attempt))])
     return body
 
 
@@ -145,7 +145,7 @@ def _changed_store(luck: random.Random, folder: Path, changed: Callable[..., Any
         _change_bytes(luck, path)
 
 
-def _life(folder: Path, step: int) -> bool:
+def _life(folder: Path, step: int, attempt: int) -> bool:
     """A life of a gateway, in which a step comes; returns whether that can be pulled then."""
 
     async def steps_of(core: Core, run_id: str) -> list[int]:
@@ -163,7 +163,7 @@ def _life(folder: Path, step: int) -> bool:
     async def whole() -> bool:
         with closing(Core(FileStore(folder), hold_s=0.0)) as core:
             core.start()
-            core.receive(_body(step))
+            core.receive(_body(step, attempt=attempt))
             await asyncio.sleep(0)
             found = await steps_of(core, RUN.run_id)
             await steps_of(core, "other")
@@ -186,7 +186,8 @@ def fuzz_store(luck: random.Random, within: Path, changed: Callable[..., Any]) -
     ):
         store.after(RUN.run_id, "", None, 100)
     try:
-        lives = [_life(folder, step) for step in (50, 51, 52)]
+        # Damage may say something likely of an earlier writer, as a later next step: not of a new attempt.
+        lives = [_life(folder, 50 + number, RUN.attempt + number) for number in range(3)]
     except ConfigurationError as error:
         if not any(why in str(error) for why in ("was written by another esper_otel", "another program")):
             raise  # those are left as they are
