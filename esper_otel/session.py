@@ -410,9 +410,14 @@ class _Session:
         return summary
 
 
+def ended_well(outcome: str | None) -> bool:
+    """Whether a step that is under way at the end of a run with this outcome is a whole one."""
+    return outcome is None or outcome in FINE | {"SystemExit"}
+
+
 def has_died() -> bool:
     """Whether the program ended by an exception that nobody caught; for interpreter exit."""
-    return outcome_of_process() not in FINE | {"SystemExit"}
+    return not ended_well(outcome_of_process())
 
 
 def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from esper_otel.errors import ConfigurationError, InvalidValue, WrongState
 from esper_otel.frame import LAST_LOSS, Run
 from esper_otel.leyline import Page, packets
+from esper_otel.loaders import Loader, following
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
@@ -33,23 +35,30 @@ def outcome_of(kind: type[BaseException] | None, error: BaseException | None) ->
     return None if is_fine else kind.__name__
 
 
-class Batches(Generic[Batch]):
-    """An iterable of batches that times how long the loop waits for each."""
+class _Waits:
+    """Times how long a loop waits for each batch; what another thread fetches ahead is no wait of the loop's."""
 
-    def __init__(self, loader: Iterable[Batch], waited: Callable[[float], None]) -> None:
-        self._loader = loader
+    def __init__(self, waited: Callable[[float], None]) -> None:
         self._waited = waited
+        self._thread = threading.get_ident()
+        self._asked_s: dict[int, float] = {}
 
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type] # TypeError where the loader has no length
+    def asks(self, taker: object) -> None:
+        """See ``Listener``."""
+        self._asked_s[id(taker)] = time.perf_counter()
 
-    def __iter__(self) -> Iterator[Batch]:
-        clock = time.perf_counter
-        started = clock()
-        for batch in self._loader:
-            self._waited((clock() - started) * 1e3)
-            yield batch
-            started = clock()
+    def gets(self, taker: object, _batch: object) -> None:
+        """See ``Listener``."""
+        spent_s = time.perf_counter() - self._asked_s.pop(id(taker))
+        if threading.get_ident() == self._thread:
+            self._waited(spent_s * 1e3)
+
+    def gets_nothing(self, taker: object) -> None:
+        """See ``Listener``."""
+        self._asked_s.pop(id(taker))
+
+    def left(self, taker: object) -> None:
+        """See ``Listener``."""
 
 
 class Wiring(Protocol):
@@ -99,6 +108,7 @@ class Telemetry:
         self._wiring = wiring
         self.pulled = 0
         self._is_closed = False
+        self._before_close: list[Callable[[str | None], None]] = []
         # Marks this session's cursors. The attempt that the run begins with may not be the one that its ranks agree on.
         self._mark = str(recorder.publisher.run.attempt)
 
@@ -158,9 +168,12 @@ class Telemetry:
             self._check_open()
         self._recorder.record_step(values, epoch, global_step, samples)
 
-    def batches(self, loader: Iterable[Batch]) -> Batches[Batch]:
-        """The loader's batches; times ``input_wait_ms`` of the step that follows each."""
-        return Batches(loader, self._recorder.waited)
+    def batches(self, loader: Iterable[Batch]) -> Loader[Batch]:
+        """The loader's batches; times ``input_wait_ms`` of the step that follows each.
+
+        What this returns behaves as the loader in every other respect. Waits count on the thread that calls this.
+        """
+        return following(Loader, loader, _Waits(self._recorder.waited))
 
     def seeds(self, ids: Sequence[str], **columns: object) -> None:
         """Records rows of many seeds at once, for the open step or else for the next.
@@ -305,11 +318,20 @@ class Telemetry:
         if self._is_closed:
             self._wiring.join(deadline_s)
             return
+        while self._before_close:
+            try:
+                self._before_close.pop()(outcome)
+            except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
+                self._recorder.fault("recording the last step", error)
         self._is_closed = True
         try:
             self._recorder.publisher.settle(deadline_s)
         finally:  # a Ctrl-C ends the waiting for a device, and no more
             self._wiring.close(deadline_s, outcome or "completed")
+
+    def before_close(self, end: Callable[[str | None], None]) -> None:
+        """Calls this with the outcome before the session ends, for a step that is not yet recorded."""
+        self._before_close.append(end)
 
     def interrupted(self) -> None:
         """Sends what is there at once, in the background; may be called from a signal handler."""

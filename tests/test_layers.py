@@ -48,13 +48,14 @@ MAY_IMPORT = {
     "oona": {"errors", "leyline", "log"},
     "client": {"addresses", "errors", "gateway", "leyline", "log"},  # of the gateway: the messages of its pull service
     "aio": {"client", "gateway", "leyline"},
-    "telemetry": {"schema", "frame", "record", "leyline", "risk"},
+    "loaders": set[str](),
+    "telemetry": {"schema", "frame", "record", "leyline", "loaders", "risk"},
     "session": {
         *("schema", "settings", "frame", "ring", "log", "ending", "identity", "absence", "telemetry", "_version"),
         "blackbox",
         *("record", "derive", "probes", "export", "leyline", "risk"),
     },
-    "integrations": {"log", "errors", "derive", "record", "telemetry", "session"},
+    "integrations": {"log", "errors", "derive", "loaders", "record", "telemetry", "session"},
     "testing": {"schema", "export"},
     "check": {"schema", "settings", "frame", "identity", "export", "_version"},
     "through": {"schema", "settings", "frame", "record", "export", "leyline", "check", "client"},

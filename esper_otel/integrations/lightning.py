@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from esper_otel.errors import InvalidValue
-from esper_otel.integrations.loop import Loop, samples_of
+from esper_otel.integrations.loop import Loop
+from esper_otel.integrations.samples import samples_of
 from esper_otel.session import start
 from esper_otel.telemetry import Telemetry, outcome_of
 

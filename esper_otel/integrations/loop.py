@@ -64,6 +64,11 @@ class Loop:
         """Adds samples to the step under way."""
         self._samples = samples + (self._samples or 0)
 
+    def discard(self) -> None:
+        """The batches since the last step were not for training."""
+        if not self.has_stepped:
+            self.forget()
+
     def no_batch(self) -> None:
         """The batch that was asked for does not come."""
         self._asked_s = None
@@ -135,16 +140,3 @@ class Loop:
         if self._samples is not None and (cycle_s := self._waited_s + spent_s) > 0.0:
             measured["samples_per_s"] = self._samples / cycle_s
         return measured
-
-
-def samples_of(batch: object) -> int | None:
-    """How many samples a batch has: the first dimension of the first tensor in it; None when it has none."""
-    if isinstance(batch, Tensor):
-        return int(batch.shape[0]) if batch.dim() else None
-    if isinstance(batch, Mapping):
-        parts: Iterable[object] = batch.values()
-    elif isinstance(batch, list | tuple):
-        parts = batch
-    else:
-        return None
-    return next((found for found in map(samples_of, parts) if found is not None), None)

@@ -143,7 +143,7 @@ class Script:
     def _gets(self, batch: object) -> None:
         import torch
 
-        from esper_otel.integrations.loop import samples_of
+        from esper_otel.integrations.samples import samples_of
 
         self._has_batch = True
         self._may_train = torch.is_grad_enabled()

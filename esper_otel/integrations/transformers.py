@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.listening import Listening
-from esper_otel.integrations.loop import Loop, samples_of
+from esper_otel.integrations.loop import Loop
+from esper_otel.integrations.samples import samples_of
 from esper_otel.integrations.watch import unwrapped
 from esper_otel.session import start
 from esper_otel.telemetry import Telemetry, outcome_of

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from signal import Signals
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from esper_otel.errors import InvalidValue
-from esper_otel.integrations.loop import Loop, samples_of
-from esper_otel.session import has_died, start
+from esper_otel.integrations.loader import Feed, follow, unfollow
+from esper_otel.integrations.loop import Loop
+from esper_otel.loaders import Loader, following
+from esper_otel.session import ended_well, start
 from esper_otel.telemetry import Telemetry, outcome_of
 
 if TYPE_CHECKING:
@@ -21,50 +23,19 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 
 
-class Watch(Generic[Batch]):
-    """Stands in the place of the loader, and records a step for each step of the optimizer. Made by ``watch``.
+class Watch(Loader[Batch]):
+    """Stands in the place of the loader, and behaves as it. Made by ``watch``.
 
-    A step lasts from its first batch until the next one is asked for. Without an optimizer step between two batches the
-    gradients are taken to be accumulated: the step goes on.
+    Its own are ``put``, ``validation``, ``close``, ``telemetry``, and that it is a context manager; all else is the
+    loader's, which stays itself.
 
     Attributes:
         telemetry: the session, for whatever else there is to record: seeds, ``pull()``, checkpoints.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, loader: Iterable[Batch], telemetry: Telemetry) -> None:
-        self.telemetry = telemetry
-        self._model = model
-        self._loader = loader
-        self._loop = Loop(telemetry)
-        self._epoch = -1
-        inner = unwrapped(optimizer)
-        self._hooks = (inner.register_step_pre_hook(self._before), inner.register_step_post_hook(self._after))
-        self._is_closed = False
-        atexit.register(self._finish)  # before the session's own end, which was registered earlier
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type] # TypeError where the loader has no length
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._end()
-        self._epoch += 1
-        epoch = self._epoch
-        batches = iter(self._loader)
-        try:
-            while True:
-                if self._loop.has_stepped:
-                    self._loop.end(epoch=epoch)
-                self._loop.wait()
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    break
-                self._loop.batch(samples_of(batch))
-                yield batch
-        except GeneratorExit:  # a break, or an exception of the script: which one, the end will tell
-            self._loop.stop()
-            raise
-        self._end()
+    own = frozenset({"put", "validation", "close", "telemetry", "_watching"})
+    _watching: Watching
+    telemetry: Telemetry
 
     def put(self, **values: Scalar | None) -> None:
         """Records step metrics of the step under way: ``put(loss=loss, accuracy=accuracy)``.
@@ -73,7 +44,7 @@ class Watch(Generic[Batch]):
             UnknownMetric: a name that is not declared; the message names the nearest.
             InvalidValue: a value that is not one number.
         """
-        self._loop.put(values)
+        self._watching.loop.put(values)
 
     def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None) -> None:
         """See ``Telemetry.validation``."""
@@ -81,16 +52,6 @@ class Watch(Generic[Batch]):
 
     def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
         """Records the last step and ends the session; at interpreter exit this happens by itself."""
-        if self._is_closed:
-            return
-        if outcome is None:
-            self._end()
-        else:
-            self._loop.fail(epoch=max(self._epoch, 0))
-        self._is_closed = True
-        for hook in self._hooks:
-            hook.remove()
-        atexit.unregister(self._finish)
         self.telemetry.close(timeout_s, outcome)
 
     def __enter__(self) -> Self:
@@ -101,26 +62,71 @@ class Watch(Generic[Batch]):
     ) -> None:
         self.close(outcome=outcome_of(kind, error))
 
+
+class Watching:
+    """Records a step for each step of the optimizer.
+
+    A step lasts from its first batch until the next one is asked for. Without an optimizer step between two batches the
+    gradients are taken to be accumulated: the step goes on.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, loader: object, telemetry: Telemetry) -> None:
+        self._model = model
+        self.loop = Loop(telemetry)
+        self.feed = Feed(self)
+        inner = unwrapped(optimizer)
+        self._hooks = (inner.register_step_pre_hook(self._before), inner.register_step_post_hook(self._after))
+        if (dataset := getattr(loader, "dataset", None)) is not None:
+            # Loaders that are made of this one: what they wrap the dataset in has it as ``dataset`` too.
+            follow(self.feed, lambda other: other is dataset or getattr(other, "dataset", None) is dataset)
+        telemetry.before_close(self._finish)
+
+    # -- see ``Waiting`` -----------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """The step that was made is over."""
+        self.loop.end(epoch=self.feed.epoch)
+        self.loop.wait()
+
+    def batch(self, samples: int | None = None) -> None:
+        """See ``Waiting``."""
+        self.loop.batch(samples)
+
+    def no_batch(self) -> None:
+        """See ``Waiting``."""
+        self.loop.no_batch()
+
+    def discard(self) -> None:
+        """See ``Waiting``."""
+        self.loop.discard()
+
+    def stop(self) -> None:
+        """See ``Waiting``."""
+        self.loop.stop()
+
+    # -- the optimizer -------------------------------------------------------------------------------------
+
     def _before(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
+        self.feed.steps()
         # A fused optimizer that a GradScaler drives divides by the scale itself.
-        self._loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
+        self.loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
 
     def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
-        self._loop.stepped()
+        self.loop.stepped()
 
-    def _end(self) -> None:
-        """Records a step that is over; what came to no optimizer step is none."""
-        if self._is_closed:
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def _finish(self, outcome: str | None) -> None:
+        """The session is about to be closed."""
+        unfollow(self.feed)
+        for hook in self._hooks:
+            hook.remove()
+        if self.feed.is_of_another_thread():  # which may be about to record
             return
-        self._loop.end(epoch=max(self._epoch, 0))
-        self._loop.forget()
-
-    def _finish(self) -> None:
-        if not has_died():
-            self._end()
-        elif not self._is_closed:
-            self._loop.fail(epoch=max(self._epoch, 0))
-        self._is_closed = True
+        if ended_well(outcome) or outcome in Signals.__members__:  # a step that a signal ends has not failed
+            self.loop.end(epoch=self.feed.epoch)
+        else:
+            self.loop.fail(epoch=self.feed.epoch)
 
 
 def watch(
@@ -131,7 +137,7 @@ def watch(
     telemetry: Telemetry | None = None,
     **arguments: Any,
 ) -> Watch[Batch]:
-    """Watches a script's own loop: iterate over what this returns instead of the loader, and ``put`` the loss.
+    """Watches a script's own loop: use what this returns instead of the loader, and ``put`` the loss.
 
     Each step of the optimizer is a step, with loss (from ``put``), gradient norm (before the optimizer's step, and
     unscaled; after clipping, if the script clips), samples/s, input wait, step latency, and what is derived of them.
@@ -140,7 +146,8 @@ def watch(
     Args:
         model: whose gradients count.
         optimizer: whose steps count; one of Accelerate's is looked through.
-        loader: gives batches; samples are the first dimension of the first tensor in a batch.
+        loader: gives batches. What this returns behaves as the loader; other loaders that are made of the same
+            dataset, such as those of Accelerate, are followed too. For samples see ``samples_of``.
         telemetry: a session that is there; else one is started.
         arguments: as of ``start``, for the session that is started.
 
@@ -152,7 +159,9 @@ def watch(
     unwrapped(optimizer)
     if telemetry is not None and arguments:
         raise InvalidValue(next(iter(arguments)), "has no effect beside telemetry=: give it to start()")
-    return Watch(model, optimizer, loader, start(**arguments) if telemetry is None else telemetry)
+    session = start(**arguments) if telemetry is None else telemetry
+    watching = Watching(model, optimizer, loader, session)
+    return following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
 
 
 def unwrapped(optimizer: object) -> Optimizer:

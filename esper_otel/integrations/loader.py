@@ -1,0 +1,300 @@
+"""Loader: what a training loop takes from its loaders, as waits and batches of the steps that use them.
+
+Batches come to a loop in many ways: from the loader itself, from another one that was made of it (Accelerate's
+``prepare`` and ``skip_first_batches``), through generators that are a batch ahead, from threads. Heard of are stand-ins
+(``esper_otel.loaders``), and every iterator of PyTorch's DataLoader and of Accelerate's loaders while anybody listens.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import dataloader
+
+from esper_otel.integrations.samples import samples_of
+from esper_otel.loaders import Listener, is_stand_in, taking
+from esper_otel.log import logger
+
+_FARTHEST_AHEAD = 8
+
+
+class Waiting(Protocol):
+    """Hears when the loop waits for a batch, and when it has one."""
+
+    def wait(self) -> None:
+        """The loop asks for a batch: a step that has been made is over."""
+
+    def batch(self, samples: int | None = None) -> None:
+        """The batch that the next step uses is there; with as many samples, if that is known."""
+
+    def no_batch(self) -> None:
+        """The batch that was asked for does not come."""
+
+    def discard(self) -> None:
+        """The batches since the last step were not for training."""
+
+    def stop(self) -> None:
+        """The loop was left, by a ``break`` or an exception."""
+
+
+class _Pass:
+    """One iteration over a loader."""
+
+    def __init__(self, taker: object) -> None:
+        self.taker = weakref.ref(taker)
+        self.number: int | None = None
+        self.has_gotten = False
+        self.has_worked = False  # the model, since the first batch
+        self.is_unused = False  # whether it has given a batch since the last step
+        self.ahead = 0  # how many batches a generator in between is ahead of the loop
+        self.samples: deque[int | None] = deque()
+        self.sequence = 0
+
+    def hand_out(self) -> int | None:
+        """The samples of the batch that the loop gets now."""
+        return self.samples.popleft() if len(self.samples) > self.ahead else None
+
+
+def _harmless(method: Callable[..., None]) -> Callable[..., None]:
+    """A fault of ours is logged once, and never the script's concern."""
+    seen = set[str]()
+
+    @functools.wraps(method)
+    def guarded(*arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except Exception as error:  # noqa: BLE001 - see above
+            if repr(error) not in seen and len(seen) < _FARTHEST_AHEAD:
+                seen.add(repr(error))
+                logger.exception("following a loader: %s", method.__name__)
+
+    return guarded
+
+
+class Feed:
+    """Turns what is heard of loaders into waits and batches. A ``Listener``. Threads: any; counted is the one that trains.
+
+    Of iterations inside one another the outermost counts. A batch that a generator has fetched ahead is handed out
+    with the step that uses it. Iterations are counted: those over the watched loader, and others in which there was a
+    step.
+
+    Attributes:
+        epoch: which iteration the last step belongs to, from 0.
+    """
+
+    def __init__(self, waiting: Waiting) -> None:
+        self.epoch = 0
+        self._waiting = waiting
+        self._passes: dict[int, _Pass] = {}
+        self._next_number = 0
+        self._asking: _Pass | None = None
+        self._current: _Pass | None = None
+        self._was_training = True
+        self._thread: int | None = None
+        self._asked_on: int | None = None
+
+    @_harmless
+    def asks(self, taker: object) -> None:
+        """See ``Listener``."""
+        thread = threading.get_ident()
+        if self._thread is not None and self._thread != thread:
+            return
+        outer = None if self._asking is None else self._asking.taker()
+        if outer is not None and outer is not taker:
+            return
+        before, now = self._current, self._pass_of(taker)
+        self._asking = self._current = now
+        self._asked_on = thread
+        if now is not before:
+            if before is not None and before.is_unused and not (self._was_training and self._is_open(before)):
+                self._waiting.discard()
+        elif now.has_gotten and not now.has_worked:
+            self._look_ahead(now)
+        self._waiting.wait()
+
+    @_harmless
+    def gets(self, taker: object, batch: object) -> None:
+        """See ``Listener``."""
+        now = self._asking
+        if now is None or now.taker() is not taker:
+            return
+        self._asking = None
+        now.has_gotten = now.is_unused = True
+        now.samples.append(samples_of(batch))
+        now.sequence = _sequence()
+        self._was_training = torch.is_grad_enabled()
+        self._waiting.batch(now.hand_out())
+
+    @_harmless
+    def gets_nothing(self, taker: object) -> None:
+        """See ``Listener``."""
+        now = self._asking
+        if now is None or now.taker() is not taker:
+            return
+        self._asking = None
+        if now.samples:  # those ahead
+            now.ahead -= 1
+            self._waiting.batch(now.hand_out())
+        else:
+            self._waiting.no_batch()
+        if now.has_gotten and is_stand_in(taker):
+            self._count(now)
+        self._passes.pop(id(taker), None)
+
+    @_harmless
+    def left(self, taker: object) -> None:
+        """See ``Listener``."""
+        over = self._passes.pop(id(taker), None)
+        if over is not None and over is self._current and self._asked_on == threading.get_ident():
+            self._waiting.stop()
+
+    @_harmless
+    def steps(self) -> None:
+        """The optimizer is about to step; called on the thread that trains."""
+        self._thread = threading.get_ident()
+        if self._asked_on is not None and self._asked_on != self._thread:
+            self._waiting.discard()  # another thread has fetched them: which of them the step uses is not known
+            self._asking = self._current = self._asked_on = None
+        for each in self._passes.values():
+            each.is_unused = False
+        now = self._current
+        if now is not None:
+            now.is_unused = False
+            now.has_worked = self._was_training = True
+            self._count(now)
+            self.epoch = now.number or 0
+
+    def is_of_another_thread(self) -> bool:
+        """Whether the thread that trains is another one than this, and lives."""
+        own = threading.get_ident()
+        return self._thread not in {None, own} and any(each.ident == self._thread for each in threading.enumerate())
+
+    def _count(self, now: _Pass) -> None:
+        if now.number is None:
+            now.number = self._next_number
+            self._next_number += 1
+
+    def _pass_of(self, taker: object) -> _Pass:
+        known = self._passes.get(id(taker))
+        if known is None or known.taker() is not taker:
+            if len(self._passes) > _FARTHEST_AHEAD:
+                self._passes = {key: each for key, each in self._passes.items() if each.taker() is not None}
+            self._passes[id(taker)] = known = _Pass(taker)
+        return known
+
+    def _is_open(self, each: _Pass | None) -> bool:
+        taker = None if each is None else each.taker()
+        return taker is not None and id(taker) in self._passes
+
+    def _look_ahead(self, now: _Pass) -> None:
+        """Whether the batch before was only fetched ahead: by a generator, and the model has not worked since."""
+        if _sequence() != now.sequence:
+            now.has_worked = True
+        elif now.ahead < _FARTHEST_AHEAD and _is_for_a_generator():
+            now.ahead += 1
+
+
+def _sequence() -> int:
+    """A number that rises with every operation that autograd notes on this thread."""
+    return _sequence_number()
+
+
+_sequence_number: Callable[[], int] = getattr(torch._C._autograd, "_get_sequence_nr", lambda: 0)  # noqa: SLF001
+
+
+def _is_for_a_generator() -> bool:
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - who calls
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("esper_otel."):
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+
+
+# -- iterators of loaders that were not given to us --------------------------------------------------------
+
+
+class _Everywhere:
+    """Tells listeners of every DataLoader's iterators, as long as there are any. Hears itself as a listener."""
+
+    def __init__(self) -> None:
+        self._listeners: list[tuple[Listener, Callable[[Any], bool]]] = []
+        self._replaced: list[tuple[type, str, Any, Any]] = []
+
+    def add(self, listener: Listener, of: Callable[[Any], bool]) -> None:
+        self._listeners = [*self._listeners, (listener, of)]
+        self._replace(dataloader._BaseDataLoaderIter, "__next__", self._next)  # noqa: SLF001 - the place that all pass
+        if (accelerate := sys.modules.get("accelerate.data_loader")) is not None:
+            for name in ("DataLoaderShard", "DataLoaderDispatcher"):
+                if (kind := getattr(accelerate, name, None)) is not None:
+                    self._replace(kind, "__iter__", self._iter)
+
+    def remove(self, listener: Listener) -> None:
+        self._listeners = [each for each in self._listeners if each[0] is not listener]
+        if not self._listeners:
+            for kind, name, original, ours in self._replaced:
+                if vars(kind).get(name) is ours:
+                    setattr(kind, name, original)
+            self._replaced = []
+
+    def forget(self) -> None:
+        """Nobody listens here."""
+        self._listeners = []
+
+    def hearing(self, source: Any) -> list[Listener]:
+        return [listener for listener, of in self._listeners if of(source)]
+
+    def _replace(self, kind: type, name: str, made: Callable[[Any], Any]) -> None:
+        original = vars(kind).get(name)
+        if original is not None and not any(each[:2] == (kind, name) for each in self._replaced):
+            ours = functools.wraps(original)(made(original))
+            setattr(kind, name, ours)
+            self._replaced.append((kind, name, original, ours))
+
+    def _next(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def following(iterator: Any) -> Any:
+            listeners = self.hearing(iterator._dataset)  # noqa: SLF001 - see ``add``
+            for listener in listeners:
+                listener.asks(iterator)
+            try:
+                batch = original(iterator)
+            except BaseException:
+                for listener in listeners:
+                    listener.gets_nothing(iterator)
+                raise
+            for listener in listeners:
+                listener.gets(iterator, batch)
+            return batch
+
+        return following
+
+    def _iter(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def following(loader: Any) -> Any:
+            iterator = original(loader)
+            for listener in self.hearing(loader.dataset):
+                iterator = taking(iterator, listener)
+            return iterator
+
+        return following
+
+
+_everywhere = _Everywhere()
+os.register_at_fork(after_in_child=_everywhere.forget)  # a worker's loaders are not the training's
+
+
+def follow(listener: Listener, of: Callable[[Any], bool] = lambda _dataset: True) -> None:
+    """Tells the listener of every DataLoader whose dataset is one of these, until ``unfollow``."""
+    _everywhere.add(listener, of)
+
+
+def unfollow(listener: Listener) -> None:
+    """Puts back what PyTorch and Accelerate had, when nobody listens any more."""
+    _everywhere.remove(listener)
