@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 Batch = TypeVar("Batch")
@@ -98,7 +99,7 @@ def stand_in(face: type[Face], real: object, **state: object) -> Face:
         real: any object.
         state: attributes of the stand-in itself; those that are not in ``own`` are read by ``object.__getattribute__``.
     """
-    made = object.__new__(_class_for(face, type(real)))
+    made: Any = object.__new__(_class_for(cast("Hashable", face), cast("Hashable", type(real))))
     object.__setattr__(made, _OF, real)
     for name, value in state.items():
         object.__setattr__(made, name, value)
@@ -150,7 +151,7 @@ class Loader(StandIn, Generic[Batch]):
         real = of(self)
         iterator = iter(real)
         if iterator is real:  # a generator, a file: there is one iteration only
-            return self  # type: ignore[return-value] # it has ``__next__``
+            return self
         return taking(iterator, object.__getattribute__(self, _LISTENER))
 
     def takes(self) -> Batch:
@@ -169,10 +170,8 @@ class Taking(StandIn):
         return _take(self)
 
     def __del__(self) -> None:
-        try:
+        with suppress(Exception):  # at the interpreter's end anything may be gone
             object.__getattribute__(self, _LISTENER).left(self)
-        except Exception:  # noqa: BLE001, S110 - at the interpreter's end anything may be gone
-            pass
 
 
 def following(face: type[Face], loader: object, listener: Listener, **state: object) -> Face:
@@ -182,7 +181,7 @@ def following(face: type[Face], loader: object, listener: Listener, **state: obj
 
 def taking(iterator: Iterator[Batch], listener: Listener) -> Iterator[Batch]:
     """A stand-in for an iterator."""
-    return stand_in(Taking, iterator, **{_LISTENER: listener})  # type: ignore[return-value] # it is one
+    return stand_in(Taking, iterator, **{_LISTENER: listener})
 
 
 def _take(taker: StandIn) -> Any:

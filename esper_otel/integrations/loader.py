@@ -82,7 +82,9 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Feed:
-    """Turns what is heard of loaders into waits and batches. A ``Listener``. Threads: any; counted is the one that trains.
+    """Turns what is heard of loaders into waits and batches. A ``Listener``.
+
+    Threads: any; what counts is heard on the one that trains.
 
     Of iterations inside one another the outermost counts. A batch that a generator has fetched ahead is handed out
     with the step that uses it. Iterations are counted: those over the watched loader, and others in which there was a
@@ -99,9 +101,19 @@ class Feed:
         self._next_number = 0
         self._asking: _Pass | None = None
         self._current: _Pass | None = None
-        self._was_training = True
+        self._was_training = False
         self._thread: int | None = None
         self._asked_on: int | None = None
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether batches are asked for on the thread that trains."""
+        return self._asked_on is not None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the last batch may be one to train on: neither without gradients, nor of a loop without a step."""
+        return self._was_training
 
     @_harmless
     def asks(self, taker: object) -> None:
@@ -232,6 +244,9 @@ class _Everywhere:
     def add(self, listener: Listener, of: Callable[[Any], bool]) -> None:
         self._listeners = [*self._listeners, (listener, of)]
         self._replace(dataloader._BaseDataLoaderIter, "__next__", self._next)  # noqa: SLF001 - the place that all pass
+        self.add_accelerate()
+
+    def add_accelerate(self) -> None:
         if (accelerate := sys.modules.get("accelerate.data_loader")) is not None:
             for name in ("DataLoaderShard", "DataLoaderDispatcher"):
                 if (kind := getattr(accelerate, name, None)) is not None:
@@ -293,6 +308,11 @@ os.register_at_fork(after_in_child=_everywhere.forget)  # a worker's loaders are
 def follow(listener: Listener, of: Callable[[Any], bool] = lambda _dataset: True) -> None:
     """Tells the listener of every DataLoader whose dataset is one of these, until ``unfollow``."""
     _everywhere.add(listener, of)
+
+
+def follow_accelerate() -> None:
+    """Accelerate has been imported since ``follow``."""
+    _everywhere.add_accelerate()
 
 
 def unfollow(listener: Listener) -> None:

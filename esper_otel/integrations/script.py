@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from esper_otel.log import logger
 
 if TYPE_CHECKING:
+    from esper_otel.integrations.loader import Feed
     from esper_otel.integrations.loop import Loop
     from esper_otel.telemetry import Telemetry
 
@@ -34,14 +35,16 @@ def attach(log: str) -> None:
     if log:
         logger.addHandler(logging.FileHandler(log))
     script = Script()
-    sys.meta_path.insert(0, _OnTorch(script.follow))
+    sys.meta_path.insert(0, _OnImport("torch", script.follow))
+    sys.meta_path.insert(0, _OnImport("accelerate.data_loader", script.follow_accelerate))
     atexit.register(script.say_if_idle)
 
 
-class _OnTorch(MetaPathFinder):
-    """Calls something when torch has been imported."""
+class _OnImport(MetaPathFinder):
+    """Calls something when a module has been imported."""
 
-    def __init__(self, then: Callable[[], None]) -> None:
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self._name = name
         self._then = then
 
     def find_spec(
@@ -49,7 +52,7 @@ class _OnTorch(MetaPathFinder):
     ) -> ModuleSpec | None:
         """See ``MetaPathFinder``."""
         del path, target
-        if fullname != "torch":
+        if fullname != self._name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
@@ -80,45 +83,37 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 class Script:
     """Follows every optimizer and every DataLoader of the process. Threads: the one that trains.
 
-    A step is what lies between two batches with an optimizer's step in it. Its loader is the one whose batch came last
-    before the optimizer's step: what other loaders give, to a validation for instance, is no part of it. Without a
-    DataLoader a step lasts from the end of one optimizer's step to the end of the next.
+    A step is what lies between two batches with an optimizer's step in it. What loaders give to a validation is no part
+    of it. Without a DataLoader, and where another thread takes its batches, a step lasts from the end of one
+    optimizer's step to the end of the next.
     """
 
     def __init__(self) -> None:
         self._telemetry: Telemetry | None = None
         self._loop: Loop | None = None
-        self._loader: Callable[[], object] = lambda: None
+        self._feed: Feed | None = None
         self._optimizer: Callable[[], object] = lambda: None
-        self._has_batch = False
-        self._may_train = False
         self._last_end_s: float | None = None
 
     @_harmless
     def follow(self) -> None:
         """Hooks into PyTorch: its own hooks for optimizers, and the iterator that every DataLoader gives."""
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-        from torch.utils.data import dataloader
+
+        from esper_otel.integrations.loader import Feed, follow
 
         register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer))
         register_optimizer_step_post_hook(lambda *_: self._after_step())
-        iterator: Any = dataloader._BaseDataLoaderIter  # noqa: SLF001 - the one place that all loaders pass
-        original = iterator.__next__
-        script = self
+        self._feed = Feed(self)
+        follow(self._feed)
 
-        @functools.wraps(original)
-        def timed(self: Any) -> Any:
-            script._asks(self)
-            try:
-                batch = original(self)
-            except BaseException:
-                script._gets_nothing()
-                raise
-            script._gets(batch)
-            return batch
+    @_harmless
+    def follow_accelerate(self) -> None:
+        """Accelerate's loaders are a batch ahead of the loop: it is theirs that are followed."""
+        if self._feed is not None:
+            from esper_otel.integrations.loader import follow_accelerate
 
-        iterator.__next__ = timed
-        iterator.next = timed
+            follow_accelerate()
 
     @_harmless
     def say_if_idle(self) -> None:
@@ -129,33 +124,41 @@ class Script:
                 "torchrun --no-python esper-otel run SCRIPT follows each worker"
             )
 
-    @_harmless
-    def _asks(self, loader: object) -> None:
+    # -- see ``loader.Waiting``; the feed keeps faults from the script -------------------------------------------
+
+    def wait(self) -> None:
+        """The step that was made is over."""
         loop = self._started()
-        if loop.has_stepped:
-            loop.end(epoch=0)
-        elif loader is not self._loader():
-            loop.forget()
-        self._loader = weakref.ref(loader)
+        loop.end(epoch=self._epoch)
         loop.wait()
 
-    @_harmless
-    def _gets(self, batch: object) -> None:
-        import torch
+    def batch(self, samples: int | None = None) -> None:
+        """See ``loader.Waiting``."""
+        self._started().batch(samples)
 
-        from esper_otel.integrations.samples import samples_of
-
-        self._has_batch = True
-        self._may_train = torch.is_grad_enabled()
-        self._started().batch(samples_of(batch))
-
-    @_harmless
-    def _gets_nothing(self) -> None:
+    def no_batch(self) -> None:
+        """See ``loader.Waiting``."""
         self._started().no_batch()
+
+    def discard(self) -> None:
+        """See ``loader.Waiting``."""
+        self._started().discard()
+
+    def stop(self) -> None:
+        """See ``loader.Waiting``."""
+        self._started().stop()
+
+    @property
+    def _epoch(self) -> int:
+        return 0 if self._feed is None else self._feed.epoch
+
+    # -- the optimizers and the end ------------------------------------------------------------------------------
 
     @_harmless
     def _before_step(self, optimizer: Any) -> None:
         loop = self._started()
+        if self._feed is not None:
+            self._feed.steps()
         if loop.has_stepped and self._optimizer() is not optimizer:
             loop.put({"gradient_norm": None})  # of several models: it would be one of them
             return
@@ -167,12 +170,12 @@ class Script:
     def _after_step(self) -> None:
         loop = self._started()
         loop.stepped()
-        if not self._has_batch:
+        if self._feed is None or not self._feed.is_heard:
             now_s, before_s = time.perf_counter(), self._last_end_s
             self._last_end_s = now_s
             if before_s is not None:
                 loop.put({"step_latency_ms": (now_s - before_s) * 1e3})
-            loop.end(epoch=0)
+            loop.end(epoch=self._epoch)
 
     def _started(self) -> Loop:
         """The loop; the session begins with the first batch or step."""
@@ -192,6 +195,6 @@ class Script:
 
         loop = self._started()
         if not has_died():
-            loop.end(epoch=0)
-        elif loop.has_stepped or self._may_train:
-            loop.fail(epoch=0)
+            loop.end(epoch=self._epoch)
+        elif loop.has_stepped or (self._feed is not None and self._feed.is_training):
+            loop.fail(epoch=self._epoch)

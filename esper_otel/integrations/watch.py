@@ -108,6 +108,8 @@ class Watching:
 
     def _before(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self.feed.steps()
+        if not self.feed.is_heard:  # then no batch ends the step before
+            self.loop.end(epoch=self.feed.epoch)
         # A fused optimizer that a GradScaler drives divides by the scale itself.
         self.loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
 
