@@ -87,8 +87,8 @@ class Feed:
     Threads: any; what counts is heard on the one that trains.
 
     Of iterations inside one another the outermost counts. A batch that a generator has fetched ahead is handed out
-    with the step that uses it. Iterations are counted: those over the watched loader, and others in which there was a
-    step.
+    with the step that uses it. An epoch is an iteration in which there was a step; of a watched loader also one without
+    a step that came to its end and had gradients: not a look at one batch, and no validation.
 
     Attributes:
         epoch: which iteration the last step belongs to, from 0.
@@ -159,7 +159,7 @@ class Feed:
             self._waiting.batch(now.hand_out())
         else:
             self._waiting.no_batch()
-        if now.has_gotten and is_stand_in(taker):
+        if now.has_gotten and (now.has_worked or _sequence() != now.sequence) and is_stand_in(taker):
             self._count(now)
         self._passes.pop(id(taker), None)
 

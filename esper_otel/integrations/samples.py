@@ -24,6 +24,10 @@ def samples_of(batch: object) -> int | None:
     - of a batch of graphs what it says itself (``num_graphs``, ``batch_size``).
     """
     try:
+        if type(batch) in {list, tuple} and len(batch) == 2:  # type: ignore[arg-type] # as most are
+            inputs, targets = batch  # type: ignore[misc]
+            if type(inputs) is Tensor and type(targets) is Tensor and inputs.dim() > targets.dim():
+                return inputs.size(0)
         return _Count().of(batch)
     except Exception:  # noqa: BLE001 - an object of the user's, of which anything may raise
         return None
@@ -52,8 +56,8 @@ class _Count:
 
     def _of_object(self, value: Any) -> int | None:
         said = _said(value)
-        if said is not None:
-            return said
+        if said is not None or isinstance(getattr(value, "batch", None), Tensor):
+            return said  # such a ``batch`` is as long as the graphs have nodes
         if isinstance(value, tuple):  # one with names
             sizes = getattr(value, "batch_sizes", None)  # packed sequences: how many have a first element, and so on
             if isinstance(sizes, Tensor) and sizes.is_cpu and sizes.dim() == 1:
@@ -73,8 +77,11 @@ class _Count:
             mixed = any(isinstance(each, _NUMBERS) for each in first)
             # A sample (an image and its label), and not a batch: those have a tensor or a list of labels.
             return None if mixed and is_part else self.of(next(each for each in tensors if each.dim()))
+        are_rows = bool(first) and all(isinstance(each, list) and _is_of_numbers(each) for each in first)
+        if are_rows and not is_part:  # two rows, or inputs and targets
+            return None if isinstance(value, list) else self._of_parts(first)
         is_list = is_part or isinstance(value, list)
-        if first and is_list and all(isinstance(each, _NUMBERS) or _is_sample(each) for each in first):
+        if first and is_list and (are_rows or all(isinstance(each, _NUMBERS) or _is_sample(each) for each in first)):
             return len(value)
         return self._of_parts(first)
 
@@ -107,10 +114,14 @@ class _Count:
 def _is_sample(value: object) -> bool:
     """Whether this, in a list, is one sample of its own."""
     if isinstance(value, Mapping):
-        return any(isinstance(each, _NUMBERS) or _is_scalar(each) for each in islice(value.values(), _PARTS))
+        return True
     if isinstance(value, tuple):
         return any(isinstance(each, _NUMBERS) or _is_scalar(each) for each in islice(value, _PARTS))
     return False
+
+
+def _is_of_numbers(values: list[Any]) -> bool:
+    return bool(values) and isinstance(values[0], _NUMBERS)
 
 
 def _is_scalar(value: object) -> bool:
@@ -130,7 +141,7 @@ def _said(value: Any) -> int | None:
         size = size[0]
     if isinstance(size, int) and not isinstance(size, bool):
         return size
-    if isinstance(getattr(value, "batch", None), Tensor):  # which of the graphs each node is of: on the device
+    if isinstance(getattr(value, "batch", None), Tensor):  # then it is counted on the device
         return None
     number = getattr(value, "num_graphs", None)
     return number if isinstance(number, int) else None

@@ -7,7 +7,6 @@ import functools
 import logging
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -92,7 +91,6 @@ class Script:
         self._telemetry: Telemetry | None = None
         self._loop: Loop | None = None
         self._feed: Feed | None = None
-        self._optimizer: Callable[[], object] = lambda: None
         self._last_end_s: float | None = None
 
     @_harmless
@@ -157,12 +155,9 @@ class Script:
     @_harmless
     def _before_step(self, optimizer: Any) -> None:
         loop = self._started()
+        loop.end(epoch=self._epoch)  # where no batch has ended the step before
         if self._feed is not None:
             self._feed.steps()
-        if loop.has_stepped and self._optimizer() is not optimizer:
-            loop.put({"gradient_norm": None})  # of several models: it would be one of them
-            return
-        self._optimizer = weakref.ref(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         loop.gradients(parameters, getattr(optimizer, "grad_scale", None))
 

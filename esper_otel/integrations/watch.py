@@ -107,9 +107,8 @@ class Watching:
     # -- the optimizer -------------------------------------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
+        self.loop.end(epoch=self.feed.epoch)  # where no batch has ended the step before
         self.feed.steps()
-        if not self.feed.is_heard:  # then no batch ends the step before
-            self.loop.end(epoch=self.feed.epoch)
         # A fused optimizer that a GradScaler drives divides by the scale itself.
         self.loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
 
@@ -143,7 +142,7 @@ def watch(
 
     Each step of the optimizer is a step, with loss (from ``put``), gradient norm (before the optimizer's step, and
     unscaled; after clipping, if the script clips), samples/s, input wait, step latency, and what is derived of them.
-    An epoch is one iteration over the loader.
+    An epoch is one iteration over the loader; looks at one batch and validations without gradients are none.
 
     Args:
         model: whose gradients count.
