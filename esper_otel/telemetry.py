@@ -49,13 +49,14 @@ class _Waits:
 
     def gets(self, taker: object, _batch: object) -> None:
         """See ``Listener``."""
-        spent_s = time.perf_counter() - self._asked_s.pop(id(taker))
+        now_s = time.perf_counter()
+        asked_s = self._asked_s.pop(id(taker), now_s)
         if threading.get_ident() == self._thread:
-            self._waited(spent_s * 1e3)
+            self._waited((now_s - asked_s) * 1e3)
 
     def gets_nothing(self, taker: object) -> None:
         """See ``Listener``."""
-        self._asked_s.pop(id(taker))
+        self._asked_s.pop(id(taker), None)
 
     def left(self, taker: object) -> None:
         """See ``Listener``."""

@@ -24,8 +24,8 @@ def samples_of(batch: object) -> int | None:
     - of a batch of graphs what it says itself (``num_graphs``, ``batch_size``).
     """
     try:
-        if type(batch) in {list, tuple} and len(batch) == 2:  # type: ignore[arg-type] # as most are
-            inputs, targets = batch  # type: ignore[misc]
+        if isinstance(batch, list | tuple) and len(batch) == 2:  # as most are
+            inputs, targets = batch
             if type(inputs) is Tensor and type(targets) is Tensor and inputs.dim() > targets.dim():
                 return inputs.size(0)
         return _Count().of(batch)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
 
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loader import Feed, follow, unfollow
@@ -71,14 +72,13 @@ class Watching:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loader: object, telemetry: Telemetry) -> None:
-        self._model = model
+        self._model: nn.Module | None = model
         self.loop = Loop(telemetry)
         self.feed = Feed(self)
         inner = unwrapped(optimizer)
         self._hooks = (inner.register_step_pre_hook(self._before), inner.register_step_post_hook(self._after))
-        if (dataset := getattr(loader, "dataset", None)) is not None:
-            # Loaders that are made of this one: what they wrap the dataset in has it as ``dataset`` too.
-            follow(self.feed, lambda other: other is dataset or getattr(other, "dataset", None) is dataset)
+        if (dataset := getattr(loader, "dataset", None)) is not None:  # loaders may be made of this one
+            follow(self.feed, lambda other: other is dataset or _sharded(other) is dataset)
         telemetry.before_close(self._finish)
 
     # -- see ``Waiting`` -----------------------------------------------------------------------------------
@@ -109,8 +109,9 @@ class Watching:
     def _before(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self.loop.end(epoch=self.feed.epoch)  # where no batch has ended the step before
         self.feed.steps()
-        # A fused optimizer that a GradScaler drives divides by the scale itself.
-        self.loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
+        if self._model is not None:
+            # A fused optimizer that a GradScaler drives divides by the scale itself.
+            self.loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
 
     def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self.loop.stepped()
@@ -122,12 +123,18 @@ class Watching:
         unfollow(self.feed)
         for hook in self._hooks:
             hook.remove()
+        self._model = None
         if self.feed.is_of_another_thread():  # which may be about to record
             return
         if ended_well(outcome) or outcome in Signals.__members__:  # a step that a signal ends has not failed
             self.loop.end(epoch=self.feed.epoch)
         else:
             self.loop.fail(epoch=self.feed.epoch)
+
+
+def _sharded(dataset: object) -> object:
+    """What this is a shard of, as Accelerate makes them of streams."""
+    return getattr(dataset, "dataset", None) if isinstance(dataset, IterableDataset) else None
 
 
 def watch(

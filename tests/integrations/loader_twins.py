@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Stream(IterableDataset[Any]):
     """Samples without a length."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(Data())  # type: ignore[call-overload] # by the old protocol
+        return iter(Data())
 
 
 class Loaded(DataLoader[Any]):
@@ -107,7 +108,8 @@ class Run:
 
     def backward(self, batch: Any) -> None:
         inputs, targets = batch[:2]
-        torch.nn.functional.cross_entropy(self.model(inputs), targets).backward()
+        loss: Any = torch.nn.functional.cross_entropy(self.model(inputs), targets)
+        loss.backward()
         self.used.append(len(inputs))
 
     def step(self, batch: Any) -> None:
@@ -159,7 +161,7 @@ def attributes(run: Run) -> None:
     run.say(loader.dataset is original.dataset, loader.sampler is original.sampler, loader.batch_size, len(loader))
     run.say(isinstance(loader, Loaded), isinstance(loader, DataLoader), issubclass(type(loader), DataLoader))
     run.say(type(loader).__name__, loader.__class__ is Loaded, loader.called() == id(original), loader.names)
-    run.say(loader == original, original == loader, hash(loader) == hash(original), loader in [original])
+    run.say(loader == original, original == loader, hash(loader) == hash(original), [original].count(loader))
     run.say(repr(loader) == repr(original), sorted(vars(loader)), set(dir(original)) <= set(dir(loader)))
     run.say(str(inspect.signature(loader.__init__)), hasattr(loader, "__getitem__"), hasattr(loader, "nothing"))
     loader.note = 3
@@ -181,7 +183,15 @@ def attributes(run: Run) -> None:
 def other_loaders(run: Run) -> None:
     rows = [1, 2, 3]
     loader = run.watch(rows)
-    run.say(isinstance(loader, list), loader[1:], loader + [4], loader == [1, 2, 3], 2 in loader, [*reversed(loader)])
+    run.say(
+        isinstance(loader, list),
+        loader[1:],
+        loader.__add__([4]),
+        loader * 2,
+        loader == [1, 2, 3],
+        2 in loader,
+        [*reversed(loader)],
+    )
     run.say(bool(loader), len(loader), copy.copy(loader), pickle.loads(pickle.dumps(loader)), json.dumps([*loader]))
     loader.append(4)
     run.say(rows, list(loader), max(loader))
@@ -214,7 +224,7 @@ def slots_and_indices(run: Run) -> None:
 @case
 def samplers(run: Run) -> None:
     data = Data()
-    sampler = DistributedSampler(data, num_replicas=2, rank=0, seed=3)
+    sampler: Any = DistributedSampler(data, num_replicas=2, rank=0, seed=3)
     loader = run.watch(DataLoader(data, batch_size=4, sampler=sampler))
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
@@ -373,13 +383,17 @@ def a_generator_that_trains(run: Run) -> None:
 
 @case
 def accelerates(run: Run) -> None:
-    from accelerate import Accelerator, skip_first_batches
-
-    accelerator = Accelerator(cpu=True)
+    accelerate: Any = import_module("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
     loader = run.watch(loader_of(shuffle=True))
     model, optimizer, prepared = accelerator.prepare(run.model, run.optimizer, loader)
     run.say(type(prepared).__name__, len(prepared), prepared.batch_size, type(optimizer).__name__)
-    for each in (prepared, skip_first_batches(prepared, 3), skip_first_batches(loader, 2), prepared):
+    for each in (
+        prepared,
+        accelerate.skip_first_batches(prepared, 3),
+        accelerate.skip_first_batches(loader, 2),
+        prepared,
+    ):
         for batch in each:
             run.step(batch)
         run.say(len(each))
@@ -387,13 +401,23 @@ def accelerates(run: Run) -> None:
 
 
 @case
-def accelerates_before(run: Run) -> None:
-    from accelerate import Accelerator, skip_first_batches
+def accelerates_streams(run: Run) -> None:
+    """One process reads, and dispatches to all."""
+    accelerate: Any = import_module("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = accelerator.prepare(run.watch(DataLoader(Stream(), batch_size=4)))
+    run.say(type(loader).__name__)
+    for batch in loader:
+        run.step(batch)
 
-    accelerator = Accelerator(cpu=True)
+
+@case
+def accelerates_before(run: Run) -> None:
+    accelerate: Any = import_module("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
     loader = run.watch(accelerator.prepare(loader_of(shuffle=True)))
     run.say(type(loader).__name__, isinstance(loader, DataLoader), loader.total_batch_size)
-    for each in (loader, skip_first_batches(loader, 3)):
+    for each in (loader, accelerate.skip_first_batches(loader, 3)):
         run.say(type(each).__name__)
         for batch in each:
             run.step(batch)
@@ -404,9 +428,8 @@ def sharded(run: Run) -> None:
     """Each rank trains on its own half. Only where there are ranks."""
     if "RANK" not in os.environ:
         return
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True)
+    accelerate: Any = import_module("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
     numbers = torch.arange(24.0)
     loader = run.watch(DataLoader(TensorDataset(numbers.repeat(4, 1).T), batch_size=4))
     prepared = accelerator.prepare(loader)

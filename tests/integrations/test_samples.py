@@ -102,7 +102,7 @@ def tensors(*shapes: tuple[int, ...], dtype: Any = None) -> list[Any]:
         (lambda: b"abc", None),
         (lambda: None, None),
         (lambda: (), None),
-        (lambda: {}, None),
+        (dict, None),
         (Raises, None),
         (object, None),
     ],
