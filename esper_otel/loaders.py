@@ -185,10 +185,11 @@ def taking(iterator: Iterator[Batch], listener: Listener) -> Iterator[Batch]:
 
 
 def _take(taker: StandIn) -> Any:
-    listener: Listener = object.__getattribute__(taker, _LISTENER)
+    own = object.__getattribute__(taker, "__dict__")
+    listener: Listener = own[_LISTENER]
     listener.asks(taker)
     try:
-        batch = next(of(taker))
+        batch = next(own[_OF])
     except BaseException:
         listener.gets_nothing(taker)
         raise

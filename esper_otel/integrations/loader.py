@@ -28,6 +28,10 @@ from esper_otel.log import logger
 _FARTHEST_AHEAD = 8
 
 
+# A number that rises with every operation that autograd notes on this thread.
+_sequence: Callable[[], int] = getattr(torch._C._autograd, "_get_sequence_nr", lambda: 0)  # noqa: SLF001
+
+
 class Waiting(Protocol):
     """Hears when the loop waits for a batch, and when it has one."""
 
@@ -70,9 +74,9 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
     seen = set[str]()
 
     @functools.wraps(method)
-    def guarded(*arguments: Any) -> None:
+    def guarded(self: Any, *arguments: Any) -> None:
         try:
-            method(*arguments)
+            method(self, *arguments)
         except Exception as error:  # noqa: BLE001 - see above
             if repr(error) not in seen and len(seen) < _FARTHEST_AHEAD:
                 seen.add(repr(error))
@@ -142,10 +146,14 @@ class Feed:
             return
         self._asking = None
         now.has_gotten = now.is_unused = True
-        now.samples.append(samples_of(batch))
-        now.sequence = _sequence()
+        samples = samples_of(batch)
+        if now.ahead:
+            now.samples.append(samples)
+            samples = now.hand_out()
+        if not now.has_worked:
+            now.sequence = _sequence()
         self._was_training = torch.is_grad_enabled()
-        self._waiting.batch(now.hand_out())
+        self._waiting.batch(samples)
 
     @_harmless
     def gets_nothing(self, taker: object) -> None:
@@ -214,14 +222,6 @@ class Feed:
             now.has_worked = True
         elif now.ahead < _FARTHEST_AHEAD and _is_for_a_generator():
             now.ahead += 1
-
-
-def _sequence() -> int:
-    """A number that rises with every operation that autograd notes on this thread."""
-    return _sequence_number()
-
-
-_sequence_number: Callable[[], int] = getattr(torch._C._autograd, "_get_sequence_nr", lambda: 0)  # noqa: SLF001
 
 
 def _is_for_a_generator() -> bool:

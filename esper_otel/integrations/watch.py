@@ -85,7 +85,8 @@ class Watching:
 
     def wait(self) -> None:
         """The step that was made is over."""
-        self.loop.end(epoch=self.feed.epoch)
+        if self.loop.has_stepped:
+            self.loop.end(epoch=self.feed.epoch)
         self.loop.wait()
 
     def batch(self, samples: int | None = None) -> None:
