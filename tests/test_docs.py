@@ -1,0 +1,110 @@
+"""docs/ and CONTRIBUTING.md name what is there: files, classes, functions, metrics, and pages that links lead to."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import esper_otel
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(esper_otel.__file__).parent
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+
+_PATH = re.compile(r"[\w.~-]*[\w-]+(/[\w.-]+)*(/|\.(py|pyi|proto|md|txt|toml|yaml|yml))")
+# What others call something of theirs.
+FOREIGN = {
+    *("Gauge.set", "force_flush()", "torch.dot", "promote_scope_metadata"),
+    *("step_latency_ms_milliseconds", "gpu_mem_used_gb_GB", "loss_loss"),
+}
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\(\))?")
+
+
+def prose_of(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@cache
+def sources() -> str:
+    """All text in which a name may be defined or spelt out."""
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.proto"), *(ROOT / "deploy" / "prometheus").glob("*.yml")]
+    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def _members(node: ast.ClassDef) -> Iterator[str]:
+    for each in ast.walk(node):
+        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield each.name
+        elif isinstance(each, ast.AnnAssign | ast.Assign):
+            for target in [each.target] if isinstance(each, ast.AnnAssign) else each.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id
+                elif isinstance(target, ast.Attribute):
+                    yield target.attr
+
+
+@cache
+def classes() -> dict[str, set[str]]:
+    """The package's classes with the names of what they have."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).update(_members(node))
+    return found
+
+
+def is_there(span: str) -> bool:
+    """Whether what stands in backticks exists, if it is a file of ours or a name; anything else passes."""
+    if _PATH.fullmatch(span):
+        return any((folder / span).exists() for folder in (ROOT, PACKAGE))
+    if span in FOREIGN or not _NAME.fullmatch(span) or not re.search(r"[A-Z_.(]", span):
+        return True
+    name = span.removesuffix("()")
+    owner, _, member = name.partition(".")
+    if member and owner in classes():
+        return member in classes()[owner]
+    spellings = (name, name.removeprefix("ESPER_").lower() if name.startswith("ESPER_") else name)
+    return any(re.search(rf"(?<![\w.]){re.escape(each)}(?!\w)", sources()) for each in spellings)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page: Path) -> None:
+    """A file that moves, or a class that gets another name, takes the pages along."""
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose_of(page.read_text(encoding="utf-8")))]
+    missing = [span for span in spans if not is_there(re.sub(r"\(.+\)$", "()", span))]
+    assert not missing, f"{page.name} names what is not there: {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    """Links to other sites are not followed: tests have no network."""
+    links = re.findall(r"\]\(([^)\s]+)\)", prose_of(page.read_text(encoding="utf-8")))
+    broken = [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()]
+    assert not broken
+
+
+def test_the_checks_find_what_is_not_there() -> None:
+    """Else the tests above would pass for any text."""
+    for span in ("gateway/sture.py", "sture/", "Ring.appendd", "Publishr", "esper.seeds.digestt", "frame_bytez()"):
+        assert not is_there(span), span
+    for span in ("gateway/store.py", "record/", "Ring.append", "Publisher", "esper.seeds.digest", "frame_bytes()"):
+        assert is_there(span), span
+
+
+def test_every_decision_has_the_same_parts_and_stands_in_the_list() -> None:
+    """Numbers are not used twice."""
+    parts = ["The question", "What we decided", "Why", "What it costs, and when to look again"]
+    listed = (ROOT / "docs" / "decisions" / "README.md").read_text(encoding="utf-8")
+    for page in DECISIONS:
+        text = page.read_text(encoding="utf-8")
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == parts, page.name
+        assert f"[{text.splitlines()[0].removeprefix('# ')}]({page.name})" in listed, page.name
+    assert [int(page.name[:3]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
