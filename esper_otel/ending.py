@@ -174,6 +174,8 @@ def outcome_of_process() -> str:
     status = _exits.status()
     if status is not None:
         return "SystemExit" if status else "completed"
+    if hasattr(sys, "ps1"):  # a notebook, or a prompt: exceptions end a cell there, and not the process
+        return "exit"
     # Set by the interpreter when it has printed the traceback of an exception that nobody caught.
     uncaught = getattr(sys, "last_type", None)
     return "exit" if uncaught is None else str(uncaught.__name__)

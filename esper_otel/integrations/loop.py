@@ -13,9 +13,94 @@ from esper_otel.derive.gradients import gradient_norm
 from esper_otel.record.device import scalar
 from esper_otel.telemetry import Telemetry
 
+# Of these the last value counts; of others the mean over the batches of a step.
+_OF_THE_STEP = frozenset({"gradient_norm", "esper.optimizer.lr", "esper.optimizer.index"})
+
 
 class _StepFailed(Exception):
     """Ends the scope of a step that has failed elsewhere."""
+
+
+class _Mean:
+    """The mean of a value over batches, weighted by their samples where all of them are known."""
+
+    def __init__(self, value: float | Tensor, samples: int | None) -> None:
+        self.first = value
+        self.count = 1
+        self.sum = value
+        self.samples = samples
+        self.weighted = value * samples if samples is not None else value
+
+    def add(self, other: _Mean) -> None:
+        self.count += other.count
+        self.sum = self.sum + other.sum
+        if self.samples is None or other.samples is None:
+            self.samples = None
+        else:
+            self.samples += other.samples
+            self.weighted = self.weighted + other.weighted
+
+    def value(self) -> float | Tensor:
+        if self.count == 1:
+            return self.first
+        return self.weighted / self.samples if self.samples else self.sum / self.count
+
+
+class _Part:
+    """What has happened in one batch or several, on the way to a step."""
+
+    def __init__(self) -> None:
+        self.began_s: float | None = None
+        self.over_s: float | None = None
+        self.waited_s = 0.0
+        self.waited_inside_s = 0.0
+        self.samples: int | None = None
+        self.values: dict[str, float | Tensor] = {}
+        self.means: dict[str, _Mean] = {}
+
+    def close(self) -> None:
+        """The batch is over: what was put in it counts with its samples."""
+        for name in [name for name in self.values if name not in _OF_THE_STEP]:
+            self._mean(name, _Mean(self.values.pop(name), self.samples))
+
+    def add(self, later: _Part) -> None:
+        """Both belong to one step."""
+        self.close()
+        later.close()
+        if self.began_s is None:
+            self.began_s = later.began_s
+            self.waited_inside_s += later.waited_inside_s
+        else:
+            self.waited_inside_s += later.waited_s + later.waited_inside_s
+        self.over_s = later.over_s
+        self.waited_s += later.waited_s
+        if later.samples is not None:
+            self.samples = later.samples + (self.samples or 0)
+        self.values.update(later.values)
+        for name, mean in later.means.items():
+            self._mean(name, mean)
+
+    def all_values(self) -> dict[str, float | Tensor]:
+        """What is to be recorded of it."""
+        self.close()
+        return {**self.measured(), **self.values, **{name: mean.value() for name, mean in self.means.items()}}
+
+    def measured(self) -> dict[str, float]:
+        """Latency, wait and rate; without a begin they are not known."""
+        if self.began_s is None:
+            return {}
+        over_s = time.perf_counter() if self.over_s is None else self.over_s
+        spent_s = over_s - self.began_s - self.waited_inside_s
+        measured = {"input_wait_ms": self.waited_s * 1e3, "step_latency_ms": spent_s * 1e3}
+        if self.samples is not None and (cycle_s := self.waited_s + spent_s) > 0.0:
+            measured["samples_per_s"] = self.samples / cycle_s
+        return measured
+
+    def _mean(self, name: str, mean: _Mean) -> None:
+        if (earlier := self.means.get(name)) is None:
+            self.means[name] = mean
+        else:
+            earlier.add(mean)
 
 
 class Loop:
@@ -23,7 +108,7 @@ class Loop:
 
     ``wait`` and ``batch`` around each batch, ``gradients`` before and ``stepped`` after the optimizer's step, ``put``
     in between, ``end`` when the step's work is done. Of several batches before one optimizer step the waits and the
-    samples add up; waits inside the step are no part of its latency.
+    samples add up, and values that were put are averaged; waits inside the step are no part of its latency.
 
     Args:
         telemetry: where steps are recorded.
@@ -36,33 +121,44 @@ class Loop:
         self._telemetry = telemetry
         self.has_stepped = False
         self._asked_s: float | None = None
-        self._began_s: float | None = None
-        self._over_s: float | None = None
-        self._waited_s = 0.0
-        self._waited_inside_s = 0.0
-        self._samples: int | None = None
-        self._values: dict[str, float | Tensor] = {}
+        self._earlier: _Part | None = None
+        self._now = _Part()
+
+    @property
+    def has_earlier(self) -> bool:
+        """Whether there are batches without an optimizer's step before the last one."""
+        return self._earlier is not None
+
+    @property
+    def is_in_batch(self) -> bool:
+        """Whether a batch has come since the last recorded step."""
+        return self._now.began_s is not None
 
     def wait(self) -> None:
-        """The loop asks for a batch."""
+        """The loop asks for a batch: the work of a step that was made is over, but ``put`` still reaches it."""
         self._asked_s = time.perf_counter()
+        if self.has_stepped and self._now.over_s is None:
+            self._now.over_s = self._asked_s
 
     def batch(self, samples: int | None = None) -> None:
         """The batch is there; with it a step begins, unless one is under way."""
         now_s = time.perf_counter()
         waited_s = 0.0 if self._asked_s is None else now_s - self._asked_s
-        self._waited_s += waited_s
-        if self._began_s is None:
-            self._began_s = now_s
-        else:
-            self._waited_inside_s += waited_s
         self._asked_s = None
+        if self._now.began_s is not None and not self.has_stepped:
+            self._set_aside()
+        part = self._now
+        part.waited_s += waited_s
+        if part.began_s is None:
+            part.began_s = now_s
+        else:
+            part.waited_inside_s += waited_s
         if samples is not None:
             self.count(samples)
 
     def count(self, samples: int) -> None:
         """Adds samples to the step under way."""
-        self._samples = samples + (self._samples or 0)
+        self._now.samples = samples + (self._now.samples or 0)
 
     def discard(self) -> None:
         """The batches since the last step were not for training."""
@@ -82,10 +178,10 @@ class Loop:
         """
         norm = gradient_norm(of)
         if norm is not None:
-            self._values["gradient_norm"] = norm if scale is None else norm / scale
+            self._now.values["gradient_norm"] = norm if scale is None else norm / scale
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """Notes step metrics of the step under way; the last value of a name counts.
+        """Notes step metrics of the batch under way; the last value of a name counts.
 
         Raises:
             UnknownMetric: a name that is not declared.
@@ -94,13 +190,18 @@ class Loop:
         names = self._telemetry._recorder.names  # noqa: SLF001 - of the same package
         for name, value in names.resolved(values).items():
             if value is None:
-                self._values.pop(name, None)
+                self._now.values.pop(name, None)
             else:
-                self._values[name] = scalar(name, value)
+                self._now.values[name] = scalar(name, value)
 
     def stop(self) -> None:
         """The loop was left, by a ``break`` or an exception: the step under way lasts no longer."""
-        self._over_s = time.perf_counter()
+        self.stop_at(time.perf_counter())
+
+    def stop_at(self, over_s: float) -> None:
+        """The step under way was over at this time."""
+        if self._now.over_s is None:
+            self._now.over_s = over_s
 
     def stepped(self) -> None:
         """The optimizer has stepped."""
@@ -109,34 +210,63 @@ class Loop:
     def end(self, *, epoch: int, global_step: int | None = None) -> None:
         """Records the step, if the optimizer has stepped; else goes on with it."""
         if self.has_stepped:
-            values = {**self._measured(), **self._values}
-            samples = self._samples if self._began_s is None else None
+            whole, asked_s = self._whole(), self._asked_s
+            values = whole.all_values()
+            samples = whole.samples if whole.began_s is None else None
             self.forget()
+            self._asked_s = asked_s
             self._telemetry.record_step(values, epoch=epoch, global_step=global_step, samples=samples)
+
+    def go_on(self, since_s: float) -> None:
+        """Another step of the same batch has begun; its wait and samples are those of the step before."""
+        if self._now.began_s is None:
+            self._now.began_s = since_s
 
     def fail(self, *, epoch: int, global_step: int | None = None) -> None:
         """Records the step under way as failed, as far as it got."""
-        if self._began_s is None:
+        if self._earlier is None and self._now.began_s is None:
             return
-        values = {**self._measured(), **self._values}
+        whole = self._whole()
         self.forget()
-        with suppress(_StepFailed), self._telemetry.step(epoch=epoch, global_step=global_step) as now:
-            now.put(values)
-            raise _StepFailed
+        self._record_failed(whole, epoch, global_step)
+
+    def skip(self, *, epoch: int) -> None:
+        """The optimizer has not used the batches before the last one: what was put there is a failed step."""
+        earlier, self._earlier = self._earlier, None
+        if earlier is not None:
+            earlier.close()
+            if earlier.means:
+                self._record_failed(earlier, epoch, None)
+
+    def skip_all(self, *, epoch: int) -> None:
+        """As ``skip``, of the last one too: no step comes any more."""
+        self._set_aside()
+        self.skip(epoch=epoch)
 
     def forget(self) -> None:
         """Nothing of what has happened belongs to the next step."""
         self.has_stepped = False
-        self._asked_s = self._began_s = self._over_s = self._samples = None
-        self._waited_s = self._waited_inside_s = 0.0
-        self._values = {}
+        self._asked_s = self._earlier = None
+        self._now = _Part()
 
-    def _measured(self) -> dict[str, float]:
-        if self._began_s is None:  # no batch was asked for: the step has no begin
-            return {}
-        over_s = time.perf_counter() if self._over_s is None else self._over_s
-        spent_s = over_s - self._began_s - self._waited_inside_s
-        measured = {"input_wait_ms": self._waited_s * 1e3, "step_latency_ms": spent_s * 1e3}
-        if self._samples is not None and (cycle_s := self._waited_s + spent_s) > 0.0:
-            measured["samples_per_s"] = self._samples / cycle_s
-        return measured
+    def _set_aside(self) -> None:
+        if self._now.over_s is None:
+            self._now.over_s = time.perf_counter()
+        if self._earlier is None:
+            self._earlier = self._now
+            self._now.close()
+        else:
+            self._earlier.add(self._now)
+        self._now = _Part()
+
+    def _whole(self) -> _Part:
+        if self._earlier is None:
+            return self._now
+        self._earlier.add(self._now)
+        return self._earlier
+
+    def _record_failed(self, part: _Part, epoch: int, global_step: int | None) -> None:
+        values = part.all_values()
+        with suppress(_StepFailed), self._telemetry.step(epoch=epoch, global_step=global_step) as now:
+            now.put(values)
+            raise _StepFailed

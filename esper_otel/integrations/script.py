@@ -18,7 +18,7 @@ from esper_otel.log import logger
 
 if TYPE_CHECKING:
     from esper_otel.integrations.loader import Feed
-    from esper_otel.integrations.loop import Loop
+    from esper_otel.integrations.steps import Steps
     from esper_otel.telemetry import Telemetry
 
 
@@ -89,7 +89,7 @@ class Script:
 
     def __init__(self) -> None:
         self._telemetry: Telemetry | None = None
-        self._loop: Loop | None = None
+        self._steps: Steps | None = None
         self._feed: Feed | None = None
         self._last_end_s: float | None = None
 
@@ -100,7 +100,7 @@ class Script:
 
         from esper_otel.integrations.loader import Feed, follow
 
-        register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer))
+        register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(lambda *_: self._after_step())
         self._feed = Feed(self)
         follow(self._feed)
@@ -116,7 +116,7 @@ class Script:
     @_harmless
     def say_if_idle(self) -> None:
         """Why nothing was recorded, for the log."""
-        if self._loop is None:
+        if self._steps is None:
             logger.info(
                 "no batch and no optimizer's step was seen in this process; those that it starts are not followed: "
                 "torchrun --no-python esper-otel run SCRIPT follows each worker"
@@ -126,9 +126,7 @@ class Script:
 
     def wait(self) -> None:
         """The step that was made is over."""
-        loop = self._started()
-        loop.end(epoch=self._epoch)
-        loop.wait()
+        self._started().wait()
 
     def batch(self, samples: int | None = None) -> None:
         """See ``loader.Waiting``."""
@@ -136,60 +134,57 @@ class Script:
 
     def no_batch(self) -> None:
         """See ``loader.Waiting``."""
-        self._started().no_batch()
+        self._started().loop.no_batch()
 
     def discard(self) -> None:
         """See ``loader.Waiting``."""
-        self._started().discard()
+        self._started().loop.discard()
 
     def stop(self) -> None:
         """See ``loader.Waiting``."""
-        self._started().stop()
-
-    @property
-    def _epoch(self) -> int:
-        return 0 if self._feed is None else self._feed.epoch
+        self._started().loop.stop()
 
     # -- the optimizers and the end ------------------------------------------------------------------------------
 
-    @_harmless
-    def _before_step(self, optimizer: Any) -> None:
-        loop = self._started()
-        loop.end(epoch=self._epoch)  # where no batch has ended the step before
-        if self._feed is not None:
-            self._feed.steps()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        loop.gradients(parameters, getattr(optimizer, "grad_scale", None))
+    def _before_step(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        try:
+            return self._started().before(optimizer, arguments, named)
+        except Exception:  # noqa: BLE001 - logged with its traceback
+            logger.exception("esper-otel run: before a step")
+            return None
 
     @_harmless
     def _after_step(self) -> None:
-        loop = self._started()
-        loop.stepped()
+        steps = self._started()
+        steps.after()
         if self._feed is None or not self._feed.is_heard:
             now_s, before_s = time.perf_counter(), self._last_end_s
             self._last_end_s = now_s
             if before_s is not None:
-                loop.put({"step_latency_ms": (now_s - before_s) * 1e3})
-            loop.end(epoch=self._epoch)
+                steps.loop.put({"step_latency_ms": (now_s - before_s) * 1e3})
+            steps.end()
 
-    def _started(self) -> Loop:
-        """The loop; the session begins with the first batch or step."""
-        if self._loop is None:
+    def _started(self) -> Steps:
+        """The steps; the session begins with the first batch or step."""
+        if self._steps is None:
             from esper_otel.integrations.loop import Loop
+            from esper_otel.integrations.steps import Steps
             from esper_otel.session import start
 
+            assert self._feed is not None
             logger.disabled = False  # the script's logging.config may have disabled every logger that it does not name
             self._telemetry = start()
-            self._loop = Loop(self._telemetry)
+            self._steps = Steps(Loop(self._telemetry), self._feed)
             atexit.register(self._finish)
-        return self._loop
+        return self._steps
 
     @_harmless
     def _finish(self) -> None:
         from esper_otel.session import has_died
 
-        loop = self._started()
+        steps = self._started()
+        steps.say_if_unseen()
         if not has_died():
-            loop.end(epoch=self._epoch)
-        elif loop.has_stepped or (self._feed is not None and self._feed.is_training):
-            loop.fail(epoch=self._epoch)
+            steps.end()
+        elif steps.loop.has_stepped or (self._feed is not None and self._feed.is_training):
+            steps.finish(is_well=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from signal import Signals
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -14,7 +16,8 @@ from torch.utils.data import IterableDataset
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loader import Feed, follow, unfollow
 from esper_otel.integrations.loop import Loop
-from esper_otel.loaders import Loader, following
+from esper_otel.integrations.steps import Steps
+from esper_otel.loaders import Loader, following, is_stand_in, of
 from esper_otel.session import ended_well, start
 from esper_otel.telemetry import Telemetry, outcome_of
 
@@ -65,33 +68,43 @@ class Watch(Loader[Batch]):
 
 
 class Watching:
-    """Records a step for each step of the optimizer.
+    """Records a step for each step of the optimizers; holds neither them nor the model nor the loader.
 
-    A step lasts from its first batch until the next one is asked for. Without an optimizer step between two batches the
-    gradients are taken to be accumulated: the step goes on.
+    A step lasts from its first batch until the next one is asked for. See ``Steps`` for batches without a step.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, loader: object, telemetry: Telemetry) -> None:
-        self._model: nn.Module | None = model
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], loader: object, telemetry: Telemetry, *, is_ours: bool
+    ) -> None:
+        self.telemetry = telemetry
+        self.is_ours = is_ours
         self.loop = Loop(telemetry)
         self.feed = Feed(self)
-        inner = unwrapped(optimizer)
-        self._hooks = (inner.register_step_pre_hook(self._before), inner.register_step_post_hook(self._after))
+        self.watched = [_weak(each) for each in (model, loader, *optimizers)]
+        self.steps = Steps(self.loop, self.feed, weakref.ref(model), optimizers)
+        self._is_over = False
+        self._hooks = [
+            hook
+            for each in optimizers
+            for hook in (each.register_step_pre_hook(self.steps.before), each.register_step_post_hook(self._after))
+        ]
         if (dataset := getattr(loader, "dataset", None)) is not None:  # loaders may be made of this one
             follow(self.feed, lambda other: other is dataset or _sharded(other) is dataset)
-        telemetry.before_close(self._finish)
+        telemetry.before_close(self.finish)
+        _live.add(self)
+
+    def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
+        self.steps.after()
 
     # -- see ``Waiting`` -----------------------------------------------------------------------------------
 
     def wait(self) -> None:
         """The step that was made is over."""
-        if self.loop.has_stepped:
-            self.loop.end(epoch=self.feed.epoch)
-        self.loop.wait()
+        self.steps.wait()
 
     def batch(self, samples: int | None = None) -> None:
         """See ``Waiting``."""
-        self.loop.batch(samples)
+        self.steps.batch(samples)
 
     def no_batch(self) -> None:
         """See ``Waiting``."""
@@ -105,32 +118,44 @@ class Watching:
         """See ``Waiting``."""
         self.loop.stop()
 
-    # -- the optimizer -------------------------------------------------------------------------------------
-
-    def _before(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
-        self.loop.end(epoch=self.feed.epoch)  # where no batch has ended the step before
-        self.feed.steps()
-        if self._model is not None:
-            # A fused optimizer that a GradScaler drives divides by the scale itself.
-            self.loop.gradients(self._model, getattr(optimizer, "grad_scale", None))
-
-    def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
-        self.loop.stepped()
-
     # -- the end -------------------------------------------------------------------------------------------
 
-    def _finish(self, outcome: str | None) -> None:
-        """The session is about to be closed."""
+    def finish(self, outcome: str | None) -> None:
+        """The session is about to be closed, or another one watches the same."""
+        if self._is_over:
+            return
+        self._is_over = True
+        _live.discard(self)
         unfollow(self.feed)
         for hook in self._hooks:
             hook.remove()
-        self._model = None
         if self.feed.is_of_another_thread():  # which may be about to record
             return
-        if ended_well(outcome) or outcome in Signals.__members__:  # a step that a signal ends has not failed
-            self.loop.end(epoch=self.feed.epoch)
-        else:
-            self.loop.fail(epoch=self.feed.epoch)
+        # A step that a signal ends has not failed.
+        self.steps.finish(is_well=ended_well(outcome) or outcome in Signals.__members__)
+        self.steps.say_if_unseen()
+
+
+_live: set[Watching] = set()
+os.register_at_fork(after_in_child=_live.clear)
+
+
+def _weak(value: object) -> Callable[[], object]:
+    try:
+        return weakref.ref(value)
+    except TypeError:  # a list, for instance
+        number = id(value)
+        return lambda: number
+
+
+def _end_earlier(watched: Sequence[object]) -> None:
+    """Of one model, optimizer or loader there is one watch; one whose model or optimizer is gone has ended too."""
+    for each in list(_live):
+        before = [one() for one in each.watched]
+        if any(one is None for one in before) or any(one is other for one in before for other in watched):
+            each.finish(None)
+            if each.is_ours:
+                each.telemetry.close()
 
 
 def _sharded(dataset: object) -> object:
@@ -140,7 +165,7 @@ def _sharded(dataset: object) -> object:
 
 def watch(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     loader: Iterable[Batch],
     *,
     telemetry: Telemetry | None = None,
@@ -154,7 +179,8 @@ def watch(
 
     Args:
         model: whose gradients count.
-        optimizer: whose steps count; one of Accelerate's is looked through.
+        optimizer: whose steps count, or several of them: then each one's step is a step, with the norm of its own
+            gradients, and ``esper.optimizer.index`` says whose. One of Accelerate's is looked through.
         loader: gives batches. What this returns behaves as the loader; other loaders that are made of the same
             dataset, such as those of Accelerate, are followed too. For samples see ``samples_of``.
         telemetry: a session that is there; else one is started.
@@ -165,11 +191,16 @@ def watch(
     """
     if not isinstance(model, nn.Module):
         raise InvalidValue("model", f"a {type(model).__name__} is no torch.nn.Module")
-    unwrapped(optimizer)
+    given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers = [unwrapped(each) for each in given]
+    if not optimizers:
+        raise InvalidValue("optimizer", "there is none")
     if telemetry is not None and arguments:
         raise InvalidValue(next(iter(arguments)), "has no effect beside telemetry=: give it to start()")
+    loader = of(loader) if is_stand_in(loader) else loader
+    _end_earlier([model, loader, *optimizers])
     session = start(**arguments) if telemetry is None else telemetry
-    watching = Watching(model, optimizer, loader, session)
+    watching = Watching(model, optimizers, loader, session, is_ours=telemetry is None)
     return following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
 
 

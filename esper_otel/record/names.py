@@ -10,7 +10,7 @@ from esper_otel.schema import METRICS, OWN_STEP, STEP_METRICS, Metric
 
 # Units of values that cannot be negative. A user's own metrics are not judged.
 _NONNEGATIVE = frozenset({"ratio", "grad", "grad^2", "rate", "ms", "GB", "%", "count"})
-_RECORDABLE_OWN = ("esper.optimizer.lr",)
+_RECORDABLE_OWN = ("esper.optimizer.lr", "esper.optimizer.index")
 
 
 class Names:

@@ -484,6 +484,13 @@ OWN_STEP: tuple[Metric, ...] = (
         present="When recorded: now.put(optimizer_lr=...).",
     ),
     Metric(
+        "esper.optimizer.index",
+        "1",
+        "Which of several optimizers made the step, from 0 in the order in which they came.",
+        key="optimizer_index",
+        present="In steps of loops with several optimizers, under watch and esper-otel run.",
+    ),
+    Metric(
         "esper.isolation.violations",
         "count",
         "Isolation violations new in this step, over all seeds recorded in it.",

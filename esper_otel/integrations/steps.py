@@ -1,0 +1,211 @@
+"""Steps: follows optimizers, and makes a row of each of their steps. For loops that are not ours."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from esper_otel.integrations.loader import Feed
+from esper_otel.integrations.loop import Loop
+from esper_otel.log import logger
+
+_MANY = 100
+_UNSEEN = (
+    "%d batches and no step of a followed torch.optim optimizer. Not seen are: an optimizer that has replaced the "
+    "watched one (watch what accelerator.prepare or apex returns), steps that do not come through torch.optim "
+    "(Keras, some of SAM's and DeepSpeed's), steps inside a whole compiled graph, and steps of another process"
+)
+_SHARDED = (
+    "gradient_norm is left out: the gradients are shards of FSDP2 (DTensor), whose norm needs all ranks to take part; "
+    "record it on all of them: now.put(gradient_norm=esper_otel.gradient_norm(model))"
+)
+# A parameter and its gradient; empty where there was none.
+Gradient: TypeAlias = tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | tuple[()]
+
+
+class Steps:
+    """Hears of optimizers' steps, and of the batches between them. Threads: the one that trains.
+
+    Each step of an optimizer is a row. Wait and samples of a batch belong to the first step after it; those of batches
+    before it that came to no step add up, as long as their gradients do. Gradients that were dropped instead make a
+    failed step, if something was put in their batches.
+
+    Args:
+        loop: records them.
+        feed: knows their epochs.
+        model: gives the gradients that count; without it, or with several optimizers, those of each optimizer do.
+        optimizers: the known ones, in order; others follow in the order in which they come.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        feed: Feed,
+        model: Callable[[], nn.Module | None] = lambda: None,
+        optimizers: Sequence[object] = (),
+    ) -> None:
+        self.loop = loop
+        self.count = 0
+        self._feed = feed
+        self._model = model
+        self._known = [weakref.ref(each) for each in optimizers]
+        self._last: weakref.ref[Any] | None = None
+        self._stepped_s: float | None = None
+        self._before: Gradient | None = None
+        self._batches = 0
+        self._is_sharded = False
+
+    # -- batches; see ``loader.Waiting`` ---------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """A batch is asked for."""
+        self._stepped_s = None
+        if not self.loop.has_stepped and self.loop.is_in_batch:
+            self._drop_if_dropped()
+            self._before = self._gradient()
+        self.loop.wait()
+
+    def batch(self, samples: int | None = None) -> None:
+        """It is there: a step that was made can be put to no longer."""
+        self.end()
+        self.loop.batch(samples)
+        if not self.count:
+            self._batches += 1
+            if self._batches == _MANY and torch.is_grad_enabled():
+                self.say_if_unseen()
+
+    # -- optimizers ------------------------------------------------------------------------------------------------
+
+    def before(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """An optimizer is about to step; returns its arguments, if a closure is to be followed."""
+        if torch.compiler.is_compiling():
+            return None
+        try:
+            return self._before_step(optimizer, arguments, named)
+        except Exception:  # noqa: BLE001 - never the script's concern
+            logger.exception("before an optimizer's step")
+            return None
+
+    def _before_step(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        self._index_of(optimizer)
+        if self.loop.has_stepped:
+            if self._stepped_s is not None:
+                self.loop.stop_at(self._stepped_s)
+            self.end()
+            if self._stepped_s is not None:
+                self.loop.go_on(self._stepped_s)
+        self._last = weakref.ref(optimizer)
+        self._feed.steps()
+        closure = named.get("closure", arguments[1] if len(arguments) > 1 else None)
+        if not callable(closure):
+            self._note(optimizer)
+            return None
+        followed = self._followed(optimizer, closure)
+        if "closure" in named:
+            return arguments, {**named, "closure": followed}
+        return (arguments[0], followed, *arguments[2:]), named
+
+    def after(self) -> None:
+        """It has stepped."""
+        if torch.compiler.is_compiling():
+            return
+        self.count += 1
+        self._before = None
+        self._stepped_s = time.perf_counter()
+        self.loop.stepped()
+
+    def finish(self, *, is_well: bool) -> None:
+        """The run ends: the step under way is recorded, or what was put without one."""
+        if not is_well:
+            self.loop.fail(epoch=self._feed.epoch)
+        elif self.loop.has_stepped:
+            self.end()
+        elif self._feed.is_training:
+            self.loop.skip_all(epoch=self._feed.epoch)
+
+    def say_if_unseen(self) -> None:
+        """Why there are no rows, once."""
+        if self._batches and not self.count:
+            logger.warning(_UNSEEN, self._batches)
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Records the step, if there was one."""
+        if self.loop.has_stepped and len(self._known) > 1 and self._last is not None:
+            self.loop.put({"esper.optimizer.index": self._index_of(self._last())})
+        self.loop.end(epoch=self._feed.epoch)
+
+    def _followed(self, optimizer: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure; the gradients count that its last evaluation leaves."""
+
+        def followed(*arguments: Any, **named: Any) -> Any:
+            try:
+                result = closure(*arguments, **named)
+            except BaseException as error:  # its traceback is to be as without us
+                if error.__traceback__ is not None:
+                    error.__traceback__ = error.__traceback__.tb_next
+                raise
+            try:
+                self._note(optimizer)
+            except Exception:  # noqa: BLE001 - never the script's concern
+                logger.exception("following a closure")
+            return result
+
+        return followed
+
+    def _note(self, optimizer: Any) -> None:
+        self._drop_if_dropped()
+        model = self._model() if len(self._known) == 1 else None
+        parameters = _parameters(optimizer) if model is None else list(model.parameters())
+        if not any(hasattr(each.grad, "device_mesh") for each in parameters):
+            # A fused optimizer that a GradScaler drives divides by the scale itself.
+            self.loop.gradients(parameters, getattr(optimizer, "grad_scale", None))
+        elif not self._is_sharded:
+            self._is_sharded = True
+            logger.warning(_SHARDED)
+
+    def _index_of(self, optimizer: object) -> int:
+        for index, known in enumerate(self._known):
+            if known() is optimizer:
+                return index
+        self._known.append(weakref.ref(optimizer))
+        return len(self._known) - 1
+
+    def _drop_if_dropped(self) -> None:
+        """Whether the gradients of the batches before are still there: a gradient that is added to stays the same."""
+        if not self.loop.has_earlier or self._before is None:
+            return
+        if self._before:
+            parameter, gradient = self._before[0](), self._before[1]()
+            is_dropped = parameter is None or gradient is None or parameter.grad is not gradient
+        else:
+            is_dropped = bool(self._gradient())
+        if is_dropped:
+            self._before = None
+            self.loop.skip(epoch=self._feed.epoch)
+
+    def _gradient(self) -> Gradient | None:
+        """Something that is the same later on, if gradients are added up until then; None where that is not known."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None  # what shards or reduces gradients may keep them elsewhere
+        model = self._model()
+        known = (each() for each in self._known)
+        parameters: Iterable[Tensor] = (
+            (each for optimizer in known if optimizer is not None for each in _parameters(optimizer))
+            if model is None
+            else model.parameters()
+        )
+        for parameter in parameters:
+            if (gradient := parameter.grad) is not None:
+                return weakref.ref(parameter), weakref.ref(gradient)
+        return ()
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
