@@ -1,0 +1,135 @@
+"""One step of an optimizer is one row, with what belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import esper_otel
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.setenv("ESPER_BLACK_BOX_FRAMES", "0")
+
+
+def loader(size: int = 8) -> Any:
+    random = torch.Generator().manual_seed(1)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 4, generator=random))
+    return torch.utils.data.DataLoader(data, batch_size=size)
+
+
+def setting(kind: Any = None, **named: Any) -> tuple[Any, Any]:
+    model = torch.nn.Linear(4, 2)
+    return model, (kind or torch.optim.SGD)(model.parameters(), **(named or {"lr": 0.1}))
+
+
+def rows(watched: Any) -> list[Any]:
+    watched.close()
+    return [packet.state.training_metrics for packet in watched.telemetry.pull(max_packets=1000)]
+
+
+def test_put_is_the_mean_over_micro_batches_by_their_samples() -> None:
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(24))  # of 24 and of 8
+    for number, (inputs,) in enumerate(watched):
+        model(inputs).sum().backward()
+        watched.put(loss=float(number))
+        if number == 1:
+            optimizer.step()
+    assert [row["loss"] for row in rows(watched)] == [pytest.approx(0.25)]
+
+
+def test_a_skipped_step_is_a_failed_row_of_its_own() -> None:
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader())
+    for number, (inputs,) in enumerate(watched):
+        optimizer.zero_grad()
+        model(inputs).sum().backward()
+        watched.put(accuracy=number / 4)
+        if number != 1:
+            optimizer.step()
+    found = rows(watched)
+    assert [row["accuracy"] for row in found] == [0.0, 0.25, 0.5, 0.75]
+    assert ["gradient_norm" in row for row in found] == [True, False, True, True]
+    health = watched.telemetry.health()
+    assert health["recorded"] == 4
+
+
+def test_put_after_the_loop_belongs_to_its_last_step() -> None:
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(16))
+    for epoch in range(2):
+        for (inputs,) in watched:
+            model(inputs).sum().backward()
+            optimizer.step()
+        watched.put(accuracy=epoch / 2)
+    assert [row.get("accuracy") for row in rows(watched)] == [None, 0.0, None, 0.5]
+
+
+def test_each_of_several_optimizers_makes_rows() -> None:
+    (one, first), (other, second) = setting(), setting()
+    watched = esper_otel.watch(one, [first, second], loader(16))
+    norms = []
+    for (inputs,) in watched:
+        for model, optimizer in ((one, first), (other, second)):
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            norms.append(float(torch.cat([each.grad.flatten() for each in model.parameters()]).norm()))
+            optimizer.step()
+    found = rows(watched)
+    assert [row["optimizer_index"] for row in found] == [0, 1, 0, 1]
+    assert [row["gradient_norm"] for row in found] == pytest.approx(norms)
+    assert ["samples_per_s" in row for row in found] == [True, False, True, False]
+
+
+def test_the_norm_of_a_closure_is_that_of_its_last_evaluation() -> None:
+    model, optimizer = setting(torch.optim.LBFGS, max_iter=3)
+    watched = esper_otel.watch(model, optimizer, loader(16))
+    expected = []
+    for (inputs,) in watched:
+        norms: list[float] = []
+        optimizer.step(closure(model, optimizer, inputs, norms))
+        expected.append(norms[-1])
+    assert [row["gradient_norm"] for row in rows(watched)] == pytest.approx(expected)
+
+
+def closure(model: Any, optimizer: Any, inputs: Any, norms: list[float]) -> Callable[[], Any]:
+    def evaluate() -> Any:
+        optimizer.zero_grad()
+        loss = (model(inputs) - 1).square().mean()
+        loss.backward()
+        norms.append(float(torch.cat([each.grad.flatten() for each in model.parameters()]).norm()))
+        return loss
+
+    return evaluate
+
+
+def test_a_closure_that_raises_has_no_frame_of_ours_in_its_traceback() -> None:
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader())
+
+    def broken() -> Any:
+        raise KeyError("of the script")
+
+    with pytest.raises(KeyError) as caught:
+        optimizer.step(broken)
+    assert not [entry for entry in caught.traceback if "esper_otel" in str(entry.path)]
+    watched.close()
+
+
+def test_a_second_watch_of_one_model_ends_the_first() -> None:
+    model, optimizer = setting()
+    first = esper_otel.watch(model, optimizer, loader())
+    second = esper_otel.watch(model, optimizer, loader())
+    for (inputs,) in second:
+        model(inputs).sum().backward()
+        optimizer.step()
+    assert len(rows(second)) == 4
+    assert rows(first) == []
+    assert not optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - hooks do not stay
