@@ -132,4 +132,4 @@ def test_a_second_watch_of_one_model_ends_the_first() -> None:
         optimizer.step()
     assert len(rows(second)) == 4
     assert rows(first) == []
-    assert not optimizer._optimizer_step_pre_hooks  # noqa: SLF001 - hooks do not stay
+    assert not optimizer._optimizer_step_pre_hooks
