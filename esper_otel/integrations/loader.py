@@ -106,6 +106,7 @@ class Feed:
         self._asking: _Pass | None = None
         self._current: _Pass | None = None
         self._was_training = False
+        self._sequence = 0
         self._thread: int | None = None
         self._asked_on: int | None = None
 
@@ -118,6 +119,11 @@ class Feed:
     def is_training(self) -> bool:
         """Whether the last batch may be one to train on: neither without gradients, nor of a loop without a step."""
         return self._was_training
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether a model has worked since the last batch: else that was only fetched ahead."""
+        return _sequence() != self._sequence
 
     @_harmless
     def asks(self, taker: object) -> None:
@@ -151,7 +157,7 @@ class Feed:
             now.samples.append(samples)
             samples = now.hand_out()
         if not now.has_worked:
-            now.sequence = _sequence()
+            now.sequence = self._sequence = _sequence()
         self._was_training = torch.is_grad_enabled()
         self._waiting.batch(samples)
 

@@ -52,6 +52,7 @@ class _Part:
     def __init__(self) -> None:
         self.began_s: float | None = None
         self.over_s: float | None = None
+        self.has_waited = False
         self.waited_s = 0.0
         self.waited_inside_s = 0.0
         self.samples: int | None = None
@@ -73,6 +74,7 @@ class _Part:
         else:
             self.waited_inside_s += later.waited_s + later.waited_inside_s
         self.over_s = later.over_s
+        self.has_waited |= later.has_waited
         self.waited_s += later.waited_s
         if later.samples is not None:
             self.samples = later.samples + (self.samples or 0)
@@ -91,7 +93,9 @@ class _Part:
             return {}
         over_s = time.perf_counter() if self.over_s is None else self.over_s
         spent_s = over_s - self.began_s - self.waited_inside_s
-        measured = {"input_wait_ms": self.waited_s * 1e3, "step_latency_ms": spent_s * 1e3}
+        measured = {"step_latency_ms": spent_s * 1e3}
+        if self.has_waited:
+            measured["input_wait_ms"] = self.waited_s * 1e3
         if self.samples is not None and (cycle_s := self.waited_s + spent_s) > 0.0:
             measured["samples_per_s"] = self.samples / cycle_s
         return measured
@@ -148,6 +152,7 @@ class Loop:
         if self._now.began_s is not None and not self.has_stepped:
             self._set_aside()
         part = self._now
+        part.has_waited = True
         part.waited_s += waited_s
         if part.began_s is None:
             part.began_s = now_s

@@ -67,7 +67,7 @@ class Steps:
         self._stepped_s = None
         if not self.loop.has_stepped and self.loop.is_in_batch:
             self._drop_if_dropped()
-            self._before = self._gradient()
+            self._before = self._gradient() if self._feed.has_worked else None
         self.loop.wait()
 
     def batch(self, samples: int | None = None) -> None:
@@ -129,8 +129,10 @@ class Steps:
             self.loop.skip_all(epoch=self._feed.epoch)
 
     def say_if_unseen(self) -> None:
-        """Why there are no rows, once."""
-        if self._batches and not self.count:
+        """Why there are no rows, if the loop trains."""
+        model = self._model()
+        has_trained = model is None or any(each.grad is not None for each in model.parameters())
+        if self._batches and not self.count and has_trained:
             logger.warning(_UNSEEN, self._batches)
 
     # -- the rest --------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ class Steps:
             return
         if self._before:
             parameter, gradient = self._before[0](), self._before[1]()
-            is_dropped = parameter is None or gradient is None or parameter.grad is not gradient
+            is_dropped = parameter is not None and (gradient is None or parameter.grad is not gradient)
         else:
             is_dropped = bool(self._gradient())
         if is_dropped:
@@ -194,6 +196,8 @@ class Steps:
         """Something that is the same later on, if gradients are added up until then; None where that is not known."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return None  # what shards or reduces gradients may keep them elsewhere
+        if len(self._known) > 1:
+            return None  # the gradients of one may be dropped while those of another add up
         model = self._model()
         known = (each() for each in self._known)
         parameters: Iterable[Tensor] = (

@@ -113,7 +113,8 @@ class Run:
         self.used.append(len(inputs))
 
     def step(self, batch: Any) -> None:
-        self.optimizer.zero_grad()
+        if not self.used:  # else the gradients add up
+            self.optimizer.zero_grad()
         self.backward(batch)
         self.optimizer.step()
         self.expected.append(sum(self.used))
