@@ -487,6 +487,7 @@ OWN_STEP: tuple[Metric, ...] = (
         "esper.optimizer.index",
         "1",
         "Which of several optimizers made the step, from 0 in the order in which they came.",
+        key="",
         present="In steps of loops with several optimizers, under watch and esper-otel run.",
     ),
     Metric(

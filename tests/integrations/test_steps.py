@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import esper_otel
+from esper_otel.testing import MemoryCollector
 
 torch = pytest.importorskip("torch")
 
@@ -72,7 +73,21 @@ def test_put_after_the_loop_belongs_to_its_last_step() -> None:
     assert [row.get("accuracy") for row in rows(watched)] == [None, 0.0, None, 0.5]
 
 
-def test_each_of_several_optimizers_makes_rows() -> None:
+def test_each_of_several_optimizers_makes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose a step was stands beside it, and not in its packet: Tamiyo's networks have no such input."""
+    collector = MemoryCollector()
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "otlp")
+    with collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        found, norms = two_optimizers()
+        indexes = [point.value for point in collector.points() if point.name == "esper.optimizer.index"]
+    assert [value for value in indexes if value is not None] == [0, 1, 0, 1]
+    assert [row["gradient_norm"] for row in found] == pytest.approx(norms)
+    assert ["samples_per_s" in row for row in found] == [True, False, True, False]
+    assert ["input_wait_ms" in row for row in found] == [True, False, True, False]
+
+
+def two_optimizers() -> tuple[list[Any], list[float]]:
     (one, first), (other, second) = setting(), setting()
     watched = esper_otel.watch(one, [first, second], loader(16))
     norms = []
@@ -82,10 +97,7 @@ def test_each_of_several_optimizers_makes_rows() -> None:
             model(inputs).square().sum().backward()
             norms.append(float(torch.cat([each.grad.flatten() for each in model.parameters()]).norm()))
             optimizer.step()
-    found = rows(watched)
-    assert [row["optimizer_index"] for row in found] == [0, 1, 0, 1]
-    assert [row["gradient_norm"] for row in found] == pytest.approx(norms)
-    assert ["samples_per_s" in row for row in found] == [True, False, True, False]
+    return rows(watched), norms
 
 
 def test_the_norm_of_a_closure_is_that_of_its_last_evaluation() -> None:
