@@ -25,7 +25,7 @@ LENGTHY := $(addprefix --ignore tests/,gateway/test_kill.py gateway/test_page.py
 	gateway/test_turns.py gateway/test_bounds.py gateway/test_processors.py gateway/test_damage.py gateway/test_lives.py \
 	gateway/test_late.py gateway/test_follow.py gateway/test_crowd.py attack flow/test_churn.py flow/test_fork.py \
 	flow/test_torchrun.py flow/test_attempts.py flow/test_killed.py flow/test_weather.py flow/test_outage.py \
-	export/test_records.py integrations/test_run.py demo/test_command.py test_fuzz_files.py test_blackbox.py test_deploy.py test_examples.py test_oona.py test_project.py) \
+	export/test_records.py integrations/test_run.py integrations/test_loaders.py demo/test_command.py test_fuzz_files.py test_blackbox.py test_deploy.py test_examples.py test_oona.py test_project.py) \
 	--deselect tests/integrations/test_lightning.py::test_several_ranks_are_one_run \
 	--deselect tests/integrations/test_transformers.py::test_several_ranks_are_one_run_and_the_curve_is_the_same \
 	--deselect tests/integrations/test_watch.py::test_an_exception_ends_the_run_as_it_does_without_us

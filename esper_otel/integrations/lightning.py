@@ -159,6 +159,9 @@ class EsperCallback(Callback):
             loop.batch(self._samples)
         groups = optimizer.param_groups
         loop.put({**self._later, "optimizer_lr": groups[0]["lr"]})
+        if len(trainer.optimizers) > 1:
+            index = next((place for place, each in enumerate(trainer.optimizers) if each is optimizer), None)
+            loop.put({"esper.optimizer.index": index})
         self._later = {}
         loop.gradients([parameter for group in groups for parameter in group["params"]])
 

@@ -265,6 +265,7 @@ def test_with_several_optimizers_each_step_is_a_step() -> None:
     assert [p.step for p in packets] == [*range(1, 33)]
     assert trainer.global_step == 32
     assert [p.state.training_loss for p in packets] == pytest.approx(module.losses)
+    assert all("esper.optimizer.index" in p.names for p in packets)
     found = [p.state.training_metrics for p in packets]
     assert [metrics["gradient_norm"] for metrics in found] == pytest.approx(module.norms)
     assert [metrics["optimizer_lr"] for metrics in found] == pytest.approx([0.1, 0.2] * 16)
