@@ -213,8 +213,12 @@ def test_no_packet_ever_holds_a_number_that_is_not_finite(frame: Frame, values: 
     assert all(math.isfinite(number) for number in numbers_of(result))
 
 
-# Where a metric without a key in the map goes. These say how the packets are made, or count what they list.
-_ELSEWHERE = {"esper.step.failed", "esper.steps.backwards", "esper.global_step", "esper.epoch", "esper.seeds"}
+# Where a metric without a key in the map goes. These say how the packets are made, count what they list, or whose step
+# it was, which the contract has no place for.
+_ELSEWHERE = {
+    *("esper.step.failed", "esper.steps.backwards", "esper.global_step", "esper.epoch", "esper.seeds"),
+    "esper.optimizer.index",
+}
 _FIELDS = {"esper.validation.accuracy"} | {metric.name for metric in METRICS if metric.name.startswith("esper.device.")}
 
 
