@@ -23,7 +23,9 @@ SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist worksteal
 LENGTHY := $(addprefix --ignore tests/,gateway/test_kill.py gateway/test_page.py gateway/test_replay.py \
 	gateway/test_stores.py gateway/test_assemble.py gateway/test_elsewhere.py gateway/test_ranks.py \
 	gateway/test_turns.py gateway/test_bounds.py gateway/test_processors.py gateway/test_damage.py gateway/test_lives.py \
-	gateway/test_late.py gateway/test_follow.py gateway/test_crowd.py attack flow/test_churn.py flow/test_fork.py \
+	gateway/test_late.py gateway/test_follow.py gateway/test_crowd.py gateway/test_in_flight.py gateway/test_launches.py \
+	gateway/test_guessed.py attack flow/test_churn.py flow/test_fork.py flow/test_faults.py flow/test_interrupt.py \
+	flow/test_greenlets.py flow/test_same_curve.py flow/test_time.py flow/test_widths.py report \
 	flow/test_torchrun.py flow/test_attempts.py flow/test_killed.py flow/test_weather.py flow/test_outage.py \
 	export/test_records.py integrations/test_run.py integrations/test_loaders.py demo/test_command.py test_fuzz_files.py test_blackbox.py test_deploy.py test_examples.py test_oona.py test_project.py) \
 	--deselect tests/integrations/test_lightning.py::test_several_ranks_are_one_run \
