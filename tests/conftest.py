@@ -83,3 +83,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
 def _reason(report: pytest.TestReport) -> str:
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text.removeprefix("Skipped: ")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models as small as those of tests only wait for more of PyTorch's threads, above all beside another test."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

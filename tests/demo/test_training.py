@@ -19,15 +19,9 @@ from esper_otel.demo.kasmina import TRANSITIONS  # noqa: E402 - only where torch
 from esper_otel.demo.receiver import Receiver  # noqa: E402
 from esper_otel.demo.training import Plan, Training, run  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IN_PACKET = ("alpha", "alpha_steps", "alpha_total_steps", "risk_tolerance")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class _NoStep:

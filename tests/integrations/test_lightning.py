@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,10 @@ lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not in
 
 from esper_otel.integrations.lightning import EsperCallback  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread"),
+]  # warnings of Lightning's own
 
 
 class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -57,15 +59,6 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models as small as these only wait for more, above all beside another test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ import esper_otel
 from esper_otel.testing import MemoryCollector
 
 torch = pytest.importorskip("torch")
+
+from esper_otel.integrations.loader import Feed  # noqa: E402 - only where torch is
+from esper_otel.integrations.loop import Loop  # noqa: E402
+from esper_otel.integrations.steps import Steps  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +103,35 @@ def two_optimizers() -> tuple[list[Any], list[float]]:
             norms.append(float(torch.cat([each.grad.flatten() for each in model.parameters()]).norm()))
             optimizer.step()
     return rows(watched), norms
+
+
+def test_an_optimizer_after_one_that_is_gone_is_not_the_second_of_several() -> None:
+    """As in a sweep, of which ``esper-otel run`` follows one optimizer after another."""
+    telemetry = esper_otel.start(run_id="sweep")
+    steps = Steps(Loop(telemetry), Feed(NothingWaits()))
+    for _ in range(3):
+        model, optimizer = setting()
+        model(torch.ones(1, 4)).sum().backward()
+        steps.before(optimizer, (), {})
+        optimizer.step()
+        steps.after()
+        steps.end()
+        del model, optimizer
+        gc.collect()
+    telemetry.close()
+    found = [packet.names for packet in telemetry.pull(max_packets=10)]
+    assert ["gradient_norm" in names for names in found] == [True] * 3
+    assert not any("esper.optimizer.index" in names for names in found)
+
+
+class NothingWaits:
+    """No loader is followed."""
+
+    def wait(self) -> None: ...
+    def batch(self, samples: int | None = None) -> None: ...
+    def no_batch(self) -> None: ...
+    def discard(self) -> None: ...
+    def stop(self) -> None: ...
 
 
 def test_the_norm_of_a_closure_is_that_of_its_last_evaluation() -> None:

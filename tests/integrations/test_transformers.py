@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,10 @@ accelerate = pytest.importorskip("accelerate", reason="accelerate is not install
 
 from esper_otel.integrations.transformers import EsperCallback  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the Trainer's own
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models as small as these only wait for more, above all beside another test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread"),
+]  # warnings of the Trainer's own
 
 
 @pytest.fixture(autouse=True)
