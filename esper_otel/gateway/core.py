@@ -41,7 +41,7 @@ from esper_otel.schema import is_check
 MOST_PACKETS = 1000
 _MOST_WAIT_S = 60.0
 _TIDY_EVERY_S = 10.0
-_RELEASING_S = 0.004  # to store what is released then takes about twice as long, in the same turn
+_RELEASING_S = 0.002  # to store what is released then takes about twice as long, in the same turn
 _RETRY_STORE_S = 1.0
 _END_WAITS_S = 600.0
 _MOST_REJECTED_METRICS = 100

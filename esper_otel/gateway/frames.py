@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def frame_to_bytes(frame: Frame) -> bytes:
     """A header in JSON, then the cells of the recorded rows and of the live ones."""
     is_same = frame.live.cells is frame.seeds.cells and frame.live.ids == frame.seeds.ids
     header = {
-        "run": asdict(frame.run),
+        "run": _fields(frame.run),
         "sequence": frame.sequence,
         "global_step": frame.global_step,
         "epoch": frame.epoch,
@@ -41,6 +42,12 @@ def frame_to_bytes(frame: Frame) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     live = b"" if is_same else frame.live.cells.tobytes()
     return b"".join((_LENGTH.pack(len(text)), text, frame.seeds.cells.tobytes(), live))
+
+
+@lru_cache(maxsize=4096)
+def _fields(run: Run) -> dict[str, Any]:
+    """As ``asdict``, which took a third of the time of storing a step."""
+    return asdict(run)
 
 
 def stored_time(time_unix_ns: int) -> int:

@@ -27,7 +27,8 @@ _FILES = {
 }
 _LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 # Of one answer: so many steps, and not many more rows of seeds; so many steps are fetched at once.
-_AT_ONCE, _MOST_ROWS, _FETCHED = 500, 50_000, 8
+_AT_ONCE, _MOST_ROWS, _FETCHED = 500, 50_000, 2
+_TURN_S = 0.002  # one step of 3,000 seeds takes longer; a trainer and a controller wait for several turns
 # Nothing from elsewhere, and nobody else's frame around it.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -92,7 +93,7 @@ async def _steps(core: Core, run_id: str, cursor: str) -> str:
     shown: list[str] = []  # made in turns, as all of a page would take long
     gap = seen = rows = 0
     has_more = True
-    turn = Turn()
+    turn = Turn(_TURN_S)
     while seen < _AT_ONCE and rows < _MOST_ROWS:
         try:
             found = core.entries(run_id, cursor, _FETCHED)
@@ -112,7 +113,7 @@ async def _steps(core: Core, run_id: str, cursor: str) -> str:
                 shown.append(json.dumps(_shown(entry, core.rules)))
             if turn.is_over:
                 await asyncio.sleep(0)
-                turn = Turn()
+                turn = Turn(_TURN_S)
         seen += len(found.entries)
         if len(found.entries) < _FETCHED:
             has_more = False

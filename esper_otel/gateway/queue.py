@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -101,6 +102,12 @@ class Queue:
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long one waits that does not say how many points it has.
         most: how many frames wait; when there are more the oldest goes at once.
+
+    Attributes:
+        next: the number of the frame whose turn it is; None before the first.
+        skipped: the numbers before it that have not come.
+        due_s: when ``ready`` must be asked again.
+        points: of all waiting frames, doubled ones included.
     """
 
     def __init__(self, habits: Habits, *, hold_s: float, linger_s: float, most: int) -> None:
@@ -109,6 +116,8 @@ class Queue:
         self._linger_s = linger_s
         self._most = most
         self._frames: dict[int, Waiting] = {}
+        self._counted: dict[int, int] = {}  # points of each
+        self._is_in_order, self._last_s = True, -math.inf  # whether the first frame came first
         self._numbered: dict[int, int] = {}
         self._late: dict[int, int] = {}
         self._unnumbered: dict[int, None] = {}
@@ -117,19 +126,17 @@ class Queue:
         self.next: int | None = None
         self.skipped = Skipped()
         self.due_s: float | None = None
+        self.points = 0
 
     def __len__(self) -> int:
         return len(self._frames)
 
     @property
-    def points(self) -> int:
-        """Points of all waiting frames."""
-        return sum(waiting.points for waiting in self._frames.values())
-
-    @property
     def since_s(self) -> float | None:
         """When the first part came of what waits here; None when nothing waits."""
-        return min((waiting.first_s for waiting in self._frames.values()), default=None)
+        if self._is_in_order:
+            return next((waiting.first_s for waiting in self._frames.values()), None)
+        return min(waiting.first_s for waiting in self._frames.values())
 
     def get(self, time_unix_ns: int) -> Waiting | None:
         """The frame of this time, if it waits here."""
@@ -145,13 +152,22 @@ class Queue:
 
     def put(self, time_unix_ns: int, waiting: Waiting) -> None:
         """Takes a frame, or notes that its number has become known."""
+        self._is_in_order &= time_unix_ns in self._frames or waiting.first_s >= self._last_s
+        self._last_s = max(self._last_s, waiting.first_s)
         self._frames[time_unix_ns] = waiting
+        self.count(time_unix_ns)
         if waiting.sequence is None:
             self._unnumbered[time_unix_ns] = None
             return
         self._unnumbered.pop(time_unix_ns, None)
         of_turn = self._late if self.is_late(waiting.sequence) else self._numbered
         of_turn[waiting.sequence] = time_unix_ns
+
+    def count(self, time_unix_ns: int) -> None:
+        """Notes that the frame of this time has other points than before."""
+        points = self._frames[time_unix_ns].points
+        self.points += points - self._counted.get(time_unix_ns, 0)
+        self._counted[time_unix_ns] = points
 
     def is_late(self, sequence: int) -> bool:
         """Whether the turn of this number is over."""
@@ -176,6 +192,9 @@ class Queue:
     def pop(self, time_unix_ns: int) -> Waiting | None:
         """Gives a frame away."""
         waiting = self._frames.pop(time_unix_ns, None)
+        self.points -= self._counted.pop(time_unix_ns, 0)
+        if not self._frames:
+            self._is_in_order, self._last_s = True, -math.inf
         if waiting is not None:
             self._unnumbered.pop(time_unix_ns, None)
             for of_turn in (self._numbered, self._late):

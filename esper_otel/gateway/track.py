@@ -105,6 +105,7 @@ class Track:
         waiting.last_s, waiting.received_unix_ns = now_s, received_unix_ns
         if not was_numbered:
             return self.put(time_unix_ns, waiting)
+        self._queue.count(time_unix_ns)
         return None
 
     def put(self, time_unix_ns: int, waiting: Waiting) -> Waiting | None:

@@ -9,6 +9,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from attack.otlp import Point, body, many_runs, step
 from attack.target import Attack, Target
 
+_STEPS = 2_000  # of the honest run
+
 
 def _sends(target: Target, run: str) -> bool:
     """Whether an honest step of a new run is taken; a refusal that asks to retry is none, if it ends in time."""
@@ -38,14 +40,15 @@ def _runs_for_ever(target: Target) -> None:
 def _crowding(target: Target) -> None:
     """Many small runs, so that the largest, an honest one, has to give room."""
     now = time.time_ns()
-    for first in range(0, 2_000, 500):
+    for first in range(0, _STEPS, 500):
         points = []
         for place in range(first, first + 500):
             at = now + place * 1_000_000
             points += [Point("loss", 1.0, at), Point("esper.global_step", float(place), at)]
         target.post(body("honest-large", points), token="honest-token")
-    time.sleep(min(1.0, target.left_s()))
-    before = _stored(target)
+    for _ in target.rounds(0.1):  # the first step waits for an epoch that does not come
+        if (before := _stored(target)) == _STEPS:
+            break
     for number in target.rounds(0.05):
         at = time.time_ns()
         points = [Point("kasmina.seed.alpha", 0.5, at + place * 1_000, f"s{place % 40}") for place in range(400)]

@@ -350,7 +350,7 @@ def test_the_page_is_given_fewer_steps_of_many_seeds(turns: list[float]) -> None
             cursor, more, asked = answer["cursor"], answer["more"], asked + 1
             assert answer["gap"] == 0
         assert found == list(range(1, 61))
-        assert asked == 3
+        assert asked == 4
         core.close()
 
     run_in_short_turns(scenario, turns)
