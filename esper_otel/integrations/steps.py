@@ -176,6 +176,8 @@ class Steps:
         for index, known in enumerate(self._known):
             if known() is optimizer:
                 return index
+        if self._model() is None:
+            self._before = None  # its gradients are not those that were looked at
         # One that is gone, as in a sweep, does not make the next one the second of several.
         self._known = [known for known in self._known if known() is not None] + [weakref.ref(optimizer)]
         return len(self._known) - 1

@@ -128,14 +128,23 @@ def _faults(sent: Samples, found: list[Any]) -> Iterator[Fault]:
             ", ".join(name for name in sorted(names) if "latency" in name and "seed" not in name) or "nothing like it"
         )
         yield Fault(f"{_LATENCY} was renamed on the way: there is {near}", "see the translation of names there")
+    is_scraped = _is_scraped(sent, came)
+    if not is_scraped:  # of steps whose times became one, Prometheus may refuse a whole rank
+        newest_ms = max(ms for of_series in sent.values() for ms in of_series)
+        yield from of_times(_times(sent, newest_ms), _times(came, newest_ms))
     yield from _of_ranks({key.rank for key in sent}, {key.rank for key in came})
-    if _is_scraped(sent, came):
+    if is_scraped:
         latest = {key: max(of_series.items())[1] for key, of_series in sent.items() if _lasts(key)}
         yield from differences(
             _named(latest), _named({k: max(v.items())[1] for k, v in came.items() if _lasts(k)}), "it"
         )
         return
     yield from _of_steps(sent, came)
+
+
+def _times(samples: Samples, newest_ms: int) -> set[tuple[int, int]]:
+    """The times of steps in nanoseconds, as if all were of one rank; without those of the end of the series."""
+    return {(0, ms * _MS) for of_series in samples.values() for ms in of_series if ms <= newest_ms}
 
 
 def _of_ranks(sent: set[int], came: set[int]) -> Iterator[Fault]:

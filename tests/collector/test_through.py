@@ -135,6 +135,24 @@ def test_times_that_are_cut_are_said(stack: Stack) -> None:
         assert "steps within one such unit become one" in stage["fix"]
 
 
+ONE_RANK = """
+  filter/one:
+    metrics:
+      datapoint: ['resource.attributes["esper.rank"] == 1']
+"""
+
+
+def test_times_that_are_cut_are_said_where_a_rank_is_missing(stack: Stack) -> None:
+    """Prometheus may refuse all of a request in which two steps have one time."""
+    changed = TRUNCATION.replace("service:", ONE_RANK.lstrip("\n") + "service:").replace(
+        "transform/time, transform/prometheus", "filter/one, transform/time, transform/prometheus"
+    )
+    with stack.agent(changed) as agent:
+        status, stages = checked(f"http://{agent.grpc}", *asking(stack))
+    assert status == 1
+    assert "cut to whole seconds" in stages["Prometheus"]["message"], stages["Prometheus"]
+
+
 def test_the_part_of_the_way_that_is_cut_is_named(stack: Stack) -> None:
     """Prometheus is elsewhere: the gateway has it, so the cut is behind the collector."""
     with stack.agent() as agent:

@@ -124,6 +124,36 @@ def test_an_optimizer_after_one_that_is_gone_is_not_the_second_of_several() -> N
     assert not any("esper.optimizer.index" in names for names in found)
 
 
+def test_an_optimizer_that_is_new_gets_all_batches_of_its_first_step() -> None:
+    """As under ``esper-otel run``, where it is heard of when it steps: its gradients before that were not known."""
+    telemetry = esper_otel.start(run_id="accumulating")
+    feed = Feed(NothingWaits())
+    steps = Steps(Loop(telemetry), feed)
+    feed._waiting = steps  # type: ignore[assignment] # noqa: SLF001 - as a script has it, which is both
+    for _ in range(2):
+        model, optimizer = setting()
+        taker = Taker()
+        for samples in (3, 5):
+            feed.asks(taker)
+            feed.gets(taker, torch.ones(samples, 4))
+            model(torch.ones(samples, 4)).sum().backward()
+        steps.before(optimizer, (), {})
+        optimizer.step()
+        steps.after()
+        steps.wait()
+        steps.end()
+        del model, optimizer
+        gc.collect()
+    telemetry.close()
+    found = [packet.state.training_metrics for packet in telemetry.pull(max_packets=10)]
+    spent_s = [(row["step_latency_ms"] + row["input_wait_ms"]) / 1e3 for row in found]
+    assert [round(row["samples_per_s"] * each) for row, each in zip(found, spent_s, strict=True)] == [8, 8]
+
+
+class Taker:
+    """Asks for batches."""
+
+
 class NothingWaits:
     """No loader is followed."""
 
