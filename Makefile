@@ -20,14 +20,16 @@ TOOL := $(UV) tool run --quiet --python $(RUN)
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # What takes long and does not hang on versions: left out of test-lowest.
-LENGTHY := $(addprefix --ignore tests/,gateway/test_kill.py gateway/test_page.py gateway/test_replay.py \
-	gateway/test_stores.py gateway/test_assemble.py gateway/test_elsewhere.py gateway/test_ranks.py \
-	gateway/test_turns.py gateway/test_bounds.py gateway/test_processors.py gateway/test_damage.py gateway/test_lives.py \
-	gateway/test_late.py gateway/test_follow.py gateway/test_crowd.py gateway/test_in_flight.py gateway/test_launches.py \
-	gateway/test_guessed.py attack flow/test_churn.py flow/test_fork.py flow/test_faults.py flow/test_interrupt.py \
-	flow/test_greenlets.py flow/test_same_curve.py flow/test_time.py flow/test_widths.py report \
-	flow/test_torchrun.py flow/test_attempts.py flow/test_killed.py flow/test_weather.py flow/test_outage.py \
-	export/test_records.py integrations/test_run.py integrations/test_loaders.py demo/test_command.py test_fuzz_files.py test_blackbox.py test_deploy.py test_examples.py test_oona.py test_project.py) \
+LENGTHY := $(addprefix --ignore tests/,gateway/store/test_kill.py gateway/serve/test_live_page.py \
+	gateway/test_replay.py gateway/store/test_stores.py gateway/rebuild/test_assembler.py gateway/test_elsewhere.py \
+	gateway/test_ranks.py gateway/test_turns.py gateway/receive/test_bounds.py gateway/rebuild/test_processors.py \
+	gateway/store/test_damage.py gateway/rebuild/test_lives.py gateway/rebuild/test_late.py pull/test_pull_command.py \
+	gateway/rebuild/test_crowd.py gateway/serve/test_in_flight.py gateway/rebuild/test_launches.py \
+	gateway/rebuild/test_guessed.py attack flow/test_churn.py flow/test_fork.py flow/test_faults.py \
+	flow/test_interrupt.py flow/test_greenlets.py flow/test_same_curve.py flow/test_time.py flow/test_widths.py report \
+	flow/test_torchrun.py session/test_attempts.py flow/test_killed.py flow/test_weather.py flow/test_outage.py \
+	frames/test_records.py integrations/test_run.py integrations/test_loaders.py demo/test_command.py \
+	test_fuzz_files.py frames/test_black_box.py test_deploy.py test_examples.py oona/test_publisher.py test_project.py) \
 	--deselect tests/integrations/test_lightning.py::test_several_ranks_are_one_run \
 	--deselect tests/integrations/test_transformers.py::test_several_ranks_are_one_run_and_the_curve_is_the_same \
 	--deselect tests/integrations/test_watch.py::test_an_exception_ends_the_run_as_it_does_without_us
@@ -57,7 +59,7 @@ test-wheel: build ## install the built wheel alone, without torch, and try it
 	@cd $(WHEEL) && bin/python -I ../tests/installed.py
 
 fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property test; CI takes the same ones each time
-	@$(RUN) tests/gateway/fuzz.py --seconds 600
+	@$(RUN) tests/gateway/receive/fuzz.py --seconds 600
 	@PYTHONPATH=tests $(RUN) tests/fuzz_files.py --seconds 600
 	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
 
@@ -74,7 +76,6 @@ lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
-	@$(RUN) -m esper_otel.docs --check
 	@$(RUN) deploy/rendering/main.py --check
 
 policy: $(UV) ## check what is deployed by the tools of others: manifests, image, compose files, scripts
@@ -98,7 +99,6 @@ format: $(VENV)/.installed-dev ## format the code and repair what can be repaire
 	@$(RUN) -m ruff format
 
 docs: $(VENV)/.installed-dev ## render README.md's tables and METRICS.md from the catalogue and the settings
-	@$(RUN) -m esper_otel.docs
 	@$(RUN) deploy/rendering/main.py
 
 constraints: $(UV) ## take the newest versions, and the oldest, into the two constraints files

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from esper_otel import leyline as leyline
     from esper_otel import schema as schema
     from esper_otel import testing as testing
-    from esper_otel.client import RunInfo, TamiyoClient
     from esper_otel.derive.gradients import gradient_conflict_rate
     from esper_otel.derive.processor import Processor
     from esper_otel.errors import (
@@ -38,15 +37,16 @@ if TYPE_CHECKING:
         UnknownRun,
         WrongState,
     )
-    from esper_otel.gateway.views import RankInfo, RunRanks
     from esper_otel.integrations.watch import watch
     from esper_otel.leyline.packets import Packets, Page
     from esper_otel.leyline.reader import LeylineMetricReader
+    from esper_otel.pull.client import RunInfo, TamiyoClient
+    from esper_otel.pull.views import RankInfo, RunRanks
     from esper_otel.record.step import Step
     from esper_otel.schema import Metric, Stage
-    from esper_otel.session import start
+    from esper_otel.session.start import start
+    from esper_otel.session.telemetry import Telemetry
     from esper_otel.settings import EsperSettings
-    from esper_otel.telemetry import Telemetry
 
 __all__ = [
     "AdapterError",
@@ -82,8 +82,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "esper_otel.client": ("RunInfo", "TamiyoClient"),
-    "esper_otel.gateway.views": ("RankInfo", "RunRanks"),
+    "esper_otel.pull.client": ("RunInfo", "TamiyoClient"),
+    "esper_otel.pull.views": ("RankInfo", "RunRanks"),
     "esper_otel.derive.gradients": ("gradient_conflict_rate",),
     "esper_otel.derive.processor": ("Processor",),
     "esper_otel.errors": (
@@ -106,9 +106,9 @@ _HOMES = {
     "esper_otel.leyline.reader": ("LeylineMetricReader",),
     "esper_otel.record.step": ("Step",),
     "esper_otel.schema": ("Metric", "Stage"),
-    "esper_otel.session": ("start",),
+    "esper_otel.session.start": ("start",),
     "esper_otel.settings": ("EsperSettings",),
-    "esper_otel.telemetry": ("Telemetry",),
+    "esper_otel.session.telemetry": ("Telemetry",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = frozenset({"aio", "errors", "leyline", "oona", "schema", "testing"})

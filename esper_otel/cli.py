@@ -201,13 +201,13 @@ def _run_gateway(options: argparse.Namespace) -> int:
 
 
 def _add_pull_arguments(parser: argparse.ArgumentParser) -> None:
-    from esper_otel.gateway.follow import add_arguments
+    from esper_otel.pull.command import add_arguments
 
     add_arguments(parser)
 
 
 def _run_pull(options: argparse.Namespace) -> int:
-    from esper_otel.gateway.follow import main as run_pull
+    from esper_otel.pull.command import main as run_pull
 
     return run_pull(options)
 
@@ -243,11 +243,11 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_check(options: argparse.Namespace) -> int:
-    from esper_otel.check import report_json, report_text, run_check
+    from esper_otel.check.endpoint import report_json, report_text, run_check
 
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
     if options.through:
-        from esper_otel.through import Back, run_through
+        from esper_otel.check.through import Back, run_through
 
         files = (options.gateway_token_file, options.gateway_ca_file)
         back = Back(options.prometheus, options.gateway, *files, timeout_s=options.within)

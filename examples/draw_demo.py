@@ -15,7 +15,7 @@ from rich.console import Console
 from esper_otel.demo.command import RANDOM_SEED, SEEDS, STEPS
 from esper_otel.demo.receiver import Receiver
 from esper_otel.demo.screen import LiveScreen
-from esper_otel.demo.table import draw
+from esper_otel.demo.summary import draw
 from esper_otel.demo.training import Plan, run
 
 PICTURE = Path(__file__).with_name("demo.svg")

@@ -18,7 +18,7 @@ import certificates
 import grpc
 import pytest
 from certificates import Authority, Pair
-from frames import make_frame
+from frame_examples import make_frame
 
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import endpoint_from_environment

@@ -23,16 +23,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from frames import make_frame, seed_table
+from frame_examples import make_frame, seed_table
 from fuzz_stores import fuzz_store
 
-from esper_otel import blackbox
 from esper_otel.cli import main
-from esper_otel.export import records
 from esper_otel.export.encode import Along, Encoder
-from esper_otel.export.records import RecordWriter, Stored, frames_in
 from esper_otel.export.resource import resources
 from esper_otel.export.streams import Streams
+from esper_otel.frames import black_box as blackbox
+from esper_otel.frames import records
+from esper_otel.frames.records import RecordWriter, Stored, frames_in
 from esper_otel.schema import METRICS, Metric, Stage
 
 HOSTILE_TEXTS = (

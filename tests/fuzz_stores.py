@@ -15,16 +15,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from wire import bodies
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
+from esper_otel.frames.encoded import frame_to_bytes
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.frames import frame_to_bytes
-from esper_otel.gateway.metrics import prometheus_text
-from esper_otel.gateway.pull_messages import PullRequest
-from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import Kept
+from esper_otel.gateway.serve.metrics import prometheus_text
+from esper_otel.gateway.store.base import Kept
+from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.pull.messages import PullRequest
 
 FILE = "steps.sqlite3"
 _SLOWEST_S = 60.0  # of all lives of one store; a machine that does other things, too, takes some of it

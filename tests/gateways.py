@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import grpc
 
-from esper_otel.gateway.pull_messages import (
+from esper_otel.pull.messages import (
     SERVICE,
     PullRequest,
     PullResponse,

@@ -6,7 +6,7 @@ import math
 
 from hypothesis import strategies as st
 
-from esper_otel.frame import ABSENT, SeedTable
+from esper_otel.frames.frame import ABSENT, SeedTable
 from esper_otel.record.seeds import MORE_FIELDS, REQUESTED, ROW, table_of_rows
 from esper_otel.schema import SEED_FIELDS
 

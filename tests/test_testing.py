@@ -23,7 +23,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as above
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.encode import Encoder
-from esper_otel.frame import Frame, Run
+from esper_otel.frames.frame import Frame, Run
+from esper_otel.gateway.receive.request import Decoded, Malformed
 from esper_otel.schema import METRICS
 
 CATALOGUE = {metric.name: metric for metric in METRICS}
@@ -39,3 +42,29 @@ def encoder(process: str = "") -> Encoder:
 
 def bodies(frames: Iterable[Frame], process: str = "") -> list[bytes]:
     return [request.body for frame in frames for request in encoder(process).requests([frame])]
+
+
+def body_of(*run_ids: str, step: int = 1) -> bytes:
+    """A step of each of these runs, in one request."""
+    times = {"sequence": step, "global_step": step, "time_unix_ns": TIME_UNIX_NS + step * 10**6}
+    return b"".join(bodies(make_frame(run=replace(RUN, run_id=run_id), **times) for run_id in run_ids))
+
+
+def said(decode: Callable[[bytes], Decoded], body: bytes) -> object:
+    """What a decoder says, comparable; the word for a request that it refuses."""
+    try:
+        decoded = decode(body)
+    except Malformed:
+        return "malformed"
+    blocks = [
+        (
+            block.sender,
+            block.names,
+            block.seeds,
+            block.streams.tolist(),
+            block.times.tolist(),
+            block.values.tobytes(),
+        )
+        for block in decoded.blocks
+    ]
+    return blocks, decoded.markers, decoded.ended, decoded.points, dict(decoded.rejected)

@@ -1,34 +1,41 @@
-"""Renders what the deployment has of the catalogue and the table of risks: ``make docs`` writes it, ``--check`` compares."""
+"""Renders what follows from the catalogue, the risks and the settings: ``make docs`` writes it, ``--check`` compares."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import readme
 from dashboards import boards
 from helm import values
 from names import OURS, STOCK
 from rules import rendered
 
-_DEPLOY = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
-def documents() -> dict[Path, str]:
-    """Every rendered file with the text that it should have."""
-    found = {}
+def documents(root: Path) -> dict[Path, str]:
+    """Every rendered file of a source tree with the text that it should have.
+
+    Raises:
+        ConfigurationError: there is no README, or it lacks a marker.
+    """
+    deploy = root / "deploy"
+    found = readme.documents(root)
     for naming in (OURS, STOCK):
-        found[_DEPLOY / "prometheus" / naming.folder / "rules" / "esper.yml"] = rendered(naming)
+        found[deploy / "prometheus" / naming.folder / "rules" / "esper.yml"] = rendered(naming)
         for board in boards(naming):
-            found[_DEPLOY / "grafana" / naming.folder / "dashboards" / board.file] = board.rendered()
-    return found | {_DEPLOY / "helm" / name: text for name, text in values().items()}
+            found[deploy / "grafana" / naming.folder / "dashboards" / board.file] = board.rendered()
+    return found | {deploy / "helm" / name: text for name, text in values().items()}
 
 
-def main() -> int:
+def main(arguments: Sequence[str], root: Path = _ROOT) -> int:
     """Writes what is stale; with ``--check`` only names it and returns 1."""
-    is_check = sys.argv[1:] == ["--check"]
-    stale = {p: t for p, t in documents().items() if not p.is_file() or p.read_text(encoding="utf-8") != t}
+    is_check = list(arguments) == ["--check"]
+    stale = {p: t for p, t in documents(root).items() if not p.is_file() or p.read_text(encoding="utf-8") != t}
     for path, text in stale.items():
-        name = path.relative_to(_DEPLOY.parent)
+        name = path.relative_to(root)
         if is_check:
             print(f"{name} is stale: make docs", file=sys.stderr)
         else:
@@ -39,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from names import BY_KEY, Naming
 
-from esper_otel.risk import LOSS_STEP, RULES, Rule
+from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
 
 _BY = "(run_id, rank)"
 _HEADER = """\

@@ -128,7 +128,7 @@ def _console(out: TextIO) -> Console:
 
 
 def _print_table(result: Result) -> None:
-    from esper_otel.demo.table import draw
+    from esper_otel.demo.summary import draw
 
     draw(_console(sys.stdout), result)
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, Frame, SeedTable, alike
-from esper_otel.lives import digest_of
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, Frame, SeedTable, alike
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
 
 _MAX_FRAMES = 1_000

@@ -31,7 +31,7 @@ from esper_otel._version import __version__
 from esper_otel.export.blocks import Block, blocks
 from esper_otel.export.points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
 from esper_otel.export.streams import Stream
-from esper_otel.frame import WIDTH, Frame, Run
+from esper_otel.frames.frame import WIDTH, Frame, Run
 from esper_otel.schema import SEED_CELLS, SEED_RETIRED, Metric
 
 SCHEMA_VERSION = "1"

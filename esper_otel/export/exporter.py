@@ -17,10 +17,10 @@ from esper_otel.export.source import Leftover, Live, Source, put_goodbye
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
-from esper_otel.frame import Frame
+from esper_otel.frames.frame import Frame
+from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
 from esper_otel.native import threads
-from esper_otel.ring import Ring
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0

@@ -14,9 +14,9 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 
 from esper_otel._version import __version__
 from esper_otel.errors import InvalidCatalogue
-from esper_otel.export.room import Room, limit_of
-from esper_otel.frame import Frame
-from esper_otel.lives import digest_of
+from esper_otel.export.cardinality import Room, limit_of
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import Frame
 from esper_otel.log import Warnings
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED, Metric
 

@@ -12,9 +12,9 @@ from esper_otel.export.exporter import StepExporter
 from esper_otel.export.source import Leftover, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
-from esper_otel.frame import Run
+from esper_otel.frames.frame import Run
+from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
-from esper_otel.ring import Ring
 from esper_otel.schema import Metric
 from esper_otel.settings import EsperSettings
 

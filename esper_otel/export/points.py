@@ -15,7 +15,7 @@ import numpy.typing as npt
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, NumberDataPoint
 
-from esper_otel.frame import Cells
+from esper_otel.frames.frame import Cells
 
 _Bytes = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.uint64]

@@ -13,7 +13,7 @@ from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, Perio
 from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 
-from esper_otel.export.room import SEED_IDS
+from esper_otel.export.cardinality import SEED_IDS
 from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"

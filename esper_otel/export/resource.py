@@ -13,7 +13,7 @@ from pathlib import Path
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.util.types import AnyValue
 
-from esper_otel.frame import Run
+from esper_otel.frames.frame import Run
 
 DEFAULT_SERVICE_NAME = "esper-tolaria"
 

@@ -13,12 +13,12 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import Encoder
 from esper_otel.export.folder import Folder, abandoned
-from esper_otel.export.records import Stored, frames_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
-from esper_otel.frame import Frame, Run
+from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.records import Stored, frames_in
+from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
-from esper_otel.ring import Ring
 from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000

@@ -13,11 +13,11 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.folder import SUFFIX, Folder
-from esper_otel.export.records import RecordWriter, Stored, frames_in
-from esper_otel.frame import Frame, Run
+from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.records import RecordWriter, Stored, frames_in
+from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.native import threads
-from esper_otel.ring import Ring
 from esper_otel.schema import Metric
 
 SEGMENT_BYTES = 8 * 1024 * 1024

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import WIDTH, Frame, is_absent
+from esper_otel.frames.frame import WIDTH, Frame, is_absent
 from esper_otel.schema import SEED_CELLS
 
 # A metric's name and the attributes that tell its series from others of that name.

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import TypedDict
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.bus import OfGateway
-from esper_otel.gateway.connections import allow_descriptors
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.memory import MemoryStore
+from esper_otel.gateway.oona_source import OfGateway
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.security import Certificates, Tokens, check_exposure, is_loopback
-from esper_otel.gateway.serve import Gateway, Ports
-from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import StoreLimits
+from esper_otel.gateway.serve.connections import allow_descriptors
+from esper_otel.gateway.serve.ports import Gateway, Ports
+from esper_otel.gateway.store.base import StoreLimits
+from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.leyline.risk import Rule, configured
 from esper_otel.log import announce
-from esper_otel.oona import PASSWORD_VARIABLE, Publisher
-from esper_otel.risk import Rule, configured
+from esper_otel.oona.publisher import PASSWORD_VARIABLE, Publisher
 
 _MIB = 1024 * 1024
 _SEARCH_ALL_EVERY_S = 3600

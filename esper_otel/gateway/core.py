@@ -11,31 +11,31 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from esper_otel.errors import UnknownRun
-from esper_otel.gateway.assemble import Assembler, Taken
-from esper_otel.gateway.database import Damaged
-from esper_otel.gateway.decoded import OTHER_METRICS, TOO_MANY_RUNS, Decoded
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
-from esper_otel.gateway.launches import outcomes
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import FREE, Bounds, forgotten, page, run_message, step_of
-from esper_otel.gateway.pull_messages import (
+from esper_otel.gateway.ranks import Ranks
+from esper_otel.gateway.rebuild.assembler import Assembler, Taken
+from esper_otel.gateway.rebuild.launches import outcomes
+from esper_otel.gateway.receive.reading import Reader
+from esper_otel.gateway.receive.request import OTHER_METRICS, TOO_MANY_RUNS, Decoded
+from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
+from esper_otel.gateway.store.base import NOTHING_ENDED, Found, Kept, Store, StoreFull
+from esper_otel.gateway.store.database import Damaged
+from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns
+from esper_otel.leyline import messages
+from esper_otel.leyline.risk import RULES, Rule
+from esper_otel.log import Warnings
+from esper_otel.oona.publisher import Publisher
+from esper_otel.pull.messages import (
     PullRequest,
     PullResponse,
     RanksRequest,
     RanksResponse,
     RunsResponse,
 )
-from esper_otel.gateway.ranks import Ranks
-from esper_otel.gateway.reading import Reader
-from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
-from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import NOTHING_ENDED, Found, Kept, Store, StoreFull
-from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns
-from esper_otel.leyline import messages
-from esper_otel.log import Warnings
-from esper_otel.oona import Publisher
-from esper_otel.risk import RULES, Rule
 from esper_otel.schema import is_check
 
 MOST_PACKETS = 1000

@@ -10,10 +10,10 @@ from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untype
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as above
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.decoded import Malformed, TooLarge
 from esper_otel.gateway.limits import Crowded
+from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.gateway.security import BadRequest, NotAllowed, Refused
-from esper_otel.gateway.stored import StoreFull
+from esper_otel.gateway.store.base import StoreFull
 from esper_otel.log import Warnings
 
 _RETRY_S = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from esper_otel.frame import Frame
+from esper_otel.frames.frame import Frame
 
 
 class Origin(NamedTuple):

@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.frame import GUESSED_STEP
+from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
-from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, Step, step_message
-from esper_otel.gateway.stored import Entry, Store
+from esper_otel.gateway.store.base import Entry, Store
 from esper_otel.gateway.turns import Turn
 from esper_otel.leyline.packets import packets
-from esper_otel.risk import Rule, signals, with_signals
+from esper_otel.leyline.risk import Rule, signals, with_signals
+from esper_otel.pull.messages import PullRequest, PullResponse, Run, Step, step_message
 
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024

@@ -8,10 +8,10 @@ from collections.abc import Generator, Iterable, Mapping
 from math import fsum
 from statistics import fmean
 
-from esper_otel.frame import GUESSED_STEP, Frame
+from esper_otel.frames.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.items import Item
-from esper_otel.gateway.pull_messages import Rank, RanksResponse
 from esper_otel.gateway.turns import finished
+from esper_otel.pull.messages import Rank, RanksResponse
 
 STEPS = 256
 _MOST_RUNS = 1_000

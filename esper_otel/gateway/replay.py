@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esper_otel.errors import ConfigurationError, UnknownRun
-from esper_otel.frame import LAST_LOSS, Frame
+from esper_otel.frames.frame import LAST_LOSS, Frame
 from esper_otel.gateway.command import (
     PacketOptions,
     add_access_arguments,
@@ -26,10 +26,19 @@ from esper_otel.gateway.command import (
 )
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item, Origin, Place
-from esper_otel.gateway.memory import loss_of
-from esper_otel.gateway.serve import Gateway
-from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import NO_TENANTS, NOTHING_ENDED, Entry, Found, Kept, Store, cursor_place, cursor_text
+from esper_otel.gateway.serve.ports import Gateway
+from esper_otel.gateway.store.base import (
+    NO_TENANTS,
+    NOTHING_ENDED,
+    Entry,
+    Found,
+    Kept,
+    Store,
+    cursor_place,
+    cursor_text,
+)
+from esper_otel.gateway.store.memory import loss_of
+from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.log import announce
 
 GAP, NAN, LATE, RESUME = "gap", "nan", "late", "resume"

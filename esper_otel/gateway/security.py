@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esper_otel.errors import ConfigurationError, EsperOtelError
-from esper_otel.gateway.decoded import Decoded
 from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.receive.request import Decoded
 from esper_otel.log import Warnings
 
 _LOOK_EVERY_S = 1.0

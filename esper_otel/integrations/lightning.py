@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
-from esper_otel.session import start
-from esper_otel.telemetry import Telemetry, outcome_of
+from esper_otel.session.start import start
+from esper_otel.session.telemetry import Telemetry, outcome_of
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar

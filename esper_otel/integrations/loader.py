@@ -1,8 +1,9 @@
 """Loader: what a training loop takes from its loaders, as waits and batches of the steps that use them.
 
 Batches come to a loop in many ways: from the loader itself, from another one that was made of it (Accelerate's
-``prepare`` and ``skip_first_batches``), through generators that are a batch ahead, from threads. Heard of are stand-ins
-(``esper_otel.loaders``), and every iterator of PyTorch's DataLoader and of Accelerate's loaders while anybody listens.
+``prepare`` and ``skip_first_batches``), through generators that are a batch ahead, from threads. Followed are
+stand-ins (``esper_otel.record.loaders``), and every iterator of PyTorch's DataLoader and of Accelerate's loaders while
+anybody listens.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 from torch.utils.data import dataloader
 
 from esper_otel.integrations.samples import samples_of
-from esper_otel.loaders import Listener, is_stand_in, taking
 from esper_otel.log import logger
+from esper_otel.record.loaders import Listener, is_stand_in, taking
 
 _FARTHEST_AHEAD = 8
 

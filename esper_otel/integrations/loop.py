@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper_otel.derive.gradients import gradient_norm
 from esper_otel.record.device import scalar
-from esper_otel.telemetry import Telemetry
+from esper_otel.session.telemetry import Telemetry
 
 # Of these the last value counts; of others the mean over the batches of a step.
 _OF_THE_STEP = frozenset({"gradient_norm", "esper.optimizer.lr", "esper.optimizer.index"})

@@ -25,7 +25,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         ConfigurationError: a setting that cannot be used: said now, since the script's own streams are left alone.
     """
-    from esper_otel.session import check_environment
+    from esper_otel.session.start import check_environment
 
     check_environment()
     environ = dict(os.environ)

@@ -19,7 +19,7 @@ from esper_otel.log import logger
 if TYPE_CHECKING:
     from esper_otel.integrations.loader import Feed
     from esper_otel.integrations.steps import Steps
-    from esper_otel.telemetry import Telemetry
+    from esper_otel.session.telemetry import Telemetry
 
 
 def attach(log: str) -> None:
@@ -169,7 +169,7 @@ class Script:
         if self._steps is None:
             from esper_otel.integrations.loop import Loop
             from esper_otel.integrations.steps import Steps
-            from esper_otel.session import start
+            from esper_otel.session.start import start
 
             assert self._feed is not None
             logger.disabled = False  # the script's logging.config may have disabled every logger that it does not name
@@ -180,7 +180,7 @@ class Script:
 
     @_harmless
     def _finish(self) -> None:
-        from esper_otel.session import has_died
+        from esper_otel.session.start import has_died
 
         steps = self._started()
         steps.say_if_unseen()

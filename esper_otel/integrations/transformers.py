@@ -20,8 +20,8 @@ from esper_otel.integrations.listening import Listening
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
 from esper_otel.integrations.watch import unwrapped
-from esper_otel.session import start
-from esper_otel.telemetry import Telemetry, outcome_of
+from esper_otel.session.start import start
+from esper_otel.session.telemetry import Telemetry, outcome_of
 
 VALIDATION = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
 _LOGGER = logging.getLogger("esper_otel")

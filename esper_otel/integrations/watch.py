@@ -17,9 +17,9 @@ from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loader import Feed, follow, unfollow
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.steps import Steps
-from esper_otel.loaders import Loader, following, is_stand_in, of
-from esper_otel.session import ended_well, start
-from esper_otel.telemetry import Telemetry, outcome_of
+from esper_otel.record.loaders import Loader, following, is_stand_in, of
+from esper_otel.session.start import ended_well, start
+from esper_otel.session.telemetry import Telemetry, outcome_of
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import FLOAT32_BOUND, Cells
+from esper_otel.frames.frame import FLOAT32_BOUND, Cells
 from esper_otel.schema import Stage
 
 UINT32_LIMIT = 2**32

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frame import Frame, SeedTable
+from esper_otel.frames.frame import Frame, SeedTable
 
 
 def ordered(frame: Frame) -> Frame:

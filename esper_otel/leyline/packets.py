@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 
 from esper_otel.errors import AdapterError
-from esper_otel.frame import SAID_BESIDE, Frame, is_absent
+from esper_otel.frames.frame import SAID_BESIDE, Frame, is_absent
 from esper_otel.leyline import messages
 from esper_otel.leyline.events import step_events
 from esper_otel.leyline.order import ordered
@@ -30,8 +30,8 @@ class Packets:
         run_id: the run's name.
         attempt: which start of the run; larger at each start.
         rank: the process within the run.
-        step: the step's number; from ``esper_otel.frame.GUESSED_STEP`` on, one that a gateway gave to a step whose
-            number was lost on the way.
+        step: the step's number; from ``esper_otel.frames.frame.GUESSED_STEP`` on, one that a gateway gave to a
+            step whose number was lost on the way.
         revision: 1, or higher for a later correction of the step.
         complete: whether every value of the step is in it, and all of its live seeds are known.
         age_s: seconds from the step's time to the making of these packets.

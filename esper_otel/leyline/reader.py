@@ -21,11 +21,11 @@ from opentelemetry.sdk.metrics import _Gauge as SynchronousGauge
 from opentelemetry.sdk.metrics.export import Gauge, MetricReader, MetricsData, NumberDataPoint, Sum
 
 from esper_otel.errors import WrongState
-from esper_otel.frame import LAST_LOSS
+from esper_otel.frames.frame import LAST_LOSS
 from esper_otel.leyline.numbers import finite
 from esper_otel.leyline.packets import Packets, packets
 from esper_otel.leyline.readings import Assembler, Collected, Reading
-from esper_otel.risk import signals, with_signals
+from esper_otel.leyline.risk import signals, with_signals
 
 _logger = logging.getLogger(__name__)
 _QUIET_S = 60.0

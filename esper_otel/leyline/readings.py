@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esper_otel.frame import ABSENT, LAST_LOSS, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.digest import dead_of, silent_of
+from esper_otel.frames.frame import ABSENT, LAST_LOSS, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.leyline import senders
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
-from esper_otel.lives import dead_of, silent_of
-from esper_otel.record.live import LiveSeeds
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, METRICS, SEED_CELLS, SEED_RETIRED
 
 _NAMES = {metric.name for metric in METRICS}

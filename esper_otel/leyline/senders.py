@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from esper_otel.frame import LAST_LOSS, Run
+from esper_otel.frames.frame import LAST_LOSS, Run
 from esper_otel.leyline.numbers import finite
 from esper_otel.schema import METRICS, Need
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import Message
 
-from esper_otel.frame import Cells
+from esper_otel.frames.frame import Cells
 
 _Bytes = npt.NDArray[np.uint8]
 _Places = npt.NDArray[np.intp]

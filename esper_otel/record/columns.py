@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
-from esper_otel.frame import ABSENT, NARROW, WIDTH, SeedTable
-from esper_otel.record.seeds import COLUMN, checked_seed_id, checked_stage
+from esper_otel.frames.frame import ABSENT, COLUMN, NARROW, WIDTH, SeedTable
+from esper_otel.record.seeds import checked_seed_id, checked_stage
 from esper_otel.schema import SEED_FIELDS
 
 _FLOAT64 = np.dtype(np.float64)

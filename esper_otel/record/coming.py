@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from esper_otel.frame import SeedTable
+from esper_otel.frames.frame import SeedTable
 from esper_otel.record.seeds import merged_tables
 from esper_otel.record.values import Held, Target
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from esper_otel.frame import NO_READINGS, NO_SEEDS, SeedTable
+from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, SeedTable
 
 
 class Draft(NamedTuple):

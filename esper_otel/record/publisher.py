@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from esper_otel.frame import FLOAT32_BOUND, LAST_LOSS, NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frames.frame import FLOAT32_BOUND, LAST_LOSS, NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frames.live_seeds import LiveSeeds
+from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.native import threads
 from esper_otel.record import device
 from esper_otel.record.counters import Counters
 from esper_otel.record.draft import Draft
-from esper_otel.record.live import LiveSeeds
 from esper_otel.record.names import Names
 from esper_otel.record.needs import Deriving
 from esper_otel.record.seeds import merged_tables, one_cell
 from esper_otel.record.values import CONTEXT, VIOLATIONS, Held, Shape
-from esper_otel.ring import Ring
 
 _DEVICE_POLL_S = 0.001
 

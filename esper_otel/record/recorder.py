@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.frame import NO_READINGS, NO_SEEDS, Frame
+from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame
 from esper_otel.record.clock import Clock
 from esper_otel.record.columns import Columns
 from esper_otel.record.coming import Coming

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
-from esper_otel.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
+from esper_otel.frames.frame import ABSENT, COLUMN, NARROW, NO_SEEDS, WIDTH, Cells, SeedTable, is_absent
 from esper_otel.schema import SEED_FIELDS, Stage
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ ROW = struct.Struct(f"={WIDTH}d")
 REQUESTED = struct.Struct(f"={NARROW}d")
 MORE_FIELDS = SEED_FIELDS[NARROW:]
 _NO_MORE = struct.pack(f"={len(MORE_FIELDS)}d", *(ABSENT for _ in MORE_FIELDS))
-COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
 
 _FLOAT64 = np.dtype(np.float64)
 _STAGE = COLUMN["stage"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from esper_otel.captures import check_no_capture
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.frame import ABSENT, SeedTable
+from esper_otel.frames.frame import ABSENT, SeedTable
 from esper_otel.record.device import move
 from esper_otel.record.seeds import (
     NO_IDS,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from esper_otel.errors import InvalidValue
-from esper_otel.frame import ABSENT, FLOAT32_BOUND
+from esper_otel.frames.frame import ABSENT, FLOAT32_BOUND
 from esper_otel.record.device import pack, scalar
 from esper_otel.schema import SEED_FIELDS, STEP_METRICS, Stage
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from esper_otel.client import TamiyoClient
 from esper_otel.errors import ConfigurationError
+from esper_otel.pull.client import TamiyoClient
 from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import is_page, page
 from esper_otel.report.recording import Recording, of_file, of_gateway

@@ -12,12 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from esper_otel import blackbox
-from esper_otel.client import TamiyoClient
 from esper_otel.errors import ConfigurationError, GatewayError
+from esper_otel.frames import black_box as blackbox
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.leyline.senders import is_valid
+from esper_otel.pull.client import TamiyoClient
 from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 from esper_otel.text import printable
 

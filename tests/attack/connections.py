@@ -12,7 +12,7 @@ import time
 from attack.http2 import PING, SETTINGS, Connection
 from attack.otlp import MOST_REQUEST, Point, body, step
 from attack.target import EXPORT, PULL, Attack, Target, bearer
-from esper_otel.gateway.pull_messages import PullRequest, PullResponse
+from esper_otel.pull.messages import PullRequest, PullResponse
 
 _HEAD = (
     "POST /v1/metrics HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-protobuf\r\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attack.target import Attack, Target
 
-_CORPUS = Path(__file__).parents[1] / "gateway" / "corpus"
+_CORPUS = Path(__file__).parents[1] / "gateway" / "receive" / "corpus"
 
 
 def _fuzz(target: Target) -> None:

@@ -22,8 +22,8 @@ import grpc
 import psutil
 
 from attack.otlp import MIB
-from esper_otel.client import method
-from esper_otel.gateway.pull_messages import PullRequest, PullResponse, RunsRequest, RunsResponse
+from esper_otel.pull.client import method
+from esper_otel.pull.messages import PullRequest, PullResponse, RunsRequest, RunsResponse
 
 TESTS = Path(__file__).parents[1]
 EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"

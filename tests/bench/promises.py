@@ -34,7 +34,7 @@ import esper_otel
 from esper_otel import EsperSettings, Telemetry
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.frame import Frame
+from esper_otel.frames.frame import Frame
 from esper_otel.leyline import packets
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
 

@@ -13,8 +13,8 @@ from programs import ROOT, Collector, Prometheus, until
 
 import esper_otel
 from esper_otel import EsperSettings, Packets, Stage, TamiyoClient, Telemetry
-from esper_otel.frame import Frame
-from esper_otel.lives import digest_of
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import Frame
 from esper_otel.schema import METRICS, SEED_CELLS
 
 pytestmark = pytest.mark.collector

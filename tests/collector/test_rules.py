@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "deploy" / "rendering"))
 from names import BY_KEY, OURS, STOCK, Naming
 from rules import PIPELINE, Alert, others, risks
 
-from esper_otel.risk import LOSS_STEP, RULES
+from esper_otel.leyline.risk import LOSS_STEP, RULES
 from esper_otel.schema import new_check_id
 
 pytestmark = pytest.mark.collector

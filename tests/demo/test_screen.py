@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 from esper_otel.demo.receiver import Receiver
 from esper_otel.demo.result import Result
 from esper_otel.demo.screen import LiveScreen
-from esper_otel.demo.table import draw
+from esper_otel.demo.summary import draw
 from esper_otel.demo.training import Plan, run
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-from frames import RUN, TIME_UNIX_NS, frames, histories, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, frames, histories, make_frame, seed_table
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
@@ -21,8 +21,8 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from esper_otel import __version__
 from esper_otel.export.encode import MAX_POINTS, Encoder, Request
-from esper_otel.frame import Frame, Run
-from esper_otel.lives import digest_of
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import Frame, Run
 from esper_otel.schema import METRICS, SEED_CELLS, Metric
 
 CATALOGUE = {metric.name: metric for metric in METRICS}

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from frames import make_frame
+from frame_examples import make_frame
 
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.export.folder import MARKER, Folder, abandoned
-from esper_otel.export.records import RecordWriter
 from esper_otel.export.resource import resource_for
+from esper_otel.frames.records import RecordWriter
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS
 from esper_otel.testing import MemoryCollector

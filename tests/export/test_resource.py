@@ -16,7 +16,7 @@ from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics
 from opentelemetry.util.types import AnyValue
 
 from esper_otel.export.resource import resource_for
-from esper_otel.frame import Run
+from esper_otel.frames.frame import Run
 
 RUN = Run("digits-7", 1_790_000_000_000, rank=2, world_size=4)
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frames import make_frame
+from frame_examples import make_frame
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export import spool as spool_module
 from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.resource import resource_for
 from esper_otel.export.spool import Spool
+from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
-from esper_otel.ring import Ring
 from esper_otel.schema import METRICS
 
 SMALL = 20_000

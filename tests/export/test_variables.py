@@ -22,7 +22,7 @@ from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.provider import OwnProvider, exporters_from_environment
 from esper_otel.export.resource import resource_for
-from esper_otel.frame import Run
+from esper_otel.frames.frame import Run
 from esper_otel.testing import MemoryCollector
 
 EXPORTER, E, M = "OTEL_METRICS_EXPORTER", "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_METRICS_"

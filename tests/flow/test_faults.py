@@ -27,11 +27,11 @@ from esper_otel.export.blocks import Block, blocks
 from esper_otel.export.encode import Encoder
 from esper_otel.export.folder import Folder
 from esper_otel.export.streams import Streams
-from esper_otel.frame import Frame
-from esper_otel.gateway.assemble import Assembler
+from esper_otel.frames.frame import Frame
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.memory import MemoryStore
 from esper_otel.gateway.ranks import Ranks
+from esper_otel.gateway.rebuild.assembler import Assembler
+from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.record.draft import Draft
 from esper_otel.testing import MemoryCollector
 
@@ -335,7 +335,7 @@ def test_steps_that_a_pull_could_not_give_come_with_the_next_one(
     with esper_otel.start(run_id="run") as telemetry:
         trained_unsent(telemetry)
         with monkeypatch.context() as patched:
-            patched.setattr("esper_otel.telemetry.packets", broken)
+            patched.setattr("esper_otel.session.telemetry.packets", broken)
             with pytest.raises(ValueError, match="fault"):
                 telemetry.pull()
         assert [packets.step for packets in telemetry.pull()] == list(range(1, 13))

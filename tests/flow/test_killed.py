@@ -16,9 +16,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 import esper_otel
 from esper_otel import EsperSettings
-from esper_otel.export import records
 from esper_otel.export.folder import Folder
-from esper_otel.export.records import Stored
+from esper_otel.frames import records
+from esper_otel.frames.records import Stored
 from esper_otel.testing import MemoryCollector
 
 # Says what it has recorded, then does what it was told to.

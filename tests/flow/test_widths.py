@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import esper_otel
 from esper_otel import EsperSettings, Stage, Telemetry
 from esper_otel.export.encode import FRAME_SCOPE
-from esper_otel.frame import NARROW
-from esper_otel.gateway.assemble import Assembler
-from esper_otel.gateway.decode import Decoder
+from esper_otel.frames.frame import NARROW
+from esper_otel.gateway.rebuild.assembler import Assembler
+from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.leyline import Packets, packets
 from esper_otel.schema import SEED_CELLS, SEED_FIELDS
 from esper_otel.testing import MemoryCollector

@@ -10,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from wire import bodies, encoder
 
 from esper_otel.errors import UnknownRun
-from esper_otel.frame import NO_SEEDS, Frame
+from esper_otel.frames.frame import NO_SEEDS, Frame
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.memory import MemoryStore
-from esper_otel.gateway.pull_messages import PullRequest, Step
-from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import StoreFull, StoreLimits
+from esper_otel.gateway.store.base import StoreFull, StoreLimits
+from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.leyline import SystemStatePacket
+from esper_otel.pull.messages import PullRequest, Step
 
 HOLD_S = 0.3
 

@@ -10,10 +10,10 @@ from programs import until
 
 import esper_otel
 from esper_otel import EsperSettings, RunRanks, TamiyoClient, UnknownRun, aio
-from esper_otel.frame import GUESSED_STEP, Frame, Run
+from esper_otel.frames.frame import GUESSED_STEP, Frame, Run
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.ranks import STEPS, Ranks
-from esper_otel.gateway.views import run_ranks
+from esper_otel.pull.views import run_ranks
 
 Durations = dict[str, float]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import grpc
 import pytest
 import requests
-from frames import RUN, make_frame
+from frame_examples import RUN, make_frame
 from gateways import RunningGateway
 from programs import until
 
@@ -23,7 +23,7 @@ import esper_otel
 from esper_otel import EsperSettings, Packets, Stage, StaleCursor, TamiyoClient, UnknownRun
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.replay import WEATHER, replayed
-from esper_otel.gateway.serve import OTLP_SERVICE
+from esper_otel.gateway.serve.ports import OTLP_SERVICE
 
 STEPS = 50
 TIMEOUT_S = 30

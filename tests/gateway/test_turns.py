@@ -15,23 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from test_decode import said
-from wire import bodies
+from wire import bodies, said
 
 from esper_otel.gateway import core as core_module
 from esper_otel.gateway.core import Answer, Core
-from esper_otel.gateway.decode import Decoder, decode_plain
-from esper_otel.gateway.decoded import TOO_SPARSE
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.live import _steps
-from esper_otel.gateway.memory import MemoryStore
-from esper_otel.gateway.pull_messages import PullRequest
 from esper_otel.gateway.ranks import Ranks, _Run
-from esper_otel.gateway.store import FileStore
-from esper_otel.gateway.stored import StoreLimits
+from esper_otel.gateway.receive.decoder import Decoder, decode_plain
+from esper_otel.gateway.receive.request import TOO_SPARSE
+from esper_otel.gateway.serve.live_page import _steps
+from esper_otel.gateway.store.base import StoreLimits
+from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import Turn
+from esper_otel.pull.messages import PullRequest
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS
 
 MOST_S = 0.1

@@ -16,7 +16,7 @@ from programs import until
 
 import esper_otel
 from esper_otel import InvalidValue, Packets, TamiyoClient
-from esper_otel.ending import _live
+from esper_otel.session.ending import _live
 
 torch = pytest.importorskip("torch")
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")

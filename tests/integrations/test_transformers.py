@@ -16,7 +16,7 @@ from gateways import RunningGateway
 from programs import until
 
 from esper_otel import Packets, TamiyoClient
-from esper_otel.ending import _live
+from esper_otel.session.ending import _live
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

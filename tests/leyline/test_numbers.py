@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.frame import FLOAT32_BOUND
+from esper_otel.frames.frame import FLOAT32_BOUND
 from esper_otel.leyline import SeedState
 from esper_otel.leyline.numbers import finite, finite_cells, whole
 

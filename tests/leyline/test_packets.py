@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import pytest
-from frames import RUN, TIME_UNIX_NS, frames, make_frame, seed_table, with_recorded
+from frame_examples import RUN, TIME_UNIX_NS, frames, make_frame, seed_table, with_recorded
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.errors import AdapterError
-from esper_otel.frame import NO_SEEDS, SAID_BESIDE, Frame
+from esper_otel.frames.frame import NO_SEEDS, SAID_BESIDE, Frame
 from esper_otel.leyline import (
     HealthStatus,
     Packets,

@@ -19,9 +19,9 @@ from opentelemetry.sdk.resources import Resource
 
 import esper_otel
 from esper_otel import LeylineMetricReader, Stage, TamiyoClient
-from esper_otel.gateway.assemble import Assembler
-from esper_otel.gateway.decode import Decoder
 from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.rebuild.assembler import Assembler
+from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.leyline import senders
 from esper_otel.leyline.packets import Packets, packets
 

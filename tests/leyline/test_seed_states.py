@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import pytest
-from frames import make_frame, seed_table
+from frame_examples import make_frame, seed_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.frame import SeedTable
+from esper_otel.frames.frame import SeedTable
 from esper_otel.leyline import SeedState, state
 from esper_otel.leyline.numbers import finite, whole
 from esper_otel.schema import SEED_FIELDS, Stage

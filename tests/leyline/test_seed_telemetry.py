@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from frames import RUN, TIME_UNIX_NS, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.frame import ABSENT, is_absent
+from esper_otel.frames.frame import ABSENT, is_absent
 from esper_otel.leyline import HealthStatus, TelemetryLevel, TelemetryPacket, packets
 from esper_otel.schema import SEED_METRICS, Stage
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from frames import RUN, TIME_UNIX_NS, make_frame
+from frame_examples import RUN, TIME_UNIX_NS, make_frame
 
-from esper_otel.frame import NO_SEEDS, Frame, Run
+from esper_otel.frames.frame import NO_SEEDS, Frame, Run
 from esper_otel.leyline import SystemStatePacket, state
 from esper_otel.schema import METRICS, STEP_METRICS
 

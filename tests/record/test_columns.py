@@ -13,7 +13,7 @@ from rows import plain, table
 import esper_otel
 from esper_otel import EsperSettings, Telemetry
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
-from esper_otel.frame import NARROW, Frame
+from esper_otel.frames.frame import NARROW, Frame
 from esper_otel.record.columns import Columns
 from esper_otel.record.values import VIOLATIONS
 from esper_otel.schema import SEED_FIELDS, Stage

@@ -12,9 +12,9 @@ import grpc
 import pytest
 
 from esper_otel.cli import main
-from esper_otel.client import method
-from esper_otel.gateway.pull_messages import PullRequest, PullResponse, Run, RunsResponse, Step
 from esper_otel.leyline import messages
+from esper_otel.pull.client import method
+from esper_otel.pull.messages import PullRequest, PullResponse, Run, RunsResponse, Step
 from esper_otel.report import recording
 
 Answer = Callable[[PullRequest], bytes]

@@ -24,8 +24,9 @@ from fuzz_files import box_bytes, check_report, honest_box
 from pyarrow import parquet
 
 import esper_otel
-from esper_otel import Stage, blackbox
+from esper_otel import Stage
 from esper_otel.cli import main
+from esper_otel.frames import black_box as blackbox
 from esper_otel.report.page import page
 from esper_otel.report.recording import Row, of_file
 

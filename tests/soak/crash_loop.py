@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "gateway")]
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "gateway" / "store")]
 
 from gateways import RunningGateway  # noqa: E402
 from programs import Collector  # noqa: E402

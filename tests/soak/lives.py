@@ -3,7 +3,7 @@
 A trainer takes 300 steps a second; its seeds come, are silent, die and come back. It and the gateway are killed with
 -9 at random moments and started again, the trainer with its spool, the gateway with its store. In the end each step
 that the trainer finished must be there once, complete, with the seeds that lived. The last line is JSON: steps,
-kills, missing, wrong, incomplete. ``tests/gateway/test_kill.py`` runs it with few kills.
+kills, missing, wrong, incomplete. ``tests/gateway/store/test_kill.py`` runs it with few kills.
 """
 
 from __future__ import annotations

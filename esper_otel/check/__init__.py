@@ -1,0 +1,1 @@
+"""Check: ``esper-otel check``: what is wrong between a trainer and the places where its telemetry should be."""

@@ -1,0 +1,326 @@
+"""Check: sends one frame to the endpoint and says, in plain words, what is wrong on the way, if anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from esper_otel.errors import ConfigurationError
+from esper_otel.export.blocks import COUNTED
+from esper_otel.export.encode import Encoder, Request
+from esper_otel.export.endpoint import GRPC_NAMES, Endpoint, endpoint_from_environment
+from esper_otel.export.exporter import HEALTH_EVERY_S
+from esper_otel.export.provider import exporters_from_environment
+from esper_otel.export.proxies import proxy_of
+from esper_otel.export.resource import resource_for
+from esper_otel.export.streams import Stream
+from esper_otel.export.transport import Outcome, Result, Sender, open_sender
+from esper_otel.frames.frame import Frame, Run
+from esper_otel.schema import METRICS, SEED_CELLS, new_check_id
+from esper_otel.settings import EsperSettings
+
+_ON_THE_WAY_S = 5.0  # for everything before the frame is sent
+_LONG_TIMEOUT_S = 600.0
+
+_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # as OpenSSL says before and from 3.2
+_OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
+    9: "it is not valid yet: is the clock of this machine right?",
+    10: "it must be renewed there",
+    62: "use a host name that the certificate has",
+    64: "use a host name or address that the certificate has",
+}
+_FIXES = {
+    Result.TEMPORARY: "put that right; until then a run keeps its steps and sends them again",
+    Result.UNAUTHENTICATED: "correct the credentials there: a header is authorization=Bearer%20<token>, a token file "
+    "holds the token alone, a proxy is http://user:password@host:port",
+    Result.TOO_LARGE: "raise the endpoint's limit for a request to 4 MiB or more",
+    Result.REFUSED: "the endpoint's log says what it does not take; steps that it refuses are lost, and counted",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One thing on the way: ``ok`` is None when it was not looked at."""
+
+    name: str
+    ok: bool | None
+    message: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a check found.
+
+    Attributes:
+        ok: whether the frame was taken.
+        stages: what was looked at, in order, up to the first fault.
+        protocol: ``grpc`` or ``http/protobuf``; None when the settings do not say.
+        target: where the frame was sent, without credentials.
+        latency_ms: time of the request that carried the frame.
+        series: the most time series that a run of the given size makes, on each rank.
+        samples_per_s: the most samples a second that it sends, on each rank.
+    """
+
+    ok: bool
+    stages: tuple[Stage, ...]
+    protocol: str | None
+    target: str | None
+    latency_ms: float | None
+    series: int
+    samples_per_s: float
+
+
+def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping[str, str] = os.environ) -> CheckResult:
+    """Sends one frame as a run would, stage by stage; takes at most the time-out and a few seconds more.
+
+    Args:
+        seeds: live seeds of the run whose size is estimated.
+        steps_per_second: its pace.
+        environ: where ``OTEL_*`` stand.
+    """
+    settings = EsperSettings.model_construct()
+    stages: list[Stage] = []
+    endpoint: Endpoint | None = None
+    sender: Sender | None = None
+    latency_ms = None
+    try:
+        settings = EsperSettings()
+        exporters = exporters_from_environment(environ, ignored=_refuse)
+        endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
+        sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
+    except (ConfigurationError, OSError) as error:
+        stages.append(Stage("settings", False, str(error)))
+    else:
+        if sender is None:
+            stages.append(Stage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp"))
+        else:
+            stages.append(Stage("settings", True, _described(endpoint, settings.token_file)))
+            latency_ms = _look(endpoint, sender, stages)
+    is_ok = stages[-1].ok is True
+    series, samples_per_s = _size(seeds, steps_per_second, settings)
+    return CheckResult(
+        is_ok,
+        tuple(stages),
+        None if endpoint is None else endpoint.protocol,
+        None if endpoint is None else endpoint.target,
+        latency_ms if is_ok else None,
+        series,
+        samples_per_s,
+    )
+
+
+def _refuse(message: str) -> None:
+    """A run warns of a setting that it ignores and goes on; here it is a fault."""
+    raise ConfigurationError(message)
+
+
+def _look(endpoint: Endpoint, sender: Sender, stages: list[Stage]) -> float | None:
+    """Adds stages up to the first fault; returns the time of the request, None when none was sent."""
+    try:
+        for stage in _on_the_way(endpoint):
+            stages.append(stage)
+            if stage.ok is False:
+                return None
+        outcome, latency_ms = _send(endpoint, sender)
+        stages.append(of_outcome(outcome, endpoint))
+        return latency_ms
+    finally:
+        sender.close()
+
+
+def _size(seeds: int, steps_per_second: float, settings: EsperSettings) -> tuple[int, float]:
+    """Time series, and samples a second, that one rank makes at most when every metric is recorded in every step."""
+    enriched = settings.tolaria_step_enrichment_enabled
+    step = sum(metric.level == "step" and (enriched or not metric.gated) for metric in METRICS)
+    session = sum(metric.level == "session" for metric in METRICS)
+    of_seeds = seeds * len(SEED_CELLS)
+    return step + of_seeds + session, (step + of_seeds) * steps_per_second + session / HEALTH_EVERY_S
+
+
+def report_text(result: CheckResult) -> str:
+    """The findings, a line for each."""
+    marks = {True: "ok  ", False: "FAIL", None: "--  "}
+    lines = [f"{marks[stage.ok]}  {stage.name}: {stage.message}" for stage in result.stages]
+    lines += [f"      fix: {stage.fix}" for stage in result.stages if stage.ok is False and stage.fix]
+    if result.latency_ms is not None:
+        lines.append(f"      the request took {result.latency_ms:.1f} ms")
+    lines.append(f"      such a run makes up to {result.series:,} series, {result.samples_per_s:,.0f} samples a second")
+    return "\n".join(lines)
+
+
+def report_json(result: CheckResult) -> str:
+    """The findings as one JSON object."""
+    return json.dumps(asdict(result), allow_nan=False)
+
+
+def _described(endpoint: Endpoint, token_file: Path | None) -> str:
+    security = "plain text" if endpoint.is_insecure else "TLS"
+    names = [name for name, _ in endpoint.headers]
+    seconds = f"time-out {endpoint.timeout_s:g} s"
+    if endpoint.timeout_s >= _LONG_TIMEOUT_S:
+        seconds += " (OTEL_EXPORTER_OTLP_TIMEOUT is in seconds here, not milliseconds)"
+    parts = [f"{endpoint.protocol} to {endpoint.target}", security, f"compression {endpoint.compression}", seconds]
+    if token_file is not None:
+        part = f"bearer token from {str(token_file)!r}"
+        if "authorization" in names:
+            names.remove("authorization")
+            part += " in place of the authorization in OTEL_EXPORTER_OTLP_HEADERS"
+        parts.append(part)
+    if names:
+        parts.append(f"headers {', '.join(names)}")
+    return ", ".join(parts)
+
+
+def _on_the_way(endpoint: Endpoint) -> Iterator[Stage]:
+    """Name resolution, connection and TLS, each only when the one before is well."""
+    proxy = proxy_of(endpoint)
+    if proxy is not None and proxy.is_used:
+        yield Stage("connection", None, f"goes through the proxy {proxy}, which is not looked at")
+        return
+    if proxy is not None:
+        yield Stage("proxy", None, f"{proxy} is not http://host:port: gRPC passes it by")
+    if endpoint.address.startswith(GRPC_NAMES):
+        yield Stage("connection", None, f"gRPC finds {endpoint.target} itself")
+        return
+    url = urlsplit(endpoint.address if "://" in endpoint.address else f"//{endpoint.address}")
+    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    deadline_s = time.monotonic() + _ON_THE_WAY_S
+    silence = f"no answer about the name {host!r}", "is the network up?"
+    yield _within(deadline_s, lambda: _resolved(host, port), "name resolution", *silence)
+    silence = f"no answer from {host}:{port}", "a firewall or a wrong address drops it"
+    connect_by_s = min(deadline_s, time.monotonic() + endpoint.timeout_s)
+    yield _within(connect_by_s, lambda: _connected(host, port), "connection", *silence)
+    if not endpoint.is_insecure and endpoint.credential_provider is None:
+        left_s = max(min(deadline_s - time.monotonic(), endpoint.timeout_s), 0.1)
+        silence = f"{host}:{port} does not answer the TLS handshake", "for plain text give http://"
+        yield _within(deadline_s, lambda: _secured(endpoint, host, port, left_s), "TLS", *silence)
+
+
+def _authorities(endpoint: Endpoint) -> Path | None:
+    """What the sender trusts: neither protocol looks at the system's own store; None when it cannot be found."""
+    if endpoint.certificate is not None:
+        return endpoint.certificate
+    is_grpc = endpoint.protocol == "grpc"
+    names = ("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",) if is_grpc else ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    named = next(filter(None, map(os.environ.get, names)), None)
+    if named is not None:
+        return Path(named)
+    module, file = ("grpc", "_cython/_credentials/roots.pem") if is_grpc else ("certifi", "cacert.pem")
+    found = find_spec(module)
+    shipped = Path(found.origin).parent / file if found is not None and found.origin else None
+    return shipped if shipped is not None and shipped.is_file() else None
+
+
+def _within(deadline_s: float, look: Callable[[], Stage], name: str, silence: str, fix: str) -> Stage:
+    """The stage, or its failure when it takes too long: a look-up has no time-out, and each address has its own."""
+    found: list[Stage] = []
+    timeout_s = max(deadline_s - time.monotonic(), 0.1)
+    thread = threading.Thread(target=lambda: found.append(look()), name="esper-otel-check", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return found[0] if found else Stage(name, False, f"{silence} within {timeout_s:.1f} s", fix)
+
+
+def _resolved(host: str, port: int) -> Stage:
+    try:
+        addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return Stage("name resolution", False, f"{host!r}: {reason}", "correct the host in OTEL_EXPORTER_OTLP_ENDPOINT")
+    found = ", ".join(sorted(addresses))
+    return Stage("name resolution", True, f"{host} needs none" if found == host else f"{host} is {found}")
+
+
+def _connected(host: str, port: int) -> Stage:
+    try:
+        with socket.create_connection((host, port), _ON_THE_WAY_S):
+            return Stage("connection", True, f"port {port} of {host} is open")
+    except ConnectionRefusedError:
+        message = f"nothing listens on {host}:{port} (connection refused)"
+        fix = "start the collector, or correct the port: 4317 for grpc, 4318 for http/protobuf"
+    except OSError as error:
+        message, fix = f"{host}:{port}: {error.strerror or error}", "is the host reachable from here?"
+    return Stage("connection", False, message, fix)
+
+
+def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stage:
+    try:
+        trusted = _authorities(endpoint)
+        is_folder = trusted is not None and trusted.is_dir()
+        context = ssl.create_default_context(
+            cafile=None if is_folder else trusted, capath=trusted if is_folder else None
+        )
+        if endpoint.protocol == "grpc":
+            context.set_alpn_protocols(["h2"])
+        if endpoint.client_certificate is not None:
+            context.load_cert_chain(endpoint.client_certificate, endpoint.client_key)
+        with (
+            socket.create_connection((host, port), timeout_s) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            if endpoint.protocol != "grpc" or secured.selected_alpn_protocol() == "h2":
+                return Stage("TLS", True, f"{secured.version()}, the certificate is trusted")
+        message = f"{host}:{port} speaks TLS, but not HTTP/2, which gRPC needs"
+        fix = "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or use the port for gRPC, usually 4317"
+    except ssl.SSLCertVerificationError as error:
+        message = f"the certificate of {host}:{port} is not trusted: {error.verify_message}"
+        fix = _OF_CERTIFICATE.get(error.verify_code, "set OTEL_EXPORTER_OTLP_CERTIFICATE to the authority's PEM file")
+    except ssl.SSLError as error:
+        is_plain = error.reason in _NO_TLS
+        message = f"{host}:{port} does not speak TLS{'' if is_plain else f' with us: {error.reason or error}'}"
+        fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
+        if not is_plain:
+            fix = "does it want a certificate of ours? set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and _CLIENT_KEY"
+    except OSError as error:
+        message = f"{host}:{port} ended the TLS handshake: {error.strerror or error}"
+        fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
+    return Stage("TLS", False, message, fix)
+
+
+def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
+    now_ns = time.time_ns()
+    run = Run(new_check_id(), now_ns // 1_000_000, device_type="cpu")
+    frame = Frame(run, 1, 1, 0, now_ns, ("loss",), (0.0,), {})
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, _no_fault)
+    [request] = encoder.requests([frame])
+    started_s = time.perf_counter()
+    outcome = sender.send(request.body, endpoint.timeout_s)
+    latency_ms = (time.perf_counter() - started_s) * 1e3
+    if outcome.result is Result.DELIVERED:
+        _end(endpoint, sender, encoder, request, frame)
+    return outcome, latency_ms
+
+
+def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
+    """Ends the run and its series, as a session does, so that nothing that the check has sent looks alive."""
+    after_ns = frame.time_unix_ns + 1_000_000
+    outcome = {("esper.run.ended", "completed"): 1.0}
+    ended = encoder.health_scope(outcome, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns)
+    streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
+    for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=ended):
+        sender.send(body, endpoint.timeout_s)
+
+
+def _no_fault(where: str, error: Exception) -> None:
+    """A frame without processors has no readings that could fail."""
+
+
+def of_outcome(outcome: Outcome, endpoint: Endpoint) -> Stage:
+    """What became of a request, as a stage."""
+    if outcome.result is Result.DELIVERED and not outcome.rejected_points:
+        remark = f", and remarks: {outcome.reason}" if outcome.reason else ""
+        return Stage("frame", True, f"{endpoint.target} took it{remark}")
+    if outcome.result is Result.DELIVERED:
+        reason = f"{endpoint.target} refused {outcome.rejected_points} points: {outcome.reason}"
+        return Stage("frame", False, reason, "the endpoint's log says what it does not take")
+    return Stage("frame", False, outcome.reason, _FIXES[outcome.result])

@@ -1,0 +1,59 @@
+"""Through: a marked run on its way to Prometheus and to the gateway, and what became of it there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from esper_otel.check.back import Back
+from esper_otel.check.endpoint import Stage, of_outcome
+from esper_otel.check.in_gateway import at_gateway
+from esper_otel.check.in_prometheus import at_prometheus
+from esper_otel.check.marked_run import Marked
+from esper_otel.errors import ConfigurationError
+from esper_otel.export.endpoint import endpoint_from_environment
+from esper_otel.export.provider import exporters_from_environment
+from esper_otel.export.transport import open_sender
+from esper_otel.settings import EsperSettings
+
+__all__ = ["Back", "run_through"]
+
+
+def run_through(back: Back, *, environ: Mapping[str, str] = os.environ) -> list[Stage]:
+    """Sends a little run of two ranks to the endpoint, and compares it with what comes of it.
+
+    Called after ``run_check`` has found no fault.
+
+    Args:
+        back: where it is looked for.
+        environ: where ``OTEL_*`` stand.
+
+    Raises:
+        ConfigurationError: nobody to ask, or an address that cannot be used.
+    """
+    if back.prometheus is None and back.gateway is None:
+        raise ConfigurationError("--through needs somebody to ask: give --prometheus URL, --gateway ADDRESS, or both")
+    if back.prometheus is not None and not back.prometheus.startswith(("http://", "https://")):
+        raise ConfigurationError(f"--prometheus {back.prometheus}: give a URL, such as http://127.0.0.1:9090")
+    protocol = exporters_from_environment(environ, ignored=_known).protocol
+    endpoint = endpoint_from_environment(environ, protocol=protocol, ignored=_known)
+    sender = open_sender(endpoint, EsperSettings().token_file)
+    marked = Marked(sender, endpoint.timeout_s)
+    try:
+        sent_s = time.monotonic()
+        outcome = of_outcome(marked.send(sent_s + back.timeout_s), endpoint)
+        if not outcome.ok:
+            return [outcome]
+        stages = [] if back.gateway is None else [at_gateway(back, marked, sent_s)]
+        if back.prometheus is not None:
+            has_gateway = bool(stages and stages[0].ok)
+            stages.append(at_prometheus(back, marked, sent_s, has_it=has_gateway))
+        return stages
+    finally:
+        marked.end()
+        sender.close()
+
+
+def _known(message: str) -> None:
+    """The check before this one has told of settings that are ignored."""

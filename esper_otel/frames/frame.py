@@ -1,0 +1,194 @@
+"""Frame: one training step, frozen. The only type between recording, exporting and converting."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.schema import SEED_FIELDS, SEED_METRICS
+
+if TYPE_CHECKING:
+    from esper_otel.derive.processor import Derived
+
+# A missing cell is a quiet NaN with a payload of our own, so that a recorded NaN stays a value. Arithmetic on
+# cells would lose the payload; cells are only ever copied and compared.
+ABSENT_BITS = 0x7FF8_E59E_0A85_E117
+ABSENT: float = struct.unpack("<d", struct.pack("<Q", ABSENT_BITS))[0]
+
+WIDTH = len(SEED_FIELDS)
+COLUMN = {field: column for column, field in enumerate(SEED_FIELDS)}
+NARROW = len(SEED_METRICS)  # the request's fields, which come first
+
+Cells = npt.NDArray[np.float64]
+
+
+def is_absent(cells: Cells) -> npt.NDArray[np.bool_]:
+    """True where a cell is missing; a NaN that was recorded is not. Same shape as ``cells``."""
+    absent: npt.NDArray[np.bool_] = cells.view(np.uint64) == ABSENT_BITS
+    return absent
+
+
+class SeedTable(NamedTuple):
+    """Rows of seeds: ``cells`` has one for each id, float64, columns in the order of ``SEED_FIELDS``.
+
+    There are 19 columns, or the first 10 where no cell of the others is there: most seeds say the request's fields
+    only. In memory, rows or columns stand together.
+    """
+
+    ids: tuple[str, ...]
+    cells: Cells
+
+    def wide(self) -> SeedTable:
+        """The same table with all 19 columns; itself, if it has them."""
+        if self.cells.shape[1] == WIDTH:
+            return self
+        cells = _blank(len(self.ids)).copy()
+        cells[:, :NARROW] = self.cells
+        return SeedTable(self.ids, cells)
+
+    def rows(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Each seed's id with the cells that are present, by field name."""
+        present = ~is_absent(self.cells)
+        for seed_id, cells, mask in zip(self.ids, self.cells.tolist(), present.tolist(), strict=True):
+            yield (
+                seed_id,
+                {field: cell for field, cell, there in zip(SEED_FIELDS, cells, mask, strict=False) if there},
+            )
+
+
+def alike(*tables: SeedTable) -> tuple[SeedTable, ...]:
+    """The tables with equally many columns: as they are where they have that, else all with 19.
+
+    Whatever puts cells of two tables side by side or compares them goes through here.
+    """
+    if len({table.cells.shape[1] for table in tables}) <= 1:
+        return tables
+    return tuple(table.wide() for table in tables)
+
+
+@lru_cache(maxsize=4)
+def _blank(rows: int) -> Cells:
+    """Cells of which none is there."""
+    return np.full((rows, WIDTH), ABSENT)
+
+
+def _no_rows() -> SeedTable:
+    cells = np.empty((0, WIDTH))
+    cells.flags.writeable = False
+    return SeedTable((), cells)
+
+
+NO_SEEDS = _no_rows()
+
+
+# Outcomes of runs in which nothing went wrong, as far as is known.
+FINE = frozenset({"completed", "exit", "interrupted"})
+
+# The attempt of a run of which it is not known yet; a Resource leaves it out.
+UNKNOWN_ATTEMPT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all frames of one attempt and rank have in common; rendered into the OTLP resource.
+
+    Attributes:
+        run_id: the run's name; the same after a resume and on every rank.
+        attempt: which start of the run: the same for all its ranks, and larger at each start. Unix milliseconds of the
+            start, if nothing else was given.
+        rank: this process among ``world_size``.
+        experiment: name of the experiment; empty when there is none.
+        device_type: ``cuda`` or ``cpu``; empty until it is known.
+        device_id: PyTorch's name of the device, such as ``cuda:0``.
+        compute_capability: major * 10 + minor; 0 on CPU or while it is not known.
+    """
+
+    run_id: str
+    attempt: int
+    rank: int = 0
+    world_size: int = 1
+    experiment: str = ""
+    device_type: str = ""
+    device_id: str = ""
+    compute_capability: int = 0
+
+
+NO_READINGS: Mapping[str, float] = {}
+
+# A step whose sender does not say its number gets one from here on: this and its time in Unix nanoseconds. No sender's
+# own number is as large.
+GUESSED_STEP = 2**63
+
+# What an incomplete frame that was put together elsewhere has recorded, with ``esper.seeds``: what its sender said of
+# it, which cannot be seen from the rest. They are no values of the step.
+SAID_BESIDE = frozenset({"esper.seeds.digest", "esper.frame.points"})
+
+# The last finite loss; a frame with a finite loss says no other.
+LAST_LOSS = "esper.training.loss"
+
+# What rounds to infinity in the packets' float32 begins here: the largest float32 and half a unit in its last place.
+FLOAT32_BOUND = float(2**128 - 2**103)
+
+
+class Frame(NamedTuple):
+    """One step: what was recorded in it, by catalogue name, with presence.
+
+    A name that is not there was not provided; a NaN is a value like any other. Treat the mappings as
+    read-only: they are shared with whoever else reads the frame.
+
+    Attributes:
+        run: what all frames of this attempt have in common.
+        sequence: 1, 2, ... within (attempt, rank), without holes.
+        global_step: the step's number; goes back when training does.
+        epoch: the epoch it belongs to.
+        time_unix_ns: Unix time of the step in nanoseconds, strictly increasing in milliseconds.
+        names: of the step values put or measured, and of what is said of the step beside them.
+        numbers: their values, in the same order.
+        context: step values that stay until they are replaced (validation, epochs).
+        seeds: the rows recorded in this step.
+        live: every live seed with its last known cells.
+        retired: seeds whose lives ended after the frame before; their series end.
+        derived: what processors computed; read through ``values()``.
+        probed: readings of probes; what was recorded stands before them.
+    """
+
+    run: Run
+    sequence: int
+    global_step: int
+    epoch: int
+    time_unix_ns: int
+    names: tuple[str, ...]
+    numbers: tuple[float, ...]
+    context: Mapping[str, float]
+    seeds: SeedTable = NO_SEEDS
+    live: SeedTable = NO_SEEDS
+    retired: tuple[str, ...] = ()
+    derived: Derived = ()
+    probed: Mapping[str, float] = NO_READINGS
+
+    @property
+    def recorded(self) -> dict[str, float]:
+        """The step values put or measured, by name."""
+        return dict(zip(self.names, self.numbers, strict=True))
+
+    def values(self) -> dict[str, float]:
+        """Every step value of the frame by catalogue name, readings of processors and our own included."""
+        values: dict[str, float] = {}
+        for processor, state in self.derived:
+            values.update(processor.readings(state))
+        values.update(self.context)
+        values.update(self.probed)
+        values.update(zip(self.names, self.numbers, strict=True))  # what the caller gave stands
+        loss = values.get("loss")
+        if loss is not None and -FLOAT32_BOUND < loss < FLOAT32_BOUND:
+            values[LAST_LOSS] = loss
+        values["esper.global_step"] = self.global_step
+        values["esper.epoch"] = self.epoch
+        values.setdefault("esper.seeds", len(self.live.ids))
+        return values

@@ -1,0 +1,53 @@
+"""Bus: the gateway's packets as a source for Oona; its publisher runs in a thread, the gateway in its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import CancelledError
+from typing import Any, TypeVar
+
+from esper_otel.errors import GatewayUnavailable
+from esper_otel.gateway.core import Core
+from esper_otel.leyline.packets import Page
+from esper_otel.pull.client import page_of
+from esper_otel.pull.messages import PullRequest
+
+_TIMEOUT_S = 10.0
+Result = TypeVar("Result")
+
+
+class OfGateway:
+    """See ``oona.Source``. Made in the event loop, asked from another thread."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._loop = asyncio.get_running_loop()
+
+    def runs(self) -> Sequence[str]:
+        """See ``oona.Source``."""
+
+        async def ask() -> list[str]:
+            return list(dict.fromkeys(run.run_id for run in self._core.runs().runs if run.stored))
+
+        return self._asked(ask())
+
+    def tenant(self, run_id: str) -> str:
+        """See ``oona.Source``. Asked from another thread: it is one look into a dictionary."""
+        return self._core.tenant(run_id)
+
+    def page(self, run_id: str, cursor: str | None, most: int) -> Page:
+        """See ``oona.Source``."""
+        request = PullRequest(run_id=run_id, cursor=cursor or "", max_packets=most)
+        return page_of(run_id, self._asked(self._core.pull(request)))
+
+    def _asked(self, question: Coroutine[Any, Any, Result]) -> Result:
+        if self._loop.is_closed():
+            question.close()
+            raise GatewayUnavailable("the gateway has ended")
+        answer = asyncio.run_coroutine_threadsafe(question, self._loop)
+        try:
+            return answer.result(_TIMEOUT_S)
+        except (CancelledError, TimeoutError):
+            answer.cancel()
+            raise GatewayUnavailable("the gateway is about to end") from None

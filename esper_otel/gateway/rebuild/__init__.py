@@ -1,0 +1,1 @@
+"""Rebuild: points become frames again, in order, for each writer."""

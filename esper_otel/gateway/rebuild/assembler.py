@@ -1,0 +1,320 @@
+"""Assembling: points become frames again, whatever was split, merged, repeated, reordered or interleaved on the way."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import zip_longest
+from typing import NamedTuple
+
+from esper_otel.frames.frame import Frame
+from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.rebuild.crowd import Crowd, OfRequest
+from esper_otel.gateway.rebuild.parts import Shapes
+from esper_otel.gateway.rebuild.queue import Waiting
+from esper_otel.gateway.rebuild.runs import Runs
+from esper_otel.gateway.rebuild.track import Track
+from esper_otel.gateway.receive.request import TOO_MANY_RUNS, Block, Decoded, Sender
+from esper_otel.gateway.turns import ENDLESS, Turn, finished
+
+NO_FRAMES: Mapping[Origin, Frame] = {}
+
+
+class Taken(NamedTuple):
+    """What became of a request.
+
+    Attributes:
+        accepted: points taken.
+        rejected: points not taken, by reason.
+        crowded: the runs for which there is no room now.
+        waits_for: those of them because of which the request should come again.
+    """
+
+    accepted: int
+    rejected: Mapping[str, int]
+    crowded: tuple[str, ...] = ()
+    waits_for: tuple[str, ...] = ()
+
+
+class _Held(NamedTuple):
+    """What of a writer was not released yet when that was tried last."""
+
+    since_s: float | None
+    points: int
+
+
+class Assembler:
+    """Makes frames of the points of many senders.
+
+    Points with one (run, attempt, rank, time) are a frame. One of ours says its number and how many points it has:
+    it is released when it is whole and its turn has come, or after ``hold_s`` without some of its points, or without
+    frames before it; what comes later still makes a new revision, or a frame of its own. One of a plain sender
+    is released ``linger_s`` after its last point. Of a point that comes twice the first one counts; a value that
+    changes after the release makes a new revision.
+
+    Threads: one at a time.
+
+    Args:
+        limits: what senders may cost.
+        hold_s: how long a frame waits for points, or for frames before it.
+        linger_s: how long one waits that does not say how many points it has.
+    """
+
+    def __init__(self, limits: Limits | None = None, *, hold_s: float = 2.0, linger_s: float = 0.05) -> None:
+        self._limits = limits or Limits()
+        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s)
+        self._shapes = Shapes()
+        self._touched: dict[Track, None] = {}
+        self._held: dict[Track, _Held] = {}
+        self._kept: dict[str, deque[tuple[Track, int, int]]] = {}  # by tenant
+        self._kept_bytes: Counter[str] = Counter()
+        self._ended: dict[Origin, str] = {}
+        self._moved: dict[Track, None] = {}
+        self._crowd = Crowd(self._limits.patient_s)
+        self._last_tenant = ""  # whose track has used up a turn last
+
+    def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int, tenant: str = "") -> Taken:
+        """Takes what a request says.
+
+        Args:
+            decoded: the request.
+            now_s: the monotonic clock.
+            received_unix_ns: when it came.
+            tenant: whose share of the room it takes.
+
+        Returns:
+            What became of it. A request that comes again changes nothing of what was taken the first time.
+        """
+        return finished(self.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant))
+
+    def prepare(self, block: Block) -> None:
+        """Finds out beforehand what takes long of a block that is to be taken; in any one other thread."""
+        self._shapes.prepare(block)
+
+    def taking(
+        self, decoded: Decoded, *, now_s: float, received_unix_ns: int, tenant: str = ""
+    ) -> Generator[None, None, Taken]:
+        """``take``, in parts: between two of them other requests may be taken, and frames released."""
+        rejected = Counter(decoded.rejected)
+        request = OfRequest(tenant)
+        for block in decoded.blocks:
+            yield from self._take_block(block, request, now_s, received_unix_ns, rejected)
+        for marker in decoded.markers:
+            yield
+            track = self._track(marker.sender, request, now_s)
+            if track is None:
+                rejected[TOO_MANY_RUNS] += 1
+            else:
+                track.end_stream(marker)
+        for sender, outcome in decoded.ended:
+            yield
+            track = self._track(sender, request, now_s)
+            if track is None:
+                rejected[TOO_MANY_RUNS] += 1
+            else:
+                track.note(sender, now_s, received_unix_ns)
+                track.end(outcome)
+                self._ended[track.origin] = outcome
+        waits_for = self._crowd.waiting(request, now_s) if rejected[TOO_MANY_RUNS] else ()
+        return Taken(decoded.points - rejected.total(), +rejected, request.runs, waits_for)
+
+    def ended(self) -> dict[Origin, str]:
+        """Outcomes of the runs that ended since the last call."""
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def places(self) -> list[Place]:
+        """Where the writers stand of which frames were released since the last call."""
+        moved, self._moved = self._moved, {}
+        return [track.place() for track in moved]
+
+    def since(self) -> float | None:
+        """When the first point came of what waits, on the monotonic clock; None when nothing waits."""
+        return min((held.since_s for held in self._held.values() if held.since_s is not None), default=None)
+
+    def due(self) -> float | None:
+        """When ``release`` must be called next, on the monotonic clock; None when nothing waits."""
+        if self._touched:
+            return 0.0
+        return min((track.due_s for track in self._held if track.due_s is not None), default=None)
+
+    def tenant(self, run_id: str) -> str:
+        """Who sent the first point of a run."""
+        return self._runs.tenant(run_id)
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """How much of each bound is used, and the bound."""
+        waiting = sum(held.points for held in self._held.values())
+        return {
+            "writers": (len(self._runs), self._limits.runs),
+            "stream ends": (self._runs.ends.used, self._runs.ends.most),
+            "waiting points": (waiting, self._limits.waiting_points),
+            "correctable bytes": (self._kept_bytes.total(), self._limits.kept_bytes),
+        }
+
+    def release_all(self, now_s: float, turn: Turn) -> list[Item]:
+        """The frames that wait, whether it is their turn or not, until the event loop's turn is over."""
+        items: list[Item] = []
+        for track in list(self._held):
+            if turn.is_over:
+                break
+            items += self._released(track, now_s, turn, all_now=True)
+        return items
+
+    def release(self, now_s: float, turn: Turn = ENDLESS, *, of_all: bool = True) -> list[Item]:
+        """The frames whose turn it is: in order within each writer, with corrections of released ones.
+
+        When the event loop's turn is over, what is left is due at once.
+
+        Args:
+            now_s: the monotonic clock.
+            turn: the event loop's.
+            of_all: whether of all writers, or only of those of whom something has come since the last call.
+        """
+        items: list[Item] = []
+        for track in self._in_turn(now_s if of_all else None):
+            items += self._released(track, now_s, turn)
+        while sum(held.points for held in self._held.values()) > self._limits.waiting_points:
+            of_tenants = Counter[str]()
+            for track, held in self._held.items():
+                of_tenants[track.tenant] += held.points
+            largest = max(self._held, key=lambda track: (of_tenants[track.tenant], self._held[track].points))
+            if turn.is_over:
+                self._touched[largest] = None  # so that this is looked at again
+                break
+            items += self._released(largest, now_s, turn, all_now=True)
+        return items
+
+    def _in_turn(self, now_s: float | None) -> list[Track]:
+        """The tracks that are to be looked at: of each tenant one, then another; who had a turn last comes last.
+
+        Args:
+            now_s: those too whose time has come by then.
+        """
+        touched, self._touched = self._touched, {}
+        new = [track for track in touched if track not in self._held]
+        due = [track for track in self._held if track in touched or (now_s is not None and track.is_due(now_s))]
+        of_tenants: dict[str, list[Track]] = {}
+        for track in (*new, *due):
+            of_tenants.setdefault(track.tenant, []).append(track)
+        if self._last_tenant in of_tenants:
+            of_tenants[self._last_tenant] = of_tenants.pop(self._last_tenant)
+        return [track for tracks in zip_longest(*of_tenants.values()) for track in tracks if track is not None]
+
+    def runs(self, now_s: float) -> list[RunState]:
+        """The state of each writer; those that have been silent for long are forgotten."""
+        gone = set(self._runs.expire(now_s))
+        if gone:
+            self._held = {track: held for track, held in self._held.items() if track not in gone}
+            self._touched = {track: None for track in self._touched if track not in gone}
+            for tenant in {track.tenant for track in gone} & {*self._kept}:
+                left = deque(kept for kept in self._kept.pop(tenant) if kept[0] not in gone)
+                del self._kept_bytes[tenant]
+                if left:
+                    self._kept[tenant] = left
+                    self._kept_bytes[tenant] = sum(size for _, _, size in left)
+        return self._runs.states(now_s)
+
+    def restore(
+        self,
+        items: Iterable[tuple[Item, bool]],
+        ended: Mapping[Origin, str],
+        first_frames: Mapping[Origin, Frame] = NO_FRAMES,
+        places: Iterable[Place] = (),
+        *,
+        now_s: float,
+        tenant: str = "",
+    ) -> None:
+        """Goes on where an earlier life of the gateway stopped.
+
+        Args:
+            items: the newest revision of the newest frames of each writer, oldest first, each with whether its writer
+                had none before it.
+            ended: outcomes of their runs.
+            first_frames: the oldest frame of each writer.
+            places: where the writers stand.
+            now_s: the monotonic clock.
+            tenant: whose share of the room the writers take.
+        """
+        for item, is_first in items:
+            track = self._runs.restored(item.origin, tenant)
+            track.received_s = now_s
+            track.restore(item, is_first=is_first)
+            self._keep(track, item.frame.time_unix_ns)
+        for origin, frame in first_frames.items():
+            self._runs.restored(origin).restore_first(frame)
+        for place in places:
+            self._runs.restored(place.origin).restore_place(place)
+        for origin, outcome in ended.items():
+            self._runs.restored(origin).end(outcome)
+
+    def _take_block(
+        self, block: Block, request: OfRequest, now_s: float, received_unix_ns: int, rejected: Counter[str]
+    ) -> Iterator[None]:
+        sender = block.sender
+        track = self._track(sender, request, now_s)
+        if track is None:
+            rejected[TOO_MANY_RUNS] += len(block.times)
+            return
+        twin = self._runs.twin(sender)
+        for time_unix_ns, of_frame in self._shapes.parts(block):
+            target, shape = track, of_frame.part.shape
+            if twin is not None and not track.knows(time_unix_ns):
+                number = of_frame.part.number(shape.sequence)
+                if twin.knows(time_unix_ns) or (number is not None and number == twin.next != track.next):
+                    target = twin
+            self._touched[target] = None
+            target.learn(shape, is_ours=block.is_ours)
+            clash = target.take(time_unix_ns, of_frame, sender, now_s, received_unix_ns, rejected)
+            if clash is not None:
+                other = track if target is twin else twin
+                twin = self._clashed(track, other, sender, time_unix_ns, clash, now_s) or twin
+            yield
+
+    def _clashed(
+        self, first: Track, other: Track | None, sender: Sender, time_unix_ns: int, waiting: Waiting, now_s: float
+    ) -> Track | None:
+        """Gives a frame whose number is taken to the sender's other writer; one that fits neither is counted."""
+        target = other or self._runs.track(sender, now_s, tenant=first.tenant, suffix="#2")
+        if target is None:
+            first.count_too_late()
+            return None
+        self._touched[target] = None
+        target.note(sender, now_s, waiting.received_unix_ns)
+        if target.put(time_unix_ns, waiting) is not None:
+            target.count_too_late()
+        return None if other else target
+
+    def _track(self, sender: Sender, request: OfRequest, now_s: float) -> Track | None:
+        track = self._runs.track(sender, now_s, tenant=request.tenant)
+        self._crowd.note(request, sender, now_s, is_taken=track is not None)
+        if track is not None:
+            self._touched[track] = None
+        return track
+
+    def _released(self, track: Track, now_s: float, turn: Turn, *, all_now: bool = False) -> list[Item]:
+        items = track.release(now_s, turn, all_now=all_now)
+        if items:
+            self._moved[track] = None
+            if track.is_due(now_s):
+                self._last_tenant = track.tenant
+        for item in items:
+            if item.revision == 1:
+                self._keep(track, item.frame.time_unix_ns)
+        if items or track.due_s is None:
+            self._held.pop(track, None)
+        if track.due_s is not None:
+            self._held[track] = _Held(track.since_s, track.waiting_points)  # behind the others, if it had its turn
+        return items
+
+    def _keep(self, track: Track, time_unix_ns: int) -> None:
+        """Notes a released frame; lets go of the oldest ones of the tenant that has most, if they are too many."""
+        size = track.size_of(time_unix_ns)
+        self._kept.setdefault(track.tenant, deque()).append((track, time_unix_ns, size))
+        self._kept_bytes[track.tenant] += size
+        while self._kept_bytes.total() > self._limits.kept_bytes:
+            tenant = max(self._kept_bytes, key=self._kept_bytes.__getitem__)
+            oldest, time_unix_ns, size = self._kept[tenant].popleft()
+            oldest.forget(time_unix_ns)
+            self._kept_bytes[tenant] -= size

@@ -1,0 +1,277 @@
+"""Parts: what one request holds of a frame. Parts of equal streams share a shape: what becomes of each value."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import ABSENT, GUESSED_STEP, NARROW, NO_SEEDS, WIDTH, Frame, SeedTable
+from esper_otel.gateway.receive.request import Block
+from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED
+
+# A metric's name, and the seed's id or nothing.
+Stream: TypeAlias = tuple[str, str]
+
+_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
+_SEQUENCE: Stream = (FRAME_SEQUENCE.name, "")
+_POINTS: Stream = (FRAME_POINTS.name, "")
+_STEP: Stream = ("esper.global_step", "")
+_EPOCH: Stream = ("esper.epoch", "")
+_LIVE: Stream = ("esper.seeds", "")
+_DIGEST: Stream = ("esper.seeds.digest", "")
+_NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shape:
+    """Which streams the values of a part belong to.
+
+    Attributes:
+        streams: the stream of each value.
+        has_repeats: whether a stream has several.
+        sequence: the place of the frame's sequence among the values; None when it is not there, as below.
+        points: of the frame's number of points.
+        step: of its global step.
+        epoch: of its epoch.
+        live: of its number of live seeds.
+        digest: of the digest of these.
+        retired: seeds whose lives ended before the frame, sorted.
+        names: step metrics that are values of the frame.
+        name_places: their places.
+        ids: seeds, sorted.
+        columns: of the table of their cells.
+        cells: places in the flat table of cells.
+        cell_places: the places of the values that belong there.
+    """
+
+    streams: tuple[Stream, ...]
+    has_repeats: bool
+    sequence: int | None
+    points: int | None
+    step: int | None
+    epoch: int | None
+    live: int | None
+    digest: int | None
+    retired: tuple[str, ...]
+    names: tuple[str, ...]
+    name_places: npt.NDArray[np.intp]
+    ids: tuple[str, ...]
+    columns: int
+    cells: npt.NDArray[np.intp]
+    cell_places: npt.NDArray[np.intp]
+
+    @classmethod
+    def of(cls, streams: Sequence[Stream]) -> Shape:
+        """The shape of values of these streams."""
+        place = {stream: number for number, stream in enumerate(streams)}
+        of_cells = [(name, seed, number) for (name, seed), number in place.items() if seed and name in _COLUMNS]
+        ids = tuple(sorted({seed for _, seed, _ in of_cells}))
+        row = {seed: number for number, seed in enumerate(ids)}
+        last = max((_COLUMNS[name] for name, _, _ in of_cells), default=0)
+        columns = NARROW if last < NARROW else WIDTH
+        cells = [(row[seed] * columns + _COLUMNS[name], number) for name, seed, number in of_cells]
+        values = [
+            (stream[0], number)
+            for stream, number in place.items()
+            if not stream[1] and stream not in _NOT_AMONG_THE_VALUES
+        ]
+        return cls(
+            tuple(streams),
+            len(place) < len(streams),
+            place.get(_SEQUENCE),
+            place.get(_POINTS),
+            place.get(_STEP),
+            place.get(_EPOCH),
+            place.get(_LIVE),
+            place.get(_DIGEST),
+            tuple(sorted(seed for name, seed in place if name == SEED_RETIRED.name)),
+            tuple(name for name, _ in values),
+            np.array([number for _, number in values], np.intp),
+            ids,
+            columns,
+            np.array([cell for cell, _ in cells], np.intp),
+            np.array([number for _, number in cells], np.intp),
+        )
+
+
+class Part(NamedTuple):
+    """Values of one frame.
+
+    Attributes:
+        shape: which streams they belong to.
+        numbers: the values.
+    """
+
+    shape: Shape
+    numbers: npt.NDArray[np.float64]
+
+    def number(self, place: int | None) -> float | None:
+        """The value at a place of the shape's."""
+        return None if place is None else float(self.numbers[place])
+
+    def values(self) -> dict[str, float]:
+        """The step's values."""
+        return dict(zip(self.shape.names, self.numbers[self.shape.name_places].tolist(), strict=True))
+
+    def seeds(self) -> SeedTable:
+        """The seeds' rows."""
+        shape = self.shape
+        if not shape.ids:
+            return NO_SEEDS
+        cells = np.full(len(shape.ids) * shape.columns, ABSENT)
+        cells[shape.cells] = self.numbers[shape.cell_places]
+        return SeedTable(shape.ids, cells.reshape(-1, shape.columns))
+
+    def without(self, seeds: Iterable[str]) -> Part:
+        """The part without the values of some seeds."""
+        gone = set(seeds)
+        keep = [place for place, (_, seed) in enumerate(self.shape.streams) if seed not in gone]
+        return Part(Shape.of([self.shape.streams[place] for place in keep]), self.numbers[keep])
+
+
+def part_of(frame: Frame, *, complete: bool) -> Part:
+    """The points that a frame was made of; how many they were is known only if none is missing."""
+    numbers: dict[Stream, float] = {(name, ""): value for name, value in frame.values().items()}
+    if frame.global_step >= GUESSED_STEP:
+        del numbers[_STEP]
+    numbers |= dict.fromkeys([(SEED_RETIRED.name, seed) for seed in frame.retired], 1.0)
+    for seed, cells in frame.seeds.rows():
+        numbers |= {(SEED_CELLS[SEED_FIELDS.index(field)].name, seed): cell for field, cell in cells.items()}
+    if frame.sequence:
+        numbers[_SEQUENCE] = frame.sequence
+        if complete:
+            numbers[_DIGEST] = digest_of(frame.live.ids)
+            numbers[_POINTS] = len(numbers) + 1
+    return Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
+
+
+class Merged(NamedTuple):
+    """Parts of one frame put together; ``differing`` counts values that came twice and were not the same.
+
+    Of two frames at one time nobody knows which values are whose: the part does not say then how many points it has.
+    """
+
+    part: Part
+    differing: int
+
+
+def merged(parts: Iterable[Part], *, last_counts: bool = False) -> Merged:
+    """The parts as one. Of a stream that comes twice the first value counts, or the last."""
+    numbers: dict[Stream, float] = {}
+    differing = 0
+    is_one = True
+    for part in parts:
+        for stream, number in zip(part.shape.streams, part.numbers.tolist(), strict=True):
+            known = numbers.setdefault(stream, number)
+            if known is not number and not is_equal(known, number):
+                differing += 1
+                is_one = is_one and stream != _SEQUENCE
+                if last_counts:
+                    numbers[stream] = number
+    if not is_one:
+        numbers.pop(_POINTS, None)
+    return Merged(Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing)
+
+
+def is_equal(one: float, other: float) -> bool:
+    """Whether two values are the same; NaN is the same as NaN."""
+    return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
+
+
+# As much memory as so many values takes a shape without any.
+_EMPTY_SHAPE = 16
+# To find out the shape of so many values takes a millisecond or two.
+_LARGE = 1_000
+
+
+class Shapes:
+    """Remembers shapes, since steps are alike; bounded by how many values they are for.
+
+    Threads: ``parts`` belongs to one, ``prepare`` to another; each uses what the other has found out.
+    """
+
+    def __init__(self, most_values: int = 500_000) -> None:
+        self._most_values = most_values
+        self._values = 0
+        self._words = 0
+        self._known: dict[tuple[int, bytes], Shape] = {}
+        self._numbers = itertools.count()
+        self._vocabularies: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
+        self._lock = Lock()
+
+    def prepare(self, block: Block) -> None:
+        """Finds out beforehand what takes long: the shapes of large frames."""
+        vocabulary = self._vocabulary(block)
+        for some in _frames(block.times):
+            if some.stop - some.start >= _LARGE:
+                self._part(block, vocabulary, some)
+
+    def parts(self, block: Block) -> Iterator[tuple[int, Merged]]:
+        """The times in a block, each with its part."""
+        vocabulary = self._vocabulary(block)
+        for some in _frames(block.times):
+            yield int(block.times[some.start]), self._part(block, vocabulary, some)
+
+    def _part(self, block: Block, vocabulary: int, some: slice) -> Merged:
+        streams, values = block.streams[some], block.values[some]
+        shape = self._shape(block, vocabulary, streams)
+        if not shape.has_repeats:
+            return Merged(Part(shape, values.copy()), 0)  # a frame that waits must not keep the whole request
+        _, first, of_stream = np.unique(streams, return_index=True, return_inverse=True)
+        known = values[first[of_stream]]
+        differs = (values != known) & ~(np.isnan(values) & np.isnan(known))
+        keep = np.sort(first)
+        names = dict(zip(block.names, itertools.count()))
+        if (differs & (streams == names.get(_SEQUENCE[0], -1))).any():
+            keep = keep[streams[keep] != names.get(_POINTS[0], -1)]
+        return Merged(Part(self._shape(block, vocabulary, streams[keep]), values[keep]), int(differs.sum()))
+
+    def _vocabulary(self, block: Block) -> int:
+        """A number for what streams are counted in; hashed once a block, since it may be long."""
+        words = (block.names, block.seeds)
+        with self._lock:
+            number = self._vocabularies.pop(words, None)
+            if number is None:
+                number = next(self._numbers)
+                self._words += len(block.names) + len(block.seeds)
+                while self._words > self._most_values and self._vocabularies:
+                    names, seeds = next(iter(self._vocabularies))
+                    del self._vocabularies[names, seeds]
+                    self._words -= len(names) + len(seeds)
+            self._vocabularies[words] = number
+        return number
+
+    def _shape(self, block: Block, vocabulary: int, streams: npt.NDArray[np.int64]) -> Shape:
+        key = (vocabulary, streams.tobytes())
+        with self._lock:
+            shape = self._known.pop(key, None)
+            if shape is not None:
+                self._known[key] = shape  # the last used comes last
+                return shape
+        shape = Shape.of(_streams(block, streams))
+        with self._lock:
+            if key not in self._known:
+                self._values += len(streams) + _EMPTY_SHAPE
+            self._known[key] = shape
+            while self._values > self._most_values and len(self._known) > 1:
+                self._values -= len(self._known.pop(next(iter(self._known))).streams) + _EMPTY_SHAPE
+        return shape
+
+
+def _frames(times: npt.NDArray[np.uint64]) -> Iterator[slice]:
+    """Where the points of each time stand."""
+    bounds = [0, *(np.flatnonzero(times[1:] != times[:-1]) + 1).tolist(), len(times)]
+    return itertools.starmap(slice, itertools.pairwise(bounds))
+
+
+def _streams(block: Block, streams: npt.NDArray[np.int64]) -> list[Stream]:
+    seed, name = np.divmod(streams, len(block.names))
+    names, seeds = block.names, block.seeds
+    return [(names[n], seeds[s - 1] if s else "") for s, n in zip(seed.tolist(), name.tolist(), strict=True)]

@@ -1,0 +1,150 @@
+"""Runs: which writers there are, told apart, bounded, and forgotten when they have been silent for long."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.limits import Limits, Room
+from esper_otel.gateway.rebuild.launches import with_resumed
+from esper_otel.gateway.rebuild.track import Track
+from esper_otel.gateway.receive.request import Sender
+
+# A writer from which something came so recently is alive.
+_ALIVE_S = 60.0
+
+# Stands for the process of a writer that is known from an earlier life; no text can be equal to it.
+_UNCLAIMED = "\0"
+
+
+class _Rank(NamedTuple):
+    run_id: str
+    attempt: int
+    rank: int
+
+
+class Runs:
+    """The tracks of all writers.
+
+    Two processes that claim one (run, attempt, rank) are two writers: the first one seen has no name, the others
+    are named after their instance, host and process. If even these are equal their frames' numbers clash: a
+    frame whose number is taken goes to a second writer, ``#2``. No frame is lost then, but which of the two a frame
+    belongs to is known only where the numbers tell.
+
+    Args:
+        limits: how many there may be, and for how long.
+        hold_s: see ``Track``.
+        linger_s: see ``Track``.
+
+    Attributes:
+        ends: room for ends of streams that are to come.
+    """
+
+    def __init__(self, limits: Limits, *, hold_s: float, linger_s: float) -> None:
+        self._limits = limits
+        self._hold_s = hold_s
+        self._linger_s = linger_s
+        self._ranks: dict[_Rank, dict[str, Track]] = {}
+        self._tenants: dict[str, OrderedDict[Track, None]] = {}  # of each the longest silent first
+        self._of_runs: dict[str, str] = {}
+        self._writers_of: Counter[str] = Counter()
+        self._count = 0
+        self.ends = Room(limits.ends)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Track]:
+        return (track for writers in self._ranks.values() for track in writers.values())
+
+    def tenant(self, run_id: str) -> str:
+        """Who sent the first point of a run; empty when it is not known."""
+        return self._of_runs.get(run_id, "")
+
+    def track(self, sender: Sender, now_s: float, *, tenant: str = "", suffix: str = "") -> Track | None:
+        """The track of a sender; None when there are too many."""
+        rank = _Rank(sender.run_id, sender.attempt, sender.rank)
+        writers = self._ranks.get(rank, {})
+        process = f"{sender.process}{suffix}"
+        track = writers.get(process)
+        if track is None and _UNCLAIMED in writers:
+            track = writers[process] = writers.pop(_UNCLAIMED)
+        if track is None:
+            if self._count >= self._limits.runs and not self._make_room(tenant, now_s):
+                return None
+            track = self._add(Origin(*rank, (process or "unnamed") if writers else ""), process, tenant)
+        self._tenants[track.tenant].move_to_end(track)
+        return track
+
+    def restored(self, origin: Origin, tenant: str = "") -> Track:
+        """The track of a writer known from an earlier life; the first one's process is not known any more."""
+        process = origin.writer or _UNCLAIMED
+        track = self._ranks.get(_Rank(*origin[:3]), {}).get(process)
+        return track or self._add(origin, process, tenant)
+
+    def _add(self, origin: Origin, process: str, tenant: str) -> Track:
+        times = {"hold_s": self._hold_s, "linger_s": self._linger_s}
+        track = Track(origin, self._limits, **times, ends=self.ends, tenant=tenant)
+        self._tenants.setdefault(tenant, OrderedDict())[track] = None
+        self._of_runs.setdefault(origin.run_id, tenant)
+        self._writers_of[origin.run_id] += 1
+        self._ranks.setdefault(_Rank(*origin[:3]), {})[process] = track
+        self._count += 1
+        return track
+
+    def twin(self, sender: Sender) -> Track | None:
+        """The track of frames of this sender whose numbers clashed."""
+        writers = self._ranks.get(_Rank(sender.run_id, sender.attempt, sender.rank), {})
+        return writers.get(f"{sender.process}#2")
+
+    def expire(self, now_s: float) -> list[Track]:
+        """Forgets writers from which nothing came for long; returns them."""
+        return [self._remove(track) for track in list(self) if now_s - track.received_s > self._limits.silent_s]
+
+    def states(self, now_s: float) -> list[RunState]:
+        """What is known of each writer."""
+        states = []
+        for writers in self._ranks.values():
+            is_silent = [now_s - track.received_s > _ALIVE_S for track in writers.values()]
+            alive = max(is_silent.count(False), 1)
+            states += [
+                track.state(writers=alive, is_silent=silent)
+                for track, silent in zip(writers.values(), is_silent, strict=True)
+            ]
+        return with_resumed(states)
+
+    def _make_room(self, tenant: str, now_s: float) -> bool:
+        """Forgets a writer of the tenant that has most, the one that has been silent for longest.
+
+        Whose own that would be gets room only if it is not alive: nobody takes the places of those who have fewer.
+        What waits of a writer that is forgotten is still released.
+        """
+        places = len(self._tenants.get(tenant, ())) + 1
+        largest = max(self._tenants, key=lambda each: len(self._tenants[each]), default=tenant)
+        whose = largest if len(self._tenants.get(largest, ())) > places else tenant
+        oldest = next(iter(self._tenants.get(whose, ())), None)
+        if oldest is None or (whose == tenant and now_s - oldest.received_s <= _ALIVE_S):
+            return False
+        self._remove(oldest)
+        return True
+
+    def _remove(self, track: Track) -> Track:
+        origin = track.origin
+        rank = _Rank(origin.run_id, origin.attempt, origin.rank)
+        writers = self._ranks[rank]
+        for process in [process for process, other in writers.items() if other is track]:
+            del writers[process]
+        self._count -= 1
+        track.close()
+        of_tenant = self._tenants[track.tenant]
+        del of_tenant[track]
+        if not of_tenant:
+            del self._tenants[track.tenant]
+        if not writers:
+            del self._ranks[rank]
+        self._writers_of[rank.run_id] -= 1
+        if not self._writers_of[rank.run_id]:
+            del self._writers_of[rank.run_id], self._of_runs[rank.run_id]
+        return track

@@ -1,0 +1,344 @@
+"""Track: everything about one writer, from its points to the items that are released, and its state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from esper_otel.frames.frame import GUESSED_STEP, Frame
+from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.limits import Limits, Room
+from esper_otel.gateway.rebuild.habits import Habits
+from esper_otel.gateway.rebuild.history import History
+from esper_otel.gateway.rebuild.parts import Merged, Part, Shape
+from esper_otel.gateway.rebuild.queue import Queue, Ready, Waiting
+from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marker, Sender
+from esper_otel.gateway.turns import ENDLESS, Turn
+
+# Rows of tables of live seeds, of about a hundred bytes each: how many may be made at once, and what earns more.
+_MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
+
+# How many seeds that live no more are known before they are looked for.
+_SPARE = 1_000
+
+
+class Track:
+    """The frames of one writer.
+
+    Args:
+        origin: who it is.
+        limits: what it may cost.
+        hold_s: how long a frame waits for points, or for frames before it.
+        linger_s: how long one waits that does not say how many points it has.
+        ends: room for ends of streams that are to come, the same for all writers.
+        tenant: whose share of the room it takes.
+    """
+
+    def __init__(
+        self, origin: Origin, limits: Limits, *, hold_s: float, linger_s: float, ends: Room, tenant: str = ""
+    ) -> None:
+        self.origin = origin
+        self.tenant = tenant
+        self._limits = limits
+        self._habits = Habits()
+        self._shape: Shape | None = None
+        self._queue = Queue(self._habits, hold_s=hold_s, linger_s=linger_s, most=limits.waiting)
+        self._history = History(origin, self._habits, most_ends=2 * limits.seeds, room=ends, tenant=tenant)
+        self._corrected: list[Item] = []
+        self._known: set[str] = set()
+        self._known_last, self._is_counted = 0, False
+        self._rows, self._rows_s = _MOST_ROWS, 0.0
+        self._ids: tuple[str, ...] = ()
+        self._outcome: str | None = None
+        self._sender: Sender | None = None
+        self._first_step: int | None = None
+        self._first_step_unix_ns = self._first_unix_ns = 0
+        self._last_step: int | None = None
+        self._last: Item | None = None
+        self._incomplete: set[int] = set()
+        self._incomplete_count = 0
+        self._too_late = 0
+        self._differing = 0
+        self.received_s = 0.0
+        self._received_unix_ns = 0
+
+    # -- what comes --------------------------------------------------------------------------------------
+
+    def knows(self, time_unix_ns: int) -> bool:
+        """Whether a frame of this time is here."""
+        return time_unix_ns in self._history or self._queue.get(time_unix_ns) is not None
+
+    def take(
+        self,
+        time_unix_ns: int,
+        of_frame: Merged,
+        sender: Sender,
+        now_s: float,
+        received_unix_ns: int,
+        rejected: Counter[str],
+    ) -> Waiting | None:
+        """Takes a part of a frame; gives the frame back if it is another writer's."""
+        self.note(sender, now_s, received_unix_ns)
+        part = of_frame.part
+        if part.shape.ids:
+            is_new = not self.knows(time_unix_ns)
+            part = self._affordable(self._within_limits(part, rejected), rejected, is_new=is_new, now_s=now_s)
+        number = part.number(part.shape.sequence)
+        waiting = self._queue.get(time_unix_ns)
+        known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
+        if known and number is not None and number != known:
+            # Somebody on the way has given two frames the same time: these values are not of the one that came first.
+            self._differing += len(part.numbers)
+            return None
+        if time_unix_ns in self._history:
+            self._differing += of_frame.differing
+            self._corrected += self._history.correct(time_unix_ns, part, received_unix_ns)
+            if not known and self._history.number_at(time_unix_ns):
+                self._queue.note_released(self._history.number_at(time_unix_ns))
+            return None
+        if waiting is None:
+            waiting = Waiting(sender, now_s, now_s, received_unix_ns)
+        was_numbered = waiting.sequence is not None
+        waiting.add(part)
+        waiting.differing += of_frame.differing
+        waiting.is_cut |= part is not of_frame.part
+        waiting.last_s, waiting.received_unix_ns = now_s, received_unix_ns
+        if not was_numbered:
+            return self.put(time_unix_ns, waiting)
+        self._queue.count(time_unix_ns)
+        return None
+
+    def put(self, time_unix_ns: int, waiting: Waiting) -> Waiting | None:
+        """Takes a frame; gives it back if its number says that it is another writer's."""
+        number = waiting.sequence
+        if number is not None:
+            same = self._queue.time_of(number) or self._history.time_of(number)
+            if same not in (None, time_unix_ns):
+                self._queue.pop(time_unix_ns)
+                return waiting
+            if self._queue.is_late(number):
+                if not self._fits(number, time_unix_ns):
+                    self._queue.pop(time_unix_ns)
+                    return waiting
+                if number not in self._queue.skipped:
+                    self._queue.pop(time_unix_ns)
+                    self.count_too_late()
+                    return None
+        self._queue.put(time_unix_ns, waiting)
+        return None
+
+    def _fits(self, number: int, time_unix_ns: int) -> bool:
+        """Whether a late frame's number and time are in one order with those of others; else another process counts."""
+        if self._history.is_out_of_step(number, time_unix_ns):
+            return False
+        if number not in self._queue.skipped:
+            return True
+        before, after = map(self._history.time_of, self._queue.skipped.around(number))
+        return (before is None or before < time_unix_ns) and (after is None or time_unix_ns < after)
+
+    def count_too_late(self) -> None:
+        """A frame has come that has no place any more."""
+        self._too_late += 1
+
+    def learn(self, shape: Shape, *, is_ours: bool) -> None:
+        """Learns what the writer says in its frames."""
+        if shape is self._shape:
+            return
+        self._shape = shape
+        said_step = self._habits.says_step
+        self._habits.note(shape, is_ours=is_ours)
+        if self._habits.says_step and not said_step:
+            self._corrected += self._history.uncount()
+
+    def end_stream(self, marker: Marker) -> None:
+        """A stream of a seed has no value any more."""
+        self._corrected += self._history.end(marker)
+
+    def end(self, outcome: str) -> None:
+        """The run has ended."""
+        self._outcome = outcome
+
+    def note(self, sender: Sender, now_s: float, received_unix_ns: int) -> None:
+        """Something came of it."""
+        self._sender = sender
+        self.received_s = now_s
+        self._received_unix_ns = received_unix_ns
+
+    def _within_limits(self, part: Part, rejected: Counter[str]) -> Part:
+        """The part without what would make too many seeds."""
+        ids = part.shape.ids
+        if ids == self._ids:
+            return part
+        self._ids = ids
+        new = [seed for seed in ids if seed not in self._known]
+        room = self._limits.seeds - len(self._known)
+        if len(new) > room and not self._is_counted:
+            self._count_known()
+            new = [seed for seed in ids if seed not in self._known]
+            room = self._limits.seeds - len(self._known)
+        self._known.update(new[: max(room, 0)])
+        surplus = new[max(room, 0) :]
+        if not surplus:
+            return part
+        self._ids = ()
+        smaller = part.without(surplus)
+        rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
+        return smaller
+
+    def _count_known(self) -> None:
+        """Forgets the seeds that neither live nor wait."""
+        self._known = {*self._history.live.ids, *self._queue.seeds()}
+        self._known_last, self._is_counted = len(self._known), True
+
+    def _affordable(self, part: Part, rejected: Counter[str], *, is_new: bool, now_s: float) -> Part:
+        """The part, without its seeds if the frame cannot have another table of all that live.
+
+        Points earn rows of tables, as many as any recording needs; so does time. A few points, each with a time of
+        its own, of ever other seeds do not earn what they would cost.
+        """
+        earned = _ROWS_PER_S * (now_s - self._rows_s) + _ROWS_PER_POINT * len(part.numbers)
+        self._rows, self._rows_s = min(self._rows + earned, _MOST_ROWS), now_s
+        if len(self._known) > 2 * self._known_last + _SPARE:
+            self._count_known()
+        cost = len(self._known) if is_new else 0
+        if cost <= self._rows:
+            self._rows -= cost
+            return part
+        self._known.difference_update(part.shape.ids)
+        self._ids = ()
+        smaller = part.without(part.shape.ids)
+        rejected[TOO_SPARSE] += len(part.numbers) - len(smaller.numbers)
+        return smaller
+
+    # -- what goes ---------------------------------------------------------------------------------------
+
+    @property
+    def next(self) -> int | None:
+        """The number of the frame that is to be released next."""
+        return self._queue.next
+
+    @property
+    def due_s(self) -> float | None:
+        """When ``release`` must be called again, if nothing else comes."""
+        return self._queue.due_s
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether that time has come."""
+        return self._queue.due_s is not None and self._queue.due_s <= now_s
+
+    @property
+    def since_s(self) -> float | None:
+        """When the first point came of what waits; None when nothing waits."""
+        return self._queue.since_s
+
+    @property
+    def waiting_points(self) -> int:
+        """Points of frames that are not released."""
+        return self._queue.points
+
+    def release(self, now_s: float, turn: Turn = ENDLESS, *, all_now: bool = False) -> list[Item]:
+        """The items whose turn it is, in order; when the event loop's turn is over the others are due at once."""
+        items, self._corrected = self._corrected, []
+        is_waiting = turn.is_over and len(self._queue) > 0
+        for ready in () if is_waiting else self._ready(now_s, turn, all_now=all_now):
+            items += self._history.release(ready)
+        if is_waiting:
+            self._queue.due_s = now_s
+        for item in items:
+            self._note_item(item)
+        self._is_counted = self._is_counted and not items
+        return items
+
+    def _ready(self, now_s: float, turn: Turn, *, all_now: bool) -> Iterator[Ready]:
+        for ready in self._queue.ready(now_s, all_now=all_now):
+            if ready.waiting.sequence is None and ready.time_unix_ns <= self._history.forgotten_unix_ns:
+                self.count_too_late()
+                continue
+            if not ready.waiting.points:
+                continue
+            yield ready
+            if turn.is_over:
+                self._queue.due_s = now_s
+                break
+
+    def _note_item(self, item: Item) -> None:
+        step, time_unix_ns = item.frame.global_step, item.frame.time_unix_ns
+        self._first_unix_ns = min(self._first_unix_ns or time_unix_ns, time_unix_ns)
+        is_last = self._last is None or time_unix_ns >= self._last.frame.time_unix_ns
+        if is_last:
+            self._last = item
+        if step < GUESSED_STEP:
+            if self._first_step is None or time_unix_ns <= self._first_step_unix_ns:
+                self._first_step, self._first_step_unix_ns = step, time_unix_ns
+            if is_last:
+                self._last_step = step
+        if not item.complete:
+            self._incomplete.add(item.frame.time_unix_ns)
+        else:
+            self._incomplete.discard(item.frame.time_unix_ns)
+
+    def size_of(self, time_unix_ns: int) -> int:
+        """The memory that a released frame takes while it is kept, about."""
+        return self._history.size_of(time_unix_ns)
+
+    def forget(self, time_unix_ns: int) -> None:
+        """Lets go of a released frame: what still comes of it is too late."""
+        self._history.forget(time_unix_ns)
+        if time_unix_ns in self._incomplete:
+            self._incomplete.discard(time_unix_ns)
+            self._incomplete_count += 1
+
+    def restore_first(self, first: Frame) -> None:
+        """Notes the first frame of an earlier life."""
+        self._first_unix_ns = min(self._first_unix_ns or first.time_unix_ns, first.time_unix_ns)
+        if first.global_step < GUESSED_STEP and first.time_unix_ns <= self._first_step_unix_ns:
+            self._first_step, self._first_step_unix_ns = first.global_step, first.time_unix_ns
+
+    def restore_place(self, place: Place) -> None:
+        """Goes on from what was known in an earlier life; called after its frames were restored."""
+        self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
+        self._queue.restore_place(place)
+
+    def place(self) -> Place:
+        """What must be known of it after a restart."""
+        queue, habits = self._queue, self._habits
+        skipped = queue.skipped
+        of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
+        return Place(self.origin, *of_frames, skipped.holes)
+
+    def restore(self, item: Item, *, is_first: bool) -> None:
+        """Goes on after a frame that was released in an earlier life, with those restored before it."""
+        self._queue.restore(item.frame.sequence)
+        self._habits.is_known = True
+        self._habits.counts = self._habits.counts or item.frame.sequence > 0
+        self._history.restore(item, is_first=is_first)
+        self._received_unix_ns = item.received_unix_ns
+        self._note_item(item)
+
+    def close(self) -> None:
+        """It is forgotten."""
+        self._history.close()
+
+    def state(self, *, writers: int, is_silent: bool) -> RunState:
+        """What is known of it alone."""
+        last = self._last
+        sender = self._sender
+        run = None if last is None else last.frame.run
+        return RunState(
+            self.origin,
+            run.world_size if run else sender.world_size if sender else 1,
+            run.experiment if run else sender.experiment if sender else "",
+            self._first_step,
+            self._last_step,
+            0 if last is None else last.frame.time_unix_ns,
+            self._received_unix_ns,
+            ended=None if len(self._queue) else self._outcome,
+            writers=writers,
+            missing=self._queue.skipped.count,
+            unseen=self._queue.skipped.unseen,
+            incomplete=self._incomplete_count + len(self._incomplete),
+            differing=self._differing + self._history.differing,
+            too_late=self._too_late,
+            first_time_unix_ns=self._first_unix_ns,
+            is_silent=is_silent,
+        )

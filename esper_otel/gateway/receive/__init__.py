@@ -1,0 +1,1 @@
+"""Receive: bytes of a request become columns of points, each point judged once."""

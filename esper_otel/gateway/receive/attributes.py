@@ -1,0 +1,48 @@
+"""Attributes: what those of a point and of a Resource mean to us."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.receive.request import INVALID_TEXT, TOO_MANY_ATTRIBUTES, Sender
+from esper_otel.leyline.senders import Label, label_of_texts, run_of_texts, text_of
+from esper_otel.text import printable
+
+_PROCESS = ("service.instance.id", "host.name", "process.pid")
+
+PLAIN = Label()
+
+
+def label_of(attributes: Sequence[KeyValue], limits: Limits) -> Label:
+    """The meaning of a point's attributes; of a key that comes twice the last one counts."""
+    if not attributes:
+        return PLAIN
+    if len(attributes) > limits.attributes:
+        return Label(fault=TOO_MANY_ATTRIBUTES)
+    return label_of_texts(_texts(attributes), limits.text_bytes)
+
+
+def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> Sender | str:
+    """Who a Resource's attributes say it is; a reason when its points cannot be taken."""
+    if len(attributes) > limits.attributes:
+        return TOO_MANY_ATTRIBUTES
+    texts = _texts(attributes)
+    run = run_of_texts(texts, limits.text_bytes)
+    if run is None:
+        return INVALID_TEXT
+    process = printable(" ".join(filter(None, map(texts.get, _PROCESS))), 3 * limits.text_bytes)
+    return Sender(**asdict(run), process=process)
+
+
+def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:
+    return {attribute.key: _text(attribute.value) for attribute in attributes}
+
+
+def _text(value: AnyValue) -> str:
+    """Text and plain numbers; empty for anything else."""
+    kind = value.WhichOneof("value")
+    return text_of(getattr(value, kind)) if kind in ("string_value", "int_value", "double_value") else ""

@@ -1,0 +1,155 @@
+"""Raw: the points of one request in columns, before anything is decided about them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.receive.attributes import PLAIN
+from esper_otel.gateway.receive.bounds import check_counts
+from esper_otel.gateway.receive.request import (
+    DELTA,
+    INVALID_TEXT,
+    NO_NAME,
+    NOT_A_NUMBER,
+    TOO_MANY_POINTS,
+    UNKNOWN_METRIC,
+    Rejected,
+    Sender,
+)
+from esper_otel.leyline.senders import Label, is_valid
+from esper_otel.schema import METRICS
+
+# What a scope's metrics are: anybody's, the frames of our exporter, or what it says beside them.
+OTHERS, FRAMES, HEALTH = range(3)
+_SCOPES = {"esper_otel": FRAMES, "esper_otel.health": HEALTH}
+
+# What a metric is.
+STEP, SEED, SESSION = range(3)
+_LEVELS = {"step": STEP, "seed": SEED, "session": SESSION}
+_KNOWN = {metric.name: _LEVELS[metric.level] for metric in METRICS}
+
+# What a point holds.
+A_VALUE, NOTHING, AN_END = range(3)
+
+
+def scope_of(name: str) -> int:
+    """What the metrics of a scope of this name are."""
+    return _SCOPES.get(name, OTHERS)
+
+
+class Metric(NamedTuple):
+    """One metric of a request, whose points are taken one by one."""
+
+    sender: Sender
+    scope: int
+    name: str
+    level: int
+
+
+# What stands in the columns for one point.
+Row: TypeAlias = tuple[int, int, int, float, int]
+
+
+class Columns(NamedTuple):
+    """Points, one an entry, in the order in which they stand in the request.
+
+    Attributes:
+        metric: places in ``Raw.metrics``.
+        label: places in ``Raw.labels``.
+        times: Unix nanoseconds.
+        values: the values.
+        holds: ``A_VALUE``, ``NOTHING`` or ``AN_END``.
+    """
+
+    metric: npt.NDArray[np.int32]
+    label: npt.NDArray[np.int32]
+    times: npt.NDArray[np.uint64]
+    values: npt.NDArray[np.float64]
+    holds: npt.NDArray[np.uint8]
+
+    @classmethod
+    def empty(cls, count: int) -> Columns:
+        """Room for so many points, none of which holds anything yet."""
+        return cls(
+            np.zeros(count, np.int32),
+            np.zeros(count, np.int32),
+            np.zeros(count, np.uint64),
+            np.zeros(count, np.float64),
+            np.full(count, NOTHING, np.uint8),
+        )
+
+    def set(self, position: int, row: Row) -> None:
+        """Fills in one point."""
+        metric, label, times, values, holds = self
+        metric[position], label[position], times[position], values[position], holds[position] = row
+
+
+class Raw:
+    """What both decoders fill in: metrics, labels, and how many points were refused with their metric."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.metrics: list[Metric] = []
+        self.labels: dict[Label, int] = {PLAIN: 0}
+        self.rejected = Rejected()
+        self.points = 0
+        self.taken = 0
+        self._parts = 0
+
+    def note_parts(self, count: int) -> None:
+        """Counts resources, scopes or metrics.
+
+        Raises:
+            TooLarge: there are too many in this request.
+        """
+        self._parts += count
+        check_counts(metrics=self._parts)
+
+    def metric(
+        self, sender: Sender | str, scope: int, name: str, count: int, *, is_number: bool = True, is_delta: bool
+    ) -> int | None:
+        """The place of a metric whose points are to be looked at; None when all of them are refused.
+
+        Raises:
+            TooLarge: there are too many points in this request.
+        """
+        self.points += count
+        check_counts(points=self.points)
+        level = _KNOWN.get(name)
+        is_plain = is_number and not is_delta and self.taken + count <= self.limits.points
+        if level is not None and is_plain and not isinstance(sender, str):  # as nearly always
+            self.taken += count
+            self.metrics.append(Metric(sender, scope, name, level))
+            return len(self.metrics) - 1
+        if level is None and scope != OTHERS:
+            level = STEP  # a user's own metric; only ours can stand in these scopes
+        reason = ""
+        if isinstance(sender, str):
+            reason = sender
+        elif not name:
+            reason = NO_NAME
+        elif level is None:
+            reason = UNKNOWN_METRIC
+        elif not is_number:
+            reason = NOT_A_NUMBER
+        elif is_delta:
+            reason = DELTA
+        elif not is_valid(name, self.limits.text_bytes):
+            reason = INVALID_TEXT
+        elif self.taken + count > self.limits.points:
+            reason = TOO_MANY_POINTS
+        if reason or isinstance(sender, str) or level is None:
+            if count:
+                self.rejected.add(reason, name, count)
+            return None
+        self.taken += count
+        self.metrics.append(Metric(sender, scope, name, level))
+        return len(self.metrics) - 1
+
+    def label(self, label: Label) -> int:
+        """The place of a label."""
+        return self.labels.setdefault(label, len(self.labels))

@@ -1,0 +1,228 @@
+"""Decoding: a request's points, each judged once, as blocks that can become frames."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.frames.frame import ABSENT_BITS
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.receive.columns import AN_END, FRAMES, HEALTH, NOTHING, OTHERS, SEED, SESSION, Columns, Raw
+from esper_otel.gateway.receive.fast import FastDecoder
+from esper_otel.gateway.receive.otlp_json import protobuf_of_json
+from esper_otel.gateway.receive.plain import plain_columns
+from esper_otel.gateway.receive.request import (
+    EARLIEST_UNIX_NS,
+    INVALID_TEXT,
+    LATEST_UNIX_NS,
+    NO_SEED,
+    NO_TIME,
+    NO_VALUE,
+    TOO_MANY_ATTRIBUTES,
+    WRONG_TIME,
+    Block,
+    Decoded,
+    Ended,
+    Malformed,
+    Marker,
+    Sender,
+)
+from esper_otel.gateway.receive.template import Templates
+from esper_otel.leyline.senders import Label
+
+__all__ = ["Decoder", "Malformed", "decode_plain"]
+
+# Places in a column of verdicts; 0 is none.
+_REASONS = ("", NO_TIME, WRONG_TIME, INVALID_TEXT, TOO_MANY_ATTRIBUTES, NO_SEED, NO_VALUE)
+
+
+class Decoder:
+    """Decodes requests; remembers what it has seen of attributes and Resources.
+
+    Threads: one at a time.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._fast = FastDecoder(self._limits)
+        self._templates = Templates(lambda body: _judged(*self._fast.columns(body)))
+
+    def decode(self, body: bytes) -> Decoded:
+        """A serialized ExportMetricsServiceRequest.
+
+        Raises:
+            Malformed: the bytes are none.
+        """
+        return self._templates.read(body)
+
+    def decode_json(self, body: bytes) -> Decoded:
+        """A request in OTLP's JSON.
+
+        Raises:
+            Malformed: the bytes are none.
+        """
+        return self.decode(protobuf_of_json(body))
+
+
+def decode_plain(body: bytes, limits: Limits | None = None) -> Decoded:
+    """What ``Decoder.decode`` returns, found out point by point.
+
+    Raises:
+        Malformed: the bytes are no request.
+    """
+    return _judged(*plain_columns(body, limits or Limits()))
+
+
+class _Labels(NamedTuple):
+    """The labels of a request in columns."""
+
+    all: list[Label]
+    seeds: tuple[str, ...]
+    seed: npt.NDArray[np.int64]
+    verdict: npt.NDArray[np.uint8]
+    further: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, labels: list[Label]) -> _Labels:
+        seeds = tuple(sorted({label.seed for label in labels if label.seed}))
+        place = {"": -1} | {seed: number for number, seed in enumerate(seeds)}
+        return cls(
+            labels,
+            seeds,
+            np.array([place[label.seed] for label in labels], np.int64),
+            np.array([_REASONS.index(label.fault) for label in labels], np.uint8),
+            np.array([label.further for label in labels], np.int64),
+        )
+
+    def has_owners(self) -> bool:
+        """Whether a point says itself which run or rank it belongs to."""
+        return any(label.run_id or label.rank >= 0 for label in self.all)
+
+
+def _judged(raw: Raw, columns: Columns) -> Decoded:
+    rejected = raw.rejected
+    if not raw.metrics:
+        return Decoded((), (), (), raw.points, rejected.counts, rejected.metrics)
+    labels = _Labels.of(list(raw.labels))
+    levels = np.array([metric.level for metric in raw.metrics], np.uint8)
+    is_health = np.array([metric.scope == HEALTH for metric in raw.metrics])
+    verdict = _verdict(columns, labels, levels)
+    if verdict.any():
+        pairs = columns.metric.astype(np.int64) * len(_REASONS) + verdict
+        for pair, count in zip(*(each.tolist() for each in np.unique(pairs, return_counts=True)), strict=True):
+            metric, reason = divmod(pair, len(_REASONS))
+            if reason:
+                rejected.add(_REASONS[reason], raw.metrics[metric].name, count)
+    taken = verdict == 0
+    is_end = columns.holds == AN_END
+    beside = taken & (is_end | (levels == SESSION)[columns.metric] | is_health[columns.metric])
+    markers: tuple[Marker, ...] = ()
+    ended: tuple[Ended, ...] = ()
+    if beside.any():
+        markers, ended = _beside(raw, columns, labels, np.flatnonzero(beside))
+        taken &= ~beside
+    if not taken.all():
+        columns = Columns(*(column[taken] for column in columns))
+    blocks = _blocks(raw, columns, labels)
+    return Decoded(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics)
+
+
+def _verdict(columns: Columns, labels: _Labels, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """For each point, why it is not taken: a place in ``_REASONS``. The first reason that applies counts."""
+    times = columns.times
+    verdict = np.zeros(len(times), np.uint8)
+    has_no_value = columns.holds == NOTHING
+    if has_no_value.any():
+        verdict[has_no_value] = _REASONS.index(NO_VALUE)
+    lacks_seed = (levels == SEED)[columns.metric] & (labels.seed < 0)[columns.label]
+    if lacks_seed.any():
+        verdict[lacks_seed] = _REASONS.index(NO_SEED)
+    if labels.verdict.any():
+        of_label = labels.verdict[columns.label]
+        verdict[of_label > 0] = of_label[of_label > 0]
+    outside = (times < EARLIEST_UNIX_NS) | (times >= LATEST_UNIX_NS)
+    if outside.any():
+        verdict[outside] = _REASONS.index(WRONG_TIME)
+        verdict[times == 0] = _REASONS.index(NO_TIME)
+    return verdict
+
+
+def _beside(
+    raw: Raw, columns: Columns, labels: _Labels, places: npt.NDArray[np.intp]
+) -> tuple[tuple[Marker, ...], tuple[Ended, ...]]:
+    """What is said beside the frames: the ends of seeds' streams, and of runs.
+
+    The ends that our own exporter sends are for databases: its frames say themselves which seeds live.
+    """
+    markers: dict[Marker, None] = {}
+    ended: dict[Ended, None] = {}
+    for place in places.tolist():
+        metric = raw.metrics[columns.metric[place]]
+        label = labels.all[columns.label[place]]
+        sender = _owner(metric.sender, label)
+        if columns.holds[place] == AN_END:
+            if label.seed and metric.level == SEED and metric.scope == OTHERS:
+                markers[Marker(sender, metric.name, label.seed, int(columns.times[place]))] = None
+        elif metric.name == "esper.run.ended" and columns.values[place] > 0:
+            ended[Ended(sender, label.outcome)] = None
+    return tuple(markers), tuple(ended)
+
+
+def _owner(sender: Sender, label: Label) -> Sender:
+    """Who a point comes from: what it says itself counts more than its Resource."""
+    if label.run_id:
+        sender = sender._replace(run_id=label.run_id)
+    if label.rank >= 0:
+        sender = sender._replace(rank=label.rank)
+    return sender
+
+
+def _blocks(raw: Raw, columns: Columns, labels: _Labels) -> tuple[Block, ...]:
+    if not len(columns.times):
+        return ()
+    name_places: dict[str, int] = {}
+    name = np.array([name_places.setdefault(metric.name, len(name_places)) for metric in raw.metrics])
+    is_seed = np.array([metric.level == SEED for metric in raw.metrics])[columns.metric]
+    said = labels.seed[columns.label]
+    seed = np.where(is_seed, said, -1)
+    streams = (seed + 1) * len(name_places) + name[columns.metric]
+    values = columns.values
+    looks_absent = values.view(np.uint64) == ABSENT_BITS
+    if looks_absent.any():  # a NaN that was sent is not a missing cell
+        values = np.where(looks_absent, np.nan, values)
+    owners, owner = _owners(raw, columns, labels)
+    # A step metric that names a seed is a part of something, as one with attributes that nobody knows.
+    further = labels.further[columns.label] + (~is_seed & (said >= 0))
+    is_mixed = further.any()
+    names = tuple(name_places)
+    ours = np.array([metric.scope == FRAMES for metric in raw.metrics])
+    has_others = not ours.all()
+    blocks = []
+    for number, sender in enumerate(owners):
+        mine = slice(None) if len(owners) == 1 else np.flatnonzero(owner == number)
+        times = columns.times[mine]
+        if not len(times):
+            continue
+        # Of two points of one stream the one with the fewest further attributes comes first, and counts.
+        order = np.lexsort((further[mine], times)) if is_mixed else np.argsort(times, kind="stable")
+        is_ours = bool(ours[columns.metric[mine]].any()) if has_others else True
+        points = (streams[mine][order], times[order], values[mine][order])
+        blocks.append(Block(sender, names, labels.seeds, *points, is_ours))
+    return tuple(blocks)
+
+
+def _owners(raw: Raw, columns: Columns, labels: _Labels) -> tuple[list[Sender], npt.NDArray[np.int64]]:
+    """Whose the points are: the senders, and for each point its place among them."""
+    place: dict[Sender, int] = {}
+    if not labels.has_owners():
+        of_metric = [place.setdefault(metric.sender, len(place)) for metric in raw.metrics]
+        return list(place), np.array(of_metric)[columns.metric]
+    pairs = columns.metric.astype(np.int64) * len(labels.all) + columns.label
+    distinct, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
+    of_pair = np.empty(len(distinct), np.int64)
+    for number in np.argsort(first).tolist():  # as they come in the request: labels are numbered as each decoder likes
+        metric, label = divmod(int(distinct[number]), len(labels.all))
+        of_pair[number] = place.setdefault(_owner(raw.metrics[metric].sender, labels.all[label]), len(place))
+    return list(place), of_pair[inverse]

@@ -1,0 +1,1 @@
+"""Serve: the two ports, who may come through them, and what they answer."""

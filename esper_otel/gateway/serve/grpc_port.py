@@ -1,0 +1,270 @@
+"""Rpc: what the gRPC port answers, and within which bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.faults import Busy, fault_of
+from esper_otel.gateway.pages import Bounds
+from esper_otel.gateway.receive.inflate import inflated
+from esper_otel.gateway.receive.request import Malformed
+from esper_otel.gateway.security import Grant, Tokens
+from esper_otel.gateway.serve.connections import Guard
+from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
+from esper_otel.log import Warnings
+from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest
+
+OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
+
+_PLACES = 4  # each may be a request of MAX_REQUEST_BYTES
+_MOST_WAITING = 500
+_PATIENCE_S = 0.5
+_SLOWEST_S = 60.0
+_PAUSE_S = 0.002
+_MOST_PULLS = 1_000
+_MOST_WATCHES = 200
+_GZIP_MAGIC = b"\x1f\x8b"  # no request in protobuf begins so
+
+_END: Any = grpc.aio.EOF  # type: ignore[attr-defined] # the stubs lack it
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_T = TypeVar("_T")
+
+
+class Rpc:
+    """The methods of the gRPC port.
+
+    gRPC reads no message before a method asks for it. So tokens are checked first, and a few requests are read at a
+    time. Threads: that of the event loop.
+
+    Args:
+        core: what is done with requests.
+        send_tokens: of senders; None: everybody may send.
+        pull_tokens: of pullers; None: everybody may pull.
+        guard: ends connections.
+        answers: room for answers that are not read yet.
+        warnings: where faults are said.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        send_tokens: Tokens | None,
+        pull_tokens: Tokens | None,
+        guard: Guard,
+        answers: Room,
+        warnings: Warnings,
+    ) -> None:
+        self._core = core
+        self._send_tokens = send_tokens
+        self._pull_tokens = pull_tokens
+        self._guard = guard
+        self._answers = answers
+        self._warnings = warnings
+        self._turns = Turns(_PLACES, _MOST_WAITING, patience_s=_PATIENCE_S, slowest_s=_SLOWEST_S)
+        self._strangers = Turns(2, _MOST_WATCHES, patience_s=_PATIENCE_S, slowest_s=_SLOWEST_S)  # who need no token
+        self._steps = Turns(1, _MOST_PULLS, patience_s=_SLOWEST_S, slowest_s=_SLOWEST_S, pause_s=_PAUSE_S)
+        self._polls = Room(_MOST_PULLS, "too many pulls")
+        self._watches = Room(_MOST_WATCHES, "too many watches")
+        self.health = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
+
+    def handlers(self, *, receives: bool) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
+        """The methods by service.
+
+        Args:
+            receives: whether OTLP is taken.
+        """
+
+        def unary(method: Callable[[Any, _Context], Awaitable[Any]], *coding: Any) -> Any:
+            # By the wire the same as unary_unary.
+            return grpc.stream_unary_rpc_method_handler(partial(self._followed, method), *coding)
+
+        stream = grpc.stream_stream_rpc_method_handler
+        found = {SERVICE: {"Runs": unary(self._runs), "Pull": unary(self._pull), "Ranks": unary(self._ranks)}}
+        if receives:
+            found[OTLP_SERVICE] = {"Export": unary(self._export)}
+        services = (*found, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._reflection = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined] # as for health
+        bytes_of = reflection_pb2.ServerReflectionResponse.SerializeToString
+        found[health.SERVICE_NAME] = {
+            "Check": unary(self._check, None, health_pb2.HealthCheckResponse.SerializeToString),
+            "Watch": stream(self._watch, None, health_pb2.HealthCheckResponse.SerializeToString),
+        }
+        found[reflection.SERVICE_NAME] = {"ServerReflectionInfo": stream(self._reflect, None, bytes_of)}
+        return found
+
+    async def _followed(
+        self, method: Callable[[Any, _Context], Awaitable[Any]], requests: Any, context: _Context
+    ) -> Any:
+        try:
+            return await method(requests, context)
+        except asyncio.CancelledError:
+            self._guard.note_taken_back(context.peer())
+            raise
+
+    # -- OTLP --------------------------------------------------------------------------------------------
+
+    async def _export(self, _: Any, context: _Context) -> bytes:
+        try:
+            grant, owner = self._granted(self._send_tokens, context)
+            async with self._turns.turn(owner):
+                body = await self._body(context, self._turns)
+                answer = await self._core.take(body, is_gzip=body.startswith(_GZIP_MAGIC), grant=grant)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules
+            await self._abort(error, context, is_sender=True)
+        if not answer.rejected and not answer.reason:
+            return b""
+        response = ExportMetricsServiceResponse()
+        response.partial_success.rejected_data_points = answer.rejected
+        response.partial_success.error_message = answer.reason
+        return response.SerializeToString()
+
+    # -- pulling -----------------------------------------------------------------------------------------
+
+    async def _runs(self, _: Any, context: _Context) -> bytes:
+        async def answered(grant: Grant | None, _: Holding) -> bytes:
+            return self._core.runs(grant).SerializeToString()
+
+        return await self._pulled(context, answered)
+
+    async def _ranks(self, _: Any, context: _Context) -> bytes:
+        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+            request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
+            return (await self._core.ranks(request, grant)).SerializeToString()
+
+        return await self._pulled(context, answered)
+
+    async def _pull(self, _: Any, context: _Context) -> bytes:
+        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+            request = await self._message(PullRequest.FromString, context, answer.owner, self._turns)
+            limit = asyncio.timeout(None)
+            bounds = Bounds(partial(self._steps.turn, answer.owner), answer.has_room)
+            with self._polls.hold(answer.owner, 1, partial(_end, limit)):
+                try:
+                    async with limit:
+                        response = await self._core.pull(request, grant, bounds)
+                except TimeoutError:  # the oldest of an owner who has the most; nothing has come for it yet
+                    response = PullResponse(cursor=request.cursor)
+            return response.SerializeToString()
+
+        return await self._pulled(context, answered)
+
+    async def _pulled(self, context: _Context, answered: Callable[[Grant | None, Holding], Awaitable[bytes]]) -> bytes:
+        """An answer, which holds room from its first byte until its reader has it."""
+        try:
+            grant, owner = self._granted(self._pull_tokens, context)
+            with ExitStack() as entered:
+                answer = entered.enter_context(self._answers.hold(owner, 0, lambda: None))
+                body = await answered(grant, answer)
+                answer.resize(len(body))
+                # One that is not read ends with its connection: gRPC would keep what it has begun to send.
+                answer.since_s = time.monotonic()
+                answer.give_way = partial(self._guard.cut, context.peer())
+                entered.callback(asyncio.get_running_loop().call_later(_SLOWEST_S, answer.take_back).cancel)
+                over = entered.pop_all()
+            context.add_done_callback(lambda _: over.close())  # type: ignore[arg-type] # the stubs know another one
+        except Exception as error:  # noqa: BLE001 - a puller is told
+            await self._abort(error, context)
+        return body
+
+    # -- health and reflection ---------------------------------------------------------------------------
+
+    async def _check(self, _: Any, context: _Context) -> Any:
+        try:
+            request = await self._message(
+                health_pb2.HealthCheckRequest.FromString, context, context.peer(), self._strangers
+            )
+        except Exception as error:  # noqa: BLE001 - whoever asks is told
+            await self._abort(error, context)
+        return await self.health.Check(request, context)
+
+    async def _watch(self, _: Any, context: _Context) -> None:
+        owner = context.peer()
+        limit = asyncio.timeout(None)
+        try:
+            request = await self._message(health_pb2.HealthCheckRequest.FromString, context, owner, self._strangers)
+            with self._watches.hold(owner, 1, partial(_end, limit)):
+                async with limit:
+                    await self.health.Watch(request, context)
+        except TimeoutError:
+            await self._abort(Busy("too many watches at once"), context)
+        except Exception as error:  # noqa: BLE001 - whoever asks is told
+            await self._abort(error, context)
+
+    async def _reflect(self, _: Any, context: _Context) -> AsyncIterator[Any]:
+        owner = context.peer()
+        limit = asyncio.timeout(_SLOWEST_S)
+
+        async def requests() -> AsyncIterator[Any]:
+            while True:
+                async with self._strangers.turn(owner):
+                    body = await self._read(context, self._strangers)
+                if body is None:
+                    return
+                yield reflection_pb2.ServerReflectionRequest.FromString(body)
+
+        try:
+            with self._watches.hold(owner, 1, partial(_end, limit)):
+                async with limit:
+                    async for response in self._reflection.ServerReflectionInfo(requests(), context):
+                        yield response
+        except TimeoutError:
+            await self._abort(Busy("too many watches at once, or a minute without an end"), context)
+        except Exception as error:  # noqa: BLE001 - whoever asks is told
+            await self._abort(error, context)
+
+    # -- of all ------------------------------------------------------------------------------------------
+
+    def _granted(self, tokens: Tokens | None, context: _Context) -> tuple[Grant | None, str]:
+        """What the peer may do, and whose share it uses: its token's, or without tokens that of its connection."""
+        peer = context.peer()
+        grant = None
+        if tokens is not None:
+            given = dict(context.invocation_metadata() or ()).get("authorization")
+            grant = tokens.grant(given.decode(errors="surrogateescape") if isinstance(given, bytes) else given)
+        self._guard.note(peer)
+        return grant, peer if grant is None else grant.tenant
+
+    async def _message(self, parse: Callable[[bytes], _T], context: _Context, owner: str, turns: Turns) -> _T:
+        async with turns.turn(owner):
+            body = await self._body(context, turns)
+        try:
+            return parse(inflated(body) if body.startswith(_GZIP_MAGIC) else body)
+        except DecodeError as error:
+            raise Malformed(f"not a valid request: {error}") from None
+
+    async def _body(self, context: _Context, turns: Turns) -> bytes:
+        body = await self._read(context, turns)
+        if body is None:
+            raise Malformed("the call has no message")
+        return body
+
+    async def _read(self, context: _Context, turns: Turns) -> bytes | None:
+        """The next message of a call, within a turn; None when there is none."""
+        async with turns.slow():
+            body: Any = await context.read()
+        return None if body is _END else body
+
+    async def _abort(self, error: Exception, context: _Context, *, is_sender: bool = False) -> NoReturn:
+        fault = fault_of(error, self._warnings)
+        if is_sender:
+            self._core.note_fault(fault)
+        details = (("grpc-status-details-bin", fault.body().SerializeToString()),)
+        await context.abort(fault.code, fault.message, details)
+        raise AssertionError  # abort has raised
+
+
+def _end(limit: asyncio.Timeout) -> None:
+    limit.reschedule(asyncio.get_running_loop().time())

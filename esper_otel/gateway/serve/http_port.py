@@ -1,0 +1,222 @@
+"""HTTP: OTLP in protobuf and JSON, and what those ask who look after the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.faults import Busy, Unsupported, fault_of
+from esper_otel.gateway.quiet import Seldom
+from esper_otel.gateway.receive.inflate import MAX_REQUEST_BYTES
+from esper_otel.gateway.receive.request import TooLarge
+from esper_otel.gateway.security import Tokens
+from esper_otel.gateway.serve.connections import Door
+from esper_otel.gateway.serve.in_flight import Room
+from esper_otel.gateway.serve.live_page import add_page
+from esper_otel.gateway.serve.metrics import prometheus_text
+from esper_otel.log import Warnings
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_MOST_BYTES_IN_FLIGHT = 2 * MAX_REQUEST_BYTES
+_PROTOBUF, _JSON = "application/x-protobuf", "application/json"
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+_SLOWEST_S = 60.0
+_LINGERING_S = 2.0
+
+
+class HttpPort:
+    """What the HTTP port answers: ``POST /v1/metrics``, ``GET /healthz``, ``/readyz`` and ``/metrics``.
+
+    Args:
+        core: what is done with requests.
+        send_tokens: of senders; None: everybody may send.
+        answers: room for answers that are not read yet.
+        warnings: where faults are said.
+
+    Attributes:
+        door: is told which connections have asked, and which were answered well.
+    """
+
+    def __init__(self, core: Core, send_tokens: Tokens | None, answers: Room, warnings: Warnings) -> None:
+        self.door: Door | None = None
+        self._core = core
+        self._send_tokens = send_tokens
+        self._answers = answers
+        self._warnings = warnings
+
+    def application(self, hosts: Collection[str] | None, *, has_page: bool) -> web.Application:
+        """The paths.
+
+        Args:
+            hosts: names, beside the usual ones, by which the port is asked; None: TLS sees to that.
+            has_page: whether there is the live page at ``/``.
+        """
+        core = self._core
+
+        @web.middleware
+        async def bounded(request: web.Request, handler: _Handler) -> web.StreamResponse:
+            if hosts is not None:
+                self._check_host(request, hosts)
+            return await self._sent(request, handler)
+
+        app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[bounded])
+        receiving = _Receiving(core, self._send_tokens, self._warnings)
+        app.router.add_post("/v1/metrics", receiving.metrics)
+        app.router.add_get("/healthz", _text(lambda: (200, "ok\n")))
+        ready = _text(lambda: (200, "ok\n") if core.is_ready else (503, "nothing can be stored\n"))
+        app.router.add_get("/readyz", ready)
+
+        async def metrics(_request: web.Request) -> web.Response:
+            return web.Response(body=prometheus_text(core).encode(), headers={"content-type": _PROMETHEUS})
+
+        app.router.add_get("/metrics", metrics)
+        if has_page:
+            add_page(app, core)
+        return app
+
+    def _check_host(self, request: web.Request, hosts: Collection[str]) -> None:
+        """A web page elsewhere, whose name leads here by a trick with DNS, is not answered."""
+        if is_own_host(request.headers.get("host", ""), hosts):
+            return
+        message = "a request for %.100r was refused; if that is a name of this gateway, give --http-name"
+        self._warnings.say("host", message, request.headers.get("host", ""))
+        raise web.HTTPForbidden(text="this gateway is not known by that name: use its address, or give --http-name\n")
+
+    async def _sent(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Sends the answer while there is room for it; one that is not read ends with its connection."""
+        if self.door is not None:
+            self.door.note(request.protocol, is_proven=False)
+        response = await handler(request)
+        transport = request.transport
+        if transport is None or not isinstance(response, web.Response):
+            return response
+        if self.door is not None and response.status < 400:
+            self.door.note(request.protocol, is_proven=True)
+        size = response.content_length or 0
+        try:
+            with self._answers.hold(f"{transport.get_extra_info('peername')}", size, transport.abort):
+                async with asyncio.timeout(_SLOWEST_S):
+                    await response.prepare(request)
+                    await response.write_eof()
+        except TimeoutError:
+            transport.abort()
+        except Busy as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n", headers={"retry-after": "1"}) from None
+        return response
+
+
+def is_own_host(host: str, hosts: Collection[str]) -> bool:
+    """Whether a Host header can be one of this gateway's: an address, a name of one word, or one of ``hosts``.
+
+    No web page elsewhere has such a name, unless by one of ``hosts``. A program that gives none is no browser.
+    """
+    name, colon, port = host.rpartition(":")
+    if not colon or not port.isdecimal():
+        name = host
+    name = name.lower().rstrip(".")
+    if name.startswith("[") or "." not in name or name.endswith(".localhost") or name in hosts:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def runner_of(app: web.Application, warnings: Warnings, *, shutdown_timeout: float) -> web.AppRunner:
+    """Runs an application: without an access log, bodies unpacked by us, and no header in any log."""
+    log = logging.Logger("http")  # noqa: LOG001 - not a part of the tree: what it is told goes nowhere else
+    log.addHandler(Seldom(warnings, "HTTP"))
+    return web.AppRunner(
+        app,
+        access_log=None,
+        logger=log,
+        auto_decompress=False,
+        lingering_time=_LINGERING_S,
+        shutdown_timeout=shutdown_timeout,
+    )
+
+
+def _text(answer: Callable[[], tuple[int, str]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handler(_request: web.Request) -> web.Response:
+        status, text = answer()
+        return web.Response(status=status, text=text)
+
+    return handler
+
+
+class _Receiving:
+    """OTLP over HTTP: the body, unpacked within bounds, goes to the core."""
+
+    def __init__(self, core: Core, tokens: Tokens | None, warnings: Warnings) -> None:
+        self._core = core
+        self._tokens = tokens
+        self._warnings = warnings
+        self._room = Room(_MOST_BYTES_IN_FLIGHT, "too much is being received")
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Answers as OTLP/HTTP says: in the request's encoding; a failure as ``google.rpc.Status``."""
+        is_json = request.content_type == _JSON
+        if not is_json and request.content_type != _PROTOBUF:
+            return self._unsupported(f"the body is to be {_PROTOBUF} or {_JSON}")
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding not in {"identity", "gzip"}:
+            return self._unsupported("content-encoding is to be gzip or identity")
+        try:
+            grant = None if self._tokens is None else self._tokens.grant(request.headers.get("authorization"))
+            async with self._body(request) as body:
+                answer = await self._core.take(body, is_json=is_json, is_gzip=encoding == "gzip", grant=grant)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules
+            fault = fault_of(error, self._warnings)
+            self._core.note_fault(fault)
+            headers = {} if fault.retry_s is None else {"retry-after": f"{fault.retry_s:g}"}
+            return _response(fault.body(), is_json=is_json, status=fault.status, headers=headers)
+        response = ExportMetricsServiceResponse()
+        if answer.rejected or answer.reason:
+            response.partial_success.rejected_data_points = answer.rejected
+            response.partial_success.error_message = answer.reason
+        return _response(response, is_json=is_json)
+
+    def _unsupported(self, message: str) -> web.Response:
+        self._core.note_fault(fault_of(Unsupported(message), self._warnings))
+        return web.Response(status=415, text=f"{message}\n")
+
+    @asynccontextmanager
+    async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
+        """The body; what has come of it holds room, and when there is none the largest of all gives way."""
+        announced = request.content_length or 0
+        if announced > MAX_REQUEST_BYTES:
+            raise TooLarge(f"{announced} bytes; {MAX_REQUEST_BYTES} are the most")
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(_SLOWEST_S)
+        parts: list[bytes] = []
+        size = 0
+        with self._room.hold(f"{id(request)}", 0, lambda: limit.reschedule(loop.time())) as held:
+            try:
+                async with limit:
+                    while part := await request.content.readany():
+                        size += len(part)
+                        if size > MAX_REQUEST_BYTES:
+                            raise TooLarge(f"more than {MAX_REQUEST_BYTES} bytes")
+                        held.resize(size)
+                        parts.append(part)
+            except TimeoutError:
+                raise Busy("the body came too slowly, or others had to have its room") from None
+            yield b"".join(parts)
+
+
+def _response(
+    message: Message, *, is_json: bool, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    body = MessageToJson(message, indent=None).encode() if is_json else message.SerializeToString()
+    return web.Response(body=body, status=status, content_type=_JSON if is_json else _PROTOBUF, headers=headers)

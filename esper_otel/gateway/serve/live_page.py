@@ -1,0 +1,162 @@
+"""Live: the page that shows runs as they go, from the gateway's own store; for this machine only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from importlib import resources
+from typing import Any
+
+from aiohttp import web
+
+from esper_otel.errors import StaleCursor, UnknownRun
+from esper_otel.frames.frame import FINE, GUESSED_STEP
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.security import BadRequest, check_puller
+from esper_otel.gateway.store.base import Entry
+from esper_otel.gateway.turns import Turn
+from esper_otel.leyline.packets import state
+from esper_otel.leyline.risk import Rule, signals
+from esper_otel.schema import SEED_FIELDS
+
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page/page.css": ("page.css", "text/css"),
+    "/page/page.js": ("page.js", "text/javascript"),
+}
+_LOCAL = {"localhost", "127.0.0.1", "[::1]"}
+# Of one answer: so many steps, and not many more rows of seeds; so many steps are fetched at once.
+_AT_ONCE, _MOST_ROWS, _FETCHED = 500, 50_000, 2
+_TURN_S = 0.002  # one step of 3,000 seeds takes longer; a trainer and a controller wait for several turns
+# Nothing from elsewhere, and nobody else's frame around it.
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+_STAGE, _ALPHA = SEED_FIELDS.index("stage"), SEED_FIELDS.index("alpha")
+
+
+def add_page(app: web.Application, core: Core) -> None:
+    """Adds ``/``, and what the page asks for below ``/page``."""
+    one_by_one = asyncio.Lock()
+    folder = resources.files(__package__).joinpath("page")
+    for path, (name, kind) in _FILES.items():
+        app.router.add_get(path, _file(folder.joinpath(name).read_bytes(), kind))
+
+    async def runs(request: web.Request) -> web.Response:
+        _check(request)
+        known = [
+            {
+                "run_id": run.run_id,
+                "rank": run.rank,
+                "attempt": run.attempt,
+                "ended": run.ended or run.run_ended or None,
+                "is_fine": (run.ended or run.run_ended) in FINE,
+                "missing": run.missing,
+                "incomplete": run.incomplete,
+                "last_received_unix_ns": run.last_received_unix_ns,
+                "last_step": run.last_step,
+                "last_time_ms": run.last_time_unix_ns // 10**6,
+            }
+            for run in core.runs().runs
+        ]
+        return web.json_response({"runs": known}, headers=_HEADERS)
+
+    async def steps(request: web.Request) -> web.Response:
+        _check(request)
+        try:
+            check_puller(request.query.get("run", ""), None)
+            async with one_by_one:  # together, windows would take as many turns of the event loop's
+                answer = await _steps(core, request.query.get("run", ""), request.query.get("cursor", ""))
+        except BadRequest as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
+        except UnknownRun as error:
+            raise web.HTTPNotFound(text=str(error)) from None
+        except StaleCursor as error:
+            raise web.HTTPConflict(text=str(error)) from None
+        return web.Response(text=answer, content_type="application/json", headers=_HEADERS)
+
+    app.router.add_get("/page/runs", runs)
+    app.router.add_get("/page/steps", steps)
+
+
+async def _steps(core: Core, run_id: str, cursor: str) -> str:
+    """Steps after a cursor, in JSON, fewer of those with many seeds; others have their turns in between.
+
+    Raises:
+        UnknownRun, StaleCursor: nothing can be had so.
+    """
+    shown: list[str] = []  # made in turns, as all of a page would take long
+    gap = seen = rows = 0
+    has_more = True
+    turn = Turn(_TURN_S)
+    while seen < _AT_ONCE and rows < _MOST_ROWS:
+        try:
+            found = core.entries(run_id, cursor, _FETCHED)
+        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next question is told
+            if seen:
+                break
+            raise
+        if seen and found.gap:
+            break
+        gap += found.gap
+        cursor = found.cursor
+        for entry in found.entries:
+            frame = entry.item.frame
+            rows += len(frame.live.ids)
+            # One whose number was lost has no place on the axis of steps; the run's counts show it.
+            if frame.global_step < GUESSED_STEP:
+                shown.append(json.dumps(_shown(entry, core.rules)))
+            if turn.is_over:
+                await asyncio.sleep(0)
+                turn = Turn(_TURN_S)
+        seen += len(found.entries)
+        if len(found.entries) < _FETCHED:
+            has_more = False
+            break
+    rest = json.dumps({"cursor": cursor, "gap": gap, "more": has_more})
+    return f'{{"steps": [{", ".join(shown)}], {rest[1:]}'
+
+
+def _file(content: bytes, kind: str) -> Any:
+    async def handler(request: web.Request) -> web.Response:
+        _check(request)
+        return web.Response(body=content, content_type=kind, charset="utf-8", headers=_HEADERS)
+
+    return handler
+
+
+def _check(request: web.Request) -> None:
+    """Another site's page, whose name leads here by a trick with DNS, is not answered."""
+    host = request.headers.get("host", "").rpartition(":")
+    name = host[0] if host[1] and host[2].isdecimal() else request.headers.get("host", "")
+    if name not in _LOCAL:
+        raise web.HTTPForbidden(text="this page is for this machine: use http://127.0.0.1 or http://localhost")
+
+
+def _shown(entry: Entry, rules: tuple[Rule, ...]) -> dict[str, Any]:
+    """A step as the page reads it; a number that JSON does not have is null."""
+    frame = entry.item.frame
+    found = signals(state(frame), loss_before=entry.loss_before, rules=rules)
+    cells = frame.live.cells.tolist()
+    return {
+        "rank": frame.run.rank,
+        "attempt": frame.run.attempt,
+        "step": frame.global_step,
+        "time_ms": frame.time_unix_ns // 10**6,
+        "revision": entry.item.revision,
+        "values": {name: _number(value) for name, value in frame.values().items()},
+        "seeds": [
+            [seed_id, int(row[_STAGE]) if math.isfinite(row[_STAGE]) else 0, _number(row[_ALPHA])]
+            for seed_id, row in zip(frame.live.ids, cells, strict=True)
+        ],
+        "signals": [[signal.name, signal.level, signal.reason, signal.route] for signal in found],
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,224 @@
+"""Serve: the gateway's two ports, and one event loop behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+
+import grpc
+from aiohttp import web
+from grpc_health.v1 import health_pb2
+
+from esper_otel.errors import ConfigurationError
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.faults import fault_of
+from esper_otel.gateway.receive.inflate import MAX_REQUEST_BYTES
+from esper_otel.gateway.security import Certificates, Content, Renewed, Tokens
+from esper_otel.gateway.serve.connections import SILENT_S, Door, Guard, most_connections
+from esper_otel.gateway.serve.grpc_port import OTLP_SERVICE, Rpc
+from esper_otel.gateway.serve.http_port import HttpPort, runner_of
+from esper_otel.gateway.serve.in_flight import Room
+from esper_otel.log import Warnings
+
+__all__ = ["OTLP_SERVICE", "Gateway", "Ports"]
+
+_MOST_UNREAD_BYTES = 64 * 1024 * 1024
+_UNREAD_S = 0.25  # under pressure; else _SLOWEST_S of rpc.py and http.py
+_BACKLOG = 256
+_IDENTITY_AND_GZIP = 0b101
+_IDLE_MS = 300_000
+_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where the gateway listens, and who may come.
+
+    Attributes:
+        grpc: ``host:port`` for OTLP, pulls, health checking and reflection; None for none. Port 0: a free one.
+        http: ``host:port`` for OTLP over HTTP and for looking after the gateway; None for none.
+        certificates: of both; None for plain text.
+        send_tokens: of senders; None: everybody may send.
+        pull_tokens: of pullers; None: everybody may pull.
+        has_page: whether the HTTP port has the live page.
+        hosts: names, beside the usual ones, by which the HTTP port is asked.
+    """
+
+    grpc: str | None
+    http: str | None
+    certificates: Certificates | None = None
+    send_tokens: Tokens | None = None
+    pull_tokens: Tokens | None = None
+    has_page: bool = False
+    hosts: frozenset[str] = frozenset()
+
+
+class Gateway:
+    """Receives OTLP and serves pulls. An asynchronous context manager; threads: that of its event loop.
+
+    Args:
+        core: what it does with requests.
+        ports: where it listens.
+        receives: whether the gRPC port takes OTLP.
+
+    Attributes:
+        grpc_address: ``host:port`` of the gRPC port, when it is open.
+        http_address: the same of the HTTP port.
+    """
+
+    def __init__(self, core: Core, ports: Ports, *, receives: bool = True) -> None:
+        self.grpc_address: str | None = None
+        self.http_address: str | None = None
+        self._core = core
+        self._ports = ports
+        self._receives = receives
+        self._warnings = Warnings()
+        self._answers = Room(_MOST_UNREAD_BYTES, "too many answers that are not read yet", safe_s=_UNREAD_S)
+        self._certificates: Renewed | None = None
+        self._server: grpc.aio.Server | None = None
+        self._guard: Guard | None = None
+        self._runner: web.AppRunner | None = None
+        self._door: Door | None = None
+
+    @property
+    def page(self) -> str | None:
+        """The address of the live page."""
+        if not self._ports.has_page or self.http_address is None:
+            return None
+        return f"{'http' if self._ports.certificates is None else 'https'}://{self.http_address}/"
+
+    async def __aenter__(self) -> Gateway:
+        try:
+            self._core.start()
+            if self._ports.certificates is not None:
+                self._certificates = Renewed(self._ports.certificates, self._warnings)
+            if self._ports.grpc is not None:
+                await self._open_grpc(self._ports.grpc)
+            if self._ports.http is not None:
+                await self._open_http(self._ports.http)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Stops taking requests, lets those that run end, and closes the store."""
+        if self._door is not None:
+            self._door.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self._core.end_waiting()
+        if self._server is not None:
+            await self._server.stop(_GRACE_S)
+        if self._guard is not None:
+            self._guard.close()
+        self._core.close()
+
+    # -- gRPC --------------------------------------------------------------------------------------------
+
+    async def _open_grpc(self, address: str) -> None:
+        server = self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+                ("grpc.max_send_message_length", -1),  # pages are bounded
+                # What is packed is unpacked by us, within bounds, when its turn has come.
+                ("grpc.per_message_decompression", 0),
+                ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_AND_GZIP),
+                ("grpc.http2.bdp_probe", 0),  # a message that nobody reads yet is not taken from its sender
+                ("grpc.so_reuseport", 0),  # a second gateway on the port is a mistake, not a colleague
+                ("grpc.max_concurrent_streams", 200),
+                ("grpc.max_allowed_incoming_connections", most_connections("grpc")),
+                ("grpc.server_handshake_timeout_ms", int(SILENT_S * 1000)),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
+                ("grpc.keepalive_time_ms", _IDLE_MS),  # a peer that is gone without a word
+            ],
+        )
+        port = self._bind(server, address)
+        self._guard = Guard(port)
+        ports = self._ports
+        rpc = Rpc(self._core, ports.send_tokens, ports.pull_tokens, self._guard, self._answers, self._warnings)
+        handlers = rpc.handlers(receives=self._receives)
+        server.add_generic_rpc_handlers(
+            tuple(grpc.method_handlers_generic_handler(*handler) for handler in handlers.items())
+        )
+        await server.start()
+        for service in ("", *handlers):
+            await rpc.health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self.grpc_address = f"{address.rpartition(':')[0]}:{port}"
+
+    def _bind(self, server: grpc.aio.Server, address: str) -> int:
+        try:
+            if self._certificates is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, _grpc_credentials(self._certificates))
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise ConfigurationError(f"--grpc {address}: the port is taken, or the address is none of this machine")
+        return port
+
+    # -- HTTP --------------------------------------------------------------------------------------------
+
+    async def _open_http(self, address: str) -> None:
+        port = HttpPort(self._core, self._ports.send_tokens, self._answers, self._warnings)
+        hosts = None if self._certificates is not None else self._ports.hosts
+        app = port.application(hosts, has_page=self._ports.has_page)
+        self._runner = runner_of(app, self._warnings, shutdown_timeout=_GRACE_S)
+        await self._runner.setup()
+        host, _, number = address.rpartition(":")
+        try:
+            listening = await _listening(host.strip("[]"), int(number))
+        except OSError as error:
+            raise ConfigurationError(f"--http {address}: {error.strerror or error}") from None
+        context = None if self._certificates is None else self._certificates.context
+        served = self._runner.server
+        assert served is not None
+        self._door = port.door = Door(listening, served, context, self._refuse, self._warnings)
+        self.http_address = f"{host}:{listening[0].getsockname()[1]}"
+
+    def _refuse(self, error: Exception) -> None:
+        self._core.note_fault(fault_of(error, self._warnings))
+
+
+async def _listening(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of a host.
+
+    Raises:
+        OSError: the port is taken, or the address is not one of this machine.
+    """
+    server = await asyncio.get_running_loop().create_server(
+        asyncio.Protocol, host, port, backlog=_BACKLOG, start_serving=False
+    )
+    sockets = [each.dup() for each in server.sockets]
+    server.close()
+    for each in sockets:
+        each.listen(_BACKLOG)
+        each.setblocking(False)
+    return sockets
+
+
+def _grpc_credentials(certificates: Renewed) -> grpc.ServerCredentials:
+    """Credentials that follow the files: gRPC asks with each handshake."""
+    in_force: Content | None = None
+
+    def configuration() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal in_force
+        content = certificates.content()
+        if content is in_force:
+            return None  # go on with what there is
+        in_force = content
+        pair = (content.key, content.certificate)
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=content.client_ca)
+
+    first = configuration()
+    assert first is not None
+    return grpc.dynamic_ssl_server_credentials(
+        first,
+        configuration,  # type: ignore[arg-type] # None: go on with what there is, says grpc
+        require_client_authentication=certificates.content().client_ca is not None,
+    )

@@ -1,0 +1,267 @@
+"""Database: the SQLite file of a store: its tables, who may write it, and what its failures mean."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from esper_otel.errors import ConfigurationError
+from esper_otel.frames.encoded import time_of
+from esper_otel.gateway.store.base import StoreFull
+
+FILE = "steps.sqlite3"
+_LOCK = "lock"
+_SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file, and of those that SQLite makes next to it
+_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in place of a file must not stop us
+_VERSION = 4
+_MOST_VERSION = 1_000  # a number beyond is not one that a later version of ours could have
+_SCHEMA = """
+CREATE TABLE runs (id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL);
+CREATE TABLE ranks (run INTEGER, rank INTEGER, last INTEGER, PRIMARY KEY (run, rank)) WITHOUT ROWID;
+CREATE TABLE items (
+    run INTEGER, position INTEGER, rank INTEGER, number INTEGER, attempt INTEGER, writer TEXT, revision INTEGER,
+    complete INTEGER, received INTEGER, loss_before REAL, size INTEGER, frame BLOB
+);
+CREATE UNIQUE INDEX items_by_position ON items (run, position);
+CREATE UNIQUE INDEX items_by_number ON items (run, rank, number);
+CREATE TABLE ends (
+    run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, outcome TEXT, PRIMARY KEY (run, rank, attempt, writer)
+) WITHOUT ROWID;
+CREATE TABLE bodies (number INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB);
+"""
+# What each further version added.
+_ADDED = {
+    # When a run got its last step is told in seconds of the store's own age from then on.
+    2: """
+CREATE TABLE places (
+    run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, next INTEGER, lowest INTEGER, missing INTEGER,
+    says_step INTEGER, says_epoch INTEGER, holes TEXT, PRIMARY KEY (run, rank, attempt, writer)
+) WITHOUT ROWID;
+CREATE TABLE age (seconds REAL);
+INSERT INTO age VALUES (0.0);
+UPDATE runs SET added_s = 0.0;
+""",
+    # Whose share of the room a run takes; how often a start of the gateway has ended while it processed a body.
+    3: """
+ALTER TABLE runs ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
+ALTER TABLE bodies ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
+ALTER TABLE bodies ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
+""",
+    # The time of a step, by which the newest steps of a writer are found, however late and often they were stored.
+    4: """
+ALTER TABLE items ADD COLUMN time INTEGER NOT NULL DEFAULT 0;
+UPDATE items SET time = time_of(frame);
+CREATE INDEX items_by_time ON items (run, rank, attempt, writer, time, position, complete);
+""",
+}
+_TABLES = {
+    "runs": {"id", "run_id", "life", "last", "added_s", "tenant"},
+    "ranks": {"run", "rank", "last"},
+    "items": {
+        *("run", "position", "rank", "number", "attempt", "writer", "revision", "complete"),
+        *("received", "loss_before", "size", "frame", "time"),
+    },
+    "ends": {"run", "rank", "attempt", "writer", "outcome"},
+    "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},
+    "places": {
+        *("run", "rank", "attempt", "writer", "next", "lowest", "missing", "says_step", "says_epoch", "holes"),
+    },
+    "age": {"seconds"},
+}
+_INDEXES = {"items_by_position", "items_by_number", "items_by_time"}
+_LATER = {"tenant", "tries", "time", "items_by_time"}  # what files of an earlier version may lack
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_TOOBIG}
+
+
+class Damaged(Exception):
+    """The file is not one that SQLite can read, or its tables are not those of a store."""
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Raises ``Damaged`` where SQLite finds that the file is; other failures go on as they are."""
+    try:
+        yield
+    except UnicodeDecodeError as error:  # of a name in the message
+        raise Damaged("a name in it is not UTF-8") from error
+    except sqlite3.Error as error:
+        if is_damage(error):
+            raise Damaged(str(error)) from error
+        raise
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether an error says that the file is damaged, and not only that it cannot be read or written now."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """What is written in the block is there as a whole or not at all.
+
+    Raises:
+        StoreFull: it could not be written.
+        Damaged: the file is damaged.
+    """
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+        connection.execute("COMMIT")
+    except BaseException as error:
+        with suppress(sqlite3.Error):  # the file is damaged: there is nothing to go back to
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        if isinstance(error, sqlite3.Error):
+            if is_damage(error):
+                raise Damaged(str(error)) from error
+            raise StoreFull(f"the store cannot be written: {error}") from error
+        raise
+
+
+def locked(folder: Path) -> IO[bytes]:
+    """Takes a folder for this process; what is returned holds it until it is closed.
+
+    Nothing is written to the lock file, and a link in its place is not followed.
+
+    Raises:
+        ConfigurationError: another gateway has it, it cannot be made, or something in it is not ours.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | _FILE_FLAGS, 0o600)
+    except OSError as error:
+        what = "its file lock is a link" if (folder / _LOCK).is_symlink() else error
+        raise ConfigurationError(f"--store {folder}: {what}") from error
+    lock = os.fdopen(descriptor, "rb", buffering=0)
+    try:
+        for name in (_LOCK, *(FILE + suffix for suffix in _SUFFIXES)):
+            _check_ours(folder / name)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigurationError(f"--store {folder}: another gateway is using it") from None
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _check_ours(path: Path) -> None:
+    """Only a plain file of this user, without other names, is touched.
+
+    Raises:
+        ConfigurationError: there is something else.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        raise ConfigurationError(f"{path} is a link, a pipe or a folder, not a file of a store: move it away")
+    if found.st_uid != os.geteuid():
+        raise ConfigurationError(f"{path} belongs to user {found.st_uid}, not to the one that runs this gateway")
+
+
+def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    """Opens a store's file; makes it when it may be written.
+
+    Raises:
+        ConfigurationError: it is not there, another version's, or another program's.
+        Damaged: it cannot be read as a store.
+        sqlite3.Error: it cannot be opened.
+    """
+    if read_only and not path.is_file():
+        raise ConfigurationError(f"{path} is not there: give a folder that a gateway has stored to")
+    if not read_only:  # made by SQLite it could be read by others
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE_FLAGS, 0o600))
+    where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
+    connection = sqlite3.connect(where, uri=True, isolation_level=None, timeout=1.0)
+    try:
+        with reading():
+            _check_header(path)
+            _prepare(connection, path, read_only=read_only)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_header(path: Path) -> None:
+    """Raises ``Damaged`` for numbers in the file's header that SQLite answers with other errors than damage."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    if header and (
+        len(header) < 100 or not {*header[18:20]} <= {1, 2} or not 0 <= header[47] <= 4 or any(header[44:47])
+    ):
+        raise Damaged("its header is not one that SQLite writes")
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
+    connection.text_factory = _text
+    connection.create_function("time_of", 1, time_of, deterministic=True)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    parts = {(kind, name) for kind, name in connection.execute("SELECT type, name FROM sqlite_master")}
+    tables = {name for kind, name in parts if kind == "table"}
+    if tables and (version == 0 or not tables & {*_TABLES}):
+        raise ConfigurationError(f"{path} is another program's file, not a store: give a folder of its own")
+    if not 0 <= version <= _MOST_VERSION:
+        raise Damaged(f"it has version {version}")
+    if version > _VERSION or (version == 0 and read_only):
+        raise ConfigurationError(f"{path} has version {version}, not {_VERSION}: it was written by another esper_otel")
+    if not read_only:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        added = "".join(_ADDED[each] for each in range(max(version, 1) + 1, _VERSION + 1))
+        if version < _VERSION:
+            try:
+                new = added if version else _SCHEMA + added
+                connection.executescript(f"BEGIN;{new}PRAGMA user_version = {_VERSION};COMMIT;")
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
+                    raise
+                raise Damaged(str(error)) from error  # its tables are not those of its version
+    _check_tables(connection, version if read_only else _VERSION)
+
+
+def _check_tables(connection: sqlite3.Connection, version: int) -> None:
+    """Raises ``Damaged`` if the tables are not those of a store of this version, or if something else is there."""
+    found = [*connection.execute("SELECT type, name FROM sqlite_master")]
+    strange = [name for kind, name in found if kind not in {"table", "index"}]
+    indexes = {name for kind, name in found if kind == "index"}
+    if strange or not indexes >= (_INDEXES if version == _VERSION else _INDEXES - _LATER):
+        raise Damaged("it has other tables or indexes than a store")
+    for table, columns in _TABLES.items():
+        known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+        lacks = columns - known - _LATER if version < _VERSION else columns - known
+        if lacks and not (version == 1 and table in {"places", "age"}):
+            raise Damaged(f"its table {table} lacks {', '.join(sorted(lacks))}")
+        if known - columns:  # no row could be written
+            raise Damaged(f"its table {table} has more columns than that of a store")
+
+
+def moved_aside(path: Path) -> Path:
+    """Gives a file that cannot be read, and those that SQLite made next to it, a name with the time.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    aside = path.with_name(f"{path.name}.damaged-{now}-{secrets.token_hex(2)}")
+    for suffix in _SUFFIXES:
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace")  # one text that is not UTF-8 must not hide the rows around it

@@ -1,0 +1,210 @@
+"""MemoryStore: released frames in memory, bounded; gone when the gateway ends."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+
+from esper_otel.errors import UnknownRun
+from esper_otel.frames.frame import LAST_LOSS, Frame
+from esper_otel.frames.ring import frame_bytes
+from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.store.base import (
+    NO_TENANTS,
+    NOTHING_ENDED,
+    RANK_BYTES,
+    RUN_BYTES,
+    WRITER_BYTES,
+    Entry,
+    Found,
+    Kept,
+    StoreLimits,
+    cursor_place,
+    cursor_text,
+)
+from esper_otel.gateway.store.ledger import Ledger, use_of
+from esper_otel.leyline.numbers import finite
+
+
+class _Row:
+    """The entries of a run, or of one of its ranks: places without holes, the oldest dropped first."""
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque()
+        self.last = 0
+
+    def after(self, place: int, most: int) -> tuple[list[Entry], int]:
+        """Up to ``most`` entries after a place, and how many before them were dropped."""
+        first = self.last - len(self.entries)
+        start = max(place, first)
+        # A deque walks to an index in blocks, from the nearer end; to a slice one by one.
+        found = [self.entries[index - first] for index in range(start, min(start + most, self.last))]
+        return found, max(first - place, 0)
+
+
+class _Shelf:
+    """What is stored of a run."""
+
+    def __init__(self, tenant: str) -> None:
+        self.life = secrets.token_hex(4)
+        self.tenant = tenant
+        self.all = _Row()
+        self.ranks: dict[int, _Row] = {}
+        self.sizes: deque[int] = deque()
+        self.frame_bytes = 0
+        self.losses: dict[Origin, float | None] = {}
+        self.counts: Counter[Origin] = Counter()
+        self.outcomes: dict[Origin, str] = {}
+        self.added_s = 0.0
+
+    @property
+    def size(self) -> int:
+        """About what it takes."""
+        of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
+        return RUN_BYTES + of_writers + self.frame_bytes
+
+    def add(self, item: Item) -> None:
+        rank = self.ranks.setdefault(item.origin.rank, _Row())
+        self.all.last += 1
+        rank.last += 1
+        entry = Entry(self.all.last, rank.last, item, self.losses.get(item.origin))
+        self.losses[item.origin] = loss_of(item.frame)
+        self.counts[item.origin] += 1
+        self.all.entries.append(entry)
+        rank.entries.append(entry)
+        size = frame_bytes(item.frame)
+        self.sizes.append(size)
+        self.frame_bytes += size
+
+    def drop_oldest(self) -> None:
+        self.frame_bytes -= self.sizes.popleft()
+        entry = self.all.entries.popleft()
+        origin = entry.item.origin
+        self.ranks[origin.rank].entries.popleft()
+        self.counts[origin] -= 1
+        if not self.counts[origin]:
+            del self.counts[origin], self.losses[origin]
+            self.outcomes.pop(origin, None)
+
+
+class MemoryStore:
+    """Keeps entries in memory. See ``Store``."""
+
+    def __init__(self, limits: StoreLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits or StoreLimits()
+        self._clock = clock
+        self._shelves: dict[str, _Shelf] = {}
+        self._ledger = Ledger()
+        self.dropped = 0
+        self.damaged: Counter[str] = Counter()
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the entries take."""
+        return self._ledger.size
+
+    def add(
+        self,
+        items: Iterable[Item],
+        *,
+        ended: Mapping[Origin, str] = NOTHING_ENDED,
+        places: Iterable[Place] = (),  # noqa: ARG002
+        tenants: Mapping[str, str] = NO_TENANTS,
+        kept: Kept | None = None,  # noqa: ARG002 - bodies are of no use to memory
+        first_kept: int | None = None,  # noqa: ARG002
+    ) -> None:
+        """Stores frames and outcomes. See ``Store``."""
+        now_s = self._clock()
+        for item in items:
+            run_id = item.origin.run_id
+            shelf = self._shelves.get(run_id)
+            if shelf is None:
+                shelf = self._shelves[run_id] = _Shelf(tenants.get(run_id, ""))
+            shelf.added_s = now_s
+            shelf.add(item)
+            while shelf.sizes and (len(shelf.sizes) > self._limits.steps or shelf.size > self._limits.run_bytes):
+                self._drop(shelf)
+            self._note(run_id, shelf, has_news=True)
+            self._make_room()
+        for origin, outcome in ended.items():
+            shelf = self._shelves.get(origin.run_id)
+            if shelf is not None:
+                shelf.outcomes[origin] = outcome
+
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
+        """Entries after a cursor. See ``Store``."""
+        shelf = self._shelves.get(run_id)
+        if shelf is None:
+            raise UnknownRun(f"no step of run {run_id!r} is here")
+        row = shelf.all if rank is None else shelf.ranks.get(rank, _Row())
+        place = cursor_place(cursor, shelf.life, rank, row.last)
+        entries, gap = row.after(place, most)
+        last = place + gap + len(entries)
+        return Found(entries, cursor_text(shelf.life, rank, last), gap)
+
+    def holds(self, run_id: str) -> bool:
+        """Whether a step of the run is stored. See ``Store``."""
+        return run_id in self._shelves
+
+    def counts(self) -> dict[Origin, int]:
+        """How many entries each writer has."""
+        return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items()}
+
+    def outcomes(self) -> dict[Origin, str]:
+        """How the runs ended of which something is stored."""
+        return {origin: outcome for shelf in self._shelves.values() for origin, outcome in shelf.outcomes.items()}
+
+    def tenant(self, run_id: str) -> str:
+        """Whose share of the room a run takes."""
+        return self._ledger.tenant(run_id)
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """How much of each bound is used, and the bound."""
+        return use_of(self._ledger, self._limits)
+
+    def expire(self) -> list[str]:
+        """Drops runs that were idle for long."""
+        oldest_s = self._clock() - self._limits.idle_s
+        gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s]
+        for run_id in gone:
+            self._forget(run_id)
+        return gone
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _make_room(self) -> None:
+        """Drops what makes too much of all runs."""
+        while self._ledger.size > self._limits.all_bytes:
+            run_id = self._ledger.largest()
+            self._drop(self._shelves[run_id])
+            self._note(run_id, self._shelves[run_id])
+        while self._ledger.writers > self._limits.writers:
+            run_id, is_only = self._ledger.longest_silent()
+            if is_only:
+                self._drop(self._shelves[run_id])
+                self._note(run_id, self._shelves[run_id])
+            else:
+                self._forget(run_id)
+
+    def _note(self, run_id: str, shelf: _Shelf, *, has_news: bool = False) -> None:
+        """Notes what a run takes; one of which nothing is left takes nothing."""
+        if shelf.sizes:
+            self._ledger.note(run_id, shelf.tenant, shelf.size, len(shelf.counts), has_news=has_news)
+        else:
+            self._forget(run_id)
+
+    def _forget(self, run_id: str) -> None:
+        self.dropped += len(self._shelves.pop(run_id).sizes)
+        self._ledger.forget(run_id)
+
+    def _drop(self, shelf: _Shelf) -> None:
+        shelf.drop_oldest()
+        self.dropped += 1
+
+
+def loss_of(frame: Frame) -> float | None:
+    """The loss that the frame's packet has; None when there is none."""
+    return finite(frame.values().get(LAST_LOSS))

@@ -1,0 +1,90 @@
+"""Rows: which rows of a store's tables can be what a gateway wrote. The others are taken out before they are read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from esper_otel.frames.encoded import MOST_BYTES
+from esper_otel.gateway.items import Origin, Place
+from esper_otel.leyline.senders import is_valid
+
+_MOST_BODY_BYTES = 64 * 1024 * 1024
+_MOST_HOLES = 1_000
+_MOST_TEXT = 4_096  # of a writer's name, in characters
+
+
+def _whole(column: str, least: int = 0, bits: int = 53) -> str:
+    return f"typeof({column}) <> 'integer' OR {column} < {least} OR {column} > {2**bits - 1}"
+
+
+def _is_text(column: str) -> str:
+    return f"typeof({column}) <> 'text' OR length({column}) > {_MOST_TEXT}"
+
+
+_OF_WRITER = (_whole("run"), _whole("attempt", bits=63), _whole("rank", bits=31), _is_text("writer"))
+# For each table the condition, in SQL, on which a row cannot be ours. NULL satisfies each.
+DAMAGED = {
+    "items": " OR ".join(
+        (
+            *(*_OF_WRITER, _whole("position", 1), _whole("number", 1), _whole("revision", 1, bits=32)),
+            *(
+                _whole("complete"),
+                _whole("received", bits=63),
+                "typeof(loss_before) NOT IN ('real', 'integer', 'null')",
+            ),
+            *("typeof(frame) <> 'blob'", f"length(frame) > {MOST_BYTES}"),
+        )
+    ),
+    "ranks": " OR ".join((_whole("run"), _whole("rank", bits=31), _whole("last"))),
+    "ends": " OR ".join((*_OF_WRITER, _is_text("outcome"))),
+    "bodies": " OR ".join(
+        (
+            *(_whole("number", 1), _whole("is_json"), _whole("received", bits=63), _whole("tries"), _is_text("tenant")),
+            *("typeof(body) <> 'blob'", f"length(body) > {_MOST_BODY_BYTES}"),
+        )
+    ),
+}
+
+
+def is_run(row: tuple[Any, ...]) -> bool:
+    """Whether a row of ``runs`` is one: its number, the run's id, its life, the last position, the tenant."""
+    key, run_id, life, last, tenant = row
+    return (
+        type(key) is int
+        and all(type(text) is str for text in (run_id, life, tenant))
+        and bool(run_id)
+        and is_valid(run_id)
+        and life.isalnum()
+        and type(last) is int
+        and 0 <= last < 2**53
+    )
+
+
+def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
+    """The place that a row of ``places`` names, without its run.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is not one.
+    """
+    attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes = row
+    bounds = (
+        (attempt, 63),
+        (rank, 31),
+        (next_number, 54),
+        (lowest, 54),
+        (missing, 54),
+    )  # they must not grow past 63 bits
+    numbers = [(number, bits) for number, bits in bounds if number is not None]
+    if type(writer) is not str or any(type(number) is not int or not 0 <= number < 2**bits for number, bits in numbers):
+        raise ValueError("not the place of a writer")
+    found = json.loads(holes)
+    before = 0
+    for first, behind in found:
+        if type(first) is not int or type(behind) is not int or not before <= first < behind < 2**54:
+            raise ValueError("holes that are not in order")
+        before = behind
+    if len(found) > _MOST_HOLES or None in (attempt, rank, missing):
+        raise ValueError("not the place of a writer")
+    origin = Origin(run_id, attempt, rank, writer)
+    return Place(origin, next_number, lowest, missing, bool(says_step), bool(says_epoch), tuple(map(tuple, found)))

@@ -1,0 +1,1 @@
+"""Pull: the contract between a gateway and whoever pulls from it, and its clients. It needs no gateway."""

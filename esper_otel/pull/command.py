@@ -1,0 +1,221 @@
+"""The command ``esper-otel pull``: the packets of a run, as they come."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.leyline.packets import Packets
+from esper_otel.pull.client import RunInfo, TamiyoClient
+from esper_otel.pull.messages import step_message
+from esper_otel.pull.views import RunRanks
+from esper_otel.text import printable
+
+_WAIT_S = 5.0
+_AGAIN_S = 1.0
+_AWAY_S = 3.0
+_MOST = 1000
+_MOST_LINE = 100_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``esper-otel pull``."""
+    parser.add_argument("run_id", nargs="?", metavar="RUN", help="the run; without it, the runs that are there")
+    parser.add_argument("--target", default="127.0.0.1:4327", metavar="ADDRESS", help="the gateway (%(default)s)")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token")
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="who signed the gateway's certificate, PEM: TLS")
+    parser.add_argument("--cert-file", type=Path, metavar="FILE", help="the puller's own certificate, for mutual TLS")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="its key")
+    parser.add_argument("--rank", type=_rank, metavar="N", help="one rank only (all)")
+    parser.add_argument("--cursor", metavar="TEXT", help="go on from here (from the oldest step stored)")
+    parser.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
+    parser.add_argument("--ranks", action="store_true", help="the run's ranks side by side, instead of its packets")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="one JSON object a line")
+    shape.add_argument(
+        "--binary", action="store_true", help="esper.gateway.v1.Step messages, each after its length as a varint"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints what there is, and with --follow what comes; the last cursor goes to standard error."""
+    with TamiyoClient(
+        options.target,
+        token_file=options.token_file,
+        ca_file=options.ca_file,
+        certificate_file=options.cert_file,
+        key_file=options.key_file,
+        timeout_s=_AWAY_S,
+    ) as client:
+        if options.run_id is None:
+            _write_runs(client.runs(), as_json=options.json)
+            return 0
+        if options.ranks:
+            _write_ranks(client.ranks(options.run_id), as_json=options.json)
+            return 0
+        write = _write_json if options.json else _write_binary if options.binary else _write_text
+        cursor = options.cursor or ""
+        interrupt = _Interrupt()
+        try:
+            while True:
+                interrupt.check()
+                cursor, count = _print_page(client, options, cursor, write)
+                if not count and not options.follow:
+                    return 0
+        finally:
+            if cursor:
+                _say(f"cursor {cursor}")
+
+
+class _Interrupt:
+    """Ctrl-C, remembered: Python only prints the exception when it comes inside a callback, such as gRPC's."""
+
+    def __init__(self) -> None:
+        self._has_come = False
+        signal.signal(signal.SIGINT, self)
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self._has_come = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises it, if it has been lost."""
+        if self._has_come:
+            raise KeyboardInterrupt
+
+
+def _print_page(
+    client: TamiyoClient, options: argparse.Namespace, cursor: str, write: Callable[[Packets], None]
+) -> tuple[str, int]:
+    """Prints a page; returns the cursor to go on from, and how many steps there were."""
+    wait_s = _WAIT_S if options.follow else 0.0
+    try:
+        page = client.pull(options.run_id, cursor, rank=options.rank, max_packets=_MOST, wait_s=wait_s)
+    except StaleCursor as error:
+        if not options.follow or cursor == options.cursor:
+            raise
+        _say(f"{error}; going on with the oldest step that is stored")
+        return "", 0
+    except (GatewayUnavailable, UnknownRun) as error:
+        if not options.follow:
+            raise
+        _say(f"{error}; asking again")
+        time.sleep(_AGAIN_S)
+        return cursor, 0
+    if page.gap:
+        _say(f"{page.gap} steps were dropped before they could be pulled")
+    for packets in page:
+        write(packets)
+    sys.stdout.flush()
+    return page.cursor, len(page)
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"esper-otel: {printable(message, _MOST_LINE)}\n")
+    sys.stderr.flush()
+
+
+def _write_line(text: str) -> None:
+    """Ids, reasons and writers are what a sender has said: none of them begins a line or moves the cursor."""
+    sys.stdout.write(printable(text, _MOST_LINE) + "\n")
+
+
+def _write_text(packets: Packets) -> None:
+    state = packets.state
+    marks = [f"seeds {len(state.seed_states)}", f"rank {packets.rank}", f"attempt {packets.attempt}"]
+    marks += [f"writer {packets.writer}"] if packets.writer else []
+    marks += [f"revision {packets.revision}"] if packets.revision > 1 else []
+    marks += [] if packets.complete else ["incomplete"]
+    marks += [event.description for packet in packets.telemetry for event in packet.events]
+    loss = f"{state.training_loss:.6g}" if "loss" in packets.names else "none"
+    _write_line(f"step {packets.step}  loss {loss}  {'  '.join(marks)}")
+
+
+def _write_json(packets: Packets) -> None:
+    sys.stdout.write(json.dumps(as_json(packets), allow_nan=False) + "\n")
+
+
+def _write_binary(packets: Packets) -> None:
+    content = step_message(packets).SerializeToString()
+    sys.stdout.buffer.write(_varint(len(content)) + content)
+
+
+def _write_runs(runs: list[RunInfo], *, as_json: bool) -> None:
+    for run in runs:
+        said = {name: getattr(run, name) for name in RunInfo.__slots__}
+        if as_json:
+            sys.stdout.write(json.dumps(said) + "\n")
+            continue
+        steps = "none" if run.last_step is None else f"{run.first_step} to {run.last_step}"
+        marks = [f"rank {run.rank} of {run.world_size}", f"steps {steps}", f"stored {run.stored}"]
+        marks += [f"ended {run.ended}"] if run.ended else []
+        marks += [f"the whole run ended {run.run_ended}"] if run.run_ended and run.run_ended != run.ended else []
+        marks += ["resumed"] if run.resumed else []
+        counts = ("missing", "unseen", "incomplete", "differing", "too_late")
+        marks += [f"{name.replace('_', ' ')} {said[name]}" for name in counts if said[name]]
+        marks += [f"writer {run.writer}"] if run.writer else []
+        _write_line(f"{run.run_id}  attempt {run.attempt}  {'  '.join(marks)}")
+    if not runs:
+        _say("no run is there yet")
+
+
+def _write_ranks(found: RunRanks, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found)) + "\n")
+        return
+    _write_line(f"steps {found.first_step} to {found.last_step}, {len(found.ranks)} of {found.world_size} ranks")
+    for row in found.ranks:
+        named = (("step", row.step_latency_ms), ("input wait", row.input_wait_ms), ("cycle", row.cycle_ms))
+        times = [f"{name} {'none' if value is None else f'{value:.3f} ms'}" for name, value in named]
+        is_slowest = row.rank == found.slowest_rank
+        mark = f"  <- the slowest, by {found.slowest_by}" if is_slowest else ""
+        _write_line(f"rank {row.rank}  {'  '.join(times)}{mark}")
+    spreads = f"step {found.step_latency_spread_ms:.3f} ms, input wait {found.input_wait_spread_ms:.3f} ms"
+    _write_line(f"spread over the ranks: {spreads}")
+
+
+def as_json(packets: Packets) -> dict[str, Any]:
+    """The step for a JSON line; packets have no number that JSON does not have."""
+    return {
+        "run_id": packets.run_id,
+        "attempt": packets.attempt,
+        "rank": packets.rank,
+        "writer": packets.writer,
+        "step": packets.step,
+        "revision": packets.revision,
+        "complete": packets.complete,
+        "age_s": packets.age_s,
+        "names": sorted(packets.names),
+        "state": _as_dict(packets.state),
+        "telemetry": [_as_dict(packet) for packet in packets.telemetry],
+    }
+
+
+def _as_dict(packet: Message) -> dict[str, Any]:
+    return MessageToDict(packet, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _varint(number: int) -> bytes:
+    content = bytearray()
+    while number > 0x7F:
+        content.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*content, number])
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Session: ``start()`` and what it wires together: identity, recording, deriving, exporting, and the end."""

@@ -1,0 +1,450 @@
+"""start(): the one place where recording, deriving, probing, exporting and packets are wired together."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.metrics import MeterProvider
+
+from esper_otel import leyline
+from esper_otel.derive.deriver import Deriver, checked_processors
+from esper_otel.derive.dynamics import Dynamics
+from esper_otel.derive.processor import Processor
+from esper_otel.errors import InvalidCatalogue
+from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
+from esper_otel.export.exporter import StepExporter
+from esper_otel.export.instruments import Instruments, instruments_of
+from esper_otel.export.opening import open_exporter
+from esper_otel.export.provider import OwnProvider, exporters_for
+from esper_otel.export.resource import resources
+from esper_otel.export.transport import open_sender
+from esper_otel.frames.black_box import BlackBox
+from esper_otel.frames.frame import FINE, UNKNOWN_ATTEMPT, Frame, Run
+from esper_otel.frames.ring import Ring
+from esper_otel.leyline.risk import configured
+from esper_otel.log import Warnings, announce
+from esper_otel.probes import host_and_device_probes
+from esper_otel.probes.sampler import Sampler
+from esper_otel.record.clock import Clock
+from esper_otel.record.device import device_name
+from esper_otel.record.names import Names
+from esper_otel.record.publisher import Publisher
+from esper_otel.record.recorder import Recorder
+from esper_otel.schema import Metric
+from esper_otel.session.absence import reasons
+from esper_otel.session.ending import forget, outcome_of_process, watch
+from esper_otel.session.identity import Agreement, agreement_for, identify
+from esper_otel.session.telemetry import Telemetry
+from esper_otel.settings import EsperSettings, signal_names
+
+if TYPE_CHECKING:
+    import torch
+
+_STALE_AFTER_NS = 300 * 1_000_000_000
+
+
+def start(
+    *,
+    run_id: str | None = None,
+    experiment: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    device: str | int | torch.device | None = None,
+    settings: EsperSettings | None = None,
+    epochs: int | None = None,
+    metrics: Iterable[Metric] = (),
+    processors: Iterable[Processor] = (),
+    meter_provider: MeterProvider | None = None,
+    export_steps: bool | None = None,
+) -> Telemetry:
+    """Starts telemetry for one training run; it is live when this returns. Also a context manager.
+
+    Args:
+        run_id: name of the run, the same after a resume and on every rank; else from ``ESPER_RUN_ID`` or the
+            launcher, else made up and shown.
+        experiment: name of the experiment that the run belongs to.
+        rank: this process among ``world_size``; else from the launcher's environment.
+        world_size: number of ranks.
+        device: the device that trains; else the first CUDA tensor seen.
+        settings: settings; else from the environment (``ESPER_*``).
+        epochs: epochs that the run is planned to take.
+        metrics: the user's own step metrics.
+        processors: the user's own processors. One that gives a metric of ours replaces ours.
+        meter_provider: where to register the instruments instead of a provider of our own; its readers carry
+            them, and steps are sent only with ``export_steps=True``. Seed ids beyond the SDK's limit for an
+            instrument stand in scopes of their own; a limit that you have set is kept, and warned of.
+        export_steps: whether every step goes out over OTLP; by default as ``OTEL_METRICS_EXPORTER`` says.
+
+    Raises:
+        MistakeError: an argument that can never be right.
+        ConfigurationError: a setting or environment variable that cannot be used.
+    """
+    session = _Session(
+        settings=EsperSettings() if settings is None else settings,
+        identity={"run_id": run_id, "experiment": experiment, "rank": rank, "world_size": world_size},
+        device=device,
+        epochs=epochs,
+        metrics=tuple(metrics),
+        processors=tuple(processors),
+        meter_provider=meter_provider,
+        export_steps=export_steps,
+    )
+    return session.telemetry
+
+
+def check_environment() -> None:
+    """Reads the settings of a session that somebody else is going to start, and warns and raises as ``start`` would.
+
+    Raises:
+        ConfigurationError: a setting or environment variable that cannot be used.
+    """
+    settings = EsperSettings()
+    configured(settings.risk_thresholds)
+    exporters = exporters_for(has_provider=False, export_steps=None)
+    if exporters.steps:
+        open_sender(endpoint_from_environment(protocol=exporters.protocol), settings.token_file).close()
+
+
+class _Session:
+    """Everything behind one Telemetry: made, watched and ended together."""
+
+    def __init__(
+        self,
+        *,
+        settings: EsperSettings,
+        identity: Mapping[str, Any],
+        device: str | int | torch.device | None,
+        epochs: int | None,
+        metrics: Sequence[Metric],
+        processors: Sequence[Processor],
+        meter_provider: MeterProvider | None,
+        export_steps: bool | None,
+    ) -> None:
+        self.latency_budget_ms = settings.kernel_latency_budget_ms
+        self.rules = configured(settings.risk_thresholds)
+        self._enriched = settings.tolaria_step_enrichment_enabled
+        self._warnings = Warnings()
+        run, self._agreement = _identified(identity)
+        names, processors = _declared(metrics, processors, enriched=self._enriched)
+        is_silent = settings.export_ranks == "rank0" and run.rank > 0
+        has_provider = meter_provider is not None
+        exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
+        endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
+
+        self._resource_of = resources()
+        self._deriver = Deriver(processors, self._fault)
+        self._sampler = (
+            Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
+        )
+        self._publisher = Publisher(
+            run,
+            names,
+            Ring(settings.buffer_bytes),
+            deriving=self._deriver,
+            context={} if epochs is None else {"esper.epochs.total": float(epochs)},
+            warnings=self._warnings,
+        )
+        self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
+        self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
+        self._publisher.alarmed = self._black_box.loss_is_not_finite
+        self._recorder = Recorder(
+            self._publisher,
+            clock=Clock(),
+            probing=self._sampler,
+            to_state=leyline.state,
+            gradient_math=_gradient_math,
+        )
+        if device is not None:
+            self._publisher.set_device(device_name(device), named=True)
+        # A provider that was given has its user's Resource: the points themselves say whose they are.
+        self.attributes: Mapping[str, str | int] = (
+            {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
+        )
+        self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
+        # After what may raise, so that no port is left open.
+        certain = self._resource_of(self._certain(run))
+        self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
+        self._instruments = self._attached(meter_provider, names.entries.values())
+        self.telemetry = Telemetry(self._recorder, self)
+        self._process_id = os.getpid()
+        unfollowed = self._begin(settings.flush_signals)
+        announce("started", self._describe(endpoint, exporters.off, unfollowed))
+
+    def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
+        """The instruments of a provider, fed by this session."""
+        instruments = instruments_of(meter_provider or self._provider)  # type: ignore[arg-type] # one is there
+        try:
+            instruments.attach(self, entries)
+        except InvalidCatalogue:
+            if self._exporter is not None:
+                self._exporter.abandon()
+            raise
+        return instruments
+
+    def _begin(self, flush_signals: str) -> list[str]:
+        """Starts what runs in threads of its own; returns the signals that do not flush the session."""
+        unfollowed = watch(self.telemetry, signal_names(flush_signals))
+        if self._sampler is not None:
+            self._sampler.start()
+        if self._exporter is not None:
+            self._exporter.start()
+        return unfollowed
+
+    def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
+        publisher = self._publisher
+        exporter = open_exporter(
+            endpoint,
+            settings,
+            publisher.ring,
+            publisher.names.entries,
+            self._resource_of,
+            prepare=self._prepare_export,
+            health=self.counts,
+            idle_ns=self._recorder.clock.idle_ns,
+            fault=self._fault,
+            warnings=self._warnings,
+        )
+        publisher.published = exporter.published()
+        return exporter
+
+    def _prepare_export(self) -> None:
+        self._publisher.drain()
+        clock = self._recorder.clock
+        clock.check()
+        if clock.is_ahead:
+            self._warnings.say("ahead", "steps run more than 5 minutes ahead of the wall clock: above 1,000 a second")
+
+    def _certain(self, run: Run) -> Run:
+        """The run for a Resource that cannot change: without an attempt that the ranks have not agreed on."""
+        return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
+
+    def _with_agreed_attempt(self, run: Run) -> Run:
+        """The run, when its first step is there: by now its ranks can agree on an attempt, or never will."""
+        agreement = self._agreement
+        attempt = None
+        if agreement is not None:
+            if agreement.lacks_torch:
+                with suppress(ImportError):
+                    _gradient_math()  # imports torch, which has the client of that store
+            attempt = agreement.by_store()
+            attempt = agreement.without_store() if attempt is None else attempt
+        if attempt is None:
+            self._warnings.say(
+                "attempt",
+                "the %d ranks of run %s have nothing by which to agree on one attempt, so each has its own: call "
+                "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same "
+                "whole number on every rank, and to a larger one at each launch",
+                run.world_size,
+                run.run_id,
+            )
+            return run
+        return replace(run, attempt=attempt)
+
+    def _describe(self, endpoint: Endpoint | None, off: str, unfollowed: Sequence[str]) -> str:
+        run = self._publisher.run
+        parts = [f"run {run.run_id}", f"rank {run.rank} of {run.world_size}"]
+        parts.append(
+            f"sending every step to {endpoint.target} over {endpoint.protocol}"
+            if endpoint is not None
+            else f"steps are not sent ({off})"
+        )
+        parts += () if self._provider is None else self._provider.said
+        if not self._enriched:
+            parts.append("gated metrics and probes are off (tolaria_step_enrichment_enabled = False)")
+        if unfollowed and self._exporter is not None:
+            parts.append(
+                f"nothing is flushed on {' or '.join(unfollowed)} (Python allows that to sessions which start in the "
+                "main thread, where no other library has taken the signal)"
+            )
+        return ", ".join(parts)
+
+    def _device(self) -> str | None:
+        return self._publisher.run.device_id or None
+
+    def _fault(self, where: str, error: Exception) -> None:
+        self._recorder.fault(where, error)
+
+    # -- what instruments read ---------------------------------------------------------------------------
+
+    def newest_frame(self) -> Frame | None:
+        """The newest frame, unless it is more than 5 minutes old or this is a forked child."""
+        if os.getpid() != self._process_id:
+            return None
+        frame = self._publisher.ring.newest()
+        if frame is None or self._recorder.clock.now_ns() - frame.time_unix_ns > _STALE_AFTER_NS:
+            return None
+        return frame
+
+    def counts(self) -> Mapping[tuple[str, str], float]:
+        """Session metrics by (name, reason)."""
+        if os.getpid() != self._process_id:
+            return {}
+        publisher, exporter = self._publisher, self._exporter
+        counters = publisher.counters
+        counts: dict[tuple[str, str], float] = {
+            ("esper.steps", ""): publisher.ring.last,
+            ("esper.steps.failed", ""): counters.failed,
+            ("esper.values.nonfinite", ""): counters.nonfinite,
+            ("esper.values.out_of_range", ""): counters.out_of_range,
+            ("esper.clock.jumps", ""): self._recorder.clock.jumps,
+            ("esper.errors.internal", ""): counters.faults,
+            ("esper.frames.recorded", ""): publisher.ring.last,
+            ("esper.buffer.bytes", ""): publisher.ring.size,
+            ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
+        }
+        if exporter is not None:
+            counts["esper.frames.exported", ""] = exporter.exported
+            counts["esper.export.queue", ""] = exporter.waiting
+            counts["esper.frames.recovered", ""] = exporter.recovered
+            counts["esper.export.retries", ""] = exporter.retries
+            counts["esper.points.rejected", ""] = exporter.rejected_points
+            if exporter.outcome is not None:
+                counts["esper.run.ended", exporter.outcome] = 1
+            if exporter.latency_ms is not None:
+                counts["esper.export.latency_ms", ""] = exporter.latency_ms
+            for reason, dropped in exporter.dropped.copy().items():
+                counts["esper.frames.dropped", reason] = dropped
+            for reason, unix_s in exporter.errors_unix_s.copy().items():
+                counts["esper.export.last_error", reason] = unix_s
+        return counts
+
+    # -- what Telemetry asks -----------------------------------------------------------------------------
+
+    def health(self) -> Mapping[str, int | float | str | None]:
+        """See ``Telemetry.health``."""
+        publisher, exporter = self._publisher, self._exporter
+        return {
+            "recorded": publisher.ring.last,
+            "exported": 0 if exporter is None else exporter.exported,
+            "dropped": 0 if exporter is None else exporter.dropped.total(),
+            "queue": 0 if exporter is None else exporter.waiting,
+            "kept": 0 if exporter is None else exporter.kept,
+            "buffer_bytes": publisher.ring.size,
+            "retries": 0 if exporter is None else exporter.retries,
+            "latency_ms": None if exporter is None else exporter.latency_ms,
+            "failed": publisher.counters.failed,
+            "nonfinite": publisher.counters.nonfinite,
+            "out_of_range": publisher.counters.out_of_range,
+            "faults": publisher.counters.faults,
+            "last_error": None if exporter is None else exporter.last_error,
+        }
+
+    def absent(self) -> Mapping[str, str]:
+        """See ``Telemetry.absent``."""
+        return reasons(
+            self._publisher.ring.newest(),
+            left_out=self._publisher.names.left_out,
+            probes={} if self._sampler is None else self._sampler.absent(),
+        )
+
+    def derive_state(self) -> dict[str, Any]:
+        """The processors' states."""
+        return self._deriver.state_dict()
+
+    def load_derive_state(self, states: Mapping[str, Any]) -> None:
+        """Takes the processors' states."""
+        self._deriver.load_state_dict(states)
+
+    def interrupted(self) -> None:
+        """See ``Telemetry.interrupted``."""
+        if self._exporter is not None and os.getpid() == self._process_id:
+            self._exporter.wake()
+
+    def join(self, deadline_s: float) -> None:
+        """See ``Wiring.join``."""
+        if self._exporter is not None and os.getpid() == self._process_id:
+            self._exporter.join(deadline_s)
+
+    def close(self, deadline_s: float, outcome: str) -> None:
+        """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
+        if os.getpid() != self._process_id:
+            return
+        with ExitStack() as ending:  # called from the last to the first, each of them whatever another raises
+            ending.callback(self._say_closed, outcome)
+            ending.callback(forget, self.telemetry)
+            if self._sampler is not None:
+                ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
+            ending.callback(self._instruments.detach, self)
+            if self._provider is not None:
+                ending.callback(self._ended, "the readers", self._stop_readers, deadline_s)
+            if self._exporter is not None:
+                ending.callback(self._ended, "the export", self._exporter.close, deadline_s, outcome)
+            ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
+
+    def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
+        """Ends a part; a fault of ours in it is nothing that a training should end with."""
+        try:
+            end(*arguments)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._fault(f"ending {what}", error)
+
+    def _say_closed(self, outcome: str) -> None:
+        has_lost = self._exporter is not None and self._exporter.dropped.total() > 0
+        announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
+
+    def _stop_readers(self, deadline_s: float) -> None:
+        if self._provider is not None:
+            self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), 0.1) * 1e3)
+
+    def _stop_probes(self, deadline_s: float) -> None:
+        if self._sampler is not None:
+            self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
+
+    def _summary(self, outcome: str) -> str:
+        health = self.health()
+        summary = f"run {self._publisher.run.run_id} {outcome}, frames recorded {health['recorded']}"
+        if self._exporter is not None:
+            summary += f", exported {health['exported']}, dropped {health['dropped']}"
+            if self._exporter.dropped:
+                reasons_why = ", ".join(f"{reason}: {count}" for reason, count in self._exporter.dropped.items())
+                summary += f" ({reasons_why})"
+            if self._exporter.kept:
+                summary += f", kept for the next start {health['kept']}"
+        return summary
+
+
+def ended_well(outcome: str | None) -> bool:
+    """Whether a step that is under way at the end of a run with this outcome is a whole one."""
+    return outcome is None or outcome in FINE | {"SystemExit"}
+
+
+def has_died() -> bool:
+    """Whether the program ended by an exception that nobody caught; for interpreter exit."""
+    return not ended_well(outcome_of_process())
+
+
+def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
+    """Who this process is, and how its attempt is agreed on later, if it cannot be agreed on now."""
+    run = identify(**identity)
+    agreement = agreement_for(run)
+    attempt = None if agreement is None else agreement.by_store()
+    return (run, agreement) if attempt is None else (replace(run, attempt=attempt), None)
+
+
+def _gradient_math() -> Any:
+    return importlib.import_module("esper_otel.derive.gradients")
+
+
+def _declared(
+    metrics: Sequence[Metric], processors: Sequence[Processor], *, enriched: bool
+) -> tuple[Names, tuple[Processor, ...]]:
+    """The session's names and the processors that have something to give."""
+    catalogue = Names(enriched=enriched).entries
+    given = [entry for processor in processors for entry in getattr(processor, "gives", ())]
+    brought = {entry.name: entry for entry in given if isinstance(entry, Metric) and entry.name not in catalogue}
+    names = Names((*metrics, *(entry for entry in brought.values() if entry not in metrics)), enriched=enriched)
+    taken = {entry if isinstance(entry, str) else entry.name for entry in given}
+    chosen = (Dynamics(without=taken | names.left_out), *processors)
+    checked_processors(chosen, names.entries)
+    return names, tuple(
+        processor
+        for processor in chosen
+        if not names.left_out.issuperset(entry if isinstance(entry, str) else entry.name for entry in processor.gives)
+    )

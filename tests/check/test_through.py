@@ -1,0 +1,186 @@
+"""``esper-otel check --through``: says that a step came, or which part of the way lost, renamed or changed it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from gateways import RunningGateway
+from programs import ROOT, Collector, Prometheus
+
+pytestmark = pytest.mark.collector
+
+PROMETHEUS = ROOT / "deploy" / "prometheus" / "prometheus.yml"
+
+
+class Stack(NamedTuple):
+    """What stands behind the trainer."""
+
+    gateway: RunningGateway
+    prometheus: Prometheus
+    folder: Path
+
+    def agent(self, more: str = "") -> Collector:
+        """A collector as shipped, or with something changed."""
+        configs: list[str | Path] = ["agent.yaml"]
+        if more:
+            (self.folder / "more.yaml").write_text(more, encoding="utf-8")
+            configs.append(self.folder / "more.yaml")
+        variables = {"ESPER_PROMETHEUS_OTLP": self.prometheus.otlp, "ESPER_GATEWAY": self.gateway.grpc}
+        return Collector(self.folder / "agent", *configs, **variables)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("stack")
+    with RunningGateway() as gateway, Prometheus(folder / "prometheus", PROMETHEUS) as prometheus:
+        yield Stack(gateway, prometheus, folder)
+
+
+def checked(endpoint: str, *options: str, environ: Mapping[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    """The exit status, and the stages by name, of a check."""
+    done = subprocess.run(
+        [sys.executable, "-m", "esper_otel", "check", "--through", "--json", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+        env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **(environ or {})},
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, {stage["name"].split()[0]: stage for stage in json.loads(done.stdout)["stages"]}
+
+
+def asking(stack: Stack) -> list[str]:
+    return ["--prometheus", f"http://{stack.prometheus.address}", "--gateway", stack.gateway.grpc, "--within", "8"]
+
+
+def test_the_shipped_stack_lets_everything_through(stack: Stack) -> None:
+    with stack.agent() as agent:
+        status, stages = checked(f"http://{agent.grpc}", *asking(stack))
+    assert status == 0, stages["Prometheus"]
+    assert "NaN as NaN, missing values still missing" in stages["gateway"]["message"]
+    assert "names as ours, labels run_id and rank" in stages["Prometheus"]["message"]
+
+
+def test_a_stock_prometheus_is_understood(tmp_path: Path) -> None:
+    (tmp_path / "stock.yml").write_text("global: {}\n", encoding="utf-8")
+    with Prometheus(tmp_path / "prometheus", tmp_path / "stock.yml") as prometheus:
+        environ = {
+            "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{prometheus.otlp}/v1/metrics",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        }
+        status, stages = checked("http://unused:1", "--prometheus", f"http://{prometheus.address}", environ=environ)
+    assert status == 0, stages["Prometheus"]
+    assert "`stock`" in stages["Prometheus"]["message"]
+    assert "the run only in instance" in stages["Prometheus"]["message"]
+
+
+TRANSFORM = """
+processors:
+  transform/prometheus:
+    metric_statements:
+      - context: {context}
+        statements: ['{statement}']
+"""
+
+
+@pytest.mark.parametrize(
+    ("context", "statement", "message"),
+    [
+        ("metric", 'set(metric.name, "cost") where metric.name == "loss"', "there is no loss"),
+        ("datapoint", 'set(datapoint.value_double, 0.0) where metric.name == "gradient_norm"', "came as 0"),
+        ("datapoint", 'set(datapoint.value_double, 0.5) where metric.name == "loss"', "came as 0.5"),
+        ("metric", 'set(metric.name, "took") where metric.name == "step_latency_ms"', "was renamed on the way"),
+    ],
+)
+def test_what_a_processor_does_to_it_is_said(stack: Stack, context: str, statement: str, message: str) -> None:
+    """On the way to Prometheus; the gateway, beside it, has everything."""
+    with stack.agent(TRANSFORM.format(context=context, statement=statement)) as agent:
+        status, stages = checked(f"http://{agent.grpc}", *asking(stack))
+    assert status == 1
+    assert stages["gateway"]["ok"]
+    assert message in stages["Prometheus"]["message"], stages["Prometheus"]
+    assert stages["Prometheus"]["fix"]
+
+
+TRUNCATION = """
+processors:
+  transform/time:
+    metric_statements:
+      - context: datapoint
+        statements: ['set(datapoint.time, TruncateTime(datapoint.time, Duration("1s")))']
+service:
+  pipelines:
+    metrics/esper:
+      processors: [memory_limiter, transform/time]
+    metrics/prometheus:
+      processors: [memory_limiter, transform/time, transform/prometheus]
+"""
+
+
+def test_times_that_are_cut_are_said(stack: Stack) -> None:
+    """Of two steps within a second one is lost. More of what processors do: ``gateway/rebuild/test_processors.py``."""
+    with stack.agent(TRUNCATION) as agent:
+        status, stages = checked(f"http://{agent.grpc}", *asking(stack))
+    assert status == 1
+    for stage in stages["gateway"], stages["Prometheus"]:
+        assert "cut to whole seconds" in stage["message"], stage
+        assert "steps within one such unit become one" in stage["fix"]
+
+
+ONE_RANK = """
+  filter/one:
+    metrics:
+      datapoint: ['resource.attributes["esper.rank"] == 1']
+"""
+
+
+def test_times_that_are_cut_are_said_where_a_rank_is_missing(stack: Stack) -> None:
+    """Prometheus may refuse all of a request in which two steps have one time."""
+    changed = TRUNCATION.replace("service:", ONE_RANK.lstrip("\n") + "service:").replace(
+        "transform/time, transform/prometheus", "filter/one, transform/time, transform/prometheus"
+    )
+    with stack.agent(changed) as agent:
+        status, stages = checked(f"http://{agent.grpc}", *asking(stack))
+    assert status == 1
+    assert "cut to whole seconds" in stages["Prometheus"]["message"], stages["Prometheus"]
+
+
+def test_the_part_of_the_way_that_is_cut_is_named(stack: Stack) -> None:
+    """Prometheus is elsewhere: the gateway has it, so the cut is behind the collector."""
+    with stack.agent() as agent:
+        agent.end()
+        agent.variables["ESPER_PROMETHEUS_OTLP"] = "http://127.0.0.1:1/api/v1/otlp"
+        agent.start()
+        status, stages = checked(f"http://{agent.grpc}", *asking(stack)[:4], "--within", "3")
+        assert status == 1
+        assert stages["gateway"]["ok"]
+        assert "look between the collector and Prometheus" in stages["Prometheus"]["message"]
+        status, stages = checked(f"http://{agent.grpc}", "--gateway", "127.0.0.1:1", "--within", "3")
+        assert status == 1
+        assert "nobody answers there" in stages["gateway"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "give --prometheus URL, --gateway ADDRESS, or both"), (["--prometheus", "localhost:9090"], "give a URL")],
+)
+def test_a_mistake_is_said(stack: Stack, options: list[str], message: str) -> None:
+    with stack.agent() as agent:
+        done = subprocess.run(
+            [sys.executable, "-m", "esper_otel", "check", "--through", *options],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{agent.grpc}"},
+        )
+    assert done.returncode == 2
+    assert message in done.stderr

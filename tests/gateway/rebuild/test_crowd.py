@@ -1,0 +1,130 @@
+"""A writer too many: what can be taken later is asked for again, and nobody is held up by it for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
+from wire import body_of
+
+from esper_otel.gateway.core import Answer, Core
+from esper_otel.gateway.faults import fault_of
+from esper_otel.gateway.limits import Crowded, Limits
+from esper_otel.gateway.rebuild.crowd import Crowd, OfRequest
+from esper_otel.gateway.receive.request import TOO_MANY_RUNS, Sender
+from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.log import Warnings
+from esper_otel.pull.messages import PullRequest
+
+
+class Small(Core):
+    """A gateway with room for two writers, in which time passes by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(MemoryStore(), limits=Limits(runs=2), hold_s=0.0)
+        self.now_s = 1_000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
+
+    def send(self, *run_ids: str, step: int = 1) -> Answer | None:
+        """None: it is to come again."""
+        try:
+            return self.receive(body_of(*run_ids, step=step))
+        except Crowded:
+            return None
+
+    async def pulled(self, run_id: str) -> list[tuple[int, int]]:
+        response = await self.pull(PullRequest(run_id=run_id))
+        return [(step.step, step.revision) for step in response.steps]
+
+
+def test_a_writer_too_many_is_taken_when_another_has_been_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sender keeps the data until then: nothing is refused for good."""
+
+    async def live() -> None:
+        core = Small(monkeypatch)
+        assert core.send("a") == core.send("b") == Answer(0, "")
+        for _ in range(10):
+            core.now_s += 10
+            assert core.send("a", step=2) == Answer(0, "")
+            if core.now_s <= 1_060:
+                assert core.send("c") is None
+        assert core.send("c") == Answer(0, "")
+        assert await core.pulled("c") == [(1, 1)]
+        assert core.rejected == {}
+        assert core.counts["requests"] == 13
+
+    asyncio.run(live())
+
+
+def test_a_request_that_is_sent_again_stores_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' steps are taken the first time: they do not wait for the one too many."""
+
+    async def live() -> None:
+        core = Small(monkeypatch)
+        assert core.send("a", "b", "c") is None
+        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        assert core.send("a", "b", "c") is None
+        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        [first, second] = core.runs().runs
+        assert (first.differing, first.too_late, second.differing, second.too_late) == (0, 0, 0, 0)
+        assert core.counts["requests"] == 0
+
+    asyncio.run(live())
+
+
+def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while the points of the one too many are refused for good, said and counted, and the others go on."""
+
+    async def live() -> None:
+        core = Small(monkeypatch)
+        answers = []
+        for second in range(70):
+            core.now_s = 1_000.0 + second
+            answers.append(core.send("a", "b", "c", step=second + 1))
+        assert answers[:60] == [None] * 60
+        assert all(answer is not None for answer in answers[60:])
+        answer = answers[60]
+        assert answer is not None
+        assert answer.rejected > 0
+        assert answer.reason == f"{answer.rejected} too many runs ('c')"
+        assert core.rejected[TOO_MANY_RUNS] == 10 * answer.rejected
+        assert await core.pulled("a") == [(step, 1) for step in range(1, 65)]
+        assert core.send("c", step=71) is None  # alone it holds nobody up
+
+    asyncio.run(live())
+
+
+def test_who_was_away_is_waited_for_again() -> None:
+    crowd = Crowd(60.0)
+    others, late = Sender("a"), Sender("c")
+
+    def is_waited_for(now_s: float) -> bool:
+        request = OfRequest()
+        crowd.note(request, others, now_s, is_taken=True)
+        crowd.note(request, late, now_s, is_taken=False)
+        return bool(crowd.waiting(request, now_s))
+
+    assert [is_waited_for(now_s) for now_s in (0.0, 59.0, 61.0, 100.0, 161.0, 220.0, 222.0)] == [
+        *(True, True, False, False),
+        *(True, True, False),
+    ]
+
+
+def test_many_that_are_refused_take_no_memory() -> None:
+    crowd = Crowd(60.0)
+    request = OfRequest()
+    for number in range(30_000):
+        crowd.note(request, Sender(f"run-{number}"), 1.0, is_taken=False)
+    assert len(crowd._refused) == 10_000
+
+
+def test_the_answer_is_temporary_in_both_protocols() -> None:
+    """With the time after which to come again."""
+    fault = fault_of(Crowded("no room"), Warnings())
+    assert (fault.code, fault.status) == (grpc.StatusCode.UNAVAILABLE, 503)
+    info = RetryInfo()
+    assert fault.body().details[0].Unpack(info)
+    assert info.retry_delay.seconds == fault.retry_s == 5

@@ -1,0 +1,205 @@
+"""Decoding: the fast decoder says what the plain one says, of every request and of anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import struct
+from pathlib import Path
+
+import pytest
+from frame_examples import RUN, TIME_UNIX_NS, frames, histories, make_frame, numbers
+from google.protobuf import json_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Exemplar, Metric, NumberDataPoint
+from wire import bodies, said
+
+from esper_otel.frames.frame import ABSENT_BITS, Frame, is_absent
+from esper_otel.gateway.receive.decoder import Decoder, decode_plain
+from esper_otel.gateway.receive.envelope import field
+from esper_otel.gateway.receive.request import (
+    NO_SEED,
+    NO_TIME,
+    NOT_A_NUMBER,
+    UNKNOWN_METRIC,
+    WRONG_TIME,
+    Malformed,
+)
+
+
+def same(body: bytes) -> object:
+    """What both decoders say; the fast one twice, since it remembers."""
+    plain, decoder = said(decode_plain, body), Decoder()
+    assert said(decoder.decode, body) == plain
+    assert said(decoder.decode, body) == plain
+    return plain
+
+
+@settings(max_examples=100, deadline=None)
+@given(frames(), st.lists(st.lists(numbers(), min_size=1, max_size=12), min_size=3, max_size=6), st.integers(0, 2**32))
+def test_steps_that_are_alike_are_read_alike(frame: Frame, steps: list[list[float]], seed: int) -> None:
+    """By one decoder, which has learnt where the numbers stand; also what is almost like them, and what is broken."""
+    luck, decoder = random.Random(seed), Decoder()
+    for number, values in enumerate(steps):
+        changed = tuple(values[place % len(values)] for place in range(len(frame.numbers)))
+        cells = frame.seeds.cells.copy()
+        cells[~is_absent(cells)] = values[0]
+        of_step = frame._replace(
+            run=RUN,
+            numbers=changed,
+            sequence=number + 1,
+            time_unix_ns=TIME_UNIX_NS + number * 10**6,
+            seeds=frame.seeds._replace(cells=cells),
+        )
+        for body in bodies([of_step]):
+            assert said(decoder.decode, body) == said(decode_plain, body)
+            broken = bytearray(body)
+            broken[luck.randrange(len(broken))] ^= 1 << luck.randrange(8)
+            assert said(decoder.decode, bytes(broken)) == said(decode_plain, bytes(broken))
+
+
+def test_requests_of_one_step_are_learnt() -> None:
+    """The second one of a kind; a number that looks like a time, a NaN and a value that is none are no trouble."""
+    decoder = Decoder()
+    absent = struct.unpack("<d", ABSENT_BITS.to_bytes(8, "little"))[0]
+    time_like = struct.unpack("<d", TIME_UNIX_NS.to_bytes(8, "little"))[0]
+    for number, loss in enumerate([1.0, 2.0, math.nan, time_like, absent, -0.0, 3.0]):
+        frame = make_frame(recorded={"loss": loss, "accuracy": time_like}, time_unix_ns=TIME_UNIX_NS + number * 10**6)
+        [body] = bodies([frame])
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert sum(map(len, decoder._templates._of_length.values())) == 2  # with a finite loss, and without
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories(), st.integers(0, 2**32))
+def test_our_requests_and_broken_ones_are_read_alike(history: list[Frame], seed: int) -> None:
+    """A fast path that reads a request otherwise than protobuf would make values up."""
+    luck = random.Random(seed)
+    for body in bodies(history):
+        same(body)
+        for _ in range(5):
+            broken = bytearray(body)
+            for _ in range(luck.randint(1, 3)):
+                broken[luck.randrange(len(broken))] = luck.randrange(256)
+            same(bytes(broken))
+            same(body[: luck.randrange(len(body))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_anything_else_is_malformed_or_read_alike(body: bytes) -> None:
+    """Bytes of strangers must not raise what no server expects."""
+    same(body)
+
+
+def request_of(*metrics: Metric) -> bytes:
+    request = ExportMetricsServiceRequest()
+    request.resource_metrics.add().scope_metrics.add().metrics.extend(metrics)
+    return request.SerializeToString()
+
+
+def gauge(name: str, *points: NumberDataPoint) -> Metric:
+    metric = Metric(name=name)
+    metric.gauge.data_points.extend(points)
+    return metric
+
+
+def point(time_unix_ns: int = TIME_UNIX_NS, seed: str = "", **fields: object) -> NumberDataPoint:
+    made = NumberDataPoint(time_unix_nano=time_unix_ns, **(fields or {"as_double": 1.5}))  # type: ignore[arg-type]
+    if seed:
+        made.attributes.append(KeyValue(key="seed_id", value=AnyValue(string_value=seed)))
+    return made
+
+
+def reversed_fields(of: NumberDataPoint) -> bytes:
+    """A point with its fields in descending order, as the Go collector writes them."""
+    attributes = NumberDataPoint(attributes=of.attributes).SerializeToString()
+    value = NumberDataPoint(as_double=of.as_double).SerializeToString()
+    time = NumberDataPoint(time_unix_nano=of.time_unix_nano).SerializeToString()
+    return attributes + value + time
+
+
+def test_a_points_fields_may_stand_in_any_order() -> None:
+    """Upb, Go and others order fields differently; all of them say the same."""
+    points = [point(TIME_UNIX_NS + n, as_double=n + 0.5) for n in range(20)]
+    forwards = request_of(gauge("loss", *points))
+    content = b"".join(field(1, reversed_fields(of)) for of in points)
+    metric = field(5, content) + Metric(name="loss").SerializeToString()
+    backwards = field(1, field(2, field(2, metric)))
+    assert same(backwards) == same(forwards)
+
+
+def histogram() -> Metric:
+    metric = Metric(name="loss")
+    metric.histogram.data_points.add(count=1)
+    return metric
+
+
+def summed(temporality: int) -> Metric:
+    metric = Metric(name="loss")
+    metric.sum.aggregation_temporality = temporality  # type: ignore[assignment] # an enum is an int
+    metric.sum.data_points.append(point())
+    return metric
+
+
+@pytest.mark.parametrize(
+    ("metric", "rejected"),
+    [
+        (gauge("loss", point(0)), {NO_TIME: 1}),
+        (gauge("loss", point(1)), {WRONG_TIME: 1}),
+        (gauge("loss", point(7_258_118_400 * 10**9)), {WRONG_TIME: 1}),
+        (gauge("what.nobody.knows", point(), point()), {UNKNOWN_METRIC: 2}),
+        (gauge("", point()), {"no metric name": 1}),
+        (gauge("loss", NumberDataPoint(time_unix_nano=TIME_UNIX_NS)), {"no value": 1}),
+        (histogram(), {NOT_A_NUMBER: 1}),
+        (summed(1), {"delta sum": 1}),
+        (summed(2), {}),
+        (gauge("loss", point(as_int=-7)), {}),
+        (gauge("loss", point(as_double=1.0, exemplars=[Exemplar(as_double=2.0)])), {}),
+        (gauge("kasmina.seed.alpha", point()), {NO_SEED: 1}),
+        (gauge("kasmina.seed.alpha", point(seed="seed-1")), {}),
+    ],
+)
+def test_what_is_not_taken_is_counted_by_reason(metric: Metric, rejected: dict[str, int]) -> None:
+    """A sender must be told which of its points were dropped, and why."""
+    body = request_of(metric)
+    same(body)
+    decoded = Decoder().decode(body)
+    assert dict(decoded.rejected) == rejected
+    assert decoded.points == sum(len(block.times) for block in decoded.blocks) + sum(rejected.values())
+
+
+CORPUS = sorted(Path(__file__).with_name("corpus").glob("*.bin"))
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
+def test_the_corpus_is_read_alike(path: Path) -> None:
+    """What once found something, or takes a way of its own through the decoders, must stay right."""
+    body = path.read_bytes()
+    same(body)
+    with contextlib.suppress(Malformed):
+        Decoder().decode_json(body)
+
+
+@pytest.mark.parametrize("scope", ["esper_otel", "esper_otel.health", "somebody"])
+def test_a_flagged_point_is_an_end_in_any_scope_and_no_point_of_a_frame(scope: str) -> None:
+    """Next to the frame's own points, at its time: every decoder, JSON's too."""
+    request = ExportMetricsServiceRequest.FromString(bodies([make_frame()])[0])
+    (scoped,) = request.resource_metrics[0].scope_metrics
+    ends = scoped if scope == scoped.scope.name else request.resource_metrics[0].scope_metrics.add()
+    ends.scope.name = scope
+    for name in ("kasmina.seed.alpha", "kasmina.seed.stage"):
+        point = ends.metrics.add(name=name).gauge.data_points.add(time_unix_nano=TIME_UNIX_NS, flags=1)
+        point.attributes.append(KeyValue(key="seed_id", value=AnyValue(string_value="gone")))
+    assert same(request.SerializeToString())
+    decoded = Decoder().decode(request.SerializeToString())
+    assert sum(len(block.times) for block in decoded.blocks) == decoded.points - 2
+    # A frame of ours says itself who lives: only another sender's markers end anything.
+    names = ("kasmina.seed.alpha", "kasmina.seed.stage") if scope == "somebody" else ()
+    assert [(m.name, m.seed, m.time_unix_ns) for m in decoded.markers] == [(n, "gone", TIME_UNIX_NS) for n in names]
+    as_json = json_format.MessageToJson(request, preserving_proto_field_name=False, use_integers_for_enums=True)
+    assert Decoder().decode_json(as_json.encode()).markers == decoded.markers

@@ -1,0 +1,201 @@
+"""The end of a process: what was recorded arrives, and the process ends as it would have without us."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from esper_otel.testing import MemoryCollector
+
+BEGIN = """
+import os, signal, sys, time
+import esper_otel
+telemetry = esper_otel.start(run_id="run")
+for _ in range(200):
+    telemetry.record_step({"loss": 1.0}, epoch=0)
+"""
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")
+        yield collector
+
+
+def ended(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def outcomes(collector: MemoryCollector) -> list[str]:
+    return [p.attributes["outcome"] for p in collector.points() if p.name == "esper.run.ended" and not p.flags]
+
+
+def test_a_script_that_just_ends_loses_nothing(collector: MemoryCollector) -> None:
+    """Not everybody calls close()."""
+    assert ended("").returncode == 0
+    assert collector.frames_received == 200
+    assert outcomes(collector) == ["completed"]
+
+
+LEFT = {
+    "sys.exit()": (0, "completed"),
+    "exit(0)": (0, "completed"),
+    "sys.exit(256)": (0, "completed"),  # the status is a byte
+    "def main():\n    sys.exit(0)\nmain()": (0, "completed"),
+    "try:\n    sys.exit(3)\nexcept SystemExit:\n    pass": (0, "completed"),
+    "with telemetry:\n    sys.exit(0)": (0, "completed"),
+    "import threading\nthreading.Thread(target=lambda: 1 / 0).start()": (0, "completed"),
+    "import argparse\nargparse.ArgumentParser().parse_args(['--help'])": (0, "completed"),
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nos.kill(os.getpid(), signal.SIGTERM)": (0, "completed"),
+    "sys.exit(3)": (3, "SystemExit"),
+    "sys.exit('no such file')": (1, "SystemExit"),
+    "exit(code=3)": (3, "SystemExit"),
+    "with telemetry:\n    sys.exit(['no'])": (1, "SystemExit"),
+    "raise KeyboardInterrupt": (-signal.SIGINT, "KeyboardInterrupt"),
+    "def main():\n    try:\n        sys.exit(0)\n    except SystemExit:\n        pass\n    raise KeyError\nmain()": (
+        1,
+        "KeyError",
+    ),
+    "raise SystemExit(0)": (0, "exit"),  # which status it was cannot be known
+    "telemetry.close()\nassert sys.exit.__module__ == 'sys' and not hasattr(sys.exit, '__wrapped__')": (0, "completed"),
+}
+
+
+# A child for each case goes on in the main program: importing it all once is most of the time.
+FORKS = """
+import json, os, sys
+import esper_otel.export.grpc_sender, esper_otel.session.start
+children = []
+for case in range(int(sys.argv[1])):
+    pid = os.fork()
+    if not pid:
+        break
+    children.append(pid)
+else:
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    print(json.dumps(list(zip(children, statuses))), flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_script_that_ends_with_status_0_has_completed(collector: MemoryCollector) -> None:
+    """Whichever way it leaves, the outcome is what its exit status says, and the exit status is what it would be."""
+    cases = "".join(
+        f"if case == {number}:\n{textwrap.indent(BEGIN + text, '    ')}\n" for number, text in enumerate(LEFT)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS + cases, str(len(LEFT))], capture_output=True, text=True, timeout=60, check=False
+    )
+    ends = json.loads(done.stdout.splitlines()[-1])
+    found = {
+        point.resource["process.pid"]: point.attributes["outcome"]
+        for point in collector.points()
+        if point.name == "esper.run.ended" and not point.flags
+    }
+    said = {text: (status, found.get(pid)) for text, (pid, status) in zip(LEFT, ends, strict=True)}
+    assert said == LEFT
+
+
+def test_a_module_that_ends_with_status_0_has_completed(collector: MemoryCollector, tmp_path: Path) -> None:
+    """``python -m``: the main program is then Python's own."""
+    (tmp_path / "train.py").write_text(BEGIN + "sys.exit(int(sys.argv[1]))", encoding="utf-8")
+    for status in (0, 3):
+        done = subprocess.run([sys.executable, "-m", "train", str(status)], cwd=tmp_path, timeout=60, check=False)
+        assert done.returncode == status
+    assert outcomes(collector) == ["completed", "SystemExit"]
+
+
+def test_an_exception_that_nobody_caught_is_the_outcome(collector: MemoryCollector) -> None:
+    """With the context manager and without."""
+    done = ended("raise ValueError('no')")
+    assert (done.returncode, "ValueError: no" in done.stderr) == (1, True)
+    done = ended("with telemetry:\n    raise KeyError('no')")
+    assert done.returncode == 1
+    assert collector.frames_received == 400
+    assert outcomes(collector) == ["ValueError", "KeyError"]
+
+
+def test_a_run_that_is_closed_is_completed(collector: MemoryCollector) -> None:
+    """And what the caller says wins."""
+    ended("telemetry.close()")
+    ended("telemetry.close(outcome='early stopping')")
+    assert outcomes(collector) == ["completed", "early stopping"]
+
+
+def test_sigterm_flushes_and_the_process_dies_of_it(collector: MemoryCollector) -> None:
+    """The launcher's ordinary way to end a job: it must look killed, with nothing lost."""
+    done = ended("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
+    assert done.returncode == -signal.SIGTERM
+    assert collector.frames_received == 200
+    assert outcomes(collector) == ["SIGTERM"]
+
+
+def test_a_handler_that_was_there_is_called_and_decides(collector: MemoryCollector) -> None:
+    """Checkpoint on SIGTERM is what many trainers do."""
+    handler = BEGIN.replace(
+        "telemetry = ",
+        "signal.signal(signal.SIGTERM, lambda number, frame: (print('checkpoint'), sys.exit(3)))\ntelemetry = ",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", handler + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "checkpoint\n")
+    assert collector.frames_received == 200
+
+
+def test_sigterm_against_a_hanging_endpoint_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five seconds; a grace period is thirty."""
+    with MemoryCollector(hang=True) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        started_s = time.monotonic()
+        done = ended("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
+        assert done.returncode == -signal.SIGTERM
+        assert time.monotonic() - started_s < 15.0
+        assert "dropped 200" in done.stderr
+
+
+def test_sigterm_while_the_end_is_under_way_waits_for_it(collector: MemoryCollector) -> None:
+    """A job that is told to end just as it ends."""
+
+    def slowly(_request: object) -> None:
+        time.sleep(1.0)
+
+    collector.answer = slowly
+    script = (
+        "import threading\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "telemetry.close()\ntime.sleep(30)\n"
+    )
+    assert ended(script).returncode == -signal.SIGTERM
+    assert collector.frames_received == 200
+
+
+def test_a_forked_worker_dies_of_sigterm_without_a_word(collector: MemoryCollector) -> None:
+    """PyTorch ends DataLoader workers with it."""
+    script = (
+        "child = os.fork()\n"
+        "if child == 0:\n    time.sleep(30)\n"
+        "time.sleep(0.2)\nos.kill(child, signal.SIGTERM)\n"
+        "_, status = os.waitpid(child, 0)\n"
+        "print(os.waitstatus_to_exitcode(status))\n"
+    )
+    done = ended(script)
+    assert done.stdout == f"{-signal.SIGTERM}\n"
+    assert collector.frames_received == 200
+    assert outcomes(collector) == ["completed"]
