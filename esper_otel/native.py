@@ -1,4 +1,4 @@
-"""Threads of the operating system, also where gevent or eventlet has put greenlets in their place.
+"""Threads of the operating system and what wakes them, also where gevent or eventlet has put greenlets in their place.
 
 A greenlet that waits in gRPC, or for a disk, holds up every other one, and with them the training loop.
 """
@@ -6,10 +6,12 @@ A greenlet that waits in gRPC, or for a disk, holds up every other one, and with
 from __future__ import annotations
 
 import _thread
+import contextlib
 import functools
 import importlib.util
 import sys
 import threading
+from _queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -53,3 +55,29 @@ def _unpatched() -> ModuleType:
     finally:
         sys.modules["_thread"] = patched
     return copy
+
+
+class Bell:
+    """An event for one waiting thread, without a lock of its own.
+
+    A handler that sets a ``threading.Event`` waits for ever when the signal has come while its thread was setting it.
+    """
+
+    def __init__(self) -> None:
+        self._rung: SimpleQueue[None] = SimpleQueue()
+
+    def set(self) -> None:
+        """Wakes the waiting thread, or the next one that waits."""
+        if self._rung.empty():
+            self._rung.put(None)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until the bell has been rung since the last wait."""
+        with contextlib.suppress(Empty):
+            self._rung.get(timeout=timeout_s)
+
+    def clear(self) -> None:
+        """Forgets that it was rung."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._rung.get(block=False)

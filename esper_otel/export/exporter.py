@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
-from esper_otel.export.bell import Bell
 from esper_otel.export.encode import Along, Encoder, Request
 from esper_otel.export.source import Leftover, Live, Source, put_goodbye
 from esper_otel.export.spool import Spool
@@ -20,7 +19,7 @@ from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.frame import Frame
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
-from esper_otel.native import threads
+from esper_otel.native import Bell, threads
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0

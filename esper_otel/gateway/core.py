@@ -14,7 +14,7 @@ from esper_otel.errors import UnknownRun
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import FREE, Bounds, forgotten, page, run_message, step_of
+from esper_otel.gateway.pages import FREE, Bounds, forgotten, packets_after, packets_of, page, run_message, step_of
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.assembler import Assembler, Taken
 from esper_otel.gateway.rebuild.launches import outcomes
@@ -26,6 +26,7 @@ from esper_otel.gateway.store.database import Damaged
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns
 from esper_otel.leyline import messages
+from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
 from esper_otel.oona.publisher import Publisher
@@ -129,7 +130,7 @@ class Core:
             StoreFull: it could not be stored; the same request may come again.
             Crowded: there is no room for one of its writers; the others' points are stored. As above.
         """
-        self._save([])  # what an earlier request left comes first; while that fails nothing more is taken
+        self._save_unsaved()
         async with self._reader.reading(body, is_json=is_json, is_gzip=is_gzip) as (content, decoded):
             taking, kept = self._begin(content, decoded, is_json=is_json, grant=grant)
             turn = Turn()
@@ -147,7 +148,7 @@ class Core:
 
     def receive(self, body: bytes, *, is_json: bool = False, grant: Grant | None = None) -> Answer:
         """``take``, in one turn."""
-        self._save([])
+        self._save_unsaved()
         decoded = self._reader.read(body, is_json=is_json)
         taking, kept = self._begin(body, decoded, is_json=is_json, grant=grant)
         try:
@@ -253,6 +254,11 @@ class Core:
             for waiter in self._waiters.pop(run_id, ()):
                 if not waiter.done():
                     waiter.set_result(None)
+
+    def _save_unsaved(self) -> None:
+        """Stores what an earlier request left; while that fails nothing more is taken."""
+        if self._unsaved:
+            self._save([])
 
     def _waits_since(self) -> float | None:
         """When the first request came of which something is not stored: steps that wait, or the end of a run.
@@ -449,6 +455,18 @@ class Core:
         self.counts["pulled_steps"] += len(response.steps)
         self.counts["gap_steps"] += response.gap if request.cursor else 0
         return response
+
+    async def packets(self, run_id: str, cursor: str, most: int) -> Page:
+        """Steps after a cursor, for a reader in this process; waits for none.
+
+        Raises:
+            UnknownRun, StaleCursor: nothing can be had so.
+        """
+        made = partial(packets_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
+        found = await packets_after(self._store, run_id, cursor, most, made, self._clock_ns)
+        self.counts["pulled_steps"] += len(found)
+        self.counts["gap_steps"] += found.gap if cursor else 0
+        return found
 
     def entries(self, run_id: str, cursor: str, most: int) -> Found:
         """What is stored after a cursor.

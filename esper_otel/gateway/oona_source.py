@@ -1,4 +1,4 @@
-"""Bus: the gateway's packets as a source for Oona; its publisher runs in a thread, the gateway in its event loop."""
+"""The gateway's packets as a source for Oona. The publisher runs in a thread, the gateway in its event loop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 from esper_otel.errors import GatewayUnavailable
 from esper_otel.gateway.core import Core
 from esper_otel.leyline.packets import Page
-from esper_otel.pull.client import page_of
-from esper_otel.pull.messages import PullRequest
 
 _TIMEOUT_S = 10.0
 Result = TypeVar("Result")
@@ -38,8 +36,7 @@ class OfGateway:
 
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
         """See ``oona.Source``."""
-        request = PullRequest(run_id=run_id, cursor=cursor or "", max_packets=most)
-        return page_of(run_id, self._asked(self._core.pull(request)))
+        return self._asked(self._core.packets(run_id, cursor or "", most))
 
     def _asked(self, question: Coroutine[Any, Any, Result]) -> Result:
         if self._loop.is_closed():

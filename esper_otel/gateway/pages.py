@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
@@ -15,9 +15,11 @@ from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.store.base import Entry, Store
 from esper_otel.gateway.turns import Turn
-from esper_otel.leyline.packets import packets
+from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
 from esper_otel.pull.messages import PullRequest, PullResponse, Run, Step, step_message
+
+Made = TypeVar("Made")
 
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024
@@ -93,11 +95,48 @@ async def page(
             return response
 
 
+async def packets_after(
+    store: Store,
+    run_id: str,
+    cursor: str,
+    most: int,
+    made: Callable[[Entry, int], Packets],
+    clock_ns: Callable[[], int],
+) -> Page:
+    """As ``page``, for a reader in this process: nothing is serialized.
+
+    Raises:
+        UnknownRun, StaleCursor: nothing can be had so.
+    """
+    found: list[Packets] = []
+    gap = size = 0
+    while True:
+        few = min(most - len(found), _FETCHED)
+        try:
+            after = store.after(run_id, cursor, None, few)
+        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next call will tell
+            if found:
+                break
+            raise
+        if found and after.gap:
+            break
+        gap, cursor = gap + after.gap, after.cursor
+        entries = after.entries
+        while entries:
+            some = await _steps(entries, made, clock_ns(), FREE)
+            entries = entries[len(some) :]
+            found += some
+            size += sum(each.state.ByteSize() for each in some)
+        if len(after.entries) < few or len(found) == most or size > _PAGE_BYTES:
+            break
+    return Page(tuple(found), cursor, gap)
+
+
 async def _steps(
-    entries: Sequence[Entry], made: Callable[[Entry, int], Step], now_unix_ns: int, bounds: Bounds
-) -> deque[Step]:
-    """The messages of the first of these entries, at least of one: as many as can be made in a turn."""
-    steps: deque[Step] = deque()
+    entries: Sequence[Entry], made: Callable[[Entry, int], Made], now_unix_ns: int, bounds: Bounds
+) -> deque[Made]:
+    """What is made of the first of these entries, at least of one: as many as can be made in a turn."""
+    steps: deque[Made] = deque()
     async with bounds.turn():
         await asyncio.sleep(0)  # all others who are ready come first
         turn = Turn()
@@ -109,6 +148,11 @@ async def _steps(
 
 
 def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:
+    """The entry as a message; see ``packets_of``."""
+    return step_message(packets_of(entry, now_unix_ns, rules=rules, latency_budget_ms=latency_budget_ms))
+
+
+def packets_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Packets:
     """The entry as packets, with the signals of its risks."""
     item = entry.item
     made = packets(
@@ -120,7 +164,7 @@ def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_
     )
     made = with_signals(made, signals(made.state, loss_before=entry.loss_before, rules=rules))
     names = made.names if made.step < GUESSED_STEP else made.names - {"esper.global_step"}
-    return step_message(replace(made, writer=item.origin.writer, names=names))
+    return replace(made, writer=item.origin.writer, names=names)
 
 
 def forgotten(origin: Origin, ended: str | None) -> RunState:

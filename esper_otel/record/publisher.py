@@ -7,18 +7,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from esper_otel.frames.frame import FLOAT32_BOUND, LAST_LOSS, NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frames.frame import (
+    FLOAT32_BOUND,
+    LAST_LOSS,
+    NO_READINGS,
+    NO_SEEDS,
+    Frame,
+    Run,
+    SeedTable,
+)
 from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.native import threads
 from esper_otel.record import device
-from esper_otel.record.counters import Counters
-from esper_otel.record.draft import Draft
+from esper_otel.record.arrivals import Arrivals
 from esper_otel.record.names import Names
-from esper_otel.record.needs import Deriving
 from esper_otel.record.seeds import merged_tables, one_cell
 from esper_otel.record.values import CONTEXT, VIOLATIONS, Held, Shape
 
@@ -29,6 +35,61 @@ _DRAINING_TIMEOUT_S = 1.0
 
 _NAN = float("nan")
 _new = tuple.__new__
+
+
+class Draft(NamedTuple):
+    """What a recorder hands to the publisher.
+
+    Attributes:
+        global_step: the step's number.
+        epoch: its epoch.
+        time_unix_ns: its time.
+        values: what was recorded.
+        table: the seed rows recorded.
+        failed: whether the step raised.
+        retired: seeds whose lives end before this step.
+        ended: seeds whose lives ended when this step's state was asked for.
+        context: values that stay in every frame from this one on.
+        probed: readings of probes.
+    """
+
+    global_step: int
+    epoch: int
+    time_unix_ns: int
+    values: Mapping[str, float]
+    table: SeedTable = NO_SEEDS
+    failed: bool = False
+    retired: Sequence[str] = ()
+    ended: tuple[str, ...] = ()
+    context: Mapping[str, float] | None = None
+    probed: Mapping[str, float] = NO_READINGS
+
+
+class Deriving(Protocol):
+    """What recording asks of the deriving: metrics from those of a step. ``commit`` advances, ``peek`` does not.
+
+    Attributes:
+        reads_probes: whether it needs what probes read, too.
+    """
+
+    reads_probes: bool
+
+    def commit(self, given: Mapping[str, float]) -> Any:
+        """Advances to the next step; what it derived."""
+
+    def peek(self, given: Mapping[str, float]) -> Any:
+        """What ``commit`` would return."""
+
+
+class Counters:
+    """Counts of one session by metric name; each is written by one thread and read by any."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.backwards = 0
+        self.nonfinite = 0
+        self.out_of_range = 0
+        self.faults = 0
 
 
 class Publisher:
@@ -59,6 +120,7 @@ class Publisher:
         self.published: Callable[[Frame], None] | None = None
         self.alarmed: Callable[[], None] | None = None  # of a loss that is not finite
         self.waiting: deque[tuple[Draft, Held | None]] = deque()
+        self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
         self._names: tuple[str, ...] = ()
         self._deriving = deriving
@@ -71,6 +133,8 @@ class Publisher:
             held.seal()
         self.waiting.append((draft, held))
         self.drain()
+        if self.waiting:
+            self._arrivals.note()
 
     def drain(self, *, wait: bool = False) -> None:
         """Publishes the steps whose device values have arrived, in order; waits for all of them if asked to."""
@@ -89,7 +153,11 @@ class Publisher:
             self._draining.release()
 
     def settle(self, deadline_s: float) -> None:
-        """Publishes every step; one whose device values have not come by ``deadline_s`` goes without them."""
+        """Publishes every step; one whose device values have not come by ``deadline_s`` goes without them.
+
+        No step may come after it.
+        """
+        self._arrivals.stop()
         self.drain()
         while self.waiting and time.monotonic() < deadline_s:
             time.sleep(_DEVICE_POLL_S)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame
 from esper_otel.record.clock import Clock
 from esper_otel.record.columns import Columns
-from esper_otel.record.coming import Coming
-from esper_otel.record.draft import Draft
-from esper_otel.record.needs import Probing
-from esper_otel.record.publisher import Publisher
+from esper_otel.record.next_step import NextStep
+from esper_otel.record.open_step import OpenStep
+from esper_otel.record.publisher import Draft, Publisher
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
-from esper_otel.record.step import Step
 from esper_otel.record.values import (
     CONTEXT,
     UINT32_MAX,
@@ -44,6 +42,13 @@ _KNOWN_AFTERWARDS = (
 )
 
 
+class Probing(Protocol):
+    """What recording asks of the probes."""
+
+    def readings(self, now_s: float) -> Mapping[str, float]:
+        """The readings that are fresh at ``now_s`` of ``time.monotonic``."""
+
+
 class Recorder:
     """Takes what a trainer records and hands one draft per step to the publisher.
 
@@ -63,8 +68,8 @@ class Recorder:
         self.names = publisher.names
         self.clock = clock
         self.highest_step = 0
-        self.open_step: Step | None = None
-        self.coming = Coming()
+        self.open_step: OpenStep | None = None
+        self.next_step = NextStep()
         self.gradient_math = gradient_math
         self._probing = probing
         self._to_state = to_state
@@ -76,14 +81,15 @@ class Recorder:
 
     # -- steps -------------------------------------------------------------------------------------------
 
-    def open(self, step: Step) -> None:
+    def open(self, step: OpenStep) -> None:
         """Opens a step: numbers and stamps it."""
         if self.open_step is not None and self._still_open():
             raise WrongState(f"step {self.open_step.global_step} is still open: one step at a time")
         step.global_step = self._numbered(step._numbered)
         step.time_unix_ns = self.clock.stamp()
-        if self.coming.is_anything:
-            step._waited_ms, step._table, step._retired = self.coming.take()
+        if self.next_step.is_anything:
+            step._waited_ms, step._table, step._retired = self.next_step.take()
+        step._retiring = self.next_step.retiring
         self.open_step = step
         step._known = self.publisher.live.ids
 
@@ -111,7 +117,7 @@ class Recorder:
             )
         return given
 
-    def finish(self, step: Step, now_s: float) -> None:
+    def finish(self, step: OpenStep, now_s: float) -> None:
         """Hands over a step that is over; whatever goes wrong stays here."""
         self.open_step = None
         step._known = NO_IDS
@@ -141,7 +147,7 @@ class Recorder:
                 and step._held is None
                 and not (step._failed or step._retired or step._ended)
                 and not self.names.left_out
-                and not (self.coming.is_anything and (self.coming.context or self.coming.tensors))
+                and not (self.next_step.is_anything and (self.next_step.context or self.next_step.tensors))
                 and not self.publisher.waiting
             ):
                 shape = self._step_shape
@@ -168,7 +174,7 @@ class Recorder:
         shape = self._shape
         if (
             shape is not None
-            and not self.coming.is_anything
+            and not self.next_step.is_anything
             and self.open_step is None
             and type(values) is dict
             and len(values) == len(shape.names)
@@ -212,7 +218,7 @@ class Recorder:
         if samples is not None:
             samples = whole("samples", samples, UINT64_MAX)
         try:
-            waited_ms, table, retired = self.coming.take()
+            waited_ms, table, retired = self.next_step.take()
             more = {} if waited_ms is None else {"input_wait_ms": waited_ms}
             if samples is not None:
                 more.update(self._rate(samples, {**more, **given}))
@@ -225,8 +231,8 @@ class Recorder:
             self.fault("publishing a step", error)
 
     def _publish(self, draft: Draft, held: Held | None, *, is_ordinary: bool) -> None:
-        if self.coming.is_anything and (self.coming.context or self.coming.tensors):
-            held, context = self.coming.take_context(held)
+        if self.next_step.is_anything and (self.next_step.context or self.next_step.tensors):
+            held, context = self.next_step.take_context(held)
             draft = draft._replace(context=context)
         if self.names.left_out:
             draft = draft._replace(values=self.names.kept(draft.values))
@@ -252,7 +258,7 @@ class Recorder:
 
     def waited(self, milliseconds: float) -> None:
         """Adds to the next step's ``input_wait_ms``."""
-        self.coming.wait(milliseconds)
+        self.next_step.wait(milliseconds)
 
     def _held_of(self, tensors: Mapping[Target, Any]) -> Held | None:
         if not tensors:
@@ -268,13 +274,13 @@ class Recorder:
         """Records rows of many seeds, for the open step or else for the next."""
         table = self._columns.table(ids, columns)
         if self.open_step is None:
-            self.coming.add(table)
+            self.next_step.add(table)
         else:
             self.open_step._add(table)
 
     def retire(self, seed_id: str) -> None:
         """Ends a seed's life: it is in no frame after the open one."""
-        self.coming.retire(checked_seed_id(seed_id))
+        self.next_step.retire(checked_seed_id(seed_id))
         if self.open_step is not None:
             self.open_step._known = NO_IDS
 
@@ -282,20 +288,20 @@ class Recorder:
         """Replaces values that stay in every frame that follows."""
         plain, tensors = read(values)
         self.publisher.saw(tuple(tensors.values()))
-        self.coming.replace_context(plain, tensors)
+        self.next_step.replace_context(plain, tensors)
 
     # -- the state inside a step ---------------------------------------------------------------------------
 
-    def state(self, step: Step) -> SystemStatePacket:
+    def state(self, step: OpenStep) -> SystemStatePacket:
         """The packet of an open step; see ``Step.state``."""
         publisher = self.publisher
         publisher.drain(wait=True)
         if step._retired:
             step._ended += publisher.live.retire(step._retired)
             step._retired = ()
-        if self.coming.tensors:
-            step._hold(self.coming.tensors)
-            self.coming.tensors = {}
+        if self.next_step.tensors:
+            step._hold(self.next_step.tensors)
+            self.next_step.tensors = {}
         held = step._held
         if held is not None and held.tensors:
             held.seal()
@@ -315,20 +321,20 @@ class Recorder:
                     step.time_unix_ns,
                     self.names.kept(values),
                     step._all_rows(),
-                    context=self.coming.context,
+                    context=self.next_step.context,
                     probed=self._probed(),
                 )
             )
         )
 
-    def _take(self, step: Step, held: Held) -> None:
+    def _take(self, step: OpenStep, held: Held) -> None:
         for target, value in held.arrived().items():
             if isinstance(target, tuple):
                 row = one_cell(*target, value).cells.tobytes()
                 earlier = step._rows.get(target[0])
                 step._rows[target[0]] = row if earlier is None else merged_row(earlier, row)
             elif target in CONTEXT:
-                self.coming.context[target] = value
+                self.next_step.context[target] = value
             else:
                 step._values[target] = value
 

@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from esper_otel.captures import check_no_capture
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.frames.frame import ABSENT, SeedTable
+from esper_otel.frames.frame import ABSENT
 from esper_otel.record.device import move
+from esper_otel.record.open_step import OpenStep
 from esper_otel.record.seeds import (
-    NO_IDS,
     REQUESTED,
     ROW,
     STAGES_OR_ABSENT,
     checked_seed_id,
     checked_stage,
     merged_row,
-    merged_tables,
     more_cells,
-    table_of_rows,
 )
 from esper_otel.record.timed import Timed, TimedOnce
 from esper_otel.record.values import ROW_TYPES, Held, Target, are_floats, are_ordinary, read, read_row
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     Sources: TypeAlias = Mapping[str, Tensor | Sequence[Tensor | None]] | Sequence[Tensor | Sequence[Tensor | None]]
 
 
-class Step:
+class Step(OpenStep):
     """One training step while it is open: ``with telemetry.step(epoch=...) as now``.
 
     Values are floats or numbers, or 0-d tensors on any device. A tensor is detached at once; one on a CUDA
@@ -55,48 +53,11 @@ class Step:
         time_unix_ns: the step's time, fixed when the scope opened.
     """
 
-    __slots__ = (
-        "_ended",
-        "_failed",
-        "_held",
-        "_is_ordinary",
-        "_known",
-        "_numbered",
-        "_recorder",
-        "_retired",
-        "_rows",
-        "_samples",
-        "_started_s",
-        "_table",
-        "_timings",
-        "_values",
-        "_waited_ms",
-        "epoch",
-        "global_step",
-        "time_unix_ns",
-    )
+    __slots__ = ("_recorder",)
 
     def __init__(self, recorder: Recorder, global_step: int | None, epoch: int, samples: int | None) -> None:
+        super().__init__(global_step, epoch, samples)
         self._recorder = recorder
-        self._samples = samples
-        self.epoch = epoch
-        self._numbered = global_step
-        self.global_step = 0  # numbered on entering
-        self.time_unix_ns = 0
-        self._values: dict[str, float] = {}
-        self._timings: dict[str, float] = {}
-        self._rows: dict[str, bytes] = {}
-        # Seeds whose first row needs no second look: those that live, while the step is open, nothing has been retired
-        # in it and no cell is on a device.
-        self._known: Mapping[str, int] = NO_IDS
-        self._table: SeedTable | None = None
-        self._held: Held | None = None
-        self._retired: Sequence[str] = ()
-        self._ended: tuple[str, ...] = ()
-        self._waited_ms: float | None = None
-        self._failed = False
-        self._is_ordinary = True
-        self._started_s = 0.0
 
     def __enter__(self) -> Step:
         self._recorder.open(self)
@@ -156,18 +117,12 @@ class Step:
         if self._held is not None:
             self._held.forget(plain)
         if tensors:
-            self._hold(tensors)
+            self._keep(tensors)
         return plain
 
-    def _hold(self, tensors: Mapping[Target, Tensor]) -> None:
+    def _keep(self, tensors: Mapping[Target, Tensor]) -> None:
         self._recorder.publisher.saw(tuple(tensors.values()))
-        if self._held is None:
-            self._held = Held()
-        self._held.tensors.update(tensors)
-        for name in tensors:
-            self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is no key of the values
-            if isinstance(name, tuple):
-                self._known = NO_IDS
+        self._hold(tensors)
 
     def hook(self) -> Timed:
         """Times ``hook_latency_ms``: the controller and what its commands change."""
@@ -293,7 +248,7 @@ class Step:
         checked_stage(struct.unpack_from("=d", row)[0])
         if type(seed_id) is not str or seed_id not in self._known:
             seed_id = checked_seed_id(seed_id)
-            if seed_id in self._recorder.coming.retiring:
+            if seed_id in self._retiring:
                 self._is_born_again(seed_id)
         earlier = self._rows.get(seed_id)
         self._rows[seed_id] = row if earlier is None else merged_row(earlier, row)
@@ -310,33 +265,8 @@ class Step:
             said = [field for field, cell in zip(SEED_FIELDS, plain, strict=False) if cell is not ABSENT]
             self._held.forget((seed_id, field) for field in said)
         if tensors:
-            self._hold(tensors)
+            self._keep(tensors)
         return (ROW if more else REQUESTED).pack(*plain)
-
-    def _add(self, table: SeedTable) -> None:
-        """Rows of many seeds at once."""
-        retiring = self._recorder.coming.retiring
-        for seed_id in [seed_id for seed_id in retiring if seed_id in table.ids] if retiring else ():
-            self._is_born_again(seed_id)
-        if self._rows or self._table is not None:
-            table = merged_tables(self._all_rows(), table)
-            self._rows = {}
-        self._table = table
-
-    def _all_rows(self) -> SeedTable:
-        """Every row recorded so far."""
-        if self._table is None:
-            return table_of_rows(self._rows)
-        return merged_tables(self._table, table_of_rows(self._rows)) if self._rows else self._table
-
-    def _is_born_again(self, seed_id: str) -> None:
-        """A seed retired in this very step is recorded once more: its old life ends before the step."""
-        self._recorder.coming.retiring.remove(seed_id)
-        self._retired = [*self._retired, seed_id]
-        self._rows.pop(seed_id, None)
-        if self._table is not None and seed_id in self._table.ids:
-            kept = [row for row, other in enumerate(self._table.ids) if other != seed_id]
-            self._table = SeedTable(tuple(self._table.ids[row] for row in kept), self._table.cells[kept])
 
     def state(self) -> SystemStatePacket:
         """The SystemStatePacket of the step so far, for a controller that decides inside the step.

@@ -215,7 +215,6 @@ class _Session:
         return exporter
 
     def _prepare_export(self) -> None:
-        self._publisher.drain()
         clock = self._recorder.clock
         clock.check()
         if clock.is_ahead:

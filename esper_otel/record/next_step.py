@@ -1,4 +1,4 @@
-"""Coming: what the next step will have that was said before it began."""
+"""The next step: what it will have that was said before it began."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from esper_otel.record.seeds import merged_tables
 from esper_otel.record.values import Held, Target
 
 
-class Taken(NamedTuple):
-    """What a step takes when it begins.
+class Beginning(NamedTuple):
+    """What a step has from its beginning.
 
     Attributes:
         waited_ms: milliseconds that the trainer waited for its input; None when it did not say.
@@ -24,7 +24,7 @@ class Taken(NamedTuple):
     retired: Sequence[str]
 
 
-class Coming:
+class NextStep:
     """Collects for the next step. Threads: the one that records.
 
     Attributes:
@@ -66,9 +66,9 @@ class Coming:
         self.context.update(values)
         self.is_anything = True
 
-    def take(self) -> Taken:
+    def take(self) -> Beginning:
         """All but the context, which is taken when the step is over."""
-        taken = Taken(self._waited_ms, self._table, self.retiring)
+        taken = Beginning(self._waited_ms, self._table, self.retiring)
         self._waited_ms = self._table = None
         self.retiring = []
         self.is_anything = bool(self.context or self.tensors)

@@ -1,0 +1,105 @@
+"""The open step: what has been recorded in it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from esper_otel.frames.frame import SeedTable
+from esper_otel.record.seeds import NO_IDS, merged_tables, table_of_rows
+from esper_otel.record.values import Held, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OpenStep:
+    """What ``Step`` has recorded, as the recorder reads it when the step is over. One thread.
+
+    Attributes:
+        epoch: the epoch it belongs to.
+        global_step: the step's number; 0 until it is open.
+        time_unix_ns: the step's time, fixed when the scope opened.
+    """
+
+    __slots__ = (
+        "_ended",
+        "_failed",
+        "_held",
+        "_is_ordinary",
+        "_known",
+        "_numbered",
+        "_retired",
+        "_retiring",
+        "_rows",
+        "_samples",
+        "_started_s",
+        "_table",
+        "_timings",
+        "_values",
+        "_waited_ms",
+        "epoch",
+        "global_step",
+        "time_unix_ns",
+    )
+
+    def __init__(self, global_step: int | None, epoch: int, samples: int | None) -> None:
+        self._samples = samples
+        self.epoch = epoch
+        self._numbered = global_step
+        self.global_step = 0  # numbered when it opens
+        self.time_unix_ns = 0
+        self._values: dict[str, float] = {}
+        self._timings: dict[str, float] = {}
+        self._rows: dict[str, bytes] = {}
+        # Seeds whose first row needs no second look: those that live, while the step is open, nothing has been retired
+        # in it and no cell is on a device.
+        self._known: Mapping[str, int] = NO_IDS
+        self._table: SeedTable | None = None
+        self._held: Held | None = None
+        self._retired: Sequence[str] = ()  # before the step
+        self._retiring: list[str] = []  # after it
+        self._ended: tuple[str, ...] = ()
+        self._waited_ms: float | None = None
+        self._failed = False
+        self._is_ordinary = True
+        self._started_s = 0.0
+
+    def is_in_its_scope(self) -> bool:
+        """Whether the scope that opened the step still runs."""
+        raise NotImplementedError
+
+    def _hold(self, tensors: Mapping[Target, Tensor]) -> None:
+        """Keeps values that a device has yet to deliver."""
+        if self._held is None:
+            self._held = Held()
+        self._held.tensors.update(tensors)
+        for name in tensors:
+            self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is no key of the values
+            if isinstance(name, tuple):
+                self._known = NO_IDS
+
+    def _add(self, table: SeedTable) -> None:
+        """Rows of many seeds at once."""
+        retiring = self._retiring
+        for seed_id in [seed_id for seed_id in retiring if seed_id in table.ids] if retiring else ():
+            self._is_born_again(seed_id)
+        if self._rows or self._table is not None:
+            table = merged_tables(self._all_rows(), table)
+            self._rows = {}
+        self._table = table
+
+    def _all_rows(self) -> SeedTable:
+        """Every row recorded so far."""
+        if self._table is None:
+            return table_of_rows(self._rows)
+        return merged_tables(self._table, table_of_rows(self._rows)) if self._rows else self._table
+
+    def _is_born_again(self, seed_id: str) -> None:
+        """A seed retired in this very step is recorded once more: its old life ends before the step."""
+        self._retiring.remove(seed_id)
+        self._retired = [*self._retired, seed_id]
+        self._rows.pop(seed_id, None)
+        if self._table is not None and seed_id in self._table.ids:
+            kept = [row for row, other in enumerate(self._table.ids) if other != seed_id]
+            self._table = SeedTable(tuple(self._table.ids[row] for row in kept), self._table.cells[kept])
