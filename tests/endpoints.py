@@ -37,7 +37,7 @@ def body() -> bytes:
     def fail(where: str, error: Exception) -> None:
         raise AssertionError(where) from error
 
-    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, fail)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     [request] = encoder.requests([make_frame()])
     return request.body
 

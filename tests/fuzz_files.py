@@ -222,7 +222,7 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     frames = list(frames_in(mutated_bytes(luck, content) if luck.random() < 0.3 else content, stored))
     frames.sort(key=lambda frame: frame.sequence)
     catalogue = {metric.name: metric for metric in (*METRICS, *stored.metrics.values())}
-    encoder = Encoder(catalogue, stored.resources.__getitem__, _raise)
+    encoder = Encoder(catalogue, stored.resources.__getitem__)
     streams = Streams()
     for frame in frames:
         requests = list(encoder.requests([frame], Along(streams.note([frame]))))

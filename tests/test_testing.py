@@ -322,7 +322,7 @@ def test_a_frame_counts_when_all_its_points_have_come_and_only_once() -> None:
     """Collectors cut, repeat and reorder; received must mean received whole."""
     table = seed_table({f"seed-{row}": {"alpha": 0.5, "stage": 4.0} for row in range(20)})
     history = [make_frame(sequence=step, seeds=table, time_unix_ns=TIME_UNIX_NS + step * 1_000_000) for step in (1, 2)]
-    encoder = Encoder(CATALOGUE, resource_for, lambda where, error: None, max_points=30)
+    encoder = Encoder(CATALOGUE, resource_for, max_points=30)
     (*first, first_end), (*second, second_end) = (
         [request.body for request in encoder.requests([frame])] for frame in history
     )
@@ -339,7 +339,7 @@ def test_a_frame_counts_when_all_its_points_have_come_and_only_once() -> None:
 def test_points_beside_the_frames_do_not_complete_one() -> None:
     """Stale markers may have the time and the streams of a frame whose points never came."""
     frame = make_frame()
-    encoder = Encoder(CATALOGUE, resource_for, lambda where, error: None, max_points=7)
+    encoder = Encoder(CATALOGUE, resource_for, max_points=7)
     first, first_end = [request.body for request in encoder.requests([frame])]
     with MemoryCollector() as collector:
         post(collector, first)
@@ -356,7 +356,7 @@ def test_points_beside_the_frames_do_not_complete_one() -> None:
 def test_frames_of_other_ranks_and_attempts_are_other_frames() -> None:
     """Ranks record in the same nanosecond often enough."""
     runs = [RUN, replace(RUN, rank=1), replace(RUN, attempt=RUN.attempt + 1)]
-    encoder = Encoder(CATALOGUE, resource_for, lambda where, error: None)
+    encoder = Encoder(CATALOGUE, resource_for)
     (request,) = encoder.requests([make_frame(run=run) for run in runs])
     with MemoryCollector() as collector:
         call(collector, request.body)
@@ -365,7 +365,7 @@ def test_frames_of_other_ranks_and_attempts_are_other_frames() -> None:
 
 def test_a_long_run_is_received_in_bounded_memory() -> None:
     """A demo may run for days: only the newest requests are kept, and counting goes on."""
-    encoder = Encoder(CATALOGUE, resource_for, lambda where, error: None, max_points=2_000)
+    encoder = Encoder(CATALOGUE, resource_for, max_points=2_000)
     history = (make_frame(time_unix_ns=TIME_UNIX_NS + step * 1_000_000) for step in range(10_500))
     with MemoryCollector(keep=2) as collector:
         last = b""

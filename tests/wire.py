@@ -37,7 +37,7 @@ def encoder(process: str = "") -> Encoder:
     def fault(what: str, error: Exception) -> None:
         raise AssertionError(what) from error
 
-    return Encoder(CATALOGUE, lambda run: resource(run, process), fault)
+    return Encoder(CATALOGUE, lambda run: resource(run, process))
 
 
 def bodies(frames: Iterable[Frame], process: str = "") -> list[bytes]:

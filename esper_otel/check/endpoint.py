@@ -291,7 +291,7 @@ def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
     now_ns = time.time_ns()
     run = Run(new_check_id(), now_ns // 1_000_000, device_type="cpu")
     frame = Frame(run, 1, 1, 0, now_ns, ("loss",), (0.0,), {})
-    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, _no_fault)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     [request] = encoder.requests([frame])
     started_s = time.perf_counter()
     outcome = sender.send(request.body, endpoint.timeout_s)
@@ -309,10 +309,6 @@ def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request,
     streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
     for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=ended):
         sender.send(body, endpoint.timeout_s)
-
-
-def _no_fault(where: str, error: Exception) -> None:
-    """A frame without processors has no readings that could fail."""
 
 
 def of_outcome(outcome: Outcome, endpoint: Endpoint) -> Stage:

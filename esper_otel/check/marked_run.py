@@ -77,7 +77,7 @@ class Marked:
         self.run_id = new_check_id()
         self.attempt = now_ns // _MS
         self.frames = [self._frames(rank, (now_ns // _S - _BEFORE_S) * _S) for rank in range(RANKS)]
-        self._encoders = [Encoder(BY_NAME, resource_for, _no_fault) for _ in range(RANKS)]
+        self._encoders = [Encoder(BY_NAME, resource_for) for _ in range(RANKS)]
         self._streams = [Streams() for _ in range(RANKS)]
 
     def send(self, deadline_s: float) -> Outcome:
@@ -106,7 +106,7 @@ class Marked:
         """Every value that is sent, by the time of its step in Unix milliseconds, for each series."""
         found: dict[Key, dict[int, float]] = {}
         for rank, frames in enumerate(self.frames):
-            for block in blocks(frames, BY_NAME, _no_fault):
+            for block in blocks(frames, BY_NAME):
                 for row, frame in enumerate(block.frames):
                     time_ms = frame.time_unix_ns // _MS
                     of_frame = {
@@ -168,7 +168,3 @@ def _table(step: int) -> SeedTable:
     recorded = {seed_id: cells for seed_id, of_steps in _SEEDS.items() if (cells := of_steps[step]) is not None}
     rows = [[cells.get(field, ABSENT) for field in SEED_FIELDS[:NARROW]] for cells in recorded.values()]
     return SeedTable(tuple(recorded), np.array(rows).reshape(len(rows), NARROW))
-
-
-def _no_fault(where: str, error: Exception) -> None:
-    """These frames have no processors whose readings could fail."""

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from esper_otel.derive.dynamics import Dynamics
-from esper_otel.derive.processor import Derived, Processor
+from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, InvalidCatalogue, InvalidValue, UnknownMetric
+from esper_otel.frames.frame import NO_READINGS
 from esper_otel.schema import Metric
 
 
@@ -34,7 +35,7 @@ def checked_processors(processors: Sequence[Processor], known: Mapping[str, Metr
 
 
 class _Guarded:
-    """A user's processor whose readings cannot harm whoever reads a frame."""
+    """A user's processor whose readings cannot harm the step."""
 
     def __init__(self, processor: Processor, fault: Callable[[str, Exception], None]) -> None:
         self.needs = tuple(map(_name, processor.needs))
@@ -50,7 +51,7 @@ class _Guarded:
         try:
             readings = self._readings(state)
             return {name: float(readings[name]) for name in self.gives if readings.get(name) is not None}
-        except Exception as error:  # noqa: BLE001 - a frame is read by exporters and controllers
+        except Exception as error:  # noqa: BLE001 - a user's processor must not stop training
             self._fault(f"readings of {self.name}", error)
             return {}
 
@@ -66,11 +67,11 @@ class Deriver:
 
     def __init__(self, processors: Sequence[Processor], fault: Callable[[str, Exception], None]) -> None:
         self._processors: tuple[Processor, ...] = tuple(
-            processor if isinstance(processor, Dynamics) else _Guarded(processor, fault) for processor in processors
+            processor if type(processor) is Dynamics else _Guarded(processor, fault) for processor in processors
         )
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self._states: list[Any] = [processor.initial() for processor in self._processors]
-        self.reads_probes = not all(isinstance(processor, Dynamics) for processor in processors)
+        self.reads_probes = not all(type(processor) is Dynamics for processor in processors)
         # Most runs have ours only, which needs neither a loop nor a guard: it fails with nothing but numbers given.
         self._alone = processors[0] if len(processors) == 1 and type(processors[0]) is Dynamics else None
         self._fault = fault
@@ -80,38 +81,37 @@ class Deriver:
             self._chained |= not given_before.isdisjoint(map(_name, processor.needs))
             given_before.update(map(_name, processor.gives))
 
-    def commit(self, given: Mapping[str, float]) -> Derived:
-        """Advances to the next step; returns the processors that have a reading in it, with their states."""
+    def commit(self, given: Mapping[str, float]) -> Mapping[str, float]:
+        """Advances to the next step; returns what the processors read in it, by name."""
         if self._alone is None:
             return self._advance(self._states, given)
         before = self._states[0]
         after = self._alone.advance(before, given)
         if after is before:
-            return ()
+            return NO_READINGS
         self._states[0] = after
-        return ((self._alone, after),)
+        return self._alone.readings(after)
 
-    def peek(self, given: Mapping[str, float]) -> Derived:
+    def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
         """What ``commit`` would return, without advancing."""
         return self._advance(self._states.copy(), given)
 
-    def _advance(self, states: list[Any], given: Mapping[str, float]) -> Derived:
-        derived = []
-        place = -1
-        for processor, advance in self._advances:
-            place += 1
+    def _advance(self, states: list[Any], given: Mapping[str, float]) -> Mapping[str, float]:
+        derived: dict[str, float] = {}
+        for place, (processor, advance) in enumerate(self._advances):
             before = states[place]
             try:
                 after = advance(before, given)
-                if after is before:
-                    continue
-                if self._chained:  # what the caller gave stands
-                    given = {**processor.readings(after), **given}
             except Exception as error:  # noqa: BLE001 - a user's processor must not stop training
                 self._fault(f"processor {getattr(processor, 'name', type(processor).__name__)}", error)
                 continue
+            if after is before:
+                continue
             states[place] = after
-            derived.append((processor, after))
+            readings = processor.readings(after)
+            derived.update(readings)
+            if self._chained:  # what the caller gave stands
+                given = {**readings, **given}
         return derived
 
     def _keys(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from esper_otel.schema import Metric
 
@@ -13,8 +13,8 @@ class Processor(Protocol):
     """Derives metrics from those of each step.
 
     The state is anything immutable made of plain values (numbers, strings, tuples), since it goes into
-    checkpoints as it is. ``advance`` runs once per published step, in order, on the training path;
-    ``readings`` runs wherever a frame is read, in any thread, possibly often.
+    checkpoints as it is. ``advance`` runs once per published step, in order, on the training path, and
+    ``readings`` right after it, once; both must neither wait for a device nor for anything else.
 
     Attributes:
         needs: metrics that ``advance`` reads, as names or entries.
@@ -38,7 +38,3 @@ class Processor(Protocol):
 
     def readings(self, state: Any) -> Mapping[str, float]:
         """The metrics of the step that led to ``state``."""
-
-
-# The processors that have a reading in a step, each with its state after it.
-Derived: TypeAlias = Sequence[tuple[Processor, Any]]

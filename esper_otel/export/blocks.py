@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,13 +48,12 @@ class Block(NamedTuple):
     points: npt.NDArray[np.int64]
 
 
-def blocks(frames: Iterable[Frame], known: Collection[str], fault: Callable[[str, Exception], None]) -> Iterator[Block]:
+def blocks(frames: Iterable[Frame], known: Collection[str]) -> Iterator[Block]:
     """The frames in blocks, in order. Says what ``Frame.values`` says of each, in a fraction of the time.
 
     Args:
         frames: the frames.
         known: names that may be sent; others are left out.
-        fault: told when a processor's reading fails or is no number; that frame goes without derived values.
     """
     alike: list[Frame] = []
     beside: list[Mapping[str, float]] = []
@@ -63,12 +62,7 @@ def blocks(frames: Iterable[Frame], known: Collection[str], fault: Callable[[str
     names: tuple[str, ...] = ()
     loss_place: int | None = None
     for frame in frames:
-        try:
-            others = _others(frame)
-        except Exception as error:  # noqa: BLE001 - a user's processor must not hold up all later frames
-            fault(f"readings of frame {frame.sequence}", error)
-            frame = frame._replace(derived=())  # noqa: PLW2901 - the same frame, without what is broken
-            others = _others(frame)
+        others = _others(frame)
         if frame.names is not names:
             names = frame.names
             loss_place = names.index("loss") if "loss" in names else None
@@ -88,19 +82,9 @@ def blocks(frames: Iterable[Frame], known: Collection[str], fault: Callable[[str
 
 def _others(frame: Frame) -> Mapping[str, float]:
     """What was not put: derived values, context, readings of probes."""
-    if len(frame.derived) == 1 and not frame.context and not frame.probed:
-        processor, state = frame.derived[0]
-        others = processor.readings(state)
-    else:
-        others = {}
-        for processor, state in frame.derived:
-            others.update(processor.readings(state))
-        others.update(frame.context)
-        others.update(frame.probed)
-    for value in others.values():
-        if value.__class__ is not float and not isinstance(value, float | int):
-            raise TypeError(f"{value!r} is no number")
-    return others
+    if not frame.context and not frame.probed:
+        return frame.derived
+    return {**frame.derived, **frame.context, **frame.probed}
 
 
 def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collection[str], *, has_loss: bool) -> Block:

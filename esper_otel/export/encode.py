@@ -143,7 +143,6 @@ class Encoder:
     Args:
         catalogue: ``METRICS`` and the user's own, by name; a value under another name is left out.
         resource: gives a run's Resource; asked once for equal runs that follow each other.
-        fault: told when a processor's reading fails or is no number; that frame goes without derived values.
         max_points: most points in a request; at least as many as a seed has cells.
     """
 
@@ -151,13 +150,11 @@ class Encoder:
         self,
         catalogue: Mapping[str, Metric],
         resource: Callable[[Run], Resource],
-        fault: Callable[[str, Exception], None],
         *,
         max_points: int = MAX_POINTS,
     ) -> None:
         self._catalogue = catalogue
         self._resource = resource
-        self._fault = fault
         self._max_points = max_points
         self._origin: tuple[Run, ResourceMetrics] | None = None
         self._heads = {
@@ -207,7 +204,7 @@ class Encoder:
 
     def _parts(self, frames: Iterable[Frame], ended: Mapping[int, Sequence[Stream]]) -> Iterator[_Part]:
         """Parts that fit into a request."""
-        for block in blocks(frames, self._catalogue, self._fault):
+        for block in blocks(frames, self._catalogue):
             first_frame = block.frames[0]  # no other one of the block retires a seed
             yield from self._markers(
                 first_frame.run, ended.get(first_frame.sequence, ()), time_unix_ns=first_frame.time_unix_ns

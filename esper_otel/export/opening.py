@@ -43,7 +43,7 @@ def open_exporter(
         spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
 
     def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
-        return Encoder(metrics, resources, fault)
+        return Encoder(metrics, resources)
 
     def leftovers() -> Iterable[Leftover]:
         if directory is None:

@@ -6,15 +6,12 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from esper_otel.schema import SEED_FIELDS, SEED_METRICS
-
-if TYPE_CHECKING:
-    from esper_otel.derive.processor import Derived
 
 # A missing cell is a quiet NaN with a payload of our own, so that a recorded NaN stays a value. Arithmetic on
 # cells would lose the payload; cells are only ever copied and compared.
@@ -154,7 +151,7 @@ class Frame(NamedTuple):
         seeds: the rows recorded in this step.
         live: every live seed with its last known cells.
         retired: seeds whose lives ended after the frame before; their series end.
-        derived: what processors computed; read through ``values()``.
+        derived: what processors read in this step.
         probed: readings of probes; what was recorded stands before them.
     """
 
@@ -169,7 +166,7 @@ class Frame(NamedTuple):
     seeds: SeedTable = NO_SEEDS
     live: SeedTable = NO_SEEDS
     retired: tuple[str, ...] = ()
-    derived: Derived = ()
+    derived: Mapping[str, float] = NO_READINGS
     probed: Mapping[str, float] = NO_READINGS
 
     @property
@@ -177,16 +174,21 @@ class Frame(NamedTuple):
         """The step values put or measured, by name."""
         return dict(zip(self.names, self.numbers, strict=True))
 
+    def last_loss(self) -> float | None:
+        """The last finite loss, this step's included, as ``values()`` has it; None before the first."""
+        sources = (self.recorded, self.probed, self.context, self.derived)
+        loss = next((values["loss"] for values in sources if "loss" in values), FLOAT32_BOUND)
+        if -FLOAT32_BOUND < loss < FLOAT32_BOUND:
+            return loss
+        return next((values[LAST_LOSS] for values in sources if LAST_LOSS in values), None)
+
     def values(self) -> dict[str, float]:
         """Every step value of the frame by catalogue name, readings of processors and our own included."""
-        values: dict[str, float] = {}
-        for processor, state in self.derived:
-            values.update(processor.readings(state))
-        values.update(self.context)
+        values = {**self.derived, **self.context}
         values.update(self.probed)
         values.update(zip(self.names, self.numbers, strict=True))  # what the caller gave stands
-        loss = values.get("loss")
-        if loss is not None and -FLOAT32_BOUND < loss < FLOAT32_BOUND:
+        loss = values.get("loss", FLOAT32_BOUND)
+        if -FLOAT32_BOUND < loss < FLOAT32_BOUND:
             values[LAST_LOSS] = loss
         values["esper.global_step"] = self.global_step
         values["esper.epoch"] = self.epoch

@@ -19,17 +19,12 @@ _BESIDE = 150
 class Packed:
     """Frames in their order. Immutable; any thread may unpack it.
 
-    What processors derived is kept as their readings; everything else is as it was, to the bit.
-
     Args:
         frames: they follow each other.
 
     Attributes:
         first: sequence number of the first one.
         share: bytes that one takes now.
-
-    Raises:
-        Exception: what a user's processor raises that is asked for its readings.
     """
 
     __slots__ = ("_content", "_count", "first", "share")
@@ -38,7 +33,7 @@ class Packed:
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
         for start in range(0, len(frames), _AT_ONCE):
-            pickler.dump([_read(frame) for frame in frames[start : start + _AT_ONCE]])
+            pickler.dump(frames[start : start + _AT_ONCE])
         self._content = zlib.compress(buffer.getbuffer(), 1)
         self._count = len(frames)
         self.first = frames[0].sequence
@@ -51,13 +46,3 @@ class Packed:
         while len(found) < self._count:
             found += unpickler.load()
         return found
-
-
-def _read(frame: Frame) -> Frame:
-    """The frame with the readings of its processors in place of their states."""
-    if not frame.derived:
-        return frame
-    readings: dict[str, float] = {}
-    for processor, state in frame.derived:
-        readings.update(processor.readings(state))
-    return frame._replace(derived=(), context={**readings, **frame.context})

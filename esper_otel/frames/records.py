@@ -70,12 +70,8 @@ class RecordWriter:
 
     def record(self, frame: Frame) -> bytes:
         """The frame's record, behind those of what it refers to and no frame before it did."""
-        try:
-            names, numbers = self._values(frame)
-            packed = struct.pack(f"<{len(numbers)}d", *numbers)
-        except Exception:  # noqa: BLE001 - a user's processor gave what is no number; the rest must not be lost with it
-            names, numbers = self._values(frame._replace(derived=()))
-            packed = struct.pack(f"<{len(numbers)}d", *numbers)
+        names, numbers = self._values(frame)
+        packed = struct.pack(f"<{len(numbers)}d", *numbers)
         before: list[bytes] = []
         seeds, live = frame.seeds, frame.live
         retired = json.dumps(frame.retired).encode() if frame.retired else b""

@@ -94,10 +94,7 @@ class Ring:
             if len(frames) < _AT_ONCE:  # some were dropped meanwhile
                 continue
             sizes = list(map(frame_bytes, frames))
-            try:
-                packed = Packed(frames)
-            except Exception:  # noqa: BLE001, S112 - a user's processor; its frames stay as they are
-                continue
+            packed = Packed(frames)
             with self._guard:
                 for frame, size in zip(frames, sizes, strict=True):
                     if frame.sequence >= self.first:

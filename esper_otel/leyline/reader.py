@@ -21,7 +21,6 @@ from opentelemetry.sdk.metrics import _Gauge as SynchronousGauge
 from opentelemetry.sdk.metrics.export import Gauge, MetricReader, MetricsData, NumberDataPoint, Sum
 
 from esper_otel.errors import WrongState
-from esper_otel.frames.frame import LAST_LOSS
 from esper_otel.leyline.numbers import finite
 from esper_otel.leyline.packets import Packets, packets
 from esper_otel.leyline.readings import Assembler, Collected, Reading
@@ -111,7 +110,7 @@ class LeylineMetricReader(MetricReader):
             _logger.warning("readings are left out of the packets: %s", reasons)
         step = packets(made.frame, complete=made.complete, latency_budget_ms=self._latency_budget_ms)
         found = signals(step.state, loss_before=self._loss_before)
-        self._loss_before = finite(made.frame.values().get(LAST_LOSS))
+        self._loss_before = finite(made.frame.last_loss())
         return with_signals(step, found)
 
     def _receive_metrics(

@@ -74,10 +74,10 @@ class Deriving(Protocol):
 
     reads_probes: bool
 
-    def commit(self, given: Mapping[str, float]) -> Any:
-        """Advances to the next step; what it derived."""
+    def commit(self, given: Mapping[str, float]) -> Mapping[str, float]:
+        """Advances to the next step; what it derived, by name."""
 
-    def peek(self, given: Mapping[str, float]) -> Any:
+    def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
         """What ``commit`` would return."""
 
 
@@ -294,7 +294,7 @@ class Publisher:
             self._context = {**self._context, **context}
             self.counters.nonfinite += sum(value - value != 0.0 for value in context.values())
         table, violations = self._stepped(table) if table.ids else (NO_SEEDS, None)
-        derived: Any = ()
+        derived = NO_READINGS
         if failed:
             self.counters.failed += 1
         else:

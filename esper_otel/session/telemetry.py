@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from esper_otel.errors import ConfigurationError, InvalidValue, WrongState
-from esper_otel.frames.frame import LAST_LOSS, Run
+from esper_otel.frames.frame import Run
 from esper_otel.leyline import Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
 from esper_otel.record.loaders import Loader, following
@@ -234,7 +234,7 @@ class Telemetry:
         for frame in frames:
             step = packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns)
             made.append(with_signals(step, signals(step.state, loss_before=loss, rules=self._wiring.rules)))
-            loss = frame.values().get(LAST_LOSS)
+            loss = frame.last_loss()
         if cursor is None:  # only now: what raises in between, a Ctrl-C included, must not cost the caller these steps
             self.pulled = position
         return Page(tuple(made), cursor=f"{self._mark}:{position}", gap=gap)
@@ -247,7 +247,7 @@ class Telemetry:
     def _loss_before(self, sequence: int) -> float | None:
         """The loss in the packet of the step before; None when there is none, or it fell out of the ring."""
         frames, _ = self._recorder.publisher.ring.after(sequence - 2, 1)
-        return frames[0].values().get(LAST_LOSS) if frames and frames[0].sequence == sequence - 1 else None
+        return frames[0].last_loss() if frames and frames[0].sequence == sequence - 1 else None
 
     def _position(self, cursor: object) -> int:
         mark, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")

@@ -52,7 +52,7 @@ def requests() -> list[Request]:
         time_unix_ns = 1_790_000_000_000_000_000 + step * 1_000_000
         frames.append(Frame(run, step, step, 0, time_unix_ns, ("loss",), (1.0,), {}, table, table))
     resource = Resource({"esper.run.id": run.run_id, "esper.run.attempt": run.attempt})
-    encoder = Encoder({metric.name: metric for metric in METRICS}, lambda _: resource, fault)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, lambda _: resource)
     return list(encoder.requests(frames))
 
 
@@ -113,7 +113,7 @@ def single_steps() -> list[bytes]:
     table = SeedTable(ids, cells)
     resource = Resource({"esper.run.id": run.run_id, "esper.run.attempt": run.attempt})
     bodies = []
-    encoder = Encoder({metric.name: metric for metric in METRICS}, lambda _: resource, lambda _what, _error: None)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, lambda _: resource)
     for step in range(1, SINGLE + 1):
         time_unix_ns = 1_790_000_000_000_000_000 + step * 1_000_000
         frame = Frame(run, step, step, 0, time_unix_ns, names, (1.0,) * len(names), {}, table, table)

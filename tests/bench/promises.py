@@ -247,7 +247,7 @@ def frames_of(seeds: int, steps: int) -> list[Frame]:
 
 def exporting() -> list[Row]:
     """CPU time per point, from readings to bytes."""
-    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, lambda where, error: None)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     history = frames_of(8, 100)
     points = sum(request.points for request in encoder.requests(history))
     provider, reader = observable(8)
@@ -293,7 +293,7 @@ def gpu_like_steps(seconds: float, busy: threading.Event, begun: Callable[[], in
 def gil() -> list[Row]:
     """1,000 seeds exported again and again beside a loop that waits for a GPU."""
     history = frames_of(1000, 1)
-    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, lambda where, error: None)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     provider, reader = observable(1000)
 
     def theirs() -> None:

@@ -314,7 +314,7 @@ def test_the_size_of_a_run_is_that_of_the_points_it_sends() -> None:
     def fail(where: str, error: Exception) -> None:
         raise AssertionError(where) from error
 
-    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, fail)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     [request] = encoder.requests([make_frame(recorded=values, seeds=seed_table(rows))])
     quiet = run_check(seeds=2, steps_per_second=0.0, environ={"OTEL_METRICS_EXPORTER": "none"})
     busy = run_check(seeds=2, steps_per_second=1.0, environ={"OTEL_METRICS_EXPORTER": "none"})

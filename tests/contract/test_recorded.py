@@ -102,7 +102,7 @@ def made(patched: pytest.MonkeyPatch) -> Mapping[str, list[str]]:
     """Everything that leaves, in hexadecimal digits."""
     telemetry = session(patched)
     frames, _ = telemetry._recorder.publisher.ring.after(0, 1_000)
-    encoder = Encoder({each.name: each for each in (*schema.METRICS, _OWN)}, resource, _fault)
+    encoder = Encoder({each.name: each for each in (*schema.METRICS, _OWN)}, resource)
     requests = [each.body for start in range(0, 48, 7) for each in encoder.requests(frames[start : start + 7])]
     packets = telemetry.pull(max_packets=1_000)
     telemetry.close()

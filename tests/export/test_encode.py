@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import pytest
 from frame_examples import RUN, TIME_UNIX_NS, frames, histories, make_frame, seed_table
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +38,7 @@ def no_fault(where: str, error: Exception) -> None:
 
 
 def encoder(catalogue: Mapping[str, Metric] = CATALOGUE, max_points: int = MAX_POINTS) -> Encoder:
-    return Encoder(catalogue, resource, no_fault, max_points=max_points)
+    return Encoder(catalogue, resource, max_points=max_points)
 
 
 def decoded(requests: Sequence[Request]) -> list[ExportMetricsServiceRequest]:
@@ -224,48 +223,14 @@ def test_a_users_own_metric_travels_with_its_unit_and_description() -> None:
     assert [point.as_double for point in metric.gauge.data_points] == [1.5]
 
 
-class Giving:
-    """A processor whose readings are whatever it was made with."""
-
-    needs = ("loss",)
-    gives = ("loss_ewma",)
-
-    def __init__(self, readings: object) -> None:
-        self._readings = readings
-
-    def initial(self) -> int:
-        return 0
-
-    def advance(self, state: int, given: Mapping[str, float]) -> int:
-        return state + 1
-
-    def readings(self, state: int) -> Any:
-        if isinstance(self._readings, Exception):
-            raise self._readings
-        return self._readings
-
-
 def test_a_name_the_catalogue_does_not_have_is_left_out_and_not_counted() -> None:
     """A count that includes points which are not there would keep the frame from ever being whole."""
-    frame = make_frame(derived=[(Giving({"nobody.declared.this": 1.0, "loss_ewma": 2.0}), 1)])
+    frame = make_frame(derived={"nobody.declared.this": 1.0, "loss_ewma": 2.0})
     requests = list(encoder().requests([frame]))
     points = dict(read(decoded(requests)))
     assert "nobody.declared.this" not in points
     assert points["loss_ewma"].as_double == 2.0
     assert points["esper.frame.points"].as_double == requests[0].points
-
-
-@pytest.mark.parametrize("readings", [RuntimeError("broken"), {"loss_ewma": "high"}, {"loss_ewma": None}, 7], ids=repr)
-def test_a_broken_processor_costs_a_frame_its_derived_values_only(readings: object) -> None:
-    """One frame that cannot be encoded must not hold up all that follow."""
-    faults = []
-    told = Encoder(CATALOGUE, resource, lambda where, error: faults.append((where, error)))
-    frame = make_frame(sequence=3, derived=[(Giving(readings), 1)])
-    (request,) = told.requests([frame])
-    assert [where for where, _ in faults] == ["readings of frame 3"]
-    assert request.frames == 1
-    arrived = {name for name, _ in read(decoded([request]))}
-    assert arrived == {name for name, _ in contents(make_frame())}
 
 
 def test_the_scope_carries_our_version_and_the_schemas() -> None:
@@ -284,7 +249,7 @@ def test_the_resource_is_made_once_for_frames_of_one_run() -> None:
         asked.append(run)
         return resource(run)
 
-    once = Encoder(CATALOGUE, counted, no_fault)
+    once = Encoder(CATALOGUE, counted)
     list(once.requests([make_frame(), make_frame()]))
     list(once.requests([make_frame(run=Run(RUN.run_id, RUN.attempt))]))
     once.health(RUN, {("esper.steps", ""): 1}, start_unix_ns=START_UNIX_NS, time_unix_ns=TIME_UNIX_NS)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +158,11 @@ def test_a_frame_that_cannot_be_encoded_is_dropped_and_counted(
 ) -> None:
     """It must not hold up those before and behind it."""
 
-    def picky(
-        frames: Iterable[Frame], known: Collection[str], fault: Callable[[str, Exception], None]
-    ) -> Iterator[Block]:
+    def picky(frames: Iterable[Frame], known: Collection[str]) -> Iterator[Block]:
         frames = list(frames)
         if any(frame.sequence in {7, 900} for frame in frames):
             raise ValueError("a fault of ours")
-        return blocks(frames, known, fault)
+        return blocks(frames, known)
 
     monkeypatch.setattr(encode, "blocks", picky)
     with esper_otel.start(run_id="run", settings=EsperSettings(export_every_s=0.2)) as telemetry:

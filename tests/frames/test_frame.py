@@ -46,7 +46,7 @@ def sent(history: Sequence[Frame]) -> list[bytes]:
     def fail(where: str, error: Exception) -> None:
         raise AssertionError(where) from error
 
-    return [request.body for request in Encoder(CATALOGUE, resource_for, fail).requests(history)]
+    return [request.body for request in Encoder(CATALOGUE, resource_for).requests(history)]
 
 
 def spooled(history: Sequence[Frame]) -> list[object]:
@@ -127,3 +127,10 @@ def test_a_series_ends_once_however_wide_its_steps_were() -> None:
     assert [name for name, _ in streams.note([again])[4]] == ["esper.seed.learning_rate"]
     streams.settled(4)
     assert sorted(name for name, _ in streams.all_ended()) == ["kasmina.seed.alpha", "kasmina.seed.stage"]
+
+
+@given(frames())
+def test_the_last_loss_is_the_one_among_all_values(frame: Frame) -> None:
+    """NaN and infinities apart; also where a processor or the context has it."""
+    expected = frame.values().get("esper.training.loss")
+    assert frame.last_loss() == expected or (frame.last_loss() != frame.last_loss() and expected != expected)

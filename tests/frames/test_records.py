@@ -110,14 +110,3 @@ def test_the_users_own_metrics_and_the_resource_come_with_the_frames() -> None:
     list(frames_in(writer.record(with_recorded(make_frame(), {"tokens_per_s": 3.0})), stored))
     assert stored.metrics == {"tokens_per_s": own}
     assert stored.resources[RUN].attributes == resource_for(RUN).attributes
-
-
-def test_a_reading_that_is_no_number_costs_only_the_derived_values() -> None:
-    """A user's processor must not take the step with it."""
-
-    class Wrong:
-        def readings(self, state: object) -> dict[str, object]:
-            return {"loss_ewma": "a lot"}
-
-    frame = make_frame(derived=[(Wrong(), None)])
-    assert said(read(written([frame]))[0]) == said(frame._replace(derived=()))

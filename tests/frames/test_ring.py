@@ -170,21 +170,6 @@ def test_packed_frames_take_a_fraction_of_the_memory_and_are_dropped_like_any_ot
     assert packed.size == sum(map(frame_bytes, packed.after(packed.first - 1, 100_000)[0]))
 
 
-def test_a_processor_that_fails_keeps_its_frames_as_they_are() -> None:
-    class Broken:
-        def readings(self, state: object) -> dict[str, float]:
-            raise RuntimeError(state)
-
-    ring = Ring(2**40)
-    for sequence in range(1, 601):
-        derived = ((Broken(), None),) if sequence == 100 else ()
-        ring.append(frame(sequence)._replace(derived=derived))  # type: ignore[arg-type]
-    ring.pack(0, lambda: False)
-    found, gap = ring.after(0, 1000)
-    assert ([each.sequence for each in found], gap) == (list(range(1, 601)), 0)
-    assert found[99].derived
-
-
 def test_readers_a_packer_and_a_writer_at_once() -> None:
     """Two readers, each in its own place, while frames are packed and dropped."""
     ring = Ring(3_000 * SIZE)

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 
 from esper_otel.errors import UnknownRun
-from esper_otel.frames.frame import LAST_LOSS, Frame
+from esper_otel.frames.frame import Frame
 from esper_otel.frames.ring import frame_bytes
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
@@ -207,4 +207,4 @@ class MemoryStore:
 
 def loss_of(frame: Frame) -> float | None:
     """The loss that the frame's packet has; None when there is none."""
-    return finite(frame.values().get(LAST_LOSS))
+    return finite(frame.last_loss())

@@ -226,7 +226,7 @@ def test_polls_are_shared_out_by_token(tmp_path: Path) -> None:
 
 def steps_with_seeds(run_id: str, steps: int, seeds: int) -> list[bytes]:
     """Large steps, as requests."""
-    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, lambda where, error: None)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     table = SeedTable(tuple(f"seed-{number:05}" for number in range(seeds)), np.full((seeds, WIDTH), 0.5))
     frames = [
         make_frame(

@@ -51,7 +51,7 @@ def shared() -> Iterator[RunningGateway]:
 
 def body_of(run_id: str, steps: int = 1) -> bytes:
     """A request with some steps of a run."""
-    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for, lambda where, error: None)
+    encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     run = Run(run_id, RUN.attempt)
     frames = [
         make_frame(run=run, sequence=step, global_step=step, time_unix_ns=RUN.attempt * 10**6 + step * 10**6)
