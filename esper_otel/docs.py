@@ -10,7 +10,7 @@ from pathlib import Path
 from esper_otel.errors import ConfigurationError, EsperOtelError
 from esper_otel.risk import LOSS_STEP, RULES, Rule
 from esper_otel.schema.render import markdown_table, metrics_markdown, readme_table
-from esper_otel.settings import EsperSettings
+from esper_otel.settings import PREFIX, EsperSettings
 
 _ROOT = Path(__file__).parent.parent
 _REPAIR = "make docs"
@@ -18,12 +18,11 @@ _REPAIR = "make docs"
 
 def settings_table() -> str:
     """The README's table of settings: name, variable, default as shipped, meaning."""
-    prefix = EsperSettings.model_config["env_prefix"]
     return markdown_table(
         ("setting", "environment", "default", "meaning"),
         (
-            (f"`{name}`", f"`{prefix}{name.upper()}`", f"`{field.default}`", field.description or "")
-            for name, field in EsperSettings.model_fields.items()
+            (f"`{name}`", f"`{PREFIX}{name.upper()}`", f"`{setting.shipped}`", setting.meaning)
+            for name, setting in EsperSettings.settings.items()
         ),
     )
 
