@@ -207,7 +207,7 @@ class _DefaultsByAssignment(type):
         return cls.settings[name]
 
 
-class _Settings(metaclass=_DefaultsByAssignment):
+class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
     """What holds for all settings. The class below stands apart, so that type checkers know its arguments."""
 
     def __init__(self, **values: Any) -> None:
@@ -229,8 +229,6 @@ class _Settings(metaclass=_DefaultsByAssignment):
 
     def __eq__(self, other: object) -> bool:
         return self.__dict__ == other.__dict__ if isinstance(other, _Settings) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment] # thresholds are a dictionary
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"

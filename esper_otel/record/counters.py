@@ -7,8 +7,8 @@ class Counters:
     """Counts of one session by metric name; each is written by one thread and read by any."""
 
     def __init__(self) -> None:
-        self.failed = 0
-        self.backwards = 0
-        self.nonfinite = 0
-        self.out_of_range = 0
-        self.faults = 0
+        self.failed: int = 0
+        self.backwards: int = 0
+        self.nonfinite: int = 0
+        self.out_of_range: int = 0
+        self.faults: int = 0

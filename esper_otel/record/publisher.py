@@ -48,13 +48,13 @@ class Publisher:
         context: Mapping[str, float],
         warnings: Warnings,
     ) -> None:
-        self.run = run
+        self.run: Run = run
         self.settle_run: Callable[[Run], Run] | None = None  # asked once, by the first frame
         self.names = names
         self.ring = ring
-        self.counters = Counters()
+        self.counters: Counters = Counters()
         self.warnings = warnings
-        self.live = LiveSeeds()
+        self.live: LiveSeeds = LiveSeeds()
         self.last_finite_loss: float | None = None
         self.published: Callable[[Frame], None] | None = None
         self.alarmed: Callable[[], None] | None = None  # of a loss that is not finite

@@ -79,10 +79,10 @@ class Step:
     def __init__(self, recorder: Recorder, global_step: int | None, epoch: int, samples: int | None) -> None:
         self._recorder = recorder
         self._samples = samples
-        self.epoch = epoch
+        self.epoch: int = epoch
         self._numbered = global_step
-        self.global_step = 0  # numbered on entering
-        self.time_unix_ns = 0
+        self.global_step: int = 0  # numbered on entering
+        self.time_unix_ns: int = 0
         self._values: dict[str, float] = {}
         self._timings: dict[str, float] = {}
         self._rows: dict[str, bytes] = {}
