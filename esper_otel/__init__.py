@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from esper_otel import aio as aio
     from esper_otel import errors as errors
     from esper_otel import leyline as leyline
+    from esper_otel import oona as oona
     from esper_otel import schema as schema
     from esper_otel import testing as testing
     from esper_otel.derive.gradients import gradient_conflict_rate
@@ -114,14 +115,16 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = frozenset({"aio", "errors", "leyline", "oona", "schema", "testing"})
 
 
-def __getattr__(name: str) -> object:
-    if name in _HOME_OF:
-        found: object = getattr(import_module(_HOME_OF[name]), name)
-        globals()[name] = found
-        return found
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # else type checkers would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if name in _HOME_OF:
+            found: object = getattr(import_module(_HOME_OF[name]), name)
+            globals()[name] = found
+            return found
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from esper_otel.text import printable
 
-logger = logging.getLogger("esper_otel")
+logger: logging.Logger = logging.getLogger("esper_otel")
 
 _QUIET_S = 60.0
 _MOST_OF_AN_ARGUMENT = 2_000

@@ -42,11 +42,9 @@ def _environment_of_our_own() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _settings_as_shipped() -> Iterator[None]:
     """A default assigned to the class in one test is not the next test's."""
-    shipped = {name: field.default for name, field in EsperSettings.model_fields.items()}
     yield
-    for name, default in shipped.items():
-        if getattr(EsperSettings, name) != default:
-            setattr(EsperSettings, name, default)
+    for name in EsperSettings.settings:
+        delattr(EsperSettings, name)
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def test_the_version_is_in_the_changelog_and_in_what_is_installed() -> None:
 
 def test_every_setting_is_documented_in_the_readme() -> None:
     """With its variable."""
-    for name in EsperSettings.model_fields:
+    for name in EsperSettings.settings:
         assert f"| `{name}` | `ESPER_{name.upper()}` |" in read("README.md")
 
 

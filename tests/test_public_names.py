@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 import esper_otel
@@ -24,6 +30,8 @@ DOCUMENTED = {
     ),
 }
 
+PACKAGE = Path(esper_otel.__file__).parent
+
 
 def test_the_public_names_are_those_that_are_documented() -> None:
     """A name that is added or taken away is a decision, and stands in this list."""
@@ -41,7 +49,65 @@ def test_every_public_name_is_there_and_shown_to_editors() -> None:
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
     """As from any other module."""
     with pytest.raises(AttributeError, match=r"module 'esper_otel' has no attribute 'strat'"):
-        esper_otel.strat  # noqa: B018 - the access is what raises
+        esper_otel.strat  # type: ignore[attr-defined] # noqa: B018 - the access is what raises
+
+
+def test_a_name_that_is_not_there_is_an_error_of_type_checkers(tmp_path: Path) -> None:
+    """And no name that is there."""
+    modules = ["aio", "errors", "leyline", "oona", "schema", "testing"]
+    lines = [
+        "import esper_otel, esper_otel.leyline",
+        "from esper_otel import strat2",
+        "esper_otel.TamiyoClinet",
+        "esper_otel.leyline.SystemStatePakcet",
+        *(f"esper_otel.{name}" for name in [*esper_otel.__all__, *modules]),
+        *(f"esper_otel.leyline.{name}" for name in esper_otel.leyline.__all__),
+    ]
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "mypy", "--follow-imports=skip", f"--cache-dir={tmp_path}", "--no-color-output"]
+    ours = [str(PACKAGE / "__init__.py"), str(PACKAGE / "leyline" / "__init__.py")]
+    done = subprocess.run([*command, *ours, str(program)], capture_output=True, text=True, check=False, timeout=100)
+    *errors, _summary = done.stdout.splitlines()
+    found = [(int(line.split(":")[1]), line.split(": error: ")[1].split(" has no attribute ")[1]) for line in errors]
+    assert [number for number, _ in found] == [2, 3, 4], done.stdout
+    assert all(name in text for name, (_, text) in zip(("strat2", "TamiyoClinet", "Pakcet"), found, strict=True))
+
+
+# Where the classes are that a public name leads to.
+_REACHED = ("settings.py", "errors.py")
+_REACHED_FOLDERS = ("derive", "frames", "integrations", "leyline", "oona", "pull", "record", "schema", "session")
+
+
+def attributes_without_type(function: ast.FunctionDef) -> Iterator[str]:
+    """The public attributes that ``__init__`` sets to something whose type each checker infers by its own rules."""
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    known = {argument.arg for argument in arguments}
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Assign) or (isinstance(node.value, ast.Name) and node.value.id in known):
+            continue
+        for target in node.targets:
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self" and target.attr[0] != "_":
+                yield target.attr
+
+
+def test_every_attribute_that_a_user_can_reach_has_a_type() -> None:
+    """So that two type checkers see the same; ``pyright --verifytypes esper_otel --ignoreexternal`` says more."""
+    files = [PACKAGE / name for name in _REACHED]
+    files += [path for folder in _REACHED_FOLDERS for path in (PACKAGE / folder).glob("*.py")]
+    faults = []
+    for path in files:
+        for owner in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(owner, ast.ClassDef) or owner.name.startswith("_"):
+                continue
+            declared = {ast.unparse(node.target) for node in ast.walk(owner) if isinstance(node, ast.AnnAssign)}
+            for function in owner.body:
+                if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                    names = [
+                        name for name in attributes_without_type(function) if not {name, f"self.{name}"} & declared
+                    ]
+                    faults += [f"{path.relative_to(PACKAGE)}: {owner.name}.{name}" for name in names]
+    assert faults == []
 
 
 def test_every_exception_for_users_is_public_and_has_one_root() -> None:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from esper_otel import ConfigurationError, EsperSettings, UnknownMetric
 
 FLAG = "tolaria_step_enrichment_enabled"
 VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
+SHIPPED = {
+    "tolaria_step_enrichment_enabled": True,
+    "export_every_s": 1.0,
+    "export_ranks": "all",
+    "black_box_frames": 256,
+    "black_box_dir": None,
+    "buffer_bytes": 268_435_456,
+    "spool_dir": None,
+    "spool_bytes": 1_073_741_824,
+    "probe_period_s": 1.0,
+    "flush_signals": "",
+    "token_file": None,
+    "kernel_latency_budget_ms": 10.0,
+    "risk_thresholds": {},
+}
 
 
 def by_argument(name: str, value: object) -> None:
-    EsperSettings(**{name: value})
+    EsperSettings(**{name: value})  # type: ignore[arg-type]
 
 
 def by_environment(name: str, value: object) -> None:
@@ -31,21 +48,7 @@ def by_assignment(name: str, value: object) -> None:
 def test_defaults_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user gets who sets nothing."""
     monkeypatch.delenv("ESPER_BLACK_BOX_FRAMES")
-    assert EsperSettings().model_dump() == {
-        "tolaria_step_enrichment_enabled": True,
-        "export_every_s": 1.0,
-        "export_ranks": "all",
-        "black_box_frames": 256,
-        "black_box_dir": None,
-        "buffer_bytes": 268_435_456,
-        "spool_dir": None,
-        "spool_bytes": 1_073_741_824,
-        "probe_period_s": 1.0,
-        "flush_signals": "",
-        "token_file": None,
-        "kernel_latency_budget_ms": 10.0,
-        "risk_thresholds": {},
-    }
+    assert vars(EsperSettings()) == SHIPPED
 
 
 def test_the_flag_by_class_assignment_changes_later_instances() -> None:
@@ -104,9 +107,9 @@ def test_the_variable_is_found_in_lower_case_too(monkeypatch: pytest.MonkeyPatch
 
 def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compose files set what is not set to the empty string."""
-    for name in EsperSettings.model_fields:
+    for name in EsperSettings.settings:
         monkeypatch.setenv(f"ESPER_{name.upper()}", "")
-    assert EsperSettings() == EsperSettings.model_construct()
+    assert vars(EsperSettings()) == SHIPPED
 
 
 def test_numbers_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,13 +131,17 @@ def test_other_esper_variables_are_not_ours_to_judge(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("ESPER_RUN_ID", "digits-7")
     monkeypatch.setenv("ESPER_LEYLINE_SECRET", "secret")
     monkeypatch.delenv("ESPER_BLACK_BOX_FRAMES")
-    assert EsperSettings() == EsperSettings.model_construct()
+    assert vars(EsperSettings()) == SHIPPED
 
 
 def test_an_instance_is_frozen() -> None:
     """A session's settings are those it started with."""
-    with pytest.raises(ValidationError, match="frozen"):
-        EsperSettings().export_every_s = 2.0
+    settings = EsperSettings()
+    with pytest.raises(AttributeError, match="setting export_every_s: an instance is frozen"):
+        settings.export_every_s = 2.0
+    with pytest.raises(AttributeError, match="frozen"):
+        del settings.export_every_s
+    assert settings == EsperSettings()
 
 
 @pytest.mark.parametrize("how", [by_argument, by_assignment])
@@ -162,6 +169,11 @@ def test_a_misspelt_setting_raises_and_names_the_nearest(how: Callable[[str, obj
         ("probe_period_s", "0", "Input should be greater than or equal to 0.01"),
         ("kernel_latency_budget_ms", "0", "Input should be greater than 0"),
         ("kernel_latency_budget_ms", "inf", "Input should be a finite number"),
+        ("export_ranks", "rank1", "Input should be 'all' or 'rank0'"),
+        ("flush_signals", "SIGKILL", "'SIGKILL' is not one of SIGHUP"),
+        ("risk_thresholds", "hook_budget=80", "Input should be numbers by name"),
+        ("risk_thresholds", "[80]", "Input should be numbers by name"),
+        ("risk_thresholds", '{"hook_budget": "much"}', "Input should be numbers by name"),
     ],
 )
 def test_a_wrong_value_names_setting_variable_value_and_rule(
@@ -189,3 +201,47 @@ def test_a_setting_of_a_session_is_taken_as_given() -> None:
     EsperSettings.probe_period_s = 2.0
     assert mine.probe_period_s == 0.5
     assert EsperSettings().probe_period_s == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (FLAG, 0, False),
+        ("buffer_bytes", 2.0**20, 2**20),
+        ("export_every_s", 3, 3.0),
+        ("spool_dir", "/spool", Path("/spool")),
+        ("risk_thresholds", {"hook_budget": 80}, {"hook_budget": 80.0}),
+        ("risk_thresholds", '{"hook_budget": Infinity}', {"hook_budget": float("inf")}),
+    ],
+)
+def test_a_value_may_be_of_a_type_that_means_the_same(name: str, value: object, expected: object) -> None:
+    """What a program has read from a file of its own, for one."""
+    read = getattr(EsperSettings(**{name: value}), name)  # type: ignore[arg-type]
+    assert read == expected
+    assert type(read) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(FLAG, "2"), (FLAG, None), ("buffer_bytes", 2**20 + 0.5), ("token_file", 7), ("flush_signals", 15)],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match=f"setting {name} "):
+        EsperSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_an_instance_is_a_value() -> None:
+    """It can be compared, copied, sent to another process and shown; nothing in it is a secret."""
+    settings = EsperSettings(export_every_s=2.0, risk_thresholds={"hook_budget": 80})
+    assert copy.deepcopy(settings) == pickle.loads(pickle.dumps(settings)) == settings != EsperSettings()
+    assert repr(settings).startswith("EsperSettings(tolaria_step_enrichment_enabled=True, export_every_s=2.0, ")
+    assert [*inspect.signature(EsperSettings).parameters] == [*EsperSettings.settings]
+
+
+def test_a_dictionary_that_is_changed_later_changes_no_instance() -> None:
+    mine = {"hook_budget": 80.0}
+    settings = EsperSettings(risk_thresholds=mine)
+    mine["hook_budget"] = 1.0
+    EsperSettings().risk_thresholds["hook_budget"] = 2.0
+    assert settings.risk_thresholds == {"hook_budget": 80.0}
+    assert EsperSettings().risk_thresholds == {}

@@ -7,17 +7,16 @@ from pathlib import Path
 from esper_otel.errors import ConfigurationError
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
 from esper_otel.schema.render import markdown_table, metrics_markdown, readme_table
-from esper_otel.settings import EsperSettings
+from esper_otel.settings import PREFIX, EsperSettings
 
 
 def settings_table() -> str:
     """The README's table of settings: name, variable, default as shipped, meaning."""
-    prefix = EsperSettings.model_config["env_prefix"]
     return markdown_table(
         ("setting", "environment", "default", "meaning"),
         (
-            (f"`{name}`", f"`{prefix}{name.upper()}`", f"`{field.default}`", field.description or "")
-            for name, field in EsperSettings.model_fields.items()
+            (f"`{name}`", f"`{PREFIX}{name.upper()}`", f"`{setting.shipped}`", setting.meaning)
+            for name, setting in EsperSettings.settings.items()
         ),
     )
 

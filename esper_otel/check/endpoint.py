@@ -88,13 +88,14 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
         steps_per_second: its pace.
         environ: where ``OTEL_*`` stand.
     """
-    settings = EsperSettings.model_construct()
+    is_enriched = EsperSettings.tolaria_step_enrichment_enabled
     stages: list[Stage] = []
     endpoint: Endpoint | None = None
     sender: Sender | None = None
     latency_ms = None
     try:
         settings = EsperSettings()
+        is_enriched = settings.tolaria_step_enrichment_enabled
         exporters = exporters_from_environment(environ, ignored=_refuse)
         endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
         sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
@@ -107,7 +108,7 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
             stages.append(Stage("settings", True, _described(endpoint, settings.token_file)))
             latency_ms = _look(endpoint, sender, stages)
     is_ok = stages[-1].ok is True
-    series, samples_per_s = _size(seeds, steps_per_second, settings)
+    series, samples_per_s = _size(seeds, steps_per_second, is_enriched=is_enriched)
     return CheckResult(
         is_ok,
         tuple(stages),
@@ -138,10 +139,9 @@ def _look(endpoint: Endpoint, sender: Sender, stages: list[Stage]) -> float | No
         sender.close()
 
 
-def _size(seeds: int, steps_per_second: float, settings: EsperSettings) -> tuple[int, float]:
+def _size(seeds: int, steps_per_second: float, *, is_enriched: bool) -> tuple[int, float]:
     """Time series, and samples a second, that one rank makes at most when every metric is recorded in every step."""
-    enriched = settings.tolaria_step_enrichment_enabled
-    step = sum(metric.level == "step" and (enriched or not metric.gated) for metric in METRICS)
+    step = sum(metric.level == "step" and (is_enriched or not metric.gated) for metric in METRICS)
     session = sum(metric.level == "session" for metric in METRICS)
     of_seeds = seeds * len(SEED_CELLS)
     return step + of_seeds + session, (step + of_seeds) * steps_per_second + session / HEALTH_EVERY_S

@@ -52,12 +52,13 @@ def run(plan: Plan, receiver: Receiver, observe: Callable[[Packets, Decision], N
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = Training(plan, device)
-    given = {} if plan.has_enrichment is None else {"tolaria_step_enrichment_enabled": plan.has_enrichment}
+    has_enrichment = plan.has_enrichment
+    settings = (
+        EsperSettings() if has_enrichment is None else EsperSettings(tolaria_step_enrichment_enabled=has_enrichment)
+    )
     with (
         receiver.open(),
-        esper_otel.start(
-            experiment=EXPERIMENT, settings=EsperSettings(**given), epochs=training.epochs, device=device
-        ) as telemetry,
+        esper_otel.start(experiment=EXPERIMENT, settings=settings, epochs=training.epochs, device=device) as telemetry,
     ):
         puller = Puller(telemetry)
         is_interrupted = False

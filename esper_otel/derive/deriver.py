@@ -71,7 +71,7 @@ class Deriver:
         )
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self._states: list[Any] = [processor.initial() for processor in self._processors]
-        self.reads_probes = not all(type(processor) is Dynamics for processor in processors)
+        self.reads_probes: bool = not all(type(processor) is Dynamics for processor in processors)
         # Most runs have ours only, which needs neither a loop nor a guard: it fails with nothing but numbers given.
         self._alone = processors[0] if len(processors) == 1 and type(processors[0]) is Dynamics else None
         self._fault = fault

@@ -39,7 +39,7 @@ class Dynamics:
         without: metrics that somebody else gives.
     """
 
-    needs = ("loss", "gradient_norm")
+    needs: tuple[str, ...] = ("loss", "gradient_norm")
 
     def __init__(
         self, *, smoothing: float = SMOOTHING, window: int = WINDOW, without: Collection[str] = frozenset()
@@ -49,7 +49,7 @@ class Dynamics:
         if window < 2:
             raise InvalidValue("window", f"{window!r} is below 2: a deviation needs two values")
         every = ("loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma", "grad_var")
-        self.gives = tuple(name for name in every if name not in without)
+        self.gives: tuple[str, ...] = tuple(name for name in every if name not in without)
         self._without = tuple(without)
         self._smoothing = smoothing
         self._window = window

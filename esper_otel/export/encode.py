@@ -33,6 +33,7 @@ from esper_otel.export.points import PLAIN_BYTES, Times, largest_seed_point, see
 from esper_otel.export.streams import Stream
 from esper_otel.frames.frame import WIDTH, Frame, Run
 from esper_otel.schema import SEED_CELLS, SEED_RETIRED, Metric
+from esper_otel.varint import field_head
 
 SCHEMA_VERSION = "1"
 FRAME_SCOPE = "esper_otel"
@@ -419,17 +420,10 @@ def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:
     """A field of bytes or of a message, serialized: tag, length, content. In pieces: large ones are copied once."""
-    return [_header(number, sum(map(len, content))), *content]
+    return [_head(number, sum(map(len, content))), *content]
 
 
-@lru_cache(maxsize=1024)
-def _header(number: int, length: int) -> bytes:
-    header = bytearray((number << 3 | 2,))
-    while length > 0x7F:
-        header.append(length & 0x7F | 0x80)
-        length >>= 7
-    header.append(length)
-    return bytes(header)
+_head = lru_cache(maxsize=1024)(field_head)
 
 
 def _set_scope(scope: ScopeMetrics, name: str) -> None:

@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from esper_otel.errors import ConfigurationError
+from esper_otel.bearer import TokenFile, read_tokens
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.outcome import one_line
-from esper_otel.log import Warnings
 
 _VARIABLE = "ESPER_TOKEN_FILE"
+NAME = f"setting token_file (or {_VARIABLE}) ="
 
-_LOOK_EVERY_S = 1.0
-_MOST_BYTES = 64 * 1024  # a file that is larger is another one
-_TOKEN = re.compile(rb"[\x21-\x7e]+")
 _SECRET_HEADER = re.compile("authorization|cookie|key|password|secret|token")
 _SHORTEST_SECRET = 8  # a shorter one may well stand in an ordinary sentence
 
 
-class TokenFile:
-    """A bearer token in a file, which may be written again, renamed over, or be a link that moves, as in Kubernetes.
-
-    The whole file is read at each look, 20 microseconds: its time and size alone miss a token that is replaced within
-    a tick of the clock by one as long. A file that cannot be used for a while leaves the last token in force, and is
-    warned about.
-
-    Args:
-        path: the file.
-        clock: seconds that never go back.
-
-    Raises:
-        ConfigurationError: there is no token to begin with; the message names the setting.
-    """
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path = path
-        self._clock = clock
-        self._warnings = Warnings(clock)
-        self._next_look_s = clock() + _LOOK_EVERY_S
-        try:
-            self.token = _token_in(path)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"setting token_file (or {_VARIABLE}) = {str(path)!r}: {_fault(error)}") from None
-
-    def look(self) -> bool:
-        """Reads the file, unless that is less than a second ago; says whether there is another token."""
-        return self._clock() >= self._next_look_s and self.look_now()
-
-    def look_now(self) -> bool:
-        """Reads the file; says whether there is another token."""
-        self._next_look_s = self._clock() + _LOOK_EVERY_S
-        before = self.token
-        try:
-            self.token = _token_in(self._path)
-        except (OSError, ValueError) as error:
-            message = "token file %r: %s; the last token that it held goes on being sent"
-            self._warnings.say("token", message, str(self._path), _fault(error))
-        return self.token != before
-
-
-def _token_in(path: Path) -> str:
-    """Raises OSError, or ValueError with words that do not show what is in the file."""
-    with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no ordinary file")
-        content = file.read(_MOST_BYTES + 1).strip()
-    if not content:
-        raise ValueError("it is empty")
-    if content[:7].lower() == b"bearer ":
-        raise ValueError("it begins with the word Bearer, which is added here: write the token alone")
-    if len(content) > _MOST_BYTES or not _TOKEN.fullmatch(content):
-        raise ValueError("it holds something else than a token, which is one line of ASCII without spaces")
-    return content.decode("ascii")
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """A named pipe would wait for somebody who writes."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _fault(error: OSError | ValueError) -> str:
-    return (error.strerror or type(error).__name__).lower() if isinstance(error, OSError) else str(error)
+def read_one(path: Path) -> str:
+    """The only token of a file; raises as ``read_tokens`` does."""
+    tokens = read_tokens(path)
+    if len(tokens) > 1:
+        raise ValueError(f"it holds {len(tokens)} tokens; leave the one that is to be sent")
+    return tokens[0].text
 
 
 class Headers:
@@ -99,7 +36,7 @@ class Headers:
     """
 
     def __init__(self, endpoint: Endpoint, token_file: Path | None) -> None:
-        self._file = None if token_file is None else TokenFile(token_file)
+        self._file = None if token_file is None else TokenFile(token_file, NAME, read_one)
         self._fixed = tuple(each for each in endpoint.headers if token_file is None or each[0] != "authorization")
         self.variable = "OTEL_EXPORTER_OTLP_HEADERS" if token_file is None else _VARIABLE
 
@@ -113,7 +50,7 @@ class Headers:
         if self._file is None:
             return self._fixed
         self._file.look()
-        return (*self._fixed, ("authorization", f"Bearer {self._file.token}"))
+        return (*self._fixed, ("authorization", f"Bearer {self._file.content}"))
 
     def renewed(self) -> bool:
         """After they were refused: whether the file holds another token by now."""
@@ -127,5 +64,5 @@ class Headers:
 
     def _secrets(self) -> Iterator[str]:
         secrets = [value.rpartition(" ")[2] for name, value in self._fixed if _SECRET_HEADER.search(name)]
-        secrets += [] if self._file is None else [self._file.token]
+        secrets += [] if self._file is None else [self._file.content]
         return (secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)

@@ -156,7 +156,7 @@ class LiveSeeds:
     """
 
     def __init__(self) -> None:
-        self.table = NO_SEEDS
+        self.table: SeedTable = NO_SEEDS
         self.ids: dict[str, int] = {}
         self._resumed_violations: dict[str, float] = {}
         self._settled: _Settled | None = None

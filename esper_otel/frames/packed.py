@@ -36,8 +36,8 @@ class Packed:
             pickler.dump(frames[start : start + _AT_ONCE])
         self._content = zlib.compress(buffer.getbuffer(), 1)
         self._count = len(frames)
-        self.first = frames[0].sequence
-        self.share = len(self._content) // len(frames) + _BESIDE
+        self.first: int = frames[0].sequence
+        self.share: int = len(self._content) // len(frames) + _BESIDE
 
     def frames(self) -> list[Frame]:
         """The frames."""

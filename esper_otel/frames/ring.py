@@ -46,8 +46,8 @@ class Ring:
         self._frames: dict[int, Frame | Packed] = {}
         self._sizes: deque[int] = deque()  # of the frames, before any was packed
         self._size = 0
-        self.first = 1
-        self.last = 0
+        self.first: int = 1
+        self.last: int = 0
         self._saved = 0  # bytes by which packed frames are smaller; guarded, as is what becomes of them
         self._guard = threads().Lock()
         self._packed_to = 0

@@ -7,20 +7,16 @@ import hmac
 import ipaddress
 import ssl
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from esper_otel.bearer import TokenFile, read_tokens
 from esper_otel.errors import ConfigurationError, EsperOtelError
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.request import Decoded
 from esper_otel.log import Warnings
 
-_LOOK_EVERY_S = 1.0
-_MOST_BYTES = 1024 * 1024
-_PREFIX = "run="
 _MOST_ID_BYTES = Limits().text_bytes
 
 
@@ -60,28 +56,18 @@ class Tokens:
     """Bearer tokens of a file: one a line, several at once for a rotation, each for every run or for some.
 
     A line is the token alone, or the token, a space and ``run=PREFIX``; empty lines and those that begin with ``#``
-    say nothing. The file is read again, at most once a second, when it changes; one that cannot be used leaves the
-    last tokens in force, and is warned about.
+    say nothing. The file is read again, at most once a second, when it changes.
 
     Args:
         path: the file.
         option: what the user calls it.
-        clock: seconds that never go back.
 
     Raises:
         ConfigurationError: there is no token to begin with; the message names the option.
     """
 
-    def __init__(self, path: Path, option: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path = path
-        self._option = option
-        self._clock = clock
-        self._warnings = Warnings(clock)
-        self._next_look_s = clock() + _LOOK_EVERY_S
-        try:
-            self._known = _tokens_in(path)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{option} {path}: {_fault(error)}") from None
+    def __init__(self, path: Path, option: str) -> None:
+        self._file = TokenFile(path, option, _grants_in)
 
     def grant(self, authorization: str | None) -> Grant:
         """What the value of an ``authorization`` header allows. Takes as long for a wrong token as for a right one.
@@ -89,58 +75,29 @@ class Tokens:
         Raises:
             Refused: nothing.
         """
-        self._look()
+        self._file.look()
         scheme, _, token = (authorization or "").partition(" ")
         given = _digest(token.strip().encode(errors="surrogateescape"))  # bytes that are not UTF-8 are no token
         found = None
-        for known, grant in self._known:
+        for known, grant in self._file.content:
             if hmac.compare_digest(known, given):
                 found = grant
         if found is None or scheme.lower() != "bearer":
             raise Refused("a bearer token is missing, or it is not a known one")
         return found
 
-    def _look(self) -> None:
-        if self._clock() < self._next_look_s:
-            return
-        self._next_look_s = self._clock() + _LOOK_EVERY_S
-        try:
-            self._known = _tokens_in(self._path)
-        except (OSError, ValueError) as error:
-            message = "%s %s: %s; the last tokens that it held stay in force"
-            self._warnings.say("tokens", message, self._option, self._path, _fault(error))
 
-
-def _tokens_in(path: Path) -> list[tuple[bytes, Grant]]:
-    """Raises OSError, or ValueError with words that do not show what is in the file."""
-    with path.open("rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-    tokens = []
-    for number, line in enumerate(content.splitlines(), 1):
-        words = line.split()
-        if not words or words[0].startswith(b"#"):
-            continue
-        if len(words) > 2 or (len(words) == 2 and not words[1].startswith(_PREFIX.encode())):
-            raise ValueError(f"line {number} is neither a token nor a token and {_PREFIX}PREFIX")
-        prefix = words[1].decode(errors="replace").removeprefix(_PREFIX) if len(words) == 2 else ""
-        if len(words) == 2 and not prefix:
-            raise ValueError(f"line {number}: {_PREFIX} without a prefix; leave it out if the token is for every run")
-        digest = _digest(words[0])
-        tokens.append((digest, Grant(prefix, f"{_PREFIX}{prefix}" if prefix else digest.hex())))
-    if not tokens:
-        raise ValueError("it holds no token")
-    return tokens
+def _grants_in(path: Path) -> list[tuple[bytes, Grant]]:
+    """What each token allows, by the token's digest: no secret stays in memory."""
+    return [
+        (digest := _digest(text.encode()), Grant(prefix, f"run={prefix}" if prefix else digest.hex()))
+        for text, prefix in read_tokens(path)
+    ]
 
 
 def _digest(token: bytes) -> bytes:
-    # Of one length, whatever was given: comparing tells nothing of it. And no secret stays in memory.
+    # Of one length, whatever was given: comparing tells nothing of it.
     return hashlib.sha256(token).digest()
-
-
-def _fault(error: OSError | ValueError) -> str:
-    return (error.strerror or type(error).__name__).lower() if isinstance(error, OSError) else str(error)
 
 
 class Content(NamedTuple):

@@ -16,12 +16,14 @@ from esper_otel.session.start import start
 from esper_otel.session.telemetry import Telemetry, outcome_of
 
 if TYPE_CHECKING:
-    from esper_otel.record.values import Scalar
-
-try:
     from lightning.pytorch import Callback
-except ImportError:  # the same under its older name, for those who have installed that
-    Callback = import_module("pytorch_lightning").Callback  # type: ignore[misc]
+
+    from esper_otel.record.values import Scalar
+else:
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:  # the same under its older name, for those who have installed that
+        Callback = import_module("pytorch_lightning").Callback
 
 VALIDATION = {"loss": "val_loss", "accuracy": "val_acc"}
 

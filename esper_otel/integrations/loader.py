@@ -100,7 +100,7 @@ class Feed:
     """
 
     def __init__(self, waiting: Waiting) -> None:
-        self.epoch = 0
+        self.epoch: int = 0
         self._waiting = waiting
         self._passes: dict[int, _Pass] = {}
         self._next_number = 0

@@ -123,7 +123,7 @@ class Loop:
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
-        self.has_stepped = False
+        self.has_stepped: bool = False
         self._asked_s: float | None = None
         self._earlier: _Part | None = None
         self._now = _Part()

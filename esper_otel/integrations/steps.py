@@ -50,7 +50,7 @@ class Steps:
         optimizers: Sequence[object] = (),
     ) -> None:
         self.loop = loop
-        self.count = 0
+        self.count: int = 0
         self._feed = feed
         self._model = model
         self._known = [weakref.ref(each) for each in optimizers]

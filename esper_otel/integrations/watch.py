@@ -37,7 +37,7 @@ class Watch(Loader[Batch]):
         telemetry: the session, for whatever else there is to record: seeds, ``pull()``, checkpoints.
     """
 
-    own = frozenset({"put", "validation", "close", "telemetry", "_watching"})
+    own: frozenset[str] = frozenset({"put", "validation", "close", "telemetry", "_watching"})
     _watching: Watching
     telemetry: Telemetry
 
@@ -78,10 +78,10 @@ class Watching:
     ) -> None:
         self.telemetry = telemetry
         self.is_ours = is_ours
-        self.loop = Loop(telemetry)
-        self.feed = Feed(self)
-        self.watched = [_weak(each) for each in (model, loader, *optimizers)]
-        self.steps = Steps(self.loop, self.feed, weakref.ref(model), optimizers)
+        self.loop: Loop = Loop(telemetry)
+        self.feed: Feed = Feed(self)
+        self.watched: list[Callable[[], object]] = [_weak(each) for each in (model, loader, *optimizers)]
+        self.steps: Steps = Steps(self.loop, self.feed, weakref.ref(model), optimizers)
         self._is_over = False
         self._hooks = [
             hook

@@ -49,11 +49,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name == "LeylineMetricReader":  # on demand: it needs the OpenTelemetry SDK, the rest does not
-        from esper_otel.leyline.reader import LeylineMetricReader
+if not TYPE_CHECKING:  # else type checkers would take any name for a message
 
-        return LeylineMetricReader
-    if name in __all__:  # on demand, too: see messages.py
-        return getattr(messages, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name == "LeylineMetricReader":  # on demand: it needs the OpenTelemetry SDK, the rest does not
+            from esper_otel.leyline.reader import LeylineMetricReader
+
+            return LeylineMetricReader
+        if name in __all__:  # on demand, too: see messages.py
+            return getattr(messages, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from esper_otel.addresses import is_on_this_machine
+from esper_otel.bearer import read_tokens, reason_of
 from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
@@ -133,9 +134,11 @@ class Target(NamedTuple):
                 else None
             )
             if token is not None:
-                _token(token)
-        except (OSError, UnicodeDecodeError) as error:
+                read_tokens(token)
+        except OSError as error:
             raise ConfigurationError(f"client of {target}: {error}") from error
+        except ValueError as error:
+            raise ConfigurationError(f"client of {target}: token file {token}: {error}") from error
         if token is not None and not is_secure and not is_on_this_machine(address):
             message = "the token of %s goes to %s over plain text, for all on the way to read: give https://"
             _WARNINGS.say(address, message, token, address)
@@ -151,21 +154,13 @@ class Target(NamedTuple):
         if self.token_file is None:
             return ()
         try:
-            return (("authorization", f"Bearer {_token(self.token_file)}"),)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"token file {self.token_file}: {error}") from error
+            return (("authorization", f"Bearer {read_tokens(self.token_file)[0].text}"),)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"token file {self.token_file}: {reason_of(error)}") from error
 
 
 def _content(path: Path | str | None) -> bytes | None:
     return None if path is None else Path(path).read_bytes()
-
-
-def _token(path: Path) -> str:
-    """The first token of the file, without the run prefix that may follow it."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.startswith("#"):
-            return line.split()[0]
-    raise ConfigurationError(f"token file {path} has no token")
 
 
 class TamiyoClient:

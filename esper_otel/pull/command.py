@@ -22,6 +22,7 @@ from esper_otel.pull.client import RunInfo, TamiyoClient
 from esper_otel.pull.messages import step_message
 from esper_otel.pull.views import RunRanks
 from esper_otel.text import printable
+from esper_otel.varint import varint
 
 _WAIT_S = 5.0
 _AGAIN_S = 1.0
@@ -149,7 +150,7 @@ def _write_json(packets: Packets) -> None:
 
 def _write_binary(packets: Packets) -> None:
     content = step_message(packets).SerializeToString()
-    sys.stdout.buffer.write(_varint(len(content)) + content)
+    sys.stdout.buffer.write(varint(len(content)) + content)
 
 
 def _write_runs(runs: list[RunInfo], *, as_json: bool) -> None:
@@ -205,14 +206,6 @@ def as_json(packets: Packets) -> dict[str, Any]:
 
 def _as_dict(packet: Message) -> dict[str, Any]:
     return MessageToDict(packet, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-def _varint(number: int) -> bytes:
-    content = bytearray()
-    while number > 0x7F:
-        content.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*content, number])
 
 
 def _rank(text: str) -> int:

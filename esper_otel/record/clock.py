@@ -33,8 +33,8 @@ class Clock:
         self._offset_ns = wall_ns() - steady_ns()
         self._drift_ns = 0
         self._next_ns = 0  # the first nanosecond of the millisecond after the last stamp's
-        self.jumps = 0
-        self.is_ahead = False
+        self.jumps: int = 0
+        self.is_ahead: bool = False
 
     def stamp(self) -> int:
         """The time of a step that begins now. One thread at a time."""

@@ -40,8 +40,10 @@ class Names:
         if faults:
             raise InvalidCatalogue(faults)
         recordable = [*STEP_METRICS, *(self.entries[name] for name in _RECORDABLE_OWN), *own]
-        self.recordable = frozenset(metric.name for metric in recordable)
-        self.left_out = frozenset(metric.name for metric in self.entries.values() if metric.gated and not enriched)
+        self.recordable: frozenset[str] = frozenset(metric.name for metric in recordable)
+        self.left_out: frozenset[str] = frozenset(
+            metric.name for metric in self.entries.values() if metric.gated and not enriched
+        )
         # A name of ours that Python cannot spell as a keyword may also be given by its key in the packet.
         self._by_key = {metric.key: metric.name for metric in recordable if metric.key != metric.name and metric.key}
         self._low = frozenset(metric.name for metric in STEP_METRICS if metric.unit in _NONNEGATIVE)

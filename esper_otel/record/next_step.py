@@ -35,7 +35,7 @@ class NextStep:
     """
 
     def __init__(self) -> None:
-        self.is_anything = False
+        self.is_anything: bool = False
         self.retiring: list[str] = []
         self.context: dict[str, float] = {}
         self.tensors: dict[Target, Any] = {}

@@ -45,10 +45,10 @@ class OpenStep:
 
     def __init__(self, global_step: int | None, epoch: int, samples: int | None) -> None:
         self._samples = samples
-        self.epoch = epoch
+        self.epoch: int = epoch
         self._numbered = global_step
-        self.global_step = 0  # numbered when it opens
-        self.time_unix_ns = 0
+        self.global_step: int = 0  # numbered when it opens
+        self.time_unix_ns: int = 0
         self._values: dict[str, float] = {}
         self._timings: dict[str, float] = {}
         self._rows: dict[str, bytes] = {}

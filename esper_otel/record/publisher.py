@@ -85,11 +85,11 @@ class Counters:
     """Counts of one session by metric name; each is written by one thread and read by any."""
 
     def __init__(self) -> None:
-        self.failed = 0
-        self.backwards = 0
-        self.nonfinite = 0
-        self.out_of_range = 0
-        self.faults = 0
+        self.failed: int = 0
+        self.backwards: int = 0
+        self.nonfinite: int = 0
+        self.out_of_range: int = 0
+        self.faults: int = 0
 
 
 class Publisher:
@@ -109,13 +109,13 @@ class Publisher:
         context: Mapping[str, float],
         warnings: Warnings,
     ) -> None:
-        self.run = run
+        self.run: Run = run
         self.settle_run: Callable[[Run], Run] | None = None  # asked once, by the first frame
         self.names = names
         self.ring = ring
-        self.counters = Counters()
+        self.counters: Counters = Counters()
         self.warnings = warnings
-        self.live = LiveSeeds()
+        self.live: LiveSeeds = LiveSeeds()
         self.last_finite_loss: float | None = None
         self.published: Callable[[Frame], None] | None = None
         self.alarmed: Callable[[], None] | None = None  # of a loss that is not finite

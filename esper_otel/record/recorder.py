@@ -30,6 +30,7 @@ from esper_otel.record.values import (
 
 if TYPE_CHECKING:
     from esper_otel.leyline.messages import SystemStatePacket
+    from esper_otel.record.names import Names
 
 # What is over only when the step is: inside the step, those of the step before are what is known.
 _KNOWN_AFTERWARDS = (
@@ -65,11 +66,11 @@ class Recorder:
         gradient_math: Callable[[], Any],
     ) -> None:
         self.publisher = publisher
-        self.names = publisher.names
+        self.names: Names = publisher.names
         self.clock = clock
-        self.highest_step = 0
+        self.highest_step: int = 0
         self.open_step: OpenStep | None = None
-        self.next_step = NextStep()
+        self.next_step: NextStep = NextStep()
         self.gradient_math = gradient_math
         self._probing = probing
         self._to_state = to_state

@@ -86,8 +86,8 @@ class Shape:
     __slots__ = ("_loss", "_ratios", "names", "names_with_violations", "numbers_of")
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.names_with_violations = (*names, VIOLATIONS)
+        self.names: tuple[str, ...] = names
+        self.names_with_violations: tuple[str, ...] = (*names, VIOLATIONS)
         self.numbers_of: Callable[[Mapping[str, Any]], tuple[Any, ...]] = operator.itemgetter(*names)
         self._loss = names.index("loss")
         self._ratios = tuple(place for place, name in enumerate(names) if name in RATIOS)

@@ -107,7 +107,7 @@ class Telemetry:
     def __init__(self, recorder: Recorder, wiring: Wiring) -> None:
         self._recorder = recorder
         self._wiring = wiring
-        self.pulled = 0
+        self.pulled: int = 0
         self._is_closed = False
         self._before_close: list[Callable[[str | None], None]] = []
         # Marks this session's cursors. The attempt that the run begins with may not be the one that its ranks agree on.

@@ -65,9 +65,9 @@ class MemoryCollector:
         tls = (Path(certificate_file), Path(key_file)) if certificate_file and key_file else None
         self.answer = answer
         self.hang = hang
-        self.grpc_endpoint = ""
-        self.http_endpoint = ""
-        self.attempts = 0
+        self.grpc_endpoint: str = ""
+        self.http_endpoint: str = ""
+        self.attempts: int = 0
         self._headers = headers
         self._door = Door(self._admits, self._receive, retry_after_s, tls)
         self._servers: list[GrpcServer | HttpServer] = []

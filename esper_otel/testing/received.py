@@ -55,7 +55,7 @@ class CompleteFrames:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         # The streams that have come of each frame; None once all have.
         self._streams: dict[Hashable, set[tuple[str, str]] | None] = {}
         self._expected: dict[Hashable, float] = {}

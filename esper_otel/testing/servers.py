@@ -77,7 +77,7 @@ class GrpcServer:
         if door.tls:
             certificate, key = (path.read_bytes() for path in door.tls)
             credentials = grpc.ssl_server_credentials([(key, certificate)])
-            self.port = self._server.add_secure_port("127.0.0.1:0", credentials)
+            self.port: int = self._server.add_secure_port("127.0.0.1:0", credentials)
         else:
             self.port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()

@@ -61,10 +61,13 @@ def _empty(target: Target) -> None:
 
 def _json(target: Target) -> None:
     count = (MOST_REQUEST - 128) // 3
+    metrics = b'{"resourceMetrics":[{"scopeMetrics":[{"metrics":['
     wholes = (
         (b'{"resourceMetrics":[', b"{},", count, b"{}]}"),
-        (b'{"resourceMetrics":[{"scopeMetrics":[{"metrics":[', b"{},", count, b"{}]}]}]}"),
+        (metrics, b"{},", count, b"{}]}]}]}"),
         (b'{"resourceMetrics":[', b"[],", count, b"[]]}"),
+        (metrics + b'{"sum":{"dataPoints":"', b"x", 2 * count, b'"}}]}]}]}'),
+        (metrics + b'{"summary":{"dataPoints":[', b"{},", 900_000, b"{}]}}]}]}]}"),
         (b"", b'{"a":', 200_000, b"1" + b"}" * 200_000),
         (b"", b"[", 1_000_000, b""),
         (b'{"resourceMetrics":"', b"x", 3 * count, b'"}'),
@@ -133,7 +136,7 @@ ATTACKS = (
     Attack("seeds-at-own-times", "6,000 points a request, each of its own seed at its own time", _seeds),
     Attack("gzip-members", "gzip bodies of 1 to 4 MiB of empty members", _members),
     Attack("empty-messages", "65 KB that become 64 MiB of empty sub-messages", _empty),
-    Attack("json-of-nothing", "64 MiB of {}, of [] and of depth, in JSON", _json),
+    Attack("json-of-nothing", "64 MiB of {}, of [], of depth and of one wrong value, in JSON", _json),
     Attack("grpc-in-flight", "60 gRPC messages at once of 64 KB that become 63 MiB", _in_flight),
     Attack("frames-that-wait", "60,000 frames that never complete", _unfinished),
     Attack("far-ends", "312,000 ends in the year 2090, then more one by one", _far_ends),

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 
-from attack.otlp import varint
+from esper_otel.varint import varint
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
+from esper_otel.varint import field_head
+
 MIB = 1024 * 1024
 MOST_REQUEST = 64 * MIB  # what a gateway takes, unpacked
 _END = 1  # DataPointFlags.NO_RECORDED_VALUE
@@ -99,23 +101,14 @@ def many_runs(prefix: str, count: int) -> bytes:
 def nested(path: Sequence[int], content: bytes) -> bytes:
     """The content as the message at the end of a path of field numbers."""
     for number in reversed(path):
-        content = varint(number << 3 | 2) + varint(len(content)) + content
+        content = field_head(number, len(content)) + content
     return content
 
 
 def empty_messages(path: Sequence[int], size: int = MOST_REQUEST - 64) -> bytes:
     """As many empty messages as fit, at the end of a path of field numbers: the last one is theirs."""
     *outer, last = path
-    return nested(outer, (varint(last << 3 | 2) + b"\0") * (size // 2))
-
-
-def varint(number: int) -> bytes:
-    """As protobuf writes it."""
-    content = bytearray()
-    while number > 0x7F:
-        content.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*content, number])
+    return nested(outer, field_head(last, 0) * (size // 2))
 
 
 def empty_members(size: int) -> bytes:

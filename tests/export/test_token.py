@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from endpoints import PROTOCOLS, at, body, grpc_server, http_answer, http_server, opened, to
 from grpc import StatusCode
 
+from esper_otel.bearer import TokenFile
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
-from esper_otel.export.token import Headers, TokenFile
+from esper_otel.export.token import NAME, Headers, read_one
 from esper_otel.export.transport import Result, open_sender
 from esper_otel.testing import MemoryCollector
 
@@ -26,6 +28,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+def token_file(path: Path, clock: Callable[[], float] = time.monotonic) -> TokenFile[str]:
+    """As the exporter reads it."""
+    return TokenFile(path, NAME, read_one, clock)
 
 
 @pytest.fixture
@@ -60,18 +67,18 @@ def test_a_token_that_was_replaced_is_found_within_a_second(
     replaced: Callable[[Path], None], path: Path, clock: Clock
 ) -> None:
     """However it was; the file is not read more often than once a second."""
-    file = TokenFile(path, clock)
+    file = token_file(path, clock)
     replaced(path)
     clock.now_s = 0.9
-    assert (file.look(), file.token) == (False, "first-token")
+    assert (file.look(), file.content) == (False, "first-token")
     clock.now_s = 1.0
-    assert (file.look(), file.token) == (True, "other-token")
+    assert (file.look(), file.content) == (True, "other-token")
     path.write_text("third-token")
     clock.now_s = 1.9
-    assert (file.look(), file.token) == (False, "other-token")
-    assert (file.look_now(), file.token) == (True, "third-token")
+    assert (file.look(), file.content) == (False, "other-token")
+    assert (file.look_now(), file.content) == (True, "third-token")
     clock.now_s = 2.9
-    assert (file.look(), file.token) == (False, "third-token")
+    assert (file.look(), file.content) == (False, "third-token")
 
 
 def test_a_link_that_moves_leads_to_the_new_token(tmp_path: Path, clock: Clock) -> None:
@@ -81,10 +88,10 @@ def test_a_link_that_moves_leads_to_the_new_token(tmp_path: Path, clock: Clock) 
         (tmp_path / name / "token").write_text(token)
     (tmp_path / "..data").symlink_to("..1")
     (tmp_path / "token").symlink_to("..data/token")
-    file = TokenFile(tmp_path / "token", clock)
+    file = token_file(tmp_path / "token", clock)
     (tmp_path / "..new").symlink_to("..2")
     (tmp_path / "..new").replace(tmp_path / "..data")
-    assert (file.look_now(), file.token) == (True, "other-token")
+    assert (file.look_now(), file.content) == (True, "other-token")
 
 
 def removed(path: Path) -> None:
@@ -128,14 +135,14 @@ def made_huge(path: Path) -> None:
 
 FAULTS = [
     (removed, "no such file or directory"),
-    (emptied, "it is empty"),
+    (emptied, "it holds no token"),
     (made_a_folder, "is a directory"),
-    (made_a_pipe, "it is no ordinary file"),
+    (made_a_pipe, "it is not an ordinary file"),
     (made_a_loop, "too many levels of symbolic links"),
-    (given_two_lines, "it holds something else than a token, which is one line of ASCII without spaces"),
-    (given_a_letter_that_is_not_ascii, "it holds something else than a token"),
-    (given_a_whole_header, "it begins with the word Bearer, which is added here: write the token alone"),
-    (made_huge, "it holds something else than a token"),
+    (given_two_lines, "it holds 2 tokens; leave the one that is to be sent"),
+    (given_a_letter_that_is_not_ascii, "line 1 is neither a token, which is ASCII without spaces, nor"),
+    (given_a_whole_header, "line 1 begins with the word Bearer, which is added here: write the token alone"),
+    (made_huge, "line 1 is neither a token, which is ASCII without spaces, nor"),
 ]
 
 
@@ -146,7 +153,7 @@ def test_without_a_token_to_begin_with_the_setting_is_named(
     """When the session starts, and without what the file holds."""
     spoilt(path)
     with pytest.raises(ConfigurationError) as raised:
-        TokenFile(path)
+        token_file(path)
     assert str(raised.value).startswith(f"setting token_file (or ESPER_TOKEN_FILE) = {str(path)!r}: {words}")
     assert "hunter2" not in str(raised.value)
 
@@ -156,20 +163,20 @@ def test_a_file_that_is_spoilt_for_a_while_leaves_the_last_token_in_force(
     spoilt: Callable[[Path], None], words: str, path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And is warned about once a minute, not with every request."""
-    file = TokenFile(path, clock)
+    file = token_file(path, clock)
     spoilt(path)
     opened_before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
         clock.now_s += 1.0
-        assert (file.look(), file.token) == (False, "first-token")
+        assert (file.look(), file.content) == (False, "first-token")
     assert len(list(Path("/proc/self/fd").iterdir())) == opened_before
     [record] = caplog.records
-    assert record.getMessage().startswith(f"token file {str(path)!r}: {words}")
-    assert record.getMessage().endswith("the last token that it held goes on being sent")
+    assert record.getMessage().startswith(f"setting token_file (or ESPER_TOKEN_FILE) = {str(path)!r}: {words}")
+    assert record.getMessage().endswith("what it held before stays in force")
     assert "hunter2" not in record.getMessage()
     path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
     path.write_text("other-token")
-    assert (file.look_now(), file.token) == (True, "other-token")
+    assert (file.look_now(), file.content) == (True, "other-token")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -177,7 +184,7 @@ def test_a_file_that_we_may_not_read_is_told(path: Path) -> None:
     """A secret mounted for another user."""
     path.chmod(0)
     with pytest.raises(ConfigurationError, match="permission denied"):
-        TokenFile(path)
+        token_file(path)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -20,6 +20,7 @@ from esper_otel import EsperSettings, Packets, Stage
 from esper_otel.leyline import SystemStatePacket, TelemetryPacket
 from esper_otel.pull.command import as_json
 from esper_otel.pull.messages import Step
+from esper_otel.varint import read_varint
 
 TIMEOUT_S = 30
 
@@ -73,15 +74,9 @@ def test_binary_messages_follow_their_lengths(shared: RunningGateway, monkeypatc
     content = printed(shared.grpc, "binary", "--binary").stdout
     steps = []
     while content:
-        length = shift = 0
-        while True:
-            byte, content = content[0], content[1:]
-            length |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-        steps.append(Step.FromString(content[:length]))
-        content = content[length:]
+        length, start = read_varint(content, 0)
+        steps.append(Step.FromString(content[start : start + length]))
+        content = content[start + length :]
     assert [SystemStatePacket.FromString(step.state) for step in steps] == [packets.state for packets in mine]
     for step, packets in zip(steps, mine, strict=True):
         assert tuple(map(TelemetryPacket.FromString, step.telemetry)) == packets.telemetry

@@ -20,6 +20,7 @@ from opentelemetry.proto.resource.v1 import resource_pb2
 
 from esper_otel.gateway.receive.bounds import check_parts
 from esper_otel.gateway.receive.plain import read_request
+from esper_otel.varint import field_head
 
 _OPAQUE = {("ResourceMetrics", "resource"), ("Metric", "gauge"), ("Metric", "sum")}
 
@@ -91,10 +92,4 @@ def read_points(records: Iterable[bytes]) -> list[metrics_pb2.NumberDataPoint]:
 
 def field(number: int, content: bytes) -> bytes:
     """A field of bytes or of a message, serialized: tag, length, content."""
-    header = bytearray((number << 3 | 2,))
-    length = len(content)
-    while length > 0x7F:
-        header.append(length & 0x7F | 0x80)
-        length >>= 7
-    header.append(length)
-    return bytes(header) + content
+    return field_head(number, len(content)) + content

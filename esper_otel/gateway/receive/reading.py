@@ -12,8 +12,10 @@ from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.receive.inflate import inflated
 from esper_otel.gateway.receive.request import Block, Decoded, Malformed, TooLarge
 
-# A body of so many bytes is decoded within some milliseconds, whatever is in it; so is a gzip body of the second.
-_SMALL, _SMALL_GZIP = 32 * 1024, 4 * 1024
+# A body of so many bytes is decoded within some milliseconds, whatever is in it; JSON takes longer than protobuf.
+_SMALL, _SMALL_JSON = 32 * 1024, 8 * 1024
+# A gzip body of so many bytes is unpacked at once, to see whether what is in it is small.
+_SMALL_GZIP = 4 * 1024
 
 
 class Reader:
@@ -49,7 +51,7 @@ class Reader:
         """
         if is_gzip and len(body) <= _SMALL_GZIP:
             body, is_gzip = inflated(body), False
-        if len(body) <= _SMALL and not is_gzip:
+        if len(body) <= (_SMALL_JSON if is_json else _SMALL) and not is_gzip:
             yield body, self.read(body, is_json=is_json)
             return
         async with self._is_free:
