@@ -137,8 +137,17 @@ class Part(NamedTuple):
 
 
 def part_of(frame: Frame, *, complete: bool) -> Part:
-    """The points that a frame was made of; how many they were is known only if none is missing."""
-    numbers: dict[Stream, float] = {(name, ""): value for name, value in frame.values().items()}
+    """The points that a stored frame was made of.
+
+    One that is not complete has recorded what was said of it; of one that is, all that its sender says is known. What
+    the gateway has found out stands in the context.
+    """
+    values = frame.values() if complete else {**frame.recorded, _STEP[0]: frame.global_step}
+    if frame.epoch:  # of 0 in an incomplete frame it is known only where it was recorded whether somebody said it
+        values[_EPOCH[0]] = frame.epoch
+    numbers: dict[Stream, float] = {
+        (name, ""): value for name, value in values.items() if name in frame.names or name not in frame.context
+    }
     if frame.global_step >= GUESSED_STEP:
         del numbers[_STEP]
     numbers |= dict.fromkeys([(SEED_RETIRED.name, seed) for seed in frame.retired], 1.0)

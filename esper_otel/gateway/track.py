@@ -14,6 +14,7 @@ from esper_otel.gateway.limits import Limits, Room
 from esper_otel.gateway.parts import Merged, Part, Shape
 from esper_otel.gateway.queue import Queue, Ready, Waiting
 from esper_otel.gateway.turns import ENDLESS, Turn
+from esper_otel.schema import FRAME_POINTS
 
 # Rows of tables of live seeds, of about a hundred bytes each: how many may be made at once, and what earns more.
 _MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
@@ -310,7 +311,7 @@ class Track:
         """Goes on after a frame that was released in an earlier life, with those restored before it."""
         self._queue.restore(item.frame.sequence)
         self._habits.is_known = True
-        self._habits.counts = self._habits.counts or item.frame.sequence > 0
+        self._habits.counts = self._habits.counts or item.frame.sequence > 0 or FRAME_POINTS.name in item.frame.names
         self._history.restore(item, is_first=is_first)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)

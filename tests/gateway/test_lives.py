@@ -82,6 +82,20 @@ def halves(frame: Frame) -> list[bytes]:
     return made
 
 
+def pieces(frame: Frame, luck: random.Random) -> list[bytes]:
+    """The frame's points in three requests: one may have the frame's number, another how many points there are."""
+    [body] = bodies([frame])
+    made = [ExportMetricsServiceRequest.FromString(body) for _ in range(3)]
+    metrics = [request.resource_metrics[0].scope_metrics[0].metrics for request in made]
+    for place in reversed(range(len(metrics[0]))):
+        for point in reversed(range(len(metrics[0][place].gauge.data_points))):
+            whose = luck.randrange(3)
+            for number, each in enumerate(metrics):
+                if number != whose:
+                    del each[place].gauge.data_points[point]
+    return [request.SerializeToString() for request in made]
+
+
 def received(requests: Iterable[bytes | None], folder: Path | None) -> list[Item]:
     """All that pullers are given by gateways that wait for nothing; None is the end of one, by kill -9."""
 
@@ -138,6 +152,22 @@ def test_late_doubled_and_cut_steps_come_right_over_restarts(
         order.insert(place, None)
     items = received([*halves(first), *order], tmp_path_factory.mktemp("store"))
     assert_as_in_the_process(items, frames)
+
+
+@settings(deadline=None, max_examples=50)
+@given(lives(most=5), st.integers(0, 2**32), st.integers(0, 3))
+def test_steps_whose_points_come_in_pieces_come_right_over_restarts(
+    tmp_path_factory: pytest.TempPathFactory, frames: list[Frame], seed: int, restarts: int
+) -> None:
+    """What came of a step before the gateway ended counts afterwards, and what did not come does not."""
+    luck = random.Random(seed)
+    first, *others = [frame._replace(epoch=frame.sequence % 2) for frame in frames]
+    requests: list[bytes | None] = [piece for frame in others for piece in pieces(frame, luck)]
+    luck.shuffle(requests)
+    for _ in range(restarts):
+        requests.insert(luck.randrange(len(requests)), None)
+    items = received([*bodies([first]), *requests], tmp_path_factory.mktemp("store"))
+    assert_as_in_the_process(items, [first, *others])
 
 
 @pytest.mark.parametrize("count", [60, 600])
