@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import islice
 
 import numpy as np
 
 from esper_otel.frame import ABSENT_BITS, GUESSED_STEP, LAST_LOSS, Frame, Run, SeedTable, alike, is_absent
 from esper_otel.gateway.decoded import Marker, Sender
 from esper_otel.gateway.habits import Habits
-from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.items import MOST_ENDS, Item, Origin
 from esper_otel.gateway.limits import Room
 from esper_otel.gateway.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.queue import SEQUENCE_LIMIT, Ready
@@ -123,6 +124,7 @@ class History:
         if len(joined.part.numbers) == len(known.numbers) and not joined.differing:
             return []
         self.differing += joined.differing
+        self._note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
         kept.complete = kept.complete or self._habits.is_complete(joined.part)
         number = whole(joined.part.number(joined.part.shape.sequence), SEQUENCE_LIMIT)
@@ -179,6 +181,7 @@ class History:
         is_cut_off = not (self._kept or is_first)
         if is_cut_off:
             self.forgotten_unix_ns = frame.time_unix_ns - 1
+            self._note_seen(frame.live.ids, frame.time_unix_ns)  # at the latest, as far as is known
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
         kept = Released(
@@ -190,7 +193,7 @@ class History:
             item.received_unix_ns,
             frame.live if is_cut_off else self._live.table,
             self._loss,
-            set(),
+            set() if is_cut_off or self._habits.counts else _ended(self._live.table, frame.live),
             frame,
             item.revision,
         )
@@ -199,6 +202,25 @@ class History:
         if frame.global_step < GUESSED_STEP:
             self._step = max(self._step, frame.global_step)
         self._after(frame)
+
+    def note_habits(self) -> None:
+        """Puts right what restored frames were taken for before it was known what their writer says in its frames."""
+        for kept in self._kept.values():
+            if not self._habits.says_step:  # their numbers were counted
+                kept.part = kept.part.without(lambda name, _: name == "esper.global_step")
+            if kept.frame is not None and _lacks_lives(kept.frame):
+                kept.complete = self._habits.is_complete(kept.part)
+
+    def ends_to_come(self) -> tuple[tuple[int, str, int], ...]:
+        """Ends of streams that are to come: their times, seeds and columns; of very many some."""
+        ends = ((time, seed, column) for time, some in self._ends.items() for seed, column in sorted(some))
+        return tuple(islice(ends, MOST_ENDS))
+
+    def restore_ends(self, ends: Iterable[tuple[int, str, int]]) -> None:
+        """Goes on waiting for ends that were to come in an earlier life."""
+        for time_unix_ns, seed, column in ends:
+            if time_unix_ns > self.newest_unix_ns and column < len(_COLUMNS):
+                self._await_end(time_unix_ns, (seed, column))
 
     # -- how they are made -------------------------------------------------------------------------------
 
@@ -209,6 +231,10 @@ class History:
         self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
         if len(self._seen) > 2 * len(self._live.ids) + _SPARE:
             self._seen = {seed: self._seen[seed] for seed in self._live.ids if seed in self._seen}
+
+    def _note_seen(self, seeds: Iterable[str], time_unix_ns: int) -> None:
+        """Notes seeds of which something came late."""
+        self._seen |= {seed: max(self._seen.get(seed, 0), time_unix_ns) for seed in seeds}
 
     def _guessed(self, time_unix_ns: int) -> int:
         """The number of a step whose frame does not say it, or not yet.
@@ -227,6 +253,7 @@ class History:
 
     def _insert(self, time_unix_ns: int, kept: Released) -> list[Item]:
         """Puts a frame between those that were released before it."""
+        self._note_seen(kept.part.shape.ids, time_unix_ns)
         earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
         later = min((time for time in self._kept if time > time_unix_ns), default=None)
         if earlier is not None:
@@ -394,6 +421,19 @@ def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
         live.commit(SeedStep(table, table, None, 0, ()))
         retired += [table.ids[row] for row in {row for row, _ in cells} if is_absent(table.cells[row]).all()]
     return live.retire(retired)
+
+
+def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
+    """Streams of seeds that live on which have ended between two steps."""
+    before, after = alike(before, after)
+    if before.ids != after.ids:
+        row = {seed: number for number, seed in enumerate(after.ids)}
+        both = [number for number, seed in enumerate(before.ids) if seed in row]
+        ids = tuple(before.ids[number] for number in both)
+        before = SeedTable(ids, before.cells[both])
+        after = SeedTable(ids, after.cells[[row[seed] for seed in ids]])
+    gone = is_absent(after.cells) & ~is_absent(before.cells)
+    return {(before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
 
 
 def _living(table: SeedTable) -> LiveSeeds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, TypeAlias
@@ -129,10 +129,11 @@ class Part(NamedTuple):
         cells[shape.cells] = self.numbers[shape.cell_places]
         return SeedTable(shape.ids, cells.reshape(-1, shape.columns))
 
-    def without(self, seeds: Iterable[str]) -> Part:
-        """The part without the values of some seeds."""
-        gone = set(seeds)
-        keep = [place for place, (_, seed) in enumerate(self.shape.streams) if seed not in gone]
+    def without(self, is_gone: Callable[[str, str], bool]) -> Part:
+        """The part without the values of some streams, of which the metric and the seed are given."""
+        keep = [place for place, stream in enumerate(self.shape.streams) if not is_gone(*stream)]
+        if len(keep) == len(self.numbers):
+            return self
         return Part(Shape.of([self.shape.streams[place] for place in keep]), self.numbers[keep])
 
 

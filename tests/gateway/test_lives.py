@@ -23,6 +23,7 @@ from esper_otel.gateway.store import FileStore
 from esper_otel.gateway.stored import Store
 from esper_otel.leyline.packets import packets
 from esper_otel.lives import dead_among, digest_of
+from esper_otel.schema import Stage
 
 MS = 1_000_000
 SEEDS = "abcdef"
@@ -239,6 +240,29 @@ def test_a_wrong_belief_is_put_right_when_the_missing_step_comes_after_a_restart
     items = received([late], tmp_path)
     assert_as_in_the_process(items, frames)
     assert max(item.revision for item in items) == 2
+
+
+@pytest.mark.parametrize("order", ["the stage after a restart", "in pieces"])
+def test_steps_of_blending_are_kept_until_their_stage_comes(tmp_path: Path, order: str) -> None:
+    """A step says how far its seed has blended; that it blends was said before, in a step that is late."""
+    blending = {"a": {"stage": float(Stage.BLENDING), "alpha_steps": 4.0}}
+    rows = [({}, {}), (blending, blending), ({"a": {"alpha_steps": 3.0}}, {"a": {**blending["a"], "alpha_steps": 3.0}})]
+    frames = [
+        make_frame(
+            sequence=step,
+            global_step=step,
+            time_unix_ns=TIME_UNIX_NS + step * MS,
+            seeds=seed_table(seeds),
+            live=seed_table(live),
+        )
+        for step, (seeds, live) in enumerate(rows, 1)
+    ]
+    first, second, third = bodies(frames)
+    requests = [third, None, second]
+    if order == "in pieces":
+        pairs = zip(pieces(frames[2], random.Random(0)), pieces(frames[1], random.Random(0)), strict=True)
+        requests = [request for pair in pairs for request in (*pair, None)]
+    assert_as_in_the_process(received([first, *requests], tmp_path), frames)
 
 
 @settings(deadline=None)
