@@ -219,7 +219,7 @@ class History:
     def restore_ends(self, ends: Iterable[tuple[int, str, int]]) -> None:
         """Goes on waiting for ends that were to come in an earlier life."""
         for time_unix_ns, seed, column in ends:
-            if time_unix_ns > self.newest_unix_ns and column < len(_COLUMNS):
+            if time_unix_ns > self.newest_unix_ns:
                 self._await_end(time_unix_ns, (seed, column))
 
     # -- how they are made -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from esper_otel.frame import WIDTH
 from esper_otel.gateway.frames import MOST_BYTES
 from esper_otel.gateway.items import MOST_ENDS, Origin, Place
 from esper_otel.leyline.senders import is_valid
@@ -97,4 +98,4 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
 def _is_end(end: tuple[Any, Any, Any]) -> bool:
     time, seed, column = end
     is_one = type(time) is int and type(seed) is str and type(column) is int
-    return is_one and 0 <= time < 2**64 and 0 <= column and is_valid(seed)
+    return is_one and 0 <= time < 2**64 and -1 <= column < WIDTH and is_valid(seed)

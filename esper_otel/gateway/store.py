@@ -376,7 +376,8 @@ class FileStore:
         names = {run.key: run_id for run_id, run in self._runs.items()}
         with reading():
             rows = self._connection.execute(
-                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends FROM places"
+                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends "
+                "FROM places"
             ).fetchall()
         found = []
         for key, *row in rows:
