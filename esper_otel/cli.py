@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esper_otel._version import __version__
-from esper_otel.errors import EsperOtelError
+from esper_otel.errors import ConfigurationError, EsperOtelError
 from esper_otel.text import printable
 
 _PROGRAM = "esper-otel"
@@ -245,6 +245,9 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_check(options: argparse.Namespace) -> int:
     from esper_otel.check import report_json, report_text, run_check
 
+    for option in ("prometheus", "gateway"):
+        if getattr(options, option) is not None and not options.through:
+            raise ConfigurationError(f"--{option} is where a run is looked for that went through: give --through too")
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
     if options.through:
         from esper_otel.through import Back, run_through
