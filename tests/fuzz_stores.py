@@ -118,7 +118,7 @@ def _change_schema(luck: random.Random, connection: sqlite3.Connection, table: s
                 f"CREATE VIEW more AS SELECT * FROM {table}",
                 f"CREATE TRIGGER more AFTER INSERT ON {table} BEGIN DELETE FROM {table}; END",
                 f"DROP INDEX {luck.choice(['items_by_position', 'items_by_number', 'items_by_time'])}",
-                f"PRAGMA user_version = {luck.choice([-1, 0, 1, 2, 3, 5, 1_000, 1_001, 2**31 - 1])}",
+                f"PRAGMA user_version = {luck.choice([-1, 0, 1, 2, 3, 4, 6, 1_000, 1_001, 2**31 - 1])}",
             ]
         )
     )

@@ -24,7 +24,7 @@ def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str]
     changed = [name for name in sorted(sent.keys() & came.keys(), key=_rank) if not _is_same(sent[name], came[name])]
     renamed = next(((old, new) for old in lost for new in more if _is_same(sent[old], came[new])), None)
     if renamed is not None and not renamed[0].startswith("seed "):
-        yield Fault(f"{renamed[0]} came as {renamed[1]}, in {where}", "a transform on the way renames metrics")
+        yield _of_renamed(*renamed, where)
     if {*more} and {*more} <= {"esper.isolation.violations", "esper.training.loss"}:
         yield Fault(
             f"esper.frame.sequence did not arrive, in {where}: the step is taken for one of a program that does not "
@@ -43,6 +43,14 @@ def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str]
     if more:
         what = f"{more[0]} was not recorded, and came as {came[more[0]]}, in {where}"
         yield Fault(what, "something on the way adds metrics, or fills gaps")
+
+
+def _of_renamed(old: str, new: str, where: str) -> Fault:
+    (metric, _, seed), (other_metric, _, other_seed) = old.partition(" of seed "), new.partition(" of seed ")
+    if metric == other_metric:
+        what = f"seed {seed} came as seed {other_seed}, in {where}"
+        return Fault(what, "a transform on the way changes the attribute seed_id of the points")
+    return Fault(f"{old} came as {new}, in {where}", "a transform on the way renames metrics")
 
 
 def _of_lost(lost: Sequence[str], sent: Mapping[str, float | str], where: str) -> Fault:

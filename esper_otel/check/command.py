@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from esper_otel.errors import ConfigurationError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``esper-otel check``."""
@@ -28,6 +30,9 @@ def main(options: argparse.Namespace) -> int:
     """Checks, and prints what was found; 1 where something is wrong."""
     from esper_otel.check.endpoint import report_json, report_text, run_check
 
+    for option in ("prometheus", "gateway"):
+        if getattr(options, option) is not None and not options.through:
+            raise ConfigurationError(f"--{option} is where a run is looked for that went through: give --through too")
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
     if options.through:
         from esper_otel.check.through import Back, run_through

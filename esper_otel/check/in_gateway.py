@@ -36,7 +36,8 @@ def at_gateway(back: Back, marked: Marked, sent_s: float) -> Stage:
             delay_s = time.monotonic() - sent_s
             fault = next(_faults(mine, found), None) if found else _of_nothing(client, marked.run_id, back.timeout_s)
     except GatewayError as error:
-        fault = Fault(str(error), "see whether it runs, and whether a token or TLS is wanted")
+        fix = "see whether it runs, whether the port is that of its gRPC, and whether a token or TLS is wanted"
+        fault = Fault(str(error).removeprefix(f"{where}: "), fix)
     if fault is not None:
         return Stage(where, False, *fault)
     return Stage(

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from esper_otel.frames.frame import Frame
 
+# So many ends of streams that are to come are known of a writer after a restart.
+MOST_ENDS = 10_000
+
 
 class Origin(NamedTuple):
     """Who writes: one process of one attempt of a run.
@@ -53,6 +56,7 @@ class Place(NamedTuple):
         says_step: whether frames say their global step.
         says_epoch: whether they say their epoch.
         holes: the numbers that are missing, each from the first to before the second; of very many the newest.
+        ends: of a plain sender, ends of streams that are to come: their times, seeds and columns; of very many some.
     """
 
     origin: Origin
@@ -62,6 +66,7 @@ class Place(NamedTuple):
     says_step: bool
     says_epoch: bool
     holes: tuple[tuple[int, int], ...]
+    ends: tuple[tuple[int, str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

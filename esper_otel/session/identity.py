@@ -37,8 +37,8 @@ def identify(
 
     - run id: the argument, ``ESPER_RUN_ID``, ``TORCHELASTIC_RUN_ID`` unless ``none``, ``SLURM_JOB_ID``, else made up;
       with several ranks by the first of them, where they share a store (see ``Agreement``).
-    - rank and world size: the argument, ``RANK`` and ``WORLD_SIZE``, ``SLURM_PROCID`` and ``SLURM_NTASKS``, else
-      0 of 1.
+    - rank and world size: the argument, ``RANK`` and ``WORLD_SIZE``, ``SLURM_PROCID`` and ``SLURM_NTASKS`` in a task
+      of ``srun``, else 0 of 1.
     - attempt: ``ESPER_RUN_ATTEMPT``, else Unix milliseconds now. Several ranks have different ones until they have
       agreed (see ``Agreement``); under Slurm's ``srun`` they have its number of the launch until then.
 
@@ -46,8 +46,9 @@ def identify(
         InvalidName: a run id or experiment name that cannot be one.
         ConfigurationError: a variable that is not a whole number, or several ranks without a common run id.
     """
-    rank = _whole("rank", rank, environ, ("RANK", "SLURM_PROCID"), 0)
-    world_size = _whole("world_size", world_size, environ, ("WORLD_SIZE", "SLURM_NTASKS"), 1)
+    of_slurm = ("SLURM_PROCID", "SLURM_NTASKS") if _is_slurm_task(environ) else ("", "")
+    rank = _whole("rank", rank, environ, ("RANK", of_slurm[0]), 0)
+    world_size = _whole("world_size", world_size, environ, ("WORLD_SIZE", of_slurm[1]), 1)
     if not 0 <= rank < max(world_size, 1):
         raise ConfigurationError(f"rank {rank} is not below world_size {world_size}: give start(rank=, world_size=)")
     if run_id is None:
@@ -129,6 +130,11 @@ def _given_attempt(environ: Mapping[str, str]) -> int | None:
     if environ.get("ESPER_RUN_ATTEMPT") and not 0 <= attempt < _MOST_ATTEMPT:
         raise ConfigurationError(f"ESPER_RUN_ATTEMPT={attempt} is not between 0 and 2**63 - 1")
     return None if attempt < 0 else attempt
+
+
+def _is_slurm_task(environ: Mapping[str, str]) -> bool:
+    """Whether this may be a task of an ``srun``: a batch script and a shell are told of tasks that they do not have."""
+    return _whole("rank", None, environ, ("SLURM_STEP_ID",), 0) < _SLURM_NO_STEP
 
 
 def _slurm_launch(environ: Mapping[str, str]) -> int | None:

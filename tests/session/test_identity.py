@@ -110,7 +110,7 @@ def test_the_tasks_of_an_srun_have_one_attempt_that_grows(started: dict[str, str
 @pytest.mark.parametrize(
     "environ",
     [
-        slurm(0, SLURM_JOB_START_TIME="1790000000", SLURM_STEP_ID="4294967294"),  # the batch script
+        slurm(0, SLURM_STEP_ID="4294967294", RANK="0", WORLD_SIZE="2"),  # the batch script
         slurm(0, SLURM_JOB_START_TIME="1790000000", SLURM_STEP_ID="0", TORCHELASTIC_RUN_ID="none", RANK="0"),
         slurm(0, SLURM_JOB_START_TIME="1790000000", RANK="0", WORLD_SIZE="2"),  # started by the batch script
     ],
@@ -120,6 +120,17 @@ def test_what_slurm_did_not_launch_does_not_have_its_number(environ: dict[str, s
     agreement = agreement_for(who(environ, run_id="run"), environ)
     assert agreement is not None
     assert agreement.without_store() is None
+
+
+@pytest.mark.parametrize("step", ["4294967290", "4294967291", "4294967294"])
+def test_a_process_of_a_shell_or_batch_script_is_alone_though_slurm_names_tasks(step: str) -> None:
+    """``salloc -n 2``, then ``python train.py``: the other rank would be missed for ever."""
+    environ = slurm(0, SLURM_STEP_ID=step)
+    run = who(environ)
+    assert (run.run_id, run.rank, run.world_size) == ("77", 0, 1)
+    assert agreement_for(run, environ) is None
+    run = who(environ | {"RANK": "1", "WORLD_SIZE": "4"})
+    assert (run.rank, run.world_size) == (1, 4)
 
 
 def test_one_process_has_its_own_milliseconds_under_slurm_too() -> None:

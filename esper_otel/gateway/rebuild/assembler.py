@@ -105,8 +105,8 @@ class Assembler:
             track = self._track(marker.sender, request, now_s)
             if track is None:
                 rejected[TOO_MANY_RUNS] += 1
-            else:
-                track.end_stream(marker)
+            elif track.end_stream(marker):
+                self._moved[track] = None
         for sender, outcome in decoded.ended:
             yield
             track = self._track(sender, request, now_s)

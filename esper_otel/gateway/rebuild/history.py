@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import islice
 
 import numpy as np
 
 from esper_otel.frames.digest import dead_of, digest_of, silent_of
-from esper_otel.frames.frame import ABSENT_BITS, GUESSED_STEP, Frame, Run, SeedTable, alike, is_absent
+from esper_otel.frames.frame import ABSENT_BITS, GUESSED_STEP, LAST_LOSS, Frame, Run, SeedTable, alike, is_absent
 from esper_otel.frames.live_seeds import LiveSeeds, SeedStep
-from esper_otel.gateway.items import Item, Origin
+from esper_otel.gateway.items import MOST_ENDS, Item, Origin
 from esper_otel.gateway.limits import Room
 from esper_otel.gateway.rebuild.habits import Habits
 from esper_otel.gateway.rebuild.parts import Part, is_equal, merged, part_of
@@ -123,6 +124,7 @@ class History:
         if len(joined.part.numbers) == len(known.numbers) and not joined.differing:
             return []
         self.differing += joined.differing
+        self._note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
         kept.complete = kept.complete or self._habits.is_complete(joined.part)
         number = whole(joined.part.number(joined.part.shape.sequence), SEQUENCE_LIMIT)
@@ -179,8 +181,9 @@ class History:
         is_cut_off = not (self._kept or is_first)
         if is_cut_off:
             self.forgotten_unix_ns = frame.time_unix_ns - 1
+            self._note_seen(frame.live.ids, frame.time_unix_ns)  # at the latest, as far as is known
         part = part_of(frame, complete=item.complete)
-        is_whole = item.complete or part.shape.points is not None or _lacks_lives(frame)
+        is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
         kept = Released(
             part,
             frame.sequence,
@@ -190,7 +193,7 @@ class History:
             item.received_unix_ns,
             frame.live if is_cut_off else self._live.table,
             self._loss,
-            set(),
+            set() if is_cut_off or self._habits.counts else _ended(self._live.table, frame.live),
             frame,
             item.revision,
         )
@@ -200,15 +203,38 @@ class History:
             self._step = max(self._step, frame.global_step)
         self._after(frame)
 
+    def note_habits(self) -> None:
+        """Puts right what restored frames were taken for before it was known what their writer says in its frames."""
+        for kept in self._kept.values():
+            if not self._habits.says_step:  # their numbers were counted
+                kept.part = kept.part.without(lambda name, _: name == "esper.global_step")
+            if kept.frame is not None and _lacks_lives(kept.frame):
+                kept.complete = self._habits.is_complete(kept.part)
+
+    def ends_to_come(self) -> tuple[tuple[int, str, int], ...]:
+        """Ends of streams that are to come: their times, seeds and columns; of very many some."""
+        ends = ((time, seed, column) for time, some in self._ends.items() for seed, column in sorted(some))
+        return tuple(islice(ends, MOST_ENDS))
+
+    def restore_ends(self, ends: Iterable[tuple[int, str, int]]) -> None:
+        """Goes on waiting for ends that were to come in an earlier life."""
+        for time_unix_ns, seed, column in ends:
+            if time_unix_ns > self.newest_unix_ns:
+                self._await_end(time_unix_ns, (seed, column))
+
     # -- how they are made -------------------------------------------------------------------------------
 
     def _after(self, frame: Frame) -> None:
         """Notes what the next frame starts from."""
         self.newest_unix_ns = frame.time_unix_ns
-        self._loss = frame.recorded.get("esper.training.loss", self._loss)
+        self._loss = _loss_of(frame, self._loss)
         self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
         if len(self._seen) > 2 * len(self._live.ids) + _SPARE:
             self._seen = {seed: self._seen[seed] for seed in self._live.ids if seed in self._seen}
+
+    def _note_seen(self, seeds: Iterable[str], time_unix_ns: int) -> None:
+        """Notes seeds of which something came late."""
+        self._seen |= {seed: max(self._seen.get(seed, 0), time_unix_ns) for seed in seeds}
 
     def _guessed(self, time_unix_ns: int) -> int:
         """The number of a step whose frame does not say it, or not yet.
@@ -227,12 +253,13 @@ class History:
 
     def _insert(self, time_unix_ns: int, kept: Released) -> list[Item]:
         """Puts a frame between those that were released before it."""
+        self._note_seen(kept.part.shape.ids, time_unix_ns)
         earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
         later = min((time for time in self._kept if time > time_unix_ns), default=None)
         if earlier is not None:
             frame = self._kept[earlier].frame
             kept.before = kept.before if frame is None else frame.live
-            kept.loss_before = None if frame is None else frame.recorded.get("esper.training.loss")
+            kept.loss_before = None if frame is None else _loss_of(frame, None)
         elif later is not None:
             kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
         if time_unix_ns <= self.forgotten_unix_ns:  # what was between it and those that are kept is not known any more
@@ -257,7 +284,7 @@ class History:
                 return items  # from here on everything is as it was
             kept.before, kept.loss_before = live.table, loss
             item = self._made(time, kept, live, loss)
-            loss = item.frame.recorded.get("esper.training.loss", loss)
+            loss = _loss_of(item.frame, loss)
             if time == changed or was is None or not _is_same(was, item.frame):
                 items.append(item)
             else:
@@ -280,19 +307,24 @@ class History:
         if table.ids:
             step = live.step(table)
             live.commit(step)
-            table, violations = step.recorded, step.violations
+            violations = step.violations
+            if not self._habits.counts:  # else its session has done so, which knows more
+                table = step.recorded
         run = _run(kept.sender)
+        found_out: dict[str, float] = {}
         if not kept.sequence:
+            said = {*values}
             senders.complete(values, violations, loss)
             run = senders.on_its_device(run, values)
+            found_out = {name: values.pop(name) for name in values.keys() - said}
         dead = () if digest is None or digest_of(live.table.ids) == digest else self._dead(live, kept, digest)
         if dead:
             live.retire(dead)
-        if dead and not kept.sequence:  # nobody says so again after a restart
+        if dead and not self._habits.counts:  # nobody says so again after a restart
             retired += tuple(dead)
         are_known = dead is not None
         if not (kept.complete and are_known):
-            values |= _lives(kept)
+            values |= _said(part)
         global_step = whole(part.number(part.shape.step), GUESSED_STEP)
         kept.frame = Frame(
             run,
@@ -302,7 +334,7 @@ class History:
             time_unix_ns,
             tuple(values),
             tuple(values.values()),
-            {},
+            found_out,
             table,
             live.table,
             retired,
@@ -351,26 +383,30 @@ class History:
     def _silent(self, time_unix_ns: int, kept: Released) -> set[tuple[str, int]]:
         """Seeds of a plain sender that were silent for so long that they no longer live."""
         shape = kept.part.shape
-        if kept.sequence or shape.digest is not None or shape.ids == self._live.table.ids:
+        if self._habits.counts or shape.digest is not None or shape.ids == self._live.table.ids:
             return set()
         return {(seed, _ALL) for seed in silent_of(self._live.ids, {*shape.ids}, self._seen, time_unix_ns)}
 
 
-def _lives(kept: Released) -> dict[str, float]:
-    """What an incomplete frame says of its live seeds, to be recorded in it, so that it is known after a restart.
+def _said(part: Part) -> dict[str, float]:
+    """What is said of an incomplete frame beside its values, to be recorded in it, so that it is known after a restart.
 
-    If only seeds are missing, the number of its points too: the frame is complete as soon as its seeds are known.
+    With the number of its points the frame is complete as soon as the last of them has come.
     """
-    part, shape = kept.part, kept.part.shape
+    shape = part.shape
     places = {"esper.seeds": shape.live, "esper.seeds.digest": shape.digest}
-    if kept.complete:
-        places[FRAME_POINTS.name] = shape.points
+    places |= {"esper.epoch": shape.epoch, FRAME_POINTS.name: shape.points}
     return {name: float(part.numbers[place]) for name, place in places.items() if place is not None}
 
 
 def _lacks_lives(frame: Frame) -> bool:
     """Whether a plain sender's frame was marked as not complete because its live seeds were not known."""
     return not frame.sequence and "esper.seeds.digest" in frame.names
+
+
+def _loss_of(frame: Frame, default: float | None) -> float | None:
+    """The last finite loss, as the frame says or as was found out for it."""
+    return frame.context.get(LAST_LOSS, frame.recorded.get(LAST_LOSS, default))
 
 
 def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
@@ -387,6 +423,19 @@ def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     return live.retire(retired)
 
 
+def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
+    """Streams of seeds that live on which have ended between two steps."""
+    before, after = alike(before, after)
+    if before.ids != after.ids:
+        row = {seed: number for number, seed in enumerate(after.ids)}
+        both = [number for number, seed in enumerate(before.ids) if seed in row]
+        ids = tuple(before.ids[number] for number in both)
+        before = SeedTable(ids, before.cells[both])
+        after = SeedTable(ids, after.cells[[row[seed] for seed in ids]])
+    gone = is_absent(after.cells) & ~is_absent(before.cells)
+    return {(before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
+
+
 def _living(table: SeedTable) -> LiveSeeds:
     """Live seeds that begin with these."""
     live = LiveSeeds()
@@ -401,9 +450,13 @@ def _is_same(one: Frame, other: Frame) -> bool:
         live.ids == other_live.ids
         and live.cells.tobytes() == other_live.cells.tobytes()
         and one.retired == other.retired
-        and one.recorded.keys() == other.recorded.keys()
-        and all(is_equal(value, other.recorded[name]) for name, value in one.recorded.items())
+        and _are_equal(one.recorded, other.recorded)
+        and _are_equal(one.context, other.context)
     )
+
+
+def _are_equal(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return one.keys() == other.keys() and all(is_equal(value, other[name]) for name, value in one.items())
 
 
 def _is_equal_state(kept: Released, live: SeedTable, loss: float | None) -> bool:

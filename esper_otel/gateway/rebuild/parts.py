@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, TypeAlias
@@ -129,16 +129,26 @@ class Part(NamedTuple):
         cells[shape.cells] = self.numbers[shape.cell_places]
         return SeedTable(shape.ids, cells.reshape(-1, shape.columns))
 
-    def without(self, seeds: Iterable[str]) -> Part:
-        """The part without the values of some seeds."""
-        gone = set(seeds)
-        keep = [place for place, (_, seed) in enumerate(self.shape.streams) if seed not in gone]
+    def without(self, is_gone: Callable[[str, str], bool]) -> Part:
+        """The part without the values of some streams, of which the metric and the seed are given."""
+        keep = [place for place, stream in enumerate(self.shape.streams) if not is_gone(*stream)]
+        if len(keep) == len(self.numbers):
+            return self
         return Part(Shape.of([self.shape.streams[place] for place in keep]), self.numbers[keep])
 
 
 def part_of(frame: Frame, *, complete: bool) -> Part:
-    """The points that a frame was made of; how many they were is known only if none is missing."""
-    numbers: dict[Stream, float] = {(name, ""): value for name, value in frame.values().items()}
+    """The points that a stored frame was made of.
+
+    One that is not complete has recorded what was said of it; of one that is, all that its sender says is known. What
+    the gateway has found out stands in the context.
+    """
+    values = frame.values() if complete else {**frame.recorded, _STEP[0]: frame.global_step}
+    if frame.epoch:  # of 0 in an incomplete frame it is known only where it was recorded whether somebody said it
+        values[_EPOCH[0]] = frame.epoch
+    numbers: dict[Stream, float] = {
+        (name, ""): value for name, value in values.items() if name in frame.names or name not in frame.context
+    }
     if frame.global_step >= GUESSED_STEP:
         del numbers[_STEP]
     numbers |= dict.fromkeys([(SEED_RETIRED.name, seed) for seed in frame.retired], 1.0)

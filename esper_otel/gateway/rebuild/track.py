@@ -14,6 +14,7 @@ from esper_otel.gateway.rebuild.parts import Merged, Part, Shape
 from esper_otel.gateway.rebuild.queue import Queue, Ready, Waiting
 from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marker, Sender
 from esper_otel.gateway.turns import ENDLESS, Turn
+from esper_otel.schema import FRAME_POINTS
 
 # Rows of tables of live seeds, of about a hundred bytes each: how many may be made at once, and what earns more.
 _MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
@@ -150,9 +151,11 @@ class Track:
         if self._habits.says_step and not said_step:
             self._corrected += self._history.uncount()
 
-    def end_stream(self, marker: Marker) -> None:
-        """A stream of a seed has no value any more."""
-        self._corrected += self._history.end(marker)
+    def end_stream(self, marker: Marker) -> bool:
+        """A stream of a seed has no value any more; returns whether that must be known after a restart."""
+        items = self._history.end(marker)
+        self._corrected += items
+        return not items and not self._habits.counts
 
     def end(self, outcome: str) -> None:
         """The run has ended."""
@@ -181,7 +184,8 @@ class Track:
         if not surplus:
             return part
         self._ids = ()
-        smaller = part.without(surplus)
+        too_many = {*surplus}
+        smaller = part.without(lambda _, seed: seed in too_many)
         rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
         return smaller
 
@@ -206,7 +210,8 @@ class Track:
             return part
         self._known.difference_update(part.shape.ids)
         self._ids = ()
-        smaller = part.without(part.shape.ids)
+        gone = {*part.shape.ids}
+        smaller = part.without(lambda _, seed: seed in gone)
         rejected[TOO_SPARSE] += len(part.numbers) - len(smaller.numbers)
         return smaller
 
@@ -298,19 +303,21 @@ class Track:
         """Goes on from what was known in an earlier life; called after its frames were restored."""
         self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
         self._queue.restore_place(place)
+        self._history.note_habits()
+        self._history.restore_ends(place.ends)
 
     def place(self) -> Place:
         """What must be known of it after a restart."""
         queue, habits = self._queue, self._habits
         skipped = queue.skipped
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
-        return Place(self.origin, *of_frames, skipped.holes)
+        return Place(self.origin, *of_frames, skipped.holes, () if habits.counts else self._history.ends_to_come())
 
     def restore(self, item: Item, *, is_first: bool) -> None:
         """Goes on after a frame that was released in an earlier life, with those restored before it."""
         self._queue.restore(item.frame.sequence)
         self._habits.is_known = True
-        self._habits.counts = self._habits.counts or item.frame.sequence > 0
+        self._habits.counts = self._habits.counts or item.frame.sequence > 0 or FRAME_POINTS.name in item.frame.names
         self._history.restore(item, is_first=is_first)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)

@@ -21,7 +21,7 @@ FILE = "steps.sqlite3"
 _LOCK = "lock"
 _SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file, and of those that SQLite makes next to it
 _FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in place of a file must not stop us
-_VERSION = 4
+_VERSION = 5
 _MOST_VERSION = 1_000  # a number beyond is not one that a later version of ours could have
 _SCHEMA = """
 CREATE TABLE runs (id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL);
@@ -61,6 +61,10 @@ ALTER TABLE items ADD COLUMN time INTEGER NOT NULL DEFAULT 0;
 UPDATE items SET time = time_of(frame);
 CREATE INDEX items_by_time ON items (run, rank, attempt, writer, time, position, complete);
 """,
+    # Ends of a plain sender's streams that are to come.
+    5: """
+ALTER TABLE places ADD COLUMN ends TEXT NOT NULL DEFAULT '[]';
+""",
 }
 _TABLES = {
     "runs": {"id", "run_id", "life", "last", "added_s", "tenant"},
@@ -72,12 +76,12 @@ _TABLES = {
     "ends": {"run", "rank", "attempt", "writer", "outcome"},
     "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},
     "places": {
-        *("run", "rank", "attempt", "writer", "next", "lowest", "missing", "says_step", "says_epoch", "holes"),
+        *("run", "rank", "attempt", "writer", "next", "lowest", "missing", "says_step", "says_epoch", "holes", "ends"),
     },
     "age": {"seconds"},
 }
 _INDEXES = {"items_by_position", "items_by_number", "items_by_time"}
-_LATER = {"tenant", "tries", "time", "items_by_time"}  # what files of an earlier version may lack
+_LATER = {"tenant", "tries", "time", "items_by_time", "ends"}  # what files of an earlier version may lack
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_TOOBIG}
 
 

@@ -156,7 +156,7 @@ class FileStore:
     def _add(self, new: _New) -> None:
         kept, first_kept = new.kept, new.first_kept
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
-        if not new.items and not new.ended and kept is None and bodies == self._bodies:
+        if not (new.items or new.ended or new.places) and kept is None and bodies == self._bodies:
             return
         changed: dict[str, _Run | None] = {}
         try:
@@ -376,7 +376,8 @@ class FileStore:
         names = {run.key: run_id for run_id, run in self._runs.items()}
         with reading():
             rows = self._connection.execute(
-                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes FROM places"
+                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends "
+                "FROM places"
             ).fetchall()
         found = []
         for key, *row in rows:
@@ -642,8 +643,8 @@ class FileStore:
         run = self._copied(origin.run_id, changed)
         if run is not None:
             of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
-            row = (*of_writer, *place[1:-1], json.dumps(place.holes))
-            connection.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            row = (*of_writer, *place[1:-2], json.dumps(place.holes), json.dumps(place.ends))
+            connection.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def _copied(self, run_id: str, changed: dict[str, _Run | None]) -> _Run | None:
         """A copy that a transaction may change; none when nothing of the run is stored."""

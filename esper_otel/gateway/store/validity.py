@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from esper_otel.frames.encoded import MOST_BYTES
-from esper_otel.gateway.items import Origin, Place
+from esper_otel.frames.frame import WIDTH
+from esper_otel.gateway.items import MOST_ENDS, Origin, Place
 from esper_otel.leyline.senders import is_valid
 
 _MOST_BODY_BYTES = 64 * 1024 * 1024
@@ -67,7 +68,7 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
     Raises:
         ValueError, TypeError, RecursionError: it is not one.
     """
-    attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes = row
+    attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes, ends = row
     bounds = (
         (attempt, 63),
         (rank, 31),
@@ -86,5 +87,15 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
         before = behind
     if len(found) > _MOST_HOLES or None in (attempt, rank, missing):
         raise ValueError("not the place of a writer")
+    to_come = tuple((time, seed, column) for time, seed, column in json.loads(ends))
+    if len(to_come) > MOST_ENDS or not all(map(_is_end, to_come)):
+        raise ValueError("ends of streams that cannot be")
     origin = Origin(run_id, attempt, rank, writer)
-    return Place(origin, next_number, lowest, missing, bool(says_step), bool(says_epoch), tuple(map(tuple, found)))
+    says = bool(says_step), bool(says_epoch)
+    return Place(origin, next_number, lowest, missing, *says, tuple(map(tuple, found)), to_come)
+
+
+def _is_end(end: tuple[Any, Any, Any]) -> bool:
+    time, seed, column = end
+    is_one = type(time) is int and type(seed) is str and type(column) is int
+    return is_one and 0 <= time < 2**64 and -1 <= column < WIDTH and is_valid(seed)

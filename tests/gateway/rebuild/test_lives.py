@@ -23,6 +23,7 @@ from esper_otel.gateway.store.base import Store
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.leyline.packets import packets
+from esper_otel.schema import Stage
 
 MS = 1_000_000
 SEEDS = "abcdef"
@@ -82,6 +83,20 @@ def halves(frame: Frame) -> list[bytes]:
     return made
 
 
+def pieces(frame: Frame, luck: random.Random) -> list[bytes]:
+    """The frame's points in three requests: one may have the frame's number, another how many points there are."""
+    [body] = bodies([frame])
+    made = [ExportMetricsServiceRequest.FromString(body) for _ in range(3)]
+    metrics = [request.resource_metrics[0].scope_metrics[0].metrics for request in made]
+    for place in reversed(range(len(metrics[0]))):
+        for point in reversed(range(len(metrics[0][place].gauge.data_points))):
+            whose = luck.randrange(3)
+            for number, each in enumerate(metrics):
+                if number != whose:
+                    del each[place].gauge.data_points[point]
+    return [request.SerializeToString() for request in made]
+
+
 def received(requests: Iterable[bytes | None], folder: Path | None) -> list[Item]:
     """All that pullers are given by gateways that wait for nothing; None is the end of one, by kill -9."""
 
@@ -138,6 +153,22 @@ def test_late_doubled_and_cut_steps_come_right_over_restarts(
         order.insert(place, None)
     items = received([*halves(first), *order], tmp_path_factory.mktemp("store"))
     assert_as_in_the_process(items, frames)
+
+
+@settings(deadline=None, max_examples=50)
+@given(lives(most=5), st.integers(0, 2**32), st.integers(0, 3))
+def test_steps_whose_points_come_in_pieces_come_right_over_restarts(
+    tmp_path_factory: pytest.TempPathFactory, frames: list[Frame], seed: int, restarts: int
+) -> None:
+    """What came of a step before the gateway ended counts afterwards, and what did not come does not."""
+    luck = random.Random(seed)
+    first, *others = [frame._replace(epoch=frame.sequence % 2) for frame in frames]
+    requests: list[bytes | None] = [piece for frame in others for piece in pieces(frame, luck)]
+    luck.shuffle(requests)
+    for _ in range(restarts):
+        requests.insert(luck.randrange(len(requests)), None)
+    items = received([*bodies([first]), *requests], tmp_path_factory.mktemp("store"))
+    assert_as_in_the_process(items, [first, *others])
 
 
 @pytest.mark.parametrize("count", [60, 600])
@@ -209,6 +240,29 @@ def test_a_wrong_belief_is_put_right_when_the_missing_step_comes_after_a_restart
     items = received([late], tmp_path)
     assert_as_in_the_process(items, frames)
     assert max(item.revision for item in items) == 2
+
+
+@pytest.mark.parametrize("order", ["the stage after a restart", "in pieces"])
+def test_steps_of_blending_are_kept_until_their_stage_comes(tmp_path: Path, order: str) -> None:
+    """A step says how far its seed has blended; that it blends was said before, in a step that is late."""
+    blending = {"a": {"stage": float(Stage.BLENDING), "alpha_steps": 4.0}}
+    rows = [({}, {}), (blending, blending), ({"a": {"alpha_steps": 3.0}}, {"a": {**blending["a"], "alpha_steps": 3.0}})]
+    frames = [
+        make_frame(
+            sequence=step,
+            global_step=step,
+            time_unix_ns=TIME_UNIX_NS + step * MS,
+            seeds=seed_table(seeds),
+            live=seed_table(live),
+        )
+        for step, (seeds, live) in enumerate(rows, 1)
+    ]
+    first, second, third = bodies(frames)
+    requests = [third, None, second]
+    if order == "in pieces":
+        pairs = zip(pieces(frames[2], random.Random(0)), pieces(frames[1], random.Random(0)), strict=True)
+        requests = [request for pair in pairs for request in (*pair, None)]
+    assert_as_in_the_process(received([first, *requests], tmp_path), frames)
 
 
 @settings(deadline=None)

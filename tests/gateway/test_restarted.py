@@ -1,0 +1,116 @@
+"""Restarted: what a plain sender has said is known after a restart of the gateway, and what it has not said is not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from esper_otel.frame import GUESSED_STEP
+from frames import TIME_UNIX_NS
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from test_assemble import without_point
+from test_guessed import EPOCH, POINTS, SEQUENCE, STEP, filtered, resumed
+
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.items import Item
+from esper_otel.gateway.store import FileStore
+
+SECOND = 10**9
+ALPHA, DEPTH = "kasmina.seed.alpha", "esper.seed.layer_depth"
+
+
+def said(second: float, *streams: tuple[str, str], ends: bool = False, loss: float | None = None) -> bytes:
+    """A request of a plain sender: values of seeds, or the ends of these streams; all at one time."""
+    request = ExportMetricsServiceRequest()
+    metrics = request.resource_metrics.add().scope_metrics.add(scope={"name": "a program"}).metrics
+    time_unix_ns = TIME_UNIX_NS + round(second * SECOND)
+    if loss is not None:
+        metrics.add(name="loss").gauge.data_points.add(time_unix_nano=time_unix_ns, as_double=loss)
+    for name, seed in streams:
+        point = metrics.add(name=name).gauge.data_points.add(time_unix_nano=time_unix_ns)
+        point.attributes.add(key="seed_id").value.string_value = seed
+        if ends:
+            point.flags = 1
+        else:
+            point.as_double = 0.5
+    return request.SerializeToString()
+
+
+def newest(folder: Path, *requests: bytes | None, run_id: str = "unknown") -> list[Item]:
+    """The newest revisions, by time, of a gateway that waits for nothing; None is a restart."""
+
+    async def live() -> list[Item]:
+        core = Core(FileStore(folder), hold_s=0.0, linger_s=0.0)
+        for request in requests:
+            if request is None:
+                core.close()
+                core = Core(FileStore(folder), hold_s=0.0, linger_s=0.0)
+            else:
+                core.receive(request)
+        found, cursor = dict[int, Item](), ""
+        while page := core.entries(run_id, cursor, 1000):
+            if not page.entries:
+                break
+            cursor = page.cursor
+            found |= {entry.item.frame.time_unix_ns: entry.item for entry in page.entries}
+        core.close()
+        return [found[time] for time in sorted(found)]
+
+    return asyncio.run(live())
+
+
+def test_a_seed_that_came_late_is_not_silent(tmp_path: Path) -> None:
+    """Of a step some seeds come in a later request than others: they were seen in it all the same."""
+    a, b = (ALPHA, "a"), (ALPHA, "b")
+    items = newest(tmp_path, said(0, a), said(1, a), said(1, b), said(2, a), said(3, a))
+    assert [item.frame.live.ids for item in items] == [("a",), ("a", "b"), ("a", "b"), ("a", "b")]
+    assert [item.frame.retired for item in items] == [()] * 4
+
+
+def test_a_seed_is_not_silent_because_its_last_value_came_long_before_a_restart(tmp_path: Path) -> None:
+    """A gateway goes on from some hundred steps, which may be a few seconds."""
+    a, b = (ALPHA, "a"), (ALPHA, "b")
+    steps = [said(n / 100, a) for n in range(1, 300)]
+    items = newest(tmp_path, said(0, a, b), *steps, None, said(4, a))
+    assert items[-1].frame.live.ids == ("a", "b")
+    [*_, last] = newest(tmp_path, said(310, a))
+    assert (last.frame.live.ids, last.frame.retired) == (("a",), ("b",))
+
+
+def test_an_ended_stream_stays_ended_when_an_earlier_step_is_put_right_after_a_restart(tmp_path: Path) -> None:
+    a = [(ALPHA, "a"), (DEPTH, "a")]
+    before = [said(0, *a), said(1, *a), said(2, a[1], ends=True), said(2, a[0]), said(3, a[0])]
+    for restart in ([], [None]):
+        folder = tmp_path / str(len(restart))
+        items = newest(folder, *before, *restart, said(1, loss=0.25), said(4, a[0]))
+        assert [[*dict(item.frame.live.rows())["a"]] for item in items] == [["alpha", "layer_depth"]] * 2 + [
+            ["alpha"]
+        ] * 3
+
+
+def test_an_end_that_is_to_come_comes_after_a_restart(tmp_path: Path) -> None:
+    a, b = [(ALPHA, "a"), (DEPTH, "a")], (ALPHA, "b")
+    before = [said(0, *a, b), said(2, a[1], b, ends=True)]
+    for restart in ([], [None], [None, None]):
+        folder = tmp_path / str(len(restart))
+        items = newest(folder, *before, *restart, said(1, a[0]), *restart, said(2, a[0]), *restart, said(3, a[0]))
+        alive = [{seed: [*cells] for seed, cells in item.frame.live.rows()} for item in items]
+        both = {"a": ["alpha", "layer_depth"], "b": ["alpha"]}
+        assert alive == [both, both, {"a": ["alpha"]}, {"a": ["alpha"]}]
+        assert [item.frame.retired for item in items] == [(), (), ("b",), ()]
+
+
+def test_numbers_that_were_counted_before_a_restart_are_given_back(tmp_path: Path) -> None:
+    """The sender says its own afterwards, and one of them may be the same."""
+    one, two, three = filtered(resumed(3), SEQUENCE, POINTS, EPOCH, scope="somebody")
+    first, second = without_point(one, STEP)[0], without_point(two, STEP)[0]
+    items = newest(tmp_path, first, second, None, three, run_id="digits-7")
+    times = [item.frame.time_unix_ns for item in items]
+    assert [item.frame.global_step for item in items] == [*(GUESSED_STEP + time for time in times[:2]), 1003]
+    assert [item.complete for item in items] == [False, False, True]
+
+
+def test_the_last_loss_is_found_out_anew_when_a_loss_comes_after_a_restart(tmp_path: Path) -> None:
+    a = (ALPHA, "a")
+    items = newest(tmp_path, said(0, a, loss=3.0), said(1, a), said(2, a), None, said(1, loss=2.0))
+    assert [item.frame.values()["esper.training.loss"] for item in items] == [3.0, 2.0, 2.0]
