@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from signal import Signals
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -40,6 +41,10 @@ class Watch(Loader[Batch]):
     own = frozenset({"put", "validation", "close", "telemetry", "_watching"})
     _watching: Watching
     telemetry: Telemetry
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._watching.has_begun = True
+        return super().__iter__()
 
     def put(self, **values: Scalar | None) -> None:
         """Records step metrics of the step under way: ``put(loss=loss, accuracy=accuracy)``.
@@ -80,8 +85,12 @@ class Watching:
         self.is_ours = is_ours
         self.loop = Loop(telemetry)
         self.feed = Feed(self)
-        self.watched = [_weak(each) for each in (model, loader, *optimizers)]
-        self.steps = Steps(self.loop, self.feed, weakref.ref(model), optimizers)
+        self.has_begun = False
+        self.model = weakref.ref(model)
+        self.optimizers = [weakref.ref(each) for each in optimizers]
+        self.loader = _weak(loader)
+        self.face: Callable[[], object] = lambda: None
+        self.steps = Steps(self.loop, self.feed, self.model, optimizers)
         self._is_over = False
         self._hooks = [
             hook
@@ -89,7 +98,7 @@ class Watching:
             for hook in (each.register_step_pre_hook(self.steps.before), each.register_step_post_hook(self._after))
         ]
         if (dataset := getattr(loader, "dataset", None)) is not None:  # loaders may be made of this one
-            follow(self.feed, lambda other: other is dataset or _sharded(other) is dataset)
+            follow(self.feed, _is_of(_weak(dataset)))
         telemetry.before_close(self.finish)
         _live.add(self)
 
@@ -120,6 +129,18 @@ class Watching:
 
     # -- the end -------------------------------------------------------------------------------------------
 
+    @property
+    def is_left(self) -> bool:
+        """Whether no step can come any more: the model or the optimizers are gone, or the loop that has trained."""
+        if self.model() is None or all(each() is None for each in self.optimizers):
+            return True
+        return self.has_begun and self.steps.count > 0 and self.face() is None and not self.feed.is_open
+
+    def is_of(self, watched: Sequence[object]) -> bool:
+        """Whether it watches one of these."""
+        its = (self.model(), self.loader(), *(each() for each in self.optimizers))
+        return any(one is other for one in its for other in watched if one is not None)
+
     def finish(self, outcome: str | None) -> None:
         """The session is about to be closed, or another one watches the same."""
         if self._is_over:
@@ -127,6 +148,8 @@ class Watching:
         self._is_over = True
         _live.discard(self)
         unfollow(self.feed)
+        with suppress(ValueError):
+            self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - of the same package
         for hook in self._hooks:
             hook.remove()
         if self.feed.is_of_another_thread():  # which may be about to record
@@ -144,23 +167,28 @@ def _weak(value: object) -> Callable[[], object]:
     try:
         return weakref.ref(value)
     except TypeError:  # a list, for instance
-        number = id(value)
-        return lambda: number
+        return lambda: value
 
 
 def _end_earlier(watched: Sequence[object]) -> None:
-    """Of one model, optimizer or loader there is one watch; one whose model or optimizer is gone has ended too."""
+    """Of one model, optimizer or loader there is one watch; of a sweep, that of the newest model."""
     for each in list(_live):
-        before = [one() for one in each.watched]
-        if any(one is None for one in before) or any(one is other for one in before for other in watched):
+        if each.is_left or each.is_of(watched):
             each.finish(None)
             if each.is_ours:
                 each.telemetry.close()
 
 
-def _sharded(dataset: object) -> object:
-    """What this is a shard of, as Accelerate makes them of streams."""
-    return getattr(dataset, "dataset", None) if isinstance(dataset, IterableDataset) else None
+def _is_of(dataset: Callable[[], object]) -> Callable[[object], bool]:
+    """Whether a loader's dataset is this one, or a shard of it, as Accelerate makes them of streams."""
+
+    def is_of(other: object) -> bool:
+        its = dataset()
+        if other is its:
+            return True
+        return its is not None and isinstance(other, IterableDataset) and getattr(other, "dataset", None) is its
+
+    return is_of
 
 
 def watch(
@@ -201,7 +229,9 @@ def watch(
     _end_earlier([model, loader, *optimizers])
     session = start(**arguments) if telemetry is None else telemetry
     watching = Watching(model, optimizers, loader, session, is_ours=telemetry is None)
-    return following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
+    face = following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
+    watching.face = weakref.ref(face)
+    return face
 
 
 def unwrapped(optimizer: object) -> Optimizer:

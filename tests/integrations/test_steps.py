@@ -129,7 +129,7 @@ def test_an_optimizer_that_is_new_gets_all_batches_of_its_first_step() -> None:
     telemetry = esper_otel.start(run_id="accumulating")
     feed = Feed(NothingWaits())
     steps = Steps(Loop(telemetry), feed)
-    feed._waiting = steps  # type: ignore[assignment] # noqa: SLF001 - as a script has it, which is both
+    feed._waiting = steps  # type: ignore[assignment]
     for _ in range(2):
         model, optimizer = setting()
         taker = Taker()
