@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import IterableDataset
 
 from esper_otel.errors import InvalidValue
@@ -97,6 +98,7 @@ class Watching:
             for each in optimizers
             for hook in (each.register_step_pre_hook(self.steps.before), each.register_step_post_hook(self._after))
         ]
+        self._hooks.append(register_optimizer_step_post_hook(self._beside))
         if (dataset := getattr(loader, "dataset", None)) is not None:  # loaders may be made of this one
             follow(self.feed, _is_of(_weak(dataset)))
         telemetry.before_close(self.finish)
@@ -104,6 +106,9 @@ class Watching:
 
     def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self.steps.after()
+
+    def _beside(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
+        self.steps.beside(optimizer)
 
     # -- see ``Waiting`` -----------------------------------------------------------------------------------
 
@@ -235,12 +240,15 @@ def watch(
 
 
 def unwrapped(optimizer: object) -> Optimizer:
-    """The optimizer itself: Accelerate's wrapper may skip steps.
+    """The optimizer itself: Accelerate's wrapper may skip steps, and SAM's makes two for one.
 
     Raises:
         InvalidValue: it is none.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, Optimizer):
-        raise InvalidValue("optimizer", f"a {type(optimizer).__name__} is no torch.optim.Optimizer")
-    return inner
+    for name in ("optimizer", "base_optimizer"):
+        if isinstance(inner := getattr(optimizer, name, None), Optimizer):
+            return inner
+    if not isinstance(optimizer, Optimizer):
+        reason = f"a {type(optimizer).__name__} is no torch.optim.Optimizer; if it wraps one, give that"
+        raise InvalidValue("optimizer", reason)
+    return optimizer
