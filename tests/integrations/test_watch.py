@@ -168,7 +168,7 @@ def test_mistakes_are_said_at_once() -> None:
         watched.close()
 
 
-class Loaded(torch.utils.data.DataLoader):  # type: ignore[misc] # torch may be absent
+class Loaded(torch.utils.data.DataLoader):  # type: ignore[misc, name-defined] # torch may be absent
     """Something that can be referred to weakly, as its dataset."""
 
     def __init__(self) -> None:
