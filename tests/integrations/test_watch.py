@@ -134,7 +134,7 @@ def test_an_epoch_that_trains_nothing_and_one_that_is_left_early() -> None:
 
 
 def test_amp_is_unscaled() -> None:
-    """GradScaler unscales before the optimizer's step; steps that it skips are none."""
+    """GradScaler unscales before the optimizer's step; steps that it skips are none where nothing was put."""
     model, optimizer = setting()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     watched = esper_otel.watch(model, optimizer, Slow(), run_id="run")
@@ -150,6 +150,38 @@ def test_amp_is_unscaled() -> None:
     del norms[2]
     found = [p.state.training_metrics["gradient_norm"] for p in pulled(watched)]
     assert found == pytest.approx(norms, rel=1e-5)
+
+
+def train_scaled(batches: Any, *, watched: bool) -> tuple[list[float], list[Any]]:
+    """The third batch overflows; the scaler skips its step."""
+    model, optimizer = setting()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    if watched:
+        batches = esper_otel.watch(model, optimizer, batches, run_id="run")
+    losses = []
+    for number, (inputs, targets) in enumerate(batches):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets) * (float("inf") if number == 2 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        if watched:
+            batches.put(loss=loss, accuracy=number / 8)
+    weights = [each.tolist() for each in (*model.parameters(), torch.tensor(scaler.get_scale()))]
+    return losses, [weights, pulled(batches) if watched else [], batches]
+
+
+def test_a_step_that_the_scaler_skips_is_a_failed_row_with_what_was_put() -> None:
+    _, (expected, _, _) = train_scaled(Slow(), watched=False)
+    losses, (weights, packets, watched) = train_scaled(Slow(), watched=True)
+    assert weights == expected
+    found = [p.state.training_metrics for p in packets]
+    assert [row["accuracy"] for row in found] == [number / 8 for number in range(BATCHES)]
+    assert ["gradient_norm" in row for row in found] == [number != 2 for number in range(BATCHES)]
+    assert [row.get("loss") for row in found] == [None if number == 2 else each for number, each in enumerate(losses)]
+    health = watched.telemetry.health()
+    assert (health["recorded"], health["failed"], health["nonfinite"]) == (BATCHES, 1, 1)
 
 
 def test_mistakes_are_said_at_once() -> None:
