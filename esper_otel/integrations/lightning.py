@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,6 @@ class EsperCallback(Callback):
         self._trainer = trainer
         self._losses: list[Tensor] = []
         self._later: dict[str, Any] = {}
-        self._samples: int | None = None
         self._is_shared = False
         self._steps = 0
 
@@ -147,8 +147,7 @@ class EsperCallback(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The batch is there."""
         del trainer, pl_module, batch_idx
-        self._samples = samples_of(batch)
-        self._running.batch(self._samples)
+        self._running.batch(samples_of(batch))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """The gradients are whole; LBFGS comes here several times in one step."""
@@ -157,8 +156,7 @@ class EsperCallback(Callback):
         if trainer.global_step > self._steps:  # the step before is over, and the batch is used once more
             self._record(trainer, {})
             self._is_shared = True
-            loop.wait()
-            loop.batch(self._samples)
+            loop.go_on(time.perf_counter())
         groups = optimizer.param_groups
         loop.put({**self._later, "optimizer_lr": groups[0]["lr"]})
         if len(trainer.optimizers) > 1:

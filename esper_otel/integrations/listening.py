@@ -30,7 +30,7 @@ class Listening:
         self,
         owner: object,
         name: str,
-        returned: Callable[[Any], None],
+        returned: Callable[[Any], None] | None = None,
         called: Callable[..., None] | None = None,
         raised: Callable[[BaseException], None] | None = None,
     ) -> None:

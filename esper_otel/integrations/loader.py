@@ -117,6 +117,11 @@ class Feed:
         return self._asked_on is not None
 
     @property
+    def is_open(self) -> bool:
+        """Whether an iteration is under way."""
+        return any(self._is_open(each) for each in list(self._passes.values()))
+
+    @property
     def is_training(self) -> bool:
         """Whether the last batch may be one to train on: neither without gradients, nor of a loop without a step."""
         return self._was_training

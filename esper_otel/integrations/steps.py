@@ -15,10 +15,15 @@ from esper_otel.integrations.loop import Loop
 from esper_otel.log import logger
 
 _MANY = 100
+_SOME = 10
 _UNSEEN = (
     "%d batches and no step of a followed torch.optim optimizer. Not seen are: an optimizer that has replaced the "
     "watched one (watch what accelerator.prepare or apex returns), steps that do not come through torch.optim "
     "(Keras, some of SAM's and DeepSpeed's), steps inside a whole compiled graph, and steps of another process"
+)
+_REPLACED = (
+    "the watched %s has not stepped, but %s has, which has parameters of the same model: give watch() that one "
+    "(what accelerator.prepare or apex returns, a wrapper's own optimizer); until then no step is recorded"
 )
 _SHARDED = (
     "gradient_norm is left out: the gradients are shards of FSDP2 (DTensor), whose norm needs all ranks to take part; "
@@ -53,11 +58,13 @@ class Steps:
         self.count: int = 0
         self._feed = feed
         self._model = model
-        self._known = [weakref.ref(each) for each in optimizers]
+        self._known: list[weakref.ref[Any]] = [weakref.ref(each) for each in optimizers]
         self._last: weakref.ref[Any] | None = None
         self._stepped_s: float | None = None
         self._before: Gradient | None = None
         self._batches = 0
+        self._others = 0
+        self._has_said = False
         self._is_sharded = False
 
     # -- batches; see ``loader.Waiting`` ---------------------------------------------------------------------------
@@ -130,10 +137,27 @@ class Steps:
 
     def say_if_unseen(self) -> None:
         """Why there are no rows, if the loop trains."""
+        if self._has_said:
+            return
         model = self._model()
         has_trained = model is None or any(each.grad is not None for each in model.parameters())
         if self._batches and not self.count and has_trained:
+            self._has_said = True
             logger.warning(_UNSEEN, self._batches)
+
+    def beside(self, optimizer: Any) -> None:
+        """Any optimizer of the process has stepped: whether in the place of the known ones, which have not."""
+        if torch.compiler.is_compiling() or self.count or self._has_said:
+            return
+        model, watched = self._model(), [each() for each in self._known]
+        if model is None or any(each is optimizer for each in watched):
+            return
+        own = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) in own for parameter in _parameters(optimizer)):
+            self._others += 1
+            if self._others == _SOME:
+                self._has_said = True
+                logger.warning(_REPLACED, type(watched[0]).__name__, f"another {type(optimizer).__name__}")
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
@@ -173,8 +197,10 @@ class Steps:
             logger.warning(_SHARDED)
 
     def _index_of(self, optimizer: object) -> int:
+        groups = getattr(optimizer, "param_groups", None)
         for index, known in enumerate(self._known):
-            if known() is optimizer:
+            # What a wrapper such as SAM steps by has the wrapper's own groups, and is not the second of several.
+            if (one := known()) is not None and (one is optimizer or one.param_groups is groups):
                 return index
         if self._model() is None:
             self._before = None  # its gradients are not those that were looked at

@@ -97,6 +97,10 @@ class EsperCallback(TrainerCallback):
             self._listening = [
                 Listening(trainer, "training_step", self._computed, self._asked, self._failed),
                 Listening(trainer.accelerator, "clip_grad_norm_", self._clipped),
+                # Batches; evaluating, saving and logging; other callbacks: no event says that they have raised.
+                Listening(trainer, "get_batch_samples", raised=self._failed),
+                Listening(trainer, "_maybe_log_save_evaluate", raised=self._failed),
+                Listening(trainer.callback_handler, "call_event", raised=self._failed),
             ]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from signal import Signals
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import IterableDataset
 
 from esper_otel.errors import InvalidValue
@@ -40,6 +42,10 @@ class Watch(Loader[Batch]):
     own: frozenset[str] = frozenset({"put", "validation", "close", "telemetry", "_watching"})
     _watching: Watching
     telemetry: Telemetry
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._watching.has_begun = True
+        return super().__iter__()
 
     def put(self, **values: Scalar | None) -> None:
         """Records step metrics of the step under way: ``put(loss=loss, accuracy=accuracy)``.
@@ -80,21 +86,29 @@ class Watching:
         self.is_ours = is_ours
         self.loop: Loop = Loop(telemetry)
         self.feed: Feed = Feed(self)
-        self.watched: list[Callable[[], object]] = [_weak(each) for each in (model, loader, *optimizers)]
-        self.steps: Steps = Steps(self.loop, self.feed, weakref.ref(model), optimizers)
+        self.has_begun: bool = False
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self.optimizers: list[Callable[[], object]] = [weakref.ref(each) for each in optimizers]
+        self.loader: Callable[[], object] = _weak(loader)
+        self.face: Callable[[], object] = lambda: None
+        self.steps: Steps = Steps(self.loop, self.feed, self.model, optimizers)
         self._is_over = False
         self._hooks = [
             hook
             for each in optimizers
             for hook in (each.register_step_pre_hook(self.steps.before), each.register_step_post_hook(self._after))
         ]
+        self._hooks.append(register_optimizer_step_post_hook(self._beside))
         if (dataset := getattr(loader, "dataset", None)) is not None:  # loaders may be made of this one
-            follow(self.feed, lambda other: other is dataset or _sharded(other) is dataset)
+            follow(self.feed, _is_of(_weak(dataset)))
         telemetry.before_close(self.finish)
         _live.add(self)
 
     def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self.steps.after()
+
+    def _beside(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
+        self.steps.beside(optimizer)
 
     # -- see ``Waiting`` -----------------------------------------------------------------------------------
 
@@ -120,6 +134,18 @@ class Watching:
 
     # -- the end -------------------------------------------------------------------------------------------
 
+    @property
+    def is_left(self) -> bool:
+        """Whether no step can come any more: the model or the optimizers are gone, or the loop that has trained."""
+        if self.model() is None or all(each() is None for each in self.optimizers):
+            return True
+        return self.has_begun and self.steps.count > 0 and self.face() is None and not self.feed.is_open
+
+    def is_of(self, watched: Sequence[object]) -> bool:
+        """Whether it watches one of these."""
+        its = (self.model(), self.loader(), *(each() for each in self.optimizers))
+        return any(one is other for one in its for other in watched if one is not None)
+
     def finish(self, outcome: str | None) -> None:
         """The session is about to be closed, or another one watches the same."""
         if self._is_over:
@@ -127,6 +153,8 @@ class Watching:
         self._is_over = True
         _live.discard(self)
         unfollow(self.feed)
+        with suppress(ValueError):
+            self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - of the same package
         for hook in self._hooks:
             hook.remove()
         if self.feed.is_of_another_thread():  # which may be about to record
@@ -144,23 +172,28 @@ def _weak(value: object) -> Callable[[], object]:
     try:
         return weakref.ref(value)
     except TypeError:  # a list, for instance
-        number = id(value)
-        return lambda: number
+        return lambda: value
 
 
 def _end_earlier(watched: Sequence[object]) -> None:
-    """Of one model, optimizer or loader there is one watch; one whose model or optimizer is gone has ended too."""
+    """Of one model, optimizer or loader there is one watch; of a sweep, that of the newest model."""
     for each in list(_live):
-        before = [one() for one in each.watched]
-        if any(one is None for one in before) or any(one is other for one in before for other in watched):
+        if each.is_left or each.is_of(watched):
             each.finish(None)
             if each.is_ours:
                 each.telemetry.close()
 
 
-def _sharded(dataset: object) -> object:
-    """What this is a shard of, as Accelerate makes them of streams."""
-    return getattr(dataset, "dataset", None) if isinstance(dataset, IterableDataset) else None
+def _is_of(dataset: Callable[[], object]) -> Callable[[object], bool]:
+    """Whether a loader's dataset is this one, or a shard of it, as Accelerate makes them of streams."""
+
+    def is_of(other: object) -> bool:
+        its = dataset()
+        if other is its:
+            return True
+        return its is not None and isinstance(other, IterableDataset) and getattr(other, "dataset", None) is its
+
+    return is_of
 
 
 def watch(
@@ -201,16 +234,21 @@ def watch(
     _end_earlier([model, loader, *optimizers])
     session = start(**arguments) if telemetry is None else telemetry
     watching = Watching(model, optimizers, loader, session, is_ours=telemetry is None)
-    return following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
+    face = following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
+    watching.face = weakref.ref(face)
+    return face
 
 
 def unwrapped(optimizer: object) -> Optimizer:
-    """The optimizer itself: Accelerate's wrapper may skip steps.
+    """The optimizer itself: Accelerate's wrapper may skip steps, and SAM's makes two for one.
 
     Raises:
         InvalidValue: it is none.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, Optimizer):
-        raise InvalidValue("optimizer", f"a {type(optimizer).__name__} is no torch.optim.Optimizer")
-    return inner
+    for name in ("optimizer", "base_optimizer"):
+        if isinstance(inner := getattr(optimizer, name, None), Optimizer):
+            return inner
+    if not isinstance(optimizer, Optimizer):
+        reason = f"a {type(optimizer).__name__} is no torch.optim.Optimizer; if it wraps one, give that"
+        raise InvalidValue("optimizer", reason)
+    return optimizer

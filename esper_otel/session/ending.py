@@ -246,8 +246,8 @@ class _Exits:
 
 def _main_program() -> FrameType | None:
     """The outermost frame of the main thread, if it is a script's or that of ``python -m``."""
-    for frame in sys._current_frames().values():  # noqa: SLF001 - the documented way to it
-        outermost = _outermost(frame)
+    # One of the frames is this function's own: in a variable of its own it would keep those that called it, and theirs.
+    for outermost in map(_outermost, sys._current_frames().values()):  # noqa: SLF001 - the documented way to it
         where = outermost.f_globals.get("__name__"), outermost.f_code.co_name
         if where in {("__main__", "<module>"), ("runpy", "_run_module_as_main")}:
             return outermost

@@ -49,7 +49,7 @@ class Stream(IterableDataset[Any]):
     """Samples without a length."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(Data())
+        return iter(Data(0.001))
 
 
 class Loaded(DataLoader[Any]):

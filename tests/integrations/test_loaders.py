@@ -110,6 +110,9 @@ def test_waits_are_those_of_the_loop_also_where_batches_are_fetched_ahead(watche
     assert min(waits[0], waits[6]) >= 8.0
     assert min(*waits[1:4], *waits[7:10]) >= 4.0
     assert max(waits[5], waits[11]) < 4.0
+    dispatched = [row["input_wait_ms"] for row in watched["accelerates_streams"]["rows"]]
+    assert dispatched[0] >= 8.0
+    assert sum(dispatched) >= 21.0
 
 
 def test_a_loop_that_is_left_waits_no_longer(watched: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -209,3 +210,110 @@ def test_a_second_watch_of_one_model_ends_the_first() -> None:
     assert len(rows(second)) == 4
     assert rows(first) == []
     assert not optimizer._optimizer_step_pre_hooks
+
+
+class Sam(torch.optim.Optimizer):  # type: ignore[misc, name-defined] # torch may be absent
+    """As the public one: two steps for one, the second of them by an optimizer inside."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups: list[Any] = self.base_optimizer.param_groups
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def first_step(self) -> None:
+        for each in self.param_groups[0]["params"]:
+            self.state[each]["moved"] = each.grad * 0.05
+            each.add_(self.state[each]["moved"])
+            each.grad = None
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def second_step(self) -> None:
+        for each in self.param_groups[0]["params"]:
+            each.sub_(self.state[each]["moved"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+    def step(self, closure: Any = None) -> None:
+        with torch.enable_grad():
+            closure()
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+def train_by_sam(model: Any, optimizer: Sam, batches: Any, *, by_closure: bool) -> list[float]:
+    norms: list[float] = []
+    for (inputs,) in batches:
+        evaluate = closure(model, optimizer, inputs, norms)
+        if by_closure:
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.first_step()
+            evaluate()
+            optimizer.second_step()
+    return norms[1::2]
+
+
+@pytest.mark.parametrize("by_closure", [True, False])
+def test_the_two_steps_of_sam_are_one_row(*, by_closure: bool) -> None:
+    """With the norm that the second of them sees, and the weights to the last bit."""
+    weights = []
+    for is_watched in (False, True):
+        torch.manual_seed(0)
+        model, optimizer = setting(Sam)
+        batches = esper_otel.watch(model, optimizer, loader(16)) if is_watched else loader(16)
+        norms = train_by_sam(model, optimizer, batches, by_closure=by_closure)
+        weights.append([each.tolist() for each in model.parameters()])
+    assert weights[0] == weights[1]
+    found = rows(batches)
+    assert [row["gradient_norm"] for row in found] == pytest.approx(norms)
+    assert all("samples_per_s" in row for row in found)
+
+
+def test_sam_is_not_two_optimizers_for_run() -> None:
+    """Which hears of both."""
+    telemetry = esper_otel.start()
+    feed = Feed(NothingWaits())
+    steps = Steps(Loop(telemetry), feed)
+    model, optimizer = setting(Sam)
+    hooks = [
+        hook
+        for each in (optimizer, optimizer.base_optimizer)
+        for hook in (each.register_step_pre_hook(steps.before), each.register_step_post_hook(lambda *_: steps.after()))
+    ]
+    norms = train_by_sam(model, optimizer, loader(16), by_closure=True)
+    steps.end()
+    for hook in hooks:
+        hook.remove()
+    telemetry.close()
+    found = list(telemetry.pull(max_packets=10))
+    assert [packet.state.training_metrics["gradient_norm"] for packet in found] == pytest.approx(norms)
+    assert len(steps._known) == 1
+
+
+def test_an_optimizer_in_the_place_of_the_watched_one_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not one of another model."""
+    model, optimizer = setting()
+    other = torch.optim.AdamW([*model.parameters()][1:], lr=0.1)
+    another, its = setting()
+    watched = esper_otel.watch(model, optimizer, loader(2))
+    for _ in range(8):
+        for (inputs,) in watched:
+            (model(inputs).sum() + another(inputs).sum()).backward()
+            other.step()
+            its.step()
+    watched.close()
+    said = [record.getMessage() for record in caplog.records if "has not stepped" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("the watched SGD has not stepped, but another AdamW has")
+    assert "no step of a followed" not in caplog.text
+    assert not import_module("torch.optim.optimizer")._global_optimizer_post_hooks
+
+
+def test_a_wrapper_that_is_no_optimizer_is_refused_with_what_to_give() -> None:
+    model, _ = setting()
+    with pytest.raises(esper_otel.InvalidValue, match="if it wraps one, give that"):
+        esper_otel.watch(model, object(), loader())  # type: ignore[arg-type]

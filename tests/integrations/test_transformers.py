@@ -173,13 +173,41 @@ def test_a_resumed_run_goes_on_with_its_numbers_and_averages(tmp_path: Path) -> 
     )
 
 
-def test_an_exception_goes_on(tmp_path: Path) -> None:
+class Failing(transformers.Trainer):  # type: ignore[misc, name-defined]
+    """Has no more batches, or cannot evaluate, after two steps."""
+
+    where = ""
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        if self.where == "batches" and self.state.global_step == 2:
+            raise KeyError("in the middle")
+        return super().get_batch_samples(*arguments, **named)
+
+    def evaluate(self, *arguments: Any, **named: Any) -> Any:
+        if self.where == "evaluation":
+            raise KeyError("in the middle")
+        return super().evaluate(*arguments, **named)
+
+
+@pytest.mark.parametrize("where", ["callback", "batches", "evaluation"])
+def test_an_exception_outside_the_training_step_ends_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """With its name; nothing of ours is left in the Trainer's classes, and it can train once more."""
+    kinds = (Failing, transformers.Trainer, accelerate.Accelerator, transformers.trainer_callback.CallbackHandler)
+    classes = [dict(vars(kind)) for kind in kinds]
     callback = EsperCallback(run_id="hf")
-    trainer = train(tmp_path, callback, Fails(), runs=False)
+    caplog.set_level("INFO", "esper_otel")
+    more: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = train(tmp_path, callback, *([Fails()] if where == "callback" else []), kind=Failing, runs=False, **more)
+    trainer.where = where
     with pytest.raises(KeyError, match="in the middle"):
         trainer.train()
-    assert [p.step for p in pulled(callback)] == [1, 2]
-    assert len(_live) == 1
+    assert "run hf KeyError, frames recorded" in caplog.text
+    assert [p.step for p in pulled(callback)] == [1, 2, *([3] if where == "callback" else [])]
+    assert not _live
+    assert [dict(vars(kind)) for kind in kinds] == classes
+    trainer.where = ""
     trainer.remove_callback(Fails)
     trainer.train()
     assert not _live

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 import esper_otel
 from esper_otel import InvalidValue, Packets, UnknownMetric
+from esper_otel.session import ending
 
 torch = pytest.importorskip("torch")
 
@@ -132,7 +135,7 @@ def test_an_epoch_that_trains_nothing_and_one_that_is_left_early() -> None:
 
 
 def test_amp_is_unscaled() -> None:
-    """GradScaler unscales before the optimizer's step; steps that it skips are none."""
+    """GradScaler unscales before the optimizer's step; steps that it skips are none where nothing was put."""
     model, optimizer = setting()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     watched = esper_otel.watch(model, optimizer, Slow(), run_id="run")
@@ -150,6 +153,38 @@ def test_amp_is_unscaled() -> None:
     assert found == pytest.approx(norms, rel=1e-5)
 
 
+def train_scaled(batches: Any, *, watched: bool) -> tuple[list[float], list[Any]]:
+    """The third batch overflows; the scaler skips its step."""
+    model, optimizer = setting()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    if watched:
+        batches = esper_otel.watch(model, optimizer, batches, run_id="run")
+    losses = []
+    for number, (inputs, targets) in enumerate(batches):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets) * (float("inf") if number == 2 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        if watched:
+            batches.put(loss=loss, accuracy=number / 8)
+    weights = [each.tolist() for each in (*model.parameters(), torch.tensor(scaler.get_scale()))]
+    return losses, [weights, pulled(batches) if watched else [], batches]
+
+
+def test_a_step_that_the_scaler_skips_is_a_failed_row_with_what_was_put() -> None:
+    _, (expected, _, _) = train_scaled(Slow(), watched=False)
+    losses, (weights, packets, watched) = train_scaled(Slow(), watched=True)
+    assert weights == expected
+    found = [p.state.training_metrics for p in packets]
+    assert [row["accuracy"] for row in found] == [number / 8 for number in range(BATCHES)]
+    assert ["gradient_norm" in row for row in found] == [number != 2 for number in range(BATCHES)]
+    assert [row.get("loss") for row in found] == [None if number == 2 else each for number, each in enumerate(losses)]
+    health = watched.telemetry.health()
+    assert (health["recorded"], health["failed"], health["nonfinite"]) == (BATCHES, 1, 1)
+
+
 def test_mistakes_are_said_at_once() -> None:
     model, optimizer = setting()
     with pytest.raises(InvalidValue, match="optimizer"):
@@ -164,6 +199,110 @@ def test_mistakes_are_said_at_once() -> None:
         with pytest.raises(UnknownMetric, match="loss"):
             watched.put(los=1.0)
         watched.close()
+
+
+class Loaded(torch.utils.data.DataLoader):  # type: ignore[misc, name-defined] # torch may be absent
+    """Something that can be referred to weakly, as its dataset."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.utils.data.TensorDataset(torch.ones(BATCH, 4)), batch_size=4)
+
+
+def steps(loader: Any, model: Any, optimizer: Any) -> None:
+    for (inputs,) in loader:
+        optimizer.zero_grad()
+        model(inputs).sum().backward()
+        optimizer.step()
+
+
+def references(*objects: Any) -> list[weakref.ref[Any]]:
+    return [weakref.ref(each) for each in objects]
+
+
+def cell(lr: float, *, closes: bool = False) -> tuple[list[weakref.ref[Any]], Any]:
+    """A notebook's cell, or one turn of a sweep; returns what is to be freed, and its session."""
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    loader = Loaded()
+    watched = esper_otel.watch(model, optimizer, loader)
+    steps(watched, model, optimizer)
+    if closes:
+        watched.close()
+    return references(model, optimizer, loader, loader.dataset, watched), watched.telemetry
+
+
+def is_over(telemetry: Any) -> bool:
+    return telemetry not in ending._live
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_was_watched_is_freed_at_once(monkeypatch: pytest.MonkeyPatch, *, closes: bool) -> None:
+    """Without waiting for the collector, as without us, and though the session may still be live."""
+    monkeypatch.setattr(ending, "_exits", ending._Exits())
+    gc.collect()
+    gc.disable()
+    try:
+        freed, telemetry = cell(0.1, closes=closes)
+        assert [each() for each in freed] == [None] * 5
+    finally:
+        gc.enable()
+    telemetry.close()
+
+
+def test_the_sessions_of_a_sweep_end_one_after_another() -> None:
+    sessions = []
+    for lr in (0.1, 0.2, 0.3):
+        sessions.append(cell(lr)[1])
+        assert [is_over(each) for each in sessions] == [True] * (len(sessions) - 1) + [False]
+    sessions[-1].close()
+    assert [each.health()["recorded"] for each in sessions] == [2, 2, 2]
+
+
+def test_the_next_watch_ends_a_loop_that_is_over_though_its_model_is_kept() -> None:
+    kept, sessions = [], []
+    for _ in range(3):
+        model, optimizer = setting()
+        loader = Loaded()
+        watched = esper_otel.watch(model, optimizer, loader)
+        sessions.append(watched.telemetry)
+        kept.append((model, optimizer, loader))
+        iterator = iter(watched)
+        del watched
+        steps(iterator, model, optimizer)
+        del iterator
+    assert [is_over(each) for each in sessions] == [True, True, False]
+    sessions[-1].close()
+
+
+def test_a_watch_that_is_still_of_use_goes_on_beside_another() -> None:
+    """One that is kept, one whose loop is under way, and one that has not begun; also without their loaders."""
+    settings = [setting() for _ in range(4)]
+    watches: list[Any] = [esper_otel.watch(*each, Loaded()) for each in settings[:3]]
+    sessions = [each.telemetry for each in watches]
+    steps(watches[0], *settings[0])
+    watches[1] = iter(watches[1])
+    steps([next(watches[1])], *settings[1])
+    watches[2] = torch.utils.data.DataLoader(watches[2].dataset, batch_size=2)  # as Accelerate's prepare
+    last = esper_otel.watch(*settings[3], Loaded())
+    assert not any(is_over(each) for each in sessions)
+    for watched, trained in zip(watches, settings, strict=False):
+        steps(watched, *trained)
+    for each in (*sessions, last.telemetry):
+        each.close()
+    assert [each.health()["recorded"] for each in sessions] == [4, 2, 4]
+
+
+def test_watches_in_one_session_do_not_pile_up() -> None:
+    with esper_otel.start() as telemetry:
+        freed = []
+        for _ in range(3):
+            model, optimizer = setting()
+            watched = esper_otel.watch(model, optimizer, Loaded(), telemetry=telemetry)
+            steps(watched, model, optimizer)
+            freed += references(watched._watching)
+        del watched
+        gc.collect()
+        assert [each() is None for each in freed] == [True, True, False]
 
 
 SCRIPT = """

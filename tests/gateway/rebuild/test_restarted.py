@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from esper_otel.frame import GUESSED_STEP
-from frames import TIME_UNIX_NS
+from frame_examples import TIME_UNIX_NS
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from test_assemble import without_point
+from test_assembler import without_point
 from test_guessed import EPOCH, POINTS, SEQUENCE, STEP, filtered, resumed
 
+from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item
-from esper_otel.gateway.store import FileStore
+from esper_otel.gateway.store.sqlite import FileStore
 
 SECOND = 10**9
 ALPHA, DEPTH = "kasmina.seed.alpha", "esper.seed.layer_depth"
