@@ -27,12 +27,12 @@ from frame_examples import make_frame, seed_table
 from fuzz_stores import fuzz_store
 
 from esper_otel.cli import main
-from esper_otel.export.encode import Along, Encoder
+from esper_otel.export.encode import BesideFrames, Encoder
 from esper_otel.export.resource import resources
 from esper_otel.export.streams import Streams
 from esper_otel.frames import black_box as blackbox
 from esper_otel.frames import records
-from esper_otel.frames.records import RecordWriter, Stored, frames_in
+from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
 from esper_otel.schema import METRICS, Metric, Stage
 
 HOSTILE_TEXTS = (
@@ -192,7 +192,7 @@ def honest_records() -> list[bytes]:
         make_frame(sequence=3, time_unix_ns=1_790_000_000_002_000_000, seeds=seeds, live=seeds, retired=("seed-3",)),
         make_frame(sequence=4, time_unix_ns=1_790_000_000_003_000_000, live=seeds),
     ]
-    return list(records._records(b"".join(map(writer.record, made)), Stored()))
+    return list(records._records(b"".join(map(writer.record, made)), StoredContext()))
 
 
 def hostile_record(luck: random.Random, record: bytes) -> bytes:
@@ -217,7 +217,7 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     place = luck.randrange(len(contents) + 1)
     hostile = [hostile_record(luck, luck.choice(contents)) for _ in range(luck.randint(1, 3))]
     contents[place : place + luck.randint(0, 1)] = hostile
-    stored = Stored()
+    stored = StoredContext()
     content = b"".join(map(records._record, contents))
     frames = list(frames_in(mutated_bytes(luck, content) if luck.random() < 0.3 else content, stored))
     frames.sort(key=lambda frame: frame.sequence)
@@ -225,7 +225,7 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     encoder = Encoder(catalogue, stored.resources.__getitem__)
     streams = Streams()
     for frame in frames:
-        requests = list(encoder.requests([frame], Along(streams.note([frame]))))
+        requests = list(encoder.requests([frame], BesideFrames(streams.note([frame]))))
         assert all(request.body for request in requests)
     streams.all_ended()
 

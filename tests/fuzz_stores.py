@@ -22,7 +22,7 @@ from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, Unk
 from esper_otel.frames.encoded import frame_to_bytes
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.serve.metrics import prometheus_text
-from esper_otel.gateway.store.base import Kept
+from esper_otel.gateway.store.base import KeptRequest
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
@@ -58,7 +58,7 @@ def honest_store() -> bytes:
         asyncio.run(fill(Path(made)))
         with closing(FileStore(Path(made))) as store:
             for number, step in enumerate((13, 14), 1_000):
-                store.add([], kept=Kept(number, _body(step), False, 5), first_kept=1_000)
+                store.add([], kept=KeptRequest(number, _body(step), False, 5), first_kept=1_000)
         return (Path(made) / FILE).read_bytes()
 
 

@@ -82,20 +82,20 @@ def test_other_commands_do_not_import_the_demo() -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands in for ``esper_otel.check.endpoint``; ``ok`` is its answer, ``calls`` what it was asked."""
+    """Stands in for ``esper_otel.check.one_frame``; ``ok`` is its answer, ``calls`` what it was asked."""
     asked = SimpleNamespace(ok=True, calls=[])
 
     def run_check(**wanted: float) -> SimpleNamespace:
         asked.calls.append(wanted)
         return SimpleNamespace(ok=asked.ok)
 
-    module = ModuleType("esper_otel.check.endpoint")
+    module = ModuleType("esper_otel.check.one_frame")
     module.__dict__.update(
         run_check=run_check,
         report_text=lambda result: f"ok: {result.ok}",
         report_json=lambda result: json.dumps({"ok": result.ok}),
     )
-    monkeypatch.setitem(sys.modules, "esper_otel.check.endpoint", module)
+    monkeypatch.setitem(sys.modules, "esper_otel.check.one_frame", module)
     return asked
 
 
@@ -201,7 +201,7 @@ def test_an_error_of_ours_is_one_line_on_stderr_and_exit_status_2(
     def run_check(**_wanted: float) -> None:
         raise ConfigurationError("OTEL_EXPORTER_OTLP_PROTOCOL='smtp':\n  give grpc or http/protobuf")
 
-    monkeypatch.setattr(sys.modules["esper_otel.check.endpoint"], "run_check", run_check)
+    monkeypatch.setattr(sys.modules["esper_otel.check.one_frame"], "run_check", run_check)
     assert main(["check"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -226,5 +226,5 @@ def test_an_interrupt_ends_it_quietly(asked: SimpleNamespace, monkeypatch: pytes
     def run_check(**_wanted: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["esper_otel.check.endpoint"], "run_check", run_check)
+    monkeypatch.setattr(sys.modules["esper_otel.check.one_frame"], "run_check", run_check)
     assert main(["check"]) == 130

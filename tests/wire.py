@@ -10,7 +10,7 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.encode import Encoder
 from esper_otel.frames.frame import Frame, Run
-from esper_otel.gateway.receive.request import Decoded, Malformed
+from esper_otel.gateway.receive.request import DecodedRequest, Malformed
 from esper_otel.schema import METRICS
 
 CATALOGUE = {metric.name: metric for metric in METRICS}
@@ -50,7 +50,7 @@ def body_of(*run_ids: str, step: int = 1) -> bytes:
     return b"".join(bodies(make_frame(run=replace(RUN, run_id=run_id), **times) for run_id in run_ids))
 
 
-def said(decode: Callable[[bytes], Decoded], body: bytes) -> object:
+def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
     """What a decoder says, comparable; the word for a request that it refuses."""
     try:
         decoded = decode(body)

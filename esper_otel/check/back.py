@@ -12,7 +12,7 @@ QUIET_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Back:
+class ReadBack:
     """Where a run is read back, and for how long it is waited for.
 
     Attributes:
@@ -30,7 +30,7 @@ class Back:
     timeout_s: float = 30.0
 
 
-class Fault(NamedTuple):
+class Difference(NamedTuple):
     """What is not as it was sent, and what to look for on the way."""
 
     message: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from esper_otel.check.back import Fault
+from esper_otel.check.back import Difference
 
 _UNITS = {
     "whole seconds": 10**9,
@@ -17,7 +17,7 @@ _UNITS = {
 _MOST = 4
 
 
-def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str], where: str) -> Iterator[Fault]:
+def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str], where: str) -> Iterator[Difference]:
     """What differs between two sets of named values; the most telling first."""
     lost = sorted(sent.keys() - came.keys(), key=_rank)
     more = sorted(came.keys() - sent.keys(), key=_rank)
@@ -26,7 +26,7 @@ def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str]
     if renamed is not None and not renamed[0].startswith("seed "):
         yield _of_renamed(*renamed, where)
     if {*more} and {*more} <= {"esper.isolation.violations", "esper.training.loss"}:
-        yield Fault(
+        yield Difference(
             f"esper.frame.sequence did not arrive, in {where}: the step is taken for one of a program that does not "
             "number its steps",
             "a filter on the way drops it",
@@ -37,34 +37,36 @@ def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str]
         before, after = sent[changed[0]], came[changed[0]]
         is_replaced = isinstance(before, float) and not math.isfinite(before)
         fix = "replaces what is not finite" if is_replaced else "changes values"
-        yield Fault(f"{changed[0]} was {_compared(before, after)}, in {where}", f"a processor on the way {fix}")
+        yield Difference(f"{changed[0]} was {_compared(before, after)}, in {where}", f"a processor on the way {fix}")
     if more and more[0].startswith("seed "):
-        yield Fault(f"{more[0]} is alive in {where}, although its life has ended", "a filter drops esper.seed.retired")
+        yield Difference(
+            f"{more[0]} is alive in {where}, although its life has ended", "a filter drops esper.seed.retired"
+        )
     if more:
         what = f"{more[0]} was not recorded, and came as {came[more[0]]}, in {where}"
-        yield Fault(what, "something on the way adds metrics, or fills gaps")
+        yield Difference(what, "something on the way adds metrics, or fills gaps")
 
 
-def _of_renamed(old: str, new: str, where: str) -> Fault:
+def _of_renamed(old: str, new: str, where: str) -> Difference:
     (metric, _, seed), (other_metric, _, other_seed) = old.partition(" of seed "), new.partition(" of seed ")
     if metric == other_metric:
         what = f"seed {seed} came as seed {other_seed}, in {where}"
-        return Fault(what, "a transform on the way changes the attribute seed_id of the points")
-    return Fault(f"{old} came as {new}, in {where}", "a transform on the way renames metrics")
+        return Difference(what, "a transform on the way changes the attribute seed_id of the points")
+    return Difference(f"{old} came as {new}, in {where}", "a transform on the way renames metrics")
 
 
-def _of_lost(lost: Sequence[str], sent: Mapping[str, float | str], where: str) -> Fault:
+def _of_lost(lost: Sequence[str], sent: Mapping[str, float | str], where: str) -> Difference:
     values = [sent[name] for name in lost]
     if all(isinstance(value, float) and not math.isfinite(value) for value in values):
         what = f"{lost[0]} was {values[0]} and did not arrive, in {where}"
-        return Fault(what, "something on the way drops what is not finite")
+        return Difference(what, "something on the way drops what is not finite")
     fix = "a filter on the way drops it, or a limit of series"
     if all(" of seed " in name or name.startswith("seed ") for name in lost):
         fix += ", or a grouping takes the attribute seed_id from the points"
-    return Fault(f"{_listed(lost)} did not arrive, in {where}", fix)
+    return Difference(f"{_listed(lost)} did not arrive, in {where}", fix)
 
 
-def of_times(sent: Collection[tuple[int, int]], came: Collection[tuple[int, int]]) -> Iterator[Fault]:
+def of_times(sent: Collection[tuple[int, int]], came: Collection[tuple[int, int]]) -> Iterator[Difference]:
     """Times, with their ranks in front, that nobody has sent: cut to a unit, or others."""
     odd = sorted({*came} - {*sent})
     if not odd:
@@ -75,11 +77,11 @@ def of_times(sent: Collection[tuple[int, int]], came: Collection[tuple[int, int]
         cut = {(time_ns + more) // size * size for time_ns in times for more in (0, size // 2)}
         if all(time_ns in cut for _, time_ns in odd):
             what = f"the times of steps came cut to {unit}, and were sent to the nanosecond"
-            yield Fault(what, f"{fix}; steps within one such unit become one")
+            yield Difference(what, f"{fix}; steps within one such unit become one")
     away_ns = odd[0][1] - min(time_ns for rank, time_ns in sent if rank == odd[0][0])
     if {*came} == {(rank, time_ns + away_ns) for rank, time_ns in sent}:
-        yield Fault(f"the times of all steps came {away_ns / 1e9:+.9f} s away from what was sent", fix)
-    yield Fault(f"a step of rank {odd[0][0]} came with a time that none was sent with: {odd[0][1]} ns", fix)
+        yield Difference(f"the times of all steps came {away_ns / 1e9:+.9f} s away from what was sent", fix)
+    yield Difference(f"a step of rank {odd[0][0]} came with a time that none was sent with: {odd[0][1]} ns", fix)
 
 
 def steps_in_words(steps: Sequence[int]) -> str:

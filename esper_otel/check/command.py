@@ -28,17 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Checks, and prints what was found; 1 where something is wrong."""
-    from esper_otel.check.endpoint import report_json, report_text, run_check
+    from esper_otel.check.one_frame import report_json, report_text, run_check
 
     for option in ("prometheus", "gateway"):
         if getattr(options, option) is not None and not options.through:
             raise ConfigurationError(f"--{option} is where a run is looked for that went through: give --through too")
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
     if options.through:
-        from esper_otel.check.through import Back, run_through
+        from esper_otel.check.through import ReadBack, run_through
 
         files = (options.gateway_token_file, options.gateway_ca_file)
-        back = Back(options.prometheus, options.gateway, *files, timeout_s=options.within)
+        back = ReadBack(options.prometheus, options.gateway, *files, timeout_s=options.within)
         stages = (*result.stages, *(run_through(back) if result.ok else ()))
         result = replace(result, stages=stages, ok=all(stage.ok is not False for stage in stages))
     sys.stdout.write(f"{report_json(result) if options.json else report_text(result)}\n")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from esper_otel.check.back import QUIET_S, Back, Fault
+from esper_otel.check.back import QUIET_S, Difference, ReadBack
 from esper_otel.check.changes import differences, of_times, steps_in_words
-from esper_otel.check.endpoint import Stage
-from esper_otel.check.marked_run import EPOCH, FIRST_STEP, RANKS, RETIRED, Marked
+from esper_otel.check.marked_run import EPOCH, FIRST_STEP, RANKS, RETIRED, MarkedRun
+from esper_otel.check.one_frame import CheckStage
 from esper_otel.errors import GatewayError, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.leyline.packets import Packets, packets
@@ -24,7 +24,7 @@ _EVENTS = frozenset({"loss_nonfinite", "value_nonfinite", "value_invalid"})
 _NEWEST = "something on the way keeps the newest value of each series only: an interval processor, or an aggregation"
 
 
-def at_gateway(back: Back, marked: Marked, sent_s: float) -> Stage:
+def at_gateway(back: ReadBack, marked: MarkedRun, sent_s: float) -> CheckStage:
     """What has become of the run at the gateway."""
     where = f"gateway {back.gateway}"
     mine = [packets(frame) for frames in marked.frames for frame in frames]
@@ -37,10 +37,10 @@ def at_gateway(back: Back, marked: Marked, sent_s: float) -> Stage:
             fault = next(_faults(mine, found), None) if found else _of_nothing(client, marked.run_id, back.timeout_s)
     except GatewayError as error:
         fix = "see whether it runs, whether the port is that of its gRPC, and whether a token or TLS is wanted"
-        fault = Fault(str(error).removeprefix(f"{where}: "), fix)
+        fault = Difference(str(error).removeprefix(f"{where}: "), fix)
     if fault is not None:
-        return Stage(where, False, *fault)
-    return Stage(
+        return CheckStage(where, False, *fault)
+    return CheckStage(
         where,
         True,
         f"{len(mine)} steps of {RANKS} ranks came whole after {delay_s:.2f} s: numbers, ranks and seeds as sent, times "
@@ -76,21 +76,21 @@ def _other_name(client: TamiyoClient, run_id: str) -> str:
     return next((run.run_id for run in client.runs() if run_id in run.run_id and run.run_id != run_id), "")
 
 
-def _of_nothing(client: TamiyoClient, run_id: str, timeout_s: float) -> Fault:
+def _of_nothing(client: TamiyoClient, run_id: str, timeout_s: float) -> Difference:
     """Why the run is not there: perhaps it is, under another name."""
     other = _other_name(client, run_id)
     if other:
-        return Fault(
+        return Difference(
             f"esper.run.id did not arrive: the gateway calls the run {other!r}", _OF_RESOURCE.format("esper.run.id")
         )
-    return Fault(
+    return Difference(
         f"nothing of run {run_id} has come within {timeout_s:g} s, though the endpoint took it",
         "see the log of what stands between, a collector's exporter otlp_grpc/esper for instance; a processor that "
         "drops metrics, holds them back (interval) or deletes esper.run.id does this, too",
     )
 
 
-def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Fault]:
+def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Difference]:
     """What is not as it was sent, and what may have done it; each only when those before it are not so."""
     yield from _of_run(mine, found)
     yield from of_times(
@@ -104,7 +104,7 @@ def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Fault
     pairs = [(each, at[place]) for each in mine if (place := (each.rank, each.state.timestamp_ns)) in at]
     for sent, came in pairs:
         if sent.step != came.step:
-            yield Fault(
+            yield Difference(
                 f"step {sent.step} came as step {came.step}",
                 "a filter on the way drops esper.global_step, or a transform changes it",
             )
@@ -116,75 +116,77 @@ def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Fault
         others = sorted({came.state.current_epoch for _, came in pairs} - {EPOCH})
         if others == [0]:
             yield _of_points("esper.epoch", mine, found, of_epoch)
-        yield Fault(f"esper.epoch was {EPOCH} and came as {others[-1]}", "a processor on the way changes values")
+        yield Difference(f"esper.epoch was {EPOCH} and came as {others[-1]}", "a processor on the way changes values")
     for sent, came in pairs:
         yield from differences(_facts(sent), _facts(came), f"step {sent.step}")
     yield from _of_incomplete(pairs)
     for sent, came in pairs:
         if came.state.seed_states != sent.state.seed_states or came.state.packet_id != sent.state.packet_id:
-            yield Fault(f"step {sent.step} is not the one that was sent", "a processor on the way changes values")
+            yield Difference(f"step {sent.step} is not the one that was sent", "a processor on the way changes values")
     if any(each.writer for each in found):
-        yield Fault("steps of one process came as those of two", "something on the way sends steps twice, changed")
+        yield Difference("steps of one process came as those of two", "something on the way sends steps twice, changed")
 
 
-def _of_points(name: str, mine: Sequence[Packets], found: Sequence[Packets], having: Sequence[Packets]) -> Fault:
+def _of_points(name: str, mine: Sequence[Packets], found: Sequence[Packets], having: Sequence[Packets]) -> Difference:
     """The fault when a metric that is sent with each step is there in some only."""
     if not having:
-        return Fault(f"{name} did not arrive", "a filter on the way drops it")
+        return Difference(f"{name} did not arrive", "a filter on the way drops it")
     what = f"{name} did not arrive in {len(found) - len(having)} of {len(found)} steps"
     newest = {max(each.state.timestamp_ns for each in mine if each.rank == rank) for rank in range(RANKS)}
     # The run may have come in two intervals.
     if newest <= {each.state.timestamp_ns for each in having} and len(having) <= 2 * RANKS:
-        return Fault(what, _NEWEST)
-    return Fault(what, "something on the way drops single points: a sampler, a deduplication, or a limit of series")
+        return Difference(what, _NEWEST)
+    return Difference(
+        what, "something on the way drops single points: a sampler, a deduplication, or a limit of series"
+    )
 
 
-def _of_lost(steps: Sequence[int], count: int) -> Fault:
+def _of_lost(steps: Sequence[int], count: int) -> Difference:
     what = f"{len(steps)} of {count} steps did not arrive: {steps_in_words(steps)}"
     if FIRST_STEP in steps and count - len(steps) <= RANKS:
-        return Fault(what, _NEWEST)
-    return Fault(what, "something on the way drops points: a sampler, a filter, a limit or a queue that is full")
+        return Difference(what, _NEWEST)
+    return Difference(what, "something on the way drops points: a sampler, a filter, a limit or a queue that is full")
 
 
-def _of_incomplete(pairs: Sequence[tuple[Packets, Packets]]) -> Iterator[Fault]:
+def _of_incomplete(pairs: Sequence[tuple[Packets, Packets]]) -> Iterator[Difference]:
     """Steps that lack what is said of them beside their values."""
     lacking = [sent.step for sent, came in pairs if not came.complete]
     if lacking:
         what = "esper.frame.points, esper.seeds or esper.seeds.digest"
         if {*lacking} == {FIRST_STEP + place for place in RETIRED}:
             what = "esper.seed.retired"
-        yield Fault(
+        yield Difference(
             f"{what} did not arrive: the values of steps {steps_in_words(lacking)} did, but the gateway cannot know it",
             "a filter on the way drops it",
         )
 
 
-def _of_run(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Fault]:
+def _of_run(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Difference]:
     """Which run, attempt and rank the steps are said to be of."""
     fix = _OF_RESOURCE
     attempt = mine[0].attempt
     for each in found:
         if each.attempt != attempt:
             how = f"was {attempt} and came as {each.attempt}" if each.attempt else "did not arrive"
-            yield Fault(f"esper.run.attempt {how}", fix.format("esper.run.attempt"))
+            yield Difference(f"esper.run.attempt {how}", fix.format("esper.run.attempt"))
     ranks, came = {each.rank for each in mine}, {each.rank for each in found}
     times = {each.state.timestamp_ns: each.rank for each in mine}
     for each in found:
         rank = times.get(each.state.timestamp_ns, each.rank)
         if rank != each.rank:
-            yield Fault(f"a step of rank {rank} came as one of rank {each.rank}", fix.format("esper.rank"))
+            yield Difference(f"a step of rank {rank} came as one of rank {each.rank}", fix.format("esper.rank"))
     if came != ranks:
         said = ", ".join(map(str, sorted(came)))
-        yield Fault(
+        yield Difference(
             f"steps of ranks 0 and 1 were sent, and those of rank {said} have come",
             f"{fix.format('esper.rank')}, or one rank is dropped or sent elsewhere",
         )
     experiment = mine[0].state.experiment_name
     for each in found:
         if each.state.experiment_name != experiment:
-            yield Fault("esper.experiment.name did not arrive as it was sent", fix.format("esper.experiment.name"))
+            yield Difference("esper.experiment.name did not arrive as it was sent", fix.format("esper.experiment.name"))
         if each.state.hardware_context != mine[0].state.hardware_context:
-            yield Fault("esper.device.* did not arrive as it was sent", fix.format("esper.device.type or .id"))
+            yield Difference("esper.device.* did not arrive as it was sent", fix.format("esper.device.type or .id"))
 
 
 def _facts(step: Packets) -> Mapping[str, float | str]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import requests
 
-from esper_otel.check.back import QUIET_S, Back, Fault
+from esper_otel.check.back import QUIET_S, Difference, ReadBack
 from esper_otel.check.changes import differences, of_times, steps_in_words
-from esper_otel.check.endpoint import Stage
-from esper_otel.check.marked_run import BY_NAME, DIES, FIRST_STEP, Key, Marked
+from esper_otel.check.marked_run import BY_NAME, DIES, FIRST_STEP, Key, MarkedRun
+from esper_otel.check.one_frame import CheckStage
 from esper_otel.schema import SEED_RETIRED
 from esper_otel.schema.prometheus import prometheus_name
 
@@ -23,7 +23,7 @@ _MS = 10**6
 Samples = Mapping[Key, Mapping[int, float]]
 
 
-def at_prometheus(back: Back, marked: Marked, sent_s: float, *, has_it: bool) -> Stage:
+def at_prometheus(back: ReadBack, marked: MarkedRun, sent_s: float, *, has_it: bool) -> CheckStage:
     """What has become of the run in Prometheus; ``has_it`` says whether the gateway has it."""
     where = f"Prometheus {back.prometheus}"
     sent = marked.samples()
@@ -33,18 +33,18 @@ def at_prometheus(back: Back, marked: Marked, sent_s: float, *, has_it: bool) ->
         delay_s = time.monotonic() - sent_s
         fault = next(_faults(sent, found), None)
     except (requests.RequestException, ValueError, KeyError) as error:
-        return Stage(where, False, f"it cannot be asked: {error}", "give the address of Prometheus' own page")
+        return CheckStage(where, False, f"it cannot be asked: {error}", "give the address of Prometheus' own page")
     if not found:
         between = "the collector and Prometheus" if has_it else "the endpoint and Prometheus"
-        return Stage(
+        return CheckStage(
             where,
             False,
             f"nothing of run {marked.run_id} has come within {back.timeout_s:g} s; look between {between}",
             "Prometheus must be started with --web.enable-otlp-receiver, or scrape the collector; their logs say more",
         )
     if fault is not None:
-        return Stage(where, False, *fault)
-    return Stage(where, True, _praise(sent, found, delay_s))
+        return CheckStage(where, False, *fault)
+    return CheckStage(where, True, _praise(sent, found, delay_s))
 
 
 def _praise(sent: Samples, found: list[Any], delay_s: float) -> str:
@@ -61,7 +61,7 @@ def _praise(sent: Samples, found: list[Any], delay_s: float) -> str:
     return message
 
 
-def _found(back: Back, run_id: str, sent: Samples, deadline_s: float) -> list[Any]:
+def _found(back: ReadBack, run_id: str, sent: Samples, deadline_s: float) -> list[Any]:
     """The series of the run, once all is as it was sent, or nothing new comes any more."""
     found: list[Any] = []
     quiet_from_s = deadline_s
@@ -115,19 +115,19 @@ def _is_scraped(sent: Samples, came: Samples) -> bool:
     return all(time_ms > newest for of_series in came.values() for time_ms in of_series)
 
 
-def _faults(sent: Samples, found: list[Any]) -> Iterator[Fault]:
+def _faults(sent: Samples, found: list[Any]) -> Iterator[Difference]:
     """What is not as it was sent, and what may have done it; each only when those before it are not so."""
     came = _samples(found)
     names = {key.metric for key in came}
     if _LOSS not in names:
-        yield Fault(
+        yield Difference(
             f"there is no {_LOSS}; there are {', '.join(sorted(names))}", "it was renamed or filtered on the way"
         )
     if _LATENCY not in names:
         near = (
             ", ".join(name for name in sorted(names) if "latency" in name and "seed" not in name) or "nothing like it"
         )
-        yield Fault(f"{_LATENCY} was renamed on the way: there is {near}", "see the translation of names there")
+        yield Difference(f"{_LATENCY} was renamed on the way: there is {near}", "see the translation of names there")
     is_scraped = _is_scraped(sent, came)
     if not is_scraped:  # of steps whose times became one, Prometheus may refuse a whole rank
         newest_ms = max(ms for of_series in sent.values() for ms in of_series)
@@ -147,16 +147,16 @@ def _times(samples: Samples, newest_ms: int) -> set[tuple[int, int]]:
     return {(0, ms * _MS) for of_series in samples.values() for ms in of_series if ms <= newest_ms}
 
 
-def _of_ranks(sent: set[int], came: set[int]) -> Iterator[Fault]:
+def _of_ranks(sent: set[int], came: set[int]) -> Iterator[Difference]:
     if not sent <= came:
         said = ", ".join("unknown" if rank < 0 else str(rank) for rank in sorted(came))
-        yield Fault(
+        yield Difference(
             f"steps of ranks 0 and 1 were sent, and those of rank {said} have come",
             "a processor on the way deletes or changes esper.rank or service.instance.id of the Resource",
         )
 
 
-def _of_steps(sent: Samples, came: Samples) -> Iterator[Fault]:
+def _of_steps(sent: Samples, came: Samples) -> Iterator[Difference]:
     """What differs where Prometheus has every step."""
     times = {(key.rank, time_ms) for key, of_series in sent.items() for time_ms in of_series}
     newest = max(time_ms for _, time_ms in times)
@@ -167,7 +167,7 @@ def _of_steps(sent: Samples, came: Samples) -> Iterator[Fault]:
         lost = [FIRST_STEP + place for place, time_ms in enumerate(of_rank) if (rank, time_ms) not in inside]
         if lost:
             what = f"{len(lost)} of {len(of_rank)} steps of rank {rank} did not arrive: {steps_in_words(lost)}"
-            yield Fault(
+            yield Difference(
                 what, "something on the way drops points, or keeps the newest only: an interval processor, a sampler"
             )
         for place, time_ms in enumerate(of_rank):

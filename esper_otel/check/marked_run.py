@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.export.blocks import blocks
-from esper_otel.export.encode import Along, Encoder
+from esper_otel.export.encode import BesideFrames, Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.export.transport import Outcome, Result, Sender
@@ -62,7 +62,7 @@ class Key(NamedTuple):
     seed: str
 
 
-class Marked:
+class MarkedRun:
     """The run, and its way out. Threads: one.
 
     Args:
@@ -85,7 +85,7 @@ class Marked:
         outcome = Outcome(Result.DELIVERED)
         for some in (slice(_FIRST_REQUEST), slice(_FIRST_REQUEST, None)):
             for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
-                for request in encoder.requests(frames[some], Along(streams.note(frames[some]))):
+                for request in encoder.requests(frames[some], BesideFrames(streams.note(frames[some]))):
                     outcome = self._delivered(request.body, deadline_s)
                     streams.named(request.names)
                     streams.settled(frames[some][-1].sequence)

@@ -6,21 +6,21 @@ import os
 import time
 from collections.abc import Mapping
 
-from esper_otel.check.back import Back
-from esper_otel.check.endpoint import Stage, of_outcome
+from esper_otel.check.back import ReadBack
 from esper_otel.check.in_gateway import at_gateway
 from esper_otel.check.in_prometheus import at_prometheus
-from esper_otel.check.marked_run import Marked
+from esper_otel.check.marked_run import MarkedRun
+from esper_otel.check.one_frame import CheckStage, of_outcome
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.provider import exporters_from_environment
 from esper_otel.export.transport import open_sender
 from esper_otel.settings import EsperSettings
 
-__all__ = ["Back", "run_through"]
+__all__ = ["ReadBack", "run_through"]
 
 
-def run_through(back: Back, *, environ: Mapping[str, str] = os.environ) -> list[Stage]:
+def run_through(back: ReadBack, *, environ: Mapping[str, str] = os.environ) -> list[CheckStage]:
     """Sends a little run of two ranks to the endpoint, and compares it with what comes of it.
 
     Called after ``run_check`` has found no fault.
@@ -39,7 +39,7 @@ def run_through(back: Back, *, environ: Mapping[str, str] = os.environ) -> list[
     protocol = exporters_from_environment(environ, ignored=_known).protocol
     endpoint = endpoint_from_environment(environ, protocol=protocol, ignored=_known)
     sender = open_sender(endpoint, EsperSettings().token_file)
-    marked = Marked(sender, endpoint.timeout_s)
+    marked = MarkedRun(sender, endpoint.timeout_s)
     try:
         sent_s = time.monotonic()
         outcome = of_outcome(marked.send(sent_s + back.timeout_s), endpoint)

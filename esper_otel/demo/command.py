@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from esper_otel.demo.receiver import Receiver
-    from esper_otel.demo.result import Result
+    from esper_otel.demo.result import DemoResult
     from esper_otel.demo.screen import Screen
 
 STEPS = 400
@@ -127,13 +127,13 @@ def _console(out: TextIO) -> Console:
     return Console(file=out, highlight=False, force_terminal=False, no_color=True, width=_PIPE_WIDTH)
 
 
-def _print_table(result: Result) -> None:
+def _print_table(result: DemoResult) -> None:
     from esper_otel.demo.summary import draw
 
     draw(_console(sys.stdout), result)
 
 
-def _report_loss(result: Result) -> None:
+def _report_loss(result: DemoResult) -> None:
     frames = result.frames
     if result.last_error is None and not frames["dropped"]:
         return

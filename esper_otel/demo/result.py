@@ -58,7 +58,7 @@ class Puller:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class DemoResult:
     """What one run of the demo comes to.
 
     Attributes:

@@ -21,7 +21,7 @@ BLENDED = GROWING - {Stage.TRAINING}
 ON_TRIAL = GROWING - {Stage.FOSSILIZED}
 
 
-class Gate(nn.Module):
+class ChannelGate(nn.Module):
     """Scales each channel by what the whole image says: features to a change of features, of equal shape."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ def _mixture() -> nn.Module:
 
 # What a seed grows from; one that was culled starts over with the next.
 BLUEPRINTS: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
-    ("gate", Gate),
+    ("gate", ChannelGate),
     ("convolution", _convolution),
     ("mixture", _mixture),
 )

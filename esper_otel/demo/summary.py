@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper_otel import Stage
-from esper_otel.demo.result import Result
+from esper_otel.demo.result import DemoResult
 from esper_otel.schema import SEED_METRICS, STEP_METRICS
 
 _SHOWN_SEEDS = 4
@@ -18,7 +18,7 @@ _CELL = 12
 _QUIET = "bright_black"
 
 
-def draw(console: Console, result: Result) -> None:
+def draw(console: Console, result: DemoResult) -> None:
     """Prints the table and the lines below it."""
     seeds = sorted({seed for name in result.metrics for seed in _by_seed(result, name)}, key=_order)
     table = _table(result, seeds[:_SHOWN_SEEDS])
@@ -33,7 +33,7 @@ def draw(console: Console, result: Result) -> None:
     console.print(Text("\n".join(_summary(result))))
 
 
-def _table(result: Result, seeds: Sequence[str]) -> Table:
+def _table(result: DemoResult, seeds: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("metric", no_wrap=True)
     table.add_column("unit", no_wrap=True)
@@ -56,7 +56,7 @@ def _table(result: Result, seeds: Sequence[str]) -> Table:
     return table
 
 
-def _by_seed(result: Result, name: str) -> Mapping[str, float]:
+def _by_seed(result: DemoResult, name: str) -> Mapping[str, float]:
     value = result.metrics.get(name)
     return value if isinstance(value, dict) else {}
 
@@ -75,7 +75,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
-def _summary(result: Result) -> list[str]:
+def _summary(result: DemoResult) -> list[str]:
     frames, packets = result.frames, result.packets
     received = "" if frames["received"] is None else f", received {frames['received']}"
     lines = [""]

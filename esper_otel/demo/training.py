@@ -16,7 +16,7 @@ from esper_otel.demo.host import Host
 from esper_otel.demo.kasmina import Kasmina
 from esper_otel.demo.pace import Pace
 from esper_otel.demo.receiver import Receiver
-from esper_otel.demo.result import Puller, Result, reasons
+from esper_otel.demo.result import DemoResult, Puller, reasons
 from esper_otel.demo.tamiyo import Decision, Tamiyo
 
 BATCH_SIZE = 64
@@ -42,7 +42,7 @@ class Plan:
     has_enrichment: bool | None = None
 
 
-def run(plan: Plan, receiver: Receiver, observe: Callable[[Packets, Decision], None]) -> Result:
+def run(plan: Plan, receiver: Receiver, observe: Callable[[Packets, Decision], None]) -> DemoResult:
     """Trains, while every step is sent and pulled. Ctrl-C ends it early, with the result so far.
 
     Args:
@@ -72,7 +72,7 @@ def run(plan: Plan, receiver: Receiver, observe: Callable[[Packets, Decision], N
             pass
     health = telemetry.health()
     metrics = puller.metrics
-    return Result(
+    return DemoResult(
         run_id=telemetry.run_id,
         steps=len(training.losses),
         is_interrupted=is_interrupted,

@@ -40,7 +40,7 @@ def _lowest(provider: Any, instrument: Any) -> int:
     return int(min(limits))
 
 
-class Room:
+class SeedParts:
     """Gives each seed the number of the instruments that show it, for good. Threads: one collect at a time.
 
     A limit below the default is somebody's wish: there are no further instruments then.

@@ -29,7 +29,7 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel._version import __version__
 from esper_otel.export.blocks import Block, blocks
-from esper_otel.export.points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
+from esper_otel.export.gauge_points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
 from esper_otel.export.streams import Stream
 from esper_otel.frames.frame import WIDTH, Frame, Run
 from esper_otel.schema import SEED_CELLS, SEED_RETIRED, Metric
@@ -76,7 +76,7 @@ def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> None:
     """Frames without health."""
 
 
-class Along(NamedTuple):
+class BesideFrames(NamedTuple):
     """What goes along with frames, in the same requests: a request of its own could overtake them in a collector.
 
     Attributes:
@@ -92,10 +92,10 @@ class Along(NamedTuple):
     all_ended: Callable[[Iterable[str]], Iterable[Stream]] | None = None
 
 
-_NOTHING_ALONG = Along()
+_NOTHING_ALONG = BesideFrames()
 
 
-class _Part(NamedTuple):
+class _Piece(NamedTuple):
     """What one request holds of a block: some of its frames, or a piece of one that is too large for a request.
 
     Or markers that end series, and no frame.
@@ -170,7 +170,7 @@ class Encoder:
         self._max_points = max_points
         return True
 
-    def requests(self, frames: Iterable[Frame], along: Along = _NOTHING_ALONG) -> Iterator[Request]:
+    def requests(self, frames: Iterable[Frame], along: BesideFrames = _NOTHING_ALONG) -> Iterator[Request]:
         """The frames as requests, each encoded when it is asked for.
 
         A frame is cut only when it is too large for a request of its own; each of its points still carries
@@ -179,7 +179,7 @@ class Encoder:
         No point is older than one of an earlier request, whatever its scope: Prometheus makes a sample of the Resource,
         at the times of a request's oldest and newest point, and refuses the request when that sample goes back.
         """
-        parts: list[_Part] = []
+        parts: list[_Piece] = []
         points = size = 0
         names: set[str] = set()
         for part in self._parts(frames, along.ended):
@@ -190,7 +190,7 @@ class Encoder:
             names.update(part.names)
             points, size = points + part.points, size + part.size
         if parts:
-            last, goodbye = parts[-1], list[_Part]()
+            last, goodbye = parts[-1], list[_Piece]()
             if along.all_ended is not None:
                 end_unix_ns = int(last.times[-1]) + _MS
                 goodbye = list(self._markers(last.run, along.all_ended(names), time_unix_ns=end_unix_ns))
@@ -203,7 +203,7 @@ class Encoder:
     def _fits(self, points: int, size: int) -> bool:
         return points <= self._max_points and size <= _MAX_POINTS_BYTES
 
-    def _parts(self, frames: Iterable[Frame], ended: Mapping[int, Sequence[Stream]]) -> Iterator[_Part]:
+    def _parts(self, frames: Iterable[Frame], ended: Mapping[int, Sequence[Stream]]) -> Iterator[_Piece]:
         """Parts that fit into a request."""
         for block in blocks(frames, self._catalogue):
             first_frame = block.frames[0]  # no other one of the block retires a seed
@@ -230,7 +230,7 @@ class Encoder:
             if first < len(block.frames):
                 yield _some(block, first, len(block.frames), points, size)
 
-    def _cut(self, block: Block, row: int, cell_bytes: int) -> Iterator[_Part]:
+    def _cut(self, block: Block, row: int, cell_bytes: int) -> Iterator[_Piece]:
         """A frame that is too large, in pieces; the last one ends it."""
         frame = block.frames[row]
         times = np.array([frame.time_unix_ns], np.uint64)
@@ -239,7 +239,7 @@ class Encoder:
             some = slice(start, start + self._max_points)
             names, values = block.names[some], block.values[row : row + 1, some]
             size = len(names) * PLAIN_BYTES
-            pieces.append(_Part(frame.run, times, names, values, (), _NO_CELLS, _NONE_PRESENT, len(names), size, 0))
+            pieces.append(_Piece(frame.run, times, names, values, (), _NO_CELLS, _NONE_PRESENT, len(names), size, 0))
         of_seeds = np.count_nonzero(block.present[row], axis=1)
         most = max(int(of_seeds.max(initial=0)), 1)
         rows = max(min(self._max_points // most, _MAX_POINTS_BYTES // (most * cell_bytes)), 1) if cell_bytes else 1
@@ -248,17 +248,17 @@ class Encoder:
             cells, present = block.cells[row : row + 1, some], block.present[row : row + 1, some]
             count = int(of_seeds[some].sum())
             size = count * cell_bytes
-            pieces.append(_Part(frame.run, times, (), _NO_VALUES, block.ids[some], cells, present, count, size, 0))
+            pieces.append(_Piece(frame.run, times, (), _NO_VALUES, block.ids[some], cells, present, count, size, 0))
         rows = max(min(self._max_points, _MAX_POINTS_BYTES // cell_bytes), 1) if cell_bytes else 1
         for start in range(0, len(block.retired), rows):
             over = block.retired[start : start + rows]
             size = len(over) * cell_bytes
             none = ((), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT)
-            pieces.append(_Part(frame.run, times, *none, len(over), size, 0, over))
+            pieces.append(_Piece(frame.run, times, *none, len(over), size, 0, over))
         yield from pieces[:-1]
         yield pieces[-1]._replace(ends=1)
 
-    def _request(self, parts: Sequence[_Part], health: ScopeMetrics | None = None) -> Request:
+    def _request(self, parts: Sequence[_Piece], health: ScopeMetrics | None = None) -> Request:
         wire: list[bytes] = []
         for run, following in groupby(parts, lambda part: part.run):
             of_run = list(following)
@@ -280,7 +280,7 @@ class Encoder:
         return Request(b"".join(wire), count, _frames_in(parts), names, has_health=health is not None)
 
     @staticmethod
-    def _points(parts: Sequence[_Part]) -> dict[str, list[bytes]]:
+    def _points(parts: Sequence[_Piece]) -> dict[str, list[bytes]]:
         """The serialized points of parts of one run, by metric name."""
         points: dict[str, list[bytes]] = {}
         for part in parts:
@@ -352,7 +352,7 @@ class Encoder:
             yield self._request([part], health).body
             health = None
 
-    def _markers(self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int) -> Iterator[_Part]:
+    def _markers(self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int) -> Iterator[_Piece]:
         """The ends of series, "no recorded value" points, in parts that fit into a request.
 
         A marker has the scope, the name, the unit and the attributes of the series that it ends. Each is a metric of
@@ -394,28 +394,28 @@ def _size(plain: int, points: int, cell_bytes: int) -> int:
     return plain * PLAIN_BYTES + (points - plain) * cell_bytes
 
 
-def _some(block: Block, first: int, end: int, points: int, size: int) -> _Part:
+def _some(block: Block, first: int, end: int, points: int, size: int) -> _Piece:
     """Frames of a block, whole ones."""
     some = slice(first, end)
     times = np.array([frame.time_unix_ns for frame in block.frames[some]], np.uint64)
     run = block.frames[first].run
     cells, present = block.cells[some], block.present[some]
     values, count = block.values[some], end - first
-    return _Part(run, times, block.names, values, block.ids, cells, present, points, size, count, block.retired)
+    return _Piece(run, times, block.names, values, block.ids, cells, present, points, size, count, block.retired)
 
 
-def _frames_in(parts: Sequence[_Part]) -> int:
+def _frames_in(parts: Sequence[_Piece]) -> int:
     return sum(part.ends for part in parts)
 
 
-def _health(parts: Sequence[_Part], along: Along, *, is_end: bool) -> ScopeMetrics | None:
+def _health(parts: Sequence[_Piece], along: BesideFrames, *, is_end: bool) -> ScopeMetrics | None:
     """The health that goes with parts."""
     return along.health_of(int(parts[-1].times[-1]), _frames_in(parts), is_end)
 
 
-def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -> _Part:
+def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -> _Piece:
     """A part without a frame."""
-    return _Part(run, times, (), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT, len(markers), size, 0, markers=markers)
+    return _Piece(run, times, (), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT, len(markers), size, 0, markers=markers)
 
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:

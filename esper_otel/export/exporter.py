@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
-from esper_otel.export.encode import Along, Encoder, Request
-from esper_otel.export.source import Leftover, Live, Source, put_goodbye
+from esper_otel.export.encode import BesideFrames, Encoder, Request
+from esper_otel.export.source import FrameSource, LeftoverSource, LiveSource, put_goodbye
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
@@ -70,7 +70,7 @@ class StepExporter:
         fault: Callable[[str, Exception], None],
         warnings: Warnings,
         spool: Spool | None = None,
-        leftovers: Callable[[], Iterable[Leftover]] = tuple,
+        leftovers: Callable[[], Iterable[LeftoverSource]] = tuple,
     ) -> None:
         self._sender = sender
         self._idle_ns = idle_ns
@@ -82,8 +82,8 @@ class StepExporter:
         self._warnings = warnings
         self._spool = spool
         self._leftovers_of = leftovers
-        self._leftovers: deque[Leftover] = deque()
-        self._live = Live(ring, encoder, spool)
+        self._leftovers: deque[LeftoverSource] = deque()
+        self._live = LiveSource(ring, encoder, spool)
         self._at_once = _FRAMES_AT_ONCE
         self._failures = 0
         self._has_said_goodbye = False
@@ -241,7 +241,7 @@ class StepExporter:
             self._guarded("sending health", self._send_health)
         return pause_s
 
-    def _send_leftover(self, leftover: Leftover) -> float | None:
+    def _send_leftover(self, leftover: LeftoverSource) -> float | None:
         path = leftover.folder.path
         try:
             pause_s = self._deliver(leftover)
@@ -265,7 +265,7 @@ class StepExporter:
             announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}{kept}")
         return None
 
-    def _deliver(self, source: Source) -> float | None:
+    def _deliver(self, source: FrameSource) -> float | None:
         """Sends the source's frames; returns how long to pause before going on, None when none is left."""
         while True:
             limit = self._at_once
@@ -286,7 +286,7 @@ class StepExporter:
             if is_all and not frames and source is self._live and self._every_s and self._deadline_s is None:
                 return None  # what has come meanwhile goes with the next period's
 
-    def _requests(self, source: Source, frames: list[Frame]) -> Iterator[Request]:
+    def _requests(self, source: FrameSource, frames: list[Frame]) -> Iterator[Request]:
         """The frames as requests. One that we cannot encode is looked for, dropped and counted: others wait behind."""
         try:
             yield from source.encoder.requests(frames, self._along(source, frames))
@@ -309,7 +309,7 @@ class StepExporter:
         self.latency_ms = (self._last_sent_s - started_s) * 1e3
         return outcome
 
-    def _settled(self, source: Source, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
+    def _settled(self, source: FrameSource, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
         """Moves past what is settled; returns how long to pause before trying again, None to go on."""
         if outcome.result is Result.TOO_LARGE and source.encoder.shrink(request.points // 2):
             return 0.0
@@ -334,7 +334,7 @@ class StepExporter:
             self._guarded("noting the series ended", source.streams.settled, frames[request.frames - 1].sequence)
         return None
 
-    def _advance(self, source: Source, count: int) -> None:
+    def _advance(self, source: FrameSource, count: int) -> None:
         """Moves past frames that are settled, whether or not a disk takes a note of it."""
         try:
             source.advance(count)
@@ -360,7 +360,7 @@ class StepExporter:
         self.retries += 1
         return True
 
-    def _send_beside(self, source: Source) -> float | None:
+    def _send_beside(self, source: FrameSource) -> float | None:
         """Sends what comes after the last frame; returns how long to pause before trying again."""
         while source.beside:
             outcome = self._sent(source.beside[0])
@@ -386,24 +386,24 @@ class StepExporter:
 
     # -- what goes beside the frames ---------------------------------------------------------------------
 
-    def _along(self, source: Source, frames: list[Frame]) -> Along:
+    def _along(self, source: FrameSource, frames: list[Frame]) -> BesideFrames:
         """What goes along with frames of a source; a fault of ours in it does not hold them up."""
         is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
-        return Along(
+        return BesideFrames(
             self._given("noting the series sent", {}, source.streams.note, frames),
             partial(self._given, "saying the counts", None, partial(self._health_of, source)),
             all_ended if is_over and source.are_last(frames) else None,
         )
 
-    def _health_of(self, source: Source, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:
+    def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:
         """The counts of now, once in a while, as they will be when a request with so many frames has been taken.
 
         They go with the frames, in the millisecond of the newest. At the time of now they would be later than the frame
         of a step that is open: that frame would then go back in time. Newer counts follow, so that none is worth
         repeating; and a request that is sent again must not have other counts for the same time.
         """
-        if isinstance(source, Leftover):
+        if isinstance(source, LeftoverSource):
             return source.health(time_unix_ns) if is_end else None
         if is_end:
             return self._last_health(time_unix_ns, frames)

@@ -24,7 +24,7 @@ _SWITCH = "GRPC_ENABLE_FORK_SUPPORT"
 _OFF = {"0", "f", "false", "n", "no"}
 
 
-class Gate:
+class ForkGate:
     """Entered by the thread that uses gRPC; shut while another thread forks.
 
     A request that takes long is cut for a fork and must then be repeated. One that has been cut several times and has
@@ -96,7 +96,7 @@ class Gate:
         return self._changed.wait_for(self.is_empty, max(timeout_s, 0.0))
 
 
-_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+_gates: weakref.WeakSet[ForkGate] = weakref.WeakSet()
 _broken: list[str] = []  # in a forked child: why gRPC cannot be used
 _unprepared: list[str] = []  # why no child will be able to use gRPC
 _forking = threads().RLock()  # two threads that fork at once would let in what the other has shut out

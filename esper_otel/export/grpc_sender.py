@@ -16,7 +16,7 @@ from grpc import StatusCode
 from esper_otel.export.credentials import provided
 from esper_otel.export.endpoint import USER_AGENT, Endpoint
 from esper_otel.export.failure import meaning
-from esper_otel.export.forks import Gate
+from esper_otel.export.forks import ForkGate
 from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s
 from esper_otel.export.proxies import way_of
 from esper_otel.export.token import Headers
@@ -52,7 +52,7 @@ class GrpcSender:
         self._closing = threads().Lock()
         self._is_closed = False
         self._is_cut = False
-        self._gate = Gate(self._cut)
+        self._gate = ForkGate(self._cut)
         with self._gate:
             self._channel = self._opened()
 

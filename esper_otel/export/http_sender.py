@@ -38,7 +38,7 @@ _STATUS = {
 }
 
 
-class _Request(NamedTuple):
+class _HttpRequest(NamedTuple):
     body: bytes
     headers: dict[str, str]
     deadline_s: float
@@ -65,7 +65,7 @@ class HttpSender:
         self._session = _session(endpoint, self._connection)
         self._settings = _settings(endpoint)
         self._changed: threading.Condition = threads().Condition()
-        self._request: _Request | None = None
+        self._request: _HttpRequest | None = None
         self._outcome: Outcome | None = None
         self._is_busy = False
         self._is_closed = False
@@ -79,7 +79,7 @@ class HttpSender:
             body = gzip.compress(body, 1)
         elif self._endpoint.compression == "deflate":
             body = zlib.compress(body, 1)
-        request = _Request(body, dict(self._headers.now()), deadline_s)
+        request = _HttpRequest(body, dict(self._headers.now()), deadline_s)
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or not self._is_busy, timeout_s)
             if not self._is_closed and not self._is_busy:
@@ -122,7 +122,7 @@ class HttpSender:
                 self._changed.notify_all()
         self._session.close()
 
-    def _exchanged(self, request: _Request) -> Outcome:
+    def _exchanged(self, request: _HttpRequest) -> Outcome:
         left_s = max(request.deadline_s - time.monotonic(), 0.0) + 0.5  # so that send gives up first
         settings = {**self._settings, "headers": {**self._settings["headers"], **request.headers}}
         if "authorization" in request.headers and self._endpoint.credential_provider is None:

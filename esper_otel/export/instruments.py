@@ -14,7 +14,7 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 
 from esper_otel._version import __version__
 from esper_otel.errors import InvalidCatalogue
-from esper_otel.export.cardinality import Room, limit_of
+from esper_otel.export.cardinality import SeedParts, limit_of
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import Frame
 from esper_otel.log import Warnings
@@ -35,7 +35,7 @@ _NOT_INSTRUMENTS = frozenset({FRAME_SEQUENCE.name, FRAME_POINTS.name, SEED_RETIR
 Attributes = Mapping[str, str | int]
 
 
-class Source(Protocol):
+class InstrumentedSession(Protocol):
     """A session that instruments read."""
 
     @property
@@ -80,15 +80,15 @@ class Instruments:
         self._lock = threading.Lock()
         self._declared: dict[str, Metric] = {}
         self._bits = itertools.count()
-        self._room = Room(0)
+        self._room = SeedParts(0)
         self._parts = 1
         self._growing: threading.Thread | None = None
         self._has_warned = False
-        self._sources: tuple[Source, ...] = ()
+        self._sources: tuple[InstrumentedSession, ...] = ()
         self._pin = _Pin()
         self._warnings = Warnings()
 
-    def attach(self, source: Source, metrics: Iterable[Metric]) -> None:
+    def attach(self, source: InstrumentedSession, metrics: Iterable[Metric]) -> None:
         """Registers the metrics that are new here and shows the session in every collect from now on.
 
         Raises:
@@ -108,11 +108,11 @@ class Instruments:
             made = {metric.name: self._register(metric, self._meter) for metric in new}
             of_seeds = [instrument for name, instrument in made.items() if self._declared[name].level == "seed"]
             if of_seeds:  # they are all of the catalogue, and come with the first session
-                self._room = Room(limit_of(self._provider(), of_seeds))
+                self._room = SeedParts(limit_of(self._provider(), of_seeds))
                 self._add_parts(_PARTS_AHEAD)
             self._sources = (*self._sources, source)
 
-    def detach(self, source: Source) -> None:
+    def detach(self, source: InstrumentedSession) -> None:
         """Shows the session no more."""
         with self._lock:
             self._sources = tuple(other for other in self._sources if other is not source)
@@ -153,7 +153,7 @@ class Instruments:
         pin.served |= bit
         return pin.readings
 
-    def _read(self, source: Source) -> _Reading:
+    def _read(self, source: InstrumentedSession) -> _Reading:
         attributes, counts, frame = source.attributes, source.counts(), source.newest_frame()
         if frame is None:
             return _Reading({}, {}, counts, attributes)

@@ -9,7 +9,7 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
-from esper_otel.export.source import Leftover, leftovers_in
+from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
 from esper_otel.frames.frame import Run
@@ -45,7 +45,7 @@ def open_exporter(
     def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
         return Encoder(metrics, resources)
 
-    def leftovers() -> Iterable[Leftover]:
+    def leftovers() -> Iterable[LeftoverSource]:
         if directory is None:
             return ()
         return leftovers_in(directory, encoder_of, fault, most_bytes=settings.spool_bytes, warnings=warnings)

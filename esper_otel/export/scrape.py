@@ -65,7 +65,7 @@ class ScrapeReader(PrometheusMetricReader):
         super().shutdown(timeout_millis, **kwargs)
 
 
-class _Handler(WSGIRequestHandler):
+class _ScrapeHandler(WSGIRequestHandler):
     timeout = 10.0  # for a client that connects and says nothing
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
@@ -103,12 +103,12 @@ def _listening(host: str, port: int) -> tuple[_Server, str]:
     why = ""
     for each in range(port, min(port + _NEIGHBOURS, 65536)):
         try:
-            return kind((address[0], each), _Handler), why
+            return kind((address[0], each), _ScrapeHandler), why
         except OSError as error:
             if error.errno not in _CANNOT_HAVE:
                 raise
             why = why or (error.strerror or str(error)).lower()
-    return kind((address[0], 0), _Handler), why
+    return kind((address[0], 0), _ScrapeHandler), why
 
 
 _open: weakref.WeakSet[_Server] = weakref.WeakSet()

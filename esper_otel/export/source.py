@@ -16,7 +16,7 @@ from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.records import Stored, frames_in
+from esper_otel.frames.records import StoredContext, frames_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
@@ -33,7 +33,7 @@ EncoderOf = Callable[[Mapping[str, Metric], Callable[[Run], Resource]], Encoder]
 Fault = Callable[[str, Exception], None]
 
 
-class Source(Protocol):
+class FrameSource(Protocol):
     """Frames of one session, in order, and what has been said of them.
 
     Attributes:
@@ -68,7 +68,7 @@ class Source(Protocol):
         """
 
 
-def put_goodbye(source: Source, health: ScopeMetrics | None, time_unix_ns: int, fault: Fault) -> None:
+def put_goodbye(source: FrameSource, health: ScopeMetrics | None, time_unix_ns: int, fault: Fault) -> None:
     """Puts beside the frames how the run ended, and the end of every series; a fault of ours in one keeps the other."""
     if source.run is None:
         return
@@ -82,7 +82,7 @@ def put_goodbye(source: Source, health: ScopeMetrics | None, time_unix_ns: int, 
     source.beside.extend(bodies)
 
 
-class Live:
+class LiveSource:
     """The frames of this session: from the ring, and from the spool when the ring has dropped them."""
 
     lost = "buffer full"
@@ -109,7 +109,7 @@ class Live:
             self._ring.pack(_MANY // 2, is_over)
 
     def after(self, limit: int) -> tuple[list[Frame], int]:
-        """See ``Source.after``."""
+        """See ``FrameSource.after``."""
         frames, gone = self._ring.after(self.cursor, limit)
         if gone and self._spool is not None:
             spooled = self._spool.after(self.cursor, min(limit, gone))
@@ -118,11 +118,11 @@ class Live:
         return frames, gone
 
     def are_last(self, frames: Sequence[Frame]) -> bool:
-        """See ``Source.are_last``."""
+        """See ``FrameSource.are_last``."""
         return self.waiting == len(frames)
 
     def advance(self, count: int) -> None:
-        """See ``Source.advance``."""
+        """See ``FrameSource.advance``."""
         cursor = self.cursor + count
         try:
             if self._spool is not None:
@@ -131,7 +131,7 @@ class Live:
             self.cursor = cursor  # whatever the disk says: what was delivered is not sent again
 
 
-class Leftover:
+class LeftoverSource:
     """The frames that an earlier session has left in its folder of the spool.
 
     Attributes:
@@ -155,7 +155,7 @@ class Leftover:
         self.delivered = 0
         self.has_said_goodbye = False
         self.deleted = 0
-        self._stored = Stored()
+        self._stored = StoredContext()
         self._catalogue = {metric.name: metric for metric in METRICS}
         self._encoder_of = encoder_of
         self.encoder = self._encoder()
@@ -173,7 +173,7 @@ class Leftover:
     def delete_oldest(self) -> None:
         """Deletes its oldest file, for want of room; the frames in it are counted as ``deleted``."""
         name = self._names.popleft()
-        for frame in frames_in(self.folder.read(name), Stored()):
+        for frame in frames_in(self.folder.read(name), StoredContext()):
             if frame.sequence > self._cursor:
                 self.deleted += 1
                 self._cursor = frame.sequence
@@ -184,7 +184,7 @@ class Leftover:
         return self._encoder_of(self._catalogue, self._stored.resources.__getitem__)
 
     def after(self, limit: int) -> tuple[list[Frame], int]:
-        """See ``Source.after``."""
+        """See ``FrameSource.after``."""
         while len(self._frames) <= limit and self._read():
             pass
         if not self._catalogue.keys() >= self._stored.metrics.keys():
@@ -206,7 +206,7 @@ class Leftover:
         return [], left
 
     def are_last(self, frames: Sequence[Frame]) -> bool:
-        """See ``Source.are_last``."""
+        """See ``FrameSource.are_last``."""
         return len(self._frames) == len(frames) and not self._read()
 
     @property
@@ -242,7 +242,7 @@ class Leftover:
             self._fault("noting a step sent before", error)
 
     def advance(self, count: int) -> None:
-        """See ``Source.advance``."""
+        """See ``FrameSource.advance``."""
         self._cursor += count
         while self._frames and self._frames[0].sequence <= self._cursor:
             self._frames.popleft()
@@ -273,9 +273,9 @@ class Leftover:
 
 def leftovers_in(
     directory: Path, encoder_of: EncoderOf, fault: Fault, *, most_bytes: int, warnings: Warnings
-) -> list[Leftover]:
+) -> list[LeftoverSource]:
     """What earlier sessions have left in a spool directory, oldest first; ours from now on, and cut to the limit."""
-    leftovers = [Leftover(folder, encoder_of, fault) for folder in abandoned(directory, warnings)]
+    leftovers = [LeftoverSource(folder, encoder_of, fault) for folder in abandoned(directory, warnings)]
     # Nothing is deleted in a folder that lacks our marker, so it does not count.
     sizes = [leftover.size if leftover.folder.is_marked else 0 for leftover in leftovers]
     while sum(sizes) > most_bytes:

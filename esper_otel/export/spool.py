@@ -14,7 +14,7 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.folder import SUFFIX, Folder
 from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.records import RecordWriter, Stored, frames_in
+from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.native import threads
@@ -219,7 +219,7 @@ class Spool:
             except OSError as error:
                 self._warnings.say("spool", "%s cannot be read: %s", self.path / segment.name, error)
                 continue
-            for frame in frames_in(content, Stored()):
+            for frame in frames_in(content, StoredContext()):
                 if frame.sequence >= sequence:
                     yield frame
                     sequence = frame.sequence + 1

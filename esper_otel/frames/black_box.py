@@ -178,7 +178,7 @@ def contents(path: Path) -> Iterator[dict[str, Any]]:
                 lines += 1
                 said = json.loads(line.decode())
                 yield _checked_head(said) if lines == 1 else _checked_row(said)
-    except _Later:
+    except _LaterFormat:
         raise ConfigurationError(f"{path} was written by a later version of esper_otel") from None
     except OSError as error:
         if error.strerror:
@@ -190,7 +190,7 @@ def contents(path: Path) -> Iterator[dict[str, Any]]:
         raise _not_one(path, lines, EOFError("it is empty"))
 
 
-class _Later(Exception):
+class _LaterFormat(Exception):
     """The file has another format than this version knows."""
 
 
@@ -233,7 +233,7 @@ def _checked_head(said: object) -> dict[str, Any]:
     head = _mapping(said, "the first line")
     version = _whole(head, "esper_otel")
     if version > VERSION:
-        raise _Later
+        raise _LaterFormat
     if version < VERSION:
         raise ValueError(f"'esper_otel' is {version}")
     numbers = {name: _whole(head, name) for name in ("attempt", "rank")}

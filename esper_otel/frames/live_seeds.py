@@ -56,7 +56,7 @@ _MASK = np.where(_LOW < 0.0, np.uint64(0x7FFF_FFFF_FFFF_FFFF), _EVERY_BIT)
 _HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
 
 
-class _Settled:
+class _SettledRows:
     """What steps have in common after which a like one means just what it says: nothing is new or out of range.
 
     A like step has the same seeds and cells present, the same stages and violations, and finite cells in their
@@ -159,7 +159,7 @@ class LiveSeeds:
         self.table: SeedTable = NO_SEEDS
         self.ids: dict[str, int] = {}
         self._resumed_violations: dict[str, float] = {}
-        self._settled: _Settled | None = None
+        self._settled: _SettledRows | None = None
         self._before: SeedStep | None = None  # the step to find out from what later ones may have in common with it
 
     def step(self, recorded: SeedTable) -> SeedStep:
@@ -247,20 +247,20 @@ class LiveSeeds:
         if not step.is_settled:
             self._settled, self._before = None, step if step.recorded.ids else None
 
-    def _settled_for(self, recorded: SeedTable) -> _Settled | None:
+    def _settled_for(self, recorded: SeedTable) -> _SettledRows | None:
         """What the step may have in common with those before; found out when the same seeds come again."""
         before = self._before
         if before is not None and before.recorded.ids == recorded.ids:
             self._settled, self._before = self._settled_after(before), None
         return self._settled
 
-    def _settled_after(self, step: SeedStep) -> _Settled | None:
+    def _settled_after(self, step: SeedStep) -> _SettledRows | None:
         recorded = step.recorded
         exact = recorded.cells[:, [_STAGE, _VIOLATIONS]]
         if not (np.isfinite(exact) & (exact >= 0.0) | is_absent(exact)).all():
             return None  # each such cell is to be counted, in every step
         is_same = recorded.ids == step.live.ids
-        return _Settled(step, None if is_same else [self.ids[seed_id] for seed_id in recorded.ids])
+        return _SettledRows(step, None if is_same else [self.ids[seed_id] for seed_id in recorded.ids])
 
     def retire(self, seed_ids: Iterable[str]) -> tuple[str, ...]:
         """Ends the lives of seeds; returns those that were alive."""

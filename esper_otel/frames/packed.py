@@ -16,7 +16,7 @@ _AT_ONCE = 16
 _BESIDE = 150
 
 
-class Packed:
+class PackedFrames:
     """Frames in their order. Immutable; any thread may unpack it.
 
     Args:

@@ -34,7 +34,7 @@ _OURS = frozenset(metric.name for metric in METRICS)
 
 
 @dataclasses.dataclass(slots=True)
-class Stored:
+class StoredContext:
     """What files say beside their frames.
 
     Attributes:
@@ -126,7 +126,7 @@ def _record(content: bytes) -> bytes:
     return _HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content
 
 
-def frames_in(content: bytes, stored: Stored) -> Iterator[Frame]:
+def frames_in(content: bytes, stored: StoredContext) -> Iterator[Frame]:
     """The frames of a file, as an exporter needs them: of seeds alive and silent it has the ids and no cells.
 
     A checksum says that a record is whole, not that we wrote it: what it says is checked like a request, and a record
@@ -160,7 +160,7 @@ class _Known(NamedTuple):
     seeds: dict[int, tuple[str, ...]]
 
 
-def _learn(kind: bytes, body: bytes, known: _Known, stored: Stored) -> None:
+def _learn(kind: bytes, body: bytes, known: _Known, stored: StoredContext) -> None:
     """Notes what later frames refer to; raises when it is not what we write."""
     if len(body) > _MOST_SAID:
         raise ValueError("it is longer than we write")
@@ -229,7 +229,7 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
 
 
-def _records(content: bytes, stored: Stored) -> Iterator[bytes]:
+def _records(content: bytes, stored: StoredContext) -> Iterator[bytes]:
     place = end = 0
     while (place := content.find(_MAGIC, place)) >= 0 and place + _HEAD.size <= len(content):
         _, length, crc = _HEAD.unpack_from(content, place)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from esper_otel.frames.frame import Frame
-from esper_otel.frames.packed import Packed
+from esper_otel.frames.packed import PackedFrames
 from esper_otel.native import threads
 
 # Measured with tracemalloc on Python 3.11: 770 bytes and 32 a value, with what is derived, its place in the dict and
@@ -43,7 +43,7 @@ class Ring:
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._frames: dict[int, Frame | Packed] = {}
+        self._frames: dict[int, Frame | PackedFrames] = {}
         self._sizes: deque[int] = deque()  # of the frames, before any was packed
         self._size = 0
         self.first: int = 1
@@ -51,7 +51,7 @@ class Ring:
         self._saved = 0  # bytes by which packed frames are smaller; guarded, as is what becomes of them
         self._guard = threads().Lock()
         self._packed_to = 0
-        self._unpacked: tuple[Packed | None, list[Frame]] = (None, [])
+        self._unpacked: tuple[PackedFrames | None, list[Frame]] = (None, [])
 
     @property
     def size(self) -> int:
@@ -81,7 +81,7 @@ class Ring:
                 self.first += 1
                 size = self._sizes.popleft()
                 self._size -= size
-                if isinstance(frame, Packed):
+                if isinstance(frame, PackedFrames):
                     self._saved -= size - frame.share
 
     def pack(self, newest: int, is_over: Callable[[], bool]) -> None:
@@ -94,7 +94,7 @@ class Ring:
             if len(frames) < _AT_ONCE:  # some were dropped meanwhile
                 continue
             sizes = list(map(frame_bytes, frames))
-            packed = Packed(frames)
+            packed = PackedFrames(frames)
             with self._guard:
                 for frame, size in zip(frames, sizes, strict=True):
                     if frame.sequence >= self.first:
@@ -113,7 +113,7 @@ class Ring:
         number = start = max(sequence + 1, self.first)
         while len(frames) < limit and number <= last:
             frame = self._frames.get(number)
-            if isinstance(frame, Packed):
+            if isinstance(frame, PackedFrames):
                 frame = self._frame_of(frame, number)
             if frame is not None:
                 frames.append(frame)
@@ -124,7 +124,7 @@ class Ring:
             number += 1
         return frames, start - (sequence + 1)
 
-    def _frame_of(self, packed: Packed, number: int) -> Frame:
+    def _frame_of(self, packed: PackedFrames, number: int) -> Frame:
         """A packed frame; the others that were packed with it are likely to be asked for next."""
         known, frames = self._unpacked
         if known is not packed:

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.oona_source import OfGateway
+from esper_otel.gateway.oona_source import GatewaySource
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.security import Certificates, Tokens, check_exposure, is_loopback
 from esper_otel.gateway.serve.connections import allow_descriptors
@@ -146,7 +146,7 @@ async def _serve(options: argparse.Namespace) -> int:
         sparing = asyncio.create_task(_spare_stored())
         publisher = None
         if options.oona is not None:
-            publisher = Publisher(OfGateway(core), options.oona, password=password)
+            publisher = Publisher(GatewaySource(core), options.oona, password=password)
         core.publisher = publisher
         try:
             await until_told(gateway, f"steps are kept in {kept}", as_json=options.json)

@@ -16,12 +16,12 @@ from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import FREE, Bounds, forgotten, packets_after, packets_of, page, run_message, step_of
 from esper_otel.gateway.ranks import Ranks
-from esper_otel.gateway.rebuild.assembler import Assembler, Taken
+from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.reading import Reader
-from esper_otel.gateway.receive.request import OTHER_METRICS, TOO_MANY_RUNS, Decoded
+from esper_otel.gateway.receive.request import OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
-from esper_otel.gateway.store.base import NOTHING_ENDED, Found, Kept, Store, StoreFull
+from esper_otel.gateway.store.base import NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import Damaged
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns
@@ -157,16 +157,16 @@ class Core:
             self._schedule(time.monotonic())
 
     def _begin(
-        self, body: bytes, decoded: Decoded, *, is_json: bool, grant: Grant | None
-    ) -> tuple[Generator[None, None, Taken], Kept]:
+        self, body: bytes, decoded: DecodedRequest, *, is_json: bool, grant: Grant | None
+    ) -> tuple[Generator[None, None, Acceptance], KeptRequest]:
         if grant is not None:
             check_senders(decoded, grant)
         tenant = "" if grant is None else grant.tenant
         now_s, received_unix_ns = time.monotonic(), self._clock_ns()
         taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
-        return taking, Kept(0, body, is_json, received_unix_ns, tenant)
+        return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
-    def _end(self, decoded: Decoded, taken: Taken, kept: Kept, turn: Turn) -> Answer:
+    def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
         """Stores what a request says: the frames that it makes whole, and its bytes for those that wait."""
         now_s = time.monotonic()
         items = self._assembler.release(now_s, turn, of_all=False)
@@ -204,7 +204,7 @@ class Core:
             detail = "" if fault.reason in CREDENTIALS else f": {fault.message}"
             self._warnings.say(f"refused {fault.reason}", "a request was refused for good, %s%s", fault.reason, detail)
 
-    def _save(self, items: list[Item], kept: Kept | None = None) -> None:
+    def _save(self, items: list[Item], kept: KeptRequest | None = None) -> None:
         """Stores frames, in their order; what cannot be stored now is stored with the next ones."""
         self._unsaved += items
         self._ended |= self._assembler.ended()
@@ -325,7 +325,7 @@ class Core:
         self._body_bytes = sum(left.values())
         self._is_restoring = False
 
-    def _take_again(self, store: FileStore, kept: Kept, now_s: float) -> None:
+    def _take_again(self, store: FileStore, kept: KeptRequest, now_s: float) -> None:
         """Takes a request of an earlier life; one that fails is put aside: the gateway starts without it."""
         try:
             decoded = self._reader.read(kept.body, is_json=kept.is_json)
@@ -468,7 +468,7 @@ class Core:
         self.counts["gap_steps"] += found.gap if cursor else 0
         return found
 
-    def entries(self, run_id: str, cursor: str, most: int) -> Found:
+    def entries(self, run_id: str, cursor: str, most: int) -> StoredPage:
         """What is stored after a cursor.
 
         Raises:

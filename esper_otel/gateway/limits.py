@@ -13,7 +13,7 @@ class Crowded(EsperOtelError):
     """There is no room for a further writer now; there may be when another has been silent for a while."""
 
 
-class Room:
+class SharedPlaces:
     """Places for all tenants: nobody takes more of them than are still free for the others.
 
     Args:

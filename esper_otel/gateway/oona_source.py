@@ -15,7 +15,7 @@ _TIMEOUT_S = 10.0
 Result = TypeVar("Result")
 
 
-class OfGateway:
+class GatewaySource:
     """See ``oona.Source``. Made in the event loop, asked from another thread."""
 
     def __init__(self, core: Core) -> None:

@@ -13,7 +13,7 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
-from esper_otel.gateway.store.base import Entry, Store
+from esper_otel.gateway.store.base import Store, StoredFrame
 from esper_otel.gateway.turns import Turn
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
@@ -44,7 +44,7 @@ FREE = Bounds()
 async def page(
     store: Store,
     request: PullRequest,
-    made: Callable[[Entry, int], Step],
+    made: Callable[[StoredFrame, int], Step],
     clock_ns: Callable[[], int],
     bounds: Bounds = FREE,
 ) -> PullResponse:
@@ -100,7 +100,7 @@ async def packets_after(
     run_id: str,
     cursor: str,
     most: int,
-    made: Callable[[Entry, int], Packets],
+    made: Callable[[StoredFrame, int], Packets],
     clock_ns: Callable[[], int],
 ) -> Page:
     """As ``page``, for a reader in this process: nothing is serialized.
@@ -133,7 +133,7 @@ async def packets_after(
 
 
 async def _steps(
-    entries: Sequence[Entry], made: Callable[[Entry, int], Made], now_unix_ns: int, bounds: Bounds
+    entries: Sequence[StoredFrame], made: Callable[[StoredFrame, int], Made], now_unix_ns: int, bounds: Bounds
 ) -> deque[Made]:
     """What is made of the first of these entries, at least of one: as many as can be made in a turn."""
     steps: deque[Made] = deque()
@@ -147,12 +147,12 @@ async def _steps(
     return steps
 
 
-def step_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:
+def step_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:
     """The entry as a message; see ``packets_of``."""
     return step_message(packets_of(entry, now_unix_ns, rules=rules, latency_budget_ms=latency_budget_ms))
 
 
-def packets_of(entry: Entry, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Packets:
+def packets_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Packets:
     """The entry as packets, with the signals of its risks."""
     item = entry.item
     made = packets(

@@ -11,7 +11,7 @@ from esper_otel.log import Warnings
 _MOST_CHARACTERS = 200
 
 
-class Seldom(logging.Handler):
+class SeldomLog(logging.Handler):
     """Says what a library logs, each kind at most once a minute.
 
     Of a request that cannot be read only that is said: in aiohttp's words its headers stand, and a token in them.
@@ -43,4 +43,4 @@ def quiet_grpc() -> None:
     """For a process that is a gateway and nothing else."""
     log = logging.getLogger("grpc")
     log.propagate = False
-    log.addHandler(Seldom(Warnings(), "gRPC"))
+    log.addHandler(SeldomLog(Warnings(), "gRPC"))

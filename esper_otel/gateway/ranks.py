@@ -31,7 +31,7 @@ class Ranks:
     """Keeps the durations of the newest steps of each rank. Threads: one at a time."""
 
     def __init__(self) -> None:
-        self._runs: OrderedDict[str, _Run] = OrderedDict()
+        self._runs: OrderedDict[str, _RunSteps] = OrderedDict()
         self._steps = 0
 
     def note(self, items: Iterable[Item]) -> None:
@@ -40,7 +40,7 @@ class Ranks:
             run_id = item.origin.run_id
             run = self._runs.get(run_id)
             if run is None:
-                run = self._runs[run_id] = _Run()
+                run = self._runs[run_id] = _RunSteps()
             before = run.steps
             if run.note(item):
                 self._runs.move_to_end(run_id)
@@ -58,7 +58,7 @@ class Ranks:
         return None if run is None else (yield from run.viewing(min(steps or STEPS, STEPS)))
 
 
-class _Rank:
+class _RankSteps:
     """The newest attempt of one rank."""
 
     def __init__(self, attempt: int) -> None:
@@ -82,7 +82,7 @@ class _Rank:
             self.steps.popitem(last=False)
 
 
-class _Run:
+class _RunSteps:
     """The ranks of one run.
 
     Attributes:
@@ -90,7 +90,7 @@ class _Run:
     """
 
     def __init__(self) -> None:
-        self._newest: dict[int, _Rank] = {}
+        self._newest: dict[int, _RankSteps] = {}
         self.steps = 0
 
     def note(self, item: Item) -> bool:
@@ -101,7 +101,7 @@ class _Run:
             return False
         if of_rank is None or of_rank.attempt < attempt:
             self.steps -= 0 if of_rank is None else len(of_rank.steps)
-            of_rank = self._newest[rank] = _Rank(attempt)
+            of_rank = self._newest[rank] = _RankSteps(attempt)
         if of_rank.attempt == attempt:
             before = len(of_rank.steps)
             of_rank.note(item.frame)

@@ -30,10 +30,10 @@ from esper_otel.gateway.serve.ports import Gateway
 from esper_otel.gateway.store.base import (
     NO_TENANTS,
     NOTHING_ENDED,
-    Entry,
-    Found,
-    Kept,
+    KeptRequest,
     Store,
+    StoredFrame,
+    StoredPage,
     cursor_place,
     cursor_text,
 )
@@ -51,7 +51,7 @@ _PAGE = 256
 _LIFE = "replay"
 
 
-class Event(NamedTuple):
+class PlayedEvent(NamedTuple):
     """One thing that pullers see.
 
     Attributes:
@@ -115,7 +115,9 @@ class Player:
         made: how packets are made.
     """
 
-    def __init__(self, events: Sequence[Event], ended: Mapping[Origin, str], speed: float, made: PacketOptions) -> None:
+    def __init__(
+        self, events: Sequence[PlayedEvent], ended: Mapping[Origin, str], speed: float, made: PacketOptions
+    ) -> None:
         self._events = events
         self._ended = ended
         self._speed = speed
@@ -149,8 +151,8 @@ class Shelf:
         self.damaged: Counter[str] = Counter()
         self.size = 0
         self._run_id = ""
-        self._all: list[Entry] = []
-        self._of_rank: dict[int, list[Entry]] = {}
+        self._all: list[StoredFrame] = []
+        self._of_rank: dict[int, list[StoredFrame]] = {}
         self._last = 0
         self._last_of: dict[int, int] = {}
         self._losses: dict[Origin, float | None] = {}
@@ -162,13 +164,13 @@ class Shelf:
         ended: Mapping[Origin, str] = NOTHING_ENDED,  # noqa: ARG002 - the core knows
         places: Iterable[Place] = (),  # noqa: ARG002
         tenants: Mapping[str, str] = NO_TENANTS,  # noqa: ARG002
-        kept: Kept | None = None,  # noqa: ARG002 - nothing is received
+        kept: KeptRequest | None = None,  # noqa: ARG002 - nothing is received
         first_kept: int | None = None,  # noqa: ARG002
     ) -> None:
         """Adds steps."""
         for item in items:
             position, number = self._places(item)
-            entry = Entry(position, number, item, self._losses.get(item.origin))
+            entry = StoredFrame(position, number, item, self._losses.get(item.origin))
             self._all.append(entry)
             self._of_rank.setdefault(item.origin.rank, []).append(entry)
             self._losses[item.origin] = loss_of(item.frame)
@@ -186,7 +188,7 @@ class Shelf:
         self._last_of[rank] = self._last_of.get(rank, 0) + 1
         return self._last, self._last_of[rank]
 
-    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Entries after a cursor, up to the next hole. See ``Store``."""
         if run_id != self._run_id:
             raise UnknownRun(f"no step of run {run_id!r} is here; this replay is of run {self._run_id!r}")
@@ -194,14 +196,14 @@ class Shelf:
         entries = self._all if rank is None else self._of_rank.get(rank, [])
         place = cursor_place(cursor, _LIFE, rank, self._last if rank is None else self._last_of.get(rank, 0))
         start = bisect_right(entries, place, key=key)
-        found: list[Entry] = []
+        found: list[StoredFrame] = []
         for entry in entries[start : start + most]:
             if found and key(entry) > key(found[-1]) + 1:
                 break
             found.append(entry)
         last = key(found[-1]) if found else place
         gap = key(found[0]) - place - 1 if found else 0
-        return Found(found, cursor_text(_LIFE, rank, last), gap)
+        return StoredPage(found, cursor_text(_LIFE, rank, last), gap)
 
     def holds(self, run_id: str) -> bool:  # noqa: ARG002 - there is one
         """Every run here has steps."""
@@ -242,7 +244,7 @@ def injected(text: str) -> frozenset[str]:
 
 def replayed(
     items: Sequence[Item], ended: Mapping[Origin, str], weather: frozenset[str]
-) -> tuple[list[Event], Mapping[Origin, str]]:
+) -> tuple[list[PlayedEvent], Mapping[Origin, str]]:
     """What pullers see of stored steps, in order, and how it ends.
 
     ``gap``: five steps are lost after a fifth of the run. ``nan``: a step's loss is NaN; what was derived of it is
@@ -258,7 +260,7 @@ def replayed(
     events, newest_ns = [], 0
     for item in items:  # what came late comes behind those that came before it
         newest_ns = max(newest_ns, item.frame.time_unix_ns - begin_ns)
-        events.append(Event(newest_ns, item))
+        events.append(PlayedEvent(newest_ns, item))
     places = {name: int(len(items) * share) for name, share in _PLACES.items()}
     if RESUME in weather:  # the last one first, so that places stay
         events, ended = _resumed(events, ended, places[RESUME])
@@ -274,7 +276,9 @@ def replayed(
     return events, ended
 
 
-def _resumed(events: list[Event], ended: Mapping[Origin, str], place: int) -> tuple[list[Event], Mapping[Origin, str]]:
+def _resumed(
+    events: list[PlayedEvent], ended: Mapping[Origin, str], place: int
+) -> tuple[list[PlayedEvent], Mapping[Origin, str]]:
     first = max(event.item.origin.attempt for event in events) + 1
     attempts = {
         attempt: first + number for number, attempt in enumerate(sorted({e.item.origin.attempt for e in events}))
@@ -296,17 +300,17 @@ def _resumed(events: list[Event], ended: Mapping[Origin, str], place: int) -> tu
     }
 
 
-def _delay(events: list[Event], place: int) -> None:
+def _delay(events: list[PlayedEvent], place: int) -> None:
     whole = events[place]
     later = min(place + _DELAY, len(events) - 1)
     correction = whole.item._replace(revision=whole.item.revision + 1, complete=True)
-    events.insert(later + 1, Event(events[later].after_ns, correction))
+    events.insert(later + 1, PlayedEvent(events[later].after_ns, correction))
     events[place] = _with_loss(
         whole._replace(item=whole.item._replace(complete=False)), {"loss": None, LAST_LOSS: None}
     )
 
 
-def _with_loss(event: Event, changed: Mapping[str, float | None]) -> Event:
+def _with_loss(event: PlayedEvent, changed: Mapping[str, float | None]) -> PlayedEvent:
     """The event with other losses; None takes one away."""
     frame: Frame = event.item.frame
     values = {name: value for name, value in {**frame.recorded, **changed}.items() if value is not None}

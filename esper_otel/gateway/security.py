@@ -14,7 +14,7 @@ from typing import NamedTuple
 from esper_otel.bearer import TokenFile, read_tokens
 from esper_otel.errors import ConfigurationError, EsperOtelError
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.receive.request import Decoded
+from esper_otel.gateway.receive.request import DecodedRequest
 from esper_otel.log import Warnings
 
 _MOST_ID_BYTES = Limits().text_bytes
@@ -153,7 +153,7 @@ class Certificates:
         return context
 
 
-class Renewed:
+class CertificatesInForce:
     """Certificates as they are in force on every port: all files, or when one of them cannot be used, all as before.
 
     Threads: any.
@@ -224,7 +224,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_senders(decoded: Decoded, grant: Grant) -> None:
+def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
     """Refuses a request of which a part is for a run that the sender may not write to.
 
     Raises:

@@ -33,7 +33,7 @@ _FARTHEST_AHEAD = 8
 _sequence: Callable[[], int] = getattr(torch._C._autograd, "_get_sequence_nr", lambda: 0)  # noqa: SLF001
 
 
-class Waiting(Protocol):
+class BatchListener(Protocol):
     """Hears when the loop waits for a batch, and when it has one."""
 
     def wait(self) -> None:
@@ -99,7 +99,7 @@ class Feed:
         epoch: which iteration the last step belongs to, from 0.
     """
 
-    def __init__(self, waiting: Waiting) -> None:
+    def __init__(self, waiting: BatchListener) -> None:
         self.epoch: int = 0
         self._waiting = waiting
         self._passes: dict[int, _Pass] = {}
@@ -246,7 +246,7 @@ def _is_for_a_generator() -> bool:
 # -- iterators of loaders that were not given to us --------------------------------------------------------
 
 
-class _Everywhere:
+class _LoaderHooks:
     """Tells listeners of every DataLoader's iterators, as long as there are any. Hears itself as a listener."""
 
     def __init__(self) -> None:
@@ -313,7 +313,7 @@ class _Everywhere:
         return following
 
 
-_everywhere = _Everywhere()
+_everywhere = _LoaderHooks()
 os.register_at_fork(after_in_child=_everywhere.forget)  # a worker's loaders are not the training's
 
 

@@ -46,7 +46,7 @@ class _Mean:
         return self.weighted / self.samples if self.samples else self.sum / self.count
 
 
-class _Part:
+class _Batches:
     """What has happened in one batch or several, on the way to a step."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Part:
         for name in [name for name in self.values if name not in _OF_THE_STEP]:
             self._mean(name, _Mean(self.values.pop(name), self.samples))
 
-    def add(self, later: _Part) -> None:
+    def add(self, later: _Batches) -> None:
         """Both belong to one step."""
         self.close()
         later.close()
@@ -125,8 +125,8 @@ class Loop:
         self._telemetry = telemetry
         self.has_stepped: bool = False
         self._asked_s: float | None = None
-        self._earlier: _Part | None = None
-        self._now = _Part()
+        self._earlier: _Batches | None = None
+        self._now = _Batches()
 
     @property
     def has_earlier(self) -> bool:
@@ -252,7 +252,7 @@ class Loop:
         """Nothing of what has happened belongs to the next step."""
         self.has_stepped = False
         self._asked_s = self._earlier = None
-        self._now = _Part()
+        self._now = _Batches()
 
     def _set_aside(self) -> None:
         if self._now.over_s is None:
@@ -262,15 +262,15 @@ class Loop:
             self._now.close()
         else:
             self._earlier.add(self._now)
-        self._now = _Part()
+        self._now = _Batches()
 
-    def _whole(self) -> _Part:
+    def _whole(self) -> _Batches:
         if self._earlier is None:
             return self._now
         self._earlier.add(self._now)
         return self._earlier
 
-    def _record_failed(self, part: _Part, epoch: int, global_step: int | None) -> None:
+    def _record_failed(self, part: _Batches, epoch: int, global_step: int | None) -> None:
         values = part.all_values()
         with suppress(_StepFailed), self._telemetry.step(epoch=epoch, global_step=global_step) as now:
             now.put(values)

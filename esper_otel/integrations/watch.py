@@ -40,7 +40,7 @@ class Watch(Loader[Batch]):
     """
 
     own: frozenset[str] = frozenset({"put", "validation", "close", "telemetry", "_watching"})
-    _watching: Watching
+    _watching: WatchedLoop
     telemetry: Telemetry
 
     def __iter__(self) -> Iterator[Batch]:
@@ -73,7 +73,7 @@ class Watch(Loader[Batch]):
         self.close(outcome=outcome_of(kind, error))
 
 
-class Watching:
+class WatchedLoop:
     """Records a step for each step of the optimizers; holds neither them nor the model nor the loader.
 
     A step lasts from its first batch until the next one is asked for. See ``Steps`` for batches without a step.
@@ -164,7 +164,7 @@ class Watching:
         self.steps.say_if_unseen()
 
 
-_live: set[Watching] = set()
+_live: set[WatchedLoop] = set()
 os.register_at_fork(after_in_child=_live.clear)
 
 
@@ -233,7 +233,7 @@ def watch(
     loader = of(loader) if is_stand_in(loader) else loader
     _end_earlier([model, loader, *optimizers])
     session = start(**arguments) if telemetry is None else telemetry
-    watching = Watching(model, optimizers, loader, session, is_ours=telemetry is None)
+    watching = WatchedLoop(model, optimizers, loader, session, is_ours=telemetry is None)
     face = following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
     watching.face = weakref.ref(face)
     return face

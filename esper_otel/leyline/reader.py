@@ -23,7 +23,7 @@ from opentelemetry.sdk.metrics.export import Gauge, MetricReader, MetricsData, N
 from esper_otel.errors import WrongState
 from esper_otel.leyline.numbers import finite
 from esper_otel.leyline.packets import Packets, packets
-from esper_otel.leyline.readings import Assembler, Collected, Reading
+from esper_otel.leyline.readings import CollectedFrame, FrameOfReadings, Reading
 from esper_otel.leyline.risk import signals, with_signals
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class LeylineMetricReader(MetricReader):
     def __init__(self, *, latency_budget_ms: float = 10.0) -> None:
         super().__init__(cardinality_limits=dict.fromkeys(_INSTRUMENTS, _MOST_IDS))
         self._latency_budget_ms = latency_budget_ms
-        self._assembler = Assembler(attempt=time.time_ns() // 1_000_000)
+        self._assembler = FrameOfReadings(attempt=time.time_ns() // 1_000_000)
         self._pulling = threading.Lock()
         self._received: deque[MetricsData] = deque(maxlen=1)
         self._is_shut_down = False
@@ -102,7 +102,7 @@ class LeylineMetricReader(MetricReader):
         finally:
             self._pulling.release()
 
-    def _packets(self, made: Collected) -> Packets:
+    def _packets(self, made: CollectedFrame) -> Packets:
         """The packets of a collection, with the signals of its risks."""
         if made.refused and time.monotonic() >= self._next_warning_s:
             self._next_warning_s = time.monotonic() + _QUIET_S

@@ -53,7 +53,7 @@ class Reading(NamedTuple):
     scope: str = ""
 
 
-class Collected(NamedTuple):
+class CollectedFrame(NamedTuple):
     """The frame of one collection.
 
     Attributes:
@@ -77,7 +77,7 @@ class _Point(NamedTuple):
     time_unix_ns: int
 
 
-class Assembler:
+class FrameOfReadings:
     """Makes one frame of the readings of each collection, by the gateway's rules; not thread-safe.
 
     When several runs or ranks share a provider it follows one of them: the one with the most readings, for as
@@ -91,7 +91,7 @@ class Assembler:
         self._attempt = attempt
         self._followed: _Followed | None = None
 
-    def frame(self, readings: Iterable[Reading]) -> Collected | None:
+    def frame(self, readings: Iterable[Reading]) -> CollectedFrame | None:
         """The frame of readings that were collected together; None when none is of the catalogue."""
         refused = Counter[str]()
         points: dict[Run, list[_Point]] = {}
@@ -117,7 +117,7 @@ class Assembler:
         run = by_rank[self._followed.rank]
         frame, is_known = self._followed.frame(run, points[run], refused)
         is_cut = bool(refused[TOO_MANY_SEEDS] or refused[TOO_MANY_SETS])
-        return Collected(frame, is_known and not is_cut, refused)
+        return CollectedFrame(frame, is_known and not is_cut, refused)
 
     def _run(self, resource: Mapping[str, object]) -> Run | None:
         """The run that a Resource describes; None when no point of it is taken."""

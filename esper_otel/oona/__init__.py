@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from esper_otel.oona.messages import STREAMS, Entry, entries
+from esper_otel.oona.entries import STREAMS, StreamEntry, entries
 from esper_otel.oona.publisher import TTL_MS, Publisher
 
 if TYPE_CHECKING:
     from esper_otel.leyline.packets import Page
     from esper_otel.session.telemetry import Telemetry
 
-__all__ = ["STREAMS", "TTL_MS", "Entry", "OfTelemetry", "Publisher", "entries", "publish"]
+__all__ = ["STREAMS", "TTL_MS", "Publisher", "StreamEntry", "TelemetrySource", "entries", "publish"]
 
 
-class OfTelemetry:
+class TelemetrySource:
     """A session's own packets as a source; its ``pull()`` without a cursor is left alone."""
 
     def __init__(self, telemetry: Telemetry) -> None:
@@ -46,4 +46,4 @@ def publish(telemetry: Telemetry, url: str, *, secret: str | None = None, ttl_ms
     Raises:
         ConfigurationError: as of ``Publisher``.
     """
-    return Publisher(OfTelemetry(telemetry), url, secret=secret, ttl_ms=ttl_ms, remembers=False)
+    return Publisher(TelemetrySource(telemetry), url, secret=secret, ttl_ms=ttl_ms, remembers=False)

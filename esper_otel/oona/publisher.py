@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
 from esper_otel.log import Warnings
-from esper_otel.oona.messages import EMERGENCY, STREAMS, Entry, entries
+from esper_otel.oona.entries import EMERGENCY, STREAMS, StreamEntry, entries
 
 if TYPE_CHECKING:
     from esper_otel.leyline import Page
@@ -36,7 +36,7 @@ _TENANT_FACTOR, _RUN_FACTOR = 3, 2
 _Id: TypeAlias = tuple[int, int]
 
 
-class Source(Protocol):
+class PacketSource(Protocol):
     """Where a publisher gets its packets."""
 
     def runs(self) -> Sequence[str]:
@@ -78,7 +78,7 @@ class Publisher:
 
     def __init__(
         self,
-        source: Source,
+        source: PacketSource,
         url: str,
         *,
         password: str | None = None,
@@ -94,7 +94,7 @@ class Publisher:
         self._ttl_ms = ttl_ms
         self._remembers = remembers
         self._cursors: dict[str, str | None] = {}
-        self._calls = _Calls(self._source)
+        self._calls = _EmergencyBudget(self._source)
         self._trimmed_s = float("-inf")
         self._marks: deque[tuple[float, dict[str, _Id]]] = deque()
         self._warnings = Warnings()
@@ -174,7 +174,7 @@ class Publisher:
             self._say_fault(error)
             return 0
 
-    def _entries(self, page: Page) -> list[Entry]:
+    def _entries(self, page: Page) -> list[StreamEntry]:
         """The messages of a page. A step that cannot be put into any is left out: others wait behind it."""
         made = []
         for packets in page:
@@ -256,14 +256,14 @@ class Publisher:
         return "the rest follows in its next life" if self._remembers else "the rest is not published"
 
 
-class _Calls:
+class _EmergencyBudget:
     """The emergencies of the last minute: what consumers let through is shared by those who publish.
 
     The others go to the stream where they usually would. Of a gateway no tenant gets more than three times what is left
     for others, and no run more than twice that: whoever calls later in the same minute still has some.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: PacketSource) -> None:
         self._source = source
         self._times: deque[tuple[float, str, str]] = deque()
         self._of_run: Counter[str] = Counter()

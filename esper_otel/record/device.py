@@ -108,7 +108,7 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Event(Protocol):
+class CudaEvent(Protocol):
     """A ``torch.cuda.Event``, whose own types change between versions."""
 
     def query(self) -> bool: ...  # noqa: D102 - PyTorch's
@@ -121,7 +121,7 @@ class Copy(NamedTuple):
 
     positions: Sequence[int]
     host: Tensor
-    copied: Event
+    copied: CudaEvent
 
 
 class Pending:
@@ -198,8 +198,8 @@ def _to_host(stream: torch.cuda.Stream, positions: list[int], tensors: Sequence[
 class CopyTiming(NamedTuple):
     """The time of copies from the host to a CUDA device, between two events. Threads: any."""
 
-    started: Event
-    ended: Event
+    started: CudaEvent
+    ended: CudaEvent
 
     def done(self) -> bool:
         """Whether the copies are over, or the device has failed; never waits."""

@@ -159,7 +159,7 @@ class Loader(StandIn, Generic[Batch]):
         return cast("Batch", _take(self))
 
 
-class Taking(StandIn):
+class IteratorStandIn(StandIn):
     """Stands in for an iterator: a listener hears of each batch."""
 
     def __iter__(self) -> Iterator[Any]:
@@ -181,7 +181,7 @@ def following(face: type[Face], loader: object, listener: Listener, **state: obj
 
 def taking(iterator: Iterator[Batch], listener: Listener) -> Iterator[Batch]:
     """A stand-in for an iterator."""
-    return stand_in(Taking, iterator, **{_LISTENER: listener})
+    return stand_in(IteratorStandIn, iterator, **{_LISTENER: listener})
 
 
 def _take(taker: StandIn) -> Any:

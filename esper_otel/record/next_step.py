@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from esper_otel.frames.frame import SeedTable
 from esper_otel.record.seeds import merged_tables
-from esper_otel.record.values import Held, Target
+from esper_otel.record.values import DeviceValues, Target
 
 
 class Beginning(NamedTuple):
@@ -74,11 +74,11 @@ class NextStep:
         self.is_anything = bool(self.context or self.tensors)
         return taken
 
-    def take_context(self, held: Held | None) -> tuple[Held | None, Mapping[str, float]]:
+    def take_context(self, held: DeviceValues | None) -> tuple[DeviceValues | None, Mapping[str, float]]:
         """The context, and what holds the tensors of it beside those of ``held``."""
         context, self.context = self.context, {}
         if self.tensors:
-            held = held or Held()
+            held = held or DeviceValues()
             held.tensors.update(self.tensors)
             self.tensors = {}
         return held, context

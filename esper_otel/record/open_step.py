@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from esper_otel.frames.frame import SeedTable
 from esper_otel.record.seeds import NO_IDS, merged_tables, table_of_rows
-from esper_otel.record.values import Held, Target
+from esper_otel.record.values import DeviceValues, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class OpenStep:
         # in it and no cell is on a device.
         self._known: Mapping[str, int] = NO_IDS
         self._table: SeedTable | None = None
-        self._held: Held | None = None
+        self._held: DeviceValues | None = None
         self._retired: Sequence[str] = ()  # before the step
         self._retiring: list[str] = []  # after it
         self._ended: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ class OpenStep:
     def _hold(self, tensors: Mapping[Target, Tensor]) -> None:
         """Keeps values that a device has yet to deliver."""
         if self._held is None:
-            self._held = Held()
+            self._held = DeviceValues()
         self._held.tensors.update(tensors)
         for name in tensors:
             self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is no key of the values

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame
 from esper_otel.record.clock import Clock
-from esper_otel.record.columns import Columns
+from esper_otel.record.frame_publisher import Draft, FramePublisher
 from esper_otel.record.next_step import NextStep
 from esper_otel.record.open_step import OpenStep
-from esper_otel.record.publisher import Draft, Publisher
+from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
 from esper_otel.record.values import (
     CONTEXT,
     UINT32_MAX,
     UINT64_MAX,
-    Held,
-    Shape,
+    DeviceValues,
     Target,
+    ValueShape,
     are_floats,
     are_ordinary,
     read,
@@ -58,7 +58,7 @@ class Recorder:
 
     def __init__(
         self,
-        publisher: Publisher,
+        publisher: FramePublisher,
         *,
         clock: Clock,
         probing: Probing | None,
@@ -75,9 +75,9 @@ class Recorder:
         self._probing = probing
         self._to_state = to_state
         # Of the last step that was recorded whole, and of the last scope; see ``record_step`` and ``finish``.
-        self._shape: Shape | None = None
-        self._step_shape: Shape | None = None
-        self._columns = Columns(publisher.is_settled)
+        self._shape: ValueShape | None = None
+        self._step_shape: ValueShape | None = None
+        self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
 
     # -- steps -------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
-    def _publish(self, draft: Draft, held: Held | None, *, is_ordinary: bool) -> None:
+    def _publish(self, draft: Draft, held: DeviceValues | None, *, is_ordinary: bool) -> None:
         if self.next_step.is_anything and (self.next_step.context or self.next_step.tensors):
             held, context = self.next_step.take_context(held)
             draft = draft._replace(context=context)
@@ -261,11 +261,11 @@ class Recorder:
         """Adds to the next step's ``input_wait_ms``."""
         self.next_step.wait(milliseconds)
 
-    def _held_of(self, tensors: Mapping[Target, Any]) -> Held | None:
+    def _held_of(self, tensors: Mapping[Target, Any]) -> DeviceValues | None:
         if not tensors:
             return None
         self.publisher.saw(tuple(tensors.values()))
-        held = Held()
+        held = DeviceValues()
         held.tensors.update(tensors)
         return held
 
@@ -328,7 +328,7 @@ class Recorder:
             )
         )
 
-    def _take(self, step: OpenStep, held: Held) -> None:
+    def _take(self, step: OpenStep, held: DeviceValues) -> None:
         for target, value in held.arrived().items():
             if isinstance(target, tuple):
                 row = one_cell(*target, value).cells.tobytes()
@@ -342,5 +342,5 @@ class Recorder:
     # -- the rest ----------------------------------------------------------------------------------------
 
     def fault(self, where: str, error: Exception) -> None:
-        """See ``Publisher.fault``."""
+        """See ``FramePublisher.fault``."""
         self.publisher.fault(where, error)

@@ -25,7 +25,7 @@ from esper_otel.record.seeds import (
     more_cells,
 )
 from esper_otel.record.timed import Timed, TimedOnce
-from esper_otel.record.values import ROW_TYPES, Held, Target, are_floats, are_ordinary, read, read_row
+from esper_otel.record.values import ROW_TYPES, DeviceValues, Target, are_floats, are_ordinary, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Step(OpenStep):
         moved, timing = move(device, items)
         if timing is not None:
             if self._held is None:
-                self._held = Held()
+                self._held = DeviceValues()
             self._held.copies.append(timing)
         self._recorder.publisher.saw(moved)
         return moved[0] if len(items) == 1 else moved

@@ -74,7 +74,7 @@ def are_ordinary(values: Collection[Any]) -> bool:
     return total <= _MAX  # neither infinite nor NaN
 
 
-class Shape:
+class ValueShape:
     """Names that come together in many steps.
 
     Attributes:
@@ -100,9 +100,9 @@ class Shape:
         return numbers[self._loss] < FLOAT32_BOUND
 
 
-def shape_of(values: Mapping[str, object]) -> Shape | None:
+def shape_of(values: Mapping[str, object]) -> ValueShape | None:
     """The shape of steps like this one; None for one that is too odd to have one."""
-    return Shape(tuple(values)) if "loss" in values and len(values) > 1 else None
+    return ValueShape(tuple(values)) if "loss" in values and len(values) > 1 else None
 
 
 def read(given: Mapping[str, object]) -> tuple[dict[str, float], dict[Target, Tensor]]:
@@ -133,7 +133,7 @@ def read_row(seed_id: str, cells: Sequence[object]) -> tuple[tuple[float, ...], 
     return tuple(row), tensors
 
 
-class CopyTiming(Protocol):
+class CopyTime(Protocol):
     """The time of copies to a device, known when they have completed."""
 
     def done(self) -> bool:
@@ -146,7 +146,7 @@ class CopyTiming(Protocol):
         """The time; None when the device could not tell."""
 
 
-class Held:
+class DeviceValues:
     """Values of one step that a device has yet to deliver.
 
     ``seal`` starts the one copy to the host; after it ``done`` never waits and ``wait`` does.
@@ -154,7 +154,7 @@ class Held:
 
     def __init__(self) -> None:
         self.tensors: dict[Target, Tensor] = {}
-        self.copies: list[CopyTiming] = []
+        self.copies: list[CopyTime] = []
         self._targets: tuple[Target, ...] = ()
         self._pending: Any = None
 

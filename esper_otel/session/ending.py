@@ -22,7 +22,7 @@ _AGAIN_S = 0.002
 _RUNNERS = ("esper_otel.integrations.", "esper_otel.demo.", "esper_otel.cli", "esper_otel.__main__")
 
 
-class Closing(Protocol):
+class LiveSession(Protocol):
     """A live session."""
 
     def interrupted(self) -> None:
@@ -32,11 +32,11 @@ class Closing(Protocol):
         """Flushes and ends the session, within about ``timeout_s``."""
 
 
-_live: weakref.WeakSet[Closing] = weakref.WeakSet()
+_live: weakref.WeakSet[LiveSession] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_live.clear)  # a DataLoader worker inherits the handlers, not the sessions
 
 
-def watch(session: Closing, names: Iterable[str] = ()) -> list[str]:
+def watch(session: LiveSession, names: Iterable[str] = ()) -> list[str]:
     """Closes the session when the process ends, unless ``forget`` comes first.
 
     SIGTERM and the signals of these names flush it. A handler that was there is called as well; one that was not set
@@ -53,7 +53,7 @@ def watch(session: Closing, names: Iterable[str] = ()) -> list[str]:
     return [name for name in dict.fromkeys(("SIGTERM", *names)) if not _is_followed(signal.Signals[name])]
 
 
-def forget(session: Closing) -> None:
+def forget(session: LiveSession) -> None:
     """The session has been closed."""
     _live.discard(session)
     if not _live:
@@ -63,18 +63,18 @@ def forget(session: Closing) -> None:
 def _is_followed(number: int) -> bool:
     """Whether our handler is there, or could be put there."""
     there = signal.getsignal(number)
-    if isinstance(there, _Handler):
+    if isinstance(there, _SignalHandler):
         return True
     if there is None:
         return False
     try:
-        signal.signal(number, _Handler(there))
+        signal.signal(number, _SignalHandler(there))
     except ValueError:  # this is not the main thread
         return False
     return True
 
 
-class _Handler:
+class _SignalHandler:
     """Wakes the exporters and does what would have happened without us; before the process dies of it, flushes.
 
     Args:
@@ -181,7 +181,7 @@ def outcome_of_process() -> str:
     return "exit" if uncaught is None else str(uncaught.__name__)
 
 
-class _Leaving(NamedTuple):
+class _ExitCall(NamedTuple):
     """A call of ``sys.exit``: where the main program was, the status, and the newest exception that nobody caught."""
 
     place: int
@@ -194,7 +194,7 @@ class _Exits:
 
     def __init__(self) -> None:
         self._root: FrameType | None = None
-        self._last: _Leaving | None = None
+        self._last: _ExitCall | None = None
         self._replaced: list[tuple[Any, str, Any, Any]] = []
 
     def watch(self) -> None:
@@ -223,7 +223,7 @@ class _Exits:
             given = (*arguments[place:], *named.values(), None)
             root = self._root
             if root is not None and _outermost(sys._getframe()) is root:  # noqa: SLF001 - elsewhere it ends a thread only
-                self._last = _Leaving(root.f_lasti, _status(given[0]), getattr(sys, "last_value", None))
+                self._last = _ExitCall(root.f_lasti, _status(given[0]), getattr(sys, "last_value", None))
             return original(*arguments, **named)
 
         setattr(owner, name, leave)

@@ -34,8 +34,8 @@ from esper_otel.probes import host_and_device_probes
 from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
 from esper_otel.record.device import device_name
+from esper_otel.record.frame_publisher import FramePublisher
 from esper_otel.record.names import Names
-from esper_otel.record.publisher import Publisher
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
@@ -143,7 +143,7 @@ class _Session:
         self._sampler = (
             Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
         )
-        self._publisher = Publisher(
+        self._publisher = FramePublisher(
             run,
             names,
             Ring(settings.buffer_bytes),

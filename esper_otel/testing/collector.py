@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 
 from esper_otel.errors import ConfigurationError, WrongState
 from esper_otel.testing.received import CompleteFrames, Point, points_of
-from esper_otel.testing.servers import Answer, Door, GrpcServer, HttpServer
+from esper_otel.testing.servers import Answer, GrpcServer, HttpServer, Responder
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -69,7 +69,7 @@ class MemoryCollector:
         self.http_endpoint: str = ""
         self.attempts: int = 0
         self._headers = headers
-        self._door = Door(self._admits, self._receive, retry_after_s, tls)
+        self._door = Responder(self._admits, self._receive, retry_after_s, tls)
         self._servers: list[GrpcServer | HttpServer] = []
         self._closing = threading.Event()
         self._arrived = threading.Condition()

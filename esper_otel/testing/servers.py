@@ -38,7 +38,7 @@ _GZIP = 16 + zlib.MAX_WBITS
 _GRPC_THREADS = 8
 
 
-class Door(NamedTuple):
+class Responder(NamedTuple):
     """What both servers ask about a request.
 
     Attributes:
@@ -61,7 +61,7 @@ def _left_s(deadline: float) -> float:
 class GrpcServer:
     """Serves OTLP over gRPC on ``port`` of 127.0.0.1 from when it is made."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Responder) -> None:
         import grpc  # importing esper_otel.testing must not import it
 
         self._door = door
@@ -118,7 +118,7 @@ class HttpServer(ThreadingTCPServer):
 
     request_queue_size = 64
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Responder) -> None:
         super().__init__(("127.0.0.1", 0), _Exchange)
         self.door = door
         self.port: int = self.socket.getsockname()[1]

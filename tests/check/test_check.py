@@ -20,8 +20,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from esper_otel import EsperSettings, TamiyoClient
-from esper_otel.check.endpoint import CheckResult, report_json, report_text, run_check
-from esper_otel.check.through import Back, run_through
+from esper_otel.check.one_frame import CheckResult, report_json, report_text, run_check
+from esper_otel.check.through import ReadBack, run_through
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, is_check
@@ -326,7 +326,7 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with RunningGateway("--ui") as gateway:
         monkeypatch.setenv(f"{E}ENDPOINT", f"http://{gateway.grpc}")
         assert run_check().ok
-        assert [stage.ok for stage in run_through(Back(None, gateway.grpc))] == [True]
+        assert [stage.ok for stage in run_through(ReadBack(None, gateway.grpc))] == [True]
         with TamiyoClient(gateway.grpc) as client:
             assert client.runs() == []
         assert requests.get(f"http://{gateway.http}/page/runs", timeout=20).json() == {"runs": []}

@@ -190,9 +190,9 @@ def test_ctrl_c_ends_the_run_with_the_table_so_far(
 
 def test_a_loss_that_is_not_finite_is_null_in_json() -> None:
     """JSON has no NaN."""
-    from esper_otel.demo.result import Result
+    from esper_otel.demo.result import DemoResult
 
-    result = Result(
+    result = DemoResult(
         run_id="run",
         steps=1,
         is_interrupted=False,

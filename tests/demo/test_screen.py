@@ -11,20 +11,20 @@ pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 from esper_otel.demo.receiver import Receiver
-from esper_otel.demo.result import Result
+from esper_otel.demo.result import DemoResult
 from esper_otel.demo.screen import LiveScreen
 from esper_otel.demo.summary import draw
 from esper_otel.demo.training import Plan, run
 
 
-def _shown(seeds: int) -> tuple[str, Result]:
+def _shown(seeds: int) -> tuple[str, DemoResult]:
     out = io.StringIO()
     with LiveScreen(20).on(Console(file=out, force_terminal=True, width=120, height=40)) as screen:
         result = run(Plan(steps=20, seeds=seeds, random_seed=7), Receiver(), screen.show)
     return out.getvalue(), result
 
 
-def _table(result: Result) -> str:
+def _table(result: DemoResult) -> str:
     console = Console(file=io.StringIO(), width=120)
     with console.capture() as capture:
         draw(console, result)

@@ -23,7 +23,7 @@ from esper_otel import LeylineMetricReader, Telemetry
 from esper_otel.export import cardinality as room_module
 from esper_otel.export import instruments
 from esper_otel.export import provider as own
-from esper_otel.export.cardinality import Room, limit_of
+from esper_otel.export.cardinality import SeedParts, limit_of
 
 OF_SEEDS = ("kasmina.seed.*", "esper.seed.*")
 
@@ -212,7 +212,7 @@ def test_no_part_has_more_than_it_may_and_each_seed_one(limit: int, seeds: list[
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(room_module, "SEED_IDS", ids)
         patched.setattr(room_module, "_DEFAULT", 2)
-        room = Room(limit)
+        room = SeedParts(limit)
     order = list(dict.fromkeys(seeds))
     expected = {seed: order.index(seed) // (limit - 1) for seed in order[: room.size]}
     assert [room.part_of(seed) for seed in seeds] == [expected.get(seed) for seed in seeds]

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from endpoints import PROTOCOLS, E, http_answer, proxy, sent, server, to, unused_address
 
-from esper_otel.check.endpoint import report_json, report_text, run_check
+from esper_otel.check.one_frame import report_json, report_text, run_check
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.proxies import proxy_of
 from esper_otel.export.transport import Result

@@ -32,7 +32,7 @@ from esper_otel.gateway.core import Core
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.store.memory import MemoryStore
-from esper_otel.record.publisher import Draft
+from esper_otel.record.frame_publisher import Draft
 from esper_otel.testing import MemoryCollector
 
 TRAINER = """

@@ -18,7 +18,7 @@ import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.export.folder import Folder
 from esper_otel.frames import records
-from esper_otel.frames.records import Stored
+from esper_otel.frames.records import StoredContext
 from esper_otel.testing import MemoryCollector
 
 # Says what it has recorded, then does what it was told to.
@@ -252,7 +252,7 @@ def test_records_that_somebody_else_has_made_are_skipped_and_counted(
     """With right checksums, between those of a killed trainer: all of its steps arrive, and the folder goes."""
     recorded = trained("killed", 20, KILL)
     [path] = nowhere.rglob("*.frames")
-    contents = list(records._records(path.read_bytes(), Stored()))
+    contents = list(records._records(path.read_bytes(), StoredContext()))
     run = json.dumps([{"run_id": ["x"], "attempt": 1}, {}, ""]).encode()
     fields = records._FIELDS
     hostile = [

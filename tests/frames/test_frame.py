@@ -16,8 +16,8 @@ from esper_otel.frames.black_box import _row
 from esper_otel.frames.encoded import frame_from_bytes, frame_to_bytes
 from esper_otel.frames.frame import NARROW, WIDTH, Frame, SeedTable, alike
 from esper_otel.frames.live_seeds import LiveSeeds
-from esper_otel.frames.packed import Packed
-from esper_otel.frames.records import RecordWriter, Stored, frames_in
+from esper_otel.frames.packed import PackedFrames
+from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
 from esper_otel.gateway.rebuild.history import _is_same
 from esper_otel.gateway.rebuild.parts import part_of
 from esper_otel.leyline import packets
@@ -52,7 +52,9 @@ def sent(history: Sequence[Frame]) -> list[bytes]:
 def spooled(history: Sequence[Frame]) -> list[object]:
     writer = RecordWriter(CATALOGUE, resource_for)
     content = b"".join(map(writer.record, history))
-    return [(repr(frame.numbers), repr(plain(frame.seeds)), frame.live.ids) for frame in frames_in(content, Stored())]
+    return [
+        (repr(frame.numbers), repr(plain(frame.seeds)), frame.live.ids) for frame in frames_in(content, StoredContext())
+    ]
 
 
 def stored(history: Sequence[Frame]) -> list[object]:
@@ -60,7 +62,7 @@ def stored(history: Sequence[Frame]) -> list[object]:
 
 
 def packed(history: Sequence[Frame]) -> list[object]:
-    return [repr(_row(frame)) for frame in Packed(history).frames()] if history else []
+    return [repr(_row(frame)) for frame in PackedFrames(history).frames()] if history else []
 
 
 def pulled(history: Sequence[Frame]) -> list[object]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from esper_otel.export.resource import resource_for
 from esper_otel.frames.frame import Frame
-from esper_otel.frames.records import RecordWriter, Stored, frames_in
+from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
 from esper_otel.schema import METRICS, Metric
 
 CATALOGUE = {metric.name: metric for metric in METRICS}
@@ -22,7 +22,7 @@ def written(frames: list[Frame]) -> bytes:
 
 
 def read(content: bytes) -> list[Frame]:
-    return list(frames_in(content, Stored()))
+    return list(frames_in(content, StoredContext()))
 
 
 def said(frame: Frame) -> object:
@@ -50,7 +50,7 @@ def test_a_file_that_was_cut_short_gives_all_that_is_whole(frames: list[Frame], 
     content = b"".join(records)[:cut]
     ends = [sum(map(len, records[: number + 1])) for number in range(len(records))]
     whole = sum(end <= cut for end in ends)
-    stored = Stored()
+    stored = StoredContext()
     assert list(map(said, frames_in(content, stored))) == list(map(said, frames[:whole]))
     assert stored.is_torn == (len(content) > ([0, *ends])[whole])
 
@@ -59,7 +59,7 @@ def test_a_file_cut_exactly_before_its_first_frame_is_torn() -> None:
     """The run that the frame refers to is whole, and the frame is missing."""
     whole = written([make_frame()])
     head = whole[: whole.rindex(whole[:4])]
-    stored = Stored()
+    stored = StoredContext()
     assert list(frames_in(head, stored)) == []
     assert (len(stored.resources), stored.is_torn) == (1, True)
 
@@ -106,7 +106,7 @@ def test_the_users_own_metrics_and_the_resource_come_with_the_frames() -> None:
     """The next start may be another program, on behalf of another run."""
     own = Metric("tokens_per_s", unit="rate", description="Tokens a second.")
     writer = RecordWriter({**CATALOGUE, own.name: own}, resource_for)
-    stored = Stored()
+    stored = StoredContext()
     list(frames_in(writer.record(with_recorded(make_frame(), {"tokens_per_s": 3.0})), stored))
     assert stored.metrics == {"tokens_per_s": own}
     assert stored.resources[RUN].attributes == resource_for(RUN).attributes

@@ -22,7 +22,7 @@ from wire import bodies, said
 from esper_otel.gateway import core as core_module
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.ranks import Ranks, _Run
+from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.request import TOO_SPARSE
 from esper_otel.gateway.serve.live_page import _steps
@@ -304,7 +304,7 @@ def test_a_stored_request_is_bounded_again(tmp_path: Path) -> None:
 def test_the_ranks_of_a_large_run_are_compared_in_turns() -> None:
     """Also while a rank goes on: each rank's steps are those of one moment."""
     ranks = Ranks()
-    run = ranks._runs["run"] = _Run()
+    run = ranks._runs["run"] = _RunSteps()
     for rank in range(64):
         for step in range(300):
             frame = make_frame(global_step=step, recorded={"step_latency_ms": 10.0 + 5.0 * (rank == 7)})

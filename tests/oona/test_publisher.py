@@ -143,7 +143,7 @@ def test_a_step_that_fits_no_message_holds_up_no_other(server: Redis, monkeypatc
     """It is counted as lost; those behind it are published, once."""
     entries = oona.entries
 
-    def picky(packets: Packets, secret: str | None = None) -> list[oona.Entry]:
+    def picky(packets: Packets, secret: str | None = None) -> list[oona.StreamEntry]:
         if packets.step == 3:
             raise ValueError("a fault of ours")
         return entries(packets, secret)

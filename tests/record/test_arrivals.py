@@ -8,11 +8,11 @@ import pytest
 from programs import until
 
 import esper_otel
-from esper_otel.record.publisher import Draft
-from esper_otel.record.values import Held
+from esper_otel.record.frame_publisher import Draft
+from esper_otel.record.values import DeviceValues
 
 
-class Late(Held):
+class Late(DeviceValues):
     """What a device delivers after some time. There is no device here to do it."""
 
     def __init__(self, after_s: float) -> None:

@@ -14,7 +14,7 @@ import esper_otel
 from esper_otel import EsperSettings, Telemetry
 from esper_otel.errors import InvalidName, InvalidValue, UnknownMetric
 from esper_otel.frames.frame import NARROW, Frame
-from esper_otel.record.columns import Columns
+from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.values import VIOLATIONS
 from esper_otel.schema import SEED_FIELDS, Stage
 
@@ -24,7 +24,7 @@ def test_columns_and_rows_say_the_same(alphas: list[float | None]) -> None:
     """telemetry.seeds() is only the cheaper way; NaN in a column means absent."""
     ids = [f"seed-{number}" for number in range(len(alphas))]
     given_columns = {"alpha": alphas, "fallback_used": np.zeros(len(ids), bool), "stage": None}
-    columns = Columns(lambda table: False).table(ids, given_columns)
+    columns = SeedColumns(lambda table: False).table(ids, given_columns)
     expected = {
         seed_id: {"alpha": alpha, "fallback_used": 0.0}
         if alpha is not None and alpha == alpha
@@ -53,19 +53,19 @@ def test_wrong_columns_are_mistakes(
 ) -> None:
     """Each names the culprit."""
     with pytest.raises(error, match=message):
-        Columns(lambda table: False).table(ids, columns)
+        SeedColumns(lambda table: False).table(ids, columns)
 
 
 def test_ids_of_the_last_call_are_not_checked_again() -> None:
     """With a thousand seeds a step, checking costs more than recording."""
-    columns = Columns(lambda table: False)
+    columns = SeedColumns(lambda table: False)
     first = columns.table(["a", "b"], {})
     assert columns.table(["a", "b"], {}).ids is first.ids
 
 
 def test_a_call_that_failed_leaves_nothing_that_counts_as_good() -> None:
     """The second try must be told the same."""
-    columns = Columns(lambda table: False)
+    columns = SeedColumns(lambda table: False)
     for _ in range(2):
         with pytest.raises(InvalidValue, match="none of Leyline's stages"):
             columns.table(["a"], {"stage": [12]})
@@ -82,7 +82,7 @@ def test_a_call_that_failed_leaves_nothing_that_counts_as_good() -> None:
 )
 def test_each_call_means_what_it_would_mean_alone(calls: list[dict[str, float]]) -> None:
     """What is remembered of the last call must never show."""
-    columns = Columns(lambda table: False)
+    columns = SeedColumns(lambda table: False)
     for call in calls:
         given_columns = {field: np.array([cell, math.nan]) for field, cell in call.items()}
         stage = call.get("stage", math.nan)

@@ -10,18 +10,18 @@ from typing import NamedTuple
 from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.rebuild.crowd import Crowd, OfRequest
-from esper_otel.gateway.rebuild.parts import Shapes
-from esper_otel.gateway.rebuild.queue import Waiting
+from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters
+from esper_otel.gateway.rebuild.parts import PartShapes
+from esper_otel.gateway.rebuild.queue import WaitingFrame
 from esper_otel.gateway.rebuild.runs import Runs
 from esper_otel.gateway.rebuild.track import Track
-from esper_otel.gateway.receive.request import TOO_MANY_RUNS, Block, Decoded, Sender
+from esper_otel.gateway.receive.request import TOO_MANY_RUNS, DecodedRequest, PointBlock, PointSender
 from esper_otel.gateway.turns import ENDLESS, Turn, finished
 
 NO_FRAMES: Mapping[Origin, Frame] = {}
 
 
-class Taken(NamedTuple):
+class Acceptance(NamedTuple):
     """What became of a request.
 
     Attributes:
@@ -37,7 +37,7 @@ class Taken(NamedTuple):
     waits_for: tuple[str, ...] = ()
 
 
-class _Held(NamedTuple):
+class _Unreleased(NamedTuple):
     """What of a writer was not released yet when that was tried last."""
 
     since_s: float | None
@@ -64,9 +64,9 @@ class Assembler:
     def __init__(self, limits: Limits | None = None, *, hold_s: float = 2.0, linger_s: float = 0.05) -> None:
         self._limits = limits or Limits()
         self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s)
-        self._shapes = Shapes()
+        self._shapes = PartShapes()
         self._touched: dict[Track, None] = {}
-        self._held: dict[Track, _Held] = {}
+        self._held: dict[Track, _Unreleased] = {}
         self._kept: dict[str, deque[tuple[Track, int, int]]] = {}  # by tenant
         self._kept_bytes: Counter[str] = Counter()
         self._ended: dict[Origin, str] = {}
@@ -74,7 +74,7 @@ class Assembler:
         self._crowd = Crowd(self._limits.patient_s)
         self._last_tenant = ""  # whose track has used up a turn last
 
-    def take(self, decoded: Decoded, *, now_s: float, received_unix_ns: int, tenant: str = "") -> Taken:
+    def take(self, decoded: DecodedRequest, *, now_s: float, received_unix_ns: int, tenant: str = "") -> Acceptance:
         """Takes what a request says.
 
         Args:
@@ -88,16 +88,16 @@ class Assembler:
         """
         return finished(self.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant))
 
-    def prepare(self, block: Block) -> None:
+    def prepare(self, block: PointBlock) -> None:
         """Finds out beforehand what takes long of a block that is to be taken; in any one other thread."""
         self._shapes.prepare(block)
 
     def taking(
-        self, decoded: Decoded, *, now_s: float, received_unix_ns: int, tenant: str = ""
-    ) -> Generator[None, None, Taken]:
+        self, decoded: DecodedRequest, *, now_s: float, received_unix_ns: int, tenant: str = ""
+    ) -> Generator[None, None, Acceptance]:
         """``take``, in parts: between two of them other requests may be taken, and frames released."""
         rejected = Counter(decoded.rejected)
-        request = OfRequest(tenant)
+        request = RequestWriters(tenant)
         for block in decoded.blocks:
             yield from self._take_block(block, request, now_s, received_unix_ns, rejected)
         for marker in decoded.markers:
@@ -117,7 +117,7 @@ class Assembler:
                 track.end(outcome)
                 self._ended[track.origin] = outcome
         waits_for = self._crowd.waiting(request, now_s) if rejected[TOO_MANY_RUNS] else ()
-        return Taken(decoded.points - rejected.total(), +rejected, request.runs, waits_for)
+        return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for)
 
     def ended(self) -> dict[Origin, str]:
         """Outcomes of the runs that ended since the last call."""
@@ -250,7 +250,7 @@ class Assembler:
             self._runs.restored(origin).end(outcome)
 
     def _take_block(
-        self, block: Block, request: OfRequest, now_s: float, received_unix_ns: int, rejected: Counter[str]
+        self, block: PointBlock, request: RequestWriters, now_s: float, received_unix_ns: int, rejected: Counter[str]
     ) -> Iterator[None]:
         sender = block.sender
         track = self._track(sender, request, now_s)
@@ -273,7 +273,13 @@ class Assembler:
             yield
 
     def _clashed(
-        self, first: Track, other: Track | None, sender: Sender, time_unix_ns: int, waiting: Waiting, now_s: float
+        self,
+        first: Track,
+        other: Track | None,
+        sender: PointSender,
+        time_unix_ns: int,
+        waiting: WaitingFrame,
+        now_s: float,
     ) -> Track | None:
         """Gives a frame whose number is taken to the sender's other writer; one that fits neither is counted."""
         target = other or self._runs.track(sender, now_s, tenant=first.tenant, suffix="#2")
@@ -286,7 +292,7 @@ class Assembler:
             target.count_too_late()
         return None if other else target
 
-    def _track(self, sender: Sender, request: OfRequest, now_s: float) -> Track | None:
+    def _track(self, sender: PointSender, request: RequestWriters, now_s: float) -> Track | None:
         track = self._runs.track(sender, now_s, tenant=request.tenant)
         self._crowd.note(request, sender, now_s, is_taken=track is not None)
         if track is not None:
@@ -305,7 +311,9 @@ class Assembler:
         if items or track.due_s is None:
             self._held.pop(track, None)
         if track.due_s is not None:
-            self._held[track] = _Held(track.since_s, track.waiting_points)  # behind the others, if it had its turn
+            self._held[track] = _Unreleased(
+                track.since_s, track.waiting_points
+            )  # behind the others, if it had its turn
         return items
 
     def _keep(self, track: Track, time_unix_ns: int) -> None:

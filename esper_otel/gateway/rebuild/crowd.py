@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from esper_otel.gateway.receive.request import Sender
+from esper_otel.gateway.receive.request import PointSender
 
 _MOST = 10_000
 
@@ -14,7 +14,7 @@ class _Refusals(NamedTuple):
     last_s: float
 
 
-class OfRequest:
+class RequestWriters:
     """The writers of one request.
 
     Attributes:
@@ -49,7 +49,7 @@ class Crowd:
         self._patient_s = patient_s
         self._refused: dict[tuple[str, int, int], _Refusals] = {}
 
-    def note(self, request: OfRequest, sender: Sender, now_s: float, *, is_taken: bool) -> None:
+    def note(self, request: RequestWriters, sender: PointSender, now_s: float, *, is_taken: bool) -> None:
         """Notes a writer of a request, and whether there was room for it."""
         writer = sender[:3]
         if is_taken:
@@ -65,7 +65,7 @@ class Crowd:
         if len(self._refused) > _MOST:
             del self._refused[next(iter(self._refused))]
 
-    def waiting(self, request: OfRequest, now_s: float) -> tuple[str, ...]:
+    def waiting(self, request: RequestWriters, now_s: float) -> tuple[str, ...]:
         """The runs because of which a request should come again; none when it would hold up others for too long."""
         if not request.has_others:
             return request.runs

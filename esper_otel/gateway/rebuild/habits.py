@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper_otel.gateway.rebuild.parts import Part, Shape
+from esper_otel.gateway.rebuild.parts import Part, PartShape
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 
 
@@ -24,7 +24,7 @@ class Habits:
     says_epoch: bool = False
     is_known: bool = False
 
-    def note(self, shape: Shape, *, is_ours: bool) -> None:
+    def note(self, shape: PartShape, *, is_ours: bool) -> None:
         """Learns from a part of a frame.
 
         Args:

@@ -14,12 +14,12 @@ from esper_otel.frames.digest import dead_of, digest_of, silent_of
 from esper_otel.frames.frame import ABSENT_BITS, GUESSED_STEP, LAST_LOSS, Frame, Run, SeedTable, alike, is_absent
 from esper_otel.frames.live_seeds import LiveSeeds, SeedStep
 from esper_otel.gateway.items import MOST_ENDS, Item, Origin
-from esper_otel.gateway.limits import Room
+from esper_otel.gateway.limits import SharedPlaces
 from esper_otel.gateway.rebuild.habits import Habits
 from esper_otel.gateway.rebuild.parts import Part, is_equal, merged, part_of
-from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, Ready
-from esper_otel.gateway.rebuild.released import Released
-from esper_otel.gateway.receive.request import Marker, Sender
+from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
+from esper_otel.gateway.rebuild.released import ReleasedFrame
+from esper_otel.gateway.receive.request import Marker, PointSender
 from esper_otel.leyline import senders
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 from esper_otel.schema import FRAME_POINTS, SEED_CELLS
@@ -48,11 +48,11 @@ class History:
         tenant: whose part of the room it takes.
     """
 
-    def __init__(self, origin: Origin, habits: Habits, *, most_ends: int, room: Room, tenant: str = "") -> None:
+    def __init__(self, origin: Origin, habits: Habits, *, most_ends: int, room: SharedPlaces, tenant: str = "") -> None:
         self._origin = origin
         self._habits = habits
         self._most_ends = most_ends
-        self._kept: dict[int, Released] = {}
+        self._kept: dict[int, ReleasedFrame] = {}
         self._times: dict[int, int] = {}
         self._live = LiveSeeds()
         self._seen: dict[str, int] = {}
@@ -90,12 +90,12 @@ class History:
 
     # -- frames ------------------------------------------------------------------------------------------
 
-    def release(self, ready: Ready) -> list[Item]:
+    def release(self, ready: ReadyFrame) -> list[Item]:
         """The items that a frame makes: its own, and those of later frames that it changes."""
         time_unix_ns, waiting, complete = ready
         part = waiting.joined()
         self.differing += waiting.differing
-        kept = Released(
+        kept = ReleasedFrame(
             part,
             waiting.sequence or 0,
             waiting.sender,
@@ -184,10 +184,10 @@ class History:
             self._note_seen(frame.live.ids, frame.time_unix_ns)  # at the latest, as far as is known
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
-        kept = Released(
+        kept = ReleasedFrame(
             part,
             frame.sequence,
-            Sender(*dataclasses.astuple(frame.run)),
+            PointSender(*dataclasses.astuple(frame.run)),
             frame.global_step,
             is_whole,
             item.received_unix_ns,
@@ -246,12 +246,12 @@ class History:
         self._step += 1
         return self._step
 
-    def _keep(self, time_unix_ns: int, kept: Released) -> None:
+    def _keep(self, time_unix_ns: int, kept: ReleasedFrame) -> None:
         self._kept[time_unix_ns] = kept
         if kept.sequence:
             self._times[kept.sequence] = time_unix_ns
 
-    def _insert(self, time_unix_ns: int, kept: Released) -> list[Item]:
+    def _insert(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
         """Puts a frame between those that were released before it."""
         self._note_seen(kept.part.shape.ids, time_unix_ns)
         earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
@@ -293,7 +293,7 @@ class History:
             self._live, self._loss = live, loss
         return items
 
-    def _made(self, time_unix_ns: int, kept: Released, live: LiveSeeds, loss: float | None) -> Item:
+    def _made(self, time_unix_ns: int, kept: ReleasedFrame, live: LiveSeeds, loss: float | None) -> Item:
         part = kept.part
         retired = part.shape.retired
         if retired:
@@ -342,7 +342,7 @@ class History:
         kept.revision += 1
         return Item(self._origin, kept.frame, kept.revision, kept.complete and are_known, kept.received_unix_ns)
 
-    def _dead(self, live: LiveSeeds, kept: Released, digest: int) -> Collection[str] | None:
+    def _dead(self, live: LiveSeeds, kept: ReleasedFrame, digest: int) -> Collection[str] | None:
         """The seeds that have died since, as the digest of a frame says; None when these cannot be found."""
         part = kept.part
         count = whole(part.number(part.shape.live), UINT64_LIMIT)
@@ -380,7 +380,7 @@ class History:
         self._room.give_back(self._tenant, self._end_count)
         self._ends, self._end_times, self._end_count = {}, [], 0
 
-    def _silent(self, time_unix_ns: int, kept: Released) -> set[tuple[str, int]]:
+    def _silent(self, time_unix_ns: int, kept: ReleasedFrame) -> set[tuple[str, int]]:
         """Seeds of a plain sender that were silent for so long that they no longer live."""
         shape = kept.part.shape
         if self._habits.counts or shape.digest is not None or shape.ids == self._live.table.ids:
@@ -459,7 +459,7 @@ def _are_equal(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     return one.keys() == other.keys() and all(is_equal(value, other[name]) for name, value in one.items())
 
 
-def _is_equal_state(kept: Released, live: SeedTable, loss: float | None) -> bool:
+def _is_equal_state(kept: ReleasedFrame, live: SeedTable, loss: float | None) -> bool:
     """Whether this is what the frame was made of beside its own values."""
     was, loss_was = kept.before, kept.loss_before
     is_same_loss = loss == loss_was or (loss is not None and loss_was is not None and is_equal(loss, loss_was))
@@ -467,5 +467,5 @@ def _is_equal_state(kept: Released, live: SeedTable, loss: float | None) -> bool
 
 
 @lru_cache(maxsize=4096)
-def _run(sender: Sender) -> Run:
+def _run(sender: PointSender) -> Run:
     return Run(*sender[:8])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import ABSENT, GUESSED_STEP, NARROW, NO_SEEDS, WIDTH, Frame, SeedTable
-from esper_otel.gateway.receive.request import Block
+from esper_otel.gateway.receive.request import PointBlock
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED
 
 # A metric's name, and the seed's id or nothing.
@@ -30,7 +30,7 @@ _NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shape:
+class PartShape:
     """Which streams the values of a part belong to.
 
     Attributes:
@@ -68,7 +68,7 @@ class Shape:
     cell_places: npt.NDArray[np.intp]
 
     @classmethod
-    def of(cls, streams: Sequence[Stream]) -> Shape:
+    def of(cls, streams: Sequence[Stream]) -> PartShape:
         """The shape of values of these streams."""
         place = {stream: number for number, stream in enumerate(streams)}
         of_cells = [(name, seed, number) for (name, seed), number in place.items() if seed and name in _COLUMNS]
@@ -109,7 +109,7 @@ class Part(NamedTuple):
         numbers: the values.
     """
 
-    shape: Shape
+    shape: PartShape
     numbers: npt.NDArray[np.float64]
 
     def number(self, place: int | None) -> float | None:
@@ -134,7 +134,7 @@ class Part(NamedTuple):
         keep = [place for place, stream in enumerate(self.shape.streams) if not is_gone(*stream)]
         if len(keep) == len(self.numbers):
             return self
-        return Part(Shape.of([self.shape.streams[place] for place in keep]), self.numbers[keep])
+        return Part(PartShape.of([self.shape.streams[place] for place in keep]), self.numbers[keep])
 
 
 def part_of(frame: Frame, *, complete: bool) -> Part:
@@ -159,10 +159,10 @@ def part_of(frame: Frame, *, complete: bool) -> Part:
         if complete:
             numbers[_DIGEST] = digest_of(frame.live.ids)
             numbers[_POINTS] = len(numbers) + 1
-    return Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
+    return Part(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
 
 
-class Merged(NamedTuple):
+class MergedParts(NamedTuple):
     """Parts of one frame put together; ``differing`` counts values that came twice and were not the same.
 
     Of two frames at one time nobody knows which values are whose: the part does not say then how many points it has.
@@ -172,7 +172,7 @@ class Merged(NamedTuple):
     differing: int
 
 
-def merged(parts: Iterable[Part], *, last_counts: bool = False) -> Merged:
+def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
     """The parts as one. Of a stream that comes twice the first value counts, or the last."""
     numbers: dict[Stream, float] = {}
     differing = 0
@@ -187,7 +187,9 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> Merged:
                     numbers[stream] = number
     if not is_one:
         numbers.pop(_POINTS, None)
-    return Merged(Part(Shape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing)
+    return MergedParts(
+        Part(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing
+    )
 
 
 def is_equal(one: float, other: float) -> bool:
@@ -201,7 +203,7 @@ _EMPTY_SHAPE = 16
 _LARGE = 1_000
 
 
-class Shapes:
+class PartShapes:
     """Remembers shapes, since steps are alike; bounded by how many values they are for.
 
     Threads: ``parts`` belongs to one, ``prepare`` to another; each uses what the other has found out.
@@ -211,29 +213,29 @@ class Shapes:
         self._most_values = most_values
         self._values = 0
         self._words = 0
-        self._known: dict[tuple[int, bytes], Shape] = {}
+        self._known: dict[tuple[int, bytes], PartShape] = {}
         self._numbers = itertools.count()
         self._vocabularies: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
         self._lock = Lock()
 
-    def prepare(self, block: Block) -> None:
+    def prepare(self, block: PointBlock) -> None:
         """Finds out beforehand what takes long: the shapes of large frames."""
         vocabulary = self._vocabulary(block)
         for some in _frames(block.times):
             if some.stop - some.start >= _LARGE:
                 self._part(block, vocabulary, some)
 
-    def parts(self, block: Block) -> Iterator[tuple[int, Merged]]:
+    def parts(self, block: PointBlock) -> Iterator[tuple[int, MergedParts]]:
         """The times in a block, each with its part."""
         vocabulary = self._vocabulary(block)
         for some in _frames(block.times):
             yield int(block.times[some.start]), self._part(block, vocabulary, some)
 
-    def _part(self, block: Block, vocabulary: int, some: slice) -> Merged:
+    def _part(self, block: PointBlock, vocabulary: int, some: slice) -> MergedParts:
         streams, values = block.streams[some], block.values[some]
         shape = self._shape(block, vocabulary, streams)
         if not shape.has_repeats:
-            return Merged(Part(shape, values.copy()), 0)  # a frame that waits must not keep the whole request
+            return MergedParts(Part(shape, values.copy()), 0)  # a frame that waits must not keep the whole request
         _, first, of_stream = np.unique(streams, return_index=True, return_inverse=True)
         known = values[first[of_stream]]
         differs = (values != known) & ~(np.isnan(values) & np.isnan(known))
@@ -241,9 +243,9 @@ class Shapes:
         names = dict(zip(block.names, itertools.count()))
         if (differs & (streams == names.get(_SEQUENCE[0], -1))).any():
             keep = keep[streams[keep] != names.get(_POINTS[0], -1)]
-        return Merged(Part(self._shape(block, vocabulary, streams[keep]), values[keep]), int(differs.sum()))
+        return MergedParts(Part(self._shape(block, vocabulary, streams[keep]), values[keep]), int(differs.sum()))
 
-    def _vocabulary(self, block: Block) -> int:
+    def _vocabulary(self, block: PointBlock) -> int:
         """A number for what streams are counted in; hashed once a block, since it may be long."""
         words = (block.names, block.seeds)
         with self._lock:
@@ -258,14 +260,14 @@ class Shapes:
             self._vocabularies[words] = number
         return number
 
-    def _shape(self, block: Block, vocabulary: int, streams: npt.NDArray[np.int64]) -> Shape:
+    def _shape(self, block: PointBlock, vocabulary: int, streams: npt.NDArray[np.int64]) -> PartShape:
         key = (vocabulary, streams.tobytes())
         with self._lock:
             shape = self._known.pop(key, None)
             if shape is not None:
                 self._known[key] = shape  # the last used comes last
                 return shape
-        shape = Shape.of(_streams(block, streams))
+        shape = PartShape.of(_streams(block, streams))
         with self._lock:
             if key not in self._known:
                 self._values += len(streams) + _EMPTY_SHAPE
@@ -281,7 +283,7 @@ def _frames(times: npt.NDArray[np.uint64]) -> Iterator[slice]:
     return itertools.starmap(slice, itertools.pairwise(bounds))
 
 
-def _streams(block: Block, streams: npt.NDArray[np.int64]) -> list[Stream]:
+def _streams(block: PointBlock, streams: npt.NDArray[np.int64]) -> list[Stream]:
     seed, name = np.divmod(streams, len(block.names))
     names, seeds = block.names, block.seeds
     return [(names[n], seeds[s - 1] if s else "") for s, n in zip(seed.tolist(), name.tolist(), strict=True)]

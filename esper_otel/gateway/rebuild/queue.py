@@ -10,8 +10,8 @@ from typing import NamedTuple
 from esper_otel.gateway.items import Place
 from esper_otel.gateway.rebuild.habits import Habits
 from esper_otel.gateway.rebuild.parts import Part, merged
-from esper_otel.gateway.rebuild.skipped import Skipped
-from esper_otel.gateway.receive.request import Sender
+from esper_otel.gateway.rebuild.skipped import SkippedNumbers
+from esper_otel.gateway.receive.request import PointSender
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 
 # Numbers of frames are sent as doubles: from here on two of them can be the same.
@@ -21,7 +21,7 @@ _MANY_PARTS = 64
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class WaitingFrame:
     """A frame that is not released yet.
 
     Attributes:
@@ -39,7 +39,7 @@ class Waiting:
         is_cut: whether points of it were refused, which would have made too many seeds.
     """
 
-    sender: Sender
+    sender: PointSender
     first_s: float
     last_s: float
     received_unix_ns: int
@@ -82,11 +82,11 @@ class Waiting:
         return self.points >= self.expected
 
 
-class Ready(NamedTuple):
+class ReadyFrame(NamedTuple):
     """A frame whose turn it is."""
 
     time_unix_ns: int
-    waiting: Waiting
+    waiting: WaitingFrame
     complete: bool
 
 
@@ -115,7 +115,7 @@ class Queue:
         self._hold_s = hold_s
         self._linger_s = linger_s
         self._most = most
-        self._frames: dict[int, Waiting] = {}
+        self._frames: dict[int, WaitingFrame] = {}
         self._counted: dict[int, int] = {}  # points of each
         self._is_in_order, self._last_s = True, -math.inf  # whether the first frame came first
         self._numbered: dict[int, int] = {}
@@ -124,7 +124,7 @@ class Queue:
         self._released: set[int] = set()
         self._hole: tuple[int | None, float] | None = None
         self.next: int | None = None
-        self.skipped = Skipped()
+        self.skipped = SkippedNumbers()
         self.due_s: float | None = None
         self.points = 0
 
@@ -138,7 +138,7 @@ class Queue:
             return next((waiting.first_s for waiting in self._frames.values()), None)
         return min(waiting.first_s for waiting in self._frames.values())
 
-    def get(self, time_unix_ns: int) -> Waiting | None:
+    def get(self, time_unix_ns: int) -> WaitingFrame | None:
         """The frame of this time, if it waits here."""
         return self._frames.get(time_unix_ns)
 
@@ -150,7 +150,7 @@ class Queue:
         """The seeds of waiting frames."""
         return {seed for waiting in self._frames.values() for part in waiting.parts for seed in part.shape.ids}
 
-    def put(self, time_unix_ns: int, waiting: Waiting) -> None:
+    def put(self, time_unix_ns: int, waiting: WaitingFrame) -> None:
         """Takes a frame, or notes that its number has become known."""
         self._is_in_order &= time_unix_ns in self._frames or waiting.first_s >= self._last_s
         self._last_s = max(self._last_s, waiting.first_s)
@@ -189,7 +189,7 @@ class Queue:
             self._released.remove(self.next)
             self.next += 1
 
-    def pop(self, time_unix_ns: int) -> Waiting | None:
+    def pop(self, time_unix_ns: int) -> WaitingFrame | None:
         """Gives a frame away."""
         waiting = self._frames.pop(time_unix_ns, None)
         self.points -= self._counted.pop(time_unix_ns, 0)
@@ -216,7 +216,7 @@ class Queue:
         self.next = place.next
         self.skipped.restore(place.lowest, place.holes, place.missing)
 
-    def ready(self, now_s: float, *, all_now: bool = False) -> Iterator[Ready]:
+    def ready(self, now_s: float, *, all_now: bool = False) -> Iterator[ReadyFrame]:
         """The frames whose turn it is, in order; afterwards ``due_s`` says when to ask again.
 
         Args:
@@ -239,7 +239,7 @@ class Queue:
         yield from self._unordered(is_over)
         self.due_s = min(due_s, default=None)
 
-    def _unordered(self, is_over: Callable[[float, float], bool]) -> Iterator[Ready]:
+    def _unordered(self, is_over: Callable[[float, float], bool]) -> Iterator[ReadyFrame]:
         """The frames without a number."""
         habits = self._habits
         for time_unix_ns in sorted(self._unnumbered):
@@ -252,7 +252,7 @@ class Queue:
             elif not habits.counts:
                 break  # those after it must not overtake it
 
-    def _in_order(self, is_over: Callable[[float, float], bool]) -> Iterator[Ready]:
+    def _in_order(self, is_over: Callable[[float, float], bool]) -> Iterator[ReadyFrame]:
         while self._numbered:
             time_unix_ns = None if self.next is None else self._numbered.get(self.next)
             if time_unix_ns is None:
@@ -294,7 +294,7 @@ class Queue:
             self._hole = (self.next, first_s)
         return self._hole[1]
 
-    def _out(self, time_unix_ns: int, *, complete: bool) -> Ready:
+    def _out(self, time_unix_ns: int, *, complete: bool) -> ReadyFrame:
         waiting = self._frames[time_unix_ns]
         self.pop(time_unix_ns)
         self._habits.is_known = True
@@ -303,4 +303,4 @@ class Queue:
             self._pass_released()
         elif waiting.sequence is not None:
             self.skipped.remove(waiting.sequence)
-        return Ready(time_unix_ns, waiting, complete and not waiting.is_cut)
+        return ReadyFrame(time_unix_ns, waiting, complete and not waiting.is_cut)

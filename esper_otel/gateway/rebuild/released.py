@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from esper_otel.frames.frame import Frame, SeedTable
 from esper_otel.gateway.rebuild.parts import Part
-from esper_otel.gateway.receive.request import Sender
+from esper_otel.gateway.receive.request import PointSender
 
 # What a kept frame takes beside its values and cells, about.
 _BYTES, _BYTES_PER_VALUE = 2_000, 100
 
 
 @dataclass(slots=True, eq=False)
-class Released:
+class ReleasedFrame:
     """A released frame, and what it is made of.
 
     Attributes:
@@ -32,7 +32,7 @@ class Released:
 
     part: Part
     sequence: int
-    sender: Sender
+    sender: PointSender
     step: int
     complete: bool
     received_unix_ns: int

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin, RunState
-from esper_otel.gateway.limits import Limits, Room
+from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.rebuild.launches import with_resumed
 from esper_otel.gateway.rebuild.track import Track
-from esper_otel.gateway.receive.request import Sender
+from esper_otel.gateway.receive.request import PointSender
 
 # A writer from which something came so recently is alive.
 _ALIVE_S = 60.0
@@ -19,7 +19,7 @@ _ALIVE_S = 60.0
 _UNCLAIMED = "\0"
 
 
-class _Rank(NamedTuple):
+class _RankOfRun(NamedTuple):
     run_id: str
     attempt: int
     rank: int
@@ -46,12 +46,12 @@ class Runs:
         self._limits = limits
         self._hold_s = hold_s
         self._linger_s = linger_s
-        self._ranks: dict[_Rank, dict[str, Track]] = {}
+        self._ranks: dict[_RankOfRun, dict[str, Track]] = {}
         self._tenants: dict[str, OrderedDict[Track, None]] = {}  # of each the longest silent first
         self._of_runs: dict[str, str] = {}
         self._writers_of: Counter[str] = Counter()
         self._count = 0
-        self.ends = Room(limits.ends)
+        self.ends = SharedPlaces(limits.ends)
 
     def __len__(self) -> int:
         return self._count
@@ -63,9 +63,9 @@ class Runs:
         """Who sent the first point of a run; empty when it is not known."""
         return self._of_runs.get(run_id, "")
 
-    def track(self, sender: Sender, now_s: float, *, tenant: str = "", suffix: str = "") -> Track | None:
+    def track(self, sender: PointSender, now_s: float, *, tenant: str = "", suffix: str = "") -> Track | None:
         """The track of a sender; None when there are too many."""
-        rank = _Rank(sender.run_id, sender.attempt, sender.rank)
+        rank = _RankOfRun(sender.run_id, sender.attempt, sender.rank)
         writers = self._ranks.get(rank, {})
         process = f"{sender.process}{suffix}"
         track = writers.get(process)
@@ -81,7 +81,7 @@ class Runs:
     def restored(self, origin: Origin, tenant: str = "") -> Track:
         """The track of a writer known from an earlier life; the first one's process is not known any more."""
         process = origin.writer or _UNCLAIMED
-        track = self._ranks.get(_Rank(*origin[:3]), {}).get(process)
+        track = self._ranks.get(_RankOfRun(*origin[:3]), {}).get(process)
         return track or self._add(origin, process, tenant)
 
     def _add(self, origin: Origin, process: str, tenant: str) -> Track:
@@ -90,13 +90,13 @@ class Runs:
         self._tenants.setdefault(tenant, OrderedDict())[track] = None
         self._of_runs.setdefault(origin.run_id, tenant)
         self._writers_of[origin.run_id] += 1
-        self._ranks.setdefault(_Rank(*origin[:3]), {})[process] = track
+        self._ranks.setdefault(_RankOfRun(*origin[:3]), {})[process] = track
         self._count += 1
         return track
 
-    def twin(self, sender: Sender) -> Track | None:
+    def twin(self, sender: PointSender) -> Track | None:
         """The track of frames of this sender whose numbers clashed."""
-        writers = self._ranks.get(_Rank(sender.run_id, sender.attempt, sender.rank), {})
+        writers = self._ranks.get(_RankOfRun(sender.run_id, sender.attempt, sender.rank), {})
         return writers.get(f"{sender.process}#2")
 
     def expire(self, now_s: float) -> list[Track]:
@@ -132,7 +132,7 @@ class Runs:
 
     def _remove(self, track: Track) -> Track:
         origin = track.origin
-        rank = _Rank(origin.run_id, origin.attempt, origin.rank)
+        rank = _RankOfRun(origin.run_id, origin.attempt, origin.rank)
         writers = self._ranks[rank]
         for process in [process for process, other in writers.items() if other is track]:
             del writers[process]

@@ -12,7 +12,7 @@ _MOST_RANGES = 1_000
 Hole: TypeAlias = tuple[int, int]
 
 
-class Skipped:
+class SkippedNumbers:
     """The numbers that have not come: those before the lowest that has, and holes after it.
 
     A gateway that joins a run late never gets the numbers before the lowest one: they are taken when they come, and

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from esper_otel.frames.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.items import Item, Origin, Place, RunState
-from esper_otel.gateway.limits import Limits, Room
+from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.rebuild.habits import Habits
 from esper_otel.gateway.rebuild.history import History
-from esper_otel.gateway.rebuild.parts import Merged, Part, Shape
-from esper_otel.gateway.rebuild.queue import Queue, Ready, Waiting
-from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marker, Sender
+from esper_otel.gateway.rebuild.parts import MergedParts, Part, PartShape
+from esper_otel.gateway.rebuild.queue import Queue, ReadyFrame, WaitingFrame
+from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marker, PointSender
 from esper_otel.gateway.turns import ENDLESS, Turn
 from esper_otel.schema import FRAME_POINTS
 
@@ -36,13 +36,13 @@ class Track:
     """
 
     def __init__(
-        self, origin: Origin, limits: Limits, *, hold_s: float, linger_s: float, ends: Room, tenant: str = ""
+        self, origin: Origin, limits: Limits, *, hold_s: float, linger_s: float, ends: SharedPlaces, tenant: str = ""
     ) -> None:
         self.origin = origin
         self.tenant = tenant
         self._limits = limits
         self._habits = Habits()
-        self._shape: Shape | None = None
+        self._shape: PartShape | None = None
         self._queue = Queue(self._habits, hold_s=hold_s, linger_s=linger_s, most=limits.waiting)
         self._history = History(origin, self._habits, most_ends=2 * limits.seeds, room=ends, tenant=tenant)
         self._corrected: list[Item] = []
@@ -51,7 +51,7 @@ class Track:
         self._rows, self._rows_s = _MOST_ROWS, 0.0
         self._ids: tuple[str, ...] = ()
         self._outcome: str | None = None
-        self._sender: Sender | None = None
+        self._sender: PointSender | None = None
         self._first_step: int | None = None
         self._first_step_unix_ns = self._first_unix_ns = 0
         self._last_step: int | None = None
@@ -72,12 +72,12 @@ class Track:
     def take(
         self,
         time_unix_ns: int,
-        of_frame: Merged,
-        sender: Sender,
+        of_frame: MergedParts,
+        sender: PointSender,
         now_s: float,
         received_unix_ns: int,
         rejected: Counter[str],
-    ) -> Waiting | None:
+    ) -> WaitingFrame | None:
         """Takes a part of a frame; gives the frame back if it is another writer's."""
         self.note(sender, now_s, received_unix_ns)
         part = of_frame.part
@@ -98,7 +98,7 @@ class Track:
                 self._queue.note_released(self._history.number_at(time_unix_ns))
             return None
         if waiting is None:
-            waiting = Waiting(sender, now_s, now_s, received_unix_ns)
+            waiting = WaitingFrame(sender, now_s, now_s, received_unix_ns)
         was_numbered = waiting.sequence is not None
         waiting.add(part)
         waiting.differing += of_frame.differing
@@ -109,7 +109,7 @@ class Track:
         self._queue.count(time_unix_ns)
         return None
 
-    def put(self, time_unix_ns: int, waiting: Waiting) -> Waiting | None:
+    def put(self, time_unix_ns: int, waiting: WaitingFrame) -> WaitingFrame | None:
         """Takes a frame; gives it back if its number says that it is another writer's."""
         number = waiting.sequence
         if number is not None:
@@ -141,7 +141,7 @@ class Track:
         """A frame has come that has no place any more."""
         self._too_late += 1
 
-    def learn(self, shape: Shape, *, is_ours: bool) -> None:
+    def learn(self, shape: PartShape, *, is_ours: bool) -> None:
         """Learns what the writer says in its frames."""
         if shape is self._shape:
             return
@@ -161,7 +161,7 @@ class Track:
         """The run has ended."""
         self._outcome = outcome
 
-    def note(self, sender: Sender, now_s: float, received_unix_ns: int) -> None:
+    def note(self, sender: PointSender, now_s: float, received_unix_ns: int) -> None:
         """Something came of it."""
         self._sender = sender
         self.received_s = now_s
@@ -254,7 +254,7 @@ class Track:
         self._is_counted = self._is_counted and not items
         return items
 
-    def _ready(self, now_s: float, turn: Turn, *, all_now: bool) -> Iterator[Ready]:
+    def _ready(self, now_s: float, turn: Turn, *, all_now: bool) -> Iterator[ReadyFrame]:
         for ready in self._queue.ready(now_s, all_now=all_now):
             if ready.waiting.sequence is None and ready.time_unix_ns <= self._history.forgotten_unix_ns:
                 self.count_too_late()

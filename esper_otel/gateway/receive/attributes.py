@@ -8,7 +8,7 @@ from dataclasses import asdict
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.receive.request import INVALID_TEXT, TOO_MANY_ATTRIBUTES, Sender
+from esper_otel.gateway.receive.request import INVALID_TEXT, TOO_MANY_ATTRIBUTES, PointSender
 from esper_otel.leyline.senders import Label, label_of_texts, run_of_texts, text_of
 from esper_otel.text import printable
 
@@ -26,7 +26,7 @@ def label_of(attributes: Sequence[KeyValue], limits: Limits) -> Label:
     return label_of_texts(_texts(attributes), limits.text_bytes)
 
 
-def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> Sender | str:
+def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> PointSender | str:
     """Who a Resource's attributes say it is; a reason when its points cannot be taken."""
     if len(attributes) > limits.attributes:
         return TOO_MANY_ATTRIBUTES
@@ -35,7 +35,7 @@ def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> Sender | str:
     if run is None:
         return INVALID_TEXT
     process = printable(" ".join(filter(None, map(texts.get, _PROCESS))), 3 * limits.text_bytes)
-    return Sender(**asdict(run), process=process)
+    return PointSender(**asdict(run), process=process)
 
 
 def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:

@@ -17,8 +17,8 @@ from esper_otel.gateway.receive.request import (
     NOT_A_NUMBER,
     TOO_MANY_POINTS,
     UNKNOWN_METRIC,
-    Rejected,
-    Sender,
+    PointSender,
+    RejectedPoints,
 )
 from esper_otel.leyline.senders import Label, is_valid
 from esper_otel.schema import METRICS
@@ -41,10 +41,10 @@ def scope_of(name: str) -> int:
     return _SCOPES.get(name, OTHERS)
 
 
-class Metric(NamedTuple):
+class MetricPoints(NamedTuple):
     """One metric of a request, whose points are taken one by one."""
 
-    sender: Sender
+    sender: PointSender
     scope: int
     name: str
     level: int
@@ -54,12 +54,12 @@ class Metric(NamedTuple):
 Row: TypeAlias = tuple[int, int, int, float, int]
 
 
-class Columns(NamedTuple):
+class PointColumns(NamedTuple):
     """Points, one an entry, in the order in which they stand in the request.
 
     Attributes:
-        metric: places in ``Raw.metrics``.
-        label: places in ``Raw.labels``.
+        metric: places in ``RawPoints.metrics``.
+        label: places in ``RawPoints.labels``.
         times: Unix nanoseconds.
         values: the values.
         holds: ``A_VALUE``, ``NOTHING`` or ``AN_END``.
@@ -72,7 +72,7 @@ class Columns(NamedTuple):
     holds: npt.NDArray[np.uint8]
 
     @classmethod
-    def empty(cls, count: int) -> Columns:
+    def empty(cls, count: int) -> PointColumns:
         """Room for so many points, none of which holds anything yet."""
         return cls(
             np.zeros(count, np.int32),
@@ -88,14 +88,14 @@ class Columns(NamedTuple):
         metric[position], label[position], times[position], values[position], holds[position] = row
 
 
-class Raw:
+class RawPoints:
     """What both decoders fill in: metrics, labels, and how many points were refused with their metric."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.metrics: list[Metric] = []
+        self.metrics: list[MetricPoints] = []
         self.labels: dict[Label, int] = {PLAIN: 0}
-        self.rejected = Rejected()
+        self.rejected = RejectedPoints()
         self.points = 0
         self.taken = 0
         self._parts = 0
@@ -110,7 +110,7 @@ class Raw:
         check_counts(metrics=self._parts)
 
     def metric(
-        self, sender: Sender | str, scope: int, name: str, count: int, *, is_number: bool = True, is_delta: bool
+        self, sender: PointSender | str, scope: int, name: str, count: int, *, is_number: bool = True, is_delta: bool
     ) -> int | None:
         """The place of a metric whose points are to be looked at; None when all of them are refused.
 
@@ -123,7 +123,7 @@ class Raw:
         is_plain = is_number and not is_delta and self.taken + count <= self.limits.points
         if level is not None and is_plain and not isinstance(sender, str):  # as nearly always
             self.taken += count
-            self.metrics.append(Metric(sender, scope, name, level))
+            self.metrics.append(MetricPoints(sender, scope, name, level))
             return len(self.metrics) - 1
         if level is None and scope != OTHERS:
             level = STEP  # a user's own metric; only ours can stand in these scopes
@@ -147,7 +147,7 @@ class Raw:
                 self.rejected.add(reason, name, count)
             return None
         self.taken += count
-        self.metrics.append(Metric(sender, scope, name, level))
+        self.metrics.append(MetricPoints(sender, scope, name, level))
         return len(self.metrics) - 1
 
     def label(self, label: Label) -> int:

@@ -9,7 +9,17 @@ import numpy.typing as npt
 
 from esper_otel.frames.frame import ABSENT_BITS
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.receive.columns import AN_END, FRAMES, HEALTH, NOTHING, OTHERS, SEED, SESSION, Columns, Raw
+from esper_otel.gateway.receive.columns import (
+    AN_END,
+    FRAMES,
+    HEALTH,
+    NOTHING,
+    OTHERS,
+    SEED,
+    SESSION,
+    PointColumns,
+    RawPoints,
+)
 from esper_otel.gateway.receive.fast import FastDecoder
 from esper_otel.gateway.receive.otlp_json import protobuf_of_json
 from esper_otel.gateway.receive.plain import plain_columns
@@ -22,12 +32,12 @@ from esper_otel.gateway.receive.request import (
     NO_VALUE,
     TOO_MANY_ATTRIBUTES,
     WRONG_TIME,
-    Block,
-    Decoded,
-    Ended,
+    DecodedRequest,
     Malformed,
     Marker,
-    Sender,
+    PointBlock,
+    PointSender,
+    RunEnd,
 )
 from esper_otel.gateway.receive.template import Templates
 from esper_otel.leyline.senders import Label
@@ -49,7 +59,7 @@ class Decoder:
         self._fast = FastDecoder(self._limits)
         self._templates = Templates(lambda body: _judged(*self._fast.columns(body)))
 
-    def decode(self, body: bytes) -> Decoded:
+    def decode(self, body: bytes) -> DecodedRequest:
         """A serialized ExportMetricsServiceRequest.
 
         Raises:
@@ -57,7 +67,7 @@ class Decoder:
         """
         return self._templates.read(body)
 
-    def decode_json(self, body: bytes) -> Decoded:
+    def decode_json(self, body: bytes) -> DecodedRequest:
         """A request in OTLP's JSON.
 
         Raises:
@@ -66,7 +76,7 @@ class Decoder:
         return self.decode(protobuf_of_json(body))
 
 
-def decode_plain(body: bytes, limits: Limits | None = None) -> Decoded:
+def decode_plain(body: bytes, limits: Limits | None = None) -> DecodedRequest:
     """What ``Decoder.decode`` returns, found out point by point.
 
     Raises:
@@ -101,10 +111,10 @@ class _Labels(NamedTuple):
         return any(label.run_id or label.rank >= 0 for label in self.all)
 
 
-def _judged(raw: Raw, columns: Columns) -> Decoded:
+def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
     rejected = raw.rejected
     if not raw.metrics:
-        return Decoded((), (), (), raw.points, rejected.counts, rejected.metrics)
+        return DecodedRequest((), (), (), raw.points, rejected.counts, rejected.metrics)
     labels = _Labels.of(list(raw.labels))
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
     is_health = np.array([metric.scope == HEALTH for metric in raw.metrics])
@@ -119,17 +129,17 @@ def _judged(raw: Raw, columns: Columns) -> Decoded:
     is_end = columns.holds == AN_END
     beside = taken & (is_end | (levels == SESSION)[columns.metric] | is_health[columns.metric])
     markers: tuple[Marker, ...] = ()
-    ended: tuple[Ended, ...] = ()
+    ended: tuple[RunEnd, ...] = ()
     if beside.any():
         markers, ended = _beside(raw, columns, labels, np.flatnonzero(beside))
         taken &= ~beside
     if not taken.all():
-        columns = Columns(*(column[taken] for column in columns))
+        columns = PointColumns(*(column[taken] for column in columns))
     blocks = _blocks(raw, columns, labels)
-    return Decoded(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics)
+    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics)
 
 
-def _verdict(columns: Columns, labels: _Labels, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """For each point, why it is not taken: a place in ``_REASONS``. The first reason that applies counts."""
     times = columns.times
     verdict = np.zeros(len(times), np.uint8)
@@ -150,14 +160,14 @@ def _verdict(columns: Columns, labels: _Labels, levels: npt.NDArray[np.uint8]) -
 
 
 def _beside(
-    raw: Raw, columns: Columns, labels: _Labels, places: npt.NDArray[np.intp]
-) -> tuple[tuple[Marker, ...], tuple[Ended, ...]]:
+    raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]
+) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...]]:
     """What is said beside the frames: the ends of seeds' streams, and of runs.
 
     The ends that our own exporter sends are for databases: its frames say themselves which seeds live.
     """
     markers: dict[Marker, None] = {}
-    ended: dict[Ended, None] = {}
+    ended: dict[RunEnd, None] = {}
     for place in places.tolist():
         metric = raw.metrics[columns.metric[place]]
         label = labels.all[columns.label[place]]
@@ -166,11 +176,11 @@ def _beside(
             if label.seed and metric.level == SEED and metric.scope == OTHERS:
                 markers[Marker(sender, metric.name, label.seed, int(columns.times[place]))] = None
         elif metric.name == "esper.run.ended" and columns.values[place] > 0:
-            ended[Ended(sender, label.outcome)] = None
+            ended[RunEnd(sender, label.outcome)] = None
     return tuple(markers), tuple(ended)
 
 
-def _owner(sender: Sender, label: Label) -> Sender:
+def _owner(sender: PointSender, label: Label) -> PointSender:
     """Who a point comes from: what it says itself counts more than its Resource."""
     if label.run_id:
         sender = sender._replace(run_id=label.run_id)
@@ -179,7 +189,7 @@ def _owner(sender: Sender, label: Label) -> Sender:
     return sender
 
 
-def _blocks(raw: Raw, columns: Columns, labels: _Labels) -> tuple[Block, ...]:
+def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[PointBlock, ...]:
     if not len(columns.times):
         return ()
     name_places: dict[str, int] = {}
@@ -209,13 +219,13 @@ def _blocks(raw: Raw, columns: Columns, labels: _Labels) -> tuple[Block, ...]:
         order = np.lexsort((further[mine], times)) if is_mixed else np.argsort(times, kind="stable")
         is_ours = bool(ours[columns.metric[mine]].any()) if has_others else True
         points = (streams[mine][order], times[order], values[mine][order])
-        blocks.append(Block(sender, names, labels.seeds, *points, is_ours))
+        blocks.append(PointBlock(sender, names, labels.seeds, *points, is_ours))
     return tuple(blocks)
 
 
-def _owners(raw: Raw, columns: Columns, labels: _Labels) -> tuple[list[Sender], npt.NDArray[np.int64]]:
+def _owners(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[list[PointSender], npt.NDArray[np.int64]]:
     """Whose the points are: the senders, and for each point its place among them."""
-    place: dict[Sender, int] = {}
+    place: dict[PointSender, int] = {}
     if not labels.has_owners():
         of_metric = [place.setdefault(metric.sender, len(place)) for metric in raw.metrics]
         return list(place), np.array(of_metric)[columns.metric]

@@ -11,10 +11,10 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive import points as records
 from esper_otel.gateway.receive.attributes import label_of, sender_of
 from esper_otel.gateway.receive.bounds import pieces
-from esper_otel.gateway.receive.columns import Columns, Raw, Row, scope_of
+from esper_otel.gateway.receive.columns import PointColumns, RawPoints, Row, scope_of
 from esper_otel.gateway.receive.envelope import POINTS, Envelope, field, read_data, read_points, read_resource
 from esper_otel.gateway.receive.plain import is_delta, plain_columns, plain_row
-from esper_otel.gateway.receive.request import Malformed, Sender
+from esper_otel.gateway.receive.request import Malformed, PointSender
 from esper_otel.leyline.senders import Label
 
 # What is remembered of earlier requests: attributes and Resources come again and again.
@@ -33,23 +33,23 @@ class FastDecoder:
         self._limits = limits
         self._labels: dict[bytes, Label] = {}
         self._label_bytes = 0
-        self._senders: dict[bytes, Sender | str] = {}
+        self._senders: dict[bytes, PointSender | str] = {}
 
-    def columns(self, body: bytes) -> tuple[Raw, Columns]:
+    def columns(self, body: bytes) -> tuple[RawPoints, PointColumns]:
         """The points of a request, in columns, and what the columns' numbers stand for.
 
         Raises:
             Malformed: the bytes are no request.
             TooLarge: it would cost too much.
         """
-        raw = Raw(self._limits)
+        raw = RawPoints(self._limits)
         request = _Request(raw)
         for piece in pieces(body, Envelope):
             if not self._read(piece, request, raw):
                 return plain_columns(body, self._limits)
         return raw, request.columns(_Places(self, raw))
 
-    def _read(self, body: bytes, request: _Request, raw: Raw) -> bool:
+    def _read(self, body: bytes, request: _Request, raw: RawPoints) -> bool:
         """Adds the metrics of a request; False if it has to be left to the plain decoder."""
         try:
             envelope = Envelope.FromString(body)
@@ -77,7 +77,7 @@ class FastDecoder:
                             return False
         return True
 
-    def _sender(self, resource: bytes) -> Sender | str:
+    def _sender(self, resource: bytes) -> PointSender | str:
         sender = self._senders.get(resource)
         if sender is None:
             sender = sender_of(read_resource(resource).attributes, self._limits)
@@ -105,7 +105,7 @@ class FastDecoder:
 class _Places(dict[bytes, int]):
     """Where the labels of serialized attributes stand in one request; found out when first asked."""
 
-    def __init__(self, decoder: FastDecoder, raw: Raw) -> None:
+    def __init__(self, decoder: FastDecoder, raw: RawPoints) -> None:
         super().__init__()
         self._decoder = decoder
         self._raw = raw
@@ -127,13 +127,13 @@ class _Chunk(NamedTuple):
 class _Request:
     """The metrics of one request, added one after the other, then read together."""
 
-    def __init__(self, raw: Raw) -> None:
+    def __init__(self, raw: RawPoints) -> None:
         self._raw = raw
         self._count = 0
         self._chunks: dict[int, list[_Chunk]] = {}
         self._rows: list[tuple[int, Row]] = []
 
-    def add(self, sender: Sender | str, scope: int, name: str, kind: str, payload: bytes) -> None:
+    def add(self, sender: PointSender | str, scope: int, name: str, kind: str, payload: bytes) -> None:
         """Adds a metric.
 
         Raises:
@@ -157,13 +157,13 @@ class _Request:
             self._chunks.setdefault(size, []).append(_Chunk(of_run, place, self._count, count))
             self._count += count
 
-    def columns(self, places: _Places) -> Columns:
+    def columns(self, places: _Places) -> PointColumns:
         """All points, in the order of the request.
 
         Raises:
             Malformed: a point is none.
         """
-        columns = Columns.empty(self._count)
+        columns = PointColumns.empty(self._count)
         for size, chunks in self._chunks.items():
             bodies, metrics, firsts, counts = zip(*chunks, strict=True)
             body = bodies[0] if len(bodies) == 1 else b"".join(bodies)
@@ -187,7 +187,7 @@ class _Request:
         return columns
 
 
-def _fill(columns: Columns, where: records.Places, part: records.Read) -> None:
+def _fill(columns: PointColumns, where: records.Places, part: records.RecordColumns) -> None:
     columns.holds[where] = part.holds
     if part.times is not None:
         columns.times[where] = part.times

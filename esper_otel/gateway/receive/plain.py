@@ -15,8 +15,8 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.attributes import label_of, sender_of
 from esper_otel.gateway.receive.bounds import pieces
-from esper_otel.gateway.receive.columns import A_VALUE, AN_END, NOTHING, Columns, Raw, Row, scope_of
-from esper_otel.gateway.receive.request import Malformed, Sender
+from esper_otel.gateway.receive.columns import A_VALUE, AN_END, NOTHING, PointColumns, RawPoints, Row, scope_of
+from esper_otel.gateway.receive.request import Malformed, PointSender
 
 
 def read_request(body: bytes) -> ExportMetricsServiceRequest:
@@ -32,14 +32,14 @@ def read_request(body: bytes) -> ExportMetricsServiceRequest:
     return request
 
 
-def plain_columns(body: bytes, limits: Limits) -> tuple[Raw, Columns]:
+def plain_columns(body: bytes, limits: Limits) -> tuple[RawPoints, PointColumns]:
     """The points of a request, in columns, and what the columns' numbers stand for.
 
     Raises:
         Malformed: the bytes are no request.
         TooLarge: it would cost too much.
     """
-    raw = Raw(limits)
+    raw = RawPoints(limits)
     rows: list[Row] = []
     for piece in pieces(body, ExportMetricsServiceRequest):
         request = read_request(piece)
@@ -52,13 +52,13 @@ def plain_columns(body: bytes, limits: Limits) -> tuple[Raw, Columns]:
                 raw.note_parts(len(of_scope.metrics))
                 for metric in of_scope.metrics:
                     rows += _rows(raw, sender, scope, metric)
-    columns = Columns.empty(len(rows))
+    columns = PointColumns.empty(len(rows))
     for position, row in enumerate(rows):
         columns.set(position, row)
     return raw, columns
 
 
-def _rows(raw: Raw, sender: Sender | str, scope: int, metric: Metric) -> list[Row]:
+def _rows(raw: RawPoints, sender: PointSender | str, scope: int, metric: Metric) -> list[Row]:
     kind = metric.WhichOneof("data")
     if kind is None:
         return []
@@ -74,7 +74,7 @@ def is_delta(data: object) -> bool:
     return isinstance(data, Sum) and data.aggregation_temporality == AGGREGATION_TEMPORALITY_DELTA
 
 
-def plain_row(metric: int, point: NumberDataPoint, raw: Raw) -> Row:
+def plain_row(metric: int, point: NumberDataPoint, raw: RawPoints) -> Row:
     """What goes into the columns for one point."""
     label = raw.label(label_of(point.attributes, raw.limits))
     if point.flags & DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK:

@@ -33,7 +33,7 @@ _ATTRIBUTE, _FLAGS = 0x3A, 0x40
 _FIXED = (_START, _TIME, _DOUBLE, _INTEGER)
 
 
-class Run(NamedTuple):
+class RecordRun(NamedTuple):
     """Records of one length that follow each other."""
 
     start: int
@@ -41,20 +41,20 @@ class Run(NamedTuple):
     records: int
 
 
-class Found(NamedTuple):
+class MetricRecords(NamedTuple):
     """The records of one gauge or sum."""
 
-    runs: list[Run]
+    runs: list[RecordRun]
     points: int
     is_delta: bool
 
 
-def find(payload: bytes, *, is_sum: bool) -> Found | None:
+def find(payload: bytes, *, is_sum: bool) -> MetricRecords | None:
     """The records of a serialized gauge or sum; None when it has to be left to protobuf."""
     end = len(payload)
     if 2 <= end < 0x82 and payload[0] == _POINT and payload[1] == end - 2:
-        return Found([Run(0, end, 1)], 1, is_delta=False)
-    runs: list[Run] = []
+        return MetricRecords([RecordRun(0, end, 1)], 1, is_delta=False)
+    runs: list[RecordRun] = []
     position = count = 0
     is_delta = False
     while position < end:
@@ -72,7 +72,7 @@ def find(payload: bytes, *, is_sum: bool) -> Found | None:
             size = head + length
             if position + size > end or len(runs) == _MOST_RUNS:
                 return None
-            run = Run(position, size, _repeats(payload, position, size, head))
+            run = RecordRun(position, size, _repeats(payload, position, size, head))
             runs.append(run)
             count += run.records
             position += size * run.records
@@ -82,7 +82,7 @@ def find(payload: bytes, *, is_sum: bool) -> Found | None:
             position += 2
         else:
             return None
-    return Found(runs, count, is_delta)
+    return MetricRecords(runs, count, is_delta)
 
 
 def _repeats(payload: bytes, start: int, size: int, head: int) -> int:
@@ -173,7 +173,7 @@ def _holding(places: dict[int, int], flags: int) -> int:
     return A_VALUE if _DOUBLE in places or _INTEGER in places else NOTHING
 
 
-class Read(NamedTuple):
+class RecordColumns(NamedTuple):
     """Columns of some records: what they hold is the same in all of them."""
 
     places: Places
@@ -186,14 +186,14 @@ class Read(NamedTuple):
 _MOST_LAYOUTS = 8
 
 
-def read(records: Bytes, label: Callable[[bytes], int]) -> tuple[list[Read], Places]:
+def read(records: Bytes, label: Callable[[bytes], int]) -> tuple[list[RecordColumns], Places]:
     """What records of one length say, and the places of those that are left to protobuf.
 
     Args:
         records: shape (records, length).
         label: gives the number of serialized attributes.
     """
-    read_so_far: list[Read] = []
+    read_so_far: list[RecordColumns] = []
     places = np.arange(len(records))
     for _ in range(_MOST_LAYOUTS):
         if not len(places):
@@ -209,7 +209,7 @@ def read(records: Bytes, label: Callable[[bytes], int]) -> tuple[list[Read], Pla
     return read_so_far, places
 
 
-def _columns(records: Bytes, layout: Layout, places: Places, label: Callable[[bytes], int]) -> Read:
+def _columns(records: Bytes, layout: Layout, places: Places, label: Callable[[bytes], int]) -> RecordColumns:
     fields = records.view(layout.fields)[:, 0]
     names = layout.fields.names or ()
     labels = None
@@ -217,7 +217,7 @@ def _columns(records: Bytes, layout: Layout, places: Places, label: Callable[[by
         attributes = np.ascontiguousarray(records[:, layout.labels])
         each = attributes.view(f"V{attributes.shape[1]}")[:, 0].tolist()
         labels = np.fromiter(map(label, each), np.int32, len(each))
-    return Read(
+    return RecordColumns(
         places,
         fields["time"] if "time" in names else None,
         fields["value"].astype(np.float64) if "value" in names and layout.holds == A_VALUE else None,

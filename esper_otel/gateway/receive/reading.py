@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.receive.inflate import inflated
-from esper_otel.gateway.receive.request import Block, Decoded, Malformed, TooLarge
+from esper_otel.gateway.receive.request import DecodedRequest, Malformed, PointBlock, TooLarge
 
 # A body of so many bytes is decoded within some milliseconds, whatever is in it; JSON takes longer than protobuf.
 _SMALL, _SMALL_JSON = 32 * 1024, 8 * 1024
@@ -28,13 +28,13 @@ class Reader:
         prepare: is called with what was decoded in the thread, to find out there what takes long.
     """
 
-    def __init__(self, limits: Limits | None, prepare: Callable[[Block], None]) -> None:
+    def __init__(self, limits: Limits | None, prepare: Callable[[PointBlock], None]) -> None:
         self._decoder, self._other = Decoder(limits), Decoder(limits)
         self._prepare = prepare
         self._thread: ThreadPoolExecutor | None = None
         self._is_free = asyncio.Lock()
 
-    def read(self, body: bytes, *, is_json: bool) -> Decoded:
+    def read(self, body: bytes, *, is_json: bool) -> DecodedRequest:
         """A request, decoded at once.
 
         Raises:
@@ -43,7 +43,9 @@ class Reader:
         return self._decoder.decode_json(body) if is_json else self._decoder.decode(body)
 
     @asynccontextmanager
-    async def reading(self, body: bytes, *, is_json: bool, is_gzip: bool) -> AsyncIterator[tuple[bytes, Decoded]]:
+    async def reading(
+        self, body: bytes, *, is_json: bool, is_gzip: bool
+    ) -> AsyncIterator[tuple[bytes, DecodedRequest]]:
         """A request, unpacked, and what it says. Of large ones the next waits until the block is left.
 
         Raises:
@@ -60,7 +62,7 @@ class Reader:
             loop = asyncio.get_running_loop()
             yield await loop.run_in_executor(self._thread, self._read_large, body, is_json, is_gzip)
 
-    def _read_large(self, body: bytes, is_json: bool, is_gzip: bool) -> tuple[bytes, Decoded]:
+    def _read_large(self, body: bytes, is_json: bool, is_gzip: bool) -> tuple[bytes, DecodedRequest]:
         try:
             if is_gzip:
                 body = inflated(body)

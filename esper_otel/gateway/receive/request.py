@@ -44,7 +44,7 @@ _MOST_NAMES, _NAME_LENGTH = 5, 64
 OTHER_METRICS = "others"
 
 
-class Rejected:
+class RejectedPoints:
     """Points that were not taken: how many for each reason, and of which metrics they are, of the first few.
 
     Attributes:
@@ -72,7 +72,7 @@ class TooLarge(EsperOtelError):
     """A request is larger, or would cost more, than any may."""
 
 
-class Sender(NamedTuple):
+class PointSender(NamedTuple):
     """Who sent something, as its Resource says, or its point's own attributes.
 
     Attributes:
@@ -98,7 +98,7 @@ class Sender(NamedTuple):
     process: str = ""
 
 
-class Block(NamedTuple):
+class PointBlock(NamedTuple):
     """Points of one sender that can become frames, in the order of their times; of equal times, as they came.
 
     Attributes:
@@ -112,7 +112,7 @@ class Block(NamedTuple):
         is_ours: whether some are of our instrumentation scope.
     """
 
-    sender: Sender
+    sender: PointSender
     names: tuple[str, ...]
     seeds: tuple[str, ...]
     streams: npt.NDArray[np.int64]
@@ -131,20 +131,20 @@ class Marker(NamedTuple):
         time_unix_ns: from when on the stream has no value.
     """
 
-    sender: Sender
+    sender: PointSender
     name: str
     seed: str
     time_unix_ns: int
 
 
-class Ended(NamedTuple):
+class RunEnd(NamedTuple):
     """A run's rank says that it has ended, and how."""
 
-    sender: Sender
+    sender: PointSender
     outcome: str
 
 
-class Decoded(NamedTuple):
+class DecodedRequest(NamedTuple):
     """One request.
 
     Attributes:
@@ -156,9 +156,9 @@ class Decoded(NamedTuple):
         metrics: by reason, how many of which metrics, of the first few.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[PointBlock, ...]
     markers: tuple[Marker, ...]
-    ended: tuple[Ended, ...]
+    ended: tuple[RunEnd, ...]
     points: int
     rejected: Mapping[str, int]
     metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})

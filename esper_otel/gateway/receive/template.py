@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from esper_otel.frames.frame import ABSENT_BITS
-from esper_otel.gateway.receive.request import EARLIEST_UNIX_NS, LATEST_UNIX_NS, Block, Decoded
+from esper_otel.gateway.receive.request import EARLIEST_UNIX_NS, LATEST_UNIX_NS, DecodedRequest, PointBlock
 
 # A point's time and value as our exporter and others write them: side by side, each behind its tag.
 _TIME, _DOUBLE = b"\x19", 0x21
@@ -33,7 +33,7 @@ class Template:
         block: what it was decoded to.
     """
 
-    def __init__(self, body: bytes, places: list[int], block: Block) -> None:
+    def __init__(self, body: bytes, places: list[int], block: PointBlock) -> None:
         content = np.frombuffer(body, np.uint8)
         begins = np.array(places)[:, None]
         self._times = begins + np.arange(1, 9)
@@ -43,7 +43,7 @@ class Template:
         self._fixed = content & self._keep
         self._block = block
 
-    def read(self, body: bytes) -> Decoded | None:
+    def read(self, body: bytes) -> DecodedRequest | None:
         """The request, if it is one of these."""
         content = np.frombuffer(body, np.uint8)
         if not np.array_equal(content & self._keep, self._fixed):
@@ -55,7 +55,7 @@ class Template:
         if not is_usual or (bits == ABSENT_BITS).any():
             return None
         block = self._block._replace(times=times, values=bits.view(np.float64))
-        return Decoded((block,), (), (), len(times), Counter())
+        return DecodedRequest((block,), (), (), len(times), Counter())
 
 
 class Templates:
@@ -67,11 +67,11 @@ class Templates:
         decode: decodes any request.
     """
 
-    def __init__(self, decode: Callable[[bytes], Decoded]) -> None:
+    def __init__(self, decode: Callable[[bytes], DecodedRequest]) -> None:
         self._decode = decode
         self._of_length: dict[int, list[Template]] = {}
 
-    def read(self, body: bytes) -> Decoded:
+    def read(self, body: bytes) -> DecodedRequest:
         """The request, decoded."""
         known = self._of_length.get(len(body))
         if known is not None:
@@ -92,7 +92,7 @@ class Templates:
                 known.append(learnt)
         return decoded
 
-    def _learnt(self, body: bytes, decoded: Decoded) -> Template | None:
+    def _learnt(self, body: bytes, decoded: DecodedRequest) -> Template | None:
         if decoded.markers or decoded.ended or decoded.rejected or len(decoded.blocks) != 1:
             return None
         (block,) = decoded.blocks
@@ -129,7 +129,7 @@ def _changed(body: bytes, places: list[int], time_unix_ns: int) -> bytes:
     return bytes(content)
 
 
-def _is_equal(one: Decoded, other: Decoded) -> bool:
+def _is_equal(one: DecodedRequest, other: DecodedRequest) -> bool:
     if other.markers or other.ended or other.rejected or len(other.blocks) != 1 or one.points != other.points:
         return False
     mine, theirs = one.blocks[0], other.blocks[0]

@@ -82,7 +82,7 @@ class _Connection:
             self.connecting.cancel()
 
 
-class Door:
+class HttpAcceptor:
     """Accepts the connections of the HTTP port.
 
     When there is no room for one more, the oldest that has not sent a request gives way, then the oldest of those
@@ -205,7 +205,7 @@ class Door:
 _Peer = tuple[str, int]
 
 
-class _Found(NamedTuple):
+class _OpenSocket(NamedTuple):
     """A connection, with the number of its socket: no later one has both."""
 
     peer: _Peer
@@ -227,7 +227,7 @@ class Guard:
         self._port = port
         self._most = most_connections("grpc")
         self._proven: set[str] = set()
-        self._seen: dict[_Found, float] = {}
+        self._seen: dict[_OpenSocket, float] = {}
         self._taken_back = Counter[str]()
         self._task = asyncio.create_task(self._watch())
 
@@ -269,13 +269,13 @@ class Guard:
             old = {each for each, since_s in self._seen.items() if now_s - since_s >= _UNPROVEN_S}
             self._end(lambda each: each in old and each.peer not in proven)
 
-    def _end(self, is_meant: Callable[[_Found], bool]) -> None:
+    def _end(self, is_meant: Callable[[_OpenSocket], bool]) -> None:
         for each, connection in self._found():
             if is_meant(each):
                 with contextlib.suppress(OSError):  # it has ended
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def _found(self) -> Iterator[tuple[_Found, socket.socket]]:
+    def _found(self) -> Iterator[tuple[_OpenSocket, socket.socket]]:
         """The connections that there are, each to be used at once."""
         for descriptor in _descriptors():
             try:
@@ -288,7 +288,7 @@ class Guard:
                         connection.getsockname()[1] == self._port
                     ):
                         host, port, *_ = connection.getpeername()
-                        yield _Found((_host(host), port), os.fstat(descriptor).st_ino), connection
+                        yield _OpenSocket((_host(host), port), os.fstat(descriptor).st_ino), connection
             finally:
                 connection.detach()  # it is gRPC's
 

@@ -15,11 +15,11 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy, Unsupported, fault_of
-from esper_otel.gateway.quiet import Seldom
+from esper_otel.gateway.quiet import SeldomLog
 from esper_otel.gateway.receive.inflate import MAX_REQUEST_BYTES
 from esper_otel.gateway.receive.request import TooLarge
 from esper_otel.gateway.security import Tokens
-from esper_otel.gateway.serve.connections import Door
+from esper_otel.gateway.serve.connections import HttpAcceptor
 from esper_otel.gateway.serve.in_flight import Room
 from esper_otel.gateway.serve.live_page import add_page
 from esper_otel.gateway.serve.metrics import prometheus_text
@@ -48,7 +48,7 @@ class HttpPort:
     """
 
     def __init__(self, core: Core, send_tokens: Tokens | None, answers: Room, warnings: Warnings) -> None:
-        self.door: Door | None = None
+        self.door: HttpAcceptor | None = None
         self._core = core
         self._send_tokens = send_tokens
         self._answers = answers
@@ -136,7 +136,7 @@ def is_own_host(host: str, hosts: Collection[str]) -> bool:
 def runner_of(app: web.Application, warnings: Warnings, *, shutdown_timeout: float) -> web.AppRunner:
     """Runs an application: without an access log, bodies unpacked by us, and no header in any log."""
     log = logging.Logger("http")  # noqa: LOG001 - not a part of the tree: what it is told goes nowhere else
-    log.addHandler(Seldom(warnings, "HTTP"))
+    log.addHandler(SeldomLog(warnings, "HTTP"))
     return web.AppRunner(
         app,
         access_log=None,

@@ -14,7 +14,7 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.security import BadRequest, check_puller
-from esper_otel.gateway.store.base import Entry
+from esper_otel.gateway.store.base import StoredFrame
 from esper_otel.gateway.turns import Turn
 from esper_otel.leyline.packets import state
 from esper_otel.leyline.risk import Rule, signals
@@ -138,7 +138,7 @@ def _check(request: web.Request) -> None:
         raise web.HTTPForbidden(text="this page is for this machine: use http://127.0.0.1 or http://localhost")
 
 
-def _shown(entry: Entry, rules: tuple[Rule, ...]) -> dict[str, Any]:
+def _shown(entry: StoredFrame, rules: tuple[Rule, ...]) -> dict[str, Any]:
     """A step as the page reads it; a number that JSON does not have is null."""
     frame = entry.item.frame
     found = signals(state(frame), loss_before=entry.loss_before, rules=rules)

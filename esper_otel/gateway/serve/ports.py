@@ -14,8 +14,8 @@ from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import fault_of
 from esper_otel.gateway.receive.inflate import MAX_REQUEST_BYTES
-from esper_otel.gateway.security import Certificates, Content, Renewed, Tokens
-from esper_otel.gateway.serve.connections import SILENT_S, Door, Guard, most_connections
+from esper_otel.gateway.security import Certificates, CertificatesInForce, Content, Tokens
+from esper_otel.gateway.serve.connections import SILENT_S, Guard, HttpAcceptor, most_connections
 from esper_otel.gateway.serve.grpc_port import OTLP_SERVICE, Rpc
 from esper_otel.gateway.serve.http_port import HttpPort, runner_of
 from esper_otel.gateway.serve.in_flight import Room
@@ -75,11 +75,11 @@ class Gateway:
         self._receives = receives
         self._warnings = Warnings()
         self._answers = Room(_MOST_UNREAD_BYTES, "too many answers that are not read yet", safe_s=_UNREAD_S)
-        self._certificates: Renewed | None = None
+        self._certificates: CertificatesInForce | None = None
         self._server: grpc.aio.Server | None = None
         self._guard: Guard | None = None
         self._runner: web.AppRunner | None = None
-        self._door: Door | None = None
+        self._door: HttpAcceptor | None = None
 
     @property
     def page(self) -> str | None:
@@ -92,7 +92,7 @@ class Gateway:
         try:
             self._core.start()
             if self._ports.certificates is not None:
-                self._certificates = Renewed(self._ports.certificates, self._warnings)
+                self._certificates = CertificatesInForce(self._ports.certificates, self._warnings)
             if self._ports.grpc is not None:
                 await self._open_grpc(self._ports.grpc)
             if self._ports.http is not None:
@@ -178,7 +178,7 @@ class Gateway:
         context = None if self._certificates is None else self._certificates.context
         served = self._runner.server
         assert served is not None
-        self._door = port.door = Door(listening, served, context, self._refuse, self._warnings)
+        self._door = port.door = HttpAcceptor(listening, served, context, self._refuse, self._warnings)
         self.http_address = f"{host}:{listening[0].getsockname()[1]}"
 
     def _refuse(self, error: Exception) -> None:
@@ -202,7 +202,7 @@ async def _listening(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _grpc_credentials(certificates: Renewed) -> grpc.ServerCredentials:
+def _grpc_credentials(certificates: CertificatesInForce) -> grpc.ServerCredentials:
     """Credentials that follow the files: gRPC asks with each handshake."""
     in_force: Content | None = None
 

@@ -21,7 +21,7 @@ class StoreFull(EsperOtelError):
     """Nothing can be written now; nothing that was there is lost."""
 
 
-class Entry(NamedTuple):
+class StoredFrame(NamedTuple):
     """One released frame and its place.
 
     Attributes:
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     loss_before: float | None
 
 
-class Found(NamedTuple):
+class StoredPage(NamedTuple):
     """What came after a cursor.
 
     Attributes:
@@ -46,12 +46,12 @@ class Found(NamedTuple):
         gap: entries that were dropped before the first one.
     """
 
-    entries: Sequence[Entry]
+    entries: Sequence[StoredFrame]
     cursor: str
     gap: int
 
 
-class Kept(NamedTuple):
+class KeptRequest(NamedTuple):
     """A request's body that is kept until all of its frames are stored as items.
 
     Attributes:
@@ -113,7 +113,7 @@ class Store(Protocol):
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         places: Iterable[Place] = (),
         tenants: Mapping[str, str] = NO_TENANTS,
-        kept: Kept | None = None,
+        kept: KeptRequest | None = None,
         first_kept: int | None = None,
     ) -> None:
         """Stores released frames, and the body of a request of which something waits, all or nothing.
@@ -130,7 +130,7 @@ class Store(Protocol):
             StoreFull: nothing was stored.
         """
 
-    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Entries after a cursor; from the oldest one when it is empty.
 
         Raises:

@@ -17,9 +17,9 @@ from esper_otel.gateway.store.base import (
     RANK_BYTES,
     RUN_BYTES,
     WRITER_BYTES,
-    Entry,
-    Found,
-    Kept,
+    KeptRequest,
+    StoredFrame,
+    StoredPage,
     StoreLimits,
     cursor_place,
     cursor_text,
@@ -32,10 +32,10 @@ class _Row:
     """The entries of a run, or of one of its ranks: places without holes, the oldest dropped first."""
 
     def __init__(self) -> None:
-        self.entries: deque[Entry] = deque()
+        self.entries: deque[StoredFrame] = deque()
         self.last = 0
 
-    def after(self, place: int, most: int) -> tuple[list[Entry], int]:
+    def after(self, place: int, most: int) -> tuple[list[StoredFrame], int]:
         """Up to ``most`` entries after a place, and how many before them were dropped."""
         first = self.last - len(self.entries)
         start = max(place, first)
@@ -69,7 +69,7 @@ class _Shelf:
         rank = self.ranks.setdefault(item.origin.rank, _Row())
         self.all.last += 1
         rank.last += 1
-        entry = Entry(self.all.last, rank.last, item, self.losses.get(item.origin))
+        entry = StoredFrame(self.all.last, rank.last, item, self.losses.get(item.origin))
         self.losses[item.origin] = loss_of(item.frame)
         self.counts[item.origin] += 1
         self.all.entries.append(entry)
@@ -112,7 +112,7 @@ class MemoryStore:
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         places: Iterable[Place] = (),  # noqa: ARG002
         tenants: Mapping[str, str] = NO_TENANTS,
-        kept: Kept | None = None,  # noqa: ARG002 - bodies are of no use to memory
+        kept: KeptRequest | None = None,  # noqa: ARG002 - bodies are of no use to memory
         first_kept: int | None = None,  # noqa: ARG002
     ) -> None:
         """Stores frames and outcomes. See ``Store``."""
@@ -133,7 +133,7 @@ class MemoryStore:
             if shelf is not None:
                 shelf.outcomes[origin] = outcome
 
-    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Entries after a cursor. See ``Store``."""
         shelf = self._shelves.get(run_id)
         if shelf is None:
@@ -142,7 +142,7 @@ class MemoryStore:
         place = cursor_place(cursor, shelf.life, rank, row.last)
         entries, gap = row.after(place, most)
         last = place + gap + len(entries)
-        return Found(entries, cursor_text(shelf.life, rank, last), gap)
+        return StoredPage(entries, cursor_text(shelf.life, rank, last), gap)
 
     def holds(self, run_id: str) -> bool:
         """Whether a step of the run is stored. See ``Store``."""

@@ -24,16 +24,15 @@ from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.frames.encoded import DamagedFrame, frame_from_bytes, frame_to_bytes, stored_time
 from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin, Place
-from esper_otel.gateway.store.aside import Aside
 from esper_otel.gateway.store.base import (
     NO_TENANTS,
     NOTHING_ENDED,
     RANK_BYTES,
     RUN_BYTES,
     WRITER_BYTES,
-    Entry,
-    Found,
-    Kept,
+    KeptRequest,
+    StoredFrame,
+    StoredPage,
     StoreFull,
     StoreLimits,
     cursor_place,
@@ -42,6 +41,7 @@ from esper_otel.gateway.store.base import (
 from esper_otel.gateway.store.database import FILE, Damaged, locked, moved_aside, opened, reading, transaction
 from esper_otel.gateway.store.ledger import Ledger, use_of
 from esper_otel.gateway.store.memory import loss_of
+from esper_otel.gateway.store.quarantine import Quarantine
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
@@ -57,7 +57,7 @@ _MOST_TRIES = 3
 _MOST_ASIDE = 1_000  # rows of one table
 
 
-class _Run:
+class _KnownRun:
     """What is known of a run without asking the file."""
 
     def __init__(self, key: int, life: str, tenant: str) -> None:
@@ -80,7 +80,7 @@ class _Run:
         of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
         return RUN_BYTES + of_writers + self.frame_bytes
 
-    def copied(self) -> _Run:
+    def copied(self) -> _KnownRun:
         other = copy(self)
         other.ranks, other.losses, other.counts = dict(self.ranks), dict(self.losses), Counter(self.counts)
         other.newest, other.outcomes = dict(self.newest), dict(self.outcomes)
@@ -111,8 +111,8 @@ class FileStore:
         self._limits = limits or StoreLimits()
         self._clock, self._opened_s = clock, clock()
         self._path, self._read_only = Path(folder) / FILE, read_only
-        self._aside, self._warnings = Aside(Path(folder)), Warnings(clock)
-        self._runs: dict[str, _Run] = {}
+        self._aside, self._warnings = Quarantine(Path(folder)), Warnings(clock)
+        self._runs: dict[str, _KnownRun] = {}
         self._ledger = Ledger()
         self._bodies: list[int] = []
         self._received: dict[Origin, int] = {}  # when something of a writer came last before the start
@@ -141,7 +141,7 @@ class FileStore:
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         places: Iterable[Place] = (),
         tenants: Mapping[str, str] = NO_TENANTS,
-        kept: Kept | None = None,
+        kept: KeptRequest | None = None,
         first_kept: int | None = None,
     ) -> None:
         """Stores frames, outcomes and a body, all or nothing. See ``Store``."""
@@ -158,7 +158,7 @@ class FileStore:
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
         if not (new.items or new.ended or new.places) and kept is None and bodies == self._bodies:
             return
-        changed: dict[str, _Run | None] = {}
+        changed: dict[str, _KnownRun | None] = {}
         try:
             with transaction(self._connection) as connection:
                 if bodies != self._bodies:
@@ -182,7 +182,7 @@ class FileStore:
                 self._runs[run_id] = run
         self.dropped += dropped
 
-    def _write(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _Run | None]) -> int:
+    def _write(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _KnownRun | None]) -> int:
         """Writes what there is of runs; returns how many entries were dropped."""
         for item in new.items:
             self._insert(connection, item, changed, new.tenants)
@@ -203,7 +203,7 @@ class FileStore:
                 self._note(run_id, run, has_news=True)
         return dropped + self._make_room(connection, changed)
 
-    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> Found:
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Entries after a cursor, up to the next hole that a damaged one has left. See ``Store``."""
         run = self._runs.get(run_id)
         if run is None:
@@ -220,9 +220,9 @@ class FileStore:
         places = [entry.position if rank is None else entry.number for entry in found]
         last = places[-1] if places else newest
         gap = (places[0] if places else newest + 1) - place - 1
-        return Found(found, cursor_text(run.life, rank, last), gap)
+        return StoredPage(found, cursor_text(run.life, rank, last), gap)
 
-    def _entries(self, run_id: str, run: _Run, rank: int | None, place: int, most: int) -> list[Entry]:
+    def _entries(self, run_id: str, run: _KnownRun, rank: int | None, place: int, most: int) -> list[StoredFrame]:
         """Entries without a hole between them, the first of those that there are."""
         if rank is None:
             where, of_run = "run = ? AND position > ? ORDER BY position", (run.key, place)
@@ -232,7 +232,7 @@ class FileStore:
             where = f"NOT ({DAMAGED['items']}) AND {where}"
         with reading():
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items WHERE {where} LIMIT ?", (*of_run, most))  # noqa: S608
-            found: list[Entry] = []
+            found: list[StoredFrame] = []
             last = 0
             for row in rows.fetchall():
                 number = row[0] if rank is None else row[1]
@@ -246,7 +246,7 @@ class FileStore:
                     last = number
         return found
 
-    def _entry(self, run_id: str, run: _Run, row: tuple[Any, ...]) -> Entry | None:
+    def _entry(self, run_id: str, run: _KnownRun, row: tuple[Any, ...]) -> StoredFrame | None:
         """The entry of a row; None, and the row is taken out, if it is damaged."""
         try:
             return _entry(run_id, row)
@@ -330,7 +330,9 @@ class FileStore:
                     yield entry.item, is_first
                 is_first = False
 
-    def _newest_positions(self, run: _Run, origin: Origin, most: int, *, is_missing: bool) -> tuple[list[int], bool]:
+    def _newest_positions(
+        self, run: _KnownRun, origin: Origin, most: int, *, is_missing: bool
+    ) -> tuple[list[int], bool]:
         """Where the newest revisions of a writer's newest frames are, the newest frame first, and if these are all."""
         with reading():
             # Beside max(), SQLite gives the other columns of the row that has it.
@@ -346,7 +348,7 @@ class FileStore:
         are_all = len(rows) <= needed and len(rows) < min(_MOST_RESTORED, most)
         return [position for position, _ in rows[:needed]], are_all
 
-    def _at(self, run_id: str, run: _Run, position: int) -> Entry | None:
+    def _at(self, run_id: str, run: _KnownRun, position: int) -> StoredFrame | None:
         with reading():
             row = self._connection.execute(
                 f"SELECT {_COLUMNS} FROM items WHERE run = ? AND position = ?",  # noqa: S608
@@ -389,7 +391,7 @@ class FileStore:
         counts = self.counts()
         return [place for place in found if place.origin in counts]
 
-    def bodies(self) -> Iterator[Kept]:
+    def bodies(self) -> Iterator[KeptRequest]:
         """The bodies that are kept, oldest first.
 
         That they are being processed is noted in the file: of all at once, and of each one when a start has ended with
@@ -406,7 +408,7 @@ class FileStore:
             if row is None:
                 continue
             _, body, is_json, received, tenant = row
-            kept = Kept(number, body, bool(is_json), received, tenant)
+            kept = KeptRequest(number, body, bool(is_json), received, tenant)
             before = tries.get(number, 0)
             if before >= _MOST_TRIES:
                 self.put_aside(kept, f"the gateway has ended {before} times while it processed it")
@@ -423,7 +425,7 @@ class FileStore:
         with reading():
             return dict(self._connection.execute("SELECT number, length(body) FROM bodies ORDER BY number"))
 
-    def put_aside(self, kept: Kept, why: str) -> None:
+    def put_aside(self, kept: KeptRequest, why: str) -> None:
         """Takes a body out that cannot be processed."""
         self._put_aside("body", [kept.body], f"a request that was acknowledged: {why}")
         with suppress(StoreFull), transaction(self._connection) as connection:
@@ -488,7 +490,7 @@ class FileStore:
         rows = self._connection.execute(f"SELECT {columns} FROM runs").fetchall()  # noqa: S608
         for key, run_id, life, last, added_s, tenant in rows:
             if is_run((key, run_id, life, last, tenant)):
-                run = self._runs[run_id] = _Run(key, life, tenant)
+                run = self._runs[run_id] = _KnownRun(key, life, tenant)
                 run.last = last
                 run.added_s = (
                     float(added_s) if isinstance(added_s, (int, float)) and 0 <= added_s < _MOST_AGE_S else 0.0
@@ -589,7 +591,7 @@ class FileStore:
         self,
         connection: sqlite3.Connection,
         item: Item,
-        changed: dict[str, _Run | None],
+        changed: dict[str, _KnownRun | None],
         tenants: Mapping[str, str],
     ) -> None:
         run_id, attempt, rank, writer = item.origin
@@ -598,7 +600,7 @@ class FileStore:
             life, tenant = secrets.token_hex(4), tenants.get(run_id, "")
             row = (run_id, life, tenant)
             key = connection.execute("INSERT INTO runs (run_id, life, tenant) VALUES (?, ?, ?)", row).lastrowid
-            run = changed[run_id] = _Run(key or 0, life, tenant)
+            run = changed[run_id] = _KnownRun(key or 0, life, tenant)
         frame = frame_to_bytes(item.frame)
         size = len(frame) + _ROW_BYTES
         run.last += 1
@@ -616,7 +618,7 @@ class FileStore:
         run.frame_bytes += size
         run.added_s = self._age_s()
 
-    def _loss_before(self, connection: sqlite3.Connection, run: _Run, origin: Origin) -> float | None:
+    def _loss_before(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> float | None:
         """The loss of the writer's step before; of the first one since the start it is in the file."""
         position = run.newest.pop(origin, None)
         if position is not None and origin not in run.losses:
@@ -628,7 +630,7 @@ class FileStore:
         return run.losses.get(origin)
 
     def _end(
-        self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _Run | None]
+        self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _KnownRun | None]
     ) -> None:
         """Stores an outcome, if anything else of the run is stored."""
         run = self._copied(origin.run_id, changed)
@@ -637,7 +639,7 @@ class FileStore:
             connection.execute("INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)", row)
             run.outcomes[origin] = outcome
 
-    def _place(self, connection: sqlite3.Connection, place: Place, changed: dict[str, _Run | None]) -> None:
+    def _place(self, connection: sqlite3.Connection, place: Place, changed: dict[str, _KnownRun | None]) -> None:
         """Stores where a writer stands, if anything of the run is stored."""
         origin = place.origin
         run = self._copied(origin.run_id, changed)
@@ -646,7 +648,7 @@ class FileStore:
             row = (*of_writer, *place[1:-2], json.dumps(place.holes), json.dumps(place.ends))
             connection.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def _copied(self, run_id: str, changed: dict[str, _Run | None]) -> _Run | None:
+    def _copied(self, run_id: str, changed: dict[str, _KnownRun | None]) -> _KnownRun | None:
         """A copy that a transaction may change; none when nothing of the run is stored."""
         if run_id not in changed and run_id in self._runs:
             changed[run_id] = self._runs[run_id].copied()
@@ -654,17 +656,17 @@ class FileStore:
 
     # -- dropping ----------------------------------------------------------------------------------------
 
-    def _note(self, run_id: str, run: _Run | None, *, has_news: bool = False) -> None:
+    def _note(self, run_id: str, run: _KnownRun | None, *, has_news: bool = False) -> None:
         """Notes what a run takes."""
         if run is None:
             self._ledger.forget(run_id)
         else:
             self._ledger.note(run_id, run.tenant, run.size, max(len(run.counts), 1), has_news=has_news)
 
-    def _is_too_large(self, run: _Run) -> bool:
+    def _is_too_large(self, run: _KnownRun) -> bool:
         return run.size > self._limits.run_bytes or run.last - run.first >= self._limits.steps
 
-    def _make_room(self, connection: sqlite3.Connection, changed: dict[str, _Run | None]) -> int:
+    def _make_room(self, connection: sqlite3.Connection, changed: dict[str, _KnownRun | None]) -> int:
         """Drops what makes too much of all runs; returns how many entries."""
         count = 0
         while self._ledger.size > self._limits.all_bytes:
@@ -687,9 +689,9 @@ class FileStore:
         self,
         connection: sqlite3.Connection,
         run_id: str,
-        run: _Run,
-        changed: dict[str, _Run | None],
-        is_too_large: Callable[[_Run], bool],
+        run: _KnownRun,
+        changed: dict[str, _KnownRun | None],
+        is_too_large: Callable[[_KnownRun], bool],
     ) -> int:
         """Drops the oldest entries of a run for as long as it is too large; one without entries is dropped itself."""
         count = 0
@@ -715,7 +717,7 @@ class FileStore:
         self._note(run_id, changed[run_id])
         return count
 
-    def _drop(self, connection: sqlite3.Connection, run: _Run, origin: Origin) -> None:
+    def _drop(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> None:
         """One entry of this writer is gone; with the last one what else is known of it."""
         run.counts[origin] -= 1
         if run.counts[origin] <= 0:
@@ -735,20 +737,20 @@ class _New(NamedTuple):
     ended: Mapping[Origin, str]
     places: list[Place]
     tenants: Mapping[str, str]
-    kept: Kept | None
+    kept: KeptRequest | None
     first_kept: int | None
 
 
-def _delete_run(connection: sqlite3.Connection, run: _Run) -> None:
+def _delete_run(connection: sqlite3.Connection, run: _KnownRun) -> None:
     for table in ("items", "ranks", "ends", "places"):
         connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
     connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
 
 
-def _entry(run_id: str, row: tuple[Any, ...]) -> Entry:
+def _entry(run_id: str, row: tuple[Any, ...]) -> StoredFrame:
     position, number, attempt, rank, writer, frame, revision, complete, received, loss_before = row
     if type(frame) is not bytes:
         raise DamagedFrame("not bytes")
     origin = Origin(run_id, attempt, rank, writer)
     item = Item(origin, frame_from_bytes(frame), revision, bool(complete), received)
-    return Entry(position, number, item, loss_before)
+    return StoredFrame(position, number, item, loss_before)

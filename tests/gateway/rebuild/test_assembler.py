@@ -19,7 +19,15 @@ from esper_otel.gateway.items import Item
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
-from esper_otel.gateway.receive.request import TOO_MANY_RUNS, TOO_MANY_SEEDS, Block, Decoded, Ended, Marker, Sender
+from esper_otel.gateway.receive.request import (
+    TOO_MANY_RUNS,
+    TOO_MANY_SEEDS,
+    DecodedRequest,
+    Marker,
+    PointBlock,
+    PointSender,
+    RunEnd,
+)
 from esper_otel.leyline.packets import packets
 
 HOLD_S, LINGER_S = 2.0, 0.05
@@ -273,9 +281,9 @@ def test_a_million_seed_ids_take_no_more_memory() -> None:
         for step in range(100):
             ids = tuple(f"{step:05}-{n:05}" for n in range(10_000))
             times = np.full(len(ids), TIME_UNIX_NS + step * MS, np.uint64)
-            block = Block(Sender("r"), names, ids, np.arange(1, len(ids) + 1), times, np.zeros(len(ids)))
+            block = PointBlock(PointSender("r"), names, ids, np.arange(1, len(ids) + 1), times, np.zeros(len(ids)))
             taken = assembler.take(
-                Decoded((block,), (), (), len(ids), {}), now_s=float(step), received_unix_ns=TIME_UNIX_NS
+                DecodedRequest((block,), (), (), len(ids), {}), now_s=float(step), received_unix_ns=TIME_UNIX_NS
             )
             accepted, refused = accepted + taken.accepted, refused + taken.rejected.get(TOO_MANY_SEEDS, 0)
             assembler.release(step + 0.5)
@@ -291,9 +299,11 @@ def test_a_million_seed_ids_take_no_more_memory() -> None:
 def test_the_end_of_one_run_too_many_is_counted() -> None:
     """What is dropped is counted, ends of runs and of seeds too."""
     assembler = Assembler(Limits(runs=1))
-    decoded = Decoded((), (), (Ended(Sender("one"), "completed"), Ended(Sender("two"), "completed")), 2, {})
+    decoded = DecodedRequest(
+        (), (), (RunEnd(PointSender("one"), "completed"), RunEnd(PointSender("two"), "completed")), 2, {}
+    )
     taken = assembler.take(decoded, now_s=1.0, received_unix_ns=1)
     assert (taken.accepted, dict(taken.rejected)) == (1, {TOO_MANY_RUNS: 1})
-    marker = Marker(Sender("two"), "kasmina.seed.alpha", "seed-1", TIME_UNIX_NS)
-    taken = assembler.take(Decoded((), (marker,), (), 1, {}), now_s=1.0, received_unix_ns=1)
+    marker = Marker(PointSender("two"), "kasmina.seed.alpha", "seed-1", TIME_UNIX_NS)
+    taken = assembler.take(DecodedRequest((), (marker,), (), 1, {}), now_s=1.0, received_unix_ns=1)
     assert (taken.accepted, dict(taken.rejected)) == (0, {TOO_MANY_RUNS: 1})

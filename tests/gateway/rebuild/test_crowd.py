@@ -13,8 +13,8 @@ from wire import body_of
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import fault_of
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.rebuild.crowd import Crowd, OfRequest
-from esper_otel.gateway.receive.request import TOO_MANY_RUNS, Sender
+from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters
+from esper_otel.gateway.receive.request import TOO_MANY_RUNS, PointSender
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import PullRequest
@@ -99,10 +99,10 @@ def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.Monk
 
 def test_who_was_away_is_waited_for_again() -> None:
     crowd = Crowd(60.0)
-    others, late = Sender("a"), Sender("c")
+    others, late = PointSender("a"), PointSender("c")
 
     def is_waited_for(now_s: float) -> bool:
-        request = OfRequest()
+        request = RequestWriters()
         crowd.note(request, others, now_s, is_taken=True)
         crowd.note(request, late, now_s, is_taken=False)
         return bool(crowd.waiting(request, now_s))
@@ -115,9 +115,9 @@ def test_who_was_away_is_waited_for_again() -> None:
 
 def test_many_that_are_refused_take_no_memory() -> None:
     crowd = Crowd(60.0)
-    request = OfRequest()
+    request = RequestWriters()
     for number in range(30_000):
-        crowd.note(request, Sender(f"run-{number}"), 1.0, is_taken=False)
+        crowd.note(request, PointSender(f"run-{number}"), 1.0, is_taken=False)
     assert len(crowd._refused) == 10_000
 
 

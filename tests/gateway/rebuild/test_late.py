@@ -21,7 +21,7 @@ from esper_otel.gateway.items import RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.rebuild import skipped
 from esper_otel.gateway.rebuild.assembler import Assembler
-from esper_otel.gateway.rebuild.skipped import Skipped
+from esper_otel.gateway.rebuild.skipped import SkippedNumbers
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest, Run
@@ -238,7 +238,7 @@ def test_a_late_beginning_of_many_steps_takes_no_time() -> None:
 @given(st.lists(st.integers(1, 30), unique=True, min_size=1, max_size=30), st.data())
 def test_holes_are_those_of_a_set(numbers: list[int], data: st.DataObject) -> None:
     """The slow way: a set of the numbers that have come."""
-    holes, came, highest = Skipped(), set[int](), 0
+    holes, came, highest = SkippedNumbers(), set[int](), 0
     for number in numbers:
         if highest and number < highest:
             assert (number in holes) == (number not in came)
@@ -257,7 +257,7 @@ def test_holes_are_those_of_a_set(numbers: list[int], data: st.DataObject) -> No
         assert holes.lowest == min(came)
         assert holes.unseen == min(came) - 1
         assert holes.count == max(came) - min(came) + 1 - len(came)
-        again = Skipped()
+        again = SkippedNumbers()
         again.restore(holes.lowest, holes.holes, holes.count)
         asked = data.draw(st.integers(1, highest))
         assert (asked in again) == (asked in holes) == (asked not in came)

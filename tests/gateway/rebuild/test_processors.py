@@ -21,8 +21,8 @@ import requests
 from gateways import RunningGateway
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
-from esper_otel.check.endpoint import Stage
-from esper_otel.check.through import Back, run_through
+from esper_otel.check.one_frame import CheckStage
+from esper_otel.check.through import ReadBack, run_through
 from esper_otel.schema import is_check
 
 Effect = Callable[[ExportMetricsServiceRequest], None]
@@ -403,7 +403,7 @@ HARMLESS: dict[str, tuple[Effect, float | None]] = {
 class Checked(NamedTuple):
     """What the check says, and the requests that it made, as the gateway got them."""
 
-    stage: Stage
+    stage: CheckStage
     bodies: list[bytes]
 
 
@@ -419,7 +419,7 @@ def checked() -> Iterator[dict[str, Checked]]:
                     "OTEL_EXPORTER_OTLP_ENDPOINT": between.address,
                     "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
                 }
-                [stage] = run_through(Back(None, gateway.grpc, timeout_s=8), environ=environ)
+                [stage] = run_through(ReadBack(None, gateway.grpc, timeout_s=8), environ=environ)
                 between.flush()
                 return Checked(stage, between.bodies)
 

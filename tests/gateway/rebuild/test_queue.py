@@ -10,25 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.gateway.rebuild.habits import Habits
-from esper_otel.gateway.rebuild.parts import Part, Shape
-from esper_otel.gateway.rebuild.queue import Queue, Waiting
-from esper_otel.gateway.receive.request import Sender
+from esper_otel.gateway.rebuild.parts import Part, PartShape
+from esper_otel.gateway.rebuild.queue import Queue, WaitingFrame
+from esper_otel.gateway.receive.request import PointSender
 
-SENDER = Sender(*dataclasses.astuple(RUN))
+SENDER = PointSender(*dataclasses.astuple(RUN))
 
 
 def part_of(number: int) -> Part:
     """A value of a stream of its own, or of the same as before."""
-    return Part(Shape.of([(f"metric-{number}", "")]), np.array([1.0]))
+    return Part(PartShape.of([(f"metric-{number}", "")]), np.array([1.0]))
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "add", "pop"]), st.integers(0, 5), st.integers(0, 3))))
 def test_points_and_age_are_those_of_the_frames(done: list[tuple[str, int, int]]) -> None:
     queue = Queue(Habits(), hold_s=1.0, linger_s=1.0, most=10)
-    frames: dict[int, Waiting] = {}
+    frames: dict[int, WaitingFrame] = {}
     for what, time_unix_ns, number in done:
         if what == "put" and time_unix_ns not in frames:
-            frames[time_unix_ns] = Waiting(SENDER, float(number), 0.0, 0)
+            frames[time_unix_ns] = WaitingFrame(SENDER, float(number), 0.0, 0)
         if what == "pop":
             assert queue.pop(time_unix_ns) is frames.pop(time_unix_ns, None)
         elif time_unix_ns in frames:

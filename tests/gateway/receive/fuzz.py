@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
-from esper_otel.gateway.receive.request import Decoded, Malformed
+from esper_otel.gateway.receive.request import DecodedRequest, Malformed
 
 CORPUS = Path(__file__).with_name("corpus")
 MOST_GROWTH = 64 * 1024 * 1024
 
 
-def said(decode: Callable[[bytes], Decoded], body: bytes) -> object:
+def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
     """What a decoder says, comparable; the word for a request that it refuses."""
     try:
         decoded = decode(body)

@@ -21,7 +21,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from wire import bodies, said
 
 from esper_otel.frames.frame import Frame
-from esper_otel.gateway.rebuild.parts import Part, Shape, Shapes, merged
+from esper_otel.gateway.rebuild.parts import Part, PartShape, PartShapes, merged
 from esper_otel.gateway.receive import bounds, inflate
 from esper_otel.gateway.receive.bounds import check_json, check_parts, pieces
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
@@ -151,7 +151,7 @@ def test_values_that_come_twice_are_told_as_one_by_one(some: list[Frame], is_sam
     )
     for block in Decoder().decode(body).blocks:
         words = [(name, seed) for seed in ("", *block.seeds) for name in block.names]
-        ((_, found),) = Shapes().parts(block)
+        ((_, found),) = PartShapes().parts(block)
         numbers: dict[tuple[str, str], list[float]] = {}
         for stream, value in zip(block.streams.tolist(), block.values.tolist(), strict=True):
             numbers.setdefault(words[stream], []).append(value)
@@ -165,7 +165,7 @@ def test_values_that_come_twice_are_told_as_one_by_one(some: list[Frame], is_sam
 
 
 def _part_of(numbers: dict[tuple[str, str], float]) -> Part:
-    return Part(Shape.of(list(numbers)), np.array(list(numbers.values())))
+    return Part(PartShape.of(list(numbers)), np.array(list(numbers.values())))
 
 
 def _told(part: Part) -> dict[tuple[str, str], str]:

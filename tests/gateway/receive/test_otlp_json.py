@@ -11,10 +11,10 @@ import pytest
 from frame_examples import TIME_UNIX_NS
 
 from esper_otel.gateway.receive.decoder import Decoder
-from esper_otel.gateway.receive.request import Decoded, Malformed
+from esper_otel.gateway.receive.request import DecodedRequest, Malformed
 
 
-def decode(*points: Any, **further: Any) -> Decoded:
+def decode(*points: Any, **further: Any) -> DecodedRequest:
     """A request with these points of ``loss``."""
     metric = {"name": "loss", "gauge": {"dataPoints": list(points)}, **further}
     resource = {"attributes": [{"key": "esper.run.id", "value": {"stringValue": "r"}}]}

@@ -29,10 +29,10 @@ from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.frames.encoded import DamagedFrame, frame_from_bytes, frame_to_bytes
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.receive.decoder import Decoder
-from esper_otel.gateway.receive.request import Decoded
+from esper_otel.gateway.receive.request import DecodedRequest
 from esper_otel.gateway.serve.metrics import prometheus_text
-from esper_otel.gateway.store.aside import Aside
-from esper_otel.gateway.store.base import Kept
+from esper_otel.gateway.store.base import KeptRequest
+from esper_otel.gateway.store.quarantine import Quarantine
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
@@ -323,12 +323,12 @@ def test_a_request_that_fails_when_it_is_processed_again_is_put_aside(
     filled(tmp_path, 3)
     store = FileStore(tmp_path)
     for number, step in enumerate((4, 5, 6), 1):
-        store.add([], kept=Kept(number, body_of(step), False, 5), first_kept=1)
+        store.add([], kept=KeptRequest(number, body_of(step), False, 5), first_kept=1)
     store.close()
 
     decode = Decoder.decode
 
-    def failing(self: Decoder, body: bytes) -> Decoded:
+    def failing(self: Decoder, body: bytes) -> DecodedRequest:
         if body == body_of(5):
             raise MemoryError("of this one")
         return decode(self, body)
@@ -353,7 +353,7 @@ def test_a_request_that_ends_the_process_does_not_end_it_for_ever(tmp_path: Path
     """As one that takes more memory than there is. A gateway that was killed once or twice tries again."""
     store = FileStore(tmp_path)
     for number, step in enumerate((1, 2, 3), 1):
-        store.add([], kept=Kept(number, body_of(step), False, 5), first_kept=1)
+        store.add([], kept=KeptRequest(number, body_of(step), False, 5), first_kept=1)
     store.close()
     for _ in range(3):
         assert subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, timeout=60).returncode == 9
@@ -366,12 +366,12 @@ def test_a_request_that_ends_the_process_does_not_end_it_for_ever(tmp_path: Path
 
 
 def test_what_is_put_aside_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esper_otel.gateway.store.aside.MOST_FILES", 3)
-    aside = Aside(tmp_path)
+    monkeypatch.setattr("esper_otel.gateway.store.quarantine.MOST_FILES", 3)
+    aside = Quarantine(tmp_path)
     assert [bool(aside.put("frame", b"x")) for _ in range(5)] == [True] * 3 + [False] * 2
-    assert not Aside(tmp_path).put("frame", b"x")
-    monkeypatch.setattr("esper_otel.gateway.store.aside.MOST_BYTES", 10)
-    assert not Aside(tmp_path / "other").put("frame", bytes(11))
+    assert not Quarantine(tmp_path).put("frame", b"x")
+    monkeypatch.setattr("esper_otel.gateway.store.quarantine.MOST_BYTES", 10)
+    assert not Quarantine(tmp_path / "other").put("frame", bytes(11))
 
 
 # -- only what we made -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from wire import body_of
 
 from esper_otel import oona
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.limits import Crowded, Limits, Room
+from esper_otel.gateway.limits import Crowded, Limits, SharedPlaces
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.metrics import prometheus_text
@@ -90,7 +90,7 @@ def test_attempts_without_end_are_bounded_too(make: Callable[[StoreLimits], Stor
 
 
 def test_room_is_left_for_those_who_come_later() -> None:
-    room = Room(100)
+    room = SharedPlaces(100)
     assert sum(room.take("rogue") for _ in range(1_000)) == 50
     assert sum(room.take("honest") for _ in range(1_000)) == 25
     room.give_back("rogue", 50)
@@ -102,7 +102,7 @@ def test_emergencies_are_shared_by_tenants_and_runs() -> None:
         def tenant(self, run_id: str) -> str:
             return run_id[0]
 
-    calls = oona.publisher._Calls(Source())  # type: ignore[arg-type] # of a source only this is asked
+    calls = oona.publisher._EmergencyBudget(Source())  # type: ignore[arg-type] # of a source only this is asked
 
     def called(run_id: str) -> int:
         count = 0

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from esper_otel.errors import ConfigurationError, StaleCursor, UnknownRun
 from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.store.base import Entry, Kept, Store, StoreFull, StoreLimits
+from esper_otel.gateway.store.base import KeptRequest, Store, StoredFrame, StoreFull, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 
@@ -184,7 +184,7 @@ def cursor_place(cursor: str) -> str:
     return cursor.split(":", 1)[1]
 
 
-def shown(entry: Entry) -> str:
+def shown(entry: StoredFrame) -> str:
     """All of an entry; NaN is equal to NaN here."""
     frame = entry.item.frame
     tables = (frame.seeds.ids, frame.seeds.cells.tobytes(), frame.live.ids, frame.live.cells.tobytes())
@@ -199,8 +199,8 @@ def shown(entry: Entry) -> str:
 def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     store = FileStore(tmp_path, StoreLimits(steps=8))
     store.add([item(step, rank=step % 2) for step in range(1, 11)], ended={Origin("run", 1, 0): "SIGTERM"})
-    store.add([], kept=Kept(1, b"one", False, 7), first_kept=1)
-    store.add([], kept=Kept(2, b"two", True, 8), first_kept=1)
+    store.add([], kept=KeptRequest(1, b"one", False, 7), first_kept=1)
+    store.add([], kept=KeptRequest(2, b"two", True, 8), first_kept=1)
     cursor = store.after("run", "", None, 3).cursor
     before = (store.after("run", cursor, None, 100), store.counts(), store.size, store.outcomes())
     store.close()
@@ -208,7 +208,7 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     after = (store.after("run", cursor, None, 100), store.counts(), store.size, store.outcomes())
     assert [shown(entry) for entry in after[0].entries] == [shown(entry) for entry in before[0].entries]
     assert after[1:] == before[1:]
-    assert [*store.bodies()] == [Kept(1, b"one", False, 7), Kept(2, b"two", True, 8)]
+    assert [*store.bodies()] == [KeptRequest(1, b"one", False, 7), KeptRequest(2, b"two", True, 8)]
     assert [each.frame.global_step for each, _ in store.newest()] == [4, 6, 8, 10, 3, 5, 7, 9]
     assert not any(is_first for _, is_first in store.newest())
     store.add([], first_kept=2)
@@ -359,7 +359,7 @@ def test_a_failed_write_leaves_nothing_half_done(tmp_path: Path) -> None:
     store._connection.execute("PRAGMA query_only = ON")
     state = (store.counts(), store.size, store.dropped)
     with pytest.raises(StoreFull):
-        store.add([item(2), item(1, "other")], kept=Kept(1, b"", False, 0), first_kept=1)
+        store.add([item(2), item(1, "other")], kept=KeptRequest(1, b"", False, 0), first_kept=1)
     assert (store.counts(), store.size, store.dropped) == state
     assert steps_of(store) == [1]
     store._connection.execute("PRAGMA query_only = OFF")

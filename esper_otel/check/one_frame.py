@@ -48,7 +48,7 @@ _FIXES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class CheckStage:
     """One thing on the way: ``ok`` is None when it was not looked at."""
 
     name: str
@@ -72,7 +72,7 @@ class CheckResult:
     """
 
     ok: bool
-    stages: tuple[Stage, ...]
+    stages: tuple[CheckStage, ...]
     protocol: str | None
     target: str | None
     latency_ms: float | None
@@ -89,7 +89,7 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
         environ: where ``OTEL_*`` stand.
     """
     is_enriched = EsperSettings.tolaria_step_enrichment_enabled
-    stages: list[Stage] = []
+    stages: list[CheckStage] = []
     endpoint: Endpoint | None = None
     sender: Sender | None = None
     latency_ms = None
@@ -100,12 +100,14 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
         endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
         sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
     except (ConfigurationError, OSError) as error:
-        stages.append(Stage("settings", False, str(error)))
+        stages.append(CheckStage("settings", False, str(error)))
     else:
         if sender is None:
-            stages.append(Stage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp"))
+            stages.append(
+                CheckStage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp")
+            )
         else:
-            stages.append(Stage("settings", True, _described(endpoint, settings.token_file)))
+            stages.append(CheckStage("settings", True, _described(endpoint, settings.token_file)))
             latency_ms = _look(endpoint, sender, stages)
     is_ok = stages[-1].ok is True
     series, samples_per_s = _size(seeds, steps_per_second, is_enriched=is_enriched)
@@ -125,7 +127,7 @@ def _refuse(message: str) -> None:
     raise ConfigurationError(message)
 
 
-def _look(endpoint: Endpoint, sender: Sender, stages: list[Stage]) -> float | None:
+def _look(endpoint: Endpoint, sender: Sender, stages: list[CheckStage]) -> float | None:
     """Adds stages up to the first fault; returns the time of the request, None when none was sent."""
     try:
         for stage in _on_the_way(endpoint):
@@ -181,16 +183,16 @@ def _described(endpoint: Endpoint, token_file: Path | None) -> str:
     return ", ".join(parts)
 
 
-def _on_the_way(endpoint: Endpoint) -> Iterator[Stage]:
+def _on_the_way(endpoint: Endpoint) -> Iterator[CheckStage]:
     """Name resolution, connection and TLS, each only when the one before is well."""
     proxy = proxy_of(endpoint)
     if proxy is not None and proxy.is_used:
-        yield Stage("connection", None, f"goes through the proxy {proxy}, which is not looked at")
+        yield CheckStage("connection", None, f"goes through the proxy {proxy}, which is not looked at")
         return
     if proxy is not None:
-        yield Stage("proxy", None, f"{proxy} is not http://host:port: gRPC passes it by")
+        yield CheckStage("proxy", None, f"{proxy} is not http://host:port: gRPC passes it by")
     if endpoint.address.startswith(GRPC_NAMES):
-        yield Stage("connection", None, f"gRPC finds {endpoint.target} itself")
+        yield CheckStage("connection", None, f"gRPC finds {endpoint.target} itself")
         return
     url = urlsplit(endpoint.address if "://" in endpoint.address else f"//{endpoint.address}")
     host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
@@ -221,39 +223,41 @@ def _authorities(endpoint: Endpoint) -> Path | None:
     return shipped if shipped is not None and shipped.is_file() else None
 
 
-def _within(deadline_s: float, look: Callable[[], Stage], name: str, silence: str, fix: str) -> Stage:
+def _within(deadline_s: float, look: Callable[[], CheckStage], name: str, silence: str, fix: str) -> CheckStage:
     """The stage, or its failure when it takes too long: a look-up has no time-out, and each address has its own."""
-    found: list[Stage] = []
+    found: list[CheckStage] = []
     timeout_s = max(deadline_s - time.monotonic(), 0.1)
     thread = threading.Thread(target=lambda: found.append(look()), name="esper-otel-check", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    return found[0] if found else Stage(name, False, f"{silence} within {timeout_s:.1f} s", fix)
+    return found[0] if found else CheckStage(name, False, f"{silence} within {timeout_s:.1f} s", fix)
 
 
-def _resolved(host: str, port: int) -> Stage:
+def _resolved(host: str, port: int) -> CheckStage:
     try:
         addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError as error:
         reason = error.strerror or str(error)
-        return Stage("name resolution", False, f"{host!r}: {reason}", "correct the host in OTEL_EXPORTER_OTLP_ENDPOINT")
+        return CheckStage(
+            "name resolution", False, f"{host!r}: {reason}", "correct the host in OTEL_EXPORTER_OTLP_ENDPOINT"
+        )
     found = ", ".join(sorted(addresses))
-    return Stage("name resolution", True, f"{host} needs none" if found == host else f"{host} is {found}")
+    return CheckStage("name resolution", True, f"{host} needs none" if found == host else f"{host} is {found}")
 
 
-def _connected(host: str, port: int) -> Stage:
+def _connected(host: str, port: int) -> CheckStage:
     try:
         with socket.create_connection((host, port), _ON_THE_WAY_S):
-            return Stage("connection", True, f"port {port} of {host} is open")
+            return CheckStage("connection", True, f"port {port} of {host} is open")
     except ConnectionRefusedError:
         message = f"nothing listens on {host}:{port} (connection refused)"
         fix = "start the collector, or correct the port: 4317 for grpc, 4318 for http/protobuf"
     except OSError as error:
         message, fix = f"{host}:{port}: {error.strerror or error}", "is the host reachable from here?"
-    return Stage("connection", False, message, fix)
+    return CheckStage("connection", False, message, fix)
 
 
-def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stage:
+def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> CheckStage:
     try:
         trusted = _authorities(endpoint)
         is_folder = trusted is not None and trusted.is_dir()
@@ -269,7 +273,7 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stag
             context.wrap_socket(plain, server_hostname=host) as secured,
         ):
             if endpoint.protocol != "grpc" or secured.selected_alpn_protocol() == "h2":
-                return Stage("TLS", True, f"{secured.version()}, the certificate is trusted")
+                return CheckStage("TLS", True, f"{secured.version()}, the certificate is trusted")
         message = f"{host}:{port} speaks TLS, but not HTTP/2, which gRPC needs"
         fix = "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or use the port for gRPC, usually 4317"
     except ssl.SSLCertVerificationError as error:
@@ -284,7 +288,7 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Stag
     except OSError as error:
         message = f"{host}:{port} ended the TLS handshake: {error.strerror or error}"
         fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
-    return Stage("TLS", False, message, fix)
+    return CheckStage("TLS", False, message, fix)
 
 
 def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
@@ -311,12 +315,12 @@ def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request,
         sender.send(body, endpoint.timeout_s)
 
 
-def of_outcome(outcome: Outcome, endpoint: Endpoint) -> Stage:
+def of_outcome(outcome: Outcome, endpoint: Endpoint) -> CheckStage:
     """What became of a request, as a stage."""
     if outcome.result is Result.DELIVERED and not outcome.rejected_points:
         remark = f", and remarks: {outcome.reason}" if outcome.reason else ""
-        return Stage("frame", True, f"{endpoint.target} took it{remark}")
+        return CheckStage("frame", True, f"{endpoint.target} took it{remark}")
     if outcome.result is Result.DELIVERED:
         reason = f"{endpoint.target} refused {outcome.rejected_points} points: {outcome.reason}"
-        return Stage("frame", False, reason, "the endpoint's log says what it does not take")
-    return Stage("frame", False, outcome.reason, _FIXES[outcome.result])
+        return CheckStage("frame", False, reason, "the endpoint's log says what it does not take")
+    return CheckStage("frame", False, outcome.reason, _FIXES[outcome.result])

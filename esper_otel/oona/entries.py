@@ -13,7 +13,7 @@ from esper_otel.leyline.packets import Packets
 NORMAL, TELEMETRY, EMERGENCY = STREAMS = ("oona.normal", "oona.telemetry", "oona.emergency")
 
 
-class Entry(NamedTuple):
+class StreamEntry(NamedTuple):
     """One message: the stream it belongs to, and the fields of its entry there.
 
     Attributes:
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     fields: dict[str, bytes]
 
 
-def entries(packets: Packets, secret: str | None = None) -> list[Entry]:
+def entries(packets: Packets, secret: str | None = None) -> list[StreamEntry]:
     """A step's packets as messages: its state on ``oona.normal``, its telemetry on ``oona.telemetry``.
 
     What is of priority HIGH or CRITICAL goes to ``oona.emergency`` instead: a step with such a signal, an UNHEALTHY
@@ -57,7 +57,7 @@ def _priority(packet: messages.TelemetryPacket) -> int:
     return messages.MessagePriority.Value(name) if name else messages.MessagePriority.MESSAGE_PRIORITY_NORMAL
 
 
-def _entry(packets: Packets, kind: int, usual: str, packet: Any, priority: int, secret: str | None) -> Entry:
+def _entry(packets: Packets, kind: int, usual: str, packet: Any, priority: int, secret: str | None) -> StreamEntry:
     payload = messages.BusEnvelope(
         message_type=kind,  # type: ignore[arg-type] # a number of the enum
         payload=packet.SerializeToString(),
@@ -75,4 +75,4 @@ def _entry(packets: Packets, kind: int, usual: str, packet: Any, priority: int, 
     if secret:
         fields["signature"] = base64.b64encode(hmac.digest(secret.encode(), payload, hashlib.sha256))
     is_urgent = priority >= messages.MessagePriority.MESSAGE_PRIORITY_HIGH
-    return Entry(EMERGENCY if is_urgent else usual, usual, fields)
+    return StreamEntry(EMERGENCY if is_urgent else usual, usual, fields)

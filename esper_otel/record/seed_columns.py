@@ -15,7 +15,7 @@ from esper_otel.schema import SEED_FIELDS
 _FLOAT64 = np.dtype(np.float64)
 
 
-class Columns:
+class SeedColumns:
     """Makes tables of columns; what was good in the last call is not looked at again.
 
     Args:

@@ -14,7 +14,7 @@ MOST_FILES = 1_000
 MOST_BYTES = 64 * 1024 * 1024
 
 
-class Aside:
+class Quarantine:
     """Keeps what is damaged, as far as there is room; the first that came are kept.
 
     Args:

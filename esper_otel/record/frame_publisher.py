@@ -26,7 +26,7 @@ from esper_otel.record import device
 from esper_otel.record.arrivals import Arrivals
 from esper_otel.record.names import Names
 from esper_otel.record.seeds import merged_tables, one_cell
-from esper_otel.record.values import CONTEXT, VIOLATIONS, Held, Shape
+from esper_otel.record.values import CONTEXT, VIOLATIONS, DeviceValues, ValueShape
 
 _DEVICE_POLL_S = 0.001
 
@@ -92,7 +92,7 @@ class Counters:
         self.faults: int = 0
 
 
-class Publisher:
+class FramePublisher:
     """One frame per step, in step order. Steps wait in a queue only as long as their CUDA work does.
 
     Threads: ``publish`` and ``preview`` belong to the thread that records; ``drain`` and ``settle`` may be called
@@ -119,7 +119,7 @@ class Publisher:
         self.last_finite_loss: float | None = None
         self.published: Callable[[Frame], None] | None = None
         self.alarmed: Callable[[], None] | None = None  # of a loss that is not finite
-        self.waiting: deque[tuple[Draft, Held | None]] = deque()
+        self.waiting: deque[tuple[Draft, DeviceValues | None]] = deque()
         self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
         self._names: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class Publisher:
         self._context = dict(context)
         self._draining = threads().Lock()
 
-    def publish_later(self, draft: Draft, held: Held | None) -> None:
+    def publish_later(self, draft: Draft, held: DeviceValues | None) -> None:
         """Makes the step's frame when the device has delivered what it holds, behind the steps that wait already."""
         if held is not None:
             held.seal()
@@ -172,7 +172,7 @@ class Publisher:
             finally:
                 self._draining.release()
 
-    def _publish_first(self, held: Held | None) -> None:
+    def _publish_first(self, held: DeviceValues | None) -> None:
         """Publishes the first step that waits. Whatever goes wrong, it is not published again, and others follow."""
         draft, _ = self.waiting[0]
         try:
@@ -194,7 +194,7 @@ class Publisher:
             exc_info=error,
         )
 
-    def _with_arrived(self, draft: Draft, held: Held) -> Draft:
+    def _with_arrived(self, draft: Draft, held: DeviceValues) -> Draft:
         values, context, table = dict(draft.values), dict(draft.context or {}), draft.table
         for target, value in held.arrived().items():
             if isinstance(target, tuple):
@@ -220,7 +220,7 @@ class Publisher:
         step: int,
         epoch: int,
         time_unix_ns: int,
-        shape: Shape,
+        shape: ValueShape,
         numbers: tuple[float, ...],
         values: Mapping[str, float],
         table: SeedTable,
