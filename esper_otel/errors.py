@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class EsperOtelError(Exception):
@@ -35,23 +35,30 @@ class MistakeError(EsperOtelError):
 
 
 class UnknownMetric(MistakeError, ValueError):
-    """A metric or field name that is not declared; ``name`` and ``nearest`` say which and what fits."""
+    """The name of a metric, or of a seed's field, that is not declared; ``nearest`` has what may be meant."""
 
     def __init__(self, name: object, known: Iterable[str], *, what: str = "metric") -> None:
         names = sorted(known)
         self.name = name
         self.nearest: tuple[str, ...] = _nearest(str(name), names)
-        hint = "known: " + ", ".join(names)
-        if elsewhere := _ELSEWHERE.get("_".join(_words(str(name)))) if what in _RECORDED else None:
+        hint = _hint(self.nearest, names)
+        if elsewhere := _ELSEWHERE.get("_".join(_words(str(name)))):
             hint = f"give it as {elsewhere}"
-        elif self.nearest:
-            hint = "did you mean " + " or ".join(repr(near) for near in self.nearest) + "?"
-        elif what == "metric":
+        elif not self.nearest and what == "metric":
             hint = f"declare your own with start(metrics=[esper_otel.Metric({str(name)!r}, ...)]); {hint}"
         super().__init__(f"unknown {what} {name!r}: {hint}")
 
 
-_RECORDED = ("metric", "seed field")
+def unknown(what: str, name: object, known: Iterable[str]) -> ConfigurationError:
+    """The exception for a name of something else, such as a setting, that does not exist."""
+    names = sorted(known)
+    return ConfigurationError(f"unknown {what} {name!r}: {_hint(_nearest(str(name), names), names)}")
+
+
+def _hint(nearest: Sequence[str], known: Sequence[str]) -> str:
+    return "did you mean " + " or ".join(map(repr, nearest)) + "?" if nearest else "known: " + ", ".join(known)
+
+
 # What other libraries call it, and what it may be called here.
 _OTHER_WORDS = {
     **dict.fromkeys(("train_loss", "training_loss"), ("loss",)),

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, dataclass_transform
 
-from esper_otel.errors import ConfigurationError, UnknownMetric
+from esper_otel.errors import ConfigurationError, unknown
 
 _T = TypeVar("_T")
 PREFIX = "ESPER_"
@@ -203,7 +203,7 @@ class _DefaultsByAssignment(type):
 
     def _named(cls, name: str) -> Setting:
         if name not in cls.settings:
-            raise UnknownMetric(name, cls.settings, what="setting")
+            raise unknown("setting", name, cls.settings)
         return cls.settings[name]
 
 
@@ -214,7 +214,7 @@ class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds 
         settings = type(self).settings
         for name in values:
             if name not in settings:
-                raise UnknownMetric(name, settings, what="setting")
+                raise unknown("setting", name, settings)
         given = {name: setting.default for name, setting in settings.items()}
         names = {_variable(name): name for name in settings}
         # Case does not matter; an empty variable is as good as none.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from esper_otel import ConfigurationError, EsperSettings, UnknownMetric
+from esper_otel import ConfigurationError, EsperSettings
 
 FLAG = "tolaria_step_enrichment_enabled"
 VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
@@ -147,12 +147,12 @@ def test_an_instance_is_frozen() -> None:
 @pytest.mark.parametrize("how", [by_argument, by_assignment])
 def test_a_misspelt_setting_raises_and_names_the_nearest(how: Callable[[str, object], None]) -> None:
     """A flag that silently does nothing is worse than an exception."""
-    with pytest.raises(UnknownMetric) as raised:
+    with pytest.raises(ConfigurationError) as raised:
         how("tolaria_step_enrichment_enable", False)
     assert str(raised.value) == (
         "unknown setting 'tolaria_step_enrichment_enable': did you mean 'tolaria_step_enrichment_enabled'?"
     )
-    assert raised.value.nearest == (FLAG,)
+    assert f"did you mean {FLAG!r}?" in str(raised.value)
 
 
 @pytest.mark.parametrize("how", [by_argument, by_environment, by_assignment])

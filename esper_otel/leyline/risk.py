@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esper_otel.errors import UnknownMetric
+from esper_otel.errors import unknown
 from esper_otel.leyline import messages
 from esper_otel.leyline.events import SOURCE, add_event, conclude
 from esper_otel.leyline.packets import Packets
@@ -96,12 +96,12 @@ def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
     """The table with other thresholds, by the signals' names; infinity silences a signal.
 
     Raises:
-        UnknownMetric: a name that no signal has.
+        ConfigurationError: a name that no signal has.
     """
     names = [rule.name for rule in RULES]
     for name in thresholds:
         if name not in names:
-            raise UnknownMetric(name, names, what="signal")
+            raise unknown("signal", name, names)
     return tuple(replace(rule, threshold=thresholds.get(rule.name, rule.threshold)) for rule in RULES)
 
 
