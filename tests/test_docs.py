@@ -67,6 +67,9 @@ def is_there(span: str) -> bool:
         return any((folder / span).exists() for folder in (ROOT, PACKAGE))
     if span in FOREIGN or not _NAME.fullmatch(span) or not re.search(r"[A-Z_.(]", span):
         return True
+    module = PACKAGE.parent.joinpath(*span.split("."))
+    if module.is_dir() or module.with_suffix(".py").is_file():
+        return True
     name = span.removesuffix("()")
     owner, _, member = name.partition(".")
     if member and owner in classes():
