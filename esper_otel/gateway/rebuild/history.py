@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import islice
@@ -18,17 +19,55 @@ from esper_otel.gateway.limits import SharedPlaces
 from esper_otel.gateway.rebuild.habits import Habits
 from esper_otel.gateway.rebuild.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
-from esper_otel.gateway.rebuild.released import ReleasedFrame
 from esper_otel.gateway.receive.request import Marker, PointSender
 from esper_otel.leyline import senders
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 from esper_otel.schema import FRAME_POINTS, SEED_CELLS
+
+# What a kept frame takes beside its values and cells, about.
+_BYTES, _BYTES_PER_VALUE = 2_000, 100
 
 # So many dead seeds are remembered with the living before they are forgotten, all at once.
 _SPARE = 100
 
 _ALL = -1
 _COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
+
+
+@dataclass(slots=True, eq=False)
+class ReleasedFrame:
+    """A released frame, and what it is made of.
+
+    Attributes:
+        part: its values.
+        sequence: its number; 0 when its sender does not say it.
+        sender: who sent it.
+        step: its global step, if its sender does not say it.
+        complete: whether every point is in it.
+        received_unix_ns: when its last point came.
+        before: the live seeds before it.
+        loss_before: the last finite loss before it.
+        ends: seeds and columns whose streams end before it; the column is -1 when the seed's life does.
+        frame: the frame.
+        revision: how often it was made.
+    """
+
+    part: Part
+    sequence: int
+    sender: PointSender
+    step: int
+    complete: bool
+    received_unix_ns: int
+    before: SeedTable
+    loss_before: float | None
+    ends: set[tuple[str, int]]
+    frame: Frame | None = None
+    revision: int = 0
+
+    def size(self) -> int:
+        """The memory it takes, about."""
+        cells = 0 if self.frame is None else self.frame.seeds.cells.nbytes + self.frame.live.cells.nbytes
+        return _BYTES + _BYTES_PER_VALUE * len(self.part.shape.names) + self.part.numbers.nbytes + cells
 
 
 class History:

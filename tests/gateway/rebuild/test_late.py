@@ -21,7 +21,7 @@ from esper_otel.gateway.items import RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.rebuild import skipped
 from esper_otel.gateway.rebuild.assembler import Assembler
-from esper_otel.gateway.rebuild.skipped import SkippedNumbers
+from esper_otel.gateway.rebuild.queue import SkippedNumbers
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest, Run
