@@ -19,7 +19,7 @@ from esper_otel.frames.frame import Frame
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import RunState
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.rebuild import skipped
+from esper_otel.gateway.rebuild import queue
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.rebuild.queue import SkippedNumbers
 from esper_otel.gateway.receive.decoder import Decoder
@@ -175,7 +175,7 @@ def test_no_number_of_a_frame_stops_the_store(tmp_path: Path, number: int) -> No
 
 def test_of_more_holes_than_are_remembered_the_oldest_stay_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes of them is not taken any more, and must not be called delivered."""
-    monkeypatch.setattr(skipped, "_MOST_RANGES", 3)
+    monkeypatch.setattr(queue, "_MOST_RANGES", 3)
     gateway = Gateway()
     gateway.take(b"".join(bodies(living(20)[1::2])))
     gateway.wait(HOLD_S)
