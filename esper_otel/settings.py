@@ -153,7 +153,8 @@ class EsperSettings(BaseSettings, metaclass=_DefaultsByAssignment):
             if unknown:
                 raise UnknownMetric(unknown[0], type(self).model_fields, what="setting") from None
             faults = "; ".join(
-                f"{fault['loc'][0]} (or ESPER_{str(fault['loc'][0]).upper()}) = {fault['input']!r}: {fault['msg']}"
+                f"{fault['loc'][0]} (or ESPER_{str(fault['loc'][0]).upper()}) = {fault['input']!r}: "
+                + fault["msg"].removeprefix("Value error, ")
                 for fault in error.errors()
             )
             raise ConfigurationError(f"setting {faults}") from None
