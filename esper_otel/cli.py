@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -242,6 +243,11 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     through.add_argument("--within", type=_rate, default=30.0, metavar="S", help="how long it may take (default: 30)")
 
 
+def _leave(number: int, _frame: object) -> None:
+    """Ends the process so that what is open is closed: a run that was sent for a check must end too."""
+    sys.exit(128 + number)
+
+
 def _run_check(options: argparse.Namespace) -> int:
     from esper_otel.check import report_json, report_text, run_check
 
@@ -252,6 +258,8 @@ def _run_check(options: argparse.Namespace) -> int:
     if options.through:
         from esper_otel.through import Back, run_through
 
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, _leave)
         files = (options.gateway_token_file, options.gateway_ca_file)
         back = Back(options.prometheus, options.gateway, *files, timeout_s=options.within)
         stages = (*result.stages, *(run_through(back) if result.ok else ()))
