@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,12 +39,19 @@ def main(options: argparse.Namespace) -> int:
     if options.through:
         from esper_otel.check.through import ReadBack, run_through
 
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, _leave)
         files = (options.gateway_token_file, options.gateway_ca_file)
         back = ReadBack(options.prometheus, options.gateway, *files, timeout_s=options.within)
         stages = (*result.stages, *(run_through(back) if result.ok else ()))
         result = replace(result, stages=stages, ok=all(stage.ok is not False for stage in stages))
     sys.stdout.write(f"{report_json(result) if options.json else report_text(result)}\n")
     return 0 if result.ok else 1
+
+
+def _leave(number: int, _frame: object) -> None:
+    """Ends the process so that what is open is closed: a run that was sent for a check must end too."""
+    sys.exit(128 + number)
 
 
 def _count(text: str) -> int:

@@ -147,7 +147,8 @@ class Frame(NamedTuple):
         time_unix_ns: Unix time of the step in nanoseconds, strictly increasing in milliseconds.
         names: of the step values put or measured, and of what is said of the step beside them.
         numbers: their values, in the same order.
-        context: step values that stay until they are replaced (validation, epochs).
+        context: step values that stay until they are replaced (validation, epochs); of a plain sender's frame, what a
+            gateway has found out.
         seeds: the rows recorded in this step.
         live: every live seed with its last known cells.
         retired: seeds whose lives ended after the frame before; their series end.

@@ -314,7 +314,8 @@ def _with_loss(event: PlayedEvent, changed: Mapping[str, float | None]) -> Playe
     """The event with other losses; None takes one away."""
     frame: Frame = event.item.frame
     values = {name: value for name, value in {**frame.recorded, **changed}.items() if value is not None}
-    frame = frame._replace(names=tuple(values), numbers=tuple(values.values()))
+    context = {name: value for name, value in frame.context.items() if name not in changed}
+    frame = frame._replace(names=tuple(values), numbers=tuple(values.values()), context=context)
     return event._replace(item=event.item._replace(frame=frame))
 
 

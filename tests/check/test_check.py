@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsPartialSuccess,
     ExportMetricsServiceResponse,
 )
+from programs import until
 
 from esper_otel import EsperSettings, TamiyoClient
 from esper_otel.check.one_frame import CheckResult, report_json, report_text, run_check
@@ -332,3 +337,16 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert requests.get(f"http://{gateway.http}/page/runs", timeout=20).json() == {"runs": []}
         page = requests.get(f"http://{gateway.http}/metrics", timeout=20).text
         assert "esper_gateway_runs 0" in page
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> None:
+    """As by ``timeout``: else its series look alive for minutes."""
+    with MemoryCollector() as collector:
+        command = [sys.executable, "-m", "esper_otel", "check", "--through", "--gateway", "127.0.0.1:1"]
+        checking = subprocess.Popen(command, env={**os.environ, **at(collector, "grpc")}, stdout=subprocess.DEVNULL)
+        until("the run of two ranks came", lambda: collector.frames_received > 2)
+        checking.send_signal(number)
+        assert checking.wait(20) == 128 + number
+        points = [point for point in collector.points() if str(point.resource.get("esper.world_size")) == "2"]
+    assert {point.resource["esper.rank"] for point in points if point.name == "esper.run.ended"} == {0, 1}

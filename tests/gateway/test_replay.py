@@ -21,6 +21,7 @@ from programs import until
 
 import esper_otel
 from esper_otel import EsperSettings, Packets, Stage, StaleCursor, TamiyoClient, UnknownRun
+from esper_otel.frames.frame import LAST_LOSS
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.replay import WEATHER, replayed
 from esper_otel.gateway.serve.ports import OTLP_SERVICE
@@ -226,3 +227,18 @@ def test_any_weather_fits_into_a_short_run(count: int) -> None:
     assert [event.after_ns for event in events] == sorted(event.after_ns for event in events)
     assert sum(event.is_lost for event in events) <= 5
     assert {event.item.origin.attempt for event in events} <= {1, 2}
+
+
+def test_the_loss_that_a_gateway_has_found_out_goes_with_the_one_that_is_taken_away() -> None:
+    """A plain sender says no last loss: what was found out for its step is not that of another one."""
+    frames = [
+        make_frame(run=RUN, sequence=0, global_step=step, time_unix_ns=10**18 + step * 10**9, recorded={"loss": step})
+        for step in range(1, 14)
+    ]
+    items = [
+        Item(Origin("plain", 1, 0), frame._replace(context={LAST_LOSS: frame.global_step}), 1, True, 0)
+        for frame in frames
+    ]
+    events, _ = replayed(items, {}, frozenset({"late"}))
+    [late] = [event.item for event in events if not event.item.complete]
+    assert not {"loss", LAST_LOSS} & late.frame.values().keys()

@@ -459,7 +459,7 @@ def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
             table.cells.view(np.uint64)[row, column] = ABSENT_BITS
         live.commit(SeedStep(table, table, None, 0, ()))
         retired += [table.ids[row] for row in {row for row, _ in cells} if is_absent(table.cells[row]).all()]
-    return live.retire(retired)
+    return live.retire(dict.fromkeys(retired))
 
 
 def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:

@@ -144,6 +144,8 @@ def part_of(frame: Frame, *, complete: bool) -> Part:
     the gateway has found out stands in the context.
     """
     values = frame.values() if complete else {**frame.recorded, _STEP[0]: frame.global_step}
+    if not frame.sequence and _LIVE[0] not in frame.names:
+        values.pop(_LIVE[0], None)  # a plain sender's, of which it was counted
     if frame.epoch:  # of 0 in an incomplete frame it is known only where it was recorded whether somebody said it
         values[_EPOCH[0]] = frame.epoch
     numbers: dict[Stream, float] = {

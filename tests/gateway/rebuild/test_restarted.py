@@ -19,13 +19,15 @@ SECOND = 10**9
 ALPHA, DEPTH = "kasmina.seed.alpha", "esper.seed.layer_depth"
 
 
-def said(second: float, *streams: tuple[str, str], ends: bool = False, loss: float | None = None) -> bytes:
-    """A request of a plain sender: values of seeds, or the ends of these streams; all at one time."""
+def said(second: float, *streams: tuple[str, str], ends: bool = False, **values: float) -> bytes:
+    """A request of a plain sender: values, of seeds too, or the ends of these streams; all at one time."""
     request = ExportMetricsServiceRequest()
     metrics = request.resource_metrics.add().scope_metrics.add(scope={"name": "a program"}).metrics
     time_unix_ns = TIME_UNIX_NS + round(second * SECOND)
-    if loss is not None:
-        metrics.add(name="loss").gauge.data_points.add(time_unix_nano=time_unix_ns, as_double=loss)
+    for name, value in values.items():
+        metrics.add(name={"step": STEP}.get(name, name)).gauge.data_points.add(
+            time_unix_nano=time_unix_ns, as_double=value
+        )
     for name, seed in streams:
         point = metrics.add(name=name).gauge.data_points.add(time_unix_nano=time_unix_ns)
         point.attributes.add(key="seed_id").value.string_value = seed
@@ -75,6 +77,19 @@ def test_a_seed_is_not_silent_because_its_last_value_came_long_before_a_restart(
     assert items[-1].frame.live.ids == ("a", "b")
     [*_, last] = newest(tmp_path, said(310, a))
     assert (last.frame.live.ids, last.frame.retired) == (("a",), ("b",))
+
+
+def test_a_seed_that_ends_and_was_silent_is_retired_once(tmp_path: Path) -> None:
+    a, b = (ALPHA, "a"), (ALPHA, "b")
+    items = newest(tmp_path, said(0, a, b), said(600, b, ends=True), said(600, a))
+    assert [item.frame.retired for item in items] == [(), ("b",)]
+
+
+def test_live_seeds_are_counted_anew_when_some_come_after_a_restart(tmp_path: Path) -> None:
+    """The sender has never said how many live: the number of before is not one that it said."""
+    a, b = (ALPHA, "a"), (ALPHA, "b")
+    items = newest(tmp_path, said(0, a), None, said(1, step=7), said(0, b))
+    assert items[0].frame.values()["esper.seeds"] == len(items[0].frame.live.ids) == 2
 
 
 def test_an_ended_stream_stays_ended_when_an_earlier_step_is_put_right_after_a_restart(tmp_path: Path) -> None:
