@@ -198,7 +198,7 @@ def test_an_exception_outside_the_training_step_ends_the_run(
     classes = [dict(vars(kind)) for kind in kinds]
     callback = EsperCallback(run_id="hf")
     caplog.set_level("INFO", "esper_otel")
-    more = {"eval_strategy": "steps", "eval_steps": 2}
+    more: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
     trainer = train(tmp_path, callback, *([Fails()] if where == "callback" else []), kind=Failing, runs=False, **more)
     trainer.where = where
     with pytest.raises(KeyError, match="in the middle"):
