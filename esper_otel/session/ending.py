@@ -171,14 +171,24 @@ def outcome_of_process() -> str:
     """
     if _exits.has_run_to_end():
         return "completed"
-    status = _exits.status()
-    if status is not None:
-        return "SystemExit" if status else "completed"
-    if hasattr(sys, "ps1"):  # a notebook, or a prompt: exceptions end a cell there, and not the process
-        return "exit"
     # Set by the interpreter when it has printed the traceback of an exception that nobody caught.
     uncaught = getattr(sys, "last_type", None)
+    is_of_ipython = _is_script_of_ipython()
+    status = _exits.status()
+    if status is not None and not (is_of_ipython and uncaught):  # after an exception IPython itself leaves with 1
+        return "SystemExit" if status else "completed"
+    if is_of_ipython and uncaught is None:
+        return "completed"
+    if hasattr(sys, "ps1") and not is_of_ipython:  # a notebook or a prompt: exceptions end a cell, not the process
+        return "exit"
     return "exit" if uncaught is None else str(uncaught.__name__)
+
+
+def _is_script_of_ipython() -> bool:
+    """Whether this process is ``ipython SCRIPT``, without a prompt after it."""
+    application = getattr(sys.modules.get("IPython.terminal.ipapp"), "TerminalIPythonApp", None)
+    running = getattr(application, "_instance", None)
+    return bool(getattr(running, "file_to_run", "")) and not getattr(running, "interact", True)
 
 
 class _ExitCall(NamedTuple):

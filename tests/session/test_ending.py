@@ -117,6 +117,48 @@ def test_a_module_that_ends_with_status_0_has_completed(collector: MemoryCollect
     assert outcomes(collector) == ["completed", "SystemExit"]
 
 
+IPYTHON = """
+import sys, types
+
+class TerminalIPythonApp:  # what there is of IPython when it runs a script
+    interact = "-i" in sys.argv
+    file_to_run = "train.py"
+
+def start():
+    sys.ps1 = "In : "
+    try:
+        exec(sys.argv[1], {})
+    except Exception as error:
+        sys.last_type, sys.last_value = type(error), error
+        if not TerminalIPythonApp.interact:
+            sys.exit(1)
+
+TerminalIPythonApp._instance = TerminalIPythonApp()
+sys.modules["IPython.terminal.ipapp"] = types.ModuleType("ipapp")
+sys.modules["IPython.terminal.ipapp"].TerminalIPythonApp = TerminalIPythonApp
+sys.exit(start())
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "status", "outcome"),
+    [
+        ("", [], 0, "completed"),
+        ("raise KeyError", [], 1, "KeyError"),
+        ("sys.exit(3)", [], 3, "SystemExit"),
+        ("", ["-i"], 0, "exit"),
+        ("raise KeyError", ["-i"], 0, "exit"),  # of an earlier cell, as far as can be known
+    ],
+)
+def test_a_script_of_ipython_ends_as_one_of_python(
+    collector: MemoryCollector, script: str, more: list[str], status: int, outcome: str
+) -> None:
+    """Unless a prompt follows, with cells of which any may have been the run's end."""
+    command = [sys.executable, "-c", IPYTHON, BEGIN + script, *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, outcomes(collector)) == (status, [outcome])
+
+
 def test_an_exception_that_nobody_caught_is_the_outcome(collector: MemoryCollector) -> None:
     """With the context manager and without."""
     done = ended("raise ValueError('no')")
