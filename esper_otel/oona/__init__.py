@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from esper_otel.oona.entries import STREAMS, StreamEntry, entries
 from esper_otel.oona.publisher import TTL_MS, Publisher
+from esper_otel.oona.stream import STREAMS, StreamEntry, entries
 
 if TYPE_CHECKING:
     from esper_otel.leyline.packets import Page

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
 from esper_otel.log import Warnings
-from esper_otel.oona.entries import EMERGENCY, STREAMS, StreamEntry, entries
+from esper_otel.oona.stream import EMERGENCY, STREAMS, StreamEntry, entries
 
 if TYPE_CHECKING:
     from esper_otel.leyline import Page

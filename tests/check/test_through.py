@@ -136,18 +136,14 @@ def test_times_that_are_cut_are_said(stack: Stack) -> None:
 
 
 ONE_RANK = """
-  filter/one:
-    metrics:
-      datapoint: ['resource.attributes["esper.rank"] == 1']
+      - context: resource
+        statements: ['set(resource.attributes["esper.rank"], 0)']
 """
 
 
 def test_times_that_are_cut_are_said_where_a_rank_is_missing(stack: Stack) -> None:
-    """Prometheus may refuse all of a request in which two steps have one time."""
-    changed = TRUNCATION.replace("service:", ONE_RANK.lstrip("\n") + "service:").replace(
-        "transform/time, transform/prometheus", "filter/one, transform/time, transform/prometheus"
-    )
-    with stack.agent(changed) as agent:
+    """Prometheus may refuse all of a request in which two steps have one time, and with it a rank."""
+    with stack.agent(TRUNCATION.replace("\nservice:", ONE_RANK.rstrip() + "\nservice:")) as agent:
         status, stages = checked(f"http://{agent.grpc}", *asking(stack))
     assert status == 1
     assert "cut to whole seconds" in stages["Prometheus"]["message"], stages["Prometheus"]

@@ -148,7 +148,7 @@ def test_a_step_that_fits_no_message_holds_up_no_other(server: Redis, monkeypatc
             raise ValueError("a fault of ours")
         return entries(packets, secret)
 
-    monkeypatch.setattr(oona, "entries", picky)
+    monkeypatch.setattr(oona.publisher, "entries", picky)
     with esper_otel.start(run_id="bus") as telemetry:
         with oona.publish(telemetry, server.url) as publisher:
             steps(telemetry, 6)
@@ -169,7 +169,7 @@ def test_without_a_secret_there_is_no_signature(server: Redis, monkeypatch: pyte
 
 
 def test_old_entries_are_trimmed(server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oona, "_TRIM_EVERY_S", 0.1)
+    monkeypatch.setattr(oona.publisher, "_TRIM_EVERY_S", 0.1)
     with esper_otel.start(run_id="bus") as telemetry, oona.publish(telemetry, server.url, ttl_ms=500):
         steps(telemetry, 5)
         with server.client() as client:
@@ -263,8 +263,8 @@ def test_a_gateway_that_ends_with_a_backlog_ends_in_time_and_without_a_traceback
 @pytest.mark.parametrize("jump_s", [30 * 3600, -30 * 3600], ids=["ahead", "back"])
 def test_a_clock_that_jumps_trims_nothing(server: Redis, monkeypatch: pytest.MonkeyPatch, jump_s: float) -> None:
     """What consumers have not read yet is not deleted for its age because of one reading of a clock."""
-    monkeypatch.setattr(oona, "_TRIM_EVERY_S", 0.05)
-    monkeypatch.setattr(oona, "_MOST_MARKS", 100_000)
+    monkeypatch.setattr(oona.publisher, "_TRIM_EVERY_S", 0.05)
+    monkeypatch.setattr(oona.publisher, "_MOST_MARKS", 100_000)
     with esper_otel.start(run_id="bus") as telemetry, oona.publish(telemetry, server.url) as publisher:
         steps(telemetry, 5)
         until("they are published", lambda: publisher.counts["published"] == 10)

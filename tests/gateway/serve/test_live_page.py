@@ -166,7 +166,7 @@ class MadeUpGateway:
         self.release = threading.Event()
         self.given: Sequence[dict[str, Any]] = ()
         self.asked = 0
-        folder = resources.files("esper_otel.gateway").joinpath("page")
+        folder = resources.files("esper_otel.gateway.serve").joinpath("page")
         self._files = {
             "/": folder.joinpath("index.html"),
             "/page/page.js": folder.joinpath("page.js"),
