@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from esper_otel.log import logger
+from esper_otel.session.ending import follow_exits
 
 if TYPE_CHECKING:
     from esper_otel.integrations.loader import Feed
@@ -33,6 +34,7 @@ def attach(log: str) -> None:
     logger.addHandler(logging.NullHandler())
     if log:
         logger.addHandler(logging.FileHandler(log))
+    follow_exits()
     script = Script()
     sys.meta_path.insert(0, _OnImport("torch", script.follow))
     sys.meta_path.insert(0, _OnImport("accelerate.data_loader", script.follow_accelerate))

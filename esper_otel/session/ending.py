@@ -53,6 +53,11 @@ def watch(session: LiveSession, names: Iterable[str] = ()) -> list[str]:
     return [name for name in dict.fromkeys(("SIGTERM", *names)) if not _is_followed(signal.Signals[name])]
 
 
+def follow_exits() -> None:
+    """Notes calls of ``sys.exit`` from now on: in ``sys.exit(main())`` it is looked up before a session starts."""
+    _exits.watch()
+
+
 def forget(session: LiveSession) -> None:
     """The session has been closed."""
     _live.discard(session)
