@@ -13,9 +13,12 @@ from pathlib import Path
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.util.types import AnyValue
 
-from esper_otel.frames.frame import Run
+from esper_otel.frames.frame import RUN_FIELDS, Run
 
 DEFAULT_SERVICE_NAME = "esper-tolaria"
+
+# Sent also where they are 0; of the others an empty one is not known.
+_ALWAYS = ("esper.run.id", "esper.rank", "esper.world_size")
 
 # Command lines hold paths and secrets; a detector that the user switched on may have added them.
 _NEVER = ("process.command_args", "process.command_line")
@@ -53,20 +56,9 @@ def resources() -> Callable[[Run], Resource]:
 
 
 def _identity(run: Run) -> dict[str, str | int]:
-    identity: dict[str, str | int] = {
-        "service.instance.id": f"{run.run_id}/{run.rank}",
-        "esper.run.id": run.run_id,
-        "esper.rank": run.rank,
-        "esper.world_size": run.world_size,
-    }
-    when_known: dict[str, str | int] = {
-        "esper.run.attempt": run.attempt,
-        "esper.experiment.name": run.experiment,
-        "esper.device.type": run.device_type,
-        "esper.device.id": run.device_id,
-        "esper.device.compute_capability": run.compute_capability,
-    }
-    return identity | {name: value for name, value in when_known.items() if value}
+    said = {each.attribute: getattr(run, each.name) for each in RUN_FIELDS}
+    known = {name: value for name, value in said.items() if value or name in _ALWAYS}
+    return {"service.instance.id": f"{run.run_id}/{run.rank}", **known}
 
 
 def _process() -> dict[str, str | int]:

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from esper_otel.frames.frame import NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.frame import NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable, checked_run
 
 MOST_BYTES = 32 * 1024 * 1024  # more than a frame with 20,000 seeds takes
 _LENGTH = struct.Struct("<I")
-_TEXTS = ("run_id", "experiment", "device_type", "device_id")
-_WHOLE = {"attempt": 2**63, "rank": 2**31, "world_size": 2**31, "compute_capability": 2**31}
 _LARGEST, _LARGEST_STORED = 2**64, 2**63 - 1
 
 
@@ -90,7 +88,7 @@ def _frame(content: bytes) -> Frame:
     if header["live"] is not None:
         live = _table(header["live"], of_live, content, start + seeds.cells.nbytes)
     return Frame(
-        run=_run(header["run"]),
+        run=checked_run(header["run"]),
         sequence=_whole(header["sequence"], 2**53),
         global_step=_whole(header["global_step"], 2**64),
         epoch=_whole(header["epoch"], 2**64),
@@ -102,13 +100,6 @@ def _frame(content: bytes) -> Frame:
         live=live,
         retired=tuple(_texts(header["retired"])),
     )
-
-
-def _run(said: dict[str, Any]) -> Run:
-    _texts([said[name] for name in _TEXTS])
-    for name, limit in _WHOLE.items():
-        _whole(said[name], limit)
-    return Run(**said)
 
 
 def _whole(number: Any, limit: int) -> int:

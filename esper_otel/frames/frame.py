@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +91,11 @@ FINE = frozenset({"completed", "exit", "interrupted"})
 UNKNOWN_ATTEMPT = 0
 
 
+def _field(attribute: str, limit: int | None = None, **default: Any) -> Any:
+    """A field of a run with the attribute that it is on the wire; a whole number below ``limit``, or a text."""
+    return field(metadata={"attribute": attribute, "limit": limit}, **default)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What all frames of one attempt and rank have in common; rendered into the OTLP resource.
@@ -106,14 +111,41 @@ class Run:
         compute_capability: major * 10 + minor; 0 on CPU or while it is not known.
     """
 
-    run_id: str
-    attempt: int
-    rank: int = 0
-    world_size: int = 1
-    experiment: str = ""
-    device_type: str = ""
-    device_id: str = ""
-    compute_capability: int = 0
+    run_id: str = _field("esper.run.id")
+    attempt: int = _field("esper.run.attempt", 2**63)
+    rank: int = _field("esper.rank", 2**31, default=0)
+    world_size: int = _field("esper.world_size", 2**31, default=1)
+    experiment: str = _field("esper.experiment.name", default="")
+    device_type: str = _field("esper.device.type", default="")
+    device_id: str = _field("esper.device.id", default="")
+    compute_capability: int = _field("esper.device.compute_capability", 2**31, default=0)
+
+
+class RunField(NamedTuple):
+    """A field of ``Run``: its name, its attribute on the wire, and below what a number is; None for a text."""
+
+    name: str
+    attribute: str
+    limit: int | None
+
+
+RUN_FIELDS = tuple(RunField(each.name, each.metadata["attribute"], each.metadata["limit"]) for each in fields(Run))
+
+
+def checked_run(said: Mapping[str, Any]) -> Run:
+    """The run that a file describes.
+
+    Raises:
+        ValueError: a field is missing, unknown, or not what it has to be.
+    """
+    if said.keys() != {each.name for each in RUN_FIELDS}:
+        raise ValueError("a run has other fields")
+    for each in RUN_FIELDS:
+        value = said[each.name]
+        is_good = type(value) is str if each.limit is None else type(value) is int and 0 <= value < each.limit
+        if not is_good:
+            raise ValueError(f"{each.name} is {str(value)[:40]}")
+    return Run(**said)
 
 
 NO_READINGS: Mapping[str, float] = {}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from opentelemetry.sdk.resources import Resource
 
-from esper_otel.frames.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable, checked_run
 from esper_otel.schema import METRICS, Metric
 
 _MAGIC = b"\xe5\x9e\x0f1"
@@ -170,8 +170,9 @@ def _learn(kind: bytes, body: bytes, known: _Known, stored: StoredContext) -> No
     said = json.loads(body[_NUMBER.size :].decode())
     if kind == _RUN:
         of_run, attributes, schema_url = said
-        run = Run(**of_run)
-        if not _is_run(run):
+        run = checked_run(of_run)
+        "".join(each for each in of_run.values() if isinstance(each, str)).encode()  # raises as above
+        if not run.run_id:
             raise ValueError("it is not a run")
         stored.resources[run] = Resource(_attributes(attributes), *_texts([schema_url]))
         known.runs[number] = run
@@ -207,18 +208,6 @@ def _attributes(said: Any) -> dict[str, Any]:
         if not all(map(_is_plain, value if isinstance(value, list) else [value])):
             raise ValueError("an attribute is neither text nor a number")
     return dict(said)
-
-
-def _is_run(run: Run) -> bool:
-    """Whether each field has the type that it is to have, and a run id is there."""
-    texts = (run.run_id, run.experiment, run.device_type, run.device_id)
-    numbers = (run.attempt, run.rank, run.world_size, run.compute_capability)
-    return (
-        bool(run.run_id)
-        and all(isinstance(each, str) for each in texts)
-        and all(type(each) is int for each in numbers)
-        and all(map(_is_plain, (*texts, *numbers)))
-    )
 
 
 def _is_plain(value: object) -> bool:

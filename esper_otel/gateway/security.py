@@ -234,8 +234,8 @@ def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
     senders |= {marker.sender for marker in decoded.markers}
     senders |= {ended.sender for ended in decoded.ended}
     for sender in senders:
-        if not grant.allows(sender.run_id):
-            raise NotAllowed(f"this token is not for run {sender.run_id!r}")
+        if not grant.allows(sender.run.run_id):
+            raise NotAllowed(f"this token is not for run {sender.run.run_id!r}")
 
 
 def check_puller(run_id: str, grant: Grant | None) -> None:

@@ -5,11 +5,12 @@ The gateway and ``LeylineMetricReader`` both make steps of such a program's poin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from esper_otel.frames.frame import LAST_LOSS, Run
+from esper_otel.frames.frame import LAST_LOSS, RUN_FIELDS, UNKNOWN_ATTEMPT, Run
 from esper_otel.leyline.numbers import finite
 from esper_otel.schema import METRICS, Need
 
@@ -23,6 +24,7 @@ INVALID_TEXT = "text too long or with control characters"
 # Where a run's id is looked for in a Resource, best first.
 _RUN_ID_SOURCES = ("esper.run.id", "service.instance.id", "service.name")
 _LARGEST_RANK = 2**31
+_RUN_DEFAULTS: dict[str, Any] = dataclasses.asdict(Run("", UNKNOWN_ATTEMPT))
 _CUDA_NAMES = frozenset(metric.name for metric in METRICS if {Need.CUDA, Need.NVML}.intersection(metric.needs))
 
 
@@ -58,17 +60,14 @@ def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) 
 
 def run_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Run | None:
     """The run that a Resource's attributes describe; None when a text of it is not valid."""
-    run = Run(
-        run_id=next(filter(None, map(texts.get, _RUN_ID_SOURCES)), "unknown"),
-        attempt=_whole(texts.get("esper.run.attempt"), 0, 2**63),
-        rank=_whole(texts.get("esper.rank"), 0, _LARGEST_RANK),
-        world_size=_whole(texts.get("esper.world_size"), 1, _LARGEST_RANK),
-        experiment=texts.get("esper.experiment.name", ""),
-        device_type=texts.get("esper.device.type", ""),
-        device_id=texts.get("esper.device.id", ""),
-        compute_capability=_whole(texts.get("esper.device.compute_capability"), 0, 2**31),
-    )
-    ours = (run.run_id, run.experiment, run.device_type, run.device_id)
+    found: dict[str, Any] = {}
+    for each in RUN_FIELDS:
+        text = texts.get(each.attribute)
+        if text is not None:
+            found[each.name] = text if each.limit is None else _whole(text, _RUN_DEFAULTS[each.name], each.limit)
+    found["run_id"] = next(filter(None, map(texts.get, _RUN_ID_SOURCES)), "unknown")
+    run = Run(**{**_RUN_DEFAULTS, **found})
+    ours = [getattr(run, each.name) for each in RUN_FIELDS if each.limit is None]
     return run if all(is_valid(text, most_bytes) for text in ours) else None
 
 

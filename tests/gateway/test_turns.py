@@ -364,5 +364,5 @@ def test_both_decoders_give_the_blocks_of_several_owners_in_one_order() -> None:
         point.attributes.add(key="esper.run.id").value.string_value = run_id
     body = message.SerializeToString()
     assert said(Decoder().decode, body) == said(decode_plain, body)
-    names = [block.sender.run_id for block in Decoder().decode(body).blocks]
+    names = [block.sender.run.run_id for block in Decoder().decode(body).blocks]
     assert names == ["b", "a long name", "a", "another long name", "c"]

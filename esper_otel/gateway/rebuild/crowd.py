@@ -51,7 +51,7 @@ class Crowd:
 
     def note(self, request: RequestWriters, sender: PointSender, now_s: float, *, is_taken: bool) -> None:
         """Notes a writer of a request, and whether there was room for it."""
-        writer = sender[:3]
+        writer = (sender.run.run_id, sender.run.attempt, sender.run.rank)
         if is_taken:
             request.has_others = True
             if self._refused:

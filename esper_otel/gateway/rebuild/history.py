@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import islice
 
 import numpy as np
 
 from esper_otel.frames.digest import dead_of, digest_of, silent_of
-from esper_otel.frames.frame import ABSENT_BITS, GUESSED_STEP, LAST_LOSS, Frame, Run, SeedTable, alike, is_absent
+from esper_otel.frames.frame import ABSENT_BITS, GUESSED_STEP, LAST_LOSS, Frame, SeedTable, alike, is_absent
 from esper_otel.frames.live_seeds import LiveSeeds, SeedStep
 from esper_otel.gateway.items import MOST_ENDS, Item, Origin
 from esper_otel.gateway.limits import SharedPlaces
@@ -226,7 +224,7 @@ class History:
         kept = ReleasedFrame(
             part,
             frame.sequence,
-            PointSender(*dataclasses.astuple(frame.run)),
+            PointSender(frame.run),
             frame.global_step,
             is_whole,
             item.received_unix_ns,
@@ -349,7 +347,7 @@ class History:
             violations = step.violations
             if not self._habits.counts:  # else its session has done so, which knows more
                 table = step.recorded
-        run = _run(kept.sender)
+        run = kept.sender.run
         found_out: dict[str, float] = {}
         if not kept.sequence:
             said = {*values}
@@ -503,8 +501,3 @@ def _is_equal_state(kept: ReleasedFrame, live: SeedTable, loss: float | None) ->
     was, loss_was = kept.before, kept.loss_before
     is_same_loss = loss == loss_was or (loss is not None and loss_was is not None and is_equal(loss, loss_was))
     return is_same_loss and live.ids == was.ids and live.cells.tobytes() == was.cells.tobytes()
-
-
-@lru_cache(maxsize=4096)
-def _run(sender: PointSender) -> Run:
-    return Run(*sender[:8])

@@ -65,7 +65,7 @@ class Runs:
 
     def track(self, sender: PointSender, now_s: float, *, tenant: str = "", suffix: str = "") -> Track | None:
         """The track of a sender; None when there are too many."""
-        rank = _RankOfRun(sender.run_id, sender.attempt, sender.rank)
+        rank = _RankOfRun(sender.run.run_id, sender.run.attempt, sender.run.rank)
         writers = self._ranks.get(rank, {})
         process = f"{sender.process}{suffix}"
         track = writers.get(process)
@@ -96,7 +96,7 @@ class Runs:
 
     def twin(self, sender: PointSender) -> Track | None:
         """The track of frames of this sender whose numbers clashed."""
-        writers = self._ranks.get(_RankOfRun(sender.run_id, sender.attempt, sender.rank), {})
+        writers = self._ranks.get(_RankOfRun(sender.run.run_id, sender.run.attempt, sender.run.rank), {})
         return writers.get(f"{sender.process}#2")
 
     def expire(self, now_s: float) -> list[Track]:

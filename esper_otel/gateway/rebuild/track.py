@@ -333,8 +333,8 @@ class Track:
         run = None if last is None else last.frame.run
         return RunState(
             self.origin,
-            run.world_size if run else sender.world_size if sender else 1,
-            run.experiment if run else sender.experiment if sender else "",
+            run.world_size if run else sender.run.world_size if sender else 1,
+            run.experiment if run else sender.run.experiment if sender else "",
             self._first_step,
             self._last_step,
             0 if last is None else last.frame.time_unix_ns,

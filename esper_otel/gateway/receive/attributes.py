@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
@@ -35,7 +34,7 @@ def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> PointSender | s
     if run is None:
         return INVALID_TEXT
     process = printable(" ".join(filter(None, map(texts.get, _PROCESS))), 3 * limits.text_bytes)
-    return PointSender(**asdict(run), process=process)
+    return PointSender(run, process)
 
 
 def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:

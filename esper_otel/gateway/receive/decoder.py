@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -183,9 +184,9 @@ def _beside(
 def _owner(sender: PointSender, label: Label) -> PointSender:
     """Who a point comes from: what it says itself counts more than its Resource."""
     if label.run_id:
-        sender = sender._replace(run_id=label.run_id)
+        sender = sender._replace(run=replace(sender.run, run_id=label.run_id))
     if label.rank >= 0:
-        sender = sender._replace(rank=label.rank)
+        sender = sender._replace(run=replace(sender.run, rank=label.rank))
     return sender
 
 

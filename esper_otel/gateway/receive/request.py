@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.errors import EsperOtelError
+from esper_otel.frames.frame import Run
 from esper_otel.leyline import senders
 
 # Why a point was not taken. These words go into answers and counters.
@@ -76,25 +77,12 @@ class PointSender(NamedTuple):
     """Who sent something, as its Resource says, or its point's own attributes.
 
     Attributes:
-        run_id: ``esper.run.id``, else ``service.instance.id``, else ``service.name``, else ``unknown``.
-        attempt: which start of the run; 0 when the Resource does not say.
-        rank: the process within the run.
-        world_size: processes of the run.
-        experiment: name of the experiment.
-        device_type: ``cuda`` or ``cpu``; empty while it is not known.
-        device_id: such as ``cuda:0``.
-        compute_capability: major * 10 + minor; 0 when it is not known.
+        run: the run and the rank. Without ``esper.run.id`` the run is called by ``service.instance.id``, else by
+            ``service.name``, else ``unknown``; attempt 0 when the Resource does not say it.
         process: instance, host and process id: two processes that claim one rank differ here.
     """
 
-    run_id: str
-    attempt: int = 0
-    rank: int = 0
-    world_size: int = 1
-    experiment: str = ""
-    device_type: str = ""
-    device_id: str = ""
-    compute_capability: int = 0
+    run: Run
     process: str = ""
 
 

@@ -281,7 +281,9 @@ def test_a_million_seed_ids_take_no_more_memory() -> None:
         for step in range(100):
             ids = tuple(f"{step:05}-{n:05}" for n in range(10_000))
             times = np.full(len(ids), TIME_UNIX_NS + step * MS, np.uint64)
-            block = PointBlock(PointSender("r"), names, ids, np.arange(1, len(ids) + 1), times, np.zeros(len(ids)))
+            block = PointBlock(
+                PointSender(Run("r", 0)), names, ids, np.arange(1, len(ids) + 1), times, np.zeros(len(ids))
+            )
             taken = assembler.take(
                 DecodedRequest((block,), (), (), len(ids), {}), now_s=float(step), received_unix_ns=TIME_UNIX_NS
             )
@@ -300,10 +302,14 @@ def test_the_end_of_one_run_too_many_is_counted() -> None:
     """What is dropped is counted, ends of runs and of seeds too."""
     assembler = Assembler(Limits(runs=1))
     decoded = DecodedRequest(
-        (), (), (RunEnd(PointSender("one"), "completed"), RunEnd(PointSender("two"), "completed")), 2, {}
+        (),
+        (),
+        (RunEnd(PointSender(Run("one", 0)), "completed"), RunEnd(PointSender(Run("two", 0)), "completed")),
+        2,
+        {},
     )
     taken = assembler.take(decoded, now_s=1.0, received_unix_ns=1)
     assert (taken.accepted, dict(taken.rejected)) == (1, {TOO_MANY_RUNS: 1})
-    marker = Marker(PointSender("two"), "kasmina.seed.alpha", "seed-1", TIME_UNIX_NS)
+    marker = Marker(PointSender(Run("two", 0)), "kasmina.seed.alpha", "seed-1", TIME_UNIX_NS)
     taken = assembler.take(DecodedRequest((), (marker,), (), 1, {}), now_s=1.0, received_unix_ns=1)
     assert (taken.accepted, dict(taken.rejected)) == (0, {TOO_MANY_RUNS: 1})

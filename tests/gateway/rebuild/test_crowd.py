@@ -10,6 +10,7 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
 from wire import body_of
 
+from esper_otel.frames.frame import Run
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import fault_of
 from esper_otel.gateway.limits import Crowded, Limits
@@ -99,7 +100,7 @@ def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.Monk
 
 def test_who_was_away_is_waited_for_again() -> None:
     crowd = Crowd(60.0)
-    others, late = PointSender("a"), PointSender("c")
+    others, late = PointSender(Run("a", 0)), PointSender(Run("c", 0))
 
     def is_waited_for(now_s: float) -> bool:
         request = RequestWriters()
@@ -117,7 +118,7 @@ def test_many_that_are_refused_take_no_memory() -> None:
     crowd = Crowd(60.0)
     request = RequestWriters()
     for number in range(30_000):
-        crowd.note(request, PointSender(f"run-{number}"), 1.0, is_taken=False)
+        crowd.note(request, PointSender(Run(f"run-{number}", 0)), 1.0, is_taken=False)
     assert len(crowd._refused) == 10_000
 
 

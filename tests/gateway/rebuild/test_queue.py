@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from frame_examples import RUN
 from hypothesis import given
@@ -14,7 +12,7 @@ from esper_otel.gateway.rebuild.parts import Part, PartShape
 from esper_otel.gateway.rebuild.queue import Queue, WaitingFrame
 from esper_otel.gateway.receive.request import PointSender
 
-SENDER = PointSender(*dataclasses.astuple(RUN))
+SENDER = PointSender(RUN)
 
 
 def part_of(number: int) -> Part:

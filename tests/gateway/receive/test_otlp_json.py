@@ -24,7 +24,7 @@ def decode(*points: Any, **further: Any) -> DecodedRequest:
 
 def value_of(**fields: Any) -> float:
     (block,) = decode({"timeUnixNano": str(TIME_UNIX_NS), **fields}).blocks
-    assert (block.sender.run_id, block.times.tolist()) == ("r", [TIME_UNIX_NS])
+    assert (block.sender.run.run_id, block.times.tolist()) == ("r", [TIME_UNIX_NS])
     return float(block.values[0])
 
 
