@@ -163,7 +163,7 @@ def test_what_has_no_gradients_is_a_mistake(given: Any, message: str) -> None:
 def test_a_scaler_must_be_one() -> None:
     """A number is none."""
     wrong: Any = 1024.0
-    with pytest.raises(InvalidValue, match=r"^scaler: 1024\.0 is no torch\.amp\.GradScaler$"):
+    with pytest.raises(InvalidValue, match=r"^scaler: 1024\.0 is not a torch\.amp\.GradScaler$"):
         gradient_norm(with_gradients(torch.ones(1)), scaler=wrong)
 
 
