@@ -1,10 +1,10 @@
-"""OpenTelemetry for training runs that a controller can steer by.
+"""OpenTelemetry for training runs, built so that a controller can act on it.
 
-``start()`` begins a session; the ``Telemetry`` it returns records steps, sends each of them over OTLP and gives
-Leyline packets. See the README for a training loop of twelve lines.
+``start()`` begins a session. The ``Telemetry`` object that it returns records steps, sends each of them over OTLP and
+provides Leyline packets. The README shows a training loop of twelve lines.
 
-Names are loaded when they are first used: a controller that only reads packets needs neither torch nor the
-OpenTelemetry SDK in its process.
+Names are imported when they are first used: a controller that only reads packets loads neither torch nor the
+OpenTelemetry SDK.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = frozenset({"aio", "errors", "leyline", "oona", "schema", "testing"})
 
 
-if not TYPE_CHECKING:  # else type checkers would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> object:
         if name in _HOME_OF:

@@ -1,4 +1,4 @@
-"""``python -m esper_otel`` is ``esper-otel``."""
+"""Lets ``python -m esper_otel`` run the command ``esper-otel``."""
 
 import sys
 

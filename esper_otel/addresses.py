@@ -1,4 +1,4 @@
-"""Addresses: whether what is sent to one stays on this machine, by its name alone."""
+"""Checks whether an address belongs to this machine, judging by its text alone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import ipaddress
 import re
 from urllib.parse import urlsplit
 
-# A URL's scheme, or that of gRPC's own target names with the authority that may follow.
+# A URL's scheme, or the scheme of a gRPC target with the authority that may follow it.
 _SCHEME = re.compile(r"^(?:https?://|(?:dns|ipv4|ipv6):(?://[^/]*/)?)")
 
 
 def is_on_this_machine(address: str) -> bool:
-    """Whether ``host:port``, a URL or one of gRPC's target names is of this machine."""
+    """Whether ``host:port``, a URL or a gRPC target is an address of this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     with contextlib.suppress(ValueError):

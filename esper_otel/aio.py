@@ -1,4 +1,4 @@
-"""TamiyoClient for asyncio; see ``esper_otel.TamiyoClient``, which takes the same arguments."""
+"""``TamiyoClient`` for asyncio. It takes the same arguments as ``esper_otel.TamiyoClient``."""
 
 from __future__ import annotations
 

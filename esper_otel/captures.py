@@ -1,4 +1,4 @@
-"""Captures: CUDA graphs that the training captures must not meet calls of ours."""
+"""Keeps calls of this package from disturbing CUDA graph captures of the training."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 @cache
 def cuda_driver() -> Any:
-    """CUDA's driver library.
+    """Loads CUDA's driver library.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no such library.
     """
     return ctypes.CDLL("libcuda.so.1")
 
 
 @contextmanager
 def apart_from_captures(driver: Driver = cuda_driver) -> Iterator[None]:
-    """Keeps this thread's calls from ending a CUDA graph capture on another thread.
+    """Keeps this thread's calls from invalidating a CUDA graph capture on another thread.
 
-    While a capture in mode "global" (PyTorch's default) is open, an unsafe call of *any* thread, such as asking for an
-    event, fails and spoils the capture. CUDA does not say whether cudaMemGetInfo is one. A thread in mode "thread
-    local" is exempt (CUDA driver API 10.1 and later, cuThreadExchangeStreamCaptureMode).
+    During a capture in the mode "global" (PyTorch's default), an unsafe call on *any* thread, such as querying an
+    event, fails and invalidates the capture. CUDA's documentation does not state whether cudaMemGetInfo is unsafe. A
+    thread in the mode "thread local" is exempt (cuThreadExchangeStreamCaptureMode, CUDA driver API 10.1 and later).
     """
     try:
         exchange = driver().cuThreadExchangeStreamCaptureMode
-    except (OSError, AttributeError):  # a PyTorch without NVIDIA's driver: ROCm
+    except (OSError, AttributeError):  # PyTorch without NVIDIA's driver: ROCm
         yield
         return
     mode = ctypes.c_int(_THREAD_LOCAL)
@@ -48,10 +48,10 @@ def apart_from_captures(driver: Driver = cuda_driver) -> Iterator[None]:
 
 
 def check_no_capture(what: str) -> None:
-    """What would be done once, at the capture, and not at each replay, is a mistake.
+    """Rejects a call during a CUDA graph capture: it would take effect once, at the capture, and not at each replay.
 
     Raises:
-        WrongState: the current stream captures a CUDA graph.
+        WrongState: the current stream is capturing a CUDA graph.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():

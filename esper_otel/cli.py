@@ -1,4 +1,4 @@
-"""The command line: ``esper-otel COMMAND``. A command's module is imported when it is chosen."""
+"""The command line: ``esper-otel COMMAND``. The module of a command is imported only when the command is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esper_otel.text import printable
 
 _PROGRAM = "esper-otel"
 _EXIT_MISTAKE = 2
-# What a shell reports for a process that SIGPIPE or SIGINT ended.
+# The statuses that a shell reports for a process ended by SIGPIPE or SIGINT.
 _EXIT_BROKEN_PIPE = 141
 _EXIT_INTERRUPTED = 130
 _MOST_OF_A_MESSAGE = 2_000
@@ -25,8 +25,8 @@ _MOST_OF_A_MESSAGE = 2_000
 class _Command(NamedTuple):
     """A subcommand.
 
-    Its module has ``add_arguments(parser)``, and ``main(options)``, which returns the exit status. ``extra`` names the
-    optional packages that it needs.
+    Its module defines ``add_arguments(parser)`` and ``main(options)``, which returns the exit status. ``extra`` names
+    the optional packages that it needs.
     """
 
     module: str
@@ -38,13 +38,13 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "demo": _Command(
         "esper_otel.demo.command",
-        "train a network that grows, steered by its own telemetry",
+        "train a network that grows, controlled by its own telemetry",
         "esper-otel demo --steps 200",
         extra="demo",
     ),
     "check": _Command(
         "esper_otel.check.command",
-        "send one frame to the endpoint that the environment names, and say what is wrong, if anything is",
+        "send one frame to the endpoint set in the environment, and report problems",
         "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 esper-otel check --seeds 100 --steps-per-second 5",
     ),
     "gateway": _Command(
@@ -55,23 +55,23 @@ _COMMANDS = {
     ),
     "pull": _Command(
         "esper_otel.pull.command",
-        "print the packets of a run, or the runs, that a gateway has",
+        "print the packets of a run from a gateway, or list its runs",
         "esper-otel pull digits-7 --follow --json",
     ),
     "replay": _Command(
         "esper_otel.gateway.replay",
-        "serve a stored run again, as it came or with what a controller must stand",
+        "serve a stored run again, unchanged or with the faults a controller must withstand",
         "esper-otel replay ./steps digits-7 --speed 10 --inject gap,nan",
         extra="gateway",
     ),
     "report": _Command(
         "esper_otel.report.command",
-        "what happened in a run: one page from a black box or from a gateway, and tables",
+        "show what happened in a run: one page and tables, from a black box or a gateway",
         "esper-otel report /tmp/esper-otel-1000/digits-7-0-1790000000000-KeyError.esper.jsonl.gz",
     ),
     "run": _Command(
         "esper_otel.integrations.command",
-        "run a training script as it is, and send what can be measured of it from outside",
+        "run an unmodified training script and send the metrics that can be measured from outside",
         "esper-otel run --run-id digits-7 train.py --epochs 3",
     ),
     "schema": _Command(
@@ -80,7 +80,7 @@ _COMMANDS = {
         "esper-otel schema --json",
     ),
 }
-# Of each extra, what is imported and how the package is called.
+# For each extra: the module to import, and the name of its package.
 _PACKAGES = {
     "demo": {"torch": "torch", "sklearn": "scikit-learn"},
     "gateway": {
@@ -92,11 +92,11 @@ _PACKAGES = {
 
 
 class _MissingExtra(EsperOtelError):
-    """A command whose optional packages are not installed; the message is the command that installs them."""
+    """The optional packages of a command are not installed; the message contains the command that installs them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0 done, 1 the answer is no, 2 a mistake."""
+    """Runs one command and returns its exit status: 0 for success, 1 for a negative result, 2 for a mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
@@ -110,17 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{_PROGRAM}: {printable(' '.join(str(error).split()), _MOST_OF_A_MESSAGE)}\n")
         return _EXIT_MISTAKE
     except BrokenPipeError:  # as in `esper-otel schema | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit does not fail
         return _EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of all commands, with the arguments of the one that ``arguments`` chooses."""
+    """Returns the parser for all commands, with the arguments of the command in ``arguments``."""
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="OpenTelemetry for training runs that a controller can steer by.",
+        description="OpenTelemetry for training runs, built so that a controller can act on it.",
         epilog="example:\n  esper-otel check --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -144,7 +144,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 def _module(name: str) -> Any:
     command = _COMMANDS[name]
     if command.extra == "gateway":
-        # gRPC reads it when it is loaded. Without it a server logs each failed handshake, as often as a stranger likes.
+        # gRPC reads this variable when it is loaded. Without it, a server logs every failed handshake of any client.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     return import_module(command.module)
 

@@ -2,21 +2,21 @@
 
 EsperOtelError
 ├── MistakeError             a mistake in the program: raised at once, always
-│   ├── UnknownMetric        a name that the catalogue does not have (ValueError)
+│   ├── UnknownMetric        a name that is not in the catalogue (ValueError)
 │   ├── InvalidValue         a value of the wrong type or shape (TypeError)
 │   ├── InvalidName          an empty run id, a seed id with control characters, ... (ValueError)
 │   ├── InvalidCatalogue     metric declarations that contradict each other (ValueError)
 │   └── WrongState           a call out of order: a step inside a step, a closed session (RuntimeError)
-├── ConfigurationError       a setting or environment variable that cannot be used (ValueError)
-├── ProbeUnavailable         hardware, driver or library that is not there; its text is the reason
-├── AdapterError             telemetry that cannot become a Leyline packet
-└── GatewayError             a gateway refused a pull, or could not be asked
-    ├── GatewayUnavailable   it was not there in time; the same pull may be tried again
-    ├── UnknownRun           nothing is stored of the run
-    └── StaleCursor          the cursor is not of this life of the run's store: begin without one
+├── ConfigurationError       an invalid setting or environment variable (ValueError)
+├── ProbeUnavailable         missing hardware, driver or library; the text is the reason
+├── AdapterError             telemetry that cannot be converted to a Leyline packet
+└── GatewayError             a gateway refused a pull, or could not be reached
+    ├── GatewayUnavailable   no answer in time; the same pull may be retried
+    ├── UnknownRun           no step of the run is stored
+    └── StaleCursor          the cursor is from an earlier store of this run: pull without a cursor
 
-What depends on data or on the world (NaN, a dead endpoint, a driver that went away) raises nothing into
-the training loop: it is counted and logged. ``ProbeUnavailable`` travels between our own parts only.
+Conditions that depend on data or the environment (NaN, a dead endpoint, a missing driver) raise nothing in
+the training loop: they are counted and logged. ``ProbeUnavailable`` is used only inside this package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MistakeError(EsperOtelError):
 
 
 class UnknownMetric(MistakeError, ValueError):
-    """The name of a metric, or of a seed's field, that is not declared; ``nearest`` has what may be meant."""
+    """The name of a metric or of a seed's field is not declared; ``nearest`` lists similar names."""
 
     def __init__(self, name: object, known: Iterable[str], *, what: str = "metric") -> None:
         names = sorted(known)
@@ -50,7 +50,7 @@ class UnknownMetric(MistakeError, ValueError):
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ConfigurationError:
-    """The exception for a name of something else, such as a setting, that does not exist."""
+    """Returns the exception for an unknown name of something other than a metric, such as a setting."""
     names = sorted(known)
     return ConfigurationError(f"unknown {what} {name!r}: {_hint(_nearest(str(name), names), names)}")
 
@@ -59,7 +59,7 @@ def _hint(nearest: Sequence[str], known: Sequence[str]) -> str:
     return "did you mean " + " or ".join(map(repr, nearest)) + "?" if nearest else "known: " + ", ".join(known)
 
 
-# What other libraries call it, and what it may be called here.
+# Names used by other libraries, with the names that may correspond here.
 _OTHER_WORDS = {
     **dict.fromkeys(("train_loss", "training_loss"), ("loss",)),
     **dict.fromkeys(("acc", "train_acc", "train_accuracy", "training_accuracy"), ("accuracy",)),
@@ -69,7 +69,7 @@ _OTHER_WORDS = {
     **dict.fromkeys(("step_time", "step_time_ms", "batch_time"), ("step_latency_ms",)),
     **dict.fromkeys(("data_time", "data_wait", "data_wait_ms"), ("input_wait_ms",)),
 }
-# What is not recorded as a value of a step or a seed at all.
+# Names of values that are given in another way than as metrics of a step or a seed.
 _ELSEWHERE = {
     **{
         f"{when}_{name}": f"telemetry.validation({argument}=...)"
@@ -88,7 +88,7 @@ _ELSEWHERE = {
 
 
 def _nearest(name: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Up to three of the known names that can be meant by this one: other words for it, else those it resembles."""
+    """Returns up to three known names that may be meant: those with the same meaning, or else similar ones."""
     others = [other for other in _OTHER_WORDS.get("_".join(_words(name)), ()) if other in known]
     found = others[:1] or sorted(
         (each for each in known if _resembles(name, each)), key=lambda each: -_ratio(name, each)
@@ -97,10 +97,10 @@ def _nearest(name: str, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def _resembles(name: str, known: str) -> bool:
-    """Whether it is the known name with slips in its words, without its separators, or a part of it.
+    """Whether it is the known name with typing errors, without separators, or a part of it.
 
-    Letters alone would not do: ``aux_loss``, ``tokens_per_s`` and ``cpu_mem`` are no slips for ``loss``,
-    ``samples_per_s`` and ``gpu_mem``.
+    Words are compared one by one, because ``aux_loss``, ``tokens_per_s`` and ``cpu_mem`` are not typing errors for
+    ``loss``, ``samples_per_s`` and ``gpu_mem``.
     """
     mine, theirs = _words(name), _words(known)
     if "".join(mine) == "".join(theirs):
@@ -120,12 +120,12 @@ def _ratio(one: str, other: str) -> float:
 
 
 def _words(name: str) -> list[str]:
-    """``val/loss``, ``valLoss`` and ``val_loss`` are the same words."""
+    """Splits a name into words: those of ``val/loss``, ``valLoss`` and ``val_loss`` are the same."""
     return re.findall(r"[^\W_]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
 
 
 class InvalidValue(MistakeError, TypeError):
-    """A value whose type or shape can never be right; ``name`` says which one."""
+    """A value has a type or shape that is never valid; ``name`` identifies the value."""
 
     def __init__(self, name: str, message: str) -> None:
         self.name = name
@@ -133,11 +133,11 @@ class InvalidValue(MistakeError, TypeError):
 
 
 class InvalidName(MistakeError, ValueError):
-    """A run id, seed id or metric name that cannot be used."""
+    """A run id, seed id or metric name is invalid."""
 
 
 class InvalidCatalogue(MistakeError, ValueError):
-    """Declarations that contradict each other; ``faults`` lists all of them."""
+    """Declarations contradict each other; ``faults`` lists all contradictions."""
 
     def __init__(self, faults: Iterable[str]) -> None:
         self.faults: tuple[str, ...] = tuple(faults)
@@ -145,27 +145,27 @@ class InvalidCatalogue(MistakeError, ValueError):
 
 
 class WrongState(MistakeError, RuntimeError):
-    """A call that is valid only at another moment."""
+    """A call is not valid in the current state."""
 
 
 class ConfigurationError(EsperOtelError, ValueError):
-    """A setting that cannot be used; the message names it, the value and the fix."""
+    """A setting is invalid; the message contains its name, the value and the fix."""
 
 
 class ProbeUnavailable(EsperOtelError):
-    """What a probe needs is not there; the text is the reason shown to the user."""
+    """The readings of a probe are not available; the text is the reason shown to the user."""
 
 
 class AdapterError(EsperOtelError):
-    """Telemetry that cannot become a Leyline packet; the message names the field."""
+    """Telemetry cannot be converted to a Leyline packet; the message names the field."""
 
 
 class GatewayError(EsperOtelError):
-    """A gateway refused a pull; the message is its reason."""
+    """A gateway refused a pull; the message is the gateway's reason."""
 
 
 class GatewayUnavailable(GatewayError):
-    """A gateway that did not answer in time; the same pull may be tried again."""
+    """A gateway did not answer in time; the same pull may be retried."""
 
 
 class UnknownRun(GatewayError):
@@ -173,4 +173,4 @@ class UnknownRun(GatewayError):
 
 
 class StaleCursor(GatewayError):
-    """A cursor that the run's store did not give, or that it gave in another life."""
+    """A cursor was not issued for this run, or it is from an earlier store of the run that no longer exists."""

@@ -1,4 +1,4 @@
-"""Log lines about the telemetry itself."""
+"""Log messages about the telemetry itself."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ logger: logging.Logger = logging.getLogger("esper_otel")
 
 _QUIET_S = 60.0
 _MOST_OF_AN_ARGUMENT = 2_000
-_TEXTS = (str, BaseException)  # which may hold what somebody else has sent
+_TEXTS = (str, BaseException)  # these may contain text from other machines
 
 
 def announce(event: str, message: str, level: int = logging.INFO) -> None:
-    """Says once what a user must see: through logging where that shows the level, else on standard error.
+    """Shows a message that the user must see: by logging if that shows the level, otherwise on standard error.
 
-    ``logging.basicConfig()`` alone shows nothing below WARNING, ``logging.config`` disables loggers that it does not
-    name: neither is aimed at us. A level or a NullHandler of the logger ``esper_otel`` itself is, and is respected.
+    ``logging.basicConfig()`` alone shows nothing below WARNING, and ``logging.config`` disables loggers that it does
+    not name. Neither means that the user wants to hide this message. A level or a NullHandler set on the logger
+    ``esper_otel`` itself does, and is respected.
     """
     if _is_shown(level):
-        with suppress(Exception):  # a handler of the user's that raises
+        with suppress(Exception):  # a handler of the user may raise
             logger.log(level, "%s: %s", event, message)
     elif not _is_silenced(level):
-        # There may be no standard error, or nobody who reads it any more.
+        # Standard error may be missing, or its reader may be gone.
         with suppress(AttributeError, OSError, ValueError):
             sys.stderr.write(f"esper_otel {event}: {message}\n")
             sys.stderr.flush()
 
 
 def _is_shown(level: int) -> bool:
-    """Whether some handler takes records of this level from our logger."""
+    """Whether any handler shows records of this level from our logger."""
     if not logger.isEnabledFor(level):
         return False
     source: logging.Logger | None = logger
@@ -47,14 +48,14 @@ def _is_shown(level: int) -> bool:
 
 
 def _is_silenced(level: int) -> bool:
-    """Whether somebody has turned this logger down, by its name."""
+    """Whether the user has silenced this logger by its name."""
     return logger.level > level or any(isinstance(each, logging.NullHandler) for each in logger.handlers)
 
 
 class Warnings:
-    """Logs each kind of warning at most once a minute, with the number of those kept back.
+    """Logs each kind of warning at most once a minute, with the number of warnings suppressed since.
 
-    Never raises: a handler of the user's that does must end neither training nor export.
+    Never raises: an exception in a user's log handler must not stop training or export.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -63,7 +64,7 @@ class Warnings:
         self._held: Counter[str] = Counter()
 
     def say(self, kind: str, message: str, *arguments: object, exc_info: BaseException | None = None) -> None:
-        """Logs a warning unless one of its kind was logged less than a minute ago."""
+        """Logs a warning unless one of the same kind was logged less than a minute ago."""
         now = self._clock()
         if now < self._next.get(kind, float("-inf")):
             self._held[kind] += 1
@@ -71,7 +72,7 @@ class Warnings:
         self._next[kind] = now + _QUIET_S
         held = self._held.pop(kind, 0)
         if held:
-            message = f"{message} ({held} more like it since the last such line)"
+            message = f"{message} ({held} more since the last such message)"
         with suppress(Exception):
             shown = [printable(each, _MOST_OF_AN_ARGUMENT) if isinstance(each, _TEXTS) else each for each in arguments]
             logger.warning(message, *shown, exc_info=exc_info)

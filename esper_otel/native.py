@@ -1,6 +1,6 @@
-"""Threads of the operating system and what wakes them, also where gevent or eventlet has put greenlets in their place.
+"""Operating system threads, and an event to wake them, even if gevent or eventlet has replaced threads by greenlets.
 
-A greenlet that waits in gRPC, or for a disk, holds up every other one, and with them the training loop.
+A greenlet that waits in gRPC or for a disk blocks all other greenlets, including the training loop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def threads() -> Any:
-    """The module ``threading`` as Python has it; asked for when something starts, since patching may come late."""
+    """Returns the original module ``threading``. Call it when a thread is needed, since patching may happen late."""
     eventlet: Any = sys.modules.get("eventlet.patcher")
     if eventlet is not None and eventlet.is_monkey_patched("thread"):
         return eventlet.original("threading")
@@ -28,14 +28,14 @@ def threads() -> Any:
 
 
 def has_greenlet_sockets() -> bool:
-    """Whether sockets are eventlet's, which threads cannot share; gevent's can be used from any thread."""
+    """Whether sockets are eventlet's, which threads cannot share. Gevent's sockets work in any thread."""
     eventlet: Any = sys.modules.get("eventlet.patcher")
     return eventlet is not None and bool(eventlet.is_monkey_patched("socket"))
 
 
 @functools.cache
 def _unpatched() -> ModuleType:
-    """A copy of ``threading`` over what ``_thread`` had before gevent changed it."""
+    """Returns a copy of ``threading`` that uses the functions that ``_thread`` had before gevent patched it."""
     gevent: Any = sys.modules["gevent.monkey"]
     original = ModuleType("_thread")
     for name in dir(_thread):
@@ -58,9 +58,9 @@ def _unpatched() -> ModuleType:
 
 
 class Bell:
-    """An event for one waiting thread, without a lock of its own.
+    """An event for one waiting thread, safe to set in a signal handler because it has no lock.
 
-    A handler that sets a ``threading.Event`` waits for ever when the signal has come while its thread was setting it.
+    Setting a ``threading.Event`` in a handler deadlocks if the signal interrupts code that is just setting it.
     """
 
     def __init__(self) -> None:
@@ -72,12 +72,12 @@ class Bell:
             self._rung.put(None)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until the bell has been rung since the last wait."""
+        """Waits until ``set`` has been called since the last wait, or until the timeout."""
         with contextlib.suppress(Empty):
             self._rung.get(timeout=timeout_s)
 
     def clear(self) -> None:
-        """Forgets that it was rung."""
+        """Clears the event."""
         with contextlib.suppress(Empty):
             while True:
                 self._rung.get(block=False)

@@ -1,4 +1,4 @@
-"""Every setting of esper_otel, once. The standard ``OTEL_*`` variables are read where OpenTelemetry reads them."""
+"""All settings of esper_otel. The standard ``OTEL_*`` variables are not defined here; OpenTelemetry reads them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BOOLEANS = {
 
 @dataclass(slots=True)
 class Setting:
-    """A setting: its default as shipped and as it is in force, what it means, and how a value of it is read.
+    """A setting: its original and current default, its meaning, and the function that reads a value.
 
-    ``read`` takes text of the environment, or what a program gives; a ValueError says which values can be used.
+    ``read`` takes text from the environment or a value from the program. It raises ValueError with the allowed values.
     """
 
     shipped: Any
@@ -36,7 +36,7 @@ class Setting:
 
 
 def _setting(*, default: _T, read: Callable[[Any], _T], meaning: str) -> _T:
-    """Declares a setting. To a type checker it is its default."""
+    """Declares a setting. Type checkers see the type of its default."""
     return cast("_T", Setting(default, meaning, read, default))
 
 
@@ -125,12 +125,12 @@ def _thresholds(value: Any) -> dict[str, float]:
         raise ValueError(rule) from None
 
 
-# Those that end a process unless it handles them, and that something outside sends on purpose.
+# Signals that end a process unless it handles them, and that other programs send on purpose.
 _FLUSH_SIGNALS = ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGTERM")
 
 
 def signal_names(text: str) -> tuple[str, ...]:
-    """The signals of ``flush_signals``; ValueError when one is not among those that can be followed."""
+    """Reads ``flush_signals``; raises ValueError for an unsupported signal."""
     names = tuple(name for part in text.split(",") if (name := part.strip()))
     for name in names:
         if name not in _FLUSH_SIGNALS:
@@ -142,10 +142,10 @@ def signal_names(text: str) -> tuple[str, ...]:
 
 
 def _checked(settings: Mapping[str, Setting], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of settings.
+    """Returns the values of all settings.
 
     Raises:
-        ConfigurationError: some cannot be used; the message has them all.
+        ConfigurationError: settings are invalid; the message lists all of them.
     """
     checked: dict[str, Any] = {}
     faults = []
@@ -165,10 +165,10 @@ def _variable(name: str) -> str:
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(_setting,))
 class _DefaultsByAssignment(type):
-    """Lets ``EsperSettings.<setting> = value`` change the default of later instances; ``del`` puts it back.
+    """Lets ``EsperSettings.<setting> = value`` change the default of later instances; ``del`` restores it.
 
     Attributes:
-        settings: what is declared, by name.
+        settings: the declared settings by name.
     """
 
     settings: Mapping[str, Setting]
@@ -181,12 +181,12 @@ class _DefaultsByAssignment(type):
 
     @property
     def __signature__(cls) -> Signature:
-        """For help() and notebooks."""
+        """Returns the signature for help() and notebooks."""
         return Signature(
             [Parameter(name, Parameter.KEYWORD_ONLY, default=each.default) for name, each in cls.settings.items()]
         )
 
-    if not TYPE_CHECKING:  # else a misspelt setting would pass
+    if not TYPE_CHECKING:  # otherwise type checkers would accept misspelt settings
 
         def __getattr__(cls, name: str) -> Any:
             if name not in cls.settings:
@@ -208,7 +208,7 @@ class _DefaultsByAssignment(type):
 
 
 class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
-    """What holds for all settings. The class below stands apart, so that type checkers know its arguments."""
+    """Behaviour common to all settings. Separate from the class below so that type checkers know its arguments."""
 
     def __init__(self, **values: Any) -> None:
         settings = type(self).settings
@@ -217,7 +217,7 @@ class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds 
                 raise unknown("setting", name, settings)
         given = {name: setting.default for name, setting in settings.items()}
         names = {_variable(name): name for name in settings}
-        # Case does not matter; an empty variable is as good as none.
+        # Names are not case-sensitive; an empty variable counts as not set.
         given |= {names[key.upper()]: text for key, text in os.environ.items() if text and key.upper() in names}
         self.__dict__.update(_checked(settings, given | values))
 
@@ -235,53 +235,53 @@ class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds 
 
 
 class EsperSettings(_Settings):
-    """Settings of one session, frozen: from arguments, else ``ESPER_<NAME>`` in the environment, else defaults.
+    """Settings of one session: from arguments, or else ``ESPER_<NAME>`` in the environment, or else defaults. Frozen.
 
     Raises:
-        ConfigurationError: a value that cannot be used; the message names the setting and the variable.
+        ConfigurationError: a value is invalid; the message names the setting and the variable.
     """
 
     tolaria_step_enrichment_enabled: bool = _setting(
         default=True,
         read=_boolean,
-        meaning="False leaves out every gated metric, the probes and the deriving; core metrics and seeds stay.",
+        meaning="False leaves out all gated metrics, the probes and derived metrics; core metrics and seeds stay.",
     )
     export_every_s: float = _setting(
         default=1.0,
         read=_number(0, 3600),
-        meaning="Least time between two OTLP requests, in seconds; 0 sends each step at once.",
+        meaning="Minimum time between two OTLP requests, in seconds; 0 sends each step at once.",
     )
     export_ranks: Literal["all", "rank0"] = _setting(
         default="all",
         read=_ranks,
-        meaning="Which ranks of a run send: `all`, or `rank0` alone; the others record and can be pulled from.",
+        meaning="Ranks of a run that send: `all`, or only `rank0`; the others still record and can be pulled from.",
     )
     buffer_bytes: int = _setting(
         default=256 * 1024 * 1024,
         read=_integer(1024 * 1024),
-        meaning="Memory for frames kept for export and for pull(), in bytes; the oldest are dropped and counted.",
+        meaning="Memory for frames kept for export and pull(), in bytes; beyond it the oldest are dropped and counted.",
     )
     spool_dir: Path | None = _setting(
         default=None,
         read=_path,
-        meaning="Directory of a local disk where frames are kept, too, until they are acknowledged: what a killed "
-        "process leaves is sent by the next start.",
+        meaning="Directory on a local disk where frames are also kept until they are acknowledged; the next start "
+        "sends frames that a killed process has left.",
     )
     spool_bytes: int = _setting(
         default=1024 * 1024 * 1024,
         read=_integer(32 * 1024 * 1024),
-        meaning="Disk that the spool may take, in bytes; the oldest frames are deleted and counted.",
+        meaning="Disk space for the spool, in bytes; beyond it the oldest frames are deleted and counted.",
     )
     black_box_frames: int = _setting(
         default=256,
         read=_integer(0, 100_000),
-        meaning="How many of the last steps are written to a file when the loss is not finite, or the run ends by "
-        "an exception or SIGTERM; 0 for none.",
+        meaning="Number of last steps written to a file when the loss is not finite, or when an exception or SIGTERM "
+        "ends the run; 0 disables the files.",
     )
     black_box_dir: Path | None = _setting(
         default=None,
         read=_path,
-        meaning="Where these files go; without it `esper-otel-UID` in the system's folder for temporary files.",
+        meaning="Directory for these files; by default `esper-otel-UID` in the system's folder for temporary files.",
     )
     probe_period_s: float = _setting(
         default=1.0,
@@ -291,22 +291,22 @@ class EsperSettings(_Settings):
     flush_signals: str = _setting(
         default="",
         read=_signals,
-        meaning="Signals on which steps are sent at once, beside SIGTERM, such as `SIGUSR1,SIGXCPU`: what a "
-        "scheduler sends before it ends a job. What the signal does otherwise, it still does.",
+        meaning="Signals, in addition to SIGTERM, on which steps are sent at once, such as `SIGUSR1,SIGXCPU`, which a "
+        "scheduler sends before it ends a job. The signal's other effects are kept.",
     )
     token_file: Path | None = _setting(
         default=None,
         read=_path,
         meaning="File with a bearer token for the OTLP endpoint, read again when it changes; "
-        "stands in place of an `authorization` in `OTEL_EXPORTER_OTLP_HEADERS`.",
+        "replaces an `authorization` in `OTEL_EXPORTER_OTLP_HEADERS`.",
     )
     kernel_latency_budget_ms: float = _setting(
         default=10.0,
         read=_positive,
-        meaning="A seed whose last kernel took longer, in milliseconds, is reported as DEGRADED.",
+        meaning="Kernel latency, in milliseconds, above which a seed is reported as DEGRADED.",
     )
     risk_thresholds: dict[str, float] = _setting(
         default={},
         read=_thresholds,
-        meaning='Other thresholds for risk signals, by name, such as `{"hook_budget": 80}`; `Infinity` silences one.',
+        meaning='Other thresholds for risk signals, by name, such as `{"hook_budget": 80}`; `Infinity` disables one.',
     )

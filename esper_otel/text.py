@@ -1,4 +1,4 @@
-"""Text that others have written, such as ids, names and reasons, as it may be shown."""
+"""Makes text from outside, such as ids, names and reasons, safe to display."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ MOST_SHOWN = 256
 
 
 def printable(text: object, most: int = MOST_SHOWN) -> str:
-    """The text in one line that a terminal only shows: what cannot be printed is escaped, what is too long is cut.
+    """Returns the text as one line that is safe to print: unprintable characters are escaped, long text is cut.
 
-    Line breaks, terminal controls, marks that turn the direction of writing, and code points that no encoding has are
-    all among what cannot be printed.
+    Unprintable characters include line breaks, terminal control characters, marks that change the direction of
+    writing, and surrogates, which cannot be encoded.
     """
     shown = str(text)
     if len(shown) > most:

@@ -1,10 +1,10 @@
-"""Varint: how protobuf writes numbers, and the head of a field."""
+"""Varints, protobuf's encoding of integers, and the heads of fields."""
 
 from __future__ import annotations
 
 
 def varint(number: int) -> bytes:
-    """A number from 0, seven bits a byte, the lowest first."""
+    """Encodes a non-negative number with seven bits per byte, lowest bits first."""
     content = bytearray()
     while number > 0x7F:
         content.append(number & 0x7F | 0x80)
@@ -14,10 +14,10 @@ def varint(number: int) -> bytes:
 
 
 def read_varint(content: bytes, position: int) -> tuple[int, int]:
-    """The number at a position, and where it ends.
+    """Returns the number at a position and the position after it.
 
     Raises:
-        IndexError: the content ends before it does, or it has more than ten bytes.
+        IndexError: the content ends within the number, or the number has more than ten bytes.
     """
     number = content[position] & 0x7F
     for shift in range(7, 71, 7):
@@ -25,9 +25,9 @@ def read_varint(content: bytes, position: int) -> tuple[int, int]:
             return number, position + 1
         position += 1
         number |= (content[position] & 0x7F) << shift
-    raise IndexError("no number is so long")
+    raise IndexError("a varint has at most ten bytes")
 
 
 def field_head(number: int, length: int) -> bytes:
-    """What stands before the content of a field that is bytes or a message: its tag and its length."""
+    """Returns the tag and the length that precede the content of a field of type bytes or message."""
     return varint(number << 3 | 2) + varint(length)

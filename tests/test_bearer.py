@@ -19,10 +19,10 @@ def test_a_line_is_a_token_and_perhaps_a_prefix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("hunter2 ru", "line 2 is neither a token"),
-        ("hunter2 run=a b", "line 2 is neither a token"),
-        ("hunter2é", "line 2 is neither a token"),
-        ("hunter2\x00", "line 2 is neither a token"),
+        ("hunter2 ru", "line 2 must contain a token"),
+        ("hunter2 run=a b", "line 2 must contain a token"),
+        ("hunter2é", "line 2 must contain a token"),
+        ("hunter2\x00", "line 2 must contain a token"),
         ("hunter2 run=", "line 2: run= without a prefix"),
         ("Bearer hunter2", "line 2 begins with the word Bearer"),
         ("hunter2" + " " * 1024 * 1024, "it has more than 1048576 bytes"),

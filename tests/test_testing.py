@@ -240,7 +240,7 @@ def test_an_answer_of_the_other_protocol_shows_up_as_a_fault(capfd: pytest.Captu
         collector.answer = lambda request: grpc.StatusCode.UNAVAILABLE
         with pytest.raises(http.client.RemoteDisconnected):
             post(collector)
-    assert "is no answer to HTTP" in capfd.readouterr().err
+    assert "is not an answer for HTTP" in capfd.readouterr().err
 
 
 def assert_gone(before: set[threading.Thread]) -> None:
@@ -314,7 +314,7 @@ def test_a_collector_is_entered_once() -> None:
     """A second life would mix two tests' telemetry."""
     with MemoryCollector() as collector:
         pass
-    with pytest.raises(WrongState, match="entered once"), collector:
+    with pytest.raises(WrongState, match="entered only once"), collector:
         pass
 
 

@@ -1,1 +1,1 @@
-"""A real morphogenetic training run on real data, small enough to watch."""
+"""The demo: a real morphogenetic training run on real data, small enough to watch."""

@@ -1,4 +1,4 @@
-"""The command ``esper-otel demo``: arguments in, screen, table or JSON out."""
+"""The command ``esper-otel demo``: its arguments, and its output as a screen, a table or JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_RANDOM_SEED = 2**31 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Adds the command's arguments."""
     parser.add_argument(
         "--steps", type=_whole(1), default=STEPS, metavar="N", help=f"training steps (default: {STEPS})"
     )
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_whole(0, _MAX_RANDOM_SEED),
         default=RANDOM_SEED,
         metavar="N",
-        help=f"weights and the order of the images follow from it (default: {RANDOM_SEED})",
+        help=f"random seed for the weights and the order of the images (default: {RANDOM_SEED})",
     )
     parser.add_argument("--no-enrichment", action="store_true", help="leave out every gated metric and the probes")
     shape = parser.add_mutually_exclusive_group()
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Trains and prints. 0 when the training has finished, whatever became of its telemetry; 130 after Ctrl-C."""
+    """Trains and prints. Returns 0 if the training has finished, even if telemetry failed; 130 after Ctrl-C."""
     from esper_otel.demo.receiver import PageReceiver, Receiver
 
     if not arguments.ui:
@@ -77,7 +77,7 @@ def _trained(arguments: argparse.Namespace, receiver: Receiver) -> int:
         has_enrichment=False if arguments.no_enrichment else None,
     )
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the network is so small that a second thread only waits for the first
+    torch.set_num_threads(1)  # the network is too small for a second thread to help
     try:
         with _screen(sys.stderr, plan.steps) as screen:
             result = run(plan, receiver, screen.show)
@@ -98,9 +98,9 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if number < least:
-            raise argparse.ArgumentTypeError(f"{number} is too small; {least} is the least")
+            raise argparse.ArgumentTypeError(f"{number} is too small; the minimum is {least}")
         if most is not None and number > most:
-            raise argparse.ArgumentTypeError(f"{number} is too large; {most} is the most")
+            raise argparse.ArgumentTypeError(f"{number} is too large; the maximum is {most}")
         return number
 
     return parse
@@ -123,7 +123,7 @@ def _console(out: TextIO) -> Console:
 
     if out.isatty():
         return Console(file=out, highlight=False)
-    # Without a terminal there is no width to keep to, and no control code whatever FORCE_COLOR says.
+    # Without a terminal, output has no fixed width and no control codes, even if FORCE_COLOR is set.
     return Console(file=out, highlight=False, force_terminal=False, no_color=True, width=_PIPE_WIDTH)
 
 

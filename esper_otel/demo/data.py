@@ -1,4 +1,4 @@
-"""Handwritten digits: 1,797 real images that ship with scikit-learn."""
+"""The data: 1,797 images of handwritten digits that ship with scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Digits:
     """Images to train on, in shuffled batches, and images held out for validation.
 
     Attributes:
-        batches: pairs of images (batch, 1, 8, 8), float32, 0 to 1, and targets (batch,), int64; a new order in
-            each epoch.
-        held_out: 360 such images and their targets, never trained on.
+        batches: pairs of images (batch, 1, 8, 8), float32 from 0 to 1, and targets (batch,), int64, in a new order
+            in each epoch.
+        held_out: 360 images and their targets that are not used for training.
     """
 
     batches: DataLoader[tuple[Tensor, ...]]
@@ -29,7 +29,7 @@ class Digits:
 
 
 def load(*, batch_size: int, random_seed: int) -> Digits:
-    """The digits; split and order follow from the random seed alone."""
+    """Loads the digits. The random seed alone determines the split and the order."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().div(_BRIGHTEST).reshape(-1, 1, 8, 8)
     targets = torch.from_numpy(labels).long()

@@ -1,4 +1,4 @@
-"""The host: a small convolutional network with places where seeds may grow."""
+"""The host: a small convolutional network with positions at which seeds can grow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esper_otel.demo.data import CLASSES
 CHANNELS = 8
 DEPTHS = (1, 2, 3)
 
-# Called behind the convolution of a depth with its features, (batch, 8, height, width); gives what goes on instead.
+# Called after the convolution at a depth with its features, (batch, 8, height, width); returns the features to use.
 Grow: TypeAlias = Callable[[int, Tensor], Tensor]
 
 
@@ -26,15 +26,15 @@ class Host(nn.Module):
             for depth, stride in zip(DEPTHS, (1, 2, 1), strict=True)
         )
         self.head = nn.Linear(CHANNELS, CLASSES)
-        for layer in self.layers:  # PyTorch's own start is so narrow that the first 50 steps learn nothing
+        for layer in self.layers:  # with PyTorch's default weights, the first 50 steps learn nothing
             nn.init.kaiming_normal_(next(layer.parameters()), nonlinearity="relu")
 
     def forward(self, images: Tensor, grow: Grow) -> Tensor:
-        """The logits of the images."""
+        """Returns the logits of the images."""
         return self._onward(DEPTHS, images, grow)
 
     def behind(self, depth: int, features: Tensor, grow: Grow) -> Tensor:
-        """The logits, were ``features`` what goes on behind the convolution of that depth."""
+        """Returns the logits that result if the convolution at that depth returns ``features``."""
         return self._onward(DEPTHS[DEPTHS.index(depth) + 1 :], features, grow)
 
     def _onward(self, depths: Sequence[int], features: Tensor, grow: Grow) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kasmina: lets seeds grow in the host, measures what they do there, and carries out commands."""
+"""Kasmina: lets seeds grow in the host, measures their effects, and carries out commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esper_otel.demo.seed import BLENDED, GROWING, ON_TRIAL, Seed
 from esper_otel.demo.tamiyo import Action, Command
 from esper_otel.errors import WrongState
 
-# What each action does: from which stages, to which one.
+# For each action, the stages in which it is allowed and the stage to which it leads.
 TRANSITIONS: Mapping[Action, tuple[frozenset[Stage], Stage]] = MappingProxyType(
     {
         Action.GERMINATE: (frozenset({Stage.DORMANT}), Stage.GERMINATED),
@@ -34,21 +34,21 @@ TRANSITIONS: Mapping[Action, tuple[frozenset[Stage], Stage]] = MappingProxyType(
     }
 )
 
-# A gradient of the host that changes by more than this while a seed trains is a breach. Nothing should change at all.
+# A larger change of the host's gradient by a seed in training is a breach. There should be no change at all.
 LEAK_TOLERANCE = 1e-9
 
-# Times a seed's kernel; ``now.kernel``.
+# Times a seed's kernel, like ``now.kernel``.
 Kernel = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(slots=True)
 class _Meeting:
-    """Where host and seeds of one depth met in this step.
+    """The features at one depth, where host and seeds are combined, in this step.
 
     Attributes:
-        host_side: the features as the host passes them on; its gradient is the host's.
-        blended: what went on to the next layer.
-        seed_sides: for each seed that ran, the features as it saw them and the change that it made of them.
+        host_side: the features from the host, whose gradient is that of the host.
+        blended: the features passed to the next layer.
+        seed_sides: for each seed that ran, its input features and the change of the features that it computed.
     """
 
     host_side: Tensor
@@ -60,10 +60,10 @@ class Kasmina:
     """The seeds of a host, taking turns at its depths.
 
     Args:
-        host: the network that they grow in.
-        seeds: how many.
-        pace: how long a seed blends in, and the risk that is tolerated.
-        random_seed: their first weights follow from it.
+        host: the network in which they grow.
+        seeds: number of seeds.
+        pace: the duration of blending, and the tolerated risk.
+        random_seed: random seed for the initial weights.
     """
 
     def __init__(self, host: Host, *, seeds: int, pace: Pace, random_seed: int) -> None:
@@ -85,14 +85,14 @@ class Kasmina:
     # -- in the forward pass -----------------------------------------------------------------------------
 
     def growing(self, kernel: Kernel) -> Callable[[int, Tensor], Tensor]:
-        """What the host calls behind each convolution of a training step; ``kernel`` times each seed."""
+        """Called by the host after each convolution of a training step; ``kernel`` times each seed."""
         self._meetings = {}
         for seed in self.seeds:
             seed.fallback_used = False
             seed.isolation = seed.gradient_norm = None
 
         def grow(depth: int, features: Tensor) -> Tensor:
-            host_side = features.view_as(features)  # its own node in the graph, so that it has a gradient of its own
+            host_side = features.view_as(features)  # a separate node in the graph, with its own gradient
             host_side.retain_grad()
             meeting = self._meetings[depth] = _Meeting(host_side, host_side)
             for seed in self.seeds:
@@ -120,7 +120,7 @@ class Kasmina:
             meeting.blended = meeting.blended + seed.alpha * change
 
     def grown(self, depth: int, features: Tensor) -> Tensor:
-        """The same without measuring: for validation, and to ask what would be."""
+        """Does the same without measuring, for validation and hypothetical losses."""
         blended = features
         for seed in self.seeds:
             if seed.depth == depth and seed.stage in BLENDED:
@@ -128,12 +128,13 @@ class Kasmina:
                 blended = blended + seed.alpha * change if bool(change.isfinite().all()) else blended
         return blended
 
-    # -- behind the backward pass ------------------------------------------------------------------------
+    # -- after the backward pass -------------------------------------------------------------------------
 
     def measure(self, loss: Tensor, targets: Tensor) -> None:
-        """Gradients where host and seeds met, and each seed's worth; call it behind ``loss.backward()``.
+        """Measures each seed's effect, and the gradients where host and seeds are combined.
 
-        A seed in TRAINING gets its gradients here: of the loss that the host would have with it.
+        Call it after ``loss.backward()``. A seed in TRAINING gets its gradients here, from the loss that the host would
+        have with it.
         """
         loss = loss.detach()
         for depth, meeting in self._meetings.items():
@@ -169,7 +170,7 @@ class Kasmina:
         return loss.detach()
 
     def step(self) -> None:
-        """Every seed that has gradients takes a step of its own optimizer."""
+        """Steps the optimizer of every seed that has gradients."""
         for seed in self.seeds:
             if seed.stage in GROWING and seed.optimizer is not None:
                 seed.optimizer.step()
@@ -186,7 +187,7 @@ class Kasmina:
         """Carries out the commands.
 
         Raises:
-            WrongState: a seed that is not in a stage from which the action leads on.
+            WrongState: a seed is not in a stage in which the action is allowed.
         """
         seeds = {seed.seed_id: seed for seed in self.seeds}
         for command in commands:
@@ -200,7 +201,7 @@ class Kasmina:
         if action is Action.GERMINATE:
             seed.germinate(self._device)
         elif action is Action.PROBE:
-            seed.risk = None  # judged by what it does at full strength
+            seed.risk = None  # to be measured again at full strength
         elif action is Action.CULL:
             seed.alpha_steps = 0
         elif action is Action.RESET:
@@ -209,13 +210,13 @@ class Kasmina:
             seed.blueprint += 1
 
     def finalize_step(self) -> None:
-        """Alpha rises by a step in every seed that is BLENDING."""
+        """Raises alpha by one step in every seed that is BLENDING."""
         for seed in self.seeds:
             if seed.stage is Stage.BLENDING and seed.alpha_steps < seed.alpha_total_steps:
                 seed.alpha_steps += 1
 
     def finalize_epoch(self) -> None:
-        """Every seed that lives is an epoch older."""
+        """Adds an epoch to the age of every live seed."""
         for seed in self.seeds:
             if seed.network is not None:
                 seed.age_epochs += 1

@@ -1,27 +1,27 @@
-"""Pace: how long the parts of a seed's life take."""
+"""The durations of the parts of a seed's life."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What is asked of a seed after so many steps of training: this share of the loss.
+# The improvement required of a seed after long training, as a share of the loss, and what counts as long, in steps.
 _BENEFIT = 0.06
 _LONG_TRAINING = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long a seed stays in its stages, in steps: shares of the run, so that a short one shows whole lives too.
+    """Numbers of steps that a seed spends in its stages. They depend on the run, so short runs show whole lives too.
 
     Attributes:
-        between: from the germination of one seed to that of the next.
-        training: in TRAINING.
-        blending: in BLENDING, while alpha rises from 0 to 1.
-        shadowing: in SHADOWING.
-        probation: in PROBATIONARY.
-        embargo: in EMBARGOED, before a culled seed may start over.
-        risk_tolerance: the most that the loss with a seed may be of the loss without it; the shorter a seed has
-            trained, the less is asked of it.
+        between: steps from the germination of one seed to that of the next.
+        training: steps in TRAINING.
+        blending: steps in BLENDING, while alpha rises from 0 to 1.
+        shadowing: steps in SHADOWING.
+        probation: steps in PROBATIONARY.
+        embargo: steps in EMBARGOED, before a culled seed may start over.
+        risk_tolerance: highest allowed ratio of the loss with a seed to the loss without it. It is higher the shorter a
+            seed trains.
     """
 
     between: int
@@ -34,7 +34,7 @@ class Pace:
 
     @classmethod
     def of(cls, steps: int) -> Pace:
-        """The pace of a run of so many steps: three seeds come to their verdicts well within it."""
+        """Returns the pace for a run with that many steps, in which three seeds can reach their verdicts."""
         between, training, blending, shadowing, probation, embargo = (
             max(1, steps * percent // 100) for percent in (8, 14, 14, 3, 7, 12)
         )

@@ -1,4 +1,4 @@
-"""Receiver: where the demo's frames go: the user's endpoint, a collector in this process, or a live page's gateway."""
+"""Receivers of the demo's frames: the user's endpoint, a collector in this process, or the gateway of a live page."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOIN
 
 
 class Receiver:
-    """Who receives the frames. ``open`` once, and read the rest after the telemetry is closed.
+    """The receiver of the frames. Call ``open`` once; read the attributes after the telemetry is closed.
 
     Attributes:
-        destination: where they go, in words.
-        is_ours: whether a collector in this process receives them.
-        frames_received: whole frames that came in; None when nobody here has counted them.
+        destination: the receiver, described for the user.
+        is_ours: whether a collector in this process receives the frames.
+        frames_received: number of complete frames received; None if this process cannot count them.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Receiver:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Receives until left; while it does, the environment names our collector unless it names the user's."""
+        """Receives within the context, where the environment names our collector unless it names the user's."""
         if not self.is_ours:
             yield
             return
@@ -47,7 +47,7 @@ class Receiver:
 
 
 class PageReceiver(Receiver):
-    """A gateway in a process of its own, which shows the run on its live page, after the training too.
+    """A gateway in a separate process, which shows the run on its live page, also after the training.
 
     Attributes:
         page: the page's address.
@@ -58,12 +58,12 @@ class PageReceiver(Receiver):
         self.is_ours = False
         command = [sys.executable, "-m", "esper_otel", "gateway", "--ui", "--json"]
         command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - it is ourselves
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own command
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self.close()
-            raise ConfigurationError("demo --ui: the gateway did not start; what it said stands above")
+            raise ConfigurationError("demo --ui: the gateway did not start; see its output above")
         addresses = json.loads(line)
         self._endpoint = f"http://{addresses['grpc']}"
         self.page = f"http://{addresses['http']}/"
@@ -71,14 +71,14 @@ class PageReceiver(Receiver):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """While it lasts, the environment names the gateway, whatever it named before."""
+        """Within the context, the environment names the gateway, regardless of the user's endpoint."""
         with _sent_to(self._endpoint):
             yield
         with TamiyoClient(self._endpoint.removeprefix("http://")) as client:
             self.frames_received = sum(run.stored for run in client.runs())
 
     def wait(self) -> None:
-        """Until the gateway ends, or Ctrl-C."""
+        """Waits until the gateway ends or Ctrl-C is pressed."""
         self._process.wait()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Result: what a controller that pulls has got, and what the run comes to in the end."""
+"""The result of a run, and the packets pulled by a controller."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Value = float | dict[str, float]
 
 
 class Puller:
-    """Pulls packets as Tamiyo does from outside the step, counts them and keeps the last value of each metric.
+    """Pulls packets, as Tamiyo does from outside the step. Counts them and keeps the last value of each metric.
 
     Attributes:
-        states: SystemStatePackets pulled.
-        telemetry: TelemetryPackets of seeds pulled.
-        metrics: last values by name, of seed metrics by seed id below it; NaN where the last one was not finite.
+        states: number of SystemStatePackets pulled.
+        telemetry: number of TelemetryPackets of seeds pulled.
+        metrics: last values by name; for seed metrics, a mapping by seed id. NaN if the last value was not finite.
     """
 
     def __init__(self, source: Telemetry) -> None:
@@ -33,7 +33,7 @@ class Puller:
         self._seeds: dict[str, dict[str, float]] = {}
 
     def pull(self) -> Iterator[Packets]:
-        """Everything published since the last pull, oldest first."""
+        """Returns all packets published since the last pull, oldest first."""
         while page := self._source.pull():
             for packets in page:
                 self._take(packets)
@@ -44,7 +44,7 @@ class Puller:
         self.telemetry += sum(packet.source_subsystem == "kasmina" for packet in packets.telemetry)
         values = packets.state.training_metrics
         for name in _STEP_NAMES:
-            if name in packets.names:  # a packet leaves out what is not finite
+            if name in packets.names:  # a packet leaves out values that are not finite
                 self._steps[name] = values.get(name, math.nan)
         for packet in packets.telemetry:
             for point in packet.metrics:
@@ -59,20 +59,20 @@ class Puller:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What one run of the demo comes to.
+    """The result of one run of the demo.
 
     Attributes:
         run_id: the run.
-        steps: steps trained.
-        is_interrupted: whether the user ended it.
-        losses: of every step, for those who compare runs.
-        validation: the last one's loss and accuracy.
-        frames: ``recorded``, ``exported``, ``received`` (None when the endpoint is somebody else's), ``dropped``.
-        packets: ``states`` and ``telemetry`` pulled.
-        metrics: last values by name; of a seed metric by seed id.
-        absent: why each of the other metrics has none.
-        destination: where the frames went.
-        last_error: of the export; None when there is none.
+        steps: number of steps trained.
+        is_interrupted: whether the user interrupted the run.
+        losses: the loss of every step, for comparing runs.
+        validation: loss and accuracy of the last validation.
+        frames: ``recorded``, ``exported``, ``received`` (None if the endpoint is the user's) and ``dropped``.
+        packets: numbers of ``states`` and ``telemetry`` packets pulled.
+        metrics: last values by name; for seed metrics, a mapping by seed id.
+        absent: for each of the other metrics, why it has no value.
+        destination: the receiver of the frames, described for the user.
+        last_error: last error of the export, or None.
         export: ``retries``, ``latency_ms`` of the last request and ``buffer_bytes``.
     """
 
@@ -90,7 +90,7 @@ class DemoResult:
     export: Mapping[str, int | float | str | None] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """One object in the terms of JSON: a value that is not finite is None."""
+        """Returns the result as an object for JSON. Values that are not finite become None."""
         return {
             "run_id": self.run_id,
             "steps": self.steps,
@@ -107,7 +107,7 @@ class DemoResult:
 
 
 def reasons(metrics: Mapping[str, Value], absent: Mapping[str, str]) -> dict[str, str]:
-    """Why each metric that has no last value has none, in the schema's order."""
+    """Returns why metrics have no last value, by name, in the schema's order."""
     return {
         name: absent.get(name, "it was in no packet of this run")
         for name in (*_STEP_NAMES, *_SEED_NAMES)

@@ -1,4 +1,4 @@
-"""Screen: the run as it goes, live in a terminal, else as a few plain lines."""
+"""Shows the progress of the run, live in a terminal or else as a few plain lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STYLES = {
     Stage.EMBARGOED: "bright_red",
     Stage.RESETTING: "yellow",
 }
-# A seed's life in one character per span; it can be read without colours too.
+# One character for each span of a seed's life; readable without colours, too.
 MARKS = {
     Stage.TRAINING: "░",
     Stage.BLENDING: "▒",
@@ -54,11 +54,11 @@ class Screen(Protocol):
     """Shows a run."""
 
     def show(self, packets: Packets, decision: Decision, /) -> None:
-        """Takes a step as it was pulled, and Tamiyo's newest decision."""
+        """Adds a pulled step and Tamiyo's latest decision."""
 
 
 class PlainScreen:
-    """About ten lines over the whole run, without control codes."""
+    """Prints about ten lines over the whole run, without control codes."""
 
     def __init__(self, out: TextIO, steps: int) -> None:
         self._out = out
@@ -78,7 +78,7 @@ class PlainScreen:
 
 
 class LiveScreen:
-    """Progress, loss, the seeds' lives and Tamiyo's commands, all from the packets that were pulled."""
+    """Shows progress, loss, the seeds' lives and Tamiyo's commands, all from pulled packets."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -92,7 +92,7 @@ class LiveScreen:
 
     @contextmanager
     def on(self, console: Console) -> Iterator[LiveScreen]:
-        """Draws on a terminal until left."""
+        """Draws on a terminal within the context."""
         with Live(console=console, auto_refresh=False) as self._live:
             yield self
             self._live.update(self.picture(), refresh=True)
@@ -115,7 +115,7 @@ class LiveScreen:
             self._live.update(self.picture(), refresh=True)
 
     def picture(self) -> RenderableType:
-        """The screen as it is now."""
+        """Returns the current screen."""
         state = self._state
         if state is None:
             return Text("starting")
@@ -147,7 +147,7 @@ def _numbers(state: SystemStatePacket) -> str:
 
 
 def _spans(count: int, steps: int, width: int) -> Iterator[tuple[int, int]]:
-    """For each column that the run has reached, the steps that it stands for."""
+    """Returns the range of steps for each column that the run has reached."""
     for column in range(width):
         first, last = column * steps // width, (column + 1) * steps // width
         if first >= count:

@@ -1,4 +1,4 @@
-"""Seed: a small network that may become part of the host, and its life so far."""
+"""Seeds: small networks that can become part of the host."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ON_TRIAL = GROWING - {Stage.FOSSILIZED}
 
 
 class ChannelGate(nn.Module):
-    """Scales each channel by what the whole image says: features to a change of features, of equal shape."""
+    """Computes a change of the features, of equal shape, by scaling each channel depending on the whole image."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Linear(CHANNELS, CHANNELS)
 
     def forward(self, features: Tensor) -> Tensor:
-        """The change of the features."""
+        """Returns the change of the features."""
         change: Tensor = features * torch.tanh(self.scale(features.mean(dim=(2, 3))))[:, :, None, None]
         return change
 
@@ -44,7 +44,7 @@ def _mixture() -> nn.Module:
     return nn.Sequential(nn.Conv2d(CHANNELS, 2 * CHANNELS, 1), nn.ReLU(), nn.Conv2d(2 * CHANNELS, CHANNELS, 1))
 
 
-# What a seed grows from; one that was culled starts over with the next.
+# Networks that a seed can grow from. A culled seed starts over with the next one.
 BLUEPRINTS: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
     ("gate", ChannelGate),
     ("convolution", _convolution),
@@ -54,24 +54,25 @@ BLUEPRINTS: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
 
 @dataclass(slots=True, eq=False)
 class Seed:
-    """One seed. Kasmina changes it; its numbers are what the step's row says.
+    """One seed. Kasmina changes it and records its values in the step's row.
 
     Attributes:
-        seed_id: its name in the telemetry.
-        depth: of the host's convolution behind which it grows.
-        random_seed: its first weights follow from it.
-        blueprint: place in ``BLUEPRINTS``, counted on for each new life.
-        stage: where it is in its life.
-        network: features to a change of the features; None until it germinates.
-        alpha_steps: steps of blending done.
-        alpha_total_steps: steps that blending takes.
-        risk_tolerance: risk above which it is to be culled.
+        seed_id: its id in the telemetry.
+        depth: depth of the host's convolution after which it grows.
+        random_seed: random seed for its initial weights.
+        blueprint: index in ``BLUEPRINTS``, increased with each new life.
+        stage: its stage of life.
+        network: computes a change of the features; None until it germinates.
+        alpha_steps: number of blending steps done.
+        alpha_total_steps: number of blending steps in total.
+        risk_tolerance: risk above which it is culled.
         age_epochs: epochs since it germinated.
-        fallback_used: whether the host's features went on alone because the seed's output was not finite.
-        violations: steps in which its training touched the host's gradients, since it germinated; 0-d tensor.
-        risk: smoothed loss with the seed over loss without it, at most 1; 0-d tensor, None until measured.
-        gradient_norm: of its own parameters in this step; 0-d tensor, None when it did not learn.
-        isolation: inner product, host's norm and seed's norm of the gradients where they meet; 0-d tensors.
+        fallback_used: whether the host's features were used alone because the seed's output was not finite.
+        violations: number of steps since germination in which its training changed the host's gradients; 0-d tensor.
+        risk: smoothed ratio of the loss with the seed to the loss without it, at most 1; 0-d tensor, None until
+            measured.
+        gradient_norm: gradient norm of its own parameters in this step; 0-d tensor, None if it did not train.
+        isolation: inner product, host's norm and seed's norm of the gradients where they are combined; 0-d tensors.
     """
 
     seed_id: str
@@ -93,13 +94,13 @@ class Seed:
 
     @property
     def alpha(self) -> float:
-        """Share of the seed in the blend: an S-curve over the steps of blending, exactly 0 and 1 at its ends."""
+        """The seed's share in the blend: an S-curve over the steps of blending, from exactly 0 to exactly 1."""
         low, here, high = (_sigmoid(done) for done in (0.0, self.alpha_steps / self.alpha_total_steps, 1.0))
         return (here - low) / (high - low)
 
     @property
     def blueprint_name(self) -> str:
-        """What it grows from in this life."""
+        """The blueprint from which it grows in this life."""
         return BLUEPRINTS[self.blueprint % len(BLUEPRINTS)][0]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -107,12 +108,12 @@ class Seed:
         return [] if self.network is None else list(self.network.parameters())
 
     def germinate(self, device: torch.device) -> None:
-        """Makes the network of its blueprint; the process's random numbers are left alone."""
+        """Creates the network of its blueprint without changing the process's random state."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.random_seed + 1000 * self.blueprint)
             self.network = BLUEPRINTS[self.blueprint % len(BLUEPRINTS)][1]()
         for parameter in list(self.network.parameters())[-2:]:
-            nn.init.zeros_(parameter)  # the first change is none: a seed does no harm before it has learnt
+            nn.init.zeros_(parameter)  # the initial change is zero, so an untrained seed has no effect
         self.network.to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
         self.age_epochs = 0
@@ -120,12 +121,12 @@ class Seed:
         self.risk = None
 
     def weigh(self, ratio: Tensor) -> None:
-        """Takes one step's loss with the seed over the loss without it; a ratio that is not finite counts as 1."""
+        """Updates the risk with one step's losses with and without the seed. A ratio that is not finite counts as 1."""
         ratio = torch.nan_to_num(ratio.detach(), nan=1.0, posinf=1.0).clamp(max=1.0)
         self.risk = ratio if self.risk is None else torch.lerp(self.risk, ratio, SMOOTHING)
 
     def row(self) -> dict[str, float | Tensor | None]:
-        """The seed's row of this step, by the names of ``now.seed``; None where there is nothing to say."""
+        """Returns the seed's row of this step by the names of ``now.seed``, with None for unknown values."""
         lives = self.network is not None
         dot, host_norm, seed_norm = self.isolation or (None, None, None)
         return {

@@ -1,4 +1,4 @@
-"""Table: all metrics of the request with their last values, and where the frames went."""
+"""Prints a table of all requested metrics with their last values, and the destination of the frames."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw(console: Console, result: DemoResult) -> None:
     table = _table(result, seeds[:_SHOWN_SEEDS])
     if console.is_terminal:
         console.print(table)
-    else:  # no line of a file ends in spaces
+    else:  # in a file, lines must not end in spaces
         with console.capture() as capture:
             console.print(table)
         console.out("\n".join(line.rstrip() for line in capture.get().splitlines()))
@@ -37,7 +37,7 @@ def _table(result: DemoResult, seeds: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("metric", no_wrap=True)
     table.add_column("unit", no_wrap=True)
-    table.add_column("last value, or why there is none", overflow="fold")
+    table.add_column("last value, or why it is absent", overflow="fold")
     for metric in STEP_METRICS:
         value = result.metrics.get(metric.name)
         if value is None or isinstance(value, dict):
@@ -91,7 +91,7 @@ def _summary(result: DemoResult) -> list[str]:
         latency_ms = result.export["latency_ms"]
         took = "none was answered" if latency_ms is None else f"the last took {latency_ms:.1f} ms"
         lines.append(
-            f"requests: {result.export['retries']} sent again, {took}, last error: {result.last_error or 'none'}; "
+            f"requests: {result.export['retries']} retried, {took}, last error: {result.last_error or 'none'}; "
             f"buffer {int(result.export['buffer_bytes'] or 0) / 1e6:.1f} MB"
         )
     lines.append(f"run {result.run_id} went to {result.destination}")

@@ -1,4 +1,4 @@
-"""Tamiyo: a small controller that reads each step's packet and commands the seeds, by rules."""
+"""Tamiyo: a small rule-based controller that reads each step's packet and commands the seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from esper_otel.demo.pace import Pace
 if TYPE_CHECKING:
     from esper_otel.leyline import SeedState, SystemStatePacket
 
-# A loss this far above its moving average, as a share of it, is a spike: seeds wait until it is over.
+# A loss that exceeds its moving average by more than this share is a spike; seeds wait until it is over.
 _SPIKE = 0.75
 _SMOOTHING = 0.2
 _HOOK_BUDGET_MS = 50.0
@@ -21,7 +21,7 @@ _STEP_BUDGET_MS = 120.0
 
 
 class Action(StrEnum):
-    """What Tamiyo can tell a seed to do."""
+    """An action that Tamiyo can command."""
 
     GERMINATE = "germinate"
     TRAIN = "train"
@@ -37,7 +37,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One change of one seed, and why."""
+    """A command to change one seed, with the reason."""
 
     seed_id: str
     action: Action
@@ -46,11 +46,11 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What follows from one packet.
+    """Tamiyo's decision about one packet.
 
     Attributes:
-        commands: at most one for each seed; a seed without one holds.
-        notes: what Tamiyo noticed: why seeds hold, and what was slow.
+        commands: at most one command for each seed; seeds without a command stay as they are.
+        notes: Tamiyo's observations: why seeds wait, and what was slow.
     """
 
     commands: tuple[Command, ...] = ()
@@ -58,9 +58,9 @@ class Decision:
 
 
 class Tamiyo:
-    """The rules. All that it knows of the run is in the packets, and how long it has seen a seed in its stage.
+    """The rules. They use only the packets, and the number of steps since a seed was first seen in its stage.
 
-    A timing is noted and never decides over a seed: the same random seed gives the same run on a busy machine.
+    Timings are noted but do not influence decisions, so the same random seed gives the same run on a busy machine.
     """
 
     def __init__(self, pace: Pace) -> None:
@@ -70,7 +70,7 @@ class Tamiyo:
         self._loss_average: float | None = None
 
     def evaluate_step(self, packet: SystemStatePacket) -> Decision:
-        """Commands for the seeds of this step's packet."""
+        """Returns commands for the seeds in this step's packet."""
         hold = self._hold(packet)
         is_breached = packet.training_metrics.get("kasmina.isolation.violations", 0.0) > 0
         commands = []
@@ -84,7 +84,7 @@ class Tamiyo:
         return Decision(tuple(commands), (*hold, *_late(packet)))
 
     def _hold(self, packet: SystemStatePacket) -> tuple[str, ...]:
-        """Why no seed may go on in this step, if there is a reason."""
+        """Returns the reason why no seed may advance in this step, if there is one."""
         loss = packet.training_metrics.get("loss")
         if loss is None:
             return ("there is no finite loss: seeds hold",)
@@ -100,7 +100,7 @@ class Tamiyo:
             case Stage.DORMANT if self._last_germination is None or step >= self._last_germination + pace.between:
                 return Action.GERMINATE, "its turn has come"
             case Stage.GERMINATED:
-                return Action.TRAIN, "behind detached features of the host"
+                return Action.TRAIN, "on detached features of the host"
             case Stage.TRAINING if is_breached:
                 return Action.CULL, "a seed in training touched the host's gradients"
             case Stage.TRAINING if spent >= pace.training:

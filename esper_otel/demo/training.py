@@ -1,4 +1,4 @@
-"""Training: the loop, by the public face of ``esper_otel`` alone."""
+"""The training loop. It uses only the public interface of ``esper_otel``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ EXPERIMENT = "digits"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to train.
+    """The parameters of a run.
 
     Attributes:
-        steps: training steps.
-        seeds: seeds that may grow.
-        random_seed: weights and the order of the images follow from it.
-        has_enrichment: whether gated metrics are recorded; None leaves it to the environment.
+        steps: number of training steps.
+        seeds: number of seeds that may grow.
+        random_seed: random seed for the weights and the order of the images.
+        has_enrichment: whether gated metrics are recorded; None leaves the choice to the environment.
     """
 
     steps: int
@@ -43,12 +43,12 @@ class Plan:
 
 
 def run(plan: Plan, receiver: Receiver, observe: Callable[[Packets, Decision], None]) -> DemoResult:
-    """Trains, while every step is sent and pulled. Ctrl-C ends it early, with the result so far.
+    """Trains; every step is sent and pulled. Ctrl-C ends the run early and returns the result so far.
 
     Args:
-        plan: what to train.
-        receiver: where frames go.
-        observe: is shown each step's packets, as pulled, and what Tamiyo decided in the newest step.
+        plan: the parameters of the run.
+        receiver: the receiver of the frames.
+        observe: called with the pulled packets of each step and Tamiyo's decision in the latest step.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = Training(plan, device)
@@ -68,7 +68,7 @@ def run(plan: Plan, receiver: Receiver, observe: Callable[[Packets, Decision], N
             is_interrupted = True
         absent = telemetry.absent()
         telemetry.close(outcome="interrupted" if is_interrupted else None)
-        for _ in puller.pull():  # a device may have delivered the last steps only now
+        for _ in puller.pull():  # the device values of the last steps may have arrived only now
             pass
     health = telemetry.health()
     metrics = puller.metrics
@@ -97,9 +97,9 @@ class Training:
     """Host, seeds, controller and data of one run.
 
     Attributes:
-        epochs: begun when all steps are done.
-        losses: of every step so far, detached.
-        validation: the last one's loss and accuracy.
+        epochs: number of epochs that the steps begin.
+        losses: the losses of all steps so far, detached.
+        validation: loss and accuracy of the last validation.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -119,7 +119,7 @@ class Training:
         self.validation: tuple[float, float] | None = None
 
     def run(self, telemetry: Telemetry, puller: Puller, observe: Callable[[Packets, Decision], None]) -> None:
-        """All epochs; the last one ends with the last step."""
+        """Runs all epochs. The last one ends with the last step."""
         for epoch in range(self.epochs):
             for images, targets in telemetry.batches(self._digits.batches):
                 with telemetry.step(epoch=epoch, samples=len(targets)) as now:
@@ -156,7 +156,7 @@ class Training:
         self.losses.append(loss.detach())
 
     def _sources(self, losses: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """The host's gradient of each micro-batch: do they pull in one direction?"""
+        """Returns the host's gradient for each micro-batch, for the gradient conflict rate."""
         parameters = list(self._host.parameters())
         return {
             f"micro-batch-{number}": torch.autograd.grad(part.mean(), parameters, retain_graph=True)

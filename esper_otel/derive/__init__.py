@@ -1,1 +1,1 @@
-"""Derived metrics: pure folds over the steps."""
+"""Derived metrics, computed step by step by processors without side effects."""

@@ -1,4 +1,4 @@
-"""Deriver: runs the processors over the steps, in order, and keeps their states."""
+"""The deriver, which runs the processors on each step, in order, and keeps their states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _name(entry: str | Metric) -> str:
 
 
 def checked_processors(processors: Sequence[Processor], known: Mapping[str, Metric]) -> None:
-    """Raises for a processor that cannot work: wrong shape, unknown names, two that give the same metric."""
+    """Raises an exception for processors with missing methods, unknown names, or the same metric given twice."""
     givers: dict[str, Processor] = {}
     for processor in processors:
         if not isinstance(processor, Processor):
@@ -35,7 +35,7 @@ def checked_processors(processors: Sequence[Processor], known: Mapping[str, Metr
 
 
 class _Guarded:
-    """A user's processor whose readings cannot harm the step."""
+    """Wraps a user's processor so that exceptions in its readings do not affect the step."""
 
     def __init__(self, processor: Processor, fault: Callable[[str, Exception], None]) -> None:
         self.needs = tuple(map(_name, processor.needs))
@@ -47,7 +47,7 @@ class _Guarded:
         self._fault = fault
 
     def readings(self, state: Any) -> dict[str, float]:
-        """The readings that the processor declared; none when it fails."""
+        """Returns the readings that the processor declared in ``gives``; an empty dict if it raises."""
         try:
             readings = self._readings(state)
             return {name: float(readings[name]) for name in self.gives if readings.get(name) is not None}
@@ -57,12 +57,12 @@ class _Guarded:
 
 
 class Deriver:
-    """Advances every processor once per published step. Not thread-safe: the publisher calls it, in step order.
+    """Advances every processor once per published step. Not thread-safe: the publisher calls it in step order.
 
-    A processor that raises keeps its old state and has no reading in that step; ``fault`` is told.
+    A processor that raises keeps its old state and has no readings in that step, and ``fault`` is called.
 
     Attributes:
-        reads_probes: whether ``commit`` and ``peek`` need what probes read, too; ours do not.
+        reads_probes: whether ``commit`` and ``peek`` also need the readings of the probes. Only a user's processors do.
     """
 
     def __init__(self, processors: Sequence[Processor], fault: Callable[[str, Exception], None]) -> None:
@@ -72,7 +72,7 @@ class Deriver:
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self._states: list[Any] = [processor.initial() for processor in self._processors]
         self.reads_probes: bool = not all(type(processor) is Dynamics for processor in processors)
-        # Most runs have ours only, which needs neither a loop nor a guard: it fails with nothing but numbers given.
+        # Most runs have only the built-in processor. It needs neither a loop nor a guard: numbers never make it raise.
         self._alone = processors[0] if len(processors) == 1 and type(processors[0]) is Dynamics else None
         self._fault = fault
         given_before: set[str] = set()
@@ -82,7 +82,7 @@ class Deriver:
             given_before.update(map(_name, processor.gives))
 
     def commit(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """Advances to the next step; returns what the processors read in it, by name."""
+        """Advances to the next step and returns the derived metrics by name."""
         if self._alone is None:
             return self._advance(self._states, given)
         before = self._states[0]
@@ -93,7 +93,7 @@ class Deriver:
         return self._alone.readings(after)
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """What ``commit`` would return, without advancing."""
+        """Returns the same as ``commit`` without advancing."""
         return self._advance(self._states.copy(), given)
 
     def _advance(self, states: list[Any], given: Mapping[str, float]) -> Mapping[str, float]:
@@ -110,20 +110,20 @@ class Deriver:
             states[place] = after
             readings = processor.readings(after)
             derived.update(readings)
-            if self._chained:  # what the caller gave stands
+            if self._chained:  # values given by the caller take precedence
                 given = {**readings, **given}
         return derived
 
     def _keys(self) -> list[str]:
-        # A processor is known by what it gives: stable across versions of its class and its place in the list.
+        # The key is the list of metrics given: it does not depend on the processor's class or its place in the list.
         return ["+".join(map(_name, processor.gives)) for processor in self._processors]
 
     def state_dict(self) -> dict[str, Any]:
-        """The states by what each processor gives: plain values, safe for ``torch.load(weights_only=True)``."""
+        """Returns the states, keyed by each processor's metrics: plain values for ``torch.load(weights_only=True)``."""
         return dict(zip(self._keys(), self._states, strict=True))
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Takes the states of ``state_dict()``; a processor without one starts anew.
+        """Restores the states from ``state_dict()``. A processor without a state there starts afresh.
 
         Raises:
             ConfigurationError: a state is not a tuple, list or plain value.
@@ -137,5 +137,5 @@ class Deriver:
 
 
 def _frozen(state: Any) -> Any:
-    """Lists become tuples: a checkpoint that went through JSON has lists."""
+    """Converts lists to tuples: a checkpoint that was stored as JSON has lists."""
     return tuple(map(_frozen, state)) if isinstance(state, list | tuple) else state

@@ -1,4 +1,4 @@
-"""How loss and gradient norm move: delta, moving average, variance, volatility."""
+"""Trends of the loss and the gradient norm: delta, moving average, variance, volatility."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ WINDOW = 9  # 2 / SMOOTHING - 1: the span over which a rolling window is as old 
 _LOSS, _GRADIENT = 1, 2
 _NAN = float("nan")
 
-# Which of the two moved in the step; EWMA of the loss, its last values; EWMA of the norm, its variance. The window
-# ends with the last loss and is empty before the first; the variance is negative before the first norm.
+# The state: which of the two series has a value in this step; the loss's EWMA and window of last values; the norm's
+# EWMA and variance. The window ends with the last loss and is empty before the first loss. The variance is negative
+# before the first norm.
 State: TypeAlias = tuple[int, float, tuple[float, ...], float, float]
 
 
 class Dynamics:
-    """Derives how loss and gradient norm move, from the finite values of ``loss`` and ``gradient_norm``.
+    """Derives trends from the finite values x of ``loss`` and ``gradient_norm``.
 
     - ``loss_delta``: x minus the previous finite x.
     - ``loss_ewma``, ``grad_norm_ewma``: m <- m + a (x - m), started at the first x.
-    - ``loss_volatility``: population standard deviation of the last w values, computed anew from the window, so
-      that nothing drifts over millions of steps.
+    - ``loss_volatility``: population standard deviation of the last w values, computed from the whole window in each
+      step, so that rounding errors do not accumulate over millions of steps.
     - ``grad_var``: v <- (1 - a) (v + a (x - m)^2) with m before the update, 0.0 at the first x (T. Finch,
       "Incremental calculation of weighted mean and variance", 2009).
 
-    Equals pandas ``ewm(alpha=a, adjust=False, ignore_na=True)``, ``.mean()`` and ``.var(bias=True)``, and
-    ``rolling(w, min_periods=2).std(ddof=0)``, on the series without gaps. A step whose input is missing, not
-    finite, or overflows a result leaves that input's state as it was, and has none of its readings.
+    On the series without gaps, the results equal those of pandas ``ewm(alpha=a, adjust=False, ignore_na=True)`` with
+    ``.mean()`` and ``.var(bias=True)``, and ``rolling(w, min_periods=2).std(ddof=0)``. If an input is missing or not
+    finite, or a result overflows, the state of that input stays unchanged and its metrics are absent in that step.
 
-    One processor for both: every step pays for each processor, and for each object that a frame keeps.
+    One processor handles both inputs, since every processor adds work to each step and objects to each frame.
 
     Args:
-        without: metrics that somebody else gives.
+        without: metrics to leave out because another processor gives them.
     """
 
     needs: tuple[str, ...] = ("loss", "gradient_norm")
@@ -55,11 +56,11 @@ class Dynamics:
         self._window = window
 
     def initial(self) -> State:
-        """The state before the first finite values."""
+        """Returns the state before the first finite values."""
         return (0, 0.0, (), 0.0, -1.0)
 
     def advance(self, state: State, given: Mapping[str, float]) -> State:
-        """The state after a step; the same object if neither moved."""
+        """Returns the state after a step; the same object if the step has neither input."""
         _, loss_ewma, window, norm_ewma, variance = state
         moved = 0
         x = given.get("loss", _NAN)
@@ -69,7 +70,7 @@ class Dynamics:
                 delta = x - window[-1]
                 if ewma - ewma == 0.0 and delta - delta == 0.0:
                     moved, loss_ewma = _LOSS, ewma
-                    window = window[1:] + (x,) if len(window) == self._window else (*window, x)  # noqa: RUF005 - the sum is faster
+                    window = window[1:] + (x,) if len(window) == self._window else (*window, x)  # noqa: RUF005
             else:
                 moved, loss_ewma, window = _LOSS, x, (x,)
         x = given.get("gradient_norm", _NAN)
@@ -86,7 +87,7 @@ class Dynamics:
         return (moved, loss_ewma, window, norm_ewma, variance) if moved else state
 
     def readings(self, state: State) -> dict[str, float]:
-        """The metrics of the step that led to ``state``."""
+        """Returns the metrics of the step that led to ``state``."""
         moved, loss_ewma, window, norm_ewma, variance = state
         readings: dict[str, float] = {}
         if moved & _LOSS:
@@ -105,11 +106,11 @@ class Dynamics:
 
 
 def _deviation(window: tuple[float, ...]) -> float | None:
-    """The population standard deviation; None when it is beyond the range of a double."""
+    """Returns the population standard deviation; None if it is beyond the range of a double."""
     count = len(window)
     try:
         center = math.fsum(window) / count
-    except OverflowError:  # the sum of finite losses is
+    except OverflowError:  # the sum of finite losses is infinite
         return None
     deviation = math.dist(window, (center,) * count) / math.sqrt(count)
     return deviation if math.isfinite(deviation) else None

@@ -1,4 +1,4 @@
-"""Gradients: their norm, and how often their sources pull against each other. Needs torch."""
+"""The norm of gradients, and the share of gradient sources that conflict. Needs torch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from esper_otel.errors import InvalidValue
 Source: TypeAlias = Tensor | Iterable[Tensor | None]
 Sources: TypeAlias = Mapping[str, Source] | Iterable[Source]
 
-# The same tensor of every source; None where a source has none.
+# The tensors at one position, one per source; None if the source has no tensor there.
 Column: TypeAlias = Sequence[Tensor | None]
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 
-# The elements of eight sources fit a core's cache, and a product is worth its call.
+# Elements per block on the host: eight sources fit in a core's cache, and the cost of calls is small in comparison.
 _HOST_BLOCK = 131_072
-# 64 MiB in float64 for eight sources; few launches.
+# Elements per block on a device: 64 MiB in float64 for eight sources, with few kernel launches.
 _DEVICE_BLOCK = 1_048_576
-# A float32 inner product below this may have lost its sign with the products below 1e-38.
+# A float32 inner product smaller than this may have the wrong sign, because products below 1e-38 underflow.
 _LOWEST_FLOAT32 = 1e-25
 
 
@@ -38,22 +38,22 @@ _LOWEST_FLOAT32 = 1e-25
 def gradient_norm(
     model_or_parameters: nn.Module | Iterable[Tensor] | Tensor, *, scaler: GradScaler | None = None
 ) -> float | Tensor | None:
-    """The L2 norm over all gradients together: ``sqrt(sum(g ** 2))`` over every element of every ``.grad``.
+    """Returns the L2 norm over all gradients together: ``sqrt(sum(g ** 2))`` over every element of every ``.grad``.
 
-    Equals what ``torch.nn.utils.clip_grad_norm_`` returns, but half precision is added up, and returned, in float32.
-    With FSDP1 or ZeRO it is the norm of what this rank holds; a ``DTensor`` is reduced over its mesh, for which
-    all of its ranks must call.
+    The result equals that of ``torch.nn.utils.clip_grad_norm_``, but half precision is summed and returned as
+    float32. With FSDP1 or ZeRO it is the norm of this rank's shard. A ``DTensor`` is reduced over its mesh, so all
+    ranks of the mesh must make the call.
 
     Args:
-        model_or_parameters: whose gradients; a parameter without one does not count. Sparse ones are coalesced,
-            which waits for a CUDA device.
-        scaler: divides by its scale; for gradients that are still scaled.
+        model_or_parameters: the model or the parameters. Parameters without a gradient are ignored. Sparse gradients
+            are coalesced, which waits for a CUDA device.
+        scaler: a gradient scaler, for gradients that are still scaled; the norm is divided by its scale.
 
     Returns:
-        A float; a 0-d tensor if a gradient lies on a CUDA device, without waiting for it; None without gradients.
+        A float; or a 0-d tensor if any gradient is on a CUDA device, without waiting for it; or None without gradients.
 
     Raises:
-        InvalidValue: what was given has no parameters, or the scaler is none.
+        InvalidValue: the argument has no parameters, or ``scaler`` is not a gradient scaler.
     """
     gradients = _gradients_of(model_or_parameters)
     if not gradients:
@@ -73,7 +73,7 @@ def _gradients_of(given: object) -> list[Tensor]:
         if not isinstance(each, Tensor):
             raise _no_parameters(f"a {type(each).__name__} is among the parameters")
         if not (each.is_leaf or each.retains_grad):
-            raise _no_parameters("a tensor that an operation has made keeps no .grad")
+            raise _no_parameters("a tensor that is the result of an operation keeps no .grad")
     gradients = [each.grad for each in tensors if each.grad is not None]
     if tensors and not gradients and not any(each.requires_grad or isinstance(each, nn.Parameter) for each in tensors):
         raise _no_parameters("none of the tensors has, or requires, a gradient")
@@ -86,7 +86,7 @@ def _no_parameters(why: str) -> InvalidValue:
 
 def _total_norm(gradients: list[Tensor]) -> float | Tensor:
     if all(type(each) is Tensor and each.dtype is torch.float32 and not each.is_sparse for each in gradients):
-        with suppress(RuntimeError):  # they lie on several devices
+        with suppress(RuntimeError):  # the gradients are on several devices
             return _norm_of(torch._foreach_norm(gradients, 2.0))  # noqa: SLF001 - what clip_grad_norm_ uses
     groups: dict[tuple[object, ...], list[Tensor]] = {}
     for gradient in gradients:
@@ -109,12 +109,12 @@ def _norm_of(norms: tuple[Tensor, ...] | list[Tensor]) -> float | Tensor:
 
 
 def _scale(scaler: GradScaler, device: torch.device | None) -> float | Tensor:
-    # get_scale() waits for the device, unless the scale is not on it yet or the scaler is disabled.
+    # get_scale() waits for the device if the scaler is enabled and its scale is already on the device.
     scale = getattr(scaler, "_scale", None)
     if isinstance(scale, Tensor) and device is not None:
         return scale.to(device, non_blocking=True)
     if not hasattr(scaler, "get_scale"):
-        raise InvalidValue("scaler", f"{reprlib.repr(scaler)} is no torch.amp.GradScaler")
+        raise InvalidValue("scaler", f"{reprlib.repr(scaler)} is not a torch.amp.GradScaler")
     return scaler.get_scale()
 
 
@@ -122,21 +122,21 @@ def _scale(scaler: GradScaler, device: torch.device | None) -> float | Tensor:
 
 
 def gradient_conflict_rate(sources: Sources) -> float | None:
-    """The share, 0 to 1, of the pairs of sources whose gradients point against each other.
+    """Returns the share (0 to 1) of pairs of sources whose gradients point in opposing directions.
 
-    ``share of i < j with sum(g_i * g_j) < 0``, exact over all elements, added up in float64. Takes no copy of the
-    gradients, beyond blocks of them. Waits for CUDA.
+    This is the share of pairs i < j with ``sum(g_i * g_j) < 0``, over all elements, summed in float64. Only blocks
+    of the gradients are copied, one at a time. Waits for CUDA.
 
     Args:
-        sources: two or more, by name or in order, such as seeds or micro-batches. A source is a floating-point
-            tensor, or several in the same order and of the same shapes as every other source's; None stands
-            for a gradient that is not there, of a frozen or unused parameter, and adds nothing.
+        sources: two or more sources, by name or in order, such as seeds or micro-batches. A source is a
+            floating-point tensor, or a sequence of tensors with the same order and shapes as in every other source.
+            None stands for a missing gradient, of a frozen or unused parameter, and adds nothing.
 
     Returns:
-        The share; None with fewer than two sources, or when a product is not finite: then it is undefined.
+        The share; None with fewer than two sources, or if a product is not finite and the share thus undefined.
 
     Raises:
-        InvalidValue: a source that is no gradient, or does not match the first; the message says which.
+        InvalidValue: a source is not a gradient or does not match the first source; the message names it.
     """
     rate = conflict_on_device(sources)
     if isinstance(rate, Tensor):
@@ -146,7 +146,10 @@ def gradient_conflict_rate(sources: Sources) -> float | None:
 
 
 def conflict_on_device(sources: Sources) -> float | Tensor | None:
-    """As ``gradient_conflict_rate``, but waits for no CUDA device: from there comes a 0-d tensor, NaN if undefined."""
+    """Like ``gradient_conflict_rate``, but for gradients on CUDA it returns a 0-d tensor, without waiting.
+
+    The tensor is NaN if the rate is undefined.
+    """
     gradients = _checked(sources)
     if len(gradients) < 2:
         return None
@@ -160,7 +163,7 @@ def conflict_on_device(sources: Sources) -> float | Tensor | None:
 
 def _checked(sources: Sources) -> list[list[Tensor | None]]:
     if isinstance(sources, str | Tensor | nn.Module) or not isinstance(sources, Iterable):
-        raise InvalidValue("sources", f"a {type(sources).__name__} is no mapping or sequence of gradient sources")
+        raise InvalidValue("sources", f"a {type(sources).__name__} is not a mapping or sequence of gradient sources")
     named = sources.items() if isinstance(sources, Mapping) else enumerate(sources)
     checked: list[list[Tensor | None]] = []
     shapes: list[torch.Size | None] = []
@@ -187,7 +190,7 @@ def _checked(sources: Sources) -> list[list[Tensor | None]]:
 
 
 def _fault(tensor: object, shape: torch.Size | None) -> str | None:
-    """What keeps it from being one more gradient of that shape."""
+    """Returns why the tensor is not a valid gradient of that shape; None if it is valid."""
     if not isinstance(tensor, Tensor):
         return f"is a {type(tensor).__name__}, not a tensor or None"
     if not tensor.is_floating_point():
@@ -219,12 +222,12 @@ def _conflict_on_host(columns: Iterable[Column], count: int) -> float | None:
 
 
 def _products(block: Sequence[Array]) -> list[float]:
-    """The inner products of all pairs; those that float32 could not hold are computed in float64."""
+    """Returns the inner products of all pairs. Those out of float32's reliable range are computed in float64."""
     products = [float(one.dot(other)) for one, other in combinations(block, 2)]
     sizes = [abs(product) for product in products]
     if all(_LOWEST_FLOAT32 < size < math.inf for size in sizes):
         return products
-    # Blocks of zeros, common in the gradients of embeddings, are not worth a conversion: their products are exact.
+    # Blocks of zeros, common in the gradients of embeddings, need no conversion: their products are exact.
     wide = [each.astype(np.float64) if each.any() else None for each in block]
     for place, (one, other) in enumerate(combinations(wide, 2)):
         if one is not None and other is not None and not _LOWEST_FLOAT32 < sizes[place] < math.inf:
@@ -233,7 +236,7 @@ def _products(block: Sequence[Array]) -> list[float]:
 
 
 def _blocks(tensors: Sequence[Tensor]) -> Iterator[list[Array]]:
-    """The same elements of every tensor, a block at a time, without a copy where they are float32 or float64."""
+    """Yields the same elements of every tensor, block by block. Float32 and float64 blocks are not copied."""
     laid_out = _laid_out(tensors)
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     parts = [tensor.numpy(force=True) if tensor.dtype == dtype else tensor for tensor in laid_out]
@@ -247,7 +250,7 @@ def _array(part: Array | Tensor, dtype: torch.dtype) -> Array:
 
 
 def _laid_out(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The tensors in the order in which the first lies in memory: flat views if all of them lie so."""
+    """Returns the tensors with dimensions in the memory order of the first; flat views if all have that order."""
     if not all(tensor.is_contiguous() for tensor in tensors):
         strides = tensors[0].stride()
         order = sorted(range(len(strides)), key=lambda dimension: -strides[dimension])
@@ -258,7 +261,7 @@ def _laid_out(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _rows(tensor: Tensor, elements: int) -> Iterator[slice]:
-    """Equal slices of the first dimension, of at most so many elements unless one row has more."""
+    """Yields equal slices of the first dimension with at most ``elements`` elements, unless one row has more."""
     rows = len(tensor)
     blocks = min(rows, -(-tensor.numel() // elements))
     for block in range(blocks):
@@ -266,14 +269,14 @@ def _rows(tensor: Tensor, elements: int) -> Iterator[slice]:
 
 
 def conflict_by_matrices(columns: Iterable[Column], count: int, device: torch.device) -> Tensor:
-    """The conflict rate where a call costs more than a multiplication: by a matrix of inner products per block.
+    """Computes the conflict rate with one matrix product per block, to keep the number of kernel launches low.
 
-    In float64: a float32 product of matrices may use TF32, which is too coarse to have the right sign.
+    The products are in float64: with float32, a matrix product may use TF32, which is too coarse for the right sign.
 
     Returns:
-        A 0-d tensor on ``device``; NaN when undefined.
+        A 0-d tensor on ``device``; NaN if undefined.
     """
-    grams: dict[tuple[int, ...], Tensor] = {}  # by which sources have a tensor
+    grams: dict[tuple[int, ...], Tensor] = {}  # by the set of sources that have a tensor
     for column in columns:
         present = {source: _dense(tensor) for source, tensor in enumerate(column) if tensor is not None}
         if len(present) < 2:

@@ -1,4 +1,4 @@
-"""What a processor is: a fold over steps whose state is frozen and whose readings are pure."""
+"""The interface of processors, which derive metrics from those of each step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from esper_otel.schema import Metric
 class Processor(Protocol):
     """Derives metrics from those of each step.
 
-    The state is anything immutable made of plain values (numbers, strings, tuples), since it goes into
-    checkpoints as it is. ``advance`` runs once per published step, in order, on the training path, and
-    ``readings`` right after it, once; both must neither wait for a device nor for anything else.
+    The state must be immutable and consist of plain values (numbers, strings, tuples), since it is stored in
+    checkpoints unchanged. ``advance`` runs once per published step, in order, in the training thread, followed by
+    one call of ``readings``. Neither may wait, for a device or anything else.
 
     Attributes:
-        needs: metrics that ``advance`` reads, as names or entries.
-        gives: metrics that ``readings`` may return, as names or entries. An entry that the catalogue does not
-            have is declared with it.
+        needs: metrics that ``advance`` reads, as names or ``Metric`` entries.
+        gives: metrics that ``readings`` may return, as names or ``Metric`` entries. An entry that is not in
+            the catalogue is thereby declared.
     """
 
     @property
@@ -31,10 +31,10 @@ class Processor(Protocol):
         """Metrics that ``readings`` may return."""
 
     def initial(self) -> Any:
-        """The state before the first step."""
+        """Returns the state before the first step."""
 
     def advance(self, state: Any, given: Mapping[str, float]) -> Any:
-        """The state after a step, or the very same object when this step has no reading."""
+        """Returns the state after a step, or the same object if the step has no readings."""
 
     def readings(self, state: Any) -> Mapping[str, float]:
-        """The metrics of the step that led to ``state``."""
+        """Returns the metrics of the step that led to ``state``."""

@@ -1,1 +1,1 @@
-"""Loops that are not ours: plain scripts, Lightning, Hugging Face. Each foreign framework has a module of its own."""
+"""Integrations with existing training loops: plain scripts, Lightning, Hugging Face. One module per framework."""

@@ -1,4 +1,4 @@
-"""Lightning: ``Trainer(callbacks=[EsperCallback()])``."""
+"""Callback for PyTorch Lightning: ``Trainer(callbacks=[EsperCallback()])``."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
 else:
     try:
         from lightning.pytorch import Callback
-    except ImportError:  # the same under its older name, for those who have installed that
+    except ImportError:  # the same library under its older package name
         Callback = import_module("pytorch_lightning").Callback
 
 VALIDATION = {"loss": "val_loss", "accuracy": "val_acc"}
 
 
 class EsperCallback(Callback):
-    """Records a step for each step of the optimizer: loss, gradient norm, samples/s, input wait, step latency.
+    """Records each optimizer step: loss, gradient norm, samples/s, input wait, step latency.
 
-    - ``loss`` is what ``training_step`` returns; of accumulated batches the mean. Absent where several steps are made
-      in one batch (manual optimization): ``put(loss=...)`` before each of them.
-    - ``gradient_norm`` is that of the optimizer's parameters before its step: unscaled, not yet clipped.
-      ``optimizer_lr`` is the rate of this step.
-    - ``input_wait_ms`` lies between the hooks of two batches: the loader, the move to the device, and what Lightning
-      does there; a validation in between is left out.
-    - Steps have the numbers of ``trainer.global_step``; a run resumed from a checkpoint goes on with them, and with the
-      averages that the checkpoint holds.
+    - ``loss`` is the value returned by ``training_step``; with gradient accumulation, the mean over the batches. It is
+      absent if one batch has several optimizer steps (manual optimization): call ``put(loss=...)`` before each of them.
+    - ``gradient_norm`` is the norm over the optimizer's parameters before its step, unscaled and before clipping.
+      ``optimizer_lr`` is the learning rate of this step.
+    - ``input_wait_ms`` is the time between the hooks of two batches: the loader, the move to the device, and
+      Lightning's own work. Time spent in validation is not included.
+    - Steps are numbered by ``trainer.global_step``. A run resumed from a checkpoint continues the numbers, and also
+      the averages, which are stored in the checkpoint.
     - A copy or a pickle of the callback has no session; it starts one when it trains.
 
     Args:
-        telemetry: a session that is there, which its owner closes; else one is started with the fit and ends with it.
-        metrics: step metrics of what the module logs: ``{"accuracy": "train_acc"}``.
-        validation: what of ``trainer.callback_metrics`` is the validation's ``loss`` and ``accuracy``.
-        arguments: as of ``esper_otel.start``.
+        telemetry: an existing session, which its owner must close. By default, each fit starts a session and closes it.
+        metrics: names of values that the module logs, by step metric: ``{"accuracy": "train_acc"}``.
+        validation: names in ``trainer.callback_metrics``, by validation metric (``loss`` and ``accuracy``).
+        arguments: passed to ``esper_otel.start``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EsperCallback(Callback):
     ) -> None:
         super().__init__()
         if telemetry is not None and arguments:
-            raise InvalidValue(next(iter(arguments)), "has no effect beside telemetry=: give it to start()")
+            raise InvalidValue(next(iter(arguments)), "has no effect with telemetry=: give it to start()")
         self.telemetry = telemetry
         self._is_ours = telemetry is None
         self._metrics = dict(metrics or {})
@@ -69,7 +69,7 @@ class EsperCallback(Callback):
         self._begin(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this object in this process."""
+        """Returns the state without the parts that belong to this object in this process."""
         idle: dict[str, Any] = {
             "telemetry": None,
             "_is_ours": True,
@@ -83,7 +83,7 @@ class EsperCallback(Callback):
         return {**vars(self), **idle}
 
     def _begin(self, loop: Loop | None, trainer: Any = None) -> None:
-        """Nothing of an earlier fit is left."""
+        """Clears the state of an earlier fit."""
         self._loop = loop
         self._trainer = trainer
         self._losses: list[Tensor] = []
@@ -94,12 +94,12 @@ class EsperCallback(Callback):
     def put(self, **values: Scalar | None) -> None:
         """Records step metrics, from ``training_step``: ``put(loss=loss)``.
 
-        They are those of the optimizer's step that comes next in the batch; without one, of the last step. Outside a
-        fit nothing is recorded.
+        They count for the next optimizer step of the batch or, if there is none, for the last one. Outside a fit the
+        call does nothing.
 
         Raises:
-            UnknownMetric: a name that is not declared; the message names the nearest.
-            InvalidValue: a value that is not one number.
+            UnknownMetric: a name is not declared; the message suggests the nearest one.
+            InvalidValue: a value is not a single number.
         """
         if self._loop is None:
             return
@@ -108,10 +108,10 @@ class EsperCallback(Callback):
         else:
             self._loop.put(values)
 
-    # -- Lightning's hooks, in the order in which they come ------------------------------------------------
+    # -- Lightning's hooks, in the order of the calls ------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """What a test or a validation has loaded is not what the fit goes on from."""
+        """Forgets state from a checkpoint that a test or a validation has loaded: the fit does not continue from it."""
         del trainer, pl_module
         if stage == "fit":
             self._resumed = None
@@ -119,7 +119,7 @@ class EsperCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the session, one run for all ranks."""
         del pl_module
-        self._end("interrupted")  # a fit that was left without a word; else it has ended
+        self._end("interrupted")  # only if the last fit ended without calling a hook
         if self.telemetry is None or self._is_ours:
             arguments = {"rank": trainer.global_rank, "world_size": trainer.world_size, **self._arguments}
             if trainer.max_epochs is not None and trainer.max_epochs > 0:
@@ -128,32 +128,32 @@ class EsperCallback(Callback):
         if self._resumed is not None:
             try:
                 self.telemetry.load_state_dict(self._resumed)
-            except Exception as error:  # noqa: BLE001 - whatever lies there, the training goes on
-                logging.getLogger("esper_otel").warning("%s; averages begin anew", error)
+            except Exception as error:  # noqa: BLE001 - bad state in a checkpoint must not stop training
+                logging.getLogger("esper_otel").warning("%s; averages start afresh", error)
             self._resumed = None
         self._begin(Loop(self.telemetry), trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """A resumed fit knows its step by now; one that goes on within an epoch has no start of an epoch."""
+        """Restores the step number of a resumed fit. A fit resumed within an epoch has no epoch start hook."""
         del pl_module
         self._steps = trainer.global_step
         self._running.wait()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first batch of the epoch is asked for."""
+        """Starts timing the wait for the epoch's first batch."""
         del trainer, pl_module
         self._running.wait()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The batch is there."""
+        """Ends the wait for the batch."""
         del trainer, pl_module, batch_idx
         self._running.batch(samples_of(batch))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
-        """The gradients are whole; LBFGS comes here several times in one step."""
+        """Records the norm of the complete gradients. LBFGS calls this several times in one step."""
         del pl_module
         loop = self._running
-        if trainer.global_step > self._steps:  # the step before is over, and the batch is used once more
+        if trainer.global_step > self._steps:  # the previous step is over and the batch is used again
             self._record(trainer, {})
             self._is_shared = True
             loop.go_on(time.perf_counter())
@@ -166,7 +166,7 @@ class EsperCallback(Callback):
         loop.gradients([parameter for group in groups for parameter in group["params"]])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The step is over, if the optimizer has stepped."""
+        """Records the step if the optimizer has stepped."""
         del batch, batch_idx
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
@@ -175,7 +175,7 @@ class EsperCallback(Callback):
             values: dict[str, Any] = {}
             if self._losses and not self._is_shared:
                 total = sum(self._losses[1:], self._losses[0])
-                # Lightning has divided each by the number of batches that a step is to have.
+                # Lightning has divided each loss by the planned number of batches per step.
                 share = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
                 values["loss"] = total if share == len(self._losses) else total * (share / len(self._losses))
             if self._metrics:
@@ -183,14 +183,14 @@ class EsperCallback(Callback):
                 values |= {name: logged[key] for name, key in self._metrics.items() if key in logged}
             self._record(trainer, {**values, **self._later})
             self._losses, self._later = [], {}
-        elif self._is_shared:  # its batch belongs to the steps that were made of it
+        elif self._is_shared:  # the batch belongs to its several steps
             self._running.forget()
             self._losses = []
         self._is_shared = False
         self._running.wait()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Notes the validation's results; waiting for the next batch begins now."""
+        """Records the validation's results and restarts timing the wait for the next batch."""
         del pl_module
         if trainer.sanity_checking or self.telemetry is None or self._loop is None:
             return
@@ -201,30 +201,30 @@ class EsperCallback(Callback):
         self._loop.wait()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The step under way is recorded as failed, and the run ends."""
+        """Records the current step as failed and ends the run."""
         del pl_module
         if self._loop is not None:
             self._loop.fail(epoch=trainer.current_epoch, global_step=trainer.global_step + 1)
         self._end(outcome_of(type(exception), exception))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """The run has ended."""
+        """Ends the session of the run."""
         del trainer, pl_module
         self._end(None)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A tuner ends the fit without another word."""
+        """Ends the run when a tuner stops the fit, which calls no other hook."""
         del trainer, pl_module, stage
         self._end(None)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoint: step number and averages."""
+        """Returns step number and averages for Lightning's checkpoint."""
         return {} if self.telemetry is None else {"telemetry": self.telemetry.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From Lightning's checkpoint."""
+        """Takes step number and averages from Lightning's checkpoint."""
         self._resumed = state_dict.get("telemetry")
 
     # -- the rest ------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class EsperCallback(Callback):
         loop.end(epoch=trainer.current_epoch, global_step=self._steps)
 
     def _end(self, outcome: str | None) -> None:
-        """Ends the fit that is under way, if any."""
+        """Ends the current fit, if there is one."""
         if self._loop is None:
             return
         self._begin(None)

@@ -1,4 +1,4 @@
-"""Listening: what a method of another library's object takes and returns, while nothing hangs on the object itself."""
+"""Observing the calls of a method of another library's object without changing the object."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _MARK = "_esper_listening"
 
 
 class Listening:
-    """Hears the calls of one object's method, by its class: the object can be copied, pickled and saved as before.
+    """Observes the calls of one object's method by patching its class, so the object can still be copied and pickled.
 
-    Calls of other objects of the class pass through, and so do those that the method makes of itself in a base class.
-    A method that is no plain function of the class is not heard.
+    Calls on other objects of the class are ignored, and so are calls that the method makes to its own version in a
+    base class. A method that is not a plain function of the class is not observed.
 
     Args:
         owner: the object.
-        name: of the method.
-        returned: is given what the method has returned.
-        called: is given the arguments before the method runs.
-        raised: is given an exception that leaves the method.
+        name: the name of the method.
+        returned: called with the return value of the method.
+        called: called with the arguments before the method runs.
+        raised: called with an exception that the method raises.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Listening:
             setattr(self._class, name, self._around(found))
 
     def end(self) -> None:
-        """Hears nothing more; the class has its method back, unless another library has replaced it since."""
+        """Stops observing. Restores the method of the class, unless another library has replaced it since."""
         self._owner = lambda: None
         if self._class is None:
             return
@@ -56,7 +56,7 @@ class Listening:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nobody left to listen to."""
+        """Whether the observed object is gone."""
         return self._owner() is None
 
     def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +83,7 @@ class Listening:
 
 
 def _harmless(hear: Callable[..., None] | None, *given: Any, **named: Any) -> None:
-    """A fault of ours is logged, and does not reach the training."""
+    """Runs a callback and logs its exceptions, so that they do not reach the training."""
     try:
         if hear is not None:
             hear(*given, **named)

@@ -1,9 +1,9 @@
-"""Loader: what a training loop takes from its loaders, as waits and batches of the steps that use them.
+"""Follows the batches that a training loop takes, and assigns waits and batches to the steps that use them.
 
-Batches come to a loop in many ways: from the loader itself, from another one that was made of it (Accelerate's
-``prepare`` and ``skip_first_batches``), through generators that are a batch ahead, from threads. Followed are
-stand-ins (``esper_otel.record.loaders``), and every iterator of PyTorch's DataLoader and of Accelerate's loaders while
-anybody listens.
+A loop can get its batches in many ways: from the loader itself, from another loader that wraps it (Accelerate's
+``prepare`` and ``skip_first_batches``), from generators that prefetch a batch, from threads. Followed are stand-ins
+(``esper_otel.record.loaders``) and, while there are listeners, all iterators of PyTorch's DataLoader and of
+Accelerate's loaders.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from esper_otel.record.loaders import Listener, is_stand_in, taking
 _FARTHEST_AHEAD = 8
 
 
-# A number that rises with every operation that autograd notes on this thread.
+# Returns a number that grows with each operation that autograd records on this thread.
 _sequence: Callable[[], int] = getattr(torch._C._autograd, "_get_sequence_nr", lambda: 0)  # noqa: SLF001
 
 
 class BatchListener(Protocol):
-    """Hears when the loop waits for a batch, and when it has one."""
+    """Is told when the loop waits for a batch and when it has one."""
 
     def wait(self) -> None:
-        """The loop asks for a batch: a step that has been made is over."""
+        """The loop requests a batch. If the optimizer has stepped, that step is over."""
 
     def batch(self, samples: int | None = None) -> None:
-        """The batch that the next step uses is there; with as many samples, if that is known."""
+        """The batch for the next step has arrived; ``samples`` is its size, if known."""
 
     def no_batch(self) -> None:
-        """The batch that was asked for does not come."""
+        """The requested batch does not exist or could not be loaded."""
 
     def discard(self) -> None:
         """The batches since the last step were not for training."""
 
     def stop(self) -> None:
-        """The loop was left, by a ``break`` or an exception."""
+        """The loop was left by ``break`` or an exception."""
 
 
 class _Pass:
@@ -59,19 +59,19 @@ class _Pass:
         self.taker = weakref.ref(taker)
         self.number: int | None = None
         self.has_gotten = False
-        self.has_worked = False  # the model, since the first batch
-        self.is_unused = False  # whether it has given a batch since the last step
-        self.ahead = 0  # how many batches a generator in between is ahead of the loop
+        self.has_worked = False  # whether the model has run since the first batch
+        self.is_unused = False  # whether a batch was taken since the last step
+        self.ahead = 0  # number of batches that a generator in between has prefetched
         self.samples: deque[int | None] = deque()
         self.sequence = 0
 
     def hand_out(self) -> int | None:
-        """The samples of the batch that the loop gets now."""
+        """Returns the number of samples of the batch that the loop gets now."""
         return self.samples.popleft() if len(self.samples) > self.ahead else None
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """A fault of ours is logged once, and never the script's concern."""
+    """Wraps a method so that its exceptions are logged once and never reach the script."""
     seen = set[str]()
 
     @functools.wraps(method)
@@ -87,16 +87,16 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Feed:
-    """Turns what is heard of loaders into waits and batches. A ``Listener``.
+    """Turns the events of loaders into waits and batches. A ``Listener``.
 
-    Threads: any; what counts is heard on the one that trains.
+    Threads: any. Only events on the training thread count.
 
-    Of iterations inside one another the outermost counts. A batch that a generator has fetched ahead is handed out
-    with the step that uses it. An epoch is an iteration in which there was a step; of a watched loader also one without
-    a step that came to its end and had gradients: not a look at one batch, and no validation.
+    If iterations are nested, the outermost counts. A batch prefetched by a generator is assigned to the step that uses
+    it. An epoch is an iteration with at least one step. For a watched loader, a complete iteration with gradients but
+    without a step is an epoch, too. Taking a single batch, or a validation, is not.
 
     Attributes:
-        epoch: which iteration the last step belongs to, from 0.
+        epoch: number of the iteration that the last step belongs to, from 0.
     """
 
     def __init__(self, waiting: BatchListener) -> None:
@@ -113,22 +113,22 @@ class Feed:
 
     @property
     def is_heard(self) -> bool:
-        """Whether batches are asked for on the thread that trains."""
+        """Whether batches are requested on the training thread."""
         return self._asked_on is not None
 
     @property
     def is_open(self) -> bool:
-        """Whether an iteration is under way."""
+        """Whether an iteration is in progress."""
         return any(self._is_open(each) for each in list(self._passes.values()))
 
     @property
     def is_training(self) -> bool:
-        """Whether the last batch may be one to train on: neither without gradients, nor of a loop without a step."""
+        """Whether the last batch may be for training: gradients were enabled, or a step has followed it."""
         return self._was_training
 
     @property
     def has_worked(self) -> bool:
-        """Whether a model has worked since the last batch: else that was only fetched ahead."""
+        """Whether a model has run since the last batch. If not, the batch was only prefetched."""
         return _sequence() != self._sequence
 
     @_harmless
@@ -174,7 +174,7 @@ class Feed:
         if now is None or now.taker() is not taker:
             return
         self._asking = None
-        if now.samples:  # those ahead
+        if now.samples:  # prefetched batches remain
             now.ahead -= 1
             self._waiting.batch(now.hand_out())
         else:
@@ -192,10 +192,10 @@ class Feed:
 
     @_harmless
     def steps(self) -> None:
-        """The optimizer is about to step; called on the thread that trains."""
+        """The optimizer is about to step. Called on the training thread."""
         self._thread = threading.get_ident()
         if self._asked_on is not None and self._asked_on != self._thread:
-            self._waiting.discard()  # another thread has fetched them: which of them the step uses is not known
+            self._waiting.discard()  # another thread fetched the batches; which of them the step uses is unknown
             self._asking = self._current = self._asked_on = None
         for each in self._passes.values():
             each.is_unused = False
@@ -207,7 +207,7 @@ class Feed:
             self.epoch = now.number or 0
 
     def is_of_another_thread(self) -> bool:
-        """Whether the thread that trains is another one than this, and lives."""
+        """Whether the training thread is alive and is not the current thread."""
         own = threading.get_ident()
         return self._thread not in {None, own} and any(each.ident == self._thread for each in threading.enumerate())
 
@@ -229,7 +229,7 @@ class Feed:
         return taker is not None and id(taker) in self._passes
 
     def _look_ahead(self, now: _Pass) -> None:
-        """Whether the batch before was only fetched ahead: by a generator, and the model has not worked since."""
+        """Checks whether the previous batch was only prefetched by a generator: the model has not run since."""
         if _sequence() != now.sequence:
             now.has_worked = True
         elif now.ahead < _FARTHEST_AHEAD and _is_for_a_generator():
@@ -237,17 +237,17 @@ class Feed:
 
 
 def _is_for_a_generator() -> bool:
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - who calls
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the caller
     while frame is not None and str(frame.f_globals.get("__name__")).startswith("esper_otel."):
         frame = frame.f_back
     return frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
 
 
-# -- iterators of loaders that were not given to us --------------------------------------------------------
+# -- iterators of loaders without a stand-in ---------------------------------------------------------------
 
 
 class _LoaderHooks:
-    """Tells listeners of every DataLoader's iterators, as long as there are any. Hears itself as a listener."""
+    """Patches the iterators of all DataLoaders to call listeners, as long as there are listeners."""
 
     def __init__(self) -> None:
         self._listeners: list[tuple[Listener, Callable[[Any], bool]]] = []
@@ -255,7 +255,7 @@ class _LoaderHooks:
 
     def add(self, listener: Listener, of: Callable[[Any], bool]) -> None:
         self._listeners = [*self._listeners, (listener, of)]
-        self._replace(dataloader._BaseDataLoaderIter, "__next__", self._next)  # noqa: SLF001 - the place that all pass
+        self._replace(dataloader._BaseDataLoaderIter, "__next__", self._next)  # noqa: SLF001 - called for every batch
         self.add_accelerate()
 
     def add_accelerate(self) -> None:
@@ -273,7 +273,7 @@ class _LoaderHooks:
             self._replaced = []
 
     def forget(self) -> None:
-        """Nobody listens here."""
+        """Removes all listeners, in a forked child."""
         self._listeners = []
 
     def hearing(self, source: Any) -> list[Listener]:
@@ -314,19 +314,19 @@ class _LoaderHooks:
 
 
 _everywhere = _LoaderHooks()
-os.register_at_fork(after_in_child=_everywhere.forget)  # a worker's loaders are not the training's
+os.register_at_fork(after_in_child=_everywhere.forget)  # loaders in a worker are not those of the training loop
 
 
 def follow(listener: Listener, of: Callable[[Any], bool] = lambda _dataset: True) -> None:
-    """Tells the listener of every DataLoader whose dataset is one of these, until ``unfollow``."""
+    """Calls the listener for every DataLoader whose dataset ``of`` accepts, until ``unfollow``."""
     _everywhere.add(listener, of)
 
 
 def follow_accelerate() -> None:
-    """Accelerate has been imported since ``follow``."""
+    """Also follows Accelerate's loaders, after Accelerate has been imported later than ``follow`` was called."""
     _everywhere.add_accelerate()
 
 
 def unfollow(listener: Listener) -> None:
-    """Puts back what PyTorch and Accelerate had, when nobody listens any more."""
+    """Removes the listener. After the last one, restores the methods of PyTorch and Accelerate."""
     _everywhere.remove(listener)

@@ -1,4 +1,4 @@
-"""Loop: steps of a training loop that says, event by event, where it is. One step is one optimizer step."""
+"""Records the steps of a training loop from its events. One step is one optimizer step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from esper_otel.derive.gradients import gradient_norm
 from esper_otel.record.device import scalar
 from esper_otel.session.telemetry import Telemetry
 
-# Of these the last value counts; of others the mean over the batches of a step.
+# For these metrics, a step has the last value; for others, the mean over its batches.
 _OF_THE_STEP = frozenset({"gradient_norm", "esper.optimizer.lr", "esper.optimizer.index"})
 
 
 class _StepFailed(Exception):
-    """Ends the scope of a step that has failed elsewhere."""
+    """Raised to end the scope of a step that has failed elsewhere."""
 
 
 class _Mean:
-    """The mean of a value over batches, weighted by their samples where all of them are known."""
+    """The mean of a value over batches, weighted by their numbers of samples if all of these are known."""
 
     def __init__(self, value: float | Tensor, samples: int | None) -> None:
         self.first = value
@@ -47,7 +47,7 @@ class _Mean:
 
 
 class _Batches:
-    """What has happened in one batch or several, on the way to a step."""
+    """Times and values of the batches of a step, one or more."""
 
     def __init__(self) -> None:
         self.began_s: float | None = None
@@ -60,12 +60,12 @@ class _Batches:
         self.means: dict[str, _Mean] = {}
 
     def close(self) -> None:
-        """The batch is over: what was put in it counts with its samples."""
+        """Ends the batch: the values put in it are weighted by its number of samples."""
         for name in [name for name in self.values if name not in _OF_THE_STEP]:
             self._mean(name, _Mean(self.values.pop(name), self.samples))
 
     def add(self, later: _Batches) -> None:
-        """Both belong to one step."""
+        """Adds batches that belong to the same step."""
         self.close()
         later.close()
         if self.began_s is None:
@@ -83,12 +83,12 @@ class _Batches:
             self._mean(name, mean)
 
     def all_values(self) -> dict[str, float | Tensor]:
-        """What is to be recorded of it."""
+        """Returns all values to record."""
         self.close()
         return {**self.measured(), **self.values, **{name: mean.value() for name, mean in self.means.items()}}
 
     def measured(self) -> dict[str, float]:
-        """Latency, wait and rate; without a begin they are not known."""
+        """Returns latency, wait and rate; empty if the beginning is unknown."""
         if self.began_s is None:
             return {}
         over_s = time.perf_counter() if self.over_s is None else self.over_s
@@ -108,14 +108,15 @@ class _Batches:
 
 
 class Loop:
-    """Turns the events of a loop into recorded steps. Threads: the one that trains.
+    """Turns the events of a loop into recorded steps. Threads: the training thread.
 
-    ``wait`` and ``batch`` around each batch, ``gradients`` before and ``stepped`` after the optimizer's step, ``put``
-    in between, ``end`` when the step's work is done. Of several batches before one optimizer step the waits and the
-    samples add up, and values that were put are averaged; waits inside the step are no part of its latency.
+    Call ``wait`` and ``batch`` before and after loading each batch, ``gradients`` before and ``stepped`` after the
+    optimizer's step, ``put`` in between, and ``end`` when the step's work is done. If several batches precede an
+    optimizer step, their waits and samples are summed, and the values put are averaged. The latency of a step does not
+    include waits for batches inside it.
 
     Args:
-        telemetry: where steps are recorded.
+        telemetry: the session that records the steps.
 
     Attributes:
         has_stepped: whether the optimizer has stepped since the last recorded step.
@@ -130,22 +131,22 @@ class Loop:
 
     @property
     def has_earlier(self) -> bool:
-        """Whether there are batches without an optimizer's step before the last one."""
+        """Whether there are batches before the last one that have not been followed by an optimizer step."""
         return self._earlier is not None
 
     @property
     def is_in_batch(self) -> bool:
-        """Whether a batch has come since the last recorded step."""
+        """Whether a batch has arrived since the last recorded step."""
         return self._now.began_s is not None
 
     def wait(self) -> None:
-        """The loop asks for a batch: the work of a step that was made is over, but ``put`` still reaches it."""
+        """The loop requests a batch. If the optimizer has stepped, the step is over; ``put`` still applies to it."""
         self._asked_s = time.perf_counter()
         if self.has_stepped and self._now.over_s is None:
             self._now.over_s = self._asked_s
 
     def batch(self, samples: int | None = None) -> None:
-        """The batch is there; with it a step begins, unless one is under way."""
+        """The batch has arrived. It begins a step unless one is in progress."""
         now_s = time.perf_counter()
         waited_s = 0.0 if self._asked_s is None else now_s - self._asked_s
         self._asked_s = None
@@ -162,7 +163,7 @@ class Loop:
             self.count(samples)
 
     def count(self, samples: int) -> None:
-        """Adds samples to the step under way."""
+        """Adds samples to the current step."""
         self._now.samples = samples + (self._now.samples or 0)
 
     def discard(self) -> None:
@@ -171,28 +172,28 @@ class Loop:
             self.forget()
 
     def no_batch(self) -> None:
-        """The batch that was asked for does not come."""
+        """The requested batch does not exist or could not be loaded."""
         self._asked_s = None
 
     def gradients(self, of: nn.Module | Iterable[Tensor], scale: float | Tensor | None = None) -> None:
-        """Notes the norm of the gradients; waits for no GPU.
+        """Records the norm of the gradients, without waiting for a GPU.
 
         Args:
-            of: the model, or the parameters, whose gradients count.
-            scale: what the gradients are still multiplied by.
+            of: the model or the parameters whose gradients are used.
+            scale: the factor by which the gradients are still scaled.
         """
         norm = gradient_norm(of)
         if norm is not None:
             self._now.values["gradient_norm"] = norm if scale is None else norm / scale
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """Notes step metrics of the batch under way; the last value of a name counts.
+        """Records step metrics of the current batch; the last value of a name counts.
 
         Raises:
-            UnknownMetric: a name that is not declared.
-            InvalidValue: a value that is not one number.
+            UnknownMetric: a name is not declared.
+            InvalidValue: a value is not a single number.
         """
-        names = self._telemetry._recorder.names  # noqa: SLF001 - of the same package
+        names = self._telemetry._recorder.names  # noqa: SLF001 - same package
         for name, value in names.resolved(values).items():
             if value is None:
                 self._now.values.pop(name, None)
@@ -200,11 +201,11 @@ class Loop:
                 self._now.values[name] = scalar(name, value)
 
     def stop(self) -> None:
-        """The loop was left, by a ``break`` or an exception: the step under way lasts no longer."""
+        """The loop was left by ``break`` or an exception, which ends the current step."""
         self.stop_at(time.perf_counter())
 
     def stop_at(self, over_s: float) -> None:
-        """The step under way was over at this time."""
+        """The current step ended at ``over_s``."""
         if self._now.over_s is None:
             self._now.over_s = over_s
 
@@ -213,7 +214,7 @@ class Loop:
         self.has_stepped = True
 
     def end(self, *, epoch: int, global_step: int | None = None) -> None:
-        """Records the step, if the optimizer has stepped; else goes on with it."""
+        """Records the step if the optimizer has stepped; otherwise the step continues."""
         if self.has_stepped:
             whole, asked_s = self._whole(), self._asked_s
             values = whole.all_values()
@@ -223,12 +224,12 @@ class Loop:
             self._telemetry.record_step(values, epoch=epoch, global_step=global_step, samples=samples)
 
     def go_on(self, since_s: float) -> None:
-        """Another step of the same batch has begun; its wait and samples are those of the step before."""
+        """Another step with the same batch has begun. The wait and the samples were recorded with the previous step."""
         if self._now.began_s is None:
             self._now.began_s = since_s
 
     def fail(self, *, epoch: int, global_step: int | None = None) -> None:
-        """Records the step under way as failed, as far as it got."""
+        """Records the current step as failed, with its values so far."""
         if self._earlier is None and self._now.began_s is None:
             return
         whole = self._whole()
@@ -236,7 +237,7 @@ class Loop:
         self._record_failed(whole, epoch, global_step)
 
     def skip(self, *, epoch: int) -> None:
-        """The optimizer has not used the batches before the last one: what was put there is a failed step."""
+        """The optimizer did not use the batches before the last one: records values put there as a failed step."""
         earlier, self._earlier = self._earlier, None
         if earlier is not None:
             earlier.close()
@@ -244,12 +245,12 @@ class Loop:
                 self._record_failed(earlier, epoch, None)
 
     def skip_all(self, *, epoch: int) -> None:
-        """As ``skip``, of the last one too: no step comes any more."""
+        """Like ``skip``, but including the last batch, since no step will follow."""
         self._set_aside()
         self.skip(epoch=epoch)
 
     def forget(self) -> None:
-        """Nothing of what has happened belongs to the next step."""
+        """Discards all batches and values since the last recorded step."""
         self.has_stepped = False
         self._asked_s = self._earlier = None
         self._now = _Batches()

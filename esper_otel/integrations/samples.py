@@ -1,4 +1,4 @@
-"""Samples: how many a batch has, whatever it is, at a bounded cost and without a word to the device."""
+"""Counts the samples of a batch of any type, at a bounded cost and without using the device."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 from torch import Tensor
 
-_PARTS = 16  # of one container
-_LOOKS = 64  # at one batch
+_PARTS = 16  # examined of one container
+_LOOKS = 64  # objects examined in one batch
 _NUMBERS = (int, float, complex, str, bytes)
 _IMAGE_CHANNELS = {1, 3, 4}
 
 
 def samples_of(batch: object) -> int | None:
-    """How many samples a batch has; None where that is not known.
+    """Returns the number of samples in a batch; None if unknown.
 
-    - of a tensor or an array the first dimension; of a mapping, tuple, dataclass or other object that of its first
-      tensor, else the length that its lists have in common;
-    - of a list of samples its length: numbers, texts, mappings, images of several sizes;
-    - of a batch of graphs what it says itself (``num_graphs``, ``batch_size``).
+    - For a tensor or an array: the size of the first dimension.
+    - For a mapping, tuple, dataclass or other object: that of its first tensor, or else the common length of its lists.
+    - For a list of samples (numbers, texts, mappings, images of different sizes): its length.
+    - For a batch of graphs: the number that it reports (``num_graphs``, ``batch_size``).
     """
     try:
-        if isinstance(batch, list | tuple) and len(batch) == 2:  # as most are
+        if isinstance(batch, list | tuple) and len(batch) == 2:  # the most common case
             inputs, targets = batch
             if type(inputs) is Tensor and type(targets) is Tensor and inputs.dim() > targets.dim():
                 return inputs.size(0)
         return _Count().of(batch)
-    except Exception:  # noqa: BLE001 - an object of the user's, of which anything may raise
+    except Exception:  # noqa: BLE001 - any attribute of a user's object may raise
         return None
 
 
 class _Count:
-    """One look at a batch."""
+    """Counts the samples of one batch."""
 
     def __init__(self) -> None:
         self._left = _LOOKS
@@ -57,9 +57,9 @@ class _Count:
     def _of_object(self, value: Any) -> int | None:
         said = _said(value)
         if said is not None or isinstance(getattr(value, "batch", None), Tensor):
-            return said  # such a ``batch`` is as long as the graphs have nodes
-        if isinstance(value, tuple):  # one with names
-            sizes = getattr(value, "batch_sizes", None)  # packed sequences: how many have a first element, and so on
+            return said  # the length of its ``batch`` is the number of nodes
+        if isinstance(value, tuple):  # a named tuple
+            sizes = getattr(value, "batch_sizes", None)  # packed sequences: how many have a first element, ...
             if isinstance(sizes, Tensor) and sizes.is_cpu and sizes.dim() == 1:
                 return int(sizes[0])
             return self._of_parts(islice(value, _PARTS))
@@ -75,7 +75,7 @@ class _Count:
             return self._of_tensors(tensors, len(value), is_part=is_part)
         if tensors and any(each.dim() for each in tensors):
             mixed = any(isinstance(each, _NUMBERS) for each in first)
-            # A sample (an image and its label), and not a batch: those have a tensor or a list of labels.
+            # A tensor with a number is a sample (an image and its label), not a batch, which has many labels.
             return None if mixed and is_part else self.of(next(each for each in tensors if each.dim()))
         are_rows = bool(first) and all(isinstance(each, list) and _is_of_numbers(each) for each in first)
         if are_rows and not is_part:  # two rows, or inputs and targets
@@ -86,7 +86,7 @@ class _Count:
         return self._of_parts(first)
 
     def _of_tensors(self, tensors: list[Tensor], length: int, *, is_part: bool) -> int | None:
-        """Of nothing but tensors: samples, or parts of a batch such as inputs and targets."""
+        """Counts for a sequence of tensors only, which are samples or parts of a batch such as inputs and targets."""
         sizes = {int(each.size(0)) if each.dim() else None for each in tensors}
         if sizes == {None}:
             return length
@@ -94,12 +94,12 @@ class _Count:
         if alike and tensors[0].dim() == 3 and sizes <= _IMAGE_CHANNELS:
             is_clear = is_part or len({tuple(each.shape) for each in tensors}) > 1
             return length if is_clear else None
-        if alike and len(sizes) > 1:  # sequences of several lengths, or source and target with the batch second
+        if alike and len(sizes) > 1:  # sequences of different lengths, or source and target with batch as dimension 1
             return length if is_part or length > 2 else None
         return next(int(each.size(0)) for each in tensors if each.dim())
 
     def _of_parts(self, parts: Iterable[object]) -> int | None:
-        """Of the first tensor or array among them; else what they agree on."""
+        """Returns the count of the first tensor or array among the parts, or else the count that all parts share."""
         found = set()
         for part in parts:
             count = self.of(part, is_part=True)
@@ -112,7 +112,7 @@ class _Count:
 
 
 def _is_sample(value: object) -> bool:
-    """Whether this, in a list, is one sample of its own."""
+    """Whether the value, as an item of a list, is one sample."""
     if isinstance(value, Mapping):
         return True
     if isinstance(value, tuple):
@@ -129,7 +129,7 @@ def _is_scalar(value: object) -> bool:
 
 
 def _said(value: Any) -> int | None:
-    """What a batch of graphs says; asked only where the answer is there, and need not be counted on the device."""
+    """Returns the size that a batch of graphs reports, if reading it does not use the device."""
     number = getattr(value, "_num_graphs", None)
     if isinstance(number, int):
         return number
@@ -141,7 +141,7 @@ def _said(value: Any) -> int | None:
         size = size[0]
     if isinstance(size, int) and not isinstance(size, bool):
         return size
-    if isinstance(getattr(value, "batch", None), Tensor):  # then it is counted on the device
+    if isinstance(getattr(value, "batch", None), Tensor):  # then num_graphs would be computed on the device
         return None
     number = getattr(value, "num_graphs", None)
     return number if isinstance(number, int) else None

@@ -1,4 +1,4 @@
-"""Script: what can be measured of a training script from outside, without a word in it."""
+"""Records an unmodified training script by following its optimizers and loaders."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def attach(log: str) -> None:
-    """Waits for the script to import torch; then follows its optimizers and loaders.
+    """Follows the script's optimizers and loaders as soon as it has imported torch.
 
     Args:
-        log: a file for what the telemetry says; empty for nowhere. The script's own streams are left alone.
+        log: a file for the telemetry's log messages; empty for none. The script's output streams are not used.
     """
     logger.propagate = False
     logger.setLevel(logging.INFO)
@@ -42,7 +42,7 @@ def attach(log: str) -> None:
 
 
 class _OnImport(MetaPathFinder):
-    """Calls something when a module has been imported."""
+    """Calls a function when a module has been imported."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self._name = name
@@ -64,12 +64,12 @@ class _OnImport(MetaPathFinder):
                 execute(module)
                 then()
 
-            spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign] # of this one loader
+            spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign] # on this loader only
         return spec
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Whatever goes wrong in it is logged, and never the script's concern."""
+    """Wraps a method so that its exceptions are logged and never reach the script."""
 
     @functools.wraps(method)
     def guarded(*arguments: Any) -> None:
@@ -82,11 +82,11 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Script:
-    """Follows every optimizer and every DataLoader of the process. Threads: the one that trains.
+    """Follows all optimizers and DataLoaders of the process. Threads: the training thread.
 
-    A step is what lies between two batches with an optimizer's step in it. What loaders give to a validation is no part
-    of it. Without a DataLoader, and where another thread takes its batches, a step lasts from the end of one
-    optimizer's step to the end of the next.
+    A step lasts from a batch to the next request for one, with an optimizer step in between. Batches for validation
+    are not part of it. Without a DataLoader, or if another thread takes its batches, a step lasts from the end of one
+    optimizer step to the end of the next.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Script:
 
     @_harmless
     def follow(self) -> None:
-        """Hooks into PyTorch: its own hooks for optimizers, and the iterator that every DataLoader gives."""
+        """Installs PyTorch's global optimizer hooks and follows the iterators of all DataLoaders."""
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
         from esper_otel.integrations.loader import Feed, follow
@@ -109,7 +109,7 @@ class Script:
 
     @_harmless
     def follow_accelerate(self) -> None:
-        """Accelerate's loaders are a batch ahead of the loop: it is theirs that are followed."""
+        """Follows Accelerate's loaders instead, since they prefetch a batch."""
         if self._feed is not None:
             from esper_otel.integrations.loader import follow_accelerate
 
@@ -117,17 +117,17 @@ class Script:
 
     @_harmless
     def say_if_idle(self) -> None:
-        """Why nothing was recorded, for the log."""
+        """Logs why nothing was recorded."""
         if self._steps is None:
             logger.info(
-                "no batch and no optimizer's step was seen in this process; those that it starts are not followed: "
+                "no batch and no optimizer step was seen in this process, and child processes are not followed: "
                 "torchrun --no-python esper-otel run SCRIPT follows each worker"
             )
 
-    # -- see ``loader.Waiting``; the feed keeps faults from the script -------------------------------------------
+    # -- ``loader.BatchListener``; the feed keeps faults from the script -----------------------------------------
 
     def wait(self) -> None:
-        """The step that was made is over."""
+        """Ends a step in which the optimizer has stepped."""
         self._started().wait()
 
     def batch(self, samples: int | None = None) -> None:
@@ -167,14 +167,14 @@ class Script:
             steps.end()
 
     def _started(self) -> Steps:
-        """The steps; the session begins with the first batch or step."""
+        """Returns the steps. The first call, at the first batch or step, starts the session."""
         if self._steps is None:
             from esper_otel.integrations.loop import Loop
             from esper_otel.integrations.steps import Steps
             from esper_otel.session.start import start
 
             assert self._feed is not None
-            logger.disabled = False  # the script's logging.config may have disabled every logger that it does not name
+            logger.disabled = False  # the script's logging.config may have disabled all loggers that it does not name
             self._telemetry = start()
             self._steps = Steps(Loop(self._telemetry), self._feed)
             atexit.register(self._finish)

@@ -1,4 +1,4 @@
-"""Steps: follows optimizers, and makes a row of each of their steps. For loops that are not ours."""
+"""Follows optimizers and records each of their steps. For loops that do not call the telemetry themselves."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from esper_otel.log import logger
 _MANY = 100
 _SOME = 10
 _UNSEEN = (
-    "%d batches and no step of a followed torch.optim optimizer. Not seen are: an optimizer that has replaced the "
-    "watched one (watch what accelerator.prepare or apex returns), steps that do not come through torch.optim "
-    "(Keras, some of SAM's and DeepSpeed's), steps inside a whole compiled graph, and steps of another process"
+    "%d batches and no step of a followed torch.optim optimizer. These are not seen: an optimizer that has replaced "
+    "the watched one (watch the result of accelerator.prepare or apex), steps made without torch.optim "
+    "(Keras, some of SAM's and DeepSpeed's), steps inside a fully compiled graph, and steps of another process"
 )
 _REPLACED = (
     "the watched %s has not stepped, but %s has, which has parameters of the same model: give watch() that one "
-    "(what accelerator.prepare or apex returns, a wrapper's own optimizer); until then no step is recorded"
+    "(the result of accelerator.prepare or apex, or a wrapper's own optimizer); until then no step is recorded"
 )
 _SHARDED = (
-    "gradient_norm is left out: the gradients are shards of FSDP2 (DTensor), whose norm needs all ranks to take part; "
+    "gradient_norm is left out: the gradients are FSDP2 shards (DTensor), and computing their norm needs all ranks; "
     "record it on all of them: now.put(gradient_norm=esper_otel.gradient_norm(model))"
 )
-# A parameter and its gradient; empty where there was none.
+# A parameter and its gradient; empty if no parameter has a gradient.
 Gradient: TypeAlias = tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | tuple[()]
 
 
 class Steps:
-    """Hears of optimizers' steps, and of the batches between them. Threads: the one that trains.
+    """Records a step for each optimizer step, with the batches before it. Threads: the training thread.
 
-    Each step of an optimizer is a row. Wait and samples of a batch belong to the first step after it; those of batches
-    before it that came to no step add up, as long as their gradients do. Gradients that were dropped instead make a
-    failed step, if something was put in their batches.
+    The wait and the samples of a batch belong to the first step after it. If several batches precede a step, theirs
+    are summed, provided that their gradients were accumulated. If gradients were dropped instead, values put in their
+    batches are recorded as a failed step.
 
     Args:
-        loop: records them.
-        feed: knows their epochs.
-        model: gives the gradients that count; without it, or with several optimizers, those of each optimizer do.
-        optimizers: the known ones, in order; others follow in the order in which they come.
+        loop: records the steps.
+        feed: provides the epochs.
+        model: the model whose gradients are used. Without it, or with several optimizers, the gradients of each
+            optimizer's parameters are used.
+        optimizers: the known optimizers, in order; others are added in the order of their first steps.
     """
 
     def __init__(
@@ -67,10 +68,10 @@ class Steps:
         self._has_said = False
         self._is_sharded = False
 
-    # -- batches; see ``loader.Waiting`` ---------------------------------------------------------------------------
+    # -- batches; ``loader.BatchListener`` -------------------------------------------------------------------------
 
     def wait(self) -> None:
-        """A batch is asked for."""
+        """The loop requests a batch."""
         self._stepped_s = None
         if not self.loop.has_stepped and self.loop.is_in_batch:
             self._drop_if_dropped()
@@ -78,7 +79,7 @@ class Steps:
         self.loop.wait()
 
     def batch(self, samples: int | None = None) -> None:
-        """It is there: a step that was made can be put to no longer."""
+        """The batch has arrived: records the previous step, to which ``put`` no longer applies."""
         self.end()
         self.loop.batch(samples)
         if not self.count:
@@ -89,7 +90,7 @@ class Steps:
     # -- optimizers ------------------------------------------------------------------------------------------------
 
     def before(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """An optimizer is about to step; returns its arguments, if a closure is to be followed."""
+        """An optimizer is about to step. Returns its arguments with a wrapped closure, if it has one."""
         if torch.compiler.is_compiling():
             return None
         try:
@@ -118,7 +119,7 @@ class Steps:
         return (arguments[0], followed, *arguments[2:]), named
 
     def after(self) -> None:
-        """It has stepped."""
+        """The optimizer has stepped."""
         if torch.compiler.is_compiling():
             return
         self.count += 1
@@ -127,7 +128,7 @@ class Steps:
         self.loop.stepped()
 
     def finish(self, *, is_well: bool) -> None:
-        """The run ends: the step under way is recorded, or what was put without one."""
+        """The run ends: records the current step, or values put without an optimizer step."""
         if not is_well:
             self.loop.fail(epoch=self._feed.epoch)
         elif self.loop.has_stepped:
@@ -136,7 +137,7 @@ class Steps:
             self.loop.skip_all(epoch=self._feed.epoch)
 
     def say_if_unseen(self) -> None:
-        """Why there are no rows, if the loop trains."""
+        """Logs why no steps are recorded although the loop trains."""
         if self._has_said:
             return
         model = self._model()
@@ -146,7 +147,7 @@ class Steps:
             logger.warning(_UNSEEN, self._batches)
 
     def beside(self, optimizer: Any) -> None:
-        """Any optimizer of the process has stepped: whether in the place of the known ones, which have not."""
+        """Any optimizer of the process has stepped. Warns if it steps in place of the watched ones."""
         if torch.compiler.is_compiling() or self.count or self._has_said:
             return
         model, watched = self._model(), [each() for each in self._known]
@@ -159,21 +160,21 @@ class Steps:
                 self._has_said = True
                 logger.warning(_REPLACED, type(watched[0]).__name__, f"another {type(optimizer).__name__}")
 
-    # -- the rest --------------------------------------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Records the step, if there was one."""
+        """Records the step if the optimizer has stepped."""
         if self.loop.has_stepped and len(self._known) > 1 and self._last is not None:
             self.loop.put({"esper.optimizer.index": self._index_of(self._last())})
         self.loop.end(epoch=self._feed.epoch)
 
     def _followed(self, optimizer: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """The closure; the gradients count that its last evaluation leaves."""
+        """Wraps the closure, to use the gradients of its last evaluation."""
 
         def followed(*arguments: Any, **named: Any) -> Any:
             try:
                 result = closure(*arguments, **named)
-            except BaseException as error:  # its traceback is to be as without us
+            except BaseException as error:  # the traceback must not show this frame
                 if error.__traceback__ is not None:
                     error.__traceback__ = error.__traceback__.tb_next
                 raise
@@ -190,7 +191,7 @@ class Steps:
         model = self._model() if len(self._known) == 1 else None
         parameters = _parameters(optimizer) if model is None else list(model.parameters())
         if not any(hasattr(each.grad, "device_mesh") for each in parameters):
-            # A fused optimizer that a GradScaler drives divides by the scale itself.
+            # With a GradScaler, a fused optimizer divides by the scale itself.
             self.loop.gradients(parameters, getattr(optimizer, "grad_scale", None))
         elif not self._is_sharded:
             self._is_sharded = True
@@ -199,17 +200,17 @@ class Steps:
     def _index_of(self, optimizer: object) -> int:
         groups = getattr(optimizer, "param_groups", None)
         for index, known in enumerate(self._known):
-            # What a wrapper such as SAM steps by has the wrapper's own groups, and is not the second of several.
+            # The inner optimizer of a wrapper such as SAM has the wrapper's groups and is not a second optimizer.
             if (one := known()) is not None and (one is optimizer or one.param_groups is groups):
                 return index
         if self._model() is None:
-            self._before = None  # its gradients are not those that were looked at
-        # One that is gone, as in a sweep, does not make the next one the second of several.
+            self._before = None  # the gradient noted before belongs to another optimizer
+        # An optimizer that is gone, as in a sweep, no longer counts.
         self._known = [known for known in self._known if known() is not None] + [weakref.ref(optimizer)]
         return len(self._known) - 1
 
     def _drop_if_dropped(self) -> None:
-        """Whether the gradients of the batches before are still there: a gradient that is added to stays the same."""
+        """Skips earlier batches whose gradients were dropped. An accumulated gradient remains the same tensor."""
         if not self.loop.has_earlier or self._before is None:
             return
         if self._before:
@@ -222,11 +223,11 @@ class Steps:
             self.loop.skip(epoch=self._feed.epoch)
 
     def _gradient(self) -> Gradient | None:
-        """Something that is the same later on, if gradients are added up until then; None where that is not known."""
+        """Returns a gradient that remains the same tensor while gradients accumulate; None if that is uncertain."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None  # what shards or reduces gradients may keep them elsewhere
+            return None  # code that shards or reduces gradients may keep them elsewhere
         if len(self._known) > 1:
-            return None  # the gradients of one may be dropped while those of another add up
+            return None  # one optimizer's gradients may be dropped while another's accumulate
         model = self._model()
         known = (each() for each in self._known)
         parameters: Iterable[Tensor] = (

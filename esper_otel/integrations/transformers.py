@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: ``trainer.add_callback(EsperCallback())``."""
+"""Callback for Hugging Face's Trainer: ``trainer.add_callback(EsperCallback())``."""
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ _STATE_FILE = "esper_otel.json"
 
 
 class EsperCallback(TrainerCallback):
-    """Records a step for each step of the optimizer: loss, gradient norm, samples/s, input wait, step latency.
+    """Records each optimizer step: loss, gradient norm, samples/s, input wait, step latency.
 
-    - ``loss`` is the sum of what the Trainer's ``training_step`` returns for the batches of a step: this rank's part of
-      what the Trainer logs with ``logging_steps=1``. A loss that is not finite is recorded as such; the Trainer's log
-      has an average in its place. Absent where the Trainer does not train by ``training_step``.
-    - ``gradient_norm`` is the Trainer's own, before it clips; where it does not compute one, ours.
-    - ``input_wait_ms`` begins when the step before, with its logging, saving and evaluating, is over; the Trainer
+    - ``loss`` is the sum of the values that the Trainer's ``training_step`` returns for the batches of a step: this
+      rank's part of the loss that the Trainer logs with ``logging_steps=1``. A loss that is not finite is recorded
+      unchanged, while the Trainer logs an average instead. ``loss`` is absent if ``training_step`` is not used.
+    - ``gradient_norm`` is the norm that the Trainer computes before clipping. If it computes none, the callback does.
+    - ``input_wait_ms`` starts when the previous step has ended, with its logging, saving and evaluating. The Trainer
       fetches all batches of a step at once.
-    - Steps have the numbers of ``state.global_step``; a run resumed from a checkpoint goes on with them, and with the
-      averages, which lie in the checkpoint's folder as ``esper_otel.json``.
+    - Steps are numbered by ``state.global_step``. A run resumed from a checkpoint continues the numbers, and also the
+      averages, which are stored in the checkpoint's folder as ``esper_otel.json``.
     - A copy or a pickle of the callback has no session; it starts one when it trains.
 
     Args:
-        telemetry: a session that is there, which its owner closes; else one is started with the training.
-        validation: what of the evaluation's metrics is the validation's ``loss`` and ``accuracy``.
-        arguments: as of ``esper_otel.start``.
+        telemetry: an existing session, which its owner must close. By default, each training starts a session and
+            closes it.
+        validation: names of the evaluation's metrics, by validation metric (``loss`` and ``accuracy``).
+        arguments: passed to ``esper_otel.start``.
     """
 
     def __init__(
         self, telemetry: Telemetry | None = None, *, validation: Mapping[str, str] | None = None, **arguments: Any
     ) -> None:
         if telemetry is not None and arguments:
-            raise InvalidValue(next(iter(arguments)), "has no effect beside telemetry=: give it to start()")
+            raise InvalidValue(next(iter(arguments)), "has no effect with telemetry=: give it to start()")
         self.telemetry = telemetry
         self._is_ours = telemetry is None
         self._validation = VALIDATION if validation is None else dict(validation)
@@ -60,14 +61,14 @@ class EsperCallback(TrainerCallback):
         self._begin(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this object in this process."""
+        """Returns the state without the parts that belong to this object in this process."""
         idle: dict[str, Any] = {"telemetry": None, "_is_ours": True, "_loop": None, "_state": None, "_listening": []}
         if self.telemetry is not None and not self._is_ours:
             idle["_arguments"] = {"run_id": self.telemetry.run_id}
         return {**vars(self), **idle, "_losses": [], "_samples": None, "_norm": None}
 
     def _begin(self, loop: Loop | None) -> None:
-        """Nothing of an earlier training is left."""
+        """Clears the state of an earlier training."""
         self._loop = loop
         self._state: Any = None
         self._listening: list[Listening] = []
@@ -75,20 +76,20 @@ class EsperCallback(TrainerCallback):
         self._samples: int | None = None
         self._norm: float | Tensor | None = None
 
-    # -- the Trainer's events, in the order in which they come -----------------------------------------------
+    # -- the Trainer's events, in the order of the calls -----------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Starts the session, and listens to the Trainer."""
+        """Starts the session and observes the Trainer's methods."""
         del control, given
-        self._end("interrupted")  # a training that was left by an exception; else it has ended
+        self._end("interrupted")  # only if the last training was left by an exception
         if self.telemetry is None or self._is_ours:
             arguments = {"rank": args.process_index, "world_size": args.world_size, **self._arguments}
-            if state.num_train_epochs < sys.maxsize:  # the Trainer's word for a loader without a length
+            if state.num_train_epochs < sys.maxsize:  # the Trainer's value for a loader without a length
                 arguments.setdefault("epochs", max(int(state.num_train_epochs), 1))
-            if self._unfinished and args.auto_find_batch_size:  # the same run once more, with smaller batches
+            if self._unfinished and args.auto_find_batch_size:  # the Trainer repeats the run with smaller batches
                 arguments.setdefault("run_id", self._unfinished)
             self.telemetry = start(**arguments)
-        trainer, checkpoint = _training(sys._getframe())  # noqa: SLF001 - no event has them
+        trainer, checkpoint = _training(sys._getframe())  # noqa: SLF001 - no event provides them
         if checkpoint is not None and state.global_step:
             self._load(Path(checkpoint) / _STATE_FILE)
         self._begin(Loop(self.telemetry))
@@ -97,19 +98,19 @@ class EsperCallback(TrainerCallback):
             self._listening = [
                 Listening(trainer, "training_step", self._computed, self._asked, self._failed),
                 Listening(trainer.accelerator, "clip_grad_norm_", self._clipped),
-                # Batches; evaluating, saving and logging; other callbacks: no event says that they have raised.
+                # No event reports exceptions in: batches; evaluating, saving and logging; other callbacks.
                 Listening(trainer, "get_batch_samples", raised=self._failed),
                 Listening(trainer, "_maybe_log_save_evaluate", raised=self._failed),
                 Listening(trainer.callback_handler, "call_event", raised=self._failed),
             ]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The first batches of the epoch are asked for."""
+        """Starts timing the wait for the epoch's first batches."""
         del args, state, control, given
         self._wait()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The step's batches are there."""
+        """Ends the wait for the step's batches."""
         del args, control, given
         if self._loop is not None:
             self._state = state
@@ -117,7 +118,7 @@ class EsperCallback(TrainerCallback):
             self._losses, self._samples, self._norm = [], None, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The gradients are whole; clipped, if the Trainer clips."""
+        """Records the norm of the complete gradients, which are already clipped if the Trainer clips them."""
         del state, control
         if self._loop is None:
             return
@@ -126,12 +127,12 @@ class EsperCallback(TrainerCallback):
             self._loop.put({"optimizer_lr": optimizer.param_groups[0]["lr"]})
         if self._norm is not None:
             self._loop.put({"gradient_norm": self._norm})
-        elif not args.max_grad_norm:  # else clipped by something that nobody has heard
+        elif not args.max_grad_norm:  # otherwise clipped by code that is not observed
             scale = None if optimizer is None else getattr(unwrapped(optimizer), "grad_scale", None)
             self._loop.gradients(given["model"], scale)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The step is over."""
+        """Records the step."""
         del args, control, given
         loop = self._loop
         if loop is None:
@@ -141,17 +142,17 @@ class EsperCallback(TrainerCallback):
             loop.put({"loss": sum(self._losses[1:], self._losses[0])})
         if self._samples is not None:
             loop.count(self._samples)
-        epoch = max(math.ceil(state.epoch or 0) - 1, 0)  # what has been done of them, this step included
+        epoch = max(math.ceil(state.epoch or 0) - 1, 0)  # state.epoch counts epochs done, including this step
         loop.end(epoch=epoch, global_step=state.global_step)
         self._wait()
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Logging is not waiting for input."""
+        """Restarts timing the wait for input, so that logging is not included."""
         del args, state, control, given
         self._wait()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Notes the evaluation's results; evaluating is not waiting for input."""
+        """Records the evaluation's results and restarts timing the wait for input."""
         del args, state, control
         found = given.get("metrics") or {}
         results = {name: found[key] for name, key in self._validation.items() if key in found}
@@ -160,45 +161,45 @@ class EsperCallback(TrainerCallback):
         self._wait()
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Puts step number and averages into the checkpoint."""
+        """Stores step number and averages in the checkpoint."""
         del control, given
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.telemetry is not None and state.is_world_process_zero and folder.is_dir():
             try:
                 (folder / _STATE_FILE).write_text(json.dumps(self.telemetry.state_dict()), encoding="utf-8")
             except OSError as error:
-                _LOGGER.warning("%s: %s; a run resumed from here begins its averages anew", folder, error)
+                _LOGGER.warning("%s: %s; a run resumed from here starts its averages afresh", folder, error)
         self._wait()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The run has ended."""
+        """Ends the session of the run."""
         del args, state, control, given
         self._end(None)
 
-    # -- what the Trainer does in between --------------------------------------------------------------------
+    # -- calls observed between the events -------------------------------------------------------------------
 
     def _asked(self, *arguments: Any, **named: Any) -> None:
-        """A batch is trained on."""
+        """Counts the samples of a batch used for training."""
         samples = samples_of(named["inputs"] if "inputs" in named else arguments[1])
         if samples is not None:
             self._samples = samples + (self._samples or 0)
 
     def _computed(self, loss: Any) -> None:
-        """The batch's share of the step's loss, as the Trainer adds it up."""
+        """Adds the batch's share of the step's loss, as the Trainer does."""
         if isinstance(loss, Tensor):
             loss = loss.detach()
         if isinstance(loss, float) or (isinstance(loss, Tensor) and not loss.dim()):
             self._losses.append(loss)
 
     def _failed(self, error: BaseException) -> None:
-        """The training ends with this exception: there is no event for it."""
+        """Ends the run with this exception, for which there is no event."""
         if self._loop is not None:
             epoch = math.floor(self._state.epoch or 0)
             self._loop.fail(epoch=epoch, global_step=self._state.global_step + 1)
         self._end(outcome_of(type(error), error))
 
     def _clipped(self, norm: Any) -> None:
-        """The norm before clipping, which the Trainer keeps to itself."""
+        """Takes the norm before clipping, which no event provides."""
         if self._norm is None and norm is not None:
             self._norm = norm.detach() if isinstance(norm, Tensor) else norm
 
@@ -209,7 +210,7 @@ class EsperCallback(TrainerCallback):
             self._loop.wait()
 
     def _end(self, outcome: str | None) -> None:
-        """Ends the training that is under way, if any."""
+        """Ends the current training, if there is one."""
         if self._loop is None:
             return
         for each in self._listening:
@@ -224,12 +225,12 @@ class EsperCallback(TrainerCallback):
             return
         try:
             self.telemetry.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
-        except Exception as error:  # noqa: BLE001 - whatever lies there, the training goes on
-            _LOGGER.warning("%s: %s; averages begin anew", file, error)
+        except Exception as error:  # noqa: BLE001 - a bad file must not stop training
+            _LOGGER.warning("%s: %s; averages start afresh", file, error)
 
 
 def _training(frame: FrameType | None) -> tuple[Trainer | None, str | None]:
-    """The Trainer that trains in this frame or one that called it, and the checkpoint that it goes on from."""
+    """Finds the Trainer in this frame or its callers; returns it and the checkpoint that it resumes from."""
     trainer = None
     while frame is not None:
         names = frame.f_code.co_varnames

@@ -1,4 +1,4 @@
-"""Watch: a plain script with a loop of its own, in three lines."""
+"""``watch()``: records a plain script's own training loop with three added lines."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Batch = TypeVar("Batch")
 
 
 class Watch(Loader[Batch]):
-    """Stands in the place of the loader, and behaves as it. Made by ``watch``.
+    """Replaces the loader and behaves like it. Created by ``watch``.
 
-    Its own are ``put``, ``validation``, ``close``, ``telemetry``, and that it is a context manager; all else is the
-    loader's, which stays itself.
+    It adds ``put``, ``validation``, ``close`` and ``telemetry``, and is a context manager. Everything else is
+    forwarded to the loader, which is not modified.
 
     Attributes:
-        telemetry: the session, for whatever else there is to record: seeds, ``pull()``, checkpoints.
+        telemetry: the session, for further uses: seeds, ``pull()``, checkpoints.
     """
 
     own: frozenset[str] = frozenset({"put", "validation", "close", "telemetry", "_watching"})
@@ -48,11 +48,11 @@ class Watch(Loader[Batch]):
         return super().__iter__()
 
     def put(self, **values: Scalar | None) -> None:
-        """Records step metrics of the step under way: ``put(loss=loss, accuracy=accuracy)``.
+        """Records step metrics of the current step: ``put(loss=loss, accuracy=accuracy)``.
 
         Raises:
-            UnknownMetric: a name that is not declared; the message names the nearest.
-            InvalidValue: a value that is not one number.
+            UnknownMetric: a name is not declared; the message suggests the nearest one.
+            InvalidValue: a value is not a single number.
         """
         self._watching.loop.put(values)
 
@@ -61,7 +61,7 @@ class Watch(Loader[Batch]):
         self.telemetry.validation(loss=loss, accuracy=accuracy)
 
     def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
-        """Records the last step and ends the session; at interpreter exit this happens by itself."""
+        """Records the last step and ends the session. Called automatically at interpreter exit."""
         self.telemetry.close(timeout_s, outcome)
 
     def __enter__(self) -> Self:
@@ -74,9 +74,9 @@ class Watch(Loader[Batch]):
 
 
 class WatchedLoop:
-    """Records a step for each step of the optimizers; holds neither them nor the model nor the loader.
+    """Records a step for each optimizer step. Keeps no strong references to optimizers, model or loader.
 
-    A step lasts from its first batch until the next one is asked for. See ``Steps`` for batches without a step.
+    A step lasts from its first batch until the next batch is requested. See ``Steps`` for batches without a step.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class WatchedLoop:
             for hook in (each.register_step_pre_hook(self.steps.before), each.register_step_post_hook(self._after))
         ]
         self._hooks.append(register_optimizer_step_post_hook(self._beside))
-        if (dataset := getattr(loader, "dataset", None)) is not None:  # loaders may be made of this one
+        if (dataset := getattr(loader, "dataset", None)) is not None:  # other loaders may wrap this one
             follow(self.feed, _is_of(_weak(dataset)))
         telemetry.before_close(self.finish)
         _live.add(self)
@@ -110,10 +110,10 @@ class WatchedLoop:
     def _beside(self, optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self.steps.beside(optimizer)
 
-    # -- see ``Waiting`` -----------------------------------------------------------------------------------
+    # -- ``BatchListener`` ---------------------------------------------------------------------------------
 
     def wait(self) -> None:
-        """The step that was made is over."""
+        """Ends a step in which the optimizer has stepped."""
         self.steps.wait()
 
     def batch(self, samples: int | None = None) -> None:
@@ -136,30 +136,30 @@ class WatchedLoop:
 
     @property
     def is_left(self) -> bool:
-        """Whether no step can come any more: the model or the optimizers are gone, or the loop that has trained."""
+        """Whether no step can follow, because the model, the optimizers or the training loop are gone."""
         if self.model() is None or all(each() is None for each in self.optimizers):
             return True
         return self.has_begun and self.steps.count > 0 and self.face() is None and not self.feed.is_open
 
     def is_of(self, watched: Sequence[object]) -> bool:
-        """Whether it watches one of these."""
+        """Whether it watches one of the given objects."""
         its = (self.model(), self.loader(), *(each() for each in self.optimizers))
         return any(one is other for one in its for other in watched if one is not None)
 
     def finish(self, outcome: str | None) -> None:
-        """The session is about to be closed, or another one watches the same."""
+        """Ends watching: the session is about to close, or a new watch replaces this one."""
         if self._is_over:
             return
         self._is_over = True
         _live.discard(self)
         unfollow(self.feed)
         with suppress(ValueError):
-            self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - of the same package
+            self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - same package
         for hook in self._hooks:
             hook.remove()
-        if self.feed.is_of_another_thread():  # which may be about to record
+        if self.feed.is_of_another_thread():  # that thread may be about to record
             return
-        # A step that a signal ends has not failed.
+        # A step that was interrupted by a signal has not failed.
         self.steps.finish(is_well=ended_well(outcome) or outcome in Signals.__members__)
         self.steps.say_if_unseen()
 
@@ -176,7 +176,7 @@ def _weak(value: object) -> Callable[[], object]:
 
 
 def _end_earlier(watched: Sequence[object]) -> None:
-    """Of one model, optimizer or loader there is one watch; of a sweep, that of the newest model."""
+    """Ends older watches of the same model, optimizers or loader, and, as in a sweep, those of models that are gone."""
     for each in list(_live):
         if each.is_left or each.is_of(watched):
             each.finish(None)
@@ -185,7 +185,7 @@ def _end_earlier(watched: Sequence[object]) -> None:
 
 
 def _is_of(dataset: Callable[[], object]) -> Callable[[object], bool]:
-    """Whether a loader's dataset is this one, or a shard of it, as Accelerate makes them of streams."""
+    """Whether a loader's dataset is this one or a shard of it, as Accelerate creates for iterable datasets."""
 
     def is_of(other: object) -> bool:
         its = dataset()
@@ -204,32 +204,32 @@ def watch(
     telemetry: Telemetry | None = None,
     **arguments: Any,
 ) -> Watch[Batch]:
-    """Watches a script's own loop: use what this returns instead of the loader, and ``put`` the loss.
+    """Records a script's own training loop. Use the returned object instead of the loader, and ``put`` the loss.
 
-    Each step of the optimizer is a step, with loss (from ``put``), gradient norm (before the optimizer's step, and
-    unscaled; after clipping, if the script clips), samples/s, input wait, step latency, and what is derived of them.
-    An epoch is one iteration over the loader; looks at one batch and validations without gradients are none.
+    Each optimizer step is recorded with loss (from ``put``), gradient norm (unscaled, before the optimizer step; after
+    clipping if the script clips), samples/s, input wait, step latency, and the metrics derived from them. An epoch is
+    one iteration over the loader. Taking a single batch, or a validation without gradients, is not an epoch.
 
     Args:
-        model: whose gradients count.
-        optimizer: whose steps count, or several of them: then each one's step is a step, with the norm of its own
-            gradients, and ``esper.optimizer.index`` says whose. One of Accelerate's is looked through.
-        loader: gives batches. What this returns behaves as the loader; other loaders that are made of the same
-            dataset, such as those of Accelerate, are followed too. For samples see ``samples_of``.
-        telemetry: a session that is there; else one is started.
-        arguments: as of ``start``, for the session that is started.
+        model: the model whose gradients are used.
+        optimizer: the optimizer, or several. With several, each optimizer's step is recorded as a step, with the norm
+            of that optimizer's gradients and its index in ``esper.optimizer.index``. Accelerate's wrapper is unwrapped.
+        loader: the loader. Other loaders of the same dataset, such as those that Accelerate creates, are followed too.
+            For the number of samples see ``samples_of``.
+        telemetry: an existing session; by default one is started.
+        arguments: passed to ``start`` for a new session.
 
     Raises:
-        InvalidValue: an optimizer or model that is none, or arguments beside a session.
+        InvalidValue: ``model`` or ``optimizer`` has a wrong type, or there are arguments although a session is given.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidValue("model", f"a {type(model).__name__} is no torch.nn.Module")
+        raise InvalidValue("model", f"a {type(model).__name__} is not a torch.nn.Module")
     given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     optimizers = [unwrapped(each) for each in given]
     if not optimizers:
-        raise InvalidValue("optimizer", "there is none")
+        raise InvalidValue("optimizer", "none was given")
     if telemetry is not None and arguments:
-        raise InvalidValue(next(iter(arguments)), "has no effect beside telemetry=: give it to start()")
+        raise InvalidValue(next(iter(arguments)), "has no effect with telemetry=: give it to start()")
     loader = of(loader) if is_stand_in(loader) else loader
     _end_earlier([model, loader, *optimizers])
     session = start(**arguments) if telemetry is None else telemetry
@@ -240,15 +240,15 @@ def watch(
 
 
 def unwrapped(optimizer: object) -> Optimizer:
-    """The optimizer itself: Accelerate's wrapper may skip steps, and SAM's makes two for one.
+    """Returns the optimizer without wrappers: Accelerate's may skip steps, and SAM's makes two steps for one.
 
     Raises:
-        InvalidValue: it is none.
+        InvalidValue: the argument is not an optimizer.
     """
     for name in ("optimizer", "base_optimizer"):
         if isinstance(inner := getattr(optimizer, name, None), Optimizer):
             return inner
     if not isinstance(optimizer, Optimizer):
-        reason = f"a {type(optimizer).__name__} is no torch.optim.Optimizer; if it wraps one, give that"
+        reason = f"a {type(optimizer).__name__} is not a torch.optim.Optimizer; if it wraps one, give that"
         raise InvalidValue("optimizer", reason)
     return optimizer

@@ -49,13 +49,13 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # else type checkers would take any name for a message
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name as a message
 
     def __getattr__(name: str) -> object:
-        if name == "LeylineMetricReader":  # on demand: it needs the OpenTelemetry SDK, the rest does not
+        if name == "LeylineMetricReader":  # imported on demand: only this needs the OpenTelemetry SDK
             from esper_otel.leyline.reader import LeylineMetricReader
 
             return LeylineMetricReader
-        if name in __all__:  # on demand, too: see messages.py
+        if name in __all__:  # also on demand: see messages.py
             return getattr(messages, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What went wrong in a step, as TelemetryEvents."""
+"""Problems in a step, reported as TelemetryEvents."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ SOURCE = "tolaria"
 
 
 def add_event(packet: messages.TelemetryPacket, name: str, level: messages.TelemetryLevel, **attributes: str) -> None:
-    """Adds an event whose id is the packet's and its number in it; the packet has its id already."""
+    """Adds an event. Its id consists of the packet's id, which must be set before, and the event's number."""
     event_id = f"{packet.packet_id}-event-{len(packet.events) + 1}"
     packet.events.add(event_id=event_id, description=name, level=level, attributes=attributes)
 
 
 def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> messages.TelemetryPacket | None:
-    """The packet of the step's own events; None when there are none.
+    """Returns the packet of the step's own events; None if there are no events.
 
     - ``loss_missing``, ``loss_nonfinite`` (CRITICAL): the packet's losses repeat the last finite one.
-    - ``step_failed`` (ERROR): the step raised.
-    - ``value_nonfinite`` (WARNING): a value that the state packet leaves out.
-    - ``value_invalid`` (WARNING): a number that its integer field cannot hold.
+    - ``step_failed`` (ERROR): the step raised an exception.
+    - ``value_nonfinite`` (WARNING): the state packet leaves out a value that is not finite.
+    - ``value_invalid`` (WARNING): an integer field cannot hold the recorded number.
 
     Args:
         frame: the step.
@@ -44,7 +44,7 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
     if values.get("esper.step.failed"):
         add_event(packet, "step_failed", messages.TelemetryLevel.TELEMETRY_LEVEL_ERROR)
     outside = [name for name, value in values.items() if not -FLOAT32_BOUND < value < FLOAT32_BOUND and name != "loss"]
-    for name in sorted(outside):  # not in the order of recording, which does not travel
+    for name in sorted(outside):  # sorted, because the order of recording is not transmitted
         _warn(packet, "value_nonfinite", name, values[name])
     if whole(frame.epoch, UINT32_LIMIT) is None:
         _warn(packet, "value_invalid", "esper.epoch", frame.epoch)
@@ -58,13 +58,13 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
 
 
 def conclude(packet: messages.TelemetryPacket, step: int) -> None:
-    """Sets the level, the health and the priority of a packet of events: those of its most urgent event.
+    """Sets level, health and priority of a packet of events to those of its most urgent event.
 
-    An event's attribute ``priority`` says how urgent it is. One without it is CRITICAL, HIGH or NORMAL as its level
-    is CRITICAL, ERROR or below.
+    An event's urgency is its attribute ``priority``. Without one, it is CRITICAL for the level CRITICAL, HIGH for
+    ERROR, and NORMAL for lower levels.
 
     Args:
-        packet: has at least one event.
+        packet: a packet with at least one event.
         step: the step's number.
     """
     priorities, statuses = messages.MessagePriority, messages.HealthStatus

@@ -1,8 +1,8 @@
 """The messages and enums of Leyline, package ``esper.leyline.v1``.
 
-When Esper's own generated module is in the process, these are its classes. Which ones they are is decided when the
-first of them is used, not when this module is imported, so that the order of imports does not matter; it is decided
-once. An enum's numbers are its attributes: ``SeedLifecycleStage.SEED_STAGE_BLENDING``.
+If Esper's own generated module is loaded in the process, these are its classes. The choice is made once, when a class
+is first used, not when this module is imported, so the order of imports does not matter. The values of an enum are
+its attributes: ``SeedLifecycleStage.SEED_STAGE_BLENDING``.
 """
 
 import threading

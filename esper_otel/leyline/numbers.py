@@ -1,4 +1,4 @@
-"""Which numbers a packet may carry: finite on the wire, whole and in range where the field is an integer."""
+"""Checks of the numbers in packets: finite as float32; for integer fields, whole and in range."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ STAGE_LIMIT = len(Stage)
 
 
 def finite(value: float | None) -> float | None:
-    """The value, if it is there and stays finite when rounded to float32."""
+    """Returns the value if it is present and still finite when rounded to float32; otherwise None."""
     return value if value is not None and -FLOAT32_BOUND < value < FLOAT32_BOUND else None
 
 
 def finite_cells(cells: Cells) -> npt.NDArray[np.bool_]:
-    """True where a cell stays finite when rounded to float32; a missing cell does not. Same shape."""
+    """Returns an array of the same shape: True where a cell is present and still finite when rounded to float32."""
     stays: npt.NDArray[np.bool_] = np.abs(cells) < FLOAT32_BOUND
     return stays
 
 
 def whole(value: float | None, limit: int) -> int | None:
-    """The value as an integer, if it is a whole number from 0 to below ``limit``."""
+    """Returns the value as an integer if it is a whole number of at least 0 and below ``limit``; otherwise None."""
     return int(value) if value is not None and 0 <= value < limit and value == int(value) else None

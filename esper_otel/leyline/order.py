@@ -1,4 +1,4 @@
-"""Order: packets list seeds by id, whichever way their frame came."""
+"""The order of seeds: packets list them by id, regardless of how the frame was received."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from esper_otel.frames.frame import Frame, SeedTable
 
 
 def ordered(frame: Frame) -> Frame:
-    """The frame with its seeds in the order of their ids; the same one when they are."""
+    """Returns the frame with its seeds sorted by id; the same object if they already are."""
     seeds, live = frame.seeds, frame.live
     if not live.ids:
         return frame

@@ -1,4 +1,4 @@
-"""Packets: a frame in Leyline's messages, and what proto3 scalars cannot say beside them."""
+"""Packets: a frame converted to Leyline messages, with further data that these have no fields for."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from esper_otel.schema import SEED_CELLS
 
 @dataclass(frozen=True, slots=True)
 class Packets:
-    """One step as Leyline packets. Equal to the packets of the same step made elsewhere; age does not count.
+    """One step as Leyline packets. They compare equal to packets of the same step made elsewhere, regardless of age.
 
     Attributes:
         state: the step's SystemStatePacket.
-        telemetry: a TelemetryPacket for each seed row recorded in the step; then, when something went wrong in
-            the step, one of events.
+        telemetry: a TelemetryPacket for each seed row recorded in the step; then, if the step had problems, one
+            with events.
         run_id: the run's name.
-        attempt: which start of the run; larger at each start.
+        attempt: number that identifies this start of the run; larger at each start.
         rank: the process within the run.
-        step: the step's number; from ``esper_otel.frames.frame.GUESSED_STEP`` on, one that a gateway gave to a
-            step whose number was lost on the way.
+        step: the step's number. Numbers from ``esper_otel.frames.frame.GUESSED_STEP`` on were assigned by a gateway
+            to steps whose numbers were lost in transit.
         revision: 1, or higher for a later correction of the step.
-        complete: whether every value of the step is in it, and all of its live seeds are known.
-        age_s: seconds from the step's time to the making of these packets.
-        names: metrics that were recorded or derived in the step, those whose value was not finite included.
-        writer: tells two live processes of one (run, attempt, rank) apart; empty for the first one, and in process.
+        complete: whether the packets contain every value of the step, and all of its live seeds are known.
+        age_s: seconds from the step's time to the creation of these packets.
+        names: metrics that were recorded or derived in the step, including those whose value was not finite.
+        writer: distinguishes live processes with the same run, attempt and rank; empty for the first process, and in
+            packets pulled in the training process.
     """
 
     state: messages.SystemStatePacket
@@ -54,12 +55,12 @@ class Packets:
 
 @dataclass(frozen=True, slots=True)
 class Page(Sequence[Packets]):
-    """Packets of consecutive steps, oldest first: a sequence with a place to go on from.
+    """A sequence of packets of consecutive steps, oldest first, with a cursor for the next pull.
 
     Attributes:
         packets: the packets.
-        cursor: where the next pull goes on.
-        gap: steps that were lost before the first one.
+        cursor: the position at which the next pull continues.
+        gap: number of steps that were lost before the first one.
     """
 
     packets: tuple[Packets, ...]
@@ -85,17 +86,17 @@ def packets(
     latency_budget_ms: float = 10.0,
     now_unix_ns: int | None = None,
 ) -> Packets:
-    """The frame as Leyline packets: everything but ``age_s`` depends on the arguments alone.
+    """Converts the frame to Leyline packets. Everything except ``age_s`` depends only on the arguments.
 
     Args:
         frame: the step.
         revision: 1, or higher for a later correction of the step.
         complete: whether every value of the step is in the frame.
         latency_budget_ms: a seed whose last kernel took longer is reported as DEGRADED.
-        now_unix_ns: the time from which ``age_s`` is counted; now when not given.
+        now_unix_ns: the time for which ``age_s`` is computed; by default the current time.
 
     Raises:
-        AdapterError: a text that is not valid Unicode, which no packet can carry.
+        AdapterError: a text is not valid Unicode, so no packet can contain it.
     """
     if now_unix_ns is None:
         now_unix_ns = time.time_ns()
@@ -137,10 +138,10 @@ def packets(
 
 
 def state(frame: Frame) -> messages.SystemStatePacket:
-    """The frame as the SystemStatePacket that a controller reads inside the step.
+    """Converts the frame to the SystemStatePacket that a controller reads inside the step.
 
     Raises:
-        AdapterError: a text that is not valid Unicode, which no packet can carry.
+        AdapterError: a text is not valid Unicode, so no packet can contain it.
     """
     try:
         frame = ordered(frame)
@@ -155,4 +156,4 @@ def _explained(frame: Frame, error: ValueError) -> AdapterError:
     for what, text in texts:
         if any("\ud800" <= character <= "\udfff" for character in text):
             return AdapterError(f"{what} {text!r} is not valid Unicode: it has a lone surrogate")
-    return AdapterError(f"step {frame.global_step} of run {frame.run.run_id!r} fits no packet: {error}")
+    return AdapterError(f"step {frame.global_step} of run {frame.run.run_id!r} cannot be converted to packets: {error}")

@@ -1,4 +1,4 @@
-"""The classes of the Leyline messages: Esper's own where this process has them, else ours, never both."""
+"""The classes of the Leyline messages: Esper's own if this process has them, otherwise those of this package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esper_otel.log import logger
 
 
 def _contract() -> FileDescriptor:
-    """Our ``leyline.proto``, in a pool of its own: nobody else's registration can conflict with it."""
+    """Registers this package's ``leyline.proto`` in a separate pool, so that other registrations cannot conflict."""
     compiled = resources.files(__package__).joinpath("leyline.binpb").read_bytes()
     file = FileDescriptorSet.FromString(compiled).file[0]
     pool = DescriptorPool()
@@ -27,7 +27,7 @@ def _contract() -> FileDescriptor:
 
 
 def _registered(find: Any, name: str) -> Any:
-    """What a pool has under a name; None when it has nothing."""
+    """Returns the descriptor that a pool has under a name, or None."""
     try:
         return find(name)
     except KeyError:
@@ -35,11 +35,11 @@ def _registered(find: Any, name: str) -> Any:
 
 
 def _field_facts(field: FieldDescriptor) -> dict[str, object]:
-    """What both sides must agree on for one field, in the words in which a difference is reported."""
+    """Returns the facts of a field that both sides must agree on, worded as in reports of differences."""
     kind = field.message_type or field.enum_type
     return {
         "number": field.number,
-        "type": FieldDescriptorProto.Type.Name(field.type),  # type: ignore[arg-type] # a number of the enum
+        "type": FieldDescriptorProto.Type.Name(field.type),  # type: ignore[arg-type] # an enum number
         "type name": None if kind is None else kind.full_name,
         "repeated": field.is_repeated,
         "required": field.is_required,
@@ -83,7 +83,7 @@ def _enum_differences(ours: EnumDescriptor, theirs: EnumDescriptor) -> Iterator[
 
 
 def _differences(contract: FileDescriptor, pool: DescriptorPool) -> Iterator[str]:
-    """What the pool lacks of the contract, and where it contradicts it. What it has in addition is no difference."""
+    """Yields what the pool lacks of the contract and where it contradicts it. Additions are not differences."""
     for name, message in contract.message_types_by_name.items():
         their_message = _registered(pool.FindMessageTypeByName, message.full_name)
         if their_message is None:
@@ -99,7 +99,7 @@ def _differences(contract: FileDescriptor, pool: DescriptorPool) -> Iterator[str
 
 
 def _is_registered(contract: FileDescriptor, pool: DescriptorPool) -> bool:
-    """Whether the pool has anything of the contract."""
+    """Whether the pool has any part of the contract."""
     messages, enums = contract.message_types_by_name.values(), contract.enum_types_by_name.values()
     return any(_registered(pool.FindMessageTypeByName, message.full_name) for message in messages) or any(
         _registered(pool.FindEnumTypeByName, enum.full_name) for enum in enums
@@ -107,22 +107,22 @@ def _is_registered(contract: FileDescriptor, pool: DescriptorPool) -> bool:
 
 
 def leyline_types(module: str) -> dict[str, Any]:
-    """Message classes and enums by name.
+    """Returns message classes and enums by name.
 
-    They are those of the default pool if somebody has registered there all that the contract has, with the same
-    names, numbers and types: both sides then pass one kind of object around. Whatever is registered in addition
-    (fields, values of enums, messages) does not matter. Else they live in a pool of their own: whoever registers
-    the contract in the default pool later meets no conflict, and both sides understand each other's bytes.
+    If other code has registered the whole contract in the default pool, with the same names, numbers and types, its
+    classes are returned, and both sides can exchange objects. Additional fields, enum values and messages do not
+    matter. Otherwise the classes live in a separate pool. Code that registers the contract in the default pool later
+    then causes no conflict, and both sides can still exchange bytes.
 
     Args:
-        module: the module that will hold the classes, under which pickle finds them.
+        module: the module that will contain the classes, where pickle looks them up.
     """
     contract, pool = _contract(), Default()
     difference = next(_differences(contract, pool), None)
     if difference is not None and _is_registered(contract, pool):
         logger.warning(
-            "this process has message classes of %s that differ from the contract (%s): esper_otel uses its own, and "
-            "its packets reach the others as bytes only (SerializeToString, ParseFromString)",
+            "this process has message classes of %s that differ from the contract (%s): esper_otel uses its own, so "
+            "packets can be passed to the others only as bytes (SerializeToString, ParseFromString)",
             contract.package,
             difference,
         )

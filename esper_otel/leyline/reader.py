@@ -1,4 +1,4 @@
-"""LeylineMetricReader: the readings of any MeterProvider as Leyline packets, whoever set the gauges."""
+"""``LeylineMetricReader``, which converts the readings of any MeterProvider to Leyline packets."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from esper_otel.leyline.risk import signals, with_signals
 _logger = logging.getLogger(__name__)
 _QUIET_S = 60.0
 
-# The SDK folds what exceeds its limit, 2000 unless told otherwise, into one point that names no seed. It counts the ids
-# of the instrument's whole life, of which at most MOST_SEEDS are taken at once.
+# The SDK merges attribute sets above its cardinality limit (2000 by default) into one point without a seed id. The
+# limit counts all ids in the life of an instrument; at most MOST_SEEDS of them are accepted at once.
 _MOST_IDS = 100_000
 _INSTRUMENTS = (
     Counter,
@@ -45,21 +45,22 @@ _INSTRUMENTS = (
 class LeylineMetricReader(MetricReader):
     """An OpenTelemetry reader that a controller pulls packets from: ``MeterProvider(metric_readers=[reader])``.
 
-    Each pull collects once and takes what it reads as one step. Gauges and sums under catalogue names count,
-    seed metrics with the attribute ``seed_id``; everything else is ignored. The packets, their risk signals too, are
-    those that a gateway makes of the same points. Of several points of one stream, such as those of two scopes, the
-    first one with the fewest further attributes counts. Ids that a session refuses, and seeds beyond 20,000 at once,
-    are left out, with a warning; a packet that lacks such seeds is not ``complete``.
+    Each pull collects once and treats the readings as one step. Gauges and sums with names from the catalogue are used,
+    seed metrics if they have the attribute ``seed_id``; all others are ignored. The packets, including risk signals,
+    equal those that a gateway makes from the same points. If a stream has several points, for example from two scopes,
+    the first one with the fewest additional attributes is used. Ids that a session rejects, and seeds beyond 20,000 at
+    once, are left out, with a warning; packets without such seeds are not ``complete``.
 
-    Where the readings do not say it: steps are numbered by pull, the epoch is 0, the attempt is the Unix millisecond at
-    which the reader was made, isolation violations are those new since the last pull, and the run is named after the
-    Resource: ``esper.run.id``, else ``service.instance.id``, else ``service.name``. A seed lives until it has been
-    silent for five minutes, unless the readings say which seeds live (``esper.seeds.digest``), as a session's do.
+    Defaults for missing information: steps are numbered by pull, the epoch is 0, the attempt is the Unix millisecond
+    in which the reader was created, isolation violations are those since the last pull, and the run id is the
+    Resource's ``esper.run.id``, ``service.instance.id`` or ``service.name``, in this order. A seed's life ends after
+    five minutes without points, unless the readings identify the live seeds (``esper.seeds.digest``), as those of a
+    session do.
 
-    Two things no reader can see: the SDK drops a gauge's NaN, and repeats the last value of a synchronous gauge
-    that is not set any more. Both look like an old value, at the time of the pull.
+    Two cases cannot be detected, because of the SDK: it drops a NaN of a gauge, and it repeats the last value of a
+    synchronous gauge that is no longer set. In both cases an old value appears with the time of the pull.
 
-    Threads: any may pull; pulls wait for each other.
+    Threads: any thread may pull; pulls run one at a time.
 
     Args:
         latency_budget_ms: a seed whose last kernel took longer is reported as DEGRADED.
@@ -76,12 +77,12 @@ class LeylineMetricReader(MetricReader):
         self._next_warning_s = 0.0
 
     def pull(self, *, timeout_s: float = 10.0) -> Packets | None:
-        """Collects and converts; None when nothing under a catalogue name was read, or not in time.
+        """Collects and converts. Returns None if no metric of the catalogue was read, or not in time.
 
-        The SDK looks at the time between two callbacks: one that never returns blocks the pull with it.
+        The SDK checks the time only between callbacks, so a callback that never returns also blocks the pull.
 
         Raises:
-            WrongState: the reader belongs to no MeterProvider, or has been shut down.
+            WrongState: the reader has no MeterProvider, or has been shut down.
         """
         if self._is_shut_down:
             raise WrongState("this reader has been shut down, with its MeterProvider or by itself")
@@ -103,7 +104,7 @@ class LeylineMetricReader(MetricReader):
             self._pulling.release()
 
     def _packets(self, made: CollectedFrame) -> Packets:
-        """The packets of a collection, with the signals of its risks."""
+        """Returns the packets of a collection, with its risk signals."""
         if made.refused and time.monotonic() >= self._next_warning_s:
             self._next_warning_s = time.monotonic() + _QUIET_S
             reasons = ", ".join(f"{count} x {reason}" for reason, count in made.refused.items())
@@ -126,7 +127,7 @@ class LeylineMetricReader(MetricReader):
         timeout_millis: float = 30_000,  # noqa: ARG002 - the SDK's signature
         **kwargs: object,  # noqa: ARG002 - the SDK's signature
     ) -> None:
-        """Ends the reader: later pulls raise. The MeterProvider calls it when it shuts down."""
+        """Shuts the reader down; later pulls raise WrongState. The MeterProvider calls this when it shuts down."""
         self._is_shut_down = True
 
 

@@ -1,4 +1,4 @@
-"""Readings of OpenTelemetry instruments, put together to a frame: what was read at one moment is a step."""
+"""Combines readings of OpenTelemetry instruments into frames. Readings collected at one moment form a step."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _STEP_NAMES = {metric.name for metric in METRICS if metric.level == "step"} - {F
 _SEED_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
 _SEED_NAMES = {*_SEED_COLUMNS, SEED_RETIRED.name}
 
-# Scopes of our own: in the first one a name that nobody knows is a user's own metric; the second one is in no step.
+# This package's scopes: unknown names in the first are the user's metrics; points in the second belong to no step.
 _FRAME_SCOPE, _HEALTH_SCOPE = "esper_otel", "esper_otel.health"
 
-# The SDK folds what exceeds its limit of attribute sets into one point that has this attribute only.
+# The SDK merges all attribute sets above its limit into one point that has only this attribute.
 _OVERFLOW = "otel.metric.overflow"
 
 NO_SEED_ID = "seed metric without seed_id"
 TOO_MANY_SEEDS = f"more than {senders.MOST_SEEDS:,} seeds at once"
-TOO_MANY_SETS = "more attribute sets than the SDK tells apart"
+TOO_MANY_SETS = "more attribute sets than the SDK's limit"
 
 
 class Reading(NamedTuple):
     """One number of one instrument.
 
     Attributes:
-        name: of the instrument.
+        name: name of the instrument.
         value: the number.
         time_unix_ns: when it was read.
-        attributes: of the point.
+        attributes: the attributes of the point.
         resource: the attributes of the provider's Resource.
         scope: name of the instrument's scope.
     """
@@ -58,8 +58,8 @@ class CollectedFrame(NamedTuple):
 
     Attributes:
         frame: the frame.
-        complete: whether everything that was read is in it, and which seeds live is known.
-        refused: how many readings are not in it, by reason.
+        complete: whether the frame contains all readings, and the live seeds are known.
+        refused: numbers of readings left out, by reason.
     """
 
     frame: Frame
@@ -68,7 +68,7 @@ class CollectedFrame(NamedTuple):
 
 
 class _Point(NamedTuple):
-    """A reading that may become a part of a frame; ``further`` counts attributes that nobody here knows."""
+    """A reading that may become part of a frame. ``further`` is its number of unknown attributes."""
 
     further: int
     name: str
@@ -78,13 +78,13 @@ class _Point(NamedTuple):
 
 
 class FrameOfReadings:
-    """Makes one frame of the readings of each collection, by the gateway's rules; not thread-safe.
+    """Builds one frame from the readings of each collection, by the gateway's rules. Not thread-safe.
 
-    When several runs or ranks share a provider it follows one of them: the one with the most readings, for as
-    long as it has any.
+    If several runs or ranks share a provider, one of them is followed: the one with the most readings, for as long
+    as it has any.
 
     Args:
-        attempt: the attempt where the Resource does not say.
+        attempt: the attempt to use if the Resource has none.
     """
 
     def __init__(self, attempt: int) -> None:
@@ -92,7 +92,7 @@ class FrameOfReadings:
         self._followed: _Followed | None = None
 
     def frame(self, readings: Iterable[Reading]) -> CollectedFrame | None:
-        """The frame of readings that were collected together; None when none is of the catalogue."""
+        """Returns the frame of readings that were collected together; None if none is in the catalogue."""
         refused = Counter[str]()
         points: dict[Run, list[_Point]] = {}
         resource: Mapping[str, object] | None = None
@@ -120,7 +120,7 @@ class FrameOfReadings:
         return CollectedFrame(frame, is_known and not is_cut, refused)
 
     def _run(self, resource: Mapping[str, object]) -> Run | None:
-        """The run that a Resource describes; None when no point of it is taken."""
+        """Returns the run that a Resource describes; None if its points are not accepted."""
         texts = {key: senders.text_of(value) for key, value in resource.items()}
         if len(texts) > senders.MOST_ATTRIBUTES:
             return None
@@ -136,7 +136,7 @@ def _is_taken(reading: Reading) -> bool:
 
 
 def _pointed(reading: Reading, run: Run | None) -> tuple[Run, _Point] | str:
-    """Whose point a reading is, and the point; or why it is not taken."""
+    """Returns the run and rank of a reading, and its point; or the reason why it is not accepted."""
     if run is None or len(reading.attributes) > senders.MOST_ATTRIBUTES:
         return senders.INVALID_TEXT
     label = senders.label_of_texts({key: senders.text_of(value) for key, value in reading.attributes.items()})
@@ -151,13 +151,13 @@ def _pointed(reading: Reading, run: Run | None) -> tuple[Run, _Point] | str:
         rank = label.rank if label.rank >= 0 else run.rank
         run = replace(run, run_id=label.run_id or run.run_id, rank=rank)
     seed = label.seed if is_of_seed else ""
-    # A step metric that names a seed is a part of something, as one with attributes that nobody knows.
+    # A seed id on a step metric counts as an unknown attribute: the value is then only a part of the metric.
     further = label.further + (not is_of_seed and bool(label.seed))
     return run, _Point(further, reading.name, seed, reading.value, reading.time_unix_ns)
 
 
 class _Followed:
-    """The run and rank whose readings become frames, and what must be remembered between two of them."""
+    """The run and rank whose readings become frames, and the state kept between two frames."""
 
     def __init__(self, rank: tuple[str, int]) -> None:
         self.rank = rank
@@ -168,9 +168,9 @@ class _Followed:
         self._seen: dict[str, int] = {}
 
     def frame(self, run: Run, points: list[_Point], refused: Counter[str]) -> tuple[Frame, bool]:
-        """The frame, and whether all of its live seeds are known."""
+        """Returns the frame and whether all of its live seeds are known."""
         numbers: dict[tuple[str, str], float] = {}
-        # Of several points of one stream the first one with the fewest further attributes counts.
+        # If a stream has several points, the first one with the fewest unknown attributes is used.
         for point in sorted(points, key=lambda point: point.further):
             numbers.setdefault((point.name, point.seed), point.value)
         time_unix_ns = max(point.time_unix_ns for point in points)
@@ -207,7 +207,7 @@ class _Followed:
         return frame, is_known
 
     def _drop_surplus(self, numbers: dict[tuple[str, str], float], refused: Counter[str]) -> None:
-        """Takes out what would make too many seeds."""
+        """Removes points of seeds beyond the largest allowed number."""
         new = sorted({seed for name, seed in numbers if name in _SEED_COLUMNS and seed not in self._live.ids})
         surplus = {*new[max(senders.MOST_SEEDS - len(self._live.ids), 0) :]}
         if surplus:
@@ -216,7 +216,7 @@ class _Followed:
                 refused[TOO_MANY_SEEDS] += 1
 
     def _bury(self, recorded: tuple[str, ...], count: int | None, digest: int | None, time_unix_ns: int) -> bool:
-        """Retires seeds that no longer live; False when it cannot be found out which these are."""
+        """Retires seeds that are no longer live; returns False if these cannot be determined."""
         dead = (
             silent_of(self._live.ids, {*recorded}, self._seen, time_unix_ns)
             if digest is None
@@ -229,7 +229,7 @@ class _Followed:
 
 
 def _table(numbers: Mapping[tuple[str, str], float]) -> SeedTable:
-    """The seeds' rows, in the order of their ids."""
+    """Returns the seeds' rows, sorted by id."""
     ids = tuple(sorted({seed for name, seed in numbers if name in _SEED_COLUMNS}))
     if not ids:
         return NO_SEEDS

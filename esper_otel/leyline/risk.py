@@ -1,4 +1,4 @@
-"""Risk: which signals a step's packets give, by one table of thresholds."""
+"""Risk signals of a step's packets, determined by a table of thresholds."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _EVENTS_SUFFIX = "-events"
 
 
 class Signal(NamedTuple):
-    """What a step's numbers suggest.
+    """A risk indicated by a step's values.
 
     Attributes:
-        name: such as ``hook_budget``.
+        name: the signal's name, such as ``hook_budget``.
         level: ``WARN`` or ``HIGH``.
         priority: a number of ``MessagePriority``: NORMAL for WARN, HIGH for HIGH.
-        reason: the number and the threshold that it is beyond.
-        route: what Tamiyo's rules have decided once they have looked at this signal and those before it: ``PAUSE`` or
-            ``OPTIMIZER``. That of a step's last signal is the step's.
+        reason: the value and the threshold that it exceeds.
+        route: the decision of Tamiyo's rules after this signal and those before it: ``PAUSE`` or ``OPTIMIZER``. The
+            route of a step's last signal is that of the step.
     """
 
     name: str
@@ -38,19 +38,19 @@ class Signal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row of the table; rows are looked at in order.
+    """One row of the table. Rows are evaluated in order.
 
     Attributes:
-        name: of the signal.
-        metric: key of the state packet's metrics; ``LOSS_STEP`` is the loss minus that of the packet before.
-        threshold: the value above which the signal comes; the packet's values are float32.
+        name: name of the signal.
+        metric: key of the state packet's metrics; ``LOSS_STEP`` is the loss minus that of the previous packet.
+        threshold: the value above which the signal is given; the packet's values are float32.
         level: ``WARN`` or ``HIGH``.
-        route: ``PAUSE`` or ``OPTIMIZER``, decided only if no signal above has decided, unless ``overrules``.
-        overrules: whether the route is decided whatever the signals above have decided.
-        is_inclusive: whether the threshold itself is enough.
-        only_unrouted: silent when a signal above has decided a route already.
-        and_below: a second metric that must be there and at most so large, and how large.
-        unless: the name of a signal that silences this one.
+        route: ``PAUSE`` or ``OPTIMIZER``; applies only if no earlier signal has set a route, unless ``overrules``.
+        overrules: whether the route replaces one set by an earlier signal.
+        is_inclusive: whether the signal is also given at the threshold itself.
+        only_unrouted: whether the signal is omitted if an earlier signal has set a route.
+        and_below: a second metric and its limit; the metric must be present and not above the limit.
+        unless: the name of a signal that suppresses this one.
     """
 
     name: str
@@ -93,10 +93,10 @@ RULES = (
 
 
 def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
-    """The table with other thresholds, by the signals' names; infinity silences a signal.
+    """Returns the table with other thresholds, given by signal name; infinity disables a signal.
 
     Raises:
-        ConfigurationError: a name that no signal has.
+        ConfigurationError: no signal has this name.
     """
     names = [rule.name for rule in RULES]
     for name in thresholds:
@@ -108,15 +108,15 @@ def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
 def signals(
     state: messages.SystemStatePacket, *, loss_before: float | None = None, rules: tuple[Rule, ...] = RULES
 ) -> tuple[Signal, ...]:
-    """What the packet suggests, in the table's order; a missing value suggests nothing.
+    """Returns the packet's risk signals in the table's order. Missing values give no signal.
 
     Args:
         state: a step's packet.
-        loss_before: ``validation_loss`` of the packet before; when it is not known, ``loss_delta`` stands in.
+        loss_before: ``validation_loss`` of the previous packet; if unknown, ``loss_delta`` is used instead.
         rules: the table.
     """
     values = state.training_metrics
-    # Both losses are as a controller reads them: rounded to float32, subtracted as doubles.
+    # The difference is computed as a controller would: from losses rounded to float32, in double precision.
     loss_step = values.get("loss_delta") if loss_before is None else state.validation_loss - _rounded(loss_before)
     found: dict[str, Signal] = {}
     route = ""
@@ -141,7 +141,7 @@ def signals(
 
 
 def with_signals(packets: Packets, found: tuple[Signal, ...]) -> Packets:
-    """The packets with the signals as events, in the step's packet of events."""
+    """Returns the packets with the signals added as events to the step's packet of events."""
     if not found:
         return packets
     events_id = packets.state.packet_id + _EVENTS_SUFFIX

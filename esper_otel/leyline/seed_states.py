@@ -13,7 +13,7 @@ from esper_otel.leyline.numbers import STAGE_LIMIT, UINT32_LIMIT, finite_cells, 
 from esper_otel.leyline.stencil import Stencil
 from esper_otel.schema import SEED_FIELDS, Stage
 
-# Fields that are integers change seldom: they are part of what a stencil is made for.
+# Integer fields change seldom: they are part of a stencil's fixed bytes.
 _INTEGERS = ("stage", "layer_depth", "age_epochs")
 _SCALARS = ("gradient_norm", "learning_rate", "risk_score")
 _IN_MAP = ("alpha", "alpha_steps", "alpha_total_steps", "alpha_temperature", "risk_tolerance", "blend_allowed")
@@ -26,11 +26,11 @@ _STAGES_THAT_BLEND = range(Stage.BLENDING, Stage.FOSSILIZED + 1)
 
 
 def seed_states(live: SeedTable) -> bytes:
-    """The seeds as serialized ``SystemStatePacket.seed_states``, to be merged into a packet.
+    """Returns the seeds as serialized ``SystemStatePacket.seed_states``, to be merged into a packet.
 
-    A cell that is missing, not finite, or no valid integer where the field is one is left out. ``alpha_steps`` is
-    there in BLENDING only. ``blend_allowed`` is what was recorded, else 1.0 in the stages from BLENDING to
-    FOSSILIZED and 0.0 in others; without a known stage it is missing.
+    Cells that are missing, not finite, or not a valid integer for an integer field are left out. ``alpha_steps`` is
+    present only in BLENDING. ``blend_allowed`` is the recorded value, or else 1.0 in the stages from BLENDING to
+    FOSSILIZED and 0.0 in others; it is absent if the stage is unknown.
     """
     if not live.ids:
         return b""

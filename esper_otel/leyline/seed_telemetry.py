@@ -1,4 +1,4 @@
-"""The rows of a frame as TelemetryPackets: what Kasmina reports about each seed in a step."""
+"""TelemetryPackets of seeds: one for each row of a frame, as Kasmina reports each seed in a step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LIMITS = np.array(list(_INTEGER_LIMITS.values()), np.float64)
 
 
 def known_cells(frame: Frame) -> Cells:
-    """For each row recorded in the step, all the last known cells of its seed, the row's own first."""
+    """Returns, for each recorded row, the last known cells of its seed. Cells of the row itself take precedence."""
     rows, live = frame.seeds.wide(), frame.live.wide()
     if rows.ids == live.ids:
         below = live.cells
@@ -42,7 +42,7 @@ def known_cells(frame: Frame) -> Cells:
 
 
 def reported_rows(rows: SeedTable, known: Cells) -> SeedTable:
-    """The rows, with all columns; ``alpha_steps`` only where the seed is BLENDING."""
+    """Returns the rows with all columns; ``alpha_steps`` only for seeds in BLENDING."""
     rows = rows.wide()
     too_many = (known[:, _STAGE] != Stage.BLENDING) & ~is_absent(rows.cells[:, _ALPHA_STEPS])
     if not too_many.any():
@@ -55,16 +55,16 @@ def reported_rows(rows: SeedTable, known: Cells) -> SeedTable:
 def seed_telemetry(
     rows: SeedTable, known: Cells, *, label: str, step: int, time_unix_ns: int, latency_budget_ms: float
 ) -> Iterator[messages.TelemetryPacket]:
-    """One packet for each row, in order.
+    """Returns one packet for each row, in order.
 
-    A metric of the schema that was recorded in the step is a point; one that was recorded and is not finite is an
-    event instead, like an integer field of the state packet that is none. Health is that of the last known
-    cells: a seed whose violations were not recorded again still has them.
+    Each metric of the schema that was recorded in the step becomes a point. A value that is not finite, or not valid
+    for an integer field of the state packet, becomes an event instead. Health depends on the last known cells, so a
+    seed keeps its violations even if they are not recorded again.
 
     Args:
-        rows: what ``reported_rows`` returned.
-        known: what ``known_cells`` returned.
-        label: what makes the step's packet ids unique.
+        rows: the rows returned by ``reported_rows``.
+        known: the cells returned by ``known_cells``.
+        label: text that makes the step's packet ids unique.
         step: the step's number.
         time_unix_ns: the step's time.
         latency_budget_ms: a last kernel latency above it is DEGRADED.
@@ -87,7 +87,7 @@ def seed_telemetry(
 
 
 def _health(known: Cells, latency_budget_ms: float) -> npt.NDArray[np.uint8]:
-    """For each row, which entry of ``_healths()`` it is."""
+    """Returns, for each row, the index of its entry in ``_healths()``."""
     health: npt.NDArray[np.uint8] = np.full(len(known), 3, np.uint8)
     health[known[:, _LATENCY] > latency_budget_ms] = 2
     health[known[:, _FALLBACK] > 0] = 1
@@ -96,7 +96,7 @@ def _health(known: Cells, latency_budget_ms: float) -> npt.NDArray[np.uint8]:
 
 
 def _healths() -> tuple[tuple[messages.HealthStatus, str], ...]:
-    """What a seed's health can be: status and summary. The first that applies counts, the last always does."""
+    """Returns the possible healths of a seed (status, summary). The first that applies counts; the last always does."""
     status = messages.HealthStatus
     return (
         (status.HEALTH_STATUS_UNHEALTHY, "violations"),
@@ -140,7 +140,7 @@ def _row_stencil(seed_id: str, present: bytes, health: int) -> Stencil:
 
 
 def _ending(step: int, time_unix_ns: int) -> bytes:
-    """What all packets of a step have in common, serialized: appended to each, it merges into it."""
+    """Returns the fields common to all packets of a step, serialized. Appended to a packet, they merge into it."""
     packet = messages.TelemetryPacket()
     packet.timestamp.FromNanoseconds(time_unix_ns)
     packet.system_health.indicators["step_index"] = str(step)
@@ -148,7 +148,7 @@ def _ending(step: int, time_unix_ns: int) -> bytes:
 
 
 def _faults(cells: Cells, there: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """True where a cell was recorded and cannot be sent as what it is."""
+    """Returns an array that is True where a recorded cell cannot be sent as a value."""
     faults = ~(there | is_absent(cells))
     integers = cells[:, _INTEGER_COLUMNS]
     valid = (integers >= 0) & (integers < _LIMITS) & (integers == np.floor(integers))

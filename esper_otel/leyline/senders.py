@@ -1,6 +1,6 @@
-"""Senders: what attributes say of who has sent a point, and what a plain OpenTelemetry program leaves to be found out.
+"""Identifies the sender of a point by its attributes, and fills in what a plain OpenTelemetry program does not send.
 
-The gateway and ``LeylineMetricReader`` both make steps of such a program's points. They agree since both ask here.
+The gateway and ``LeylineMetricReader`` both use this module, so they build the same steps from such points.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from esper_otel.frames.frame import LAST_LOSS, RUN_FIELDS, UNKNOWN_ATTEMPT, Run
 from esper_otel.leyline.numbers import finite
 from esper_otel.schema import METRICS, Need
 
-# What one sender may say; the texts are as long as those that a session accepts.
+# Limits for one sender. The texts may be as long as those that a session accepts.
 MOST_ATTRIBUTES = 128
 MOST_TEXT_BYTES = 256
 MOST_SEEDS = 20_000
 
 INVALID_TEXT = "text too long or with control characters"
 
-# Where a run's id is looked for in a Resource, best first.
+# Resource attributes that may contain a run's id, in order of preference.
 _RUN_ID_SOURCES = ("esper.run.id", "service.instance.id", "service.name")
 _LARGEST_RANK = 2**31
 _RUN_DEFAULTS: dict[str, Any] = dataclasses.asdict(Run("", UNKNOWN_ATTEMPT))
@@ -29,15 +29,15 @@ _CUDA_NAMES = frozenset(metric.name for metric in METRICS if {Need.CUDA, Need.NV
 
 
 class Label(NamedTuple):
-    """What the attributes of a point mean.
+    """The meaning of a point's attributes.
 
     Attributes:
-        seed: the seed's id; empty when there is none.
-        run_id: the run, where the point itself says it; else empty.
-        rank: the rank, where the point itself says it; else -1.
+        seed: the seed's id, or empty.
+        run_id: the run given by the point itself, or empty.
+        rank: the rank given by the point itself, or -1.
         outcome: how a run ended.
-        further: how many attributes nobody here knows.
-        fault: why no such point is taken; empty when it is.
+        further: number of unknown attributes.
+        fault: why points with these attributes are rejected; empty if they are accepted.
     """
 
     seed: str = ""
@@ -49,7 +49,7 @@ class Label(NamedTuple):
 
 
 def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Label:
-    """The meaning of a point's attributes."""
+    """Returns the meaning of a point's attributes."""
     rest = dict(texts)
     seed, run_id, outcome = rest.pop("seed_id", ""), rest.pop("esper.run.id", ""), rest.pop("outcome", "")
     rank = rest.pop("esper.rank", "")
@@ -59,7 +59,7 @@ def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) 
 
 
 def run_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Run | None:
-    """The run that a Resource's attributes describe; None when a text of it is not valid."""
+    """Returns the run that a Resource's attributes describe; None if one of the texts is invalid."""
     found: dict[str, Any] = {}
     for each in RUN_FIELDS:
         text = texts.get(each.attribute)
@@ -72,7 +72,7 @@ def run_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) ->
 
 
 def is_valid(text: str, most_bytes: int = MOST_TEXT_BYTES) -> bool:
-    """Whether a text is as short and as printable as those that a session accepts."""
+    """Whether a session would accept the text: not too long and without control characters."""
     if text.isprintable() and len(text) * 4 <= most_bytes:
         return True
     try:
@@ -83,7 +83,7 @@ def is_valid(text: str, most_bytes: int = MOST_TEXT_BYTES) -> bool:
 
 
 def text_of(value: object) -> str:
-    """The text that an attribute's value is, as it is on the wire: text and plain numbers; empty for anything else."""
+    """Returns an attribute's value as text, if it is text or a plain number on the wire; otherwise an empty text."""
     match value:
         case bool():
             return ""
@@ -96,12 +96,12 @@ def text_of(value: object) -> str:
 
 
 def complete(values: dict[str, float], violations: float | None, loss: float | None) -> None:
-    """Adds what a session of ours would say itself: the last finite loss and the new violations.
+    """Adds values that a session would send itself: the last finite loss and the new violations.
 
     Args:
-        values: of the step.
-        violations: isolation violations new in it; None when it has none recorded.
-        loss: the last finite one before it.
+        values: the values of the step.
+        violations: number of new isolation violations in the step; None if none were recorded.
+        loss: the last finite loss before the step.
     """
     known = values["loss"] if finite(values.get("loss")) is not None else loss
     if known is not None:
@@ -111,12 +111,12 @@ def complete(values: dict[str, float], violations: float | None, loss: float | N
 
 
 def on_its_device(run: Run, names: Collection[str]) -> Run:
-    """The run, on CUDA if its device is not said and a step has metrics that only CUDA has."""
+    """Returns the run; if its device is unknown and a step has CUDA-only metrics, with the device type CUDA."""
     return run if run.device_type or _CUDA_NAMES.isdisjoint(names) else replace(run, device_type="cuda")
 
 
 def _whole(text: str | None, default: int, limit: int) -> int:
-    """The text as an integer from 0 to below ``limit``."""
+    """Returns the text as an integer of at least 0 and below ``limit``."""
     if text is None or not text.isascii() or not text.isdecimal() or len(text) > 20:
         return default
     number = int(text)

@@ -1,8 +1,8 @@
-"""Stencil: serialized messages with holes for numbers, so that a table of seeds becomes bytes in a few copies.
+"""Stencils: serialized messages with holes for numbers, into which a table of seeds is copied with a few array copies.
 
-Building a message per seed through protobuf's setters costs more than everything else in a packet; parsing one
-from bytes costs a tenth of that. The bytes are protobuf's own: a message is serialized twice, with two numbers
-in each hole whose encodings differ in every byte, and where the two differ the holes are.
+This avoids setting the fields of a protobuf message for each seed. The bytes come from protobuf itself: a message is
+serialized twice, with two different numbers for each hole, whose encodings differ in every byte. The holes are where
+the two results differ.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from esper_otel.frames.frame import Cells
 _Bytes = npt.NDArray[np.uint8]
 _Places = npt.NDArray[np.intp]
 
-# Marker of column c: the number whose bits are these plus c. The other marker is its complement. Both are
-# ordinary numbers (about 2.0 and -2.0), so that no conversion between float and double alters their bits.
+# The marker of column c is the number whose bits are this value plus c; the second marker has the complementary bits.
+# Both are ordinary numbers (about 2.0 and -2.0), so conversions between float and double keep their bits.
 _MARKER_BITS = {4: 0x4000_0000, 8: 0x4000_0000_0000_0000}
 _UNSIGNED = {4: "<u4", 8: "<u8"}
 _FLOAT = {4: "<f4", 8: "<f8"}
@@ -29,13 +29,13 @@ _FLOAT = {4: "<f4", 8: "<f8"}
 
 @dataclass(frozen=True, slots=True)
 class Stencil:
-    """Serialized messages, one per row of a table, with holes that cells of the table fill.
+    """Serialized messages, one per row of a table, with holes to be filled with cells of the table.
 
     Attributes:
-        wire: the bytes, anything in the holes.
-        holes: places in ``wire`` of the bytes of each hole; shape (holes, 4) for float, (holes, 8) for double.
-        cells: for each hole, the place of its cell in the flattened table.
-        ends: where each row's bytes end.
+        wire: the bytes, with arbitrary bytes in the holes.
+        holes: positions in ``wire`` of the bytes of each hole; shape (holes, 4) for float, (holes, 8) for double.
+        cells: for each hole, the position of its cell in the flattened table.
+        ends: the end position of each row's bytes.
     """
 
     wire: _Bytes
@@ -45,12 +45,12 @@ class Stencil:
 
     @classmethod
     def of(cls, build: Callable[[Callable[[int], float]], Message], width: int) -> Stencil:
-        """The stencil of one row.
+        """Creates the stencil of one row.
 
         Args:
-            build: makes the message; it calls its argument with a column to get what to put in that column's
-                hole. Called twice.
-            width: bytes of a number: 4 where the message has float, 8 where it has double.
+            build: builds the message; called twice. It calls its argument with a column to get the number for that
+                column's hole.
+            width: bytes per number: 4 if the message has float, 8 if it has double.
         """
         first = _serialized(build, width, mask=0)
         second = _serialized(build, width, mask=2 ** (8 * width) - 1)
@@ -60,7 +60,7 @@ class Stencil:
 
     @classmethod
     def joined(cls, rows: Sequence[Stencil], width: int, columns: int) -> Stencil:
-        """The stencil of a table with so many columns, from those of its rows."""
+        """Creates the stencil of a table with ``columns`` columns from the stencils of its rows."""
         if not rows:
             return cls(np.empty(0, np.uint8), np.empty((0, width), np.intp), np.empty(0, np.intp), ())
         ends = tuple(itertools.accumulate(len(row.wire) for row in rows))
@@ -73,7 +73,7 @@ class Stencil:
         )
 
     def filled(self, table: Cells) -> bytes:
-        """The bytes with the table's numbers in the holes. Cells that fill a hole fit the hole's type."""
+        """Returns the bytes with the table's numbers in the holes. The numbers must fit the type of the holes."""
         width = self.holes.shape[1]
         wire = self.wire.copy()
         numbers = table.reshape(-1)[self.cells].astype(_FLOAT[width])
@@ -81,7 +81,7 @@ class Stencil:
         return wire.tobytes()
 
     def slices(self) -> Iterable[slice]:
-        """Where each row's bytes are."""
+        """Returns the slice of each row's bytes."""
         return itertools.starmap(slice, itertools.pairwise((0, *self.ends)))
 
 
@@ -90,5 +90,5 @@ def _serialized(build: Callable[[Callable[[int], float]], Message], width: int, 
         bits = np.array((_MARKER_BITS[width] + column) ^ mask, _UNSIGNED[width])
         return float(bits.view(_FLOAT[width]))
 
-    # Deterministic: the entries of maps in one order, both times.
+    # Deterministic, so that map entries are in the same order both times.
     return np.frombuffer(build(marker).SerializeToString(deterministic=True), np.uint8)

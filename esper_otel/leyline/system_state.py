@@ -1,4 +1,4 @@
-"""A frame as a SystemStatePacket: what Tolaria tells Tamiyo about a step."""
+"""Converts a frame to a SystemStatePacket, by which Tolaria informs Tamiyo about a step."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from esper_otel.schema import METRICS
 VERSION = 1
 SOURCE = "tolaria"
 
-# A user's own metric is not in the catalogue and stands under its name.
+# Metrics declared by the user are not in the catalogue; their key is their name.
 _KEYS = {metric.name: metric.key or "" for metric in METRICS if metric.level == "step"}
 _NO_KEY = ""
 
 
 def step_label(frame: Frame, values: Mapping[str, float]) -> str:
-    """The step's number, unique within the attempt: after step numbers went back b times, ``-r<b>`` follows."""
+    """Returns the step's number, made unique in the attempt: if step numbers went back b times, with ``-r<b>``."""
     times_back = whole(values.get("esper.steps.backwards"), UINT64_LIMIT)
     return f"{frame.global_step}-r{times_back}" if times_back else str(frame.global_step)
 
 
 def packet_id(frame: Frame, values: Mapping[str, float]) -> str:
-    """The id of the step's state packet: ``<run>-step-<n>``, of other ranks than 0 ``<run>/<rank>-step-<n>``."""
+    """Returns the id of the step's state packet: ``<run>-step-<n>``, or ``<run>/<rank>-step-<n>`` if rank is not 0."""
     run = frame.run
     sender = f"{run.run_id}/{run.rank}" if run.rank else run.run_id
     return f"{sender}-step-{step_label(frame, values)}"
 
 
 def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemStatePacket:
-    """The step's state packet.
+    """Returns the step's state packet.
 
-    The training loss fills fields 4 and 11: it is the last finite one, since a controller that subtracts two
-    packets' losses would read a missing one as 0.
+    Fields 4 and 11 both contain the training loss, or the last finite one. They are never left out, because a
+    controller that subtracts two packets' losses would read a missing one as 0.
 
     Args:
         frame: the step.
@@ -65,7 +65,7 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemSt
 
 
 def _hardware(run: Run, values: Mapping[str, float]) -> messages.HardwareContext | None:
-    """The training device, as far as it is known; None when nothing is."""
+    """Returns the known facts about the training device; None if nothing is known."""
     used = finite(values.get("gpu_mem_used_gb"))
     free = finite(values.get("gpu_mem_free_gb"))
     total = finite(values.get("esper.device.memory_total_gb"))

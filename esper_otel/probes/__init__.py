@@ -1,4 +1,4 @@
-"""Probes: hardware readings at their own pace, off the training thread."""
+"""Probes, which read hardware at their own intervals in threads of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from esper_otel.probes.probe import Probe
 
 
 def host_and_device_probes(device: Callable[[], str | None]) -> list[Probe]:
-    """The probes of a session; ``device`` gives the training device's PyTorch name, None while it is not known."""
+    """Returns the probes of a session. ``device`` returns the training device's PyTorch name, or None if unknown."""
     from esper_otel.probes.cuda import CudaMemory
     from esper_otel.probes.machine import HostCpu, HostMemory
     from esper_otel.probes.nvml import GpuTemperature, GpuUtilisation

@@ -1,4 +1,4 @@
-"""Limits that Linux control groups set on this process: CPU time and memory."""
+"""Limits on CPU time and memory that Linux control groups set for this process."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ _TOP = "sys/fs/cgroup"
 
 
 class CpuQuota(NamedTuple):
-    """So many CPUs at most, for all processes of a group together."""
+    """The number of CPUs that all processes of a group together may use."""
 
     cpus: float
     usage: Path
 
     def used_s(self) -> float:
-        """CPU seconds that the group has used.
+        """Returns the CPU seconds that the group has used.
 
         Raises:
-            ProbeUnavailable: the group does not say.
+            ProbeUnavailable: the group does not report the time.
         """
         try:
             if self.usage.name == "cpu.stat":
                 return _table(self.usage)["usage_usec"] / 1e6
             return int(self.usage.read_text()) / 1e9
         except (OSError, KeyError, ValueError) as error:
-            raise ProbeUnavailable(f"the CPU quota's group does not tell the time used: {self.usage}") from error
+            raise ProbeUnavailable(f"the CPU quota's group does not report the time used: {self.usage}") from error
 
 
 class MemoryLimit(NamedTuple):
-    """Memory of a group, in bytes: at most, and what of it can be had. Page cache that is not in use can."""
+    """Memory of a group in bytes: the limit and the part still available, which includes inactive page cache."""
 
     total: int
     available: int
 
 
 def cpu_quota(root: Path) -> CpuQuota | None:
-    """The tightest quota on the way from this process's group to the top; None without one.
+    """Returns the tightest quota of this process's group and the groups above it; None if there is no quota.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: the folder that contains ``proc`` and ``sys``.
     """
     quotas: list[CpuQuota] = []
     for folder in _folders(root, "cpu", version=2):
@@ -53,7 +53,7 @@ def cpu_quota(root: Path) -> CpuQuota | None:
         limit, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
         if limit.isdecimal() and period.isdecimal():  # no limit is -1
             usage = folder / "cpuacct.usage"
-            if not usage.exists():  # the two controllers are mounted apart
+            if not usage.exists():  # the two controllers are mounted separately
                 group = folder.relative_to(root / _TOP).parts[1:]
                 usage = (root / _TOP / "cpuacct").joinpath(*group) / "cpuacct.usage"
             quotas.append(CpuQuota(int(limit) / int(period), usage))
@@ -61,10 +61,10 @@ def cpu_quota(root: Path) -> CpuQuota | None:
 
 
 def memory_limits(root: Path) -> list[MemoryLimit]:
-    """The limits on the way from this process's group to the top; one that says nothing is far above the host's.
+    """Returns the limits of this process's group and of the groups above it. "No limit" is a number above the host's.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: the folder that contains ``proc`` and ``sys``.
     """
     limits = []
     for version, most, now, spare in (
@@ -80,7 +80,7 @@ def memory_limits(root: Path) -> list[MemoryLimit]:
 
 
 def _folders(root: Path, controller: str, *, version: int) -> Iterator[Path]:
-    """Folders of this process's group and of those above it."""
+    """Yields the folders of this process's group and of the groups above it."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if version == 2 and not controllers:
@@ -91,14 +91,14 @@ def _folders(root: Path, controller: str, *, version: int) -> Iterator[Path]:
             continue
         for top in dict.fromkeys(root / top for top in tops):
             folder = top / path.lstrip("/")
-            # In a container the path may be the host's, and only the top is there.
+            # In a container the path may be that on the host; then only the topmost folder exists.
             yield from (each for each in (folder, *folder.parents) if each == top or top in each.parents)
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # not there: no such limit
+    except OSError:  # no such file: there is no such limit
         return ""
 
 

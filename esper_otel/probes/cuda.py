@@ -1,4 +1,4 @@
-"""Memory of the training GPU, from CUDA."""
+"""Memory of the training GPU, as reported by CUDA."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _GIB = 1024**3
 
 
 def cuda_device(device: Callable[[], str | None]) -> int:
-    """The index, in PyTorch's numbering, of the GPU that trains. CUDA is not initialised by asking.
+    """Returns the index, in PyTorch's numbering, of the training GPU. Does not initialise CUDA.
 
     Raises:
-        ProbeUnavailable: there is none.
+        ProbeUnavailable: there is no training GPU.
     """
     name = device()
     if name is None:
@@ -34,12 +34,12 @@ def cuda_device(device: Callable[[], str | None]) -> int:
 
 
 class CudaMemory:
-    """Memory used, free and there on the training device, by all processes, in GiB. Source: cudaMemGetInfo.
+    """Used, free and total memory of the training device in GiB, for all processes. Source: cudaMemGetInfo.
 
-    cudaMemGetInfo does not wait for the device's work.
+    cudaMemGetInfo does not wait for pending work of the device.
 
     Args:
-        device: the training device's name; None while it is not known.
+        device: returns the training device's name, or None while it is unknown.
         driver: loads CUDA's driver library.
     """
 
@@ -63,7 +63,7 @@ class CudaMemory:
             with apart_from_captures(self._driver):
                 free, total = torch.cuda.mem_get_info(index)
         except (RuntimeError, AssertionError) as error:
-            raise ProbeUnavailable(f"CUDA does not tell: {str(error).partition(chr(10))[0]}") from error
+            raise ProbeUnavailable(f"CUDA could not report: {str(error).partition(chr(10))[0]}") from error
         return {
             "gpu_mem_used_gb": (total - free) / _GIB,
             "gpu_mem_free_gb": free / _GIB,
@@ -71,11 +71,11 @@ class CudaMemory:
         }
 
     def close(self) -> None:
-        """See ``Probe``: nothing is held."""
+        """See ``Probe``. Nothing to release."""
 
 
 def cuda_identity(index: int) -> tuple[str | None, str | None]:
-    """UUID and PCI bus id of a GPU in PyTorch's numbering, as NVML writes them; None where PyTorch does not say."""
+    """Returns the UUID and PCI bus id of a GPU, as NVML writes them; None where PyTorch does not report them."""
     import torch
 
     properties: Any = torch.cuda.get_device_properties(index)

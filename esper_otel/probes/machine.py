@@ -1,4 +1,4 @@
-"""CPU and memory of the host, or of the container that this process lives in."""
+"""CPU and memory of the host, or of the container that this process runs in."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _FIRST_INTERVAL_S = 0.1
 
 
 def _allowed_cpus() -> Set[int]:
-    # Of the calling thread, which has it from the thread that started it: psutil asks for the main thread's, which
-    # OpenMP may have bound to a single CPU in the meantime.
+    # This is the affinity of the calling thread, inherited from the thread that started it. psutil reads that of the
+    # main thread, which OpenMP may have bound to a single CPU since.
     ask = getattr(os, "sched_getaffinity", None)  # not on every system
     return frozenset() if ask is None else frozenset(ask(0))
 
 
 class _Moment(NamedTuple):
-    """CPU seconds used, and those that could have been, since some moment in the past that ``of`` tells apart."""
+    """CPU seconds used and available since a start in the past. Only moments with equal ``of`` share that start."""
 
     of: object
     busy_s: float
@@ -33,17 +33,17 @@ class _Moment(NamedTuple):
 
 
 class HostCpu:
-    """CPU in use, as a share of what this process may use, in percent.
+    """CPU in use, in percent of the CPU time that this process may use.
 
-    With a quota (cgroup ``cpu.max``, or ``cpu.cfs_quota_us``) that is below the CPUs this process may run on, it is
-    the CPU time of the quota's group against the quota; else that of those CPUs, used by anybody (psutil). A group
-    that has saved up may burst above its quota: it counts as 100.
+    If a quota (cgroup ``cpu.max`` or ``cpu.cfs_quota_us``) is lower than the number of CPUs that this process may run
+    on, the value is the CPU time used by the quota's group relative to the quota. Otherwise it is the use of those
+    CPUs by all processes (psutil). A group that bursts above its quota counts as 100 percent.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
-        allowed: gives the CPUs that this process may run on; none if the system does not say.
-        clock: seconds of a clock that never goes back.
-        sleep: waits so many seconds.
+        root: the folder that contains ``proc`` and ``sys``.
+        allowed: returns the CPUs that this process may run on; empty if the system does not report them.
+        clock: returns the seconds of a clock that never goes back.
+        sleep: waits for a number of seconds.
     """
 
     gives = ("cpu_util_percent",)
@@ -63,7 +63,7 @@ class HostCpu:
         self._before: _Moment | None = None
 
     def sample(self) -> Mapping[str, float]:
-        """See ``Probe``. The first call takes 0.1 s: a share needs two moments, and psutil's own first answer is 0."""
+        """See ``Probe``. The first call takes 0.1 s, because a share is computed from two moments."""
         before, now = self._before, self._moment()
         if before is None or before.of != now.of or now.capacity_s <= before.capacity_s:
             before = now
@@ -76,7 +76,7 @@ class HostCpu:
         return {"cpu_util_percent": min(max(100.0 * share, 0.0), 100.0)}
 
     def close(self) -> None:
-        """See ``Probe``: nothing is held."""
+        """See ``Probe``. Nothing to release."""
 
     def _moment(self) -> _Moment:
         psutil = _psutil()
@@ -91,11 +91,11 @@ class HostCpu:
 
 
 class HostMemory:
-    """Memory there and available when training runs on the CPU, in GiB; a container's limit is respected.
+    """Total and available host memory in GiB, if training runs on the CPU. Takes account of a container's limit.
 
     Args:
-        device: the training device's name; None while it is not known.
-        root: where ``proc`` and ``sys`` are.
+        device: returns the training device's name, or None while it is unknown.
+        root: the folder that contains ``proc`` and ``sys``.
     """
 
     gives = ("esper.device.memory_total_gb", "esper.device.memory_available_gb")
@@ -110,7 +110,7 @@ class HostMemory:
         if name is None:
             raise NotYet("the training device is not known yet")
         if name.partition(":")[0] != "cpu":
-            raise ProbeUnavailable(f"training runs on {name}: the host's memory is not the device's")
+            raise ProbeUnavailable(f"training runs on {name}: host memory is not device memory")
         host = _psutil().virtual_memory()
         limits = memory_limits(self._root)
         return {
@@ -119,7 +119,7 @@ class HostMemory:
         }
 
     def close(self) -> None:
-        """See ``Probe``: nothing is held."""
+        """See ``Probe``. Nothing to release."""
 
 
 def _psutil() -> ModuleType:

@@ -1,4 +1,4 @@
-"""Utilisation and temperature of the training GPU, from NVML."""
+"""Utilisation and temperature of the training GPU, as reported by NVML."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from esper_otel.errors import ProbeUnavailable
 from esper_otel.probes.cuda import cuda_device, cuda_identity
 
-# By the names of pynvml's classes; the rest is shown in NVML's own words.
+# Reasons by the name of pynvml's exception class. For other exceptions, NVML's own text is shown.
 _IN_PLAIN_WORDS = {
-    "NVMLError_LibraryNotFound": "no NVIDIA driver on this machine: NVML's library is not there",
+    "NVMLError_LibraryNotFound": "no NVIDIA driver on this machine: NVML's library was not found",
     "NVMLError_DriverNotLoaded": "the NVIDIA driver is not loaded",
     "NVMLError_LibRmVersionMismatch": "the NVIDIA driver and NVML's library are of different versions: "
-    "the driver was updated and not loaded again",
-    "NVMLError_NoPermission": "this process has no permission to ask the NVIDIA driver",
+    "the driver was updated but not reloaded",
+    "NVMLError_NoPermission": "this process has no permission to query the NVIDIA driver",
     "NVMLError_GpuIsLost": "the GPU is lost: it no longer answers on the bus",
     "NVMLError_GpuNotFound": "the NVIDIA driver finds no GPU",
     "NVMLError_NotFound": "the NVIDIA driver does not know the training device",
@@ -26,22 +26,22 @@ _IN_PLAIN_WORDS = {
     "NVMLError_NotSupported": "the GPU does not report it",
     "NVMLError_FunctionNotFound": "the NVIDIA driver is too old to report it",
     "NVMLError_InsufficientPower": "the GPU has no power: its cables are not attached properly",
-    "NVMLError_OperatingSystem": "the operating system keeps the GPU from the NVIDIA driver",
+    "NVMLError_OperatingSystem": "the operating system blocks the NVIDIA driver's access to the GPU",
     "NVMLError_Timeout": "the NVIDIA driver did not answer in time",
 }
 
 
 class _OnGpu(ABC):
-    """Asks NVML about the GPU that trains.
+    """Queries NVML about the training GPU.
 
-    NVML numbers GPUs otherwise than CUDA: the device is found by its UUID, else by its place on the PCI bus, else by
-    what ``CUDA_VISIBLE_DEVICES`` says; by a number only where CUDA counts in the order of the bus as well.
+    NVML numbers GPUs differently from CUDA. So the device is found by its UUID, or else by its PCI bus id, or else by
+    ``CUDA_VISIBLE_DEVICES``. Its number is used only if CUDA also numbers GPUs in the order of the PCI bus.
 
     Args:
-        device: the training device's name; None while it is not known.
-        index_of: gives the index of that device in PyTorch's numbering.
-        identify: gives UUID and PCI bus id of a GPU in PyTorch's numbering.
-        nvml: the module ``pynvml``; imported when it is needed.
+        device: returns the training device's name, or None while it is unknown.
+        index_of: returns the index of that device in PyTorch's numbering.
+        identify: returns the UUID and PCI bus id of a GPU in PyTorch's numbering.
+        nvml: the module ``pynvml``; imported when needed.
         environ: the environment that CUDA was started with.
     """
 
@@ -74,12 +74,12 @@ class _OnGpu(ABC):
                 self._handle = (index, self._found(nvml, index))
             return self._read(nvml, self._handle[1])
         except nvml.NVMLError as error:
-            self.close()  # begins anew at the next sample: the driver may have been loaded again
+            self.close()  # the next sample starts afresh: the driver may have been reloaded
             reason = _IN_PLAIN_WORDS.get(type(error).__name__)
             raise ProbeUnavailable(reason or f"pynvml failed: {error}; trying again") from error
 
     def close(self) -> None:
-        """See ``Probe``. NVML counts who uses it: the user's own use of it goes on."""
+        """See ``Probe``. NVML counts its users, so this does not end the user's own use of it."""
         self._handle = None
         if self._is_ready:
             self._is_ready = False
@@ -88,7 +88,7 @@ class _OnGpu(ABC):
 
     @abstractmethod
     def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
-        """The readings of a GPU or MIG instance."""
+        """Returns the readings of a GPU or MIG instance."""
 
     def _loaded(self) -> Any:
         if self._nvml is None:
@@ -120,30 +120,30 @@ class _OnGpu(ABC):
         if uuid is None and len(handles) == 1:
             return handles[0]
         number = int(named) if named.isdecimal() else index if not visible else len(handles)
-        # CUDA's default order, fastest first, cannot be told from outside.
+        # CUDA's default order, fastest GPU first, cannot be determined from outside.
         if uuid is None and self._environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" and number < len(handles):
             return sorted(handles, key=lambda handle: _place(nvml, handle))[number]
-        raise ProbeUnavailable(f"cannot tell which of {len(handles)} GPUs is cuda:{index}: by no UUID and no bus id")
+        raise ProbeUnavailable(f"cannot tell which of {len(handles)} GPUs is cuda:{index}: no UUID or bus id matches")
 
 
 class GpuUtilisation(_OnGpu):
-    """Share of time in which the training device ran a kernel, in percent, over NVML's own window. See ``_OnGpu``."""
+    """Percentage of time in which the training device ran a kernel, over NVML's own window. See ``_OnGpu``."""
 
     gives = ("gpu_util_percent",)
 
     def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
-        if _is_mig(nvml, handle):  # the whole GPU's would be the neighbours' too
+        if _is_mig(nvml, handle):  # the whole GPU's value would include other instances
             raise ProbeUnavailable("the training device is a MIG instance: MIG instances report no utilisation")
         return {"gpu_util_percent": float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
 
 
 class GpuTemperature(_OnGpu):
-    """Temperature of the training device, of the whole GPU if it is a MIG instance, in °C. See ``_OnGpu``."""
+    """Temperature of the training device in °C; for a MIG instance, that of the whole GPU. See ``_OnGpu``."""
 
     gives = ("esper.device.temperature_celsius",)
 
     def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
-        with contextlib.suppress(nvml.NVMLError):  # a driver that does not know MIG
+        with contextlib.suppress(nvml.NVMLError):  # the driver does not support MIG
             if nvml.nvmlDeviceIsMigDeviceHandle(handle):
                 handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
         return {"esper.device.temperature_celsius": float(self._celsius(nvml, handle))}
@@ -151,15 +151,15 @@ class GpuTemperature(_OnGpu):
     @staticmethod
     def _celsius(nvml: Any, handle: Any) -> int:
         sensor = nvml.NVML_TEMPERATURE_GPU
-        # NVML 13 announces the end of the first call; drivers before 570 do not have the second.
+        # NVML 13 deprecates the first call; drivers before 570 do not have the second.
         with contextlib.suppress(AttributeError, nvml.NVMLError_FunctionNotFound):
             return int(nvml.nvmlDeviceGetTemperature(handle, sensor))
         return int(nvml.nvmlDeviceGetTemperatureV(handle, sensor))
 
 
 def _is_mig(nvml: Any, handle: Any) -> bool:
-    """Whether this is a MIG instance, or a GPU split into such: then an instance of it trains."""
-    with contextlib.suppress(nvml.NVMLError):  # a driver or a GPU that does not know MIG
+    """Whether this is a MIG instance, or a GPU split into them, in which case training runs on one of its instances."""
+    with contextlib.suppress(nvml.NVMLError):  # the driver or the GPU does not support MIG
         return bool(nvml.nvmlDeviceIsMigDeviceHandle(handle)) or bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     return False
 

@@ -1,4 +1,4 @@
-"""What a probe is."""
+"""The interface of probes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from esper_otel.errors import ProbeUnavailable
 
 
 class NotYet(ProbeUnavailable):
-    """What a probe needs may be there any moment, and asking costs nothing: it is asked again after one period."""
+    """The probe cannot read yet, but may at any moment. It is sampled again after one period, without back-off."""
 
 
 class Probe(Protocol):
-    """Reads hardware, all that it gives or nothing. Its methods run on a thread of its own and may take their time."""
+    """Reads hardware. A sample has all readings or raises. The methods run on the probe's own thread and may block."""
 
     @property
     def gives(self) -> tuple[str, ...]:
-        """Names of the metrics that a sample holds."""
+        """Returns the names of the metrics in a sample."""
 
     def sample(self) -> Mapping[str, float]:
-        """The readings now.
+        """Returns the current readings.
 
         Raises:
-            ProbeUnavailable: what it needs is not there; the text is the reason shown to the user.
+            ProbeUnavailable: the readings are not available; the text is the reason shown to the user.
         """
 
     def close(self) -> None:
-        """Gives back what it holds, after its last sample."""
+        """Releases the probe's resources, after its last sample."""

@@ -1,4 +1,4 @@
-"""Sampler: runs the probes at their own pace and shows what is fresh."""
+"""The sampler, which runs the probes in threads and provides their fresh readings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOREVER_S = float("inf")
 
 
 class _Answer(NamedTuple):
-    """The last answer of a probe: readings, or the reason why there are none."""
+    """The last result of a probe: readings, or the reason why there are none."""
 
     readings: Mapping[str, float]
     at_s: float
@@ -27,26 +27,26 @@ class _Answer(NamedTuple):
 
 
 class _Shown(NamedTuple):
-    """What is fresh until ``until_s``."""
+    """The readings that are fresh until ``until_s``."""
 
     readings: Mapping[str, float]
     until_s: float
 
 
 class Sampler:
-    """Samples every probe on a thread of its own, so that one that hangs holds up nobody.
+    """Samples each probe on a thread of its own, so that a probe that hangs does not delay the others.
 
-    A probe that fails is asked less and less often, at most every minute, and comes back when it heals. A reading
-    older than three periods is absent.
+    A probe that fails is sampled less and less often, down to once a minute, and at the normal rate again when it
+    works. Readings older than three periods are left out.
 
-    Threads: ``readings`` and ``absent`` may be called from any and take no lock: a forked child has no sampler's
-    thread that could release one. ``readings`` costs a comparison while what is shown is fresh.
+    Threads: ``readings`` and ``absent`` may be called from any thread. They take no lock, because a forked child lacks
+    the sampler's threads that would release it. While nothing has expired, ``readings`` only compares two times.
 
     Args:
-        probes: what to sample.
+        probes: the probes to sample.
         period_s: time between two samples of a probe.
-        clock: seconds of a clock that never goes back.
-        wait: waits for an event, at most so many seconds; whether it is set.
+        clock: returns the seconds of a clock that never goes back.
+        wait: waits for an event, for at most a number of seconds; returns whether it is set.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Sampler:
         self._wait = wait
         self._warnings = Warnings(clock)
         self._answers = [_Answer({}, clock(), "not sampled yet") for _ in self._probes]
-        self._began_s: list[float | None] = [None for _ in self._probes]  # of the sample that is under way
+        self._began_s: list[float | None] = [None for _ in self._probes]  # start of the sample in progress
         self._shown = _Shown({}, _FOREVER_S)
         self._publishing = threads().Lock()
         self._ending = threads().Event()
@@ -73,12 +73,12 @@ class Sampler:
         ]
 
     def start(self) -> None:
-        """Starts sampling, at once."""
+        """Starts the threads, which take their first samples at once."""
         for thread in self._threads:
             thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Stops sampling; a probe that hangs longer than ``timeout_s`` is left behind."""
+        """Stops sampling. Waits for a sample in progress, but at most ``timeout_s``."""
         self._ending.set()
         deadline_s = time.monotonic() + timeout_s
         for thread in self._threads:
@@ -86,12 +86,12 @@ class Sampler:
                 thread.join(max(deadline_s - time.monotonic(), 0.0))
 
     def readings(self, now_s: float) -> Mapping[str, float]:
-        """The readings that are fresh at ``now_s`` of the clock; the same object until the next sample."""
+        """Returns the readings that are fresh at ``now_s`` of the clock; the same object until the next sample."""
         shown = self._shown
         return shown.readings if now_s < shown.until_s else self._fresh(now_s).readings
 
     def absent(self) -> dict[str, str]:
-        """Why each metric of the probes that has no fresh reading is absent."""
+        """Returns the reason for each metric of the probes that has no fresh reading."""
         now_s = self._clock()
         shown = self.readings(now_s)
         return {
@@ -104,7 +104,7 @@ class Sampler:
     def _reason(self, place: int, now_s: float) -> str:
         began_s, answer, longest_s = self._began_s[place], self._answers[place], _FRESH_PERIODS * self._period_s
         if began_s is not None and now_s - began_s >= longest_s:
-            return f"the last sample took longer than {longest_s:g} s and is still waited for"
+            return f"the current sample has taken more than {longest_s:g} s"
         if answer.reason:
             return answer.reason
         return f"the last sample is more than {longest_s:g} s old"
@@ -136,7 +136,7 @@ class Sampler:
             pause_s = min(failing_s, max(_LONGEST_PAUSE_S, self._period_s)) or self._period_s
         try:
             probe.close()
-        except Exception as error:  # noqa: BLE001 - as in a sample; nothing depends on it any more
+        except Exception as error:  # noqa: BLE001 - a driver may raise anything; the probe is not used any more
             logger.debug("closing the probe of %s: %s: %s", ", ".join(probe.gives), type(error).__name__, error)
 
     def _asked(self, probe: Probe) -> _Answer:
@@ -157,5 +157,5 @@ class Sampler:
             logger.info("%s: sampled from now on", names)
         elif before.readings:
             self._warnings.say(names, "%s: absent from now on: %s", names, now.reason)
-        else:  # it has never been there, or still is not: a machine without a GPU is no fault
+        else:  # it was never available or still is not: a machine without a GPU is not a fault
             logger.info("%s: absent: %s", names, now.reason)

@@ -1,1 +1,1 @@
-"""Recording: the step scope, the seeds, the ring of frames."""
+"""Recording: the step scope, the seeds, and the publication of one frame per step."""

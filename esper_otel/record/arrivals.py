@@ -1,4 +1,4 @@
-"""Arrivals: steps whose device values come after the training thread has gone on to something else."""
+"""A thread that publishes steps whose device values arrive while the training thread is doing something else."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 
 from esper_otel.native import Bell, threads
 
-# In a loop that goes on each step publishes those before it; this is for the last one before a validation or a pause.
+# While the training loop runs, each step publishes the waiting steps before it. The thread is needed for the last step
+# before a validation or a pause.
 _LOOK_EVERY_S = 0.02
 
 
 class Arrivals:
-    """A thread that publishes what waits; it starts with the first step that does, and sleeps while none does.
+    """A thread that publishes steps when their device values arrive.
+
+    It starts when the first step waits for device values, and sleeps while no step waits.
 
     Args:
-        waiting: the steps that wait.
-        publish: publishes those whose values have arrived.
+        waiting: the steps that wait for device values.
+        publish: publishes the steps whose values have arrived.
     """
 
     def __init__(self, waiting: Sized, publish: Callable[[], None]) -> None:
@@ -28,7 +31,7 @@ class Arrivals:
         self._bell = Bell()
 
     def note(self) -> None:
-        """A step waits. Called by the thread that records."""
+        """Wakes the thread because a step waits. Called by the recording thread."""
         if self._is_over:
             return
         if self._thread is None:
@@ -37,7 +40,7 @@ class Arrivals:
         self._bell.set()
 
     def stop(self) -> None:
-        """Ends the thread, soon."""
+        """Asks the thread to end; does not wait for it."""
         self._is_over = True
         self._bell.set()
 

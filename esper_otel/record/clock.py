@@ -1,4 +1,4 @@
-"""The session's clock: wall time at the start, carried on by a clock that nobody sets."""
+"""The session's clock: reads wall time once, at the start, and adds the time elapsed on a monotonic clock."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ _STAMPING_NS = 1_000_000_000
 _AHEAD_NS = 300 * 1_000_000_000
 
 
-# Nanoseconds of a clock that never jumps and counts suspend where the system has such a clock.
+# Nanoseconds of a monotonic clock. It includes time spent in suspend if the system has such a clock.
 steady_ns: Callable[[], int] = partial(time.clock_gettime_ns, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Clock:
     """Stamps steps with Unix nanoseconds that strictly increase in whole milliseconds.
 
-    Backends keep milliseconds: two steps in one would lose one. So a step in the same millisecond as the last is
-    raised to the next one. Jumps of the wall clock are counted, not followed.
+    Backends store times in milliseconds: of two steps in one millisecond, they would lose one. So a step in the same
+    millisecond as the previous step is moved to the next millisecond. Jumps of the wall clock are counted, not
+    followed.
 
     Args:
-        wall_ns: Unix time in nanoseconds; read once here and by ``check``.
-        steady_ns: a clock that never goes back, in nanoseconds.
+        wall_ns: returns Unix time in nanoseconds; called once here and by ``check``.
+        steady_ns: returns the time of a clock that never goes back, in nanoseconds.
     """
 
     def __init__(self, *, wall_ns: Callable[[], int] = time.time_ns, steady_ns: Callable[[], int] = steady_ns) -> None:
@@ -37,7 +38,7 @@ class Clock:
         self.is_ahead: bool = False
 
     def stamp(self) -> int:
-        """The time of a step that begins now. One thread at a time."""
+        """Returns the time of a step that begins now. Call it from one thread at a time."""
         now = self._steady_ns() + self._offset_ns
         if now < self._next_ns:
             now = self._next_ns
@@ -47,19 +48,19 @@ class Clock:
         return now
 
     def now_ns(self) -> int:
-        """The time now, by the same clock, without stamping a step."""
+        """Returns the current time by the same clock, without stamping a step."""
         return self._steady_ns() + self._offset_ns
 
     def idle_ns(self, last_unix_ns: int) -> int | None:
-        """A time that no later step can be before, if the step of ``last_unix_ns`` is the last one stamped; else None.
+        """Returns a time that all later steps will follow, or None if a step was stamped after ``last_unix_ns``.
 
-        It is a second ago: another thread may be in the middle of stamping a step.
+        The time lies one second in the past, because another thread may be in the middle of stamping a step.
         """
         before_ns = self.now_ns() - _STAMPING_NS
         return before_ns if self._next_ns <= last_unix_ns - last_unix_ns % _MS + _MS else None
 
     def check(self) -> None:
-        """Compares with the wall clock: counts jumps of more than a second, notes when steps run far ahead."""
+        """Compares with the wall clock: counts jumps of more than a second and notes whether steps are far ahead."""
         wall = self._wall_ns()
         drift = wall - self.now_ns()
         if abs(drift - self._drift_ns) > _JUMP_NS:

@@ -1,7 +1,9 @@
-"""Device: what recording needs from tensors. torch is imported only by a program that uses it.
+"""Reading numbers from tensors and moving tensors to a device.
 
-A CUDA tensor is copied at once on the current stream, so that later in-place changes do not alter it, and read
-when the device has come that far: the training thread never waits. Any other tensor is read at once.
+A CUDA tensor is copied at once on the current stream, so that later in-place changes do not alter the recorded value.
+The copy is read once the device has made it, so the training thread never waits. Any other tensor is read at once.
+
+This module never imports torch unless the program has already imported it.
 """
 
 from __future__ import annotations
@@ -29,27 +31,27 @@ if TYPE_CHECKING:
 
 
 def _torch() -> ModuleType | None:
-    """The torch that the program uses; None when it has not imported it, and so has no tensors."""
+    """The torch module if the program has imported it; otherwise None, and then there are no tensors."""
     return sys.modules.get("torch")
 
 
 def scalar(name: str, value: object) -> float | Tensor:
-    """One number, or the 0-d CUDA tensor that will hold it: a copy made on the current stream, dtype as it was.
+    """Returns the number in ``value``; for a CUDA tensor, a copy made on the current stream with the same dtype.
 
     Args:
-        name: what the value is, for the message.
+        name: the name of the value, for error messages.
         value: a real number, ``Decimal``, NumPy scalar, 0-d array, or 0-d tensor of any real dtype, on any
-            device. A 0-d ``DTensor`` is gathered, for which all ranks of its mesh must call.
+            device. A 0-d ``DTensor`` is gathered, so all ranks of its mesh must make the call.
 
     Raises:
-        InvalidValue: anything else.
+        InvalidValue: the value is anything else.
         WrongState: a CUDA graph is being captured.
     """
     torch = _torch()
     if torch is not None and isinstance(value, torch.Tensor):
         if type(value) is torch.Tensor and value.is_cpu and not value.dim():
             one = value.item()
-            if type(one) is float:  # as most are, in a fifth of the time
+            if type(one) is float:  # the common case: skips the checks of _of_tensor
                 return one
         return _of_tensor(name, value)
     if isinstance(value, np.ndarray | np.generic):
@@ -101,15 +103,15 @@ def _copied(tensor: Tensor) -> Tensor:
 
     try:
         tensor = tensor.clone()
-        # It is packed on this stream too: on another one the copy might not have been made yet.
+        # pack() reads the copy on this same stream: on another stream the copy might not have been made yet.
         tensor.copied_on = torch.cuda.current_stream(tensor.device)  # type: ignore[attr-defined] # our attribute
-    except RuntimeError:  # a device that has failed says so to ``pack`` and to the training itself
+    except RuntimeError:  # the device has failed; ``pack`` and the training itself will see the error
         pass
     return tensor
 
 
 class CudaEvent(Protocol):
-    """A ``torch.cuda.Event``, whose own types change between versions."""
+    """The methods used of ``torch.cuda.Event``, whose own annotations differ between versions of PyTorch."""
 
     def query(self) -> bool: ...  # noqa: D102 - PyTorch's
     def synchronize(self) -> None: ...  # noqa: D102
@@ -117,7 +119,10 @@ class CudaEvent(Protocol):
 
 
 class Copy(NamedTuple):
-    """Values on their way: when ``copied`` is over, ``host`` holds them, and ``positions`` says whose they are."""
+    """A copy to the host in progress.
+
+    Once the event ``copied`` has completed, ``host`` holds the values of the tensors at ``positions``.
+    """
 
     positions: Sequence[int]
     host: Tensor
@@ -125,7 +130,7 @@ class Copy(NamedTuple):
 
 
 class Pending:
-    """Scalars that devices are delivering to the host. Threads: any, one at a time."""
+    """Scalars being copied from devices to the host. Threads: any, one at a time."""
 
     def __init__(self, count: int, copies: Iterable[Copy], *, lost: bool = False) -> None:
         self._count = count
@@ -133,16 +138,16 @@ class Pending:
         self._lost = lost
 
     def done(self) -> bool:
-        """Whether all have arrived or are lost; never waits."""
+        """Whether all values have arrived or are lost; never waits."""
         try:
             with apart_from_captures():
                 return self._lost or all(each.copied.query() for each in self._copies)
-        except RuntimeError:  # CUDA reports an error of any kernel at the next call
+        except RuntimeError:  # CUDA reports the error of any earlier kernel at the next call
             self._lost = True
             return True
 
     def wait(self) -> None:
-        """Waits until all have arrived or are lost."""
+        """Waits until all values have arrived or are lost."""
         try:
             with apart_from_captures():
                 for each in self._copies:
@@ -151,7 +156,7 @@ class Pending:
             self._lost = True
 
     def values(self) -> list[float | None]:
-        """The numbers, in the order of the tensors; all None when a device failed. Call once it is done."""
+        """The numbers in the order of the tensors; all None if a device failed. Call it only when ``done()``."""
         arrived: list[float | None] = [None] * self._count
         if not self._lost:
             for each in self._copies:
@@ -161,10 +166,10 @@ class Pending:
 
 
 def pack(tensors: Sequence[Tensor]) -> Pending:
-    """Starts copying 0-d CUDA tensors to the host: as float64, to pinned memory, one copy per device and stream.
+    """Starts copying 0-d CUDA tensors to the host, as float64 to pinned memory, with one copy per device and stream.
 
     Args:
-        tensors: as ``scalar`` made them, of any real dtypes, on any CUDA devices.
+        tensors: tensors returned by ``scalar``, of any real dtypes, on any CUDA devices.
     """
     import torch
 
@@ -174,7 +179,7 @@ def pack(tensors: Sequence[Tensor]) -> Pending:
             stream = getattr(tensor, "copied_on", None) or torch.cuda.current_stream(tensor.device)
             streams.setdefault(stream, []).append(position)
         return Pending(len(tensors), [_to_host(stream, at, tensors) for stream, at in streams.items()])
-    except RuntimeError:  # the device had failed before
+    except RuntimeError:  # the device has failed
         return Pending(len(tensors), (), lost=True)
 
 
@@ -186,7 +191,7 @@ def _to_host(stream: torch.cuda.Stream, positions: list[int], tensors: Sequence[
 
     positions = sorted(positions, key=dtype)
     with torch.cuda.stream(stream):
-        # By dtype: one launch for many tensors, and not all dtypes can be stacked with each other.
+        # Stacked by dtype: one kernel launch for many tensors; some dtypes cannot be stacked with each other.
         parts = [torch.stack([tensors[at] for at in same]).double() for _, same in groupby(positions, dtype)]
         host = torch.empty(len(positions), dtype=torch.float64, device="cpu", pin_memory=True)
         host.copy_(torch.cat(parts), non_blocking=True)
@@ -196,7 +201,7 @@ def _to_host(stream: torch.cuda.Stream, positions: list[int], tensors: Sequence[
 
 
 class CopyTiming(NamedTuple):
-    """The time of copies from the host to a CUDA device, between two events. Threads: any."""
+    """Measures copies from the host to a CUDA device by two events. Threads: any."""
 
     started: CudaEvent
     ended: CudaEvent
@@ -218,7 +223,7 @@ class CopyTiming(NamedTuple):
             return
 
     def milliseconds(self) -> float | None:
-        """The time; None when the device could not tell. Call once it is done."""
+        """The duration; None if CUDA could not report it. Call it only when ``done()``."""
         try:
             with apart_from_captures():
                 return self.started.elapsed_time(self.ended)
@@ -227,18 +232,18 @@ class CopyTiming(NamedTuple):
 
 
 def move(device: str | int | torch.device | Tensor, items: Sequence[Any]) -> tuple[tuple[Any, ...], CopyTiming | None]:
-    """Moves items to a device; does not wait when that is a CUDA device.
+    """Moves items to a device, without waiting if it is a CUDA device.
 
     Args:
         device: the target, as for ``device_name``.
-        items: tensors, modules and whatever else has ``.to``, or nested mappings, lists, tuples and named tuples
-            of them. Containers are made anew; anything else is returned as it is.
+        items: tensors, modules and other objects with ``.to``, or nested mappings, lists, tuples and named tuples
+            of them. Containers are replaced by new ones; all other objects are returned unchanged.
 
     Returns:
-        The moved items, and the timing of the copies if any went from the host to a CUDA device.
+        The moved items, and the timing of the copies if any item went from the host to a CUDA device.
 
     Raises:
-        InvalidValue: ``device`` names no device.
+        InvalidValue: ``device`` does not name a device.
         WrongState: a CUDA graph is being captured.
     """
     name = device_name(device)
@@ -261,7 +266,7 @@ def _moved(item: Any, target: torch.device) -> Any:
     if _moves_itself(item):
         return _moved_by_itself(item, target)
     if isinstance(item, MutableMapping):
-        moved = copy.copy(item)  # of the same type, with what a defaultdict has beside its items
+        moved = copy.copy(item)  # keeps the type and, for a defaultdict, its default_factory
         moved.update({key: _moved(value, target) for key, value in item.items()})
         return moved
     if isinstance(item, list | tuple):
@@ -275,16 +280,16 @@ def _moves_itself(item: Any) -> bool:
 
 
 def _moved_by_itself(item: Any, target: torch.device) -> Any:
-    if target.type != "cuda":  # a copy to the host that does not wait could be read before it is there
+    if target.type != "cuda":  # a non-blocking copy to the host could be read before it has completed
         return item.to(target)
     try:
         return item.to(target, non_blocking=True)
-    except TypeError:  # its ``to`` takes a device only
+    except TypeError:  # the item's ``to`` takes only a device
         return item.to(target)
 
 
 def _is_on_host(item: Any) -> bool:
-    """Whether any tensor in the item lies in the host's memory."""
+    """Whether any tensor in the item is in host memory."""
     if hasattr(item, "is_cuda"):  # a tensor, a PackedSequence
         return not item.is_cuda
     if hasattr(item, "parameters") and hasattr(item, "buffers"):
@@ -300,14 +305,16 @@ _PLAIN_NAME = re.compile(r"(cpu|cuda)(:(?:0|[1-9]\d{0,2}))?")
 
 
 def device_name(device: str | int | torch.device | Tensor) -> str:
-    """The device in PyTorch's words: ``cpu``, ``cuda:0``. Initialises no device, and needs no torch for these two.
+    """Returns the device's name as PyTorch writes it, such as ``cpu`` or ``cuda:0``.
+
+    Initialises no device. Names of the form ``cpu`` or ``cuda:0`` do not need torch.
 
     Args:
-        device: a name, a CUDA device's number, a ``torch.device``, or a tensor, which gives its device. ``cuda``
+        device: a name, a CUDA device's number, a ``torch.device``, or a tensor, whose device is taken. ``cuda``
             is the current device, or the first one as long as CUDA is not in use.
 
     Raises:
-        InvalidValue: it names no device.
+        InvalidValue: the argument does not name a device.
     """
     if type(device) is int and device >= 0:
         return f"cuda:{device}"
@@ -332,16 +339,16 @@ def _other_device_name(text: str) -> str:
         return str(torch.device(text))
     except (ImportError, RuntimeError):
         given = reprlib.repr(text)
-        raise InvalidValue("device", f"{given} is no device; give one such as 'cpu', 'cuda' or 'cuda:0'") from None
+        raise InvalidValue("device", f"{given} is not a device; give one such as 'cpu', 'cuda' or 'cuda:0'") from None
 
 
 def compute_capability(name: str) -> int:
-    """A CUDA device's compute capability as major * 10 + minor; 0 for others, and as long as CUDA is not in use."""
+    """A CUDA device's compute capability as major * 10 + minor; 0 for other devices and while CUDA is not in use."""
     try:
         torch = _torch()
         if torch is None or not name.startswith("cuda") or not torch.cuda.is_initialized():
             return 0
         major, minor = torch.cuda.get_device_capability(name)
         return int(major) * 10 + int(minor)
-    except Exception:  # noqa: BLE001 - a driver that is ill must not end a training for an ornament of the frame
+    except Exception:  # noqa: BLE001 - a failing driver must not stop training for an optional field
         return 0

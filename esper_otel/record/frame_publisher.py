@@ -1,4 +1,4 @@
-"""Publisher: makes frames of the steps that are over, in order, and puts them into the ring."""
+"""Builds one frame for each step that has ended, in order, and appends it to the ring."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from esper_otel.record.values import CONTEXT, VIOLATIONS, DeviceValues, ValueSha
 
 _DEVICE_POLL_S = 0.001
 
-# A signal may interrupt the very thread that is draining, and ask for the same: it must not wait for ever.
+# A signal handler may call drain() on the very thread that is already in drain(): it must not wait for ever.
 _DRAINING_TIMEOUT_S = 1.0
 
 _NAN = float("nan")
@@ -38,19 +38,19 @@ _new = tuple.__new__
 
 
 class Draft(NamedTuple):
-    """What a recorder hands to the publisher.
+    """A step that has ended, as the recorder hands it to the publisher.
 
     Attributes:
         global_step: the step's number.
         epoch: its epoch.
         time_unix_ns: its time.
-        values: what was recorded.
-        table: the seed rows recorded.
-        failed: whether the step raised.
+        values: the values recorded in it, by metric name.
+        table: the seed rows recorded in it.
+        failed: whether the step raised an exception.
         retired: seeds whose lives end before this step.
-        ended: seeds whose lives ended when this step's state was asked for.
+        ended: seeds whose lives ended when the controller requested this step's state.
         context: values that stay in every frame from this one on.
-        probed: readings of probes.
+        probed: readings from the probes.
     """
 
     global_step: int
@@ -66,23 +66,23 @@ class Draft(NamedTuple):
 
 
 class Deriving(Protocol):
-    """What recording asks of the deriving: metrics from those of a step. ``commit`` advances, ``peek`` does not.
+    """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
     Attributes:
-        reads_probes: whether it needs what probes read, too.
+        reads_probes: whether the deriver also needs the readings of the probes.
     """
 
     reads_probes: bool
 
     def commit(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """Advances to the next step; what it derived, by name."""
+        """Returns the derived metrics by name and advances to the next step."""
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """What ``commit`` would return."""
+        """Returns the same as ``commit`` without advancing."""
 
 
 class Counters:
-    """Counts of one session by metric name; each is written by one thread and read by any."""
+    """Counts of faults and odd values in one session. Each is written by one thread and read by any."""
 
     def __init__(self) -> None:
         self.failed: int = 0
@@ -93,9 +93,9 @@ class Counters:
 
 
 class FramePublisher:
-    """One frame per step, in step order. Steps wait in a queue only as long as their CUDA work does.
+    """Publishes one frame per step, in step order. A step with CUDA values waits in a queue until they have arrived.
 
-    Threads: ``publish`` and ``preview`` belong to the thread that records; ``drain`` and ``settle`` may be called
+    Threads: ``publish`` and ``preview`` belong to the recording thread; ``drain`` and ``settle`` may be called
     from others.
     """
 
@@ -110,7 +110,7 @@ class FramePublisher:
         warnings: Warnings,
     ) -> None:
         self.run: Run = run
-        self.settle_run: Callable[[Run], Run] | None = None  # asked once, by the first frame
+        self.settle_run: Callable[[Run], Run] | None = None  # called once, for the first frame
         self.names = names
         self.ring = ring
         self.counters: Counters = Counters()
@@ -118,7 +118,7 @@ class FramePublisher:
         self.live: LiveSeeds = LiveSeeds()
         self.last_finite_loss: float | None = None
         self.published: Callable[[Frame], None] | None = None
-        self.alarmed: Callable[[], None] | None = None  # of a loss that is not finite
+        self.alarmed: Callable[[], None] | None = None  # called after a loss that is not finite
         self.waiting: deque[tuple[Draft, DeviceValues | None]] = deque()
         self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
@@ -128,7 +128,7 @@ class FramePublisher:
         self._draining = threads().Lock()
 
     def publish_later(self, draft: Draft, held: DeviceValues | None) -> None:
-        """Makes the step's frame when the device has delivered what it holds, behind the steps that wait already."""
+        """Publishes the step's frame once its device values have arrived and all earlier steps are published."""
         if held is not None:
             held.seal()
         self.waiting.append((draft, held))
@@ -137,7 +137,7 @@ class FramePublisher:
             self._arrivals.note()
 
     def drain(self, *, wait: bool = False) -> None:
-        """Publishes the steps whose device values have arrived, in order; waits for all of them if asked to."""
+        """Publishes the steps whose device values have arrived, in order. With ``wait``, waits for all steps."""
         if not self.waiting or not self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             return
         try:
@@ -153,9 +153,9 @@ class FramePublisher:
             self._draining.release()
 
     def settle(self, deadline_s: float) -> None:
-        """Publishes every step; one whose device values have not come by ``deadline_s`` goes without them.
+        """Publishes every waiting step, without device values that have not arrived by ``deadline_s``.
 
-        No step may come after it.
+        No step may be published after this call.
         """
         self._arrivals.stop()
         self.drain()
@@ -164,7 +164,9 @@ class FramePublisher:
             self.drain()
         if not self.waiting:
             return
-        self.warnings.say("device", "%d steps go without device values that never came", len(self.waiting))
+        self.warnings.say(
+            "device", "%d steps published without device values that did not arrive in time", len(self.waiting)
+        )
         if self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             try:
                 while self.waiting:
@@ -173,21 +175,21 @@ class FramePublisher:
                 self._draining.release()
 
     def _publish_first(self, held: DeviceValues | None) -> None:
-        """Publishes the first step that waits. Whatever goes wrong, it is not published again, and others follow."""
+        """Publishes the first waiting step. If that fails, drops it, so that later steps are still published."""
         draft, _ = self.waiting[0]
         try:
             self.publish(draft if held is None else self._with_arrived(draft, held))
         except Exception as error:  # noqa: BLE001 - a fault of ours must not hold up later steps
             self.fault("publishing a step", error)
         finally:
-            self.waiting.popleft()  # only now: a step that ends meanwhile must queue behind it
+            self.waiting.popleft()  # not earlier: a step that ends meanwhile must queue after it
 
     def fault(self, where: str, error: Exception) -> None:
-        """Counts and logs a fault of the telemetry; training goes on."""
+        """Counts and logs a fault of the telemetry; training continues."""
         self.counters.faults += 1
         self.warnings.say(
             f"fault {where}",
-            "%s failed (%s: %s); training goes on, with less telemetry",
+            "%s failed (%s: %s); training continues with less telemetry",
             where,
             type(error).__name__,
             error,
@@ -209,9 +211,9 @@ class FramePublisher:
         return draft._replace(values=self.names.kept(values), context=context, table=table)
 
     def is_settled(self, table: SeedTable) -> bool:
-        """Whether every cell of the rows is known to be good as it is. Belongs to the thread that records.
+        """Whether every cell of the table is already known to be valid. Belongs to the recording thread.
 
-        While a step waits another thread may publish it, and what is known changes.
+        Returns False while a step waits: another thread may publish it and change the known seeds.
         """
         return not self.waiting and self.live.is_settled(table)
 
@@ -226,17 +228,17 @@ class FramePublisher:
         table: SeedTable,
         probed: Mapping[str, float],
     ) -> None:
-        """As ``publish``, in half the time, for a step of ordinary values and no more; by position, which costs less.
+        """Fast path of ``publish`` for finite, in-range values. Saves building a ``Draft``.
 
         Args:
             step: the step's number.
             epoch: its epoch.
             time_unix_ns: its time.
-            shape: of the values.
+            shape: the shape of the values.
             numbers: the values, in the order of the shape.
-            values: the values by name; left as they are.
+            values: the values by name; not modified.
             table: the seed rows recorded.
-            probed: readings of probes.
+            probed: readings from the probes.
         """
         deriving, live, recorded = self._deriving, self.live, NO_SEEDS
         is_plain = shape.is_plain(numbers) and not (
@@ -254,7 +256,7 @@ class FramePublisher:
             return
         self.last_finite_loss = values["loss"]
         ring = self.ring
-        # As Frame(...), in half the time.
+        # Calling tuple.__new__ skips the Python-level constructor of Frame.
         frame: Frame = _new(
             Frame,
             (
@@ -278,11 +280,11 @@ class FramePublisher:
             self.published(frame)
 
     def publish(self, draft: Draft, *, is_ordinary: bool = False) -> None:
-        """Makes the step's frame now; only while none waits.
+        """Publishes the step's frame at once; allowed only while no earlier step waits.
 
         Args:
             draft: the step.
-            is_ordinary: whether its values are known to be finite and in their ranges.
+            is_ordinary: whether its values are known to be finite and in range.
         """
         step, epoch, time_unix_ns, values, table, failed, retired, ended, context, probed = draft
         if not is_ordinary:
@@ -310,7 +312,7 @@ class FramePublisher:
             notes = self._notes(violations, has_loss=has_loss, failed=failed)
             names, numbers = (*names, *notes), (*numbers, *notes.values())
         if names == self._names:
-            names = self._names  # one tuple for all frames of these names
+            names = self._names  # frames with the same names share one tuple
         else:
             self._names = names
         frame = Frame(
@@ -335,7 +337,7 @@ class FramePublisher:
             self.alarmed()
 
     def _stepped(self, table: SeedTable) -> tuple[SeedTable, float | None]:
-        """Takes a step's rows: what of them counts as recorded, and the violations that are new."""
+        """Commits a step's seed rows. Returns the rows that count as recorded and the number of new violations."""
         seeds = self.live.step(table)
         self.live.commit(seeds)
         if seeds.nonfinite:
@@ -345,7 +347,7 @@ class FramePublisher:
         return seeds.recorded, seeds.violations
 
     def _notes(self, violations: float | None, *, has_loss: bool, failed: bool = False) -> dict[str, float]:
-        """What we have to say of a step beside the trainer's values; the deriving has seen only the latter."""
+        """Values that the publisher adds to those of the trainer. The deriver does not see them."""
         notes = {}
         if not has_loss and self.last_finite_loss is not None:
             notes[LAST_LOSS] = self.last_finite_loss
@@ -358,23 +360,21 @@ class FramePublisher:
         return notes
 
     def _judge(self, values: Mapping[str, float]) -> None:
-        """Counts values that are not finite or out of range; both are kept as they are."""
+        """Counts values that are not finite or out of range; both kinds are kept unchanged."""
         self.counters.nonfinite += sum(value - value != 0.0 for value in values.values())
         outside = self.names.out_of_range(values)
         self.counters.out_of_range += len(outside)
         for name in outside:
             hint = "; give a share of 1, not a percentage" if name == "accuracy" else ""
-            self.warnings.say(
-                f"range {name}", "%s = %g is out of its range and kept as given%s", name, values[name], hint
-            )
+            self.warnings.say(f"range {name}", "%s = %g is out of range; kept as given%s", name, values[name], hint)
 
     def _note_cells(self, fields: Sequence[str]) -> None:
         self.counters.out_of_range += len(fields)
         for field in fields:
-            self.warnings.say(f"range {field}", "a seed's %s is out of its range and kept as given", field)
+            self.warnings.say(f"range {field}", "a seed's %s is out of range; kept as given", field)
 
     def preview(self, draft: Draft) -> Frame:
-        """The frame that the step would make now; nothing is committed."""
+        """Returns the frame that the step would have if it ended now; commits nothing."""
         self.drain(wait=True)
         step, epoch, time_unix_ns, values, table, *_, context, probed = draft
         seeds = self.live.step(table)
@@ -398,7 +398,7 @@ class FramePublisher:
         )
 
     def saw(self, items: Sequence[Any]) -> None:
-        """Notes the training device: the first CUDA tensor seen, unless one was named at the start."""
+        """Takes the device of the first CUDA tensor as the training device, unless the user has named one."""
         if self.run.device_type == "cuda" or self._device_is_named:
             return
         for item in items:
@@ -407,7 +407,7 @@ class FramePublisher:
                 return
 
     def _settle_run(self) -> None:
-        """Completes what every frame says of the run; what is still not known is asked for again by the next one."""
+        """Completes the description of the run in frames. While the device is unknown, each frame looks it up again."""
         if self.settle_run is not None:
             settle, self.settle_run = self.settle_run, None
             self.run = settle(self.run)
@@ -415,13 +415,13 @@ class FramePublisher:
             self.settle_on_cpu()
 
     def settle_on_cpu(self) -> None:
-        """Trains on the CPU, if torch is there and CUDA is not in use when the first step ends."""
+        """Sets the training device to the CPU if torch is imported and CUDA has not been initialised."""
         torch = sys.modules.get("torch")
         if torch is not None and not torch.cuda.is_initialized():
             self.set_device("cpu")
 
     def set_device(self, name: str, *, named: bool = False) -> None:
-        """Names the training device in every frame that follows; for good if the user ``named`` it."""
+        """Sets the training device for all later frames. If the user ``named`` it, CUDA tensors do not change it."""
         self._device_is_named = named
         self.run = replace(
             self.run,

@@ -1,9 +1,9 @@
-"""Loaders: what stands in the place of a user's loader, behaves as it in every respect, and follows its batches.
+"""Stand-ins: proxies that replace a user's data loader, behave exactly like it, and observe the batches taken from it.
 
-The user's object stays itself: whatever is read, set, called or copied is read, set, called and copied on it, with
-itself as ``self``. Only the iterators that it makes are handed out with a stand-in around them. The stand-in's class is
-made on the spot: it derives from the loader's own where that is written in Python, has the special methods that the
-loader has and no others, and says by ``__class__`` what the loader says.
+The user's object is not modified. Attributes are read and set on it, and methods run on it with the real object as
+``self``. Only the iterators that it creates are wrapped in a stand-in. The class of a stand-in is created at run time.
+It is a subclass of the loader's class if that is written in Python, it has exactly the loader's special methods, and
+its ``__class__`` returns the loader's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Face = TypeVar("Face", bound="StandIn")
 
 _OF = "_esper_otel_of"
 _LISTENER = "_esper_otel_listener"
-# Of these a stand-in has its own, or what ``object`` and ``type`` have.
+# Special methods not forwarded: a stand-in has its own, or those of ``object`` and ``type``.
 _NOT_FORWARDED = frozenset(
     {
         *("__class__", "__class_getitem__", "__del__", "__delattr__", "__dict__", "__getattr__", "__getattribute__"),
@@ -31,35 +31,35 @@ _NOT_FORWARDED = frozenset(
 
 
 class Listener(Protocol):
-    """Hears of the batches that a loop takes, on the thread that takes them. Nothing in it may raise.
+    """Is called for each batch that a loop takes, on the thread that takes it. Its methods must not raise.
 
-    ``taker`` stands for one iteration over a loader, from its begin to its end.
+    ``taker`` identifies one iteration over a loader, from its beginning to its end.
     """
 
     def asks(self, taker: object) -> None:
-        """A batch is asked for."""
+        """The loop requests a batch."""
 
     def gets(self, taker: object, batch: object) -> None:
-        """It is there."""
+        """The loader has returned the batch."""
 
     def gets_nothing(self, taker: object) -> None:
-        """It does not come: there is no other one, or the loader has raised."""
+        """The loader has no further batch, or it has raised an exception."""
 
     def left(self, taker: object) -> None:
-        """The iteration is over without having come to the loader's end. May come late, and from any thread."""
+        """The iteration was abandoned before the loader's end. May be called late and from any thread."""
 
 
 class StandIn:
-    """Behaves as the object that it stands in for; see the module. Made by ``stand_in``.
+    """Behaves like the object that it stands in for; see the module. Created by ``stand_in``.
 
     Attributes:
-        own: names that are the stand-in's, whatever the object has under them.
+        own: names of attributes that belong to the stand-in, even if the object has attributes of the same names.
     """
 
     own: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **named: Any) -> None:
-        """Keeps the loader's class from hearing of a class that nobody has written."""
+        """Skips ``__init_subclass__`` of the loader's class, since no user wrote this subclass."""
         if "__class__" not in vars(cls):
             super().__init_subclass__(**named)
 
@@ -75,29 +75,29 @@ class StandIn:
         delattr(of(self), name)
 
     def __del__(self) -> None:
-        """Not the one of the object, which has not come to its end."""
+        """Does nothing: the object itself still lives, so its ``__del__`` must not run."""
 
     def __dir__(self) -> Iterable[str]:
         return sorted({*dir(of(self)), *type(self).own})
 
 
 def of(stand_in: object) -> Any:
-    """The object that this one stands in for."""
+    """Returns the object that ``stand_in`` stands in for."""
     return object.__getattribute__(stand_in, _OF)
 
 
 def is_stand_in(value: object) -> bool:
-    """Whether this is one of ours: ``isinstance`` would ask the object."""
+    """Whether the value is a stand-in. ``isinstance`` would look at the real object's class instead."""
     return StandIn in type(value).__mro__
 
 
 def stand_in(face: type[Face], real: object, **state: object) -> Face:
-    """Something of the class ``face`` that behaves as ``real``.
+    """Creates an instance of ``face`` that behaves like ``real``.
 
     Args:
-        face: says what is different: names in ``own``, and special methods.
+        face: a class that defines what differs from ``real``: the names in ``own``, and special methods.
         real: any object.
-        state: attributes of the stand-in itself; those that are not in ``own`` are read by ``object.__getattribute__``.
+        state: attributes of the stand-in itself; those not in ``own`` are read by ``object.__getattribute__``.
     """
     made: Any = object.__new__(_class_for(cast("Hashable", face), cast("Hashable", type(real))))
     object.__setattr__(made, _OF, real)
@@ -108,13 +108,13 @@ def stand_in(face: type[Face], real: object, **state: object) -> Face:
 
 @functools.lru_cache(maxsize=64)
 def _class_for(face: type, kind: type) -> type:
-    """A class for stand-ins of objects of this kind."""
+    """Creates the class for stand-ins of objects of class ``kind``."""
     content: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__class__": property(lambda self: of(self).__class__),
-        # Whoever makes another loader of the same class means the class, not what stands in for one.
+        # Code that calls the class to create another loader gets a real loader, not a stand-in.
         "__new__": lambda _cls, *arguments, **named: kind(*arguments, **named),
     }
     defined = {name for base in face.__mro__ if base is not object for name in vars(base)}
@@ -129,7 +129,7 @@ def _class_for(face: type, kind: type) -> type:
         try:
             made = type(kind)(kind.__name__, (face, kind), content)
             object.__new__(made)
-        except TypeError:  # of a class that is not written in Python, or must not be derived from
+        except TypeError:  # the class is not written in Python or cannot be subclassed
             pass
         else:
             return made
@@ -145,22 +145,22 @@ def _forwarder(name: str) -> Callable[..., Any]:
 
 
 class Loader(StandIn, Generic[Batch]):
-    """Stands in for a loader: its iterators' batches are heard of."""
+    """Stands in for a loader; a listener is told of the batches of its iterators."""
 
     def __iter__(self) -> Iterator[Batch]:
         real = of(self)
         iterator = iter(real)
-        if iterator is real:  # a generator, a file: there is one iteration only
+        if iterator is real:  # a generator or a file: it can be iterated only once
             return self
         return taking(iterator, object.__getattribute__(self, _LISTENER))
 
     def takes(self) -> Batch:
-        """The next batch, of a loader that is its own iterator."""
+        """Returns the next batch of a loader that is its own iterator."""
         return cast("Batch", _take(self))
 
 
 class IteratorStandIn(StandIn):
-    """Stands in for an iterator: a listener hears of each batch."""
+    """Stands in for an iterator; a listener is told of each batch."""
 
     def __iter__(self) -> Iterator[Any]:
         iterator = iter(of(self))
@@ -170,17 +170,17 @@ class IteratorStandIn(StandIn):
         return _take(self)
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at the interpreter's end anything may be gone
+        with suppress(Exception):  # while the interpreter shuts down, anything may be gone
             object.__getattribute__(self, _LISTENER).left(self)
 
 
 def following(face: type[Face], loader: object, listener: Listener, **state: object) -> Face:
-    """A stand-in for a loader, of a class that derives from ``Loader``."""
+    """Creates a stand-in for a loader. ``face`` is a subclass of ``Loader``."""
     return stand_in(face, loader, **{_LISTENER: listener}, **state)
 
 
 def taking(iterator: Iterator[Batch], listener: Listener) -> Iterator[Batch]:
-    """A stand-in for an iterator."""
+    """Creates a stand-in for an iterator."""
     return stand_in(IteratorStandIn, iterator, **{_LISTENER: listener})
 
 

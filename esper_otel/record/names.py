@@ -1,4 +1,4 @@
-"""Names: what a session may record, under which names, and what counts as out of range."""
+"""The metric names that a session accepts, and which of their values count as out of range."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from esper_otel.errors import InvalidCatalogue, InvalidValue, UnknownMetric
 from esper_otel.record.values import RATIOS
 from esper_otel.schema import METRICS, OWN_STEP, STEP_METRICS, Metric
 
-# Units of values that cannot be negative. A user's own metrics are not judged.
+# Units of values that cannot be negative. Metrics declared by the user are not checked.
 _NONNEGATIVE = frozenset({"ratio", "grad", "grad^2", "rate", "ms", "GB", "%", "count"})
 _RECORDABLE_OWN = ("esper.optimizer.lr", "esper.optimizer.index")
 
 
 class Names:
-    """The step metrics of one session: the catalogue's and the user's own.
+    """The step metrics of one session: those of the catalogue and those declared by the user.
 
     Args:
         own: metrics that the user declares.
-        enriched: whether gated metrics are recorded; if not they are accepted and left out.
+        enriched: whether gated metrics are recorded; if not, they are accepted and left out.
 
     Raises:
-        InvalidCatalogue: a declaration that clashes with another; all clashes are listed.
+        InvalidCatalogue: declarations clash; the message lists all clashes.
     """
 
     def __init__(self, own: Sequence[Metric] = (), *, enriched: bool = True) -> None:
@@ -44,15 +44,15 @@ class Names:
         self.left_out: frozenset[str] = frozenset(
             metric.name for metric in self.entries.values() if metric.gated and not enriched
         )
-        # A name of ours that Python cannot spell as a keyword may also be given by its key in the packet.
+        # A catalogue name with dots cannot be a Python keyword; such a metric can also be given by its packet key.
         self._by_key = {metric.key: metric.name for metric in recordable if metric.key != metric.name and metric.key}
         self._low = frozenset(metric.name for metric in STEP_METRICS if metric.unit in _NONNEGATIVE)
 
     def resolved(self, values: Mapping[str, object]) -> dict[str, object]:
-        """The values under catalogue names.
+        """Returns the values under their full metric names.
 
         Raises:
-            UnknownMetric: a name that cannot be recorded.
+            UnknownMetric: a name cannot be recorded.
         """
         resolved = {}
         for given, value in values.items():
@@ -63,12 +63,12 @@ class Names:
         return resolved
 
     def kept(self, values: Mapping[str, float]) -> Mapping[str, float]:
-        """The values without those that the flag leaves out; the very same mapping when there are none such."""
+        """Returns the values without gated ones that are off; the same mapping object if no metric is left out."""
         left_out = self.left_out
         return {name: value for name, value in values.items() if name not in left_out} if left_out else values
 
     def out_of_range(self, values: Mapping[str, float]) -> tuple[str, ...]:
-        """Names whose value is below 0 where that is impossible, or a ratio above 1."""
+        """Returns names of values that are negative but cannot be, and of ratios above 1."""
         low = self._low
         outside = [name for name in RATIOS if values.get(name, 0.0) > 1.0]
         outside += [name for name, value in values.items() if value < 0.0 and name in low]

@@ -1,4 +1,4 @@
-"""The next step: what it will have that was said before it began."""
+"""Values recorded before the next step opens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from esper_otel.record.values import DeviceValues, Target
 
 
 class Beginning(NamedTuple):
-    """What a step has from its beginning.
+    """The values that a step starts with.
 
     Attributes:
-        waited_ms: milliseconds that the trainer waited for its input; None when it did not say.
+        waited_ms: milliseconds that the trainer waited for its input; None if not recorded.
         table: rows of seeds.
         retired: seeds whose lives end before the step.
     """
@@ -25,13 +25,13 @@ class Beginning(NamedTuple):
 
 
 class NextStep:
-    """Collects for the next step. Threads: the one that records.
+    """Collects values for the next step. Threads: the recording thread.
 
     Attributes:
-        is_anything: false only when there is nothing to take, the context included.
-        retiring: seeds that are in no step after the open one.
-        context: values that stay in every frame from the next on.
-        tensors: those of them that a device has yet to deliver.
+        is_anything: False only if nothing has been collected, including context.
+        retiring: seeds whose lives end with the open step.
+        context: values that stay in every frame from the next one on.
+        tensors: context values that are still on a device.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class NextStep:
         self._table: SeedTable | None = None
 
     def wait(self, milliseconds: float) -> None:
-        """Adds to the input wait."""
+        """Adds to the time waited for input."""
         self._waited_ms = (self._waited_ms or 0.0) + milliseconds
         self.is_anything = True
 
@@ -67,7 +67,7 @@ class NextStep:
         self.is_anything = True
 
     def take(self) -> Beginning:
-        """All but the context, which is taken when the step is over."""
+        """Returns and clears everything except the context, which is taken when the step ends."""
         taken = Beginning(self._waited_ms, self._table, self.retiring)
         self._waited_ms = self._table = None
         self.retiring = []
@@ -75,7 +75,7 @@ class NextStep:
         return taken
 
     def take_context(self, held: DeviceValues | None) -> tuple[DeviceValues | None, Mapping[str, float]]:
-        """The context, and what holds the tensors of it beside those of ``held``."""
+        """Returns and clears the context. Its tensors are added to ``held``, which is created if needed."""
         context, self.context = self.context, {}
         if self.tensors:
             held = held or DeviceValues()

@@ -1,4 +1,4 @@
-"""The open step: what has been recorded in it so far."""
+"""The open step and the values recorded in it so far."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class OpenStep:
-    """What ``Step`` has recorded, as the recorder reads it when the step is over. One thread.
+    """The values that ``Step`` has recorded. The recorder reads them when the step ends. Threads: one.
 
     Attributes:
-        epoch: the epoch it belongs to.
+        epoch: the epoch that the step belongs to.
         global_step: the step's number; 0 until it is open.
         time_unix_ns: the step's time, fixed when the scope opened.
     """
@@ -52,8 +52,8 @@ class OpenStep:
         self._values: dict[str, float] = {}
         self._timings: dict[str, float] = {}
         self._rows: dict[str, bytes] = {}
-        # Seeds whose first row needs no second look: those that live, while the step is open, nothing has been retired
-        # in it and no cell is on a device.
+        # Seeds whose first row in this step needs no checks: all live seeds, as long as the step is open, no seed has
+        # been retired in it and no cell is on a device.
         self._known: Mapping[str, int] = NO_IDS
         self._table: SeedTable | None = None
         self._held: DeviceValues | None = None
@@ -66,21 +66,21 @@ class OpenStep:
         self._started_s = 0.0
 
     def is_in_its_scope(self) -> bool:
-        """Whether the scope that opened the step still runs."""
+        """Whether the ``with`` statement that opened the step is still running."""
         raise NotImplementedError
 
     def _hold(self, tensors: Mapping[Target, Tensor]) -> None:
-        """Keeps values that a device has yet to deliver."""
+        """Keeps values that are still on a device."""
         if self._held is None:
             self._held = DeviceValues()
         self._held.tensors.update(tensors)
         for name in tensors:
-            self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is no key of the values
+            self._values.pop(name, None)  # type: ignore[arg-type] # a seed's cell is not a key of the values
             if isinstance(name, tuple):
                 self._known = NO_IDS
 
     def _add(self, table: SeedTable) -> None:
-        """Rows of many seeds at once."""
+        """Adds rows of many seeds at once."""
         retiring = self._retiring
         for seed_id in [seed_id for seed_id in retiring if seed_id in table.ids] if retiring else ():
             self._is_born_again(seed_id)
@@ -90,13 +90,13 @@ class OpenStep:
         self._table = table
 
     def _all_rows(self) -> SeedTable:
-        """Every row recorded so far."""
+        """Returns every row recorded so far."""
         if self._table is None:
             return table_of_rows(self._rows)
         return merged_tables(self._table, table_of_rows(self._rows)) if self._rows else self._table
 
     def _is_born_again(self, seed_id: str) -> None:
-        """A seed retired in this very step is recorded once more: its old life ends before the step."""
+        """Ends the old life of a seed before the step: it was retired in this step and is now recorded again."""
         self._retiring.remove(seed_id)
         self._retired = [*self._retired, seed_id]
         self._rows.pop(seed_id, None)

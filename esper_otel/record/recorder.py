@@ -1,4 +1,4 @@
-"""Recorder: numbers, times and hands over the steps of one session."""
+"""The recorder: numbers the steps of one session, stamps them with their times and hands them to the publisher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from esper_otel.leyline.messages import SystemStatePacket
     from esper_otel.record.names import Names
 
-# What is over only when the step is: inside the step, those of the step before are what is known.
+# Values known only when the step has ended. A state requested inside the step uses those of the previous step.
 _KNOWN_AFTERWARDS = (
     "hook_latency_ms",
     "tamiyo_latency_ms",
@@ -44,16 +44,16 @@ _KNOWN_AFTERWARDS = (
 
 
 class Probing(Protocol):
-    """What recording asks of the probes."""
+    """The interface that recording requires of the probes."""
 
     def readings(self, now_s: float) -> Mapping[str, float]:
-        """The readings that are fresh at ``now_s`` of ``time.monotonic``."""
+        """Returns the readings that are still fresh at ``now_s``, a time of ``time.monotonic``."""
 
 
 class Recorder:
-    """Takes what a trainer records and hands one draft per step to the publisher.
+    """Takes the values that a trainer records and hands one draft per step to the publisher.
 
-    Threads: one thread records.
+    Threads: one thread, called the recording thread.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Recorder:
         self.gradient_math = gradient_math
         self._probing = probing
         self._to_state = to_state
-        # Of the last step that was recorded whole, and of the last scope; see ``record_step`` and ``finish``.
+        # The shape of the last step given to ``record_step``, and that of the last step scope, used by ``finish``.
         self._shape: ValueShape | None = None
         self._step_shape: ValueShape | None = None
         self._columns = SeedColumns(publisher.is_settled)
@@ -83,7 +83,7 @@ class Recorder:
     # -- steps -------------------------------------------------------------------------------------------
 
     def open(self, step: OpenStep) -> None:
-        """Opens a step: numbers and stamps it."""
+        """Opens a step: gives it its number and its time."""
         if self.open_step is not None and self._still_open():
             raise WrongState(f"step {self.open_step.global_step} is still open: one step at a time")
         step.global_step = self._numbered(step._numbered)
@@ -95,7 +95,7 @@ class Recorder:
         step._known = self.publisher.live.ids
 
     def _still_open(self) -> bool:
-        """Whether the open step's scope runs; a step that a KeyboardInterrupt has left open is handed over."""
+        """Whether the open step's scope still runs. If not, a KeyboardInterrupt left it open: finishes the step."""
         step = self.open_step
         if step is None or step.is_in_its_scope():
             return step is not None
@@ -114,18 +114,18 @@ class Recorder:
         else:
             self.publisher.counters.backwards += 1
             self.publisher.warnings.say(
-                "backwards", "step %d is not above %d, the highest so far; kept as given", given, self.highest_step
+                "backwards", "step %d is not above %d, the highest step so far; kept as given", given, self.highest_step
             )
         return given
 
     def finish(self, step: OpenStep, now_s: float) -> None:
-        """Hands over a step that is over; whatever goes wrong stays here."""
+        """Hands a step that has ended to the publisher. Never raises; faults are counted and logged."""
         self.open_step = None
         step._known = NO_IDS
         try:
             spent_ms = (now_s - step._started_s) * 1e3
             values = step._values
-            # What the caller gave stands.
+            # Values that the caller gave take precedence over measured ones.
             for name, timing_ms in step._timings.items():
                 values.setdefault(name, timing_ms)
             values.setdefault("step_latency_ms", spent_ms)
@@ -152,7 +152,7 @@ class Recorder:
                 and not self.publisher.waiting
             ):
                 shape = self._step_shape
-                try:  # most steps have the names of the one before
+                try:  # most steps have the same names as the previous step
                     numbers = shape.numbers_of(values) if shape and len(shape.names) == len(values) else ()
                 except KeyError:
                     numbers = ()
@@ -171,7 +171,7 @@ class Recorder:
             self.fault("publishing a step", error)
 
     def record_step(self, values: Mapping[str, Any], epoch: int, global_step: int | None, samples: int | None) -> None:
-        """Hands over a step whose values the trainer has measured itself."""
+        """Records a whole step in one call, with values that the trainer has measured itself."""
         shape = self._shape
         if (
             shape is not None
@@ -184,7 +184,7 @@ class Recorder:
             and (global_step is None or (type(global_step) is int and self.highest_step < global_step <= UINT64_MAX))
             and samples is None
         ):
-            # Most steps are like the one before: names that are known to be good, and nothing that waits.
+            # Fast path: the step has the same names as the previous one, so they are valid, and no value is pending.
             try:
                 numbers = shape.numbers_of(values)
             except KeyError:
@@ -246,7 +246,7 @@ class Recorder:
         return NO_READINGS if self._probing is None else self._probing.readings(time.monotonic())
 
     def _rate(self, samples: int, given: Mapping[str, float]) -> dict[str, float]:
-        """``samples_per_s`` of a step that comes whole, unless it is given or the cycle is not known."""
+        """Returns ``samples_per_s`` for ``record_step``, unless it was given or the step's duration is unknown."""
         now_s = time.perf_counter()
         before, self._last_end_s = self._last_end_s, now_s
         if "step_latency_ms" in given:
@@ -272,7 +272,7 @@ class Recorder:
     # -- seeds and context -------------------------------------------------------------------------------
 
     def seeds(self, ids: Sequence[str], columns: Mapping[str, object]) -> None:
-        """Records rows of many seeds, for the open step or else for the next."""
+        """Records rows of many seeds for the open step or, if none is open, for the next one."""
         table = self._columns.table(ids, columns)
         if self.open_step is None:
             self.next_step.add(table)
@@ -280,13 +280,13 @@ class Recorder:
             self.open_step._add(table)
 
     def retire(self, seed_id: str) -> None:
-        """Ends a seed's life: it is in no frame after the open one."""
+        """Ends a seed's life: frames after the open step do not contain it."""
         self.next_step.retire(checked_seed_id(seed_id))
         if self.open_step is not None:
             self.open_step._known = NO_IDS
 
     def set_context(self, values: Mapping[str, object]) -> None:
-        """Replaces values that stay in every frame that follows."""
+        """Replaces values that stay in all later frames."""
         plain, tensors = read(values)
         self.publisher.saw(tuple(tensors.values()))
         self.next_step.replace_context(plain, tensors)
@@ -294,7 +294,7 @@ class Recorder:
     # -- the state inside a step ---------------------------------------------------------------------------
 
     def state(self, step: OpenStep) -> SystemStatePacket:
-        """The packet of an open step; see ``Step.state``."""
+        """Returns the packet of an open step; see ``Step.state``."""
         publisher = self.publisher
         publisher.drain(wait=True)
         if step._retired:
@@ -339,7 +339,7 @@ class Recorder:
             else:
                 step._values[target] = value
 
-    # -- the rest ----------------------------------------------------------------------------------------
+    # -- faults ------------------------------------------------------------------------------------------
 
     def fault(self, where: str, error: Exception) -> None:
         """See ``FramePublisher.fault``."""

@@ -1,4 +1,4 @@
-"""Columns: a step's seeds given as arrays, one per field."""
+"""Seeds of a step given as arrays, one per field."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FLOAT64 = np.dtype(np.float64)
 
 
 class SeedColumns:
-    """Makes tables of columns; what was good in the last call is not looked at again.
+    """Builds tables from columns. Ids, fields and stages already checked in the last call are not checked again.
 
     Args:
-        is_good: whether a table is known to have neither NaN nor a bad stage.
+        is_good: returns whether a table is known to have neither NaN nor an invalid stage.
 
-    Threads: the one that records.
+    Threads: the recording thread.
     """
 
     def __init__(self, is_good: Callable[[SeedTable], bool]) -> None:
@@ -30,12 +30,12 @@ class SeedColumns:
         self._stages = b""
 
     def table(self, ids: Sequence[str], columns: Mapping[str, object]) -> SeedTable:
-        """A table from arrays of shape (len(ids),), NaN meaning absent.
+        """Builds a table from arrays of shape (len(ids),). NaN means that a cell is absent.
 
         Raises:
-            UnknownMetric: a field that seeds do not have.
-            InvalidName: an id that cannot be one, or that comes twice.
-            InvalidValue: a column of another shape or type, or on another device than the CPU.
+            UnknownMetric: seeds do not have such a field.
+            InvalidName: an id is invalid or occurs twice.
+            InvalidValue: a column has another shape or type, or is on a device other than the CPU.
         """
         if isinstance(ids, str):
             raise InvalidValue("seed ids", f"{ids!r} is one string; give a sequence of strings")
@@ -58,7 +58,7 @@ class SeedColumns:
         return table
 
     def _clean(self, given: npt.NDArray[np.float64], layout: _Layout) -> None:
-        """Makes NaN absent; raises for a stage that there is not."""
+        """Replaces NaN by ``ABSENT``; raises InvalidValue for an unknown stage."""
         if np.isnan(given, layout.nans).tobytes() != layout.no_nans:
             np.copyto(given, ABSENT, where=layout.nans)
         if layout.stage is not None:
@@ -70,16 +70,16 @@ class SeedColumns:
 
 
 class _Layout:
-    """Of calls with the same seeds and fields.
+    """The layout shared by calls with the same seeds and fields. In its arrays, each row is a column of the call.
 
     Attributes:
-        ids: the seeds.
-        listed: the same as a list, for one to be compared with it as it is.
+        ids: the seed ids.
+        listed: the same ids as a list, to compare with a list without converting it.
         fields: the fields given, in order.
-        shape: of the columns, one a row.
-        nans: room for where they are NaN.
-        no_nans: the bytes of it when none is.
-        stage: the row of the stages; None when they are not given.
+        shape: the shape of the array of columns.
+        nans: a reused buffer that marks the cells that are NaN.
+        no_nans: the bytes of ``nans`` when no cell is NaN.
+        stage: the row of the stages; None if they are not given.
     """
 
     __slots__ = ("_absent", "_places", "fields", "ids", "listed", "nans", "no_nans", "shape", "stage")
@@ -97,16 +97,16 @@ class _Layout:
         self.stage = fields.index("stage") if "stage" in fields else None
         self._places = [COLUMN[field] for field in fields]
         width = NARROW if max(self._places, default=0) < NARROW else WIDTH
-        # The columns of a table with nothing in it; none where all of a narrow table's are given in order.
+        # The columns of an empty table, to be filled in; not needed if exactly a narrow table's columns are given.
         self._absent = None if self._places == list(range(NARROW)) else np.full((width, len(ids)), ABSENT)
 
     def table(self, given: npt.NDArray[np.float64]) -> SeedTable:
-        """The table of columns, one a row; it may hold on to them."""
+        """Builds the table. It may keep a reference to ``given``."""
         if self._absent is not None:
             by_field = self._absent.copy()
             by_field[self._places] = given
             given = by_field
-        table: SeedTable = tuple.__new__(SeedTable, (self.ids, given.T))  # in half the time
+        table: SeedTable = tuple.__new__(SeedTable, (self.ids, given.T))  # skips SeedTable's Python-level constructor
         return table
 
 
@@ -114,14 +114,14 @@ def _checked_ids(ids: tuple[object, ...]) -> tuple[str, ...]:
     names = tuple(checked_seed_id(str(name) if isinstance(name, np.str_) else name) for name in ids)
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise InvalidName(f"seed id {twice[0]!r} comes more than once in one call")
+        raise InvalidName(f"seed id {twice[0]!r} occurs more than once in one call")
     return names
 
 
 def _stacked(columns: Mapping[str, object]) -> npt.NDArray[np.float64] | None:
-    """The columns, one a row, if they are all arrays that can be stacked to floats in one go."""
+    """Stacks the columns in one call, one per row. Returns None unless all are arrays that stack to float64."""
     arrays = list(columns.values())
-    for array in arrays:  # in half the time that map(type, ...) takes
+    for array in arrays:
         if array.__class__ is not np.ndarray:
             return None
     try:

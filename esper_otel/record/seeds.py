@@ -1,4 +1,4 @@
-"""Seeds: ids, stages, and rows as they are recorded."""
+"""Checks of seed ids and stages, and the packed rows in which seeds are recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esper_otel.schema import SEED_FIELDS, Stage
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
 
-# Packed rows; most calls give the request's fields only.
+# Packed rows: all fields, or only the ten of the original request, which are all that most calls give.
 ROW = struct.Struct(f"={WIDTH}d")
 REQUESTED = struct.Struct(f"={NARROW}d")
 MORE_FIELDS = SEED_FIELDS[NARROW:]
@@ -26,13 +26,13 @@ _STAGE = COLUMN["stage"]
 
 _MAX_ID_BYTES = 256
 STAGES = frozenset(float(stage) for stage in Stage)
-# What needs no checking as a stage.
+# Stage values that need no check.
 STAGES_OR_ABSENT = STAGES | {ABSENT}
 NO_IDS: Mapping[str, int] = {}
 
 
 class MoreOfASeed(TypedDict, total=False):
-    """Fields of a seed that a packet has and the request lacks."""
+    """Further fields of a seed in a Leyline packet, in addition to the ten of the original request."""
 
     learning_rate: Scalar | None
     layer_depth: Scalar | None
@@ -46,7 +46,7 @@ class MoreOfASeed(TypedDict, total=False):
 
 
 def checked_seed_id(seed_id: object) -> str:
-    """The id, if it can be one: text of 1 to 256 bytes in UTF-8 without control characters."""
+    """Returns the id if it is valid: text of 1 to 256 bytes in UTF-8 without control characters."""
     if not isinstance(seed_id, str):
         raise InvalidValue("seed id", f"{seed_id!r} is a {type(seed_id).__name__}; give a string")
     if 0 < len(seed_id) <= _MAX_ID_BYTES // 4 and seed_id.isprintable():
@@ -63,17 +63,17 @@ def checked_seed_id(seed_id: object) -> str:
 
 
 def checked_stage(stage: float) -> float:
-    """The stage's number, if there is such a stage (or none is given)."""
+    """Returns the stage's number if such a stage exists or the number is NaN, which means absent."""
     if stage in STAGES or stage != stage:  # noqa: PLR0124 - NaN: absent
         return stage
-    raise InvalidValue("stage", f"{stage!r} is none of Leyline's stages 0 to 11 (esper_otel.Stage)")
+    raise InvalidValue("stage", f"{stage!r} is not one of Leyline's stages 0 to 11 (esper_otel.Stage)")
 
 
 def more_cells(more: Mapping[str, object]) -> list[object]:
-    """The cells beside the request's, in order; ``ABSENT`` where none is given.
+    """Returns the cells of ``MORE_FIELDS`` in order, with ``ABSENT`` for those not given.
 
     Raises:
-        UnknownMetric: a field that seeds do not have.
+        UnknownMetric: seeds do not have such a field.
     """
     for field in more:
         if field not in MORE_FIELDS:
@@ -82,19 +82,19 @@ def more_cells(more: Mapping[str, object]) -> list[object]:
 
 
 def table_of_rows(rows: Mapping[str, bytes]) -> SeedTable:
-    """A table from packed rows (``REQUESTED`` or ``ROW``), one per seed id."""
+    """Builds a table from packed rows (``REQUESTED`` or ``ROW``), one per seed id."""
     if not rows:
         return NO_SEEDS
     content, width = b"".join(rows.values()), NARROW
-    if len(content) != len(rows) * REQUESTED.size:  # some are wide: all are to be
+    if len(content) != len(rows) * REQUESTED.size:  # some rows are wide, so all must be
         content, width = b"".join(map(_wide, rows.values())), WIDTH
     cells: Cells = np.ndarray((len(rows), width), _FLOAT64, content)
-    table: SeedTable = tuple.__new__(SeedTable, (tuple(rows), cells))  # in half the time
+    table: SeedTable = tuple.__new__(SeedTable, (tuple(rows), cells))  # skips SeedTable's Python-level constructor
     return table
 
 
 def one_cell(seed_id: str, field: str, value: float) -> SeedTable:
-    """A table of one row with one cell."""
+    """Builds a table of one row with one cell."""
     column = COLUMN[field]
     cells = np.full((1, NARROW if column < NARROW else WIDTH), ABSENT)
     cells[0, column] = value
@@ -106,7 +106,7 @@ def _wide(row: bytes) -> bytes:
 
 
 def merged_row(earlier: bytes, later: bytes) -> bytes:
-    """Two packed rows of one seed: the later one's cells, else the earlier one's."""
+    """Merges two packed rows of one seed. Cells of the later row replace those of the earlier one."""
     if len(earlier) != len(later):
         earlier, later = _wide(earlier), _wide(later)
     above = np.frombuffer(later)
@@ -115,7 +115,7 @@ def merged_row(earlier: bytes, later: bytes) -> bytes:
 
 
 def merged_tables(earlier: SeedTable, later: SeedTable) -> SeedTable:
-    """Two tables of one step: the later one's cells, else the earlier one's; the earlier one's order."""
+    """Merges two tables of one step. Cells of the later table replace the earlier ones; the earlier order is kept."""
     rows = {seed_id: cells.tobytes() for seed_id, cells in zip(earlier.ids, earlier.cells, strict=True)}
     for seed_id, cells in zip(later.ids, later.cells, strict=True):
         row = cells.tobytes()

@@ -1,4 +1,4 @@
-"""Step: the scope of one training step, and everything that can be recorded in it."""
+"""The scope of one training step, with methods for everything that can be recorded in it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 class Step(OpenStep):
     """One training step while it is open: ``with telemetry.step(epoch=...) as now``.
 
-    Values are floats or numbers, or 0-d tensors on any device. A tensor is detached at once; one on a CUDA
-    device is copied on the current stream and read when that has happened, so that nothing waits. ``None``
-    means unknown: the metric stays absent. Threads: the thread that opened the step.
+    Values are numbers or 0-d tensors on any device. A tensor is detached at once. One on a CUDA device is copied
+    on the current stream and read when the copy is complete, so training does not wait. ``None`` means unknown:
+    the metric stays absent. Threads: the thread that opened the step.
 
     Attributes:
         global_step: the step's number.
-        epoch: the epoch it belongs to.
+        epoch: the epoch that the step belongs to.
         time_unix_ns: the step's time, fixed when the scope opened.
     """
 
@@ -71,10 +71,10 @@ class Step(OpenStep):
         self._recorder.finish(self, time.perf_counter())
 
     def is_in_its_scope(self) -> bool:
-        """Whether the ``with`` statement that opened the step still runs.
+        """Whether the ``with`` statement that opened the step is still running.
 
-        A KeyboardInterrupt may end it before the first line of ``__exit__``. It holds that method while it runs:
-        up to Python 3.13 as an object of its own, which the garbage collector knows of.
+        A KeyboardInterrupt may end the statement before the first line of ``__exit__``. While it runs, the statement
+        keeps a reference to that method: up to Python 3.13 a method object, which the garbage collector can find.
         """
         if not self._started_s:
             return False
@@ -83,13 +83,13 @@ class Step(OpenStep):
         return any(getattr(holder, "__func__", None) is Step.__exit__ for holder in gc.get_referrers(self))
 
     def put(self, mapping: Mapping[str, Scalar | None] | None = None, /, **values: Scalar | None) -> None:
-        """Records step metrics by name; dotted names need the mapping. The last value of a name counts.
+        """Records step metrics by name. Dotted names must be given in the mapping. A name's last value counts.
 
-        Gated names with the enrichment off are accepted and left out.
+        If enrichment is off, gated names are accepted and left out.
 
         Raises:
-            UnknownMetric: a name that is not declared; the message names the nearest.
-            InvalidValue: a value that is not one number.
+            UnknownMetric: a name is not declared; the message suggests the nearest one.
+            InvalidValue: a value is not a single number.
             WrongState: the step is not open.
         """
         recorder = self._recorder
@@ -125,7 +125,7 @@ class Step(OpenStep):
         self._hold(tensors)
 
     def hook(self) -> Timed:
-        """Times ``hook_latency_ms``: the controller and what its commands change."""
+        """Times ``hook_latency_ms``: the controller's evaluation and carrying out its commands."""
         return Timed(self._timings, "hook_latency_ms")
 
     def tamiyo(self) -> Timed:
@@ -146,10 +146,10 @@ class Step(OpenStep):
         return TimedOnce(lambda spent_ms: self.seed(seed_id, last_kernel_latency_ms=spent_ms))
 
     def to(self, device: Any, *items: Any) -> Any:
-        """Moves tensors, or nested dicts, lists and tuples of them, to ``device``; times ``h2d_copy_ms`` on CUDA.
+        """Moves tensors, or nested dicts, lists and tuples of them, to ``device``. Times ``h2d_copy_ms`` on CUDA.
 
         Returns:
-            The moved item; a tuple of them when several were given.
+            The moved item, or a tuple of the moved items if several were given.
         """
         moved, timing = move(device, items)
         if timing is not None:
@@ -166,12 +166,15 @@ class Step(OpenStep):
         sources: Sources | None = None,
         scaler: GradScaler | None = None,
     ) -> None:
-        """Records ``gradient_norm`` and, with two or more ``sources``, ``grad_conflict_rate``. Waits for no GPU.
+        """Records ``gradient_norm`` and, with two or more ``sources``, ``grad_conflict_rate``.
+
+        Does not wait for a GPU.
 
         Args:
-            model_or_parameters: whose ``.grad`` count; the norm is the L2 norm over all of them together.
-            sources: gradients by source (seeds, micro-batches): each a tensor or a sequence of tensors.
-            scaler: divides the norm by its scale; leave it out after ``scaler.unscale_()``.
+            model_or_parameters: the model or parameters whose ``.grad`` are used. The norm is the L2 norm over all
+                of them together.
+            sources: gradients by source (seeds, micro-batches), each a tensor or a sequence of tensors.
+            scaler: a gradient scaler; the norm is divided by its scale. Omit it after ``scaler.unscale_()``.
         """
         if self._recorder.open_step is not self:
             raise self._is_over("gradients()")
@@ -199,20 +202,21 @@ class Step(OpenStep):
         isolation_seed_norm: Scalar | None = ABSENT,
         **more: Unpack[MoreOfASeed],
     ) -> None:
-        """Records cells of one seed's row in this step; calls for one seed merge, the last value of a cell counts.
+        """Records cells of one seed's row in this step. Calls for the same seed are merged; a cell's last value counts.
 
-        ``alpha_steps`` is kept only while the seed's stage, as recorded last, is BLENDING. Beside the request's
-        ten: ``learning_rate``, ``layer_depth``, ``age_epochs``, ``risk_score``, ``gradient_norm``,
-        ``alpha_total_steps``, ``alpha_temperature``, ``risk_tolerance`` and ``blend_allowed``.
+        ``alpha_steps`` is kept only while the seed's last recorded stage is BLENDING. In addition to the ten
+        parameters in the signature, these fields are accepted: ``learning_rate``, ``layer_depth``, ``age_epochs``,
+        ``risk_score``, ``gradient_norm``, ``alpha_total_steps``, ``alpha_temperature``, ``risk_tolerance`` and
+        ``blend_allowed``.
 
         Raises:
-            UnknownMetric: a field that seeds do not have; the message names the nearest.
-            InvalidName: an id that is empty, above 256 bytes or has control characters.
-            InvalidValue: a value that is not one number, or a stage that Leyline does not have.
+            UnknownMetric: seeds do not have such a field; the message suggests the nearest one.
+            InvalidName: the id is empty, longer than 256 bytes or contains control characters.
+            InvalidValue: a value is not a single number, or a stage that Leyline does not have.
             WrongState: the step is not open.
         """
         if (
-            # Plain floats are known by their classes in a third of the time that a set of types takes.
+            # Fast path: ten plain floats for a live seed without a row. Comparing classes saves ROW_TYPES.issuperset().
             alpha.__class__ is alpha_steps.__class__ is kernel_attached.__class__ is float
             and (stage.__class__ is float or stage.__class__ is Stage)
             and last_kernel_latency_ms.__class__ is isolation_violations.__class__ is fallback_used.__class__ is float
@@ -241,7 +245,7 @@ class Step(OpenStep):
         self._add_row(seed_id, first + last, more)
 
     def _add_row(self, seed_id: str, cells: tuple[Any, ...], more: Mapping[str, object]) -> None:
-        """A row of any kind; one of a seed that was retired in this step begins a new life."""
+        """Adds a row of any kind. If the seed was retired in this step, the row begins a new life."""
         if self._recorder.open_step is not self:
             raise self._is_over("seed()")
         row = self._packed(seed_id, cells, more)
@@ -269,11 +273,11 @@ class Step(OpenStep):
         return (ROW if more else REQUESTED).pack(*plain)
 
     def state(self) -> SystemStatePacket:
-        """The SystemStatePacket of the step so far, for a controller that decides inside the step.
+        """Returns the SystemStatePacket of the step so far, for a controller that decides inside the step.
 
-        Derived metrics follow from what has been put; nothing is committed, so it may be called any number of
-        times. Timings are those of the step before, since this one's are not over. Waits for the step's CUDA
-        scalars, once.
+        Derived metrics are computed from the values put so far. The call commits nothing, so it may be repeated.
+        Timings are those of the previous step, because this step has not ended. The first call waits for the
+        step's CUDA scalars.
         """
         if self._recorder.open_step is not self:
             raise self._is_over("state()")

@@ -1,4 +1,4 @@
-"""Timed: how long a part of a step takes."""
+"""Context managers that measure how long a part of a step takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Timed:
 
 
 class TimedOnce:
-    """Says the milliseconds between entering and leaving."""
+    """Passes the milliseconds between entering and leaving to a function."""
 
     __slots__ = ("_say", "_started_s")
 

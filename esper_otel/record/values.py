@@ -1,4 +1,4 @@
-"""Values: from whatever a trainer has to floats, now or when the device has delivered them."""
+"""Conversion of a trainer's values to floats, at once or when a device has delivered them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Scalar: TypeAlias = float | Tensor
 
-# Of cells that can be packed as they are, without asking a tensor.
+# Types of cells that can be packed without conversion.
 ROW_TYPES: frozenset[type] = frozenset({float, int, bool, Stage, np.float64, np.float32, np.int64, np.bool_})
 
 _MAX = sys.float_info.max
@@ -30,10 +30,10 @@ UINT64_MAX = 2**64 - 1
 # Values that stay until they are replaced.
 CONTEXT: frozenset[str] = frozenset({"esper.validation.loss", "esper.validation.accuracy"})
 
-# What we say of a step whose seeds say their isolation violations.
+# Recorded by the publisher for a step whose seeds report isolation violations.
 VIOLATIONS = "esper.isolation.violations"
 
-# Shares of 1.
+# Metrics whose values are shares of 1.
 RATIOS = tuple(metric.name for metric in STEP_METRICS if metric.unit == "ratio")
 
 # A step value's name, or a seed's id and field.
@@ -41,10 +41,10 @@ Target: TypeAlias = str | tuple[str, str]
 
 
 def number(name: str, value: object) -> float | Tensor:
-    """One number, or the 0-d tensor that will hold it. An int beyond the range of a double is infinite.
+    """Returns the number, or the 0-d tensor that holds it. An int beyond the range of a double becomes infinite.
 
     Raises:
-        InvalidValue: it is neither.
+        InvalidValue: the value is neither a number nor such a tensor.
     """
     kind = type(value)
     if kind is float or kind is bool or kind is int:
@@ -57,16 +57,15 @@ def number(name: str, value: object) -> float | Tensor:
 
 
 def are_floats(values: Iterable[object]) -> bool:
-    """Whether every value is a plain float. Touches no tensor."""
-    # A plain loop takes half the time of map(type, ...) or a generator; it runs in every step.
-    for value in values:  # noqa: SIM110 - as above
+    """Whether every value is a plain float. Does not read tensors."""
+    for value in values:  # noqa: SIM110 - runs in every step; all() would add a generator
         if value.__class__ is not float:
             return False
     return True
 
 
 def are_ordinary(values: Collection[Any]) -> bool:
-    """Whether every value is a plain float and not negative, and all, and their sum, are finite. Touches no tensor."""
+    """Whether every value is a plain, non-negative, finite float and their sum is finite. Does not read tensors."""
     for value in values:
         if value.__class__ is not float or value < 0.0:
             return False
@@ -75,12 +74,12 @@ def are_ordinary(values: Collection[Any]) -> bool:
 
 
 class ValueShape:
-    """Names that come together in many steps.
+    """A set of names shared by many steps.
 
     Attributes:
         names: the names.
         names_with_violations: the names and ``VIOLATIONS``.
-        numbers_of: the values of a mapping, in the order of the names; KeyError when one is not there.
+        numbers_of: returns the values of a mapping in the order of the names; raises KeyError if one is missing.
     """
 
     __slots__ = ("_loss", "_ratios", "names", "names_with_violations", "numbers_of")
@@ -93,7 +92,7 @@ class ValueShape:
         self._ratios = tuple(place for place, name in enumerate(names) if name in RATIOS)
 
     def is_plain(self, numbers: tuple[float, ...]) -> bool:
-        """Whether nothing is to be said about ordinary values: the loss is finite in float32, no share is above 1."""
+        """Whether ordinary values need no further checks: the loss is finite in float32 and no share is above 1."""
         for place in self._ratios:
             if numbers[place] > 1.0:
                 return False
@@ -101,12 +100,12 @@ class ValueShape:
 
 
 def shape_of(values: Mapping[str, object]) -> ValueShape | None:
-    """The shape of steps like this one; None for one that is too odd to have one."""
+    """Returns the shape of these values; None if they have no loss or only one name, which no fast path handles."""
     return ValueShape(tuple(values)) if "loss" in values and len(values) > 1 else None
 
 
 def read(given: Mapping[str, object]) -> tuple[dict[str, float], dict[Target, Tensor]]:
-    """Splits values into floats and tensors to wait for; ``None`` is left out."""
+    """Splits values into floats and tensors to wait for. Values that are ``None`` are left out."""
     plain: dict[str, float] = {}
     tensors: dict[Target, Tensor] = {}
     for name, value in given.items():
@@ -121,7 +120,7 @@ def read(given: Mapping[str, object]) -> tuple[dict[str, float], dict[Target, Te
 
 
 def read_row(seed_id: str, cells: Sequence[object]) -> tuple[tuple[float, ...], dict[Target, Tensor]]:
-    """The first cells of one seed as floats, ``ABSENT`` where there is None or a tensor to wait for."""
+    """Returns a seed's cells as floats, with ``ABSENT`` for None and for tensors; and the tensors to wait for."""
     row = []
     tensors: dict[Target, Tensor] = {}
     for field, cell in zip(SEED_FIELDS, cells, strict=False):
@@ -134,22 +133,22 @@ def read_row(seed_id: str, cells: Sequence[object]) -> tuple[tuple[float, ...], 
 
 
 class CopyTime(Protocol):
-    """The time of copies to a device, known when they have completed."""
+    """The duration of copies to a device, known when they have completed."""
 
     def done(self) -> bool:
-        """Whether the time is known; never waits."""
+        """Whether the duration is known; never waits."""
 
     def wait(self) -> None:
-        """Waits until it is."""
+        """Waits until the duration is known."""
 
     def milliseconds(self) -> float | None:
-        """The time; None when the device could not tell."""
+        """The duration; None if the device could not report it."""
 
 
 class DeviceValues:
-    """Values of one step that a device has yet to deliver.
+    """Values of one step that are still on a device.
 
-    ``seal`` starts the one copy to the host; after it ``done`` never waits and ``wait`` does.
+    ``seal`` starts the copy to the host, once. After that, ``done`` reports whether it is complete and ``wait`` waits.
     """
 
     def __init__(self) -> None:
@@ -159,7 +158,7 @@ class DeviceValues:
         self._pending: Any = None
 
     def forget(self, names: Iterable[Target]) -> None:
-        """Drops tensors whose names have been given anew."""
+        """Drops tensors whose names have been given new values."""
         for name in names:
             self.tensors.pop(name, None)
 
@@ -186,7 +185,7 @@ class DeviceValues:
             self._pending.wait()
 
     def arrived(self) -> dict[Target, float]:
-        """The sealed values that arrived; one that the device lost is missing. Call once it is done."""
+        """Returns the sealed values, without those that a device lost. Call it only when ``done()``."""
         if self._pending is None:
             return {}
         values = zip(self._targets, self._pending.values(), strict=True)
@@ -199,13 +198,13 @@ class DeviceValues:
         }
 
     def copy_ms(self) -> float | None:
-        """Milliseconds of the step's host-to-device copies; None when there were none or the device cannot tell."""
+        """Milliseconds of the step's host-to-device copies; None if there were none or CUDA could not report them."""
         times = [time for time in (copy.milliseconds() for copy in self.copies) if time is not None]
         return sum(times) if times else None
 
 
 def whole(name: str, value: object, highest: int) -> int:
-    """The value as an int, if it is a whole number from 0 to ``highest``."""
+    """Returns the value as an int if it is a whole number from 0 to ``highest``; otherwise raises InvalidValue."""
     if type(value) is int and 0 <= value <= highest:
         return value
     try:

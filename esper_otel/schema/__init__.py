@@ -1,4 +1,4 @@
-"""The catalogue: every metric once, with name, unit, gate, needs and meaning."""
+"""The catalogue of all metrics, each with name, unit, gate, needs and meaning."""
 
 from esper_otel.schema.catalogue import (
     FRAME_POINTS,

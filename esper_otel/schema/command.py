@@ -1,4 +1,4 @@
-"""``esper-otel schema``: the catalogue as a table, or as JSON."""
+"""The command ``esper-otel schema``, which prints the catalogue as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NO_WIDTH = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``esper-otel schema``."""
+    """Adds the options of ``esper-otel schema``."""
     parser.add_argument(
-        "--json", action="store_true", help="a list of objects, one per metric, with its whole contract"
+        "--json", action="store_true", help="print a list of objects, one per metric, with its whole contract"
     )
 
 
@@ -39,7 +39,7 @@ def _schema_text() -> str:
             metric.name, metric.unit, metric.level, gated, ", ".join(metric.needs), escape(metric.description)
         )
     console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width: one line per metric, nothing cut
+    if not console.is_terminal:  # a file or a pipe has no width: one line per metric, uncut
         console = Console(width=_NO_WIDTH)
     with console.capture() as capture:
         console.print(table)

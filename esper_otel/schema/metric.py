@@ -1,4 +1,4 @@
-"""One entry of the catalogue: what a metric is called, measured in, and when it is there."""
+"""An entry of the catalogue: the name of a metric, its unit, its meaning and when it is present."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNIT_MAX_CHARACTERS = 63  # same specification, "Instrument unit"
 
 
 class Need(StrEnum):
-    """What must be there before a metric can have a value."""
+    """A condition for a metric to have a value."""
 
     CUDA = "CUDA"
     NVML = "NVML"
@@ -30,22 +30,22 @@ class Metric:
     """A declared metric. Users declare their own step metrics with it: ``Metric("tokens_per_s", unit="rate")``.
 
     Attributes:
-        name: the instrument's name, and Leyline's.
-        unit: the instrument's unit, and Leyline's.
-        description: one line that says what the value means.
+        name: the name of the instrument, also used in Leyline.
+        unit: the unit of the instrument, also used in Leyline.
+        description: one line on the meaning of the value.
         gated: whether ``tolaria_step_enrichment_enabled = False`` suppresses it.
-        needs: what must be there before it can have a value.
-        kind: the OpenTelemetry instrument that carries it.
-        level: ``step`` and ``seed`` metrics travel in frames; ``session`` ones describe the telemetry itself.
-        key: its key in ``SystemStatePacket.training_metrics``; empty when it has none.
-        split_by: the attribute that tells its series apart; empty when there is one series.
-        source: clock, window or formula behind the value.
-        present: when a frame has it.
+        needs: the conditions for it to have a value.
+        kind: the kind of the OpenTelemetry instrument.
+        level: ``step`` and ``seed`` metrics are sent in frames; ``session`` metrics describe the telemetry itself.
+        key: its key in ``SystemStatePacket.training_metrics``; empty if it has none.
+        split_by: the attribute that distinguishes its series; empty if there is one series.
+        source: the clock, window or formula behind the value.
+        present: the frames that contain it.
         misleads: how it can be misread.
-        window: which stretch of time or which steps the value is about.
-        error: how wrong it is at most.
-        cost: what it costs the training thread.
-        rise: what it means when it rises.
+        window: the time or the steps that the value covers.
+        error: the maximum error of the value.
+        cost: the cost to the training thread.
+        rise: the meaning of a rise.
     """
 
     name: str
@@ -66,14 +66,14 @@ class Metric:
     rise: str = ""
 
     def __post_init__(self) -> None:
-        if self.key is None:  # a step metric stands in the packet under its own name
+        if self.key is None:  # the key of a step metric is its name
             object.__setattr__(self, "key", self.name if self.level == "step" else "")
         if self.level == "seed":
             object.__setattr__(self, "split_by", "seed_id")
         faults = []
         if not _NAME.fullmatch(str(self.name)):
             faults.append(
-                f"metric name {self.name!r} is not one OpenTelemetry accepts: a letter first, then at most "
+                f"metric name {self.name!r} is not valid in OpenTelemetry: it must be a letter, then at most "
                 "254 letters, digits and _ . - /"
             )
         if not str(self.unit).isascii() or len(self.unit) > _UNIT_MAX_CHARACTERS:
@@ -83,5 +83,5 @@ class Metric:
 
     @property
     def field(self) -> str:
-        """The keyword that records it in ``now.seed``: the name without its prefix, dots as underscores."""
+        """The keyword for it in ``now.seed``: the name without its prefix, with dots replaced by underscores."""
         return self.name.removeprefix("kasmina.seed.").removeprefix("esper.seed.").replace(".", "_")

@@ -1,4 +1,4 @@
-"""Names in Prometheus: what OTLP's metrics are called there, in the two ways in which Prometheus may be set up.
+"""Names of metrics in Prometheus, for both of its settings for metrics received over OTLP.
 
 The rules are those of ``otlptranslator`` 1.0, which the collector and Prometheus use.
 """
@@ -9,18 +9,18 @@ import re
 
 from esper_otel.schema.metric import Metric
 
-# Words for units (UCUM) that Prometheus knows; what it does not know is appended as it is.
+# Words that Prometheus uses for units (UCUM); other units are appended unchanged.
 _WORDS = {"ms": "milliseconds", "s": "seconds", "By": "bytes", "%": "percent", "Cel": "celsius"}
 _RATIO, _TOTAL = "ratio", "total"
 
 
 def prometheus_name(metric: Metric, *, suffixes: bool = False) -> str:
-    """The metric's name in Prometheus.
+    """Returns the metric's name in Prometheus.
 
     Args:
-        metric: any of the catalogue, or a user's own.
-        suffixes: whether Prometheus appends units and ``total``, its default; the shipped configurations do not
-            (``UnderscoreEscapingWithoutSuffixes``).
+        metric: a metric of the catalogue or of the user.
+        suffixes: whether Prometheus appends units and ``total``, as by default. The configurations shipped with this
+            package turn that off (``UnderscoreEscapingWithoutSuffixes``).
     """
     tokens = [token for token in re.split(r"[^A-Za-z0-9:]", metric.name) if token]
     if not suffixes:

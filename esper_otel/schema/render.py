@@ -1,4 +1,4 @@
-"""What is rendered from the catalogue: METRICS.md, the README's table, and the rows of ``esper-otel schema``."""
+"""Renders METRICS.md, the README's tables and the rows of ``esper-otel schema`` from the catalogue."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ _INTRODUCTION = """\
 
 # Metrics
 
-Every metric of esper_otel, in the catalogue's order. Name and unit are those of the OpenTelemetry instrument and of
-Leyline.
+Every metric of esper_otel, in the catalogue's order. Names and units are the same in OpenTelemetry and in Leyline.
 
-- A missing metric was not provided: it is absent, never 0. NaN and infinity are values and are sent as they are.
+- A metric that was not provided is absent, never 0. NaN and infinity are values and are sent unchanged.
 - A *gated* metric is left out when `EsperSettings.tolaria_step_enrichment_enabled` is `False`.
-- *Needs* is what must be there before a metric can have a value.
-- Every point of a step carries the step's own time. A seed's points carry the attribute `seed_id`.
+- *Needs* lists the conditions for a metric to have a value.
+- Every point of a step has the step's own time. Points of a seed have the attribute `seed_id`.
 """
 
 _SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
@@ -50,25 +49,25 @@ _SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
         SEED_METRICS,
     ),
     (
-        "Our own, per step",
-        "What else a packet holds, in fields of its own or in `training_metrics` under the key given here.",
+        "Further metrics, per step",
+        "Further values in a packet, in separate fields or in `training_metrics` under the key given here.",
         (*OWN_STEP, FRAME_SEQUENCE, FRAME_POINTS, SEED_RETIRED),
     ),
     (
-        "Our own, per seed",
+        "Further metrics, per seed",
         "The seed fields of a packet that the metrics above do not cover; present when recorded.",
         OWN_SEED,
     ),
     (
         "The telemetry's own health",
-        "One series per session. They stand in no frame and in no packet.",
+        "One series per session. These metrics are not in frames or packets.",
         SESSION,
     ),
 )
 
 
 def metrics_markdown() -> str:
-    """The whole of METRICS.md."""
+    """Returns the text of METRICS.md."""
     parts = [_INTRODUCTION]
     for title, introduction, metrics in _SECTIONS:
         parts += [f"## {title}\n\n{introduction}\n", *(_entry(metric) for metric in metrics)]
@@ -83,15 +82,15 @@ def _entry(metric: Metric) -> str:
         "needs " + (", ".join(metric.needs) or "nothing"),
     ]
     if metric is SEED_RETIRED:
-        facts.append("recorded by `retire_seed()`; its points carry the attribute `seed_id`")
+        facts.append("recorded by `retire_seed()`; its points have the attribute `seed_id`")
     elif metric.level == "seed":
         facts.append(f"recorded as `{metric.field}`")
     elif metric.key and metric.key != metric.name:
         facts.append(f"key `{metric.key}`")
     remarks = (
         *(("Clock or formula", metric.source), ("Window", metric.window), ("Present", metric.present)),
-        *(("Wrong at most", metric.error), ("Cost", metric.cost)),
-        *(("Misleads", metric.misleads), ("A rise means", metric.rise)),
+        *(("Maximum error", metric.error), ("Cost", metric.cost)),
+        *(("Pitfalls", metric.misleads), ("If it rises", metric.rise)),
     )
     lines = [f"### `{metric.name}`", "", metric.description, "", f"- {', '.join(facts)}"]
     lines += [f"- {title}: {text}" for title, text in remarks if text]
@@ -99,7 +98,7 @@ def _entry(metric: Metric) -> str:
 
 
 def readme_table() -> str:
-    """The README's tables of the request's 31 metrics."""
+    """Returns the README's tables of the original request's 31 metrics."""
     heads = ("metric", "unit", "gated", "needs", "meaning")
     return "\n".join(
         (
@@ -120,13 +119,13 @@ def _row(metric: Metric) -> tuple[str, ...]:
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
+    """Returns a Markdown table; bars in cells are escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def schema_rows(metrics: Iterable[Metric] = METRICS) -> list[dict[str, Any]]:
-    """The entries as plain values, in order."""
+    """Returns the entries as plain values, in order."""
     return [
         {name: list(metric.needs) if name == "needs" else getattr(metric, name) for name in _FIELDS}
         for metric in metrics
@@ -134,5 +133,5 @@ def schema_rows(metrics: Iterable[Metric] = METRICS) -> list[dict[str, Any]]:
 
 
 def schema_json(metrics: Iterable[Metric] = METRICS) -> str:
-    """The entries as a JSON list of objects, in order."""
+    """Returns the entries as a JSON list of objects, in order."""
     return json.dumps(schema_rows(metrics), indent=2, ensure_ascii=False)

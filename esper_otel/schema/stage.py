@@ -1,4 +1,4 @@
-"""Stage: where a seed is in its life."""
+"""The stages of a seed's life."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Stage(IntEnum):
-    """Life of a seed; the numbers are those of Leyline's SeedLifecycleStage."""
+    """A stage in the life of a seed. The numbers are those of Leyline's SeedLifecycleStage."""
 
     UNKNOWN = 0
     DORMANT = 1

@@ -1,1 +1,1 @@
-"""Session: ``start()`` and what it wires together: identity, recording, deriving, exporting, and the end."""
+"""Sessions: ``start()``, the identity of the process, the ``Telemetry`` object, and the end of the process."""

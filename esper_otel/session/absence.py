@@ -1,4 +1,4 @@
-"""Why a metric is absent, in words for the user."""
+"""Reasons why a metric is absent, worded for the user."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _OF_NAME = {
 
 
 def reasons(frame: Frame | None, *, left_out: Set[str], probes: Mapping[str, str]) -> dict[str, str]:
-    """Why each of the request's metrics is not in ``frame``, by metric name.
+    """Returns why metrics of the original request are missing from ``frame``, by metric name.
 
     Args:
-        frame: the newest frame; its seeds count with their last known cells.
-        left_out: names that the flag suppresses.
-        probes: reasons of the hardware probes.
+        frame: the newest frame. A seed metric counts as present if any live seed has a known value of it.
+        left_out: names of gated metrics that are off.
+        probes: reasons given by the hardware probes.
     """
     if frame is None:
         return {metric.name: "no step was recorded" for metric in (*STEP_METRICS, *SEED_METRICS)}

@@ -1,4 +1,4 @@
-"""The end of the process: sessions that are still live are closed at interpreter exit, and flushed on signals."""
+"""The end of the process: closes live sessions at interpreter exit and flushes them on signals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 _TIMEOUT_S = 5.0
 _AGAIN_S = 0.002
-# They run the user's code; what they call of ours has a module of its own.
+# Modules that run the user's code. Code of this package that they call is in other modules.
 _RUNNERS = ("esper_otel.integrations.", "esper_otel.demo.", "esper_otel.cli", "esper_otel.__main__")
 
 
@@ -26,10 +26,10 @@ class LiveSession(Protocol):
     """A live session."""
 
     def interrupted(self) -> None:
-        """The process has been told to end: send what is there, do not wait for the next period."""
+        """Sends pending data at once instead of in the next period, because the process has been told to end."""
 
     def close(self, timeout_s: float, outcome: str) -> None:
-        """Flushes and ends the session, within about ``timeout_s``."""
+        """Flushes and ends the session within about ``timeout_s``."""
 
 
 _live: weakref.WeakSet[LiveSession] = weakref.WeakSet()
@@ -37,17 +37,17 @@ os.register_at_fork(after_in_child=_live.clear)  # a DataLoader worker inherits 
 
 
 def watch(session: LiveSession, names: Iterable[str] = ()) -> list[str]:
-    """Closes the session when the process ends, unless ``forget`` comes first.
+    """Closes the session when the process ends, unless ``forget`` is called before.
 
-    SIGTERM and the signals of these names flush it. A handler that was there is called as well; one that was not set
-    from Python is left alone.
+    SIGTERM and the named signals flush the session. An earlier Python handler is still called; a handler that was not
+    set from Python is left in place, and then its signal does not flush.
 
     Returns:
-        The signals that will not flush it: Python lets only the main thread set a handler.
+        The signals that will not flush the session. Outside the main thread, Python does not allow setting handlers.
     """
     _live.add(session)
     _exits.watch()
-    # Last registered is first called: before those of gRPC and whatever else the session has imported.
+    # atexit calls the last registered function first: this one before those of gRPC and other imported libraries.
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
     return [name for name in dict.fromkeys(("SIGTERM", *names)) if not _is_followed(signal.Signals[name])]
@@ -59,14 +59,14 @@ def follow_exits() -> None:
 
 
 def forget(session: LiveSession) -> None:
-    """The session has been closed."""
+    """Stops watching a session that has been closed."""
     _live.discard(session)
     if not _live:
         _exits.forget()
 
 
 def _is_followed(number: int) -> bool:
-    """Whether our handler is there, or could be put there."""
+    """Whether our signal handler is installed or could be installed now."""
     there = signal.getsignal(number)
     if isinstance(there, _SignalHandler):
         return True
@@ -80,10 +80,10 @@ def _is_followed(number: int) -> bool:
 
 
 class _SignalHandler:
-    """Wakes the exporters and does what would have happened without us; before the process dies of it, flushes.
+    """Wakes the exporters, then calls the earlier handler. If the signal ends the process, flushes before that.
 
     Args:
-        before: the handler whose place it takes.
+        before: the handler that this one replaces.
     """
 
     def __init__(self, before: Callable[[int, FrameType | None], object] | int) -> None:
@@ -109,14 +109,18 @@ class _SignalHandler:
         os.kill(os.getpid(), number)
 
     def _is_too_early(self) -> bool:
-        """Whether to wait until the code of ours that the signal has interrupted, and that may hold a lock, is done."""
+        """Whether to let the interrupted code of this package finish first, as it may hold a lock. Limited in time."""
         now_s = time.monotonic()
         if self._until_s is None:
             self._until_s = now_s + _TIMEOUT_S
         return now_s < self._until_s
 
     def _call_again(self, number: int) -> None:
-        """By the timer where nobody uses it: a thread gets its turn mostly while ours writes to the disk."""
+        """Sends the signal again later: by the interval timer if it is unused, otherwise from a thread.
+
+        A thread is the second choice: it mostly runs while our code writes to disk, and then the signal is too early
+        again.
+        """
         if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not any(signal.getitimer(signal.ITIMER_REAL)):
             signal.signal(signal.SIGALRM, lambda _alarm, frame: self._alarmed(number, frame))
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
@@ -143,7 +147,7 @@ def _send_again(number: int) -> None:
 
 
 def _close_beside(outcome: str) -> None:
-    """Closes in another thread and waits for a limited time: closing may need a lock that is held here."""
+    """Closes the sessions in another thread, with a time limit: closing may need a lock that this thread holds."""
     done = _thread.allocate_lock()
     done.acquire()
 
@@ -167,16 +171,16 @@ def _at_exit() -> None:
 
 
 def outcome_of_process() -> str:
-    """How the program ended, for callbacks at interpreter exit: Python does not give them the exit status.
+    """Returns how the program ended, for callbacks at interpreter exit. Python does not give them the exit status.
 
-    - ``completed``: the main program ran to its end, or left by ``sys.exit`` (``exit``, ``quit``) with status 0.
-    - The name of the exception that nobody caught.
-    - ``SystemExit``: it left by ``sys.exit`` with another status.
-    - ``exit``: it left in a way of which the status cannot be known, such as ``raise SystemExit(status)``.
+    - ``completed``: the main program ran to its end, or called ``sys.exit`` (``exit``, ``quit``) with status 0.
+    - The name of the uncaught exception, if there was one.
+    - ``SystemExit``: the program called ``sys.exit`` with another status.
+    - ``exit``: the program ended in a way that hides the status, such as ``raise SystemExit(status)``.
     """
     if _exits.has_run_to_end():
         return "completed"
-    # Set by the interpreter when it has printed the traceback of an exception that nobody caught.
+    # The interpreter sets it when it has printed the traceback of an uncaught exception.
     uncaught = getattr(sys, "last_type", None)
     is_of_ipython = _is_script_of_ipython()
     status = _exits.status()
@@ -197,7 +201,7 @@ def _is_script_of_ipython() -> bool:
 
 
 class _ExitCall(NamedTuple):
-    """A call of ``sys.exit``: where the main program was, the status, and the newest exception that nobody caught."""
+    """A call of ``sys.exit``: the position of the main program, the status, and the latest uncaught exception."""
 
     place: int
     status: int
@@ -205,7 +209,7 @@ class _ExitCall(NamedTuple):
 
 
 class _Exits:
-    """Watches where the main program is: at its end, or in a call of ``sys.exit`` that it did not come back from."""
+    """Finds out where the main program stopped: at its end, or in a call of ``sys.exit`` that did not return."""
 
     def __init__(self) -> None:
         self._root: FrameType | None = None
@@ -213,17 +217,17 @@ class _Exits:
         self._replaced: list[tuple[Any, str, Any, Any]] = []
 
     def watch(self) -> None:
-        """Finds the main program; from now on calls of ``sys.exit`` are noted, and do what they did."""
+        """Finds the main program and wraps ``sys.exit`` so that calls of it are recorded."""
         if self._root is None:
             self._root = _main_program()
         if not self._replaced:
             self._replace(sys, "exit", 0)
-            quitter = type(getattr(builtins, "exit", None))  # what site puts there; absent with python -S
+            quitter = type(getattr(builtins, "exit", None))  # set by the site module; absent with python -S
             if quitter.__module__ == "_sitebuiltins":
                 self._replace(quitter, "__call__", 1)
 
     def forget(self) -> None:
-        """Puts back what was there, unless somebody else has replaced it since."""
+        """Restores the original functions, except those that other code has replaced since."""
         for owner, name, original, ours in self._replaced:
             if getattr(owner, name) is ours:
                 setattr(owner, name, original)
@@ -237,7 +241,7 @@ class _Exits:
         def leave(*arguments: Any, **named: Any) -> Any:
             given = (*arguments[place:], *named.values(), None)
             root = self._root
-            if root is not None and _outermost(sys._getframe()) is root:  # noqa: SLF001 - elsewhere it ends a thread only
+            if root is not None and _outermost(sys._getframe()) is root:  # noqa: SLF001 - else only a thread ends
                 self._last = _ExitCall(root.f_lasti, _status(given[0]), getattr(sys, "last_value", None))
             return original(*arguments, **named)
 
@@ -252,7 +256,7 @@ class _Exits:
         return 0 <= place < len(code) and code[place] in _RETURNS
 
     def status(self) -> int | None:
-        """The exit status, if the main program stopped where it last called ``sys.exit``; None when it is not known."""
+        """The exit status if the main program stopped where it last called ``sys.exit``; otherwise None (unknown)."""
         last, root = self._last, self._root
         if last is None or root is None or last.place != root.f_lasti:
             return None
@@ -260,9 +264,9 @@ class _Exits:
 
 
 def _main_program() -> FrameType | None:
-    """The outermost frame of the main thread, if it is a script's or that of ``python -m``."""
-    # One of the frames is this function's own: in a variable of its own it would keep those that called it, and theirs.
-    for outermost in map(_outermost, sys._current_frames().values()):  # noqa: SLF001 - the documented way to it
+    """Returns the outermost frame of the main thread, if it runs a script or ``python -m``."""
+    # The dict of frames includes this function's own. Bound to a variable, it would form a cycle that keeps them alive.
+    for outermost in map(_outermost, sys._current_frames().values()):  # noqa: SLF001 - a documented function
         where = outermost.f_globals.get("__name__"), outermost.f_code.co_name
         if where in {("__main__", "<module>"), ("runpy", "_run_module_as_main")}:
             return outermost
@@ -276,7 +280,7 @@ def _outermost(frame: FrameType) -> FrameType:
 
 
 def _status(given: object) -> int:
-    """What the process reports for an argument of ``sys.exit``."""
+    """Returns the exit status of the process for an argument of ``sys.exit``."""
     if given is None:
         return 0
     return given & 0xFF if isinstance(given, int) else 1

@@ -1,4 +1,4 @@
-"""start(): the one place where recording, deriving, probing, exporting and packets are wired together."""
+"""``start()``, which connects recording, deriving, probing, exporting and packets."""
 
 from __future__ import annotations
 
@@ -64,27 +64,28 @@ def start(
     meter_provider: MeterProvider | None = None,
     export_steps: bool | None = None,
 ) -> Telemetry:
-    """Starts telemetry for one training run; it is live when this returns. Also a context manager.
+    """Starts telemetry for one training run. The session that it returns is also a context manager.
 
     Args:
-        run_id: name of the run, the same after a resume and on every rank; else from ``ESPER_RUN_ID`` or the
-            launcher, else made up and shown.
+        run_id: name of the run, the same after a resume and on every rank. By default it is taken from
+            ``ESPER_RUN_ID`` or the launcher, or else generated and logged.
         experiment: name of the experiment that the run belongs to.
-        rank: this process among ``world_size``; else from the launcher's environment.
+        rank: number of this process, below ``world_size``; by default from the launcher's environment.
         world_size: number of ranks.
-        device: the device that trains; else the first CUDA tensor seen.
-        settings: settings; else from the environment (``ESPER_*``).
-        epochs: epochs that the run is planned to take.
-        metrics: the user's own step metrics.
-        processors: the user's own processors. One that gives a metric of ours replaces ours.
-        meter_provider: where to register the instruments instead of a provider of our own; its readers carry
-            them, and steps are sent only with ``export_steps=True``. Seed ids beyond the SDK's limit for an
-            instrument stand in scopes of their own; a limit that you have set is kept, and warned of.
-        export_steps: whether every step goes out over OTLP; by default as ``OTEL_METRICS_EXPORTER`` says.
+        device: the training device; by default that of the first CUDA tensor recorded.
+        settings: settings; by default from the environment (``ESPER_*``).
+        epochs: planned number of epochs.
+        metrics: additional step metrics of the user.
+        processors: additional processors of the user. One that gives a built-in derived metric replaces the
+            built-in computation.
+        meter_provider: a provider on which to register the instruments, instead of creating one. The provider's
+            readers then export the instruments, and steps are sent only with ``export_steps=True``. Seeds beyond the
+            SDK's cardinality limit are placed in additional scopes; a limit that you have set is kept, with a warning.
+        export_steps: whether to send every step over OTLP; by default according to ``OTEL_METRICS_EXPORTER``.
 
     Raises:
-        MistakeError: an argument that can never be right.
-        ConfigurationError: a setting or environment variable that cannot be used.
+        MistakeError: an argument is invalid.
+        ConfigurationError: a setting or environment variable is invalid.
     """
     session = _Session(
         settings=EsperSettings() if settings is None else settings,
@@ -100,10 +101,10 @@ def start(
 
 
 def check_environment() -> None:
-    """Reads the settings of a session that somebody else is going to start, and warns and raises as ``start`` would.
+    """Reads the settings for a session that will be started later, with the warnings and errors of ``start``.
 
     Raises:
-        ConfigurationError: a setting or environment variable that cannot be used.
+        ConfigurationError: a setting or environment variable is invalid.
     """
     settings = EsperSettings()
     configured(settings.risk_thresholds)
@@ -113,7 +114,7 @@ def check_environment() -> None:
 
 
 class _Session:
-    """Everything behind one Telemetry: made, watched and ended together."""
+    """All parts of one ``Telemetry``, which are created, watched and ended together."""
 
     def __init__(
         self,
@@ -163,12 +164,12 @@ class _Session:
         )
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
-        # A provider that was given has its user's Resource: the points themselves say whose they are.
+        # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
         self.attributes: Mapping[str, str | int] = (
             {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
         )
         self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
-        # After what may raise, so that no port is left open.
+        # Opened after everything that may raise, so that a failed start leaves no port open.
         certain = self._resource_of(self._certain(run))
         self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
         self._instruments = self._attached(meter_provider, names.entries.values())
@@ -178,8 +179,8 @@ class _Session:
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
-        """The instruments of a provider, fed by this session."""
-        instruments = instruments_of(meter_provider or self._provider)  # type: ignore[arg-type] # one is there
+        """Returns the provider's instruments, attached to this session."""
+        instruments = instruments_of(meter_provider or self._provider)  # type: ignore[arg-type] # one is not None
         try:
             instruments.attach(self, entries)
         except InvalidCatalogue:
@@ -189,7 +190,7 @@ class _Session:
         return instruments
 
     def _begin(self, flush_signals: str) -> list[str]:
-        """Starts what runs in threads of its own; returns the signals that do not flush the session."""
+        """Starts the parts that run in threads. Returns the signals that do not flush the session."""
         unfollowed = watch(self.telemetry, signal_names(flush_signals))
         if self._sampler is not None:
             self._sampler.start()
@@ -218,26 +219,26 @@ class _Session:
         clock = self._recorder.clock
         clock.check()
         if clock.is_ahead:
-            self._warnings.say("ahead", "steps run more than 5 minutes ahead of the wall clock: above 1,000 a second")
+            self._warnings.say("ahead", "steps are more than 5 minutes ahead of the wall clock: over 1,000 a second")
 
     def _certain(self, run: Run) -> Run:
-        """The run for a Resource that cannot change: without an attempt that the ranks have not agreed on."""
+        """Returns the run for a Resource, which cannot change: without the attempt if the ranks have not agreed yet."""
         return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
 
     def _with_agreed_attempt(self, run: Run) -> Run:
-        """The run, when its first step is there: by now its ranks can agree on an attempt, or never will."""
+        """Returns the run with the attempt that its ranks agree on. Called at the first step, the last opportunity."""
         agreement = self._agreement
         attempt = None
         if agreement is not None:
             if agreement.lacks_torch:
                 with suppress(ImportError):
-                    _gradient_math()  # imports torch, which has the client of that store
+                    _gradient_math()  # imports torch, which contains the store's client
             attempt = agreement.by_store()
             attempt = agreement.without_store() if attempt is None else attempt
         if attempt is None:
             self._warnings.say(
                 "attempt",
-                "the %d ranks of run %s have nothing by which to agree on one attempt, so each has its own: call "
+                "the %d ranks of run %s have no means to agree on one attempt, so each uses its own: call "
                 "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same "
                 "whole number on every rank, and to a larger one at each launch",
                 run.world_size,
@@ -259,8 +260,8 @@ class _Session:
             parts.append("gated metrics and probes are off (tolaria_step_enrichment_enabled = False)")
         if unfollowed and self._exporter is not None:
             parts.append(
-                f"nothing is flushed on {' or '.join(unfollowed)} (Python allows that to sessions which start in the "
-                "main thread, where no other library has taken the signal)"
+                f"no flush on {' or '.join(unfollowed)} (that requires a session started in the main thread and a "
+                "signal that no other library handles)"
             )
         return ", ".join(parts)
 
@@ -270,10 +271,10 @@ class _Session:
     def _fault(self, where: str, error: Exception) -> None:
         self._recorder.fault(where, error)
 
-    # -- what instruments read ---------------------------------------------------------------------------
+    # -- read by instruments -----------------------------------------------------------------------------
 
     def newest_frame(self) -> Frame | None:
-        """The newest frame, unless it is more than 5 minutes old or this is a forked child."""
+        """Returns the newest frame; None if it is more than 5 minutes old or in a forked child."""
         if os.getpid() != self._process_id:
             return None
         frame = self._publisher.ring.newest()
@@ -282,7 +283,7 @@ class _Session:
         return frame
 
     def counts(self) -> Mapping[tuple[str, str], float]:
-        """Session metrics by (name, reason)."""
+        """Returns the session metrics by (name, reason)."""
         if os.getpid() != self._process_id:
             return {}
         publisher, exporter = self._publisher, self._exporter
@@ -314,7 +315,7 @@ class _Session:
                 counts["esper.export.last_error", reason] = unix_s
         return counts
 
-    # -- what Telemetry asks -----------------------------------------------------------------------------
+    # -- used by Telemetry -------------------------------------------------------------------------------
 
     def health(self) -> Mapping[str, int | float | str | None]:
         """See ``Telemetry.health``."""
@@ -344,11 +345,11 @@ class _Session:
         )
 
     def derive_state(self) -> dict[str, Any]:
-        """The processors' states."""
+        """Returns the processors' states."""
         return self._deriver.state_dict()
 
     def load_derive_state(self, states: Mapping[str, Any]) -> None:
-        """Takes the processors' states."""
+        """Restores the processors' states."""
         self._deriver.load_state_dict(states)
 
     def interrupted(self) -> None:
@@ -365,7 +366,7 @@ class _Session:
         """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
         if os.getpid() != self._process_id:
             return
-        with ExitStack() as ending:  # called from the last to the first, each of them whatever another raises
+        with ExitStack() as ending:  # runs the callbacks from last to first, even if one raises
             ending.callback(self._say_closed, outcome)
             ending.callback(forget, self.telemetry)
             if self._sampler is not None:
@@ -378,7 +379,7 @@ class _Session:
             ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
-        """Ends a part; a fault of ours in it is nothing that a training should end with."""
+        """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""
         try:
             end(*arguments)
         except Exception as error:  # noqa: BLE001 - see above
@@ -410,17 +411,17 @@ class _Session:
 
 
 def ended_well(outcome: str | None) -> bool:
-    """Whether a step that is under way at the end of a run with this outcome is a whole one."""
+    """Whether the last step of a run with this outcome counts as complete."""
     return outcome is None or outcome in FINE | {"SystemExit"}
 
 
 def has_died() -> bool:
-    """Whether the program ended by an exception that nobody caught; for interpreter exit."""
+    """Whether an uncaught exception ended the program. For callbacks at interpreter exit."""
     return not ended_well(outcome_of_process())
 
 
 def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
-    """Who this process is, and how its attempt is agreed on later, if it cannot be agreed on now."""
+    """Returns this process's identity and, if the ranks cannot agree on an attempt yet, how to agree later."""
     run = identify(**identity)
     agreement = agreement_for(run)
     attempt = None if agreement is None else agreement.by_store()
@@ -434,7 +435,7 @@ def _gradient_math() -> Any:
 def _declared(
     metrics: Sequence[Metric], processors: Sequence[Processor], *, enriched: bool
 ) -> tuple[Names, tuple[Processor, ...]]:
-    """The session's names and the processors that have something to give."""
+    """Returns the session's names and the processors that give at least one recorded metric."""
     catalogue = Names(enriched=enriched).entries
     given = [entry for processor in processors for entry in getattr(processor, "gives", ())]
     brought = {entry.name: entry for entry in given if isinstance(entry, Metric) and entry.name not in catalogue}

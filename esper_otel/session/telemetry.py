@@ -1,4 +1,4 @@
-"""Telemetry: one session, as a trainer and a controller see it."""
+"""The ``Telemetry`` object: the interface of one session for a trainer and a controller."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STATE_KEYS = frozenset({"version", "global_step", "last_finite_loss", "isolatio
 
 
 def outcome_of(kind: type[BaseException] | None, error: BaseException | None) -> str | None:
-    """The outcome of a run whose ``with`` block was left by this exception; None if by none, or by ``sys.exit(0)``."""
+    """Returns the outcome of a run whose ``with`` block this exception ended; None for none or ``sys.exit(0)``."""
     if kind is None:
         return None
     status = error.code if isinstance(error, SystemExit) else 1
@@ -36,7 +36,7 @@ def outcome_of(kind: type[BaseException] | None, error: BaseException | None) ->
 
 
 class _Waits:
-    """Times how long a loop waits for each batch; what another thread fetches ahead is no wait of the loop's."""
+    """Times how long a loop waits for each batch. Prefetching by another thread does not count as waiting."""
 
     def __init__(self, waited: Callable[[float], None]) -> None:
         self._waited = waited
@@ -63,15 +63,15 @@ class _Waits:
 
 
 class Wiring(Protocol):
-    """What the session has put behind its recorder."""
+    """The parts of the session that ``Telemetry`` uses in addition to its recorder."""
 
     @property
     def latency_budget_ms(self) -> float:
-        """Above it a seed's kernel latency is DEGRADED."""
+        """The kernel latency above which a seed is DEGRADED."""
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The table of risks."""
+        """The rules of the risk score."""
 
     def health(self) -> Mapping[str, int | float | str | None]:
         """See ``Telemetry.health``."""
@@ -80,28 +80,28 @@ class Wiring(Protocol):
         """See ``Telemetry.absent``."""
 
     def derive_state(self) -> dict[str, Any]:
-        """The processors' states."""
+        """Returns the processors' states."""
 
     def load_derive_state(self, states: Mapping[str, Any]) -> None:
-        """Takes the processors' states."""
+        """Restores the processors' states."""
 
     def interrupted(self) -> None:
         """See ``Telemetry.interrupted``."""
 
     def join(self, deadline_s: float) -> None:
-        """Waits until what ``close`` began is done, at most until ``deadline_s``."""
+        """Waits until a ``close`` in another thread is done, at most until ``deadline_s``."""
 
     def close(self, deadline_s: float, outcome: str) -> None:
-        """Flushes and stops everything by ``deadline_s`` of ``time.monotonic``."""
+        """Flushes and stops everything by ``deadline_s``, a time of ``time.monotonic``."""
 
 
 class Telemetry:
-    """A live session: records steps, sends them, and gives Leyline packets. Made by ``esper_otel.start``.
+    """A live session: records steps, sends them, and returns Leyline packets. Created by ``esper_otel.start``.
 
-    Threads: one thread records; ``pull``, ``health`` and ``close`` may be called from any.
+    Threads: one thread records; ``pull``, ``health`` and ``close`` may be called from any thread.
 
     Attributes:
-        pulled: sequence number of the frame up to which ``pull`` without a cursor has come.
+        pulled: sequence number of the last frame returned by ``pull`` without a cursor.
     """
 
     def __init__(self, recorder: Recorder, wiring: Wiring) -> None:
@@ -110,12 +110,12 @@ class Telemetry:
         self.pulled: int = 0
         self._is_closed = False
         self._before_close: list[Callable[[str | None], None]] = []
-        # Marks this session's cursors. The attempt that the run begins with may not be the one that its ranks agree on.
+        # Marks this session's cursors. The attempt cannot serve for that: it changes if the ranks agree on another one.
         self._mark = str(recorder.publisher.run.attempt)
 
     @property
     def run(self) -> Run:
-        """Run id, attempt, rank and device, as in every frame. Device and attempt may change until the first frame."""
+        """Run id, attempt, rank and device, as in each frame. Device and attempt may change until the first frame."""
         return self._recorder.publisher.run
 
     @property
@@ -126,18 +126,18 @@ class Telemetry:
     # -- recording ---------------------------------------------------------------------------------------
 
     def step(self, *, epoch: int, samples: int | None = None, global_step: int | None = None) -> Step:
-        """One training step: ``with telemetry.step(epoch=..., samples=len(targets)) as now``.
+        """Opens one training step: ``with telemetry.step(epoch=..., samples=len(targets)) as now``.
 
-        A step that raises is published as far as it got, and the exception goes on.
+        If the block raises, the step is published with the values recorded so far, and the exception propagates.
 
         Args:
-            epoch: the epoch it belongs to.
-            samples: training samples in it; gives ``samples_per_s``.
-            global_step: its number; 1, then the highest so far + 1, when it is not given.
+            epoch: the epoch that the step belongs to.
+            samples: number of training samples in the step, from which ``samples_per_s`` is computed.
+            global_step: the step's number; by default the highest so far plus 1, starting at 1.
 
         Raises:
-            InvalidValue: an argument that is not a whole number from 0.
-            WrongState: another step is open (on entering), or the session is closed.
+            InvalidValue: an argument is not a whole number of at least 0.
+            WrongState: another step is open (raised on entering), or the session is closed.
         """
         if self._is_closed:
             self._check_open()
@@ -156,13 +156,13 @@ class Telemetry:
         global_step: int | None = None,
         samples: int | None = None,
     ) -> None:
-        """Records a whole step that the trainer has measured itself; keys are the catalogue's names.
+        """Records a whole step that the trainer has measured itself. The keys are names from the catalogue.
 
-        A derived value that is given stands; what is absent is derived.
+        Derived metrics that are not given are computed.
 
         Raises:
-            UnknownMetric: a name that is not declared; the message names the nearest.
-            InvalidValue: a value that is not one number, or an argument that is not a whole number from 0.
+            UnknownMetric: a name is not declared; the message suggests the nearest one.
+            InvalidValue: a value is not a single number, or an argument is not a whole number of at least 0.
             WrongState: a step is open, or the session is closed.
         """
         if self._is_closed:
@@ -170,35 +170,35 @@ class Telemetry:
         self._recorder.record_step(values, epoch, global_step, samples)
 
     def batches(self, loader: Iterable[Batch]) -> Loader[Batch]:
-        """The loader's batches; times ``input_wait_ms`` of the step that follows each.
+        """Wraps a loader to time ``input_wait_ms``: the wait for a batch counts for the step that follows.
 
-        What this returns behaves as the loader in every other respect. Waits count on the thread that calls this.
+        The returned object otherwise behaves like the loader. Only waits of the calling thread are counted.
         """
         return following(Loader, loader, _Waits(self._recorder.waited))
 
     def seeds(self, ids: Sequence[str], **columns: object) -> None:
-        """Records rows of many seeds at once, for the open step or else for the next.
+        """Records rows of many seeds at once, for the open step or, if none is open, for the next one.
 
         Args:
             ids: the seeds, each once.
-            columns: arrays of shape (len(ids),) by field name, as in ``Step.seed``; NaN or None means absent.
-                CPU tensors, lists and NumPy arrays.
+            columns: CPU tensors, lists or NumPy arrays of shape (len(ids),), by field name as in ``Step.seed``. NaN
+                or None means absent.
 
         Raises:
-            UnknownMetric: a field that seeds do not have.
-            InvalidName: an id that cannot be one, or that comes twice.
-            InvalidValue: a column of another shape, type or device.
+            UnknownMetric: seeds do not have such a field.
+            InvalidName: an id is invalid or occurs twice.
+            InvalidValue: a column has another shape or type, or is on a device other than the CPU.
         """
         self._check_open()
         self._recorder.seeds(ids, columns)
 
     def retire_seed(self, seed_id: str) -> None:
-        """Ends a seed's life: it is in no packet after the open step's, and its series end."""
+        """Ends a seed's life: packets after the open step do not contain it, and its series end."""
         self._check_open()
         self._recorder.retire(seed_id)
 
     def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None) -> None:
-        """Notes validation results; every packet that follows has them until the next call."""
+        """Records validation results. All later packets contain them, until the next call."""
         self._check_open()
         if loss is None and accuracy is None:
             raise InvalidValue("validation", "needs loss= or accuracy=")
@@ -211,15 +211,15 @@ class Telemetry:
     # -- reading -----------------------------------------------------------------------------------------
 
     def pull(self, cursor: str | None = None, max_packets: int = 64) -> Page:
-        """Packets of published steps, oldest first.
+        """Returns packets of published steps, oldest first.
 
         Args:
-            cursor: ``Page.cursor`` of an earlier pull of this session; else where the last pull without a cursor
-                ended.
-            max_packets: the most steps to return.
+            cursor: ``Page.cursor`` from an earlier pull of this session; by default the end of the last pull without
+                a cursor.
+            max_packets: the largest number of steps to return.
 
         Raises:
-            InvalidValue: a cursor that this session did not give, or ``max_packets`` below 1.
+            InvalidValue: the cursor is not from this session, or ``max_packets`` is below 1.
         """
         if whole("max_packets", max_packets, 2**31) < 1:
             raise InvalidValue("max_packets", "is below 1")
@@ -235,44 +235,45 @@ class Telemetry:
             step = packets(frame, latency_budget_ms=budget_ms, now_unix_ns=now_unix_ns)
             made.append(with_signals(step, signals(step.state, loss_before=loss, rules=self._wiring.rules)))
             loss = frame.last_loss()
-        if cursor is None:  # only now: what raises in between, a Ctrl-C included, must not cost the caller these steps
+        if cursor is None:  # set last: if anything raises before, such as Ctrl-C, the caller gets these steps next time
             self.pulled = position
         return Page(tuple(made), cursor=f"{self._mark}:{position}", gap=gap)
 
     @property
     def beginning(self) -> str:
-        """The cursor before the first step of this session."""
+        """Returns the cursor before the first step of this session."""
         return f"{self._mark}:0"
 
     def _loss_before(self, sequence: int) -> float | None:
-        """The loss in the packet of the step before; None when there is none, or it fell out of the ring."""
+        """Returns the loss in the packet of the previous step; None without one, or if it has left the ring."""
         frames, _ = self._recorder.publisher.ring.after(sequence - 2, 1)
         return frames[0].last_loss() if frames and frames[0].sequence == sequence - 1 else None
 
     def _position(self, cursor: object) -> int:
         mark, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")
         if mark != self._mark or not position.isdecimal():
-            raise InvalidValue("cursor", f"{cursor!r} is none that this session gave (Page.cursor)")
+            raise InvalidValue("cursor", f"{cursor!r} is not a cursor from this session (Page.cursor)")
         return int(position)
 
     def health(self) -> Mapping[str, int | float | str | None]:
-        """How the telemetry itself is doing.
+        """Returns the state of the telemetry itself.
 
         Returns:
-            ``recorded``, ``exported``, ``dropped`` and ``queue`` in frames, ``kept`` by the spool, ``buffer_bytes``,
-            ``retries`` and ``latency_ms`` of the last request, None before it, ``failed`` steps, ``nonfinite`` and
-            ``out_of_range`` values, ``faults`` of ours, and ``last_error`` of the export, None when there is none.
+            ``recorded``, ``exported``, ``dropped``, ``queue`` and, in the spool, ``kept``: numbers of frames.
+            ``buffer_bytes``: size of the buffer. ``retries``: retried requests. ``latency_ms``: duration of the last
+            request, or None. ``failed``: steps that raised. ``nonfinite`` and ``out_of_range``: numbers of values.
+            ``faults``: faults of the telemetry. ``last_error``: last error of the export, or None.
         """
         return self._wiring.health()
 
     def absent(self) -> Mapping[str, str]:
-        """Why each of the request's metrics that the newest frame lacks is absent, by metric name."""
+        """Returns, by metric name, why metrics of the original request are missing from the newest frame."""
         return self._wiring.absent()
 
     # -- checkpoints -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Step number and derive state, in plain values, for a checkpoint. Waits for CUDA scalars under way."""
+        """Returns step number and derive state as plain values, for a checkpoint. Waits for pending CUDA scalars."""
         recorder = self._recorder
         recorder.publisher.drain(wait=True)
         return {
@@ -284,10 +285,10 @@ class Telemetry:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint: numbering and derived series continue as if never interrupted.
+        """Resumes from a checkpoint: numbering and derived series continue as if never interrupted.
 
         Raises:
-            ConfigurationError: the state is not one of ``state_dict()``, or of a later version.
+            ConfigurationError: the state is not from ``state_dict()``, or is from a later version.
             WrongState: a step is open.
         """
         if self._recorder.open_step is not None:
@@ -307,13 +308,13 @@ class Telemetry:
     # -- the end -----------------------------------------------------------------------------------------
 
     def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
-        """Sends what is left and ends the session, within about ``timeout_s``. Packets can still be pulled.
+        """Sends the remaining steps and ends the session within about ``timeout_s``. Packets can still be pulled.
 
-        A second call waits for the first, which a signal or another thread may have found under way.
+        If a call from another thread or a signal handler is in progress, waits for it.
 
         Args:
             timeout_s: how long to wait for the endpoint, in seconds.
-            outcome: how the run ended, as sent in ``esper.run.ended``; ``completed`` when it is not given.
+            outcome: how the run ended, as sent in ``esper.run.ended``; by default ``completed``.
         """
         deadline_s = time.monotonic() + max(timeout_s, 0.0)
         if self._is_closed:
@@ -327,15 +328,15 @@ class Telemetry:
         self._is_closed = True
         try:
             self._recorder.publisher.settle(deadline_s)
-        finally:  # a Ctrl-C ends the waiting for a device, and no more
+        finally:  # Ctrl-C only cuts short the wait for a device; closing continues
             self._wiring.close(deadline_s, outcome or "completed")
 
     def before_close(self, end: Callable[[str | None], None]) -> None:
-        """Calls this with the outcome before the session ends, for a step that is not yet recorded."""
+        """Sets a function to call with the outcome before the session ends, to record a last open step."""
         self._before_close.append(end)
 
     def interrupted(self) -> None:
-        """Sends what is there at once, in the background; may be called from a signal handler."""
+        """Sends pending steps at once, in the background. May be called from a signal handler."""
         self._wiring.interrupted()
 
     def __enter__(self) -> Telemetry:

@@ -1,4 +1,4 @@
-"""What tests and demos need: a real OTLP receiver on loopback that keeps what arrives in memory."""
+"""For tests and demos: a real OTLP receiver on loopback that keeps received points in memory."""
 
 from esper_otel.testing.collector import MemoryCollector
 from esper_otel.testing.received import Point

@@ -1,4 +1,4 @@
-"""MemoryCollector: a real OTLP receiver on loopback."""
+"""``MemoryCollector``, a real OTLP receiver on loopback."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 class MemoryCollector:
     """An OTLP metrics receiver on free ports of 127.0.0.1: gRPC and HTTP/protobuf, plain or gzip.
 
-    It receives from entering the context until it is left. ``answer`` and ``hang`` may be set at any time.
-    Threads: any.
+    It receives while the context is entered. ``answer`` and ``hang`` may be set at any time. Threads: any.
 
     Args:
-        keep: how many requests are kept, the newest; None keeps all. ``frames_received`` counts on.
-        answer: decides on each request, in the receiving thread. None takes it, and so does a response, which
-            may report partial success; ``grpc.StatusCode`` or, over HTTP, a status number refuses it.
-        retry_after_s: the hint sent with each refusal; over HTTP in whole seconds.
-        hang: takes requests, keeps none and never answers.
-        headers: what each request must bring, names in lower case: ``{"authorization": "Bearer secret"}``.
-        certificate_file: PEM file; with ``key_file`` both ports speak TLS.
+        keep: number of latest requests to keep; None keeps all. ``frames_received`` also counts frames of requests no
+            longer kept.
+        answer: called for each request, in the receiving thread. Returning None or a response, which may report
+            partial success, accepts the request; ``grpc.StatusCode`` or, over HTTP, a status number refuses it.
+        retry_after_s: the retry hint sent with each refusal; over HTTP in whole seconds.
+        hang: whether to receive requests without keeping or answering them.
+        headers: required headers, with names in lower case: ``{"authorization": "Bearer secret"}``.
+        certificate_file: PEM file; with ``key_file``, both ports use TLS.
         key_file: PEM file of the certificate's key.
 
     Attributes:
         grpc_endpoint: ``http://127.0.0.1:<port>``; https with TLS.
         http_endpoint: the same for HTTP, without ``/v1/metrics``.
-        attempts: requests that came in whole and were admitted, whatever the answer.
+        attempts: number of requests that were received completely and had the required headers, whatever the answer.
 
     Raises:
-        ConfigurationError: one of the two TLS files without the other.
+        ConfigurationError: only one of the two TLS files was given.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MemoryCollector:
 
     def __enter__(self) -> Self:
         if self._servers or self._closing.is_set():
-            raise WrongState("a MemoryCollector is entered once; make another one")
+            raise WrongState("a MemoryCollector can be entered only once; create another one")
         scheme = "https" if self._door.tls else "http"
         try:
             self._servers.append(http_server := HttpServer(self._door))
@@ -96,7 +96,7 @@ class MemoryCollector:
         self.close()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Closes the ports and ends the threads; a thread that ``answer`` holds longer is left behind."""
+        """Closes the ports and ends the threads. Gives up on a thread that is still in ``answer``."""
         deadline = time.monotonic() + timeout_s
         self._closing.set()
         for server in self._servers:
@@ -110,9 +110,9 @@ class MemoryCollector:
 
     @property
     def frames_received(self) -> int:
-        """Frames, told apart by run, attempt, rank and time, of which every point has come.
+        """Number of completely received frames, identified by run, attempt, rank and time.
 
-        One that comes again is not counted again, unless 10,000 others have begun in between.
+        A frame that is received again is not counted again, unless 10,000 others have begun in between.
         """
         with self._arrived:
             return self._frames.count
@@ -122,7 +122,7 @@ class MemoryCollector:
         return [point for request in self.requests for point in points_of(request)]
 
     def wait_for(self, predicate: Callable[[MemoryCollector], bool], timeout_s: float = 10.0) -> bool:
-        """Waits until the predicate holds; it is asked after each request. False when it does not in time."""
+        """Waits until the predicate, which is called after each request, holds. Returns False if it timed out."""
         with self._arrived:
             return self._arrived.wait_for(lambda: predicate(self), timeout_s)
 

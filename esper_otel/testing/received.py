@@ -1,4 +1,4 @@
-"""What has been received: requests read as points, and whole frames counted."""
+"""Reads received requests as points, and counts complete frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLLOWED_FRAMES = 10_000
 
 
 class Point(NamedTuple):
-    """One number that arrived; ``value`` is None where the sender says "no recorded value" in ``flags``."""
+    """A received number. ``value`` is None if the sender has set the flag "no recorded value"."""
 
     name: str
     unit: str
@@ -29,7 +29,7 @@ class Point(NamedTuple):
 
 
 def points_of(request: ExportMetricsServiceRequest) -> Iterator[Point]:
-    """The gauge and sum points of a request, in its order; histograms and summaries are left out."""
+    """Returns the gauge and sum points of a request, in order. Histograms and summaries are left out."""
     for of_run in request.resource_metrics:
         resource = _attributes(of_run.resource.attributes)
         for scoped in of_run.scope_metrics:
@@ -49,19 +49,19 @@ def points_of(request: ExportMetricsServiceRequest) -> Iterator[Point]:
 
 
 class CompleteFrames:
-    """Counts frames of which every point has come, however they were cut, repeated or mixed.
+    """Counts frames of which all points have been received, in any division, repetition or order.
 
     Follows the newest 10,000 frames. Threads: one at a time.
     """
 
     def __init__(self) -> None:
         self.count: int = 0
-        # The streams that have come of each frame; None once all have.
+        # The received streams of each frame; None once all have been received.
         self._streams: dict[Hashable, set[tuple[str, str]] | None] = {}
         self._expected: dict[Hashable, float] = {}
 
     def add(self, request: ExportMetricsServiceRequest) -> None:
-        """Takes the points of a request; those outside the scope of frames and the ends of series count for nothing."""
+        """Adds the points of a request. Points outside the scope of frames and ends of series are ignored."""
         for of_run in request.resource_metrics:
             resource = _attributes(of_run.resource.attributes)
             run = tuple(resource.get(name) for name in ("esper.run.id", "esper.run.attempt", "esper.rank"))

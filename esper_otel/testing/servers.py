@@ -1,4 +1,4 @@
-"""The receiver's two servers: OTLP over gRPC, and OTLP over HTTP with protobuf bodies."""
+"""The two servers of the receiver: OTLP over gRPC, and OTLP over HTTP with protobuf bodies."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _GRPC_THREADS = 8
 
 
 class Responder(NamedTuple):
-    """What both servers ask about a request.
+    """Functions and settings that both servers use to handle a request.
 
     Attributes:
-        admits: whether these headers, names in lower case, may come in.
-        receive: gives the answer; None when there is to be none.
-        retry_after_s: hint for those who are refused.
-        tls: files of the certificate and its key.
+        admits: returns whether a request with these headers, names in lower case, is admitted.
+        receive: returns the answer; None to send no answer.
+        retry_after_s: the retry hint for refused requests.
+        tls: the files with the certificate and its key.
     """
 
     admits: Callable[[Mapping[str, str]], bool]
@@ -59,7 +59,7 @@ def _left_s(deadline: float) -> float:
 
 
 class GrpcServer:
-    """Serves OTLP over gRPC on ``port`` of 127.0.0.1 from when it is made."""
+    """Serves OTLP over gRPC on ``port`` of 127.0.0.1 from its creation."""
 
     def __init__(self, door: Responder) -> None:
         import grpc  # importing esper_otel.testing must not import it
@@ -85,7 +85,7 @@ class GrpcServer:
     def stop(self, deadline: float) -> None:
         """Closes the port and ends the threads, or gives up at the deadline (monotonic clock)."""
         self._server.stop(grace=None).wait(_left_s(deadline))
-        # The pool's own shutdown has no time-out.
+        # The pool's own shutdown has no timeout.
         ending = threading.Thread(target=self._threads.shutdown, daemon=True)
         ending.start()
         ending.join(_left_s(deadline))
@@ -101,8 +101,8 @@ class GrpcServer:
         if isinstance(answer, ExportMetricsServiceResponse):
             return answer
         if isinstance(answer, int):
-            raise InvalidValue("answer", f"{answer} is no answer to gRPC; give a grpc.StatusCode")
-        if answer is None:  # the server has been stopped; nobody hears this
+            raise InvalidValue("answer", f"{answer} is not an answer for gRPC; give a grpc.StatusCode")
+        if answer is None:  # the server has been stopped; the client gets no answer
             return ExportMetricsServiceResponse()
         if self._door.retry_after_s is not None:
             delay = Duration()
@@ -114,7 +114,7 @@ class GrpcServer:
 
 
 class HttpServer(ThreadingTCPServer):
-    """Serves OTLP over HTTP on ``port`` of 127.0.0.1 from when it is made, a thread for each connection."""
+    """Serves OTLP over HTTP on ``port`` of 127.0.0.1 from its creation, with a thread for each connection."""
 
     request_queue_size = 64
 
@@ -162,20 +162,20 @@ class HttpServer(ThreadingTCPServer):
             del self._connections[threading.current_thread()]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Reports faults of ``answer``; a client that goes away or does not speak TLS is none."""
+        """Reports exceptions in ``answer``, but not clients that disconnect or do not use TLS."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 class _Exchange(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body leave in one packet
+    wbufsize = -1  # head and body are sent in one packet
     server: HttpServer
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _MAX_HTTP_BYTES:
-            self.close_connection = True  # the body stays unread
+            self.close_connection = True  # the body has not been read
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE if length else HTTPStatus.LENGTH_REQUIRED)
             return
         body = self.rfile.read(int(length))
@@ -204,10 +204,10 @@ class _Exchange(BaseHTTPRequestHandler):
         elif answer is None:
             self.close_connection = True
         else:
-            raise InvalidValue("answer", f"{answer} is no answer to HTTP; give a status number")
+            raise InvalidValue("answer", f"{answer} is not an answer for HTTP; give a status number")
 
     def _refuse(self, status: int) -> None:
-        # OTLP/HTTP answers errors with a google.rpc.Status.
+        # In OTLP/HTTP, error responses contain a google.rpc.Status.
         self._reply(status, Status(message="refused").SerializeToString(), self.server.door.retry_after_s)
 
     def _reply(self, status: int, body: bytes, retry_after_s: float | None = None) -> None:
@@ -222,7 +222,7 @@ class _Exchange(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_arguments: object) -> None:
-        """Says nothing: what arrives can be asked for."""
+        """Logs nothing; received requests can be read from the collector."""
 
 
 def _inflated(body: bytes) -> bytes:

@@ -97,7 +97,7 @@ def test_without_a_terminal_there_is_a_plain_table_and_a_few_lines(demo: Run) ->
         assert f"\n{metric.name} " in out
     assert "training runs on cpu" in out or torch.cuda.is_available()
     assert "frames: recorded 30, exported 30, received 30, dropped 0" in out
-    assert re.search(r"requests: 0 sent again, the last took [0-9.]+ ms, last error: none; buffer 0\.\d MB", out)
+    assert re.search(r"requests: 0 retried, the last took [0-9.]+ ms, last error: none; buffer 0\.\d MB", out)
     assert "set OTEL_EXPORTER_OTLP_ENDPOINT to send it to your stack" in out
     assert not any(line.endswith(" ") for line in out.splitlines())
     progress = [line for line in err.splitlines() if line.startswith("step ")]
@@ -153,10 +153,10 @@ def test_a_dead_endpoint_harms_no_training_and_is_told(demo: Run, monkeypatch: p
 @pytest.mark.parametrize(
     ("argv", "fault"),
     [
-        (("--steps", "0"), "argument --steps: 0 is too small; 1 is the least"),
-        (("--seeds", "-1"), "argument --seeds: -1 is too small; 0 is the least"),
+        (("--steps", "0"), "argument --steps: 0 is too small; the minimum is 1"),
+        (("--seeds", "-1"), "argument --seeds: -1 is too small; the minimum is 0"),
         (("--steps", "many"), "argument --steps: 'many' is not a whole number"),
-        (("--random-seed", "-3"), "argument --random-seed: -3 is too small; 0 is the least"),
+        (("--random-seed", "-3"), "argument --random-seed: -3 is too small; the minimum is 0"),
     ],
 )
 def test_a_number_that_cannot_be_is_explained(

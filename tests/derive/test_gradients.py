@@ -149,7 +149,7 @@ FIX = "give the model, or parameters whose .grad counts"
         (None, f"a NoneType has no parameters; {FIX}"),
         ({"weight": torch.ones(1)}, f"a dict has no parameters; {FIX}"),
         ([("weight", torch.ones(1))], f"a tuple is among the parameters; {FIX}"),
-        (torch.ones(2, requires_grad=True).sum(), f"a tensor that an operation has made keeps no .grad; {FIX}"),
+        (torch.ones(2, requires_grad=True).sum(), f"a tensor that is the result of an operation keeps no .grad; {FIX}"),
         ([torch.ones(2)], f"none of the tensors has, or requires, a gradient; {FIX}"),
     ],
     ids=["a name", "None", "a dict", "named parameters", "a loss", "gradients"],
@@ -163,7 +163,7 @@ def test_what_has_no_gradients_is_a_mistake(given: Any, message: str) -> None:
 def test_a_scaler_must_be_one() -> None:
     """A number is none."""
     wrong: Any = 1024.0
-    with pytest.raises(InvalidValue, match=r"^scaler: 1024\.0 is no torch\.amp\.GradScaler$"):
+    with pytest.raises(InvalidValue, match=r"^scaler: 1024\.0 is not a torch\.amp\.GradScaler$"):
         gradient_norm(with_gradients(torch.ones(1)), scaler=wrong)
 
 
@@ -399,10 +399,10 @@ SOURCE_FIX = "give a tensor, or a sequence of tensors such as [parameter.grad fo
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        (torch.ones(2, 3), "a Tensor is no mapping or sequence of gradient sources"),
-        ("ab", "a str is no mapping or sequence of gradient sources"),
-        (None, "a NoneType is no mapping or sequence of gradient sources"),
-        (torch.nn.Linear(1, 1), "a Linear is no mapping or sequence of gradient sources"),
+        (torch.ones(2, 3), "a Tensor is not a mapping or sequence of gradient sources"),
+        ("ab", "a str is not a mapping or sequence of gradient sources"),
+        (None, "a NoneType is not a mapping or sequence of gradient sources"),
+        (torch.nn.Linear(1, 1), "a Linear is not a mapping or sequence of gradient sources"),
         ([torch.ones(1), None], f"source 1 is a NoneType; {SOURCE_FIX}"),
         ({"a": torch.nn.Sequential()}, f"source 'a' is a Sequential; {SOURCE_FIX}"),
         ({"a": {"weight": torch.ones(1)}}, f"source 'a' is a dict; {SOURCE_FIX}"),

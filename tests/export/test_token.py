@@ -135,14 +135,14 @@ def made_huge(path: Path) -> None:
 
 FAULTS = [
     (removed, "no such file or directory"),
-    (emptied, "it holds no token"),
+    (emptied, "it contains no token"),
     (made_a_folder, "is a directory"),
-    (made_a_pipe, "it is not an ordinary file"),
+    (made_a_pipe, "it is not a regular file"),
     (made_a_loop, "too many levels of symbolic links"),
     (given_two_lines, "it holds 2 tokens; leave the one that is to be sent"),
-    (given_a_letter_that_is_not_ascii, "line 1 is neither a token, which is ASCII without spaces, nor"),
-    (given_a_whole_header, "line 1 begins with the word Bearer, which is added here: write the token alone"),
-    (made_huge, "line 1 is neither a token, which is ASCII without spaces, nor"),
+    (given_a_letter_that_is_not_ascii, "line 1 must contain a token (ASCII without spaces), or"),
+    (given_a_whole_header, "line 1 begins with the word Bearer, which is added automatically: write only the token"),
+    (made_huge, "line 1 must contain a token (ASCII without spaces), or"),
 ]
 
 
@@ -172,7 +172,7 @@ def test_a_file_that_is_spoilt_for_a_while_leaves_the_last_token_in_force(
     assert len(list(Path("/proc/self/fd").iterdir())) == opened_before
     [record] = caplog.records
     assert record.getMessage().startswith(f"setting token_file (or ESPER_TOKEN_FILE) = {str(path)!r}: {words}")
-    assert record.getMessage().endswith("what it held before stays in force")
+    assert record.getMessage().endswith("its earlier content stays valid")
     assert "hunter2" not in record.getMessage()
     path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
     path.write_text("other-token")

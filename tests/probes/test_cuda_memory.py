@@ -61,7 +61,7 @@ import torch
 print(sorted(set(reasons())))
 assert not torch.cuda.is_initialized()
 """
-    host = "training runs on cuda:0: the host's memory is not the device's"
+    host = "training runs on cuda:0: host memory is not device memory"
     assert run(code).splitlines() == [
         str(["torch is not imported in this process", host]),
         str(["CUDA is not in use in this process", host]),
@@ -151,7 +151,7 @@ def test_a_device_that_has_failed_is_a_reason(cuda: Callable[[Answer], None], er
     """The training learns of it by itself."""
     cuda(error)
     driver = Driver()
-    with pytest.raises(ProbeUnavailable, match=f"^CUDA does not tell: {text}$"):
+    with pytest.raises(ProbeUnavailable, match=f"^CUDA could not report: {text}$"):
         CudaMemory(lambda: "cuda:1", driver=lambda: driver).sample()
     assert driver.mode == 0
 

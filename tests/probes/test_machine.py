@@ -169,7 +169,7 @@ def test_a_quota_whose_use_is_not_told_is_a_reason(machine: Machine) -> None:
     """The host's load is not the group's."""
     write(machine.root, TWO_CPUS)
     (machine.root / USAGE).unlink()
-    with pytest.raises(ProbeUnavailable, match=r"does not tell the time used: .*cpu\.stat"):
+    with pytest.raises(ProbeUnavailable, match=r"does not report the time used: .*cpu\.stat"):
         machine.probe().sample()
 
 
@@ -319,7 +319,7 @@ def test_this_machines_memory_is_shown() -> None:
 @pytest.mark.parametrize(
     ("device", "reason", "kind"),
     [
-        ("cuda:0", "training runs on cuda:0: the host's memory is not the device's", ProbeUnavailable),
+        ("cuda:0", "training runs on cuda:0: host memory is not device memory", ProbeUnavailable),
         (None, "the training device is not known yet", NotYet),
     ],
 )

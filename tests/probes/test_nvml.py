@@ -267,9 +267,9 @@ def test_no_error_of_nvml_escapes_and_all_heal(make: Any, error: Exception) -> N
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "no NVIDIA driver on this machine: NVML's library is not there"),
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "no NVIDIA driver on this machine: NVML's library was not found"),
         (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "the NVIDIA driver is not loaded"),
-        (pynvml.NVML_ERROR_NO_PERMISSION, "this process has no permission to ask the NVIDIA driver"),
+        (pynvml.NVML_ERROR_NO_PERMISSION, "this process has no permission to query the NVIDIA driver"),
         (pynvml.NVML_ERROR_GPU_IS_LOST, "the GPU is lost: it no longer answers on the bus"),
         (pynvml.NVML_ERROR_NOT_SUPPORTED, "the GPU does not report it"),
         (pynvml.NVML_ERROR_UNKNOWN, "pynvml failed: Unknown Error; trying again"),

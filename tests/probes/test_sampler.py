@@ -235,7 +235,7 @@ def test_a_probe_that_hangs_holds_up_neither_the_others_nor_the_end(running: Cal
         assert eventually(lambda: other.samples >= 3)
         assert sampler.absent() == {"gpu_util_percent": "not sampled yet"}
         now[0] += 0.03
-        reason = "the last sample took longer than 0.03 s and is still waited for"
+        reason = "the current sample has taken more than 0.03 s"
         assert eventually(lambda: sampler.absent() == {"gpu_util_percent": reason})
         started_s = time.monotonic()
         sampler.stop(0.2)

@@ -44,8 +44,8 @@ def test_columns_and_rows_say_the_same(alphas: list[float | None]) -> None:
         (["a"], {"alpha": [1.0, 2.0]}, InvalidValue, r"shape \(2,\)"),
         (["a"], {"alpha": 1.0}, InvalidValue, r"shape \(\)"),
         (["a"], {"alpha": ["x"]}, InvalidValue, "not an array of numbers"),
-        (["a"], {"stage": [12]}, InvalidValue, "none of Leyline's stages"),
-        (["a"], {"stage": [3.5]}, InvalidValue, "none of Leyline's stages"),
+        (["a"], {"stage": [12]}, InvalidValue, "not one of Leyline's stages"),
+        (["a"], {"stage": [3.5]}, InvalidValue, "not one of Leyline's stages"),
     ],
 )
 def test_wrong_columns_are_mistakes(
@@ -67,7 +67,7 @@ def test_a_call_that_failed_leaves_nothing_that_counts_as_good() -> None:
     """The second try must be told the same."""
     columns = SeedColumns(lambda table: False)
     for _ in range(2):
-        with pytest.raises(InvalidValue, match="none of Leyline's stages"):
+        with pytest.raises(InvalidValue, match="not one of Leyline's stages"):
             columns.table(["a"], {"stage": [12]})
         with pytest.raises(InvalidName, match="more than once"):
             columns.table(["a", "a"], {})

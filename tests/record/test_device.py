@@ -330,7 +330,7 @@ def test_cuda_without_a_number_is_the_first_device_as_long_as_cuda_is_not_in_use
 def test_what_is_no_device_is_a_mistake(device: Any) -> None:
     """Said at the start."""
     given = re.escape(repr(str(device)))
-    message = f"^device: {given} is no device; give one such as 'cpu', 'cuda' or 'cuda:0'$"
+    message = f"^device: {given} is not a device; give one such as 'cpu', 'cuda' or 'cuda:0'$"
     with pytest.raises(InvalidValue, match=message):
         device_name(device)
     with pytest.raises(InvalidValue, match=r"^device: "):
@@ -362,7 +362,7 @@ except InvalidValue as error:
     print(error)
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    assert ran.stdout == "device: 'mps' is no device; give one such as 'cpu', 'cuda' or 'cuda:0'\n", ran.stderr
+    assert ran.stdout == "device: 'mps' is not a device; give one such as 'cpu', 'cuda' or 'cuda:0'\n", ran.stderr
 
 
 def test_what_a_cuda_graph_would_capture_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

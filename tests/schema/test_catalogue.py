@@ -140,11 +140,11 @@ def test_stages_are_leylines() -> None:
     [
         (
             {"name": "7th"},
-            "'7th' is not one OpenTelemetry accepts: a letter first, then at most 254 letters, digits and _ . - /",
+            "'7th' is not valid in OpenTelemetry: it must be a letter, then at most 254 letters, digits and _ . - /",
         ),
-        ({"name": ""}, "metric name '' is not one OpenTelemetry accepts"),
-        ({"name": "x" * 256}, "is not one OpenTelemetry accepts"),
-        ({"name": "loss of host"}, "metric name 'loss of host' is not one OpenTelemetry accepts"),
+        ({"name": ""}, "metric name '' is not valid in OpenTelemetry"),
+        ({"name": "x" * 256}, "is not valid in OpenTelemetry"),
+        ({"name": "loss of host"}, "metric name 'loss of host' is not valid in OpenTelemetry"),
         ({"name": "x", "unit": "µs"}, "unit 'µs' of 'x' is not ASCII text of at most 63 characters"),
         ({"name": "x", "unit": "s" * 64}, "of 'x' is not ASCII text of at most 63 characters"),
     ],

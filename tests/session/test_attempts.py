@@ -157,7 +157,7 @@ def with_torch(gateway: RunningGateway, tmp_path_factory: pytest.TempPathFactory
     launches.make()
     kinds = ["ranks_of_a_group -9 -9", "ranks_of_a_group 0 0", "torchrun 0", "one_without_torch 0 0"]
     assert launches.ends == kinds, launches.said[-3000:]
-    assert "nothing by which to agree" not in launches.said
+    assert "no means to agree" not in launches.said
 
 
 def plain(port: int) -> list[dict[str, str]]:
@@ -209,7 +209,7 @@ def test_ranks_that_cannot_agree_say_so_and_are_shown_side_by_side(gateway: Runn
     launches = Launches(gateway, tmp_path)
     launches.add("ranks", plain(free_port()), "no group", of_run="alone")
     launches.make()
-    assert launches.said.count("nothing by which to agree on one attempt") == 2
+    assert launches.said.count("no means to agree on one attempt") == 2
     assert "ESPER_RUN_ATTEMPT" in launches.said
     with TamiyoClient(gateway.grpc) as client:
         until("the run has ended", lambda: client.ended("alone"))

@@ -218,8 +218,8 @@ def test_an_argument_of_the_wrong_type_raises(given: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("run_id", "message"),
     [
-        ("", "run_id is empty: leave it out to have one made up, or give a name"),
-        ("  ", "run_id is empty: leave it out to have one made up, or give a name"),
+        ("", "run_id is empty: omit it to have one generated, or give a name"),
+        ("  ", "run_id is empty: omit it to have one generated, or give a name"),
         ("x" * 257, "run_id 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'... is longer than 256 bytes"),
         ("ä" * 129, "run_id 'ääääääääääääääääääääääääääääääääääääääää'... is longer than 256 bytes"),
         ("a\nb", r"run_id 'a\nb' has a control character or a lone surrogate"),

@@ -1,4 +1,4 @@
-"""Found by Python before a script that ``esper-otel run`` has started; steps aside for the one that was there."""
+"""Python runs this before a script started by ``esper-otel run``. It then runs the user's own sitecustomize, if any."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ _before = "ESPER_OTEL_PYTHONPATH"
 
 
 def _step_aside() -> None:
-    """The script, and what it starts, sees the paths that it would have seen without us."""
+    """Restores the import paths, so that the script and its child processes see them unchanged."""
     with suppress(ValueError):
         sys.path.remove(_here)
     before = os.environ.pop(_before, None)
@@ -32,7 +32,7 @@ def _load_the_other() -> None:
 
 _step_aside()
 _told, _, _log = os.environ.pop(_variable, "").partition(":")
-if _told == str(os.getpid()):  # of this process, not of those that it starts
+if _told == str(os.getpid()):  # this process, not its children
     from esper_otel.integrations.script import attach
 
     attach(_log)
