@@ -1,1 +1,1 @@
-"""Check: ``esper-otel check``: what is wrong between a trainer and the places where its telemetry should be."""
+"""Implements ``esper-otel check``, which finds faults between a trainer and the receivers of its telemetry."""

@@ -1,4 +1,4 @@
-"""Back: where a marked run is read back, and how a fault on the way is told."""
+"""Where a marked run is read back, and how a fault on the way is described."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# After so long without news of a run that has begun to come, the rest of it does not come any more. A gateway waits for
-# missing points for two seconds.
+# Once a run has begun to arrive, the rest is given up after this time without a new step. A gateway waits two seconds
+# for missing points.
 QUIET_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class ReadBack:
-    """Where a run is read back, and for how long it is waited for.
+    """Where a run is read back, and how long to wait for it.
 
     Attributes:
-        prometheus: its address, such as ``http://127.0.0.1:9090``; None: not asked.
-        gateway: the gateway's, such as ``127.0.0.1:4327``; None: not asked.
+        prometheus: address of Prometheus, such as ``http://127.0.0.1:9090``; None skips it.
+        gateway: address of the gateway, such as ``127.0.0.1:4327``; None skips it.
         token_file: file with the gateway's bearer token.
         ca_file: PEM file of the authority of the gateway's certificate.
-        timeout_s: how long the run may take.
+        timeout_s: how long the run may take to arrive.
     """
 
     prometheus: str | None
@@ -31,7 +31,7 @@ class ReadBack:
 
 
 class Difference(NamedTuple):
-    """What is not as it was sent, and what to look for on the way."""
+    """A difference from what was sent, and its possible cause on the way."""
 
     message: str
     fix: str

@@ -1,4 +1,4 @@
-"""Changes: differences between what was sent and what came, in words, each with what may have made it."""
+"""Describes differences between sent and received values in words, each with a possible cause."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST = 4
 
 
 def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str], where: str) -> Iterator[Difference]:
-    """What differs between two sets of named values; the most telling first."""
+    """Yields the differences between two sets of named values; the most informative first."""
     lost = sorted(sent.keys() - came.keys(), key=_rank)
     more = sorted(came.keys() - sent.keys(), key=_rank)
     changed = [name for name in sorted(sent.keys() & came.keys(), key=_rank) if not _is_same(sent[name], came[name])]
@@ -67,7 +67,10 @@ def _of_lost(lost: Sequence[str], sent: Mapping[str, float | str], where: str) -
 
 
 def of_times(sent: Collection[tuple[int, int]], came: Collection[tuple[int, int]]) -> Iterator[Difference]:
-    """Times, with their ranks in front, that nobody has sent: cut to a unit, or others."""
+    """Yields differences for received times that were not sent. Times come as pairs with their ranks.
+
+    It recognizes times that were cut to a unit, and times that were all shifted.
+    """
     odd = sorted({*came} - {*sent})
     if not odd:
         return
@@ -85,7 +88,7 @@ def of_times(sent: Collection[tuple[int, int]], came: Collection[tuple[int, int]
 
 
 def steps_in_words(steps: Sequence[int]) -> str:
-    """Some of the numbers of steps."""
+    """Lists the first few step numbers."""
     return _listed([str(step) for step in sorted({*steps})])
 
 
@@ -99,12 +102,12 @@ def _is_same(one: float | str, other: float | str) -> bool:
 
 
 def _rank(name: str) -> tuple[bool, str]:
-    """What a user has recorded comes before what we say of it."""
+    """Sorts values that a user recorded before those that this library adds."""
     return name.startswith(("esper.", "seed ")), name
 
 
 def _compared(before: float | str, after: float | str) -> str:
-    """Both, as short as they still differ."""
+    """Shows both values with few digits, or in full if they would look the same."""
     short = [f"{value:.6g}" if isinstance(value, float) else value for value in (before, after)]
     one, other = short if short[0] != short[1] else (before, after)
     return f"{one} and came as {other}"

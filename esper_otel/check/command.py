@@ -1,4 +1,4 @@
-"""``esper-otel check``: one frame, and a little run, on the way to the endpoint that the environment names."""
+"""The command ``esper-otel check``: sends a frame, and optionally a short run, to the configured endpoint."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from esper_otel.errors import ConfigurationError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``esper-otel check``."""
+    """Adds the options of ``esper-otel check``."""
     parser.add_argument("--seeds", type=_count, default=0, metavar="N", help="seeds to plan for (default: none)")
     parser.add_argument(
         "--steps-per-second", type=_rate, default=1.0, metavar="RATE", help="steps to plan for (default: 1)"
     )
-    parser.add_argument("--json", action="store_true", help="the findings as one JSON object")
-    through = parser.add_argument_group("the way through", "a little run, and what became of it behind the endpoint")
-    through.add_argument("--through", action="store_true", help="send one, and look for it")
-    through.add_argument("--prometheus", metavar="URL", help="in this Prometheus, such as http://127.0.0.1:9090")
-    through.add_argument("--gateway", metavar="ADDRESS", help="at this gateway, such as 127.0.0.1:4327")
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    through = parser.add_argument_group("end to end", "send a short run and compare it with what arrives downstream")
+    through.add_argument("--through", action="store_true", help="send a short run and read it back")
+    through.add_argument("--prometheus", metavar="URL", help="read from this Prometheus, such as http://127.0.0.1:9090")
+    through.add_argument("--gateway", metavar="ADDRESS", help="read from this gateway, such as 127.0.0.1:4327")
     through.add_argument("--gateway-token-file", type=Path, metavar="FILE", help="file with the gateway's token")
-    through.add_argument("--gateway-ca-file", type=Path, metavar="FILE", help="who signed its certificate, PEM")
-    through.add_argument("--within", type=_rate, default=30.0, metavar="S", help="how long it may take (default: 30)")
+    through.add_argument("--gateway-ca-file", type=Path, metavar="FILE", help="PEM file that signed its certificate")
+    through.add_argument("--within", type=_rate, default=30.0, metavar="S", help="seconds to wait (default: 30)")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Checks, and prints what was found; 1 where something is wrong."""
+    """Runs the check and prints the findings; returns 1 if there is a fault, else 0."""
     from esper_otel.check.one_frame import report_json, report_text, run_check
 
     for option in ("prometheus", "gateway"):
         if getattr(options, option) is not None and not options.through:
-            raise ConfigurationError(f"--{option} is where a run is looked for that went through: give --through too")
+            raise ConfigurationError(f"--{option} only says where to read a run back from: give --through too")
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
     if options.through:
         from esper_otel.check.through import ReadBack, run_through

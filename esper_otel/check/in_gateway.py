@@ -1,4 +1,4 @@
-"""The marked run at the gateway: waited for, and compared with what was sent."""
+"""Waits for the marked run at the gateway, and compares it with what was sent."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _AGAIN_S = 0.2
 _REQUEST_S = 5.0
 _OF_RESOURCE = "a resource processor or a grouping on the way deletes or changes the attribute {} of the Resource"
 _NAMES = {metric.key: metric.name for metric in METRICS if metric.level == "step" and metric.key}
-# What a gateway's own settings decide is not compared: signals of risk, and the health of a seed.
+# Events to compare. Risk signals and the health of seeds are left out, since they depend on the gateway's settings.
 _EVENTS = frozenset({"loss_nonfinite", "value_nonfinite", "value_invalid"})
 _NEWEST = "something on the way keeps the newest value of each series only: an interval processor, or an aggregation"
 
 
 def at_gateway(back: ReadBack, marked: MarkedRun, sent_s: float) -> CheckStage:
-    """What has become of the run at the gateway."""
+    """Checks how the run arrived at the gateway."""
     where = f"gateway {back.gateway}"
     mine = [packets(frame) for frames in marked.frames for frame in frames]
     try:
@@ -49,7 +49,7 @@ def at_gateway(back: ReadBack, marked: MarkedRun, sent_s: float) -> CheckStage:
 
 
 def _found(client: TamiyoClient, run_id: str, mine: Sequence[Packets], deadline_s: float) -> list[Packets]:
-    """The newest revision of each step: once all have come as they were sent, or nothing comes any more."""
+    """Returns the newest revision of each step, once all have arrived unchanged or no more arrive."""
     newest: dict[tuple[int, int, str, int], Packets] = {}
     cursor = None
     quiet_from_s = deadline_s
@@ -72,12 +72,12 @@ def _found(client: TamiyoClient, run_id: str, mine: Sequence[Packets], deadline_
 
 
 def _other_name(client: TamiyoClient, run_id: str) -> str:
-    """What the gateway calls the run if that is not its id: it then makes a name of what else the Resource says."""
+    """Returns the gateway's name for the run if that is not its id; it is then made from other Resource attributes."""
     return next((run.run_id for run in client.runs() if run_id in run.run_id and run.run_id != run_id), "")
 
 
 def _of_nothing(client: TamiyoClient, run_id: str, timeout_s: float) -> Difference:
-    """Why the run is not there: perhaps it is, under another name."""
+    """Explains why the run was not found; the gateway may have it under another name."""
     other = _other_name(client, run_id)
     if other:
         return Difference(
@@ -91,7 +91,10 @@ def _of_nothing(client: TamiyoClient, run_id: str, timeout_s: float) -> Differen
 
 
 def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Difference]:
-    """What is not as it was sent, and what may have done it; each only when those before it are not so."""
+    """Yields differences from what was sent, with possible causes. Only the first is reliable.
+
+    Later checks assume that the earlier ones found no difference.
+    """
     yield from _of_run(mine, found)
     yield from of_times(
         {(each.rank, each.state.timestamp_ns) for each in mine},
@@ -128,12 +131,12 @@ def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Diffe
 
 
 def _of_points(name: str, mine: Sequence[Packets], found: Sequence[Packets], having: Sequence[Packets]) -> Difference:
-    """The fault when a metric that is sent with each step is there in some only."""
+    """Describes that a metric that was sent with every step arrived in some steps only, or in none."""
     if not having:
         return Difference(f"{name} did not arrive", "a filter on the way drops it")
     what = f"{name} did not arrive in {len(found) - len(having)} of {len(found)} steps"
     newest = {max(each.state.timestamp_ns for each in mine if each.rank == rank) for rank in range(RANKS)}
-    # The run may have come in two intervals.
+    # The run may have arrived in two intervals.
     if newest <= {each.state.timestamp_ns for each in having} and len(having) <= 2 * RANKS:
         return Difference(what, _NEWEST)
     return Difference(
@@ -149,7 +152,7 @@ def _of_lost(steps: Sequence[int], count: int) -> Difference:
 
 
 def _of_incomplete(pairs: Sequence[tuple[Packets, Packets]]) -> Iterator[Difference]:
-    """Steps that lack what is said of them beside their values."""
+    """Yields a difference for steps whose values arrived without the metrics that prove them complete."""
     lacking = [sent.step for sent, came in pairs if not came.complete]
     if lacking:
         what = "esper.frame.points, esper.seeds or esper.seeds.digest"
@@ -162,7 +165,7 @@ def _of_incomplete(pairs: Sequence[tuple[Packets, Packets]]) -> Iterator[Differe
 
 
 def _of_run(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Difference]:
-    """Which run, attempt and rank the steps are said to be of."""
+    """Yields differences in the run, attempt, rank, experiment and device of the steps."""
     fix = _OF_RESOURCE
     attempt = mine[0].attempt
     for each in found:
@@ -190,7 +193,7 @@ def _of_run(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Diffe
 
 
 def _facts(step: Packets) -> Mapping[str, float | str]:
-    """What a step says, by a name that can be shown."""
+    """Returns the values and seeds of a step, by names for display."""
     facts: dict[str, float | str] = {}
     for packet in step.telemetry:
         for point in packet.metrics:

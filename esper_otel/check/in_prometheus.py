@@ -1,4 +1,4 @@
-"""The marked run in Prometheus: waited for, and compared with what was sent."""
+"""Waits for the marked run in Prometheus, and compares it with what was sent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Samples = Mapping[Key, Mapping[int, float]]
 
 
 def at_prometheus(back: ReadBack, marked: MarkedRun, sent_s: float, *, has_it: bool) -> CheckStage:
-    """What has become of the run in Prometheus; ``has_it`` says whether the gateway has it."""
+    """Checks how the run arrived in Prometheus; ``has_it`` says whether it arrived at the gateway."""
     where = f"Prometheus {back.prometheus}"
     sent = marked.samples()
     found: list[Any] = []
@@ -33,7 +33,7 @@ def at_prometheus(back: ReadBack, marked: MarkedRun, sent_s: float, *, has_it: b
         delay_s = time.monotonic() - sent_s
         fault = next(_faults(sent, found), None)
     except (requests.RequestException, ValueError, KeyError) as error:
-        return CheckStage(where, False, f"it cannot be asked: {error}", "give the address of Prometheus' own page")
+        return CheckStage(where, False, f"it cannot be queried: {error}", "give the address of Prometheus' own page")
     if not found:
         between = "the collector and Prometheus" if has_it else "the endpoint and Prometheus"
         return CheckStage(
@@ -62,7 +62,7 @@ def _praise(sent: Samples, found: list[Any], delay_s: float) -> str:
 
 
 def _found(back: ReadBack, run_id: str, sent: Samples, deadline_s: float) -> list[Any]:
-    """The series of the run, once all is as it was sent, or nothing new comes any more."""
+    """Returns the series of the run, once all have arrived unchanged or nothing new arrives."""
     found: list[Any] = []
     quiet_from_s = deadline_s
     while True:
@@ -77,7 +77,7 @@ def _found(back: ReadBack, run_id: str, sent: Samples, deadline_s: float) -> lis
 
 
 def _series(address: str, run_id: str) -> list[Any]:
-    """Every series of the run with its samples, whichever label tells it."""
+    """Returns every series of the run with its samples, found by the label ``run_id`` or else ``instance``."""
     for selector in (f'{{run_id="{run_id}"}}', f'{{instance=~"{run_id}/[0-9]+"}}'):
         answer = requests.get(
             f"{address.rstrip('/')}/api/v1/query", params={"query": f"{selector}[10m]"}, timeout=_REQUEST_S
@@ -96,7 +96,7 @@ def _has_suffixes(found: list[Any]) -> bool:
 
 
 def _samples(found: list[Any]) -> Samples:
-    """The samples, by our names where a metric has one, in milliseconds."""
+    """Returns the samples by time in milliseconds, with the catalogue's name for each known metric."""
     has_suffixes = _has_suffixes(found)
     ours = {prometheus_name(metric, suffixes=has_suffixes): name for name, metric in BY_NAME.items()}
     samples: dict[Key, dict[int, float]] = {}
@@ -110,13 +110,16 @@ def _samples(found: list[Any]) -> Samples:
 
 
 def _is_scraped(sent: Samples, came: Samples) -> bool:
-    """Whether the times are those of scrapes, which come after the last step."""
+    """Whether the samples come from scrapes, whose times are later than the last step."""
     newest = max(time_ms for of_series in sent.values() for time_ms in of_series)
     return all(time_ms > newest for of_series in came.values() for time_ms in of_series)
 
 
 def _faults(sent: Samples, found: list[Any]) -> Iterator[Difference]:
-    """What is not as it was sent, and what may have done it; each only when those before it are not so."""
+    """Yields differences from what was sent, with possible causes. Only the first is reliable.
+
+    Later checks assume that the earlier ones found no difference.
+    """
     came = _samples(found)
     names = {key.metric for key in came}
     if _LOSS not in names:
@@ -129,7 +132,7 @@ def _faults(sent: Samples, found: list[Any]) -> Iterator[Difference]:
         )
         yield Difference(f"{_LATENCY} was renamed on the way: there is {near}", "see the translation of names there")
     is_scraped = _is_scraped(sent, came)
-    if not is_scraped:  # of steps whose times became one, Prometheus may refuse a whole rank
+    if not is_scraped:  # checked first: if two steps get the same time, Prometheus may refuse a whole rank
         newest_ms = max(ms for of_series in sent.values() for ms in of_series)
         yield from of_times(_times(sent, newest_ms), _times(came, newest_ms))
     yield from _of_ranks({key.rank for key in sent}, {key.rank for key in came})
@@ -143,7 +146,7 @@ def _faults(sent: Samples, found: list[Any]) -> Iterator[Difference]:
 
 
 def _times(samples: Samples, newest_ms: int) -> set[tuple[int, int]]:
-    """The times of steps in nanoseconds, as if all were of one rank; without those of the end of the series."""
+    """Returns the times of steps in nanoseconds, all under rank 0, without the times at which series end."""
     return {(0, ms * _MS) for of_series in samples.values() for ms in of_series if ms <= newest_ms}
 
 
@@ -157,7 +160,7 @@ def _of_ranks(sent: set[int], came: set[int]) -> Iterator[Difference]:
 
 
 def _of_steps(sent: Samples, came: Samples) -> Iterator[Difference]:
-    """What differs where Prometheus has every step."""
+    """Yields differences for the case that Prometheus received every step."""
     times = {(key.rank, time_ms) for key, of_series in sent.items() for time_ms in of_series}
     newest = max(time_ms for _, time_ms in times)
     inside = {(key.rank, time_ms) for key, of_series in came.items() for time_ms in of_series if time_ms <= newest}
@@ -181,7 +184,7 @@ def _at(samples: Samples, rank: int, time_ms: int) -> dict[Key, float]:
 
 
 def _lasts(key: Key) -> bool:
-    """Whether the series is there to be scraped after the last step: those of a dead seed have ended."""
+    """Whether the series can still be scraped after the last step; the series of a retired seed have ended."""
     return key.seed != DIES and key.metric != SEED_RETIRED.name
 
 

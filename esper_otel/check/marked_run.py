@@ -1,4 +1,4 @@
-"""Marked: a little run whose every value is known beforehand, and which no guess on the way comes near."""
+"""A short run with known values, chosen so that any change on the way can be recognized."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
 _MS, _S = 10**6, 10**9
 _BEFORE_S = 5
 _AGAIN_S = 0.5
-# Since the run's first second. The third and the fourth step lie within one second; none is on a whole microsecond.
+# Times since the run's first second. Steps three and four are within one second; no time is a whole microsecond.
 _TIMES_NS = (123_456_789, 1_234_567_891, 2_100_200_301, 2_612_345_677, 4_050_000_003)
 _FIRST_REQUEST = 3  # steps
 
-# A value of None is not recorded. Some come twice in a row, and zeros are values.
+# None means not recorded. Some values are repeated, and zeros are included as values.
 _VALUES: Mapping[str, Sequence[float | None]] = {
     "loss": (1 / 3, 2 / 7, math.nan, 2 / 7, 1 / 9),
     "gradient_norm": (1.25, math.nan, math.inf, None, -math.inf),
@@ -39,8 +39,8 @@ _VALUES: Mapping[str, Sequence[float | None]] = {
     "step_latency_ms": (12.5, 12.5, 1000 / 3, 0.25, 12.5),
     "esper.epochs.total": (9.0, 9.0, 9.0, 9.0, 9.0),
 }
-# By seed and step. The isolation violations are not repeated as the step's own value, which a session would do: a
-# receiver that does not see this is a frame of a session would add that value.
+# By seed and step. Unlike in a session, the step has no isolation violations of its own: a receiver that does not
+# recognize the step as a session's frame would add them, which the comparison then shows.
 _SEEDS: Mapping[str, Sequence[Mapping[str, float] | None]] = {
     STAYS: (
         {"stage": 3.0, "alpha": 0.1, "isolation_violations": 2.0},
@@ -55,7 +55,7 @@ RETIRED = {2: (DIES,)}  # by step
 
 
 class Key(NamedTuple):
-    """One series of the run: a metric of a rank, and the seed, which is empty for a metric of the step."""
+    """One series of the run: metric, rank, and seed; the seed is empty for a step metric."""
 
     metric: str
     rank: int
@@ -63,11 +63,11 @@ class Key(NamedTuple):
 
 
 class MarkedRun:
-    """The run, and its way out. Threads: one.
+    """The run's frames, and how they are sent. Threads: one.
 
     Args:
-        sender: takes the requests.
-        timeout_s: for each of them.
+        sender: sends the requests.
+        timeout_s: time limit of each request.
     """
 
     def __init__(self, sender: Sender, timeout_s: float) -> None:
@@ -81,7 +81,7 @@ class MarkedRun:
         self._streams = [Streams() for _ in range(RANKS)]
 
     def send(self, deadline_s: float) -> Outcome:
-        """Sends the steps of all ranks, in two requests each; the first outcome that is not a success, or the last."""
+        """Sends the steps of each rank in two requests. Returns the first outcome without full success, or the last."""
         outcome = Outcome(Result.DELIVERED)
         for some in (slice(_FIRST_REQUEST), slice(_FIRST_REQUEST, None)):
             for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
@@ -94,7 +94,7 @@ class MarkedRun:
         return outcome
 
     def end(self) -> None:
-        """Ends the run and its series, as a session does: nothing of it looks alive after the check."""
+        """Ends the run and its series as a session does, so that it does not look alive after the check."""
         for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
             run, started_ns, ended_ns = frames[0].run, frames[0].time_unix_ns, frames[-1].time_unix_ns + _MS
             over = {("esper.run.ended", "completed"): 1.0}
@@ -103,7 +103,7 @@ class MarkedRun:
                 self._sender.send(body, self._timeout_s)
 
     def samples(self) -> dict[Key, dict[int, float]]:
-        """Every value that is sent, by the time of its step in Unix milliseconds, for each series."""
+        """Returns the values of each series, by the time of the step in Unix milliseconds."""
         found: dict[Key, dict[int, float]] = {}
         for rank, frames in enumerate(self.frames):
             for block in blocks(frames, BY_NAME):
@@ -124,7 +124,7 @@ class MarkedRun:
         return found
 
     def _delivered(self, body: bytes, deadline_s: float) -> Outcome:
-        """The outcome of a request, which is sent again while it fails for now and there is time."""
+        """Sends a request, and repeats it after temporary failures until the deadline; returns the last outcome."""
         while True:
             outcome = self._sender.send(body, self._timeout_s)
             if outcome.result is not Result.TEMPORARY or time.monotonic() + _AGAIN_S > deadline_s:
@@ -139,7 +139,7 @@ class MarkedRun:
             live.retire(RETIRED.get(step, ()))
             seed_step = live.step(_table(step))
             live.commit(seed_step)
-            # What differs between the ranks differs in each step.
+            # A value that differs between the ranks, so that swapped steps are noticed.
             values = {name: of_steps[step] for name, of_steps in _VALUES.items()} | {"samples_per_s": 64.0 + rank}
             recorded = {name: value for name, value in values.items() if value is not None}
             frames.append(
@@ -164,7 +164,7 @@ _SEED_NAMES = {metric.field: metric.name for metric in SEED_CELLS}
 
 
 def _table(step: int) -> SeedTable:
-    """The seeds that are recorded in a step."""
+    """Returns the table of the seeds that are recorded in a step."""
     recorded = {seed_id: cells for seed_id, of_steps in _SEEDS.items() if (cells := of_steps[step]) is not None}
     rows = [[cells.get(field, ABSENT) for field in SEED_FIELDS[:NARROW]] for cells in recorded.values()]
     return SeedTable(tuple(recorded), np.array(rows).reshape(len(rows), NARROW))

@@ -1,4 +1,4 @@
-"""Check: sends one frame to the endpoint and says, in plain words, what is wrong on the way, if anything is."""
+"""Sends one frame to the endpoint and describes any fault on the way in plain words."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from esper_otel.frames.frame import Frame, Run
 from esper_otel.schema import METRICS, SEED_CELLS, new_check_id
 from esper_otel.settings import EsperSettings
 
-_ON_THE_WAY_S = 5.0  # for everything before the frame is sent
+_ON_THE_WAY_S = 5.0  # time limit for all checks before the frame is sent
 _LONG_TIMEOUT_S = 600.0
 
-_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # as OpenSSL says before and from 3.2
+_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # reported by OpenSSL before 3.2, and since 3.2
 _OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
     9: "it is not valid yet: is the clock of this machine right?",
     10: "it must be renewed there",
@@ -39,7 +39,7 @@ _OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
     64: "use a host name or address that the certificate has",
 }
 _FIXES = {
-    Result.TEMPORARY: "put that right; until then a run keeps its steps and sends them again",
+    Result.TEMPORARY: "correct that; until then a run keeps its steps and retries",
     Result.UNAUTHENTICATED: "correct the credentials there: a header is authorization=Bearer%20<token>, a token file "
     "holds the token alone, a proxy is http://user:password@host:port",
     Result.TOO_LARGE: "raise the endpoint's limit for a request to 4 MiB or more",
@@ -49,7 +49,7 @@ _FIXES = {
 
 @dataclass(frozen=True, slots=True)
 class CheckStage:
-    """One thing on the way: ``ok`` is None when it was not looked at."""
+    """One stage on the way to the endpoint; ``ok`` is None when the stage was not checked."""
 
     name: str
     ok: bool | None
@@ -59,16 +59,16 @@ class CheckStage:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        ok: whether the frame was taken.
-        stages: what was looked at, in order, up to the first fault.
+        ok: whether the frame was accepted.
+        stages: the checked stages, in order, up to the first fault.
         protocol: ``grpc`` or ``http/protobuf``; None when the settings do not say.
         target: where the frame was sent, without credentials.
         latency_ms: time of the request that carried the frame.
-        series: the most time series that a run of the given size makes, on each rank.
-        samples_per_s: the most samples a second that it sends, on each rank.
+        series: the most time series that a run of the given size makes, per rank.
+        samples_per_s: the most samples per second that it sends, per rank.
     """
 
     ok: bool
@@ -81,12 +81,12 @@ class CheckResult:
 
 
 def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping[str, str] = os.environ) -> CheckResult:
-    """Sends one frame as a run would, stage by stage; takes at most the time-out and a few seconds more.
+    """Checks each stage and sends one frame as a run would; takes at most the time-out and a few seconds more.
 
     Args:
-        seeds: live seeds of the run whose size is estimated.
-        steps_per_second: its pace.
-        environ: where ``OTEL_*`` stand.
+        seeds: number of live seeds, to estimate the size of a run.
+        steps_per_second: number of steps per second, to estimate the size of a run.
+        environ: the environment with the ``OTEL_*`` variables.
     """
     is_enriched = EsperSettings.tolaria_step_enrichment_enabled
     stages: list[CheckStage] = []
@@ -123,12 +123,12 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
 
 
 def _refuse(message: str) -> None:
-    """A run warns of a setting that it ignores and goes on; here it is a fault."""
+    """Treats an ignored setting as a fault; a run would only warn about it."""
     raise ConfigurationError(message)
 
 
 def _look(endpoint: Endpoint, sender: Sender, stages: list[CheckStage]) -> float | None:
-    """Adds stages up to the first fault; returns the time of the request, None when none was sent."""
+    """Adds stages up to the first fault. Returns the duration of the request; None when none was sent."""
     try:
         for stage in _on_the_way(endpoint):
             stages.append(stage)
@@ -142,7 +142,7 @@ def _look(endpoint: Endpoint, sender: Sender, stages: list[CheckStage]) -> float
 
 
 def _size(seeds: int, steps_per_second: float, *, is_enriched: bool) -> tuple[int, float]:
-    """Time series, and samples a second, that one rank makes at most when every metric is recorded in every step."""
+    """Returns the time series and samples per second of one rank, if every metric is recorded in every step."""
     step = sum(metric.level == "step" and (is_enriched or not metric.gated) for metric in METRICS)
     session = sum(metric.level == "session" for metric in METRICS)
     of_seeds = seeds * len(SEED_CELLS)
@@ -150,7 +150,7 @@ def _size(seeds: int, steps_per_second: float, *, is_enriched: bool) -> tuple[in
 
 
 def report_text(result: CheckResult) -> str:
-    """The findings, a line for each."""
+    """Formats the findings as text, one per line."""
     marks = {True: "ok  ", False: "FAIL", None: "--  "}
     lines = [f"{marks[stage.ok]}  {stage.name}: {stage.message}" for stage in result.stages]
     lines += [f"      fix: {stage.fix}" for stage in result.stages if stage.ok is False and stage.fix]
@@ -161,7 +161,7 @@ def report_text(result: CheckResult) -> str:
 
 
 def report_json(result: CheckResult) -> str:
-    """The findings as one JSON object."""
+    """Formats the findings as one JSON object."""
     return json.dumps(asdict(result), allow_nan=False)
 
 
@@ -184,7 +184,7 @@ def _described(endpoint: Endpoint, token_file: Path | None) -> str:
 
 
 def _on_the_way(endpoint: Endpoint) -> Iterator[CheckStage]:
-    """Name resolution, connection and TLS, each only when the one before is well."""
+    """Checks name resolution, connection and TLS; the caller stops at the first fault."""
     proxy = proxy_of(endpoint)
     if proxy is not None and proxy.is_used:
         yield CheckStage("connection", None, f"goes through the proxy {proxy}, which is not looked at")
@@ -209,7 +209,10 @@ def _on_the_way(endpoint: Endpoint) -> Iterator[CheckStage]:
 
 
 def _authorities(endpoint: Endpoint) -> Path | None:
-    """What the sender trusts: neither protocol looks at the system's own store; None when it cannot be found."""
+    """Returns the file or folder of the authorities that the sender trusts; None when it cannot be found.
+
+    Neither gRPC nor ``requests`` uses the system's own store.
+    """
     if endpoint.certificate is not None:
         return endpoint.certificate
     is_grpc = endpoint.protocol == "grpc"
@@ -224,7 +227,10 @@ def _authorities(endpoint: Endpoint) -> Path | None:
 
 
 def _within(deadline_s: float, look: Callable[[], CheckStage], name: str, silence: str, fix: str) -> CheckStage:
-    """The stage, or its failure when it takes too long: a look-up has no time-out, and each address has its own."""
+    """Runs a check with a time limit, in a thread.
+
+    A name lookup has no time-out of its own, and a connection attempt has one for each address.
+    """
     found: list[CheckStage] = []
     timeout_s = max(deadline_s - time.monotonic(), 0.1)
     thread = threading.Thread(target=lambda: found.append(look()), name="esper-otel-check", daemon=True)
@@ -306,7 +312,7 @@ def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
 
 
 def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
-    """Ends the run and its series, as a session does, so that nothing that the check has sent looks alive."""
+    """Ends the run and its series as a session does, so that it does not look alive after the check."""
     after_ns = frame.time_unix_ns + 1_000_000
     outcome = {("esper.run.ended", "completed"): 1.0}
     ended = encoder.health_scope(outcome, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns)
@@ -316,7 +322,7 @@ def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request,
 
 
 def of_outcome(outcome: Outcome, endpoint: Endpoint) -> CheckStage:
-    """What became of a request, as a stage."""
+    """Describes the outcome of a request as a stage."""
     if outcome.result is Result.DELIVERED and not outcome.rejected_points:
         remark = f", and remarks: {outcome.reason}" if outcome.reason else ""
         return CheckStage("frame", True, f"{endpoint.target} took it{remark}")

@@ -1,4 +1,4 @@
-"""Through: a marked run on its way to Prometheus and to the gateway, and what became of it there."""
+"""Sends a marked run, and checks how it arrives in Prometheus and at the gateway."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["ReadBack", "run_through"]
 
 
 def run_through(back: ReadBack, *, environ: Mapping[str, str] = os.environ) -> list[CheckStage]:
-    """Sends a little run of two ranks to the endpoint, and compares it with what comes of it.
+    """Sends a short run of two ranks to the endpoint, and compares what arrives downstream with what was sent.
 
-    Called after ``run_check`` has found no fault.
+    Call it after ``run_check`` has found no fault.
 
     Args:
-        back: where it is looked for.
-        environ: where ``OTEL_*`` stand.
+        back: where to read the run back.
+        environ: the environment with the ``OTEL_*`` variables.
 
     Raises:
-        ConfigurationError: nobody to ask, or an address that cannot be used.
+        ConfigurationError: neither a Prometheus nor a gateway is given, or an address cannot be used.
     """
     if back.prometheus is None and back.gateway is None:
-        raise ConfigurationError("--through needs somebody to ask: give --prometheus URL, --gateway ADDRESS, or both")
+        raise ConfigurationError("--through must read the run back: give --prometheus URL, --gateway ADDRESS, or both")
     if back.prometheus is not None and not back.prometheus.startswith(("http://", "https://")):
         raise ConfigurationError(f"--prometheus {back.prometheus}: give a URL, such as http://127.0.0.1:9090")
     protocol = exporters_from_environment(environ, ignored=_known).protocol
@@ -56,4 +56,4 @@ def run_through(back: ReadBack, *, environ: Mapping[str, str] = os.environ) -> l
 
 
 def _known(message: str) -> None:
-    """The check before this one has told of settings that are ignored."""
+    """Ignores messages about ignored settings, since ``run_check`` has already reported them."""

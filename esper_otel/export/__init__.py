@@ -1,1 +1,1 @@
-"""To be written."""
+"""Sends steps over OTLP and registers the catalogue's instruments with a MeterProvider."""

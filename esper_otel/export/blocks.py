@@ -1,4 +1,4 @@
-"""Blocks: frames that follow each other and are alike, with their values as matrices."""
+"""Groups consecutive frames with the same metrics and seeds into blocks, whose values are matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esper_otel.frames.frame import ABSENT_BITS, FLOAT32_BOUND, LAST_LOSS, Frame
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
 
 _MAX_FRAMES = 1_000
-_MAX_ROWS = 4_000  # of seeds: they are copied side by side
+_MAX_ROWS = 4_000  # seed rows in a block; a block copies the seed tables of its frames
 
 COUNTED = (
     *("esper.global_step", "esper.epoch", "esper.seeds", "esper.seeds.digest"),
@@ -25,17 +25,19 @@ _Values = npt.NDArray[np.float64]
 
 
 class Block(NamedTuple):
-    """Frames of one run, with the same metrics and the same seeds recorded. Only the first one may retire seeds.
+    """Consecutive frames of one run that record the same metrics and the same seeds.
+
+    Only the first frame of a block may retire seeds.
 
     Attributes:
         frames: the frames.
-        names: of their step values.
+        names: names of the step values.
         values: the step values, shape (frames, names), float64.
-        ids: the seeds recorded.
-        cells: their cells, shape (frames, seeds, columns), float64, as many columns as the widest table has.
-        present: which of them are there, same shape.
-        retired: the seeds whose lives ended before each of the frames.
-        points: how many points each frame makes, shape (frames,).
+        ids: ids of the recorded seeds.
+        cells: the seeds' cells, shape (frames, seeds, columns), float64; the widest table sets the number of columns.
+        present: mask of the cells that have a value, same shape as ``cells``.
+        retired: the seeds that were retired before each of the frames.
+        points: how many points each frame is encoded as, shape (frames,).
     """
 
     frames: Sequence[Frame]
@@ -49,11 +51,11 @@ class Block(NamedTuple):
 
 
 def blocks(frames: Iterable[Frame], known: Collection[str]) -> Iterator[Block]:
-    """The frames in blocks, in order. Says what ``Frame.values`` says of each, in a fraction of the time.
+    """Yields the frames in blocks, in order. Each row holds the same values as ``Frame.values`` of that frame.
 
     Args:
         frames: the frames.
-        known: names that may be sent; others are left out.
+        known: names of the metrics that may be sent; values with other names are left out.
     """
     alike: list[Frame] = []
     beside: list[Mapping[str, float]] = []
@@ -67,7 +69,7 @@ def blocks(frames: Iterable[Frame], known: Collection[str]) -> Iterator[Block]:
             names = frame.names
             loss_place = names.index("loss") if "loss" in names else None
         loss = others.get("loss", FLOAT32_BOUND) if loss_place is None else frame.numbers[loss_place]
-        has_loss = -FLOAT32_BOUND < loss < FLOAT32_BOUND  # then it is the last finite one, too
+        has_loss = -FLOAT32_BOUND < loss < FLOAT32_BOUND  # a finite loss is also the last finite loss
         ids = frame.seeds.ids
         like = (frame.run, names, tuple(others), ids, has_loss, frame.retired)
         if like != key or frame.retired or len(alike) == _MAX_FRAMES or len(alike) * len(ids) > _MAX_ROWS:
@@ -81,7 +83,7 @@ def blocks(frames: Iterable[Frame], known: Collection[str]) -> Iterator[Block]:
 
 
 def _others(frame: Frame) -> Mapping[str, float]:
-    """What was not put: derived values, context, readings of probes."""
+    """Returns the values that the trainer did not record itself: derived values, context, readings of probes."""
     if not frame.context and not frame.probed:
         return frame.derived
     return {**frame.derived, **frame.context, **frame.probed}
@@ -91,11 +93,12 @@ def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collec
     first = frames[0]
     others = tuple(beside[0])
     there = (*others, *first.names)
-    place = {name: column for column, name in enumerate(there) if name in known}  # what was put stands
+    # A recorded value replaces a derived one of the same name.
+    place = {name: column for column, name in enumerate(there) if name in known}
     if has_loss:
         place[LAST_LOSS] = place["loss"]
     place.update({name: column for column, name in enumerate(COUNTED, len(there))})
-    row = struct.Struct(f"={len(there) + len(COUNTED)}d").pack  # in a third of the time that NumPy takes for tuples
+    row = struct.Struct(f"={len(there) + len(COUNTED)}d").pack
     rows = [
         row(*values.values(), *frame.numbers, frame.global_step, frame.epoch, *living, frame.sequence, 0.0)
         for frame, values, living in zip(frames, beside, _living(frames), strict=True)
@@ -112,23 +115,23 @@ def _block(frames: list[Frame], beside: list[Mapping[str, float]], known: Collec
 
 
 def _living(frames: Iterable[Frame]) -> Iterator[tuple[int, int]]:
-    """How many seeds live after each frame, and their digest."""
+    """Yields, for each frame, how many seeds are alive after it and the digest of their ids."""
     ids: tuple[str, ...] = ()
     count = digest = 0
     for frame in frames:
-        if frame.live.ids is not ids:  # few do
+        if frame.live.ids is not ids:  # the set of live seeds rarely changes
             ids = frame.live.ids
             count, digest = len(ids), digest_of(ids)
         yield count, digest
 
 
 def _side_by_side(tables: list[SeedTable]) -> _Values:
-    """The cells of tables with the same seeds, shape (tables, seeds, columns)."""
+    """Stacks the cells of tables with the same seeds into an array of shape (tables, seeds, columns)."""
     all_cells = [table.cells for table in alike(*tables)]
-    is_by_field = not all_cells[0].flags.c_contiguous  # columns stand together, as they were given
+    is_by_field = not all_cells[0].flags.c_contiguous  # stored column by column, as the values were given
     try:
         content = b"".join([(cells.T if is_by_field else cells).data for cells in all_cells])
-    except TypeError:  # some this way, some that: the memory of a table is not always a row of bytes
+    except TypeError:  # the tables have different memory layouts, so at least one is not contiguous
         content, is_by_field = b"".join([cells.tobytes() for cells in all_cells]), False
     seeds, columns = all_cells[0].shape
     if is_by_field:

@@ -1,8 +1,8 @@
-"""Room: how many seeds the instruments of a MeterProvider can tell apart, and which of them shows each.
+"""Works around the SDK's cardinality limit: assigns each seed id to one of several instruments of the same name.
 
-An SDK keeps every attribute set that an instrument ever had, live or not, and puts those above its limit into one
-point without a name. The limit is one of each instrument; so further seeds are shown by further instruments of the same
-name, in a scope of their own.
+An SDK keeps every attribute set that an instrument ever reported, even after the seed is retired, and merges those
+above its limit into one overflow point. The limit applies to each instrument, so further seeds are reported by further
+instruments of the same name, each group in a scope of its own.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from typing import Any
 
 from opentelemetry.metrics import MeterProvider
 
-# As many ids as this are told apart at any provider that keeps to the SDK's default, or has a higher limit.
+# Number of seed ids that can be distinguished at a provider with the SDK's default limit or a higher one.
 SEED_IDS = 100_000
 _DEFAULT = 2_000
 
 
 def limit_of(provider: MeterProvider | None, instruments: Iterable[object]) -> int:
-    """How many attribute sets each of the instruments may have at the provider's readers; the lowest counts.
+    """Returns the lowest limit on attribute sets that any reader of the provider has for any of the instruments.
 
-    The SDK has no way to ask: what is not where its present versions have it counts as the specification's default.
+    The SDK has no public way to read these limits. If they are not where current versions of the SDK store them, the
+    default of the specification is returned.
     """
     try:
         return min((_lowest(provider, instrument) for instrument in instruments), default=_DEFAULT)
-    except Exception:  # noqa: BLE001 - another version of the SDK, or another maker's
+    except Exception:  # noqa: BLE001 - another version of the SDK, or another implementation
         return _DEFAULT
 
 
 def _lowest(provider: Any, instrument: Any) -> int:
-    """The lowest limit of one instrument: a view's, else a reader's."""
+    """Returns the lowest limit for one instrument: that of a view, or of a reader if no view sets one."""
     views = [view for view in provider._sdk_config.views if view._match(instrument)]  # noqa: SLF001
     of_views = [view._aggregation_cardinality_limit for view in views] or [None]  # noqa: SLF001
     of_readers = [
@@ -41,21 +42,23 @@ def _lowest(provider: Any, instrument: Any) -> int:
 
 
 class SeedParts:
-    """Gives each seed the number of the instruments that show it, for good. Threads: one collect at a time.
+    """Assigns each seed permanently to a part, that is, to one of the instruments of the same name.
 
-    A limit below the default is somebody's wish: there are no further instruments then.
+    A limit below the default was set on purpose, so no further instruments are added then.
+
+    Threads: one collect at a time.
 
     Args:
-        limit: attribute sets that an instrument may have.
+        limit: how many attribute sets an instrument may have.
 
     Attributes:
         parts: how many instruments of one name there may be.
-        size: how many ids they can tell apart together.
-        used: how many have been given away.
+        size: how many seed ids all parts can distinguish together.
+        used: how many seed ids have been assigned to a part.
     """
 
     def __init__(self, limit: int) -> None:
-        # Of what is allowed one may be meant for the point of those above it.
+        # The SDK may reserve one attribute set of the limit for the overflow point.
         self._in_each = max(limit - 1, 1)
         self.parts = -(-SEED_IDS // self._in_each) if limit >= _DEFAULT else 1
         self.size = self._in_each * self.parts
@@ -63,11 +66,11 @@ class SeedParts:
 
     @property
     def used(self) -> int:
-        """How many have been given away."""
+        """How many seed ids have been assigned to a part."""
         return len(self._known)
 
     def part_of(self, seed: Hashable) -> int | None:
-        """The part that shows a seed; None when there is no room for it."""
+        """Returns the part that reports a seed, or None when all parts are full."""
         part = self._known.get(seed)
         if part is None and len(self._known) < self.size:
             part = self._known[seed] = len(self._known) // self._in_each

@@ -1,4 +1,4 @@
-"""Credential providers: what installed packages offer under OpenTelemetry's entry point group."""
+"""Loads credential providers, which installed packages register under OpenTelemetry's entry point group."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _GROUP = "opentelemetry_otlp_credential_provider"
 
 
 def provided(name: str, kind: type[_T], expected: str) -> _T:
-    """What the provider of this name gives.
+    """Returns the credentials that the provider of this name creates.
 
     Raises:
-        ConfigurationError: there is no such provider, or it does not work.
+        ConfigurationError: there is no such provider, it fails, or it returns something of another type.
     """
     found = list(entry_points(group=_GROUP, name=name))
     if not found:

@@ -1,4 +1,4 @@
-"""Frames as OTLP: serialized ExportMetricsServiceRequests (opentelemetry-proto 1.x)."""
+"""Encodes frames as OTLP: serialized ExportMetricsServiceRequests (opentelemetry-proto 1.x)."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ SCHEMA_VERSION = "1"
 FRAME_SCOPE = "esper_otel"
 HEALTH_SCOPE = "esper_otel.health"
 
-# Receivers refuse more than 4 MiB (gRPC's default): half a MiB is left for names, descriptions and the Resource.
+# Receivers refuse requests of more than 4 MiB (gRPC's default); the rest is for names, descriptions and the Resource.
 MAX_POINTS = 20_000
 _MAX_POINTS_BYTES = 3_500_000
 
-# Field numbers of the messages that are put together from bytes; all of them hold a length and as many bytes.
+# Field numbers of the messages that are assembled from bytes; each field is a length followed by that many bytes.
 _REQUEST_RESOURCE_METRICS = 1
 _RESOURCE_SCOPE_METRICS = 2
 _SCOPE_METRICS = 2
@@ -57,10 +57,10 @@ class Request(NamedTuple):
 
     Attributes:
         body: a serialized ExportMetricsServiceRequest of less than 4 MiB.
-        points: the points in it.
-        frames: how many frames end in it; a frame has been sent when its last point has.
-        names: of the step metrics in it.
-        has_health: whether the session's own metrics are in it too.
+        points: how many points it contains.
+        frames: how many frames end in it; a frame counts as sent once its last point is sent.
+        names: names of the step metrics in it.
+        has_health: whether it also contains the session's own metrics.
         is_goodbye: whether it ends every series.
     """
 
@@ -73,18 +73,18 @@ class Request(NamedTuple):
 
 
 def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> None:
-    """Frames without health."""
+    """The default for ``BesideFrames.health_of``: no health is sent."""
 
 
 class BesideFrames(NamedTuple):
-    """What goes along with frames, in the same requests: a request of its own could overtake them in a collector.
+    """Data that is sent in the same requests as the frames, since a collector might reorder separate requests.
 
     Attributes:
         ended: the series that end with a frame, by the frame's number.
-        health_of: gives the health that goes with a request, by the time of its last point, the number of frames
-            that end in it, and whether it ends every series; None when there is none.
-        all_ended: gives every series, those of these step metrics included, after the last frame of a run; they end
-            a millisecond after it. None when more frames follow.
+        health_of: returns the session's own metrics to send with a request, or None. Its arguments are the time of the
+            request's last point, the number of frames that end in it, and whether the request ends every series.
+        all_ended: returns every series of the run, including those of the given step metrics. It is called after the
+            last frame of a run, and the series end one millisecond after that frame. None when more frames follow.
     """
 
     ended: Mapping[int, Sequence[Stream]] = MappingProxyType({})
@@ -96,22 +96,22 @@ _NOTHING_ALONG = BesideFrames()
 
 
 class _Piece(NamedTuple):
-    """What one request holds of a block: some of its frames, or a piece of one that is too large for a request.
+    """A part of a block that goes into one request: whole frames, or a part of a frame too large for one request.
 
-    Or markers that end series, and no frame.
+    A piece may also hold only markers that end series, without a frame.
 
     Attributes:
-        run: whose frames they are.
-        times: of the frames, Unix nanoseconds.
-        names: of the step values.
+        run: the run that the frames belong to.
+        times: the frames' times, Unix nanoseconds.
+        names: names of the step values.
         values: the step values, shape (frames, names), float64.
-        ids: seeds.
-        cells: their cells, shape (frames, seeds, 19), float64.
-        present: which of them are there, same shape.
-        points: how many points these make.
-        size: the most bytes that they take.
-        ends: how many frames end with it.
-        retired: seeds whose lives ended before each of the frames.
+        ids: ids of the seeds.
+        cells: the seeds' cells, shape (frames, seeds, 19), float64.
+        present: mask of the cells that have a value, same shape as ``cells``.
+        points: how many points the piece contains.
+        size: upper bound of their serialized size in bytes.
+        ends: how many frames end in this piece.
+        retired: seeds that were retired before each of the frames.
         markers: serialized metrics that end series.
     """
 
@@ -130,21 +130,21 @@ class _Piece(NamedTuple):
 
 
 class Encoder:
-    """Encodes frames, and what is said beside them.
+    """Encodes frames, the session's own metrics, and the markers that end series.
 
-    A frame is: one Gauge point per value present, NaN and infinities included; one per present cell of its
-    seed rows, with the attribute ``seed_id``; one for each seed whose life ended before it, ``esper.seed.retired``;
-    and two of its own, ``esper.frame.sequence`` and ``esper.frame.points``. All of them carry the frame's time, no
-    start time, and a double, counts too, so that a receiver meets one shape only. Frames of one run that follow
-    each other share a ResourceMetrics, where each metric stands once, in the catalogue's order, with each stream's
-    points in the frames' order.
+    A frame is encoded as Gauge points: one for each value that is present, including NaN and infinities; one for each
+    present cell of its seed rows, with the attribute ``seed_id``; one ``esper.seed.retired`` for each seed that was
+    retired before the frame; and the two points ``esper.frame.sequence`` and ``esper.frame.points``. Every point has
+    the frame's time, no start time, and a double as its value, even for counts, so that receivers handle a single form.
+    Consecutive frames of one run share a ResourceMetrics. In it each metric occurs once, in the catalogue's order, and
+    the points of each stream are in the order of the frames.
 
     Threads: one at a time.
 
     Args:
-        catalogue: ``METRICS`` and the user's own, by name; a value under another name is left out.
-        resource: gives a run's Resource; asked once for equal runs that follow each other.
-        max_points: most points in a request; at least as many as a seed has cells.
+        catalogue: ``METRICS`` and the user's own metrics, by name; values with other names are left out.
+        resource: returns a run's Resource; called once for consecutive frames of the same run.
+        max_points: the most points in a request; at least the number of cells of a seed.
     """
 
     def __init__(
@@ -164,20 +164,21 @@ class Encoder:
         }
 
     def shrink(self, max_points: int) -> bool:
-        """Makes requests smaller from now on, for an endpoint that takes no larger ones; False when it cannot."""
+        """Limits later requests to ``max_points`` points. Returns False when that is too few for one seed's cells."""
         if max_points < len(SEED_CELLS):
             return False
         self._max_points = max_points
         return True
 
     def requests(self, frames: Iterable[Frame], along: BesideFrames = _NOTHING_ALONG) -> Iterator[Request]:
-        """The frames as requests, each encoded when it is asked for.
+        """Yields the frames as requests; each request is encoded when the iterator reaches it.
 
-        A frame is cut only when it is too large for a request of its own; each of its points still carries
-        the frame's time, and ``esper.frame.points`` counts those of the whole frame.
+        A frame is split only when it does not fit into one request. Each of its points still has the frame's time, and
+        ``esper.frame.points`` counts the points of the whole frame.
 
-        No point is older than one of an earlier request, whatever its scope: Prometheus makes a sample of the Resource,
-        at the times of a request's oldest and newest point, and refuses the request when that sample goes back.
+        No point is older than any point of an earlier request, in whichever scope. Prometheus writes a sample for the
+        Resource at the times of a request's oldest and newest point, and refuses the request when that sample is older
+        than the previous one.
         """
         parts: list[_Piece] = []
         points = size = 0
@@ -204,9 +205,9 @@ class Encoder:
         return points <= self._max_points and size <= _MAX_POINTS_BYTES
 
     def _parts(self, frames: Iterable[Frame], ended: Mapping[int, Sequence[Stream]]) -> Iterator[_Piece]:
-        """Parts that fit into a request."""
+        """Yields pieces that each fit into one request."""
         for block in blocks(frames, self._catalogue):
-            first_frame = block.frames[0]  # no other one of the block retires a seed
+            first_frame = block.frames[0]  # only the first frame of a block may retire seeds
             yield from self._markers(
                 first_frame.run, ended.get(first_frame.sequence, ()), time_unix_ns=first_frame.time_unix_ns
             )
@@ -231,7 +232,7 @@ class Encoder:
                 yield _some(block, first, len(block.frames), points, size)
 
     def _cut(self, block: Block, row: int, cell_bytes: int) -> Iterator[_Piece]:
-        """A frame that is too large, in pieces; the last one ends it."""
+        """Splits a frame that is too large for one request; the frame ends in the last piece."""
         frame = block.frames[row]
         times = np.array([frame.time_unix_ns], np.uint64)
         pieces = []
@@ -281,7 +282,7 @@ class Encoder:
 
     @staticmethod
     def _points(parts: Sequence[_Piece]) -> dict[str, list[bytes]]:
-        """The serialized points of parts of one run, by metric name."""
+        """Returns the serialized points of pieces of one run, by metric name."""
         points: dict[str, list[bytes]] = {}
         for part in parts:
             if part.names:
@@ -300,11 +301,11 @@ class Encoder:
     def health(
         self, run: Run, values: Mapping[tuple[str, str], float], *, start_unix_ns: int, time_unix_ns: int
     ) -> bytes:
-        """A request with the session's own metrics and nothing else; see ``health_scope``."""
+        """Returns a request that contains only the session's own metrics; see ``health_scope``."""
         return self.alone(run, self.health_scope(values, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns))
 
     def alone(self, run: Run, scope: ScopeMetrics) -> bytes:
-        """A request with one scope and nothing else."""
+        """Returns a request that contains only the given scope."""
         request = ExportMetricsServiceRequest()
         of_run = request.resource_metrics.add()
         of_run.CopyFrom(self._origin_of(run))
@@ -314,12 +315,12 @@ class Encoder:
     def health_scope(
         self, values: Mapping[tuple[str, str], float], *, start_unix_ns: int, time_unix_ns: int
     ) -> ScopeMetrics:
-        """The session's own metrics, in a scope of their own: they belong to no frame.
+        """Encodes the session's own metrics in a separate scope, since they do not belong to a frame.
 
         Args:
-            values: by name and reason, which is empty for a metric that is not split.
+            values: the metrics by name and reason; the reason is empty for a metric that is not split.
             start_unix_ns: when the counters were 0.
-            time_unix_ns: the time of their points.
+            time_unix_ns: the time of the points.
         """
         scope = ScopeMetrics()
         _set_scope(scope, HEALTH_SCOPE)
@@ -340,23 +341,23 @@ class Encoder:
     def stale(
         self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int, health: ScopeMetrics | None = None
     ) -> Iterator[bytes]:
-        """Requests that end series of frames, given by metric name and attributes.
+        """Yields requests that end the given series.
 
         Args:
-            run: whose they are.
-            streams: the series.
-            time_unix_ns: must be later than each series' last point.
-            health: goes with the first request.
+            run: the run that the series belong to.
+            streams: the series, by metric name and attributes.
+            time_unix_ns: the time at which they end; must be later than the last point of each series.
+            health: the session's own metrics, sent with the first request.
         """
         for part in self._markers(run, streams, time_unix_ns=time_unix_ns):
             yield self._request([part], health).body
             health = None
 
     def _markers(self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int) -> Iterator[_Piece]:
-        """The ends of series, "no recorded value" points, in parts that fit into a request.
+        """Yields pieces of "no recorded value" points, which end series; each piece fits into one request.
 
-        A marker has the scope, the name, the unit and the attributes of the series that it ends. Each is a metric of
-        its own: the collector's page to scrape takes only the first marker of a metric, and nothing after it.
+        A marker has the scope, name, unit and attributes of the series that it ends. Each marker is a separate metric,
+        because the collector's Prometheus exporter reads only the first marker of a metric and ignores the rest.
         """
         markers: list[bytes] = []
         size = 0
@@ -390,12 +391,12 @@ _NONE_PRESENT = np.empty((1, 0, WIDTH), np.bool_)
 
 
 def _size(plain: int, points: int, cell_bytes: int) -> int:
-    """Bytes of so many points, some of which are plain and the others of seeds."""
+    """Returns an upper bound in bytes for ``points`` points: ``plain`` step points, and seed points for the rest."""
     return plain * PLAIN_BYTES + (points - plain) * cell_bytes
 
 
 def _some(block: Block, first: int, end: int, points: int, size: int) -> _Piece:
-    """Frames of a block, whole ones."""
+    """Makes a piece of whole frames of a block."""
     some = slice(first, end)
     times = np.array([frame.time_unix_ns for frame in block.frames[some]], np.uint64)
     run = block.frames[first].run
@@ -409,17 +410,17 @@ def _frames_in(parts: Sequence[_Piece]) -> int:
 
 
 def _health(parts: Sequence[_Piece], along: BesideFrames, *, is_end: bool) -> ScopeMetrics | None:
-    """The health that goes with parts."""
+    """Returns the session's own metrics to send with these pieces, if any."""
     return along.health_of(int(parts[-1].times[-1]), _frames_in(parts), is_end)
 
 
 def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -> _Piece:
-    """A part without a frame."""
+    """Makes a piece that holds only markers."""
     return _Piece(run, times, (), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT, len(markers), size, 0, markers=markers)
 
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:
-    """A field of bytes or of a message, serialized: tag, length, content. In pieces: large ones are copied once."""
+    """Serializes a bytes or message field: tag, length, content. As a list, so that large contents are copied once."""
     return [_head(number, sum(map(len, content))), *content]
 
 

@@ -1,4 +1,4 @@
-"""Endpoint: where OTLP goes and how, from the standard variables, read as the official exporters read them."""
+"""Reads the OTLP endpoint and its settings from the standard variables, as the official exporters read them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _GENERAL = "OTEL_EXPORTER_OTLP_"
 _METRICS = "OTEL_EXPORTER_OTLP_METRICS_"
 _DEFAULT_ENDPOINT = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
 _DEFAULT_TIMEOUT_S = 10.0
-_LONGEST_TIMEOUT_S = 86_400.0  # more overflows the clocks that wait for it
+_LONGEST_TIMEOUT_S = 86_400.0  # much longer time-outs overflow in gRPC and in Python's locks
 _COMPRESSIONS = {"grpc": ("none", "gzip"), "http/protobuf": ("none", "gzip", "deflate")}
 _PROVIDER = {
     "grpc": (
@@ -45,12 +45,12 @@ _PROVIDER = {
 # gRPC's own target names, https://grpc.github.io/grpc/core/md_doc_naming.html
 GRPC_NAMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:")
 _GRPC_NAME = re.compile(rf"({'|'.join(GRPC_NAMES)})(?!//$)\S+")
-_GRPC_DEFAULT_PORT = 443  # gRPC's, for plain text too
+_GRPC_DEFAULT_PORT = 443  # gRPC's default port, also without TLS
 
-# What reaches the wire as it is: gRPC aborts a call over anything else, requests raises with the value in its message.
+# Characters that are sent unchanged. For others gRPC aborts the call, and requests raises an error showing the value.
 _HEADER_NAME = {"grpc": re.compile(r"[0-9a-z_.-]+(?<!-bin)"), "http/protobuf": re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")}
 _HEADER_VALUE = {"grpc": re.compile(r"[\x20-\x7e]*"), "http/protobuf": re.compile(r"[\t\x20-\x7e\xa0-\xff]*")}
-# What ``parse_env_headers`` takes; whatever else there is it would log, secrets included, and leave out.
+# Entries that ``parse_env_headers`` accepts; it would log any other entry, secrets included, and leave it out.
 _HEADER_ENTRY = re.compile(
     r"[\x21\x23-\x27\x2a\x2b\x2d\x2e\x30-\x39\x41-\x5a\x5e-\x7a\x7c\x7e]+[ \t]*"
     r"=[ \t]*[\x20\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]*"
@@ -60,19 +60,19 @@ _HEADER_FORM = "give authorization=Bearer%20<token>,name=value, with %20 for a s
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Everything that sending needs to know.
+    """An OTLP endpoint and all settings for sending to it.
 
     Attributes:
         protocol: ``grpc`` or ``http/protobuf``.
-        target: what users are shown: ``host:port``, or the URL without credentials.
-        address: what is dialled: ``host:port`` or a gRPC name (``unix:///path``), for HTTP the whole URL.
-        is_insecure: whether it is plain text.
-        headers: sent with every request, names in lower case.
-        certificate: file of the authorities that sign the endpoint's certificate; the system's when None.
-        client_key: file of our key, for mutual TLS.
-        client_certificate: file of our certificate; there is a key with it, and the other way round.
+        target: the address for messages: ``host:port``, or the URL without credentials.
+        address: the address to connect to: ``host:port`` or a gRPC name (``unix:///path``); for HTTP the whole URL.
+        is_insecure: whether it is sent as plain text, without TLS.
+        headers: headers of every request, with names in lower case.
+        certificate: file of the authorities that sign the endpoint's certificate; None uses the system's.
+        client_key: file of the client's private key, for mutual TLS.
+        client_certificate: file of the client's certificate; set if and only if ``client_key`` is.
         compression: ``none``, ``gzip`` or ``deflate``.
-        timeout_s: for one request.
+        timeout_s: time limit of one request.
         credential_provider: name in the entry point group ``opentelemetry_otlp_credential_provider``.
     """
 
@@ -90,26 +90,27 @@ class Endpoint:
 
     @property
     def is_on_this_machine(self) -> bool:
-        """Whether what is sent stays on this machine, by the endpoint's name alone."""
+        """Whether the endpoint is on this machine, judged by its address alone, without a name lookup."""
         return is_on_this_machine(self.address)
 
 
 def endpoint_from_environment(
     environ: Mapping[str, str] = os.environ, *, protocol: str | None = None, ignored: Callable[[str], None] = warn
 ) -> Endpoint:
-    """Reads ``OTEL_EXPORTER_OTLP_*``; the variable for metrics wins over the general one, an empty one is not set.
+    """Reads ``OTEL_EXPORTER_OTLP_*``.
 
-    The protocol is gRPC unless another is asked for, as Python's distribution has it. Time-outs are in seconds, as
-    the official Python exporters read them.
+    The variable for metrics takes precedence over the general one. An empty variable counts as not set. The default
+    protocol is gRPC, as in OpenTelemetry's Python distribution. Time-outs are in seconds, as in the official Python
+    exporters.
 
     Args:
         environ: the environment.
-        protocol: one that is fixed already, whatever the environment says.
-        ignored: is told of each number, switch or word that cannot be used: it counts as not set.
+        protocol: the protocol, if it is already decided; it overrides the environment.
+        ignored: called with a message for each number, switch or word that cannot be used and counts as not set.
 
     Raises:
-        ConfigurationError: an address, header or file that cannot be used: without it steps would go elsewhere, or
-            in vain. The message names the variable and the fix.
+        ConfigurationError: an address, header or file cannot be used. Ignoring it would send steps to another place,
+            or fail every request. The message names the variable and the fix.
     """
     variables = Variables(environ, ignored)
     chosen = cast("Protocol", protocol or _protocol(variables))
@@ -139,13 +140,13 @@ def _protocol(variables: Variables) -> str:
         *_names("PROTOCOL"),
         known=_DEFAULT_ENDPOINT,
         default="grpc",
-        replaced={"http/json": "http/protobuf"},  # endpoints of OTLP over HTTP take both at the same path
+        replaced={"http/json": "http/protobuf"},  # OTLP/HTTP endpoints accept both at the same path
         scope="",
     )
 
 
 def _grpc(variables: Variables) -> tuple[str, str, bool]:
-    """Address, target, and whether it is plain text."""
+    """Returns the address, the target, and whether it is plain text."""
     variable, text = variables.text(*_names("ENDPOINT"))
     if _GRPC_NAME.fullmatch(text):
         return text, text, _is_insecure(variables, "")
@@ -158,7 +159,7 @@ def _grpc(variables: Variables) -> tuple[str, str, bool]:
 
 
 def _http(variables: Variables) -> tuple[str, str, bool]:
-    """As ``_grpc``."""
+    """Returns the same as ``_grpc``, for HTTP."""
     variable, text = variables.text(*_names("ENDPOINT"))
     url, _ = _url(variable, text or _DEFAULT_ENDPOINT["http/protobuf"])
     if url.scheme not in {"http", "https"}:
@@ -172,7 +173,7 @@ def _http(variables: Variables) -> tuple[str, str, bool]:
 
 
 def _url(variable: str, text: str) -> tuple[SplitResult, int | None]:
-    """The URL and its port."""
+    """Parses the URL and its port."""
     try:
         url = urlsplit(text if "://" in text else f"//{text}")
         port = url.port
@@ -221,7 +222,10 @@ def _headers(variables: Variables, protocol: str) -> tuple[tuple[str, str], ...]
 
 
 def _tls_files(variables: Variables, *, is_insecure: bool) -> tuple[Path | None, Path | None, Path | None]:
-    """Authorities, our key and our certificate; read once, since gRPC aborts the process over half a pair."""
+    """Returns the files of the authorities, the client's key and the client's certificate.
+
+    The files are loaded here once as a check, since gRPC aborts the process when a key does not fit its certificate.
+    """
     certificate, key, chain = (_file(variables, name) for name in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"))
     if key is not None and chain is None:
         variable, _ = variables.text(*_names("CLIENT_KEY"))
@@ -236,7 +240,7 @@ def _tls_files(variables: Variables, *, is_insecure: bool) -> tuple[Path | None,
             context.load_verify_locations(certificate)
         name = "CLIENT_CERTIFICATE"
         if chain is not None:
-            context.load_cert_chain(chain, key, password="")  # without one OpenSSL asks the terminal
+            context.load_cert_chain(chain, key, password="")  # without a password OpenSSL would prompt on the terminal
     except OSError as error:
         variable, text = variables.text(*_names(name))
         need = "CERTIFICATE" if name == "CERTIFICATE" else "CERTIFICATE and its unencrypted key (_CLIENT_KEY)"
@@ -253,7 +257,7 @@ def _file(variables: Variables, name: str) -> Path | None:
         raise ConfigurationError(f"{variable} holds PEM text: write it to a file and give the file's path")
     try:
         is_file = Path(text).is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # the text is not a valid file name
         is_file = False
     if not is_file:
         raise ConfigurationError(f"{variable}={text!r}: there is no such file")
@@ -268,7 +272,7 @@ def _compression(variables: Variables, protocol: str) -> Compression:
 
 
 def _timeout_s(variables: Variables) -> float:
-    # By the specification 0 is no limit: then a connection that has fallen silent would never be noticed.
+    # The specification lets 0 mean "no limit"; it is not accepted here, since a dead connection would go unnoticed.
     timeout_s = variables.number(
         *_names("TIMEOUT"),
         default=_DEFAULT_TIMEOUT_S,

@@ -23,7 +23,7 @@ from esper_otel.native import Bell, threads
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 5.0  # what waits is to be gone soon after an outage, and a token that was put right used
+_LONGEST_PAUSE_S = 5.0  # short, so that the end of an outage or a corrected token is noticed soon
 _LONGEST_ASKED_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
 HEALTH_EVERY_S = 10.0
@@ -34,26 +34,27 @@ _T = TypeVar("_T")
 
 
 class StepExporter:
-    """One thread that follows the ring with a cursor of its own; the cursor moves when a frame is acknowledged.
+    """Sends frames from a thread that reads the ring through its own cursor.
 
-    A failure that may pass, and a refused credential, keep the data; what is refused for good is dropped and
-    counted by reason, as is what the ring had to drop meanwhile. With a spool, frames that earlier sessions have
-    left there go first. A forked child has no such thread.
+    The cursor moves past a frame when the endpoint has acknowledged or finally refused it. After a temporary failure
+    or refused credentials, the data is kept and sent again. Frames that are finally refused, or that the ring dropped
+    before they could be sent, are counted by reason. With a spool, frames that earlier sessions left there are sent
+    first. A forked child does not have this thread.
 
     Args:
         ring: the frames.
-        encoder: makes requests of them.
+        encoder: encodes frames as requests.
         sender: sends requests; closed with the exporter.
-        every_s: least time between two requests; 0 sends when ``wake`` is called.
+        every_s: shortest time between two requests; with 0 the exporter sends whenever ``wake`` is called.
         timeout_s: how long a request may take.
-        prepare: called before frames are looked for.
-        health: session metrics by (name, reason).
-        idle_ns: gives a time that no later frame can be before, by the time of the last frame sent; None while there
-            is none, since a step is open.
-        fault: told of a fault of ours, which it counts and logs.
+        prepare: called before each look for new frames.
+        health: returns the session's own metrics by (name, reason).
+        idle_ns: takes the time of the last frame sent and returns a time that no later frame can precede; None while a
+            step is open, since there is no such time then.
+        fault: called with each internal error; it counts and logs the error.
         warnings: where failures are reported.
-        spool: where frames are kept that must outlive the process.
-        leftovers: what earlier sessions have left; asked for once, in the exporter's thread.
+        spool: keeps frames on disk that must outlive the process.
+        leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
     """
 
     def __init__(
@@ -118,13 +119,16 @@ class StepExporter:
         return self._live.delivered
 
     def abandon(self) -> None:
-        """Never to be started: lets go of the connection and the spool."""
+        """Closes the connection and the spool of an exporter that will never be started."""
         self._sender.close()
         if self._spool is not None:
             self._spool.close("", is_delivered=True)
 
     def published(self) -> Callable[[Frame], None] | None:
-        """What is to be told of each frame, in the thread that publishes it, when it is in the ring."""
+        """Returns the callback to run for each published frame, or None.
+
+        The thread that publishes the frame runs it once the frame is in the ring.
+        """
         write = None if self._spool is None else self._spool.write
         if self._every_s:
             return write
@@ -141,7 +145,7 @@ class StepExporter:
         self._thread.start()
 
     def wake(self) -> None:
-        """Sends what is there without waiting for the next period."""
+        """Sends the waiting frames now instead of at the end of the period."""
         self._wake.set()
 
     def join(self, deadline_s: float) -> None:
@@ -149,9 +153,9 @@ class StepExporter:
         self._thread.join(max(deadline_s - time.monotonic(), 0.0))
 
     def close(self, deadline_s: float, outcome: str) -> None:
-        """Sends what is left and how the run ended, and stops, by ``deadline_s`` of ``time.monotonic``.
+        """Sends the remaining frames and the outcome of the run, then stops, by ``deadline_s`` of ``time.monotonic``.
 
-        What could not be sent stays in the spool; without one it is counted.
+        Frames that could not be sent stay in the spool; without a spool they are counted as dropped.
         """
         self.outcome = outcome
         self._deadline_s = deadline_s
@@ -159,7 +163,7 @@ class StepExporter:
         self._wake.set()
         try:
             self.join(deadline_s)
-        finally:  # a Ctrl-C ends the waiting, not what is said of the steps
+        finally:  # after a Ctrl-C the remaining steps are still spooled or counted
             self._end(outcome)
 
     def _end(self, outcome: str) -> None:
@@ -182,7 +186,7 @@ class StepExporter:
         pause_s: float | None = self._every_s or HEALTH_EVERY_S
         while self._deadline_s is None:
             self._guarded("packing steps", self._live.pack, self._closing.is_set)
-            # After a failure a new step is no reason to try again at once.
+            # After a failure, a new step does not trigger an early retry.
             (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
             pause_s = self._send_guarded()
@@ -194,14 +198,14 @@ class StepExporter:
             self._report(f"{type(error).__name__}: {error}", error=error)
 
     def _guarded(self, where: str, work: Callable[..., None], *arguments: Any) -> None:
-        """Does what is not worth holding up steps for, or sending them again: a fault of ours in it is only counted."""
+        """Runs secondary work. An internal error in it is only counted, so that it never delays or repeats steps."""
         try:
             work(*arguments)
         except Exception as error:  # noqa: BLE001 - see above
             self._fault(where, error)
 
     def _given(self, where: str, otherwise: _T, give: Callable[..., _T], *arguments: Any) -> _T:
-        """What is given, or something else after a fault of ours, which is only counted."""
+        """Returns the result of ``give``, or ``otherwise`` after an internal error, which is only counted."""
         try:
             return give(*arguments)
         except Exception as error:  # noqa: BLE001 - as in _guarded
@@ -209,7 +213,7 @@ class StepExporter:
             return otherwise
 
     def _send_guarded(self) -> float | None:
-        """Sends everything there is; returns how long to pause at most; None when all is sent at the end."""
+        """Sends all waiting frames. Returns the longest pause before the next call; None once closing is complete."""
         try:
             self._prepare()
             pause_s = self._send_waiting()
@@ -227,7 +231,7 @@ class StepExporter:
                 self._leftovers.append(leftover)
                 if leftover.deleted:
                     self.dropped["spool full"] += leftover.deleted
-        except Exception as error:  # noqa: BLE001 - this session's frames go out all the same
+        except Exception as error:  # noqa: BLE001 - this session's frames are still sent
             self._warnings.say("spool", "what earlier sessions left cannot be sent: %s", error, exc_info=error)
 
     def _send_waiting(self) -> float | None:
@@ -266,7 +270,7 @@ class StepExporter:
         return None
 
     def _deliver(self, source: FrameSource) -> float | None:
-        """Sends the source's frames; returns how long to pause before going on, None when none is left."""
+        """Sends the source's frames. Returns how long to pause before the next attempt; None when none is left."""
         while True:
             limit = self._at_once
             frames, gone = source.after(limit)
@@ -284,10 +288,13 @@ class StepExporter:
                     return pause_s
                 frames = frames[request.frames :]
             if is_all and not frames and source is self._live and self._every_s and self._deadline_s is None:
-                return None  # what has come meanwhile goes with the next period's
+                return None  # frames published in the meantime are sent in the next period
 
     def _requests(self, source: FrameSource, frames: list[Frame]) -> Iterator[Request]:
-        """The frames as requests. One that we cannot encode is looked for, dropped and counted: others wait behind."""
+        """Yields the frames as requests. After an encoding error, halves the batch until the failing frame is found.
+
+        That frame is dropped and counted, so that it does not block the frames after it.
+        """
         try:
             yield from source.encoder.requests(frames, self._along(source, frames))
         except Exception as error:  # noqa: BLE001 - see above
@@ -310,7 +317,7 @@ class StepExporter:
         return outcome
 
     def _settled(self, source: FrameSource, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
-        """Moves past what is settled; returns how long to pause before trying again, None to go on."""
+        """Handles the outcome of a request. Returns how long to pause before sending it again; None to continue."""
         if outcome.result is Result.TOO_LARGE and source.encoder.shrink(request.points // 2):
             return 0.0
         if self._is_to_be_repeated(outcome):
@@ -325,7 +332,7 @@ class StepExporter:
         source.delivered += request.frames
         if source is not self._live:
             self.recovered += request.frames
-        self._advance(source, request.frames)  # first: whatever goes wrong below, what was delivered is not sent again
+        self._advance(source, request.frames)  # first, so that an error below does not send delivered frames again
         source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
         source.run = frames[max(request.frames, 1) - 1].run
         self._guarded("noting an answer", self._note_answer, request, outcome)
@@ -335,16 +342,16 @@ class StepExporter:
         return None
 
     def _advance(self, source: FrameSource, count: int) -> None:
-        """Moves past frames that are settled, whether or not a disk takes a note of it."""
+        """Moves past settled frames, even if the disk cannot record that."""
         try:
             source.advance(count)
         except OSError as error:
             self._warnings.say(
-                "spool", "the spool cannot note what was sent (%s): after a kill it is sent again", error
+                "spool", "the spool cannot record what was sent (%s): after a kill it is sent again", error
             )
 
     def _note_answer(self, request: Request, outcome: Outcome) -> None:
-        refused = min(outcome.rejected_points, request.points)  # an endpoint may say anything
+        refused = min(outcome.rejected_points, request.points)  # the endpoint may report more points than were sent
         if refused:
             self.rejected_points += refused
             self._report(f"{refused} points were refused: {outcome.reason}", Result.REFUSED)
@@ -361,7 +368,7 @@ class StepExporter:
         return True
 
     def _send_beside(self, source: FrameSource) -> float | None:
-        """Sends what comes after the last frame; returns how long to pause before trying again."""
+        """Sends the requests after the last frame. Returns how long to pause before trying again, None when done."""
         while source.beside:
             outcome = self._sent(source.beside[0])
             if self._is_to_be_repeated(outcome):
@@ -372,7 +379,7 @@ class StepExporter:
         return None
 
     def _pause(self, outcome: Outcome | None = None) -> float:
-        """How long to wait after a failure: what the endpoint asks for, else twice as long each time."""
+        """Returns how long to wait after a failure: the time the endpoint asked for, or an exponential back-off."""
         self._failures += 1
         if outcome is not None and outcome.retry_after_s is not None:
             return min(outcome.retry_after_s, _LONGEST_ASKED_S)
@@ -384,10 +391,10 @@ class StepExporter:
         self.errors_unix_s["internal" if result is None else result.value] = time.time()
         self._warnings.say("export", "steps do not reach the endpoint: %s", reason, exc_info=error)
 
-    # -- what goes beside the frames ---------------------------------------------------------------------
+    # -- data sent in addition to the frames -------------------------------------------------------------
 
     def _along(self, source: FrameSource, frames: list[Frame]) -> BesideFrames:
-        """What goes along with frames of a source; a fault of ours in it does not hold them up."""
+        """Collects the data to send with the frames of a source. An internal error in it does not delay the frames."""
         is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
         return BesideFrames(
@@ -397,11 +404,12 @@ class StepExporter:
         )
 
     def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:
-        """The counts of now, once in a while, as they will be when a request with so many frames has been taken.
+        """Returns the session's own metrics if they are due, as they will be once the request's frames are accepted.
 
-        They go with the frames, in the millisecond of the newest. At the time of now they would be later than the frame
-        of a step that is open: that frame would then go back in time. Newer counts follow, so that none is worth
-        repeating; and a request that is sent again must not have other counts for the same time.
+        They are sent with the frames and get the millisecond of the newest frame. With the current time they would be
+        later than the frame of a step that is still open, and that frame would then arrive out of order. The counts are
+        not sent again when a request is repeated: newer counts follow, and a repeated request must not report
+        different counts for the same time.
         """
         if isinstance(source, LeftoverSource):
             return source.health(time_unix_ns) if is_end else None
@@ -411,7 +419,7 @@ class StepExporter:
         return self._health_at(time_unix_ns, frames) if is_due and time_unix_ns > self._health_unix_ns else None
 
     def _last_health(self, time_unix_ns: int, frames: int = 0) -> ScopeMetrics:
-        """The counts at the end: asked again for the same time, the same."""
+        """Returns the final counts. Further calls for the same time return the same counts."""
         if self._goodbye is None or self._goodbye[0] != time_unix_ns:
             self._goodbye = time_unix_ns, self._health_at(time_unix_ns, frames)
         return self._goodbye[1]
@@ -427,12 +435,12 @@ class StepExporter:
         return self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
 
     def _send_health(self) -> None:
-        """The counts in a request of their own, where they cannot go with frames.
+        """Sends the session's own metrics in a separate request, in the two cases where no frames can carry them.
 
-        That is after a request in which they were refused with the frames: else nobody would hear of it when the
-        endpoint refuses all frames. And while no step comes, as in a validation, once in a while: not soon after
-        frames, which such a small request may overtake on the way, and not while a step is open, whose frame would be
-        older.
+        The first case: the endpoint refused a request that contained them. If it refuses all frames, the counts are
+        the only sign of that. The second: no steps are recorded for a while, for example during validation. They are
+        then sent at intervals, but not soon after frames, which a small request may overtake on the way, and not while
+        a step is open, since its frame would be older than the counts.
         """
         run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
         if run is None or self._deadline_s is not None:
@@ -447,15 +455,15 @@ class StepExporter:
         self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)))
 
     def _say_goodbye(self) -> bool:
-        """The last counts, how the run ended, and the end of every series; whether all that was delivered.
+        """Sends the final counts, the outcome of the run, and the end of every series.
 
-        Only to an endpoint that took everything.
+        They are sent only if all frames have been delivered. Returns whether everything was delivered.
         """
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:
             return False
         if live.run is None or live.has_said_goodbye:
-            return True  # nothing was ever sent, or the last frames took it along
+            return True  # nothing was ever sent, or this went with the last frames
         time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns) + _MS
         health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)
@@ -467,5 +475,9 @@ class StepExporter:
 
 
 def _end_of_ms(time_unix_ns: int) -> int:
-    """Later than the frame of this time and before any other, and for a backend of milliseconds the same."""
+    """Returns the last nanosecond of the time's millisecond.
+
+    It is later than the frame of this time, earlier than the next frame, and the same time for a backend that counts
+    milliseconds.
+    """
     return time_unix_ns - time_unix_ns % _MS + _MS - 1

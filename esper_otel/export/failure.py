@@ -1,4 +1,4 @@
-"""Failure: what gRPC's and Python's words about a connection that fails mean, and which setting to look at."""
+"""Translates the error texts of gRPC and Python about a failed connection into a cause and the setting to check."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from esper_otel.export.endpoint import GRPC_NAMES, Endpoint
 from esper_otel.export.proxies import proxy_of
 
-# What gRPC (1.72 to 1.85) or Python say, in lower case, and what it means; the first that fits. Those that come with
-# the host's name stand first: it may hold any other word.
+# Patterns for the lower-case error texts of gRPC (1.72 to 1.85) and Python, and their meanings; the first match counts.
+# Texts that contain the host's name are matched first, since that name may contain the words of any other pattern.
 _HUNG_UP = "socket closed|connection reset|broken pipe|remotedisconnected|ssleoferror"
-_OF_A_PROXY = (  # when there is one on the way: a connection that fails is then one to the proxy
+_OF_A_PROXY = (  # used when a proxy is configured: the connection that failed is then the one to the proxy
     ("invalidproxyurl", "{variable} names no host: give http://host:port"),
     ("invalidschema", "the SOCKS proxy {proxy} needs pip install 'requests[socks]'"),
     ("^dns resolution failed|^errors resolving|gaierror", "the name of the proxy {proxy} cannot be resolved"),
@@ -46,7 +46,7 @@ _MEANINGS = (
 
 
 def meaning(words: str, endpoint: Endpoint) -> str | None:
-    """What the words mean for the user of this endpoint; None when they are not known."""
+    """Explains an error text to the user of this endpoint; None when no pattern matches."""
     proxy = proxy_of(endpoint)
     meanings = _MEANINGS if proxy is None or not proxy.is_used else _OF_A_PROXY + _MEANINGS
     found = ((re.search(pattern, words.lower()), text) for pattern, text in meanings)
@@ -69,12 +69,12 @@ def meaning(words: str, endpoint: Endpoint) -> str | None:
 
 
 def _is_name(endpoint: Endpoint) -> bool:
-    """Whether the address is a name of gRPC's own, which has no http:// or https:// before it."""
+    """Whether the address is a gRPC target name, which has no http:// or https:// prefix."""
     return endpoint.address.startswith(GRPC_NAMES)
 
 
 def _over_http(endpoint: Endpoint) -> str:
-    """How the endpoint can be reached over HTTP."""
+    """Tells the user how to reach the endpoint over HTTP."""
     if endpoint.address.startswith(("unix:", "unix-abstract:")):
         return "give the socket of a receiver for gRPC, since OTLP over HTTP takes no sockets"
     address = " and give http://host:port" if _is_name(endpoint) else ""

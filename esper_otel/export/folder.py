@@ -1,8 +1,8 @@
-"""Folder: one session's part of a spool directory. It touches only what this library has made there.
+"""Manages one session's folder in a spool directory. Only folders and files that this library created are touched.
 
-A folder is ours when it has the name that we give, belongs to this user, cannot be written to by others, and holds the
-marker file that we wrote. Its files are opened relative to a descriptor of the folder and never through a link, so
-nobody can put another folder or file in their place.
+A folder is accepted as ours if it has the name format that this library uses, belongs to this user, cannot be written
+to by others, and contains the marker file. Its files are opened relative to a descriptor of the folder and never
+through a link, so nobody can substitute another folder or file.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ SUFFIX = ".frames"
 OUTCOME = "outcome"
 MARKER = "esper-otel-spool"
 _ACKNOWLEDGED = "acknowledged"
-_LOCK = "lock"  # of folders that an earlier version has left; today the marker is locked
+_LOCK = "lock"  # in folders of an earlier version; now the marker file is locked instead
 _MARKER_TEXT = b"esper_otel spool 1\nSteps that an endpoint has not acknowledged. The next session here sends them.\n"
 _SEQUENCE = struct.Struct("<Q")
 _MOST_SEQUENCE = 2**63
-_PRIVATE = 0o700  # metrics may contain what nobody else on the machine should know
-_MOST_BYTES = 1 << 30  # of one file
+_PRIVATE = 0o700  # metrics may be confidential
+_MOST_BYTES = 1 << 30  # largest size of one file
 _MOST_OUTCOME_BYTES = 1_000
 _MOST_SHOWN = 3
 _MOST_NAME = 80
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
 _OUR_FILES = re.compile(rf"{_LOCK}|{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|\d{{8}}\{SUFFIX}")
-_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in place of a file must not stop us
+_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
-# sessions of one process. These are the folders of this process, by device and inode, each with its claim.
+# sessions within one process. This table holds the folders that sessions of this process own, by device and inode.
 _claims: dict[tuple[int, int], object] = {}
 
 
 class NotOurs(Exception):
-    """A folder that this library did not make, or that others may have changed; the message says why."""
+    """Raised for a folder that this library did not make, or that others may have changed; the message says why."""
 
 
 class Folder:
-    """One session's part of the spool directory, which one process at a time owns.
+    """One session's folder in the spool directory, owned by one process at a time.
 
-    Made by ``create`` and ``adopt``.
+    Use ``create`` or ``adopt`` to make an instance.
 
     Attributes:
-        path: the folder, for messages.
-        acknowledged: sequence of the last frame that nobody needs any more.
-        is_marked: whether it holds our marker. One without was written by an earlier version: its frames are sent,
-            and nothing in it is deleted.
+        path: the folder's path, for messages.
+        acknowledged: sequence of the last frame that is no longer needed.
+        is_marked: whether the folder contains the marker file. A folder without it was written by an earlier version:
+            its frames are sent, but nothing in it is deleted.
     """
 
     def __init__(self, path: Path, descriptor: int, lock: int, *, is_marked: bool) -> None:
@@ -76,10 +76,10 @@ class Folder:
 
     @classmethod
     def create(cls, directory: Path) -> Folder:
-        """Makes a folder. It gets its name when it is locked and marked, so no other session takes it before.
+        """Makes a folder. It gets its final name only once it is locked and marked, so no other session can adopt it.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the folder cannot be made.
         """
         name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"  # names sort by age
         parent = _opened(directory, follow=True)
@@ -95,11 +95,11 @@ class Folder:
 
     @classmethod
     def adopt(cls, directory: Path, name: str) -> Folder | None:
-        """Takes a folder over whose session has ended; None when the session is alive or another process was faster.
+        """Takes over a folder whose session has ended. Returns None if the session is alive or another process owns it.
 
         Raises:
             NotOurs: it is not a folder of this user's spool, or others may have changed it.
-            OSError: it cannot be read.
+            OSError: the folder cannot be read.
         """
         parent = _opened(directory, follow=True)
         try:
@@ -113,28 +113,28 @@ class Folder:
             os.close(parent)
 
     def acknowledge(self, sequence: int) -> None:
-        """Notes that nobody needs the frames up to this one any more."""
+        """Records that the frames up to this one are no longer needed."""
         if sequence > self.acknowledged:
             os.pwrite(self._state, _SEQUENCE.pack(sequence), 0)
             self.acknowledged = sequence
 
     def segments(self) -> list[str]:
-        """The names of its files of frames, oldest first."""
+        """Returns the names of the files that contain frames, oldest first."""
         return sorted(name for name in os.listdir(self._descriptor) if name.endswith(SUFFIX) and _is_ours(name))
 
     def append_to(self, name: str) -> int:
-        """A descriptor of a new file that is appended to.
+        """Creates a file and returns a descriptor for appending to it.
 
         Raises:
-            OSError: it cannot be made, or is there already.
+            OSError: the file cannot be created, or exists already.
         """
         return self._open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
 
     def read(self, name: str) -> bytes:
-        """A file's content.
+        """Returns a file's content.
 
         Raises:
-            OSError: it cannot be read, is not a plain file, or is larger than a file of ours can be.
+            OSError: the file cannot be read, is not a plain file, or is larger than any file that this library writes.
         """
         file = self._open(name, os.O_RDONLY)
         with os.fdopen(file, "rb") as opened:
@@ -144,7 +144,7 @@ class Folder:
             return opened.read(size)
 
     def size(self, name: str) -> int:
-        """A file's bytes; 0 when it is not there."""
+        """Returns a file's size in bytes; 0 when the file does not exist."""
         try:
             return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False).st_size
         except FileNotFoundError:
@@ -156,7 +156,7 @@ class Folder:
             os.unlink(name, dir_fd=self._descriptor)
 
     def note_outcome(self, outcome: str) -> None:
-        """Leaves how the run ended to the session that sends the frames."""
+        """Stores how the run ended, for the later session that sends the frames."""
         file = self._open(OUTCOME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             os.write(file, outcome.encode(errors="replace")[:_MOST_OUTCOME_BYTES])
@@ -165,29 +165,31 @@ class Folder:
 
     @property
     def outcome(self) -> str:
-        """How the run ended; empty when its session could not say so."""
+        """How the run ended; empty when its session did not store that."""
         with suppress(OSError):
             return self.read(OUTCOME)[:_MOST_OUTCOME_BYTES].decode(errors="replace")
         return ""
 
     def release(self) -> None:
-        """Lets go; what is there stays for the next session."""
+        """Gives up ownership of the folder; its files stay for the next session."""
         if _claims.pop(self._identity, None) is not None:
             for descriptor in (self._state, self._lock, self._descriptor):
                 os.close(descriptor)
 
     def remove(self) -> None:
-        """Deletes the folder and lets go: everything in it has been delivered.
+        """Deletes the folder, whose frames have all been delivered, and gives up ownership of it.
 
-        Of a folder without our marker nothing is deleted. A file in it that is not ours stays, and so does the folder.
+        In a folder without the marker file nothing is deleted. A file that this library did not write is kept, and so
+        is the folder then.
 
         Raises:
-            OSError: something of ours cannot be deleted, or something that is not ours is there.
+            OSError: a file of this library cannot be deleted, or the folder contains other files.
         """
         try:
             if not self.is_marked:
                 return
-            # Steps first: after a kill in between nothing is sent again. The marker last: the folder can be recognized.
+            # Steps are deleted first, so that after a kill in between they are not sent again. The marker is deleted
+            # last, so that the folder can still be recognized.
             names = filter(_is_ours, os.listdir(self._descriptor))
             for name in sorted(names, key=lambda name: (name == MARKER, not name.endswith(SUFFIX))):
                 os.unlink(name, dir_fd=self._descriptor)
@@ -201,7 +203,7 @@ class Folder:
             self.release()
 
     def _open(self, name: str, flags: int) -> int:
-        """Opens a file of the folder; only a plain file without other names is ours."""
+        """Opens a file of the folder; refuses anything but a plain file without further hard links."""
         file = os.open(name, flags & ~os.O_TRUNC | _FILE_FLAGS, 0o600, dir_fd=self._descriptor)
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
@@ -213,10 +215,10 @@ class Folder:
 
 
 def abandoned(directory: Path, warnings: Warnings) -> Iterator[Folder]:
-    """The folders whose sessions are over, oldest first; each is ours from now on.
+    """Takes over the folders whose sessions have ended and yields them, oldest first.
 
-    Whatever has another name than a session's folder is the user's and is not looked at. A folder that has such a name
-    but cannot be trusted is left alone and named in a warning.
+    Anything whose name is not that of a session's folder belongs to the user and is ignored. A folder with such a name
+    that cannot be trusted is left alone and named in a warning.
     """
     refused: list[str] = []
     for name in sorted(filter(_NAME.fullmatch, os.listdir(directory))):
@@ -239,7 +241,7 @@ def abandoned(directory: Path, warnings: Warnings) -> Iterator[Folder]:
 
 
 def _opened(path: Path | str, parent: int | None = None, *, follow: bool = False) -> int:
-    """A descriptor of a folder; a link is followed only where the user named it."""
+    """Returns a descriptor of a folder; links are followed only in a path that the user gave."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     return os.open(path, flags, dir_fd=parent)
 
@@ -272,11 +274,13 @@ def _is_ours(name: str) -> bool:
 
 
 def _locked(descriptor: int, name: str, flags: int) -> int:
-    """A locked file of a folder. Not by flock: a forked worker would share that lock and outlive its parent with it.
+    """Opens and locks a file of a folder.
+
+    It does not use flock, since a forked worker would share that lock and could keep it after its parent has ended.
 
     Raises:
-        BlockingIOError: another process has locked it.
-        FileNotFoundError: it is not there, or was deleted by the process that had locked it.
+        BlockingIOError: another process has locked the file.
+        FileNotFoundError: the file does not exist, or the process that had locked it deleted it.
     """
     lock = os.open(name, os.O_RDWR | flags | _FILE_FLAGS, 0o600, dir_fd=descriptor)
     try:
@@ -293,10 +297,10 @@ def _locked(descriptor: int, name: str, flags: int) -> int:
 
 
 def _is_marked(descriptor: int) -> bool:
-    """Whether a folder that can be trusted holds our marker.
+    """Checks that a folder can be trusted, and returns whether it contains the marker file.
 
     Raises:
-        NotOurs: others may have made or changed it, or without a marker it holds what we do not write.
+        NotOurs: others may have made or changed it, or it has no marker and contains files that are not from a spool.
     """
     found = os.fstat(descriptor)
     if found.st_uid != os.geteuid():
@@ -306,7 +310,7 @@ def _is_marked(descriptor: int) -> bool:
     names = os.listdir(descriptor)
     is_marked = MARKER in names
     if not names:
-        raise FileNotFoundError("it is empty: another process is removing it, or has died over that")
+        raise FileNotFoundError("it is empty: another process is removing it, or died while removing it")
     if not is_marked and not any(name.endswith(SUFFIX) for name in names):
         raise NotOurs(f"it has no file {MARKER} and no steps")
     for name in names:

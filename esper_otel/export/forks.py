@@ -1,8 +1,8 @@
-"""Forks: while the process forks, no thread of ours is inside gRPC.
+"""Keeps this library's threads out of gRPC while the process forks.
 
-gRPC makes its own threads and connections ready for a fork, unless some thread is inside it at that moment: then it
-writes a line to standard error and leaves the child with locks that nobody will release, in which the next use of
-gRPC crashes or hangs.
+gRPC prepares its own threads and connections for a fork, unless some thread is inside gRPC at that moment. In that case
+it writes a line to standard error and leaves the child with locks that are never released, so that the child's next use
+of gRPC crashes or hangs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import TracebackType
 from esper_otel.errors import ConfigurationError
 from esper_otel.native import threads
 
-_PATIENCE_S = 0.1  # a request to an endpoint nearby has been answered by then
+_PATIENCE_S = 0.1  # enough for a request to a nearby endpoint
 _CUTS_AT_ANY_TIME = 3
 _CUT_S = 1.0  # a request that has been cut returns within milliseconds
 _SWITCH = "GRPC_ENABLE_FORK_SUPPORT"
@@ -25,13 +25,13 @@ _OFF = {"0", "f", "false", "n", "no"}
 
 
 class ForkGate:
-    """Entered by the thread that uses gRPC; shut while another thread forks.
+    """A gate that the thread using gRPC enters, and that is shut while another thread forks.
 
-    A request that takes long is cut for a fork and must then be repeated. One that has been cut several times and has
-    used half of its time is left alone: steps must arrive at some time even in a process that never stops forking.
+    A slow request is aborted for a fork and must then be repeated. A request that has been aborted several times and
+    has used half of its time is not aborted again, so that steps arrive even in a process that forks all the time.
 
     Args:
-        cut: makes the thread inside leave at once; called by the thread that is about to fork.
+        cut: aborts the request of the thread inside; called by the thread that is about to fork.
 
     Raises:
         ConfigurationError: this is a forked child in which gRPC cannot work.
@@ -53,7 +53,7 @@ class ForkGate:
         _gates.add(self)
 
     def begin(self, timeout_s: float) -> None:
-        """Another request begins, which may take ``timeout_s``, repetitions included."""
+        """Announces a request that may take ``timeout_s``, including repetitions."""
         now_s = time.monotonic()
         self._patient_until_s, self._half_s, self._cuts = now_s + _PATIENCE_S, now_s + timeout_s / 2.0, 0
 
@@ -70,7 +70,7 @@ class ForkGate:
             self._changed.notify_all()
 
     def shut(self) -> None:
-        """Lets nobody in and waits until nobody is inside, but not for long."""
+        """Closes the gate and waits briefly until no thread is inside; aborts a request that takes longer."""
         with self._changed:
             self._is_shut = True
             if self._left(self._patient_until_s - time.monotonic()):
@@ -83,7 +83,7 @@ class ForkGate:
             self._left(_CUT_S)
 
     def is_empty(self) -> bool:
-        """Whether nobody is inside."""
+        """Whether no thread is inside."""
         return not self._is_inside
 
     def open(self) -> None:
@@ -99,7 +99,7 @@ class ForkGate:
 _gates: weakref.WeakSet[ForkGate] = weakref.WeakSet()
 _broken: list[str] = []  # in a forked child: why gRPC cannot be used
 _unprepared: list[str] = []  # why no child will be able to use gRPC
-_forking = threads().RLock()  # two threads that fork at once would let in what the other has shut out
+_forking = threads().RLock()  # if two threads fork at once, the first to finish must not open the gates for both
 
 
 def _before_fork() -> None:
@@ -117,7 +117,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     if _unprepared or not all(gate.is_empty() for gate in _gates):
         _broken[:] = _unprepared or ["its parent was inside gRPC when it forked"]
-    _gates.clear()  # they belong to the parent's senders, which nobody uses here
+    _gates.clear()  # they belong to the parent's senders, which are not used in the child
     _forking.release()
 
 

@@ -1,8 +1,8 @@
-"""Gauge points in bulk: serialized ``NumberDataPoint`` records, patched with numpy.
+"""Serializes Gauge points in bulk, by filling times and values into copies of one ``NumberDataPoint`` with NumPy.
 
-All points of one stream have equal bytes but for time and value. So a batch of points is an array of records: the
-record's bytes, asked of protobuf once, copied as often as needed, and two columns filled in. That takes some 40 ns a
-point; protobuf's setters take 4 µs.
+All points of one stream have the same bytes except for time and value. A batch of points is therefore an array of
+records: protobuf serializes one record, its bytes are copied for each point, and two columns are filled in. This takes
+about 40 ns per point; protobuf's setters take 4 µs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from esper_otel.frames.frame import Cells
 _Bytes = npt.NDArray[np.uint8]
 Times = npt.NDArray[np.uint64]
 
-# Where a record has these bytes, time and value stand: no text in UTF-8 contains them.
+# Placeholders that locate time and value in a record. UTF-8 text never contains these bytes.
 _TIME_MARK = b"\xff" * 8
 _VALUE_MARK = b"\xfe" * 8
 
 
 def _record(*attributes: KeyValue) -> bytes:
-    """A serialized point of a Gauge, with marks for time and value."""
+    """Serializes a Gauge's point with placeholders for time and value."""
     point = NumberDataPoint(
         attributes=attributes,
         time_unix_nano=int.from_bytes(_TIME_MARK, "little"),
@@ -52,7 +52,7 @@ PLAIN_BYTES = len(_PLAIN)
 
 
 def step_points(times: Times, values: npt.NDArray[np.float64]) -> list[bytes]:
-    """The points of step metrics: a Gauge's serialized ``data_points`` for each metric, in the frames' order.
+    """Returns the points of step metrics: serialized ``data_points`` of a Gauge for each metric, in the frames' order.
 
     Args:
         times: Unix nanoseconds, shape (frames,).
@@ -69,15 +69,16 @@ def step_points(times: Times, values: npt.NDArray[np.float64]) -> list[bytes]:
 def seed_points(
     times: Times, ids: tuple[str, ...], cells: Cells, present: npt.NDArray[np.bool_]
 ) -> dict[int, list[bytes]]:
-    """The points of seed metrics: a Gauge's serialized ``data_points`` in pieces, by column; none of an empty column.
+    """Returns the points of seed metrics: by column, serialized ``data_points`` of a Gauge in several pieces.
 
-    Points of one stream are in the frames' order; streams whose records have equal length alternate.
+    Columns without values are left out. The points of one stream are in the frames' order; streams whose records have
+    the same length are interleaved.
 
     Args:
         times: Unix nanoseconds, shape (frames,).
-        ids: the seeds.
+        ids: ids of the seeds.
         cells: shape (frames, seeds, columns).
-        present: which of them are there, same shape.
+        present: mask of the cells that have a value, same shape as ``cells``.
     """
     columns = np.flatnonzero(present.any(axis=(0, 1)))
     if not columns.size:
@@ -102,7 +103,7 @@ def seed_points(
 def _by_column(
     table: npt.NDArray[np.generic], rows: list[int], columns: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.generic]:
-    """Some rows and columns of each frame's table, shape (columns, frames, rows); a view if it can be one."""
+    """Returns rows and columns of each frame's table, shape (columns, frames, rows); a view if possible."""
     if len(rows) < table.shape[1]:
         table = table[:, rows]
     by_column = table.transpose(2, 0, 1)
@@ -113,12 +114,12 @@ def _by_column(
 
 @lru_cache(maxsize=8)
 def largest_seed_point(ids: tuple[str, ...]) -> int:
-    """The most bytes that a point of one of these seeds takes."""
+    """Returns the size in bytes of the largest point among these seeds."""
     return max((len(_seed_record(len(seed_id.encode()))) for seed_id in ids), default=0)
 
 
 class _Alike(NamedTuple):
-    """Seeds whose points have equally many bytes: their rows, one record each, and where time and value stand."""
+    """Seeds whose points have the same length: their rows, a record for each, and the layout of time and value."""
 
     rows: list[int]
     records: _Bytes
@@ -142,7 +143,7 @@ def _alike(ids: tuple[str, ...]) -> tuple[_Alike, ...]:
 
 @lru_cache(maxsize=256)
 def _seed_record(length: int) -> bytes:
-    """The record of a seed whose id has so many bytes; the id stands at its end."""
+    """Returns the record of a seed whose id has ``length`` bytes; the record ends with the id."""
     text = "x" * length
     record = _record(KeyValue(key="seed_id", value=AnyValue(string_value=text)))
     if not record.endswith(text.encode()):

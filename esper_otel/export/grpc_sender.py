@@ -1,4 +1,4 @@
-"""GrpcSender: OTLP over gRPC."""
+"""Sends OTLP over gRPC."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from esper_otel.native import threads
 _METHOD = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 
 _CONNECTING = re.compile("failed to connect to all|errors resolving|dns resolution failed|socket closed")
-# gRPC's own words; INTERNAL or UNKNOWN from an endpoint would mean that it does not want the data.
+# Texts of gRPC itself. INTERNAL or UNKNOWN with another text is from the endpoint and means that it refuses the data.
 _BROKEN_OFF = re.compile("stream removed|received rst_stream")
 _TEMPORARY = frozenset({"CANCELLED", "RESOURCE_EXHAUSTED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"})
-# As servers in C++, Python and Go, in Java, .NET and Rust say it, and a proxy.
+# Texts of servers in C++, Python, Go, Java, .NET and Rust, and of a proxy.
 _TOO_LARGE = re.compile("larger than max|exceeds maximum size|maximum configured|length too large|with status: 413")
 _LONG_ANSWER = re.compile(rf"larger than max \(\d+ vs\. {MAX_ANSWER_BYTES}\)")  # our own limit, not the endpoint's
 
@@ -36,10 +36,9 @@ _LONG_ANSWER = re.compile(rf"larger than max \(\d+ vs\. {MAX_ANSWER_BYTES}\)")  
 class GrpcSender:
     """OTLP over gRPC: see ``Sender``.
 
-    A request that could not connect, or got no answer, leaves a new channel for the next one. In the old one gRPC
-    would wait a quarter of an hour for a connection that has fallen silent, look up a name that has another address
-    by now every half minute, pause for up to 2 minutes before it connects again, and know no certificate that was
-    renewed since the start.
+    After a request that could not connect or got no answer, the next request uses a new channel. In the old channel
+    gRPC would wait a quarter of an hour for a dead connection, repeat a name lookup only every half minute, pause for
+    up to 2 minutes before it reconnects, and not read certificates that were renewed since the start.
 
     Raises:
         ConfigurationError: the credential provider cannot be used.
@@ -71,7 +70,7 @@ class GrpcSender:
                 return outcome
 
     def _cut(self) -> None:
-        """Ends the request under way, because the process is about to fork; ``send`` then repeats it."""
+        """Aborts the current request because the process is about to fork; ``send`` then repeats it."""
         self._is_cut = True
         self._channel.close()
 
@@ -96,7 +95,7 @@ class GrpcSender:
         options = [
             ("grpc.primary_user_agent", USER_AGENT),
             ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
-            ("grpc.use_local_subchannel_pool", 1),  # else a new channel takes the connection of another session's
+            ("grpc.use_local_subchannel_pool", 1),  # otherwise a new channel shares the connection of another session
         ]
         compression = grpc.Compression.Gzip if endpoint.compression == "gzip" else grpc.Compression.NoCompression
         if self._credentials is None:
@@ -114,17 +113,18 @@ class GrpcSender:
         stale.close()
 
     def _failed(self, error: grpc.RpcError, timeout_s: float) -> Outcome:
-        """Retryable or not, by the OTLP specification 1.9, https://opentelemetry.io/docs/specs/otlp/#otlpgrpc-response.
+        """Decides whether to retry, see https://opentelemetry.io/docs/specs/otlp/#otlpgrpc-response (OTLP 1.9).
 
-        Unlike there, data is kept when credentials are refused or the service is not there, since somebody may put
-        that right, and when the endpoint is exhausted without a hint: nobody sends the data again.
+        Unlike the specification, data is kept when credentials are refused or the service is missing, since an
+        operator may correct that. It is also kept when the endpoint is exhausted and gives no retry hint, since
+        dropped data would be lost.
         """
         code, target = error.code(), self._endpoint.target
         words = self._headers.said(error.details() or "")
         result, reason = Result.REFUSED, f"{target} answered {code.name}: {words}"
         if code is StatusCode.DEADLINE_EXCEEDED:
             result = Result.TEMPORARY
-            if words.startswith("Deadline Exceeded"):  # gRPC's own words
+            if words.startswith("Deadline Exceeded"):  # the text of gRPC itself, not of the endpoint
                 self._open_again()
                 reason = f"no answer from {target}{way_of(self._endpoint)} within {timeout_s:g} s"
         elif code in {StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED}:
@@ -140,14 +140,14 @@ class GrpcSender:
             result, reason = Result.TEMPORARY, f"{target} takes no OTLP metrics over gRPC: {words}"
         elif code.name in _TEMPORARY:
             result = Result.TEMPORARY
-            if _CONNECTING.match(words.lower()):  # a server's own words are about something else
+            if _CONNECTING.match(words.lower()):  # the text of gRPC itself: there is no connection
                 self._open_again()
                 reason = meaning(words, self._endpoint) or reason
         return Outcome(result, reason, _retry_delay_s(error) if result is Result.TEMPORARY else None)
 
 
 def _credentials(endpoint: Endpoint) -> grpc.ChannelCredentials:
-    """Those of the provider, or made of the files; OSError when one cannot be read, or is empty."""
+    """Returns credentials from the provider or from the files; raises OSError for an unreadable or empty file."""
     if endpoint.credential_provider:
         return provided(endpoint.credential_provider, grpc.ChannelCredentials, "grpc.ChannelCredentials")
     files = (endpoint.certificate, endpoint.client_key, endpoint.client_certificate)

@@ -1,4 +1,4 @@
-"""HttpSender: OTLP over HTTP with protobuf bodies."""
+"""Sends OTLP over HTTP with protobuf bodies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class _HttpRequest(NamedTuple):
 class HttpSender:
     """OTLP over HTTP: see ``Sender``.
 
-    A thread of our own sends: ``requests`` limits each read, not the whole, and nothing ends the look-up of a name.
+    A separate thread sends the requests, so that ``send`` can return in time: the time-out of ``requests`` limits each
+    read and not the whole request, and a name lookup cannot be aborted.
 
     Raises:
         ConfigurationError: the credential provider or the process's sockets cannot be used.
@@ -56,7 +57,7 @@ class HttpSender:
     def __init__(self, endpoint: Endpoint, headers: Headers) -> None:
         if has_greenlet_sockets():
             raise ConfigurationError(
-                "eventlet has put its own sockets in the place of Python's, and OTLP over HTTP does not work with "
+                "eventlet has replaced Python's sockets with its own, and OTLP over HTTP does not work with "
                 "them: set OTEL_EXPORTER_OTLP_PROTOCOL=grpc"
             )
         self._endpoint = endpoint
@@ -69,7 +70,7 @@ class HttpSender:
         self._outcome: Outcome | None = None
         self._is_busy = False
         self._is_closed = False
-        # Started here and not with the first request: that may be at exit, when Python starts no more threads.
+        # Started here, since the first request may be sent at exit, when Python no longer starts threads.
         threads().Thread(target=self._work, name="esper-otel-http", daemon=True).start()
 
     def send(self, body: bytes, timeout_s: float) -> Outcome:
@@ -103,7 +104,7 @@ class HttpSender:
         self._cut()
 
     def _cut(self) -> None:
-        """Ends the connection under the thread that waits for it."""
+        """Shuts down the connection, so that the sending thread stops waiting for it."""
         for connection in self._connection:
             if isinstance(getattr(connection, "sock", None), socket.socket):
                 with contextlib.suppress(OSError):
@@ -137,9 +138,10 @@ class HttpSender:
         return self._answered(response, answer)
 
     def _answered(self, response: requests.Response, answer: bytes) -> Outcome:
-        """Retryable or not, by the OTLP specification 1.9, https://opentelemetry.io/docs/specs/otlp/#otlphttp-response.
+        """Decides whether to retry, see https://opentelemetry.io/docs/specs/otlp/#otlphttp-response (OTLP 1.9).
 
-        Unlike there, data is kept when credentials are refused or metrics are not taken at this path, as over gRPC.
+        Unlike the specification, data is kept when credentials are refused or the path does not accept metrics. This
+        is the same as over gRPC.
         """
         status, target = response.status_code, self._endpoint.target
         is_page = response.headers.get("Content-Type", "").startswith("text/html")
@@ -150,7 +152,7 @@ class HttpSender:
             return Outcome(Result.TEMPORARY, f"{target} speaks TLS: give https://")
         usual = (Result.REFUSED, "") if status >= 400 else (Result.TEMPORARY, _OTHER_PATH)  # redirects, and web pages
         result, hint = _STATUS.get(status, usual)
-        # A proxy may have answered in its place: over plain text nobody can tell.
+        # Over plain text a proxy may have answered instead of the endpoint, so the message names the proxy.
         proxy, way = proxy_of(self._endpoint), way_of(self._endpoint) if status >= 400 else ""
         reason = " ".join(
             filter(None, (f"{target}{way}", "answered", str(status), self._headers.said(response.reason or "")))
@@ -167,7 +169,7 @@ class HttpSender:
 
 
 def _session(endpoint: Endpoint, connection: list[Any]) -> requests.Session:
-    """The provider's session, or one that keeps the newest of its connections in the list."""
+    """Returns the provider's session, or a session that stores its newest connection in the list."""
     if endpoint.credential_provider:
         return provided(endpoint.credential_provider, requests.Session, "a requests.Session")
 
@@ -188,7 +190,7 @@ def _session(endpoint: Endpoint, connection: list[Any]) -> requests.Session:
 
 
 def _settings(endpoint: Endpoint) -> dict[str, Any]:
-    """What ``requests`` is given with each request; as the session's own it would lose against REQUESTS_CA_BUNDLE."""
+    """Returns the arguments for each request; REQUESTS_CA_BUNDLE would override them as attributes of the session."""
     headers = {"User-Agent": USER_AGENT, "Content-Type": "application/x-protobuf"}
     if endpoint.compression != "none":
         headers["Content-Encoding"] = endpoint.compression
@@ -201,13 +203,13 @@ def _settings(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _with_authorization(text: str, request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """The last word: ``requests`` would put what ~/.netrc or the URL has in place of the header."""
+    """Sets the header last, since ``requests`` would replace it with credentials from ~/.netrc or the URL."""
     request.headers["authorization"] = text
     return request
 
 
 def _of_exception(error: Exception, endpoint: Endpoint) -> str:
-    """In words; what ``requests`` and urllib3 add is left out, since it holds the host's name, or a header."""
+    """Describes an error, without the texts of ``requests`` and urllib3, which contain the host's name or a header."""
     said, each = "", cast("BaseException | None", error)
     while each is not None:
         if isinstance(each, OSError | HTTPException):
@@ -218,7 +220,7 @@ def _of_exception(error: Exception, endpoint: Endpoint) -> str:
 
 
 def _message(answer: bytes) -> str:
-    """The message of a google.rpc.Status, or the text that there is instead of one."""
+    """Returns the message of a google.rpc.Status, or the body as text if it is not one."""
     try:
         return str(Status.FromString(answer).message)
     except DecodeError:
@@ -226,7 +228,7 @@ def _message(answer: bytes) -> str:
 
 
 def _retry_after_s(text: str) -> float | None:
-    """Seconds, or a date (RFC 9110, 10.2.3)."""
+    """Parses a Retry-After header: seconds or a date (RFC 9110, 10.2.3)."""
     with contextlib.suppress(ValueError):
         return hint_s(float(text))
     with contextlib.suppress(ValueError, OverflowError):

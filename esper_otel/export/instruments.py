@@ -1,4 +1,4 @@
-"""Instruments: every metric of the catalogue at a MeterProvider, showing the newest whole step."""
+"""Registers every metric of the catalogue with a MeterProvider; the instruments report the newest complete step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIE
 _FIELD_OF = {metric.name: field for metric, field in zip(SEED_CELLS, SEED_FIELDS, strict=True)}
 _UNSHOWN = ("esper.seeds.unshown", "")
 
-# Parts of the seeds' instruments that stand ready: none can be added while they are read.
+# Spare parts of the seeds' instruments to keep registered, since none can be added during a collect.
 _PARTS_AHEAD = 5
 _NEARLY_FULL = 0.8
 _FIX = (
     "give the provider View(instrument_name='kasmina.seed.*', aggregation_cardinality_limit=N) and the same for "
-    "'esper.seed.*', N above the number of seed ids that will come; what is sent over OTLP always has all seeds"
+    "'esper.seed.*', with N above the number of seed ids to expect; the steps sent over OTLP always have all seeds"
 )
 _NOT_INSTRUMENTS = frozenset({FRAME_SEQUENCE.name, FRAME_POINTS.name, SEED_RETIRED.name})
 
@@ -40,17 +40,17 @@ class InstrumentedSession(Protocol):
 
     @property
     def attributes(self) -> Attributes:
-        """Attributes of every point: who the session is, where the provider's resource does not say."""
+        """Attributes of every point; they identify the session where the provider's Resource does not."""
 
     def newest_frame(self) -> Frame | None:
-        """The newest frame; None before the first, when it is stale, and in a forked child."""
+        """Returns the newest frame; None before the first frame, when the newest is stale, and in a forked child."""
 
     def counts(self) -> Mapping[tuple[str, str], float]:
-        """Session metrics by name and, of a metric that is split, the part; else the part is empty."""
+        """Returns the session's own metrics by name and part; the part is empty for a metric that is not split."""
 
 
 class _Reading(NamedTuple):
-    """One session as one collect sees it; its seeds by the part of the instruments that shows them."""
+    """The values of one session in one collect; its seeds are grouped by the part that reports them."""
 
     values: Mapping[str, float]
     seeds: Mapping[int, list[tuple[Attributes, Mapping[str, float]]]]
@@ -59,19 +59,19 @@ class _Reading(NamedTuple):
 
 
 class _Pin(threading.local):
-    """What the collect that runs on this thread sees, and which instruments have seen it."""
+    """The values of the collect that runs on this thread, and a bit mask of the instruments that have read them."""
 
     def __init__(self) -> None:
         self.readings: tuple[_Reading, ...] = ()
-        self.served: int = -1  # every bit set: the next callback begins a new collect
+        self.served: int = -1  # all bits set, so that the next callback starts a new collect
 
 
 class Instruments:
     """The catalogue's instruments at one provider, shared by all sessions that use it.
 
-    An SDK registers an observable once and for ever, so the callbacks outlive sessions and read whichever are
-    attached. All callbacks of one collect run on one thread, each once; the first to be asked a second time
-    knows that a new collect has begun. What it reads then is pinned for the others: they all see one step.
+    An SDK cannot unregister an observable, so the callbacks outlive sessions and read those that are attached. All
+    callbacks of one collect run on one thread, each once. When a callback runs for the second time, a new collect has
+    begun; the values read then are kept for the other callbacks, so that all instruments report the same step.
     """
 
     def __init__(self, provider: MeterProvider) -> None:
@@ -89,7 +89,7 @@ class Instruments:
         self._warnings = Warnings()
 
     def attach(self, source: InstrumentedSession, metrics: Iterable[Metric]) -> None:
-        """Registers the metrics that are new here and shows the session in every collect from now on.
+        """Registers the metrics that are not registered yet and reports the session in every later collect.
 
         Raises:
             InvalidCatalogue: another session declared one of the names differently.
@@ -107,13 +107,13 @@ class Instruments:
             self._declared.update({metric.name: metric for metric in new})  # a collect may ask a new callback at once
             made = {metric.name: self._register(metric, self._meter) for metric in new}
             of_seeds = [instrument for name, instrument in made.items() if self._declared[name].level == "seed"]
-            if of_seeds:  # they are all of the catalogue, and come with the first session
+            if of_seeds:  # all seed metrics are from the catalogue and are registered by the first session
                 self._room = SeedParts(limit_of(self._provider(), of_seeds))
                 self._add_parts(_PARTS_AHEAD)
             self._sources = (*self._sources, source)
 
     def detach(self, source: InstrumentedSession) -> None:
-        """Shows the session no more."""
+        """Stops reporting the session."""
         with self._lock:
             self._sources = tuple(other for other in self._sources if other is not source)
 
@@ -132,7 +132,7 @@ class Instruments:
         return create(metric.name, [callback], metric.unit, metric.description)
 
     def _add_parts(self, wanted: int) -> None:
-        """Registers the instruments of seeds once more, in scopes of their own, as far as there is need and room."""
+        """Registers further sets of seed instruments, each in its own scope, up to the wanted number and the limit."""
         provider = self._provider()
         while provider is not None and self._parts < min(wanted, self._room.parts):
             meter = provider.get_meter(f"esper_otel.seeds.{self._parts + 1}", __version__)
@@ -170,7 +170,7 @@ class Instruments:
         return _Reading(values, seeds, {**counts, _UNSHOWN: unshown}, attributes)
 
     def _look_ahead(self) -> None:
-        """Sees to it that there are instruments for the seeds of the next collect, and says when there will be none."""
+        """Adds instruments for the seeds of the next collects; warns when the limit is near or reached."""
         room = self._room
         used = room.used / room.size
         unshown = sum(reading.counts.get(_UNSHOWN, 0) for reading in self._pin.readings)
@@ -183,14 +183,14 @@ class Instruments:
             self._warnings.say("room", text, room.used, room.size, _FIX)
         wanted = min(int(used * room.parts) + _PARTS_AHEAD, room.parts)
         if wanted > self._parts and (self._growing is None or not self._growing.is_alive()):
-            # Not here: the SDK holds the lock that registering takes.
+            # In another thread, since the SDK holds the lock that registering needs.
             self._growing = threading.Thread(
                 target=self._grow, args=(wanted,), name="esper-otel-instruments", daemon=True
             )
-            with suppress(RuntimeError):  # the interpreter is about to end
+            with suppress(RuntimeError):  # the interpreter is shutting down
                 self._growing.start()
 
-    # The SDK drops NaN and infinities with a log line each, so they are left out here.
+    # The SDK drops NaN and infinities and logs a line for each, so they are left out here.
 
     @staticmethod
     def _of_step(name: str, readings: tuple[_Reading, ...]) -> list[Observation]:
@@ -225,7 +225,7 @@ _of_provider_lock = threading.Lock()
 
 
 def instruments_of(provider: MeterProvider) -> Instruments:
-    """The one set of instruments at this provider."""
+    """Returns the set of instruments at this provider; creates it on the first call."""
     with _of_provider_lock:
         instruments = _of_provider.get(provider)
         if instruments is None:

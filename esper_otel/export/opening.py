@@ -1,4 +1,4 @@
-"""Opening: one session's step exporter, with its encoder, its sender and its spool."""
+"""Creates a session's step exporter with its encoder, sender and spool."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_exporter(
     fault: Callable[[str, Exception], None],
     warnings: Warnings,
 ) -> StepExporter:
-    """The exporter, not started yet. See ``StepExporter`` for the arguments.
+    """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
 
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.

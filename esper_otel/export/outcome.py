@@ -1,4 +1,4 @@
-"""Outcome: what became of a request, in a fixed word for the program and in plain ones for the user."""
+"""The outcome of a request: a fixed result for the program, and a reason in plain words for the user."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _MOST_CHARACTERS = 300
 
 
 class Result(Enum):
-    """What became of a request; the value is a word to count it by."""
+    """The result of a request. The value is the word under which it is counted."""
 
     DELIVERED = "delivered"
     TEMPORARY = "failed for now"  # keep the data and try again
-    UNAUTHENTICATED = "credentials refused"  # keep the data: somebody has to put the credentials right
+    UNAUTHENTICATED = "credentials refused"  # keep the data until the credentials are corrected
     TOO_LARGE = "too large"
-    REFUSED = "refused"  # for good
+    REFUSED = "refused"  # permanently
 
 
 class Outcome(NamedTuple):
-    """What became of a request, and why.
+    """The result of a request and the reason for it.
 
     Attributes:
-        result: what to do with the data.
-        reason: why, in words; empty when all was taken. An endpoint that has taken all may have a remark.
-        retry_after_s: when the endpoint wants to hear of it again; None when it does not say.
-        rejected_points: points that were not taken of a request that was.
+        result: the result, which decides what happens to the data.
+        reason: the reason in words. Empty after full success, unless the endpoint added a remark.
+        retry_after_s: how long the endpoint asks to wait before a retry; None when it does not ask.
+        rejected_points: points that the endpoint rejected from a request that it otherwise accepted.
     """
 
     result: Result
@@ -43,20 +43,20 @@ CLOSED = Outcome(Result.TEMPORARY, "the session was closed before the endpoint a
 
 
 def delivered(body: bytes, said: Callable[[str], str]) -> Outcome:
-    """The outcome that the body of a successful answer tells; ``said`` makes the endpoint's words fit to be shown."""
+    """Returns the outcome in the body of a successful answer; ``said`` cleans the endpoint's text for display."""
     try:
         partial = ExportMetricsServiceResponse.FromString(body).partial_success
-    except DecodeError:  # it was taken all the same
+    except DecodeError:  # the status was a success, so the request was accepted
         return Outcome(Result.DELIVERED)
-    # A number below zero would take back what was counted before.
+    # A negative number would lower the counter of rejected points.
     return Outcome(Result.DELIVERED, said(partial.error_message), rejected_points=max(partial.rejected_data_points, 0))
 
 
 def one_line(text: str) -> str:
-    """One line of what somebody else says."""
+    """Shortens a foreign text to one printable line."""
     return "".join(each for each in " ".join(text.split())[:_MOST_CHARACTERS] if each.isprintable())
 
 
 def hint_s(delay_s: float) -> float | None:
-    """No hint in a delay that is none: the caller's own pause is then the longer one."""
+    """Ignores a zero, negative or infinite retry hint; the caller then backs off."""
     return delay_s if 0.0 < delay_s < float("inf") else None

@@ -1,4 +1,4 @@
-"""Provider: the session's own MeterProvider, with the readers that ``OTEL_METRICS_EXPORTER`` names."""
+"""The session's own MeterProvider, with the readers that ``OTEL_METRICS_EXPORTER`` names."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
 _GROUP = "opentelemetry_metrics_exporter"
-# What an instrument of a seed's metric is called.
+# Name patterns of the instruments of seed metrics.
 _OF_SEEDS = ("kasmina.seed.*", "esper.seed.*")
 _PROTOCOLS = {"otlp": None, "otlp_proto_grpc": "grpc", "otlp_proto_http": "http/protobuf"}
 
 
 class Exporters(NamedTuple):
-    """What ``OTEL_METRICS_EXPORTER`` asks for.
+    """The exporters that ``OTEL_METRICS_EXPORTER`` names.
 
     Attributes:
-        steps: whether every step goes out over OTLP.
-        protocol: the OTLP protocol that the name itself fixes, if it does.
-        readers: names of the exporters that are the SDK's business.
-        off: why steps are not sent; empty when they are.
+        steps: whether every step is sent over OTLP.
+        protocol: the OTLP protocol, if the exporter's name determines it.
+        readers: names of the exporters that the SDK runs.
+        off: why steps are not sent; empty when they are sent.
     """
 
     steps: bool
@@ -51,7 +51,7 @@ def exporters_from_environment(
 
     Args:
         environ: the environment.
-        ignored: is told of what cannot be used.
+        ignored: called with a message for each value that cannot be used.
     """
     variables = Variables(environ, ignored)
     return _DISABLED if _is_disabled(variables) else _named(variables)
@@ -76,7 +76,7 @@ def _named(variables: Variables) -> Exporters:
 
 
 def _known(variables: Variables, setting: str) -> list[str]:
-    """The names in the setting that stand for something."""
+    """Returns the known exporter names in the setting."""
     given = [name for name in (part.strip() for part in setting.split(",")) if name]
     offered = {point.name for point in entry_points(group=_GROUP)} | {*_PROTOCOLS, "none", "prometheus"}
     known = []
@@ -95,12 +95,12 @@ def _known(variables: Variables, setting: str) -> list[str]:
 
 
 def exporters_for(*, has_provider: bool, export_steps: bool | None, is_silent: bool = False) -> Exporters:
-    """What the environment asks for, and what the caller of ``start`` does.
+    """Combines the environment with the arguments of ``start``.
 
     Args:
-        has_provider: whether the user has given a MeterProvider, whose readers are then the user's business.
-        export_steps: whether every step goes out; None leaves it to the environment.
-        is_silent: whether this rank sends nothing, whatever else is said.
+        has_provider: whether the user passed a MeterProvider; the user then chooses its readers.
+        export_steps: whether every step is sent; None leaves it to the environment.
+        is_silent: whether this rank sends nothing, regardless of the other settings.
     """
     if is_silent:
         return Exporters(False, None, (), "export_ranks is rank0")
@@ -114,10 +114,10 @@ def exporters_for(*, has_provider: bool, export_steps: bool | None, is_silent: b
 
 
 class OwnProvider(MeterProvider):
-    """A MeterProvider that is not the global one. Whoever made it shuts it down.
+    """A MeterProvider that is not the global one. Its creator must shut it down.
 
     Attributes:
-        said: what its readers have to say about where they are read.
+        said: messages of its readers, for example the address to scrape.
     """
 
     def __init__(self, resource: Resource, reader_names: tuple[str, ...]) -> None:
@@ -125,7 +125,7 @@ class OwnProvider(MeterProvider):
         super().__init__(
             metric_readers=readers,
             resource=resource,
-            exemplar_filter=AlwaysOffExemplarFilter(),  # there are only observable gauges, which have none
+            exemplar_filter=AlwaysOffExemplarFilter(),  # observable instruments have no exemplars
             shutdown_on_exit=False,
             views=[View(instrument_name=name, aggregation_cardinality_limit=SEED_IDS + 1) for name in _OF_SEEDS],
         )
@@ -133,7 +133,7 @@ class OwnProvider(MeterProvider):
 
 
 def _reader(name: str) -> MetricReader | None:
-    """The reader of this name; None, and a warning, when it cannot be started: training goes on without it."""
+    """Creates the reader of this name. If that fails, warns and returns None; training continues without it."""
     try:
         if name == "prometheus":
             return _scraped()
@@ -144,7 +144,7 @@ def _reader(name: str) -> MetricReader | None:
         if isinstance(made, MetricExporter):
             return _periodic(made)
         fault = "it is neither an exporter nor a reader of metrics"
-    except Exception as error:  # noqa: BLE001 - of code that is not ours
+    except Exception as error:  # noqa: BLE001 - other packages may raise anything
         fault = str(error) or type(error).__name__
     warn(f"{_EXPORTERS}: {name!r} cannot be started and is left out: {fault}")
     return None

@@ -1,4 +1,4 @@
-"""Proxies: which one stands between us and an endpoint, as gRPC and ``requests`` find it in the environment."""
+"""Finds the proxy on the way to an endpoint, by the same environment variables as gRPC and ``requests``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Proxy(NamedTuple):
     """A proxy, without its credentials.
 
     Attributes:
-        variable: where it stands.
-        address: its host and port, or what there is instead.
-        is_used: False where gRPC passes it by, since it is not an ``http://host:port``.
+        variable: the environment variable that names it.
+        address: its host and port, or "without a host".
+        is_used: False if gRPC ignores it because it is not an ``http://host:port``.
     """
 
     variable: str
@@ -34,25 +34,25 @@ class Proxy(NamedTuple):
 
 
 def proxy_of(endpoint: Endpoint) -> Proxy | None:
-    """The proxy on the way to the endpoint; None when it is reached directly."""
+    """Returns the proxy on the way to the endpoint; None for a direct connection."""
     return _of_grpc(endpoint.address, os.environ) if endpoint.protocol == "grpc" else _of_requests(endpoint.address)
 
 
 def way_of(endpoint: Endpoint) -> str:
-    """The proxy on the way, as a part of a sentence after the endpoint's name; empty when there is none."""
+    """Returns a phrase that names the proxy, for use after the endpoint's name; empty without a proxy."""
     proxy = proxy_of(endpoint)
     return f" through the proxy {proxy}" if proxy is not None and proxy.is_used else ""
 
 
 def _proxy(variable: str, url: str, *, is_used: bool = True) -> Proxy:
     scheme, separator, rest = url.partition("://")
-    # Whatever else a password may hold, its end is the last "@".
+    # A password may contain "@" and other separators; it ends at the last "@".
     address = re.split("[/?#]", (rest if separator else scheme).rpartition("@")[2], maxsplit=1)[0]
     return Proxy(variable, address or "without a host", is_used)
 
 
 def _of_grpc(target: str, environ: Mapping[str, str]) -> Proxy | None:
-    """See gRPC's http_proxy_mapper.cc: names in lower case, and the first that is set counts, even an empty one."""
+    """Follows gRPC's http_proxy_mapper.cc: names in lower case; the first that is set counts, even if it is empty."""
     variable = next((name for name in _OF_GRPC if name in environ), None)
     if variable is None or not environ[variable] or target.startswith("unix:"):
         return None
@@ -65,7 +65,7 @@ def _of_grpc(target: str, environ: Mapping[str, str]) -> Proxy | None:
 
 
 def _host(target: str) -> str:
-    """The host of a gRPC name, by gRPC's own rules."""
+    """Returns the host in a gRPC target name, by gRPC's own rules."""
     path = re.sub(r"^(?:(?:dns|ipv4|ipv6):(?://[^/]*/)?|unix-abstract:)", "", target).removeprefix("/")
     if path.startswith("["):
         return path[1:].partition("]")[0]
@@ -73,14 +73,15 @@ def _host(target: str) -> str:
 
 
 def _is_among(host: str, entry: str) -> bool:
-    """Whether gRPC leaves out the proxy for this host: it is the entry, lies in that domain, or in that network.
+    """Whether an entry of ``no_proxy`` makes gRPC skip the proxy: it is the host, its domain, or its network.
 
-    Before it knew domains, in 1.72 for instance, every host that ends like the entry was left out.
+    Older versions of gRPC, such as 1.72, do not compare domains and skip the proxy for every host whose name ends with
+    the entry.
     """
     address, _, bits = entry.partition("/")
     with suppress(ValueError):
         mine, theirs = ipaddress.ip_address(host), ipaddress.ip_address(address)
-        bits = str(min(int(bits), theirs.max_prefixlen))  # more than there are count as all
+        bits = str(min(int(bits), theirs.max_prefixlen))  # a longer prefix counts as the full length
         if mine in ipaddress.ip_network(f"{address}/{bits}", strict=False):
             return True
     domain = entry.lower().removeprefix(".")
@@ -88,7 +89,7 @@ def _is_among(host: str, entry: str) -> bool:
 
 
 def _of_requests(url: str) -> Proxy | None:
-    from requests.utils import get_environ_proxies, select_proxy  # not for those who send over gRPC
+    from requests.utils import get_environ_proxies, select_proxy  # imported late: gRPC does not need it
 
     proxies = get_environ_proxies(url)
     found = select_proxy(url, proxies)
@@ -96,6 +97,6 @@ def _of_requests(url: str) -> Proxy | None:
         return None
     scheme = urlsplit(url).scheme
     name = f"{scheme if proxies.get(scheme) == found else 'all'}_proxy"
-    # Names in lower case win over others.
+    # Names in lower case take precedence.
     variables = [each for each, text in sorted(os.environ.items(), reverse=True) if each.lower() == name and text]
     return _proxy(variables[0] if variables else name, found)

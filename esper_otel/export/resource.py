@@ -17,31 +17,31 @@ from esper_otel.frames.frame import RUN_FIELDS, Run
 
 DEFAULT_SERVICE_NAME = "esper-tolaria"
 
-# Sent also where they are 0; of the others an empty one is not known.
+# Sent even when they are 0; the others are left out while they are unknown.
 _ALWAYS = ("esper.run.id", "esper.rank", "esper.world_size")
 
-# Command lines hold paths and secrets; a detector that the user switched on may have added them.
+# Never sent, since command lines may contain paths and secrets; a detector that the user enabled may add them.
 _NEVER = ("process.command_args", "process.command_line")
 
 
 def resource_for(run: Run) -> Resource:
-    """The Resource of one rank's attempt, with what ``OTEL_*`` variables say. Detects anew; see ``resources``."""
+    """Returns the Resource of one rank's attempt, including ``OTEL_*`` variables. Detects anew; see ``resources``."""
     return resources()(run)
 
 
 def resources() -> Callable[[Run], Resource]:
-    """Gives the Resource of a run, as often as asked, from what is detected now.
+    """Detects the process's attributes now and returns a function that makes the Resource of a run from them.
 
-    ``service.instance.id`` and the ``esper.*`` that the run fills are always ours: frames are put together
-    and packets rebuilt from them. For everything else ``OTEL_SERVICE_NAME``,
-    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` win.
+    ``service.instance.id`` and the ``esper.*`` attributes that the run sets always override other values, because
+    receivers use them to reassemble frames and packets. For all other attributes, ``OTEL_SERVICE_NAME``,
+    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` take precedence.
 
-    Detecting takes about a millisecond; detectors that the user switched on take what they take. The SDK runs them in
-    threads, which an interpreter that shuts down does not start any more: so it is done at the start of a session.
+    Detection takes about a millisecond, plus the time of detectors that the user enabled. The SDK runs detectors in
+    threads, which cannot be started while the interpreter shuts down; so detection is done when a session starts.
     """
     detected = Resource.create()
     found = dict(detected.attributes)
-    # The SDK fills in this name, by specification, when nobody has given one.
+    # The SDK sets this name, as specified, when no service name is configured.
     if str(found[SERVICE_NAME]).startswith("unknown_service"):
         found[SERVICE_NAME] = DEFAULT_SERVICE_NAME
     for name in _NEVER:
@@ -76,17 +76,17 @@ def _process() -> dict[str, str | int]:
 
 
 def _valid_text(value: AnyValue) -> AnyValue:
-    # An environment variable may hold bytes that are no UTF-8; protobuf refuses the surrogates they become.
+    # An environment variable may hold bytes that are not UTF-8. They become surrogates, which protobuf refuses.
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 _HASH = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _MAX_FILE_BYTES = 16 * 1024 * 1024  # packed-refs of a very large repository
-_MAX_SYMBOLIC_REFS = 5  # git follows as many
+_MAX_SYMBOLIC_REFS = 5  # the limit of git itself
 
 
 def _git_revision() -> str:
-    """The commit checked out in the current directory, read from its files; empty when it cannot be known."""
+    """Reads the commit checked out in the current directory from git's files; empty when it cannot be found."""
     try:
         here = Path.cwd()
         for directory in (here, *here.parents):
@@ -101,7 +101,7 @@ def _git_directory(checkout: Path) -> Path:
     entry = checkout / ".git"
     if entry.is_dir():
         return entry
-    # A linked worktree or a submodule has a file that says where its directory is.
+    # In a linked worktree or a submodule, .git is a file that contains the path of the git directory.
     return checkout / _read(entry).strip().removeprefix("gitdir: ")
 
 
@@ -127,7 +127,7 @@ def _packed(packed_refs: Path, name: str) -> str:
 
 
 def _read(path: Path) -> str:
-    # A pipe or device of that name would block for ever.
+    # Reading a pipe or device of that name would block forever.
     if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
         raise ValueError(f"{path} is not a file of at most {_MAX_FILE_BYTES} bytes")
     return path.read_text(encoding="utf-8")

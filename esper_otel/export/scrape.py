@@ -1,4 +1,4 @@
-"""Scrape: a session's metrics for Prometheus, at the port that is set, else at the next one that is free."""
+"""Serves a session's metrics to Prometheus at the configured port, or at the next free one if that is taken."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from esper_otel.export.variables import Variables
 
 _HOST = "OTEL_EXPORTER_PROMETHEUS_HOST"
 _PORT = "OTEL_EXPORTER_PROMETHEUS_PORT"
-_NEIGHBOURS = 64  # the ranks of one host are then found at ports that follow one another
+_NEIGHBOURS = 64  # ports to try, so that the ranks of one host use consecutive ports
 _PAUSE_S = 0.1
 _CANNOT_HAVE = {errno.EADDRINUSE, errno.EACCES}
 
 
 class ScrapeReader(PrometheusMetricReader):
-    """The SDK's scrape exporter with a registry and a server of its own, since all sessions have the same metrics.
+    """The SDK's scrape exporter with its own registry and server, since all sessions have metrics of the same names.
 
     Raises:
-        OSError: the host is not one of this machine's, or there is no port at all; the message names the setting.
+        OSError: the host is not an address of this machine, or no port is free; the message names the setting.
     """
 
     def __init__(self, variables: Variables) -> None:
@@ -56,7 +56,7 @@ class ScrapeReader(PrometheusMetricReader):
             self._server.handle_request()
 
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
-        """See ``MetricReader``; gives the port back."""
+        """Releases the port. See ``MetricReader``."""
         self._server.is_closing = True
         with contextlib.suppress(OSError):
             self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
@@ -66,25 +66,25 @@ class ScrapeReader(PrometheusMetricReader):
 
 
 class _ScrapeHandler(WSGIRequestHandler):
-    timeout = 10.0  # for a client that connects and says nothing
+    timeout = 10.0  # for a client that connects and sends nothing
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
-        """Scrapes are not news."""
+        """Logs nothing for a scrape."""
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    allow_reuse_port = False  # newer Pythons let two processes have one port, and scrapes go to either
+    allow_reuse_port = False  # newer Pythons let two processes share a port; a scrape would reach either of them
     is_closing = False
 
     def server_bind(self) -> None:
-        """As there, without asking the network for this machine's name."""
+        """Binds like ``WSGIServer``, but does not look up this machine's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment] # both are there
         self.setup_environ()
 
     def get_request(self) -> Any:
-        """As there, without spinning while the process has no file descriptor left."""
+        """Accepts like ``WSGIServer``, but pauses after a failure, such as when no file descriptors are left."""
         try:
             return super().get_request()
         except OSError:
@@ -93,11 +93,11 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is nothing to print a traceback for."""
+        """Prints no traceback when a client closes the connection."""
 
 
 def _listening(host: str, port: int) -> tuple[_Server, str]:
-    """The server, and why it is not at the port that was asked for."""
+    """Returns the server, and why it does not use the configured port (empty if it does)."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     kind = type("_Server", (_Server,), {"address_family": family})
     why = ""
@@ -115,7 +115,7 @@ _open: weakref.WeakSet[_Server] = weakref.WeakSet()
 
 
 def _let_go() -> None:
-    """A forked child would hold the port as long as it lives."""
+    """Closes the sockets in a forked child, which would otherwise keep the port in use."""
     for server in _open:
         server.socket.close()
 

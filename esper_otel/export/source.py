@@ -1,4 +1,7 @@
-"""Sources: where an exporter's frames come from, with a cursor that moves when they are settled."""
+"""Sources of an exporter's frames: this session's ring and spool, and folders that earlier sessions left.
+
+Each source has a cursor, which moves past frames once they are settled: delivered, or counted as dropped.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +25,28 @@ from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000
-_MANY = 4_096  # frames that wait
-_MOST_MISSING = 2**32  # frames in one gap: a number beyond it is damage, and must not count as so many lost
+_MANY = 4_096  # waiting frames; above this number they are packed
+_MOST_MISSING = 2**32  # frames in one gap; a larger gap is a damaged number and does not count as lost frames
 KILLED = "killed"
 
-# Makes an encoder for a catalogue and for what gives a run's Resource.
+# Makes an encoder from a catalogue and a function that returns a run's Resource.
 EncoderOf = Callable[[Mapping[str, Metric], Callable[[Run], Resource]], Encoder]
 
-# Told of a fault of ours: where it was, and what.
+# Called with each internal error: where it happened, and the exception.
 Fault = Callable[[str, Exception], None]
 
 
 class FrameSource(Protocol):
-    """Frames of one session, in order, and what has been said of them.
+    """Frames of one session, in order, and the state of sending them.
 
     Attributes:
-        encoder: makes requests of them.
+        encoder: encodes the frames as requests.
         streams: the series that were sent.
-        run: of the last frame delivered.
-        beside: requests that say how the run ended, and end its series.
-        lost: the word for frames that are gone before they could be sent.
-        delivered: frames that the endpoint took.
-        has_said_goodbye: whether the end of every series has been sent, or stands beside the frames.
+        run: the run of the last delivered frame.
+        beside: requests to send after the frames: how the run ended, and the ends of its series.
+        lost: the reason to count for frames that were gone before they could be sent.
+        delivered: how many frames the endpoint accepted.
+        has_said_goodbye: whether the ends of all series have been sent or are queued in ``beside``.
     """
 
     encoder: Encoder
@@ -55,27 +58,27 @@ class FrameSource(Protocol):
     has_said_goodbye: bool
 
     def after(self, limit: int) -> tuple[list[Frame], int]:
-        """Up to ``limit`` frames that are next, and how many before them are gone; nothing when there is none."""
+        """Returns up to ``limit`` next frames, and how many frames before them are gone."""
 
     def are_last(self, frames: Sequence[Frame]) -> bool:
-        """Whether these, which are next, are all that there is."""
+        """Whether these next frames are the last ones of the source."""
 
     def advance(self, count: int) -> None:
-        """So many frames are settled, or gone.
+        """Moves the cursor past ``count`` frames, which are settled or gone.
 
         Raises:
-            OSError: that is so, but a disk takes no note of it.
+            OSError: the cursor has moved, but its position could not be written to disk.
         """
 
 
 def put_goodbye(source: FrameSource, health: ScopeMetrics | None, time_unix_ns: int, fault: Fault) -> None:
-    """Puts beside the frames how the run ended, and the end of every series; a fault of ours in one keeps the other."""
+    """Queues the outcome of the run and the end of every series. An internal error in one does not affect the other."""
     if source.run is None:
         return
     bodies: list[bytes] = []
     try:
         bodies += source.encoder.stale(source.run, source.streams.all_ended(), time_unix_ns=time_unix_ns, health=health)
-    except Exception as error:  # noqa: BLE001 - how the run ended is said all the same
+    except Exception as error:  # noqa: BLE001 - the outcome of the run is still sent
         fault("ending the series", error)
     if not bodies and health is not None:
         bodies.append(source.encoder.alone(source.run, health))
@@ -100,11 +103,11 @@ class LiveSource:
 
     @property
     def waiting(self) -> int:
-        """Frames that are not settled."""
+        """How many frames are not settled yet."""
         return self._ring.last - self.cursor
 
     def pack(self, is_over: Callable[[], bool]) -> None:
-        """Makes the frames smaller that wait, if they are many: the endpoint is away."""
+        """Compresses waiting frames in memory if there are many, as during an outage of the endpoint."""
         if self.waiting > _MANY:
             self._ring.pack(_MANY // 2, is_over)
 
@@ -126,22 +129,22 @@ class LiveSource:
         cursor = self.cursor + count
         try:
             if self._spool is not None:
-                self._spool.acknowledge(cursor)  # before anybody sees it: a process may be killed at any time
+                self._spool.acknowledge(cursor)  # before the cursor moves, since the process may be killed at any time
         finally:
-            self.cursor = cursor  # whatever the disk says: what was delivered is not sent again
+            self.cursor = cursor  # even if the disk fails, so that delivered frames are not sent again
 
 
 class LeftoverSource:
-    """The frames that an earlier session has left in its folder of the spool.
+    """The frames that an earlier session left in its folder of the spool.
 
     Attributes:
         folder: the folder.
-        deleted: frames deleted for want of room.
+        deleted: how many frames were deleted to keep to the size limit.
 
     Args:
         folder: the folder.
-        encoder_of: makes an encoder for what is found in it.
-        fault: told of a fault of ours in noting what was delivered before.
+        encoder_of: makes an encoder for the metrics found in the folder.
+        fault: called with internal errors.
     """
 
     lost = "spool damaged"
@@ -167,11 +170,11 @@ class LeftoverSource:
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
+        """Total size of its files in bytes."""
         return sum(map(self.folder.size, self._names))
 
     def delete_oldest(self) -> None:
-        """Deletes its oldest file, for want of room; the frames in it are counted as ``deleted``."""
+        """Deletes its oldest file to free space; the unsent frames in it are added to ``deleted``."""
         name = self._names.popleft()
         for frame in frames_in(self.folder.read(name), StoredContext()):
             if frame.sequence > self._cursor:
@@ -199,8 +202,8 @@ class LeftoverSource:
             gone = frames[0].sequence - self._cursor - 1
             self._missing += gone
             return frames, gone
-        # A frame of which only the beginning is there: the process died, or the file was cut short, in the middle. And
-        # frames that cannot be used, of which no gap has told.
+        # Count a truncated frame, left by a process or file that ended in the middle of it. Also count unusable frames
+        # that did not show up as a gap between sequence numbers.
         left = max(int(self._stored.is_torn), self._stored.lost - self._missing)
         self._stored.is_torn, self._missing = False, self._stored.lost
         return [], left
@@ -211,11 +214,11 @@ class LeftoverSource:
 
     @property
     def skipped(self) -> int:
-        """Records that could not be used."""
+        """How many records could not be used."""
         return self._stored.skipped
 
     def _read(self) -> bool:
-        """Takes one more frame from the files; False when all are read."""
+        """Reads one more frame from the files. Returns False when there are no more."""
         while True:
             for frame in self._reading:
                 if self._last < frame.sequence <= self._last + _MOST_MISSING:
@@ -232,13 +235,13 @@ class LeftoverSource:
             self._reading = frames_in(self.folder.read(self._names.popleft()), self._stored)
 
     def _note_delivered(self, frame: Frame) -> None:
-        """Of a frame that was delivered before: its series have not ended yet."""
+        """Notes the series of a frame that was delivered earlier, since they have not been ended yet."""
         self.run = frame.run
         try:
             self.streams.note([frame])
             self.streams.settled(frame.sequence)
             self.streams.named((*frame.names, *COUNTED))
-        except Exception as error:  # noqa: BLE001 - the frames that were not delivered are to be sent all the same
+        except Exception as error:  # noqa: BLE001 - the other frames must still be sent
             self._fault("noting a step sent before", error)
 
     def advance(self, count: int) -> None:
@@ -250,23 +253,23 @@ class LeftoverSource:
 
     @property
     def outcome(self) -> str:
-        """How the run ended, as far as it could say so."""
+        """How the run ended; "killed" if it stored no outcome."""
         return self.folder.outcome or KILLED
 
     def health(self, time_unix_ns: int) -> ScopeMetrics:
-        """How the run ended."""
+        """Returns the metric that reports how the run ended."""
         ended = {("esper.run.ended", self.outcome): 1.0}
         return self.encoder.health_scope(ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns)
 
     def say_goodbye(self) -> None:
-        """Puts beside the frames that the run has ended, and how, and the end of every series."""
+        """Queues the outcome of the run and the end of every series."""
         self.has_said_goodbye = True
         if self.run is None:
             return
         health, time_unix_ns = None, self.streams.last_unix_ns + _MS
         try:
             health = self.health(time_unix_ns)
-        except Exception as error:  # noqa: BLE001 - the series are ended all the same
+        except Exception as error:  # noqa: BLE001 - the series must still be ended
             self._fault("saying how an earlier run ended", error)
         put_goodbye(self, health, time_unix_ns, self._fault)
 
@@ -274,9 +277,12 @@ class LeftoverSource:
 def leftovers_in(
     directory: Path, encoder_of: EncoderOf, fault: Fault, *, most_bytes: int, warnings: Warnings
 ) -> list[LeftoverSource]:
-    """What earlier sessions have left in a spool directory, oldest first; ours from now on, and cut to the limit."""
+    """Takes over the folders that earlier sessions left in a spool directory, oldest first.
+
+    The oldest files are deleted until all folders together take at most ``most_bytes``.
+    """
     leftovers = [LeftoverSource(folder, encoder_of, fault) for folder in abandoned(directory, warnings)]
-    # Nothing is deleted in a folder that lacks our marker, so it does not count.
+    # A folder without the marker file does not count, since nothing in it may be deleted.
     sizes = [leftover.size if leftover.folder.is_marked else 0 for leftover in leftovers]
     while sum(sizes) > most_bytes:
         number = next(number for number, size in enumerate(sizes) if size)

@@ -1,4 +1,4 @@
-"""Spool: a session's frames on disk until they are acknowledged, so that they outlive the process."""
+"""Keeps a session's frames on disk until they are acknowledged, so that they outlive the process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from esper_otel.schema import Metric
 SEGMENT_BYTES = 8 * 1024 * 1024
 _RETRY_S = 10.0
 _CATCH_UP = 500
-_PRIVATE = 0o700  # metrics may say what nobody else on the machine is to know
+_PRIVATE = 0o700  # metrics may be confidential
 
 
 class _Segment(NamedTuple):
-    """A file that is complete: its name, size, and the sequences of its first and last frame."""
+    """A complete file: its name, its size, and the sequences of its first and last frame."""
 
     name: str
     size: int
@@ -36,20 +36,20 @@ class _Segment(NamedTuple):
 
 
 class Spool:
-    """Writes each frame when it is published, and gives back those that the ring has dropped.
+    """Writes each frame when it is published, and reads back frames that the ring has dropped.
 
-    A frame that ``write`` was called for outlives the process: it is in the kernel's hands. A power cut may take
-    what the kernel had not written out yet. While the disk takes nothing, frames are only in the ring; they are
-    written when the disk does again, if the ring still has them.
+    Once ``write`` has written a frame, it survives the end of the process, since the kernel holds it. A power failure
+    can lose data that the kernel has not yet written to disk. While the disk cannot be written, frames are only in the
+    ring; they are written later, if the ring still holds them then.
 
-    Threads: ``write`` belongs to the publisher, the rest to the exporter.
+    Threads: ``write`` is called by the publisher, everything else by the exporter.
 
     Args:
-        directory: where the spool is; made when it is not there.
+        directory: the spool directory; created if it does not exist.
         ring: the frames.
         catalogue: every metric that frames may have, by name.
-        resource_of: gives a run's Resource.
-        most_bytes: on disk; beyond them the oldest frames are deleted.
+        resource_of: returns a run's Resource.
+        most_bytes: limit of the size on disk; above it the oldest frames are deleted.
         warnings: where failures are reported.
 
     Raises:
@@ -98,7 +98,7 @@ class Spool:
 
     @property
     def last(self) -> int:
-        """Sequence of the last frame written."""
+        """The sequence of the last frame written."""
         return self._last
 
     def write(self, frame: Frame) -> None:
@@ -121,13 +121,13 @@ class Spool:
         try:
             record = self._writer.record(frame)
             if self._file is None or os.write(self._file, record) != len(record):
-                raise OSError("the disk took a part of a frame")  # noqa: TRY301 - handled like the disk's own words
+                raise OSError("short write: only part of the frame was written")  # noqa: TRY301 - handled below
             is_written = True
         except Exception as error:  # noqa: BLE001 - the frame is still in the ring; training goes on
             self._warnings.say(
                 "spool", "frames cannot be written to %s (%s); they are kept in memory only", self.path, error
             )
-        finally:  # whatever came between, a Ctrl-C included: the next frame must not refer to what is not there
+        finally:  # also after a Ctrl-C: the next frame must not refer to a record that was not written
             if not is_written:
                 self._give_up()
         if is_written:
@@ -136,16 +136,16 @@ class Spool:
         return is_written
 
     def _give_up(self) -> None:
-        """Ends the segment; ``tend`` begins another later."""
+        """Closes the segment; ``tend`` starts another one later."""
         file, self._file = self._file, None
         self._retry_at_s = time.monotonic() + _RETRY_S
         if file is not None:
             with suppress(OSError):
-                os.ftruncate(file, self._size)  # what was written of the frame would count as damage
+                os.ftruncate(file, self._size)  # a partly written frame would be read as damage
             os.close(file)
 
     def tend(self, *, now: bool = False) -> None:
-        """Begins a new segment when one is due, writes what ``write`` could not, keeps to the limit of the disk."""
+        """Starts a new segment when due, writes frames that ``write`` missed, and enforces the size limit."""
         is_due = now or time.monotonic() >= self._retry_at_s
         if self._size < SEGMENT_BYTES and not self._missed and not (self._file is None and is_due):
             return
@@ -193,7 +193,7 @@ class Spool:
             self._folder.delete(self._complete.pop(0).name)
 
     def after(self, sequence: int, limit: int) -> list[Frame]:
-        """Up to ``limit`` frames without holes, the first of those on disk that follow ``sequence``."""
+        """Returns up to ``limit`` consecutive frames: the first ones on disk after ``sequence``."""
         following, frames_left = self._reading
         if following != sequence + 1:
             frames_left = self._frames_from(sequence + 1)
@@ -225,13 +225,13 @@ class Spool:
                     sequence = frame.sequence + 1
 
     def acknowledge(self, sequence: int) -> None:
-        """Frames up to this one are not needed any more; whole segments of them are deleted."""
+        """Records that frames up to this one are no longer needed, and deletes segments that hold only such frames."""
         self._folder.acknowledge(sequence)
         while self._complete and self._complete[0].last <= sequence:
             self._folder.delete(self._complete.pop(0).name)
 
     def close(self, outcome: str, *, is_delivered: bool) -> None:
-        """Ends the session's spool: deletes it, or leaves it to the next session with how the run ended."""
+        """Closes the spool: deletes it if all is delivered, otherwise leaves it and the outcome to the next session."""
         with self._lock:
             if self._file is not None:
                 os.close(self._file)

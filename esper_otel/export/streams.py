@@ -1,4 +1,4 @@
-"""Streams: which series have been sent, so that those of a retired seed can be ended."""
+"""Records which series have been sent, so that the series of a retired seed can be ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from esper_otel.frames.frame import WIDTH, Frame, is_absent
 from esper_otel.schema import SEED_CELLS
 
-# A metric's name and the attributes that tell its series from others of that name.
+# A metric's name and the attributes that distinguish its series from others of that name.
 Stream = tuple[str, Mapping[str, str]]
 
 
@@ -18,13 +18,13 @@ _NOTHING = np.zeros(WIDTH, np.bool_)
 
 
 class Streams:
-    """Notes the series of frames that are sent. Threads: the exporter's only.
+    """The series of all frames that were sent. Threads: only the exporter's.
 
-    What is noted of a seed has all 19 columns, however many its table has: a seed may be recorded with the first 10
-    in one step and with more in the next.
+    The record of a seed has all 19 columns, even if its table has fewer: a seed may be recorded with the first 10
+    columns in one step and with more in the next.
 
     Attributes:
-        last_unix_ns: the time of the last frame noted; 0 when there is none.
+        last_unix_ns: the time of the last frame noted; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -37,17 +37,17 @@ class Streams:
         self.last_unix_ns = 0
 
     def named(self, names: Iterable[str]) -> None:
-        """Notes series of step metrics."""
+        """Records that the series of these step metrics were sent."""
         self._steps.update(names)
 
     def note(self, frames: Sequence[Frame]) -> Mapping[int, Sequence[Stream]]:
-        """Notes the seeds' series of frames that are about to be sent; a frame that is sent again may be noted again.
+        """Records the seed series of frames that are about to be sent. A frame that is sent again may be noted again.
 
         Returns:
             The series that end with these frames, by the frame's number.
         """
         for number in [number for number in self._ended if number < frames[0].sequence]:
-            self._go_on(self._ended.pop(number))  # the frame is gone: nobody was told
+            self._go_on(self._ended.pop(number))  # the frame was dropped, so the ends of its series were not sent
         for frame in frames:
             if frame.sequence > self._noted:
                 if frame.retired:
@@ -60,7 +60,7 @@ class Streams:
         }
 
     def settled(self, number: int) -> None:
-        """Frames up to this one are settled, and what they end has ended."""
+        """Records that frames up to this one are settled, so that the series they end have ended."""
         for settled in [other for other in self._ended if other <= number]:
             del self._ended[settled]
 
@@ -88,9 +88,9 @@ class Streams:
         self._ids, self._sent = (), self._sent[:0]
 
     def _ended_by(self, frame: Frame) -> dict[str, npt.NDArray[np.bool_]]:
-        """The columns of seeds whose lives are over with this frame; they are forgotten.
+        """Removes the seeds that this frame retires, and returns the columns whose series end.
 
-        Of a seed that is back in the very frame, the series that it has a point of go on: there is no time between.
+        If a seed is recorded again in the frame that retires it, the series it has points for continue.
         """
         ids, cells = frame.seeds.wide()
         rows = {seed_id: row for row, seed_id in enumerate(ids)}
@@ -104,7 +104,7 @@ class Streams:
         return ended
 
     def all_ended(self, names: Iterable[str] = ()) -> list[Stream]:
-        """Every series sent, those of these step metrics included: the run is over."""
+        """Returns every series that was sent, and those of the given step metrics, for the end of a run."""
         self._merge()
         ended: list[Stream] = [(name, {}) for name in sorted(self._steps.union(names))]
         for seed_id, sent in self._seeds.items():
@@ -113,7 +113,7 @@ class Streams:
 
 
 def _wide(sent: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """For all columns; the same array, if it has them."""
+    """Widens the array to all columns; returns the same array if it already has them."""
     if sent.shape[1] == WIDTH:
         return sent
     wide = np.zeros((len(sent), WIDTH), np.bool_)
@@ -126,9 +126,9 @@ def _streams_of(seed_id: str, columns: npt.NDArray[np.bool_]) -> list[Stream]:
 
 
 def before_a_return(frames: Sequence[Frame]) -> int:
-    """How many frames come before the first in which a seed is back that one of them has retired.
+    """Counts the frames before the first one in which a seed is recorded that an earlier one of them retired.
 
-    Its series must be ended in between, or their end would be older than their next point.
+    The seed's series must be ended in between; otherwise their end would be older than their next point.
     """
     retired: set[str] = set()
     for count, frame in enumerate(frames):

@@ -1,4 +1,4 @@
-"""Token: the headers of each request, with a bearer token from a file that others may replace at any time."""
+"""The headers of each request, with a bearer token from a file that may be replaced at any time."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _VARIABLE = "ESPER_TOKEN_FILE"
 NAME = f"setting token_file (or {_VARIABLE}) ="
 
 _SECRET_HEADER = re.compile("authorization|cookie|key|password|secret|token")
-_SHORTEST_SECRET = 8  # a shorter one may well stand in an ordinary sentence
+_SHORTEST_SECRET = 8  # a shorter text may occur in an ordinary sentence by chance
 
 
 def read_one(path: Path) -> str:
-    """The only token of a file; raises as ``read_tokens`` does."""
+    """Reads a file that must contain exactly one token; raises the same errors as ``read_tokens``."""
     tokens = read_tokens(path)
     if len(tokens) > 1:
-        raise ValueError(f"it holds {len(tokens)} tokens; leave the one that is to be sent")
+        raise ValueError(f"it holds {len(tokens)} tokens; keep only the one to send")
     return tokens[0].text
 
 
 class Headers:
-    """What goes with each request, and what must not be shown of it.
+    """The headers of each request, and the secrets in them that messages must not show.
 
-    A token file stands nearer than ``OTEL_EXPORTER_OTLP_HEADERS``, which a platform may set for all of its jobs: its
-    token takes the place of an ``authorization`` there.
+    A token file takes precedence over ``OTEL_EXPORTER_OTLP_HEADERS``, which a platform may set for all of its jobs: the
+    token replaces an ``authorization`` header given there.
 
     Raises:
-        ConfigurationError: there is no token in the file.
+        ConfigurationError: the token file does not contain a token.
     """
 
     def __init__(self, endpoint: Endpoint, token_file: Path | None) -> None:
@@ -42,22 +42,22 @@ class Headers:
 
     @property
     def has_secret(self) -> bool:
-        """Whether something goes along that others must not read."""
+        """Whether the headers contain a secret."""
         return self._file is not None or any(_SECRET_HEADER.search(name) for name, _ in self._fixed)
 
     def now(self) -> tuple[tuple[str, str], ...]:
-        """The headers of a request that is sent now."""
+        """Returns the headers for a request that is sent now."""
         if self._file is None:
             return self._fixed
         self._file.look()
         return (*self._fixed, ("authorization", f"Bearer {self._file.content}"))
 
     def renewed(self) -> bool:
-        """After they were refused: whether the file holds another token by now."""
+        """Checks, after the credentials were refused, whether the file contains another token by now."""
         return self._file is not None and self._file.look_now()
 
     def said(self, text: str) -> str:
-        """One line of what the endpoint says, which may repeat what it was sent, without secrets."""
+        """Returns one line of the endpoint's text, with secrets removed, since the text may quote the request."""
         for secret in self._secrets():
             text = text.replace(secret, "<secret>")
         return one_line(text)

@@ -1,4 +1,4 @@
-"""Transport: sends serialized requests over OTLP and says what became of each, in words for the user."""
+"""Sends serialized OTLP requests and returns the outcome of each, with a reason in words for the user."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ class Sender(Protocol):
     """Sends requests to one endpoint. Threads: one sends; ``close`` may be called from another."""
 
     def send(self, body: bytes, timeout_s: float) -> Outcome:
-        """Sends a serialized ExportMetricsServiceRequest, in ``timeout_s`` at most, whatever it has to wait for.
+        """Sends a serialized ExportMetricsServiceRequest and returns within ``timeout_s``.
 
-        Raises nothing that depends on the endpoint.
+        It does not raise an exception for any behaviour of the endpoint.
         """
 
     def close(self) -> None:
-        """Ends connections; a request that is being sent then ends at once, with a temporary failure."""
+        """Closes connections. A request that is being sent then returns at once with a temporary failure."""
 
 
 def open_sender(endpoint: Endpoint, token_file: Path | None = None) -> Sender:
-    """A sender for the endpoint; connects when the first request is sent.
+    """Makes a sender for the endpoint; it connects when the first request is sent.
 
     Args:
-        endpoint: where requests go.
-        token_file: holds a bearer token, which goes with each request; read again when it changes.
+        endpoint: where requests are sent.
+        token_file: contains the bearer token to send with each request; read again when it changes.
 
     Raises:
-        ConfigurationError: certificates, credential provider or token file cannot be used.
+        ConfigurationError: the certificates, credential provider or token file cannot be used.
     """
     headers = Headers(endpoint, token_file)
     if headers.has_secret and endpoint.is_insecure and not endpoint.is_on_this_machine:
         logger.warning(
-            "the token of %s goes to %s over plain text, for all on the way to read: give https://",
+            "the token of %s goes to %s over plain text, where anyone on the way can read it: give https://",
             headers.variable,
             endpoint.target,
         )
@@ -61,9 +61,9 @@ def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
 
 
 class _Steady:
-    """What both protocols need around them: nothing in a forked child, and a second try with a new token.
+    """Wraps the sender of either protocol: sends nothing in a forked child, and retries once with a renewed token.
 
-    A child shares its parent's connection, which it must neither use nor end, but has none of its threads.
+    A child shares its parent's connection and must neither use nor close it; the parent's threads do not exist there.
     """
 
     def __init__(self, sender: Sender, headers: Headers) -> None:

@@ -1,4 +1,4 @@
-"""Variables: ``OTEL_*`` as the specification wants them read: empty is not set, what cannot be used is warned about.
+"""Reads ``OTEL_*`` variables as specified: an empty one counts as not set, and an unusable value causes a warning.
 
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
@@ -13,18 +13,18 @@ from esper_otel.log import announce
 
 
 def warn(message: str) -> None:
-    """What becomes of a value that is ignored: the user is told."""
+    """Logs a warning about a value that is ignored."""
     announce("setting ignored", message, logging.WARNING)
 
 
 class Variables:
-    """The environment, and what to do with a value that cannot be used.
+    """Reads variables of the environment and reports values that cannot be used.
 
-    Of several names the first that holds a usable value counts.
+    Where several names are given, the first one with a usable value counts.
 
     Args:
         environ: the environment.
-        ignored: is told of each value that is ignored: variable, value, fault, and the default.
+        ignored: called with a message for each ignored value: variable, value, fault, and the default.
     """
 
     def __init__(self, environ: Mapping[str, str], ignored: Callable[[str], None] = warn) -> None:
@@ -32,12 +32,12 @@ class Variables:
         self.ignored = ignored
 
     def text(self, *names: str) -> tuple[str, str]:
-        """The variable that counts and its text, stripped; the last name and an empty text when none is set."""
+        """Returns the name and stripped text of the first variable set, or the last name and an empty text."""
         found = ((name, self._environ.get(name, "").strip()) for name in names)
         return next((each for each in found if each[1]), (names[-1], ""))
 
     def boolean(self, *names: str, default: bool) -> bool:
-        """A switch, spelt as the specification does; the default when it is not set."""
+        """Returns a switch, which must be "true" or "false" as specified; the default when it is not set."""
         for name, text in self._set(names):
             if text.lower() in {"true", "false"}:
                 return text.lower() == "true"
@@ -53,7 +53,7 @@ class Variables:
         unit: str,
         of: Callable[[str], float] = float,
     ) -> float:
-        """A number in the range; the default when it is not set."""
+        """Returns a number within the range; the default when it is not set."""
         for name, text in self._set(names):
             try:
                 number = of(text)
@@ -65,7 +65,7 @@ class Variables:
         return default
 
     def choice(self, *names: str, known: Iterable[str], default: str, replaced: Mapping[str, str], scope: str) -> str:
-        """One of the known words, in lower case, or what one is replaced by; the default when it is not set."""
+        """Returns one of the known words, in lower case, or the replacement of another; the default if not set."""
         for name, text in self._set(names):
             word = text.lower()
             if word in known:
@@ -78,7 +78,7 @@ class Variables:
         return default
 
     def ignore(self, name: str, text: str, fault: str, *, default: str) -> None:
-        """Says that a value cannot be used."""
+        """Reports that a value cannot be used."""
         self.ignored(f"{name}={text!r} {fault}; it counts as not set, the default is {default}")
 
     def _set(self, names: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""Report: what happened in a run, from a black box or from a gateway: one page, one table."""
+"""Reports what happened in a run, from a black box or a gateway, as a page and as tables."""

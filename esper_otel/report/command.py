@@ -19,29 +19,29 @@ from esper_otel.report.table import is_table, write_csv, write_parquet
 from esper_otel.text import printable
 
 _MOST_OF_A_LINE = 2_000
-_MOST_OF_A_NAME = 200  # bytes: file systems take 255
+_MOST_OF_A_NAME = 200  # bytes; file systems allow 255
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``esper-otel report``."""
-    parser.add_argument("what", metavar="FILE|RUN", help="a black box, or a run that a gateway has")
-    parser.add_argument("--vs", metavar="FILE|RUN", help="another one, to compare with step by step")
+    """Adds the options of ``esper-otel report``."""
+    parser.add_argument("what", metavar="FILE|RUN", help="a black box file, or the id of a run at the gateway")
+    parser.add_argument("--vs", metavar="FILE|RUN", help="another file or run, to compare step by step")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="where the page goes (NAME.html or NAME-rank-N.html in this folder)"
+        "--html", type=Path, metavar="FILE", help="file for the page (NAME.html or NAME-rank-N.html in this folder)"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="the steps as a table")
-    parser.add_argument("--parquet", type=Path, metavar="FILE", help="the same as Parquet")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the steps to this CSV file")
+    parser.add_argument("--parquet", type=Path, metavar="FILE", help="also write the steps to this Parquet file")
     parser.add_argument(
-        "--force", action="store_true", help="write these files even over others that no report has written"
+        "--force", action="store_true", help="overwrite existing files even if no report has written them"
     )
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="of a run at a gateway (%(default)s)")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank of the run (%(default)s)")
     parser.add_argument("--target", default="127.0.0.1:4327", metavar="ADDRESS", help="the gateway (%(default)s)")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the gateway's bearer token")
-    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="who signed its certificate, PEM: TLS")
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="use TLS; PEM file that signed its certificate")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Writes the page and the tables that are asked for, and says what was found."""
+    """Writes the page and the requested tables, and prints the findings."""
     recording = _recording(options.what, options)
     other = None if options.vs is None else _recording(options.vs, options)
     html = options.html or _html_path(recording, is_forced=options.force)
@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    """Prints a line as it is safe for the terminal, in the characters that it has."""
+    """Prints a line without control characters, in the terminal's encoding."""
     encoding = sys.stdout.encoding or "utf-8"
     line = printable(text, _MOST_OF_A_LINE).encode(encoding, "backslashreplace").decode(encoding)
     sys.stdout.write(f"{line}\n")
@@ -76,21 +76,21 @@ def _recording(what: str, options: argparse.Namespace) -> Recording:
     except (FileNotFoundError, NotADirectoryError):
         kind = 0
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # a run may be called so
+        if error.errno != errno.ENAMETOOLONG:  # too long for a file name, but it may be the id of a run
             raise ConfigurationError(f"{what} cannot be read: {error.strerror}") from None
         kind = 0
-    if kind and not stat.S_ISDIR(kind):  # a run may be called as a folder is
+    if kind and not stat.S_ISDIR(kind):  # a folder's name may also be the id of a run
         return of_file(path)
     if path.suffix == ".gz":
         raise ConfigurationError(f"there is no file {what}")
     if not what.isprintable():
-        raise ConfigurationError(f"there is no file {what}, and no run can be called so")
+        raise ConfigurationError(f"there is no file {what}, and this cannot be the id of a run")
     with TamiyoClient(options.target, token_file=options.token_file, ca_file=options.ca_file, timeout_s=5.0) as client:
         return of_gateway(client, what, options.rank)
 
 
 def _html_path(recording: Recording, *, is_forced: bool) -> Path:
-    """Where the page goes by default. The page of another recording there is left alone, and so is any other file."""
+    """Returns the default file for the page. Another recording's page, or any other file, is not overwritten."""
     name = Path(recording.name).name or "report"
     name = name if len(name.encode()) <= _MOST_OF_A_NAME else recording.source
     path = Path(f"{name}.html" if recording.rank == 0 else f"{name}-rank-{recording.rank}.html")
@@ -99,17 +99,17 @@ def _html_path(recording: Recording, *, is_forced: bool) -> Path:
 
 
 def _is_free(path: Path, is_ours: Callable[[Path], bool]) -> bool:
-    """Whether nothing of anybody is lost when a file is written."""
+    """Whether a file can be written without losing existing data."""
     try:
         found = path.stat()
-        # A terminal, a pipe or an empty file has nothing to lose; why a folder cannot be written is said then.
+        # Writing to a terminal, a pipe or an empty file loses nothing; writing to a folder fails later with a message.
         return not stat.S_ISREG(found.st_mode) or not found.st_size or is_ours(path)
     except FileNotFoundError:
-        return not path.is_symlink()  # else a file would be made where the link leads to
+        return not path.is_symlink()  # a broken link would create a file at its target
     except PermissionError:
         return False
     except OSError:
-        return True  # why it cannot be written is said when it is tried
+        return True  # writing fails later with a message
 
 
 def _check_ours(path: Path | None, is_ours: Callable[[Path], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Findings: what someone who was not there wants to know first."""
+"""Answers the first questions about a run: how it ended, what went wrong, and where the time went."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _MOST_NAMES = 12
 _TIMES_THE_NOISE = 3
 _LATENCY_BUDGET_MS = 10.0
 
-# Signals at which something has gone wrong. A busy CPU is none of them: where it trains, it is to be busy.
+# Signals which mean that something has gone wrong. A busy CPU is not one of them, since it is normal during training.
 _ALARMS = {rule.name: rule for rule in RULES if (rule.level, rule.route) == ("HIGH", "PAUSE")}
-# A black box has the names of the catalogue, a packet has these.
+# A black box uses the catalogue's names, packets use these keys.
 _KEYS = {metric.name: metric.key for metric in METRICS if metric.level == "step" and metric.key}
 _STAGES: dict[float, str] = {stage.value: stage.name for stage in Stage}
 
 
 class Finding(NamedTuple):
-    """One answer.
+    """A question about the run and its answer.
 
     Attributes:
-        question: what it answers.
-        answer: in a sentence or two.
-        is_bad: whether something is wrong.
+        question: the question.
+        answer: the answer, in a sentence or two.
+        is_bad: whether the answer means that something is wrong.
         step: the step that it is about.
     """
 
@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 
 
 def findings(recording: Recording) -> list[Finding]:
-    """What went wrong, where the time goes, which seed; in that order."""
+    """Returns the findings: the end, what went wrong, the loss, the time, and the seeds; in this order."""
     if not recording.rows:
         return [Finding("What is here?", "No step was recorded.", True)]
     bad = first_bad(recording)
@@ -62,10 +62,10 @@ def findings(recording: Recording) -> list[Finding]:
 
 
 def first_bad(recording: Recording) -> tuple[int, str] | None:
-    """The place of the first step that went wrong, and why.
+    """Returns the index of the first step that went wrong, and the reason.
 
-    A loss that is not finite counts before everything else, then a step that raised, then a signal that pauses the
-    run and is unusual in it: what a healthy run does all along, such as steps of half a second, is not what went wrong.
+    A loss that is not finite takes precedence, then a step that raised an exception, then a signal that pauses the run
+    and is unusual for it. Signals that occur all through a run, such as for steps of half a second, do not count.
     """
     loss_before: float | None = None
     failed: tuple[int, str] | None = None
@@ -97,7 +97,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """The mean; unlike ``statistics.fmean`` also of numbers whose sum is too large for a double."""
+    """Returns the mean; unlike ``statistics.fmean`` it also works if the sum is too large for a double."""
     each = list(values)
     return math.fsum(value / len(each) for value in each)
 
@@ -105,13 +105,13 @@ def _mean(values: Iterable[float]) -> float:
 def _is_unusual(
     rule: Rule, values: Mapping[str, float], before: Sequence[Mapping[str, float]], share_before: float
 ) -> bool:
-    """Whether a run that goes well does not do this.
+    """Whether a signal is unusual for this run.
 
     Args:
-        rule: the signal's.
-        values: of the step that has it.
-        before: those of the steps just before.
-        share_before: which share of all steps before had the signal.
+        rule: the signal's rule.
+        values: values of the step that has the signal.
+        before: values of the steps just before it.
+        share_before: the share of all earlier steps that had the signal.
     """
     if rule.name == "isolation_violations":
         return True
@@ -122,13 +122,13 @@ def _is_unusual(
     if rule.metric == LOSS_STEP:
         largest = max(abs(later - earlier) for earlier, later in pairwise(known))
         return "loss" in values and values["loss"] - known[-1] > _TIMES_THE_NOISE * largest
-    if rule.is_inclusive:  # a share of a device that is at its limit cannot become twice as large
+    if rule.is_inclusive:  # a share of a device near its limit cannot double, so compare how often the signal occurs
         return share_before <= _SELDOM
     return values[metric] > 2 * median(known)
 
 
 def _packet(values: Mapping[str, float]) -> messages.SystemStatePacket:
-    """As much of a packet as the risk table reads."""
+    """Makes a packet with only the fields that the risk table reads."""
     known = {_KEYS.get(name, name): value for name, value in values.items() if finite(value) is not None}
     loss = known.get("loss", known.get("training_loss", 0.0))
     return messages.SystemStatePacket(training_metrics=known, validation_loss=loss)
@@ -179,7 +179,7 @@ def _learning(recording: Recording) -> Finding:
 
 
 def phases(row: Row) -> dict[str, float]:
-    """Where a step's time went, in milliseconds, by phase; what is missing is not there."""
+    """Returns the time of a step in milliseconds, by phase; phases without a value are left out."""
     values = row.values
     found = {}
     for phase, name in (
@@ -252,12 +252,12 @@ def _seed(recording: Recording, bad: tuple[int, str] | None) -> Finding:
 
 
 def stage_name(number: float) -> str:
-    """The stage's name; of a number that is none's, the number."""
+    """Returns the stage's name, or "stage N" for an unknown number."""
     return _STAGES.get(number) or f"stage {number:g}"
 
 
 def compared(one: Recording, other: Recording) -> list[Finding]:
-    """Two runs at the same steps."""
+    """Compares two runs at the steps that both have."""
     by_step = {row.step: row.values for row in other.rows}
     pairs = [(row.step, row.values, by_step[row.step]) for row in one.rows if row.step in by_step]
     question = f"How does it compare with {names_of(one, other)[1]}?"

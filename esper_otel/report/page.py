@@ -1,4 +1,4 @@
-"""Page: a recording as one HTML file that needs nothing else."""
+"""Renders a recording as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ text{font:11px system-ui,sans-serif;fill:#57606a}table{border-collapse:collapse;
 td,th{padding:.15rem .6rem;border-bottom:1px solid #d0d7de;text-align:right}
 td:first-child,th:first-child{text-align:left}
 """
-# The page loads nothing and runs nothing, whatever is in it: of styles only these, and those of its own elements.
+# The policy forbids the page to load or run anything, whatever it contains; it allows this style sheet and style
+# attributes.
 _OUR_STYLE = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
     f"style-src-elem 'sha256-{_OUR_STYLE}'; style-src-attr 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
 )
 _MADE = '<meta name="esper-otel-report"'
-_BEGINNING = 4096  # bytes of a file that tell who wrote it
+_BEGINNING = 4096  # bytes of a file that are searched for the mark above
 _MOST_SHOWN = 2_000
 _MOST_CHANGES = 100
 
@@ -44,25 +45,25 @@ Points = Sequence[tuple[float, float | None]]
 
 
 class Line(NamedTuple):
-    """One curve; or, where curves are stacked, the upper edge of one area."""
+    """One curve, or the upper edge of one area in a stacked chart."""
 
     name: str
     points: Points
 
 
 class Mark(NamedTuple):
-    """A step that is marked in each chart, and why."""
+    """A step that is marked in each chart, and the reason."""
 
     step: int
     reason: str
 
 
 def page(recording: Recording, other: Recording | None = None) -> str:
-    """The whole file.
+    """Renders the whole file.
 
     Args:
         recording: the run.
-        other: another one, to compare with.
+        other: another run to compare with.
     """
     found = findings(recording) + ([] if other is None else compared(recording, other))
     bad = first_bad(recording)
@@ -90,19 +91,19 @@ def page(recording: Recording, other: Recording | None = None) -> str:
 
 
 def is_page(path: Path, recording: Recording | None = None) -> bool:
-    """Whether a file is a page that this module has written; of this recording, if one is given."""
+    """Whether a file is a page that this module wrote; if a recording is given, whether it is that recording's page."""
     with path.open("rb") as file:
         beginning = file.read(_BEGINNING)
     return (_MADE if recording is None else _made_of(recording)).encode() in beginning
 
 
 def _made_of(recording: Recording) -> str:
-    """What stands in the page of a recording, and in no page of another."""
+    """Returns the mark that identifies the page of a recording."""
     return f'{_MADE} content="{_shown(recording.source)}">'
 
 
 def _shown(text: object) -> str:
-    """Anything from outside, in the page's text or in an attribute's value."""
+    """Escapes untrusted text for the page's text or an attribute's value."""
     return escape(printable(text, _MOST_SHOWN))
 
 
@@ -123,7 +124,7 @@ def _cycle(recording: Recording) -> Points:
 
 
 def _thinned(points: Points) -> Points:
-    """At most so many that an eye can tell apart: of each stretch the least, the largest, and the first gap."""
+    """Reduces the points to a number that a chart can show: the minimum, maximum and first gap of each stretch."""
     if len(points) <= _MOST_POINTS:
         return points
     size = -(-len(points) // (_MOST_POINTS // 3))
@@ -179,7 +180,7 @@ def _chart(title: str, lines: Sequence[Line], mark: Mark | None, *, is_stacked: 
 
 
 def _odd(line: Line) -> list[tuple[float, str]]:
-    """Where a curve is not finite, and what is written there: one entry for each stretch of equal values."""
+    """Returns where a curve is not finite, and the text to write there; one entry per stretch of equal values."""
     found = []
     for value, stretch in groupby(line.points, key=lambda point: _if_not_finite(point[1])):
         first, *rest = [x for x, _ in stretch]
@@ -206,7 +207,7 @@ def _path(points: Points, at: Callable[[float, float], tuple[float, float]]) -> 
 
 
 def _area(points: Points, at: Callable[[float, float], tuple[float, float]]) -> str:
-    """What lies between a curve and 0."""
+    """Returns the path of the area between a curve and 0."""
     words = []
     for is_there, stretch in groupby(points, key=lambda point: point[1] is not None):
         if is_there:
@@ -247,7 +248,7 @@ def _legend(names: Sequence[str], more: Sequence[str]) -> str:
 
 
 def _times(recording: Recording, mark: Mark | None) -> str:
-    """Where each step's time went, one phase upon the other; a phase that was never recorded is not there."""
+    """Draws the time of each step by phase, stacked; phases that were never recorded are left out."""
     timed = [(row.step, phases(row)) for row in recording.rows]
     total = [(step, sum(parts.values()) if parts else None) for step, parts in timed]
     kept = {step for step, _ in _thinned(total)}

@@ -1,4 +1,4 @@
-"""Recording: the steps of a run, wherever they come from."""
+"""The steps of a run, read from a black box or a gateway."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 from esper_otel.text import printable
 
 _FIELDS = {metric.name: metric.field for metric in SEED_CELLS}
-# Of the catalogue's metrics a packet has those of the step under their names, and users' own.
+# Metrics of the catalogue that are not in packets: a packet names only the step's metrics and the user's own.
 _NOT_IN_PACKETS = {metric.name for metric in METRICS} - {metric.name for metric in STEP_METRICS}
 _AT_ONCE = 1000
-# A gateway may answer without end: then this is what a report takes of it.
+# Limits of what a report reads, since a gateway might answer without end.
 _MOST_STEPS = 2_000_000
 _MOST_NUMBERS = 50_000_000  # of all steps, in 8 bytes each
 _MOST_S = 600.0
@@ -34,13 +34,13 @@ Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
 
 
 class Row:
-    """One step, in the bytes of its numbers: a run may have a million.
+    """One step, stored compactly, since a run may have a million.
 
     Args:
         step: its number.
         epoch: the epoch it belongs to.
         unix_s: its time.
-        values: step metrics by name; NaN is a value, what is missing is not there.
+        values: step metrics by name; NaN is a value, and missing metrics are left out.
         seeds: cells of the seeds recorded in it, by field.
     """
 
@@ -76,7 +76,7 @@ class Row:
 
 @lru_cache(maxsize=4096)
 def _shared(names: tuple[Name, ...]) -> tuple[Name, ...]:
-    """The same tuple for equal ones: most steps have the same names."""
+    """Returns one shared tuple for equal tuples, since most steps have the same names."""
     return names
 
 
@@ -85,12 +85,12 @@ class Recording:
     """Steps of one rank, in the order of their times.
 
     Attributes:
-        name: the run's.
+        name: name of the run.
         rank: the process within the run.
         attempt: which start of the run.
-        ended: how it ended; empty when it has not, or nobody knows.
+        ended: how it ended; empty when it has not ended or this is not known.
         rows: the steps.
-        source: tells it from all other recordings, and can be a file's name.
+        source: identifies the recording uniquely; usable as a file name.
     """
 
     name: str
@@ -102,19 +102,19 @@ class Recording:
 
     @property
     def title(self) -> str:
-        """The run, and the rank if it is not the only one that matters."""
+        """The name of the run, with the rank unless it is 0."""
         return self.name if self.rank == 0 else f"{self.name}, rank {self.rank}"
 
     def series(self, name: str) -> list[float | None]:
-        """A metric by step; None where it is missing."""
+        """Returns a metric's value in each step; None where it is missing."""
         return [row.values.get(name) for row in self.rows]
 
 
 def of_file(path: Path) -> Recording:
-    """From a black box.
+    """Reads a recording from a black box.
 
     Raises:
-        ConfigurationError: it cannot be read.
+        ConfigurationError: the file cannot be read.
     """
     content = blackbox.contents(path)
     head = next(content)
@@ -130,7 +130,7 @@ def of_file(path: Path) -> Recording:
 
 @lru_cache(maxsize=4096)
 def _clean_text(text: str) -> str:
-    """The text, if a session accepts it as a name or id; of any other what can be shown."""
+    """Returns the text unchanged if a session accepts it as a name or id; otherwise its printable form."""
     return text if is_valid(text) else printable(text)
 
 
@@ -143,10 +143,10 @@ def _clean_seeds(seeds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str
 
 
 def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
-    """From a gateway: all steps that it has of the newest attempt.
+    """Reads all steps of a run's newest attempt from a gateway.
 
     Raises:
-        GatewayError: there is no such run, it cannot be had, or it has no end.
+        GatewayError: the run is unknown, the gateway cannot be reached, or the run is too large.
         ConfigurationError: the rank has no steps.
     """
     found: dict[int, Row] = {}
@@ -167,10 +167,10 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
 
 
 def _pulled(client: TamiyoClient, run_id: str, rank: int) -> Iterator[Packets]:
-    """All that the gateway has.
+    """Yields all packets that the gateway has of the run.
 
     Raises:
-        GatewayError: it has more than a report takes.
+        GatewayError: the gateway has more than a report reads.
     """
     steps = numbers = 0
     cursor = None
@@ -189,7 +189,7 @@ def _pulled(client: TamiyoClient, run_id: str, rank: int) -> Iterator[Packets]:
 
 
 def names_of(one: Recording, other: Recording) -> tuple[str, str]:
-    """Names that tell two recordings apart."""
+    """Returns names that distinguish two recordings."""
     for names in (
         (one.title, other.title),
         (f"{one.title}, attempt {one.attempt}", f"{other.title}, attempt {other.attempt}"),
@@ -215,7 +215,7 @@ def _row(packets: Packets) -> Row:
 
 
 def _add_event(event: messages.TelemetryEvent, values: dict[str, float], seeds: dict[str, dict[str, float]]) -> None:
-    """Puts back what a packet of numbers cannot carry: which value was not finite, and that the step raised."""
+    """Restores what packets carry only as events: values that were not finite, and whether the step raised."""
     if event.description == "step_failed":
         values["esper.step.failed"] = 1.0
     if event.description not in {"loss_nonfinite", "value_nonfinite"}:
@@ -224,7 +224,7 @@ def _add_event(event: messages.TelemetryEvent, values: dict[str, float], seeds: 
     metric = about.get("metric", "")
     try:
         value = float(about.get("value", ""))
-    except ValueError:  # not by a gateway of ours
+    except ValueError:  # not from a gateway of this library
         return
     if "seed_id" in about:
         if metric in _FIELDS:

@@ -1,4 +1,4 @@
-"""Table: a recording's steps for a notebook, as CSV or Parquet."""
+"""Writes a recording's steps as a CSV or Parquet table."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from esper_otel.report.recording import Recording
 _KEYS = ("step", "epoch", "unix_s", "seed_id")
 _AT_ONCE = 10_000
 _FEW_CELLS = 10_000_000
-_MOST_EMPTY = 100  # cells for each that is not
+_MOST_EMPTY = 100  # empty cells for each cell with a value
 _CSV_BEGINS = ",".join(_KEYS).encode()
-# Text that begins so is a formula to a spreadsheet; the last four are the wide forms of the first four.
+# Spreadsheets read text with one of these prefixes as a formula; the last four are full-width forms of the first four.
 _FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 Cell = int | float | str | None
 
 
 class _Columns:
-    """The columns of a table: the keys, the metrics of steps, the fields of seeds; each has a name of its own."""
+    """The columns of a table, with unique names: the keys, the step metrics, and the fields of seeds."""
 
     def __init__(self, recording: Recording) -> None:
         steps = sorted({name for row in recording.rows for name in row.values})
@@ -45,7 +45,7 @@ class _Columns:
             )
 
     def lines(self, recording: Recording) -> Iterator[list[Cell]]:
-        """A line for each step, with an empty ``seed_id``, and one for each row of a seed; None where nothing is."""
+        """Yields a line for each step, with an empty ``seed_id``, and one for each seed; missing values are None."""
         for row in recording.rows:
             key: dict[str, Cell] = {"step": row.step, "epoch": row.epoch, "unix_s": row.unix_s}
             values = {self.of_steps[name]: value for name, value in row.values.items()}
@@ -56,7 +56,7 @@ class _Columns:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a table that this module has written."""
+    """Whether a file is a table that this module wrote."""
     with path.open("rb") as file:
         beginning = file.read(len(_CSV_BEGINS))
     if beginning == _CSV_BEGINS:
@@ -67,12 +67,12 @@ def is_table(path: Path) -> bool:
         from pyarrow import parquet
 
         return tuple(parquet.read_schema(path).names[: len(_KEYS)]) == _KEYS
-    except Exception:  # noqa: BLE001 - whatever it is, we have not written it
+    except Exception:  # noqa: BLE001 - a file that pyarrow cannot read was not written by this module
         return False
 
 
 def write_csv(recording: Recording, path: Path) -> None:
-    """An empty cell is missing; NaN is ``nan``. Text that a spreadsheet would take for a formula begins with ``'``."""
+    """Writes a CSV file. Missing values are empty cells, NaN is ``nan``, and formula-like text gets a ``'`` prefix."""
     columns = _Columns(recording)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -85,7 +85,7 @@ def _not_a_formula(cell: Cell) -> Cell:
 
 
 def write_parquet(recording: Recording, path: Path) -> None:
-    """A null is missing; NaN is NaN.
+    """Writes a Parquet file. Missing values are null, and NaN stays NaN.
 
     Raises:
         ConfigurationError: pyarrow is not installed.
@@ -97,7 +97,7 @@ def write_parquet(recording: Recording, path: Path) -> None:
         raise ConfigurationError("--parquet needs pyarrow: pip install 'esper-otel[parquet]'") from None
     columns = _Columns(recording)
     names = columns.names
-    # A step whose sender did not give its number has one that only fits without a sign.
+    # A step without a number from its sender has a placeholder that only fits an unsigned integer.
     step = pa.uint64() if any(row.step >= 2**63 for row in recording.rows) else pa.int64()
     kinds = {"step": step, "epoch": pa.int64(), "seed_id": pa.string()}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in names])

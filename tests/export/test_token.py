@@ -139,7 +139,7 @@ FAULTS = [
     (made_a_folder, "is a directory"),
     (made_a_pipe, "it is not a regular file"),
     (made_a_loop, "too many levels of symbolic links"),
-    (given_two_lines, "it holds 2 tokens; leave the one that is to be sent"),
+    (given_two_lines, "it holds 2 tokens; keep only the one to send"),
     (given_a_letter_that_is_not_ascii, "line 1 must contain a token (ASCII without spaces), or"),
     (given_a_whole_header, "line 1 begins with the word Bearer, which is added automatically: write only the token"),
     (made_huge, "line 1 must contain a token (ASCII without spaces), or"),
@@ -265,7 +265,10 @@ def test_a_token_that_others_can_read_on_the_way_is_told_once(
     told = [record.getMessage() for record in caplog.records]
     target = endpoint_from_environment(to("grpc", url, **settings)).target
     assert told == is_told * [
-        f"the token of ESPER_TOKEN_FILE goes to {target} over plain text, for all on the way to read: give https://"
+        (
+            f"the token of ESPER_TOKEN_FILE goes to {target} over plain text, where anyone on the way can read it: "
+            "give https://"
+        )
     ]
 
 
@@ -275,7 +278,7 @@ def test_a_token_in_a_header_is_told_too(url: str, is_told: bool, caplog: pytest
     open_sender(endpoint_from_environment(environ)).close()
     told = [record.getMessage() for record in caplog.records]
     words = "the token of OTEL_EXPORTER_OTLP_HEADERS goes to collector:4317 over plain text"
-    assert told == is_told * [f"{words}, for all on the way to read: give https://"]
+    assert told == is_told * [f"{words}, where anyone on the way can read it: give https://"]
 
 
 def test_a_header_that_is_no_secret_is_not_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,1 +1,1 @@
-"""Serve: the two ports, who may come through them, and what they answer."""
+"""Serves the gateway's two ports: access, limits, and answers."""

@@ -1,4 +1,4 @@
-"""Connections: bounded in number and in time on both ports, so that descriptors are left and the honest stay."""
+"""Limits the number and age of connections on both ports, so that idle ones cannot exhaust the file descriptors."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from urllib.parse import unquote
 from esper_otel.gateway.faults import Busy
 from esper_otel.log import Warnings
 
-SILENT_S = 10.0  # to say something: a TLS handshake, HTTP/2 settings, the head of a request
+SILENT_S = 10.0  # time limit for a TLS handshake, the HTTP/2 settings, and the head of a request
 
-_SPARE = 128  # descriptors for all but connections
+_SPARE = 128  # descriptors for everything except connections
 _MOST = {"http": 500, "grpc": 2_000}
 _BACKLOG = 256
 _UNPROVEN_S = 2.0
 _LOOK_EVERY_S = 0.25
 _NO_DESCRIPTOR_S = 0.5
-_MOST_TAKEN_BACK = 100  # calls of a connection, between two looks
+_MOST_TAKEN_BACK = 100  # calls that one connection may cancel between two checks
 
 
 def most_connections(port: str) -> int:
-    """How many connections a port takes: as many as are of use, and the process has descriptors for.
+    """Returns how many connections a port accepts, which depends on the process's limit of file descriptors.
 
     Args:
         port: ``http`` or ``grpc``.
@@ -43,7 +43,7 @@ def most_connections(port: str) -> int:
 
 
 def allow_descriptors() -> None:
-    """Raises the process's own limit of open files to what the connections need, as far as the system lets it."""
+    """Raises the process's limit of open files to the number that the connections need, if the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * max(_MOST.values()) + _SPARE
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -57,12 +57,12 @@ class _Connection:
     """A connection of the HTTP port.
 
     Attributes:
-        socket: its own; closed by the transport when there is one.
+        socket: its socket; closed by the transport once there is one.
         since_s: when it was accepted.
-        connecting: what makes its transport; None when it has done so.
-        protocol: what serves it.
-        transport: None during a TLS handshake.
-        has_asked: whether the head of a request came.
+        connecting: the task that makes its transport; None when the task is done.
+        protocol: the protocol that serves it.
+        transport: its transport; None during a TLS handshake.
+        has_asked: whether the head of a request was received.
         is_proven: whether a request was answered and not refused.
     """
 
@@ -75,7 +75,7 @@ class _Connection:
     is_proven: bool = False
 
     def end(self) -> None:
-        """At once; what was to be sent is dropped."""
+        """Closes the connection at once; data not sent yet is dropped."""
         if isinstance(self.transport, asyncio.WriteTransport):
             self.transport.abort()
         elif self.connecting is not None:
@@ -85,15 +85,15 @@ class _Connection:
 class HttpAcceptor:
     """Accepts the connections of the HTTP port.
 
-    When there is no room for one more, the oldest that has not sent a request gives way, then the oldest of those
-    that had no good answer within seconds; if there is none of these, the new one is closed.
+    When the limit is reached, the oldest connection that has not sent a request is closed. If there is none, the oldest
+    connection without a successful request in its first seconds is closed; otherwise the new connection is closed.
 
     Args:
         listening: sockets that listen.
-        protocol: makes what serves a connection.
-        context: gives the TLS context for the next connection; None for plain text.
-        refused: called when there is no room.
-        warnings: where it is said that descriptors are gone.
+        protocol: makes the protocol that serves a connection.
+        context: returns the TLS context for the next connection; None for plain text.
+        refused: called when a new connection is closed.
+        warnings: where failures to accept connections are reported.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class HttpAcceptor:
         self._tasks.append(asyncio.create_task(self._end_silent()))
 
     def close(self) -> None:
-        """Accepts no more."""
+        """Stops accepting connections."""
         for task in self._tasks:
             task.cancel()
         for each in self._listening:
@@ -126,7 +126,7 @@ class HttpAcceptor:
                 connection.end()
 
     def note(self, protocol: asyncio.BaseProtocol, *, is_proven: bool) -> None:
-        """Notes that a connection has sent a request, or that one of its requests was answered well."""
+        """Records that a connection has sent a request, or that one of its requests succeeded."""
         connection = self._served.get(protocol)
         if connection is not None:
             connection.has_asked = True
@@ -150,7 +150,7 @@ class HttpAcceptor:
             else:
                 accepted.close()
                 self._refused(Busy("too many connections"))
-            await asyncio.sleep(0)  # the others have their turn
+            await asyncio.sleep(0)  # let other tasks run
 
     async def _connect(self, connection: _Connection) -> None:
         def protocol() -> asyncio.Protocol:
@@ -164,7 +164,7 @@ class HttpAcceptor:
             connection.transport, _ = await loop.connect_accepted_socket(
                 protocol, connection.socket, ssl=context, ssl_handshake_timeout=None if context is None else SILENT_S
             )
-        except (OSError, asyncio.CancelledError):  # no handshake, or it has given way
+        except (OSError, asyncio.CancelledError):  # the handshake failed, or the connection was closed for another one
             connection.socket.close()
             self._forget(connection)
         finally:
@@ -206,18 +206,18 @@ _Peer = tuple[str, int]
 
 
 class _OpenSocket(NamedTuple):
-    """A connection, with the number of its socket: no later one has both."""
+    """A connection, identified by its peer and its socket's inode; no later connection has the same pair."""
 
     peer: _Peer
     inode: int
 
 
 class Guard:
-    """Watches the connections of the gRPC port, and ends those that it must.
+    """Watches the connections of the gRPC port, and closes unused or misbehaving ones.
 
-    gRPC bounds their number and ends those that never say anything, but has no way to name one and end it. They are
-    found among the descriptors of the process, by their addresses. When most places are taken, those give way that
-    had no request granted for seconds.
+    gRPC limits their number and closes those that never send anything, but offers no way to close a particular
+    connection. So connections are found among the process's file descriptors, by their addresses. When most of the
+    allowed connections are in use, those that had no authorized request for seconds are closed.
 
     Args:
         port: the number of the gRPC port.
@@ -232,22 +232,22 @@ class Guard:
         self._task = asyncio.create_task(self._watch())
 
     def close(self) -> None:
-        """Watches no more."""
+        """Stops watching."""
         self._task.cancel()
 
     def note(self, peer: str) -> None:
-        """Notes that a request of a peer, as gRPC names it, was granted."""
+        """Records that a request of a peer (in gRPC's notation) was authorized."""
         if len(self._proven) < 2 * self._most:
             self._proven.add(peer)
 
     def note_taken_back(self, peer: str) -> None:
-        """Notes that a peer has cancelled a call. One that does so without end is cut: gRPC would serve it first."""
+        """Counts a cancelled call. A peer that cancels too many is disconnected, since gRPC would serve it first."""
         self._taken_back[peer] += 1
         if self._taken_back[peer] == _MOST_TAKEN_BACK:
             self.cut(peer)
 
     def cut(self, peer: str) -> None:
-        """Ends the connection of a peer, as gRPC names it, with all that waits to be sent there."""
+        """Closes the connection of a peer (in gRPC's notation), and drops the data waiting to be sent to it."""
         wanted = _peer_of(peer)
         self._end(lambda each: each.peer == wanted)
 
@@ -272,37 +272,37 @@ class Guard:
     def _end(self, is_meant: Callable[[_OpenSocket], bool]) -> None:
         for each, connection in self._found():
             if is_meant(each):
-                with contextlib.suppress(OSError):  # it has ended
+                with contextlib.suppress(OSError):  # it is already closed
                     connection.shutdown(socket.SHUT_RDWR)
 
     def _found(self) -> Iterator[tuple[_OpenSocket, socket.socket]]:
-        """The connections that there are, each to be used at once."""
+        """Yields the port's connections; each must be used before the next one is requested."""
         for descriptor in _descriptors():
             try:
                 connection = socket.socket(fileno=descriptor)
             except OSError:  # not a socket
                 continue
             try:
-                with contextlib.suppress(OSError):  # it is not connected, or closed by now
+                with contextlib.suppress(OSError):  # it is not connected, or was closed meanwhile
                     if connection.family in {socket.AF_INET, socket.AF_INET6} and (
                         connection.getsockname()[1] == self._port
                     ):
                         host, port, *_ = connection.getpeername()
                         yield _OpenSocket((_host(host), port), os.fstat(descriptor).st_ino), connection
             finally:
-                connection.detach()  # it is gRPC's
+                connection.detach()  # gRPC owns the descriptor, so it must not be closed here
 
 
 def _descriptors() -> list[int]:
     try:
         with os.scandir("/dev/fd") as entries:
             return [int(entry.name) for entry in entries]
-    except OSError:  # not every system has it; then only gRPC's own bounds hold
+    except OSError:  # not every system has /dev/fd; without it only gRPC's own limits apply
         return []
 
 
 def _peer_of(peer: str) -> _Peer:
-    """The host and the port in gRPC's ``ipv4:127.0.0.1:4000`` or ``ipv6:%5B::1%5D:4000``."""
+    """Parses host and port from gRPC's ``ipv4:127.0.0.1:4000`` or ``ipv6:%5B::1%5D:4000``."""
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
     return _host(host.strip("[]")), int(port) if port.isdecimal() else 0
 

@@ -1,4 +1,4 @@
-"""Rpc: what the gRPC port answers, and within which bounds."""
+"""The methods of the gRPC port, and their limits."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRe
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 
-_PLACES = 4  # each may be a request of MAX_REQUEST_BYTES
+_PLACES = 4  # requests read at the same time; each may have MAX_REQUEST_BYTES
 _MOST_WAITING = 500
 _PATIENCE_S = 0.5
 _SLOWEST_S = 60.0
 _PAUSE_S = 0.002
 _MOST_PULLS = 1_000
 _MOST_WATCHES = 200
-_GZIP_MAGIC = b"\x1f\x8b"  # no request in protobuf begins so
+_GZIP_MAGIC = b"\x1f\x8b"  # a protobuf request never begins with these bytes
 
 _END: Any = grpc.aio.EOF  # type: ignore[attr-defined] # the stubs lack it
 
@@ -46,16 +46,16 @@ _T = TypeVar("_T")
 class Rpc:
     """The methods of the gRPC port.
 
-    gRPC reads no message before a method asks for it. So tokens are checked first, and a few requests are read at a
-    time. Threads: that of the event loop.
+    gRPC reads a message only when a method asks for it. So tokens are checked before the message is read, and only a
+    few requests are read at a time. Threads: that of the event loop.
 
     Args:
-        core: what is done with requests.
-        send_tokens: of senders; None: everybody may send.
-        pull_tokens: of pullers; None: everybody may pull.
-        guard: ends connections.
-        answers: room for answers that are not read yet.
-        warnings: where faults are said.
+        core: processes the requests.
+        send_tokens: tokens of senders; None allows everyone to send.
+        pull_tokens: tokens of pullers; None allows everyone to pull.
+        guard: closes connections.
+        answers: limits the answers that clients have not read yet.
+        warnings: where faults are reported.
     """
 
     def __init__(
@@ -74,21 +74,22 @@ class Rpc:
         self._answers = answers
         self._warnings = warnings
         self._turns = Turns(_PLACES, _MOST_WAITING, patience_s=_PATIENCE_S, slowest_s=_SLOWEST_S)
-        self._strangers = Turns(2, _MOST_WATCHES, patience_s=_PATIENCE_S, slowest_s=_SLOWEST_S)  # who need no token
+        # For the methods that need no token.
+        self._strangers = Turns(2, _MOST_WATCHES, patience_s=_PATIENCE_S, slowest_s=_SLOWEST_S)
         self._steps = Turns(1, _MOST_PULLS, patience_s=_SLOWEST_S, slowest_s=_SLOWEST_S, pause_s=_PAUSE_S)
         self._polls = Room(_MOST_PULLS, "too many pulls")
         self._watches = Room(_MOST_WATCHES, "too many watches")
         self.health = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
 
     def handlers(self, *, receives: bool) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
-        """The methods by service.
+        """Returns the methods by service.
 
         Args:
-            receives: whether OTLP is taken.
+            receives: whether OTLP is accepted.
         """
 
         def unary(method: Callable[[Any, _Context], Awaitable[Any]], *coding: Any) -> Any:
-            # By the wire the same as unary_unary.
+            # On the wire this is the same as unary_unary.
             return grpc.stream_unary_rpc_method_handler(partial(self._followed, method), *coding)
 
         stream = grpc.stream_stream_rpc_method_handler
@@ -122,7 +123,7 @@ class Rpc:
             async with self._turns.turn(owner):
                 body = await self._body(context, self._turns)
                 answer = await self._core.take(body, is_gzip=body.startswith(_GZIP_MAGIC), grant=grant)
-        except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules
+        except Exception as error:  # noqa: BLE001 - any error is reported to the sender as OTLP specifies
             await self._abort(error, context, is_sender=True)
         if not answer.rejected and not answer.reason:
             return b""
@@ -155,27 +156,27 @@ class Rpc:
                 try:
                     async with limit:
                         response = await self._core.pull(request, grant, bounds)
-                except TimeoutError:  # the oldest of an owner who has the most; nothing has come for it yet
+                except TimeoutError:  # ended early to admit another owner's pull; no step has arrived for it yet
                     response = PullResponse(cursor=request.cursor)
             return response.SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _pulled(self, context: _Context, answered: Callable[[Grant | None, Holding], Awaitable[bytes]]) -> bytes:
-        """An answer, which holds room from its first byte until its reader has it."""
+        """Makes an answer, which counts against the limit of unread answers until the client has read it."""
         try:
             grant, owner = self._granted(self._pull_tokens, context)
             with ExitStack() as entered:
                 answer = entered.enter_context(self._answers.hold(owner, 0, lambda: None))
                 body = await answered(grant, answer)
                 answer.resize(len(body))
-                # One that is not read ends with its connection: gRPC would keep what it has begun to send.
+                # An unread answer is ended by closing its connection, since gRPC keeps an answer it has begun to send.
                 answer.since_s = time.monotonic()
                 answer.give_way = partial(self._guard.cut, context.peer())
                 entered.callback(asyncio.get_running_loop().call_later(_SLOWEST_S, answer.take_back).cancel)
                 over = entered.pop_all()
             context.add_done_callback(lambda _: over.close())  # type: ignore[arg-type] # the stubs know another one
-        except Exception as error:  # noqa: BLE001 - a puller is told
+        except Exception as error:  # noqa: BLE001 - any error is reported to the puller
             await self._abort(error, context)
         return body
 
@@ -221,14 +222,14 @@ class Rpc:
                     async for response in self._reflection.ServerReflectionInfo(requests(), context):
                         yield response
         except TimeoutError:
-            await self._abort(Busy("too many watches at once, or a minute without an end"), context)
+            await self._abort(Busy("too many watches at once, or the call took more than a minute"), context)
         except Exception as error:  # noqa: BLE001 - whoever asks is told
             await self._abort(error, context)
 
-    # -- of all ------------------------------------------------------------------------------------------
+    # -- common to all methods ---------------------------------------------------------------------------
 
     def _granted(self, tokens: Tokens | None, context: _Context) -> tuple[Grant | None, str]:
-        """What the peer may do, and whose share it uses: its token's, or without tokens that of its connection."""
+        """Returns what the peer may do, and whose share it uses: its tenant's, or its connection's without tokens."""
         peer = context.peer()
         grant = None
         if tokens is not None:
@@ -252,7 +253,7 @@ class Rpc:
         return body
 
     async def _read(self, context: _Context, turns: Turns) -> bytes | None:
-        """The next message of a call, within a turn; None when there is none."""
+        """Reads the next message of a call, within a turn; None at the end."""
         async with turns.slow():
             body: Any = await context.read()
         return None if body is _END else body

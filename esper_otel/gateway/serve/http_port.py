@@ -1,4 +1,4 @@
-"""HTTP: OTLP in protobuf and JSON, and what those ask who look after the gateway."""
+"""The HTTP port: OTLP in protobuf and JSON, and the paths for operators of the gateway."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _LINGERING_S = 2.0
 
 
 class HttpPort:
-    """What the HTTP port answers: ``POST /v1/metrics``, ``GET /healthz``, ``/readyz`` and ``/metrics``.
+    """The paths of the HTTP port: ``POST /v1/metrics``, ``GET /healthz``, ``/readyz`` and ``/metrics``.
 
     Args:
-        core: what is done with requests.
-        send_tokens: of senders; None: everybody may send.
-        answers: room for answers that are not read yet.
-        warnings: where faults are said.
+        core: processes the requests.
+        send_tokens: tokens of senders; None allows everyone to send.
+        answers: limits the answers that clients have not read yet.
+        warnings: where faults are reported.
 
     Attributes:
-        door: is told which connections have asked, and which were answered well.
+        door: the acceptor, which records the connections that sent a request and those whose request succeeded.
     """
 
     def __init__(self, core: Core, send_tokens: Tokens | None, answers: Room, warnings: Warnings) -> None:
@@ -55,11 +55,11 @@ class HttpPort:
         self._warnings = warnings
 
     def application(self, hosts: Collection[str] | None, *, has_page: bool) -> web.Application:
-        """The paths.
+        """Makes the application that serves the paths.
 
         Args:
-            hosts: names, beside the usual ones, by which the port is asked; None: TLS sees to that.
-            has_page: whether there is the live page at ``/``.
+            hosts: accepted Host names in addition to the usual ones; None skips the check, since TLS verifies the name.
+            has_page: whether to serve the live page at ``/``.
         """
         core = self._core
 
@@ -85,7 +85,7 @@ class HttpPort:
         return app
 
     def _check_host(self, request: web.Request, hosts: Collection[str]) -> None:
-        """A web page elsewhere, whose name leads here by a trick with DNS, is not answered."""
+        """Refuses requests with a foreign Host header, as from a web page that uses DNS rebinding."""
         if is_own_host(request.headers.get("host", ""), hosts):
             return
         message = "a request for %.100r was refused; if that is a name of this gateway, give --http-name"
@@ -93,7 +93,7 @@ class HttpPort:
         raise web.HTTPForbidden(text="this gateway is not known by that name: use its address, or give --http-name\n")
 
     async def _sent(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Sends the answer while there is room for it; one that is not read ends with its connection."""
+        """Sends the answer within the limit of unread answers; closes the connection if the client does not read it."""
         if self.door is not None:
             self.door.note(request.protocol, is_proven=False)
         response = await handler(request)
@@ -116,9 +116,10 @@ class HttpPort:
 
 
 def is_own_host(host: str, hosts: Collection[str]) -> bool:
-    """Whether a Host header can be one of this gateway's: an address, a name of one word, or one of ``hosts``.
+    """Whether a Host header may name this gateway: an address, a name without a dot, or one of ``hosts``.
 
-    No web page elsewhere has such a name, unless by one of ``hosts``. A program that gives none is no browser.
+    A foreign web page cannot have such a name, unless it is in ``hosts``. A request without a Host header is not from
+    a browser and is accepted.
     """
     name, colon, port = host.rpartition(":")
     if not colon or not port.isdecimal():
@@ -134,8 +135,8 @@ def is_own_host(host: str, hosts: Collection[str]) -> bool:
 
 
 def runner_of(app: web.Application, warnings: Warnings, *, shutdown_timeout: float) -> web.AppRunner:
-    """Runs an application: without an access log, bodies unpacked by us, and no header in any log."""
-    log = logging.Logger("http")  # noqa: LOG001 - not a part of the tree: what it is told goes nowhere else
+    """Makes a runner without an access log, without automatic decompression, and without headers in any log."""
+    log = logging.Logger("http")  # noqa: LOG001 - outside the logger hierarchy, so that records go nowhere else
     log.addHandler(SeldomLog(warnings, "HTTP"))
     return web.AppRunner(
         app,
@@ -156,7 +157,7 @@ def _text(answer: Callable[[], tuple[int, str]]) -> Callable[[web.Request], Awai
 
 
 class _Receiving:
-    """OTLP over HTTP: the body, unpacked within bounds, goes to the core."""
+    """Receives OTLP over HTTP: reads the body within limits and passes it to the core."""
 
     def __init__(self, core: Core, tokens: Tokens | None, warnings: Warnings) -> None:
         self._core = core
@@ -165,18 +166,18 @@ class _Receiving:
         self._room = Room(_MOST_BYTES_IN_FLIGHT, "too much is being received")
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """Answers as OTLP/HTTP says: in the request's encoding; a failure as ``google.rpc.Status``."""
+        """Answers as OTLP/HTTP specifies: in the request's encoding, and failures as ``google.rpc.Status``."""
         is_json = request.content_type == _JSON
         if not is_json and request.content_type != _PROTOBUF:
-            return self._unsupported(f"the body is to be {_PROTOBUF} or {_JSON}")
+            return self._unsupported(f"the body must be {_PROTOBUF} or {_JSON}")
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding not in {"identity", "gzip"}:
-            return self._unsupported("content-encoding is to be gzip or identity")
+            return self._unsupported("content-encoding must be gzip or identity")
         try:
             grant = None if self._tokens is None else self._tokens.grant(request.headers.get("authorization"))
             async with self._body(request) as body:
                 answer = await self._core.take(body, is_json=is_json, is_gzip=encoding == "gzip", grant=grant)
-        except Exception as error:  # noqa: BLE001 - whatever it is, a sender is told by OTLP's rules
+        except Exception as error:  # noqa: BLE001 - any error is reported to the sender as OTLP specifies
             fault = fault_of(error, self._warnings)
             self._core.note_fault(fault)
             headers = {} if fault.retry_s is None else {"retry-after": f"{fault.retry_s:g}"}
@@ -193,10 +194,10 @@ class _Receiving:
 
     @asynccontextmanager
     async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The body; what has come of it holds room, and when there is none the largest of all gives way."""
+        """Reads the body. Received bytes count against a limit; when it is reached, the largest body is refused."""
         announced = request.content_length or 0
         if announced > MAX_REQUEST_BYTES:
-            raise TooLarge(f"{announced} bytes; {MAX_REQUEST_BYTES} are the most")
+            raise TooLarge(f"{announced} bytes; at most {MAX_REQUEST_BYTES} are allowed")
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout(_SLOWEST_S)
         parts: list[bytes] = []
@@ -211,7 +212,7 @@ class _Receiving:
                         held.resize(size)
                         parts.append(part)
             except TimeoutError:
-                raise Busy("the body came too slowly, or others had to have its room") from None
+                raise Busy("the body came too slowly, or too many bytes are in flight") from None
             yield b"".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Room: what is in flight is bounded and shared out, and whoever holds the most gives way first."""
+"""Limits work in flight and shares it between owners; at the limit, the owner with the most loses some first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LONG_S = 0.001
 
 
 class Holding:
-    """Room that somebody holds.
+    """A share of a ``Room`` that an owner holds.
 
     Args:
-        room: where.
-        owner: whose it is.
-        give_way: ends what needs the room; called when it is taken back.
+        room: the room.
+        owner: the owner.
+        give_way: ends the work that needs the share; called when the share is taken back.
 
     Attributes:
         since_s: when it began, on the monotonic clock.
@@ -33,15 +33,15 @@ class Holding:
         self.since_s = time.monotonic()
 
     def resize(self, size: int) -> None:
-        """Holds more, or less.
+        """Changes the size of the share.
 
         Raises:
-            Busy: there is not as much, and nobody who holds more gives way.
+            Busy: the limit is reached, and no other owner holds more.
         """
         self._room.resize(self, size)
 
     def has_room(self, size: int) -> bool:
-        """Holds so much, unless there is not as much."""
+        """Changes the size of the share if possible; returns whether it was."""
         try:
             self.resize(size)
         except Busy:
@@ -49,20 +49,22 @@ class Holding:
         return True
 
     def take_back(self) -> None:
-        """Ends what needs it."""
+        """Releases the share and ends the work that needs it."""
         self.resize(0)
         self.give_way()
 
 
 class Room:
-    """So much for all. When it is used up, the owner who has the most loses the oldest of it to one who has less.
+    """A limit shared by all owners. When it is reached, the owner with the most loses its oldest share.
+
+    Only an owner with less can take it.
 
     Threads: that of one event loop.
 
     Args:
-        most: of all.
-        what: its name in the words of a refusal.
-        safe_s: what is held for a shorter time is not taken back.
+        most: the limit of all shares together.
+        what: how messages about a refusal begin, such as "too many pulls".
+        safe_s: a share held for a shorter time is not taken back.
     """
 
     def __init__(self, most: int, what: str, *, safe_s: float = 0.0) -> None:
@@ -75,10 +77,10 @@ class Room:
 
     @contextmanager
     def hold(self, owner: str, size: int, give_way: Callable[[], None]) -> Iterator[Holding]:
-        """Holds room within the block.
+        """Holds a share within the block.
 
         Raises:
-            Busy: as of ``Holding.resize``.
+            Busy: see ``Holding.resize``.
         """
         holding = Holding(self, owner, give_way)
         self.resize(holding, size)
@@ -88,7 +90,7 @@ class Room:
             self.resize(holding, 0)
 
     def resize(self, holding: Holding, size: int) -> None:
-        """See ``Holding``."""
+        """Changes the size of a share. See ``Holding``."""
         owner, more = holding.owner, size - holding.size
         while more > 0 and self._used + more > self._most:
             self._largest(self._sizes.get(owner, 0) + more).take_back()
@@ -103,7 +105,7 @@ class Room:
             del self._held[owner], self._sizes[owner]
 
     def _largest(self, than: int) -> Holding:
-        """What the owner with the most has held for longest, if that is more than ``than``."""
+        """Returns the oldest share of the owner with the most, if that owner has more than ``than``."""
         owner = max(self._sizes, key=lambda each: self._sizes[each], default=None)
         if owner is not None and self._sizes[owner] > than:
             oldest = next(iter(self._held[owner]))
@@ -113,16 +115,16 @@ class Room:
 
 
 class Turns:
-    """Who works at the same time: a few, in turn by owner, each owner on no more than half of the places.
+    """Limits how many tasks run at the same time. Owners take turns, and each may use at most half of the places.
 
     Threads: that of one event loop.
 
     Args:
-        most: places.
-        most_waiting: how many wait for one.
-        patience_s: how long one may be slow while others wait.
-        slowest_s: how long one may be slow in any case.
-        pause_s: after a turn of more than a millisecond; requests that have just come are looked at then.
+        most: number of places.
+        most_waiting: how many tasks may wait for a place.
+        patience_s: how long a task may be slow while others wait.
+        slowest_s: how long a task may be slow at most.
+        pause_s: pause after a turn of more than a millisecond, so that the event loop can handle new requests.
     """
 
     def __init__(
@@ -141,10 +143,10 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """A place within the block.
+        """Waits for a place and holds it within the block.
 
         Raises:
-            Busy: too many wait.
+            Busy: too many tasks wait.
         """
         if self._may_run(owner) and owner not in self._waiting:
             self._start(owner)
@@ -161,10 +163,10 @@ class Turns:
 
     @asynccontextmanager
     async def slow(self) -> AsyncIterator[None]:
-        """Within a turn: what may take as long as another lets it, and is ended when it takes too long.
+        """Limits the time of a block, within a turn, whose duration depends on the peer; ends it when it is too slow.
 
         Raises:
-            Busy: it was.
+            Busy: the block took too long.
         """
         now_s = asyncio.get_running_loop().time()
         limit = asyncio.timeout_at(now_s + (self._patience_s if self._count_waiting else self._slowest_s))
@@ -194,13 +196,13 @@ class Turns:
                 pass
 
     def _next(self, owner: str) -> bool:
-        """Gives a place to the owner's first who still waits, and puts the owner behind the others."""
+        """Gives a place to the owner's first waiting task, and moves the owner to the end of the queue."""
         waiting = self._waiting.pop(owner)
         self._count_waiting -= 1
         place = waiting.popleft()
         if waiting:
             self._waiting[owner] = waiting
-        if place.done():  # its task was cancelled, and has not run since
+        if place.done():  # its task was cancelled and has not yet handled that
             return False
         place.set_result(None)
         self._start(owner)

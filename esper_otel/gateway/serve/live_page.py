@@ -1,4 +1,4 @@
-"""Live: the page that shows runs as they go, from the gateway's own store; for this machine only."""
+"""Serves the live page, which shows running runs from the gateway's own store, to browsers on this machine only."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _FILES = {
     "/page/page.js": ("page.js", "text/javascript"),
 }
 _LOCAL = {"localhost", "127.0.0.1", "[::1]"}
-# Of one answer: so many steps, and not many more rows of seeds; so many steps are fetched at once.
+# Limits of one answer: steps, and approximately rows of seeds. The last number is how many steps are fetched at once.
 _AT_ONCE, _MOST_ROWS, _FETCHED = 500, 50_000, 2
-_TURN_S = 0.002  # one step of 3,000 seeds takes longer; a trainer and a controller wait for several turns
-# Nothing from elsewhere, and nobody else's frame around it.
+_TURN_S = 0.002  # short, since requests of trainers and controllers may wait for several turns
+# The page loads nothing from other origins and cannot be embedded in a frame.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -41,7 +41,7 @@ _STAGE, _ALPHA = SEED_FIELDS.index("stage"), SEED_FIELDS.index("alpha")
 
 
 def add_page(app: web.Application, core: Core) -> None:
-    """Adds ``/``, and what the page asks for below ``/page``."""
+    """Adds ``/`` and the paths below ``/page`` that the page requests."""
     one_by_one = asyncio.Lock()
     folder = resources.files(__package__).joinpath("page")
     for path, (name, kind) in _FILES.items():
@@ -70,7 +70,7 @@ def add_page(app: web.Application, core: Core) -> None:
         _check(request)
         try:
             check_puller(request.query.get("run", ""), None)
-            async with one_by_one:  # together, windows would take as many turns of the event loop's
+            async with one_by_one:  # several open windows together get no more turns of the event loop than one
                 answer = await _steps(core, request.query.get("run", ""), request.query.get("cursor", ""))
         except BadRequest as error:
             raise web.HTTPBadRequest(text=str(error)) from None
@@ -85,19 +85,20 @@ def add_page(app: web.Application, core: Core) -> None:
 
 
 async def _steps(core: Core, run_id: str, cursor: str) -> str:
-    """Steps after a cursor, in JSON, fewer of those with many seeds; others have their turns in between.
+    """Returns steps after a cursor as JSON, fewer if they have many seeds. Other tasks run in between.
 
     Raises:
-        UnknownRun, StaleCursor: nothing can be had so.
+        UnknownRun: nothing of the run is stored.
+        StaleCursor: the cursor is not valid any more.
     """
-    shown: list[str] = []  # made in turns, as all of a page would take long
+    shown: list[str] = []  # encoded step by step, so that other tasks can run in between
     gap = seen = rows = 0
     has_more = True
     turn = Turn(_TURN_S)
     while seen < _AT_ONCE and rows < _MOST_ROWS:
         try:
             found = core.entries(run_id, cursor, _FETCHED)
-        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next question is told
+        except (UnknownRun, StaleCursor):  # dropped in the meantime; the next request gets the error
             if seen:
                 break
             raise
@@ -108,7 +109,7 @@ async def _steps(core: Core, run_id: str, cursor: str) -> str:
         for entry in found.entries:
             frame = entry.item.frame
             rows += len(frame.live.ids)
-            # One whose number was lost has no place on the axis of steps; the run's counts show it.
+            # A step whose number was lost cannot be placed on the axis of steps; the run's counts include it.
             if frame.global_step < GUESSED_STEP:
                 shown.append(json.dumps(_shown(entry, core.rules)))
             if turn.is_over:
@@ -131,7 +132,7 @@ def _file(content: bytes, kind: str) -> Any:
 
 
 def _check(request: web.Request) -> None:
-    """Another site's page, whose name leads here by a trick with DNS, is not answered."""
+    """Refuses requests with a foreign Host header, as from a web page that uses DNS rebinding."""
     host = request.headers.get("host", "").rpartition(":")
     name = host[0] if host[1] and host[2].isdecimal() else request.headers.get("host", "")
     if name not in _LOCAL:
@@ -139,7 +140,7 @@ def _check(request: web.Request) -> None:
 
 
 def _shown(entry: StoredFrame, rules: tuple[Rule, ...]) -> dict[str, Any]:
-    """A step as the page reads it; a number that JSON does not have is null."""
+    """Returns a step in the form that the page reads; numbers that JSON cannot express are null."""
     frame = entry.item.frame
     found = signals(state(frame), loss_before=entry.loss_before, rules=rules)
     cells = frame.live.cells.tolist()

@@ -1,4 +1,4 @@
-"""Metrics: the gateway about itself, in Prometheus' text format."""
+"""The gateway's own metrics, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ class _Own(NamedTuple):
 
 
 _COUNTERS = (
-    _Own("requests", "counter", "OTLP requests taken."),
-    _Own("points", "counter", "Points taken."),
-    _Own("steps", "counter", "Steps released, corrections included."),
+    _Own("requests", "counter", "OTLP requests accepted."),
+    _Own("points", "counter", "Points accepted."),
+    _Own("steps", "counter", "Steps released, including corrections."),
     _Own("incomplete_steps", "counter", "Steps released without some of their points."),
-    _Own("corrections", "counter", "Steps released again, with points that came late."),
-    _Own("pulled_steps", "counter", "Steps given to pullers."),
-    _Own("gap_steps", "counter", "Steps that fell out of the store before a puller came for them."),
-    _Own("dropped_steps", "counter", "Steps dropped from the store, for want of room or by age."),
-    _Own("faults", "counter", "Faults of the gateway itself; its log has them."),
-    _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to come again."),
+    _Own("corrections", "counter", "Steps released again with points that arrived late."),
+    _Own("pulled_steps", "counter", "Steps sent to pullers."),
+    _Own("gap_steps", "counter", "Steps that were dropped from the store before a puller requested them."),
+    _Own("dropped_steps", "counter", "Steps dropped from the store because of its limits or their age."),
+    _Own("faults", "counter", "Internal errors of the gateway; see its log."),
+    _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to retry."),
 )
 _OONA = (
     _Own("published", "counter", "Messages published on Oona."),
-    _Own("emergencies", "counter", "Messages among them on the emergency stream."),
-    _Own("failures", "counter", "Failures of Redis; what could not be published is published later."),
-    _Own("lost", "counter", "Steps that fell out of the store before they could be published."),
+    _Own("emergencies", "counter", "Messages published on Oona's emergency stream."),
+    _Own("failures", "counter", "Failures of Redis; messages that could not be published are published later."),
+    _Own("lost", "counter", "Steps that were dropped from the store before they could be published."),
 )
 _GAUGES = (
     _Own("runs", "gauge", "Runs known."),
-    _Own("writers", "gauge", "Processes known that send."),
-    _Own("missing_steps", "gauge", "Steps that have not come though later ones have, of the runs known."),
-    _Own("unseen_steps", "gauge", "Steps before the first that came: late, lost, or sent to another gateway."),
-    _Own("too_late_steps", "gauge", "Steps that came again, or too late to be taken, of the runs known."),
-    _Own("stored_bytes", "gauge", "Bytes that stored steps take."),
-    _Own("waiting_pulls", "gauge", "Pullers that wait for the next step."),
-    _Own("unsaved_steps", "gauge", "Steps that the store has not taken yet."),
+    _Own("writers", "gauge", "Sending processes known."),
+    _Own("missing_steps", "gauge", "Steps of known runs that have not arrived although later ones have."),
+    _Own("unseen_steps", "gauge", "Steps before the first that arrived: late, lost, or sent to another gateway."),
+    _Own("too_late_steps", "gauge", "Steps of known runs that arrived twice, or too late to be accepted."),
+    _Own("stored_bytes", "gauge", "Size of the stored steps in bytes."),
+    _Own("waiting_pulls", "gauge", "Pull requests waiting for the next step."),
+    _Own("unsaved_steps", "gauge", "Steps that have not been stored yet."),
 )
 
 
 def prometheus_text(core: Core) -> str:
-    """Every metric, with its help and type; counters from 0 on."""
+    """Returns every metric with its help and type; counters start at 0."""
     values = {**core.gauges(), **core.counts}
     lines = []
     for own in (*_COUNTERS, *_GAUGES):
@@ -54,14 +54,14 @@ def prometheus_text(core: Core) -> str:
         value = values.get(own.name, 0)
         lines += [f"# HELP {name} {own.text}", f"# TYPE {name} {own.kind}", f"{name} {value:.17g}"]
     for name, text, place in (
-        ("bound_used", "How much of a bound is used, of all senders together.", 0),
-        ("bound_limit", "The bound.", 1),
+        ("bound_used", "How much of a limit is used by all senders together.", 0),
+        ("bound_limit", "The limit.", 1),
     ):
         full = f"esper_gateway_{name}"
         lines += [f"# HELP {full} {text}", f"# TYPE {full} gauge"]
         lines += [f'{full}{{bound="{bound}"}} {use[place]:.17g}' for bound, use in sorted(core.use().items())]
     lines += [
-        "# HELP esper_gateway_damaged_total What was damaged in the store, by kind: it is kept aside, or made anew.",
+        "# HELP esper_gateway_damaged_total Damage found in the store, by kind; it was put aside or rebuilt.",
         "# TYPE esper_gateway_damaged_total counter",
     ]
     for kind in ("body", "frame", "index", "place", "row", "store"):
@@ -72,17 +72,17 @@ def prometheus_text(core: Core) -> str:
             count = core.publisher.counts[own.name]
             lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {count}"]
     for name, text, reasons, counted in (
-        ("rejected_points", "Points refused for good, by reason.", REASONS, core.rejected),
-        ("refused_requests", "Requests refused for good, by reason.", REFUSED, core.refused),
-        ("deferred_requests", "Requests whose senders were asked to come again, by reason.", DEFERRED, core.deferred),
+        ("rejected_points", "Points refused permanently, by reason.", REASONS, core.rejected),
+        ("refused_requests", "Requests refused permanently, by reason.", REFUSED, core.refused),
+        ("deferred_requests", "Requests whose senders were asked to retry, by reason.", DEFERRED, core.deferred),
     ):
         full = f"esper_gateway_{name}_total"
         lines += [f"# HELP {full} {text}", f"# TYPE {full} counter"]
-        counts = {**dict.fromkeys(reasons, 0), **counted}  # a counter that began at 1 would be no increase
+        counts = {**dict.fromkeys(reasons, 0), **counted}  # from 0, since rate() misses a counter's first value
         lines += [f'{full}{{reason="{reason}"}} {count}' for reason, count in sorted(counts.items())]
     name = "esper_gateway_rejected_metric_points_total"
     lines += [
-        f"# HELP {name} Points refused for good, by reason and metric, of the first metrics.",
+        f"# HELP {name} Points refused permanently, by reason and metric, for a limited number of metrics.",
         f"# TYPE {name} counter",
     ]
     for (reason, metric), count in sorted(core.rejected_metrics.items()):

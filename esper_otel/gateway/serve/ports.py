@@ -1,4 +1,4 @@
-"""Serve: the gateway's two ports, and one event loop behind them."""
+"""Opens the gateway's two ports and serves them in one event loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from esper_otel.log import Warnings
 __all__ = ["OTLP_SERVICE", "Gateway", "Ports"]
 
 _MOST_UNREAD_BYTES = 64 * 1024 * 1024
-_UNREAD_S = 0.25  # under pressure; else _SLOWEST_S of rpc.py and http.py
+_UNREAD_S = 0.25  # how long an unread answer is safe at the limit; otherwise _SLOWEST_S of the ports applies
 _BACKLOG = 256
 _IDENTITY_AND_GZIP = 0b101
 _IDLE_MS = 300_000
@@ -33,16 +33,16 @@ _GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Where the gateway listens, and who may come.
+    """Where the gateway listens, and who has access.
 
     Attributes:
-        grpc: ``host:port`` for OTLP, pulls, health checking and reflection; None for none. Port 0: a free one.
-        http: ``host:port`` for OTLP over HTTP and for looking after the gateway; None for none.
-        certificates: of both; None for plain text.
-        send_tokens: of senders; None: everybody may send.
-        pull_tokens: of pullers; None: everybody may pull.
-        has_page: whether the HTTP port has the live page.
-        hosts: names, beside the usual ones, by which the HTTP port is asked.
+        grpc: ``host:port`` for OTLP, pulls, health checking and reflection; None opens no port, port 0 a free one.
+        http: ``host:port`` for OTLP over HTTP and for operators; None opens no port.
+        certificates: the certificates of both ports; None for plain text.
+        send_tokens: tokens of senders; None allows everyone to send.
+        pull_tokens: tokens of pullers; None allows everyone to pull.
+        has_page: whether the HTTP port serves the live page.
+        hosts: Host names that the HTTP port accepts in addition to the usual ones.
     """
 
     grpc: str | None
@@ -58,13 +58,13 @@ class Gateway:
     """Receives OTLP and serves pulls. An asynchronous context manager; threads: that of its event loop.
 
     Args:
-        core: what it does with requests.
+        core: processes the requests.
         ports: where it listens.
-        receives: whether the gRPC port takes OTLP.
+        receives: whether the gRPC port accepts OTLP.
 
     Attributes:
         grpc_address: ``host:port`` of the gRPC port, when it is open.
-        http_address: the same of the HTTP port.
+        http_address: ``host:port`` of the HTTP port, when it is open.
     """
 
     def __init__(self, core: Core, ports: Ports, *, receives: bool = True) -> None:
@@ -106,7 +106,7 @@ class Gateway:
         await self.close()
 
     async def close(self) -> None:
-        """Stops taking requests, lets those that run end, and closes the store."""
+        """Stops accepting requests, waits briefly for the current ones, and closes the store."""
         if self._door is not None:
             self._door.close()
         if self._runner is not None:
@@ -124,17 +124,17 @@ class Gateway:
         server = self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-                ("grpc.max_send_message_length", -1),  # pages are bounded
-                # What is packed is unpacked by us, within bounds, when its turn has come.
+                ("grpc.max_send_message_length", -1),  # the size of pages is limited elsewhere
+                # Requests are decompressed by this gateway, within limits and when their turn has come.
                 ("grpc.per_message_decompression", 0),
                 ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_AND_GZIP),
-                ("grpc.http2.bdp_probe", 0),  # a message that nobody reads yet is not taken from its sender
-                ("grpc.so_reuseport", 0),  # a second gateway on the port is a mistake, not a colleague
+                ("grpc.http2.bdp_probe", 0),  # keeps gRPC from buffering messages that no method reads yet
+                ("grpc.so_reuseport", 0),  # a second gateway on the same port is a mistake
                 ("grpc.max_concurrent_streams", 200),
                 ("grpc.max_allowed_incoming_connections", most_connections("grpc")),
                 ("grpc.server_handshake_timeout_ms", int(SILENT_S * 1000)),
                 ("grpc.max_connection_idle_ms", _IDLE_MS),
-                ("grpc.keepalive_time_ms", _IDLE_MS),  # a peer that is gone without a word
+                ("grpc.keepalive_time_ms", _IDLE_MS),  # detects peers that vanished without closing
             ],
         )
         port = self._bind(server, address)
@@ -159,7 +159,7 @@ class Gateway:
         except RuntimeError:
             port = 0
         if not port:
-            raise ConfigurationError(f"--grpc {address}: the port is taken, or the address is none of this machine")
+            raise ConfigurationError(f"--grpc {address}: the port is taken, or it is not an address of this machine")
         return port
 
     # -- HTTP --------------------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ class Gateway:
 
 
 async def _listening(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of a host.
+    """Opens sockets that listen on every address of a host.
 
     Raises:
-        OSError: the port is taken, or the address is not one of this machine.
+        OSError: the port is taken, or it is not an address of this machine.
     """
     server = await asyncio.get_running_loop().create_server(
         asyncio.Protocol, host, port, backlog=_BACKLOG, start_serving=False
@@ -203,14 +203,14 @@ async def _listening(host: str, port: int) -> list[socket.socket]:
 
 
 def _grpc_credentials(certificates: CertificatesInForce) -> grpc.ServerCredentials:
-    """Credentials that follow the files: gRPC asks with each handshake."""
+    """Makes credentials that follow changes of the files, since gRPC requests them for each handshake."""
     in_force: Content | None = None
 
     def configuration() -> grpc.ServerCertificateConfiguration | None:
         nonlocal in_force
         content = certificates.content()
         if content is in_force:
-            return None  # go on with what there is
+            return None  # keep the current configuration
         in_force = content
         pair = (content.key, content.certificate)
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=content.client_ca)
@@ -219,6 +219,6 @@ def _grpc_credentials(certificates: CertificatesInForce) -> grpc.ServerCredentia
     assert first is not None
     return grpc.dynamic_ssl_server_credentials(
         first,
-        configuration,  # type: ignore[arg-type] # None: go on with what there is, says grpc
+        configuration,  # type: ignore[arg-type] # gRPC documents that None keeps the current one
         require_client_authentication=certificates.content().client_ca is not None,
     )

@@ -1,1 +1,1 @@
-"""Store: released frames, in memory or in one SQLite file, bounded and shared out by tenant."""
+"""Stores released frames in memory or in one SQLite file, within limits that are shared between tenants."""

@@ -1,4 +1,4 @@
-"""Stored: what both stores give, whoever asks: entries in order of release, with a place for each."""
+"""The interface of both stores: entries in order of release, each with its position, read through cursors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from esper_otel.gateway.items import Item, Origin, Place
 NOTHING_ENDED: Mapping[Origin, str] = {}
 NO_TENANTS: Mapping[str, str] = {}
 
-# About what a run, each of its writers and each of its ranks take besides their frames.
+# Approximate size of a run, of each of its writers and of each of its ranks, in addition to their frames.
 RUN_BYTES, WRITER_BYTES, RANK_BYTES = 4_096, 1_024, 256
 
 
 class StoreFull(EsperOtelError):
-    """Nothing can be written now; nothing that was there is lost."""
+    """Raised when nothing can be written at present. Nothing that was stored is lost."""
 
 
 class StoredFrame(NamedTuple):
-    """One released frame and its place.
+    """One released frame and its position.
 
     Attributes:
         position: 1, 2, ... within the run, in order of release.
         number: 1, 2, ... within the run's rank.
         item: the frame.
-        loss_before: the loss of the packet before, of the same writer; None when there is none.
+        loss_before: the loss in the previous packet from the same writer; None when there is none.
     """
 
     position: int
@@ -38,12 +38,12 @@ class StoredFrame(NamedTuple):
 
 
 class StoredPage(NamedTuple):
-    """What came after a cursor.
+    """The entries after a cursor.
 
     Attributes:
-        entries: oldest first.
-        cursor: where to go on.
-        gap: entries that were dropped before the first one.
+        entries: the entries, oldest first.
+        cursor: the cursor for the next page.
+        gap: how many entries before the first one were dropped.
     """
 
     entries: Sequence[StoredFrame]
@@ -52,14 +52,14 @@ class StoredPage(NamedTuple):
 
 
 class KeptRequest(NamedTuple):
-    """A request's body that is kept until all of its frames are stored as items.
+    """A request's body, kept until all of its frames are stored as items.
 
     Attributes:
-        number: 1, 2, ... in the order in which they came, over all lives of the store.
+        number: 1, 2, ... in order of arrival; it continues over restarts.
         body: the request.
-        is_json: whether it is JSON.
-        received_unix_ns: when it came.
-        tenant: who sent it.
+        is_json: whether the body is JSON.
+        received_unix_ns: when it was received.
+        tenant: the tenant that sent it.
     """
 
     number: int
@@ -71,17 +71,17 @@ class KeptRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """How much is stored; the oldest steps are dropped first, and counted.
+    """How much is stored. The oldest steps are dropped first, and counted.
 
-    When all runs together take too much, the tenant that takes most gives up steps of its largest run, or its run that
-    was silent for longest. Whoever takes less than an equal share loses nothing to the others.
+    When all runs together exceed a limit, the tenant that uses the most loses steps of its largest run, or the run
+    that has sent nothing for longest. A tenant that uses less than an equal share loses nothing to other tenants.
 
     Attributes:
-        steps: of one run.
-        run_bytes: about how much one run takes.
-        all_bytes: about how much all runs take.
-        idle_s: a run to which nothing was added for so long is dropped; only while a gateway runs does time count.
-        writers: processes of which something is stored, over all runs.
+        steps: steps kept per run.
+        run_bytes: approximate size limit of one run.
+        all_bytes: approximate size limit of all runs together.
+        idle_s: a run that received nothing for this long is dropped; time counts only while a gateway runs.
+        writers: limit of writers (sending processes) with stored frames, over all runs.
     """
 
     steps: int = 1_000_000
@@ -92,11 +92,11 @@ class StoreLimits:
 
 
 class Store(Protocol):
-    """Where released frames are kept. Threads: one at a time.
+    """A store of released frames. Threads: one at a time.
 
     Attributes:
-        dropped: entries that fell out.
-        damaged: what was found damaged and taken out, by kind.
+        dropped: how many entries were dropped.
+        damaged: how many damaged things were found and removed, by kind.
     """
 
     dropped: int
@@ -104,7 +104,7 @@ class Store(Protocol):
 
     @property
     def size(self) -> int:
-        """About how many bytes the entries take."""
+        """Approximate size of the entries in bytes."""
 
     def add(
         self,
@@ -116,72 +116,72 @@ class Store(Protocol):
         kept: KeptRequest | None = None,
         first_kept: int | None = None,
     ) -> None:
-        """Stores released frames, and the body of a request of which something waits, all or nothing.
+        """Stores released frames and the body of a request with frames still to be released, all or nothing.
 
         Args:
             items: frames in order of release.
             ended: outcomes of runs that have ended.
-            places: where the writers of these frames stand.
-            tenants: by run, whose share of the room it takes; a run keeps the first that it was stored with.
+            places: the positions that the writers of these frames have reached.
+            tenants: by run, the tenant whose share it uses; a run keeps the tenant it was first stored with.
             kept: a body to keep.
-            first_kept: the number of the first body of which something waits; None when nothing waits.
+            first_kept: the number of the oldest body that is still needed; None when none is.
 
         Raises:
             StoreFull: nothing was stored.
         """
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
-        """Entries after a cursor; from the oldest one when it is empty.
+        """Returns the entries after a cursor; an empty cursor starts at the oldest entry.
 
         Raises:
             UnknownRun: nothing of the run is stored.
-            StaleCursor: the cursor is of another life, or of other ranks.
+            StaleCursor: the cursor is from an earlier store of the run, or was issued for other ranks.
         """
 
     def holds(self, run_id: str) -> bool:
-        """Whether a step of the run is stored: only then are its outcomes."""
+        """Whether a step of the run is stored. Outcomes are stored only for such runs."""
 
     def counts(self) -> dict[Origin, int]:
-        """How many entries each writer has."""
+        """Returns how many entries each writer has."""
 
     def outcomes(self) -> dict[Origin, str]:
-        """How the runs ended of which something is stored."""
+        """Returns how the stored runs ended."""
 
     def tenant(self, run_id: str) -> str:
-        """Whose share of the room a run takes; empty when nothing of it is stored."""
+        """Returns the tenant whose share a run uses; empty when nothing of the run is stored."""
 
     def use(self) -> Mapping[str, tuple[float, float]]:
-        """How much of each bound is used, and the bound."""
+        """Returns, for each limit by name, how much of it is used, and the limit."""
 
     def expire(self) -> list[str]:
-        """Drops runs that were idle for long; returns their names."""
+        """Drops runs that were idle for longer than ``idle_s``; returns their names."""
 
     def close(self) -> None:
-        """Ends the use of files."""
+        """Closes files."""
 
 
 def cursor_text(life: str, rank: int | None, place: int) -> str:
-    """A cursor: whose life, which rank (empty: all), and the last place that was given."""
+    """Formats a cursor: the id of the run's store, the rank (empty for all), and the last position returned."""
     return f"{life}:{'' if rank is None else rank}:{place}"
 
 
 def cursor_place(cursor: str, life: str, rank: int | None, newest: int) -> int:
-    """The place that a cursor names.
+    """Returns the position in a cursor.
 
     Raises:
-        StaleCursor: it is of another life, or of other ranks, or from the future.
+        StaleCursor: it is from an earlier store of the run, was issued for other ranks, or is beyond the newest entry.
     """
     if not cursor:
         return 0
     parts = cursor.split(":")
     if len(parts) != 3 or not parts[2].isdecimal() or len(parts[2]) > 18:
-        raise StaleCursor(f"cursor {cursor[:80]!r} is none of this gateway; pull without one to begin")
+        raise StaleCursor(f"cursor {cursor[:80]!r} was not issued by this gateway; pull without one to begin")
     if parts[1] != ("" if rank is None else str(rank)):
         whose = f"rank {parts[1]}" if parts[1] else "all ranks"
-        raise StaleCursor(f"the cursor is of pulls of {whose}; give the same rank, or pull without a cursor")
+        raise StaleCursor(f"this cursor came from pulling {whose}; give the same rank, or pull without a cursor")
     if parts[0] != life or int(parts[2]) > newest:
         raise StaleCursor(
-            "the cursor is of another life of this run's store: what was not pulled then is gone; "
+            "the cursor is from an earlier store of this run that no longer exists: steps not pulled from it are gone; "
             "pull without a cursor to begin with the oldest step stored"
         )
     return int(parts[2])

@@ -1,4 +1,4 @@
-"""Database: the SQLite file of a store: its tables, who may write it, and what its failures mean."""
+"""The SQLite file of a store: its tables, its lock, and the meaning of SQLite's errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from esper_otel.gateway.store.base import StoreFull
 
 FILE = "steps.sqlite3"
 _LOCK = "lock"
-_SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file, and of those that SQLite makes next to it
-_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in place of a file must not stop us
+_SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
+_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
 _VERSION = 5
-_MOST_VERSION = 1_000  # a number beyond is not one that a later version of ours could have
+_MOST_VERSION = 1_000  # a larger number is damage, not a later version
 _SCHEMA = """
 CREATE TABLE runs (id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL);
 CREATE TABLE ranks (run INTEGER, rank INTEGER, last INTEGER, PRIMARY KEY (run, rank)) WITHOUT ROWID;
@@ -37,9 +37,9 @@ CREATE TABLE ends (
 ) WITHOUT ROWID;
 CREATE TABLE bodies (number INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB);
 """
-# What each further version added.
+# What each later version added to the schema.
 _ADDED = {
-    # When a run got its last step is told in seconds of the store's own age from then on.
+    # From this version on, runs.added_s is in seconds of the store's own age.
     2: """
 CREATE TABLE places (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, next INTEGER, lowest INTEGER, missing INTEGER,
@@ -49,19 +49,19 @@ CREATE TABLE age (seconds REAL);
 INSERT INTO age VALUES (0.0);
 UPDATE runs SET added_s = 0.0;
 """,
-    # Whose share of the room a run takes; how often a start of the gateway has ended while it processed a body.
+    # The tenant whose share a run uses; how many starts of the gateway ended while it processed a body.
     3: """
 ALTER TABLE runs ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
 ALTER TABLE bodies ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
 ALTER TABLE bodies ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
 """,
-    # The time of a step, by which the newest steps of a writer are found, however late and often they were stored.
+    # The time of a step, to find the newest steps of a writer even if they were stored late or more than once.
     4: """
 ALTER TABLE items ADD COLUMN time INTEGER NOT NULL DEFAULT 0;
 UPDATE items SET time = time_of(frame);
 CREATE INDEX items_by_time ON items (run, rank, attempt, writer, time, position, complete);
 """,
-    # Ends of a plain sender's streams that are to come.
+    # Future ends of streams from a plain sender.
     5: """
 ALTER TABLE places ADD COLUMN ends TEXT NOT NULL DEFAULT '[]';
 """,
@@ -81,20 +81,20 @@ _TABLES = {
     "age": {"seconds"},
 }
 _INDEXES = {"items_by_position", "items_by_number", "items_by_time"}
-_LATER = {"tenant", "tries", "time", "items_by_time", "ends"}  # what files of an earlier version may lack
+_LATER = {"tenant", "tries", "time", "items_by_time", "ends"}  # may be absent from files of an earlier version
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_TOOBIG}
 
 
 class Damaged(Exception):
-    """The file is not one that SQLite can read, or its tables are not those of a store."""
+    """Raised when SQLite cannot read the file, or when its tables are not those of a store."""
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Raises ``Damaged`` where SQLite finds that the file is; other failures go on as they are."""
+    """Turns SQLite's errors about a damaged file into ``Damaged``; other errors are raised unchanged."""
     try:
         yield
-    except UnicodeDecodeError as error:  # of a name in the message
+    except UnicodeDecodeError as error:  # from a name in SQLite's error message
         raise Damaged("a name in it is not UTF-8") from error
     except sqlite3.Error as error:
         if is_damage(error):
@@ -103,16 +103,16 @@ def reading() -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Whether an error says that the file is damaged, and not only that it cannot be read or written now."""
+    """Whether an error means that the file is damaged, and not only that it cannot be read or written at present."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """What is written in the block is there as a whole or not at all.
+    """Runs the block as one transaction: either everything in it is written, or nothing.
 
     Raises:
-        StoreFull: it could not be written.
+        StoreFull: the transaction could not be written.
         Damaged: the file is damaged.
     """
     try:
@@ -120,7 +120,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         yield connection
         connection.execute("COMMIT")
     except BaseException as error:
-        with suppress(sqlite3.Error):  # the file is damaged: there is nothing to go back to
+        with suppress(sqlite3.Error):  # in a damaged file the rollback may fail, too
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
@@ -131,12 +131,12 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 def locked(folder: Path) -> IO[bytes]:
-    """Takes a folder for this process; what is returned holds it until it is closed.
+    """Locks a folder for this process, until the returned file is closed.
 
     Nothing is written to the lock file, and a link in its place is not followed.
 
     Raises:
-        ConfigurationError: another gateway has it, it cannot be made, or something in it is not ours.
+        ConfigurationError: another gateway uses the folder, it cannot be made, or a file in it is not a store's.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -159,10 +159,10 @@ def locked(folder: Path) -> IO[bytes]:
 
 
 def _check_ours(path: Path) -> None:
-    """Only a plain file of this user, without other names, is touched.
+    """Checks that a path is absent or a plain file of this user without further hard links.
 
     Raises:
-        ConfigurationError: there is something else.
+        ConfigurationError: it is something else.
     """
     try:
         found = path.lstat()
@@ -171,20 +171,20 @@ def _check_ours(path: Path) -> None:
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         raise ConfigurationError(f"{path} is a link, a pipe or a folder, not a file of a store: move it away")
     if found.st_uid != os.geteuid():
-        raise ConfigurationError(f"{path} belongs to user {found.st_uid}, not to the one that runs this gateway")
+        raise ConfigurationError(f"{path} belongs to user {found.st_uid}, not to the user that runs this gateway")
 
 
 def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """Opens a store's file; makes it when it may be written.
+    """Opens a store's file; creates it unless ``read_only`` is set.
 
     Raises:
-        ConfigurationError: it is not there, another version's, or another program's.
+        ConfigurationError: the file does not exist, or was written by another version or another program.
         Damaged: it cannot be read as a store.
         sqlite3.Error: it cannot be opened.
     """
     if read_only and not path.is_file():
-        raise ConfigurationError(f"{path} is not there: give a folder that a gateway has stored to")
-    if not read_only:  # made by SQLite it could be read by others
+        raise ConfigurationError(f"{path} not found: give the --store directory of a gateway")
+    if not read_only:  # created here, since SQLite would create it readable by others
         with suppress(FileExistsError):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE_FLAGS, 0o600))
     where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
@@ -200,7 +200,7 @@ def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
 
 
 def _check_header(path: Path) -> None:
-    """Raises ``Damaged`` for numbers in the file's header that SQLite answers with other errors than damage."""
+    """Raises ``Damaged`` for invalid numbers in the header that SQLite reports with errors other than damage."""
     with path.open("rb") as file:
         header = file.read(100)
     if header and (
@@ -233,12 +233,12 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> 
             except sqlite3.OperationalError as error:
                 if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
                     raise
-                raise Damaged(str(error)) from error  # its tables are not those of its version
+                raise Damaged(str(error)) from error  # the tables do not match the version
     _check_tables(connection, version if read_only else _VERSION)
 
 
 def _check_tables(connection: sqlite3.Connection, version: int) -> None:
-    """Raises ``Damaged`` if the tables are not those of a store of this version, or if something else is there."""
+    """Raises ``Damaged`` unless the file has exactly the tables and indexes of a store of this version."""
     found = [*connection.execute("SELECT type, name FROM sqlite_master")]
     strange = [name for kind, name in found if kind not in {"table", "index"}]
     indexes = {name for kind, name in found if kind == "index"}
@@ -249,15 +249,15 @@ def _check_tables(connection: sqlite3.Connection, version: int) -> None:
         lacks = columns - known - _LATER if version < _VERSION else columns - known
         if lacks and not (version == 1 and table in {"places", "age"}):
             raise Damaged(f"its table {table} lacks {', '.join(sorted(lacks))}")
-        if known - columns:  # no row could be written
+        if known - columns:  # writing a row would fail
             raise Damaged(f"its table {table} has more columns than that of a store")
 
 
 def moved_aside(path: Path) -> Path:
-    """Gives a file that cannot be read, and those that SQLite made next to it, a name with the time.
+    """Renames a damaged file, and those that SQLite made next to it, to a name that contains the time.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: a file cannot be renamed.
     """
     now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = path.with_name(f"{path.name}.damaged-{now}-{secrets.token_hex(2)}")
@@ -268,4 +268,4 @@ def moved_aside(path: Path) -> Path:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode(errors="replace")  # one text that is not UTF-8 must not hide the rows around it
+    return raw.decode(errors="replace")  # a text that is not UTF-8 must not make other rows unreadable

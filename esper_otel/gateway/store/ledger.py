@@ -1,4 +1,4 @@
-"""Ledger: who takes how much of a store, and whose run has to give something up when there is no more room."""
+"""Records how much of a store each run and tenant uses, and chooses the run that loses steps when it is full."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from esper_otel.gateway.store.base import StoreLimits
 
 
 class _Use(NamedTuple):
-    """What a run takes."""
+    """What a run uses of the store."""
 
     tenant: str
     size: int
@@ -18,7 +18,7 @@ class _Use(NamedTuple):
 
 
 class _Tenant:
-    """What one tenant's runs take; they are in order of their last news, and again by size."""
+    """What one tenant's runs use; the runs are ordered by the time they last received a step, and grouped by size."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -28,14 +28,14 @@ class _Tenant:
 
 
 class Ledger:
-    """Sums over all runs, kept up to date, and the next run to give something up.
+    """Keeps the sums over all runs up to date, and finds the next run to lose steps.
 
-    When there is no more room, the tenant that takes most gives up something: whoever takes less than an equal share
-    loses nothing to the others. What each operation costs does not grow with the number of runs.
+    When the store is full, the tenant that uses the most loses steps; a tenant that uses less than an equal share loses
+    nothing to other tenants. The cost of an operation does not grow with the number of runs.
 
     Attributes:
-        size: bytes of all runs.
-        writers: writers of all runs.
+        size: total size of all runs in bytes.
+        writers: total number of writers of all runs.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Ledger:
         return len(self._tenants)
 
     def note(self, run_id: str, tenant: str, size: int, writers: int, *, has_news: bool = True) -> None:
-        """Notes what a run takes now; with news it is the one that was silent for the shortest time."""
+        """Records what a run uses now. With ``has_news`` it becomes the run that received a step most recently."""
         before = self._runs.get(run_id)
         if before is not None and before.tenant != tenant:
             self.forget(run_id)
@@ -72,7 +72,7 @@ class Ledger:
         self._add(of_tenant, size - size_before, writers - writers_before)
 
     def forget(self, run_id: str) -> None:
-        """The run takes nothing any more."""
+        """Removes a run."""
         use = self._runs.pop(run_id, None)
         if use is None:
             return
@@ -84,17 +84,20 @@ class Ledger:
             del self._tenants[use.tenant]
 
     def tenant(self, run_id: str) -> str:
-        """Whose the run is; empty when it is not known."""
+        """Returns the tenant of a run; empty for an unknown run."""
         use = self._runs.get(run_id)
         return "" if use is None else use.tenant
 
     def largest(self) -> str:
-        """Of the tenant with most bytes the largest run, within a factor of two; of several the one longest silent."""
+        """Returns the largest run, within a factor of two, of the tenant with the most bytes.
+
+        Of several runs it returns the one that has received nothing for longest.
+        """
         of_size = max(self._tenants.values(), key=lambda tenant: tenant.size).of_size
         return next(iter(of_size[max(of_size)]))
 
     def longest_silent(self) -> tuple[str, bool]:
-        """Of the tenant with most writers the run that was silent for longest, and whether it is the only one."""
+        """Returns the longest silent run of the tenant with the most writers, and whether that tenant has no other."""
         runs = max(self._tenants.values(), key=lambda tenant: tenant.writers).runs
         return next(iter(runs)), len(runs) == 1
 
@@ -112,5 +115,5 @@ def _remove(of_size: dict[int, OrderedDict[str, None]], bits: int, run_id: str) 
 
 
 def use_of(ledger: Ledger, limits: StoreLimits) -> Mapping[str, tuple[float, float]]:
-    """How much of each bound of a store is used, and the bound."""
+    """Returns, for each limit of a store by name, how much of it is used, and the limit."""
     return {"stored bytes": (ledger.size, limits.all_bytes), "stored writers": (ledger.writers, limits.writers)}

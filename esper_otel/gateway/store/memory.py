@@ -1,4 +1,4 @@
-"""MemoryStore: released frames in memory, bounded; gone when the gateway ends."""
+"""Stores released frames in memory, within limits; they are lost when the gateway ends."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from esper_otel.leyline.numbers import finite
 
 
 class _Row:
-    """The entries of a run, or of one of its ranks: places without holes, the oldest dropped first."""
+    """The entries of a run, or of one of its ranks, at consecutive positions; the oldest are dropped first."""
 
     def __init__(self) -> None:
         self.entries: deque[StoredFrame] = deque()
         self.last = 0
 
     def after(self, place: int, most: int) -> tuple[list[StoredFrame], int]:
-        """Up to ``most`` entries after a place, and how many before them were dropped."""
+        """Returns up to ``most`` entries after a position, and how many before them were dropped."""
         first = self.last - len(self.entries)
         start = max(place, first)
-        # A deque walks to an index in blocks, from the nearer end; to a slice one by one.
+        # Indexing a deque skips whole blocks from the nearer end; iterating to the start would visit each entry.
         found = [self.entries[index - first] for index in range(start, min(start + most, self.last))]
         return found, max(first - place, 0)
 
 
 class _Shelf:
-    """What is stored of a run."""
+    """The stored data of one run."""
 
     def __init__(self, tenant: str) -> None:
         self.life = secrets.token_hex(4)
@@ -61,7 +61,7 @@ class _Shelf:
 
     @property
     def size(self) -> int:
-        """About what it takes."""
+        """Approximate size in bytes."""
         of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
         return RUN_BYTES + of_writers + self.frame_bytes
 
@@ -102,7 +102,7 @@ class MemoryStore:
 
     @property
     def size(self) -> int:
-        """About how many bytes the entries take."""
+        """Approximate size of the entries in bytes."""
         return self._ledger.size
 
     def add(
@@ -112,7 +112,7 @@ class MemoryStore:
         ended: Mapping[Origin, str] = NOTHING_ENDED,
         places: Iterable[Place] = (),  # noqa: ARG002
         tenants: Mapping[str, str] = NO_TENANTS,
-        kept: KeptRequest | None = None,  # noqa: ARG002 - bodies are of no use to memory
+        kept: KeptRequest | None = None,  # noqa: ARG002 - bodies would be lost together with the frames
         first_kept: int | None = None,  # noqa: ARG002
     ) -> None:
         """Stores frames and outcomes. See ``Store``."""
@@ -134,7 +134,7 @@ class MemoryStore:
                 shelf.outcomes[origin] = outcome
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
-        """Entries after a cursor. See ``Store``."""
+        """Returns the entries after a cursor. See ``Store``."""
         shelf = self._shelves.get(run_id)
         if shelf is None:
             raise UnknownRun(f"no step of run {run_id!r} is here")
@@ -149,23 +149,23 @@ class MemoryStore:
         return run_id in self._shelves
 
     def counts(self) -> dict[Origin, int]:
-        """How many entries each writer has."""
+        """Returns how many entries each writer has. See ``Store``."""
         return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items()}
 
     def outcomes(self) -> dict[Origin, str]:
-        """How the runs ended of which something is stored."""
+        """Returns how the stored runs ended. See ``Store``."""
         return {origin: outcome for shelf in self._shelves.values() for origin, outcome in shelf.outcomes.items()}
 
     def tenant(self, run_id: str) -> str:
-        """Whose share of the room a run takes."""
+        """Returns the tenant whose share a run uses. See ``Store``."""
         return self._ledger.tenant(run_id)
 
     def use(self) -> Mapping[str, tuple[float, float]]:
-        """How much of each bound is used, and the bound."""
+        """Returns how much of each limit is used. See ``Store``."""
         return use_of(self._ledger, self._limits)
 
     def expire(self) -> list[str]:
-        """Drops runs that were idle for long."""
+        """Drops runs that were idle for too long. See ``Store``."""
         oldest_s = self._clock() - self._limits.idle_s
         gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s]
         for run_id in gone:
@@ -173,10 +173,10 @@ class MemoryStore:
         return gone
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing. See ``Store``."""
 
     def _make_room(self) -> None:
-        """Drops what makes too much of all runs."""
+        """Drops entries until all runs together are within the limits."""
         while self._ledger.size > self._limits.all_bytes:
             run_id = self._ledger.largest()
             self._drop(self._shelves[run_id])
@@ -190,7 +190,7 @@ class MemoryStore:
                 self._forget(run_id)
 
     def _note(self, run_id: str, shelf: _Shelf, *, has_news: bool = False) -> None:
-        """Notes what a run takes; one of which nothing is left takes nothing."""
+        """Updates the ledger for a run; forgets a run without entries."""
         if shelf.sizes:
             self._ledger.note(run_id, shelf.tenant, shelf.size, len(shelf.counts), has_news=has_news)
         else:
@@ -206,5 +206,5 @@ class MemoryStore:
 
 
 def loss_of(frame: Frame) -> float | None:
-    """The loss that the frame's packet has; None when there is none."""
+    """Returns the loss in the frame's packet; None when there is none."""
     return finite(frame.last_loss())

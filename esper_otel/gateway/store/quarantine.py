@@ -1,4 +1,4 @@
-"""Aside: a folder in a store's folder for rows that could not be read, so that they can be looked at later; bounded."""
+"""Keeps rows that could not be read in a folder of limited size next to the store, so that they can be examined."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOST_BYTES = 64 * 1024 * 1024
 
 
 class Quarantine:
-    """Keeps what is damaged, as far as there is room; the first that came are kept.
+    """Keeps damaged data in files up to a limit; once the limit is reached, further data is not kept.
 
     Args:
-        folder: of the store.
+        folder: the store's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -26,7 +26,7 @@ class Quarantine:
         self._files = self._bytes = -1  # not known yet
 
     def put(self, kind: str, content: bytes) -> str:
-        """Writes a file of its own; returns its name, or an empty text when there is no room or no way to write it."""
+        """Writes the content to a new file and returns its name; an empty text when it cannot be kept."""
         try:
             descriptor = self._opened()
         except OSError:
@@ -49,7 +49,7 @@ class Quarantine:
         return name
 
     def _opened(self) -> int:
-        """Raises OSError, also when the folder is not one of ours."""
+        """Opens the folder, and makes it if needed; raises OSError also when others may write to it."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -60,7 +60,7 @@ class Quarantine:
         return descriptor
 
     def _look(self, descriptor: int) -> None:
-        """Counts what earlier lives have left."""
+        """Counts the files from earlier runs of the gateway."""
         with os.scandir(descriptor) as found:
             sizes = [each.stat(follow_symlinks=False).st_size for each in found]
         self._files, self._bytes = len(sizes), sum(sizes)

@@ -1,10 +1,10 @@
-"""FileStore: released frames in an SQLite file, and the requests of which something still waits.
+"""Stores released frames in an SQLite file, together with requests whose frames are not all released yet.
 
-A transaction that was committed survives the end of the process, however it ends: SQLite's write-ahead log is then
-in the kernel's hands (synchronous = NORMAL). A power cut may take the last transactions; it never tears one.
+A committed transaction survives any end of the process, since SQLite's write-ahead log is then held by the kernel
+(synchronous = NORMAL). A power failure can lose the last transactions, but never a part of one.
 
-Whatever is found in the file, the gateway starts. A row that cannot be ours is written to a file of its own in the
-folder ``damaged`` and taken out; a file that SQLite cannot read gets a name with the time, and a new one is begun.
+The gateway starts even if the file is damaged. A row that a gateway cannot have written is moved to a file in the
+folder ``damaged``. A file that SQLite cannot read is renamed to a name with the time, and a new file is created.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _NO_BODY = 2**62
 _AGE_EVERY_S = 60.0
 _MOST_AGE_S = 1e10
 _MOST_TRIES = 3
-_MOST_ASIDE = 1_000  # rows of one table
+_MOST_ASIDE = 1_000  # rows of one table that are kept in the folder ``damaged``
 
 
 class _KnownRun:
-    """What is known of a run without asking the file."""
+    """The part of a run's state that is kept in memory, so that it need not be read from the file."""
 
     def __init__(self, key: int, life: str, tenant: str) -> None:
         self.key = key
@@ -70,13 +70,13 @@ class _KnownRun:
         self.added_s = 0.0
         self.ranks: dict[int, int] = {}
         self.losses: dict[Origin, float | None] = {}
-        self.newest: dict[Origin, int] = {}  # positions of those whose losses have not been read yet
+        self.newest: dict[Origin, int] = {}  # position of each writer's last entry, until its loss is read
         self.counts: Counter[Origin] = Counter()
         self.outcomes: dict[Origin, str] = {}
 
     @property
     def size(self) -> int:
-        """About what it takes."""
+        """Approximate size in bytes."""
         of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
         return RUN_BYTES + of_writers + self.frame_bytes
 
@@ -91,10 +91,10 @@ class FileStore:
     """Keeps entries in ``<folder>/steps.sqlite3``. See ``Store``.
 
     Args:
-        folder: made when it is not there; one gateway at a time has it.
+        folder: the store's folder, created if it does not exist; only one gateway at a time can use it.
         limits: how much is stored.
-        clock: seconds that never go back; how old the store is, is counted with it over all its lives.
-        read_only: only reads; a gateway may be writing.
+        clock: a monotonic clock in seconds; it measures the store's age, which continues over restarts.
+        read_only: only reads the store; a gateway may be writing to it at the same time.
 
     Raises:
         ConfigurationError: the folder cannot be used.
@@ -115,7 +115,7 @@ class FileStore:
         self._runs: dict[str, _KnownRun] = {}
         self._ledger = Ledger()
         self._bodies: list[int] = []
-        self._received: dict[Origin, int] = {}  # when something of a writer came last before the start
+        self._received: dict[Origin, int] = {}  # when each writer was last received from before this start
         self._age_before_s = self._age_noted_s = 0.0
         self.dropped = 0
         self.damaged: Counter[str] = Counter()
@@ -124,14 +124,14 @@ class FileStore:
             self._open()
         except (sqlite3.Error, Damaged, StoreFull) as error:
             self.close()
-            raise ConfigurationError(f"{self._path} is no store that this version can use: {error}") from error
+            raise ConfigurationError(f"{self._path} is not a store that this version can use: {error}") from error
         except BaseException:
             self.close()
             raise
 
     @property
     def size(self) -> int:
-        """About how many bytes the entries take."""
+        """Approximate size of the entries in bytes."""
         return self._ledger.size
 
     def add(
@@ -150,7 +150,7 @@ class FileStore:
             self._add(new)
         except Damaged as error:
             self.begin_anew(error)
-            with suppress(Damaged):  # a new file that is damaged again: the next request tries another one
+            with suppress(Damaged):  # if the new file is damaged as well, the next request creates another one
                 self._add(new)
 
     def _add(self, new: _New) -> None:
@@ -171,7 +171,7 @@ class FileStore:
                     bodies.append(kept.number)
                 dropped = self._write(connection, new, changed)
         except BaseException:
-            for run_id in changed:  # as it was before
+            for run_id in changed:  # restore the ledger
                 self._note(run_id, self._runs.get(run_id))
             raise
         self._bodies = bodies
@@ -183,7 +183,7 @@ class FileStore:
         self.dropped += dropped
 
     def _write(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _KnownRun | None]) -> int:
-        """Writes what there is of runs; returns how many entries were dropped."""
+        """Writes frames, outcomes and places of runs; returns how many entries were dropped."""
         for item in new.items:
             self._insert(connection, item, changed, new.tenants)
         for origin, outcome in new.ended.items():
@@ -204,7 +204,7 @@ class FileStore:
         return dropped + self._make_room(connection, changed)
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
-        """Entries after a cursor, up to the next hole that a damaged one has left. See ``Store``."""
+        """Returns the entries after a cursor, up to the next gap left by a damaged entry. See ``Store``."""
         run = self._runs.get(run_id)
         if run is None:
             raise UnknownRun(f"no step of run {run_id!r} is here")
@@ -223,12 +223,12 @@ class FileStore:
         return StoredPage(found, cursor_text(run.life, rank, last), gap)
 
     def _entries(self, run_id: str, run: _KnownRun, rank: int | None, place: int, most: int) -> list[StoredFrame]:
-        """Entries without a hole between them, the first of those that there are."""
+        """Returns the first entries after a position, up to the next gap."""
         if rank is None:
             where, of_run = "run = ? AND position > ? ORDER BY position", (run.key, place)
         else:
             where, of_run = "run = ? AND rank = ? AND number > ? ORDER BY number", (run.key, rank, place)  # type: ignore[assignment]
-        if self._read_only:  # whoever may write has taken these rows out
+        if self._read_only:  # otherwise damaged rows were removed when the file was opened
             where = f"NOT ({DAMAGED['items']}) AND {where}"
         with reading():
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM items WHERE {where} LIMIT ?", (*of_run, most))  # noqa: S608
@@ -247,7 +247,7 @@ class FileStore:
         return found
 
     def _entry(self, run_id: str, run: _KnownRun, row: tuple[Any, ...]) -> StoredFrame | None:
-        """The entry of a row; None, and the row is taken out, if it is damaged."""
+        """Returns the entry in a row. A damaged row is removed, and None returned."""
         try:
             return _entry(run_id, row)
         except DamagedFrame as error:
@@ -262,23 +262,23 @@ class FileStore:
         return run_id in self._runs
 
     def counts(self) -> dict[Origin, int]:
-        """How many entries each writer has."""
+        """Returns how many entries each writer has. See ``Store``."""
         return {origin: count for run in self._runs.values() for origin, count in run.counts.items() if count}
 
     def outcomes(self) -> dict[Origin, str]:
-        """How the runs ended of which something is stored."""
+        """Returns how the stored runs ended. See ``Store``."""
         return {origin: outcome for run in self._runs.values() for origin, outcome in run.outcomes.items()}
 
     def tenant(self, run_id: str) -> str:
-        """Whose share of the room a run takes."""
+        """Returns the tenant whose share a run uses. See ``Store``."""
         return self._ledger.tenant(run_id)
 
     def use(self) -> Mapping[str, tuple[float, float]]:
-        """How much of each bound is used, and the bound."""
+        """Returns how much of each limit is used. See ``Store``."""
         return use_of(self._ledger, self._limits)
 
     def expire(self) -> list[str]:
-        """Drops runs that were idle for long."""
+        """Drops runs that were idle for too long. See ``Store``."""
         try:
             return self._expired()
         except Damaged as error:
@@ -301,17 +301,17 @@ class FileStore:
             self.dropped += run.counts.total()
         return gone
 
-    # -- what a gateway goes on from ---------------------------------------------------------------------
+    # -- restoring a gateway's state ---------------------------------------------------------------------
 
     def writers(self, most: int) -> list[Origin]:
-        """The writers of which something came last before the start."""
+        """Returns up to ``most`` writers, those that were received from last before this start first."""
         return sorted(self._received, key=lambda origin: -self._received[origin])[:most]
 
     def newest(self, writers: Sequence[Origin] | None = None) -> Iterator[tuple[Item, bool]]:
-        """The newest frames of each writer, oldest first, each in its newest revision: what an assembler goes on from.
+        """Yields the newest frames of each writer, oldest first, each in its newest revision.
 
-        They begin before the oldest frame that something of is still to come, if that is not too far back. With each
-        comes whether it is the first one of its writer that was ever stored.
+        An assembler restores its state from them. They start before the writer's oldest incomplete frame, unless that
+        is too far back. Each comes with a flag: whether it is the first frame of its writer that was ever stored.
         """
         origins = list(self.counts()) if writers is None else writers
         most = max(_RESTORED_IN_ALL // max(len(origins), 1), 1)
@@ -321,7 +321,7 @@ class FileStore:
             if run is None:
                 continue
             positions, are_all = self._newest_positions(run, origin, most, is_missing=origin in missing)
-            is_first = are_all and run.first == 1  # none of the run was dropped
+            is_first = are_all and run.first == 1  # no entry of the run was dropped
             before_unix_ns = -1
             for position in reversed(positions):
                 entry = self._at(origin.run_id, run, position)
@@ -333,9 +333,12 @@ class FileStore:
     def _newest_positions(
         self, run: _KnownRun, origin: Origin, most: int, *, is_missing: bool
     ) -> tuple[list[int], bool]:
-        """Where the newest revisions of a writer's newest frames are, the newest frame first, and if these are all."""
+        """Returns the positions of a writer's newest frames in their newest revisions, and whether these are all.
+
+        The newest frame is first.
+        """
         with reading():
-            # Beside max(), SQLite gives the other columns of the row that has it.
+            # With max(), SQLite takes the other columns from the row that has the maximum.
             rows = self._connection.execute(
                 f"SELECT max(position), complete FROM items WHERE {_OF_WRITER} "  # noqa: S608
                 "GROUP BY time ORDER BY time DESC LIMIT ?",
@@ -357,7 +360,7 @@ class FileStore:
         return None if row is None else self._entry(run_id, run, row)
 
     def first_frames(self, writers: Sequence[Origin] | None = None) -> dict[Origin, Frame]:
-        """The oldest frame of each writer."""
+        """Returns the oldest frame of each writer."""
         found = {}
         for origin in list(self.counts()) if writers is None else writers:
             run = self._runs.get(origin.run_id)
@@ -374,7 +377,7 @@ class FileStore:
         return found
 
     def places(self) -> list[Place]:
-        """Where the writers stand of which something is stored."""
+        """Returns the places that stored writers have reached."""
         names = {run.key: run_id for run_id, run in self._runs.items()}
         with reading():
             rows = self._connection.execute(
@@ -392,10 +395,11 @@ class FileStore:
         return [place for place in found if place.origin in counts]
 
     def bodies(self) -> Iterator[KeptRequest]:
-        """The bodies that are kept, oldest first.
+        """Yields the kept bodies, oldest first.
 
-        That they are being processed is noted in the file: of all at once, and of each one when a start has ended with
-        them. One with which several starts have ended is put aside.
+        The file records that they are being processed: first for all together, and for each one separately if a
+        previous start of the gateway ended while it processed them. A body with which several starts ended is put
+        aside.
         """
         with reading():
             tries = dict(self._connection.execute("SELECT number, tries FROM bodies"))
@@ -421,12 +425,12 @@ class FileStore:
         self._note_tries("tries = 0")
 
     def body_sizes(self) -> dict[int, int]:
-        """The numbers of the bodies that are kept, oldest first, each with its bytes."""
+        """Returns the numbers of the kept bodies, oldest first, each with its size in bytes."""
         with reading():
             return dict(self._connection.execute("SELECT number, length(body) FROM bodies ORDER BY number"))
 
     def put_aside(self, kept: KeptRequest, why: str) -> None:
-        """Takes a body out that cannot be processed."""
+        """Removes a body that cannot be processed, and keeps a copy in the folder ``damaged``."""
         self._put_aside("body", [kept.body], f"a request that was acknowledged: {why}")
         with suppress(StoreFull), transaction(self._connection) as connection:
             connection.execute("DELETE FROM bodies WHERE number = ?", (kept.number,))
@@ -438,7 +442,7 @@ class FileStore:
                 connection.execute(f"UPDATE bodies SET {change}", number)  # noqa: S608
 
     def run_ids(self) -> list[str]:
-        """The runs of which something is stored."""
+        """Returns the ids of the stored runs."""
         return sorted(self._runs)
 
     def close(self) -> None:
@@ -451,7 +455,7 @@ class FileStore:
     # -- opening -----------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Opens the file; one that is damaged as a whole is moved aside, and a new one begun."""
+        """Opens the file. If it is damaged as a whole, it is renamed and a new one is created."""
         try:
             self._connection = opened(self._path, read_only=self._read_only)
             with reading():
@@ -462,7 +466,7 @@ class FileStore:
             self.begin_anew(error)
 
     def begin_anew(self, damage: Damaged) -> None:
-        """Begins a new file. The old one, as it is, gets another name; nothing of it is deleted."""
+        """Renames the damaged file, without changing it, and creates a new one."""
         if hasattr(self, "_connection"):
             self._connection.close()
         try:
@@ -471,7 +475,7 @@ class FileStore:
             self._runs, self._ledger, self._bodies, self._received = {}, Ledger(), [], {}
             self._load()
         except (OSError, sqlite3.Error, Damaged) as error:
-            raise StoreFull(f"the store is damaged ({damage}) and cannot be begun anew: {error}") from error
+            raise StoreFull(f"the store is damaged ({damage}) and a new one cannot be created: {error}") from error
         self.damaged["store"] += 1
         self._warnings.say(
             "store file",
@@ -500,7 +504,7 @@ class FileStore:
             self._bodies = [number for (number,) in numbers]
             ages = self._connection.execute("SELECT max(seconds) FROM age WHERE seconds < ?", (_MOST_AGE_S,))
             (found,) = ages.fetchone()
-            # Not all of it may have been noted: what was added last was added by then.
+            # The recorded age may be behind; the store is at least as old as its newest addition.
             self._age_before_s = max([found or 0.0, *(run.added_s for run in self._runs.values())])
             self._age_noted_s = self._age_before_s
         self._load_writers()
@@ -539,14 +543,14 @@ class FileStore:
                 self._runs[names[key]].outcomes[Origin(names[key], attempt, rank, writer)] = outcome
 
     def _mend_indexes(self) -> None:
-        """Makes the indexes anew if something in the file is damaged: a row that one lacks could not be pulled."""
+        """Rebuilds the indexes if the file is damaged, since a row missing from an index could not be pulled."""
         (found,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             try:
                 with transaction(self._connection) as connection:
                     connection.execute("REINDEX")
             except StoreFull as error:
-                if isinstance(error.__cause__, sqlite3.IntegrityError):  # two rows have one number
+                if isinstance(error.__cause__, sqlite3.IntegrityError):  # two rows have the same number
                     raise Damaged(f"{found}; {error}") from error
                 self._warnings.say("damaged index", "the store's file is damaged (%s), and %s", found, error)
             else:
@@ -554,7 +558,7 @@ class FileStore:
                 self._warnings.say("damaged index", "the store's file is damaged (%s): its indexes are new", found)
 
     def _clean(self, connection: sqlite3.Connection) -> None:
-        """Takes out the rows that no gateway can have written, and what belongs to no run."""
+        """Removes rows that a gateway cannot have written, and rows that do not belong to a run."""
         for table, damaged in DAMAGED.items():
             blob = {"items": "frame", "bodies": "body"}.get(table)
             columns = "*" if blob is None else f"*, CASE WHEN length({blob}) <= 1000000 THEN {blob} END"
@@ -575,14 +579,14 @@ class FileStore:
             connection.execute("INSERT INTO age VALUES (0.0)")
 
     def _put_aside(self, kind: str, rows: Sequence[Any], what: str) -> None:
-        """Writes what is damaged to files of their own, as far as there is room, counts it, and says so."""
+        """Writes damaged rows to files in the folder ``damaged`` up to its limit, counts them, and logs a warning."""
         names = [self._aside.put(kind, row if isinstance(row, bytes) else repr(row).encode()) for row in rows]
         self.damaged[kind] += len(rows)
         where = f"kept in {self._aside.path / names[0]}" if names and names[0] else "there is no room to keep it"
         self._warnings.say(f"damaged {kind}", "damage in the store was taken out, %s; %s", what, where)
 
     def _age_s(self) -> float:
-        """For how long gateways have run on this folder."""
+        """Returns the total time in seconds that gateways have run on this folder."""
         return self._age_before_s + self._clock() - self._opened_s
 
     # -- writing -----------------------------------------------------------------------------------------
@@ -619,20 +623,20 @@ class FileStore:
         run.added_s = self._age_s()
 
     def _loss_before(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> float | None:
-        """The loss of the writer's step before; of the first one since the start it is in the file."""
+        """Returns the loss of the writer's previous step, read from the file for the first step since the start."""
         position = run.newest.pop(origin, None)
         if position is not None and origin not in run.losses:
             row = connection.execute(
                 "SELECT frame FROM items WHERE run = ? AND position = ?", (run.key, position)
             ).fetchone()
-            with suppress(DamagedFrame):  # found and put aside when it is pulled
+            with suppress(DamagedFrame):  # it is put aside when it is pulled
                 run.losses[origin] = None if row is None else loss_of(frame_from_bytes(row[0]))
         return run.losses.get(origin)
 
     def _end(
         self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _KnownRun | None]
     ) -> None:
-        """Stores an outcome, if anything else of the run is stored."""
+        """Stores an outcome, if a step of the run is stored."""
         run = self._copied(origin.run_id, changed)
         if run is not None:
             row = (run.key, origin.rank, origin.attempt, origin.writer, outcome)
@@ -640,7 +644,7 @@ class FileStore:
             run.outcomes[origin] = outcome
 
     def _place(self, connection: sqlite3.Connection, place: Place, changed: dict[str, _KnownRun | None]) -> None:
-        """Stores where a writer stands, if anything of the run is stored."""
+        """Stores the place that a writer has reached, if a step of the run is stored."""
         origin = place.origin
         run = self._copied(origin.run_id, changed)
         if run is not None:
@@ -649,7 +653,7 @@ class FileStore:
             connection.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def _copied(self, run_id: str, changed: dict[str, _KnownRun | None]) -> _KnownRun | None:
-        """A copy that a transaction may change; none when nothing of the run is stored."""
+        """Returns a copy of a run's state for a transaction to change; None when nothing of the run is stored."""
         if run_id not in changed and run_id in self._runs:
             changed[run_id] = self._runs[run_id].copied()
         return changed.get(run_id)
@@ -657,7 +661,7 @@ class FileStore:
     # -- dropping ----------------------------------------------------------------------------------------
 
     def _note(self, run_id: str, run: _KnownRun | None, *, has_news: bool = False) -> None:
-        """Notes what a run takes."""
+        """Updates the ledger for a run; None removes the run."""
         if run is None:
             self._ledger.forget(run_id)
         else:
@@ -667,7 +671,7 @@ class FileStore:
         return run.size > self._limits.run_bytes or run.last - run.first >= self._limits.steps
 
     def _make_room(self, connection: sqlite3.Connection, changed: dict[str, _KnownRun | None]) -> int:
-        """Drops what makes too much of all runs; returns how many entries."""
+        """Drops entries until all runs together are within the limits; returns how many."""
         count = 0
         while self._ledger.size > self._limits.all_bytes:
             surplus = self._ledger.size - self._limits.all_bytes
@@ -693,7 +697,7 @@ class FileStore:
         changed: dict[str, _KnownRun | None],
         is_too_large: Callable[[_KnownRun], bool],
     ) -> int:
-        """Drops the oldest entries of a run for as long as it is too large; one without entries is dropped itself."""
+        """Drops the oldest entries of a run while it is too large; drops the run itself when none are left."""
         count = 0
         while run.first <= run.last and is_too_large(run):
             rows = connection.execute(
@@ -718,7 +722,7 @@ class FileStore:
         return count
 
     def _drop(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> None:
-        """One entry of this writer is gone; with the last one what else is known of it."""
+        """Counts an entry of this writer as dropped; after its last one, forgets everything about the writer."""
         run.counts[origin] -= 1
         if run.counts[origin] <= 0:
             del run.counts[origin]
@@ -731,7 +735,7 @@ class FileStore:
 
 
 class _New(NamedTuple):
-    """What is to be stored together."""
+    """The data of one call of ``add``, stored in one transaction."""
 
     items: list[Item]
     ended: Mapping[Origin, str]

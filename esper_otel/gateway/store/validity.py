@@ -1,4 +1,4 @@
-"""Rows: which rows of a store's tables can be what a gateway wrote. The others are taken out before they are read."""
+"""Checks whether rows of a store's tables can have been written by a gateway; others are removed before reading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _is_text(column: str) -> str:
 
 
 _OF_WRITER = (_whole("run"), _whole("attempt", bits=63), _whole("rank", bits=31), _is_text("writer"))
-# For each table the condition, in SQL, on which a row cannot be ours. NULL satisfies each.
+# For each table, the SQL condition under which a row is damaged. NULL meets each condition.
 DAMAGED = {
     "items": " OR ".join(
         (
@@ -49,7 +49,7 @@ DAMAGED = {
 
 
 def is_run(row: tuple[Any, ...]) -> bool:
-    """Whether a row of ``runs`` is one: its number, the run's id, its life, the last position, the tenant."""
+    """Whether a row of ``runs`` is valid: its key, the run's id, the id of its store, the last position, the tenant."""
     key, run_id, life, last, tenant = row
     return (
         type(key) is int
@@ -63,10 +63,10 @@ def is_run(row: tuple[Any, ...]) -> bool:
 
 
 def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
-    """The place that a row of ``places`` names, without its run.
+    """Reads a writer's place from a row of ``places`` without its first column, the run.
 
     Raises:
-        ValueError, TypeError, RecursionError: it is not one.
+        ValueError, TypeError, RecursionError: the row is not valid.
     """
     attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes, ends = row
     bounds = (

@@ -294,9 +294,9 @@ def test_one_gateway_at_a_time_has_a_folder(tmp_path: Path) -> None:
 
 def test_what_is_no_store_is_said(tmp_path: Path) -> None:
     (tmp_path / "steps.sqlite3").write_bytes(b"nothing of the kind" * 1000)
-    with pytest.raises(ConfigurationError, match="no store"):
+    with pytest.raises(ConfigurationError, match="not a store"):
         FileStore(tmp_path, read_only=True)
-    with pytest.raises(ConfigurationError, match="is not there"):
+    with pytest.raises(ConfigurationError, match="not found"):
         FileStore(tmp_path / "nowhere", read_only=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="--store"):

@@ -1,10 +1,10 @@
-// The live page: asks the gateway for new steps, keeps the newest of each run, and draws them. Nothing comes from elsewhere.
+// The live page: requests new steps from the gateway, keeps the newest of each run, and draws them. It loads nothing else.
 "use strict";
 
 const MOST = 4000; // steps kept of a run
 const EVERY_MS = 1000;
-const SLOW_MS = 3000; // an answer that takes longer is missed aloud
-const GIVE_UP_MS = 15000; // and then asked for again
+const SLOW_MS = 3000; // when an answer takes longer, the page says so
+const GIVE_UP_MS = 15000; // when an answer takes longer, the page repeats the request
 const COLORS = ["#3274d9", "#e0752d", "#37872d", "#b877d9", "#c4162a", "#8a6d00", "#1f9e9e", "#6e7079"];
 const STAGES = ["UNKNOWN", "DORMANT", "GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY", "FOSSILIZED", "CULLED", "EMBARGOED", "RESETTING", "TERMINATED"];
 const STAGE_COLORS = ["#c7d0d9", "#6e7079", "#8ab8ff", "#3274d9", "#ff9830", "#b877d9", "#fade2a", "#37872d", "#c4162a", "#8f3bb8", "#96d98d", "#3d3d42"];
@@ -51,7 +51,7 @@ async function look() {
     isStale = true;
   }
   if (!runs.has(chosen)) chosen = newest(infos);
-  let failure = null; // of one run: the others are looked at all the same
+  let failure = null; // a failure for one run; the other runs are still updated
   for (const name of new Set([chosen, ...runs.keys()])) {
     try {
       if (runs.has(name)) await follow(name, runs.get(name));
@@ -76,12 +76,12 @@ async function follow(name, run) {
     try {
       answer = await ask(path);
     } catch (error) {
-      if (error.status === 404) { // nothing of it is stored yet, or it was dropped since: the next look knows
+      if (error.status === 404) { // nothing of the run is stored yet, or it was dropped; the next list of runs shows which
         run.isBehind = false;
         return;
       }
       if (error.status !== 409 || !run.cursor) throw error;
-      run.cursor = ""; // the gateway has begun anew
+      run.cursor = ""; // the gateway has a new store
       run.steps = [];
       continue;
     }
@@ -94,7 +94,7 @@ async function follow(name, run) {
   }
 }
 
-// In the order of their times: a step may come late, and a correction takes the place of what it corrects.
+// Sorts steps by time, since a step may arrive late; a correction replaces the step that it corrects.
 function keep(steps, step) {
   let place = steps.length;
   while (place > 0 && later(steps[place - 1], step)) place--;
@@ -122,7 +122,7 @@ function choose(select, values, value) {
   select.value = value;
 }
 
-// The least and the largest of the finite numbers; null when there are none. However many: a spread has its limits.
+// The smallest and the largest of the finite numbers; null when there are none. Math.min(...) fails for long arrays.
 function extent(numbers) {
   let [low, high] = [Infinity, -Infinity];
   for (const number of numbers) {
@@ -133,7 +133,7 @@ function extent(numbers) {
   return low <= high ? [low, high] : null;
 }
 
-// Does one part of the page's work. When that fails, the page says so, and its other parts go on.
+// Runs one part of the page's work. When it fails, the page says so, and the other parts continue.
 function guard(what, work) {
   try {
     work();
@@ -167,7 +167,7 @@ function draw() {
   guard("the signals", () => signals(steps));
 }
 
-// Why the gateway's news do not come; empty when they do.
+// Why the gateway does not answer; empty when it does.
 function lost() {
   const now = performance.now();
   const since = `for ${Math.round((now - gateway.heardMs) / 1000)} s`;
@@ -219,7 +219,7 @@ function tiles(run, steps) {
   }));
 }
 
-// The newest step that is here, and if the gateway has a later one of the same attempt, how far there is to go.
+// The newest step on the page, and the gateway's newest step of the same attempt if that is later.
 function reached(last, info) {
   const here = last ? last.step.toLocaleString("en") : "none";
   const isOnTheWay = last ? info.attempt === last.attempt && info.last_step > last.step : info.last_step > 0;
@@ -324,7 +324,7 @@ function time(steps) {
     return [step.step, values.input_wait_ms || 0, ...known, rest];
   });
   const sums = shares.map(([, ...parts]) => parts.reduce((a, b) => a + b, 0));
-  // One step that hangs must not make all others invisible: what is far above the rest is cut off.
+  // Values far above the rest are cut off, so that one slow step does not flatten all others.
   const usual = [...sums].sort((a, b) => a - b)[Math.floor(sums.length * 0.97)] || 0;
   const [context, x, y] = axes($("time"), shares.map((s) => s[0]), [0, Math.min((extent(sums) || [0, 0])[1], usual * 1.5) || 1]);
   context.beginPath();
@@ -396,7 +396,7 @@ function signals(steps) {
   }));
 }
 
-// -- what keeps it going -------------------------------------------------------------------------------
+// -- polling and redrawing -----------------------------------------------------------------------------
 
 function show() {
   guard("the page", draw);
@@ -412,7 +412,7 @@ $("run").addEventListener("change", (event) => { chosen = event.target.value; re
 $("rank").addEventListener("change", (event) => { rank = event.target.value; redraw(); });
 addEventListener("resize", redraw);
 
-// Two loops that do not wait for each other: what is shown goes on while the gateway lets the page wait.
+// Two loops that do not wait for each other: the page keeps redrawing while it waits for the gateway.
 async function forever() {
   let waitMs = EVERY_MS;
   try {
