@@ -1,1 +1,1 @@
-"""Gateway: OTLP in, Leyline packets out."""
+"""Gateway: receives OTLP and serves Leyline packets."""

@@ -1,4 +1,4 @@
-"""``esper-otel gateway``: its arguments, and the process from the first line to the last."""
+"""``esper-otel gateway``: its arguments, and the process from start to end."""
 
 from __future__ import annotations
 
@@ -28,68 +28,86 @@ from esper_otel.oona.publisher import PASSWORD_VARIABLE, Publisher
 
 _MIB = 1024 * 1024
 _SEARCH_ALL_EVERY_S = 3600
-# After so long another thread that wants to run Python code does so: by default after 5 ms, which the event loop would
-# wait, after each system call, for gRPC's thread when that is flooded.
+# The interval after which Python switches threads. With the default of 5 ms, the event loop would wait that long after
+# each system call while gRPC's thread is flooded with requests.
 _SWITCH_S = 0.0005
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``esper-otel gateway``."""
+    """Adds the options of ``esper-otel gateway``."""
     defaults = StoreLimits()
     add_access_arguments(parser)
     kept = parser.add_argument_group("what is kept")
-    kept.add_argument("--store", type=Path, metavar="DIR", help="keep steps in files that outlive this process")
-    kept.add_argument("--keep-steps", type=int, default=defaults.steps, metavar="N", help="of one run (%(default)s)")
+    kept.add_argument("--store", type=Path, metavar="DIR", help="keep steps in files, so that they survive a restart")
     kept.add_argument(
-        "--keep-run-mib", type=int, default=defaults.run_bytes // _MIB, metavar="N", help="of one run (%(default)s)"
+        "--keep-steps", type=int, default=defaults.steps, metavar="N", help="steps kept per run (%(default)s)"
     )
     kept.add_argument(
-        "--keep-mib", type=int, default=defaults.all_bytes // _MIB, metavar="N", help="of all runs (%(default)s)"
+        "--keep-run-mib",
+        type=int,
+        default=defaults.run_bytes // _MIB,
+        metavar="N",
+        help="MiB kept per run (%(default)s)",
+    )
+    kept.add_argument(
+        "--keep-mib", type=int, default=defaults.all_bytes // _MIB, metavar="N", help="MiB kept in total (%(default)s)"
     )
     kept.add_argument(
         "--keep-hours",
         type=float,
         default=defaults.idle_s / 3600,
         metavar="N",
-        help="a run without news, while a gateway runs (%(default)g)",
+        help="drop a run that has sent nothing for so many hours (%(default)g)",
     )
     how = parser.add_argument_group("how steps are put together")
     how.add_argument(
-        "--hold", type=float, default=2.0, metavar="S", help="wait for missing points or steps (%(default)g)"
+        "--hold", type=float, default=2.0, metavar="S", help="seconds to wait for missing points or steps (%(default)g)"
     )
     how.add_argument(
-        "--linger", type=float, default=0.05, metavar="S", help="wait after a plain sender's last point (%(default)g)"
+        "--linger",
+        type=float,
+        default=0.05,
+        metavar="S",
+        help="seconds to wait after a plain sender's last point (%(default)g)",
     )
     add_packet_arguments(parser)
     oona = parser.add_argument_group("the Esper bus")
-    oona.add_argument("--oona", metavar="URL", help="publish the packets there: redis://HOST:PORT/0")
+    oona.add_argument("--oona", metavar="URL", help="publish the packets on this Redis: redis://HOST:PORT/0")
     oona.add_argument(
         *("--oona-password-file",),
         type=Path,
         metavar="FILE",
-        help=f"holds the password, as {PASSWORD_VARIABLE} does; an argument is seen by every user of the machine",
+        help=f"file with its password, instead of {PASSWORD_VARIABLE}; every user of the machine could see an argument",
     )
 
 
 def add_packet_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say how packets are made."""
+    """Adds the options that control how packets are made."""
     made = parser.add_argument_group("how packets are made")
     made.add_argument(
-        *("--latency-budget-ms",), type=float, default=10.0, metavar="MS", help="of a seed's kernel (%(default)g)"
+        *("--latency-budget-ms",),
+        type=float,
+        default=10.0,
+        metavar="MS",
+        help="budget for a seed's kernel (%(default)g)",
     )
     made.add_argument(
-        *("--threshold",), action="append", default=[], metavar="SIGNAL=VALUE", help="of a risk; inf silences it"
+        *("--threshold",),
+        action="append",
+        default=[],
+        metavar="SIGNAL=VALUE",
+        help="threshold of a risk signal; inf disables it",
     )
 
 
 def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = True) -> None:
-    """The options that say where a gateway listens, and to whom.
+    """Adds the options that control where a gateway listens, and who has access.
 
     Args:
-        parser: takes them.
-        receives: whether it takes OTLP; else it has no HTTP port, and nobody sends.
+        parser: the parser that the options are added to.
+        receives: whether the gateway accepts OTLP; if not, it has no HTTP port and no options for senders.
     """
-    where = parser.add_argument_group("where it listens (port 0: a free one; none: not at all)")
+    where = parser.add_argument_group("where it listens (port 0: any free port; none: do not listen)")
     where.add_argument(
         *("--grpc",),
         default="127.0.0.1:4327",
@@ -108,29 +126,31 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
             action="append",
             default=[],
             metavar="NAME",
-            help="a name with dots that HTTP is asked by without TLS; others are refused, addresses are not",
+            help="a name with dots to accept in HTTP requests without TLS; other names are refused, addresses are not",
         )
-    who = parser.add_argument_group("who may come")
+    who = parser.add_argument_group("access")
     who.add_argument(
-        "--tls-cert", type=Path, metavar="FILE", help="certificate with its chain, PEM; read anew when it changes"
+        "--tls-cert", type=Path, metavar="FILE", help="certificate with its chain, PEM; reloaded when it changes"
     )
-    who.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
-    who.add_argument("--client-ca", type=Path, metavar="FILE", help="who must have signed the clients' certificates")
-    who.add_argument("--insecure", action="store_true", help="plain text on an address that others can reach")
-    tokens = "bearer tokens of {}, one a line, or 'TOKEN run=PREFIX'"
+    who.add_argument("--tls-key", type=Path, metavar="FILE", help="key of the certificate, PEM")
+    who.add_argument(
+        "--client-ca", type=Path, metavar="FILE", help="authority that must have signed the clients' certificates"
+    )
+    who.add_argument("--insecure", action="store_true", help="allow plain text on an address that others can reach")
+    tokens = "bearer tokens of {}, one per line, as TOKEN or 'TOKEN run=PREFIX'"
     if receives:
         who.add_argument("--send-tokens", type=Path, metavar="FILE", help=tokens.format("senders"))
     who.add_argument("--pull-tokens", type=Path, metavar="FILE", help=tokens.format("pullers"))
     parser.set_defaults(**{} if receives else {"http": "none", "http_name": [], "send_tokens": None, "ui": False})
     if receives:
-        where.add_argument("--ui", action="store_true", help="a live page of the runs at /, for this machine")
+        where.add_argument("--ui", action="store_true", help="serve a live page of the runs at /, on this machine only")
     parser.add_argument(
-        "--json", action="store_true", help="the first line on standard output says the addresses, as JSON"
+        "--json", action="store_true", help="print the addresses as JSON, in the first line of standard output"
     )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT; 0 then."""
+    """Serves until SIGTERM or SIGINT, then returns 0."""
     allow_descriptors()
     sys.setswitchinterval(_SWITCH_S)
     quiet_grpc()
@@ -162,9 +182,10 @@ async def _serve(options: argparse.Namespace) -> int:
 
 
 async def _spare_stored() -> None:
-    """Spares Python's search for garbage what is stored: to walk it all holds up everybody, for longer the more it is.
+    """Excludes stored steps from garbage collection, which would block the event loop longer with each step.
 
-    What is stored has no cycles: it goes when it is dropped. Once an hour all is searched nevertheless.
+    Stored steps contain no reference cycles: they are freed when they are dropped. Once an hour, a full collection is
+    allowed nevertheless.
     """
     while True:
         for _ in range(_SEARCH_ALL_EVERY_S):
@@ -175,7 +196,7 @@ async def _spare_stored() -> None:
 
 
 async def until_told(gateway: Gateway, what: str, *, as_json: bool) -> None:
-    """Says where the gateway listens, and waits for SIGTERM or SIGINT."""
+    """Announces where the gateway listens, and waits for SIGTERM or SIGINT."""
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -192,13 +213,13 @@ async def until_told(gateway: Gateway, what: str, *, as_json: bool) -> None:
 
 
 def ports_of(options: argparse.Namespace) -> Ports:
-    """Where to listen.
+    """Returns the ports to listen on.
 
     Raises:
-        ConfigurationError: an option that cannot be used, or that would expose what is received.
+        ConfigurationError: an option cannot be used, or would expose received data.
     """
     if (options.tls_cert is None) != (options.tls_key is None):
-        raise ConfigurationError("--tls-cert and --tls-key belong together: give both")
+        raise ConfigurationError("--tls-cert and --tls-key must be given together")
     if options.client_ca is not None and options.tls_cert is None:
         raise ConfigurationError("--client-ca needs --tls-cert and --tls-key")
     certificates = None
@@ -223,18 +244,18 @@ def ports_of(options: argparse.Namespace) -> Ports:
     if options.ui:
         http = addresses["http"]
         if http is None or not is_loopback(http.rpartition(":")[0]):
-            raise ConfigurationError("--ui is for this machine: give --http an address such as 127.0.0.1:4328")
+            raise ConfigurationError("--ui is only for this machine: give --http an address such as 127.0.0.1:4328")
         if tokens["pull"] is not None:
-            raise ConfigurationError("--ui cannot show a token: leave --pull-tokens out, or --ui")
+            raise ConfigurationError("--ui cannot send a token: leave out --pull-tokens or --ui")
     names = frozenset(name.lower().rstrip(".") for name in options.http_name)
     return Ports(addresses["grpc"], addresses["http"], certificates, tokens["send"], tokens["pull"], options.ui, names)
 
 
 def _password_of(options: argparse.Namespace) -> str | None:
-    """Of Oona, from its file; one on the command line is warned about.
+    """Reads Oona's password from its file; logs a warning if the URL on the command line contains one.
 
     Raises:
-        ConfigurationError: there is none in it.
+        ConfigurationError: the file cannot be read, or is empty.
     """
     if options.oona is not None and "@" in options.oona and ":" in options.oona.rpartition("@")[0].partition("//")[2]:
         other = f"give {PASSWORD_VARIABLE} or --oona-password-file instead"
@@ -248,16 +269,16 @@ def _password_of(options: argparse.Namespace) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--oona-password-file {options.oona_password_file}: {error}") from None
     if not password:
-        raise ConfigurationError(f"--oona-password-file {options.oona_password_file}: it is empty")
+        raise ConfigurationError(f"--oona-password-file {options.oona_password_file}: the file is empty")
     return password
 
 
 def core_of(options: argparse.Namespace) -> Core:
-    """What requests go to.
+    """Returns the core that handles the requests.
 
     Raises:
-        ConfigurationError: an option that cannot be used.
-        UnknownMetric: a threshold of a signal that does not exist.
+        ConfigurationError: an option cannot be used.
+        UnknownMetric: a threshold names a signal that does not exist.
     """
     for name in ("hold", "linger", "keep_steps", "keep_run_mib", "keep_mib", "keep_hours"):
         _check_number(options, name)
@@ -277,18 +298,18 @@ def core_of(options: argparse.Namespace) -> Core:
 
 
 class PacketOptions(TypedDict):
-    """Arguments of ``Core``: how packets are made."""
+    """Arguments of ``Core`` that control how packets are made."""
 
     rules: tuple[Rule, ...]
     latency_budget_ms: float
 
 
 def packet_options(options: argparse.Namespace) -> PacketOptions:
-    """How packets are made.
+    """Returns the arguments of ``Core`` that control how packets are made.
 
     Raises:
-        ConfigurationError: an option that cannot be used.
-        UnknownMetric: a threshold of a signal that does not exist.
+        ConfigurationError: an option cannot be used.
+        UnknownMetric: a threshold names a signal that does not exist.
     """
     _check_number(options, "latency_budget_ms")
     rules = configured(dict(map(_threshold, options.threshold)))
@@ -297,7 +318,7 @@ def packet_options(options: argparse.Namespace) -> PacketOptions:
 
 def _check_number(options: argparse.Namespace, name: str) -> None:
     if not 0 <= getattr(options, name) < float("inf"):
-        raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 0 on")
+        raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number of at least 0")
 
 
 def _threshold(text: str) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""Core: what the gateway does with a request and with a pull, whichever way they came."""
+"""Core: how the gateway handles requests and pulls, independent of the protocol."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ from esper_otel.schema import is_check
 MOST_PACKETS = 1000
 _MOST_WAIT_S = 60.0
 _TIDY_EVERY_S = 10.0
-_RELEASING_S = 0.002  # to store what is released then takes about twice as long, in the same turn
+_RELEASING_S = 0.002  # storing the released frames takes about twice as long again, in the same turn
 _RETRY_STORE_S = 1.0
 _END_WAITS_S = 600.0
 _MOST_REJECTED_METRICS = 100
 _MOST_RUNS_NAMED = 3
-_MOST_KEPT_BYTES = 256 * 1024 * 1024  # of requests of which something waits
+_MOST_KEPT_BYTES = 256 * 1024 * 1024  # of requests that hold points of waiting frames
 
 
 class Answer(NamedTuple):
-    """What became of a request: points refused, and why in words; nothing when all were taken."""
+    """The outcome of a request: the number of rejected points and the reason as text; empty if all were accepted."""
 
     rejected: int
     reason: str
 
 
 class Core:
-    """Takes requests, stores what they make whole, and gives it to pullers.
+    """Accepts requests, assembles and stores frames, and serves them to pullers.
 
-    A request is answered when what it said is stored: as frames, or, with a file store, as the bytes that came.
+    A request is answered once its content is stored: as frames or, in a file store, as the bytes of the request.
 
-    Threads: that of one event loop.
+    Threads: use it only from the thread of one event loop.
 
     Args:
         store: where released frames are kept.
-        limits: what senders may cost.
-        hold_s: how long a frame waits for what is missing.
-        linger_s: how long a frame waits that does not say how many points it has.
-        rules: the table of risks.
-        latency_budget_ms: a seed whose last kernel took longer is DEGRADED.
+        limits: limits on senders.
+        hold_s: how long a frame waits for missing points, or for missing frames before it.
+        linger_s: how long a frame without a point count waits for further points.
+        rules: the risk rules.
+        latency_budget_ms: a seed is DEGRADED if its last kernel took longer than this.
         clock_ns: Unix time, in nanoseconds.
     """
 
@@ -105,11 +105,11 @@ class Core:
         self._timer: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks = Warnings(), Ranks()
-        self.publisher: Publisher | None = None  # on Oona, if it is asked for
+        self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.counts, self.rejected = Counter[str](), Counter[str]()
-        self.refused, self.deferred = Counter[str](), Counter[str]()  # requests as a whole, by reason
+        self.refused, self.deferred = Counter[str](), Counter[str]()  # whole requests, by reason
         self.rejected_metrics = Counter[tuple[str, str]]()
-        # The classes of packets are found when the first is used: now, and not in a turn of the event loop.
+        # The packet classes are built on first use. Build them now, not during a turn of the event loop.
         messages.SystemStatePacket()
         if isinstance(store, FileStore):
             try:
@@ -122,13 +122,13 @@ class Core:
     async def take(
         self, body: bytes, *, is_json: bool = False, is_gzip: bool = False, grant: Grant | None = None
     ) -> Answer:
-        """Takes a request; what it says is stored when this returns. One that takes long does so in turns.
+        """Accepts a request; its content is stored when this returns. A long request is handled in several turns.
 
         Raises:
-            Malformed, TooLarge: the bytes are no request, or one that would cost too much.
+            Malformed, TooLarge: the bytes are not a request, or decoding them would cost too much.
             NotAllowed: the sender may not write to one of the runs.
-            StoreFull: it could not be stored; the same request may come again.
-            Crowded: there is no room for one of its writers; the others' points are stored. As above.
+            StoreFull: the request could not be stored; the sender may retry it.
+            Crowded: there is no room for one of its writers; the points of the others are stored. The sender may retry.
         """
         self._save_unsaved()
         async with self._reader.reading(body, is_json=is_json, is_gzip=is_gzip) as (content, decoded):
@@ -147,7 +147,7 @@ class Core:
                 self._schedule(time.monotonic())
 
     def receive(self, body: bytes, *, is_json: bool = False, grant: Grant | None = None) -> Answer:
-        """``take``, in one turn."""
+        """Does the same as ``take``, in one turn."""
         self._save_unsaved()
         decoded = self._reader.read(body, is_json=is_json)
         taking, kept = self._begin(body, decoded, is_json=is_json, grant=grant)
@@ -167,17 +167,17 @@ class Core:
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
-        """Stores what a request says: the frames that it makes whole, and its bytes for those that wait."""
+        """Stores the frames that a request completes, and the request's bytes for frames that still wait."""
         now_s = time.monotonic()
         items = self._assembler.release(now_s, turn, of_all=False)
-        if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # without what waits, no request is needed any more
+        if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
         self._save(items, kept._replace(number=self._last_body + 1))
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
-            message = f"there is no room for run {runs} now: too many writers send; one that is silent makes room"
-            self._warnings.say("crowded", "%s; its sender is asked to come again", message)
+            message = f"there is no room for run {runs} now: too many writers are active; a silent one will make room"
+            self._warnings.say("crowded", "%s; its sender is asked to retry", message)
             raise Crowded(message)
         self.counts["requests"] += 1
         self.counts["points"] += taken.accepted
@@ -186,18 +186,18 @@ class Core:
     def _answer(
         self, rejected: Mapping[str, int], metrics: Mapping[str, Mapping[str, int]], runs: Sequence[str]
     ) -> Answer:
-        """Counts and logs what was refused for good of a request that was taken otherwise."""
+        """Counts and logs the points that were rejected for good from a request that was otherwise accepted."""
         reason = _reason(rejected, {**metrics, TOO_MANY_RUNS: runs[:_MOST_RUNS_NAMED]})
         if reason:
             self.rejected.update(rejected)
             for pair in ((why, metric) for why, of_reason in metrics.items() for metric in of_reason):
                 is_known = pair in self.rejected_metrics or len(self.rejected_metrics) < _MOST_REJECTED_METRICS
                 self.rejected_metrics[pair if is_known else (pair[0], OTHER_METRICS)] += metrics[pair[0]][pair[1]]
-            self._warnings.say("rejected", "points were refused: %s", reason)
+            self._warnings.say("rejected", "points were rejected: %s", reason)
         return Answer(sum(rejected.values()), reason)
 
     def note_fault(self, fault: Fault) -> None:
-        """Counts a request that was not taken; one that is refused for good is logged, with nothing about secrets."""
+        """Counts a refused request; logs it if the refusal is final, without details on credentials."""
         is_final = fault.retry_s is None
         (self.refused if is_final else self.deferred)[fault.reason] += 1
         if is_final:
@@ -205,7 +205,7 @@ class Core:
             self._warnings.say(f"refused {fault.reason}", "a request was refused for good, %s%s", fault.reason, detail)
 
     def _save(self, items: list[Item], kept: KeptRequest | None = None) -> None:
-        """Stores frames, in their order; what cannot be stored now is stored with the next ones."""
+        """Stores frames in order. Frames that cannot be stored now are stored with the next ones."""
         self._unsaved += items
         self._ended |= self._assembler.ended()
         self._places |= {place.origin: place for place in self._assembler.places()}
@@ -234,7 +234,7 @@ class Core:
             )
         except StoreFull as error:
             self.counts["store_failures"] += 1
-            self._warnings.say("store", "%s; senders are asked to come again", error)
+            self._warnings.say("store", "%s; senders are asked to retry", error)
             raise
         if kept is not None:
             self._last_body = kept.number
@@ -244,7 +244,7 @@ class Core:
         self._ended = {origin: outcome for origin, outcome in self._ended.items() if origin not in ended}
         try:
             self._ranks.note(saved)
-        except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must be told so
+        except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must hear of it
             self._fault("comparing ranks", error)
         for item in saved:
             self.counts["steps"] += 1
@@ -256,14 +256,15 @@ class Core:
                     waiter.set_result(None)
 
     def _save_unsaved(self) -> None:
-        """Stores what an earlier request left; while that fails nothing more is taken."""
+        """Stores frames that earlier requests could not store; while this fails, no request is accepted."""
         if self._unsaved:
             self._save([])
 
     def _waits_since(self) -> float | None:
-        """When the first request came of which something is not stored: steps that wait, or the end of a run.
+        """Returns when the oldest request arrived whose content is not all stored: waiting steps, or the end of a run.
 
-        The end may overtake all of a run's steps. It is stored with the first of them, if that comes within minutes.
+        The end of a run may arrive before all of its steps. It is then stored with the first step, if that arrives
+        within ten minutes.
         """
         now_s, since_s = time.monotonic(), self._assembler.since()
         self._ended_s = {origin: self._ended_s.get(origin, now_s) for origin in self._ended}
@@ -273,7 +274,7 @@ class Core:
         return min([*self._ended_s.values(), *([] if since_s is None else [since_s])], default=None)
 
     def _schedule(self, now_s: float) -> None:
-        """Sees to it that frames are released when their time has come."""
+        """Schedules the next release of frames."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -291,17 +292,17 @@ class Core:
             items = self._assembler.release(now_s, Turn(_RELEASING_S))
             with suppress(StoreFull):  # counted; tried again
                 self._save(items)
-        except Exception as error:  # noqa: BLE001 - what waits behind is still to be released
+        except Exception as error:  # noqa: BLE001 - later frames must still be released
             self._fault("releasing steps", error)
         self._schedule(now_s)
 
     def _fault(self, where: str, error: Exception) -> None:
-        """Counts and logs a fault of ours that nobody can be told of in an answer."""
+        """Counts and logs an internal fault that no answer can report."""
         self.counts["faults"] += 1
         self._warnings.say(f"fault {where}", "%s failed (%s: %s)", where, type(error).__name__, error, exc_info=error)
 
     def _restore(self, store: FileStore) -> None:
-        """Goes on where an earlier life stopped: its newest frames, then the requests of which something waited."""
+        """Resumes after a restart: restores the newest stored frames, then the requests that held waiting points."""
         now_s = time.monotonic()
         writers = store.writers(self._limits.runs)
         known = set(writers)
@@ -313,8 +314,8 @@ class Core:
             if place.origin in known:
                 self._restored([], {}, {}, [place], now_s=now_s)
         self._restored([], {origin: how for origin, how in store.outcomes().items() if origin in known}, now_s=now_s)
-        now_s = time.monotonic()  # what waits does so from now on, however long it took to come here
-        self._is_restoring = True  # no body goes before all of them were taken
+        now_s = time.monotonic()  # waiting times count from now, not from the start of the restoring
+        self._is_restoring = True  # keep all bodies until every one of them was accepted
         sizes = store.body_sizes()
         self._bodies.extend((number, now_s, size) for number, size in sizes.items())
         self._last_body = max(sizes, default=0)
@@ -326,60 +327,60 @@ class Core:
         self._is_restoring = False
 
     def _take_again(self, store: FileStore, kept: KeptRequest, now_s: float) -> None:
-        """Takes a request of an earlier life; one that fails is put aside: the gateway starts without it."""
+        """Accepts a request kept before the restart; puts it aside if that fails, so that the gateway can start."""
         try:
             decoded = self._reader.read(kept.body, is_json=kept.is_json)
             received_unix_ns = kept.received_unix_ns
             self._assembler.take(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=kept.tenant)
             due_s: float | None = now_s
-            while due_s is not None and due_s <= now_s:  # little by little: all that it makes whole may be much
+            while due_s is not None and due_s <= now_s:  # in small portions: it may complete many frames
                 items = self._assembler.release(now_s, Turn())
                 due_s = self._assembler.due()
                 with suppress(StoreFull):  # counted; tried again
                     self._save(items)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it would come again with each start
+        except Exception as error:  # noqa: BLE001 - any error would recur at each start
             self.counts["faults"] += 1
             store.put_aside(kept, f"{type(error).__name__}: {error}")
 
     def _restored(self, *what: Any, now_s: float, tenant: str = "") -> None:
-        """Gives the assembler something of an earlier life; what it cannot use is counted and left out."""
+        """Passes stored state to the assembler; state that it cannot use is counted and skipped."""
         try:
             self._assembler.restore(*what, now_s=now_s, tenant=tenant)
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
 
     def start(self) -> None:
-        """Begins to release frames; called in the event loop."""
+        """Starts releasing frames; call it in the event loop."""
         with suppress(StoreFull):  # counted; tried again
             self._save([])
         self._schedule(time.monotonic())
         self._tidy()
 
     def publish(self, item: Item, *, is_lost: bool = False) -> None:
-        """Gives pullers a frame that did not come by a request; or only notes it as one that they lost.
+        """Publishes a frame that did not arrive in a request, or only records it as lost to pullers.
 
         Raises:
-            StoreFull: it could not be stored; it is stored with the next ones.
+            StoreFull: the frame could not be stored now; it will be stored with the next ones.
         """
         self._assembler.restore([(item, False)], NOTHING_ENDED, now_s=time.monotonic())
         self._save([] if is_lost else [item])
 
     def end(self, outcomes: Mapping[Origin, str]) -> None:
-        """Notes how runs ended of which frames were published."""
+        """Records how runs ended whose frames were given to ``publish``."""
         self._assembler.restore([], outcomes, now_s=time.monotonic())
 
     def _tidy(self) -> None:
-        """Drops runs that were silent for long, now and every few seconds."""
+        """Drops runs that have been silent for too long, now and every few seconds."""
         self._tidying = asyncio.get_running_loop().call_later(_TIDY_EVERY_S, self._tidy)
         self._assembler.runs(time.monotonic())
         try:
             for run_id in self._store.expire():
-                self._warnings.say("expired", "run %s had no news for long: its steps were dropped", run_id)
+                self._warnings.say("expired", "run %s has sent nothing for too long: its steps were dropped", run_id)
         except StoreFull as error:
-            self._warnings.say("store", "%s; runs that are too old stay", error)
+            self._warnings.say("store", "%s; runs that are too old are kept", error)
 
     def close(self) -> None:
-        """Ends the waiting of pullers, and the use of the store."""
+        """Answers waiting pullers and closes the store."""
         if self._timer is not None:
             self._timer.cancel()
         if self._tidying is not None:
@@ -390,7 +391,7 @@ class Core:
         self._store.close()
 
     def end_waiting(self) -> None:
-        """Answers every puller that waits: the gateway is about to end."""
+        """Answers every waiting puller, because the gateway is about to stop."""
         self._is_ending = True
         for waiters in self._waiters.values():
             for waiter in waiters:
@@ -401,7 +402,7 @@ class Core:
     # -- pulling -----------------------------------------------------------------------------------------
 
     def runs(self, grant: Grant | None = None) -> RunsResponse:
-        """The runs that are known, as far as a puller may see them; what a check sent is not among them."""
+        """Returns the known runs that the puller may see, without runs from a check."""
         stored, ends = self._store.counts(), self._store.outcomes()
         states = self._assembler.runs(time.monotonic())
         known = {state.origin for state in states}
@@ -415,15 +416,15 @@ class Core:
         return RunsResponse(runs=seen)
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
-        """Steps after a cursor; waits for the first one as long as the puller wants.
+        """Returns the steps after a cursor; waits up to ``wait_s`` if there is none yet.
 
         Raises:
-            BadRequest, NotAllowed, UnknownRun, StaleCursor: nothing can be pulled so.
+            BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.
             Busy: there is no room for an answer.
         """
         check_puller(request.run_id, grant)
         if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_packets > MOST_PACKETS:
-            raise BadRequest(f"max_packets goes to {MOST_PACKETS}, wait_s from 0 to {_MOST_WAIT_S:g}")
+            raise BadRequest(f"max_packets must be at most {MOST_PACKETS}, wait_s from 0 to {_MOST_WAIT_S:g}")
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
@@ -438,7 +439,7 @@ class Core:
                 deadline_s = 0.0
 
     async def ranks(self, request: RanksRequest, grant: Grant | None = None) -> RanksResponse:
-        """A run's ranks side by side.
+        """Compares a run's ranks.
 
         Raises:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
@@ -446,7 +447,7 @@ class Core:
         check_puller(request.run_id, grant)
         view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
         if view is None:
-            raise UnknownRun(f"no step of run {request.run_id!r} has come since this gateway was started")
+            raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
         return view
 
     async def _page(self, request: PullRequest, bounds: Bounds) -> PullResponse:
@@ -457,10 +458,10 @@ class Core:
         return response
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
-        """Steps after a cursor, for a reader in this process; waits for none.
+        """Returns the steps after a cursor, for a reader in this process; does not wait.
 
         Raises:
-            UnknownRun, StaleCursor: nothing can be had so.
+            UnknownRun, StaleCursor: the run or the cursor cannot be used.
         """
         made = partial(packets_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
         found = await packets_after(self._store, run_id, cursor, most, made, self._clock_ns)
@@ -469,20 +470,20 @@ class Core:
         return found
 
     def entries(self, run_id: str, cursor: str, most: int) -> StoredPage:
-        """What is stored after a cursor.
+        """Returns the stored entries after a cursor.
 
         Raises:
-            UnknownRun, StaleCursor: nothing can be had so.
+            UnknownRun, StaleCursor: the run or the cursor cannot be used.
         """
         return self._store.after(run_id, cursor, None, most)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The table of risks."""
+        """The risk rules."""
         return self._rules
 
     async def _news(self, run_id: str, deadline_s: float) -> bool:
-        """Waits until something of the run was stored; False when the time is up."""
+        """Waits until a step of the run is stored; returns False when the deadline has passed."""
         waiter = asyncio.get_running_loop().create_future()
         waiters = self._waiters.setdefault(run_id, set())
         waiters.add(waiter)
@@ -497,10 +498,10 @@ class Core:
                 del self._waiters[run_id]
         return time.monotonic() < deadline_s
 
-    # -- looking -----------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------------
 
     def gauges(self) -> Mapping[str, float]:
-        """How things stand now."""
+        """Returns the current values of the gateway's gauges."""
         runs = [run for run in self._assembler.runs(time.monotonic()) if not is_check(run.origin.run_id)]
         return {
             "runs": len({state.origin.run_id for state in runs}),
@@ -515,27 +516,27 @@ class Core:
         }
 
     def use(self) -> Mapping[str, tuple[float, float]]:
-        """How much of each bound is used, and the bound."""
+        """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
         return {**self._assembler.use(), **self._store.use(), **bodies}
 
     @property
     def damaged(self) -> Mapping[str, int]:
-        """What was found damaged in the store and taken out, by kind."""
+        """Counts of damaged entries that were removed from the store, by kind."""
         return self._store.damaged
 
     def tenant(self, run_id: str) -> str:
-        """Whose run it is."""
+        """Returns the tenant that owns a run."""
         return self._store.tenant(run_id)
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests can be stored now, as far as is known."""
+        """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
 
 
 def _reason(rejected: Mapping[str, int], whose: Mapping[str, Iterable[str]]) -> str:
-    """How many points were refused, why, and of which metrics or runs, in words."""
+    """Describes how many points were rejected, why, and from which metrics or runs."""
     parts = []
     for reason, count in sorted(rejected.items()):
         names = [name if name == OTHER_METRICS else repr(name) for name in whose.get(reason, ()) if name]

@@ -1,4 +1,4 @@
-"""Faults: what a sender or a puller is told when something cannot be done, over gRPC and over HTTP."""
+"""Faults: error answers to senders and pullers, over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from esper_otel.log import Warnings
 
 _RETRY_S = 1.0
 _RETRY_ROOM_S = 5.0
-_MOST_CHARACTERS = 500  # gRPC gives up on an answer whose head is long
+_MOST_CHARACTERS = 500  # gRPC rejects an answer with long headers
 
-# Why requests are refused: in counters.
+# Reasons for refusing requests, as they appear in counters.
 CREDENTIALS = UNKNOWN_SENDER, OTHER_RUN = "credentials missing or unknown", "credentials not for the run"
 UNSUPPORTED, FAULT = "content type or encoding", "fault of the gateway"
 REFUSED = ("malformed", UNKNOWN_SENDER, OTHER_RUN, "too large", UNSUPPORTED, FAULT)
@@ -28,22 +28,22 @@ DEFERRED = ("busy", "not stored", "too many runs")
 
 
 class Busy(Exception):
-    """More is in flight than there is room for."""
+    """More data is in flight than there is room for."""
 
 
 class Unsupported(Exception):
-    """A content type or an encoding that is not spoken here."""
+    """The content type or the encoding is not supported."""
 
 
 class Fault(NamedTuple):
-    """The same answer in both protocols.
+    """An error answer, for both protocols.
 
     Attributes:
-        code: of gRPC.
-        status: of HTTP.
-        message: in words.
-        retry_s: when to come again; None: never with the same request.
-        reason: one of a few words, to count by.
+        code: status code of gRPC.
+        status: status code of HTTP.
+        message: the explanation for the client.
+        retry_s: seconds after which to retry; None if the same request must not be retried.
+        reason: one of a few fixed texts, for counters.
     """
 
     code: grpc.StatusCode
@@ -53,7 +53,7 @@ class Fault(NamedTuple):
     reason: str
 
     def body(self) -> Status:
-        """As ``google.rpc.Status``, the body of an HTTP answer and the details of gRPC."""
+        """Returns a ``google.rpc.Status``: the body of an HTTP answer, and the details of a gRPC error."""
         status = Status(code=self.code.value[0], message=self.message)
         if self.retry_s is not None:
             delay = Duration()
@@ -78,14 +78,14 @@ _TABLE: dict[type[Exception], tuple[grpc.StatusCode, int, float | None, str]] = 
 
 
 def fault_of(error: Exception, warnings: Warnings) -> Fault:
-    """What to answer. A fault of ours is logged, and refuses the one request that met it, for good."""
+    """Returns the answer to an error. An internal fault is logged, and its request is refused for good."""
     known = _TABLE.get(type(error))
     if known is None:
         warnings.say(
             f"fault {type(error).__name__}", "a request failed (%s: %s)", type(error).__name__, error, exc_info=error
         )
-        # Not "come again": it would, and hold up all that its sender has behind it.
-        message = "the gateway failed over this request; see its log"
+        # Do not ask for a retry: the request would fail again, and block everything its sender has queued after it.
+        message = "the gateway failed on this request; see its log"
         return Fault(grpc.StatusCode.INVALID_ARGUMENT, 400, message, None, FAULT)
     code, status, retry_s, reason = known
     return Fault(code, status, str(error)[:_MOST_CHARACTERS], retry_s, reason)

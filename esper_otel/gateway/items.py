@@ -1,4 +1,4 @@
-"""What passes between the gateway's parts: released frames, and the state of the runs they belong to."""
+"""Items: released frames and the state of their runs, as they pass between the gateway's parts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from esper_otel.frames.frame import Frame
 
-# So many ends of streams that are to come are known of a writer after a restart.
+# The maximum number of future stream ends that are kept for a writer over a restart.
 MOST_ENDS = 10_000
 
 
 class Origin(NamedTuple):
-    """Who writes: one process of one attempt of a run.
+    """A writer: one process of one attempt of a run.
 
     Attributes:
         run_id: the run's name.
-        attempt: which start of the run.
-        rank: the process within the run.
+        attempt: number of this start of the run.
+        rank: rank of the process within the run.
         writer: tells two live processes of the same (run, attempt, rank) apart; empty for the first one seen.
     """
 
@@ -28,14 +28,14 @@ class Origin(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One released frame: what a puller is given.
+    """One released frame, as it is served to pullers.
 
     Attributes:
-        origin: whose it is.
-        frame: the step; its ``live`` seeds carry their last known cells, as in process.
+        origin: the writer of the frame.
+        frame: the step; its ``live`` seeds carry their last known cells, as in the training process.
         revision: 1, or higher for a later correction of the step.
-        complete: whether every point of the step is in it.
-        received_unix_ns: when its last point came.
+        complete: whether it contains every point of the step.
+        received_unix_ns: when its last point arrived.
     """
 
     origin: Origin
@@ -46,17 +46,17 @@ class Item(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a writer's frames stand: what must be known of them after a restart.
+    """The position of a writer in its sequence of frames, kept over a restart.
 
     Attributes:
-        origin: whose they are.
-        next: the number that is to be released next; None when there are no numbers.
-        lowest: the lowest number that has come; None before the first.
-        missing: how many numbers after that were skipped and have not come.
-        says_step: whether frames say their global step.
-        says_epoch: whether they say their epoch.
-        holes: the numbers that are missing, each from the first to before the second; of very many the newest.
-        ends: of a plain sender, ends of streams that are to come: their times, seeds and columns; of very many some.
+        origin: the writer.
+        next: the number of the frame to be released next; None if the frames have no numbers.
+        lowest: the lowest number that has arrived; None before the first.
+        missing: how many higher numbers were skipped and have not arrived.
+        says_step: whether frames state their global step.
+        says_epoch: whether frames state their epoch.
+        holes: ranges of missing numbers, each from the first to before the second; only the newest if there are many.
+        ends: future stream ends of a plain sender: times, seeds and columns; only some if there are very many.
     """
 
     origin: Origin
@@ -71,26 +71,27 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What is known of one rank of one attempt.
+    """The state of one writer: one rank of one attempt.
 
     Attributes:
-        origin: whose state it is.
-        world_size: processes of the run.
+        origin: the writer.
+        world_size: number of processes of the run.
         experiment: name of the experiment.
-        first_step: the first step released; None before it.
-        first_time_unix_ns: the oldest time of a step that is known here; 0 before it.
+        first_step: the first step released; None before the first release.
+        first_time_unix_ns: the earliest time of a known step; 0 before the first release.
         last_step: the newest step released.
-        last_time_unix_ns: that step's time.
-        last_received_unix_ns: when something of it came last.
-        ended: outcome of its end (``completed``, an exception's type, a signal); None while it lives or is silent.
+        last_time_unix_ns: time of the newest step.
+        last_received_unix_ns: when something last arrived from the writer.
+        ended: its outcome (``completed``, an exception's type, a signal); None while it runs or is silent.
         resumed: whether it resumed the run (see ``launches``).
-        is_silent: whether nothing has come for so long that it may not be alive.
-        writers: live processes that claim this (run, attempt, rank).
-        missing: frames that have not come, between others that have, counted when they were skipped.
-        unseen: frames before the first that has come: late, lost, or sent to somebody else.
+        is_silent: whether it has sent nothing for so long that it may be dead.
+        writers: number of live processes that claim this (run, attempt, rank).
+        missing: frames that were skipped, between others that have arrived, and have not arrived since.
+        unseen: frames before the first one that arrived: late, lost, or sent to another gateway.
         incomplete: frames that were released without some of their points, and never completed.
-        differing: points that came twice with two values; before the release the first one counted, then the last.
-        too_late: frames that came again, or after their place had been forgotten; they were not looked at.
+        differing: points that arrived twice with different values. Before the release the first value is used, after it
+            the last.
+        too_late: frames that were repeated, or arrived after their place had been forgotten; they were ignored.
     """
 
     origin: Origin

@@ -1,4 +1,4 @@
-"""Limits: what one sender may cost the gateway."""
+"""Limits: how much of the gateway's resources one sender may use."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from esper_otel.leyline.senders import MOST_ATTRIBUTES, MOST_SEEDS, MOST_TEXT_BY
 
 
 class Crowded(EsperOtelError):
-    """There is no room for a further writer now; there may be when another has been silent for a while."""
+    """There is no room for another writer now; there may be once another has been silent for a while."""
 
 
 class SharedPlaces:
-    """Places for all tenants: nobody takes more of them than are still free for the others.
+    """A pool shared by all tenants: no tenant takes more places than are still free for the others.
 
     Args:
-        most: how many there are.
+        most: number of places.
     """
 
     def __init__(self, most: int) -> None:
@@ -26,7 +26,7 @@ class SharedPlaces:
         self._of_tenant: Counter[str] = Counter()
 
     def take(self, tenant: str) -> bool:
-        """Takes one; False if there is none for this tenant."""
+        """Takes a place; returns False if there is none for this tenant."""
         if self._of_tenant[tenant] >= self.most - self.used:
             return False
         self._of_tenant[tenant] += 1
@@ -34,7 +34,7 @@ class SharedPlaces:
         return True
 
     def give_back(self, tenant: str, count: int) -> None:
-        """Frees some."""
+        """Returns ``count`` places of a tenant."""
         self.used -= count
         self._of_tenant[tenant] -= count
         if not self._of_tenant[tenant]:
@@ -43,21 +43,21 @@ class SharedPlaces:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one sender may cost the gateway; what goes beyond is refused or released early, and counted.
+    """Limits on senders. Anything beyond them is refused or released early, and counted.
 
     Attributes:
         points: points of one request.
         attributes: attributes of one point, or of one Resource.
         text_bytes: length of an id or a name, in UTF-8.
-        seeds: seeds of one run's rank that are alive at once.
-        runs: ranks of runs that are known at once; a further one is asked to come again.
-        patient_s: for how long a request with the points of others too is refused because of such a one; from then on
-            only its own points are, for good.
-        waiting: frames of one rank that wait for points or for frames before them.
+        seeds: live seeds of one rank at a time.
+        runs: ranks of all runs that are known at a time; a further one is asked to retry.
+        patient_s: how long a request that also holds points of other ranks is refused because of a rank without room;
+            after that, only the points of that rank are refused, for good.
+        waiting: frames of one rank that wait for points, or for frames before them.
         waiting_points: points in waiting frames, over all runs.
         kept_bytes: memory for released frames that a late point may still correct, over all runs.
-        ends: ends of seeds' streams that are to come, over all runs.
-        silent_s: a run from which nothing came for so long is forgotten.
+        ends: future ends of seeds' streams, over all runs.
+        silent_s: a rank that has sent nothing for this long is forgotten.
     """
 
     points: int = 200_000

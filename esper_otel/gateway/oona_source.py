@@ -1,4 +1,4 @@
-"""The gateway's packets as a source for Oona. The publisher runs in a thread, the gateway in its event loop."""
+"""The gateway as a source of packets for Oona: a bridge from the publisher's thread to the gateway's event loop."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Result = TypeVar("Result")
 
 
 class GatewaySource:
-    """See ``oona.Source``. Made in the event loop, asked from another thread."""
+    """A ``PacketSource``. Create it in the event loop; call it from another thread."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._loop = asyncio.get_running_loop()
 
     def runs(self) -> Sequence[str]:
-        """See ``oona.Source``."""
+        """See ``PacketSource``."""
 
         async def ask() -> list[str]:
             return list(dict.fromkeys(run.run_id for run in self._core.runs().runs if run.stored))
@@ -31,11 +31,11 @@ class GatewaySource:
         return self._asked(ask())
 
     def tenant(self, run_id: str) -> str:
-        """See ``oona.Source``. Asked from another thread: it is one look into a dictionary."""
+        """See ``PacketSource``. This is safe from another thread: it is a single lookup in a dictionary."""
         return self._core.tenant(run_id)
 
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
-        """See ``oona.Source``."""
+        """See ``PacketSource``."""
         return self._asked(self._core.packets(run_id, cursor or "", most))
 
     def _asked(self, question: Coroutine[Any, Any, Result]) -> Result:
@@ -47,4 +47,4 @@ class GatewaySource:
             return answer.result(_TIMEOUT_S)
         except (CancelledError, TimeoutError):
             answer.cancel()
-            raise GatewayUnavailable("the gateway is about to end") from None
+            raise GatewayUnavailable("the gateway is about to stop") from None

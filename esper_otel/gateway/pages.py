@@ -1,4 +1,4 @@
-"""Pages: stored frames and what is known of runs, as the messages that pullers are given."""
+"""Pages: converts stored frames and the state of runs to the messages that pullers receive."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _FETCHED = 32  # steps at once
 
 
 class Bounds(NamedTuple):
-    """What bounds the making of a page.
+    """Limits on making a page.
 
     Attributes:
-        turn: within one some steps are made.
-        has_room: whether a page may have so many bytes.
+        turn: a context in which a batch of steps is made.
+        has_room: whether a page may have this many bytes.
     """
 
     turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
@@ -48,17 +48,17 @@ async def page(
     clock_ns: Callable[[], int],
     bounds: Bounds = FREE,
 ) -> PullResponse:
-    """Steps after a cursor, made in turns: in between others have theirs.
+    """Makes a page of the steps after a cursor, in turns, so that other requests are served in between.
 
     Args:
-        store: where they are.
-        request: how many of what.
-        made: makes a step's message of an entry and the time.
+        store: where the steps are stored.
+        request: the run, the cursor and the number of steps.
+        made: makes the message of a step from a stored entry and the current time.
         clock_ns: Unix time in nanoseconds.
-        bounds: what others leave of time and memory.
+        bounds: limits on time and memory.
 
     Raises:
-        UnknownRun, StaleCursor: nothing can be had so.
+        UnknownRun, StaleCursor: the run or the cursor cannot be used.
         Busy: there is no room for a single step.
     """
     rank = request.rank if request.HasField("rank") else None
@@ -69,7 +69,7 @@ async def page(
         few = min(most - len(response.steps), _FETCHED)
         try:
             found = store.after(request.run_id, response.cursor, rank, few)
-        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next pull will tell
+        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next pull will report it
             if response.steps:
                 return response
             raise
@@ -103,10 +103,10 @@ async def packets_after(
     made: Callable[[StoredFrame, int], Packets],
     clock_ns: Callable[[], int],
 ) -> Page:
-    """As ``page``, for a reader in this process: nothing is serialized.
+    """Does the same as ``page``, for a reader in this process: the packets are not serialized.
 
     Raises:
-        UnknownRun, StaleCursor: nothing can be had so.
+        UnknownRun, StaleCursor: the run or the cursor cannot be used.
     """
     found: list[Packets] = []
     gap = size = 0
@@ -114,7 +114,7 @@ async def packets_after(
         few = min(most - len(found), _FETCHED)
         try:
             after = store.after(run_id, cursor, None, few)
-        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next call will tell
+        except (UnknownRun, StaleCursor):  # dropped meanwhile: the next call will report it
             if found:
                 break
             raise
@@ -135,10 +135,10 @@ async def packets_after(
 async def _steps(
     entries: Sequence[StoredFrame], made: Callable[[StoredFrame, int], Made], now_unix_ns: int, bounds: Bounds
 ) -> deque[Made]:
-    """What is made of the first of these entries, at least of one: as many as can be made in a turn."""
+    """Makes the steps of the first entries: at least one, and as many as fit in a turn."""
     steps: deque[Made] = deque()
     async with bounds.turn():
-        await asyncio.sleep(0)  # all others who are ready come first
+        await asyncio.sleep(0)  # let all other ready tasks run first
         turn = Turn()
         for entry in entries:
             steps.append(made(entry, now_unix_ns))
@@ -148,12 +148,12 @@ async def _steps(
 
 
 def step_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:
-    """The entry as a message; see ``packets_of``."""
+    """Returns an entry as a message; see ``packets_of``."""
     return step_message(packets_of(entry, now_unix_ns, rules=rules, latency_budget_ms=latency_budget_ms))
 
 
 def packets_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Packets:
-    """The entry as packets, with the signals of its risks."""
+    """Returns an entry as packets, with its risk signals."""
     item = entry.item
     made = packets(
         item.frame,
@@ -168,12 +168,12 @@ def packets_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...],
 
 
 def forgotten(origin: Origin, ended: str | None) -> RunState:
-    """What is left of a writer that was silent for so long that all but its stored steps was forgotten."""
+    """Returns the state of a writer of which only stored steps are known, because it was silent for too long."""
     return RunState(origin, 0, "", None, None, 0, 0, ended=ended, is_silent=True)
 
 
 def run_message(state: RunState, stored: int, run_ended: str | None) -> Run:
-    """What is known of a writer, with the number of its steps that can be pulled, and how the whole run ended."""
+    """Returns the state of a writer as a message, with its number of stored steps and the outcome of the whole run."""
     return Run(
         run_id=state.origin.run_id,
         attempt=state.origin.attempt,

@@ -1,4 +1,4 @@
-"""Quiet: what libraries would log for whatever a stranger sends, said seldom, and without secrets."""
+"""Quiet: limits how often libraries log what strangers send, and keeps secrets out of the log."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _MOST_CHARACTERS = 200
 
 
 class SeldomLog(logging.Handler):
-    """Says what a library logs, each kind at most once a minute.
+    """Logs the messages of a library, each kind at most once a minute.
 
-    Of a request that cannot be read only that is said: in aiohttp's words its headers stand, and a token in them.
+    For an unreadable request only that fact is logged: aiohttp's own message would contain headers, and so a token.
 
     Args:
-        warnings: where.
-        library: its name for users.
+        warnings: writes the messages.
+        library: name of the library, for users.
     """
 
     def __init__(self, warnings: Warnings, library: str) -> None:
@@ -40,7 +40,7 @@ class SeldomLog(logging.Handler):
 
 
 def quiet_grpc() -> None:
-    """For a process that is a gateway and nothing else."""
+    """Limits what gRPC logs; only for a process that does nothing but run a gateway."""
     log = logging.getLogger("grpc")
     log.propagate = False
     log.addHandler(SeldomLog(Warnings(), "gRPC"))

@@ -1,4 +1,4 @@
-"""Ranks: a run's ranks side by side, over its newest steps: which one holds the others up."""
+"""Ranks: compares a run's ranks over its newest steps, to find the one that slows down the others."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from esper_otel.pull.messages import Rank, RanksResponse
 STEPS = 256
 _MOST_RUNS = 1_000
 _MOST_RANKS = 4_096
-_MOST_STEPS = 500_000  # of all ranks of all runs; those of the run that was silent for longest go first
-# What a rank does by itself, as far as the metrics tell; the rest of a step may be waiting for other ranks.
+_MOST_STEPS = 500_000  # over all ranks and runs; the run that has been silent for longest is dropped first
+# Work that a rank certainly does by itself; the rest of a step may be spent waiting for other ranks.
 _OWN = ("input_wait_ms", "hook_latency_ms", "kasmina.finalize_ms")
 _STEP = "step_latency_ms"
-# Less than this share of a cycle, and less than these milliseconds, is noise.
+# Differences below this share of a cycle, or below this many milliseconds, are noise.
 _NOISE_SHARE = 0.05
 _NOISE_MS = 1.0
 
@@ -28,14 +28,14 @@ Times = Mapping[str, float]
 
 
 class Ranks:
-    """Keeps the durations of the newest steps of each rank. Threads: one at a time."""
+    """Keeps the durations of each rank's newest steps. Not thread-safe: use it from one thread at a time."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, _RunSteps] = OrderedDict()
         self._steps = 0
 
     def note(self, items: Iterable[Item]) -> None:
-        """Takes released frames."""
+        """Adds released frames."""
         for item in items:
             run_id = item.origin.run_id
             run = self._runs.get(run_id)
@@ -49,11 +49,11 @@ class Ranks:
                 self._steps -= self._runs.popitem(last=False)[1].steps
 
     def view(self, run_id: str, steps: int) -> RanksResponse | None:
-        """The newest attempt's ranks over its newest steps; None when nothing of the run has been released here."""
+        """Compares the newest attempt's ranks over its newest steps; returns None if no step of the run is known."""
         return finished(self.viewing(run_id, steps))
 
     def viewing(self, run_id: str, steps: int) -> Generator[None, None, RanksResponse | None]:
-        """``view``, in parts: between two of them further frames may be taken."""
+        """Does the same as ``view``, in parts, between which further frames may be added."""
         run = self._runs.get(run_id)
         return None if run is None else (yield from run.viewing(min(steps or STEPS, STEPS)))
 
@@ -72,7 +72,7 @@ class _RankSteps:
         self.first_unix_ns = min(self.first_unix_ns or frame.time_unix_ns, frame.time_unix_ns)
         self.last_unix_ns = max(self.last_unix_ns, frame.time_unix_ns)
         if frame.global_step >= GUESSED_STEP:
-            return  # by its number no other rank's step could be found
+            return  # the number is guessed, so it matches no step of another rank
         values = dict(zip(frame.names, frame.numbers, strict=True))
         self.steps[frame.global_step] = {
             name: values[name] for name in (*_OWN, _STEP) if name in values and math.isfinite(values[name])
@@ -86,7 +86,7 @@ class _RunSteps:
     """The ranks of one run.
 
     Attributes:
-        steps: how many steps of its ranks are kept.
+        steps: number of steps kept, over all ranks.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class _RunSteps:
         self.steps = 0
 
     def note(self, item: Item) -> bool:
-        """Takes a frame; whether it is one of its rank's newest attempt."""
+        """Adds a frame; returns whether it belongs to the newest attempt of its rank."""
         attempt, rank = item.origin.attempt, item.origin.rank
         of_rank = self._newest.get(rank)
         if of_rank is None and len(self._newest) >= _MOST_RANKS:
@@ -109,9 +109,9 @@ class _RunSteps:
         return of_rank.attempt == attempt
 
     def viewing(self, most: int) -> Generator[None, None, RanksResponse]:
-        """Of the newest attempt, and of ranks that still made steps when it had begun.
+        """Compares the ranks of the newest attempt, and ranks that still made steps after it had begun.
 
-        Those could not agree with the others on a number for the attempt; see ``launches``.
+        The latter belong to the same launch, but did not agree with the others on an attempt number; see ``launches``.
         """
         attempt = max(of_rank.attempt for of_rank in self._newest.values())
         begun_ns = min(of_rank.first_unix_ns for of_rank in self._newest.values() if of_rank.attempt == attempt)
@@ -124,7 +124,7 @@ class _RunSteps:
         compared: dict[int, Mapping[int, Times]] = {}
         for rank, of_rank in sorted(running.items()):
             if of_rank.steps:
-                compared[rank] = dict(of_rank.steps)  # as they are now
+                compared[rank] = dict(of_rank.steps)  # a copy of the current state
                 yield
         return (yield from _viewing(compared, attempt, world_size, most))
 
@@ -170,11 +170,11 @@ def _add_row(answer: RanksResponse, rank: int, times: list[Times]) -> None:
 
 
 def _judge(answer: RanksResponse, sums: Mapping[int, Mapping[str, float]]) -> None:
-    """Names the rank that stands out: by its cycle where ranks run free, by its own time in lock-step.
+    """Names the rank that stands out: by its cycle if ranks run independently, by its own time in lock-step.
 
     Args:
-        answer: with all of its rows.
-        sums: for each rank what its steps took of each duration.
+        answer: the answer, with all of its rows.
+        sums: for each rank, the sum of each duration over its steps.
     """
     if len(answer.ranks) < 2:
         return
@@ -190,7 +190,7 @@ def _judge(answer: RanksResponse, sums: Mapping[int, Mapping[str, float]]) -> No
         theirs = fsum(of_rank[name] for rank, of_rank in sums.items() if rank != found.rank)
         excess[name] = (sums[found.rank][name] - theirs / (len(sums) - 1)) / answer.steps
     answer.slowest_by = max(_OWN, key=lambda name: excess[name])
-    if excess[answer.slowest_by] < excess[_STEP] / 2:  # what it does longer is none of the parts that are timed
+    if excess[answer.slowest_by] < excess[_STEP] / 2:  # the extra time is not in any of the parts that are measured
         answer.slowest_by = _STEP
 
 
@@ -200,6 +200,6 @@ def _spread(times: list[Times], name: str) -> float:
 
 
 def _first(ranks: Iterable[Rank], field: str, noise_ms: float) -> Rank | None:
-    """The rank with the largest value, if it stands out from the next."""
+    """Returns the rank with the largest value, if it exceeds the second largest by more than the noise."""
     first, second, *_ = sorted(ranks, key=lambda row: -getattr(row, field))
     return first if getattr(first, field) - getattr(second, field) > noise_ms else None

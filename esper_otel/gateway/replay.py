@@ -1,4 +1,4 @@
-"""The command ``esper-otel replay``: a stored run, served again at its own pace or a faster one."""
+"""The command ``esper-otel replay``: serves a stored run again, at its original pace or faster."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from esper_otel.log import announce
 GAP, NAN, LATE, RESUME = "gap", "nan", "late", "resume"
 WEATHER = (GAP, NAN, LATE, RESUME)
 
-# Where in the run each happens, as a share of its steps; how many steps a gap, a delay and a resume take.
+# The position of each event as a share of the run's steps; the length of a gap, a delay and a resume in steps.
 _PLACES = {GAP: 0.2, NAN: 0.4, LATE: 0.6, RESUME: 0.8}
 _LOST, _DELAY, _BACK = 5, 3, 10
 _PAGE = 256
@@ -52,12 +52,12 @@ _LIFE = "replay"
 
 
 class PlayedEvent(NamedTuple):
-    """One thing that pullers see.
+    """One event that pullers see.
 
     Attributes:
-        after_ns: when it comes after the beginning, at the run's own pace.
+        after_ns: time since the start of the run, at the run's original pace.
         item: the step.
-        is_lost: whether pullers are told of a gap instead.
+        is_lost: whether pullers see a gap instead of the step.
     """
 
     after_ns: int
@@ -66,19 +66,25 @@ class PlayedEvent(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``esper-otel replay``."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what a gateway was given as --store")
+    """Adds the options of ``esper-otel replay``."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --store directory of a gateway")
     parser.add_argument("run_id", metavar="RUN", help="the run")
-    parser.add_argument("--speed", type=_speed, default=1.0, metavar="N", help="times its own pace; 0: all at once (1)")
     parser.add_argument(
-        *("--inject",), type=injected, default=frozenset(), metavar="LIST", help=f"any of {','.join(WEATHER)}"
+        "--speed", type=_speed, default=1.0, metavar="N", help="multiple of the original pace; 0: all at once (1)"
+    )
+    parser.add_argument(
+        *("--inject",),
+        type=injected,
+        default=frozenset(),
+        metavar="LIST",
+        help=f"faults to inject, any of {','.join(WEATHER)}",
     )
     add_packet_arguments(parser)
     add_access_arguments(parser, receives=False)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Serves until SIGTERM or Ctrl-C; when the run is over it can still be pulled. 0 then."""
+    """Serves until SIGTERM or Ctrl-C, also after the last step was played, then returns 0."""
     source = FileStore(options.folder, read_only=True)
     try:
         if options.run_id not in source.run_ids():
@@ -106,13 +112,13 @@ async def _serve(options: argparse.Namespace, items: Sequence[Item], ended: Mapp
 
 
 class Player:
-    """Gives events to pullers when their time has come; a step's age is counted in the run's own time.
+    """Gives events to pullers at the right time; the age of a step is measured in the run's own time.
 
     Args:
-        events: in order.
-        ended: how the run's attempts ended; told after the last event.
-        speed: times the run's own pace; 0: all at once.
-        made: how packets are made.
+        events: the events, in order.
+        ended: outcomes of the run's attempts; reported after the last event.
+        speed: multiple of the run's original pace; 0 plays all at once.
+        made: options for making packets.
     """
 
     def __init__(
@@ -144,7 +150,7 @@ class Player:
 
 
 class Shelf:
-    """Keeps the steps of one run, with holes where some were lost. See ``Store``."""
+    """A ``Store`` of the steps of one run, with holes where steps were lost."""
 
     def __init__(self) -> None:
         self.dropped = 0
@@ -161,7 +167,7 @@ class Shelf:
         self,
         items: Iterable[Item],
         *,
-        ended: Mapping[Origin, str] = NOTHING_ENDED,  # noqa: ARG002 - the core knows
+        ended: Mapping[Origin, str] = NOTHING_ENDED,  # noqa: ARG002 - the core keeps it
         places: Iterable[Place] = (),  # noqa: ARG002
         tenants: Mapping[str, str] = NO_TENANTS,  # noqa: ARG002
         kept: KeptRequest | None = None,  # noqa: ARG002 - nothing is received
@@ -176,7 +182,7 @@ class Shelf:
             self._losses[item.origin] = loss_of(item.frame)
 
     def lose(self, item: Item) -> None:
-        """Leaves a hole where a step was."""
+        """Leaves a hole in place of a step."""
         self._places(item)
         self._losses[item.origin] = loss_of(item.frame)
         self.dropped += 1
@@ -189,9 +195,9 @@ class Shelf:
         return self._last, self._last_of[rank]
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
-        """Entries after a cursor, up to the next hole. See ``Store``."""
+        """Returns the entries after a cursor, up to the next hole. See ``Store``."""
         if run_id != self._run_id:
-            raise UnknownRun(f"no step of run {run_id!r} is here; this replay is of run {self._run_id!r}")
+            raise UnknownRun(f"no step of run {run_id!r} is here; this is a replay of run {self._run_id!r}")
         key = attrgetter("position" if rank is None else "number")
         entries = self._all if rank is None else self._of_rank.get(rank, [])
         place = cursor_place(cursor, _LIFE, rank, self._last if rank is None else self._last_of.get(rank, 0))
@@ -205,36 +211,36 @@ class Shelf:
         gap = key(found[0]) - place - 1 if found else 0
         return StoredPage(found, cursor_text(_LIFE, rank, last), gap)
 
-    def holds(self, run_id: str) -> bool:  # noqa: ARG002 - there is one
-        """Every run here has steps."""
+    def holds(self, run_id: str) -> bool:  # noqa: ARG002 - there is only one
+        """Returns True: the only run has steps."""
         return True
 
     def counts(self) -> dict[Origin, int]:
-        """The core knows."""
+        """Returns nothing: the core has the counts."""
         return {}
 
     def outcomes(self) -> dict[Origin, str]:
-        """The core knows."""
+        """Returns nothing: the core has the outcomes."""
         return {}
 
     def tenant(self, run_id: str) -> str:  # noqa: ARG002 - it is the only one
-        """Nobody's."""
+        """Returns an empty name: the run has no tenant."""
         return ""
 
     def use(self) -> Mapping[str, tuple[float, float]]:
-        """Nothing is bounded here."""
+        """Returns nothing: this store has no limits."""
         return {}
 
     def expire(self) -> list[str]:
-        """Nothing is too old to be replayed."""
+        """Returns nothing: steps do not expire in a replay."""
         return []
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: no resource is open."""
 
 
 def injected(text: str) -> frozenset[str]:
-    """The weather that ``--inject`` names."""
+    """Parses the faults that ``--inject`` names."""
     names = frozenset(name.strip() for name in text.split(",") if name.strip())
     unknown = ", ".join(sorted(names - set(WEATHER)))
     if unknown:
@@ -245,24 +251,24 @@ def injected(text: str) -> frozenset[str]:
 def replayed(
     items: Sequence[Item], ended: Mapping[Origin, str], weather: frozenset[str]
 ) -> tuple[list[PlayedEvent], Mapping[Origin, str]]:
-    """What pullers see of stored steps, in order, and how it ends.
+    """Returns the events that pullers see, in order, and the outcomes of the attempts.
 
-    ``gap``: five steps are lost after a fifth of the run. ``nan``: a step's loss is NaN; what was derived of it is
-    left as it was. ``late``: a step comes without its loss, incomplete, and whole as a correction three steps later.
-    ``resume``: after four fifths the run goes on as a new attempt, ten steps further back.
+    ``gap``: five steps are lost after a fifth of the run. ``nan``: the loss of one step is NaN; values derived from it
+    stay as they were. ``late``: a step first arrives incomplete, without its loss; a complete correction follows three
+    steps later. ``resume``: after four fifths, the run continues as a new attempt that starts ten steps further back.
 
     Args:
-        items: the run, in order of release; not empty.
-        ended: how its attempts ended.
-        weather: what is injected.
+        items: the steps of the run, in order of release; not empty.
+        ended: outcomes of its attempts.
+        weather: the faults to inject.
     """
     begin_ns = min(item.frame.time_unix_ns for item in items)
     events, newest_ns = [], 0
-    for item in items:  # what came late comes behind those that came before it
+    for item in items:  # a step that arrived late is played after those that arrived before it
         newest_ns = max(newest_ns, item.frame.time_unix_ns - begin_ns)
         events.append(PlayedEvent(newest_ns, item))
     places = {name: int(len(items) * share) for name, share in _PLACES.items()}
-    if RESUME in weather:  # the last one first, so that places stay
+    if RESUME in weather:  # the last fault first, so that earlier positions stay valid
         events, ended = _resumed(events, ended, places[RESUME])
     if LATE in weather:
         _delay(events, places[LATE])
@@ -311,7 +317,7 @@ def _delay(events: list[PlayedEvent], place: int) -> None:
 
 
 def _with_loss(event: PlayedEvent, changed: Mapping[str, float | None]) -> PlayedEvent:
-    """The event with other losses; None takes one away."""
+    """Returns the event with changed losses; None removes a loss."""
     frame: Frame = event.item.frame
     values = {name: value for name, value in {**frame.recorded, **changed}.items() if value is not None}
     context = {name: value for name, value in frame.context.items() if name not in changed}
@@ -335,5 +341,5 @@ def _speed(text: str) -> float:
     except ValueError:
         speed = -1.0
     if not 0 <= speed < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return speed

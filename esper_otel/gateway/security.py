@@ -1,4 +1,4 @@
-"""Security: who may send and who may pull, and the certificates of the gateway's ports."""
+"""Security: access control for senders and pullers, and the certificates of the gateway's ports."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MOST_ID_BYTES = Limits().text_bytes
 
 
 class NotAllowed(EsperOtelError):
-    """A token that is good, and not for this run."""
+    """The token is valid, but not for this run."""
 
 
 class BadRequest(EsperOtelError):
-    """A pull that cannot be right."""
+    """The pull request is invalid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,15 @@ class Grant:
 
     Attributes:
         prefix: empty for every run.
-        tenant: whose share it uses: tokens with one prefix share one, a token without a prefix has its own.
+        tenant: whose share of the limits it uses. Tokens with the same prefix share one; a token without a prefix has
+            its own.
     """
 
     prefix: str = ""
     tenant: str = ""
 
     def allows(self, run_id: str) -> bool:
-        """Whether it is good for this run."""
+        """Returns whether the token is valid for this run."""
         return run_id.startswith(self.prefix)
 
 
@@ -53,42 +54,43 @@ class Refused(Exception):
 
 
 class Tokens:
-    """Bearer tokens of a file: one a line, several at once for a rotation, each for every run or for some.
+    """Bearer tokens from a file, one per line. Several tokens can be valid at once, for a rotation.
 
-    A line is the token alone, or the token, a space and ``run=PREFIX``; empty lines and those that begin with ``#``
-    say nothing. The file is read again, at most once a second, when it changes.
+    A line is a token, optionally followed by a space and ``run=PREFIX``, which restricts it to runs whose ids begin
+    with the prefix. Empty lines and lines that begin with ``#`` are ignored. The file is checked for changes
+    at most once a second.
 
     Args:
         path: the file.
-        option: what the user calls it.
+        option: the name of the option that gave the file, for messages.
 
     Raises:
-        ConfigurationError: there is no token to begin with; the message names the option.
+        ConfigurationError: the file contains no token; the message names the option.
     """
 
     def __init__(self, path: Path, option: str) -> None:
         self._file = TokenFile(path, option, _grants_in)
 
     def grant(self, authorization: str | None) -> Grant:
-        """What the value of an ``authorization`` header allows. Takes as long for a wrong token as for a right one.
+        """Returns what the value of an ``authorization`` header allows, in constant time for any token.
 
         Raises:
-            Refused: nothing.
+            Refused: the token is missing or unknown.
         """
         self._file.look()
         scheme, _, token = (authorization or "").partition(" ")
-        given = _digest(token.strip().encode(errors="surrogateescape"))  # bytes that are not UTF-8 are no token
+        given = _digest(token.strip().encode(errors="surrogateescape"))  # bytes that are not UTF-8 match no token
         found = None
         for known, grant in self._file.content:
             if hmac.compare_digest(known, given):
                 found = grant
         if found is None or scheme.lower() != "bearer":
-            raise Refused("a bearer token is missing, or it is not a known one")
+            raise Refused("the bearer token is missing or unknown")
         return found
 
 
 def _grants_in(path: Path) -> list[tuple[bytes, Grant]]:
-    """What each token allows, by the token's digest: no secret stays in memory."""
+    """Returns what each token allows, by the token's digest, so that no secret stays in memory."""
     return [
         (digest := _digest(text.encode()), Grant(prefix, f"run={prefix}" if prefix else digest.hex()))
         for text, prefix in read_tokens(path)
@@ -96,12 +98,12 @@ def _grants_in(path: Path) -> list[tuple[bytes, Grant]]:
 
 
 def _digest(token: bytes) -> bytes:
-    # Of one length, whatever was given: comparing tells nothing of it.
+    # Digests have equal length, so that the time of a comparison reveals nothing about the token.
     return hashlib.sha256(token).digest()
 
 
 class Content(NamedTuple):
-    """What is in the files of a TLS server, as PEM."""
+    """The content of the files of a TLS server, as PEM."""
 
     certificate: bytes
     key: bytes
@@ -110,32 +112,32 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """Files of a TLS server: its certificate with the chain, its key, and who must have signed the clients'."""
+    """Files of a TLS server: its certificate with the chain, its key, and the authority for client certificates."""
 
     certificate: Path
     key: Path
     client_ca: Path | None = None
 
     def stamp(self) -> tuple[tuple[int, int, int], ...]:
-        """Changes when one of the files does."""
+        """Returns a value that changes when one of the files changes."""
         files = [path for path in (self.certificate, self.key, self.client_ca) if path is not None]
         stats = [path.stat() for path in files]
         return tuple((each.st_mtime_ns, each.st_size, each.st_ino) for each in stats)
 
     def content(self) -> Content:
-        """For a server of gRPC.
+        """Reads the files, for a gRPC server.
 
         Raises:
-            OSError: they cannot be read.
+            OSError: a file cannot be read.
         """
         client_ca = None if self.client_ca is None else self.client_ca.read_bytes()
         return Content(self.certificate.read_bytes(), self.key.read_bytes(), client_ca)
 
     def context(self) -> ssl.SSLContext:
-        """For a server of HTTP.
+        """Loads the files, for an HTTP server.
 
         Raises:
-            ConfigurationError: the files are no pair, or cannot be read.
+            ConfigurationError: the certificate and the key do not match, or a file cannot be read.
         """
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -154,16 +156,16 @@ class Certificates:
 
 
 class CertificatesInForce:
-    """Certificates as they are in force on every port: all files, or when one of them cannot be used, all as before.
+    """The certificates in use on every port. They are replaced together, and only if all changed files are usable.
 
-    Threads: any.
+    Threads: thread-safe.
 
     Args:
-        files: which are followed.
-        warnings: where it is said that they cannot be used.
+        files: the files to watch.
+        warnings: logs that changed files cannot be used.
 
     Raises:
-        ConfigurationError: they cannot be used to begin with.
+        ConfigurationError: the files cannot be used at the start.
     """
 
     def __init__(self, files: Certificates, warnings: Warnings) -> None:
@@ -175,13 +177,13 @@ class CertificatesInForce:
         self._content = files.content()
 
     def context(self) -> ssl.SSLContext:
-        """For the next connection to the HTTP port."""
+        """Returns the TLS context for the next connection to the HTTP port."""
         with self._lock:
             self._look()
             return self._context
 
     def content(self) -> Content:
-        """For the next connection to the gRPC port."""
+        """Returns the files' content for the next connection to the gRPC port."""
         with self._lock:
             self._look()
             return self._content
@@ -193,29 +195,29 @@ class CertificatesInForce:
                 return
             context, content = self._files.context(), self._files.content()
             if stamp != self._files.stamp():
-                return  # in the middle of being replaced: the next connection looks again
+                return  # the files are being replaced: the next connection checks again
         except (OSError, ConfigurationError) as error:
-            self._warnings.say("tls", "%s; the certificates before stay in force on both ports", error)
+            self._warnings.say("tls", "%s; the previous certificates stay in use on both ports", error)
             return
         self._stamp, self._context, self._content = stamp, context, content
 
 
 def check_exposure(host: str, option: str, *, has_tls: bool, is_insecure: bool) -> None:
-    """Refuses to listen where others can reach the port in plain text, unless they are meant to.
+    """Refuses to listen in plain text on an address that others can reach, unless the user asked for it.
 
     Raises:
-        ConfigurationError: no TLS, and not on loopback.
+        ConfigurationError: the address is not loopback, and TLS is not configured.
     """
     if has_tls or is_insecure or is_loopback(host):
         return
     raise ConfigurationError(
-        f"{option} {host}: others could reach this in plain text; give --tls-cert and --tls-key, or --insecure when "
+        f"{option} {host}: others could reach this port in plain text; give --tls-cert and --tls-key, or --insecure if "
         "the network is trusted"
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine only."""
+    """Returns whether an address can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -225,10 +227,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
-    """Refuses a request of which a part is for a run that the sender may not write to.
+    """Refuses a request that contains data of a run that the sender may not write to.
 
     Raises:
-        NotAllowed: there is such a part.
+        NotAllowed: the request contains such data.
     """
     senders = {block.sender for block in decoded.blocks}
     senders |= {marker.sender for marker in decoded.markers}
@@ -239,15 +241,16 @@ def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
 
 
 def check_puller(run_id: str, grant: Grant | None) -> None:
-    """Refuses a question about a run that the puller may not see.
+    """Refuses a request for a run that the puller may not see.
 
     Raises:
-        BadRequest, NotAllowed: it names no run, or not one of theirs.
+        BadRequest: the request does not name a run, or the id is too long.
+        NotAllowed: the token is not for this run.
     """
     if not run_id:
         raise BadRequest("run_id is empty")
     size = len(run_id.encode())
     if size > _MOST_ID_BYTES:
-        raise BadRequest(f"run_id has {size} bytes; no run's has more than {_MOST_ID_BYTES}")
+        raise BadRequest(f"run_id has {size} bytes; the limit is {_MOST_ID_BYTES}")
     if grant is not None and not grant.allows(run_id):
         raise NotAllowed(f"this token is not for run {run_id!r}")

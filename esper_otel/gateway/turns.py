@@ -1,4 +1,4 @@
-"""Turns: what takes long is done in parts, so that the event loop sees to others in between."""
+"""Turns: long work is done in parts, so that the event loop can run other tasks in between."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _T = TypeVar("_T")
 
 
 class Turn:
-    """A share of the event loop's time, counted in what its thread really computes.
+    """A share of the event loop's time, measured as CPU time of its thread.
 
     Args:
-        most_s: how long it is; by default what one thing may take while others wait.
+        most_s: length of the turn; the default is how long one task may block the others.
     """
 
     __slots__ = ("_ends_s",)
@@ -25,12 +25,12 @@ class Turn:
 
     @property
     def is_over(self) -> bool:
-        """Whether others should have their turns now."""
+        """Whether other tasks should run now."""
         return time.thread_time() > self._ends_s
 
 
 def finished(long: Generator[None, None, _T]) -> _T:
-    """What something long returns that is done in one turn."""
+    """Runs a generator to its end without a pause, and returns its result."""
     while True:
         try:
             next(long)
@@ -39,7 +39,7 @@ def finished(long: Generator[None, None, _T]) -> _T:
 
 
 async def in_turns(long: Generator[None, None, _T]) -> _T:
-    """What something long returns that is done in turns."""
+    """Runs a generator to its end, in turns, and returns its result."""
     turn = Turn()
     while True:
         try:
@@ -51,5 +51,5 @@ async def in_turns(long: Generator[None, None, _T]) -> _T:
             turn = Turn()
 
 
-# For those that have nobody to wait for them.
+# For callers that block nobody.
 ENDLESS = Turn(math.inf)

@@ -1,4 +1,7 @@
-"""Oona: packets on the Esper bus, Redis Streams that Esper's own parts listen on. Needs the extra ``[oona]``."""
+"""Oona: publishes packets on the Esper bus, the Redis Streams that Esper's components read.
+
+It needs the extra ``[oona]``.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +19,34 @@ __all__ = ["STREAMS", "TTL_MS", "Publisher", "StreamEntry", "TelemetrySource", "
 
 
 class TelemetrySource:
-    """A session's own packets as a source; its ``pull()`` without a cursor is left alone."""
+    """A ``PacketSource`` of a session's own packets. It does not disturb the session's ``pull()`` without a cursor."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
 
     def runs(self) -> Sequence[str]:
-        """See ``Source``."""
+        """See ``PacketSource``."""
         return (self._telemetry.run_id,)
 
     def tenant(self, run_id: str) -> None:
-        """See ``Source``: it has all of its session's."""
+        """See ``PacketSource``: None, because only this session publishes here."""
 
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
-        """See ``Source``."""
+        """See ``PacketSource``."""
         del run_id
         return self._telemetry.pull(cursor or self._telemetry.beginning, most)
 
 
 def publish(telemetry: Telemetry, url: str, *, secret: str | None = None, ttl_ms: int = TTL_MS) -> Publisher:
-    """Publishes a session's steps on Oona, without a gateway; close what is returned after the session.
+    """Publishes a session's steps on Oona, without a gateway. Close the returned publisher after the session.
 
     Args:
         telemetry: the session.
-        url: as of ``Publisher``, and what follows too.
-        secret: signs the payloads.
-        ttl_ms: entries older than this are trimmed.
+        url: see ``Publisher``.
+        secret: see ``Publisher``.
+        ttl_ms: see ``Publisher``.
 
     Raises:
-        ConfigurationError: as of ``Publisher``.
+        ConfigurationError: see ``Publisher``.
     """
     return Publisher(TelemetrySource(telemetry), url, secret=secret, ttl_ms=ttl_ms, remembers=False)

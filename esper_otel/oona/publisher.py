@@ -1,4 +1,4 @@
-"""Publisher: one thread that takes packets from a source and adds them to Oona's streams, in order."""
+"""Publisher: a thread that reads packets from a source and adds them to Oona's streams, in order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from esper_otel.oona.stream import EMERGENCY, STREAMS, StreamEntry, entries
 if TYPE_CHECKING:
     from esper_otel.leyline import Page
 
-SECRET_VARIABLE = "ESPER_LEYLINE_SECRET"  # noqa: S105 - where it stands, not what it is
+SECRET_VARIABLE = "ESPER_LEYLINE_SECRET"  # noqa: S105 - the name of the variable, not a secret
 PASSWORD_VARIABLE = "ESPER_OONA_PASSWORD"  # noqa: S105 - as above
 TTL_MS = 900_000
 
-_EMERGENCIES_A_MINUTE = 120  # what the prototype's bus client lets through
+_EMERGENCIES_A_MINUTE = 120  # the limit of the prototype's bus client
 _AT_ONCE = 256
 _IDLE_S = 0.02
 _TRIM_EVERY_S, _MOST_MARKS = 10.0, 100
@@ -29,51 +29,52 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
 _TIMEOUT_S = 5.0
 _CURSOR_KEY = "esper_otel:oona:cursor:"
 _MOST_CURSORS = 50_000
-# How many emergencies of a minute a tenant and a run may have, for each that is still free for others.
+# A tenant and a run may each use this many times the emergencies that are still free in the current minute.
 _TENANT_FACTOR, _RUN_FACTOR = 3, 2
 
-# Of an entry of a stream: milliseconds and a number.
+# The id of an entry in a stream: milliseconds and a number.
 _Id: TypeAlias = tuple[int, int]
 
 
 class PacketSource(Protocol):
-    """Where a publisher gets its packets."""
+    """The source of a publisher's packets."""
 
     def runs(self) -> Sequence[str]:
-        """The runs that there are."""
+        """Returns the ids of the known runs."""
 
     def tenant(self, run_id: str) -> str | None:
-        """Whose run it is; None when nobody else publishes here."""
+        """Returns the tenant that owns a run; None if the source has only one publisher."""
 
     def page(self, run_id: str, cursor: str | None, most: int) -> Page:
-        """Packets after a cursor; waits for nothing.
+        """Returns the packets after a cursor; does not wait.
 
         Raises:
-            GatewayError: there is nothing to be had so.
+            GatewayError: the run or the cursor cannot be used.
         """
 
 
 class Publisher:
-    """Publishes packets from a thread of its own, each at least once, in order; a context manager.
+    """Publishes packets from its own thread, in order, each at least once. It is a context manager.
 
-    A page of packets and the cursor behind it go to Redis in one transaction: what a lost connection leaves open is
-    sent again. While Redis is away, full, loading or closed to us nothing is lost that the source still has.
+    A page of packets and the cursor after it are written to Redis in one transaction. If the connection is lost before
+    the transaction is confirmed, the page is sent again. While Redis is unreachable, full, loading or denies access,
+    nothing is lost that the source still has.
 
     Args:
-        source: what is published.
+        source: the source of the packets.
         url: ``redis://``, ``rediss://`` or ``unix://``, with the user if there is one.
-        password: of Redis, when the URL has none; by default ``ESPER_OONA_PASSWORD``.
-        secret: signs the payloads; by default ``ESPER_LEYLINE_SECRET``.
+        password: the password of Redis, if the URL has none; by default ``ESPER_OONA_PASSWORD``.
+        secret: the key to sign the payloads; by default ``ESPER_LEYLINE_SECRET``.
         ttl_ms: entries older than this are trimmed.
-        remembers: whether the cursor is kept in Redis, for the next life of this publisher.
+        remembers: whether the cursor is kept in Redis, so that a restarted publisher continues there.
 
     Attributes:
-        counts: ``published`` messages, ``emergencies`` among them, ``failures`` of Redis, ``lost`` steps that fell out
-            of the source before they could be published, or could not be put into messages.
-        last_error: of Redis; None when there is none.
+        counts: ``published`` messages, the ``emergencies`` among them, ``failures`` of Redis, and ``lost`` steps, which
+            the source dropped before they were published, or which could not be converted to messages.
+        last_error: the last error of Redis; None after a success.
 
     Raises:
-        ConfigurationError: a URL that cannot be one, or the ``redis`` package is not installed.
+        ConfigurationError: the URL is invalid, or the ``redis`` package is not installed.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Publisher:
         self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Publishes what there is, within about ``timeout_s``, and ends; what is left is said, and is no fault."""
+        """Publishes the remaining steps, for about ``timeout_s``, and stops. It logs whether steps were left over."""
         self._until_s = time.monotonic() + timeout_s
         self._over.set()
         self._thread.join(timeout_s + _TIMEOUT_S)
@@ -124,7 +125,7 @@ class Publisher:
             is_over = self._over.is_set()
             if is_over and time.monotonic() >= self._until_s:
                 self._warnings.say(
-                    "oona end", "the time to end was too short to publish every step on Oona; %s", self._left
+                    "oona end", "the time for closing was too short to publish every step on Oona; %s", self._left
                 )
                 return
             try:
@@ -134,14 +135,14 @@ class Publisher:
                 self.counts["failures"] += 1
                 self.last_error = f"{type(error).__name__}: {error}"
                 self._warnings.say(
-                    "oona", "packets do not reach Redis: %s; they are kept and sent later", self.last_error
+                    "oona", "packets cannot be sent to Redis: %s; they are kept and sent later", self.last_error
                 )
                 self._over.wait(0.0 if is_over else retry_s)
                 if is_over:
                     time.sleep(_FIRST_RETRY_S)
                 retry_s = min(retry_s * 2, _LAST_RETRY_S)
                 continue
-            except Exception as error:  # noqa: BLE001 - a fault of ours ends no gateway and no training
+            except Exception as error:  # noqa: BLE001 - an internal fault must not stop the gateway or the training
                 self._say_fault(error)
                 count = 0
             if count == 0:
@@ -150,7 +151,7 @@ class Publisher:
                 self._over.wait(_IDLE_S)
 
     def _round(self) -> int:
-        """A page of each run; how many steps they had."""
+        """Publishes a page of each run; returns the number of steps."""
         if time.monotonic() - self._trimmed_s > max(_TRIM_EVERY_S, self._ttl_ms / 1000 / _MOST_MARKS):
             self._trim()
         count = 0
@@ -170,12 +171,12 @@ class Publisher:
             return self._publish(run_id)
         except self._errors:
             raise
-        except Exception as error:  # noqa: BLE001 - the other runs are published all the same
+        except Exception as error:  # noqa: BLE001 - the other runs must still be published
             self._say_fault(error)
             return 0
 
     def _entries(self, page: Page) -> list[StreamEntry]:
-        """The messages of a page. A step that cannot be put into any is left out: others wait behind it."""
+        """Returns the messages of a page. A step that cannot be converted is skipped, to not block later steps."""
         made = []
         for packets in page:
             try:
@@ -198,9 +199,11 @@ class Publisher:
         try:
             page = self._source.page(run_id, self._cursors[run_id], _AT_ONCE)
         except StaleCursor:
-            self._cursors[run_id] = ""  # from the oldest step that there is
+            self._cursors[run_id] = ""  # start from the oldest step
             self._warnings.say(
-                "oona cursor", "run %s was published from a store that is gone: what it still had is lost", run_id
+                "oona cursor",
+                "run %s was published from a store that no longer exists: its unpublished steps are lost",
+                run_id,
             )
             return 0
         except UnknownRun:
@@ -235,7 +238,7 @@ class Publisher:
         return len(page)
 
     def _trim(self) -> None:
-        """Trims what was there a ttl ago, by our own steady clock: that of Redis, or of this machine, may jump."""
+        """Trims entries older than ``ttl_ms`` by the monotonic clock: the clocks of Redis and this machine may jump."""
         now_s = time.monotonic()
         with self._redis.pipeline(transaction=False) as together:
             for stream in STREAMS:
@@ -247,20 +250,20 @@ class Publisher:
         while self._marks and self._marks[0][0] <= now_s - self._ttl_ms / 1000:
             _, old = self._marks.popleft()
         for stream, (milliseconds, number) in old.items():
-            if (milliseconds, number) <= newest.get(stream, (0, 0)):  # else the stream was begun anew
+            if (milliseconds, number) <= newest.get(stream, (0, 0)):  # otherwise the stream was restarted
                 self._redis.xtrim(stream, minid=f"{milliseconds}-{number + 1}", approximate=False)
         self._trimmed_s = now_s
 
     @property
     def _left(self) -> str:
-        return "the rest follows in its next life" if self._remembers else "the rest is not published"
+        return "the rest is published after a restart" if self._remembers else "the rest is not published"
 
 
 class _EmergencyBudget:
-    """The emergencies of the last minute: what consumers let through is shared by those who publish.
+    """The budget of emergencies per minute: shares the limit of the consumers between all runs and tenants.
 
-    The others go to the stream where they usually would. Of a gateway no tenant gets more than three times what is left
-    for others, and no run more than twice that: whoever calls later in the same minute still has some.
+    Emergencies beyond the budget go to their usual stream. In a gateway, a tenant may use at most three times, and a
+    run at most twice, what is still free in the minute, so that some remain for others who publish later.
     """
 
     def __init__(self, source: PacketSource) -> None:
@@ -270,7 +273,7 @@ class _EmergencyBudget:
         self._of_tenant: Counter[str] = Counter()
 
     def may(self, run_id: str, urgent: int) -> bool:
-        """Whether a run may have one more besides so many of this moment."""
+        """Returns whether a run may publish one more emergency, after ``urgent`` ones that are not yet counted."""
         a_minute_ago_s = time.monotonic() - 60.0
         while self._times and self._times[0][0] < a_minute_ago_s:
             _, run, tenant = self._times.popleft()
@@ -286,7 +289,7 @@ class _EmergencyBudget:
         return of_tenant < _TENANT_FACTOR * free and of_run < _RUN_FACTOR * free
 
     def note(self, run_id: str, count: int) -> None:
-        """So many were published."""
+        """Counts ``count`` published emergencies."""
         tenant = self._source.tenant(run_id) or ""
         self._times.extend([(time.monotonic(), run_id, tenant)] * count)
         self._of_run[run_id] += count
@@ -306,12 +309,12 @@ def _client(url: str, password: str | None) -> tuple[Any, tuple[type[Exception],
     try:
         client = redis.Redis.from_url(
             url,
-            password=password,  # one in the URL comes first
+            password=password,  # a password in the URL takes precedence
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,
             health_check_interval=30,
         )
-    except ValueError:  # its words may show a part of a password
-        message = f"Oona's URL cannot be used: give redis://HOST:PORT/0, and the password in {PASSWORD_VARIABLE}"
+    except ValueError:  # its message may contain part of a password
+        message = f"Oona's URL is invalid: give redis://HOST:PORT/0, and the password in {PASSWORD_VARIABLE}"
         raise ConfigurationError(message) from None
     return client, (redis.RedisError, OSError)

@@ -1,4 +1,4 @@
-"""Messages: a step's packets as entries of Oona's streams, signed with the secret that its parts share."""
+"""Entries: converts a step's packets to entries of Oona's streams, signed with the secret that its components share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NORMAL, TELEMETRY, EMERGENCY = STREAMS = ("oona.normal", "oona.telemetry", "oona
 
 
 class StreamEntry(NamedTuple):
-    """One message: the stream it belongs to, and the fields of its entry there.
+    """One message: its stream, and the fields of its entry there.
 
     Attributes:
-        stream: its name.
-        usual: the stream that it would belong to if it were not urgent.
-        fields: ``payload``, a serialized BusEnvelope, and with a secret ``signature``.
+        stream: name of the stream.
+        usual: the stream to use if the message were not urgent.
+        fields: ``payload``, a serialized BusEnvelope, and ``signature`` if there is a secret.
     """
 
     stream: str
@@ -28,14 +28,14 @@ class StreamEntry(NamedTuple):
 
 
 def entries(packets: Packets, secret: str | None = None) -> list[StreamEntry]:
-    """A step's packets as messages: its state on ``oona.normal``, its telemetry on ``oona.telemetry``.
+    """Converts a step's packets to messages: its state for ``oona.normal``, its telemetry for ``oona.telemetry``.
 
-    What is of priority HIGH or CRITICAL goes to ``oona.emergency`` instead: a step with such a signal, an UNHEALTHY
-    seed, an event of level CRITICAL.
+    Messages of priority HIGH or CRITICAL go to ``oona.emergency`` instead: a step with a signal of that priority, an
+    UNHEALTHY seed, or an event of level CRITICAL.
 
     Args:
         packets: the step.
-        secret: signs the payloads (HMAC-SHA256 over the very bytes, in base64).
+        secret: the key to sign the payloads (HMAC-SHA256 over the payload's bytes, in base64).
     """
     priorities = [_priority(packet) for packet in packets.telemetry]
     of_events = [

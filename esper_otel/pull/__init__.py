@@ -1,1 +1,1 @@
-"""Pull: the contract between a gateway and whoever pulls from it, and its clients. It needs no gateway."""
+"""Pull: the protocol between a gateway and its pullers, and the clients. It does not depend on the gateway's code."""

@@ -1,4 +1,4 @@
-"""TamiyoClient for asyncio: the same calls as those of ``client``, awaited. Public as ``esper_otel.aio``."""
+"""TamiyoClient for asyncio: the same methods as in ``client``, as coroutines. Public as ``esper_otel.aio``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["RunInfo", "TamiyoClient"]
 class TamiyoClient:
     """Pulls packets from a gateway: ``await TamiyoClient("127.0.0.1:4327").pull("digits-7")``.
 
-    Arguments and errors as of ``esper_otel.TamiyoClient``. Made in the event loop in which it is used.
+    Arguments and errors are those of ``esper_otel.TamiyoClient``. Create it in the event loop in which it is used.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TamiyoClient:
         self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
 
     async def runs(self) -> list[RunInfo]:
-        """The runs that the gateway knows, an entry for each writer."""
+        """Returns the runs that the gateway knows, one entry per writer."""
         return run_infos(await self._call(self._runs, RunsRequest(), 0.0))
 
     async def pull(
@@ -71,20 +71,20 @@ class TamiyoClient:
         max_packets: int = 64,
         wait_s: float = 0.0,
     ) -> Page:
-        """The steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
+        """Returns the steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
         request = pull_request(run_id, cursor, rank, max_packets, wait_s)
         return page_of(run_id, await self._call(self._pull, request, wait_s))
 
     async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
-        """The ranks of a run side by side. See ``esper_otel.TamiyoClient.ranks``."""
+        """Compares the ranks of a run. See ``esper_otel.TamiyoClient.ranks``."""
         return run_ranks(await self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
 
     async def ended(self, run_id: str) -> str | None:
-        """How the whole run ended. See ``esper_otel.TamiyoClient.ended``."""
+        """Returns how the whole run ended. See ``esper_otel.TamiyoClient.ended``."""
         return run_outcome(await self.runs(), run_id)
 
     async def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
@@ -103,7 +103,7 @@ class TamiyoClient:
                     request,
                     timeout=deadline_s - time.monotonic(),
                     metadata=self._target.metadata(),
-                    wait_for_ready=True,  # else a channel that failed once may not try again while calls come
+                    wait_for_ready=True,  # otherwise a channel that failed once may not reconnect while calls come
                 )
             except grpc.RpcError as error:
                 if not may_retry(error, deadline_s):

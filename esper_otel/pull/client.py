@@ -1,4 +1,4 @@
-"""TamiyoClient: the steps of training runs, pulled from a gateway. The same for asyncio: ``esper_otel.pull.aio``."""
+"""TamiyoClient: pulls the steps of training runs from a gateway. For asyncio, see ``esper_otel.pull.aio``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from esper_otel.pull.views import RunRanks, run_ranks
 RETRY_S = 0.1
 _WARNINGS = Warnings()
 _OPTIONS = [
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has 16 MiB, or a single step
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has up to about 16 MiB, or a single larger step
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -52,24 +52,24 @@ class RunInfo:
 
     Attributes:
         run_id: the run's name.
-        attempt: which start of the run.
-        rank: the process within the run.
-        writer: tells two live processes of one (run, attempt, rank) apart; empty for the first one.
-        world_size: processes of the run; 0 when the gateway has not heard of it since its own start.
+        attempt: number of this start of the run.
+        rank: rank of the process within the run.
+        writer: tells two live processes of the same (run, attempt, rank) apart; empty for the first one.
+        world_size: number of processes of the run; 0 if the writer has sent nothing since the gateway was started.
         experiment: name of the experiment.
-        first_step: the first step released; None before it.
-        last_step: the newest step released.
-        last_time_unix_ns: that step's time.
-        last_received_unix_ns: when something of this writer came last.
-        ended: ``completed``, an exception's type, or a signal's name; None while it lives or is silent.
+        first_step: the first step released; None before the first release.
+        last_step: the newest step released; None before the first release.
+        last_time_unix_ns: time of the newest step.
+        last_received_unix_ns: when something last arrived from this writer.
+        ended: ``completed``, an exception's type, or a signal's name; None while it runs or is silent.
         resumed: whether an earlier attempt of its rank is known, or one of another rank that was over when it began.
-        writers: live processes that claim this (run, attempt, rank).
-        missing: steps that have not come, though earlier and later ones have.
+        writers: number of live processes that claim this (run, attempt, rank).
+        missing: steps that have not arrived although earlier and later ones have.
         incomplete: steps released without some of their points.
         stored: steps that can be pulled.
-        differing: points that came twice with two values.
-        too_late: steps that came again, or after their place had been forgotten.
-        unseen: steps before the first that has come: late, lost, or sent to another gateway.
+        differing: points that arrived twice with different values.
+        too_late: steps that were repeated, or arrived after their place had been forgotten.
+        unseen: steps before the first one that arrived: late, lost, or sent to another gateway.
         run_ended: how the whole run ended; see ``TamiyoClient.ended``.
     """
 
@@ -96,7 +96,7 @@ class RunInfo:
 
 
 class Target(NamedTuple):
-    """Where a gateway is, and how it is spoken to; what both clients are made of."""
+    """The address and credentials of a gateway, shared by both clients."""
 
     address: str
     credentials: grpc.ChannelCredentials | None
@@ -113,10 +113,10 @@ class Target(NamedTuple):
         key_file: Path | str | None,
         timeout_s: float,
     ) -> Target:
-        """From a client's arguments.
+        """Checks a client's arguments and makes a target from them.
 
         Raises:
-            ConfigurationError: they cannot be used.
+            ConfigurationError: the arguments cannot be used.
         """
         scheme, has_scheme, address = target.rpartition("://")
         if scheme not in {"", "http", "https"} or not address:
@@ -125,7 +125,7 @@ class Target(NamedTuple):
             raise ConfigurationError("certificate_file and key_file: a client's certificate needs both files")
         is_secure = scheme == "https" or (not has_scheme and (ca_file is not None or certificate_file is not None))
         if not is_secure and (ca_file is not None or certificate_file is not None):
-            raise ConfigurationError(f"target {target!r} is without TLS, and a certificate is given: use https://")
+            raise ConfigurationError(f"target {target!r} does not use TLS, but a certificate is given: use https://")
         token = None if token_file is None else Path(token_file)
         try:
             credentials = (
@@ -140,17 +140,17 @@ class Target(NamedTuple):
         except ValueError as error:
             raise ConfigurationError(f"client of {target}: token file {token}: {error}") from error
         if token is not None and not is_secure and not is_on_this_machine(address):
-            message = "the token of %s goes to %s over plain text, for all on the way to read: give https://"
+            message = "the token of %s goes to %s over plain text, readable on the way: give https://"
             _WARNINGS.say(address, message, token, address)
         return cls(address, credentials, token, timeout_s)
 
     @property
     def options(self) -> Sequence[tuple[str, Any]]:
-        """For the channel."""
+        """Options of the gRPC channel."""
         return _OPTIONS
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with a call: the token, as its file has it now."""
+        """Returns the metadata of a call: the token that is in its file now."""
         if self.token_file is None:
             return ()
         try:
@@ -166,18 +166,18 @@ def _content(path: Path | str | None) -> bytes | None:
 class TamiyoClient:
     """Pulls packets from a gateway: ``TamiyoClient("127.0.0.1:4327").pull("digits-7")``.
 
-    A gateway that is away for a moment is asked again until ``timeout_s`` is over. Threads: any.
+    If the gateway is unavailable, a call is retried until ``timeout_s`` has passed. The client is thread-safe.
 
     Args:
         target: host:port, or https://host:port.
-        token_file: file with the bearer token; read at each call, so that it may be replaced.
-        ca_file: PEM file of the authority that signed the gateway's certificate; with it TLS is spoken.
+        token_file: file with the bearer token; it is read at each call, so that the token can be replaced.
+        ca_file: PEM file of the authority that signed the gateway's certificate; enables TLS.
         certificate_file: the client's own certificate, for mutual TLS.
-        key_file: its key.
-        timeout_s: how long a call may take, beside the waiting that ``pull`` is told to do.
+        key_file: key of the client's certificate.
+        timeout_s: how long a call may take, in addition to the ``wait_s`` of ``pull``.
 
     Raises:
-        ConfigurationError: arguments that do not fit, or files that cannot be read.
+        ConfigurationError: arguments contradict each other, or a file cannot be read.
     """
 
     def __init__(
@@ -202,10 +202,10 @@ class TamiyoClient:
         self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
 
     def runs(self) -> list[RunInfo]:
-        """The runs that the gateway knows, an entry for each writer.
+        """Returns the runs that the gateway knows, one entry per writer.
 
         Raises:
-            GatewayError: it refused, or was not there in time.
+            GatewayError: the gateway refused, or did not answer in time.
         """
         return run_infos(self._call(self._runs, RunsRequest(), 0.0))
 
@@ -218,48 +218,49 @@ class TamiyoClient:
         max_packets: int = 64,
         wait_s: float = 0.0,
     ) -> Page:
-        """The steps after a cursor, oldest first.
+        """Returns the steps after a cursor, oldest first.
 
         Args:
             run_id: the run.
             cursor: ``Page.cursor`` of an earlier pull with the same rank; None begins with the oldest step stored.
-            rank: one rank's steps only; None gives those of all ranks, in order of release.
-            max_packets: the most steps to return, up to 1000.
-            wait_s: how long to wait when there is no step yet, up to 60.
+            rank: return only this rank's steps; None returns those of all ranks, in order of release.
+            max_packets: the maximum number of steps to return, up to 1000.
+            wait_s: seconds to wait if there is no step yet, up to 60.
 
         Raises:
-            UnknownRun: nothing is stored of the run, even after the wait.
-            StaleCursor: the cursor belongs to another life of the run's store.
-            GatewayUnavailable: the gateway was not there in time.
-            GatewayError: it refused for another reason.
+            UnknownRun: no step of the run is stored, even after the wait.
+            StaleCursor: the cursor belongs to an earlier store of this run that no longer exists.
+            GatewayUnavailable: the gateway did not answer in time.
+            GatewayError: the gateway refused for another reason.
         """
         request = pull_request(run_id, cursor, rank, max_packets, wait_s)
         return page_of(run_id, self._call(self._pull, request, wait_s))
 
     def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
-        """The ranks of a run side by side, over at most so many of its newest steps, up to 256.
+        """Compares the ranks of a run over its newest ``steps`` steps, up to 256.
 
         Raises:
-            UnknownRun: no step of it has come since the gateway was started.
-            GatewayError: it refused, or was not there in time.
+            UnknownRun: no step of the run has arrived since the gateway was started.
+            GatewayError: the gateway refused, or did not answer in time.
         """
         return run_ranks(self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
 
     def ended(self, run_id: str) -> str | None:
-        """How the whole run ended, over all of its attempts and ranks; None while a rank lives or may live.
+        """Returns how the whole run ended, over all attempts and ranks; None while a rank may be running.
 
-        ``completed``; else what the first rank reported that did not complete; ``lost`` where one has been silent for
-        a minute without reporting its end, and the others have completed. An attempt that a later one has followed
-        does not count. A run that was killed and not started again has no end: nothing distinguishes it from one that
-        is silent. When a run that has ended is started again, this is None again.
+        The outcome is ``completed`` if all ranks completed. Otherwise it is the first reported outcome that is not
+        ``completed``, or ``lost`` if a rank has been silent for a minute without reporting its end and the others have
+        completed. An attempt that was followed by a later one does not count. A run that was killed and not restarted
+        has no outcome, because nothing distinguishes it from a silent run. If a run that has ended is started again,
+        the result is None again.
 
         Raises:
-            GatewayError: the gateway refused, or was not there in time.
+            GatewayError: the gateway refused, or did not answer in time.
         """
         return run_outcome(self.runs(), run_id)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -278,7 +279,7 @@ class TamiyoClient:
                     request,
                     timeout=deadline_s - time.monotonic(),
                     metadata=self._target.metadata(),
-                    wait_for_ready=True,  # else a channel that failed once may not try again while calls come
+                    wait_for_ready=True,  # otherwise a channel that failed once may not reconnect while calls come
                 )
             except grpc.RpcError as error:
                 if not may_retry(error, deadline_s):
@@ -287,17 +288,17 @@ class TamiyoClient:
 
 
 def method(name: str) -> tuple[str, Callable[[Any], bytes]]:
-    """A method's path, and how its request is written."""
+    """Returns a method's path and the function that serializes its request."""
     return f"/{SERVICE}/{name}", lambda message: message.SerializeToString()
 
 
 def may_retry(error: Any, deadline_s: float) -> bool:
-    """Whether a call is worth trying again, before the deadline on the monotonic clock."""
+    """Returns whether a failed call should be retried before the deadline, given on the monotonic clock."""
     return error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() + RETRY_S < deadline_s
 
 
 def raise_translated(error: Any, target: Target) -> NoReturn:
-    """Raises the error as one of ours."""
+    """Raises the matching error of this package for an error of gRPC."""
     kind = _ERRORS.get(error.code(), GatewayError)
     reason = f"{error.code().name}: {error.details()}"
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -307,10 +308,10 @@ def raise_translated(error: Any, target: Target) -> NoReturn:
 
 
 def pull_request(run_id: str, cursor: str | None, rank: int | None, max_packets: int, wait_s: float) -> PullRequest:
-    """The request of a pull.
+    """Makes the request of a pull.
 
     Raises:
-        ConfigurationError: a number that no request can carry.
+        ConfigurationError: a number is out of range.
     """
     try:
         request = PullRequest(run_id=run_id, cursor=cursor or "", max_packets=max_packets, wait_s=wait_s)
@@ -322,15 +323,15 @@ def pull_request(run_id: str, cursor: str | None, rank: int | None, max_packets:
 
 
 def page_of(run_id: str, response: PullResponse) -> Page:
-    """The answer to a pull, as packets.
+    """Converts the response to a pull to packets.
 
     Raises:
-        GatewayError: it holds something else.
+        GatewayError: the response does not contain Leyline packets.
     """
     try:
         return _page_of(run_id, response)
     except DecodeError:
-        raise GatewayError(f"the gateway's answer for run {run_id!r} is not made of Leyline packets") from None
+        raise GatewayError(f"the gateway's answer for run {run_id!r} does not contain valid Leyline packets") from None
 
 
 def _page_of(run_id: str, response: PullResponse) -> Page:
@@ -354,12 +355,12 @@ def _page_of(run_id: str, response: PullResponse) -> Page:
 
 
 def run_infos(response: RunsResponse) -> list[RunInfo]:
-    """The answer to a question for runs."""
+    """Converts the response to a ``Runs`` call."""
     return [_run_info(run) for run in response.runs]
 
 
 def run_outcome(runs: Iterable[RunInfo], run_id: str) -> str | None:
-    """How the whole run ended, from a gateway's list of runs."""
+    """Returns how the whole run ended, from a gateway's list of runs."""
     return next((run.run_ended for run in runs if run.run_id == run_id), None)
 
 

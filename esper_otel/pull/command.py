@@ -1,4 +1,4 @@
-"""The command ``esper-otel pull``: the packets of a run, as they come."""
+"""The command ``esper-otel pull``: prints the packets of a run as they arrive."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ _MOST_LINE = 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``esper-otel pull``."""
-    parser.add_argument("run_id", nargs="?", metavar="RUN", help="the run; without it, the runs that are there")
+    """Adds the options of ``esper-otel pull``."""
+    parser.add_argument("run_id", nargs="?", metavar="RUN", help="the run; without it, known runs are listed")
     parser.add_argument("--target", default="127.0.0.1:4327", metavar="ADDRESS", help="the gateway (%(default)s)")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token")
-    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="who signed the gateway's certificate, PEM: TLS")
+    parser.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="authority of the gateway's certificate, PEM; enables TLS"
+    )
     parser.add_argument("--cert-file", type=Path, metavar="FILE", help="the puller's own certificate, for mutual TLS")
-    parser.add_argument("--key-file", type=Path, metavar="FILE", help="its key")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="key of that certificate")
     parser.add_argument("--rank", type=_rank, metavar="N", help="one rank only (all)")
-    parser.add_argument("--cursor", metavar="TEXT", help="go on from here (from the oldest step stored)")
-    parser.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
-    parser.add_argument("--ranks", action="store_true", help="the run's ranks side by side, instead of its packets")
+    parser.add_argument("--cursor", metavar="TEXT", help="start after this cursor (at the oldest step stored)")
+    parser.add_argument("--follow", action="store_true", help="wait for further steps, until Ctrl-C")
+    parser.add_argument("--ranks", action="store_true", help="compare the run's ranks, instead of printing packets")
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="one JSON object a line")
+    shape.add_argument("--json", action="store_true", help="one JSON object per line")
     shape.add_argument(
-        "--binary", action="store_true", help="esper.gateway.v1.Step messages, each after its length as a varint"
+        "--binary", action="store_true", help="esper.gateway.v1.Step messages, each preceded by its length as a varint"
     )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints what there is, and with --follow what comes; the last cursor goes to standard error."""
+    """Prints the stored steps, and with --follow also new ones; the last cursor is written to standard error."""
     with TamiyoClient(
         options.target,
         token_file=options.token_file,
@@ -81,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 class _Interrupt:
-    """Ctrl-C, remembered: Python only prints the exception when it comes inside a callback, such as gRPC's."""
+    """Remembers Ctrl-C: if it arrives in a callback, such as gRPC's, Python only prints the exception and goes on."""
 
     def __init__(self) -> None:
         self._has_come = False
@@ -92,7 +94,7 @@ class _Interrupt:
         raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raises it, if it has been lost."""
+        """Raises KeyboardInterrupt if Ctrl-C was pressed."""
         if self._has_come:
             raise KeyboardInterrupt
 
@@ -100,19 +102,19 @@ class _Interrupt:
 def _print_page(
     client: TamiyoClient, options: argparse.Namespace, cursor: str, write: Callable[[Packets], None]
 ) -> tuple[str, int]:
-    """Prints a page; returns the cursor to go on from, and how many steps there were."""
+    """Prints a page; returns the cursor to continue from, and the number of steps."""
     wait_s = _WAIT_S if options.follow else 0.0
     try:
         page = client.pull(options.run_id, cursor, rank=options.rank, max_packets=_MOST, wait_s=wait_s)
     except StaleCursor as error:
         if not options.follow or cursor == options.cursor:
             raise
-        _say(f"{error}; going on with the oldest step that is stored")
+        _say(f"{error}; continuing with the oldest step that is stored")
         return "", 0
     except (GatewayUnavailable, UnknownRun) as error:
         if not options.follow:
             raise
-        _say(f"{error}; asking again")
+        _say(f"{error}; retrying")
         time.sleep(_AGAIN_S)
         return cursor, 0
     if page.gap:
@@ -129,7 +131,7 @@ def _say(message: str) -> None:
 
 
 def _write_line(text: str) -> None:
-    """Ids, reasons and writers are what a sender has said: none of them begins a line or moves the cursor."""
+    """Prints a line. Texts from senders are made printable, so that they cannot start a line or move the cursor."""
     sys.stdout.write(printable(text, _MOST_LINE) + "\n")
 
 
@@ -169,7 +171,7 @@ def _write_runs(runs: list[RunInfo], *, as_json: bool) -> None:
         marks += [f"writer {run.writer}"] if run.writer else []
         _write_line(f"{run.run_id}  attempt {run.attempt}  {'  '.join(marks)}")
     if not runs:
-        _say("no run is there yet")
+        _say("there are no runs yet")
 
 
 def _write_ranks(found: RunRanks, *, as_json: bool) -> None:
@@ -188,7 +190,7 @@ def _write_ranks(found: RunRanks, *, as_json: bool) -> None:
 
 
 def as_json(packets: Packets) -> dict[str, Any]:
-    """The step for a JSON line; packets have no number that JSON does not have."""
+    """Returns a step for a JSON line. Every number in packets is finite, so that JSON can represent it."""
     return {
         "run_id": packets.run_id,
         "attempt": packets.attempt,
@@ -210,5 +212,5 @@ def _as_dict(packet: Message) -> dict[str, Any]:
 
 def _rank(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)

@@ -1,4 +1,4 @@
-"""The messages of ``esper.gateway.v1``, made of ``pull.proto``, compiled."""
+"""Messages: the classes of ``esper.gateway.v1``, built from the compiled ``pull.proto``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _compiled = resources.files(__package__).joinpath("pull.binpb").read_bytes()
 _file = FileDescriptorSet.FromString(_compiled).file[0]
-# Reflection, health checking and OTLP read the default pool; nobody else has this package's names.
+# The default pool is the one that gRPC reflection reads. No other package defines these names.
 Default().AddSerializedFile(_file.SerializeToString())
 _classes = {
     message.name: GetMessageClass(Default().FindMessageTypeByName(f"{_file.package}.{message.name}"))
@@ -35,7 +35,7 @@ Step = _classes["Step"]
 
 
 def step_message(packets: Packets) -> Message:
-    """The packets as the message in which a gateway gives them."""
+    """Returns packets as the message that a gateway sends."""
     return Step(
         state=packets.state.SerializeToString(),
         telemetry=[packet.SerializeToString() for packet in packets.telemetry],

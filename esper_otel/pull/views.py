@@ -1,4 +1,4 @@
-"""Views: what a gateway says of a whole run, as plain values."""
+"""Views: a gateway's comparison of a run's ranks, as plain values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from esper_otel.pull.messages import Rank, RanksResponse
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """One rank, means over the steps of a ``RunRanks``.
+    """Times of one rank, as means over the steps of a ``RunRanks``.
 
     Attributes:
-        rank: the process within the run.
-        step_latency_ms: None when no step has it.
-        input_wait_ms: None when no step has it.
-        cycle_ms: the wait for the batch and the step.
-        own_ms: what it did by itself, as far as that is measured: the wait for the batch, the hook, finalizing.
+        rank: rank of the process within the run.
+        step_latency_ms: mean of the metric; None if no step has it.
+        input_wait_ms: mean of the metric; None if no step has it.
+        cycle_ms: the wait for the batch plus the step.
+        own_ms: measured work that does not depend on other ranks: the wait for the batch, the hook, and finalizing.
     """
 
     rank: int
@@ -28,23 +28,24 @@ class RankInfo:
 
 @dataclass(frozen=True, slots=True)
 class RunRanks:
-    """The ranks of a run's newest attempt side by side, over the newest steps that all of them have.
+    """A comparison of the ranks of a run's newest attempt, over the newest steps that all of them have.
 
-    Where ranks run free, the slowest has the longest cycle. In lock-step, with a collective in each step, all cycles
-    are equal; the one that holds the others up then has the most time of its own, and they wait for it inside their
-    steps. A rank whose own work before the collective is slow cannot be told from those that wait for it.
+    If ranks run independently, the slowest one has the longest cycle. In lock-step, with a collective in each step, all
+    cycles are equal. The rank that slows down the others then has the most time of its own (``own_ms``), and the others
+    wait for it within their steps. A rank that is slow inside the step, before the collective, cannot be distinguished
+    from the ranks that wait for it.
 
     Attributes:
-        attempt: which start of the run.
-        world_size: ranks that there should be.
-        steps: how many steps are looked at.
-        first_step: the first of them; 0 without any.
-        last_step: the last of them; 0 without any.
+        attempt: number of the newest start of the run.
+        world_size: expected number of ranks.
+        steps: number of steps compared.
+        first_step: the first of these steps; 0 if there are none.
+        last_step: the last of these steps; 0 if there are none.
         ranks: each rank that has sent steps.
-        step_latency_spread_ms: largest minus smallest over the ranks, mean over the steps.
-        input_wait_spread_ms: the same of ``input_wait_ms``.
-        slowest_rank: the rank that stands out; None when none does by more than 5 % of a cycle and a millisecond.
-        slowest_by: the metric in which it does; None when none does.
+        step_latency_spread_ms: largest minus smallest over the ranks, as a mean over the steps.
+        input_wait_spread_ms: the same for ``input_wait_ms``.
+        slowest_rank: the rank that stands out; None if none does by more than 5 % of a cycle and one millisecond.
+        slowest_by: the metric in which it stands out; None if no rank does.
     """
 
     attempt: int
@@ -60,7 +61,7 @@ class RunRanks:
 
 
 def run_ranks(response: RanksResponse) -> RunRanks:
-    """The answer to a question for ranks."""
+    """Converts the response to a ``Ranks`` call."""
     has_slowest = response.HasField("slowest_rank")
     return RunRanks(
         attempt=response.attempt,

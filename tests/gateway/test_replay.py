@@ -102,7 +102,7 @@ def test_a_replay_is_the_run_with_its_ages(stored: Stored) -> None:
         with TamiyoClient(address) as client:
             [run] = client.runs()
             assert (run.run_id, run.ended, run.first_step, run.last_step) == ("stored", "completed", 1, STEPS)
-            with pytest.raises(UnknownRun, match="this replay is of run 'stored'"):
+            with pytest.raises(UnknownRun, match="this is a replay of run 'stored'"):
                 client.pull("another")
             with pytest.raises(StaleCursor):
                 client.pull("stored", "0:0:0")
@@ -192,7 +192,7 @@ def test_nothing_can_be_sent_to_a_replay(stored: Stored) -> None:
         (["{folder}", "nobody"], "runs there: stored"),
         (["{folder}/nowhere", "stored"], "is not there"),
         (["{folder}", "stored", "--inject", "rain"], "rain: known are gap, nan, late, resume"),
-        (["{folder}", "stored", "--speed", "-1"], "not a number from 0"),
+        (["{folder}", "stored", "--speed", "-1"], "not a number of at least 0"),
         (["{folder}", "stored", "--threshold", "hook=1"], "hook_budget"),
         (["{folder}", "stored", "--grpc", "0.0.0.0:0"], "--insecure"),
     ],

@@ -1,1 +1,1 @@
-"""Rebuild: points become frames again, in order, for each writer."""
+"""Rebuild: reassembles points into frames, in order, for each writer."""

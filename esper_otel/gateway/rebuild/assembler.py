@@ -1,4 +1,4 @@
-"""Assembling: points become frames again, whatever was split, merged, repeated, reordered or interleaved on the way."""
+"""Assembler: rebuilds frames from points that were split, merged, repeated, reordered or interleaved on the way."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NO_FRAMES: Mapping[Origin, Frame] = {}
 
 
 class Acceptance(NamedTuple):
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
-        accepted: points taken.
-        rejected: points not taken, by reason.
+        accepted: number of accepted points.
+        rejected: number of rejected points, by reason.
         crowded: the runs for which there is no room now.
-        waits_for: those of them because of which the request should come again.
+        waits_for: those of them for whose sake the sender should retry the request.
     """
 
     accepted: int
@@ -38,27 +38,28 @@ class Acceptance(NamedTuple):
 
 
 class _Unreleased(NamedTuple):
-    """What of a writer was not released yet when that was tried last."""
+    """Points of a writer that were still waiting after the last release."""
 
     since_s: float | None
     points: int
 
 
 class Assembler:
-    """Makes frames of the points of many senders.
+    """Makes frames from the points of many senders.
 
-    Points with one (run, attempt, rank, time) are a frame. One of ours says its number and how many points it has:
-    it is released when it is whole and its turn has come, or after ``hold_s`` without some of its points, or without
-    frames before it; what comes later still makes a new revision, or a frame of its own. One of a plain sender
-    is released ``linger_s`` after its last point. Of a point that comes twice the first one counts; a value that
-    changes after the release makes a new revision.
+    Points with the same (run, attempt, rank, time) form a frame. A frame from our exporter states its number and its
+    number of points. It is released when it is complete and all frames before it have been released, or after
+    ``hold_s`` even if points or earlier frames are missing. Points that arrive later make a new revision; an earlier
+    frame that arrives later is released then. A frame from a plain sender is released ``linger_s`` after its last
+    point. If a point arrives twice before the release, the first value is used; a changed value after the release
+    makes a new revision.
 
-    Threads: one at a time.
+    Threads: not thread-safe, except for ``prepare``; use it from one thread at a time.
 
     Args:
-        limits: what senders may cost.
+        limits: limits on senders.
         hold_s: how long a frame waits for points, or for frames before it.
-        linger_s: how long one waits that does not say how many points it has.
+        linger_s: how long a frame without a point count waits for further points.
     """
 
     def __init__(self, limits: Limits | None = None, *, hold_s: float = 2.0, linger_s: float = 0.05) -> None:
@@ -72,30 +73,30 @@ class Assembler:
         self._ended: dict[Origin, str] = {}
         self._moved: dict[Track, None] = {}
         self._crowd = Crowd(self._limits.patient_s)
-        self._last_tenant = ""  # whose track has used up a turn last
+        self._last_tenant = ""  # the tenant whose track last used up a turn
 
     def take(self, decoded: DecodedRequest, *, now_s: float, received_unix_ns: int, tenant: str = "") -> Acceptance:
-        """Takes what a request says.
+        """Adds the content of a request.
 
         Args:
             decoded: the request.
             now_s: the monotonic clock.
-            received_unix_ns: when it came.
-            tenant: whose share of the room it takes.
+            received_unix_ns: when it arrived.
+            tenant: the tenant whose share of the room it uses.
 
         Returns:
-            What became of it. A request that comes again changes nothing of what was taken the first time.
+            The outcome. Sending a request again does not change what was accepted the first time.
         """
         return finished(self.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant))
 
     def prepare(self, block: PointBlock) -> None:
-        """Finds out beforehand what takes long of a block that is to be taken; in any one other thread."""
+        """Does slow work on a block before it is added; may be called from one other thread."""
         self._shapes.prepare(block)
 
     def taking(
         self, decoded: DecodedRequest, *, now_s: float, received_unix_ns: int, tenant: str = ""
     ) -> Generator[None, None, Acceptance]:
-        """``take``, in parts: between two of them other requests may be taken, and frames released."""
+        """Does the same as ``take``, in parts, between which other requests may be added and frames released."""
         rejected = Counter(decoded.rejected)
         request = RequestWriters(tenant)
         for block in decoded.blocks:
@@ -120,31 +121,31 @@ class Assembler:
         return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for)
 
     def ended(self) -> dict[Origin, str]:
-        """Outcomes of the runs that ended since the last call."""
+        """Returns the outcomes of the runs that ended since the last call."""
         ended, self._ended = self._ended, {}
         return ended
 
     def places(self) -> list[Place]:
-        """Where the writers stand of which frames were released since the last call."""
+        """Returns the positions of the writers whose frames were released since the last call."""
         moved, self._moved = self._moved, {}
         return [track.place() for track in moved]
 
     def since(self) -> float | None:
-        """When the first point came of what waits, on the monotonic clock; None when nothing waits."""
+        """Returns when the oldest waiting point arrived, on the monotonic clock; None if nothing waits."""
         return min((held.since_s for held in self._held.values() if held.since_s is not None), default=None)
 
     def due(self) -> float | None:
-        """When ``release`` must be called next, on the monotonic clock; None when nothing waits."""
+        """Returns when ``release`` must be called next, on the monotonic clock; None if nothing waits."""
         if self._touched:
             return 0.0
         return min((track.due_s for track in self._held if track.due_s is not None), default=None)
 
     def tenant(self, run_id: str) -> str:
-        """Who sent the first point of a run."""
+        """Returns the tenant that sent the first point of a run."""
         return self._runs.tenant(run_id)
 
     def use(self) -> Mapping[str, tuple[float, float]]:
-        """How much of each bound is used, and the bound."""
+        """Returns, by name, how much of each limit is used, and the limit."""
         waiting = sum(held.points for held in self._held.values())
         return {
             "writers": (len(self._runs), self._limits.runs),
@@ -154,7 +155,7 @@ class Assembler:
         }
 
     def release_all(self, now_s: float, turn: Turn) -> list[Item]:
-        """The frames that wait, whether it is their turn or not, until the event loop's turn is over."""
+        """Releases waiting frames, whether they are due or not, until the event loop's turn is over."""
         items: list[Item] = []
         for track in list(self._held):
             if turn.is_over:
@@ -163,14 +164,14 @@ class Assembler:
         return items
 
     def release(self, now_s: float, turn: Turn = ENDLESS, *, of_all: bool = True) -> list[Item]:
-        """The frames whose turn it is: in order within each writer, with corrections of released ones.
+        """Releases the frames that are due, in order within each writer, with corrections of released frames.
 
-        When the event loop's turn is over, what is left is due at once.
+        When the event loop's turn is over, the remaining frames are due immediately.
 
         Args:
             now_s: the monotonic clock.
-            turn: the event loop's.
-            of_all: whether of all writers, or only of those of whom something has come since the last call.
+            turn: the turn of the event loop.
+            of_all: whether to look at all writers, or only at those that have sent something since the last call.
         """
         items: list[Item] = []
         for track in self._in_turn(now_s if of_all else None):
@@ -181,16 +182,16 @@ class Assembler:
                 of_tenants[track.tenant] += held.points
             largest = max(self._held, key=lambda track: (of_tenants[track.tenant], self._held[track].points))
             if turn.is_over:
-                self._touched[largest] = None  # so that this is looked at again
+                self._touched[largest] = None  # so that the next call looks at it again
                 break
             items += self._released(largest, now_s, turn, all_now=True)
         return items
 
     def _in_turn(self, now_s: float | None) -> list[Track]:
-        """The tracks that are to be looked at: of each tenant one, then another; who had a turn last comes last.
+        """Returns the tracks to look at, alternating between tenants; the tenant that last used up a turn comes last.
 
         Args:
-            now_s: those too whose time has come by then.
+            now_s: include tracks that are due by this time; None includes only those that received something.
         """
         touched, self._touched = self._touched, {}
         new = [track for track in touched if track not in self._held]
@@ -203,7 +204,7 @@ class Assembler:
         return [track for tracks in zip_longest(*of_tenants.values()) for track in tracks if track is not None]
 
     def runs(self, now_s: float) -> list[RunState]:
-        """The state of each writer; those that have been silent for long are forgotten."""
+        """Returns the state of each writer; writers that have been silent for too long are forgotten."""
         gone = set(self._runs.expire(now_s))
         if gone:
             self._held = {track: held for track, held in self._held.items() if track not in gone}
@@ -226,16 +227,16 @@ class Assembler:
         now_s: float,
         tenant: str = "",
     ) -> None:
-        """Goes on where an earlier life of the gateway stopped.
+        """Restores the state from before a restart of the gateway.
 
         Args:
-            items: the newest revision of the newest frames of each writer, oldest first, each with whether its writer
-                had none before it.
+            items: the newest revision of the newest frames of each writer, oldest first, each with a flag that is true
+                for the writer's very first frame.
             ended: outcomes of their runs.
             first_frames: the oldest frame of each writer.
-            places: where the writers stand.
+            places: the positions of the writers.
             now_s: the monotonic clock.
-            tenant: whose share of the room the writers take.
+            tenant: the tenant whose share of the room the writers use.
         """
         for item, is_first in items:
             track = self._runs.restored(item.origin, tenant)
@@ -281,7 +282,7 @@ class Assembler:
         waiting: WaitingFrame,
         now_s: float,
     ) -> Track | None:
-        """Gives a frame whose number is taken to the sender's other writer; one that fits neither is counted."""
+        """Gives a frame whose number is taken to the sender's other writer; counts a frame that fits neither."""
         target = other or self._runs.track(sender, now_s, tenant=first.tenant, suffix="#2")
         if target is None:
             first.count_too_late()
@@ -313,11 +314,11 @@ class Assembler:
         if track.due_s is not None:
             self._held[track] = _Unreleased(
                 track.since_s, track.waiting_points
-            )  # behind the others, if it had its turn
+            )  # after the others, if frames of it were released
         return items
 
     def _keep(self, track: Track, time_unix_ns: int) -> None:
-        """Notes a released frame; lets go of the oldest ones of the tenant that has most, if they are too many."""
+        """Records a released frame; if memory is short, forgets the oldest frames of the tenant that uses the most."""
         size = track.size_of(time_unix_ns)
         self._kept.setdefault(track.tenant, deque()).append((track, time_unix_ns, size))
         self._kept_bytes[track.tenant] += size

@@ -1,4 +1,4 @@
-"""Crowd: the writers for which there is no room, and for how long their requests are to be sent again."""
+"""Crowd: the writers for which there is no room, and how long their senders are asked to retry."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class RequestWriters:
     """The writers of one request.
 
     Attributes:
-        tenant: whose share of the room it takes.
-        crowded: those for which there was no room.
-        has_others: whether there was room for one.
+        tenant: the tenant whose share of the room the request uses.
+        crowded: the writers for which there was no room.
+        has_others: whether there was room for at least one writer.
     """
 
     def __init__(self, tenant: str = "") -> None:
@@ -35,14 +35,14 @@ class RequestWriters:
 
 
 class Crowd:
-    """Decides what a sender is told whose request has a writer too many.
+    """Decides how to answer a request that contains a writer for which there is no room.
 
-    It is asked to come again, so that nothing is lost when room is made. A request that carries the points of other
-    writers too, as a collector's does, would hold these up for ever: after a while it is answered with a partial
-    success, and the points of the one too many are refused for good.
+    Its sender is asked to retry, so that nothing is lost if room is made. But a request that also carries points of
+    other writers, such as a collector's, would then block those forever. After ``patient_s`` it is answered with a
+    partial success, and the points of the writer without room are refused for good.
 
     Args:
-        patient_s: how long that while is.
+        patient_s: how long such a request is refused as a whole.
     """
 
     def __init__(self, patient_s: float) -> None:
@@ -50,7 +50,7 @@ class Crowd:
         self._refused: dict[tuple[str, int, int], _Refusals] = {}
 
     def note(self, request: RequestWriters, sender: PointSender, now_s: float, *, is_taken: bool) -> None:
-        """Notes a writer of a request, and whether there was room for it."""
+        """Records a writer of a request, and whether there was room for it."""
         writer = (sender.run.run_id, sender.run.attempt, sender.run.rank)
         if is_taken:
             request.has_others = True
@@ -59,14 +59,14 @@ class Crowd:
             return
         request.crowded[writer] = None
         known = self._refused.pop(writer, None)
-        if known is None or now_s - known.last_s > self._patient_s:  # it has been away
+        if known is None or now_s - known.last_s > self._patient_s:  # its last refusal was long ago: start over
             known = _Refusals(now_s, now_s)
         self._refused[writer] = _Refusals(known.first_s, now_s)
         if len(self._refused) > _MOST:
             del self._refused[next(iter(self._refused))]
 
     def waiting(self, request: RequestWriters, now_s: float) -> tuple[str, ...]:
-        """The runs because of which a request should come again; none when it would hold up others for too long."""
+        """Returns the runs for whose sake a request should be retried; none if that would block others for too long."""
         if not request.has_others:
             return request.runs
         return tuple(

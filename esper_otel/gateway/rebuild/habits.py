@@ -1,4 +1,4 @@
-"""Habits: what the frames of one writer hold, as far as has been seen, so that what one of them lacks is known."""
+"""Habits: what the frames of one writer usually contain, to find out whether a frame lacks something."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 
 @dataclass(slots=True)
 class Habits:
-    """What a writer says in its frames.
+    """What a writer states in its frames.
 
     Attributes:
-        counts: it numbers its frames, or says how many points each has: whether one is whole is known.
-        says_step: it says global steps.
-        says_epoch: it says epochs.
-        is_known: whether a frame has been released; what was not in it by then is not said with every frame.
+        counts: whether it numbers its frames or states their number of points, so that a complete frame is recognized.
+        says_step: whether it states global steps.
+        says_epoch: whether it states epochs.
+        is_known: whether a frame has been released. A metric that this frame lacked is not part of every frame.
     """
 
     counts: bool = False
@@ -28,8 +28,8 @@ class Habits:
         """Learns from a part of a frame.
 
         Args:
-            shape: of the part.
-            is_ours: whether it is of our instrumentation scope: each frame has a global step and an epoch there.
+            shape: shape of the part.
+            is_ours: whether it comes from our instrumentation scope, where each frame has a global step and an epoch.
         """
         self.counts = self.counts or shape.sequence is not None or shape.points is not None
         says_both = is_ours or self.counts
@@ -37,11 +37,11 @@ class Habits:
         self.says_epoch = self.says_epoch or says_both or shape.epoch is not None
 
     def lacks(self, *, has_step: bool, has_epoch: bool) -> bool:
-        """Whether a frame lacks what the writer says in its others."""
+        """Returns whether a frame lacks a step or an epoch that the writer states in its other frames."""
         return (self.says_step and not has_step) or (self.says_epoch and not has_epoch)
 
     def is_complete(self, part: Part) -> bool:
-        """Whether all of a frame is in this part, as far as can be known."""
+        """Returns whether this part seems to contain the whole frame."""
         shape = part.shape
         if self.counts:
             expected = whole(part.number(shape.points), UINT64_LIMIT)

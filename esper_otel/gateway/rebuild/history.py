@@ -1,4 +1,4 @@
-"""History: the frames of one writer that were released; each can be made anew when something of it comes late."""
+"""History: the released frames of one writer. A frame can be made again when points of it arrive late."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from esper_otel.leyline import senders
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 from esper_otel.schema import FRAME_POINTS, SEED_CELLS
 
-# What a kept frame takes beside its values and cells, about.
+# The approximate memory of a kept frame, in addition to its values and cells.
 _BYTES, _BYTES_PER_VALUE = 2_000, 100
 
-# So many dead seeds are remembered with the living before they are forgotten, all at once.
+# How many dead seeds are kept with the live ones before all dead seeds are forgotten at once.
 _SPARE = 100
 
 _ALL = -1
@@ -34,20 +34,20 @@ _COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
 
 @dataclass(slots=True, eq=False)
 class ReleasedFrame:
-    """A released frame, and what it is made of.
+    """A released frame, and the data it is made from.
 
     Attributes:
         part: its values.
-        sequence: its number; 0 when its sender does not say it.
-        sender: who sent it.
-        step: its global step, if its sender does not say it.
-        complete: whether every point is in it.
-        received_unix_ns: when its last point came.
+        sequence: its number; 0 if its sender does not state one.
+        sender: its sender.
+        step: the global step to use if its sender does not state one.
+        complete: whether it contains every point.
+        received_unix_ns: when its last point arrived.
         before: the live seeds before it.
         loss_before: the last finite loss before it.
-        ends: seeds and columns whose streams end before it; the column is -1 when the seed's life does.
+        ends: seeds and columns whose streams end before it; the column is -1 if the life of the seed ends.
         frame: the frame.
-        revision: how often it was made.
+        revision: how many times it was made.
     """
 
     part: Part
@@ -63,26 +63,27 @@ class ReleasedFrame:
     revision: int = 0
 
     def size(self) -> int:
-        """The memory it takes, about."""
+        """Returns its approximate memory in bytes."""
         cells = 0 if self.frame is None else self.frame.seeds.cells.nbytes + self.frame.live.cells.nbytes
         return _BYTES + _BYTES_PER_VALUE * len(self.part.shape.names) + self.part.numbers.nbytes + cells
 
 
 class History:
-    """Makes frames of what was put together, with the seeds that live at that time.
+    """Makes frames from assembled parts, with the seeds that are live at that time.
 
-    A frame of ours says which seeds' lives ended before it, how many live after it, and a digest of these. If what is
-    known of the frames before does not fit, some of them are missing: seeds that have died since are found by the
-    digest, or the frame is marked as not complete. When a frame comes late, those after it are made anew.
+    A frame from our exporter states which seeds died before it, how many live after it, and a digest of the live seeds.
+    If this does not match the frames before, some of them are missing. The seeds that died in between are then found
+    with the digest; if that fails, the frame is marked as incomplete. When a frame arrives late, the frames after it
+    are made again.
 
     The seeds of a plain sender live until their streams end, or until they have been silent for five minutes.
 
     Args:
-        origin: whose frames they are.
-        habits: what the writer says in its frames.
-        most_ends: how many ends of streams are remembered that are to come.
-        room: the same for all writers together.
-        tenant: whose part of the room it takes.
+        origin: the writer of the frames.
+        habits: what the writer states in its frames.
+        most_ends: the maximum number of future stream ends to keep.
+        room: room for future stream ends, shared by all writers.
+        tenant: the tenant whose share of the room it uses.
     """
 
     def __init__(self, origin: Origin, habits: Habits, *, most_ends: int, room: SharedPlaces, tenant: str = "") -> None:
@@ -105,15 +106,15 @@ class History:
 
     @property
     def live(self) -> SeedTable:
-        """The live seeds after the newest frame."""
+        """The seeds that are live after the newest frame."""
         return self._live.table
 
     def time_of(self, sequence: int) -> int | None:
-        """The time of the released frame with this number, if it is still kept."""
+        """Returns the time of the released frame with this number, if it is still kept."""
         return self._times.get(sequence)
 
     def number_at(self, time_unix_ns: int) -> int:
-        """The number of the released frame of this time; 0 when it has none, or is not kept."""
+        """Returns the number of the released frame at this time; 0 if it has none, or is not kept."""
         kept = self._kept.get(time_unix_ns)
         return 0 if kept is None else kept.sequence
 
@@ -121,14 +122,14 @@ class History:
         return time_unix_ns in self._kept
 
     def is_out_of_step(self, sequence: int, time_unix_ns: int) -> bool:
-        """Whether a frame of an older number has a newer time: another process counts too."""
+        """Returns whether a lower number has a later time, which means that another process numbers its frames too."""
         oldest = next(iter(self._kept), None)
         return oldest is not None and sequence < self._kept[oldest].sequence and time_unix_ns > oldest
 
     # -- frames ------------------------------------------------------------------------------------------
 
     def release(self, ready: ReadyFrame) -> list[Item]:
-        """The items that a frame makes: its own, and those of later frames that it changes."""
+        """Makes a frame; returns its item, and the items of later frames that it changes."""
         time_unix_ns, waiting, complete = ready
         part = waiting.joined()
         self.differing += waiting.differing
@@ -152,7 +153,7 @@ class History:
         return [item]
 
     def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> list[Item]:
-        """The items that a late part of a released frame makes; none when it says nothing new."""
+        """Adds a late part to a released frame; returns the changed items, or none if the part contains nothing new."""
         kept = self._kept[time_unix_ns]
         known = kept.part
         if part.shape is known.shape and part.numbers.tobytes() == known.numbers.tobytes():
@@ -171,7 +172,7 @@ class History:
         return self._replayed(time_unix_ns, changed=time_unix_ns)
 
     def end(self, marker: Marker) -> list[Item]:
-        """Notes the end of a stream; the items of released frames in which it was taken to go on."""
+        """Ends a stream; returns the items of released frames that had assumed it would continue."""
         if marker.time_unix_ns <= self.forgotten_unix_ns or marker.name not in _COLUMNS:
             return []
         what = (marker.seed, _COLUMNS[marker.name])
@@ -185,7 +186,7 @@ class History:
         return self._replayed(after)
 
     def uncount(self) -> list[Item]:
-        """The items of frames whose numbers were counted, now that the writer says numbers after all."""
+        """Returns corrected items for frames whose steps were counted, once the writer turns out to state its steps."""
         counted = [
             time for time, kept in self._kept.items() if kept.part.shape.step is None and kept.step < GUESSED_STEP
         ]
@@ -196,29 +197,30 @@ class History:
         return items
 
     def forget(self, time_unix_ns: int) -> None:
-        """Lets go of a frame: what comes of it from now on is too late."""
+        """Forgets a frame: points of it that arrive from now on are too late."""
         kept = self._kept.pop(time_unix_ns, None)
         if kept is not None:
             self._times.pop(kept.sequence, None)
             self.forgotten_unix_ns = max(self.forgotten_unix_ns, time_unix_ns)
 
     def size_of(self, time_unix_ns: int) -> int:
-        """The memory that a frame takes while it is kept, about."""
+        """Returns the approximate memory of a kept frame."""
         kept = self._kept.get(time_unix_ns)
         return 0 if kept is None else kept.size()
 
     def restore(self, item: Item, *, is_first: bool = False) -> None:
-        """Goes on from a frame that was released in an earlier life, with those restored before it.
+        """Restores a frame that was released before a restart, after the frames restored before it.
 
         Args:
             item: the frame's newest revision.
-            is_first: whether none was released before it. Else what was before the one restored first is unknown.
+            is_first: whether it is the writer's very first frame. If not, and it is restored first, the state before it
+                is unknown.
         """
         frame = item.frame
         is_cut_off = not (self._kept or is_first)
         if is_cut_off:
             self.forgotten_unix_ns = frame.time_unix_ns - 1
-            self._note_seen(frame.live.ids, frame.time_unix_ns)  # at the latest, as far as is known
+            self._note_seen(frame.live.ids, frame.time_unix_ns)  # the latest time that is known for them
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
         kept = ReleasedFrame(
@@ -241,28 +243,28 @@ class History:
         self._after(frame)
 
     def note_habits(self) -> None:
-        """Puts right what restored frames were taken for before it was known what their writer says in its frames."""
+        """Corrects restored frames, once it is known what their writer states in its frames."""
         for kept in self._kept.values():
-            if not self._habits.says_step:  # their numbers were counted
+            if not self._habits.says_step:  # their steps were counted
                 kept.part = kept.part.without(lambda name, _: name == "esper.global_step")
             if kept.frame is not None and _lacks_lives(kept.frame):
                 kept.complete = self._habits.is_complete(kept.part)
 
     def ends_to_come(self) -> tuple[tuple[int, str, int], ...]:
-        """Ends of streams that are to come: their times, seeds and columns; of very many some."""
+        """Returns future stream ends as (time, seed, column); only some of them if there are very many."""
         ends = ((time, seed, column) for time, some in self._ends.items() for seed, column in sorted(some))
         return tuple(islice(ends, MOST_ENDS))
 
     def restore_ends(self, ends: Iterable[tuple[int, str, int]]) -> None:
-        """Goes on waiting for ends that were to come in an earlier life."""
+        """Restores future stream ends from before a restart."""
         for time_unix_ns, seed, column in ends:
             if time_unix_ns > self.newest_unix_ns:
                 self._await_end(time_unix_ns, (seed, column))
 
-    # -- how they are made -------------------------------------------------------------------------------
+    # -- making frames ------------------------------------------------------------------------------------
 
     def _after(self, frame: Frame) -> None:
-        """Notes what the next frame starts from."""
+        """Records the state that the next frame starts from."""
         self.newest_unix_ns = frame.time_unix_ns
         self._loss = _loss_of(frame, self._loss)
         self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
@@ -270,13 +272,13 @@ class History:
             self._seen = {seed: self._seen[seed] for seed in self._live.ids if seed in self._seen}
 
     def _note_seen(self, seeds: Iterable[str], time_unix_ns: int) -> None:
-        """Notes seeds of which something came late."""
+        """Records that values of these seeds arrived late."""
         self._seen |= {seed: max(self._seen.get(seed, 0), time_unix_ns) for seed in seeds}
 
     def _guessed(self, time_unix_ns: int) -> int:
-        """The number of a step whose frame does not say it, or not yet.
+        """Returns a global step for a frame that does not state one, or not yet.
 
-        A writer that never says one has its steps counted. In the steps of one that does, none is as large as this.
+        If the writer never states its steps, they are counted. If it does, the result is larger than any real step.
         """
         if self._habits.says_step:
             return GUESSED_STEP + time_unix_ns
@@ -289,7 +291,7 @@ class History:
             self._times[kept.sequence] = time_unix_ns
 
     def _insert(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
-        """Puts a frame between those that were released before it."""
+        """Inserts a frame before frames that have already been released."""
         self._note_seen(kept.part.shape.ids, time_unix_ns)
         earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
         later = min((time for time in self._kept if time > time_unix_ns), default=None)
@@ -299,15 +301,15 @@ class History:
             kept.loss_before = None if frame is None else _loss_of(frame, None)
         elif later is not None:
             kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
-        if time_unix_ns <= self.forgotten_unix_ns:  # what was between it and those that are kept is not known any more
+        if time_unix_ns <= self.forgotten_unix_ns:  # the frames between it and the kept ones are forgotten
             return [self._made(time_unix_ns, kept, _living(kept.before), kept.loss_before)]
         self._keep(time_unix_ns, kept)
         return self._replayed(time_unix_ns, changed=time_unix_ns)
 
     def _replayed(self, start_unix_ns: int, *, changed: int | None = None) -> list[Item]:
-        """Makes the frames from a time on anew; the items of those that are not as they were.
+        """Makes the frames from a given time on again; returns the items that changed.
 
-        A frame before which others were forgotten is made alone: what it means for those after it is not known.
+        If frames after the given one have been forgotten, only that frame is made: its effect on the others is unknown.
         """
         items: list[Item] = []
         is_alone = start_unix_ns <= self.forgotten_unix_ns
@@ -318,7 +320,7 @@ class History:
             kept = self._kept[time]
             was = kept.frame
             if time > start_unix_ns and _is_equal_state(kept, live.table, loss):
-                return items  # from here on everything is as it was
+                return items  # from here on nothing changes
             kept.before, kept.loss_before = live.table, loss
             item = self._made(time, kept, live, loss)
             loss = _loss_of(item.frame, loss)
@@ -345,7 +347,7 @@ class History:
             step = live.step(table)
             live.commit(step)
             violations = step.violations
-            if not self._habits.counts:  # else its session has done so, which knows more
+            if not self._habits.counts:  # otherwise its session did this already, with more information
                 table = step.recorded
         run = kept.sender.run
         found_out: dict[str, float] = {}
@@ -357,7 +359,7 @@ class History:
         dead = () if digest is None or digest_of(live.table.ids) == digest else self._dead(live, kept, digest)
         if dead:
             live.retire(dead)
-        if dead and not self._habits.counts:  # nobody says so again after a restart
+        if dead and not self._habits.counts:  # after a restart, no other source would state it
             retired += tuple(dead)
         are_known = dead is not None
         if not (kept.complete and are_known):
@@ -380,17 +382,17 @@ class History:
         return Item(self._origin, kept.frame, kept.revision, kept.complete and are_known, kept.received_unix_ns)
 
     def _dead(self, live: LiveSeeds, kept: ReleasedFrame, digest: int) -> Collection[str] | None:
-        """The seeds that have died since, as the digest of a frame says; None when these cannot be found."""
+        """Returns the seeds that must have died to match a frame's digest; None if they cannot be found."""
         part = kept.part
         count = whole(part.number(part.shape.live), UINT64_LIMIT)
         before = () if kept.frame is None else kept.frame.live.ids
-        found = {*before} if digest_of(before) == digest else set()  # who lived when the frame was made last
+        found = {*before} if digest_of(before) == digest else set()  # the seeds live when it was last made
         return dead_of(
             live.table.ids, {*part.shape.ids}, count, digest, lambda seed: (seed in found, self._seen.get(seed, 0))
         )
 
     def _ends_until(self, time_unix_ns: int) -> set[tuple[str, int]]:
-        """Ends that a frame of this time is the first to see."""
+        """Removes and returns the stream ends up to this time."""
         found: set[tuple[str, int]] = set()
         count = 0
         while self._end_times and self._end_times[0] <= time_unix_ns:
@@ -402,7 +404,7 @@ class History:
         return found
 
     def _await_end(self, time_unix_ns: int, what: tuple[str, int]) -> None:
-        """Notes an end that is to come. If there is no room the seed ends by its silence."""
+        """Records a future stream end. Without room for it, the seed ends once it has been silent for too long."""
         if what in self._ends.get(time_unix_ns, ()):
             return
         if self._end_count >= self._most_ends or not self._room.take(self._tenant):
@@ -413,12 +415,12 @@ class History:
         self._end_count += 1
 
     def close(self) -> None:
-        """Its writer is forgotten: frees the room of the ends that were to come."""
+        """Frees the room of future stream ends, when the writer is forgotten."""
         self._room.give_back(self._tenant, self._end_count)
         self._ends, self._end_times, self._end_count = {}, [], 0
 
     def _silent(self, time_unix_ns: int, kept: ReleasedFrame) -> set[tuple[str, int]]:
-        """Seeds of a plain sender that were silent for so long that they no longer live."""
+        """Returns the ends of a plain sender's seeds that have been silent for too long."""
         shape = kept.part.shape
         if self._habits.counts or shape.digest is not None or shape.ids == self._live.table.ids:
             return set()
@@ -426,9 +428,9 @@ class History:
 
 
 def _said(part: Part) -> dict[str, float]:
-    """What is said of an incomplete frame beside its values, to be recorded in it, so that it is known after a restart.
+    """Returns what an incomplete frame states in addition to its values. It is recorded, to be known after a restart.
 
-    With the number of its points the frame is complete as soon as the last of them has come.
+    It includes the number of points: with it, the frame is recognized as complete when the last point has arrived.
     """
     shape = part.shape
     places = {"esper.seeds": shape.live, "esper.seeds.digest": shape.digest}
@@ -437,17 +439,17 @@ def _said(part: Part) -> dict[str, float]:
 
 
 def _lacks_lives(frame: Frame) -> bool:
-    """Whether a plain sender's frame was marked as not complete because its live seeds were not known."""
+    """Returns whether a plain sender's frame was marked as incomplete because its live seeds were unknown."""
     return not frame.sequence and "esper.seeds.digest" in frame.names
 
 
 def _loss_of(frame: Frame, default: float | None) -> float | None:
-    """The last finite loss, as the frame says or as was found out for it."""
+    """Returns the last finite loss that the frame recorded, or that was derived for it."""
     return frame.context.get(LAST_LOSS, frame.recorded.get(LAST_LOSS, default))
 
 
 def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
-    """Ends streams; returns the seeds whose lives are over."""
+    """Ends streams; returns the seeds that died."""
     retired = sorted(seed for seed, column in ends if column < 0)
     known = range(live.table.cells.shape[1])
     cells = [(live.ids[seed], column) for seed, column in ends if column in known and seed in live.ids]
@@ -461,7 +463,7 @@ def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
 
 
 def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
-    """Streams of seeds that live on which have ended between two steps."""
+    """Returns the streams that ended between two steps although their seeds are still live."""
     before, after = alike(before, after)
     if before.ids != after.ids:
         row = {seed: number for number, seed in enumerate(after.ids)}
@@ -474,14 +476,14 @@ def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
 
 
 def _living(table: SeedTable) -> LiveSeeds:
-    """Live seeds that begin with these."""
+    """Returns a ``LiveSeeds`` that starts from this table."""
     live = LiveSeeds()
     live.commit(SeedStep(table, table, None, 0, ()))
     return live
 
 
 def _is_same(one: Frame, other: Frame) -> bool:
-    """Whether two frames of the same points are the same: they can differ in what was before them."""
+    """Returns whether two frames made from the same points are equal; the state before them may have differed."""
     live, other_live = alike(one.live, other.live)
     return (
         live.ids == other_live.ids
@@ -497,7 +499,7 @@ def _are_equal(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 
 def _is_equal_state(kept: ReleasedFrame, live: SeedTable, loss: float | None) -> bool:
-    """Whether this is what the frame was made of beside its own values."""
+    """Returns whether the frame was made from this state."""
     was, loss_was = kept.before, kept.loss_before
     is_same_loss = loss == loss_was or (loss is not None and loss_was is not None and is_equal(loss, loss_was))
     return is_same_loss and live.ids == was.ids and live.cells.tobytes() == was.cells.tobytes()

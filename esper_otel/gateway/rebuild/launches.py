@@ -1,4 +1,4 @@
-"""Launches: what a run's attempts show together: which of them resumed the run, and whether the whole run has ended."""
+"""Launches: compares a run's attempts, to find which of them resumed the run, and whether the whole run has ended."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import groupby
 
 from esper_otel.gateway.items import RunState
 
-# The outcome of a run of which one rank fell silent without reporting its end, and the others have completed.
+# The outcome of a run if one rank fell silent without reporting its end, and all others completed.
 LOST = "lost"
 
 
 def with_resumed(states: Iterable[RunState]) -> list[RunState]:
-    """The states, each with whether it resumed its run: an earlier attempt has its rank, or was over when it began.
+    """Returns the states with ``resumed`` set: whether an earlier attempt had this rank, or was over when it began.
 
-    Attempts of different ranks whose steps overlap in time are one launch, of which the ranks could not agree on a
+    Attempts of different ranks whose steps overlap in time are one launch whose ranks could not agree on an attempt
     number.
     """
     made: list[RunState] = []
@@ -33,17 +33,18 @@ def with_resumed(states: Iterable[RunState]) -> list[RunState]:
 
 
 def outcomes(states: Iterable[RunState]) -> dict[str, str]:
-    """How each run has ended, over all of its attempts and ranks; one that has not is not in it.
+    """Returns the outcome of each run that has ended, over all of its attempts and ranks.
 
     A run has ended when each of its writers is over. A writer is over
 
     - when it has reported its end;
     - when a later attempt began after its last step;
     - when it has been silent for a minute, and there is a later attempt, or another rank of its attempt has reported
-      its end. A silent writer without either may still go on.
+      its end. A silent writer without either may still continue.
 
-    Writers that a later attempt followed do not count in the outcome. It is ``completed`` if all others have completed,
-    else what the first reported that did not complete; ``lost`` where nobody reported such an end, but one fell silent.
+    Writers that were followed by a later attempt do not affect the outcome. It is ``completed`` if all others
+    completed. Otherwise it is the first reported outcome that is not ``completed``, or ``lost`` if there is no such
+    outcome but a writer fell silent.
     """
     return {of_run[0].origin.run_id: outcome for of_run in _by_run(states) if (outcome := _outcome(of_run)) is not None}
 
@@ -71,10 +72,10 @@ def _by_run(states: Iterable[RunState]) -> Iterator[list[RunState]]:
 
 
 def _over_before(states: list[RunState]) -> dict[int, float]:
-    """By attempt, when the first writer of the attempts before it was over; infinity when there is none."""
+    """Returns, by attempt, when the first writer of earlier attempts was over; infinity if there is none."""
     over: dict[int, float] = {}
     for state in states:
-        last_ns = state.last_time_unix_ns or math.inf  # it may be about to make its first step
+        last_ns = state.last_time_unix_ns or math.inf  # without a step yet, it may be about to make its first
         over[state.origin.attempt] = min(last_ns, over.get(state.origin.attempt, math.inf))
     earliest, before = math.inf, {}
     for attempt in sorted(over):
@@ -84,7 +85,7 @@ def _over_before(states: list[RunState]) -> dict[int, float]:
 
 
 def _begun_after(states: list[RunState]) -> dict[int, float]:
-    """By attempt, when the last writer of the attempts after it began; 0 when there is none."""
+    """Returns, by attempt, when the last writer of later attempts began; 0 if there is none."""
     begun: dict[int, float] = {}
     for state in states:
         begun[state.origin.attempt] = max(state.first_time_unix_ns, begun.get(state.origin.attempt, 0))

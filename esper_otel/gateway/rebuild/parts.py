@@ -1,4 +1,4 @@
-"""Parts: what one request holds of a frame. Parts of equal streams share a shape: what becomes of each value."""
+"""Parts: the points of a frame in one request. Parts with the same streams share a shape, which maps the values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esper_otel.frames.frame import ABSENT, GUESSED_STEP, NARROW, NO_SEEDS, WIDT
 from esper_otel.gateway.receive.request import PointBlock
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED
 
-# A metric's name, and the seed's id or nothing.
+# A metric's name, and the seed's id or an empty string.
 Stream: TypeAlias = tuple[str, str]
 
 _COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
@@ -31,24 +31,24 @@ _NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartShape:
-    """Which streams the values of a part belong to.
+    """The streams that the values of a part belong to.
 
     Attributes:
         streams: the stream of each value.
-        has_repeats: whether a stream has several.
-        sequence: the place of the frame's sequence among the values; None when it is not there, as below.
-        points: of the frame's number of points.
-        step: of its global step.
-        epoch: of its epoch.
-        live: of its number of live seeds.
-        digest: of the digest of these.
+        has_repeats: whether a stream has several values.
+        sequence: index of the value that holds the frame's number; None if there is none, as in the next five.
+        points: index of the frame's number of points.
+        step: index of its global step.
+        epoch: index of its epoch.
+        live: index of its number of live seeds.
+        digest: index of the digest of its live seeds.
         retired: seeds whose lives ended before the frame, sorted.
         names: step metrics that are values of the frame.
-        name_places: their places.
-        ids: seeds, sorted.
-        columns: of the table of their cells.
-        cells: places in the flat table of cells.
-        cell_places: the places of the values that belong there.
+        name_places: indices of their values.
+        ids: seeds with cells, sorted.
+        columns: number of columns of the table of cells.
+        cells: indices into the flattened table of cells.
+        cell_places: indices of the values that belong into these cells.
     """
 
     streams: tuple[Stream, ...]
@@ -69,7 +69,7 @@ class PartShape:
 
     @classmethod
     def of(cls, streams: Sequence[Stream]) -> PartShape:
-        """The shape of values of these streams."""
+        """Returns the shape for values of these streams."""
         place = {stream: number for number, stream in enumerate(streams)}
         of_cells = [(name, seed, number) for (name, seed), number in place.items() if seed and name in _COLUMNS]
         ids = tuple(sorted({seed for _, seed, _ in of_cells}))
@@ -105,7 +105,7 @@ class Part(NamedTuple):
     """Values of one frame.
 
     Attributes:
-        shape: which streams they belong to.
+        shape: the streams that the values belong to.
         numbers: the values.
     """
 
@@ -113,15 +113,15 @@ class Part(NamedTuple):
     numbers: npt.NDArray[np.float64]
 
     def number(self, place: int | None) -> float | None:
-        """The value at a place of the shape's."""
+        """Returns the value at an index from the shape; None if the index is None."""
         return None if place is None else float(self.numbers[place])
 
     def values(self) -> dict[str, float]:
-        """The step's values."""
+        """Returns the values of step metrics, by name."""
         return dict(zip(self.shape.names, self.numbers[self.shape.name_places].tolist(), strict=True))
 
     def seeds(self) -> SeedTable:
-        """The seeds' rows."""
+        """Returns the table of the seeds' cells."""
         shape = self.shape
         if not shape.ids:
             return NO_SEEDS
@@ -130,7 +130,7 @@ class Part(NamedTuple):
         return SeedTable(shape.ids, cells.reshape(-1, shape.columns))
 
     def without(self, is_gone: Callable[[str, str], bool]) -> Part:
-        """The part without the values of some streams, of which the metric and the seed are given."""
+        """Returns the part without the streams for which ``is_gone(metric, seed)`` is true."""
         keep = [place for place, stream in enumerate(self.shape.streams) if not is_gone(*stream)]
         if len(keep) == len(self.numbers):
             return self
@@ -138,15 +138,15 @@ class Part(NamedTuple):
 
 
 def part_of(frame: Frame, *, complete: bool) -> Part:
-    """The points that a stored frame was made of.
+    """Returns the points that a stored frame was made from.
 
-    One that is not complete has recorded what was said of it; of one that is, all that its sender says is known. What
-    the gateway has found out stands in the context.
+    The sender of an incomplete frame stated only what is recorded in it. For a complete frame, everything that the
+    sender usually states is known. Values that the gateway derived are in the frame's context, and left out.
     """
     values = frame.values() if complete else {**frame.recorded, _STEP[0]: frame.global_step}
     if not frame.sequence and _LIVE[0] not in frame.names:
-        values.pop(_LIVE[0], None)  # a plain sender's, of which it was counted
-    if frame.epoch:  # of 0 in an incomplete frame it is known only where it was recorded whether somebody said it
+        values.pop(_LIVE[0], None)  # counted by the gateway; a plain sender did not state it
+    if frame.epoch:  # an epoch of 0 may just be unknown; if the sender stated it, it is recorded
         values[_EPOCH[0]] = frame.epoch
     numbers: dict[Stream, float] = {
         (name, ""): value for name, value in values.items() if name in frame.names or name not in frame.context
@@ -165,9 +165,9 @@ def part_of(frame: Frame, *, complete: bool) -> Part:
 
 
 class MergedParts(NamedTuple):
-    """Parts of one frame put together; ``differing`` counts values that came twice and were not the same.
+    """The merged parts of one frame; ``differing`` counts values that arrived twice and differed.
 
-    Of two frames at one time nobody knows which values are whose: the part does not say then how many points it has.
+    If two frames share a time, their values cannot be told apart; the merged part then has no number of points.
     """
 
     part: Part
@@ -175,7 +175,7 @@ class MergedParts(NamedTuple):
 
 
 def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
-    """The parts as one. Of a stream that comes twice the first value counts, or the last."""
+    """Merges parts. If a stream occurs twice, the first value is used, or the last one if ``last_counts``."""
     numbers: dict[Stream, float] = {}
     differing = 0
     is_one = True
@@ -195,20 +195,20 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
 
 
 def is_equal(one: float, other: float) -> bool:
-    """Whether two values are the same; NaN is the same as NaN."""
+    """Returns whether two values are equal; NaN equals NaN."""
     return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
 
 
-# As much memory as so many values takes a shape without any.
+# An empty shape takes as much memory as this many values.
 _EMPTY_SHAPE = 16
-# To find out the shape of so many values takes a millisecond or two.
+# Computing the shape of this many values takes one or two milliseconds.
 _LARGE = 1_000
 
 
 class PartShapes:
-    """Remembers shapes, since steps are alike; bounded by how many values they are for.
+    """A cache of shapes, because most steps have the same streams. Its size is limited by the total number of values.
 
-    Threads: ``parts`` belongs to one, ``prepare`` to another; each uses what the other has found out.
+    Threads: call ``parts`` from one thread and ``prepare`` from another; they share the cache.
     """
 
     def __init__(self, most_values: int = 500_000) -> None:
@@ -221,14 +221,14 @@ class PartShapes:
         self._lock = Lock()
 
     def prepare(self, block: PointBlock) -> None:
-        """Finds out beforehand what takes long: the shapes of large frames."""
+        """Computes the shapes of large frames in advance, because that takes long."""
         vocabulary = self._vocabulary(block)
         for some in _frames(block.times):
             if some.stop - some.start >= _LARGE:
                 self._part(block, vocabulary, some)
 
     def parts(self, block: PointBlock) -> Iterator[tuple[int, MergedParts]]:
-        """The times in a block, each with its part."""
+        """Yields the times in a block, each with its part."""
         vocabulary = self._vocabulary(block)
         for some in _frames(block.times):
             yield int(block.times[some.start]), self._part(block, vocabulary, some)
@@ -237,7 +237,7 @@ class PartShapes:
         streams, values = block.streams[some], block.values[some]
         shape = self._shape(block, vocabulary, streams)
         if not shape.has_repeats:
-            return MergedParts(Part(shape, values.copy()), 0)  # a frame that waits must not keep the whole request
+            return MergedParts(Part(shape, values.copy()), 0)  # a waiting frame must not keep the whole request
         _, first, of_stream = np.unique(streams, return_index=True, return_inverse=True)
         known = values[first[of_stream]]
         differs = (values != known) & ~(np.isnan(values) & np.isnan(known))
@@ -248,7 +248,7 @@ class PartShapes:
         return MergedParts(Part(self._shape(block, vocabulary, streams[keep]), values[keep]), int(differs.sum()))
 
     def _vocabulary(self, block: PointBlock) -> int:
-        """A number for what streams are counted in; hashed once a block, since it may be long."""
+        """Returns a number for the block's names and seeds, so that these long tuples are hashed once per block."""
         words = (block.names, block.seeds)
         with self._lock:
             number = self._vocabularies.pop(words, None)
@@ -267,7 +267,7 @@ class PartShapes:
         with self._lock:
             shape = self._known.pop(key, None)
             if shape is not None:
-                self._known[key] = shape  # the last used comes last
+                self._known[key] = shape  # keep the most recently used last
                 return shape
         shape = PartShape.of(_streams(block, streams))
         with self._lock:
@@ -280,7 +280,7 @@ class PartShapes:
 
 
 def _frames(times: npt.NDArray[np.uint64]) -> Iterator[slice]:
-    """Where the points of each time stand."""
+    """Yields the range of points for each time."""
     bounds = [0, *(np.flatnonzero(times[1:] != times[:-1]) + 1).tolist(), len(times)]
     return itertools.starmap(slice, itertools.pairwise(bounds))
 

@@ -1,4 +1,4 @@
-"""Queue: frames of one writer that are not released yet, and when each is."""
+"""Queue: the waiting frames of one writer, and when each is released."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from esper_otel.gateway.rebuild.parts import Part, merged
 from esper_otel.gateway.receive.request import PointSender
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 
-# Numbers of frames are sent as doubles: from here on two of them can be the same.
+# Frame numbers are sent as doubles, which cannot represent every integer above this.
 SEQUENCE_LIMIT = 2**53
 
 _MANY_PARTS = 64
 _MOST_RANGES = 1_000
 
-# From the first number to before the second.
+# A range of numbers: from the first to before the second.
 Hole: TypeAlias = tuple[int, int]
 
 
@@ -29,18 +29,18 @@ class WaitingFrame:
     """A frame that is not released yet.
 
     Attributes:
-        sender: who sent its first part.
-        first_s: when its first part came, on the monotonic clock.
-        last_s: when its last part came.
-        received_unix_ns: the same in Unix nanoseconds.
-        parts: what came of it.
-        points: how many points these have.
-        sequence: its number, once it is known.
-        expected: how many points it has, once that is known.
+        sender: the sender of its first part.
+        first_s: when its first part arrived, on the monotonic clock.
+        last_s: when its last part arrived, on the monotonic clock.
+        received_unix_ns: when its last part arrived, in Unix nanoseconds.
+        parts: the parts that have arrived.
+        points: number of points in these parts.
+        sequence: its number, once known.
+        expected: its full number of points, once known.
         has_step: whether its global step is known.
-        has_epoch: whether its epoch is.
-        differing: values that came twice and were not the same; the first one counts.
-        is_cut: whether points of it were refused, which would have made too many seeds.
+        has_epoch: whether its epoch is known.
+        differing: number of values that arrived twice and differed; the first one is used.
+        is_cut: whether some of its points were rejected because of limits on seeds.
     """
 
     sender: PointSender
@@ -57,7 +57,7 @@ class WaitingFrame:
     is_cut: bool = False
 
     def add(self, part: Part) -> None:
-        """Takes a further part."""
+        """Adds a part."""
         self.parts.append(part)
         self.points += len(part.numbers)
         shape = part.shape
@@ -71,7 +71,7 @@ class WaitingFrame:
             self.joined()
 
     def joined(self) -> Part:
-        """All parts as one."""
+        """Merges all parts into one and returns it."""
         if len(self.parts) > 1:
             part, differing = merged(self.parts)
             self.differing += differing
@@ -79,15 +79,15 @@ class WaitingFrame:
         return self.parts[0]
 
     def is_whole(self) -> bool:
-        """Whether every point of the frame is there."""
+        """Returns whether every point of the frame has arrived."""
         if self.expected is None or self.points < self.expected:
             return False
-        self.joined()  # of what came twice, one counts
+        self.joined()  # points that arrived twice are merged
         return self.points >= self.expected
 
 
 class ReadyFrame(NamedTuple):
-    """A frame whose turn it is."""
+    """A frame that is ready to be released."""
 
     time_unix_ns: int
     waiting: WaitingFrame
@@ -95,15 +95,15 @@ class ReadyFrame(NamedTuple):
 
 
 class SkippedNumbers:
-    """The numbers that have not come: those before the lowest that has, and holes after it.
+    """The frame numbers that have not arrived: those below the lowest that has, and holes above it.
 
-    A gateway that joins a run late never gets the numbers before the lowest one: they are taken when they come, and
-    are not counted as missing. Of very many holes the oldest are forgotten: they stay counted, and what comes of them
-    is not taken any more.
+    A gateway that joins a run late never receives the numbers below the lowest one. Such frames are accepted if they
+    arrive, but are not counted as missing. If there are very many holes, the oldest are forgotten: they still count as
+    missing, but their frames are no longer accepted.
 
     Attributes:
-        lowest: the lowest number that has come; None before the first.
-        count: how many numbers are missing: those that were skipped after the lowest one and have not come.
+        lowest: the lowest number that has arrived; None before the first.
+        count: number of missing frames: numbers above the lowest one that were skipped and have not arrived.
     """
 
     def __init__(self) -> None:
@@ -113,19 +113,19 @@ class SkippedNumbers:
 
     @property
     def holes(self) -> tuple[Hole, ...]:
-        """The holes that are known, in order."""
+        """The known holes, in order."""
         return tuple(self._holes)
 
     @property
     def unseen(self) -> int:
-        """How many numbers are before the lowest one."""
+        """Number of frames below the lowest one that arrived."""
         return 0 if self.lowest is None else max(self.lowest - 1, 0)
 
     def __contains__(self, number: int) -> bool:
         return self._hole(number) is not None
 
     def _hole(self, number: int) -> Hole | None:
-        """The hole that a number is in."""
+        """Returns the hole that contains a number, or None."""
         if self.lowest is None:
             return None
         if number < self.lowest:
@@ -134,19 +134,19 @@ class SkippedNumbers:
         return self._holes[place] if place >= 0 and number < self._holes[place][1] else None
 
     def around(self, number: int) -> tuple[int, int]:
-        """The numbers next to the hole that this one is in, both of which have come; 0 when there is none before."""
+        """Returns the arrived numbers directly below and above the hole of a number; 0 if there is none below."""
         hole = self._hole(number)
         assert hole is not None
         return hole[0] - 1, hole[1]
 
     def add(self, first: int, behind: int) -> None:
-        """Notes the numbers from ``first``, which is higher than those noted before, to before ``behind``."""
+        """Adds a hole from ``first`` to before ``behind``; it must be above all earlier holes."""
         self._holes.append((first, behind))
         self.count += behind - first
         del self._holes[:-_MOST_RANGES]
 
     def remove(self, number: int) -> None:
-        """The frame of this number has come after all."""
+        """Removes a number whose frame has arrived after all."""
         hole = self._hole(number)
         if hole is None:
             return
@@ -164,28 +164,29 @@ class SkippedNumbers:
         del self._holes[:-_MOST_RANGES]
 
     def restore(self, lowest: int | None, holes: Iterable[Hole], count: int) -> None:
-        """Goes on from what was known in an earlier life."""
+        """Restores the state from before a restart."""
         self.lowest, self._holes, self.count = lowest, list(holes), count
 
 
 class Queue:
-    """Frames wait here until they are whole and those before them are out, or for as long as ``hold_s``.
+    """The waiting frames of a writer: each waits until it is complete and all before it are released, up to ``hold_s``.
 
-    A frame that says its number waits for its points and for the frames before it. One that does not is a plain
-    sender's, and goes ``linger_s`` after its last point; but it waits for ``hold_s`` when it lacks what its sender
-    says in other frames, and the first one when it has no global step or epoch: they may come in a later request.
+    A frame that states its number waits for its points and for the frames before it. A frame without a number comes
+    from a plain sender, and is released ``linger_s`` after its last point. It waits for ``hold_s`` instead if it lacks
+    a global step or epoch that its sender states in other frames, or if it is the first frame and has none: they may
+    arrive in a later request.
 
     Args:
-        habits: what the writer says in its frames.
+        habits: what the writer states in its frames.
         hold_s: how long a frame waits for points, or for frames before it.
-        linger_s: how long one waits that does not say how many points it has.
-        most: how many frames wait; when there are more the oldest goes at once.
+        linger_s: how long a frame without a point count waits for further points.
+        most: the maximum number of waiting frames; beyond it, the oldest is released at once.
 
     Attributes:
-        next: the number of the frame whose turn it is; None before the first.
-        skipped: the numbers before it that have not come.
-        due_s: when ``ready`` must be asked again.
-        points: of all waiting frames, doubled ones included.
+        next: the number of the frame to be released next; None before the first.
+        skipped: the numbers before it that have not arrived.
+        due_s: when ``ready`` must be called again.
+        points: number of points in all waiting frames, including repeated ones.
     """
 
     def __init__(self, habits: Habits, *, hold_s: float, linger_s: float, most: int) -> None:
@@ -194,8 +195,8 @@ class Queue:
         self._linger_s = linger_s
         self._most = most
         self._frames: dict[int, WaitingFrame] = {}
-        self._counted: dict[int, int] = {}  # points of each
-        self._is_in_order, self._last_s = True, -math.inf  # whether the first frame came first
+        self._counted: dict[int, int] = {}  # points of each frame
+        self._is_in_order, self._last_s = True, -math.inf  # whether frames are stored in order of arrival
         self._numbered: dict[int, int] = {}
         self._late: dict[int, int] = {}
         self._unnumbered: dict[int, None] = {}
@@ -211,25 +212,25 @@ class Queue:
 
     @property
     def since_s(self) -> float | None:
-        """When the first part came of what waits here; None when nothing waits."""
+        """When the oldest waiting part arrived; None if nothing waits."""
         if self._is_in_order:
             return next((waiting.first_s for waiting in self._frames.values()), None)
         return min(waiting.first_s for waiting in self._frames.values())
 
     def get(self, time_unix_ns: int) -> WaitingFrame | None:
-        """The frame of this time, if it waits here."""
+        """Returns the waiting frame at this time, if there is one."""
         return self._frames.get(time_unix_ns)
 
     def time_of(self, sequence: int) -> int | None:
-        """The time of the waiting frame with this number."""
+        """Returns the time of the waiting frame with this number, or None."""
         return self._numbered.get(sequence) or self._late.get(sequence)
 
     def seeds(self) -> set[str]:
-        """The seeds of waiting frames."""
+        """Returns the seeds of waiting frames."""
         return {seed for waiting in self._frames.values() for part in waiting.parts for seed in part.shape.ids}
 
     def put(self, time_unix_ns: int, waiting: WaitingFrame) -> None:
-        """Takes a frame, or notes that its number has become known."""
+        """Adds a frame, or records that its number has become known."""
         self._is_in_order &= time_unix_ns in self._frames or waiting.first_s >= self._last_s
         self._last_s = max(self._last_s, waiting.first_s)
         self._frames[time_unix_ns] = waiting
@@ -242,17 +243,17 @@ class Queue:
         of_turn[waiting.sequence] = time_unix_ns
 
     def count(self, time_unix_ns: int) -> None:
-        """Notes that the frame of this time has other points than before."""
+        """Updates the number of points of the frame at this time."""
         points = self._frames[time_unix_ns].points
         self.points += points - self._counted.get(time_unix_ns, 0)
         self._counted[time_unix_ns] = points
 
     def is_late(self, sequence: int) -> bool:
-        """Whether the turn of this number is over."""
+        """Returns whether later numbers have already been released."""
         return self.next is not None and sequence < self.next
 
     def note_released(self, sequence: int) -> None:
-        """Takes the number of a frame that was released before its number was known."""
+        """Records the number of a frame that was released before the number was known."""
         if self.is_late(sequence):
             self.skipped.remove(sequence)
         elif sequence not in self._numbered:
@@ -262,13 +263,13 @@ class Queue:
             self._pass_released()
 
     def _pass_released(self) -> None:
-        """Goes on behind numbers that were released already."""
+        """Advances past numbers that were already released."""
         while self.next in self._released:
             self._released.remove(self.next)
             self.next += 1
 
     def pop(self, time_unix_ns: int) -> WaitingFrame | None:
-        """Gives a frame away."""
+        """Removes and returns the frame at this time."""
         waiting = self._frames.pop(time_unix_ns, None)
         self.points -= self._counted.pop(time_unix_ns, 0)
         if not self._frames:
@@ -281,25 +282,25 @@ class Queue:
         return waiting
 
     def restore(self, sequence: int) -> None:
-        """Notes that a frame was released in an earlier life, and those between it and the one before were not."""
+        """Records a frame released before a restart; numbers between it and the previous one count as skipped."""
         if sequence:
             if self.next is None:
-                self.skipped.lowest = 1  # those before it came too, or were counted
+                self.skipped.lowest = 1  # earlier numbers have arrived too, or are already counted
             elif sequence > self.next:
                 self.skipped.add(self.next, sequence)
             self.next = max(self.next or 0, sequence + 1)
 
     def restore_place(self, place: Place) -> None:
-        """Goes on from what was known in an earlier life; that counts more than what its frames tell."""
+        """Restores the position from before a restart; it overrides what was derived from restored frames."""
         self.next = place.next
         self.skipped.restore(place.lowest, place.holes, place.missing)
 
     def ready(self, now_s: float, *, all_now: bool = False) -> Iterator[ReadyFrame]:
-        """The frames whose turn it is, in order; afterwards ``due_s`` says when to ask again.
+        """Yields the frames to be released, in order, and then sets ``due_s``.
 
         Args:
             now_s: the monotonic clock.
-            all_now: whether everything goes at once, whole or not.
+            all_now: whether to release all frames at once, complete or not.
         """
         due_s: list[float] = []
 
@@ -318,7 +319,7 @@ class Queue:
         self.due_s = min(due_s, default=None)
 
     def _unordered(self, is_over: Callable[[float, float], bool]) -> Iterator[ReadyFrame]:
-        """The frames without a number."""
+        """Yields the frames without a number that are to be released."""
         habits = self._habits
         for time_unix_ns in sorted(self._unnumbered):
             waiting = self._frames[time_unix_ns]
@@ -346,7 +347,7 @@ class Queue:
             yield self._out(time_unix_ns, complete=is_whole)
 
     def _skip_to(self, lowest: int) -> None:
-        """Gives up the numbers before this one for now: what comes of them is late."""
+        """Skips the numbers before this one; their frames are late if they still arrive."""
         first = self.next
         if first is None:
             self.skipped.lowest = lowest
@@ -366,7 +367,7 @@ class Queue:
         return self._hole is None or self._hole[0] != self.next
 
     def _hole_since_s(self) -> float:
-        """When the first frame came that waits for one before it. Looked for once a hole, there may be many."""
+        """Returns when the first frame arrived that waits for an earlier one; computed once per hole."""
         if self._hole is None or self._hole[0] != self.next:
             first_s = min(self._frames[time_unix_ns].first_s for time_unix_ns in self._numbered.values())
             self._hole = (self.next, first_s)

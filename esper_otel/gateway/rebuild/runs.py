@@ -1,4 +1,4 @@
-"""Runs: which writers there are, told apart, bounded, and forgotten when they have been silent for long."""
+"""Runs: tells writers apart, limits their number, and forgets those that have been silent for long."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from esper_otel.gateway.rebuild.launches import with_resumed
 from esper_otel.gateway.rebuild.track import Track
 from esper_otel.gateway.receive.request import PointSender
 
-# A writer from which something came so recently is alive.
+# A writer that has sent something within this time is alive.
 _ALIVE_S = 60.0
 
-# Stands for the process of a writer that is known from an earlier life; no text can be equal to it.
+# A placeholder for the process of a writer that was restored after a restart; no process text can be equal to it.
 _UNCLAIMED = "\0"
 
 
@@ -28,18 +28,18 @@ class _RankOfRun(NamedTuple):
 class Runs:
     """The tracks of all writers.
 
-    Two processes that claim one (run, attempt, rank) are two writers: the first one seen has no name, the others
-    are named after their instance, host and process. If even these are equal their frames' numbers clash: a
-    frame whose number is taken goes to a second writer, ``#2``. No frame is lost then, but which of the two a frame
-    belongs to is known only where the numbers tell.
+    Two processes that claim the same (run, attempt, rank) are two writers: the first one seen has an empty name, the
+    others are named after their instance, host and process. If these are equal too, the numbers of their frames clash:
+    a frame whose number is already taken goes to a second writer, ``#2``. No frame is lost then, but the two writers
+    can be told apart only by the numbers.
 
     Args:
-        limits: how many there may be, and for how long.
+        limits: how many writers there may be, and for how long.
         hold_s: see ``Track``.
         linger_s: see ``Track``.
 
     Attributes:
-        ends: room for ends of streams that are to come.
+        ends: room for future ends of streams.
     """
 
     def __init__(self, limits: Limits, *, hold_s: float, linger_s: float) -> None:
@@ -47,7 +47,7 @@ class Runs:
         self._hold_s = hold_s
         self._linger_s = linger_s
         self._ranks: dict[_RankOfRun, dict[str, Track]] = {}
-        self._tenants: dict[str, OrderedDict[Track, None]] = {}  # of each the longest silent first
+        self._tenants: dict[str, OrderedDict[Track, None]] = {}  # within each tenant, the longest silent first
         self._of_runs: dict[str, str] = {}
         self._writers_of: Counter[str] = Counter()
         self._count = 0
@@ -60,11 +60,11 @@ class Runs:
         return (track for writers in self._ranks.values() for track in writers.values())
 
     def tenant(self, run_id: str) -> str:
-        """Who sent the first point of a run; empty when it is not known."""
+        """Returns the tenant that sent the first point of a run; empty if it is not known."""
         return self._of_runs.get(run_id, "")
 
     def track(self, sender: PointSender, now_s: float, *, tenant: str = "", suffix: str = "") -> Track | None:
-        """The track of a sender; None when there are too many."""
+        """Returns the track of a sender; None if there are too many."""
         rank = _RankOfRun(sender.run.run_id, sender.run.attempt, sender.run.rank)
         writers = self._ranks.get(rank, {})
         process = f"{sender.process}{suffix}"
@@ -79,7 +79,7 @@ class Runs:
         return track
 
     def restored(self, origin: Origin, tenant: str = "") -> Track:
-        """The track of a writer known from an earlier life; the first one's process is not known any more."""
+        """Returns the track of a writer from before a restart. The process of the first writer is no longer known."""
         process = origin.writer or _UNCLAIMED
         track = self._ranks.get(_RankOfRun(*origin[:3]), {}).get(process)
         return track or self._add(origin, process, tenant)
@@ -95,16 +95,16 @@ class Runs:
         return track
 
     def twin(self, sender: PointSender) -> Track | None:
-        """The track of frames of this sender whose numbers clashed."""
+        """Returns the track for frames of this sender whose numbers clashed."""
         writers = self._ranks.get(_RankOfRun(sender.run.run_id, sender.run.attempt, sender.run.rank), {})
         return writers.get(f"{sender.process}#2")
 
     def expire(self, now_s: float) -> list[Track]:
-        """Forgets writers from which nothing came for long; returns them."""
+        """Forgets writers that have been silent for too long, and returns their tracks."""
         return [self._remove(track) for track in list(self) if now_s - track.received_s > self._limits.silent_s]
 
     def states(self, now_s: float) -> list[RunState]:
-        """What is known of each writer."""
+        """Returns the state of each writer."""
         states = []
         for writers in self._ranks.values():
             is_silent = [now_s - track.received_s > _ALIVE_S for track in writers.values()]
@@ -116,10 +116,10 @@ class Runs:
         return with_resumed(states)
 
     def _make_room(self, tenant: str, now_s: float) -> bool:
-        """Forgets a writer of the tenant that has most, the one that has been silent for longest.
+        """Forgets the longest silent writer of the tenant with the most writers.
 
-        Whose own that would be gets room only if it is not alive: nobody takes the places of those who have fewer.
-        What waits of a writer that is forgotten is still released.
+        If that is the requesting tenant itself, its writer is forgotten only if it is not alive, so that no tenant
+        takes places from tenants with fewer writers. Waiting frames of the forgotten writer are still released.
         """
         places = len(self._tenants.get(tenant, ())) + 1
         largest = max(self._tenants, key=lambda each: len(self._tenants[each]), default=tenant)

@@ -1,4 +1,4 @@
-"""Track: everything about one writer, from its points to the items that are released, and its state."""
+"""Track: all data on one writer: its points, the released items and its state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marke
 from esper_otel.gateway.turns import ENDLESS, Turn
 from esper_otel.schema import FRAME_POINTS
 
-# Rows of tables of live seeds, of about a hundred bytes each: how many may be made at once, and what earns more.
+# A budget for rows in tables of live seeds, about 100 bytes each: its maximum, and what refills it.
 _MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
 
-# How many seeds that live no more are known before they are looked for.
+# How many dead seeds may be known before they are removed.
 _SPARE = 1_000
 
 
@@ -27,12 +27,12 @@ class Track:
     """The frames of one writer.
 
     Args:
-        origin: who it is.
-        limits: what it may cost.
+        origin: the writer.
+        limits: limits on the writer.
         hold_s: how long a frame waits for points, or for frames before it.
-        linger_s: how long one waits that does not say how many points it has.
-        ends: room for ends of streams that are to come, the same for all writers.
-        tenant: whose share of the room it takes.
+        linger_s: how long a frame without a point count waits for further points.
+        ends: room for future stream ends, shared by all writers.
+        tenant: the tenant whose share of the room it uses.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Track:
         self.received_s = 0.0
         self._received_unix_ns = 0
 
-    # -- what comes --------------------------------------------------------------------------------------
+    # -- input -------------------------------------------------------------------------------------------
 
     def knows(self, time_unix_ns: int) -> bool:
-        """Whether a frame of this time is here."""
+        """Returns whether a frame at this time is waiting or kept."""
         return time_unix_ns in self._history or self._queue.get(time_unix_ns) is not None
 
     def take(
@@ -78,7 +78,7 @@ class Track:
         received_unix_ns: int,
         rejected: Counter[str],
     ) -> WaitingFrame | None:
-        """Takes a part of a frame; gives the frame back if it is another writer's."""
+        """Adds a part of a frame; returns the frame if it belongs to another writer."""
         self.note(sender, now_s, received_unix_ns)
         part = of_frame.part
         if part.shape.ids:
@@ -88,7 +88,7 @@ class Track:
         waiting = self._queue.get(time_unix_ns)
         known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
         if known and number is not None and number != known:
-            # Somebody on the way has given two frames the same time: these values are not of the one that came first.
+            # A component on the way gave two frames the same time: these values are not from the first frame.
             self._differing += len(part.numbers)
             return None
         if time_unix_ns in self._history:
@@ -110,7 +110,7 @@ class Track:
         return None
 
     def put(self, time_unix_ns: int, waiting: WaitingFrame) -> WaitingFrame | None:
-        """Takes a frame; gives it back if its number says that it is another writer's."""
+        """Adds a frame; returns it if its number shows that it belongs to another writer."""
         number = waiting.sequence
         if number is not None:
             same = self._queue.time_of(number) or self._history.time_of(number)
@@ -129,7 +129,7 @@ class Track:
         return None
 
     def _fits(self, number: int, time_unix_ns: int) -> bool:
-        """Whether a late frame's number and time are in one order with those of others; else another process counts."""
+        """Returns whether a late frame's number and time are consistent with the order of the others."""
         if self._history.is_out_of_step(number, time_unix_ns):
             return False
         if number not in self._queue.skipped:
@@ -138,11 +138,11 @@ class Track:
         return (before is None or before < time_unix_ns) and (after is None or time_unix_ns < after)
 
     def count_too_late(self) -> None:
-        """A frame has come that has no place any more."""
+        """Counts a frame that arrived too late to be accepted."""
         self._too_late += 1
 
     def learn(self, shape: PartShape, *, is_ours: bool) -> None:
-        """Learns what the writer says in its frames."""
+        """Learns what the writer states in its frames."""
         if shape is self._shape:
             return
         self._shape = shape
@@ -152,23 +152,23 @@ class Track:
             self._corrected += self._history.uncount()
 
     def end_stream(self, marker: Marker) -> bool:
-        """A stream of a seed has no value any more; returns whether that must be known after a restart."""
+        """Ends a stream of a seed; returns whether this must be stored for a restart."""
         items = self._history.end(marker)
         self._corrected += items
         return not items and not self._habits.counts
 
     def end(self, outcome: str) -> None:
-        """The run has ended."""
+        """Records that the run has ended."""
         self._outcome = outcome
 
     def note(self, sender: PointSender, now_s: float, received_unix_ns: int) -> None:
-        """Something came of it."""
+        """Records that something has arrived from the writer."""
         self._sender = sender
         self.received_s = now_s
         self._received_unix_ns = received_unix_ns
 
     def _within_limits(self, part: Part, rejected: Counter[str]) -> Part:
-        """The part without what would make too many seeds."""
+        """Returns the part without the seeds that exceed the limit."""
         ids = part.shape.ids
         if ids == self._ids:
             return part
@@ -190,15 +190,15 @@ class Track:
         return smaller
 
     def _count_known(self) -> None:
-        """Forgets the seeds that neither live nor wait."""
+        """Forgets the seeds that are neither live nor part of a waiting frame."""
         self._known = {*self._history.live.ids, *self._queue.seeds()}
         self._known_last, self._is_counted = len(self._known), True
 
     def _affordable(self, part: Part, rejected: Counter[str], *, is_new: bool, now_s: float) -> Part:
-        """The part, without its seeds if the frame cannot have another table of all that live.
+        """Returns the part, without its seeds if the budget does not allow another table of live seeds.
 
-        Points earn rows of tables, as many as any recording needs; so does time. A few points, each with a time of
-        its own, of ever other seeds do not earn what they would cost.
+        Each frame stores a table of all live seeds. Points and elapsed time refill the budget fast enough for any real
+        recording, but not for a few points that each have a new time and a new seed.
         """
         earned = _ROWS_PER_S * (now_s - self._rows_s) + _ROWS_PER_POINT * len(part.numbers)
         self._rows, self._rows_s = min(self._rows + earned, _MOST_ROWS), now_s
@@ -215,34 +215,34 @@ class Track:
         rejected[TOO_SPARSE] += len(part.numbers) - len(smaller.numbers)
         return smaller
 
-    # -- what goes ---------------------------------------------------------------------------------------
+    # -- output ------------------------------------------------------------------------------------------
 
     @property
     def next(self) -> int | None:
-        """The number of the frame that is to be released next."""
+        """The number of the frame to be released next."""
         return self._queue.next
 
     @property
     def due_s(self) -> float | None:
-        """When ``release`` must be called again, if nothing else comes."""
+        """When ``release`` must be called again if nothing else arrives."""
         return self._queue.due_s
 
     def is_due(self, now_s: float) -> bool:
-        """Whether that time has come."""
+        """Returns whether ``release`` is due."""
         return self._queue.due_s is not None and self._queue.due_s <= now_s
 
     @property
     def since_s(self) -> float | None:
-        """When the first point came of what waits; None when nothing waits."""
+        """When the oldest waiting point arrived; None if nothing waits."""
         return self._queue.since_s
 
     @property
     def waiting_points(self) -> int:
-        """Points of frames that are not released."""
+        """Number of points in waiting frames."""
         return self._queue.points
 
     def release(self, now_s: float, turn: Turn = ENDLESS, *, all_now: bool = False) -> list[Item]:
-        """The items whose turn it is, in order; when the event loop's turn is over the others are due at once."""
+        """Releases items that are due, in order; when the event loop's turn is over, the rest is due immediately."""
         items, self._corrected = self._corrected, []
         is_waiting = turn.is_over and len(self._queue) > 0
         for ready in () if is_waiting else self._ready(now_s, turn, all_now=all_now):
@@ -283,38 +283,38 @@ class Track:
             self._incomplete.discard(item.frame.time_unix_ns)
 
     def size_of(self, time_unix_ns: int) -> int:
-        """The memory that a released frame takes while it is kept, about."""
+        """Returns the approximate memory of a released frame that is kept."""
         return self._history.size_of(time_unix_ns)
 
     def forget(self, time_unix_ns: int) -> None:
-        """Lets go of a released frame: what still comes of it is too late."""
+        """Forgets a released frame: points of it that still arrive are too late."""
         self._history.forget(time_unix_ns)
         if time_unix_ns in self._incomplete:
             self._incomplete.discard(time_unix_ns)
             self._incomplete_count += 1
 
     def restore_first(self, first: Frame) -> None:
-        """Notes the first frame of an earlier life."""
+        """Restores the first frame from before a restart."""
         self._first_unix_ns = min(self._first_unix_ns or first.time_unix_ns, first.time_unix_ns)
         if first.global_step < GUESSED_STEP and first.time_unix_ns <= self._first_step_unix_ns:
             self._first_step, self._first_step_unix_ns = first.global_step, first.time_unix_ns
 
     def restore_place(self, place: Place) -> None:
-        """Goes on from what was known in an earlier life; called after its frames were restored."""
+        """Restores the position from before a restart; call it after its frames were restored."""
         self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
         self._queue.restore_place(place)
         self._history.note_habits()
         self._history.restore_ends(place.ends)
 
     def place(self) -> Place:
-        """What must be known of it after a restart."""
+        """Returns the position to store for a restart."""
         queue, habits = self._queue, self._habits
         skipped = queue.skipped
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
         return Place(self.origin, *of_frames, skipped.holes, () if habits.counts else self._history.ends_to_come())
 
     def restore(self, item: Item, *, is_first: bool) -> None:
-        """Goes on after a frame that was released in an earlier life, with those restored before it."""
+        """Restores a frame that was released before a restart, after the frames restored before it."""
         self._queue.restore(item.frame.sequence)
         self._habits.is_known = True
         self._habits.counts = self._habits.counts or item.frame.sequence > 0 or FRAME_POINTS.name in item.frame.names
@@ -323,11 +323,11 @@ class Track:
         self._note_item(item)
 
     def close(self) -> None:
-        """It is forgotten."""
+        """Frees shared room, when the writer is forgotten."""
         self._history.close()
 
     def state(self, *, writers: int, is_silent: bool) -> RunState:
-        """What is known of it alone."""
+        """Returns the writer's state, without comparison with other writers."""
         last = self._last
         sender = self._sender
         run = None if last is None else last.frame.run

@@ -1,1 +1,1 @@
-"""Receive: bytes of a request become columns of points, each point judged once."""
+"""Receive: decodes the bytes of a request into columns of points and checks each point once."""

@@ -1,4 +1,4 @@
-"""Attributes: what those of a point and of a Resource mean to us."""
+"""Attributes: interprets the attributes of points and Resources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN = Label()
 
 
 def label_of(attributes: Sequence[KeyValue], limits: Limits) -> Label:
-    """The meaning of a point's attributes; of a key that comes twice the last one counts."""
+    """Interprets a point's attributes. If a key occurs twice, the last value counts."""
     if not attributes:
         return PLAIN
     if len(attributes) > limits.attributes:
@@ -26,7 +26,7 @@ def label_of(attributes: Sequence[KeyValue], limits: Limits) -> Label:
 
 
 def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> PointSender | str:
-    """Who a Resource's attributes say it is; a reason when its points cannot be taken."""
+    """Returns the sender that a Resource's attributes describe, or the reason why its points cannot be accepted."""
     if len(attributes) > limits.attributes:
         return TOO_MANY_ATTRIBUTES
     texts = _texts(attributes)
@@ -42,6 +42,6 @@ def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:
 
 
 def _text(value: AnyValue) -> str:
-    """Text and plain numbers; empty for anything else."""
+    """Returns text and plain numbers as text; empty for other values."""
     kind = value.WhichOneof("value")
     return text_of(getattr(value, kind)) if kind in ("string_value", "int_value", "double_value") else ""

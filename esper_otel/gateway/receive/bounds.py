@@ -1,7 +1,7 @@
-"""Bounds: what a request may cost, counted in its bytes before anything is built of them.
+"""Bounds: limits the cost of decoding a request, estimated from its bytes before any objects are built.
 
-Of two bytes on the wire protobuf and JSON build an object of a hundred bytes or more. A large request is therefore
-read in pieces that are small; a piece that cannot be small is walked, field by field, before it is read.
+Protobuf and JSON can build an object of a hundred bytes or more from two bytes on the wire. A large request is
+therefore decoded in small pieces. A piece that cannot be made small is scanned field by field before it is decoded.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from google.protobuf.descriptor_pb2 import DescriptorProto
 from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.varint import read_varint
 
-# Whatever is in so many bytes, protobuf needs 30 MB for it at most.
+# Protobuf needs at most 30 MB for a message of this many bytes, whatever its content.
 _SMALL = 256 * 1024
-# A field counts as one, a message as four: with all that protobuf needs for one, this many take about 250 MB.
+# A field counts as one and a message as four, in proportion to their memory. This many take about 250 MB.
 _MOST, _MESSAGE = 4_000_000, 4
-# An element of a packed field takes a byte on the wire, and eight when it is built.
+# An element of a packed field takes at least one byte on the wire, and eight once decoded.
 _PACKED_BYTES = 8
 
-# Of one request: points, of which a fifth is taken and the rest refused by metric; resources, scopes and metrics.
+# Per request: points (at most a fifth is accepted, the rest is rejected by metric), and resources, scopes and metrics.
 _MOST_POINTS, _MOST_METRICS = 1_000_000, 400_000
 
-# Values, keys and brackets of JSON: so many take about 210 MB, and 7 s of one core (November 2026).
+# JSON values, keys and brackets: this many take about 210 MB, and 7 s of one core (November 2026).
 _MOST_WORDS = 1_000_000
 _DEEPEST = 200
 _TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _PIECE = 1024 * 1024
-# With this bit a square bracket is a curly one.
+# Setting this bit turns a square bracket into a curly one.
 _SQUARE, _OPENS, _CLOSES = 0x20, ord("{"), ord("}")
 
 _RESOURCE_METRICS = 0x0A
@@ -40,19 +40,19 @@ _NUMBER, _BYTES, _GROUPS, _FIXED = 0, 2, (3, 4), {1: 8, 5: 4}
 
 _SMALLER = "send smaller requests (a collector: send_batch_max_size; a gRPC or HTTP exporter: its batch size)"
 
-# What a message's fields hold, by tag: a message, or None for packed numbers.
+# The fields of a message that need a closer look, by tag: a nested message, or None for packed numbers.
 _Fields: TypeAlias = Mapping[int, "_Fields | None"]
 
 
 def pieces(body: bytes, message: type[Any]) -> Iterator[bytes]:
-    """A request in pieces that are requests too; none of them costs much to read.
+    """Splits a request into smaller requests that are each cheap to decode.
 
     Args:
         body: the request.
-        message: what it is read as; its field 1 is the ResourceMetrics.
+        message: the class that decodes it; its field 1 holds the ResourceMetrics.
 
     Raises:
-        TooLarge: it would cost too much.
+        TooLarge: decoding it would cost too much.
     """
     if len(body) <= _SMALL:
         yield body
@@ -74,7 +74,7 @@ def pieces(body: bytes, message: type[Any]) -> Iterator[bytes]:
         if resources > _MOST_METRICS:
             check_counts(metrics=resources)
         position = after
-    yield _checked(body[start:], message)  # also what is malformed, or of another version: protobuf decides
+    yield _checked(body[start:], message)  # malformed bytes and unknown fields too: protobuf judges them
 
 
 def _checked(body: bytes, message: type[Any]) -> bytes:
@@ -83,14 +83,14 @@ def _checked(body: bytes, message: type[Any]) -> bytes:
 
 
 def check_counts(*, points: int = 0, metrics: int = 0) -> None:
-    """Checks what was found in a request so far.
+    """Checks the counts of a request so far.
 
     Args:
         points: data points.
         metrics: resources, scopes and metrics.
 
     Raises:
-        TooLarge: there is too much.
+        TooLarge: a count is over its limit.
     """
     if points > _MOST_POINTS:
         raise TooLarge(f"more than {_MOST_POINTS} points in one request: {_SMALLER}")
@@ -99,14 +99,14 @@ def check_counts(*, points: int = 0, metrics: int = 0) -> None:
 
 
 def check_parts(body: bytes, message: type[Any]) -> None:
-    """Checks how much protobuf will build of a serialized message; what is malformed is left to it.
+    """Checks how much memory protobuf needs for a serialized message; malformed parts are left for protobuf to report.
 
     Args:
         body: the message.
         message: its class.
 
     Raises:
-        TooLarge: too much.
+        TooLarge: it has too many fields.
     """
     if len(body) <= _SMALL:
         return
@@ -116,7 +116,7 @@ def check_parts(body: bytes, message: type[Any]) -> None:
         start, end, fields = inside.pop()
         try:
             left = _walk(body, start, end, fields, inside, left)
-        except IndexError:  # protobuf stops there too; what came before it was built
+        except IndexError:  # protobuf stops here too; the fields before this point are counted
             continue
     if left < 0:
         raise TooLarge(f"more than {_MOST} fields in one request: {_SMALLER}")
@@ -125,7 +125,7 @@ def check_parts(body: bytes, message: type[Any]) -> None:
 def _walk(
     body: bytes, position: int, end: int, fields: _Fields, inside: list[tuple[int, int, _Fields]], left: int
 ) -> int:
-    """Counts the fields of a message, and notes the messages in it; returns how much is left of what is allowed."""
+    """Counts the fields of a message and queues its nested messages; returns the remaining allowance."""
     while position < end and left >= 0:
         tag, position = body[position], position + 1
         if tag >= 0x80:
@@ -148,14 +148,14 @@ def _walk(
             position += _FIXED[kind]
         elif kind == _NUMBER:
             _, position = read_varint(body, position)
-        elif kind not in _GROUPS:  # what is in a group of others counts as if it were ours
+        elif kind not in _GROUPS:  # fields in an unknown group count like known ones
             break
     return left
 
 
 @cache
 def _fields(descriptor: Any) -> _Fields:
-    """The fields of a message, and of the messages in it, of which more is built than their bytes."""
+    """Returns the fields, also of nested messages, that take more memory decoded than on the wire."""
     every: dict[str, dict[int, Any]] = {}
 
     def of(each: Any) -> dict[int, Any]:
@@ -176,21 +176,21 @@ def _fields(descriptor: Any) -> _Fields:
 
 
 def check_json(body: bytes) -> None:
-    """Checks how much will be built of JSON.
+    """Checks how much memory decoding a JSON request needs.
 
     Raises:
-        TooLarge: too much.
-        Malformed: it is nested too deep.
+        TooLarge: it has too many values.
+        Malformed: it is nested too deeply.
     """
     words = sum(map(body.count, (b"{", b"[", b",", b":")))
     if words > _MOST_WORDS:
         raise TooLarge(f"more than {_MOST_WORDS} values in one request in JSON: {_SMALLER}")
     if words > _DEEPEST and _depth(body) > _DEEPEST and _depth(_TEXT.sub(b"", body)) > _DEEPEST:
-        raise Malformed(f"JSON nested deeper than {_DEEPEST}: OTLP is not")
+        raise Malformed(f"JSON nested deeper than {_DEEPEST} levels is not OTLP")
 
 
 def _depth(body: bytes) -> int:
-    """How deep brackets are nested, those in texts too."""
+    """Returns the maximum nesting depth of brackets, including brackets inside strings."""
     deepest = depth = 0
     for start in range(0, len(body), _PIECE):
         letters = np.frombuffer(body, np.uint8, min(_PIECE, len(body) - start), start) | _SQUARE

@@ -1,4 +1,4 @@
-"""Raw: the points of one request in columns, before anything is decided about them."""
+"""Columns: the points of one request in columns, before they are checked."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from esper_otel.gateway.receive.request import (
 from esper_otel.leyline.senders import Label, is_valid
 from esper_otel.schema import METRICS
 
-# What a scope's metrics are: anybody's, the frames of our exporter, or what it says beside them.
+# Kinds of scopes: those of other senders, the frames of our exporter, and the metrics on its own health.
 OTHERS, FRAMES, HEALTH = range(3)
 _SCOPES = {"esper_otel": FRAMES, "esper_otel.health": HEALTH}
 
-# What a metric is.
+# Levels of metrics.
 STEP, SEED, SESSION = range(3)
 _LEVELS = {"step": STEP, "seed": SEED, "session": SESSION}
 _KNOWN = {metric.name: _LEVELS[metric.level] for metric in METRICS}
 
-# What a point holds.
+# Contents of a point: a value, nothing, or the end of its stream.
 A_VALUE, NOTHING, AN_END = range(3)
 
 
 def scope_of(name: str) -> int:
-    """What the metrics of a scope of this name are."""
+    """Returns the kind of the scope with this name."""
     return _SCOPES.get(name, OTHERS)
 
 
 class MetricPoints(NamedTuple):
-    """One metric of a request, whose points are taken one by one."""
+    """One metric of a request whose points are checked one by one."""
 
     sender: PointSender
     scope: int
@@ -50,16 +50,16 @@ class MetricPoints(NamedTuple):
     level: int
 
 
-# What stands in the columns for one point.
+# The entries of one point in the columns.
 Row: TypeAlias = tuple[int, int, int, float, int]
 
 
 class PointColumns(NamedTuple):
-    """Points, one an entry, in the order in which they stand in the request.
+    """Points, one per entry, in the order of the request.
 
     Attributes:
-        metric: places in ``RawPoints.metrics``.
-        label: places in ``RawPoints.labels``.
+        metric: indices into ``RawPoints.metrics``.
+        label: indices into ``RawPoints.labels``.
         times: Unix nanoseconds.
         values: the values.
         holds: ``A_VALUE``, ``NOTHING`` or ``AN_END``.
@@ -73,7 +73,7 @@ class PointColumns(NamedTuple):
 
     @classmethod
     def empty(cls, count: int) -> PointColumns:
-        """Room for so many points, none of which holds anything yet."""
+        """Returns columns for ``count`` points that hold nothing yet."""
         return cls(
             np.zeros(count, np.int32),
             np.zeros(count, np.int32),
@@ -83,13 +83,13 @@ class PointColumns(NamedTuple):
         )
 
     def set(self, position: int, row: Row) -> None:
-        """Fills in one point."""
+        """Writes one point."""
         metric, label, times, values, holds = self
         metric[position], label[position], times[position], values[position], holds[position] = row
 
 
 class RawPoints:
-    """What both decoders fill in: metrics, labels, and how many points were refused with their metric."""
+    """Metrics, labels and counts of rejected points, collected by both decoders."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -101,7 +101,7 @@ class RawPoints:
         self._parts = 0
 
     def note_parts(self, count: int) -> None:
-        """Counts resources, scopes or metrics.
+        """Adds to the count of resources, scopes and metrics.
 
         Raises:
             TooLarge: there are too many in this request.
@@ -112,7 +112,7 @@ class RawPoints:
     def metric(
         self, sender: PointSender | str, scope: int, name: str, count: int, *, is_number: bool = True, is_delta: bool
     ) -> int | None:
-        """The place of a metric whose points are to be looked at; None when all of them are refused.
+        """Adds a metric and returns its index, or None if all of its points are rejected.
 
         Raises:
             TooLarge: there are too many points in this request.
@@ -121,12 +121,12 @@ class RawPoints:
         check_counts(points=self.points)
         level = _KNOWN.get(name)
         is_plain = is_number and not is_delta and self.taken + count <= self.limits.points
-        if level is not None and is_plain and not isinstance(sender, str):  # as nearly always
+        if level is not None and is_plain and not isinstance(sender, str):  # the usual case
             self.taken += count
             self.metrics.append(MetricPoints(sender, scope, name, level))
             return len(self.metrics) - 1
         if level is None and scope != OTHERS:
-            level = STEP  # a user's own metric; only ours can stand in these scopes
+            level = STEP  # a metric that the user defined: only our exporter uses these scopes
         reason = ""
         if isinstance(sender, str):
             reason = sender
@@ -151,5 +151,5 @@ class RawPoints:
         return len(self.metrics) - 1
 
     def label(self, label: Label) -> int:
-        """The place of a label."""
+        """Returns the index of a label, which is added if it is new."""
         return self.labels.setdefault(label, len(self.labels))

@@ -1,4 +1,4 @@
-"""Decoding: a request's points, each judged once, as blocks that can become frames."""
+"""Decoder: checks each point of a request once and groups the points into blocks that can become frames."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ from esper_otel.leyline.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
 
-# Places in a column of verdicts; 0 is none.
+# A verdict is an index into this tuple; 0 means that the point is accepted.
 _REASONS = ("", NO_TIME, WRONG_TIME, INVALID_TEXT, TOO_MANY_ATTRIBUTES, NO_SEED, NO_VALUE)
 
 
 class Decoder:
-    """Decodes requests; remembers what it has seen of attributes and Resources.
+    """Decodes requests; caches attributes and Resources.
 
-    Threads: one at a time.
+    Threads: not thread-safe; use it from one thread at a time.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -61,33 +61,33 @@ class Decoder:
         self._templates = Templates(lambda body: _judged(*self._fast.columns(body)))
 
     def decode(self, body: bytes) -> DecodedRequest:
-        """A serialized ExportMetricsServiceRequest.
+        """Decodes a serialized ExportMetricsServiceRequest.
 
         Raises:
-            Malformed: the bytes are none.
+            Malformed: the bytes are not such a request.
         """
         return self._templates.read(body)
 
     def decode_json(self, body: bytes) -> DecodedRequest:
-        """A request in OTLP's JSON.
+        """Decodes a request in OTLP's JSON encoding.
 
         Raises:
-            Malformed: the bytes are none.
+            Malformed: the bytes are not such a request.
         """
         return self.decode(protobuf_of_json(body))
 
 
 def decode_plain(body: bytes, limits: Limits | None = None) -> DecodedRequest:
-    """What ``Decoder.decode`` returns, found out point by point.
+    """Returns the same as ``Decoder.decode``, but decodes point by point.
 
     Raises:
-        Malformed: the bytes are no request.
+        Malformed: the bytes are not a request.
     """
     return _judged(*plain_columns(body, limits or Limits()))
 
 
 class _Labels(NamedTuple):
-    """The labels of a request in columns."""
+    """The labels of a request, in columns."""
 
     all: list[Label]
     seeds: tuple[str, ...]
@@ -108,7 +108,7 @@ class _Labels(NamedTuple):
         )
 
     def has_owners(self) -> bool:
-        """Whether a point says itself which run or rank it belongs to."""
+        """Returns whether any point's own attributes name its run or rank."""
         return any(label.run_id or label.rank >= 0 for label in self.all)
 
 
@@ -141,7 +141,7 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
 
 
 def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """For each point, why it is not taken: a place in ``_REASONS``. The first reason that applies counts."""
+    """Returns, for each point, the index in ``_REASONS`` of the first reason to reject it; 0 if there is none."""
     times = columns.times
     verdict = np.zeros(len(times), np.uint8)
     has_no_value = columns.holds == NOTHING
@@ -163,9 +163,9 @@ def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint
 def _beside(
     raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]
 ) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...]]:
-    """What is said beside the frames: the ends of seeds' streams, and of runs.
+    """Returns what does not belong to frames: the ends of seeds' streams, and the ends of runs.
 
-    The ends that our own exporter sends are for databases: its frames say themselves which seeds live.
+    The stream ends from our own exporter are meant for databases and ignored here: its frames list the live seeds.
     """
     markers: dict[Marker, None] = {}
     ended: dict[RunEnd, None] = {}
@@ -182,7 +182,7 @@ def _beside(
 
 
 def _owner(sender: PointSender, label: Label) -> PointSender:
-    """Who a point comes from: what it says itself counts more than its Resource."""
+    """Returns the sender of a point: the point's own attributes override those of its Resource."""
     if label.run_id:
         sender = sender._replace(run=replace(sender.run, run_id=label.run_id))
     if label.rank >= 0:
@@ -201,10 +201,10 @@ def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[Poi
     streams = (seed + 1) * len(name_places) + name[columns.metric]
     values = columns.values
     looks_absent = values.view(np.uint64) == ABSENT_BITS
-    if looks_absent.any():  # a NaN that was sent is not a missing cell
+    if looks_absent.any():  # this NaN was sent as a value; it must not look like an empty cell
         values = np.where(looks_absent, np.nan, values)
     owners, owner = _owners(raw, columns, labels)
-    # A step metric that names a seed is a part of something, as one with attributes that nobody knows.
+    # A step metric with a seed id is one part of a total, like a metric with attributes that are unknown here.
     further = labels.further[columns.label] + (~is_seed & (said >= 0))
     is_mixed = further.any()
     names = tuple(name_places)
@@ -216,7 +216,7 @@ def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[Poi
         times = columns.times[mine]
         if not len(times):
             continue
-        # Of two points of one stream the one with the fewest further attributes comes first, and counts.
+        # If a stream has two points, the one with the fewest further attributes sorts first and is used.
         order = np.lexsort((further[mine], times)) if is_mixed else np.argsort(times, kind="stable")
         is_ours = bool(ours[columns.metric[mine]].any()) if has_others else True
         points = (streams[mine][order], times[order], values[mine][order])
@@ -225,7 +225,7 @@ def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[Poi
 
 
 def _owners(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[list[PointSender], npt.NDArray[np.int64]]:
-    """Whose the points are: the senders, and for each point its place among them."""
+    """Returns the senders, and for each point the index of its sender."""
     place: dict[PointSender, int] = {}
     if not labels.has_owners():
         of_metric = [place.setdefault(metric.sender, len(place)) for metric in raw.metrics]
@@ -233,7 +233,7 @@ def _owners(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[lis
     pairs = columns.metric.astype(np.int64) * len(labels.all) + columns.label
     distinct, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
     of_pair = np.empty(len(distinct), np.int64)
-    for number in np.argsort(first).tolist():  # as they come in the request: labels are numbered as each decoder likes
+    for number in np.argsort(first).tolist():  # in order of the request, because the decoders number labels differently
         metric, label = divmod(int(distinct[number]), len(labels.all))
         of_pair[number] = place.setdefault(_owner(raw.metrics[metric].sender, labels.all[label]), len(place))
     return list(place), of_pair[inverse]

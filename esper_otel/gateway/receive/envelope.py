@@ -1,8 +1,8 @@
-"""Envelope: a request whose large parts stay bytes, so that protobuf checks the rest without unpacking them.
+"""Envelope: a request whose large parts stay serialized, so that protobuf checks the rest without unpacking them.
 
 ``Envelope`` is ExportMetricsServiceRequest with three fields declared as ``bytes``: a ResourceMetrics' resource, a
-Metric's gauge and its sum. What is kept as bytes is read later; protobuf, which must have the last word on what is
-well formed, then reads it at the depth at which it stands: nesting too deep in the request is too deep there too.
+Metric's gauge and its sum. These fields are decoded later. They are then wrapped at their original nesting depth, so
+that protobuf applies the same checks, including its limit on nesting, as it would to the whole request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from esper_otel.varint import field_head
 
 _OPAQUE = {("ResourceMetrics", "resource"), ("Metric", "gauge"), ("Metric", "sum")}
 
-# Field numbers on the way from the request to what stays bytes.
+# Field numbers on the path from the request to the fields that stay serialized.
 _RESOURCE_METRICS = _RESOURCE = 1
 _SCOPE_METRICS = _METRICS = 2
 _DATA = {"gauge": 5, "sum": 7}
@@ -54,11 +54,11 @@ Envelope = _envelope()
 
 
 def read_resource(resource: bytes) -> resource_pb2.Resource:
-    """A resource that an envelope kept as bytes.
+    """Decodes a resource that an envelope kept as bytes.
 
     Raises:
-        Malformed: it is none.
-        TooLarge: it would cost too much.
+        Malformed: the bytes are not a resource.
+        TooLarge: decoding them would cost too much.
     """
     check_parts(resource, resource_pb2.Resource)
     request = read_request(field(_RESOURCE_METRICS, field(_RESOURCE, resource)))
@@ -66,11 +66,11 @@ def read_resource(resource: bytes) -> resource_pb2.Resource:
 
 
 def read_data(kind: str, payload: bytes) -> metrics_pb2.Gauge | metrics_pb2.Sum:
-    """A gauge or sum that an envelope kept as bytes.
+    """Decodes a gauge or sum that an envelope kept as bytes.
 
     Raises:
-        Malformed: it is none.
-        TooLarge: it would cost too much.
+        Malformed: the bytes are not a gauge or sum.
+        TooLarge: decoding them would cost too much.
     """
     check_parts(payload, metrics_pb2.Gauge if kind == "gauge" else metrics_pb2.Sum)
     content = payload
@@ -81,15 +81,15 @@ def read_data(kind: str, payload: bytes) -> metrics_pb2.Gauge | metrics_pb2.Sum:
 
 
 def read_points(records: Iterable[bytes]) -> list[metrics_pb2.NumberDataPoint]:
-    """Points, given with their tags and lengths.
+    """Decodes points that are given with their tags and lengths.
 
     Raises:
-        Malformed: one is none.
-        TooLarge: they would cost too much.
+        Malformed: one of them is not a point.
+        TooLarge: decoding them would cost too much.
     """
     return list(read_data("gauge", b"".join(records)).data_points)
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A field of bytes or of a message, serialized: tag, length, content."""
+    """Serializes a field that holds bytes or a message: its tag, length and content."""
     return field_head(number, len(content)) + content

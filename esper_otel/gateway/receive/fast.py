@@ -1,4 +1,4 @@
-"""The fast decoder: numpy over the bytes of a request. It agrees with the plain one, always, or leaves it the work."""
+"""The fast decoder: numpy on the bytes of a request. Requests it cannot decode exactly go to the plain decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esper_otel.gateway.receive.plain import is_delta, plain_columns, plain_row
 from esper_otel.gateway.receive.request import Malformed, PointSender
 from esper_otel.leyline.senders import Label
 
-# What is remembered of earlier requests: attributes and Resources come again and again.
+# Bounds of the caches: the same attributes and Resources occur in many requests.
 _MOST_LABELS, _MOST_LABEL_BYTES = 50_000, 16 * 1024 * 1024
 _MOST_SENDERS = 2_000
 _LONGEST_REMEMBERED = 2_048
@@ -26,7 +26,7 @@ _LONGEST_REMEMBERED = 2_048
 class FastDecoder:
     """Reads requests into columns.
 
-    Threads: one at a time.
+    Threads: not thread-safe; use it from one thread at a time.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -36,11 +36,11 @@ class FastDecoder:
         self._senders: dict[bytes, PointSender | str] = {}
 
     def columns(self, body: bytes) -> tuple[RawPoints, PointColumns]:
-        """The points of a request, in columns, and what the columns' numbers stand for.
+        """Returns a request's points in columns, and the metrics and labels that the columns refer to.
 
         Raises:
-            Malformed: the bytes are no request.
-            TooLarge: it would cost too much.
+            Malformed: the bytes are not a request.
+            TooLarge: decoding it would cost too much.
         """
         raw = RawPoints(self._limits)
         request = _Request(raw)
@@ -50,12 +50,12 @@ class FastDecoder:
         return raw, request.columns(_Places(self, raw))
 
     def _read(self, body: bytes, request: _Request, raw: RawPoints) -> bool:
-        """Adds the metrics of a request; False if it has to be left to the plain decoder."""
+        """Adds the metrics of a request; returns False if the plain decoder must decode it."""
         try:
             envelope = Envelope.FromString(body)
         except DecodeError as error:
-            raise Malformed(f"no ExportMetricsServiceRequest: {error}") from None
-        # An equal size proves that nothing came twice: protobuf would have joined two gauges, an envelope keeps one.
+            raise Malformed(f"not an ExportMetricsServiceRequest: {error}") from None
+        # An equal size proves that no field occurred twice: protobuf merges two gauges, but an envelope keeps only one.
         if envelope.ByteSize() != len(body):
             return False
         raw.note_parts(len(envelope.resource_metrics))
@@ -73,7 +73,7 @@ class FastDecoder:
                             request.add(sender, scope, metric.name, "sum", metric.sum)
                         case None:
                             pass
-                        case _:  # packed numbers, of which the size proves nothing
+                        case _:  # packed numbers: for these an equal size proves nothing
                             return False
         return True
 
@@ -88,7 +88,7 @@ class FastDecoder:
         return sender
 
     def label(self, attributes: bytes) -> Label:
-        """What the serialized attributes of a point mean."""
+        """Returns the label that a point's serialized attributes stand for."""
         label = self._labels.get(attributes)
         if label is None:
             (point,) = read_points([field(POINTS, attributes)])
@@ -103,7 +103,7 @@ class FastDecoder:
 
 
 class _Places(dict[bytes, int]):
-    """Where the labels of serialized attributes stand in one request; found out when first asked."""
+    """Maps serialized attributes to the index of their label in one request; filled in on first use."""
 
     def __init__(self, decoder: FastDecoder, raw: RawPoints) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _Places(dict[bytes, int]):
 
 
 class _Chunk(NamedTuple):
-    """Records of one length that follow each other in one metric; the first one's place among all points."""
+    """Consecutive records of equal length in one metric; ``first`` is the index of the first one among all points."""
 
     records: bytes
     metric: int
@@ -125,7 +125,7 @@ class _Chunk(NamedTuple):
 
 
 class _Request:
-    """The metrics of one request, added one after the other, then read together."""
+    """The metrics of one request: added one by one, then read together."""
 
     def __init__(self, raw: RawPoints) -> None:
         self._raw = raw
@@ -137,7 +137,7 @@ class _Request:
         """Adds a metric.
 
         Raises:
-            Malformed: the payload is no gauge or sum.
+            Malformed: the payload is not a gauge or sum.
         """
         found = records.find(payload, is_sum=kind == "sum")
         if found is None:
@@ -150,7 +150,7 @@ class _Request:
             return
         place = self._raw.metric(sender, scope, name, found.points, is_delta=found.is_delta)
         if place is None:
-            read_data(kind, payload)  # a request with a malformed part is refused as a whole, whatever becomes of it
+            read_data(kind, payload)  # a malformed part invalidates the whole request, even a part that is not used
             return
         for start, size, count in found.runs:
             of_run = payload if size * count == len(payload) else payload[start : start + size * count]
@@ -158,10 +158,10 @@ class _Request:
             self._count += count
 
     def columns(self, places: _Places) -> PointColumns:
-        """All points, in the order of the request.
+        """Returns all points, in the order of the request.
 
         Raises:
-            Malformed: a point is none.
+            Malformed: a point cannot be decoded.
         """
         columns = PointColumns.empty(self._count)
         for size, chunks in self._chunks.items():
@@ -169,7 +169,7 @@ class _Request:
             body = bodies[0] if len(bodies) == 1 else b"".join(bodies)
             rows = np.frombuffer(body, np.uint8).reshape(-1, size)
             number = np.array(counts)
-            # The first place of each chunk, and 0, 1, 2, ... within it.
+            # The target index of each row: the first index of its chunk plus its position within the chunk.
             begins = np.cumsum(number) - number
             where = np.arange(len(rows)) + np.repeat(np.array(firsts) - begins, number)
             columns.metric[where] = np.repeat(np.array(metrics, np.int32), number)

@@ -1,4 +1,4 @@
-"""Inflate: gzip bodies are unpacked within bounds, at a cost that follows from their bytes."""
+"""Inflate: unpacks gzip bodies, with limits on the size of the content."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _ALWAYS_BYTES, _MOST_TIMES = 1024 * 1024, 200
 
 
 def inflated(body: bytes, most_bytes: int = MAX_REQUEST_BYTES) -> bytes:
-    """The content of a gzip body of one or more members, unpacked no further than ``most_bytes``.
+    """Unpacks a gzip body of one or more members, up to ``most_bytes``.
 
-    What it unpacks to is bounded by its own length too, so that a few bytes cannot cost much. Steps that are all the
-    same become 120 times as long.
+    The limit also depends on the length of the body, so that a small body cannot expand to a huge one. (Identical
+    steps, which compress best, expand by a factor of 120.)
 
     Raises:
-        Malformed: it is no gzip, or was cut short.
-        TooLarge: there is more in it.
+        Malformed: the body is not gzip, or was cut short.
+        TooLarge: its content is larger than the limit.
     """
     parts: list[bytes] = []
     left = most_bytes = min(most_bytes, _ALWAYS_BYTES + _MOST_TIMES * len(body))
@@ -29,12 +29,12 @@ def inflated(body: bytes, most_bytes: int = MAX_REQUEST_BYTES) -> bytes:
         if unpacking is None:
             unpacking, members = zlib.decompressobj(_GZIP), members + 1
             if members > _MOST_MEMBERS:
-                raise TooLarge(f"more than {_MOST_MEMBERS} gzip members: compress each request as one")
-        piece, rest = rest[:_PIECE], rest[_PIECE:]  # what is behind a member is copied, so it must be short
+                raise TooLarge(f"more than {_MOST_MEMBERS} gzip members: compress each request as one member")
+        piece, rest = rest[:_PIECE], rest[_PIECE:]  # zlib copies the bytes after a member, so keep the pieces short
         try:
             part = unpacking.decompress(piece, left + 1)
         except zlib.error as error:
-            raise Malformed(f"the body is no gzip: {error}") from None
+            raise Malformed(f"the body is not gzip: {error}") from None
         if len(part) > left:
             raise TooLarge(f"more than {most_bytes} bytes when unpacked, from {len(body)}: send smaller requests")
         parts.append(part)

@@ -1,4 +1,4 @@
-"""OTLP's JSON, by protobuf's own reader of JSON: unknown fields are ignored, enums may be names or numbers."""
+"""OTLP's JSON encoding, parsed by protobuf. Unknown fields are ignored; enums may be names or numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from esper_otel.gateway.receive.bounds import check_json
 from esper_otel.gateway.receive.request import Malformed
 
-# Nobody reads them here. The ids of exemplars are hexadecimal, which is not protobuf's JSON.
+# These fields are not used here. Exemplars would also fail to parse: their ids are hexadecimal, not base64.
 _UNREAD = frozenset(
     {
         *("exemplars", "bucketCounts", "explicitBounds", "quantileValues"),
@@ -24,7 +24,7 @@ _LONGEST_ERROR = 250
 
 
 class _Text(str):
-    """A long text. An error repeats the wrong value once for each level of nesting: this one is shortened there."""
+    """A long text, shortened in error messages, which repeat a wrong value once for each level of nesting."""
 
     __slots__ = ()
 
@@ -33,18 +33,18 @@ class _Text(str):
 
 
 class _Object(dict[str, Any]):
-    """A JSON object, shortened in errors as well."""
+    """A JSON object, shortened in error messages like long texts."""
 
     def __format__(self, spec: str) -> str:
         return short(dict(self))
 
 
 def protobuf_of_json(body: bytes) -> bytes:
-    """The same request in protobuf.
+    """Converts a JSON request to protobuf.
 
     Raises:
         Malformed: it is not JSON, or a field has a wrong value; the message names the field.
-        TooLarge: it would cost too much.
+        TooLarge: decoding it would cost too much.
     """
     check_json(body)
     try:
@@ -52,7 +52,7 @@ def protobuf_of_json(body: bytes) -> bytes:
         return ParseDict(content, ExportMetricsServiceRequest(), ignore_unknown_fields=True).SerializeToString()
     except (ParseError, ValueError, TypeError, OverflowError) as error:
         text = str(error)
-        text = text[max(0, text.rfind("Failed to parse ")) :]  # the innermost field; the error names all around it
+        text = text[max(0, text.rfind("Failed to parse ")) :]  # the innermost field
         raise Malformed(f"not an OTLP request in JSON: {text[:_LONGEST_ERROR].rstrip('.')}") from None
 
 

@@ -1,4 +1,4 @@
-"""The plain decoder: protobuf and a loop. What the fast one does not understand, and what tests compare it with."""
+"""The plain decoder: protobuf and a loop. It decodes what the fast decoder cannot; tests compare the two."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from esper_otel.gateway.receive.request import Malformed, PointSender
 
 
 def read_request(body: bytes) -> ExportMetricsServiceRequest:
-    """The request.
+    """Decodes a request.
 
     Raises:
-        Malformed: the bytes are none.
+        Malformed: the bytes are not a request.
     """
     try:
         request: ExportMetricsServiceRequest = ExportMetricsServiceRequest.FromString(body)
     except DecodeError as error:
-        raise Malformed(f"no ExportMetricsServiceRequest: {error}") from None
+        raise Malformed(f"not an ExportMetricsServiceRequest: {error}") from None
     return request
 
 
 def plain_columns(body: bytes, limits: Limits) -> tuple[RawPoints, PointColumns]:
-    """The points of a request, in columns, and what the columns' numbers stand for.
+    """Returns a request's points in columns, and the metrics and labels that the columns refer to.
 
     Raises:
-        Malformed: the bytes are no request.
-        TooLarge: it would cost too much.
+        Malformed: the bytes are not a request.
+        TooLarge: decoding it would cost too much.
     """
     raw = RawPoints(limits)
     rows: list[Row] = []
@@ -70,12 +70,12 @@ def _rows(raw: RawPoints, sender: PointSender | str, scope: int, metric: Metric)
 
 
 def is_delta(data: object) -> bool:
-    """Whether a metric's points say what was added since the one before."""
+    """Returns whether each point of a metric holds only the change since the previous point."""
     return isinstance(data, Sum) and data.aggregation_temporality == AGGREGATION_TEMPORALITY_DELTA
 
 
 def plain_row(metric: int, point: NumberDataPoint, raw: RawPoints) -> Row:
-    """What goes into the columns for one point."""
+    """Returns the entries of one point in the columns."""
     label = raw.label(label_of(point.attributes, raw.limits))
     if point.flags & DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK:
         return metric, label, point.time_unix_nano, 0.0, AN_END

@@ -1,8 +1,8 @@
-"""Records: points of serialized gauges and sums, found and read in bulk.
+"""Points: finds and reads the points of serialized gauges and sums in bulk.
 
-A record is a point with its tag and length. Records of one length mostly have one layout: the first one's tags and
-lengths are compared with those of all others, at once; where they are equal, time and value are columns. Whatever
-differs is left to protobuf.
+A record is a point with its tag and length. Records of equal length usually share a layout: the tags and lengths of
+the first record are compared with those of all others at once. Where they match, times and values are read as columns.
+Records that differ are left to protobuf.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FIXED = (_START, _TIME, _DOUBLE, _INTEGER)
 
 
 class RecordRun(NamedTuple):
-    """Records of one length that follow each other."""
+    """Consecutive records of equal length."""
 
     start: int
     size: int
@@ -50,7 +50,7 @@ class MetricRecords(NamedTuple):
 
 
 def find(payload: bytes, *, is_sum: bool) -> MetricRecords | None:
-    """The records of a serialized gauge or sum; None when it has to be left to protobuf."""
+    """Finds the records of a serialized gauge or sum; returns None if protobuf must decode it."""
     end = len(payload)
     if 2 <= end < 0x82 and payload[0] == _POINT and payload[1] == end - 2:
         return MetricRecords([RecordRun(0, end, 1)], 1, is_delta=False)
@@ -86,7 +86,7 @@ def find(payload: bytes, *, is_sum: bool) -> MetricRecords | None:
 
 
 def _repeats(payload: bytes, start: int, size: int, head: int) -> int:
-    """How many records with the same tag and length follow each other, the one at ``start`` included."""
+    """Counts the consecutive records with the same tag and length, including the one at ``start``."""
     room = (len(payload) - start) // size
     header = payload[start : start + head]
     position = start
@@ -105,13 +105,13 @@ def _repeats(payload: bytes, start: int, size: int, head: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Where the parts of a record stand.
+    """The positions of the parts of a record.
 
     Attributes:
-        fixed: the places of tags, lengths and flags, which must be the same in all records.
-        fields: a structured type with ``time`` and ``value``, as far as the record has them.
-        holds: what the records hold.
-        labels: the attributes' first and last byte.
+        fixed: positions of tags, lengths and flags, which must be the same in all records.
+        fields: a structured type with ``time`` and ``value``, or only those that the record has.
+        holds: ``A_VALUE``, ``NOTHING`` or ``AN_END``.
+        labels: the range of bytes of the attributes.
     """
 
     fixed: list[int]
@@ -121,7 +121,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(record: bytes) -> Layout | None:
-    """The layout of a record; None when there is something unusual in it."""
+    """Returns the layout of a record, or None if it contains something unusual."""
     head = 2 if record[1] < 0x80 else 3
     fixed, places = list(range(head)), dict[int, int]()
     attributes_start = attributes_end = 0
@@ -174,7 +174,7 @@ def _holding(places: dict[int, int], flags: int) -> int:
 
 
 class RecordColumns(NamedTuple):
-    """Columns of some records: what they hold is the same in all of them."""
+    """Columns of records that all hold the same: values, nothing, or ends of streams."""
 
     places: Places
     times: npt.NDArray[np.uint64] | None
@@ -187,11 +187,11 @@ _MOST_LAYOUTS = 8
 
 
 def read(records: Bytes, label: Callable[[bytes], int]) -> tuple[list[RecordColumns], Places]:
-    """What records of one length say, and the places of those that are left to protobuf.
+    """Reads records of equal length; returns columns, and the positions of records that are left to protobuf.
 
     Args:
         records: shape (records, length).
-        label: gives the number of serialized attributes.
+        label: returns the label index for serialized attributes.
     """
     read_so_far: list[RecordColumns] = []
     places = np.arange(len(records))

@@ -1,4 +1,4 @@
-"""Reading: bodies are decoded, small ones at once, large ones in a thread and one at a time."""
+"""Reading: decodes small bodies at once, and large ones in a thread, one at a time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.receive.inflate import inflated
 from esper_otel.gateway.receive.request import DecodedRequest, Malformed, PointBlock, TooLarge
 
-# A body of so many bytes is decoded within some milliseconds, whatever is in it; JSON takes longer than protobuf.
+# A body of up to this size is decoded within a few milliseconds, whatever its content. JSON is slower than protobuf.
 _SMALL, _SMALL_JSON = 32 * 1024, 8 * 1024
-# A gzip body of so many bytes is unpacked at once, to see whether what is in it is small.
+# A gzip body of up to this size is unpacked at once, to see whether its content is small.
 _SMALL_GZIP = 4 * 1024
 
 
 class Reader:
     """Decodes requests.
 
-    Threads: that of one event loop, and one of its own.
+    Threads: it is used from the thread of one event loop, and starts one of its own.
 
     Args:
-        limits: what senders may cost.
-        prepare: is called with what was decoded in the thread, to find out there what takes long.
+        limits: limits on senders.
+        prepare: called in the thread with each decoded block, to do slow work outside the event loop.
     """
 
     def __init__(self, limits: Limits | None, prepare: Callable[[PointBlock], None]) -> None:
@@ -35,10 +35,10 @@ class Reader:
         self._is_free = asyncio.Lock()
 
     def read(self, body: bytes, *, is_json: bool) -> DecodedRequest:
-        """A request, decoded at once.
+        """Decodes a request at once.
 
         Raises:
-            Malformed, TooLarge: it is none that can be taken.
+            Malformed, TooLarge: the request cannot be accepted.
         """
         return self._decoder.decode_json(body) if is_json else self._decoder.decode(body)
 
@@ -46,10 +46,10 @@ class Reader:
     async def reading(
         self, body: bytes, *, is_json: bool, is_gzip: bool
     ) -> AsyncIterator[tuple[bytes, DecodedRequest]]:
-        """A request, unpacked, and what it says. Of large ones the next waits until the block is left.
+        """Yields the unpacked body and the decoded request. While the block of a large one runs, other large ones wait.
 
         Raises:
-            Malformed, TooLarge: it is none that can be taken.
+            Malformed, TooLarge: the request cannot be accepted.
         """
         if is_gzip and len(body) <= _SMALL_GZIP:
             body, is_gzip = inflated(body), False
@@ -70,11 +70,11 @@ class Reader:
             for block in decoded.blocks:
                 self._prepare(block)
         except (Malformed, TooLarge) as error:
-            body = b""  # a traceback that somebody keeps would keep what was unpacked
+            body = b""  # drop the unpacked bytes: a traceback that is kept would keep them alive
             raise error.with_traceback(None) from None
         return body, decoded
 
     def close(self) -> None:
-        """Ends the thread; what it still decodes is of no use."""
+        """Stops the thread without waiting for a request that is still being decoded."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What a request says: points in columns, and what was said beside them."""
+"""Requests: the decoded content of a request, and the reasons for rejecting points."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esper_otel.errors import EsperOtelError
 from esper_otel.frames.frame import Run
 from esper_otel.leyline import senders
 
-# Why a point was not taken. These words go into answers and counters.
+# Reasons for rejecting a point. These texts appear in answers and counters.
 NO_NAME = "no metric name"
 UNKNOWN_METRIC = "unknown metric"
 NOT_A_NUMBER = "neither gauge nor sum"
@@ -35,22 +35,22 @@ REASONS = (
 )
 
 
-# 2000-01-01 and 2100-01-01: whose clock says something else has none.
+# 2000-01-01 and 2100-01-01: a time outside this range comes from a clock that is not set.
 EARLIEST_UNIX_NS = 946_684_800 * 10**9
 LATEST_UNIX_NS = 4_102_444_800 * 10**9
 
 
-# How many metrics are named with each reason, and how much of a name is shown.
+# How many metrics are named with each reason, and how many characters of a name are shown.
 _MOST_NAMES, _NAME_LENGTH = 5, 64
 OTHER_METRICS = "others"
 
 
 class RejectedPoints:
-    """Points that were not taken: how many for each reason, and of which metrics they are, of the first few.
+    """Counts of rejected points by reason, and for each reason by metric (the first few metrics only).
 
     Attributes:
         counts: points by reason.
-        metrics: by reason, points by metric; those of further metrics stand under ``OTHER_METRICS``.
+        metrics: by reason, points by metric; points of further metrics are counted under ``OTHER_METRICS``.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class RejectedPoints:
         self.metrics: dict[str, Counter[str]] = {}
 
     def add(self, reason: str, metric: str, count: int) -> None:
-        """Notes points of a metric, whose name may be anything."""
+        """Adds points of a metric; its name may contain any characters."""
         self.counts[reason] += count
         of_reason = self.metrics.setdefault(reason, Counter())
         name = "".join(character if character.isprintable() else "?" for character in metric[:_NAME_LENGTH])
@@ -66,20 +66,20 @@ class RejectedPoints:
 
 
 class Malformed(EsperOtelError):
-    """A request that is no ExportMetricsServiceRequest."""
+    """The request is not an ExportMetricsServiceRequest."""
 
 
 class TooLarge(EsperOtelError):
-    """A request is larger, or would cost more, than any may."""
+    """The request is larger, or would cost more to decode, than is allowed."""
 
 
 class PointSender(NamedTuple):
-    """Who sent something, as its Resource says, or its point's own attributes.
+    """The sender of points, from the attributes of the Resource or of the point itself.
 
     Attributes:
-        run: the run and the rank. Without ``esper.run.id`` the run is called by ``service.instance.id``, else by
-            ``service.name``, else ``unknown``; attempt 0 when the Resource does not say it.
-        process: instance, host and process id: two processes that claim one rank differ here.
+        run: the run and the rank. The run id is ``esper.run.id``, else ``service.instance.id``, else ``service.name``,
+            else ``unknown``; the attempt is 0 if the Resource does not give one.
+        process: instance, host and process id; tells apart two processes that claim the same rank.
     """
 
     run: Run
@@ -87,17 +87,17 @@ class PointSender(NamedTuple):
 
 
 class PointBlock(NamedTuple):
-    """Points of one sender that can become frames, in the order of their times; of equal times, as they came.
+    """Points of one sender that can become frames, ordered by time; points with equal times keep their order.
 
     Attributes:
-        sender: whose they are.
+        sender: the sender of the points.
         names: metric names of the request.
         seeds: seed ids of the request, sorted.
-        streams: which stream a point belongs to: ``(seed + 1) * len(names) + name``, where seed is a place in
-            ``seeds``, -1 for step metrics, and name one in ``names``.
+        streams: the stream of each point: ``(seed + 1) * len(names) + name``, where ``seed`` is an index into
+            ``seeds`` (-1 for step metrics) and ``name`` an index into ``names``.
         times: Unix nanoseconds.
         values: the values.
-        is_ours: whether some are of our instrumentation scope.
+        is_ours: whether some points come from our instrumentation scope.
     """
 
     sender: PointSender
@@ -113,10 +113,10 @@ class Marker(NamedTuple):
     """The end of a stream of a seed.
 
     Attributes:
-        sender: whose seed it is.
+        sender: the sender of the seed.
         name: the metric.
         seed: the seed's id.
-        time_unix_ns: from when on the stream has no value.
+        time_unix_ns: time from which the stream has no value.
     """
 
     sender: PointSender
@@ -126,22 +126,22 @@ class Marker(NamedTuple):
 
 
 class RunEnd(NamedTuple):
-    """A run's rank says that it has ended, and how."""
+    """A rank's report that it has ended, with the outcome."""
 
     sender: PointSender
     outcome: str
 
 
 class DecodedRequest(NamedTuple):
-    """One request.
+    """A decoded request.
 
     Attributes:
         blocks: points that can become frames, by sender.
         markers: ends of seeds' streams.
         ended: ranks that have ended.
-        points: all points of the request, rejected ones too.
-        rejected: how many points were not taken, by reason.
-        metrics: by reason, how many of which metrics, of the first few.
+        points: number of points in the request, including rejected ones.
+        rejected: number of rejected points, by reason.
+        metrics: by reason, number of rejected points by metric (the first few metrics only).
     """
 
     blocks: tuple[PointBlock, ...]

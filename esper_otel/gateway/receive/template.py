@@ -1,8 +1,8 @@
-"""Template: requests of one step, sent again and again, differ in their times and values only.
+"""Template: avoids decoding requests that differ from an earlier one only in their times and values.
 
-Of the second request of a length it is learnt where each point's time and value stand in its bytes. A request whose
-other bytes are the same needs no decoding then. That the places are right is proven once, by decoding the request with
-every time and value changed.
+From the second request of a given length, the positions of all times and values in its bytes are learnt. A later
+request whose other bytes are the same need not be decoded. The positions are verified once: the request is decoded
+with every time and value changed, and the results are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from esper_otel.frames.frame import ABSENT_BITS
 from esper_otel.gateway.receive.request import EARLIEST_UNIX_NS, LATEST_UNIX_NS, DecodedRequest, PointBlock
 
-# A point's time and value as our exporter and others write them: side by side, each behind its tag.
+# The time and value of a point as common exporters write them: adjacent, each after its tag.
 _TIME, _DOUBLE = b"\x19", 0x21
 _PAIR_BYTES = 18
 
@@ -25,12 +25,12 @@ _LONGEST = 16 * 1024
 
 
 class Template:
-    """Reads requests that are alike.
+    """Reads requests that have the same length and layout.
 
     Args:
         body: a request.
-        places: where each point's time begins, its tag included.
-        block: what it was decoded to.
+        places: position of each point's time, starting at its tag.
+        block: the points decoded from ``body``.
     """
 
     def __init__(self, body: bytes, places: list[int], block: PointBlock) -> None:
@@ -44,7 +44,7 @@ class Template:
         self._block = block
 
     def read(self, body: bytes) -> DecodedRequest | None:
-        """The request, if it is one of these."""
+        """Reads a request; returns None if it does not match the template."""
         content = np.frombuffer(body, np.uint8)
         if not np.array_equal(content & self._keep, self._fixed):
             return None
@@ -61,7 +61,7 @@ class Template:
 class Templates:
     """The templates of a decoder.
 
-    Threads: one at a time.
+    Threads: not thread-safe; use them from one thread at a time.
 
     Args:
         decode: decodes any request.
@@ -72,7 +72,7 @@ class Templates:
         self._of_length: dict[int, list[Template]] = {}
 
     def read(self, body: bytes) -> DecodedRequest:
-        """The request, decoded."""
+        """Decodes a request, with a template if one matches."""
         known = self._of_length.get(len(body))
         if known is not None:
             for template in known:
@@ -109,7 +109,7 @@ class Templates:
 
 
 def _places(body: bytes, time_unix_ns: int) -> list[int]:
-    """Where a time stands with a value behind it."""
+    """Returns the positions where this time occurs, followed by a value."""
     pattern = _TIME + time_unix_ns.to_bytes(8, "little")
     places = []
     place = body.find(pattern)
@@ -121,7 +121,7 @@ def _places(body: bytes, time_unix_ns: int) -> list[int]:
 
 
 def _changed(body: bytes, places: list[int], time_unix_ns: int) -> bytes:
-    """The request with another time, and with values that are all different."""
+    """Returns the request with another time and with values that all differ."""
     content = bytearray(body)
     for number, place in enumerate(places):
         content[place + 1 : place + 9] = time_unix_ns.to_bytes(8, "little")

@@ -102,7 +102,7 @@ def test_without_the_flag_there_is_no_page() -> None:
     [
         (["--http", "0.0.0.0:0", "--insecure"], "for this machine"),
         (["--http", "none"], "for this machine"),
-        (["--pull-tokens", "{tokens}"], "cannot show a token"),
+        (["--pull-tokens", "{tokens}"], "cannot send a token"),
     ],
 )
 def test_where_the_page_cannot_be_safe_it_is_refused(options: list[str], message: str, tmp_path: Path) -> None:
