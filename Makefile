@@ -28,7 +28,8 @@ LENGTHY := $(addprefix --ignore tests/,gateway/store/test_kill.py gateway/serve/
 	gateway/rebuild/test_guessed.py attack flow/test_churn.py flow/test_fork.py flow/test_faults.py \
 	flow/test_interrupt.py flow/test_greenlets.py flow/test_same_curve.py flow/test_time.py flow/test_widths.py report \
 	flow/test_torchrun.py session/test_attempts.py flow/test_killed.py flow/test_weather.py flow/test_outage.py \
-	frames/test_records.py integrations/test_run.py integrations/test_loaders.py demo/test_command.py \
+	frames/test_records.py integrations/test_run.py integrations/test_loaders.py \
+	integrations/test_compiled.py integrations/test_sharded.py gateway/rebuild/test_restarted.py demo/test_command.py \
 	test_fuzz_files.py frames/test_black_box.py test_deploy.py test_examples.py oona/test_publisher.py test_project.py) \
 	--deselect tests/integrations/test_lightning.py::test_several_ranks_are_one_run \
 	--deselect tests/integrations/test_transformers.py::test_several_ranks_are_one_run_and_the_curve_is_the_same \
@@ -51,7 +52,7 @@ test: $(VENV)/.installed-dev ## run the tests; ARGS="-k seeds"
 	@$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that pyproject.toml allows
-	@$(LOWEST)/bin/python -m pytest -m "not collector" $(LENGTHY) $(SIDE_BY_SIDE) $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -m "not collector" $(LENGTHY) --numprocesses 3 --dist worksteal $(ARGS)
 
 test-wheel: build ## install the built wheel alone, without torch, and try it
 	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)
