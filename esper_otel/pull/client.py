@@ -1,4 +1,4 @@
-"""TamiyoClient: pulls the steps of training runs from a gateway. For asyncio, see ``esper_otel.pull.aio``."""
+"""TamiyoClient: pulls the steps of training runs from a gateway. For asyncio, see ``esper_otel.aio``."""
 
 from __future__ import annotations
 
