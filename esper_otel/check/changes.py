@@ -36,30 +36,30 @@ def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str]
     if changed:
         before, after = sent[changed[0]], came[changed[0]]
         is_replaced = isinstance(before, float) and not math.isfinite(before)
-        fix = "replaces what is not finite" if is_replaced else "changes values"
+        fix = "replaces values that are not finite" if is_replaced else "changes values"
         yield Difference(f"{changed[0]} was {_compared(before, after)}, in {where}", f"a processor on the way {fix}")
     if more and more[0].startswith("seed "):
         yield Difference(
-            f"{more[0]} is alive in {where}, although its life has ended", "a filter drops esper.seed.retired"
+            f"{more[0]} is still alive in {where}, although it was retired", "a filter drops esper.seed.retired"
         )
     if more:
-        what = f"{more[0]} was not recorded, and came as {came[more[0]]}, in {where}"
+        what = f"{more[0]} was not recorded, and arrived as {came[more[0]]}, in {where}"
         yield Difference(what, "something on the way adds metrics, or fills gaps")
 
 
 def _of_renamed(old: str, new: str, where: str) -> Difference:
     (metric, _, seed), (other_metric, _, other_seed) = old.partition(" of seed "), new.partition(" of seed ")
     if metric == other_metric:
-        what = f"seed {seed} came as seed {other_seed}, in {where}"
+        what = f"seed {seed} arrived as seed {other_seed}, in {where}"
         return Difference(what, "a transform on the way changes the attribute seed_id of the points")
-    return Difference(f"{old} came as {new}, in {where}", "a transform on the way renames metrics")
+    return Difference(f"{old} arrived as {new}, in {where}", "a transform on the way renames metrics")
 
 
 def _of_lost(lost: Sequence[str], sent: Mapping[str, float | str], where: str) -> Difference:
     values = [sent[name] for name in lost]
     if all(isinstance(value, float) and not math.isfinite(value) for value in values):
         what = f"{lost[0]} was {values[0]} and did not arrive, in {where}"
-        return Difference(what, "something on the way drops what is not finite")
+        return Difference(what, "something on the way drops values that are not finite")
     fix = "a filter on the way drops it, or a limit of series"
     if all(" of seed " in name or name.startswith("seed ") for name in lost):
         fix += ", or a grouping takes the attribute seed_id from the points"
@@ -79,12 +79,12 @@ def of_times(sent: Collection[tuple[int, int]], came: Collection[tuple[int, int]
     for unit, size in _UNITS.items():
         cut = {(time_ns + more) // size * size for time_ns in times for more in (0, size // 2)}
         if all(time_ns in cut for _, time_ns in odd):
-            what = f"the times of steps came cut to {unit}, and were sent to the nanosecond"
+            what = f"the times of steps were cut to {unit}, and were sent to the nanosecond"
             yield Difference(what, f"{fix}; steps within one such unit become one")
     away_ns = odd[0][1] - min(time_ns for rank, time_ns in sent if rank == odd[0][0])
     if {*came} == {(rank, time_ns + away_ns) for rank, time_ns in sent}:
-        yield Difference(f"the times of all steps came {away_ns / 1e9:+.9f} s away from what was sent", fix)
-    yield Difference(f"a step of rank {odd[0][0]} came with a time that none was sent with: {odd[0][1]} ns", fix)
+        yield Difference(f"the times of all steps arrived {away_ns / 1e9:+.9f} s away from what was sent", fix)
+    yield Difference(f"a step of rank {odd[0][0]} arrived with a time that no step was sent with: {odd[0][1]} ns", fix)
 
 
 def steps_in_words(steps: Sequence[int]) -> str:
@@ -110,4 +110,4 @@ def _compared(before: float | str, after: float | str) -> str:
     """Shows both values with few digits, or in full if they would look the same."""
     short = [f"{value:.6g}" if isinstance(value, float) else value for value in (before, after)]
     one, other = short if short[0] != short[1] else (before, after)
-    return f"{one} and came as {other}"
+    return f"{one} and arrived as {other}"

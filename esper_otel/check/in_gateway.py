@@ -43,8 +43,8 @@ def at_gateway(back: ReadBack, marked: MarkedRun, sent_s: float) -> CheckStage:
     return CheckStage(
         where,
         True,
-        f"{len(mine)} steps of {RANKS} ranks came whole after {delay_s:.2f} s: numbers, ranks and seeds as sent, times "
-        "to the nanosecond, values as precise as packets are (float32), NaN as NaN, missing values still missing",
+        f"{len(mine)} steps of {RANKS} ranks arrived complete after {delay_s:.2f} s: numbers, ranks and seeds as sent, "
+        "times to the nanosecond, values as precise as packets are (float32), NaN as NaN, missing values still missing",
     )
 
 
@@ -84,7 +84,7 @@ def _of_nothing(client: TamiyoClient, run_id: str, timeout_s: float) -> Differen
             f"esper.run.id did not arrive: the gateway calls the run {other!r}", _OF_RESOURCE.format("esper.run.id")
         )
     return Difference(
-        f"nothing of run {run_id} has come within {timeout_s:g} s, though the endpoint took it",
+        f"nothing of run {run_id} arrived within {timeout_s:g} s, though the endpoint took it",
         "see the log of what stands between, a collector's exporter otlp_grpc/esper for instance; a processor that "
         "drops metrics, holds them back (interval) or deletes esper.run.id does this, too",
     )
@@ -108,7 +108,7 @@ def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Diffe
     for sent, came in pairs:
         if sent.step != came.step:
             yield Difference(
-                f"step {sent.step} came as step {came.step}",
+                f"step {sent.step} arrived as step {came.step}",
                 "a filter on the way drops esper.global_step, or a transform changes it",
             )
     lost = [each for each in mine if (each.rank, each.state.timestamp_ns) not in at]
@@ -119,7 +119,9 @@ def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Diffe
         others = sorted({came.state.current_epoch for _, came in pairs} - {EPOCH})
         if others == [0]:
             yield _of_points("esper.epoch", mine, found, of_epoch)
-        yield Difference(f"esper.epoch was {EPOCH} and came as {others[-1]}", "a processor on the way changes values")
+        yield Difference(
+            f"esper.epoch was {EPOCH} and arrived as {others[-1]}", "a processor on the way changes values"
+        )
     for sent, came in pairs:
         yield from differences(_facts(sent), _facts(came), f"step {sent.step}")
     yield from _of_incomplete(pairs)
@@ -127,7 +129,9 @@ def _faults(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Diffe
         if came.state.seed_states != sent.state.seed_states or came.state.packet_id != sent.state.packet_id:
             yield Difference(f"step {sent.step} is not the one that was sent", "a processor on the way changes values")
     if any(each.writer for each in found):
-        yield Difference("steps of one process came as those of two", "something on the way sends steps twice, changed")
+        yield Difference(
+            "steps of one process arrived as those of two", "something on the way sends steps twice, changed"
+        )
 
 
 def _of_points(name: str, mine: Sequence[Packets], found: Sequence[Packets], having: Sequence[Packets]) -> Difference:
@@ -170,18 +174,18 @@ def _of_run(mine: Sequence[Packets], found: Sequence[Packets]) -> Iterator[Diffe
     attempt = mine[0].attempt
     for each in found:
         if each.attempt != attempt:
-            how = f"was {attempt} and came as {each.attempt}" if each.attempt else "did not arrive"
+            how = f"was {attempt} and arrived as {each.attempt}" if each.attempt else "did not arrive"
             yield Difference(f"esper.run.attempt {how}", fix.format("esper.run.attempt"))
     ranks, came = {each.rank for each in mine}, {each.rank for each in found}
     times = {each.state.timestamp_ns: each.rank for each in mine}
     for each in found:
         rank = times.get(each.state.timestamp_ns, each.rank)
         if rank != each.rank:
-            yield Difference(f"a step of rank {rank} came as one of rank {each.rank}", fix.format("esper.rank"))
+            yield Difference(f"a step of rank {rank} arrived as one of rank {each.rank}", fix.format("esper.rank"))
     if came != ranks:
         said = ", ".join(map(str, sorted(came)))
         yield Difference(
-            f"steps of ranks 0 and 1 were sent, and those of rank {said} have come",
+            f"steps of ranks 0 and 1 were sent, but only those of rank {said} arrived",
             f"{fix.format('esper.rank')}, or one rank is dropped or sent elsewhere",
         )
     experiment = mine[0].state.experiment_name

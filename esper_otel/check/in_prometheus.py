@@ -39,7 +39,7 @@ def at_prometheus(back: ReadBack, marked: MarkedRun, sent_s: float, *, has_it: b
         return CheckStage(
             where,
             False,
-            f"nothing of run {marked.run_id} has come within {back.timeout_s:g} s; look between {between}",
+            f"nothing of run {marked.run_id} arrived within {back.timeout_s:g} s; look between {between}",
             "Prometheus must be started with --web.enable-otlp-receiver, or scrape the collector; their logs say more",
         )
     if fault is not None:
@@ -51,11 +51,15 @@ def _praise(sent: Samples, found: list[Any], delay_s: float) -> str:
     came = _samples(found)
     labels = next(series["metric"] for series in found if series["metric"]["__name__"] == _LOSS)
     count = len({key.metric for key in came})
-    message = f"{count} metrics came after {delay_s:.2f} s, NaN as NaN, missing values still missing"
+    message = f"{count} metrics arrived after {delay_s:.2f} s, NaN as NaN, missing values still missing"
     message += (
-        "; names with units, as rules and dashboards of `stock` expect" if _has_suffixes(found) else "; names as ours"
+        "; names with units, as rules and dashboards of `stock` expect"
+        if _has_suffixes(found)
+        else "; names as in the catalogue"
     )
-    message += ", labels run_id and rank" if {"run_id", "rank"} <= labels.keys() else ", the run only in instance"
+    message += (
+        ", labels run_id and rank" if {"run_id", "rank"} <= labels.keys() else ", the run only in the label instance"
+    )
     if _is_scraped(sent, came):
         message += "; scraped: the newest value at the time of the scrape, not every step"
     return message
@@ -154,7 +158,7 @@ def _of_ranks(sent: set[int], came: set[int]) -> Iterator[Difference]:
     if not sent <= came:
         said = ", ".join("unknown" if rank < 0 else str(rank) for rank in sorted(came))
         yield Difference(
-            f"steps of ranks 0 and 1 were sent, and those of rank {said} have come",
+            f"steps of ranks 0 and 1 were sent, but only those of rank {said} arrived",
             "a processor on the way deletes or changes esper.rank or service.instance.id of the Resource",
         )
 

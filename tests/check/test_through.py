@@ -66,7 +66,7 @@ def test_the_shipped_stack_lets_everything_through(stack: Stack) -> None:
         status, stages = checked(f"http://{agent.grpc}", *asking(stack))
     assert status == 0, stages["Prometheus"]
     assert "NaN as NaN, missing values still missing" in stages["gateway"]["message"]
-    assert "names as ours, labels run_id and rank" in stages["Prometheus"]["message"]
+    assert "names as in the catalogue, labels run_id and rank" in stages["Prometheus"]["message"]
 
 
 def test_a_stock_prometheus_is_understood(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_stock_prometheus_is_understood(tmp_path: Path) -> None:
         status, stages = checked("http://unused:1", "--prometheus", f"http://{prometheus.address}", environ=environ)
     assert status == 0, stages["Prometheus"]
     assert "`stock`" in stages["Prometheus"]["message"]
-    assert "the run only in instance" in stages["Prometheus"]["message"]
+    assert "the run only in the label instance" in stages["Prometheus"]["message"]
 
 
 TRANSFORM = """
@@ -95,8 +95,8 @@ processors:
     ("context", "statement", "message"),
     [
         ("metric", 'set(metric.name, "cost") where metric.name == "loss"', "there is no loss"),
-        ("datapoint", 'set(datapoint.value_double, 0.0) where metric.name == "gradient_norm"', "came as 0"),
-        ("datapoint", 'set(datapoint.value_double, 0.5) where metric.name == "loss"', "came as 0.5"),
+        ("datapoint", 'set(datapoint.value_double, 0.0) where metric.name == "gradient_norm"', "arrived as 0"),
+        ("datapoint", 'set(datapoint.value_double, 0.5) where metric.name == "loss"', "arrived as 0.5"),
         ("metric", 'set(metric.name, "took") where metric.name == "step_latency_ms"', "was renamed on the way"),
     ],
 )
