@@ -150,7 +150,7 @@ def test_a_gateway_that_is_away_is_waited_for_and_no_longer(monkeypatch: pytest.
             assert (run.ended, run.stored, run.first_step, run.last_step) == ("completed", 10, 1, 10)
         with RunningGateway("--grpc", address):
             trained(address, "restarted", monkeypatch)
-            with pytest.raises(StaleCursor, match="another life"):
+            with pytest.raises(StaleCursor, match="an earlier store"):
                 client.pull("restarted", first.cursor)
 
 

@@ -121,7 +121,7 @@ def test_clients_authority_is_replaced_on_both_ports_or_on_none(tmp_path: Path) 
         assert (admitted(old), admitted(new)) == ((False, False), (True, True))
         trusted.write_bytes(b"not a certificate")
         assert (admitted(old), admitted(new)) == ((False, False), (True, True))
-    assert "stay in force on both ports" in gateway.said
+    assert "stay in use on both ports" in gateway.said
 
 
 def asked_as(gateway: RunningGateway, method: str, path: str, host: str) -> int:
