@@ -71,4 +71,4 @@ def test_a_rank_that_watches_alone_leaves_the_norm_out_and_says_why(tmp_path: Pa
     recorded, weights = watched.splitlines()
     assert recorded == str([(True, False)] * 4)
     assert [weights] == other.splitlines()
-    assert errors.count("gradient_norm is left out: the gradients are shards of FSDP2") == 1
+    assert errors.count("gradient_norm is left out: the gradients are FSDP2 shards") == 1
