@@ -16,8 +16,8 @@ RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-he
 # In environments of their own, which uv keeps in its cache.
 TOOL := $(UV) tool run --quiet --python $(RUN)
 
-# Most tests wait for something: two at a time take half as long. ARGS="-n 0" runs them one by one.
-SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist worksteal
+# Most tests wait for something: three at a time keep two cores busy. ARGS="-n 0" runs them one by one.
+SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
 
 # What takes long and does not hang on versions: left out of test-lowest.
 LENGTHY := $(addprefix --ignore tests/,gateway/store/test_kill.py gateway/serve/test_live_page.py \
@@ -52,7 +52,7 @@ test: $(VENV)/.installed-dev ## run the tests; ARGS="-k seeds"
 	@$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that pyproject.toml allows
-	@$(LOWEST)/bin/python -m pytest -m "not collector" $(LENGTHY) --numprocesses 3 --dist worksteal $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -m "not collector" $(LENGTHY) $(SIDE_BY_SIDE) $(ARGS)
 
 test-wheel: build ## install the built wheel alone, without torch, and try it
 	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)

@@ -190,7 +190,7 @@ def test_nothing_can_be_sent_to_a_replay(stored: Stored) -> None:
     ("arguments", "message"),
     [
         (["{folder}", "nobody"], "runs there: stored"),
-        (["{folder}/nowhere", "stored"], "is not there"),
+        (["{folder}/nowhere", "stored"], "not found"),
         (["{folder}", "stored", "--inject", "rain"], "rain: known are gap, nan, late, resume"),
         (["{folder}", "stored", "--speed", "-1"], "not a number of at least 0"),
         (["{folder}", "stored", "--threshold", "hook=1"], "hook_budget"),
