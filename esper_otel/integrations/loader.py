@@ -144,7 +144,7 @@ class Feed:
         self._asking = self._current = now
         self._asked_on = thread
         if now is not before:
-            if before is not None and before.is_unused and not (self._was_training and self._is_open(before)):
+            if before is not None and before.is_unused and not self._may_go_on(before):
                 self._waiting.discard()
         elif now.has_gotten and not now.has_worked:
             self._look_ahead(now)
@@ -223,6 +223,10 @@ class Feed:
                 self._passes = {key: each for key, each in self._passes.items() if each.taker() is not None}
             self._passes[id(taker)] = known = _Pass(taker)
         return known
+
+    def _may_go_on(self, before: _Pass) -> bool:
+        """Whether a step may still use the pass's last batches: it goes on, or its gradients add up over its end."""
+        return self._was_training and (self._is_open(before) or before.number is not None)
 
     def _is_open(self, each: _Pass | None) -> bool:
         taker = None if each is None else each.taker()

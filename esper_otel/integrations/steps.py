@@ -60,7 +60,7 @@ class Steps:
         self._feed = feed
         self._model = model
         self._known: list[weakref.ref[Any]] = [weakref.ref(each) for each in optimizers]
-        self._last: weakref.ref[Any] | None = None
+        self._last_index = 0  # of the optimizer that stepped last
         self._stepped_s: float | None = None
         self._before: Gradient | None = None
         self._batches = 0
@@ -100,14 +100,14 @@ class Steps:
             return None
 
     def _before_step(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        self._index_of(optimizer)
+        index = self._index_of(optimizer)
         if self.loop.has_stepped:
             if self._stepped_s is not None:
                 self.loop.stop_at(self._stepped_s)
             self.end()
             if self._stepped_s is not None:
                 self.loop.go_on(self._stepped_s)
-        self._last = weakref.ref(optimizer)
+        self._last_index = index
         self._feed.steps()
         closure = named.get("closure", arguments[1] if len(arguments) > 1 else None)
         if not callable(closure):
@@ -164,8 +164,8 @@ class Steps:
 
     def end(self) -> None:
         """Records the step if the optimizer has stepped."""
-        if self.loop.has_stepped and len(self._known) > 1 and self._last is not None:
-            self.loop.put({"esper.optimizer.index": self._index_of(self._last())})
+        if self.loop.has_stepped and len(self._known) > 1:
+            self.loop.put({"esper.optimizer.index": self._last_index})
         self.loop.end(epoch=self._feed.epoch)
 
     def _followed(self, optimizer: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
