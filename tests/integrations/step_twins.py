@@ -92,12 +92,12 @@ def plain(run: Run) -> None:
 
 def closures(run: Run) -> None:
     model = run.model()
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+    optimizer: Any = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
     for inputs, targets in run.over([optimizer]):
 
         def closure(inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> torch.Tensor:
             optimizer.zero_grad()
-            loss = (model(inputs) - targets).square().mean()
+            loss: torch.Tensor = (model(inputs) - targets).square().mean()
             loss.backward()
             return loss
 
