@@ -95,9 +95,9 @@ def closures(run: Run) -> None:
     optimizer: Any = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
     for inputs, targets in run.over([optimizer]):
 
-        def closure(inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> torch.Tensor:
+        def closure(inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> Any:
             optimizer.zero_grad()
-            loss: torch.Tensor = (model(inputs) - targets).square().mean()
+            loss: Any = (model(inputs) - targets).square().mean()
             loss.backward()
             return loss
 
