@@ -17,8 +17,8 @@ from esper_otel.testing import MemoryCollector
 PACKAGED = (
     *("py.typed", "schema/METRICS.md"),
     *("leyline/leyline.proto", "leyline/leyline.binpb", "leyline/messages.pyi"),
-    *("gateway/page/index.html", "gateway/page/page.css", "gateway/page/page.js"),
-    *("gateway/pull.proto", "gateway/pull.binpb", "gateway/pull_messages.pyi"),
+    *(f"gateway/serve/page/{name}" for name in ("index.html", "page.css", "page.js")),
+    *("pull/pull.proto", "pull/pull.binpb", "pull/messages.pyi"),
 )
 
 

@@ -123,4 +123,4 @@ def test_no_batch_costs_more_for_being_large() -> None:
         started_s = time.perf_counter()
         for _ in range(100):
             samples_of(batch)
-        assert (time.perf_counter() - started_s) / 100 < 1e-3
+        assert (time.perf_counter() - started_s) / 100 < 4e-3
