@@ -202,7 +202,7 @@ def _not_one(path: Path, lines: int, error: Exception) -> ConfigurationError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """A plain file, unpacked. Opening a pipe does not wait for whoever writes into it."""
+    """Opens a regular file, unpacked. Opening a pipe does not wait for its writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as raw:
         found = os.fstat(descriptor)

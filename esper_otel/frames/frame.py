@@ -169,7 +169,7 @@ class Frame(NamedTuple):
     """One step: what was recorded in it, by catalogue name, with presence.
 
     A name that is not there was not provided; a NaN is a value like any other. Treat the mappings as
-    read-only: they are shared with whoever else reads the frame.
+    read-only: they are shared with all other readers of the frame.
 
     Attributes:
         run: what all frames of this attempt have in common.
@@ -177,7 +177,7 @@ class Frame(NamedTuple):
         global_step: the step's number; goes back when training does.
         epoch: the epoch it belongs to.
         time_unix_ns: Unix time of the step in nanoseconds, strictly increasing in milliseconds.
-        names: of the step values put or measured, and of what is said of the step beside them.
+        names: of the step values put or measured, and of what we add about the step.
         numbers: their values, in the same order.
         context: step values that stay until they are replaced (validation, epochs); of a plain sender's frame, what a
             gateway has found out.

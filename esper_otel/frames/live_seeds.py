@@ -1,4 +1,4 @@
-"""Live seeds: the last known cells of each, and what a step's rows mean beside them."""
+"""Live seeds: the last known cells of each seed, and what the rows of a step change in them."""
 
 from __future__ import annotations
 
@@ -126,14 +126,14 @@ class _SettledRows:
         return True
 
     def tables(self, recorded: SeedTable, live: SeedTable) -> tuple[SeedTable, SeedTable] | None:
-        """The rows of a like step, and the live seeds after it; None for one that is not."""
+        """Returns the rows of a step that fits, and the live seeds after it; None for a step that does not fit."""
         if not self.fits(recorded):
             return None
         cells = recorded.cells
         if self._erased:
             cells = cells.copy("K")
             cells[self._erased, _ALPHA_STEPS] = ABSENT
-        table: SeedTable = tuple.__new__(SeedTable, (self._ids, cells))  # in half the time
+        table: SeedTable = tuple.__new__(SeedTable, (self._ids, cells))
         if self._present is None:
             return table, table
         after = live.cells.copy("K")

@@ -1,4 +1,4 @@
-"""Packed: frames that wait for long, in a fifth to a tenth of the memory."""
+"""Packed frames: frames that wait for a long time, pickled and compressed to a fifth to a tenth of their memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esper_otel.frames.frame import Frame
 # Pickling holds the interpreter's lock: a few hundred microseconds at a time.
 _AT_ONCE = 16
 
-# What a frame takes beside its part of the content: its place in the ring, and its size.
+# Bytes that a frame needs in addition to its share of the content: its entry in the ring, and its size.
 _BESIDE = 150
 
 

@@ -35,7 +35,7 @@ _OURS = frozenset(metric.name for metric in METRICS)
 
 @dataclasses.dataclass(slots=True)
 class StoredContext:
-    """What files say beside their frames.
+    """What files contain in addition to frames.
 
     Attributes:
         resources: of the runs in them.

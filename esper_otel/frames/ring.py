@@ -1,4 +1,4 @@
-"""Ring: the frames kept for whoever reads them, bounded by bytes, the oldest dropped first."""
+"""Ring: keeps frames for all readers, bounded by bytes; the oldest are dropped first."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Ring:
     def append(self, frame: Frame) -> None:
         """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
         number = self.last + 1
-        self._frames[number] = frame  # first: whoever sees the number finds the frame
+        self._frames[number] = frame  # first: any reader that sees the number then finds the frame
         self.last = number
         size = _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)  # as frame_bytes(), without a call in every step
         if frame.live.ids:
