@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
-from esper_otel.export.blocks import blocks
+from esper_otel.export.blocks import points_of
 from esper_otel.export.encode import BesideFrames, Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.export.transport import Outcome, Result, Sender
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import ABSENT, NARROW, Frame, Run, SeedTable
 from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, SEED_RETIRED, Metric, new_check_id
@@ -85,10 +87,11 @@ class MarkedRun:
         outcome = Outcome(Result.DELIVERED)
         for some in (slice(_FIRST_REQUEST), slice(_FIRST_REQUEST, None)):
             for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
-                for request in encoder.requests(frames[some], BesideFrames(streams.note(frames[some]))):
+                [block] = blocks_of(frames[some])
+                for request in encoder.requests([block], BesideFrames(streams.note(block))):
                     outcome = self._delivered(request.body, deadline_s)
                     streams.named(request.names)
-                    streams.settled(frames[some][-1].sequence)
+                    streams.settled(block.last)
                     if outcome.result is not Result.DELIVERED or outcome.rejected_points:
                         return outcome
         return outcome
@@ -106,13 +109,13 @@ class MarkedRun:
         """Returns the values of each series, by the time of the step in Unix milliseconds."""
         found: dict[Key, dict[int, float]] = {}
         for rank, frames in enumerate(self.frames):
-            for block in blocks(frames, BY_NAME):
-                for row, frame in enumerate(block.frames):
+            for block in blocks_of(frames):
+                points = points_of(block, BY_NAME)
+                for row, frame in enumerate(frames[block.first - 1 : block.last]):
                     time_ms = frame.time_unix_ns // _MS
-                    of_frame = {
-                        Key(name, rank, ""): value
-                        for name, value in zip(block.names, block.values[row].tolist(), strict=True)
-                    }
+                    there = points.there[row]
+                    named = zip(compress(points.names, there.tolist()), points.values[row, there].tolist(), strict=True)
+                    of_frame = {Key(name, rank, ""): value for name, value in named}
                     of_frame |= {Key(SEED_RETIRED.name, rank, seed_id): 1.0 for seed_id in frame.retired}
                     of_frame |= {
                         Key(_SEED_NAMES[field], rank, seed_id): value

@@ -24,6 +24,7 @@ from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Stream
 from esper_otel.export.transport import Outcome, Result, Sender, open_sender
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.schema import METRICS, SEED_CELLS, new_check_id
 from esper_otel.settings import EsperSettings
@@ -302,7 +303,7 @@ def _send(endpoint: Endpoint, sender: Sender) -> tuple[Outcome, float]:
     run = Run(new_check_id(), now_ns // 1_000_000, device_type="cpu")
     frame = Frame(run, 1, 1, 0, now_ns, ("loss",), (0.0,), {})
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
-    [request] = encoder.requests([frame])
+    [request] = encoder.requests(blocks_of([frame]))
     started_s = time.perf_counter()
     outcome = sender.send(request.body, endpoint.timeout_s)
     latency_ms = (time.perf_counter() - started_s) * 1e3

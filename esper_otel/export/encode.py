@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -28,10 +29,11 @@ from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetri
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel._version import __version__
-from esper_otel.export.blocks import Block, blocks
+from esper_otel.export.blocks import Points, points_of
 from esper_otel.export.gauge_points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
 from esper_otel.export.streams import Stream
-from esper_otel.frames.frame import WIDTH, Frame, Run
+from esper_otel.frames.block import Block
+from esper_otel.frames.frame import WIDTH, Run
 from esper_otel.schema import SEED_CELLS, SEED_RETIRED, Metric
 from esper_otel.varint import field_head
 
@@ -95,6 +97,9 @@ class BesideFrames(NamedTuple):
 _NOTHING_ALONG = BesideFrames()
 
 
+_NONE_RETIRED: Mapping[int, tuple[str, ...]] = MappingProxyType({})
+
+
 class _Piece(NamedTuple):
     """A part of a block that goes into one request: whole frames, or a part of a frame too large for one request.
 
@@ -105,13 +110,14 @@ class _Piece(NamedTuple):
         times: the frames' times, Unix nanoseconds.
         names: names of the step values.
         values: the step values, shape (frames, names), float64.
+        there: mask of the values that there are, same shape as ``values``.
         ids: ids of the seeds.
-        cells: the seeds' cells, shape (frames, seeds, 19), float64.
-        present: mask of the cells that have a value, same shape as ``cells``.
+        cells: the seeds' cells, shape (frames, seeds, 10 or 19), float64.
+        present: mask of the cells that there are, same shape as ``cells``.
         points: how many points the piece contains.
         size: upper bound of their serialized size in bytes.
         ends: how many frames end in this piece.
-        retired: seeds that were retired before each of the frames.
+        retired: the seeds that were retired before a frame, by its row.
         markers: serialized metrics that end series.
     """
 
@@ -119,13 +125,14 @@ class _Piece(NamedTuple):
     times: Times
     names: tuple[str, ...]
     values: npt.NDArray[np.float64]
+    there: npt.NDArray[np.bool_]
     ids: tuple[str, ...]
     cells: npt.NDArray[np.float64]
     present: npt.NDArray[np.bool_]
     points: int
     size: int
     ends: int
-    retired: tuple[str, ...] = ()
+    retired: Mapping[int, tuple[str, ...]] = _NONE_RETIRED
     markers: Sequence[bytes] = ()
 
 
@@ -170,8 +177,8 @@ class Encoder:
         self._max_points = max_points
         return True
 
-    def requests(self, frames: Iterable[Frame], along: BesideFrames = _NOTHING_ALONG) -> Iterator[Request]:
-        """Yields the frames as requests; each request is encoded when the iterator reaches it.
+    def requests(self, blocks: Iterable[Block], along: BesideFrames = _NOTHING_ALONG) -> Iterator[Request]:
+        """Yields the frames of blocks as requests; each request is encoded when the iterator reaches it.
 
         A frame is split only when it does not fit into one request. Each of its points still has the frame's time, and
         ``esper.frame.points`` counts the points of the whole frame.
@@ -183,7 +190,7 @@ class Encoder:
         parts: list[_Piece] = []
         points = size = 0
         names: set[str] = set()
-        for part in self._parts(frames, along.ended):
+        for part in self._parts(blocks, along.ended):
             if parts and not self._fits(points + part.points, size + part.size):
                 yield self._request(parts, _health(parts, along, is_end=False))
                 parts, points, size = [], 0, 0
@@ -204,58 +211,81 @@ class Encoder:
     def _fits(self, points: int, size: int) -> bool:
         return points <= self._max_points and size <= _MAX_POINTS_BYTES
 
-    def _parts(self, frames: Iterable[Frame], ended: Mapping[int, Sequence[Stream]]) -> Iterator[_Piece]:
+    def _parts(self, blocks: Iterable[Block], ended: Mapping[int, Sequence[Stream]]) -> Iterator[_Piece]:
         """Yields pieces that each fit into one request."""
-        for block in blocks(frames, self._catalogue):
-            first_frame = block.frames[0]  # only the first frame of a block may retire seeds
-            yield from self._markers(
-                first_frame.run, ended.get(first_frame.sequence, ()), time_unix_ns=first_frame.time_unix_ns
-            )
-            cell_bytes = max(largest_seed_point(block.ids), largest_seed_point(block.retired))
-            points = int(block.points.sum())
-            size = _size(len(block.frames) * len(block.names), points, cell_bytes)
-            if points <= self._max_points and size <= _MAX_POINTS_BYTES:
-                yield _some(block, 0, len(block.frames), points, size)
+        for block in blocks:
+            points = points_of(block, self._catalogue)
+            longest = max([largest_seed_point(block.ids), *map(largest_seed_point, block.retired.values())])
+            sizes = longest * points.counts + (PLAIN_BYTES - longest) * np.count_nonzero(points.there, axis=1)
+            markers = {
+                row: list(self._markers(block.run, over, time_unix_ns=int(block.times[row])))
+                for row in sorted(block.retired)
+                if (over := ended.get(block.first + row))
+            }
+            every = [piece for pieces in markers.values() for piece in pieces]
+            count = int(points.counts.sum()) + sum(piece.points for piece in every)
+            size = int(sizes.sum()) + sum(piece.size for piece in every)
+            if self._fits(count, size):
+                whole = _some(block, points, 0, block.rows, count, size)
+                yield whole._replace(markers=[marker for piece in every for marker in piece.markers])
                 continue
-            first = points = size = 0
-            for row, count in enumerate(block.points.tolist()):
-                of_frame = _size(len(block.names), count, cell_bytes)
-                if row > first and (points + count > self._max_points or size + of_frame > _MAX_POINTS_BYTES):
-                    yield _some(block, first, row, points, size)
-                    first, points, size = row, 0, 0
-                if count > self._max_points or of_frame > _MAX_POINTS_BYTES:
-                    yield from self._cut(block, row, cell_bytes)
-                    first = row + 1
-                else:
-                    points, size = points + count, size + of_frame
-            if first < len(block.frames):
-                yield _some(block, first, len(block.frames), points, size)
+            for start, stop in pairwise(sorted({0, *markers, block.rows})):
+                yield from markers.get(start, ())
+                yield from self._pieces(block, points, sizes, start, stop, longest)
 
-    def _cut(self, block: Block, row: int, cell_bytes: int) -> Iterator[_Piece]:
+    def _pieces(
+        self, block: Block, points: Points, sizes: npt.NDArray[np.int64], start: int, stop: int, longest: int
+    ) -> Iterator[_Piece]:
+        """Yields the rows from ``start`` to before ``stop`` in pieces.
+
+        Args:
+            block: the rows.
+            points: their points.
+            sizes: upper bounds of their serialized sizes, shape (rows,).
+            start: the first row.
+            stop: the row after the last one.
+            longest: size of the largest point with the id of a seed.
+        """
+        counts_to, sizes_to = (np.concatenate([[0], np.cumsum(of_rows)]) for of_rows in (points.counts, sizes))
+        while start < stop:
+            by_count = np.searchsorted(counts_to, counts_to[start] + self._max_points, "right") - 1
+            by_size = np.searchsorted(sizes_to, sizes_to[start] + _MAX_POINTS_BYTES, "right") - 1
+            end = min(int(by_count), int(by_size), stop)
+            if end == start:
+                yield from self._cut(block, points, start, longest)
+                start += 1
+                continue
+            count, size = counts_to[end] - counts_to[start], sizes_to[end] - sizes_to[start]
+            yield _some(block, points, start, end, int(count), int(size))
+            start = end
+
+    def _cut(self, block: Block, points: Points, row: int, cell_bytes: int) -> Iterator[_Piece]:
         """Splits a frame that is too large for one request; the frame ends in the last piece."""
-        frame = block.frames[row]
-        times = np.array([frame.time_unix_ns], np.uint64)
+        run, times = block.run, block.times[row : row + 1]
         pieces = []
-        for start in range(0, len(block.names), self._max_points):
-            some = slice(start, start + self._max_points)
-            names, values = block.names[some], block.values[row : row + 1, some]
-            size = len(names) * PLAIN_BYTES
-            pieces.append(_Piece(frame.run, times, names, values, (), _NO_CELLS, _NONE_PRESENT, len(names), size, 0))
-        of_seeds = np.count_nonzero(block.present[row], axis=1)
+        names = [column for column in range(len(points.names)) if points.there[row, column]]
+        for start in range(0, len(names), self._max_points):
+            some = names[start : start + self._max_points]
+            values, there = points.values[row : row + 1, some], points.there[row : row + 1, some]
+            none = ((), _NO_CELLS, _NONE_PRESENT)
+            of_some = tuple(points.names[column] for column in some)
+            pieces.append(_Piece(run, times, of_some, values, there, *none, len(some), len(some) * PLAIN_BYTES, 0))
+        of_seeds = np.count_nonzero(points.present[row], axis=1)
         most = max(int(of_seeds.max(initial=0)), 1)
         rows = max(min(self._max_points // most, _MAX_POINTS_BYTES // (most * cell_bytes)), 1) if cell_bytes else 1
         for start in range(0, len(block.ids), rows):
-            some = slice(start, start + rows)
-            cells, present = block.cells[row : row + 1, some], block.present[row : row + 1, some]
-            count = int(of_seeds[some].sum())
+            part = slice(start, start + rows)
+            cells, present = block.cells[row : row + 1, part], points.present[row : row + 1, part]
+            count = int(of_seeds[part].sum())
+            none_there = ((), _NO_VALUES, _NONE_THERE)
             size = count * cell_bytes
-            pieces.append(_Piece(frame.run, times, (), _NO_VALUES, block.ids[some], cells, present, count, size, 0))
+            pieces.append(_Piece(run, times, *none_there, block.ids[part], cells, present, count, size, 0))
         rows = max(min(self._max_points, _MAX_POINTS_BYTES // cell_bytes), 1) if cell_bytes else 1
-        for start in range(0, len(block.retired), rows):
-            over = block.retired[start : start + rows]
-            size = len(over) * cell_bytes
-            none = ((), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT)
-            pieces.append(_Piece(frame.run, times, *none, len(over), size, 0, over))
+        retired = block.retired.get(row, ())
+        for start in range(0, len(retired), rows):
+            over = retired[start : start + rows]
+            nothing = ((), _NO_VALUES, _NONE_THERE, (), _NO_CELLS, _NONE_PRESENT)
+            pieces.append(_Piece(run, times, *nothing, len(over), len(over) * cell_bytes, 0, {0: over}))
         yield from pieces[:-1]
         yield pieces[-1]._replace(ends=1)
 
@@ -286,15 +316,15 @@ class Encoder:
         points: dict[str, list[bytes]] = {}
         for part in parts:
             if part.names:
-                of_part = step_points(part.times, part.values.T)
+                of_part = step_points(part.times, part.values.T, part.there.T)
                 for name, of_metric in zip(part.names, of_part, strict=True):
                     points.setdefault(name, []).append(of_metric)
             if part.ids:
                 for column, pieces in seed_points(part.times, part.ids, part.cells, part.present).items():
                     points.setdefault(SEED_CELLS[column].name, []).extend(pieces)
-            if part.retired:
-                ones = np.ones((len(part.times), len(part.retired), 1))
-                of_retired = seed_points(part.times, part.retired, ones, ones > 0.0)
+            for row, ids in sorted(part.retired.items()):
+                ones = np.ones((1, len(ids), 1))
+                of_retired = seed_points(part.times[row : row + 1], ids, ones, ones > 0.0)
                 points.setdefault(SEED_RETIRED.name, []).extend(of_retired[0])
         return points
 
@@ -386,23 +416,24 @@ class Encoder:
 
 
 _NO_VALUES = np.empty((1, 0))
+_NONE_THERE = np.empty((1, 0), np.bool_)
 _NO_CELLS = np.empty((1, 0, WIDTH))
 _NONE_PRESENT = np.empty((1, 0, WIDTH), np.bool_)
 
 
-def _size(plain: int, points: int, cell_bytes: int) -> int:
-    """Returns an upper bound in bytes for ``points`` points: ``plain`` step points, and seed points for the rest."""
-    return plain * PLAIN_BYTES + (points - plain) * cell_bytes
-
-
-def _some(block: Block, first: int, end: int, points: int, size: int) -> _Piece:
-    """Makes a piece of whole frames of a block."""
+def _some(block: Block, points: Points, first: int, end: int, count: int, size: int) -> _Piece:
+    """Makes a piece of whole frames of a block, with the names of which there is a value."""
     some = slice(first, end)
-    times = np.array([frame.time_unix_ns for frame in block.frames[some]], np.uint64)
-    run = block.frames[first].run
-    cells, present = block.cells[some], block.present[some]
-    values, count = block.values[some], end - first
-    return _Piece(run, times, block.names, values, block.ids, cells, present, points, size, count, block.retired)
+    names, values, there = points.names, points.values[some], points.there[some]
+    used = np.logical_or.reduce(there, axis=0)
+    if not used.all():
+        names = tuple(itertools.compress(names, used.tolist()))
+        values, there = values[:, used], there[:, used]
+    cells, present = block.cells[some], points.present[some]
+    retired = {row - first: ids for row, ids in block.retired.items() if first <= row < end} if block.retired else {}
+    return _Piece(
+        block.run, block.times[some], names, values, there, block.ids, cells, present, count, size, end - first, retired
+    )
 
 
 def _frames_in(parts: Sequence[_Piece]) -> int:
@@ -416,7 +447,8 @@ def _health(parts: Sequence[_Piece], along: BesideFrames, *, is_end: bool) -> Sc
 
 def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -> _Piece:
     """Makes a piece that holds only markers."""
-    return _Piece(run, times, (), _NO_VALUES, (), _NO_CELLS, _NONE_PRESENT, len(markers), size, 0, markers=markers)
+    nothing = ((), _NO_VALUES, _NONE_THERE, (), _NO_CELLS, _NONE_PRESENT)
+    return _Piece(run, times, *nothing, len(markers), size, 0, markers=markers)
 
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:

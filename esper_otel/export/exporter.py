@@ -16,7 +16,7 @@ from esper_otel.export.source import FrameSource, LeftoverSource, LiveSource, pu
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
-from esper_otel.frames.frame import Frame
+from esper_otel.frames.block import Block
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
 from esper_otel.native import Bell, threads
@@ -124,7 +124,7 @@ class StepExporter:
         if self._spool is not None:
             self._spool.close("", is_delivered=True)
 
-    def published(self) -> Callable[[Frame], None] | None:
+    def published(self) -> Callable[[], None] | None:
         """Returns the callback to run for each published frame, or None.
 
         The thread that publishes the frame runs it once the frame is in the ring.
@@ -133,9 +133,9 @@ class StepExporter:
         if self._every_s:
             return write
 
-        def told(frame: Frame) -> None:
+        def told() -> None:
             if write is not None:
-                write(frame)
+                write()
             self._wake.set()
 
         return told
@@ -185,7 +185,6 @@ class StepExporter:
         self._adopt()
         pause_s: float | None = self._every_s or HEALTH_EVERY_S
         while self._deadline_s is None:
-            self._guarded("packing steps", self._live.pack, self._closing.is_set)
             # After a failure, a new step does not trigger an early retry.
             (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
@@ -272,35 +271,36 @@ class StepExporter:
     def _deliver(self, source: FrameSource) -> float | None:
         """Sends the source's frames. Returns how long to pause before the next attempt; None when none is left."""
         while True:
-            limit = self._at_once
-            frames, gone = source.after(limit)
+            block, gone = source.after(self._at_once)
             if gone:
                 self.dropped[source.lost] += gone
                 self._advance(source, gone)
-            if not frames:
+            if block is None:
                 return None
-            found = len(frames)
-            frames = frames[: before_a_return(frames)]
-            is_all = len(frames) == found < limit
-            for request in self._requests(source, frames):
-                pause_s = self._settled(source, request, self._sent(request.body), frames)
+            is_all = source is self._live and source.are_last(block)
+            kept = before_a_return(block)
+            if kept < block.rows:
+                block, is_all = block.part(0, kept), False
+            sent = 0
+            for request in self._requests(source, block):
+                pause_s = self._settled(source, request, self._sent(request.body), block, sent)
                 if pause_s is not None:
                     return pause_s
-                frames = frames[request.frames :]
-            if is_all and not frames and source is self._live and self._every_s and self._deadline_s is None:
+                sent += request.frames
+            if is_all and sent == block.rows and self._every_s and self._deadline_s is None:
                 return None  # frames published in the meantime are sent in the next period
 
-    def _requests(self, source: FrameSource, frames: list[Frame]) -> Iterator[Request]:
+    def _requests(self, source: FrameSource, block: Block) -> Iterator[Request]:
         """Yields the frames as requests. After an encoding error, halves the batch until the failing frame is found.
 
         That frame is dropped and counted, so that it does not block the frames after it.
         """
         try:
-            yield from source.encoder.requests(frames, self._along(source, frames))
+            yield from source.encoder.requests([block], self._along(source, block))
         except Exception as error:  # noqa: BLE001 - see above
             self._fault("encoding steps", error)
-            if len(frames) > 1:
-                self._at_once = len(frames) // 2
+            if block.rows > 1:
+                self._at_once = block.rows // 2
             else:
                 self.dropped["cannot be encoded"] += 1
                 self._advance(source, 1)
@@ -316,8 +316,18 @@ class StepExporter:
         self.latency_ms = (self._last_sent_s - started_s) * 1e3
         return outcome
 
-    def _settled(self, source: FrameSource, request: Request, outcome: Outcome, frames: list[Frame]) -> float | None:
-        """Handles the outcome of a request. Returns how long to pause before sending it again; None to continue."""
+    def _settled(
+        self, source: FrameSource, request: Request, outcome: Outcome, block: Block, settled: int
+    ) -> float | None:
+        """Handles the outcome of a request. Returns how long to pause before sending it again; None to continue.
+
+        Args:
+            source: where its frames are from.
+            request: the request.
+            outcome: the endpoint's answer.
+            block: the frames of this request and of others.
+            settled: how many of them earlier requests have settled.
+        """
         if outcome.result is Result.TOO_LARGE and source.encoder.shrink(request.points // 2):
             return 0.0
         if self._is_to_be_repeated(outcome):
@@ -334,11 +344,12 @@ class StepExporter:
             self.recovered += request.frames
         self._advance(source, request.frames)  # first, so that an error below does not send delivered frames again
         source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
-        source.run = frames[max(request.frames, 1) - 1].run
+        source.run = block.run
         self._guarded("noting an answer", self._note_answer, request, outcome)
         self._guarded("noting the series sent", source.streams.named, request.names)
         if request.frames:
-            self._guarded("noting the series ended", source.streams.settled, frames[request.frames - 1].sequence)
+            last = block.first + settled + request.frames - 1
+            self._guarded("noting the series ended", source.streams.settled, last)
         return None
 
     def _advance(self, source: FrameSource, count: int) -> None:
@@ -393,14 +404,14 @@ class StepExporter:
 
     # -- data sent in addition to the frames -------------------------------------------------------------
 
-    def _along(self, source: FrameSource, frames: list[Frame]) -> BesideFrames:
+    def _along(self, source: FrameSource, block: Block) -> BesideFrames:
         """Collects the data to send with the frames of a source. An internal error in it does not delay the frames."""
         is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
         return BesideFrames(
-            self._given("noting the series sent", {}, source.streams.note, frames),
+            self._given("noting the series sent", {}, source.streams.note, block),
             partial(self._given, "saying the counts", None, partial(self._health_of, source)),
-            all_ended if is_over and source.are_last(frames) else None,
+            all_ended if is_over and source.are_last(block) else None,
         )
 
     def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:

@@ -51,19 +51,22 @@ _PLAIN_LAYOUT = _layout(_record())
 PLAIN_BYTES = len(_PLAIN)
 
 
-def step_points(times: Times, values: npt.NDArray[np.float64]) -> list[bytes]:
+def step_points(times: Times, values: npt.NDArray[np.float64], there: npt.NDArray[np.bool_]) -> list[bytes]:
     """Returns the points of step metrics: serialized ``data_points`` of a Gauge for each metric, in the frames' order.
 
     Args:
         times: Unix nanoseconds, shape (frames,).
         values: shape (metrics, frames).
+        there: mask of the values that there are, same shape as ``values``.
     """
     wire = np.empty((*values.shape, PLAIN_BYTES), np.uint8)
     wire[:] = _PLAIN
     fields = wire.view(_PLAIN_LAYOUT)[..., 0]
     fields["time"] = times
     fields["value"] = values
-    return [of_metric.tobytes() for of_metric in wire]
+    if there.all():
+        return [of_metric.tobytes() for of_metric in wire]
+    return [of_metric[mask].tobytes() for of_metric, mask in zip(wire, there, strict=True)]
 
 
 def seed_points(

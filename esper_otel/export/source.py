@@ -6,7 +6,8 @@ Each source has a cursor, which moves past frames once they are settled: deliver
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
+from esper_otel.frames.block import Block, blocks_of
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.records import StoredContext, frames_in
 from esper_otel.frames.ring import Ring
@@ -25,7 +27,7 @@ from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000
-_MANY = 4_096  # waiting frames; above this number they are packed
+_AT_ONCE = 1_000
 _MOST_MISSING = 2**32  # frames in one gap; a larger gap is a damaged number and does not count as lost frames
 KILLED = "killed"
 
@@ -57,10 +59,10 @@ class FrameSource(Protocol):
     delivered: int
     has_said_goodbye: bool
 
-    def after(self, limit: int) -> tuple[list[Frame], int]:
+    def after(self, limit: int) -> tuple[Block | None, int]:
         """Returns up to ``limit`` next frames, and how many frames before them are gone."""
 
-    def are_last(self, frames: Sequence[Frame]) -> bool:
+    def are_last(self, block: Block) -> bool:
         """Whether these next frames are the last ones of the source."""
 
     def advance(self, count: int) -> None:
@@ -106,23 +108,18 @@ class LiveSource:
         """How many frames are not settled yet."""
         return self._ring.last - self.cursor
 
-    def pack(self, is_over: Callable[[], bool]) -> None:
-        """Compresses waiting frames in memory if there are many, as during an outage of the endpoint."""
-        if self.waiting > _MANY:
-            self._ring.pack(_MANY // 2, is_over)
-
-    def after(self, limit: int) -> tuple[list[Frame], int]:
+    def after(self, limit: int) -> tuple[Block | None, int]:
         """See ``FrameSource.after``."""
-        frames, gone = self._ring.after(self.cursor, limit)
+        block, gone = self._ring.block(self.cursor, limit)
         if gone and self._spool is not None:
             spooled = self._spool.after(self.cursor, min(limit, gone))
             if spooled:
-                return spooled, spooled[0].sequence - self.cursor - 1
-        return frames, gone
+                return next(blocks_of(spooled)), spooled[0].sequence - self.cursor - 1
+        return block, gone
 
-    def are_last(self, frames: Sequence[Frame]) -> bool:
+    def are_last(self, block: Block) -> bool:
         """See ``FrameSource.are_last``."""
-        return self.waiting == len(frames)
+        return self._ring.last == block.last
 
     def advance(self, count: int) -> None:
         """See ``FrameSource.advance``."""
@@ -165,6 +162,7 @@ class LeftoverSource:
         self._names = deque(folder.segments())
         self._reading: Iterator[Frame] = iter(())
         self._frames: deque[Frame] = deque()
+        self._delivered: list[Frame] = []  # by the session that wrote them
         self._cursor = self._last = folder.acknowledged
         self._missing = 0
 
@@ -186,31 +184,27 @@ class LeftoverSource:
     def _encoder(self) -> Encoder:
         return self._encoder_of(self._catalogue, self._stored.resources.__getitem__)
 
-    def after(self, limit: int) -> tuple[list[Frame], int]:
+    def after(self, limit: int) -> tuple[Block | None, int]:
         """See ``FrameSource.after``."""
         while len(self._frames) <= limit and self._read():
             pass
+        self._note_delivered()
         if not self._catalogue.keys() >= self._stored.metrics.keys():
             self._catalogue.update(self._stored.metrics)
             self.encoder = self._encoder()
-        frames: list[Frame] = []
-        for frame in self._frames:
-            if len(frames) == limit or (frames and frame.sequence != frames[-1].sequence + 1):
-                break
-            frames.append(frame)
-        if frames:
-            gone = frames[0].sequence - self._cursor - 1
+        if self._frames:
+            gone = self._frames[0].sequence - self._cursor - 1
             self._missing += gone
-            return frames, gone
+            return next(blocks_of(islice(self._frames, limit))), gone
         # Count a truncated frame, left by a process or file that ended in the middle of it. Also count unusable frames
         # that did not show up as a gap between sequence numbers.
         left = max(int(self._stored.is_torn), self._stored.lost - self._missing)
         self._stored.is_torn, self._missing = False, self._stored.lost
-        return [], left
+        return None, left
 
-    def are_last(self, frames: Sequence[Frame]) -> bool:
+    def are_last(self, block: Block) -> bool:
         """See ``FrameSource.are_last``."""
-        return len(self._frames) == len(frames) and not self._read()
+        return len(self._frames) == block.rows and not self._read()
 
     @property
     def skipped(self) -> int:
@@ -226,7 +220,9 @@ class LeftoverSource:
                     self._last = frame.sequence
                     return True
                 if frame.sequence <= self.folder.acknowledged:
-                    self._note_delivered(frame)
+                    self._delivered.append(frame)
+                    if len(self._delivered) == _AT_ONCE:
+                        self._note_delivered()
                 elif frame.sequence > self._last:
                     self._stored.skipped += 1
                     self._stored.lost += 1
@@ -234,15 +230,19 @@ class LeftoverSource:
                 return False
             self._reading = frames_in(self.folder.read(self._names.popleft()), self._stored)
 
-    def _note_delivered(self, frame: Frame) -> None:
-        """Notes the series of a frame that was delivered earlier, since they have not been ended yet."""
-        self.run = frame.run
+    def _note_delivered(self) -> None:
+        """Notes the series of frames that were delivered earlier, since they have not been ended yet."""
+        frames, self._delivered = self._delivered, []
+        if not frames:
+            return
+        self.run = frames[-1].run
         try:
-            self.streams.note([frame])
-            self.streams.settled(frame.sequence)
-            self.streams.named((*frame.names, *COUNTED))
+            for block in blocks_of(frames):
+                self.streams.note(block)
+                self.streams.settled(block.last)
+                self.streams.named((*block.names, *COUNTED))
         except Exception as error:  # noqa: BLE001 - the other frames must still be sent
-            self._fault("noting a step sent before", error)
+            self._fault("noting steps sent before", error)
 
     def advance(self, count: int) -> None:
         """See ``FrameSource.advance``."""

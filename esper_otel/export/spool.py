@@ -101,7 +101,7 @@ class Spool:
         """The sequence of the last frame written."""
         return self._last
 
-    def write(self, frame: Frame) -> None:
+    def write(self) -> None:
         """Writes the frame that was just published. Never waits for another thread, never raises."""
         if self._file is None or os.getpid() != self._process_id:
             return
@@ -109,7 +109,8 @@ class Spool:
             self._missed = True
             return
         try:
-            if frame.sequence == self._last + 1:
+            frame = self._ring.newest()
+            if frame is not None and frame.sequence == self._last + 1:
                 self._write(frame)
             else:
                 self._missed = True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frames.frame import WIDTH, Frame, is_absent
+from esper_otel.frames.block import Block
+from esper_otel.frames.frame import ABSENT_BITS, WIDTH
 from esper_otel.schema import SEED_CELLS
 
 # A metric's name and the attributes that distinguish its series from others of that name.
@@ -40,20 +42,22 @@ class Streams:
         """Records that the series of these step metrics were sent."""
         self._steps.update(names)
 
-    def note(self, frames: Sequence[Frame]) -> Mapping[int, Sequence[Stream]]:
+    def note(self, block: Block) -> Mapping[int, Sequence[Stream]]:
         """Records the seed series of frames that are about to be sent. A frame that is sent again may be noted again.
 
         Returns:
             The series that end with these frames, by the frame's number.
         """
-        for number in [number for number in self._ended if number < frames[0].sequence]:
+        for number in [number for number in self._ended if number < block.first]:
             self._go_on(self._ended.pop(number))  # the frame was dropped, so the ends of its series were not sent
-        for frame in frames:
-            if frame.sequence > self._noted:
-                if frame.retired:
-                    self._ended[frame.sequence] = self._ended_by(frame)
-                self._add(frame)
-                self._noted = frame.sequence
+        known = max(self._noted + 1 - block.first, 0)
+        present = block.present
+        for start, stop in pairwise(sorted({known, *(row for row in block.retired if row >= known), block.rows})):
+            if start in block.retired:
+                self._ended[block.first + start] = self._ended_by(block, start)
+            self._add(block.ids, np.logical_or.reduce(present[start:stop], axis=0))
+        if known < block.rows:
+            self._noted, self.last_unix_ns = block.last, int(block.times[-1])
         return {
             number: [stream for seed_id, columns in ended.items() for stream in _streams_of(seed_id, columns)]
             for number, ended in self._ended.items()
@@ -68,38 +72,38 @@ class Streams:
         for seed_id, columns in ended.items():
             self._seeds[seed_id] = self._seeds.get(seed_id, _NOTHING) | columns
 
-    def _add(self, frame: Frame) -> None:
-        self.last_unix_ns = frame.time_unix_ns
-        ids, cells = frame.seeds
-        if ids:
-            if ids != self._ids:
-                self._merge()
-                self._ids, self._sent = ids, ~is_absent(cells)
-            elif cells.shape == self._sent.shape:
-                self._sent |= ~is_absent(cells)
-            else:
-                self._sent = _wide(self._sent)
-                self._sent[:, : cells.shape[1]] |= ~is_absent(cells)
+    def _add(self, ids: tuple[str, ...], sent: npt.NDArray[np.bool_]) -> None:
+        if not ids:
+            return
+        if ids != self._ids:
+            self._merge()
+            self._ids, self._sent = ids, sent
+        elif sent.shape == self._sent.shape:
+            self._sent |= sent
+        else:
+            self._sent = _wide(self._sent) | _wide(sent)
 
     def _merge(self) -> None:
-        for seed_id, present in zip(self._ids, _wide(self._sent), strict=True):
-            before = self._seeds.get(seed_id)
-            self._seeds[seed_id] = present if before is None else before | present
+        wide, used = _wide(self._sent), np.logical_or.reduce(self._sent, axis=1).tolist()
+        for seed_id, present, is_used in zip(self._ids, wide, used, strict=True):
+            if is_used:
+                before = self._seeds.get(seed_id)
+                self._seeds[seed_id] = present if before is None else before | present
         self._ids, self._sent = (), self._sent[:0]
 
-    def _ended_by(self, frame: Frame) -> dict[str, npt.NDArray[np.bool_]]:
+    def _ended_by(self, block: Block, row: int) -> dict[str, npt.NDArray[np.bool_]]:
         """Removes the seeds that this frame retires, and returns the columns whose series end.
 
         If a seed is recorded again in the frame that retires it, the series it has points for continue.
         """
-        ids, cells = frame.seeds.wide()
-        rows = {seed_id: row for row, seed_id in enumerate(ids)}
+        rows = {seed_id: place for place, seed_id in enumerate(block.ids)}
+        present = _wide(block.cells[row].view(np.uint64) != ABSENT_BITS)
         self._merge()
         ended = {}
-        for seed_id in frame.retired:
+        for seed_id in block.retired[row]:
             over = self._seeds.pop(seed_id, _NOTHING)
             if seed_id in rows:
-                over = over & is_absent(cells[rows[seed_id]])
+                over = over & ~present[rows[seed_id]]
             ended[seed_id] = over
         return ended
 
@@ -125,14 +129,18 @@ def _streams_of(seed_id: str, columns: npt.NDArray[np.bool_]) -> list[Stream]:
     return [(SEED_CELLS[column].name, {"seed_id": seed_id}) for column in np.flatnonzero(columns)]
 
 
-def before_a_return(frames: Sequence[Frame]) -> int:
+def before_a_return(block: Block) -> int:
     """Counts the frames before the first one in which a seed is recorded that an earlier one of them retired.
 
     The seed's series must be ended in between; otherwise their end would be older than their next point.
     """
-    retired: set[str] = set()
-    for count, frame in enumerate(frames):
-        if retired and not retired.isdisjoint(frame.seeds.ids):
-            return count
-        retired.update(frame.retired)
-    return len(frames)
+    count = block.rows
+    if block.retired and block.ids:
+        recorded = np.logical_or.reduce(block.present, axis=2)
+        places = {seed_id: place for place, seed_id in enumerate(block.ids)}
+        for row, ids in block.retired.items():
+            of_ids = [places[seed_id] for seed_id in ids if seed_id in places]
+            returns = np.flatnonzero(recorded[row + 1 : count, of_ids].any(axis=1))
+            if returns.size:
+                count = row + 1 + int(returns[0])
+    return count

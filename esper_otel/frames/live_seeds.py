@@ -162,6 +162,13 @@ class LiveSeeds:
         self._settled: _SettledRows | None = None
         self._before: SeedStep | None = None  # the step to find out from what later ones may have in common with it
 
+    def begin(self, table: SeedTable) -> None:
+        """Makes these the live seeds, whatever was live before."""
+        if table.ids is not self.table.ids:
+            self.ids = {seed_id: row for row, seed_id in enumerate(table.ids)}
+            self._settled = self._before = None
+        self.table = table
+
     def step(self, recorded: SeedTable) -> SeedStep:
         """What this step's rows mean; nothing is changed."""
         if not recorded.ids:

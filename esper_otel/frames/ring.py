@@ -1,133 +1,206 @@
-"""Ring: keeps frames for all readers, bounded by bytes; the oldest are dropped first."""
+"""Ring: keeps the rows of a session for all readers, bounded by bytes; the oldest are dropped first."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
-from esper_otel.frames.frame import Frame
-from esper_otel.frames.packed import PackedFrames
-from esper_otel.native import threads
+from esper_otel.frames.block import Block, Chunk, write_row
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frames.layout import WHOLE, Layout
+from esper_otel.frames.live_seeds import LiveSeeds
 
-# Measured with tracemalloc on Python 3.11: 770 bytes and 32 a value, with what is derived, its place in the dict and
-# its size; 300 more and the cells themselves where there are seeds.
-_FRAME_BYTES = 770
-_VALUE_BYTES = 32
-_TABLE_BYTES = 300
+_LARGEST_CHUNK, _SMALLEST_CHUNK = 1024 * 1024, 4 * 1024
+_CHUNKS = 256  # that a ring has at least, when it is full
 
-_AT_ONCE = 256  # frames that are packed together
-_FEW = 16  # frames that are dropped together at most, beyond what the bytes ask for
-
-
-def frame_bytes(frame: Frame) -> int:
-    """About how much memory a frame holds on to, in bytes. Seed tables shared between fields count once."""
-    return _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers) + (_tables_bytes(frame) if frame.live.ids else 0)
-
-
-def _tables_bytes(frame: Frame) -> int:
-    live, seeds = frame.live.cells, frame.seeds.cells
-    size = _TABLE_BYTES + live.nbytes
-    return size if seeds is live else size + _TABLE_BYTES + seeds.nbytes
+_first = attrgetter("first")
 
 
 class Ring:
-    """Frames by sequence number. One writer; any number of readers, each with a cursor of its own.
+    """Rows by sequence number. One writer; any number of readers, each with a cursor of its own.
 
-    Threads: ``append`` belongs to the publisher, ``pack`` to one other thread. Every other method may be called from
-    any thread at any time; a dict is read and written in single operations, which the interpreter keeps whole.
+    Threads: ``append`` belongs to the publisher. Every other method may be called from any thread at any time: the
+    writer counts a row only once it is complete, and never changes a row that it has counted.
+
+    Args:
+        capacity_bytes: how much memory the rows may hold on to.
 
     Attributes:
-        first: sequence number of the oldest frame kept; ``last + 1`` when there is none.
-        last: sequence number of the newest frame; 0 before the first.
+        first: sequence number of the oldest row kept; ``last + 1`` when there is none.
+        last: sequence number of the newest row; 0 before the first.
+        dropping: called by the writer before it drops rows.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._frames: dict[int, Frame | PackedFrames] = {}
-        self._sizes: deque[int] = deque()  # of the frames, before any was packed
-        self._size = 0
+        self._chunk_bytes = min(max(capacity_bytes // _CHUNKS, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+        self._chunks: list[Chunk] = []
+        self._chunk: Chunk | None = None
+        self._size = 0  # of all chunks but the newest
         self.first: int = 1
         self.last: int = 0
-        self._saved = 0  # bytes by which packed frames are smaller; guarded, as is what becomes of them
-        self._guard = threads().Lock()
-        self._packed_to = 0
-        self._unpacked: tuple[PackedFrames | None, list[Frame]] = (None, [])
+        self.dropping: Callable[[], None] | None = None
+        # The live seeds, and the first row after which they are these. One object, since readers need both.
+        self._live: tuple[int, SeedTable] = (0, NO_SEEDS)
+        self._living: tuple[tuple[str, ...], int] = ((), 0)
+        self._replayed: tuple[int, SeedTable] = (0, NO_SEEDS)  # the live seeds after a row that was read
 
     @property
     def size(self) -> int:
-        """About how many bytes the frames hold on to."""
-        return self._size - self._saved
+        """How many bytes the rows hold on to."""
+        chunk = self._chunk
+        return self._size + (0 if chunk is None else chunk.size)
 
-    def append(self, frame: Frame) -> None:
-        """Adds the frame whose sequence number is ``last + 1``; drops the oldest until the bytes fit."""
-        number = self.last + 1
-        self._frames[number] = frame  # first: any reader that sees the number then finds the frame
-        self.last = number
-        size = _FRAME_BYTES + _VALUE_BYTES * len(frame.numbers)  # as frame_bytes(), without a call in every step
-        if frame.live.ids:
-            size += _tables_bytes(frame)
-        self._sizes.append(size)
-        self._size += size
-        if self._size - self._saved > self._capacity_bytes:
-            self._drop()
+    def append(
+        self,
+        run: Run,
+        step: int,
+        epoch: int,
+        time_unix_ns: int,
+        layout: Layout,
+        numbers: tuple[float, ...],
+        seeds: SeedTable = NO_SEEDS,
+        live: SeedTable = NO_SEEDS,
+        retired: tuple[str, ...] = (),
+    ) -> None:
+        """Adds the row ``last + 1``; drops the oldest chunks when a new one is needed and the bytes do not fit.
 
-    def _drop(self) -> None:
-        """Drops the oldest until the bytes fit, and up to 1/128 of the frames: then it is not to do in every step."""
-        with self._guard:
-            enough = self.first + min((self.last - self.first) // 128, _FEW)
-            while self.first < enough or (self._size - self._saved > self._capacity_bytes and self.first < self.last):
-                number = self.first
-                frame = self._frames.pop(number)
-                self.first += 1
-                size = self._sizes.popleft()
-                self._size -= size
-                if isinstance(frame, PackedFrames):
-                    self._saved -= size - frame.share
+        Args:
+            run: the run; compared by identity.
+            step: the step's number.
+            epoch: its epoch.
+            time_unix_ns: its time.
+            layout: names of the values.
+            numbers: the values, in the order of the layout.
+            seeds: the seeds recorded in the step.
+            live: the seeds alive after it.
+            retired: seeds whose lives ended before it.
+        """
+        chunk = self._chunk
+        size = layout.size + seeds.cells.nbytes
+        if chunk is None or chunk.end + size > chunk.capacity or chunk.run is not run:
+            chunk = self._begin(run, size)
+        if retired:
+            chunk.retire(retired)
+        ids, digest = self._living
+        if live.ids is not ids:
+            ids = live.ids
+            digest = digest_of(ids)
+            self._living = ids, digest
+        flags = WHOLE if live.cells is seeds.cells and ids else 0
+        write_row(chunk, layout, (step, epoch, time_unix_ns, digest, len(ids)), numbers, seeds, flags)
+        if live is not self._live[1]:
+            self._live = self.last + 1, live
+        self.last += 1
 
-    def pack(self, newest: int, is_over: Callable[[], bool]) -> None:
-        """Packs what is older than the newest so many frames: it waits for long. In bursts, until ``is_over``."""
-        while self.last - newest - self._packed_to >= _AT_ONCE and not is_over():
-            first = max(self._packed_to + 1, self.first)
-            self._packed_to = first + _AT_ONCE - 1
-            kept = [self._frames.get(number) for number in range(first, first + _AT_ONCE)]
-            frames = [frame for frame in kept if isinstance(frame, Frame)]
-            if len(frames) < _AT_ONCE:  # some were dropped meanwhile
-                continue
-            sizes = list(map(frame_bytes, frames))
-            packed = PackedFrames(frames)
-            with self._guard:
-                for frame, size in zip(frames, sizes, strict=True):
-                    if frame.sequence >= self.first:
-                        self._frames[frame.sequence] = packed
-                        self._saved += size - packed.share
+    def _begin(self, run: Run, size: int) -> Chunk:
+        """Begins a chunk in which a row of this size fits."""
+        if self._chunk is not None:
+            self._size += self._chunk.size
+        chunk = Chunk(run, self.last + 1, max(self._chunk_bytes, size), self._live[1])
+        chunks = [*self._chunks, chunk]
+        drop = 0
+        if self.dropping is not None and self._size + chunk.capacity > self._capacity_bytes:
+            self.dropping()
+        while drop < len(chunks) - 1 and self._size + chunk.capacity > self._capacity_bytes:
+            self._size -= chunks[drop].size
+            drop += 1
+        self._chunks = chunks[drop:]  # another list: readers go on with theirs
+        self._chunk = chunk
+        self.first = self._chunks[0].first
+        return chunk
 
     def newest(self) -> Frame | None:
-        """The newest frame."""
-        frame = self._frames.get(self.last)
-        return frame if isinstance(frame, Frame) else None
+        """Returns the newest row."""
+        while self.last:
+            since, live = self._live
+            frame = self.row(last := self.last, live)
+            if frame is None or (since <= last == self.last and self._live[0] == since):
+                return frame
+        return None
+
+    def row(self, sequence: int, live: SeedTable = NO_SEEDS) -> Frame | None:
+        """Returns one row, with the given live seeds; None if it is not there."""
+        chunks = self._chunks
+        if not chunks or not chunks[0].first <= sequence <= self.last:
+            return None
+        chunk = chunks[_place(chunks, sequence)]
+        return chunk.frame(sequence - chunk.first, live) if sequence < chunk.first + chunk.rows else None
 
     def after(self, sequence: int, limit: int) -> tuple[list[Frame], int]:
-        """Up to ``limit`` frames that follow ``sequence``, and how many between them and it are gone."""
+        """Returns up to ``limit`` rows that follow ``sequence``, and how many between them and it are gone."""
+        last = self.last  # before the chunks: what is counted is in one of them, or was dropped
+        chunks = self._chunks
+        if not chunks:
+            return [], 0
+        start = max(sequence + 1, chunks[0].first)
+        stop = min(start + limit - 1, last)
         frames: list[Frame] = []
-        last = self.last  # before any look-up: what is not there then was dropped, and does not come just now
-        number = start = max(sequence + 1, self.first)
-        while len(frames) < limit and number <= last:
-            frame = self._frames.get(number)
-            if isinstance(frame, PackedFrames):
-                frame = self._frame_of(frame, number)
-            if frame is not None:
-                frames.append(frame)
-            elif frames:
-                break
-            else:  # dropped since the first number was looked up
-                start = number + 1
-            number += 1
+        if start > stop:
+            return frames, start - (sequence + 1)
+        lives: LiveSeeds | None = None
+        for chunk in chunks[_place(chunks, start) : _place(chunks, stop) + 1]:
+            for row in range(max(start - chunk.first, 0), min(stop + 1 - chunk.first, chunk.rows)):
+                lives = self._lives_before(chunk, row) if lives is None else lives
+                seeds = _replay(lives, chunk, row)
+                frame = chunk.frame(row, lives.table)
+                frames.append(frame if seeds is None else frame._replace(live=frame.seeds))
+        if lives is not None:
+            self._replayed = frames[-1].sequence, frames[-1].live
         return frames, start - (sequence + 1)
 
-    def _frame_of(self, packed: PackedFrames, number: int) -> Frame:
-        """A packed frame; the others that were packed with it are likely to be asked for next."""
-        known, frames = self._unpacked
-        if known is not packed:
-            frames = packed.frames()
-            self._unpacked = (packed, frames)
-        return frames[number - packed.first]
+    def _lives_before(self, chunk: Chunk, row: int) -> LiveSeeds:
+        """Returns the live seeds before a row of a chunk."""
+        known, table = self._replayed
+        start = known + 1 - chunk.first
+        if not 0 <= start <= row:
+            start, table = 0, chunk.live
+        lives = LiveSeeds()
+        lives.begin(table)
+        for earlier in range(row - 1, start - 1, -1):
+            seeds, is_whole = chunk.recorded_seeds(earlier)
+            if is_whole:
+                start = earlier + 1
+                lives.begin(seeds)
+                break
+        for earlier in range(start, row):
+            _replay(lives, chunk, earlier)
+        return lives
+
+    def block(self, sequence: int, limit: int) -> tuple[Block | None, int]:
+        """Returns rows that follow ``sequence`` as arrays, and how many between them and it are gone.
+
+        There are at most ``limit`` rows; fewer at the end of a chunk, or where the seeds of steps differ too much.
+        """
+        last = self.last
+        chunks = self._chunks
+        if not chunks:
+            return None, 0
+        start = max(sequence + 1, chunks[0].first)
+        gone = start - (sequence + 1)
+        if start > last:
+            return None, gone
+        chunk = chunks[_place(chunks, start)]
+        row = start - chunk.first
+        return chunk.block(row, min(row + limit, last + 1 - chunk.first, chunk.rows)), gone
+
+
+def _place(chunks: Sequence[Chunk], sequence: int) -> int:
+    """Returns the place of the chunk with this row."""
+    return max(bisect_right(chunks, sequence, key=_first) - 1, 0)
+
+
+def _replay(lives: LiveSeeds, chunk: Chunk, row: int) -> SeedTable | None:
+    """Lets live seeds go through a row; returns the recorded seeds if they are all live seeds as they are."""
+    retired = chunk.retired.get(row)
+    if retired:
+        lives.retire(retired)
+    seeds, is_whole = chunk.recorded_seeds(row)
+    if is_whole:
+        lives.begin(seeds)
+        return seeds
+    if seeds.ids:
+        lives.commit(lives.step(seeds))
+    return None

@@ -18,6 +18,7 @@ from esper_otel.frames.frame import (
     Run,
     SeedTable,
 )
+from esper_otel.frames.layout import Layout
 from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
@@ -26,7 +27,8 @@ from esper_otel.record import device
 from esper_otel.record.arrivals import Arrivals
 from esper_otel.record.names import Names
 from esper_otel.record.seeds import merged_tables, one_cell
-from esper_otel.record.values import CONTEXT, VIOLATIONS, DeviceValues, ValueShape
+from esper_otel.record.tally import Tally
+from esper_otel.record.values import CONTEXT, VIOLATIONS, DeviceValues
 
 _DEVICE_POLL_S = 0.001
 
@@ -34,7 +36,9 @@ _DEVICE_POLL_S = 0.001
 _DRAINING_TIMEOUT_S = 1.0
 
 _NAN = float("nan")
-_new = tuple.__new__
+
+# Layouts kept; a script that makes names up in every step has others each time.
+_MOST_LAYOUTS = 1_000
 
 
 class Draft(NamedTuple):
@@ -82,7 +86,7 @@ class Deriving(Protocol):
 
 
 class Counters:
-    """Counts of faults and odd values in one session. Each is written by one thread and read by any."""
+    """Counts of faults and odd values in one session, beside those of ``Tally``. One thread writes, any reads."""
 
     def __init__(self) -> None:
         self.failed: int = 0
@@ -115,16 +119,22 @@ class FramePublisher:
         self.ring = ring
         self.counters: Counters = Counters()
         self.warnings = warnings
+        self.tally: Tally = Tally(ring, names, warnings)
         self.live: LiveSeeds = LiveSeeds()
         self.last_finite_loss: float | None = None
-        self.published: Callable[[Frame], None] | None = None
+        self.published: Callable[[], None] | None = None  # called after each step
         self.alarmed: Callable[[], None] | None = None  # called after a loss that is not finite
         self.waiting: deque[tuple[Draft, DeviceValues | None]] = deque()
         self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
-        self._names: tuple[str, ...] = ()
         self._deriving = deriving
         self._context = dict(context)
+        self._probed: Mapping[str, float] = NO_READINGS
+        # Values of the context and of probes, and the layouts of steps that have these, by names derived and recorded.
+        self._beside: tuple[float, ...] = ()
+        self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], Layout] = {}
+        self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[Any, Layout]] = {}
+        self._surround(None, NO_READINGS)
         self._draining = threads().Lock()
 
     def publish_later(self, draft: Draft, held: DeviceValues | None) -> None:
@@ -158,6 +168,13 @@ class FramePublisher:
         No step may be published after this call.
         """
         self._arrivals.stop()
+        try:
+            self._settle(deadline_s)
+        finally:
+            self.tally.stop()
+            self.tally.catch_up()
+
+    def _settle(self, deadline_s: float) -> None:
         self.drain()
         while self.waiting and time.monotonic() < deadline_s:
             time.sleep(_DEVICE_POLL_S)
@@ -178,7 +195,7 @@ class FramePublisher:
         """Publishes the first waiting step. If that fails, drops it, so that later steps are still published."""
         draft, _ = self.waiting[0]
         try:
-            self.publish(draft if held is None else self._with_arrived(draft, held))
+            self.publish(*(draft if held is None else self._with_arrived(draft, held)))
         except Exception as error:  # noqa: BLE001 - a fault of ours must not hold up later steps
             self.fault("publishing a step", error)
         finally:
@@ -217,124 +234,71 @@ class FramePublisher:
         """
         return not self.waiting and self.live.is_settled(table)
 
-    def publish_plain(
+    def publish(
         self,
         step: int,
         epoch: int,
         time_unix_ns: int,
-        shape: ValueShape,
-        numbers: tuple[float, ...],
         values: Mapping[str, float],
-        table: SeedTable,
-        probed: Mapping[str, float],
+        table: SeedTable = NO_SEEDS,
+        failed: bool = False,
+        retired: Sequence[str] = (),
+        ended: tuple[str, ...] = (),
+        context: Mapping[str, float] | None = None,
+        probed: Mapping[str, float] = NO_READINGS,
     ) -> None:
-        """Fast path of ``publish`` for finite, in-range values. Saves building a ``Draft``.
-
-        Args:
-            step: the step's number.
-            epoch: its epoch.
-            time_unix_ns: its time.
-            shape: the shape of the values.
-            numbers: the values, in the order of the shape.
-            values: the values by name; not modified.
-            table: the seed rows recorded.
-            probed: readings from the probes.
-        """
-        deriving, live, recorded = self._deriving, self.live, NO_SEEDS
-        is_plain = shape.is_plain(numbers) and not (
-            self.counters.backwards or deriving.reads_probes or not self.run.device_type or self.settle_run
-        )
-        names = shape.names
-        if is_plain and table.ids:
-            recorded = live.settled(table) or NO_SEEDS
-            if recorded is NO_SEEDS:
-                is_plain = False
-            elif (violations := live.settled_violations) is not None:
-                names, numbers = shape.names_with_violations, (*numbers, violations)
-        if not is_plain:
-            self.publish(Draft(step, epoch, time_unix_ns, values, table, probed=probed))
-            return
-        self.last_finite_loss = values["loss"]
-        ring = self.ring
-        # Calling tuple.__new__ skips the Python-level constructor of Frame.
-        frame: Frame = _new(
-            Frame,
-            (
-                self.run,
-                ring.last + 1,
-                step,
-                epoch,
-                time_unix_ns,
-                names,
-                numbers,
-                self._context,
-                recorded,
-                live.table,
-                (),
-                deriving.commit(values),
-                probed,
-            ),
-        )
-        ring.append(frame)
-        if self.published is not None:
-            self.published(frame)
-
-    def publish(self, draft: Draft, *, is_ordinary: bool = False) -> None:
-        """Publishes the step's frame at once; allowed only while no earlier step waits.
-
-        Args:
-            draft: the step.
-            is_ordinary: whether its values are known to be finite and in range.
-        """
-        step, epoch, time_unix_ns, values, table, failed, retired, ended, context, probed = draft
-        if not is_ordinary:
-            self._judge(values)
-        live = self.live
+        """Publishes a step at once; allowed only while no earlier step waits. For the arguments see ``Draft``."""
+        live, violations = self.live, None
         if retired or ended:
             ended = (*ended, *live.retire(retired))
-        if context:
-            self._context = {**self._context, **context}
-            self.counters.nonfinite += sum(value - value != 0.0 for value in context.values())
-        table, violations = self._stepped(table) if table.ids else (NO_SEEDS, None)
+        if table.ids:
+            settled = live.settled(table)
+            if settled is None:
+                table, violations = self._stepped(table)
+            else:
+                table, violations = settled, live.settled_violations
+        deriving = self._deriving
         derived = NO_READINGS
         if failed:
             self.counters.failed += 1
         else:
-            deriving = self._deriving
             derived = deriving.commit({**probed, **values} if deriving.reads_probes else values)
-        if self.settle_run is not None or not self.run.device_type:
+        if not self.run.device_type or self.settle_run is not None:
             self._settle_run()
-        has_loss = -FLOAT32_BOUND < values.get("loss", _NAN) < FLOAT32_BOUND
+        loss = values.get("loss", _NAN)
+        has_loss = -FLOAT32_BOUND < loss < FLOAT32_BOUND
         if has_loss:
-            self.last_finite_loss = values["loss"]
-        names, numbers = tuple(values), tuple(values.values())
+            self.last_finite_loss = loss
         if not has_loss or violations is not None or failed or self.counters.backwards:
-            notes = self._notes(violations, has_loss=has_loss, failed=failed)
-            names, numbers = (*names, *notes), (*numbers, *notes.values())
-        if names == self._names:
-            names = self._names  # frames with the same names share one tuple
-        else:
-            self._names = names
-        frame = Frame(
-            self.run,
-            self.ring.last + 1,
-            step,
-            epoch,
-            time_unix_ns,
-            names,
-            numbers,
-            self._context,
-            table,
-            live.table,
-            ended,
-            derived,
-            probed,
-        )
-        self.ring.append(frame)
+            values = {**values, **self._notes(violations, has_loss=has_loss, failed=failed)}
+        if context or probed is not self._probed:
+            self._surround(context, probed)
+        names = (tuple(derived), tuple(values))
+        layout = self._layouts.get(names) or self._compiled(*names)
+        numbers = (*derived.values(), *self._beside, *values.values())
+        self.ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, live.table, ended)
         if self.published is not None:
-            self.published(frame)
+            self.published()
         if not has_loss and self.alarmed is not None and "loss" in values:
             self.alarmed()
+
+    def _surround(self, context: Mapping[str, float] | None, probed: Mapping[str, float]) -> None:
+        """Takes the values that are the same in many steps: the context and the readings of probes."""
+        if context:
+            self._context = {**self._context, **context}
+            self.counters.nonfinite += sum(value - value != 0.0 for value in context.values())
+        self._probed = probed
+        self._beside = (*self._context.values(), *probed.values())
+        self._layouts = self._all_layouts.setdefault((tuple(self._context), tuple(probed)), {})
+
+    def _compiled(self, derived: tuple[str, ...], recorded: tuple[str, ...]) -> Layout:
+        """Compiles the layout of a step, and keeps it for those that have the same names."""
+        if sum(map(len, self._all_layouts.values())) >= _MOST_LAYOUTS:
+            self._all_layouts = {}
+            self._surround(None, self._probed)
+        layout = Layout(derived, tuple(self._context), tuple(self._probed), recorded)
+        self._layouts[derived, recorded] = layout
+        return layout
 
     def _stepped(self, table: SeedTable) -> tuple[SeedTable, float | None]:
         """Commits a step's seed rows. Returns the rows that count as recorded and the number of new violations."""
@@ -358,15 +322,6 @@ class FramePublisher:
         if failed:
             notes["esper.step.failed"] = 1.0
         return notes
-
-    def _judge(self, values: Mapping[str, float]) -> None:
-        """Counts values that are not finite or out of range; both kinds are kept unchanged."""
-        self.counters.nonfinite += sum(value - value != 0.0 for value in values.values())
-        outside = self.names.out_of_range(values)
-        self.counters.out_of_range += len(outside)
-        for name in outside:
-            hint = "; give a share of 1, not a percentage" if name == "accuracy" else ""
-            self.warnings.say(f"range {name}", "%s = %g is out of range; kept as given%s", name, values[name], hint)
 
     def _note_cells(self, fields: Sequence[str]) -> None:
         self.counters.out_of_range += len(fields)

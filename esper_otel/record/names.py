@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from esper_otel.errors import InvalidCatalogue, InvalidValue, UnknownMetric
 from esper_otel.record.values import RATIOS
 from esper_otel.schema import METRICS, OWN_STEP, STEP_METRICS, Metric
@@ -67,9 +70,10 @@ class Names:
         left_out = self.left_out
         return {name: value for name, value in values.items() if name not in left_out} if left_out else values
 
-    def out_of_range(self, values: Mapping[str, float]) -> tuple[str, ...]:
-        """Returns names of values that are negative but cannot be, and of ratios above 1."""
-        low = self._low
-        outside = [name for name in RATIOS if values.get(name, 0.0) > 1.0]
-        outside += [name for name, value in values.items() if value < 0.0 and name in low]
-        return tuple(outside)
+    def lowest(self, names: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Returns the lowest value that each of these metrics can have."""
+        return np.array([0.0 if name in self._low else -np.inf for name in names])
+
+    def highest(self, names: Sequence[str]) -> npt.NDArray[np.float64]:
+        """Returns the highest value that each of these metrics can have."""
+        return np.array([1.0 if name in RATIOS else np.inf for name in names])

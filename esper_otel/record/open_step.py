@@ -26,7 +26,6 @@ class OpenStep:
         "_ended",
         "_failed",
         "_held",
-        "_is_ordinary",
         "_known",
         "_numbered",
         "_retired",
@@ -62,7 +61,6 @@ class OpenStep:
         self._ended: tuple[str, ...] = ()
         self._waited_ms: float | None = None
         self._failed = False
-        self._is_ordinary = True
         self._started_s = 0.0
 
     def is_in_its_scope(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame
+from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame, SeedTable
 from esper_otel.record.clock import Clock
 from esper_otel.record.frame_publisher import Draft, FramePublisher
 from esper_otel.record.next_step import NextStep
@@ -16,15 +16,12 @@ from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
 from esper_otel.record.values import (
     CONTEXT,
+    FLOATS,
     UINT32_MAX,
     UINT64_MAX,
     DeviceValues,
     Target,
-    ValueShape,
-    are_floats,
-    are_ordinary,
     read,
-    shape_of,
     whole,
 )
 
@@ -41,6 +38,9 @@ _KNOWN_AFTERWARDS = (
     "kasmina.finalize_ms",
     "samples_per_s",
 )
+
+
+_NOBODY: Sequence[str] = ()
 
 
 class Probing(Protocol):
@@ -74,9 +74,6 @@ class Recorder:
         self.gradient_math = gradient_math
         self._probing = probing
         self._to_state = to_state
-        # The shape of the last step given to ``record_step``, and that of the last step scope, used by ``finish``.
-        self._shape: ValueShape | None = None
-        self._step_shape: ValueShape | None = None
         self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
 
@@ -143,75 +140,32 @@ class Recorder:
                     values.setdefault("samples_per_s", step._samples * 1e3 / cycle_ms)
             self._last_end_s = now_s
             table = step._all_rows() if step._rows or step._table is not None else NO_SEEDS
-            if (
-                step._is_ordinary
-                and step._held is None
-                and not (step._failed or step._retired or step._ended)
-                and not self.names.left_out
-                and not (self.next_step.is_anything and (self.next_step.context or self.next_step.tensors))
-                and not self.publisher.waiting
-            ):
-                shape = self._step_shape
-                try:  # most steps have the same names as the previous step
-                    numbers = shape.numbers_of(values) if shape and len(shape.names) == len(values) else ()
-                except KeyError:
-                    numbers = ()
-                if not numbers:
-                    self._step_shape = shape = shape_of(values)
-                    numbers = tuple(values.values())
-                if shape is not None:
-                    self.publisher.publish_plain(
-                        step.global_step, step.epoch, step.time_unix_ns, shape, numbers, values, table, self._probed()
-                    )
-                    return
-            ends = (step._failed, step._retired, step._ended)
-            draft = Draft(step.global_step, step.epoch, step.time_unix_ns, values, table, *ends, probed=self._probed())
-            self._publish(draft, step._held, is_ordinary=step._is_ordinary)
+            self._publish(
+                step._held,
+                step.global_step,
+                step.epoch,
+                step.time_unix_ns,
+                values,
+                table,
+                step._failed,
+                step._retired,
+                step._ended,
+            )
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
     def record_step(self, values: Mapping[str, Any], epoch: int, global_step: int | None, samples: int | None) -> None:
         """Records a whole step in one call, with values that the trainer has measured itself."""
-        shape = self._shape
-        if (
-            shape is not None
-            and not self.next_step.is_anything
-            and self.open_step is None
-            and type(values) is dict
-            and len(values) == len(shape.names)
-            and type(epoch) is int
-            and 0 <= epoch <= UINT32_MAX
-            and (global_step is None or (type(global_step) is int and self.highest_step < global_step <= UINT64_MAX))
-            and samples is None
-        ):
-            # Fast path: the step has the same names as the previous one, so they are valid, and no value is pending.
-            try:
-                numbers = shape.numbers_of(values)
-            except KeyError:
-                numbers = ()
-            if numbers and are_ordinary(numbers) and not self.publisher.waiting:
-                try:
-                    self.highest_step = number = self.highest_step + 1 if global_step is None else global_step
-                    self.publisher.publish_plain(
-                        number, epoch, self.clock.stamp(), shape, numbers, values, NO_SEEDS, self._probed()
-                    )
-                except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
-                    self.fault("publishing a step", error)
-                return
-        self._record_step(values, epoch, global_step, samples)
-
-    def _record_step(self, values: Mapping[str, Any], epoch: int, global_step: int | None, samples: int | None) -> None:
-        if self._still_open():
+        if self.open_step is not None and self._still_open():
             raise WrongState("record_step() inside an open step: use now.put() there")
-        if not isinstance(values, Mapping):
+        if values.__class__ is not dict and not isinstance(values, Mapping):
             raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")
         epoch = whole("epoch", epoch, UINT32_MAX)
-        given, held, is_ordinary = values, None, False
-        if not self.names.recordable.issuperset(values):
-            given = self.names.resolved(values)
-        if are_floats(given.values()):
-            is_ordinary = are_ordinary(given.values())
-        else:
+        held = None
+        given: Mapping[str, Any] = values
+        if not self.names.recordable.issuperset(given):
+            given = self.names.resolved(given)
+        if not FLOATS.issuperset(map(type, given.values())):
             given, tensors = read(given)
             held = self._held_of(tensors)
         if global_step is not None:
@@ -219,27 +173,41 @@ class Recorder:
         if samples is not None:
             samples = whole("samples", samples, UINT64_MAX)
         try:
-            waited_ms, table, retired = self.next_step.take()
-            more = {} if waited_ms is None else {"input_wait_ms": waited_ms}
+            table, retired = NO_SEEDS, _NOBODY
+            if self.next_step.is_anything:
+                waited_ms, recorded, retired = self.next_step.take()
+                table = recorded or NO_SEEDS
+                if waited_ms is not None:
+                    given = {"input_wait_ms": waited_ms, **given}
             if samples is not None:
-                more.update(self._rate(samples, {**more, **given}))
+                given = {**given, **self._rate(samples, given)}
             step = self._numbered(global_step)
-            stamp, rows = self.clock.stamp(), table or NO_SEEDS
-            draft = Draft(step, epoch, stamp, {**more, **given}, rows, False, retired, probed=self._probed())
-            self._publish(draft, held, is_ordinary=is_ordinary)
-            self._shape = None if given is not values or self.names.left_out else shape_of(values)
+            self._publish(held, step, epoch, self.clock.stamp(), given, table, False, retired)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
-    def _publish(self, draft: Draft, held: DeviceValues | None, *, is_ordinary: bool) -> None:
+    def _publish(
+        self,
+        held: DeviceValues | None,
+        step: int,
+        epoch: int,
+        time_unix_ns: int,
+        values: Mapping[str, float],
+        table: SeedTable,
+        failed: bool = False,
+        retired: Sequence[str] = (),
+        ended: tuple[str, ...] = (),
+    ) -> None:
+        context = None
         if self.next_step.is_anything and (self.next_step.context or self.next_step.tensors):
             held, context = self.next_step.take_context(held)
-            draft = draft._replace(context=context)
         if self.names.left_out:
-            draft = draft._replace(values=self.names.kept(draft.values))
+            values = self.names.kept(values)
+        probed = self._probed()
         if held is None and not self.publisher.waiting:
-            self.publisher.publish(draft, is_ordinary=is_ordinary)
-        else:
+            self.publisher.publish(step, epoch, time_unix_ns, values, table, failed, retired, ended, context, probed)
+        else:  # a copy of the values, since the caller may change them before the step is published
+            draft = Draft(step, epoch, time_unix_ns, {**values}, table, failed, retired, ended, context, probed)
             self.publisher.publish_later(draft, held)
 
     def _probed(self) -> Mapping[str, float]:
@@ -308,7 +276,7 @@ class Recorder:
             held.seal()
             held.wait_for_values()
             self._take(step, held)
-        newest = publisher.ring.newest()
+        newest = publisher.ring.row(publisher.ring.last)
         before = {} if newest is None else newest.recorded
         values: dict[str, float] = {name: before[name] for name in _KNOWN_AFTERWARDS if name in before}
         if step._waited_ms is not None:

@@ -25,7 +25,7 @@ from esper_otel.record.seeds import (
     more_cells,
 )
 from esper_otel.record.timed import Timed, TimedOnce
-from esper_otel.record.values import ROW_TYPES, DeviceValues, Target, are_floats, are_ordinary, read, read_row
+from esper_otel.record.values import FLOATS, ROW_TYPES, DeviceValues, Target, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
 
 if TYPE_CHECKING:
@@ -102,10 +102,8 @@ class Step(OpenStep):
             given = {**mapping, **values} if values else mapping
         if not recorder.names.recordable.issuperset(given):
             given = recorder.names.resolved(given)
-        if self._held is not None or not are_ordinary(given.values()):
-            self._is_ordinary = False
-            if self._held is not None or not are_floats(given.values()):
-                given = self._read(given)
+        if self._held is not None or not FLOATS.issuperset(map(type, given.values())):
+            given = self._read(given)
         self._values.update(given)
 
     @staticmethod
@@ -183,7 +181,6 @@ class Step(OpenStep):
         values: dict[str, object] = {"gradient_norm": math.gradient_norm(model_or_parameters, scaler=scaler)}
         if sources is not None and "grad_conflict_rate" not in self._recorder.names.left_out:
             values["grad_conflict_rate"] = math.conflict_on_device(sources)
-        self._is_ordinary = False
         self._values.update(self._read(values))
 
     def seed(

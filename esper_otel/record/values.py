@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from esper_otel.errors import InvalidValue
-from esper_otel.frames.frame import ABSENT, FLOAT32_BOUND
+from esper_otel.frames.frame import ABSENT
 from esper_otel.record.device import pack, scalar
 from esper_otel.schema import SEED_FIELDS, STEP_METRICS, Stage
 
@@ -19,10 +18,11 @@ if TYPE_CHECKING:
 
     Scalar: TypeAlias = float | Tensor
 
+# The only type of values that are recorded without conversion.
+FLOATS: frozenset[type] = frozenset({float})
+
 # Types of cells that can be packed without conversion.
 ROW_TYPES: frozenset[type] = frozenset({float, int, bool, Stage, np.float64, np.float32, np.int64, np.bool_})
-
-_MAX = sys.float_info.max
 
 UINT32_MAX = 2**32 - 1
 UINT64_MAX = 2**64 - 1
@@ -56,59 +56,14 @@ def number(name: str, value: object) -> float | Tensor:
     return one
 
 
-def are_floats(values: Iterable[object]) -> bool:
-    """Whether every value is a plain float. Does not read tensors."""
-    for value in values:  # noqa: SIM110 - runs in every step; all() would add a generator
-        if value.__class__ is not float:
-            return False
-    return True
-
-
-def are_ordinary(values: Collection[Any]) -> bool:
-    """Whether every value is a plain, non-negative, finite float and their sum is finite. Does not read tensors."""
-    for value in values:
-        if value.__class__ is not float or value < 0.0:
-            return False
-    total: float = sum(values)
-    return total <= _MAX  # neither infinite nor NaN
-
-
-class ValueShape:
-    """A set of names shared by many steps.
-
-    Attributes:
-        names: the names.
-        names_with_violations: the names and ``VIOLATIONS``.
-        numbers_of: returns the values of a mapping in the order of the names; raises KeyError if one is missing.
-    """
-
-    __slots__ = ("_loss", "_ratios", "names", "names_with_violations", "numbers_of")
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names: tuple[str, ...] = names
-        self.names_with_violations: tuple[str, ...] = (*names, VIOLATIONS)
-        self.numbers_of: Callable[[Mapping[str, Any]], tuple[Any, ...]] = operator.itemgetter(*names)
-        self._loss = names.index("loss")
-        self._ratios = tuple(place for place, name in enumerate(names) if name in RATIOS)
-
-    def is_plain(self, numbers: tuple[float, ...]) -> bool:
-        """Whether ordinary values need no further checks: the loss is finite in float32 and no share is above 1."""
-        for place in self._ratios:
-            if numbers[place] > 1.0:
-                return False
-        return numbers[self._loss] < FLOAT32_BOUND
-
-
-def shape_of(values: Mapping[str, object]) -> ValueShape | None:
-    """Returns the shape of these values; None if they have no loss or only one name, which no fast path handles."""
-    return ValueShape(tuple(values)) if "loss" in values and len(values) > 1 else None
-
-
 def read(given: Mapping[str, object]) -> tuple[dict[str, float], dict[Target, Tensor]]:
     """Splits values into floats and tensors to wait for. Values that are ``None`` are left out."""
     plain: dict[str, float] = {}
     tensors: dict[Target, Tensor] = {}
     for name, value in given.items():
+        if value.__class__ is float:
+            plain[name] = value
+            continue
         if value is None:
             continue
         one = number(name, value)

@@ -192,6 +192,7 @@ class _Session:
     def _begin(self, flush_signals: str) -> list[str]:
         """Starts the parts that run in threads. Returns the signals that do not flush the session."""
         unfollowed = watch(self.telemetry, signal_names(flush_signals))
+        self._publisher.tally.start()
         if self._sampler is not None:
             self._sampler.start()
         if self._exporter is not None:
@@ -287,12 +288,13 @@ class _Session:
         if os.getpid() != self._process_id:
             return {}
         publisher, exporter = self._publisher, self._exporter
+        publisher.tally.catch_up()
         counters = publisher.counters
         counts: dict[tuple[str, str], float] = {
             ("esper.steps", ""): publisher.ring.last,
             ("esper.steps.failed", ""): counters.failed,
-            ("esper.values.nonfinite", ""): counters.nonfinite,
-            ("esper.values.out_of_range", ""): counters.out_of_range,
+            ("esper.values.nonfinite", ""): counters.nonfinite + publisher.tally.nonfinite,
+            ("esper.values.out_of_range", ""): counters.out_of_range + publisher.tally.out_of_range,
             ("esper.clock.jumps", ""): self._recorder.clock.jumps,
             ("esper.errors.internal", ""): counters.faults,
             ("esper.frames.recorded", ""): publisher.ring.last,
@@ -320,6 +322,7 @@ class _Session:
     def health(self) -> Mapping[str, int | float | str | None]:
         """See ``Telemetry.health``."""
         publisher, exporter = self._publisher, self._exporter
+        publisher.tally.catch_up()
         return {
             "recorded": publisher.ring.last,
             "exported": 0 if exporter is None else exporter.exported,
@@ -330,8 +333,8 @@ class _Session:
             "retries": 0 if exporter is None else exporter.retries,
             "latency_ms": None if exporter is None else exporter.latency_ms,
             "failed": publisher.counters.failed,
-            "nonfinite": publisher.counters.nonfinite,
-            "out_of_range": publisher.counters.out_of_range,
+            "nonfinite": publisher.counters.nonfinite + publisher.tally.nonfinite,
+            "out_of_range": publisher.counters.out_of_range + publisher.tally.out_of_range,
             "faults": publisher.counters.faults,
             "last_error": None if exporter is None else exporter.last_error,
         }

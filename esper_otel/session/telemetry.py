@@ -246,8 +246,8 @@ class Telemetry:
 
     def _loss_before(self, sequence: int) -> float | None:
         """Returns the loss in the packet of the previous step; None without one, or if it has left the ring."""
-        frames, _ = self._recorder.publisher.ring.after(sequence - 2, 1)
-        return frames[0].last_loss() if frames and frames[0].sequence == sequence - 1 else None
+        before = self._recorder.publisher.ring.row(sequence - 1)
+        return None if before is None else before.last_loss()
 
     def _position(self, cursor: object) -> int:
         mark, _, position = cursor.partition(":") if isinstance(cursor, str) else ("", "", "")

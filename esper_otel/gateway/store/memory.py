@@ -8,8 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 
 from esper_otel.errors import UnknownRun
-from esper_otel.frames.frame import Frame
-from esper_otel.frames.ring import frame_bytes
+from esper_otel.frames.frame import Frame, frame_bytes
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
     NO_TENANTS,

@@ -1,0 +1,382 @@
+"""Blocks: consecutive steps as rows of preallocated memory, and as arrays for those who read many at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_READINGS, NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frames.layout import HEAD, HEAD_WORDS, WHOLE, Layout
+
+# Cells of a block's array at most, for each cell that was recorded, and beside these.
+_CELLS_FOR_EACH = 4
+_FEW_CELLS = 40_000
+
+_NO_IDS = ((), NARROW)
+
+
+class Chunk:
+    """Memory for consecutive rows of one run. One writer; readers use the rows that it had when they looked.
+
+    Rows may have different layouts and seeds. A row is the beginning (``HEAD``), the values of its layout, and the
+    cells of its seeds, all of them doubles or as long as one. Seed ids, layouts and retired seeds stand beside.
+
+    Args:
+        run: the run of all its rows.
+        first: sequence number of the first row.
+        capacity: its size in bytes; at least that of the first row.
+        live: the live seeds before the first row.
+
+    Attributes:
+        rows: how many rows it has.
+        end: how many bytes they take.
+        layouts: by their number in this chunk.
+        seeds: ids and number of columns of the seeds recorded in a step, by their number; number 0 is no seeds.
+        retired: the seeds that were retired before a row, by the row.
+    """
+
+    __slots__ = (
+        "_beside",
+        "_numbers",
+        "_offsets",
+        "buffer",
+        "capacity",
+        "end",
+        "first",
+        "layouts",
+        "live",
+        "offsets",
+        "retired",
+        "rows",
+        "run",
+        "seeds",
+    )
+
+    def __init__(self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS) -> None:
+        self.run = run
+        self.first = first
+        self.capacity = capacity
+        self.live = live
+        self.buffer = bytearray(capacity)
+        self._offsets = bytearray(4 * (capacity // HEAD.size))
+        self.offsets = memoryview(self._offsets).cast("I")
+        self.rows = 0
+        self.end = 0
+        self.layouts: list[Layout] = []
+        self.seeds: list[tuple[tuple[str, ...], int]] = [_NO_IDS]
+        self.retired: dict[int, tuple[str, ...]] = {}
+        self._numbers: dict[tuple[tuple[str, ...], int], int] = {_NO_IDS: 0}
+        self._beside = _CHUNK_BYTES + live.cells.nbytes
+
+    @property
+    def size(self) -> int:
+        """How many bytes it holds on to; memory that no row has used yet does not count."""
+        return self.end + 4 * self.rows + self._beside
+
+    def learn(self, layout: Layout) -> None:
+        """Gives a layout its number in this chunk."""
+        layout.chunk, layout.number = self, len(self.layouts)
+        self.layouts.append(layout)
+        self._beside += _LAYOUT_BYTES + _NAME_BYTES * layout.width
+
+    def seeds_number(self, ids: tuple[str, ...], columns: int) -> int:
+        """Returns the number of these ids in this chunk."""
+        key = (ids, columns)
+        number = self._numbers.get(key)
+        if number is None:
+            self._numbers[key] = number = len(self.seeds)
+            self.seeds.append(key)
+            self._beside += _IDS_BYTES + 8 * len(ids)
+        return number
+
+    def retire(self, ids: tuple[str, ...]) -> None:
+        """Notes the seeds that are retired before the next row."""
+        self.retired[self.rows] = ids
+        self._beside += _IDS_BYTES + 8 * len(ids)
+
+    def frame(self, row: int, live: SeedTable) -> Frame:
+        """Returns a view of one row, given the live seeds after it."""
+        offset = self.offsets[row]
+        step, epoch, time_unix_ns, _, _, number, seeds, _ = HEAD.unpack_from(self.buffer, offset)
+        layout = self.layouts[number]
+        numbers = self._doubles(offset + HEAD.size, layout.width).tolist()
+        context, probed, recorded = layout.bounds
+        return Frame(
+            self.run,
+            self.first + row,
+            step,
+            epoch,
+            time_unix_ns,
+            layout.recorded,
+            tuple(numbers[recorded:]),
+            dict(zip(layout.context, numbers[context:probed], strict=True)) if context < probed else NO_READINGS,
+            self._table(offset + layout.size, seeds),
+            live,
+            self.retired.get(row, ()),
+            dict(zip(layout.derived, numbers, strict=False)) if context else NO_READINGS,
+            dict(zip(layout.probed, numbers[probed:recorded], strict=True)) if probed < recorded else NO_READINGS,
+        )
+
+    def _doubles(self, offset: int, count: int) -> npt.NDArray[np.float64]:
+        values = np.frombuffer(self.buffer, np.float64, count, offset)
+        values.flags.writeable = False
+        return values
+
+    def _table(self, offset: int, number: int) -> SeedTable:
+        ids, columns = self.seeds[number]
+        return SeedTable(ids, self._doubles(offset, len(ids) * columns).reshape(-1, columns)) if ids else NO_SEEDS
+
+    def recorded_seeds(self, row: int) -> tuple[SeedTable, bool]:
+        """Returns the seeds recorded in a row, and whether these are all live seeds with all their known cells."""
+        offset = self.offsets[row]
+        *_, number, seeds, flags = HEAD.unpack_from(self.buffer, offset)
+        return self._table(offset + self.layouts[number].size, seeds), bool(flags & WHOLE)
+
+    def block(self, start: int, stop: int) -> Block:
+        """Returns rows as arrays: from ``start`` to before ``stop``, or fewer where seeds differ too much in them."""
+        places = np.frombuffer(self._offsets, np.uint32, stop - start, 4 * start).astype(np.intp) >> 3
+        halves = np.frombuffer(self.buffer, np.uint32)
+        of_seeds = halves[2 * places + 10]
+        count, seeds = self._fitting(of_seeds)
+        places, of_seeds = places[:count], of_seeds[:count]
+        doubles, words = np.frombuffer(self.buffer, np.float64), np.frombuffer(self.buffer, np.uint64)
+        of_layouts = halves[2 * places + 9]
+        used = [(number, np.flatnonzero(of_layouts == number)) for number in np.unique(of_layouts).tolist()]
+        layouts = [self.layouts[number] for number, _ in used]
+        names = tuple(dict.fromkeys(name for layout in layouts for name in layout.places))
+        column = {name: position for position, name in enumerate(names)}
+        values = np.full((count, len(names)), ABSENT)
+        cell_places = places + HEAD_WORDS
+        for layout, (_, rows) in zip(layouts, used, strict=True):
+            into = [column[name] for name in layout.places]
+            values[rows[:, None], into] = doubles[places[rows][:, None] + (HEAD_WORDS + layout.columns)]
+            cell_places[rows] += layout.width
+        stop = start + count
+        return Block(
+            self.run,
+            self.first + start,
+            words[places],
+            words[places + 1],
+            words[places + 2],
+            words[places + 3],
+            halves[2 * places + 8],
+            names,
+            frozenset().union(*(layout.recorded for layout in layouts)),
+            values,
+            *self._cells(doubles, cell_places, of_seeds, seeds),
+            {row - start: ids for row, ids in self.retired.copy().items() if start <= row < stop}
+            if self.retired
+            else _NONE_RETIRED,
+        )
+
+    def _fitting(self, of_seeds: npt.NDArray[np.uint32]) -> tuple[int, list[int]]:
+        """Returns how many rows fit into one block, and the numbers of the seeds recorded in them."""
+        changes = [0, *(np.flatnonzero(np.diff(of_seeds)) + 1).tolist(), len(of_seeds)]
+        ids: set[str] = set()
+        numbers: dict[int, None] = {}
+        columns, recorded = NARROW, 0
+        for first, end in itertools.pairwise(changes):
+            number = int(of_seeds[first])
+            if number not in numbers:
+                of_number, width = self.seeds[number]
+                columns, ids = max(columns, width), ids.union(of_number)
+            recorded += (end - first) * len(self.seeds[number][0]) * self.seeds[number][1]
+            if first and end * len(ids) * columns > _CELLS_FOR_EACH * recorded + _FEW_CELLS:
+                return first, list(numbers)
+            numbers[number] = None
+        return len(of_seeds), list(numbers)
+
+    def _cells(
+        self,
+        doubles: npt.NDArray[np.float64],
+        places: npt.NDArray[np.intp],
+        of_seeds: npt.NDArray[np.uint32],
+        numbers: Sequence[int],
+    ) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
+        tables = [(number, *self.seeds[number]) for number in numbers if number]
+        if not tables:
+            return (), np.empty((len(places), 0, NARROW))
+        ids = tables[0][1]
+        if len(tables) > 1:
+            ids = tuple(dict.fromkeys(seed_id for _, of_table, _ in tables for seed_id in of_table))
+        position = {seed_id: row for row, seed_id in enumerate(ids)}
+        cells = np.full((len(places), len(ids), max(columns for *_, columns in tables)), ABSENT)
+        for number, of_table, columns in tables:
+            rows = np.flatnonzero(of_seeds == number)
+            recorded = doubles[places[rows][:, None] + np.arange(len(of_table) * columns)]
+            into = [position[seed_id] for seed_id in of_table]
+            cells[rows[:, None], into, :columns] = recorded.reshape(len(rows), len(of_table), columns)
+        return ids, cells
+
+
+_NONE_RETIRED: Mapping[int, tuple[str, ...]] = MappingProxyType({})
+
+
+class Block(NamedTuple):
+    """Consecutive steps of one run as arrays with a row for each. A value or cell that a step lacks is ``ABSENT``.
+
+    Attributes:
+        run: the run.
+        first: sequence number of the first step.
+        steps: the steps' numbers, uint64, shape (rows,).
+        epochs: their epochs, uint64, shape (rows,).
+        times: Unix nanoseconds, uint64, shape (rows,).
+        digests: of the seeds alive after each step, uint64, shape (rows,).
+        lives: how many seeds are alive after each step, uint32, shape (rows,).
+        names: names of the values.
+        recorded: those of them that were recorded in any of the steps, and not derived, probed or kept.
+        values: float64, shape (rows, names).
+        ids: ids of the recorded seeds.
+        cells: their cells, float64, shape (rows, seeds, columns); 10 columns, or 19 if any step has more.
+        retired: the seeds whose lives ended before a row, by the row.
+    """
+
+    run: Run
+    first: int
+    steps: npt.NDArray[np.uint64]
+    epochs: npt.NDArray[np.uint64]
+    times: npt.NDArray[np.uint64]
+    digests: npt.NDArray[np.uint64]
+    lives: npt.NDArray[np.uint32]
+    names: tuple[str, ...]
+    recorded: frozenset[str]
+    values: npt.NDArray[np.float64]
+    ids: tuple[str, ...]
+    cells: npt.NDArray[np.float64]
+    retired: Mapping[int, tuple[str, ...]]
+
+    @property
+    def rows(self) -> int:
+        """How many steps there are."""
+        return len(self.times)
+
+    @property
+    def last(self) -> int:
+        """Sequence number of the last step."""
+        return self.first + len(self.times) - 1
+
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """True where a seed's cell was recorded. Same shape as ``cells``."""
+        present: npt.NDArray[np.bool_] = self.cells.view(np.uint64) != ABSENT_BITS
+        return present
+
+    def part(self, start: int, stop: int) -> Block:
+        """Returns the rows from ``start`` to before ``stop``."""
+        some = slice(start, stop)
+        retired = self.retired
+        if retired:
+            retired = {row - start: ids for row, ids in retired.items() if start <= row < stop}
+        return Block(
+            self.run,
+            self.first + start,
+            self.steps[some],
+            self.epochs[some],
+            self.times[some],
+            self.digests[some],
+            self.lives[some],
+            self.names,
+            self.recorded,
+            self.values[some],
+            self.ids,
+            self.cells[some],
+            retired,
+        )
+
+
+# Memory of a chunk's objects beside its rows, in bytes, measured on Python 3.11 (sys.getsizeof): the chunk with its
+# buffers' headers, lists and dicts; a layout with its dict and names; a tuple of ids with its places in list and dict.
+_CHUNK_BYTES = 1_000
+_LAYOUT_BYTES = 700
+_NAME_BYTES = 8
+_IDS_BYTES = 250
+
+
+class Rows:
+    """Writes frames into chunks; for frames that come from elsewhere than recording, such as files."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[tuple[str, ...], ...], Layout] = {}
+
+    def chunk_of(self, frames: Sequence[Frame]) -> Chunk:
+        """Returns a chunk with these frames, which follow each other and are of one run."""
+        sizes = [HEAD.size + 8 * _values_of(frame) + frame.seeds.cells.nbytes for frame in frames]
+        chunk = Chunk(frames[0].run, frames[0].sequence, sum(sizes))
+        for frame in frames:
+            names = (tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
+            layout = self._layouts.get(names) or self._layouts.setdefault(names, Layout(*names))
+            numbers = (*frame.derived.values(), *frame.context.values(), *frame.probed.values(), *frame.numbers)
+            if frame.retired:
+                chunk.retire(frame.retired)
+            ids = frame.live.ids
+            head = (frame.global_step, frame.epoch, frame.time_unix_ns, digest_of(ids), len(ids))
+            write_row(chunk, layout, head, numbers, frame.seeds, flags=0)
+        return chunk
+
+
+def _values_of(frame: Frame) -> int:
+    return len(frame.numbers) + len(frame.context) + len(frame.derived) + len(frame.probed)
+
+
+def write_row(
+    chunk: Chunk,
+    layout: Layout,
+    head: tuple[int, int, int, int, int],
+    numbers: tuple[float, ...],
+    seeds: SeedTable,
+    flags: int,
+) -> None:
+    """Writes a row that has room in the chunk.
+
+    Args:
+        chunk: the chunk.
+        layout: the layout of the values.
+        head: step number, epoch, time, digest and number of the live seeds.
+        numbers: the values, in the order of the layout.
+        seeds: the seeds recorded in the step.
+        flags: ``WHOLE`` or 0.
+    """
+    if layout.chunk is not chunk:
+        chunk.learn(layout)
+    end = chunk.end
+    ids, cells = seeds
+    if ids:
+        layout.pack_into(
+            chunk.buffer, end, *head, layout.number, chunk.seeds_number(ids, cells.shape[1]), flags, *numbers
+        )
+        content = cells.tobytes()
+        start = end + layout.size
+        chunk.buffer[start : (after := start + len(content))] = content
+    else:
+        layout.pack_into(chunk.buffer, end, *head, layout.number, 0, flags, *numbers)
+        after = end + layout.size
+    chunk.offsets[chunk.rows] = end
+    chunk.end = after
+    chunk.rows += 1
+
+
+def blocks_of(frames: Iterable[Frame]) -> Iterator[Block]:
+    """Yields the frames as blocks, in order; a block ends where the run changes or a sequence number is missing."""
+    rows = Rows()
+    alike: list[Frame] = []
+    for frame in frames:
+        if alike and (frame.run != alike[0].run or frame.sequence != alike[-1].sequence + 1):
+            yield from _whole(rows.chunk_of(alike))
+            alike = []
+        alike.append(frame)
+    if alike:
+        yield from _whole(rows.chunk_of(alike))
+
+
+def _whole(chunk: Chunk) -> Iterator[Block]:
+    row = 0
+    while row < chunk.rows:
+        block = chunk.block(row, chunk.rows)
+        yield block
+        row += block.rows
