@@ -24,6 +24,7 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.resource import resource_for
 from esper_otel.export.transport import Outcome, Sender, open_sender
+from esper_otel.frames.block import blocks_of
 from esper_otel.schema import METRICS
 from esper_otel.testing import MemoryCollector
 
@@ -38,7 +39,7 @@ def body() -> bytes:
         raise AssertionError(where) from error
 
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
-    [request] = encoder.requests([make_frame()])
+    [request] = encoder.requests(blocks_of([make_frame()]))
     return request.body
 
 

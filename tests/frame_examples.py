@@ -9,7 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from hypothesis import strategies as st
 
-from esper_otel.frames.frame import ABSENT, NARROW, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.layout import Layout
+from esper_otel.frames.live_seeds import LiveSeeds
+from esper_otel.frames.ring import Ring
 from esper_otel.schema import OWN_STEP, SEED_FIELDS, STEP_METRICS, Stage
 
 RUN = Run("digits-7", 1_790_000_000_000)
@@ -51,6 +54,30 @@ def with_recorded(frame: Frame, values: Mapping[str, float]) -> Frame:
     """The frame with further values recorded, or other ones."""
     recorded = {**frame.recorded, **values}
     return frame._replace(names=tuple(recorded), numbers=tuple(recorded.values()))
+
+
+def append(ring: Ring, frame: Frame) -> None:
+    """Adds the frame to a ring, as the publisher adds a step. It gets the next sequence number."""
+    beside = (frame.derived, frame.context, frame.probed)
+    layout = Layout(tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
+    numbers = (*(value for values in beside for value in values.values()), *frame.numbers)
+    head = (frame.run, frame.global_step, frame.epoch, frame.time_unix_ns)
+    ring.append(*head, layout, numbers, frame.seeds, frame.live, frame.retired)
+
+
+@st.composite
+def lives(draw: st.DrawFn, *, max_size: int = 12) -> list[Frame]:
+    """Frames that follow each other in which seeds begin, go on and end as in a session."""
+    live = LiveSeeds()
+    made = []
+    for number in range(1, draw(st.integers(1, max_size)) + 1):
+        retired = live.retire(draw(st.lists(st.sampled_from("abcd"), max_size=2, unique=True)))
+        rows = draw(st.dictionaries(st.sampled_from("abcd"), _cells(), max_size=4))
+        step = live.step(seed_table(rows) if draw(st.booleans()) else NO_SEEDS)
+        live.commit(step)
+        fixed = {"sequence": number, "run": RUN, "seeds": step.recorded, "live": live.table, "retired": retired}
+        made.append(draw(frames(**fixed)))
+    return made
 
 
 def seed_ids() -> st.SearchStrategy[str]:

@@ -32,6 +32,7 @@ from esper_otel.export.resource import resources
 from esper_otel.export.streams import Streams
 from esper_otel.frames import black_box as blackbox
 from esper_otel.frames import records
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
 from esper_otel.schema import METRICS, Metric, Stage
 
@@ -225,7 +226,8 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     encoder = Encoder(catalogue, stored.resources.__getitem__)
     streams = Streams()
     for frame in frames:
-        requests = list(encoder.requests([frame], BesideFrames(streams.note([frame]))))
+        [block] = blocks_of([frame])
+        requests = list(encoder.requests([block], BesideFrames(streams.note(block))))
         assert all(request.body for request in requests)
     streams.all_ended()
 

@@ -40,6 +40,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from esper_otel.errors import ConfigurationError, WrongState
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
+from esper_otel.frames.block import blocks_of
 from esper_otel.schema import METRICS
 from esper_otel.testing import MemoryCollector, Point
 
@@ -324,7 +325,7 @@ def test_a_frame_counts_when_all_its_points_have_come_and_only_once() -> None:
     history = [make_frame(sequence=step, seeds=table, time_unix_ns=TIME_UNIX_NS + step * 1_000_000) for step in (1, 2)]
     encoder = Encoder(CATALOGUE, resource_for, max_points=30)
     (*first, first_end), (*second, second_end) = (
-        [request.body for request in encoder.requests([frame])] for frame in history
+        [request.body for request in encoder.requests(blocks_of([frame]))] for frame in history
     )
     assert first
     counts = []
@@ -340,7 +341,7 @@ def test_points_beside_the_frames_do_not_complete_one() -> None:
     """Stale markers may have the time and the streams of a frame whose points never came."""
     frame = make_frame()
     encoder = Encoder(CATALOGUE, resource_for, max_points=7)
-    first, first_end = [request.body for request in encoder.requests([frame])]
+    first, first_end = [request.body for request in encoder.requests(blocks_of([frame]))]
     with MemoryCollector() as collector:
         post(collector, first)
         streams = [(point.name, point.attributes) for point in collector.points()]
@@ -357,7 +358,7 @@ def test_frames_of_other_ranks_and_attempts_are_other_frames() -> None:
     """Ranks record in the same nanosecond often enough."""
     runs = [RUN, replace(RUN, rank=1), replace(RUN, attempt=RUN.attempt + 1)]
     encoder = Encoder(CATALOGUE, resource_for)
-    (request,) = encoder.requests([make_frame(run=run) for run in runs])
+    (request,) = encoder.requests(blocks_of([make_frame(run=run) for run in runs]))
     with MemoryCollector() as collector:
         call(collector, request.body)
         assert collector.frames_received == 3
@@ -369,7 +370,7 @@ def test_a_long_run_is_received_in_bounded_memory() -> None:
     history = (make_frame(time_unix_ns=TIME_UNIX_NS + step * 1_000_000) for step in range(10_500))
     with MemoryCollector(keep=2) as collector:
         last = b""
-        for request in encoder.requests(history):
+        for request in encoder.requests(blocks_of(history)):
             last = request.body
             call(collector, last)
         assert collector.frames_received == 10_500

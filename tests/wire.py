@@ -9,6 +9,7 @@ from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.encode import Encoder
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.gateway.receive.request import DecodedRequest, Malformed
 from esper_otel.schema import METRICS
@@ -41,7 +42,7 @@ def encoder(process: str = "") -> Encoder:
 
 
 def bodies(frames: Iterable[Frame], process: str = "") -> list[bytes]:
-    return [request.body for frame in frames for request in encoder(process).requests([frame])]
+    return [request.body for frame in frames for request in encoder(process).requests(blocks_of([frame]))]
 
 
 def body_of(*run_ids: str, step: int = 1) -> bytes:

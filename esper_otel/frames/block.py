@@ -17,6 +17,7 @@ from esper_otel.frames.layout import HEAD, HEAD_WORDS, WHOLE, Layout
 # Cells of a block's array at most, for each cell that was recorded, and beside these.
 _CELLS_FOR_EACH = 4
 _FEW_CELLS = 40_000
+_MOST_CELLS = 400_000  # where there is more than one row
 
 _NO_IDS = ((), NARROW)
 
@@ -190,7 +191,7 @@ class Chunk:
             if first and end * len(ids) * columns > _CELLS_FOR_EACH * recorded + _FEW_CELLS:
                 return first, list(numbers)
             numbers[number] = None
-        return len(of_seeds), list(numbers)
+        return min(len(of_seeds), max(_MOST_CELLS // max(len(ids) * columns, 1), 1)), list(numbers)
 
     def _cells(
         self,

@@ -27,6 +27,7 @@ from opentelemetry.sdk.resources import Resource
 import esper_otel
 from esper_otel import EsperSettings, Stage, TamiyoClient
 from esper_otel.export.encode import Encoder, Request
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import ABSENT, WIDTH, Frame, Run, SeedTable
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
@@ -53,7 +54,7 @@ def requests() -> list[Request]:
         frames.append(Frame(run, step, step, 0, time_unix_ns, ("loss",), (1.0,), {}, table, table))
     resource = Resource({"esper.run.id": run.run_id, "esper.run.attempt": run.attempt})
     encoder = Encoder({metric.name: metric for metric in METRICS}, lambda _: resource)
-    return list(encoder.requests(frames))
+    return list(encoder.requests(blocks_of(frames)))
 
 
 def ours(bodies: list[bytes]) -> None:
@@ -117,7 +118,7 @@ def single_steps() -> list[bytes]:
     for step in range(1, SINGLE + 1):
         time_unix_ns = 1_790_000_000_000_000_000 + step * 1_000_000
         frame = Frame(run, step, step, 0, time_unix_ns, names, (1.0,) * len(names), {}, table, table)
-        bodies += [request.body for request in encoder.requests([frame])]
+        bodies += [request.body for request in encoder.requests(blocks_of([frame]))]
     assert len(bodies) == SINGLE
     return bodies
 

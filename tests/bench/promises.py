@@ -34,6 +34,7 @@ import esper_otel
 from esper_otel import EsperSettings, Telemetry
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Frame
 from esper_otel.leyline import packets
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
@@ -249,11 +250,11 @@ def exporting() -> list[Row]:
     """CPU time per point, from readings to bytes."""
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     history = frames_of(8, 100)
-    points = sum(request.points for request in encoder.requests(history))
+    points = sum(request.points for request in encoder.requests(blocks_of(history)))
     provider, reader = observable(8)
 
     def ours() -> None:
-        for _request in encoder.requests(history):
+        for _request in encoder.requests(blocks_of(history)):
             pass
 
     def theirs() -> None:
@@ -302,7 +303,7 @@ def gil() -> list[Row]:
         encode_metrics(data).SerializeToString()
 
     def ours() -> None:
-        list(encoder.requests(history))
+        list(encoder.requests(blocks_of(history)))
 
     medians = []
     for export in (ours, theirs):

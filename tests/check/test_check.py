@@ -29,6 +29,7 @@ from esper_otel.check.one_frame import CheckResult, report_json, report_text, ru
 from esper_otel.check.through import ReadBack, run_through
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
+from esper_otel.frames.block import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, is_check
 from esper_otel.testing import MemoryCollector
 
@@ -320,7 +321,7 @@ def test_the_size_of_a_run_is_that_of_the_points_it_sends() -> None:
         raise AssertionError(where) from error
 
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
-    [request] = encoder.requests([make_frame(recorded=values, seeds=seed_table(rows))])
+    [request] = encoder.requests(blocks_of([make_frame(recorded=values, seeds=seed_table(rows))]))
     quiet = run_check(seeds=2, steps_per_second=0.0, environ={"OTEL_METRICS_EXPORTER": "none"})
     busy = run_check(seeds=2, steps_per_second=1.0, environ={"OTEL_METRICS_EXPORTER": "none"})
     assert busy.samples_per_s - quiet.samples_per_s == request.points

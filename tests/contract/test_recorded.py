@@ -21,6 +21,7 @@ from wire import resource
 
 from esper_otel import Metric, Stage, schema
 from esper_otel.export.encode import Encoder
+from esper_otel.frames.block import blocks_of
 
 RECORDED = Path(__file__).with_name("recorded.json.gz")
 _START_NS = 1_790_000_000_000_000_000
@@ -103,7 +104,8 @@ def made(patched: pytest.MonkeyPatch) -> Mapping[str, list[str]]:
     telemetry = session(patched)
     frames, _ = telemetry._recorder.publisher.ring.after(0, 1_000)
     encoder = Encoder({each.name: each for each in (*schema.METRICS, _OWN)}, resource)
-    requests = [each.body for start in range(0, 48, 7) for each in encoder.requests(frames[start : start + 7])]
+    parts = [blocks_of(frames[start : start + 7]) for start in range(0, 48, 7)]
+    requests = [each.body for blocks in parts for each in encoder.requests(blocks)]
     packets = telemetry.pull(max_packets=1_000)
     telemetry.close()
     return {

@@ -20,6 +20,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from esper_otel import __version__
 from esper_otel.export.encode import MAX_POINTS, Encoder, Request
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.schema import METRICS, SEED_CELLS, Metric
@@ -78,7 +79,7 @@ def test_every_value_of_every_frame_arrives_bit_for_bit_with_the_frames_own_time
     history: list[Frame], max_points: int
 ) -> None:
     """NaN, infinities, -0.0 and absence must survive, however requests are cut."""
-    requests = list(encoder(max_points=max_points).requests(history))
+    requests = list(encoder(max_points=max_points).requests(blocks_of(history)))
     arrived: dict[int, dict[tuple[str, str], bytes]] = defaultdict(dict)
     for name, point in read(decoded(requests)):
         seed_id = "".join(attribute.value.string_value for attribute in point.attributes)
@@ -128,7 +129,7 @@ def test_the_same_content_encoded_by_opentelemetry_is_the_same_message(history: 
     stock = encode_metrics(
         sdk.MetricsData([sdk.ResourceMetrics(resource(RUN), [sdk.ScopeMetrics(scope, metrics, "")], "")])
     )
-    (ours,) = decoded(list(encoder().requests(history)))
+    (ours,) = decoded(list(encoder().requests(blocks_of(history))))
     assert normal(ours) == normal(stock)
 
 
@@ -137,7 +138,7 @@ def test_a_metric_stands_once_per_run_in_the_catalogues_order_with_points_in_tim
     history: list[Frame],
 ) -> None:
     """Prometheus rolls a request back for unsorted points; a device that becomes known starts a new block."""
-    for request in decoded(list(encoder().requests(history))):
+    for request in decoded(list(encoder().requests(blocks_of(history)))):
         blocks = list(request.resource_metrics)
         assert [block.resource for block in blocks] == [
             encode_metrics(sdk.MetricsData([sdk.ResourceMetrics(resource(run), [], "")])).resource_metrics[0].resource
@@ -160,7 +161,7 @@ def test_a_frame_that_fits_into_a_request_is_never_cut() -> None:
     """A half frame makes the gateway wait for the other half."""
     history = [make_frame(time_unix_ns=TIME_UNIX_NS + step) for step in range(7)]
     whole = len(contents(history[0]))
-    requests = list(encoder(max_points=2 * whole + whole // 2).requests(history))
+    requests = list(encoder(max_points=2 * whole + whole // 2).requests(blocks_of(history)))
     assert [(request.frames, request.points) for request in requests] == [
         (2, 2 * whole),
         (2, 2 * whole),
@@ -174,7 +175,7 @@ def test_a_frame_too_large_for_a_request_is_cut_and_ends_in_its_last_one() -> No
     large = make_frame(seeds=seed_table({f"seed-{row}": {"alpha": 0.5, "stage": 4.0} for row in range(50)}))
     small = make_frame(time_unix_ns=TIME_UNIX_NS + 1)
     total = len(contents(large))
-    requests = list(encoder(max_points=40).requests([small, large, small]))
+    requests = list(encoder(max_points=40).requests(blocks_of([small, large, small])))
     assert [request.frames for request in requests] == [1, 0, 0, 2]
     counts = {
         point.as_double
@@ -193,7 +194,7 @@ def test_requests_are_encoded_only_when_they_are_asked_for() -> None:
             taken.append(step)
             yield make_frame(time_unix_ns=TIME_UNIX_NS + step)
 
-    next(encoder(max_points=len(contents(make_frame()))).requests(backlog()))
+    next(encoder(max_points=len(contents(make_frame()))).requests(blocks_of(backlog())))
     assert len(taken) <= 1_001
 
 
@@ -201,7 +202,7 @@ def test_a_full_request_with_the_longest_seed_ids_stays_below_4_mib() -> None:
     """gRPC receivers refuse more, for good."""
     fields = {metric.field: math.pi for metric in SEED_CELLS}
     seeds = seed_table({f"{row:03d}" + "\N{SNOWMAN}" * 84 + "x": fields for row in range(700)})
-    full, *_ = encoder().requests([make_frame(seeds=seeds)])
+    full, *_ = encoder().requests(blocks_of([make_frame(seeds=seeds)]))
     assert len(seeds.ids[0].encode()) == 256
     assert 10_000 < full.points < MAX_POINTS
     assert len(full.body) < 4 * 1024 * 1024 - 300_000
@@ -209,14 +210,14 @@ def test_a_full_request_with_the_longest_seed_ids_stays_below_4_mib() -> None:
 
 def test_no_frames_make_no_request() -> None:
     """An empty request would still be a request."""
-    assert list(encoder().requests([])) == []
+    assert list(encoder().requests(blocks_of([]))) == []
 
 
 def test_a_users_own_metric_travels_with_its_unit_and_description() -> None:
     """Declared metrics are metrics like any other."""
     own = Metric("tokens_per_s", unit="rate", description="Tokens per second.")
     frame = make_frame(recorded={"tokens_per_s": 1.5})
-    (request,) = decoded(list(encoder({**CATALOGUE, own.name: own}).requests([frame])))
+    (request,) = decoded(list(encoder({**CATALOGUE, own.name: own}).requests(blocks_of([frame]))))
     metrics = {metric.name: metric for metric in request.resource_metrics[0].scope_metrics[0].metrics}
     metric = metrics["tokens_per_s"]
     assert (metric.unit, metric.description) == ("rate", "Tokens per second.")
@@ -226,7 +227,7 @@ def test_a_users_own_metric_travels_with_its_unit_and_description() -> None:
 def test_a_name_the_catalogue_does_not_have_is_left_out_and_not_counted() -> None:
     """A count that includes points which are not there would keep the frame from ever being whole."""
     frame = make_frame(derived={"nobody.declared.this": 1.0, "loss_ewma": 2.0})
-    requests = list(encoder().requests([frame]))
+    requests = list(encoder().requests(blocks_of([frame])))
     points = dict(read(decoded(requests)))
     assert "nobody.declared.this" not in points
     assert points["loss_ewma"].as_double == 2.0
@@ -235,7 +236,7 @@ def test_a_name_the_catalogue_does_not_have_is_left_out_and_not_counted() -> Non
 
 def test_the_scope_carries_our_version_and_the_schemas() -> None:
     """Who reads stored telemetry years later must know what the names meant."""
-    (request,) = decoded(list(encoder().requests([make_frame()])))
+    (request,) = decoded(list(encoder().requests(blocks_of([make_frame()]))))
     scope = request.resource_metrics[0].scope_metrics[0].scope
     assert (scope.name, scope.version) == ("esper_otel", __version__)
     assert [(item.key, item.value.string_value) for item in scope.attributes] == [("esper.schema.version", "1")]
@@ -250,8 +251,8 @@ def test_the_resource_is_made_once_for_frames_of_one_run() -> None:
         return resource(run)
 
     once = Encoder(CATALOGUE, counted)
-    list(once.requests([make_frame(), make_frame()]))
-    list(once.requests([make_frame(run=Run(RUN.run_id, RUN.attempt))]))
+    list(once.requests(blocks_of([make_frame(), make_frame()])))
+    list(once.requests(blocks_of([make_frame(run=Run(RUN.run_id, RUN.attempt))])))
     once.health(RUN, {("esper.steps", ""): 1}, start_unix_ns=START_UNIX_NS, time_unix_ns=TIME_UNIX_NS)
     assert asked == [RUN]
 
@@ -302,7 +303,7 @@ def test_stale_markers_have_the_streams_identity_and_no_value() -> None:
     (body,) = encoder().stale(RUN, streams, time_unix_ns=TIME_UNIX_NS)
     (of_run,) = ExportMetricsServiceRequest.FromString(body).resource_metrics
     (scoped,) = of_run.scope_metrics
-    (series,) = decoded(list(encoder().requests([make_frame()])))[0].resource_metrics
+    (series,) = decoded(list(encoder().requests(blocks_of([make_frame()]))))[0].resource_metrics
     assert of_run.resource == series.resource
     assert scoped.scope == series.scope_metrics[0].scope
     [head] = [metric for metric in series.scope_metrics[0].metrics if metric.name == "loss"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frame_examples import make_frame
+from frame_examples import append, make_frame
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export import spool as spool_module
@@ -48,8 +48,8 @@ def open_spool(directory: Path, ring: Ring, most_bytes: int = 10**9) -> Spool:
 def publish(ring: Ring, spool: Spool, count: int, *, tend_every: int = 10) -> None:
     for _ in range(count):
         frame = make_frame(sequence=ring.last + 1, global_step=ring.last + 1, time_unix_ns=ring.last + 1)
-        ring.append(frame)
-        spool.write(frame)
+        append(ring, frame)
+        spool.write()
         if ring.last % tend_every == 0:
             spool.tend()
 

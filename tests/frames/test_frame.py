@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from frame_examples import frames, histories, make_frame, seed_table
+from frame_examples import append, frames, histories, make_frame, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import plain, rows
@@ -13,11 +13,12 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.frames.black_box import _row
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.encoded import frame_from_bytes, frame_to_bytes
 from esper_otel.frames.frame import NARROW, WIDTH, Frame, SeedTable, alike
 from esper_otel.frames.live_seeds import LiveSeeds
-from esper_otel.frames.packed import PackedFrames
 from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
+from esper_otel.frames.ring import Ring
 from esper_otel.gateway.rebuild.history import _is_same
 from esper_otel.gateway.rebuild.parts import part_of
 from esper_otel.leyline import packets
@@ -36,7 +37,8 @@ def noted(history: Sequence[Frame]) -> list[object]:
     """What an exporter says of the ends of series."""
     streams, said = Streams(), []
     for frame in history:
-        [ended] = streams.note([frame]).values() or [()]
+        [block] = blocks_of([frame])
+        [ended] = streams.note(block).values() or [()]
         said.append(sorted((name, *attributes.items()) for name, attributes in ended))
         streams.settled(frame.sequence)
     return [said, sorted((name, *attributes.items()) for name, attributes in streams.all_ended())]
@@ -46,7 +48,7 @@ def sent(history: Sequence[Frame]) -> list[bytes]:
     def fail(where: str, error: Exception) -> None:
         raise AssertionError(where) from error
 
-    return [request.body for request in Encoder(CATALOGUE, resource_for).requests(history)]
+    return [request.body for request in Encoder(CATALOGUE, resource_for).requests(blocks_of(history))]
 
 
 def spooled(history: Sequence[Frame]) -> list[object]:
@@ -61,8 +63,11 @@ def stored(history: Sequence[Frame]) -> list[object]:
     return [repr(plain(table)) for f in history for table in frame_from_bytes(frame_to_bytes(f))[8:10]]
 
 
-def packed(history: Sequence[Frame]) -> list[object]:
-    return [repr(_row(frame)) for frame in PackedFrames(history).frames()] if history else []
+def as_rows(history: Sequence[Frame]) -> list[object]:
+    ring = Ring(2**20)
+    for frame in history:
+        append(ring, frame)
+    return [repr(_row(frame)) for frame in ring.after(0, 1_000)[0]]
 
 
 def pulled(history: Sequence[Frame]) -> list[object]:
@@ -95,7 +100,15 @@ def test_every_reader_of_tables_says_the_same_of_wide_ones(history: list[Frame],
     retired = st.sampled_from([(), ("a",), ("a", "b")])
     history = [frame._replace(retired=data.draw(retired)) for frame in history]
     other = [widened(frame, data.draw(st.tuples(st.booleans(), st.booleans()))) for frame in history]
-    readers: list[Callable[[Sequence[Frame]], Sequence[object]]] = [noted, sent, spooled, stored, packed, pulled, parts]
+    readers: list[Callable[[Sequence[Frame]], Sequence[object]]] = [
+        noted,
+        sent,
+        spooled,
+        stored,
+        as_rows,
+        pulled,
+        parts,
+    ]
     for reader in (*readers, lived):
         assert reader(other) == reader(history), reader.__name__
 
@@ -124,9 +137,11 @@ def test_a_series_ends_once_however_wide_its_steps_were() -> None:
     assert [table.cells.shape[1] for table in tables] == [NARROW, WIDTH, NARROW]
     streams = Streams()
     for number, table in enumerate(tables, 1):
-        streams.note([make_frame(sequence=number, seeds=table, live=table)])
+        [block] = blocks_of([make_frame(sequence=number, seeds=table, live=table)])
+        streams.note(block)
     again = make_frame(sequence=4, seeds=tables[0], live=tables[0], retired=("a",))
-    assert [name for name, _ in streams.note([again])[4]] == ["esper.seed.learning_rate"]
+    [block] = blocks_of([again])
+    assert [name for name, _ in streams.note(block)[4]] == ["esper.seed.learning_rate"]
     streams.settled(4)
     assert sorted(name for name, _ in streams.all_ended()) == ["kasmina.seed.alpha", "kasmina.seed.stage"]
 

@@ -1,211 +1,237 @@
-"""The ring: bounded, in order, with a cursor for each reader."""
+"""The ring: rows in order, bounded by bytes, with a cursor for each reader."""
 
 from __future__ import annotations
 
+import gc
 import struct
 import threading
-from collections.abc import Callable
-from typing import Any
+import tracemalloc
 
 import numpy as np
-from frame_examples import frames
+from frame_examples import append, frames, lives, make_frame, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_otel.frames.frame import ABSENT, WIDTH, Frame, Run, SeedTable
-from esper_otel.frames.ring import Ring, frame_bytes
+from esper_otel.frames.block import Block, blocks_of
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import ABSENT_BITS, NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frames.layout import Layout
+from esper_otel.frames.ring import Ring
 
 RUN = Run("run", 1)
+LOSS = Layout((), (), (), ("loss",))
+ROW = LOSS.size + 4  # and its place
 
 
-def frame(sequence: int, seeds: int = 0) -> Frame:
-    table = SeedTable(tuple(f"s{i}" for i in range(seeds)), np.zeros((seeds, WIDTH)))
-    return Frame(RUN, sequence, sequence, 0, sequence, ("loss",), (1.0,), {}, table, table)
+def fill(ring: Ring, count: int, values: int = 1) -> None:
+    layout = Layout((), (), (), tuple(map(str, range(values))))
+    for _ in range(count):
+        number = ring.last + 1
+        ring.append(RUN, number, 0, number, layout, (1.0,) * values)
 
 
-SIZE = frame_bytes(frame(1))
-
-
-@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 45), st.integers(1, 10))
-def test_a_reader_gets_what_follows_its_cursor_and_the_size_of_the_gap(
-    kept: int, appended: int, cursor: int, limit: int
-) -> None:
+@settings(deadline=None)
+@given(st.integers(1, 2_000), st.integers(0, 2_100), st.integers(1, 500))
+def test_a_reader_gets_what_follows_its_cursor_and_the_size_of_the_gap(appended: int, cursor: int, limit: int) -> None:
     """What the ring had to drop is counted by whoever missed it."""
-    ring = Ring(kept * SIZE)
-    for sequence in range(1, appended + 1):
-        ring.append(frame(sequence))
-    first = max(1, appended - kept + 1)
-    assert (ring.first, ring.last) == (first, appended)
-    frames, gap = ring.after(cursor, limit)
-    start = max(cursor + 1, first)
-    assert [f.sequence for f in frames] == list(range(start, appended + 1))[:limit]
+    ring = Ring(32 * 1024)
+    fill(ring, appended)
+    assert ring.last == appended
+    assert ring.size <= 32 * 1024
+    assert (ring.first == 1) == (appended * ROW < 25 * 1024) or appended * ROW < 33 * 1024
+    found, gap = ring.after(cursor, limit)
+    start = max(cursor + 1, ring.first)
+    assert [f.sequence for f in found] == list(range(start, appended + 1))[:limit]
     assert gap == start - cursor - 1
+    block, gap = ring.block(cursor, limit)
+    assert gap == start - cursor - 1
+    assert (block is None) == (not found)
+    if block is not None:
+        assert block.first == start
+        assert 0 < block.rows <= len(found)
 
 
-def test_a_frame_larger_than_the_ring_replaces_everything() -> None:
-    """The newest frame is always there, whatever it weighs."""
-    ring = Ring(2 * SIZE)
-    ring.append(frame(1))
-    ring.append(frame(2, seeds=1000))
+def test_a_row_larger_than_the_ring_replaces_everything() -> None:
+    """The newest row is always there, however large it is."""
+    ring = Ring(8 * 1024)
+    fill(ring, 2)
+    table = SeedTable(tuple(f"s{i}" for i in range(1_000)), np.zeros((1_000, 10)))
+    ring.append(RUN, 3, 0, 3, LOSS, (1.0,), table, table)
     newest = ring.newest()
     assert newest is not None
-    assert newest.sequence == 2
-    assert ring.first == 2
-
-
-def test_a_seed_table_that_is_shared_counts_once() -> None:
-    """Most steps record every live seed: the two tables are one."""
-    cells = 100 * WIDTH * 8
-    assert cells < frame_bytes(frame(1, seeds=100)) - SIZE < 1.1 * cells
-
-
-class WhileLookingUp(dict[int, Frame]):
-    """Calls something in the middle of a look-up, when the answer is known and not yet given."""
-
-    def __init__(self, content: dict[int, Frame], then: Callable[[], None]) -> None:
-        super().__init__(content)
-        self.then = then
-
-    def get(self, key: int, default: Any = None) -> Any:
-        found = super().get(key, default)
-        self.then()
-        return found
-
-
-def test_a_frame_that_comes_while_a_reader_looks_for_it_is_not_taken_for_a_dropped_one() -> None:
-    """The exporter and every puller would skip it, and count it as lost."""
-    ring = Ring(10 * SIZE)
-    ring.append(frame(1))
-    ring._frames = WhileLookingUp(ring._frames, lambda: ring.append(frame(ring.last + 1)))  # type: ignore[assignment, arg-type]
-    cursor = 0
-    seen: list[int] = []
-    while len(seen) < 5:
-        frames, gap = ring.after(cursor, 1)
-        assert gap == 0
-        seen += [f.sequence for f in frames]
-        cursor += len(frames)
-    assert seen == [1, 2, 3, 4, 5]
-    frames, gap = ring.after(ring.last, 5)
-    assert (frames, gap) == ([], 0)
-
-
-def test_a_reader_beside_a_fast_writer_misses_nothing_it_is_not_told_of() -> None:
-    """The exporter reads while the trainer writes and the ring drops."""
-    ring = Ring(50 * SIZE)
-    total = 20_000
-
-    def write() -> None:
-        for sequence in range(1, total + 1):
-            ring.append(frame(sequence))
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    cursor = seen = missed = 0
-    while cursor < total:
-        frames, gap = ring.after(cursor, 7)
-        missed += gap
-        seen += len(frames)
-        numbers = [f.sequence for f in frames]
-        assert numbers == list(range(cursor + gap + 1, cursor + gap + 1 + len(frames)))
-        cursor += gap + len(frames)
-    writer.join()
-    assert seen + missed == total
+    assert (newest.sequence, len(newest.live.ids), ring.first) == (3, 1_000, 3)
 
 
 def identity(frame: Frame) -> tuple[object, ...]:
     """All of a frame, to the bit."""
     values = {name: struct.pack("<d", value) for name, value in frame.values().items()}
-    tables = (frame.seeds.ids, frame.seeds.cells.tobytes(), frame.live.ids, frame.live.cells.tobytes())
-    return (
-        frame.run,
-        frame.sequence,
-        frame.global_step,
-        frame.epoch,
-        frame.time_unix_ns,
-        values,
-        tables,
-        frame.retired,
-    )
+    tables = (frame.seeds.ids, frame.seeds.cells.tobytes(), frame.live.ids, frame.live.wide().cells.tobytes())
+    head = (frame.run, frame.sequence, frame.global_step, frame.epoch, frame.time_unix_ns)
+    return (*head, values, tables, frame.retired, frame.recorded.keys(), frame.context.keys())
 
 
 @settings(deadline=None)
-@given(st.lists(frames(), min_size=1, max_size=8), st.integers(1, 60))
-def test_packed_frames_come_out_as_they_were(some: list[Frame], limit: int) -> None:
-    """Every value, seed and bit; also when a reader comes from the middle, and takes a few at a time."""
-    made = [some[number % len(some)]._replace(sequence=number + 1) for number in range(600)]
-    ring = Ring(2**40)
-    for each in made:
-        ring.append(each)
-    before = ring.size
-    ring.pack(50, lambda: False)
-    assert ring.size < before
-    cursor, found = 200, []
+@given(lives(), st.integers(1, 12), st.integers(0, 12), st.booleans())
+def test_rows_are_read_as_they_were_written(some: list[Frame], limit: int, cursor: int, is_small: bool) -> None:
+    """Every value, seed and bit, with the seeds that were alive then, from any place on, in any portion."""
+    ring = Ring(2**20 if is_small else 2**28)  # rows of one run in one chunk, or in several
+    for each in some:
+        append(ring, each)
+        newest = ring.newest()
+        assert newest is not None
+        assert identity(newest) == identity(each)
+    expected = list(map(identity, some))
+    found = []
     while page := ring.after(cursor, limit)[0]:
         found += page
         cursor = page[-1].sequence
-    assert list(map(identity, found)) == list(map(identity, made[200:]))
+    assert list(map(identity, found)) == expected[len(expected) - len(found) :]
+    assert list(map(identity, ring.after(0, 1_000)[0])) == expected
+    assert [identity(ring.after(number, 1)[0][0]) for number in range(len(some))] == expected
 
 
-def test_packed_frames_take_a_fraction_of_the_memory_and_are_dropped_like_any_other() -> None:
-    """Frames of 21 values and 8 seeds, none of which comes twice; nothing is left when they are gone."""
-    luck = np.random.default_rng(7)
-    plain, packed = Ring(10_000_000), Ring(10_000_000)
-    for sequence in range(1, 20_001):
-        cells = np.full((8, WIDTH), ABSENT)
-        cells[:, :10] = luck.random((8, 10))
-        ids = tuple(f"s{i}" for i in range(8))
-        names, numbers = tuple(map(str, range(21))), tuple(luck.random(21).tolist())
-        each = frame(sequence)._replace(
-            seeds=SeedTable(ids, cells), live=SeedTable(ids, cells.copy()), names=names, numbers=numbers
+def rows_of(block: Block) -> list[object]:
+    """What a block says of each of its rows."""
+    said: list[object] = []
+    for row in range(block.rows):
+        values = {
+            name: struct.pack("<d", value)
+            for name, value in zip(block.names, block.values[row].tolist(), strict=True)
+            if struct.pack("<d", value) != struct.pack("<Q", ABSENT_BITS)
+        }
+        cells = dict(SeedTable(block.ids, np.ascontiguousarray(block.cells[row])).rows())
+        seeds = {seed_id: repr(sorted(of_seed.items())) for seed_id, of_seed in cells.items() if of_seed}
+        head = (block.run, block.first + row, int(block.steps[row]), int(block.epochs[row]), int(block.times[row]))
+        living = (int(block.lives[row]), int(block.digests[row]))
+        said.append((*head, values, seeds, living, block.retired.get(row, ())))
+    return said
+
+
+def said_by(frame: Frame) -> object:
+    """The same of a frame."""
+    values = {**frame.derived, **frame.context, **frame.probed, **frame.recorded}
+    seeds = {seed_id: repr(sorted(cells.items())) for seed_id, cells in frame.seeds.rows() if cells}
+    head = (frame.run, frame.sequence, frame.global_step, frame.epoch, frame.time_unix_ns)
+    living = (len(frame.live.ids), digest_of(frame.live.ids))
+    packed = {name: struct.pack("<d", value) for name, value in values.items()}
+    return (*head, packed, seeds, living, frame.retired)
+
+
+@settings(deadline=None)
+@given(lives(), st.integers(1, 12), st.data())
+def test_a_block_has_the_rows_of_its_frames(some: list[Frame], limit: int, data: st.DataObject) -> None:
+    """Names and seeds may differ from row to row: what a row lacks is absent, and NaN is not."""
+    ring = Ring(2**20)
+    for each in some:
+        append(ring, each)
+    said: list[object] = []
+    while (block := ring.block(len(said), limit)[0]) is not None:
+        start = data.draw(st.integers(0, block.rows))
+        said += rows_of(block.part(0, start)) + rows_of(block.part(start, block.rows))
+    assert said == list(map(said_by, some))
+    assert [row for block in blocks_of(some) for row in rows_of(block)] == said
+
+
+@settings(deadline=None)
+@given(st.lists(frames(), min_size=1, max_size=6))
+def test_frames_from_elsewhere_become_blocks(some: list[Frame]) -> None:
+    """Of any runs and numbers, as the files of others may have them."""
+    assert [row for block in blocks_of(some) for row in rows_of(block)] == list(map(said_by, some))
+
+
+def test_a_block_ends_where_the_seeds_of_its_steps_differ_too_much() -> None:
+    """An array of every seed by every step would be a hundred times as large as what was recorded."""
+    ring = Ring(2**28)
+    for number in range(1, 2_001):
+        table = seed_table({f"s{number}": {"alpha": number}})
+        ring.append(RUN, number, 0, number, LOSS, (1.0,), table, NO_SEEDS)
+    cursor = largest = count = 0
+    while (block := ring.block(cursor, 1_000)[0]) is not None:
+        cursor, count, largest = block.last, count + 1, max(largest, block.cells.nbytes)
+        assert [float(block.cells[row, row, 1]) for row in range(block.rows)] == list(
+            range(block.first, block.first + block.rows)
         )
-        plain.append(each)
-        packed.append(each)
-        if sequence % 200 == 0:
-            packed.pack(100, lambda: False)
-    assert packed.last - packed.first > 3 * (plain.last - plain.first)
-    assert 0 < packed.size <= 10_000_000
-    for sequence in range(20_001, 50_001):
-        packed.append(frame(sequence))
-    assert packed.size <= 10_000_000
-    assert packed.size == sum(map(frame_bytes, packed.after(packed.first - 1, 100_000)[0]))
+    assert cursor == 2_000
+    assert count < 100
+    assert largest < 8 * 50_000
 
 
-def test_readers_a_packer_and_a_writer_at_once() -> None:
-    """Two readers, each in its own place, while frames are packed and dropped."""
-    ring = Ring(3_000 * SIZE)
-    total = 30_000
-    over = threading.Event()
+def test_a_reader_beside_a_fast_writer_misses_nothing_it_is_not_told_of() -> None:
+    """Readers of each kind in their own places while the trainer writes and the ring drops."""
+    ring = Ring(64 * 1024)
+    total = 20_000
     faults: list[BaseException] = []
 
-    def write() -> None:
-        for sequence in range(1, total + 1):
-            ring.append(frame(sequence))
+    def by_frames(cursor: int) -> tuple[list[int], int]:
+        found, gap = ring.after(cursor, 7)
+        return [f.global_step for f in found], gap
 
-    def pack() -> None:
-        while not over.is_set():
-            ring.pack(500, over.is_set)
+    def by_blocks(cursor: int) -> tuple[list[int], int]:
+        block, gap = ring.block(cursor, 7)
+        return [] if block is None else block.steps.tolist(), gap
 
-    def read() -> None:
+    def read(kind: int) -> None:
         try:
             cursor = seen = missed = 0
             while cursor < total:
-                found, gap = ring.after(cursor, 100)
-                numbers = [each.sequence for each in found]
-                assert numbers == list(range(cursor + gap + 1, cursor + gap + 1 + len(found)))
-                missed, seen, cursor = missed + gap, seen + len(found), cursor + gap + len(found)
+                steps, gap = (by_blocks if kind else by_frames)(cursor)
+                assert steps == list(range(cursor + gap + 1, cursor + gap + 1 + len(steps)))
+                newest = ring.newest()
+                assert newest is None or newest.global_step == newest.sequence >= cursor
+                missed, seen, cursor = missed + gap, seen + len(steps), cursor + gap + len(steps)
             assert seen + missed == total
         except BaseException as error:
             faults.append(error)
             raise
 
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    packer = threading.Thread(target=pack)
-    writer = threading.Thread(target=write)
-    for thread in (packer, *readers, writer):
-        thread.start()
-    for thread in (*readers, writer):
-        thread.join()
-    over.set()
-    packer.join()
+    readers = [threading.Thread(target=read, args=(kind,)) for kind in (0, 1, 0)]
+    for reader in readers:
+        reader.start()
+    fill(ring, total)
+    for reader in readers:
+        reader.join()
     assert not faults
-    assert 0 < ring.size <= 3_000 * SIZE
+
+
+def test_its_size_is_the_memory_that_it_holds() -> None:
+    """Within 10 %: steps of 1, 16 and 40 values, with seeds, and with other names in each step."""
+    made = make_frame(seeds=seed_table({f"s{i}": {"alpha": 0.5, "stage": 3.0} for i in range(8)}))
+    ten = [Layout((), (), (), (*map(str, range(20)), f"own{i}")) for i in range(10)]
+
+    def with_seeds(ring: Ring) -> None:
+        for _ in range(2_000):
+            append(ring, made._replace(live=made.seeds))
+
+    def with_other_names(ring: Ring) -> None:
+        for number in range(5_000):
+            ring.append(RUN, number, 0, number, ten[number % 10], (0.5,) * 21)
+
+    for write in (
+        lambda ring: fill(ring, 20_000, 1),
+        lambda ring: fill(ring, 10_000, 16),
+        lambda ring: fill(ring, 5_000, 40),
+        with_seeds,
+        with_other_names,
+    ):
+        gc.collect()
+        tracemalloc.start()
+        ring = Ring(2**28)
+        write(ring)
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        chunk = ring._chunk
+        assert chunk is not None
+        untouched = chunk.capacity - chunk.end + 4 * (chunk.capacity // 48 - chunk.rows)
+        assert abs(ring.size - (held - untouched)) < 0.1 * ring.size + 4_096
+
+
+def test_no_object_outlives_a_step() -> None:
+    """What the collector has to look through does not grow with the steps."""
+    ring = Ring(2**28)
+    fill(ring, 100, 21)
+    gc.collect()
+    before = len(gc.get_objects())
+    fill(ring, 20_000, 21)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100

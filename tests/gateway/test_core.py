@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from wire import bodies, encoder
 
 from esper_otel.errors import UnknownRun
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import NO_SEEDS, Frame
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.store.base import StoreFull, StoreLimits
@@ -223,7 +224,7 @@ def test_an_end_is_known_after_a_restart_and_a_silence_is_not_one(tmp_path: Path
         quiet, ended = RUN, replace(RUN, run_id="ended")
         for run in (quiet, ended):
             for frame in history(2):
-                for request in encoder().requests([frame._replace(run=run)]):
+                for request in encoder().requests(blocks_of([frame._replace(run=run)])):
                     core.receive(request.body)
         end_ns = TIME_UNIX_NS + 10**9
         outcome = {("esper.run.ended", "ValueError"): 1.0}
@@ -242,7 +243,7 @@ def test_an_end_is_known_after_a_restart_and_a_silence_is_not_one(tmp_path: Path
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_an_end_that_overtakes_the_steps_is_not_lost_by_a_restart(tmp_path: Path, cut: int) -> None:
     """A killed collector queues again, so the last request may come first; it was acknowledged like the others."""
-    requests = [request.body for frame in history(4) for request in encoder().requests([frame])]
+    requests = [request.body for frame in history(4) for request in encoder().requests(blocks_of([frame]))]
     outcome = {("esper.run.ended", "completed"): 1.0}
     times = {"start_unix_ns": TIME_UNIX_NS, "time_unix_ns": TIME_UNIX_NS + 10**9}
     requests = [encoder().health(RUN, outcome, **times), *requests[::-1]]

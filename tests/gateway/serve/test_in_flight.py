@@ -30,6 +30,7 @@ from test_ports import PROTOBUF, body_of, code_of, export
 
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import WIDTH, Run, SeedTable
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.security import Certificates
@@ -239,7 +240,7 @@ def steps_with_seeds(run_id: str, steps: int, seeds: int) -> list[bytes]:
         )
         for step in range(1, steps + 1)
     ]
-    return [bytes(request.body) for request in encoder.requests(frames)]
+    return [bytes(request.body) for request in encoder.requests(blocks_of(frames))]
 
 
 def test_answers_that_nobody_reads_are_bounded(gateway: RunningGateway) -> None:

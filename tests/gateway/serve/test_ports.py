@@ -32,6 +32,7 @@ import esper_otel
 from esper_otel import EsperSettings, Telemetry
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
+from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Run
 from esper_otel.gateway.serve.ports import OTLP_SERVICE
 from esper_otel.leyline import SystemStatePacket, TelemetryPacket
@@ -57,7 +58,7 @@ def body_of(run_id: str, steps: int = 1) -> bytes:
         make_frame(run=run, sequence=step, global_step=step, time_unix_ns=RUN.attempt * 10**6 + step * 10**6)
         for step in range(1, steps + 1)
     ]
-    [request] = encoder.requests(frames)
+    [request] = encoder.requests(blocks_of(frames))
     return request.body
 
 
