@@ -100,8 +100,9 @@ class Dynamics:
         if moved & _GRADIENT:
             readings["grad_norm_ewma"] = norm_ewma
             readings["grad_var"] = variance
-        for name in self._without:
-            readings.pop(name, None)
+        if self._without:
+            for name in self._without:
+                readings.pop(name, None)
         return readings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ _FEW_CELLS = 40_000
 _MOST_CELLS = 400_000  # where there is more than one row
 
 _NO_IDS = ((), NARROW)
+
+_Columns: TypeAlias = tuple[tuple[str, ...], npt.NDArray[np.float64], tuple[str, ...], npt.NDArray[np.float64]]
 
 
 class Chunk:
@@ -79,6 +81,47 @@ class Chunk:
     def size(self) -> int:
         """How many bytes it holds on to; memory that no row has used yet does not count."""
         return self.end + 4 * self.rows + self._beside
+
+    def write(
+        self,
+        layout: Layout,
+        step: int,
+        epoch: int,
+        time_unix_ns: int,
+        digest: int,
+        numbers: tuple[float, ...],
+        seeds: SeedTable,
+        living: int,
+        flags: int,
+    ) -> None:
+        """Writes a row that has room.
+
+        Args:
+            layout: the layout of the values.
+            step: the step's number.
+            epoch: its epoch.
+            time_unix_ns: its time.
+            digest: of the seeds alive after it.
+            numbers: the values, in the order of the layout.
+            seeds: the seeds recorded in the step.
+            living: how many seeds are alive after it.
+            flags: ``WHOLE`` or 0.
+        """
+        if layout.chunk is not self:
+            self.learn(layout)
+        end, ids, cells = self.end, seeds.ids, seeds.cells
+        number = self.seeds_number(ids, cells.shape[1]) if ids else 0
+        layout.pack_into(
+            self.buffer, end, step, epoch, time_unix_ns, digest, living, layout.number, number, flags, *numbers
+        )
+        after = end + layout.size
+        if ids:
+            content = cells.tobytes()
+            start, after = after, after + len(content)
+            self.buffer[start:after] = content
+        self.offsets[self.rows] = end
+        self.end = after
+        self.rows += 1
 
     def learn(self, layout: Layout) -> None:
         """Gives a layout its number in this chunk."""
@@ -145,36 +188,63 @@ class Chunk:
         halves = np.frombuffer(self.buffer, np.uint32)
         of_seeds = halves[2 * places + 10]
         count, seeds = self._fitting(of_seeds)
-        places, of_seeds = places[:count], of_seeds[:count]
-        doubles, words = np.frombuffer(self.buffer, np.float64), np.frombuffer(self.buffer, np.uint64)
-        of_layouts = halves[2 * places + 9]
-        used = [(number, np.flatnonzero(of_layouts == number)) for number in np.unique(of_layouts).tolist()]
-        layouts = [self.layouts[number] for number, _ in used]
-        names = tuple(dict.fromkeys(name for layout in layouts for name in layout.places))
+        places, of_seeds, of_layouts = places[:count], of_seeds[:count], halves[2 * places[:count] + 9]
+        numbers = np.unique(of_layouts).tolist()
+        layouts = [self.layouts[number] for number in numbers]
+        words = np.frombuffer(self.buffer, np.uint64)
+        if len(layouts) == len(seeds) == 1:
+            columns = self._columns_of(layouts[0], seeds[0], int(places[0]), count)
+        else:
+            columns = self._gathered(words, places, of_layouts, numbers, of_seeds, seeds)
+        stop = start + count
+        retired = _NONE_RETIRED
+        if self.retired:
+            retired = {row - start: ids for row, ids in self.retired.copy().items() if start <= row < stop}
+        heads = (words[places], words[places + 1], words[places + 2], words[places + 3], halves[2 * places + 8])
+        recorded = frozenset[str]().union(*(layout.recorded for layout in layouts))
+        return Block(self.run, self.first + start, *heads, recorded, *columns, retired)
+
+    def _columns_of(self, layout: Layout, seeds: int, place: int, count: int) -> _Columns:
+        """Returns names, values, ids and cells of rows that have all these in common, as views of the rows."""
+        ids, width = self.seeds[seeds]
+        size = layout.size + 8 * len(ids) * width
+        rows = np.ndarray((count, size // 8), np.float64, self.buffer, 8 * place, (size, 8))
+        rows.flags.writeable = False
+        values = rows[:, HEAD_WORDS : layout.size // 8]
+        if len(layout.columns) < layout.width:  # a name occurs more than once
+            values = values[:, layout.columns]
+        return tuple(layout.places), values, ids, rows[:, layout.size // 8 :].reshape(count, len(ids), width)
+
+    def _gathered(
+        self,
+        words: npt.NDArray[np.uint64],
+        places: npt.NDArray[np.intp],
+        of_layouts: npt.NDArray[np.uint32],
+        numbers: Sequence[int],
+        of_seeds: npt.NDArray[np.uint32],
+        seeds: Sequence[int],
+    ) -> _Columns:
+        """Returns the same of rows that differ, side by side in new arrays.
+
+        Args:
+            words: the chunk.
+            places: where each row begins in it.
+            of_layouts: the number of each row's layout.
+            numbers: the different ones among these.
+            of_seeds: the number of each row's seed ids.
+            seeds: the different ones among these.
+        """
+        doubles = words.view(np.float64)
+        names = tuple(dict.fromkeys(name for number in numbers for name in self.layouts[number].places))
         column = {name: position for position, name in enumerate(names)}
-        values = np.full((count, len(names)), ABSENT)
+        values = np.full((len(places), len(names)), ABSENT)
         cell_places = places + HEAD_WORDS
-        for layout, (_, rows) in zip(layouts, used, strict=True):
+        for number in numbers:
+            layout, rows = self.layouts[number], np.flatnonzero(of_layouts == number)
             into = [column[name] for name in layout.places]
             values[rows[:, None], into] = doubles[places[rows][:, None] + (HEAD_WORDS + layout.columns)]
             cell_places[rows] += layout.width
-        stop = start + count
-        return Block(
-            self.run,
-            self.first + start,
-            words[places],
-            words[places + 1],
-            words[places + 2],
-            words[places + 3],
-            halves[2 * places + 8],
-            names,
-            frozenset().union(*(layout.recorded for layout in layouts)),
-            values,
-            *self._cells(doubles, cell_places, of_seeds, seeds),
-            {row - start: ids for row, ids in self.retired.copy().items() if start <= row < stop}
-            if self.retired
-            else _NONE_RETIRED,
-        )
+        return names, values, *self._cells(doubles, cell_places, of_seeds, seeds)
 
     def _fitting(self, of_seeds: npt.NDArray[np.uint32]) -> tuple[int, list[int]]:
         """Returns how many rows fit into one block, and the numbers of the seeds recorded in them."""
@@ -230,8 +300,8 @@ class Block(NamedTuple):
         times: Unix nanoseconds, uint64, shape (rows,).
         digests: of the seeds alive after each step, uint64, shape (rows,).
         lives: how many seeds are alive after each step, uint32, shape (rows,).
-        names: names of the values.
-        recorded: those of them that were recorded in any of the steps, and not derived, probed or kept.
+        recorded: names of the values that were recorded in any of the steps, and not derived, probed or kept.
+        names: names of all values.
         values: float64, shape (rows, names).
         ids: ids of the recorded seeds.
         cells: their cells, float64, shape (rows, seeds, columns); 10 columns, or 19 if any step has more.
@@ -245,8 +315,8 @@ class Block(NamedTuple):
     times: npt.NDArray[np.uint64]
     digests: npt.NDArray[np.uint64]
     lives: npt.NDArray[np.uint32]
-    names: tuple[str, ...]
     recorded: frozenset[str]
+    names: tuple[str, ...]
     values: npt.NDArray[np.float64]
     ids: tuple[str, ...]
     cells: npt.NDArray[np.float64]
@@ -282,8 +352,8 @@ class Block(NamedTuple):
             self.times[some],
             self.digests[some],
             self.lives[some],
-            self.names,
             self.recorded,
+            self.names,
             self.values[some],
             self.ids,
             self.cells[some],
@@ -316,50 +386,13 @@ class Rows:
             if frame.retired:
                 chunk.retire(frame.retired)
             ids = frame.live.ids
-            head = (frame.global_step, frame.epoch, frame.time_unix_ns, digest_of(ids), len(ids))
-            write_row(chunk, layout, head, numbers, frame.seeds, flags=0)
+            head = (frame.global_step, frame.epoch, frame.time_unix_ns, digest_of(ids))
+            chunk.write(layout, *head, numbers, frame.seeds, len(ids), 0)
         return chunk
 
 
 def _values_of(frame: Frame) -> int:
     return len(frame.numbers) + len(frame.context) + len(frame.derived) + len(frame.probed)
-
-
-def write_row(
-    chunk: Chunk,
-    layout: Layout,
-    head: tuple[int, int, int, int, int],
-    numbers: tuple[float, ...],
-    seeds: SeedTable,
-    flags: int,
-) -> None:
-    """Writes a row that has room in the chunk.
-
-    Args:
-        chunk: the chunk.
-        layout: the layout of the values.
-        head: step number, epoch, time, digest and number of the live seeds.
-        numbers: the values, in the order of the layout.
-        seeds: the seeds recorded in the step.
-        flags: ``WHOLE`` or 0.
-    """
-    if layout.chunk is not chunk:
-        chunk.learn(layout)
-    end = chunk.end
-    ids, cells = seeds
-    if ids:
-        layout.pack_into(
-            chunk.buffer, end, *head, layout.number, chunk.seeds_number(ids, cells.shape[1]), flags, *numbers
-        )
-        content = cells.tobytes()
-        start = end + layout.size
-        chunk.buffer[start : (after := start + len(content))] = content
-    else:
-        layout.pack_into(chunk.buffer, end, *head, layout.number, 0, flags, *numbers)
-        after = end + layout.size
-    chunk.offsets[chunk.rows] = end
-    chunk.end = after
-    chunk.rows += 1
 
 
 def blocks_of(frames: Iterable[Frame]) -> Iterator[Block]:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
-from esper_otel.frames.block import Block, Chunk, write_row
+from esper_otel.frames.block import Block, Chunk
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import WHOLE, Layout
@@ -90,7 +90,7 @@ class Ring:
             digest = digest_of(ids)
             self._living = ids, digest
         flags = WHOLE if live.cells is seeds.cells and ids else 0
-        write_row(chunk, layout, (step, epoch, time_unix_ns, digest, len(ids)), numbers, seeds, flags)
+        chunk.write(layout, step, epoch, time_unix_ns, digest, numbers, seeds, len(ids), flags)
         if live is not self._live[1]:
             self._live = self.last + 1, live
         self.last += 1

@@ -160,7 +160,8 @@ class Recorder:
             raise WrongState("record_step() inside an open step: use now.put() there")
         if values.__class__ is not dict and not isinstance(values, Mapping):
             raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")
-        epoch = whole("epoch", epoch, UINT32_MAX)
+        if epoch.__class__ is not int or not 0 <= epoch <= UINT32_MAX:
+            epoch = whole("epoch", epoch, UINT32_MAX)
         held = None
         given: Mapping[str, Any] = values
         if not self.names.recordable.issuperset(given):
