@@ -29,6 +29,7 @@ _PAUSE_WHILE_CLOSING_S = 0.2
 HEALTH_EVERY_S = 10.0
 _MS = 1_000_000
 _EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
+_ENDED = "esper.run.ended"
 
 _T = TypeVar("_T")
 
@@ -432,13 +433,14 @@ class StepExporter:
     def _last_health(self, time_unix_ns: int, frames: int = 0) -> ScopeMetrics:
         """Returns the final counts. Further calls for the same time return the same counts."""
         if self._goodbye is None or self._goodbye[0] != time_unix_ns:
-            self._goodbye = time_unix_ns, self._health_at(time_unix_ns, frames)
+            self._goodbye = time_unix_ns, self._health_at(time_unix_ns, frames, is_end=True)
         return self._goodbye[1]
 
-    def _health_at(self, time_unix_ns: int, frames: int = 0) -> ScopeMetrics:
+    def _health_at(self, time_unix_ns: int, frames: int = 0, *, is_end: bool = False) -> ScopeMetrics:
         self._next_health_s = time.monotonic() + HEALTH_EVERY_S
         self._health_unix_ns = time_unix_ns = _end_of_ms(time_unix_ns)
-        counts = dict(self._health())
+        # Closing may begin while these counts are made: only the last ones say how the run ended.
+        counts = {key: count for key, count in self._health().items() if is_end or key[0] != _ENDED}
         for name, more in ((_EXPORTED, frames), (_QUEUE, -frames)):
             if name in counts:
                 counts[name] += more
