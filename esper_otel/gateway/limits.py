@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from esper_otel.errors import EsperOtelError
-from esper_otel.leyline.senders import MOST_ATTRIBUTES, MOST_SEEDS, MOST_TEXT_BYTES
+from esper_otel.parts.senders import MOST_ATTRIBUTES, MOST_SEEDS, MOST_TEXT_BYTES
 
 
 class Crowded(EsperOtelError):

@@ -21,7 +21,7 @@ from opentelemetry.sdk.metrics import _Gauge as SynchronousGauge
 from opentelemetry.sdk.metrics.export import Gauge, MetricReader, MetricsData, NumberDataPoint, Sum
 
 from esper_otel.errors import WrongState
-from esper_otel.leyline.numbers import finite
+from esper_otel.frames.numbers import finite
 from esper_otel.leyline.packets import Packets, packets
 from esper_otel.leyline.readings import CollectedFrame, FrameOfReadings, Reading
 from esper_otel.leyline.risk import signals, with_signals

@@ -13,8 +13,8 @@ import numpy as np
 from esper_otel.frames.digest import dead_of, silent_of
 from esper_otel.frames.frame import ABSENT, LAST_LOSS, NO_SEEDS, WIDTH, Frame, Run, SeedTable
 from esper_otel.frames.live_seeds import LiveSeeds
-from esper_otel.leyline import senders
-from esper_otel.leyline.numbers import UINT64_LIMIT, whole
+from esper_otel.frames.numbers import UINT64_LIMIT, whole
+from esper_otel.parts import senders
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, METRICS, SEED_CELLS, SEED_RETIRED
 
 _NAMES = {metric.name for metric in METRICS}

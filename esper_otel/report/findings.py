@@ -10,8 +10,8 @@ from statistics import median
 from typing import NamedTuple
 
 from esper_otel.frames.frame import FINE
+from esper_otel.frames.numbers import finite
 from esper_otel.leyline import messages
-from esper_otel.leyline.numbers import finite
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, signals
 from esper_otel.report.recording import Recording, Row, names_of
 from esper_otel.schema import METRICS, Stage

@@ -22,8 +22,8 @@ from esper_otel import LeylineMetricReader, Stage, TamiyoClient
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
-from esper_otel.leyline import senders
 from esper_otel.leyline.packets import Packets, packets
+from esper_otel.parts import senders
 
 RESOURCE: Mapping[str, str | int] = {"esper.run.id": "theirs", "esper.run.attempt": 7, "service.name": "a program"}
 HOSTILE: tuple[Any, ...] = ("", "x" * 257, "line\nbreak", "\x7f", "é" * 129, True, ("a", "b"))

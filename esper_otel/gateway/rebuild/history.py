@@ -12,14 +12,14 @@ import numpy as np
 from esper_otel.frames.digest import dead_of, digest_of, silent_of
 from esper_otel.frames.frame import ABSENT_BITS, GUESSED_STEP, LAST_LOSS, Frame, SeedTable, alike, is_absent
 from esper_otel.frames.live_seeds import LiveSeeds, SeedStep
+from esper_otel.frames.numbers import UINT64_LIMIT, whole
 from esper_otel.gateway.items import MOST_ENDS, Item, Origin
 from esper_otel.gateway.limits import SharedPlaces
-from esper_otel.gateway.rebuild.habits import Habits
-from esper_otel.gateway.rebuild.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
 from esper_otel.gateway.receive.request import Marker, PointSender
-from esper_otel.leyline import senders
-from esper_otel.leyline.numbers import UINT64_LIMIT, whole
+from esper_otel.parts import senders
+from esper_otel.parts.habits import Habits
+from esper_otel.parts.part import Part, is_equal, merged, part_of
 from esper_otel.schema import FRAME_POINTS, SEED_CELLS
 
 # The approximate memory of a kept frame, in addition to its values and cells.

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from esper_otel.frames.numbers import UINT64_LIMIT, whole
 from esper_otel.gateway.items import Place
-from esper_otel.gateway.rebuild.habits import Habits
-from esper_otel.gateway.rebuild.parts import Part, merged
 from esper_otel.gateway.receive.request import PointSender
-from esper_otel.leyline.numbers import UINT64_LIMIT, whole
+from esper_otel.parts.habits import Habits
+from esper_otel.parts.part import Part, merged
 
 # Frame numbers are sent as doubles, which cannot represent every integer above this.
 SEQUENCE_LIMIT = 2**53

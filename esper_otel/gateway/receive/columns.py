@@ -20,7 +20,7 @@ from esper_otel.gateway.receive.request import (
     PointSender,
     RejectedPoints,
 )
-from esper_otel.leyline.senders import Label, is_valid
+from esper_otel.parts.senders import Label, is_valid
 from esper_otel.schema import METRICS
 
 # Kinds of scopes: those of other senders, the frames of our exporter, and the metrics on its own health.

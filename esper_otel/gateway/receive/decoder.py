@@ -41,7 +41,7 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.gateway.receive.template import Templates
-from esper_otel.leyline.senders import Label
+from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
 

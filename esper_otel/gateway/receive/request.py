@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from esper_otel.errors import EsperOtelError
 from esper_otel.frames.frame import Run
-from esper_otel.leyline import senders
+from esper_otel.parts import senders
 
 # Reasons for rejecting a point. These texts appear in answers and counters.
 NO_NAME = "no metric name"

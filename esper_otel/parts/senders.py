@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from esper_otel.frames.frame import LAST_LOSS, RUN_FIELDS, UNKNOWN_ATTEMPT, Run
-from esper_otel.leyline.numbers import finite
+from esper_otel.frames.numbers import finite
 from esper_otel.schema import METRICS, Need
 
 # Limits for one sender. The texts may be as long as those that a session accepts.
