@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -109,6 +109,11 @@ class Part(NamedTuple):
     shape: PartShape
     numbers: npt.NDArray[np.float64]
 
+    @classmethod
+    def of(cls, numbers: Mapping[Stream, float]) -> Part:
+        """Returns the part with these values."""
+        return cls(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
+
     def number(self, place: int | None) -> float | None:
         """Returns the value at an index from the shape; None if the index is None."""
         return None if place is None else float(self.numbers[place])
@@ -158,7 +163,7 @@ def part_of(frame: Frame, *, complete: bool) -> Part:
         if complete:
             numbers[_DIGEST] = digest_of(frame.live.ids)
             numbers[POINTS] = len(numbers) + 1
-    return Part(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
+    return Part.of(numbers)
 
 
 class MergedParts(NamedTuple):
@@ -186,9 +191,7 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
                     numbers[stream] = number
     if not is_one:
         numbers.pop(POINTS, None)
-    return MergedParts(
-        Part(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing
-    )
+    return MergedParts(Part.of(numbers), differing)
 
 
 def is_equal(one: float, other: float) -> bool:

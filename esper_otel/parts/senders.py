@@ -20,6 +20,7 @@ MOST_TEXT_BYTES = 256
 MOST_SEEDS = 20_000
 
 INVALID_TEXT = "text too long or with control characters"
+NO_SEED = "seed metric without seed_id"
 
 # Resource attributes that may contain a run's id, in order of preference.
 _RUN_ID_SOURCES = ("esper.run.id", "service.instance.id", "service.name")
@@ -46,6 +47,12 @@ class Label(NamedTuple):
     outcome: str = ""
     further: int = 0
     fault: str = ""
+
+    def run_of(self, run: Run) -> Run:
+        """Returns the run of a point: the point's own attributes override those of its Resource."""
+        if not self.run_id and self.rank < 0:
+            return run
+        return replace(run, run_id=self.run_id or run.run_id, rank=self.rank if self.rank >= 0 else run.rank)
 
 
 def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Label:
