@@ -22,7 +22,7 @@ class SharedPlaces:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.used = 0
+        self.used: int = 0
         self._of_tenant: Counter[str] = Counter()
 
     def take(self, tenant: str) -> bool:

@@ -62,7 +62,7 @@ class FrameMaker:
 
     def __init__(self, habits: Habits) -> None:
         self._habits = habits
-        self.live = LiveSeeds()
+        self.live: LiveSeeds = LiveSeeds()
         self.loss: float | None = None
         self._seen: dict[str, int] = {}
         self._step = 0

@@ -54,9 +54,9 @@ class Row:
         values: Mapping[str, float],
         seeds: Mapping[str, Mapping[str, float]],
     ) -> None:
-        self.step = step
-        self.epoch = epoch
-        self.unix_s = unix_s
+        self.step: int = step
+        self.epoch: int = epoch
+        self.unix_s: float = unix_s
         self._names = _shared(tuple(values))
         self._numbers = array("d", values.values())
         self._seeds = _shared(tuple((seed_id, tuple(cells)) for seed_id, cells in seeds.items()))

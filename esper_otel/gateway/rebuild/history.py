@@ -70,9 +70,9 @@ class History:
         self._ends: dict[int, set[tuple[str, int]]] = {}
         self._end_times: list[int] = []  # a heap
         self._end_count = 0
-        self.newest_unix_ns = 0
-        self.forgotten_unix_ns = 0
-        self.differing = 0
+        self.newest_unix_ns: int = 0
+        self.forgotten_unix_ns: int = 0
+        self.differing: int = 0
 
     @property
     def live(self) -> SeedTable:

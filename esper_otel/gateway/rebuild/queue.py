@@ -108,7 +108,7 @@ class SkippedNumbers:
 
     def __init__(self) -> None:
         self.lowest: int | None = None
-        self.count = 0
+        self.count: int = 0
         self._holes: list[Hole] = []
 
     @property
@@ -203,9 +203,9 @@ class Queue:
         self._released: set[int] = set()
         self._hole: tuple[int | None, float] | None = None
         self.next: int | None = None
-        self.skipped = SkippedNumbers()
+        self.skipped: SkippedNumbers = SkippedNumbers()
         self.due_s: float | None = None
-        self.points = 0
+        self.points: int = 0
 
     def __len__(self) -> int:
         return len(self._frames)

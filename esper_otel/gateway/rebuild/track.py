@@ -60,7 +60,7 @@ class Track:
         self._incomplete_count = 0
         self._too_late = 0
         self._differing = 0
-        self.received_s = 0.0
+        self.received_s: float = 0.0
         self._received_unix_ns = 0
 
     # -- input -------------------------------------------------------------------------------------------
