@@ -67,7 +67,7 @@ class PageReceiver(Receiver):
         addresses = json.loads(line)
         self._endpoint = f"http://{addresses['grpc']}"
         self.page: str = f"http://{addresses['http']}/"
-        self.destination = f"the live page, {self.page}"
+        self.destination: str = f"the live page, {self.page}"
 
     @contextmanager
     def open(self) -> Iterator[None]:
