@@ -145,7 +145,7 @@ def test_the_report_says_what_went_wrong_where_the_time_goes_and_which_seed(fold
         diverging("wrong", raises=True)
     until("both are written", lambda: len(list(folder.glob(f"*{blackbox.SUFFIX}"))) == 2)
     found = answers(of_file(next(folder.glob("*KeyError*"))))
-    assert found["How did it end?"].endswith("It ended: KeyError.")
+    assert found["How did it end?"].endswith("The run ended: KeyError.")
     assert f"Step {STEPS} (epoch 3): the loss is nan." in found["Which step went wrong first?"]
     assert "gradient_norm was 40 in the step before, 40 times its usual value" in found["Which step went wrong first?"]
     assert (
@@ -200,7 +200,7 @@ def test_a_run_at_a_gateway_is_reported_too(
     out = capsys.readouterr().out
     assert "Step 60 (epoch 0): the loss is nan." in out
     assert "60 steps are in both runs, from 1 to 60." in out
-    assert "It ended: completed." in out
+    assert "The run ended: completed." in out
     assert (tmp_path / "one.html").is_file()
 
 
