@@ -22,6 +22,6 @@ def scope_of(name: str) -> int:
 def level_of(name: str, scope: int) -> int | None:
     """Returns the level of a metric in a kind of scope; None if the metric is unknown.
 
-    A metric that the user defined is in none of the catalogues, but only our own scopes have it.
+    A metric that a user has declared is not in the catalogue; it is a step metric if it comes from one of our scopes.
     """
     return LEVELS.get(name, None if scope == OTHERS else STEP)
