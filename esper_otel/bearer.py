@@ -104,7 +104,7 @@ class TokenFile(Generic[_Content]):
         self._warnings = Warnings(clock)
         self._next_look_s = clock() + _LOOK_EVERY_S
         try:
-            self.content = read(path)
+            self.content: _Content = read(path)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{name} {str(path)!r}: {reason_of(error)}") from None
 

@@ -25,6 +25,22 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+__all__ = [
+    "AdapterError",
+    "ConfigurationError",
+    "EsperOtelError",
+    "GatewayError",
+    "GatewayUnavailable",
+    "InvalidCatalogue",
+    "InvalidName",
+    "InvalidValue",
+    "MistakeError",
+    "StaleCursor",
+    "UnknownMetric",
+    "UnknownRun",
+    "WrongState",
+]
+
 
 class EsperOtelError(Exception):
     """Base of every exception that esper_otel defines."""

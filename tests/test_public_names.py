@@ -33,6 +33,24 @@ def test_every_public_name_is_there_and_shown_to_editors() -> None:
     assert set(DOCUMENTED) <= set(dir(esper_otel))
 
 
+def test_every_public_module_says_which_of_its_names_are_public() -> None:
+    """Its ``__all__`` tells them from what the module uses itself, and docs/names.md names each module that has one."""
+    for name in DOCUMENTED_MODULES:
+        tree = ast.parse(path_of(name).read_text(encoding="utf-8"))
+        lists = [
+            node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        assert len(lists) == 1, name
+    exceptions = {each for each in esper_otel.__all__ if getattr(errors, each, None) is not None}
+    assert {*errors.__all__} == exceptions
+
+
+def path_of(module: str) -> Path:
+    """The file of a module; it is not imported, since some need libraries that are not installed everywhere."""
+    path = PACKAGE.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
     """As from any other module."""
     with pytest.raises(AttributeError, match=r"module 'esper_otel' has no attribute 'strat'"):

@@ -76,9 +76,9 @@ class MarkedRun:
         now_ns = time.time_ns()
         self._sender = sender
         self._timeout_s = timeout_s
-        self.run_id = new_check_id()
-        self.attempt = now_ns // _MS
-        self.frames = [self._frames(rank, (now_ns // _S - _BEFORE_S) * _S) for rank in range(RANKS)]
+        self.run_id: str = new_check_id()
+        self.attempt: int = now_ns // _MS
+        self.frames: list[list[Frame]] = [self._frames(rank, (now_ns // _S - _BEFORE_S) * _S) for rank in range(RANKS)]
         self._encoders = [Encoder(BY_NAME, resource_for) for _ in range(RANKS)]
         self._streams = [Streams() for _ in range(RANKS)]
 

@@ -21,11 +21,11 @@ class Host(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             nn.Sequential(nn.Conv2d(1 if depth == 1 else CHANNELS, CHANNELS, 3, stride, padding=1), nn.ReLU())
             for depth, stride in zip(DEPTHS, (1, 2, 1), strict=True)
         )
-        self.head = nn.Linear(CHANNELS, CLASSES)
+        self.head: nn.Linear = nn.Linear(CHANNELS, CLASSES)
         for layer in self.layers:  # with PyTorch's default weights, the first 50 steps learn nothing
             nn.init.kaiming_normal_(next(layer.parameters()), nonlinearity="relu")
 

@@ -69,7 +69,7 @@ class Kasmina:
     def __init__(self, host: Host, *, seeds: int, pace: Pace, random_seed: int) -> None:
         self._host = host
         self._device = next(host.parameters()).device
-        self.seeds = tuple(
+        self.seeds: tuple[Seed, ...] = tuple(
             Seed(
                 f"seed-{number}",
                 depth=DEPTHS[(number - 1) % len(DEPTHS)],

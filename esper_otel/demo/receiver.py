@@ -27,8 +27,8 @@ class Receiver:
 
     def __init__(self) -> None:
         theirs = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name, "").strip()), None)
-        self.is_ours = theirs is None
-        self.destination = theirs or ""
+        self.is_ours: bool = theirs is None
+        self.destination: str = theirs or ""
         self.frames_received: int | None = None
 
     @contextmanager
@@ -66,8 +66,8 @@ class PageReceiver(Receiver):
             raise ConfigurationError("demo --ui: the gateway did not start; see its output above")
         addresses = json.loads(line)
         self._endpoint = f"http://{addresses['grpc']}"
-        self.page = f"http://{addresses['http']}/"
-        self.destination = f"the live page, {self.page}"
+        self.page: str = f"http://{addresses['http']}/"
+        self.destination: str = f"the live page, {self.page}"
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -75,7 +75,7 @@ class PageReceiver(Receiver):
         with _sent_to(self._endpoint):
             yield
         with TamiyoClient(self._endpoint.removeprefix("http://")) as client:
-            self.frames_received = sum(run.stored for run in client.runs())
+            self.frames_received: int | None = sum(run.stored for run in client.runs())
 
     def wait(self) -> None:
         """Waits until the gateway ends or Ctrl-C is pressed."""

@@ -27,8 +27,8 @@ class Puller:
 
     def __init__(self, source: Telemetry) -> None:
         self._source = source
-        self.states = 0
-        self.telemetry = 0
+        self.states: int = 0
+        self.telemetry: int = 0
         self._steps: dict[str, float] = {}
         self._seeds: dict[str, dict[str, float]] = {}
 

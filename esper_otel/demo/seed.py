@@ -26,7 +26,7 @@ class ChannelGate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Linear(CHANNELS, CHANNELS)
+        self.scale: nn.Linear = nn.Linear(CHANNELS, CHANNELS)
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns the change of the features."""

@@ -114,7 +114,7 @@ class Training:
         self._tamiyo = Tamiyo(pace)
         self._decision = Decision()
         self._optimizer = torch.optim.Adam(self._host.parameters(), lr=LEARNING_RATE)
-        self.epochs = -(-plan.steps // len(self._digits.batches))
+        self.epochs: int = -(-plan.steps // len(self._digits.batches))
         self.losses: list[Tensor] = []
         self.validation: tuple[float, float] | None = None
 

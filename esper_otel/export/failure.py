@@ -11,36 +11,42 @@ from esper_otel.export.proxies import proxy_of
 # Texts that contain the host's name are matched first, since that name may contain the words of any other pattern.
 _HUNG_UP = "socket closed|connection reset|broken pipe|remotedisconnected|ssleoferror"
 _OF_A_PROXY = (  # used when a proxy is configured: the connection that failed is then the one to the proxy
-    ("invalidproxyurl", "{variable} names no host: give http://host:port"),
-    ("invalidschema", "the SOCKS proxy {proxy} needs pip install 'requests[socks]'"),
+    ("invalidproxyurl", "{variable} does not name a host: set it to http://host:port"),
+    ("invalidschema", "the SOCKS proxy {proxy} needs a library: pip install 'requests[socks]'"),
     ("^dns resolution failed|^errors resolving|gaierror", "the name of the proxy {proxy} cannot be resolved"),
     (
         "response code 407|connection failed: 407",
-        "the proxy {proxy} refuses the credentials: give http://user:password@host:port there",
+        "the proxy {proxy} refuses the credentials: set its address to http://user:password@host:port",
     ),
     (r"(?:response code|connection failed:) (?P<status>\d+)", "the proxy {proxy} answers {status} for {target}"),
-    ("connection refused", "nothing listens where the proxy {proxy} should be (connection refused)"),
+    ("connection refused", "nothing listens on the address of the proxy {proxy} (connection refused)"),
     ("unreachable|no route to host", "the proxy {proxy} cannot be reached from here"),
-    ("proxyerror|socks[45]error", "the proxy {proxy} does not let us through to {target}"),
-    (_HUNG_UP, "the proxy {proxy}, or {target} behind it, closed the connection"),
+    ("proxyerror|socks[45]error", "the proxy {proxy} refuses the connection to {target}"),
+    (_HUNG_UP, "the proxy {proxy} closed the connection, or {target} did"),
 )
 _MEANINGS = (
     ("^dns resolution failed|^errors resolving|gaierror", "the name in {target} cannot be resolved"),
-    ("hostname verif|peer name|mismatch", "the certificate of {target} is for another host name: give its own"),
+    (
+        "hostname verif|peer name|mismatch",
+        "the certificate of {target} is for another host name: use the name in the certificate",
+    ),
     ("connection refused", "nothing listens on {target} (connection refused)"),
     ("no such file", "nothing listens on {target} (no such file)"),
     ("certificate has expired", "the certificate of {target} has expired: it must be renewed there"),
-    ("certificate is not yet valid", "the certificate of {target} is not valid yet: is the clock right?"),
+    ("certificate is not yet valid", "the certificate of {target} is not valid yet: check the clock of this machine"),
     ("certificate_verify_failed", "the certificate of {target} is not trusted (OTEL_EXPORTER_OTLP_CERTIFICATE)"),
-    ("wrong_version_number|record_layer", "{target} does not speak TLS; for plain text {plain}"),
+    ("wrong_version_number|record_layer", "{target} does not speak TLS: to connect without it, {plain}"),
     ("alpn", "{target} speaks TLS, but not gRPC: {http}"),
-    ("certificate_required|unknown_ca", "{target} wants a certificate of ours (OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE)"),
+    (
+        "certificate_required|unknown_ca",
+        "{target} requires a client certificate (OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE)",
+    ),
     ("alert|handshake", "the TLS handshake with {target} failed"),
     ("http1", "{target} speaks HTTP/1.1, not gRPC: {http}"),
     ("parsing http/2", "{target} does not speak gRPC: {http}{port}"),
     (_HUNG_UP, "{target} closed the connection: it may {want}, or speak {other}"),
     ("badstatusline", "{target} does not speak HTTP/1.1: set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or use port 4318"),
-    ("httpexception|linetoolong", "{target} answers with more headers, or longer ones, than anybody can read"),
+    ("httpexception|linetoolong", "the headers of the answer from {target} are too many or too long"),
     ("unreachable|no route to host", "{target} cannot be reached from here"),
 )
 
@@ -60,8 +66,10 @@ def meaning(words: str, endpoint: Endpoint) -> str | None:
         proxy=proxy,
         variable=proxy and proxy.variable,
         status=match.groupdict().get("status"),
-        plain="set OTEL_EXPORTER_OTLP_INSECURE=true" if is_name else "give http://",
-        want=f"speak TLS ({tls})" if endpoint.is_insecure else "want OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+        plain="set OTEL_EXPORTER_OTLP_INSECURE=true" if is_name else "use an http:// address",
+        want=f"speak TLS ({tls})"
+        if endpoint.is_insecure
+        else "require a client certificate (OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE)",
         other="HTTP/1.1, not gRPC" if endpoint.protocol == "grpc" else "gRPC, not HTTP/1.1",
         http=_over_http(endpoint),
         port="" if is_name else ", or use port 4317",
@@ -76,6 +84,6 @@ def _is_name(endpoint: Endpoint) -> bool:
 def _over_http(endpoint: Endpoint) -> str:
     """Tells the user how to reach the endpoint over HTTP."""
     if endpoint.address.startswith(("unix:", "unix-abstract:")):
-        return "give the socket of a receiver for gRPC, since OTLP over HTTP takes no sockets"
-    address = " and give http://host:port" if _is_name(endpoint) else ""
+        return "use the socket of a gRPC receiver, because OTLP over HTTP does not support Unix sockets"
+    address = " and use an address of the form http://host:port" if _is_name(endpoint) else ""
     return f"set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf{address}"

@@ -106,9 +106,11 @@ class Core:
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks = Warnings(), Ranks()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
-        self.counts, self.rejected = Counter[str](), Counter[str]()
-        self.refused, self.deferred = Counter[str](), Counter[str]()  # whole requests, by reason
-        self.rejected_metrics = Counter[tuple[str, str]]()
+        self.counts: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()  # whole requests, by reason
+        self.deferred: Counter[str] = Counter()  # likewise
+        self.rejected_metrics: Counter[tuple[str, str]] = Counter()
         # The packet classes are built on first use. Build them now, not during a turn of the event loop.
         messages.SystemStatePacket()
         if isinstance(store, FileStore):

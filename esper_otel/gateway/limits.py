@@ -6,15 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 
 from esper_otel.errors import EsperOtelError
-from esper_otel.leyline.senders import MOST_ATTRIBUTES, MOST_SEEDS, MOST_TEXT_BYTES
+from esper_otel.parts.senders import MOST_ATTRIBUTES, MOST_SEEDS, MOST_TEXT_BYTES
 
 
 class Crowded(EsperOtelError):
-    """There is no room for another writer now; there may be once another has been silent for a while."""
+    """There is no room for another writer now. There may be room once one of them has been silent for a while."""
 
 
 class SharedPlaces:
-    """A pool shared by all tenants: no tenant takes more places than are still free for the others.
+    """A pool shared by all tenants. A tenant can take a place while it has fewer places than are still free.
 
     Args:
         most: number of places.
@@ -22,7 +22,7 @@ class SharedPlaces:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.used = 0
+        self.used: int = 0
         self._of_tenant: Counter[str] = Counter()
 
     def take(self, tenant: str) -> bool:
@@ -50,13 +50,13 @@ class Limits:
         attributes: attributes of one point, or of one Resource.
         text_bytes: length of an id or a name, in UTF-8.
         seeds: live seeds of one rank at a time.
-        runs: ranks of all runs that are known at a time; a further one is asked to retry.
-        patient_s: how long a request that also holds points of other ranks is refused because of a rank without room;
-            after that, only the points of that rank are refused, for good.
+        runs: ranks known at a time, over all runs; a further rank is asked to retry.
+        patient_s: how long a whole request is refused, to be retried, because there is no room for one of several ranks
+            in it; after that, only the points of that rank are refused, for good.
         waiting: frames of one rank that wait for points, or for frames before them.
         waiting_points: points in waiting frames, over all runs.
-        kept_bytes: memory for released frames that a late point may still correct, over all runs.
-        ends: future ends of seeds' streams, over all runs.
+        kept_bytes: memory for released frames that late points may still correct, over all runs.
+        ends: stored ends of seeds' streams that lie in the future, over all runs.
         silent_s: a rank that has sent nothing for this long is forgotten.
     """
 

@@ -130,7 +130,7 @@ class Player:
         self._begin_ns = events[0].item.frame.time_unix_ns if events else 0
         self._started_s = time.monotonic()
         self._shelf = Shelf()
-        self.core = Core(self._shelf, clock_ns=self._now_ns, **made)
+        self.core: Core = Core(self._shelf, clock_ns=self._now_ns, **made)
 
     def _now_ns(self) -> int:
         last_ns = self._events[-1].after_ns if self._events else 0
@@ -153,7 +153,7 @@ class Shelf:
     """A ``Store`` of the steps of one run, with holes where steps were lost."""
 
     def __init__(self) -> None:
-        self.dropped = 0
+        self.dropped: int = 0
         self.damaged: Counter[str] = Counter()
         self.size = 0
         self._run_id = ""

@@ -26,6 +26,8 @@ else:
     except ImportError:  # the same library under its older package name
         Callback = import_module("pytorch_lightning").Callback
 
+__all__ = ["EsperCallback"]
+
 VALIDATION = {"loss": "val_loss", "accuracy": "val_acc"}
 
 

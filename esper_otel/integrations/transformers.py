@@ -23,6 +23,8 @@ from esper_otel.integrations.watch import unwrapped
 from esper_otel.session.start import start
 from esper_otel.session.telemetry import Telemetry, outcome_of
 
+__all__ = ["EsperCallback"]
+
 VALIDATION = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
 _LOGGER = logging.getLogger("esper_otel")
 _STATE_FILE = "esper_otel.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from esper_otel.frames.frame import FLOAT32_BOUND, Frame
+from esper_otel.frames.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
 from esper_otel.leyline import messages
-from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
 
 SOURCE = "tolaria"
 

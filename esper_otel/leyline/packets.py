@@ -30,8 +30,8 @@ class Packets:
         run_id: the run's name.
         attempt: number that identifies this start of the run; larger at each start.
         rank: the process within the run.
-        step: the step's number. Numbers from ``esper_otel.frames.frame.GUESSED_STEP`` on were assigned by a gateway
-            to steps whose numbers were lost in transit.
+        step: the step's number. Numbers from ``esper_otel.frames.frame.GUESSED_STEP`` on were assigned by a gateway,
+            or by a ``LeylineMetricReader``, to steps whose numbers are missing.
         revision: 1, or higher for a later correction of the step.
         complete: whether the packets contain every value of the step, and all of its live seeds are known.
         age_s: seconds from the step's time to the creation of these packets.

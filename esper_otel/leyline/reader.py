@@ -6,25 +6,27 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
-from opentelemetry.sdk.metrics import (
-    Counter,
-    MetricsTimeoutError,
-    ObservableCounter,
-    ObservableGauge,
-    ObservableUpDownCounter,
-    UpDownCounter,
-)
+from opentelemetry.sdk import metrics as sdk
+from opentelemetry.sdk.metrics import MetricsTimeoutError
 from opentelemetry.sdk.metrics import _Gauge as SynchronousGauge
 from opentelemetry.sdk.metrics.export import Gauge, MetricReader, MetricsData, NumberDataPoint, Sum
 
 from esper_otel.errors import WrongState
-from esper_otel.leyline.numbers import finite
+from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.numbers import finite
 from esper_otel.leyline.packets import Packets, packets
-from esper_otel.leyline.readings import CollectedFrame, FrameOfReadings, Reading
 from esper_otel.leyline.risk import signals, with_signals
+from esper_otel.parts import senders
+from esper_otel.parts.habits import Habits
+from esper_otel.parts.levels import FRAMES, HEALTH, SEED, SESSION, level_of, scope_of
+from esper_otel.parts.maker import FrameInput, FrameMaker
+from esper_otel.parts.part import Part, Stream
+from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
 
 _logger = logging.getLogger(__name__)
 _QUIET_S = 60.0
@@ -33,13 +35,18 @@ _QUIET_S = 60.0
 # limit counts all ids in the life of an instrument; at most MOST_SEEDS of them are accepted at once.
 _MOST_IDS = 100_000
 _INSTRUMENTS = (
-    Counter,
-    UpDownCounter,
-    SynchronousGauge,
-    ObservableCounter,
-    ObservableUpDownCounter,
-    ObservableGauge,
+    *(sdk.Counter, sdk.UpDownCounter, SynchronousGauge),
+    *(sdk.ObservableCounter, sdk.ObservableUpDownCounter, sdk.ObservableGauge),
 )
+
+# Our exporter states these two of each frame; no instrument does.
+_OF_EXPORTER = (FRAME_SEQUENCE.name, FRAME_POINTS.name)
+
+# The SDK merges all attribute sets above its limit into one point that has only this attribute.
+_OVERFLOW = "otel.metric.overflow"
+
+_TOO_MANY_SEEDS = f"more than {senders.MOST_SEEDS:,} seeds at once"
+_TOO_MANY_SETS = "more attribute sets than the SDK's limit"
 
 
 class LeylineMetricReader(MetricReader):
@@ -48,14 +55,16 @@ class LeylineMetricReader(MetricReader):
     Each pull collects once and treats the readings as one step. Gauges and sums with names from the catalogue are used,
     seed metrics if they have the attribute ``seed_id``; all others are ignored. The packets, including risk signals,
     equal those that a gateway makes from the same points. If a stream has several points, for example from two scopes,
-    the first one with the fewest additional attributes is used. Ids that a session rejects, and seeds beyond 20,000 at
-    once, are left out, with a warning; packets without such seeds are not ``complete``.
+    the first one with the fewest additional attributes is used. If several runs or ranks share the MeterProvider, one
+    of them is followed: the one with the most readings, for as long as it has any. Ids that a session rejects, and
+    seeds beyond 20,000 at once, are left out, with a warning; packets without such seeds are not ``complete``.
 
-    Defaults for missing information: steps are numbered by pull, the epoch is 0, the attempt is the Unix millisecond
-    in which the reader was created, isolation violations are those since the last pull, and the run id is the
-    Resource's ``esper.run.id``, ``service.instance.id`` or ``service.name``, in this order. A seed's life ends after
-    five minutes without points, unless the readings identify the live seeds (``esper.seeds.digest``), as those of a
-    session do.
+    Defaults for missing information: steps are numbered by pull, the epoch is 0, the attempt is the Unix millisecond in
+    which the reader was created, isolation violations are those since the last pull, and the run id is the Resource's
+    ``esper.run.id``, ``service.instance.id`` or ``service.name``, in this order. If readings state the step or the
+    epoch in some collections, packets of those that do not are not ``complete``, and their step is a number from
+    ``GUESSED_STEP`` on. A seed's life ends after five minutes without points, unless the readings identify the live
+    seeds (``esper.seeds.digest``), as those of a session do.
 
     Two cases cannot be detected, because of the SDK: it drops a NaN of a gauge, and it repeats the last value of a
     synchronous gauge that is no longer set. In both cases an old value appears with the time of the pull.
@@ -69,7 +78,8 @@ class LeylineMetricReader(MetricReader):
     def __init__(self, *, latency_budget_ms: float = 10.0) -> None:
         super().__init__(cardinality_limits=dict.fromkeys(_INSTRUMENTS, _MOST_IDS))
         self._latency_budget_ms = latency_budget_ms
-        self._assembler = FrameOfReadings(attempt=time.time_ns() // 1_000_000)
+        self._attempt = time.time_ns() // 1_000_000
+        self._followed: _Followed | None = None
         self._pulling = threading.Lock()
         self._received: deque[MetricsData] = deque(maxlen=1)
         self._is_shut_down = False
@@ -95,23 +105,32 @@ class LeylineMetricReader(MetricReader):
         try:
             self._received.clear()
             self.collect(timeout_millis=(deadline - time.monotonic()) * 1e3)
-            made = self._assembler.frame(reading for data in list(self._received) for reading in _readings(data))
-            return None if made is None else self._packets(made)
+            return self._packets(*self._received)
         except MetricsTimeoutError:
             _logger.warning("no packets: the instruments' callbacks took longer than %s s", timeout_s)
             return None
         finally:
             self._pulling.release()
 
-    def _packets(self, made: CollectedFrame) -> Packets:
-        """Returns the packets of a collection, with its risk signals."""
-        if made.refused and time.monotonic() >= self._next_warning_s:
+    def _packets(self, data: MetricsData | None = None) -> Packets | None:
+        """Returns the packets of a collection, with its risk signals; None if no reading is in the catalogue."""
+        refused = Counter[str]()
+        points = {} if data is None else _points(data, self._attempt, refused)
+        if not points:
+            return None
+        by_rank = {(run.run_id, run.rank): run for run in points}
+        if self._followed is None or self._followed.rank not in by_rank:
+            run = max(points, key=lambda run: len(points[run]))
+            self._followed = _Followed((run.run_id, run.rank))
+        run = by_rank[self._followed.rank]
+        frame, is_complete = self._followed.frame(run, points[run], refused)
+        if refused and time.monotonic() >= self._next_warning_s:
             self._next_warning_s = time.monotonic() + _QUIET_S
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in made.refused.items())
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in refused.items())
             _logger.warning("readings are left out of the packets: %s", reasons)
-        step = packets(made.frame, complete=made.complete, latency_budget_ms=self._latency_budget_ms)
+        step = packets(frame, complete=is_complete, latency_budget_ms=self._latency_budget_ms)
         found = signals(step.state, loss_before=self._loss_before)
-        self._loss_before = finite(made.frame.last_loss())
+        self._loss_before = finite(frame.last_loss())
         return with_signals(step, found)
 
     def _receive_metrics(
@@ -131,16 +150,58 @@ class LeylineMetricReader(MetricReader):
         self._is_shut_down = True
 
 
-def _readings(data: MetricsData) -> Iterator[Reading]:
-    for resource_metrics in data.resource_metrics:
-        resource = resource_metrics.resource.attributes
-        for scope_metrics in resource_metrics.scope_metrics:
-            scope = scope_metrics.scope.name
-            for metric in scope_metrics.metrics:
-                if isinstance(metric.data, Gauge | Sum):
-                    for point in metric.data.data_points:
-                        number, attributes = _number(point), point.attributes or {}
-                        yield Reading(metric.name, number, point.time_unix_nano, attributes, resource, scope)
+class _Point(NamedTuple):
+    """A reading that may become part of a frame. ``further`` is its number of unknown attributes."""
+
+    further: int
+    stream: Stream
+    value: float
+    time_unix_ns: int
+    is_ours: bool
+
+
+def _points(data: MetricsData, attempt: int, refused: Counter[str]) -> dict[Run, list[_Point]]:
+    """Returns the readings that may become frames, by run and rank; counts the others by reason."""
+    points: dict[Run, list[_Point]] = {}
+    for of_resource in data.resource_metrics:
+        run = _run(of_resource.resource.attributes, attempt)
+        for of_scope in of_resource.scope_metrics:
+            scope = scope_of(of_scope.scope.name)
+            for metric in of_scope.metrics:
+                name, level = metric.name, level_of(metric.name, scope)
+                is_other = (
+                    scope == HEALTH or level in (None, SESSION) or name in (FRAME_SEQUENCE.name, FRAME_POINTS.name)
+                )
+                if is_other or not isinstance(metric.data, Gauge | Sum):
+                    continue
+                for point in metric.data.data_points:
+                    label = _label(point.attributes or {}, is_of_seed=level == SEED)
+                    if run is None or label.fault:
+                        refused[label.fault or senders.INVALID_TEXT] += 1
+                        continue
+                    # A seed id on a step metric counts as an unknown attribute: the value is a part of the metric.
+                    further = label.further + (level != SEED and bool(label.seed))
+                    stream = (name, label.seed if level == SEED else "")
+                    made = _Point(further, stream, _number(point), point.time_unix_nano, scope == FRAMES)
+                    points.setdefault(label.run_of(run), []).append(made)
+    return points
+
+
+def _run(resource: Mapping[str, object], attempt: int) -> Run | None:
+    """Returns the run that a Resource describes; None if its points are not accepted."""
+    texts = {key: senders.text_of(value) for key, value in resource.items()}
+    run = senders.run_of_texts(texts) if len(texts) <= senders.MOST_ATTRIBUTES else None
+    return replace(run, attempt=attempt) if run and not texts.get("esper.run.attempt") else run
+
+
+def _label(attributes: Mapping[str, object], *, is_of_seed: bool) -> senders.Label:
+    """Returns the meaning of a point's attributes."""
+    if len(attributes) > senders.MOST_ATTRIBUTES:
+        return senders.Label(fault=senders.INVALID_TEXT)
+    if is_of_seed and attributes.get(_OVERFLOW) is True:
+        return senders.Label(fault=_TOO_MANY_SETS)
+    label = senders.label_of_texts({key: senders.text_of(value) for key, value in attributes.items()})
+    return senders.Label(fault=senders.NO_SEED) if is_of_seed and not (label.seed or label.fault) else label
 
 
 def _number(point: NumberDataPoint) -> float:
@@ -148,3 +209,33 @@ def _number(point: NumberDataPoint) -> float:
         return float(point.value)
     except OverflowError:  # an integer beyond the range of a double
         return math.inf if point.value > 0 else -math.inf
+
+
+class _Followed:
+    """The run and rank whose readings become frames, and the state kept between two frames."""
+
+    def __init__(self, rank: tuple[str, int]) -> None:
+        self.rank = rank
+        self._habits = Habits()
+        self._maker = FrameMaker(self._habits)
+
+    def frame(self, run: Run, points: list[_Point], refused: Counter[str]) -> tuple[Frame, bool]:
+        """Returns the frame, and whether it contains all readings and all of its live seeds are known."""
+        numbers: dict[Stream, float] = {}
+        # If a stream has several points, the first one with the fewest unknown attributes is used.
+        for point in sorted(points, key=lambda point: point.further):
+            numbers.setdefault(point.stream, point.value)
+        time_unix_ns = max(point.time_unix_ns for point in points)
+        part = Part.of(numbers)
+        self._habits.note(part.shape, is_ours=any(point.is_ours for point in points))
+        live = self._maker.live
+        new = [seed for seed in part.shape.ids if seed not in live.ids]
+        if surplus := {*new[max(senders.MOST_SEEDS - len(live.ids), 0) :]}:
+            part = part.without(lambda _, seed: seed in surplus)
+            refused[_TOO_MANY_SEEDS] += len(numbers) - len(part.numbers)
+        is_whole = not refused.keys() & {_TOO_MANY_SEEDS, _TOO_MANY_SETS} and self._habits.is_complete(part)
+        step, ends = self._maker.guessed_step(time_unix_ns), self._maker.silent(time_unix_ns, part)
+        given = FrameInput(part, run, 0, step, is_whole, ends)
+        frame, is_complete = self._maker.made(time_unix_ns, given, live, self._maker.loss)
+        self._maker.note(frame)
+        return frame, is_complete

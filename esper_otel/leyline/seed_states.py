@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from esper_otel.frames.frame import WIDTH, SeedTable
+from esper_otel.frames.numbers import STAGE_LIMIT, UINT32_LIMIT, finite_cells, whole
 from esper_otel.leyline import messages
-from esper_otel.leyline.numbers import STAGE_LIMIT, UINT32_LIMIT, finite_cells, whole
 from esper_otel.leyline.stencil import Stencil
 from esper_otel.schema import SEED_FIELDS, Stage
 

@@ -43,7 +43,7 @@ class CudaMemory:
         driver: loads CUDA's driver library.
     """
 
-    gives = ("gpu_mem_used_gb", "gpu_mem_free_gb", "esper.device.memory_total_gb")
+    gives: tuple[str, ...] = ("gpu_mem_used_gb", "gpu_mem_free_gb", "esper.device.memory_total_gb")
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class HostCpu:
         sleep: waits for a number of seconds.
     """
 
-    gives = ("cpu_util_percent",)
+    gives: tuple[str, ...] = ("cpu_util_percent",)
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class HostMemory:
         root: the folder that contains ``proc`` and ``sys``.
     """
 
-    gives = ("esper.device.memory_total_gb", "esper.device.memory_available_gb")
+    gives: tuple[str, ...] = ("esper.device.memory_total_gb", "esper.device.memory_available_gb")
 
     def __init__(self, device: Callable[[], str | None], *, root: Path = Path("/")) -> None:
         self._device = device

@@ -129,7 +129,7 @@ class _OnGpu(ABC):
 class GpuUtilisation(_OnGpu):
     """Percentage of time in which the training device ran a kernel, over NVML's own window. See ``_OnGpu``."""
 
-    gives = ("gpu_util_percent",)
+    gives: tuple[str, ...] = ("gpu_util_percent",)
 
     def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
         if _is_mig(nvml, handle):  # the whole GPU's value would include other instances
@@ -140,7 +140,7 @@ class GpuUtilisation(_OnGpu):
 class GpuTemperature(_OnGpu):
     """Temperature of the training device in °C; for a MIG instance, that of the whole GPU. See ``_OnGpu``."""
 
-    gives = ("esper.device.temperature_celsius",)
+    gives: tuple[str, ...] = ("esper.device.temperature_celsius",)
 
     def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
         with contextlib.suppress(nvml.NVMLError):  # the driver does not support MIG

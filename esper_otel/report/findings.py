@@ -10,8 +10,8 @@ from statistics import median
 from typing import NamedTuple
 
 from esper_otel.frames.frame import FINE
+from esper_otel.frames.numbers import finite
 from esper_otel.leyline import messages
-from esper_otel.leyline.numbers import finite
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, signals
 from esper_otel.report.recording import Recording, Row, names_of
 from esper_otel.schema import METRICS, Stage
@@ -24,7 +24,7 @@ _MOST_NAMES = 12
 _TIMES_THE_NOISE = 3
 _LATENCY_BUDGET_MS = 10.0
 
-# Signals which mean that something has gone wrong. A busy CPU is not one of them, since it is normal during training.
+# Signals that mean that something has gone wrong. A busy CPU is not one of them, since it is normal during training.
 _ALARMS = {rule.name: rule for rule in RULES if (rule.level, rule.route) == ("HIGH", "PAUSE")}
 # A black box uses the catalogue's names, packets use these keys.
 _KEYS = {metric.name: metric.key for metric in METRICS if metric.level == "step" and metric.key}
@@ -48,9 +48,9 @@ class Finding(NamedTuple):
 
 
 def findings(recording: Recording) -> list[Finding]:
-    """Returns the findings: the end, what went wrong, the loss, the time, and the seeds; in this order."""
+    """Returns the findings about the end, what went wrong, the loss, the time, and the seeds; in this order."""
     if not recording.rows:
-        return [Finding("What is here?", "No step was recorded.", True)]
+        return [Finding("What was recorded?", "No step was recorded.", True)]
     bad = first_bad(recording)
     return [
         _end(recording),
@@ -77,7 +77,9 @@ def first_bad(recording: Recording) -> tuple[int, str] | None:
         loss = values.get("loss")
         if loss is not None and not math.isfinite(loss):
             others = [name for name, value in values.items() if not math.isfinite(value) and name != "loss"]
-            return place, f"the loss is {loss:g}" + (f", and so are {_listed(sorted(others))}" if others else "")
+            return place, f"the loss is {loss:g}" + (
+                f"; not finite either: {_listed(sorted(others))}" if others else ""
+            )
         if failed is None and values.get("esper.step.failed"):
             failed = place, "it raised an exception"
         found = [each for each in signals(_packet(values), loss_before=loss_before) if each.name in _ALARMS]
@@ -136,16 +138,20 @@ def _packet(values: Mapping[str, float]) -> messages.SystemStatePacket:
 
 def _end(recording: Recording) -> Finding:
     first, last = recording.rows[0], recording.rows[-1]
-    what = f"Steps {first.step} to {last.step} are here, of {last.unix_s - first.unix_s:.3g} s."
+    what = f"Steps {first.step} to {last.step} were recorded, over {last.unix_s - first.unix_s:.3g} s."
     if not recording.ended:
-        return Finding("How did it end?", f"{what} Nothing says that it has ended.")
-    return Finding("How did it end?", f"{what} It ended: {recording.ended}.", recording.ended not in FINE, last.step)
+        return Finding("How did it end?", f"{what} It is not known whether the run has ended.")
+    return Finding(
+        "How did it end?", f"{what} The run ended: {recording.ended}.", recording.ended not in FINE, last.step
+    )
 
 
 def _first_bad(recording: Recording, bad: tuple[int, str] | None) -> Finding:
     question = "Which step went wrong first?"
     if bad is None:
-        return Finding(question, "None: every loss is finite, no step raised, and no alarm is unusual in this run.")
+        return Finding(
+            question, "None: every loss is finite, no step raised an exception, and no alarm is unusual for this run."
+        )
     place, why = bad
     row = recording.rows[place]
     answer = f"Step {row.step} (epoch {row.epoch}): {why}."
@@ -154,7 +160,7 @@ def _first_bad(recording: Recording, bad: tuple[int, str] | None) -> Finding:
         known = [values[name] for values in before if math.isfinite(values.get(name, math.nan))]
         if len(known) >= 3 and known[-1] > 2 * median(known[:-1]):
             usual = median(known[:-1])
-            times = f"{known[-1] / usual:.3g} times what was usual" if usual > 0 else f"usual was {usual:.4g}"
+            times = f"{known[-1] / usual:.3g} times its usual value" if usual > 0 else f"usually {usual:.4g}"
             answer += f" {name} was {known[-1]:.4g} in the step before, {times}."
     return Finding(question, answer, True, row.step)
 
@@ -165,7 +171,7 @@ def _learning(recording: Recording) -> Finding:
     ]
     question = "Was it learning?"
     if len(losses) < 2:
-        return Finding(question, "There are too few losses to tell.")
+        return Finding(question, "Too few losses were recorded to answer this.")
     size = max(len(losses) // 5, 1)
     early, late = _mean(loss for _, loss in losses[:size]), _mean(loss for _, loss in losses[-size:])
     best_step, best = min(losses, key=lambda pair: pair[1])
@@ -173,7 +179,7 @@ def _learning(recording: Recording) -> Finding:
     return Finding(
         question,
         f"The loss {trend} from {early:.4g} to {late:.4g} (means of the first and last fifth); "
-        f"the least was {best:.4g} in step {best_step}.",
+        f"the lowest was {best:.4g}, in step {best_step}.",
         late > early,
     )
 
@@ -210,8 +216,8 @@ def _slowest(recording: Recording) -> Finding:
     share = means[phase] / total if total else 0.0
     return Finding(
         question,
-        f"Mostly into {phase} ({share:.0%}): {shares}. The slowest step is {row.step}, {sum(parts.values()):.4g} ms, "
-        f"most of it {worst}.",
+        f"Mostly into {phase} ({share:.0%}). Means per step: {shares}. The slowest step is {row.step}, with "
+        f"{sum(parts.values()):.4g} ms, mostly {worst}.",
         phase == "input wait" and share > 0.3,
         row.step,
     )
@@ -245,10 +251,13 @@ def _seed(recording: Recording, bad: tuple[int, str] | None) -> Finding:
     if bad is not None:
         near = [change for change in changes if bad[0] - _BEFORE <= change[0] <= bad[0]]
         answers += [
-            f"{seed_id} went to {stage_name(stage)} in step {step}, {bad[0] - place} steps before it went wrong."
+            f"{seed_id} changed to {stage_name(stage)} in step {step}, "
+            f"{bad[0] - place} steps before the run went wrong."
             for place, step, seed_id, stage in near[-3:]
         ]
-    return Finding(question, " ".join(answers) or f"None of {len(last)} shows any.", bool(answers))
+    return Finding(
+        question, " ".join(answers) or f"None: none of the {len(last)} seeds shows a problem.", bool(answers)
+    )
 
 
 def stage_name(number: float) -> str:
@@ -262,8 +271,8 @@ def compared(one: Recording, other: Recording) -> list[Finding]:
     pairs = [(row.step, row.values, by_step[row.step]) for row in one.rows if row.step in by_step]
     question = f"How does it compare with {names_of(one, other)[1]}?"
     if not pairs:
-        return [Finding(question, "The two have no step in common.")]
-    answers = [f"{len(pairs)} steps are in both, {pairs[0][0]} to {pairs[-1][0]}."]
+        return [Finding(question, "The two runs have no steps in common.")]
+    answers = [f"{len(pairs)} steps are in both runs, from {pairs[0][0]} to {pairs[-1][0]}."]
     for name, better in (
         ("loss", "lower"),
         ("accuracy", "higher"),
@@ -276,10 +285,10 @@ def compared(one: Recording, other: Recording) -> list[Finding]:
             mine, theirs = _mean(each[1] for each in tail), _mean(each[2] for each in tail)
             is_better = (mine < theirs) == (better == "lower")
             word = "the same" if mine == theirs else "better" if is_better else "worse"
-            answers.append(f"{name} at the end: {mine:.4g} against {theirs:.4g} ({word}).")
+            answers.append(f"{name} at the end: {mine:.4g}, compared with {theirs:.4g} ({word}).")
     apart = next(_apart(pairs), None)
     if apart is not None:
-        answers.append(f"The losses part by more than a tenth in step {apart}.")
+        answers.append(f"The losses first differ by more than a tenth in step {apart}.")
     return [Finding(question, " ".join(answers), False, apart)]
 
 

@@ -16,7 +16,7 @@ from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.frames import black_box as blackbox
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
-from esper_otel.leyline.senders import is_valid
+from esper_otel.parts.senders import is_valid
 from esper_otel.pull.client import TamiyoClient
 from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 from esper_otel.text import printable
@@ -54,9 +54,9 @@ class Row:
         values: Mapping[str, float],
         seeds: Mapping[str, Mapping[str, float]],
     ) -> None:
-        self.step = step
-        self.epoch = epoch
-        self.unix_s = unix_s
+        self.step: int = step
+        self.epoch: int = epoch
+        self.unix_s: float = unix_s
         self._names = _shared(tuple(values))
         self._numbers = array("d", values.values())
         self._seeds = _shared(tuple((seed_id, tuple(cells)) for seed_id, cells in seeds.items()))

@@ -1,34 +1,34 @@
 """Every metric that esper_otel knows, declared once.
 
-``STEP_METRICS`` and ``SEED_METRICS`` are the request's 21 and 10, in its order, names and units.
-``OWN_STEP``, ``OWN_SEED`` and ``SESSION`` are ours: what a Leyline packet holds beyond the request, and the
-health of the telemetry. Instruments, packets, tables and tests are derived from these entries.
+``STEP_METRICS`` and ``SEED_METRICS`` are the 21 and 10 metrics that were requested, with the order, names and units of
+the request. ``OWN_STEP``, ``OWN_SEED`` and ``SESSION`` are our additions: what a Leyline packet contains beyond the
+request, and the health of the telemetry itself. Instruments, packets, tables and tests are derived from these entries.
 """
 
 from __future__ import annotations
 
 from esper_otel.schema.metric import Metric, Need
 
-_DERIVED = "Derived when the frame is read, from the finite values put so far."
+_DERIVED = "Computed when the step is recorded, from the finite values put so far."
 _MICRO = "A few microseconds, on the host's clock."
-_FLOAT = "Rounding of float64; equal to pandas on the series without gaps to 1e-12."
-_CLOCK = "Two readings of a clock, below a microsecond."
-_PUT = "On the CPU below a microsecond; on CUDA a copy of one number on the current stream and no wait."
-_DERIVED_COST = "Below a microsecond of arithmetic, when the step is read."
-_PROBE = "None for the training thread: a thread samples."
-_ROW = "A cell of the seed's row, below a microsecond."
-_PAIRED = "A step in which its input is missing or not finite has none."
+_FLOAT = "Rounding of float64; on a series without gaps it agrees with pandas to within 1e-12."
+_CLOCK = "Two readings of a clock, less than a microsecond."
+_PUT = "On the CPU less than a microsecond; on CUDA one number is copied on the current stream, without waiting."
+_DERIVED_COST = "Less than a microsecond of arithmetic, when the step is recorded."
+_PROBE = "None for the training thread: another thread takes the samples."
+_ROW = "One cell of the seed's row, less than a microsecond."
+_PAIRED = "Steps in which its input is missing or not finite have no value."
 
 STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "loss",
         "loss",
         "Training loss of the step.",
-        source="As recorded; a tensor is read in the precision it has.",
+        source="As recorded; a tensor is read in its own precision.",
         present="When the trainer records it.",
-        misleads="The mean over a batch moves with the batch size; NaN is exported, never hidden.",
+        misleads="The mean over a batch depends on the batch size; NaN is exported, never hidden.",
         window="The step.",
-        error="None: float64 of the tensor's own dtype.",
+        error="None: the tensor's own dtype is converted to float64.",
         cost=_PUT,
         rise="The model does worse on this batch; over many steps, it diverges.",
     ),
@@ -50,21 +50,21 @@ STEP_METRICS: tuple[Metric, ...] = (
         "L2 norm over all gradients of the model together.",
         source="now.gradients(model): the square root of the sum of squares over every parameter's gradient.",
         present="When now.gradients is called or the trainer records it.",
-        misleads="Taken where it is called: before or after clipping are two different numbers.",
+        misleads="It is taken where now.gradients() is called; before and after clipping, it differs.",
         window="Where now.gradients() is called, once a step.",
-        error="As torch.nn.utils.clip_grad_norm_, half precision added up in float32; with FSDP1 of the shards.",
-        cost="One fused pass over the gradients; on CUDA two launches for each dtype and no wait.",
-        rise="Larger updates: a hard batch, a learning rate that is too high, or the way to NaN.",
+        error="As in torch.nn.utils.clip_grad_norm_; half precision is summed in float32; with FSDP1, of the shard.",
+        cost="One fused pass over the gradients; on CUDA two kernel launches per dtype, without waiting.",
+        rise="Larger updates: a hard batch, a learning rate that is too high, or a run on its way to NaN.",
     ),
     Metric(
         "samples_per_s",
         "rate",
         "Training samples per second of the whole cycle, waiting for input included.",
-        source="samples / (input_wait_ms + step_latency_ms); without batches() from the last step's end.",
+        source="samples / (input_wait_ms + step_latency_ms); without batches(), since the end of the last step.",
         present="When the step is given samples=.",
-        misleads="On a GPU it is the rate of enqueueing until the queue is full or something synchronises.",
+        misleads="On a GPU, the rate at which work is enqueued, until the queue is full or something synchronises.",
         window="One cycle: the wait for the batch and the step.",
-        error="That of the two durations: microseconds.",
+        error="That of the two durations: a few microseconds.",
         cost=_CLOCK,
         rise="Training is faster.",
     ),
@@ -72,7 +72,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         "hook_latency_ms",
         "ms",
         "Time inside now.hook(): the controller and what its commands change.",
-        source="Monotonic clock; a scope entered twice adds up.",
+        source="Monotonic clock; if the scope is entered several times, the times add up.",
         present="When now.hook() is used.",
         misleads="Includes tamiyo_latency_ms and kasmina.apply_ms.",
         window="The step.",
@@ -84,7 +84,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         "tamiyo_latency_ms",
         "ms",
         "Time inside now.tamiyo(): the controller's evaluation.",
-        source="Monotonic clock; a scope entered twice adds up.",
+        source="Monotonic clock; if the scope is entered several times, the times add up.",
         present="When now.tamiyo() is used.",
         misleads="Includes now.state() when it is called inside the scope.",
         window="The step.",
@@ -98,21 +98,21 @@ STEP_METRICS: tuple[Metric, ...] = (
         "Time of the whole step scope.",
         gated=True,
         source="Monotonic clock, from entering to leaving telemetry.step().",
-        present="In every step that is a scope.",
-        misleads="On a GPU, work that is still queued when the scope ends is not in it.",
+        present="In every step recorded with telemetry.step().",
+        misleads="On a GPU, work that is still queued when the scope ends is not included.",
         window="The step's scope.",
         error=_MICRO,
         cost=_CLOCK,
-        rise="Work in the step takes longer; with several ranks also waiting for the slowest in a collective.",
+        rise="Work in the step takes longer; with several ranks, so may the wait for the slowest one in a collective.",
     ),
     Metric(
         "kasmina.apply_ms",
         "ms",
         "Time inside now.apply(): carrying out the controller's command.",
         gated=True,
-        source="Monotonic clock; a scope entered twice adds up.",
+        source="Monotonic clock; if the scope is entered several times, the times add up.",
         present="When now.apply() is used.",
-        misleads="Lies inside hook_latency_ms; do not add the two.",
+        misleads="It is part of hook_latency_ms; do not add the two.",
         window="The step.",
         error=_MICRO,
         cost=_CLOCK,
@@ -123,9 +123,9 @@ STEP_METRICS: tuple[Metric, ...] = (
         "ms",
         "Time inside now.finalize(): Kasmina's work at the end of the step.",
         gated=True,
-        source="Monotonic clock; a scope entered twice adds up.",
+        source="Monotonic clock; if the scope is entered several times, the times add up.",
         present="When now.finalize() is used.",
-        misleads="Lies outside hook_latency_ms, inside step_latency_ms.",
+        misleads="It is part of step_latency_ms, but not of hook_latency_ms.",
         window="The step.",
         error=_MICRO,
         cost=_CLOCK,
@@ -138,8 +138,8 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
         source=_DERIVED,
         present="From the second finite loss on. " + _PAIRED,
-        misleads="After a gap it spans the gap.",
-        window="This step and the one before with a finite loss.",
+        misleads="After a gap, it spans the gap.",
+        window="This step, and the last one before it that had a finite loss.",
         error=_FLOAT,
         cost=_DERIVED_COST,
         rise="The loss rose: above 0.15 is a spike (risk loss_spike).",
@@ -151,11 +151,11 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
         source="m <- m + a (x - m), a = 0.2, started at the first finite value.",
         present="From the first finite loss on. " + _PAIRED,
-        misleads="Lags about 1/a = 5 steps behind a jump.",
-        window="All steps, weights fall by 0.8 a step.",
+        misleads="It lags about 1/a = 5 steps behind a jump.",
+        window="All steps; the weight of each falls by a factor of 0.8 per step.",
         error=_FLOAT,
         cost=_DERIVED_COST,
-        rise="The trend of the loss is up.",
+        rise="The loss tends upwards.",
     ),
     Metric(
         "loss_volatility",
@@ -164,11 +164,11 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
         source="Population standard deviation over the window, computed anew each time (no drift).",
         present="From the second finite loss on. " + _PAIRED,
-        misleads="A steady fall of the loss is volatility too.",
+        misleads="A steady fall of the loss counts as volatility, too.",
         window="The last 9 finite losses.",
         error=_FLOAT,
         cost=_DERIVED_COST,
-        rise="The loss jumps about more.",
+        rise="The loss fluctuates more.",
     ),
     Metric(
         "grad_norm_ewma",
@@ -177,11 +177,11 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
         source="m <- m + a (x - m), a = 0.2, started at the first finite value.",
         present="From the first finite gradient_norm on. " + _PAIRED,
-        misleads="Lags about 1/a = 5 steps behind a jump.",
-        window="All steps, weights fall by 0.8 a step.",
+        misleads="It lags about 1/a = 5 steps behind a jump.",
+        window="All steps; the weight of each falls by a factor of 0.8 per step.",
         error=_FLOAT,
         cost=_DERIVED_COST,
-        rise="The trend of the gradient norm is up.",
+        rise="The gradient norm tends upwards.",
     ),
     Metric(
         "grad_var",
@@ -190,11 +190,11 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
         source="v <- (1 - a) (v + a (x - m)^2) with m before the update (Finch 2009), 0.0 at the first value.",
         present="From the first finite gradient_norm on. " + _PAIRED,
-        misleads="A variance over steps of one norm, not over the elements of a gradient.",
-        window="All steps, weights fall by 0.8 a step.",
+        misleads="It is the variance of a norm over the steps, not over the elements of a gradient.",
+        window="All steps; the weight of each falls by a factor of 0.8 per step.",
         error=_FLOAT,
         cost=_DERIVED_COST,
-        rise="Gradient norms differ more from step to step: instability, or batches unlike each other.",
+        rise="Gradient norms differ more from step to step: instability, or batches that differ much.",
     ),
     Metric(
         "grad_conflict_rate",
@@ -204,10 +204,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         needs=(Need.SEVERAL_SOURCES,),
         source="now.gradients(..., sources=...): exact inner products over all elements.",
         present="When a step has two or more gradient sources, all of them finite.",
-        misleads="Two sources can only give 0 or 1.",
+        misleads="With two sources, only 0 and 1 are possible.",
         window="The step's sources.",
-        error="The signs are those of inner products in float64 where float32 could lose them; no sampling.",
-        cost="8 x 10 M elements take 56 ms of one CPU thread; on CUDA products of matrices and no wait.",
+        error="Where float32 could give the wrong sign, inner products are computed in float64; no sampling.",
+        cost="8 x 10 M elements take 56 ms of one CPU thread; on CUDA, matrix products, without waiting.",
         rise="More sources pull against each other.",
     ),
     Metric(
@@ -218,10 +218,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         source="Monotonic clock around the iterator inside telemetry.batches().",
         present="When batches() is used.",
         misleads="The first batch of an epoch includes starting the DataLoader's workers.",
-        window="From asking for the batch to having it, before the step.",
+        window="From the request for the batch until it arrives, before the step.",
         error=_MICRO,
         cost=_CLOCK,
-        rise="The loader cannot keep up, or a rank waits for its data and the others for it.",
+        rise="The loader cannot keep up, or one rank waits for its data and the others wait for that rank.",
     ),
     Metric(
         "h2d_copy_ms",
@@ -231,10 +231,10 @@ STEP_METRICS: tuple[Metric, ...] = (
         needs=(Need.CUDA,),
         source="CUDA events around the copies on the current stream, resolved when they have completed.",
         present="When now.to() copies host tensors to a CUDA device.",
-        misleads="The copy's own time; it overlaps with the step, do not subtract it.",
+        misleads="It is the duration of the copy, which overlaps with the step; do not subtract it.",
         window="All copies of the step.",
-        error="CUDA's own: 0.5 microseconds.",
-        cost="Two events a call of now.to(); read when the device has come that far.",
+        error="That of CUDA's events: 0.5 microseconds.",
+        cost="Two events per call of now.to(), read when the device has reached them.",
         rise="More or larger batches, pageable memory, or a busy bus.",
     ),
     Metric(
@@ -245,11 +245,11 @@ STEP_METRICS: tuple[Metric, ...] = (
         needs=(Need.CUDA,),
         source="cudaMemGetInfo: total minus free, sampled by a probe.",
         present="While the probe's last sample is younger than three of its periods.",
-        misleads="Device-wide: includes other processes and PyTorch's cache.",
-        window="A moment, once a probe_period_s.",
-        error="As old as the sample: at most three periods; a peak between two samples is not seen.",
+        misleads="It is device-wide: it includes other processes and PyTorch's cache.",
+        window="A moment, sampled every probe_period_s.",
+        error="The sample is up to three periods old; a peak between two samples is missed.",
         cost=_PROBE,
-        rise="More memory is taken: larger batches, seeds, or a leak.",
+        rise="More memory is in use: larger batches, seeds, or a leak.",
     ),
     Metric(
         "gpu_mem_free_gb",
@@ -259,11 +259,11 @@ STEP_METRICS: tuple[Metric, ...] = (
         needs=(Need.CUDA,),
         source="cudaMemGetInfo, sampled by a probe.",
         present="While the probe's last sample is younger than three of its periods.",
-        misleads="PyTorch's cache counts as used although PyTorch can use it.",
-        window="A moment, once a probe_period_s.",
-        error="As old as the sample: at most three periods; a low between two samples is not seen.",
+        misleads="PyTorch's cache counts as used, although PyTorch can allocate from it.",
+        window="A moment, sampled every probe_period_s.",
+        error="The sample is up to three periods old; a low between two samples is missed.",
         cost=_PROBE,
-        rise="Memory was given back.",
+        rise="Memory was released.",
     ),
     Metric(
         "gpu_util_percent",
@@ -273,9 +273,9 @@ STEP_METRICS: tuple[Metric, ...] = (
         needs=(Need.NVML,),
         source="NVML utilisation rates of the training device, over NVML's own window (1/6 s to 1 s).",
         present="While the probe's last sample is younger than three of its periods.",
-        misleads="100 % says that some kernel ran all the time, not that the device was full.",
-        window="NVML's, of 1/6 s to 1 s, once a probe_period_s.",
-        error="A percent point, and as old as the sample: at most three periods.",
+        misleads="100 % means that some kernel ran all the time, not that the device was fully used.",
+        window="NVML's own, 1/6 s to 1 s long, sampled every probe_period_s.",
+        error="One percentage point; the sample is up to three periods old.",
         cost=_PROBE,
         rise="The GPU idles less.",
     ),
@@ -285,13 +285,13 @@ STEP_METRICS: tuple[Metric, ...] = (
         "CPU in use, as a share of what this process may use, 0 to 100.",
         gated=True,
         needs=(Need.PSUTIL,),
-        source="psutil since the probe's last sample: system-wide, or inside a container against its quota.",
+        source="psutil, since the probe's last sample: system-wide, or in a container relative to its quota.",
         present="While the probe's last sample is younger than three of its periods.",
         misleads="100 % of one core on a 64-core machine is 1.6 %.",
-        window="Between two samples, a probe_period_s apart; the first one 0.1 s.",
-        error="One clock tick (10 ms) of each CPU a period; as old as the sample: at most three periods.",
+        window="The time between two samples, which is probe_period_s; 0.1 s for the first one.",
+        error="One clock tick (10 ms) per CPU and period; the sample is up to three periods old.",
         cost=_PROBE,
-        rise="The CPUs that this process may use are busier, by whomever.",
+        rise="The CPUs that this process may use are busier, with work of this process or of any other.",
     ),
 )
 
@@ -307,7 +307,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         window="The step.",
         error="None: a whole number.",
         cost=_ROW,
-        rise="The seed has moved on in its life; 9 and above are ends.",
+        rise="The seed has moved on in its life; stages from 9 on are its end.",
     ),
     Metric(
         "kasmina.seed.alpha",
@@ -316,7 +316,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         level="seed",
         source="As recorded.",
         present="When recorded.",
-        misleads="Outside BLENDING it says where blending began or ended.",
+        misleads="Outside BLENDING, it is the value at which blending began or ended.",
         window="The step.",
         error="None.",
         cost=_ROW,
@@ -334,7 +334,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         window="Since blending began.",
         error="None: a whole number.",
         cost=_ROW,
-        rise="Blending goes on.",
+        rise="Blending continues.",
     ),
     Metric(
         "kasmina.seed.kernel_attached",
@@ -343,7 +343,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         level="seed",
         source="As recorded.",
         present="When recorded.",
-        misleads="Attached does not say that the kernel's output is used: see alpha.",
+        misleads="A kernel that is attached is not necessarily used: see alpha.",
         window="The step.",
         error="None: 0 or 1.",
         cost=_ROW,
@@ -354,10 +354,10 @@ SEED_METRICS: tuple[Metric, ...] = (
         "ms",
         "Time of the seed's last kernel run.",
         level="seed",
-        source="now.kernel(id), monotonic clock, or as recorded.",
+        source="Monotonic clock in now.kernel(id), or as recorded.",
         present="When measured or recorded.",
-        misleads="On a GPU, a wall-clock scope sees the launch, not the kernel.",
-        window="The last run of the kernel; a scope entered twice adds up.",
+        misleads="On a GPU, the scope measures the launch, not the kernel.",
+        window="The last run of the kernel; if the scope is entered several times, the times add up.",
         error=_MICRO,
         cost=_ROW,
         rise="The seed's kernel is slower; above kernel_latency_budget_ms the seed is DEGRADED.",
@@ -369,7 +369,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         level="seed",
         source="As recorded. Kasmina resets the count, so it is a gauge.",
         present="When recorded.",
-        misleads="A count since Kasmina's last reset, not since the start of the run.",
+        misleads="It counts from Kasmina's last reset, not from the start of the run.",
         window="Since Kasmina's last reset.",
         error="None: a whole number.",
         cost=_ROW,
@@ -382,7 +382,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         level="seed",
         source="As recorded.",
         present="When recorded.",
-        misleads="Says nothing about why.",
+        misleads="It does not give the reason.",
         window="The step.",
         error="None: 0 or 1.",
         cost=_ROW,
@@ -400,7 +400,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         window="The step.",
         error="As recorded.",
         cost=_ROW,
-        rise="Host and seed pull more in one direction; below 0 they pull against each other.",
+        rise="Host and seed pull more in the same direction; below 0, they pull against each other.",
     ),
     Metric(
         "kasmina.seed.isolation.host_norm",
@@ -410,7 +410,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         level="seed",
         source="As recorded.",
         present="When isolation statistics are available.",
-        misleads="Not the model's gradient_norm: only where host and seed meet.",
+        misleads="It is not the model's gradient_norm: it covers only the place where host and seed meet.",
         window="The step.",
         error="As recorded.",
         cost=_ROW,
@@ -424,7 +424,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         level="seed",
         source="As recorded.",
         present="When isolation statistics are available.",
-        misleads="0 for a seed that does not train in this step.",
+        misleads="It is 0 for a seed that does not train in this step.",
         window="The step.",
         error="As recorded.",
         cost=_ROW,
@@ -443,7 +443,7 @@ OWN_STEP: tuple[Metric, ...] = (
         key="",
         source="Exclusive or, over the live seeds, of the first six bytes of the SHA-256 of the id; 0 without seeds.",
         present="In every frame.",
-        misleads="A number, but not a quantity: only equal and not equal mean something.",
+        misleads="A number, but not a quantity: it only matters whether two of them are equal.",
     ),
     Metric(
         "esper.training.loss",
@@ -451,7 +451,7 @@ OWN_STEP: tuple[Metric, ...] = (
         "The last finite training loss; a controller that subtracts losses never sees a gap.",
         key="training_loss",
         present="From the first finite loss on.",
-        misleads="Repeats an old loss while the loss is missing or not finite.",
+        misleads="It repeats an old loss while the loss is missing or not finite.",
     ),
     Metric(
         "esper.validation.loss",
@@ -459,7 +459,7 @@ OWN_STEP: tuple[Metric, ...] = (
         "Validation loss, as of the last validation().",
         key="validation_loss",
         present="In every frame after telemetry.validation(loss=...).",
-        misleads="Stays until the next validation.",
+        misleads="It stays until the next validation.",
     ),
     Metric(
         "esper.validation.accuracy",
@@ -467,7 +467,7 @@ OWN_STEP: tuple[Metric, ...] = (
         "Validation accuracy, 0 to 1, as of the last validation().",
         key="",
         present="In every frame after telemetry.validation(accuracy=...).",
-        misleads="Stays until the next validation.",
+        misleads="It stays until the next validation.",
     ),
     Metric(
         "esper.epochs.total",
@@ -496,7 +496,7 @@ OWN_STEP: tuple[Metric, ...] = (
         "Isolation violations new in this step, over all seeds recorded in it.",
         key="kasmina.isolation.violations",
         present="When a seed's isolation_violations is recorded in the step.",
-        misleads="Not a running total: the per-seed metric is.",
+        misleads="It is not a running total; the metric of each seed is.",
     ),
     Metric(
         "esper.step.failed",
@@ -539,7 +539,7 @@ OWN_STEP: tuple[Metric, ...] = (
     ),
 )
 
-# These two come from the step exporter only: a reader's collect has no place for them.
+# Only the step exporter sends these two; they are not among the instruments that readers collect.
 FRAME_SEQUENCE = Metric(
     "esper.frame.sequence",
     "count",
@@ -555,14 +555,14 @@ FRAME_POINTS = Metric(
     present="In every frame sent over OTLP.",
 )
 
-# Not a cell of the seed's row, and from the step exporter only: it is about the life that is over.
+# Not a cell of the seed's row, because it concerns a life that has ended. Only the step exporter sends it.
 SEED_RETIRED = Metric(
     "esper.seed.retired",
     "flag",
     "1 when the seed's life ended after the frame before; its other points in the frame begin a new life.",
     level="seed",
     present="In the frame after the retirement, sent over OTLP.",
-    misleads="An event: one point without an end, which a database shows until its look-back is over.",
+    misleads="An event: a single point whose series is not ended, so a database shows it until its look-back is over.",
 )
 
 OWN_SEED: tuple[Metric, ...] = (
@@ -609,7 +609,7 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.errors.internal",
         "count",
-        "Faults of the telemetry itself, kept away from training.",
+        "Faults of the telemetry itself, from which training was protected.",
         kind="counter",
         level="session",
     ),
@@ -624,7 +624,7 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.frames.recovered",
         "count",
-        "Frames of earlier, killed sessions that were in the spool, acknowledged by the endpoint.",
+        "Frames left in the spool by earlier sessions that were killed, now acknowledged by the endpoint.",
         kind="counter",
         level="session",
     ),
@@ -646,7 +646,7 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.export.retries",
         "count",
-        "Requests that failed in a way that may pass, and are sent again.",
+        "Requests that failed temporarily and are sent again.",
         kind="counter",
         level="session",
     ),
@@ -663,9 +663,9 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.seeds.unshown",
         "count",
-        "Seeds of the newest step that a MeterProvider's readers do not show: it has no room for further seed ids.",
+        "Seeds of the newest step that a MeterProvider's readers do not show, because it has no room for more ids.",
         level="session",
-        present="At the readers of a MeterProvider only: what is sent over OTLP has all seeds.",
+        present="Only in readers of a MeterProvider: steps sent over OTLP contain all seeds.",
     ),
     Metric("esper.pull.lag", "count", "Frames published and not yet pulled.", level="session"),
     Metric(

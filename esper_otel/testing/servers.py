@@ -131,7 +131,9 @@ class HttpServer(ThreadingTCPServer):
                 self.server_close()
                 raise
             # The handshake then happens in the connection's own thread, at its first read.
-            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+            self.socket: socket.socket = context.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._listening = threading.Thread(
             target=self.serve_forever, args=(0.05,), name="memory-collector-http", daemon=True
         )

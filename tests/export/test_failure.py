@@ -91,7 +91,10 @@ def test_what_is_offered_for_a_name_of_grpcs_own_can_be_done(name: str, tmp_path
     ):
         target = name.format(folder=folder, port=collector.grpc_endpoint.rpartition(":")[2])
         outcome = sent({f"{E}ENDPOINT": target})
-        assert outcome.reason == f"{target} does not speak TLS; for plain text set OTEL_EXPORTER_OTLP_INSECURE=true"
+        assert (
+            outcome.reason
+            == f"{target} does not speak TLS: to connect without it, set OTEL_EXPORTER_OTLP_INSECURE=true"
+        )
         assert sent({f"{E}ENDPOINT": target, f"{E}INSECURE": "true"}).result is Result.DELIVERED
 
 
@@ -99,4 +102,6 @@ def test_http_behind_a_name_of_grpcs_own_needs_another_address(tmp_path: Path) -
     """OTLP over HTTP takes neither names nor sockets."""
     with MemoryCollector() as collector:
         outcome = sent({f"{E}ENDPOINT": f"dns:{collector.http_endpoint[7:]}", f"{E}INSECURE": "true"})
-    assert outcome.reason.endswith("set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf and give http://host:port")
+    assert outcome.reason.endswith(
+        "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf and use an address of the form http://host:port"
+    )

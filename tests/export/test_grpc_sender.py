@@ -66,7 +66,7 @@ def test_mutual_tls_over_grpc(tmp_path: Path) -> None:
         environ = {f"{E}ENDPOINT": f"https://127.0.0.1:{port}", f"{E}CERTIFICATE": str(authority.certificate)}
         outcome = sent(environ)
         assert outcome.result is Result.TEMPORARY
-        assert "may want OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE" in outcome.reason
+        assert "may require a client certificate (OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE)" in outcome.reason
         files = {f"{E}CLIENT_CERTIFICATE": str(ours.certificate), f"{E}CLIENT_KEY": str(ours.key)}
         assert sent({**environ, **files}).result is Result.DELIVERED
 

@@ -130,7 +130,10 @@ def test_a_socket_file_has_no_proxy_on_the_way(tmp_path: Path, monkeypatch: pyte
     ("proxy_url", "words"),
     [
         ("http://me:hunter2@proxy.invalid:3128", "the name of the proxy proxy.invalid:3128 ({}) cannot be resolved"),
-        ("http://me:hunter2@{unused}", "nothing listens where the proxy {unused} ({}) should be (connection refused)"),
+        (
+            "http://me:hunter2@{unused}",
+            "nothing listens on the address of the proxy {unused} ({}) (connection refused)",
+        ),
     ],
 )
 def test_a_dead_proxy_is_named_with_its_variable_and_not_the_endpoint(
@@ -149,7 +152,7 @@ def test_a_dead_proxy_is_named_with_its_variable_and_not_the_endpoint(
     [
         (
             "407 Proxy Authentication Required",
-            "the proxy {proxy} (https_proxy) refuses the credentials: give http://user:",
+            "the proxy {proxy} (https_proxy) refuses the credentials: set its address to http://user:",
         ),
         ("403 Forbidden", "the proxy {proxy} (https_proxy) answers 403 for "),
         ("502 Bad Gateway", "the proxy {proxy} (https_proxy) answers 502 for "),
@@ -196,14 +199,16 @@ def test_a_socks_proxy_is_explained(variable: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "socks", None)
     monkeypatch.setenv(variable, "socks5h://me:hunter2@127.0.0.1:1080")
     outcome = sent(to("http/protobuf", "http://192.0.2.1:4318"))
-    assert outcome.reason == f"the SOCKS proxy 127.0.0.1:1080 ({variable}) needs pip install 'requests[socks]'"
+    assert (
+        outcome.reason == f"the SOCKS proxy 127.0.0.1:1080 ({variable}) needs a library: pip install 'requests[socks]'"
+    )
 
 
 @pytest.mark.parametrize("url", ["http://", "http://:8080"])
 def test_a_proxy_without_a_host_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", url)
     outcome = sent(to("http/protobuf", "http://192.0.2.1:4318"))
-    assert outcome.reason == "http_proxy names no host: give http://host:port"
+    assert outcome.reason == "http_proxy does not name a host: set it to http://host:port"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -217,7 +222,7 @@ def test_check_names_the_proxy_and_looks_past_one_that_is_left_out(
         monkeypatch.setenv("http_proxy", f"http://me:hunter2@{dead}")
         text = report_text(run_check(environ=environ))
         assert f"connection: goes through the proxy {dead} (http_proxy), which is not looked at" in text
-        assert f"FAIL  frame: nothing listens where the proxy {dead} (http_proxy) should be" in text
+        assert f"FAIL  frame: nothing listens on the address of the proxy {dead} (http_proxy)" in text
         assert "hunter2" not in text
         monkeypatch.setenv("no_proxy", "10.0.0.0/8,127.0.0.0/8")
         result = run_check(environ=environ)

@@ -145,13 +145,16 @@ def test_the_report_says_what_went_wrong_where_the_time_goes_and_which_seed(fold
         diverging("wrong", raises=True)
     until("both are written", lambda: len(list(folder.glob(f"*{blackbox.SUFFIX}"))) == 2)
     found = answers(of_file(next(folder.glob("*KeyError*"))))
-    assert found["How did it end?"].endswith("It ended: KeyError.")
+    assert found["How did it end?"].endswith("The run ended: KeyError.")
     assert f"Step {STEPS} (epoch 3): the loss is nan." in found["Which step went wrong first?"]
-    assert "gradient_norm was 40 in the step before, 40 times what was usual" in found["Which step went wrong first?"]
-    assert "Mostly into rest (72%): input wait 5 ms, hook 2 ms, rest 18 ms." in found["Where does the time go?"]
+    assert "gradient_norm was 40 in the step before, 40 times its usual value" in found["Which step went wrong first?"]
+    assert (
+        "Mostly into rest (72%). Means per step: input wait 5 ms, hook 2 ms, rest 18 ms."
+        in found["Where does the time go?"]
+    )
     seed = found["Which seed is in trouble?"]
     assert "seed-3 violated gradient isolation 1 times." in seed
-    assert f"seed-3 went to BLENDING in step {STEPS - 5}, 5 steps before it went wrong." in seed
+    assert f"seed-3 changed to BLENDING in step {STEPS - 5}, 5 steps before the run went wrong." in seed
     assert "seed-4" not in seed
 
 
@@ -196,8 +199,8 @@ def test_a_run_at_a_gateway_is_reported_too(
         assert main(["report", "one", "--vs", "two", "--target", gateway.grpc]) == 0
     out = capsys.readouterr().out
     assert "Step 60 (epoch 0): the loss is nan." in out
-    assert "60 steps are in both, 1 to 60." in out
-    assert "It ended: completed." in out
+    assert "60 steps are in both runs, from 1 to 60." in out
+    assert "The run ended: completed." in out
     assert (tmp_path / "one.html").is_file()
 
 
@@ -219,7 +222,7 @@ def test_a_report_from_a_gateway_tells_infinity_from_nan_and_one_rank_from_anoth
             assert main(["report", "wide", f"--rank={rank}", "--target", gateway.grpc, "--csv", f"{rank}.csv"]) == 0
     said = capsys.readouterr().out
     assert "Step 2 (epoch 0): it raised an exception." in said
-    assert "Step 2 (epoch 0): the loss is inf, and so are accuracy, tokens_per_s." in said
+    assert "Step 2 (epoch 0): the loss is inf; not finite either: accuracy, tokens_per_s." in said
     assert (tmp_path / "wide.html").is_file()
     assert (tmp_path / "wide-rank-1.html").is_file()
     with Path("0.csv").open(encoding="utf-8") as file:

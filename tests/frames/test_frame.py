@@ -20,8 +20,8 @@ from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
 from esper_otel.frames.ring import Ring
 from esper_otel.gateway.rebuild.history import _is_same
-from esper_otel.gateway.rebuild.parts import part_of
 from esper_otel.leyline import packets
+from esper_otel.parts.part import part_of
 from esper_otel.schema import METRICS
 
 CATALOGUE = {metric.name: metric for metric in METRICS}

@@ -7,23 +7,41 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import frame_examples
 import pytest
 from gateways import RunningGateway
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    Gauge,
+    InMemoryMetricReader,
+    Metric,
+    MetricReader,
+    MetricsData,
+    NumberDataPoint,
+    PeriodicExportingMetricReader,
+    ResourceMetrics,
+    ScopeMetrics,
+)
 from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 import esper_otel
 from esper_otel import LeylineMetricReader, Stage, TamiyoClient
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.numbers import finite
+from esper_otel.gateway.items import Item
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
-from esper_otel.leyline import senders
 from esper_otel.leyline.packets import Packets, packets
+from esper_otel.leyline.risk import signals, with_signals
+from esper_otel.parts import senders
 
 RESOURCE: Mapping[str, str | int] = {"esper.run.id": "theirs", "esper.run.attempt": 7, "service.name": "a program"}
 HOSTILE: tuple[Any, ...] = ("", "x" * 257, "line\nbreak", "\x7f", "é" * 129, True, ("a", "b"))
@@ -139,12 +157,16 @@ class Behind:
         """What a collection becomes behind a gateway."""
         data = self.reader.get_metrics_data()
         assert data is not None
+        [item] = self.items(data)
+        return packets(item.frame, complete=item.complete)
+
+    def items(self, data: MetricsData) -> list[Item]:
+        """What these readings become, with corrections of earlier steps."""
         body = encode_metrics(data).SerializeToString()
         self._now_s += 10.0
         decoded = self._decoder.decode(body)
         self._assembler.take(decoded, now_s=self._now_s, received_unix_ns=1)
-        [item] = self._assembler.release(self._now_s + 9.0)
-        return packets(item.frame, complete=item.complete)
+        return self._assembler.release(self._now_s + 9.0)
 
 
 def test_more_seeds_than_are_taken_are_left_out_with_a_word(
@@ -207,3 +229,72 @@ def test_the_instruments_of_a_session_say_who_lives() -> None:
             assert mine.state.training_metrics["tokens_per_s"] == 3.0
             assert without_time(replace(mine, attempt=0)) == without_time(replace(theirs, attempt=0))
     provider.shutdown()
+
+
+# Instruments of any program, by scope: names of the catalogue, a user's own name, and one that nobody knows.
+SCOPES = ("theirs", "also theirs", "esper_otel", "esper_otel.health")
+NAMES = (
+    *("loss", "gradient_norm", "gpu_util_percent", "hook_latency_ms", "esper.training.loss"),
+    *("esper.isolation.violations", "esper.validation.accuracy", "tokens_per_s", "esper.dropped"),
+    *("esper.global_step", "esper.epoch", "esper.seeds"),
+    *("kasmina.seed.stage", "kasmina.seed.alpha", "kasmina.seed.alpha_steps", "kasmina.seed.learning_rate"),
+    *("kasmina.seed.isolation_violations", "kasmina.seed.last_kernel_latency_ms", "esper.seed.retired"),
+)
+ATTRIBUTES: tuple[dict[str, Any], ...] = (
+    *({}, {}, {"seed_id": "a"}, {"seed_id": "a"}, {"seed_id": "b"}, {"seed_id": "c"}, {"seed_id": ""}),
+    *({"split": "test"}, {"seed_id": "a", "site": "left"}, {"seed_id": "line\nbreak"}, {"seed_id": 7}),
+    *({"seed_id": True}, {"seed_id": "d", "split": "test", "site": "left"}, {"esper.rank": 0}),
+)
+VALUES = st.integers(0, 9) | st.sampled_from([0.5, 3.0, 30.0, -1.0]) | frame_examples.numbers()
+
+
+@st.composite
+def collections(draw: st.DrawFn) -> list[MetricsData]:
+    """Collections of one provider, one after the other; some say by a digest which seeds live."""
+    found = []
+    time_unix_ns = 1_790_000_000 * 10**9
+    resource = Resource({**RESOURCE, "service.name": "a program"})
+    for _ in range(draw(st.integers(1, 5))):
+        time_unix_ns += draw(st.sampled_from([1, 10**9, 200 * 10**9, 400 * 10**9]))
+        scopes: dict[str, dict[str, list[NumberDataPoint]]] = {}
+
+        def add(scope: str, name: str, value: float, attributes: Mapping[str, Any]) -> None:
+            points = scopes.setdefault(scope, {}).setdefault(name, [])  # noqa: B023 - called in this round only
+            points.append(NumberDataPoint(attributes, 0, time_unix_ns, value))  # noqa: B023
+
+        streams = st.tuples(st.sampled_from(SCOPES), st.sampled_from(NAMES), VALUES, st.sampled_from(ATTRIBUTES))
+        for stream in draw(st.lists(streams, max_size=12)):
+            add(*stream)
+        if draw(st.integers(0, 3)) == 0:
+            living = draw(st.sets(st.sampled_from(["a", "b", "c", "d", "7"])))
+            add("esper_otel", "esper.seeds.digest", digest_of(tuple(living)), {})
+            if draw(st.booleans()):
+                add("esper_otel", "esper.seeds", len(living), {})
+        data = [
+            ScopeMetrics(
+                InstrumentationScope(scope),
+                [Metric(name, None, None, Gauge(points)) for name, points in metrics.items()],
+                "",
+            )
+            for scope, metrics in scopes.items()
+        ]
+        found.append(MetricsData([ResourceMetrics(resource, data, "")]))
+    return found
+
+
+@given(collections())
+def test_whatever_is_collected_a_reader_and_a_gateway_make_the_same_packets(rounds: list[MetricsData]) -> None:
+    """Values, seeds, live seeds, completeness and risk signals, collection after collection."""
+    reader, behind = LeylineMetricReader(), Behind()
+    loss_before = None
+    for data in rounds:
+        reader._set_collect_callback(lambda *_, data=data, **__: data)
+        mine, items = reader.pull(), behind.items(data)
+        item = next((each for each in items if each.revision == 1), None)
+        assert (mine is None) == (item is None)
+        if mine is None or item is None:
+            continue
+        theirs = packets(item.frame, complete=item.complete)
+        theirs = with_signals(theirs, signals(theirs.state, loss_before=loss_before))
+        loss_before = finite(item.frame.last_loss())
+        assert mine == theirs

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.frames.frame import SeedTable
+from esper_otel.frames.numbers import finite, whole
 from esper_otel.leyline import SeedState, state
-from esper_otel.leyline.numbers import finite, whole
 from esper_otel.schema import SEED_FIELDS, Stage
 
 

@@ -70,10 +70,10 @@ def test_schema_json_is_the_catalogue_in_order() -> None:
         "description": "Time of the copies from host to device in now.to().",
         "source": "CUDA events around the copies on the current stream, resolved when they have completed.",
         "present": "When now.to() copies host tensors to a CUDA device.",
-        "misleads": "The copy's own time; it overlaps with the step, do not subtract it.",
+        "misleads": "It is the duration of the copy, which overlaps with the step; do not subtract it.",
         "window": "All copies of the step.",
-        "error": "CUDA's own: 0.5 microseconds.",
-        "cost": "Two events a call of now.to(); read when the device has come that far.",
+        "error": "That of CUDA's events: 0.5 microseconds.",
+        "cost": "Two events per call of now.to(), read when the device has reached them.",
         "rise": "More or larger batches, pageable memory, or a busy bus.",
     }
 

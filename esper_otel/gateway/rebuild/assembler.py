@@ -11,9 +11,9 @@ from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters
-from esper_otel.gateway.rebuild.parts import PartShapes
 from esper_otel.gateway.rebuild.queue import WaitingFrame
 from esper_otel.gateway.rebuild.runs import Runs
+from esper_otel.gateway.rebuild.shapes import PartShapes
 from esper_otel.gateway.rebuild.track import Track
 from esper_otel.gateway.receive.request import TOO_MANY_RUNS, DecodedRequest, PointBlock, PointSender
 from esper_otel.gateway.turns import ENDLESS, Turn, finished

@@ -2,63 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import islice
 
 import numpy as np
 
-from esper_otel.frames.digest import dead_of, digest_of, silent_of
-from esper_otel.frames.frame import ABSENT_BITS, GUESSED_STEP, LAST_LOSS, Frame, SeedTable, alike, is_absent
+from esper_otel.frames.frame import GUESSED_STEP, Frame, SeedTable, alike, is_absent
 from esper_otel.frames.live_seeds import LiveSeeds, SeedStep
+from esper_otel.frames.numbers import whole
 from esper_otel.gateway.items import MOST_ENDS, Item, Origin
 from esper_otel.gateway.limits import SharedPlaces
-from esper_otel.gateway.rebuild.habits import Habits
-from esper_otel.gateway.rebuild.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
-from esper_otel.gateway.receive.request import Marker, PointSender
-from esper_otel.leyline import senders
-from esper_otel.leyline.numbers import UINT64_LIMIT, whole
-from esper_otel.schema import FRAME_POINTS, SEED_CELLS
+from esper_otel.gateway.receive.request import Marker
+from esper_otel.parts.habits import Habits
+from esper_otel.parts.maker import FrameInput, FrameMaker, loss_of
+from esper_otel.parts.part import SEED_COLUMNS, Part, is_equal, merged, part_of
 
 # The approximate memory of a kept frame, in addition to its values and cells.
 _BYTES, _BYTES_PER_VALUE = 2_000, 100
 
-# How many dead seeds are kept with the live ones before all dead seeds are forgotten at once.
-_SPARE = 100
-
-_ALL = -1
-_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
-
 
 @dataclass(slots=True, eq=False)
-class ReleasedFrame:
+class ReleasedFrame(FrameInput):
     """A released frame, and the data it is made from.
 
     Attributes:
-        part: its values.
-        sequence: its number; 0 if its sender does not state one.
-        sender: its sender.
-        step: the global step to use if its sender does not state one.
-        complete: whether it contains every point.
         received_unix_ns: when its last point arrived.
         before: the live seeds before it.
         loss_before: the last finite loss before it.
-        ends: seeds and columns whose streams end before it; the column is -1 if the life of the seed ends.
         frame: the frame.
         revision: how many times it was made.
     """
 
-    part: Part
-    sequence: int
-    sender: PointSender
-    step: int
-    complete: bool
     received_unix_ns: int
     before: SeedTable
     loss_before: float | None
-    ends: set[tuple[str, int]]
     frame: Frame | None = None
     revision: int = 0
 
@@ -69,14 +49,7 @@ class ReleasedFrame:
 
 
 class History:
-    """Makes frames from assembled parts, with the seeds that are live at that time.
-
-    A frame from our exporter states which seeds died before it, how many live after it, and a digest of the live seeds.
-    If this does not match the frames before, some of them are missing. The seeds that died in between are then found
-    with the digest; if that fails, the frame is marked as incomplete. When a frame arrives late, the frames after it
-    are made again.
-
-    The seeds of a plain sender live until their streams end, or until they have been silent for five minutes.
+    """Makes frames from assembled parts. When a frame arrives late, the frames after it are made again.
 
     Args:
         origin: the writer of the frames.
@@ -92,22 +65,19 @@ class History:
         self._most_ends = most_ends
         self._kept: dict[int, ReleasedFrame] = {}
         self._times: dict[int, int] = {}
-        self._live = LiveSeeds()
-        self._seen: dict[str, int] = {}
+        self._maker = FrameMaker(habits)
         self._room, self._tenant = room, tenant
         self._ends: dict[int, set[tuple[str, int]]] = {}
         self._end_times: list[int] = []  # a heap
         self._end_count = 0
-        self._loss: float | None = None
-        self._step = 0
-        self.newest_unix_ns = 0
-        self.forgotten_unix_ns = 0
-        self.differing = 0
+        self.newest_unix_ns: int = 0
+        self.forgotten_unix_ns: int = 0
+        self.differing: int = 0
 
     @property
     def live(self) -> SeedTable:
         """The seeds that are live after the newest frame."""
-        return self._live.table
+        return self._maker.live.table
 
     def time_of(self, sequence: int) -> int | None:
         """Returns the time of the released frame with this number, if it is still kept."""
@@ -132,23 +102,24 @@ class History:
         """Makes a frame; returns its item, and the items of later frames that it changes."""
         time_unix_ns, waiting, complete = ready
         part = waiting.joined()
+        maker = self._maker
         self.differing += waiting.differing
         kept = ReleasedFrame(
             part,
+            waiting.sender.run,
             waiting.sequence or 0,
-            waiting.sender,
-            self._guessed(time_unix_ns),
+            maker.guessed_step(time_unix_ns),
             complete,
-            waiting.received_unix_ns,
-            self._live.table,
-            self._loss,
             self._ends_until(time_unix_ns),
+            waiting.received_unix_ns,
+            maker.live.table,
+            maker.loss,
         )
         if time_unix_ns < self.newest_unix_ns:
             return self._insert(time_unix_ns, kept)
-        kept.ends |= self._silent(time_unix_ns, kept)
+        kept.ends |= maker.silent(time_unix_ns, part)
         self._keep(time_unix_ns, kept)
-        item = self._made(time_unix_ns, kept, self._live, self._loss)
+        item = self._made(time_unix_ns, kept, maker.live, maker.loss)
         self._after(item.frame)
         return [item]
 
@@ -162,7 +133,7 @@ class History:
         if len(joined.part.numbers) == len(known.numbers) and not joined.differing:
             return []
         self.differing += joined.differing
-        self._note_seen(part.shape.ids, time_unix_ns)
+        self._maker.note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
         kept.complete = kept.complete or self._habits.is_complete(joined.part)
         number = whole(joined.part.number(joined.part.shape.sequence), SEQUENCE_LIMIT)
@@ -173,9 +144,9 @@ class History:
 
     def end(self, marker: Marker) -> list[Item]:
         """Ends a stream; returns the items of released frames that had assumed it would continue."""
-        if marker.time_unix_ns <= self.forgotten_unix_ns or marker.name not in _COLUMNS:
+        if marker.time_unix_ns <= self.forgotten_unix_ns or marker.name not in SEED_COLUMNS:
             return []
-        what = (marker.seed, _COLUMNS[marker.name])
+        what = (marker.seed, SEED_COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
             self._await_end(marker.time_unix_ns, what)
             return []
@@ -220,26 +191,24 @@ class History:
         is_cut_off = not (self._kept or is_first)
         if is_cut_off:
             self.forgotten_unix_ns = frame.time_unix_ns - 1
-            self._note_seen(frame.live.ids, frame.time_unix_ns)  # the latest time that is known for them
+            self._maker.note_seen(frame.live.ids, frame.time_unix_ns)  # the latest time that is known for them
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
         kept = ReleasedFrame(
             part,
+            frame.run,
             frame.sequence,
-            PointSender(frame.run),
             frame.global_step,
             is_whole,
+            set() if is_cut_off or self._habits.counts else _ended(self.live, frame.live),
             item.received_unix_ns,
-            frame.live if is_cut_off else self._live.table,
-            self._loss,
-            set() if is_cut_off or self._habits.counts else _ended(self._live.table, frame.live),
+            frame.live if is_cut_off else self.live,
+            self._maker.loss,
             frame,
             item.revision,
         )
         self._keep(frame.time_unix_ns, kept)
-        self._live = _living(frame.live)
-        if frame.global_step < GUESSED_STEP:
-            self._step = max(self._step, frame.global_step)
+        self._maker.live = _living(frame.live)
         self._after(frame)
 
     def note_habits(self) -> None:
@@ -266,24 +235,7 @@ class History:
     def _after(self, frame: Frame) -> None:
         """Records the state that the next frame starts from."""
         self.newest_unix_ns = frame.time_unix_ns
-        self._loss = _loss_of(frame, self._loss)
-        self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
-        if len(self._seen) > 2 * len(self._live.ids) + _SPARE:
-            self._seen = {seed: self._seen[seed] for seed in self._live.ids if seed in self._seen}
-
-    def _note_seen(self, seeds: Iterable[str], time_unix_ns: int) -> None:
-        """Records that values of these seeds arrived late."""
-        self._seen |= {seed: max(self._seen.get(seed, 0), time_unix_ns) for seed in seeds}
-
-    def _guessed(self, time_unix_ns: int) -> int:
-        """Returns a global step for a frame that does not state one, or not yet.
-
-        If the writer never states its steps, they are counted. If it does, the result is larger than any real step.
-        """
-        if self._habits.says_step:
-            return GUESSED_STEP + time_unix_ns
-        self._step += 1
-        return self._step
+        self._maker.note(frame)
 
     def _keep(self, time_unix_ns: int, kept: ReleasedFrame) -> None:
         self._kept[time_unix_ns] = kept
@@ -292,13 +244,13 @@ class History:
 
     def _insert(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
         """Inserts a frame before frames that have already been released."""
-        self._note_seen(kept.part.shape.ids, time_unix_ns)
+        self._maker.note_seen(kept.part.shape.ids, time_unix_ns)
         earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
         later = min((time for time in self._kept if time > time_unix_ns), default=None)
         if earlier is not None:
             frame = self._kept[earlier].frame
             kept.before = kept.before if frame is None else frame.live
-            kept.loss_before = None if frame is None else _loss_of(frame, None)
+            kept.loss_before = None if frame is None else loss_of(frame, None)
         elif later is not None:
             kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
         if time_unix_ns <= self.forgotten_unix_ns:  # the frames between it and the kept ones are forgotten
@@ -323,73 +275,19 @@ class History:
                 return items  # from here on nothing changes
             kept.before, kept.loss_before = live.table, loss
             item = self._made(time, kept, live, loss)
-            loss = _loss_of(item.frame, loss)
+            loss = loss_of(item.frame, loss)
             if time == changed or was is None or not _is_same(was, item.frame):
                 items.append(item)
             else:
                 kept.frame, kept.revision = was, kept.revision - 1
         if times and times[-1] == self.newest_unix_ns:
-            self._live, self._loss = live, loss
+            self._maker.live, self._maker.loss = live, loss
         return items
 
     def _made(self, time_unix_ns: int, kept: ReleasedFrame, live: LiveSeeds, loss: float | None) -> Item:
-        part = kept.part
-        retired = part.shape.retired
-        if retired:
-            live.retire(retired)
-        digest = whole(part.number(part.shape.digest), UINT64_LIMIT)
-        if kept.ends and digest is None:
-            retired += _end(live, kept.ends)
-        values = part.values()
-        table = part.seeds()
-        violations = None
-        if table.ids:
-            step = live.step(table)
-            live.commit(step)
-            violations = step.violations
-            if not self._habits.counts:  # otherwise its session did this already, with more information
-                table = step.recorded
-        run = kept.sender.run
-        found_out: dict[str, float] = {}
-        if not kept.sequence:
-            said = {*values}
-            senders.complete(values, violations, loss)
-            run = senders.on_its_device(run, values)
-            found_out = {name: values.pop(name) for name in values.keys() - said}
-        dead = () if digest is None or digest_of(live.table.ids) == digest else self._dead(live, kept, digest)
-        if dead:
-            live.retire(dead)
-        if dead and not self._habits.counts:  # after a restart, no other source would state it
-            retired += tuple(dead)
-        are_known = dead is not None
-        if not (kept.complete and are_known):
-            values |= _said(part)
-        global_step = whole(part.number(part.shape.step), GUESSED_STEP)
-        kept.frame = Frame(
-            run,
-            kept.sequence,
-            kept.step if global_step is None else global_step,
-            whole(part.number(part.shape.epoch), UINT64_LIMIT) or 0,
-            time_unix_ns,
-            tuple(values),
-            tuple(values.values()),
-            found_out,
-            table,
-            live.table,
-            retired,
-        )
+        kept.frame, is_complete = self._maker.made(time_unix_ns, kept, live, loss, kept.frame)
         kept.revision += 1
-        return Item(self._origin, kept.frame, kept.revision, kept.complete and are_known, kept.received_unix_ns)
-
-    def _dead(self, live: LiveSeeds, kept: ReleasedFrame, digest: int) -> Collection[str] | None:
-        """Returns the seeds that must have died to match a frame's digest; None if they cannot be found."""
-        part = kept.part
-        count = whole(part.number(part.shape.live), UINT64_LIMIT)
-        before = () if kept.frame is None else kept.frame.live.ids
-        found = {*before} if digest_of(before) == digest else set()  # the seeds live when it was last made
-        return dead_of(
-            live.table.ids, {*part.shape.ids}, count, digest, lambda seed: (seed in found, self._seen.get(seed, 0))
-        )
+        return Item(self._origin, kept.frame, kept.revision, is_complete, kept.received_unix_ns)
 
     def _ends_until(self, time_unix_ns: int) -> set[tuple[str, int]]:
         """Removes and returns the stream ends up to this time."""
@@ -419,47 +317,10 @@ class History:
         self._room.give_back(self._tenant, self._end_count)
         self._ends, self._end_times, self._end_count = {}, [], 0
 
-    def _silent(self, time_unix_ns: int, kept: ReleasedFrame) -> set[tuple[str, int]]:
-        """Returns the ends of a plain sender's seeds that have been silent for too long."""
-        shape = kept.part.shape
-        if self._habits.counts or shape.digest is not None or shape.ids == self._live.table.ids:
-            return set()
-        return {(seed, _ALL) for seed in silent_of(self._live.ids, {*shape.ids}, self._seen, time_unix_ns)}
-
-
-def _said(part: Part) -> dict[str, float]:
-    """Returns what an incomplete frame states in addition to its values. It is recorded, to be known after a restart.
-
-    It includes the number of points: with it, the frame is recognized as complete when the last point has arrived.
-    """
-    shape = part.shape
-    places = {"esper.seeds": shape.live, "esper.seeds.digest": shape.digest}
-    places |= {"esper.epoch": shape.epoch, FRAME_POINTS.name: shape.points}
-    return {name: float(part.numbers[place]) for name, place in places.items() if place is not None}
-
 
 def _lacks_lives(frame: Frame) -> bool:
     """Returns whether a plain sender's frame was marked as incomplete because its live seeds were unknown."""
     return not frame.sequence and "esper.seeds.digest" in frame.names
-
-
-def _loss_of(frame: Frame, default: float | None) -> float | None:
-    """Returns the last finite loss that the frame recorded, or that was derived for it."""
-    return frame.context.get(LAST_LOSS, frame.recorded.get(LAST_LOSS, default))
-
-
-def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
-    """Ends streams; returns the seeds that died."""
-    retired = sorted(seed for seed, column in ends if column < 0)
-    known = range(live.table.cells.shape[1])
-    cells = [(live.ids[seed], column) for seed, column in ends if column in known and seed in live.ids]
-    if cells:
-        table = SeedTable(live.table.ids, live.table.cells.copy())
-        for row, column in cells:
-            table.cells.view(np.uint64)[row, column] = ABSENT_BITS
-        live.commit(SeedStep(table, table, None, 0, ()))
-        retired += [table.ids[row] for row in {row for row, _ in cells} if is_absent(table.cells[row]).all()]
-    return live.retire(dict.fromkeys(retired))
 
 
 def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from esper_otel.frames.numbers import UINT64_LIMIT, whole
 from esper_otel.gateway.items import Place
-from esper_otel.gateway.rebuild.habits import Habits
-from esper_otel.gateway.rebuild.parts import Part, merged
 from esper_otel.gateway.receive.request import PointSender
-from esper_otel.leyline.numbers import UINT64_LIMIT, whole
+from esper_otel.parts.habits import Habits
+from esper_otel.parts.part import Part, merged
 
 # Frame numbers are sent as doubles, which cannot represent every integer above this.
 SEQUENCE_LIMIT = 2**53
@@ -108,7 +108,7 @@ class SkippedNumbers:
 
     def __init__(self) -> None:
         self.lowest: int | None = None
-        self.count = 0
+        self.count: int = 0
         self._holes: list[Hole] = []
 
     @property
@@ -203,9 +203,9 @@ class Queue:
         self._released: set[int] = set()
         self._hole: tuple[int | None, float] | None = None
         self.next: int | None = None
-        self.skipped = SkippedNumbers()
+        self.skipped: SkippedNumbers = SkippedNumbers()
         self.due_s: float | None = None
-        self.points = 0
+        self.points: int = 0
 
     def __len__(self) -> int:
         return len(self._frames)

@@ -51,7 +51,7 @@ class Runs:
         self._of_runs: dict[str, str] = {}
         self._writers_of: Counter[str] = Counter()
         self._count = 0
-        self.ends = SharedPlaces(limits.ends)
+        self.ends: SharedPlaces = SharedPlaces(limits.ends)
 
     def __len__(self) -> int:
         return self._count

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from esper_otel.frames.frame import GUESSED_STEP, Frame
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits, SharedPlaces
-from esper_otel.gateway.rebuild.habits import Habits
 from esper_otel.gateway.rebuild.history import History
-from esper_otel.gateway.rebuild.parts import MergedParts, Part, PartShape
 from esper_otel.gateway.rebuild.queue import Queue, ReadyFrame, WaitingFrame
 from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marker, PointSender
 from esper_otel.gateway.turns import ENDLESS, Turn
+from esper_otel.parts.habits import Habits
+from esper_otel.parts.part import MergedParts, Part, PartShape
 from esper_otel.schema import FRAME_POINTS
 
 # A budget for rows in tables of live seeds, about 100 bytes each: its maximum, and what refills it.
@@ -60,7 +60,7 @@ class Track:
         self._incomplete_count = 0
         self._too_late = 0
         self._differing = 0
-        self.received_s = 0.0
+        self.received_s: float = 0.0
         self._received_unix_ns = 0
 
     # -- input -------------------------------------------------------------------------------------------

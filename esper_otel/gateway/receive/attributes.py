@@ -8,7 +8,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.request import INVALID_TEXT, TOO_MANY_ATTRIBUTES, PointSender
-from esper_otel.leyline.senders import Label, label_of_texts, run_of_texts, text_of
+from esper_otel.parts.senders import Label, label_of_texts, run_of_texts, text_of
 from esper_otel.text import printable
 
 _PROCESS = ("service.instance.id", "host.name", "process.pid")

@@ -20,25 +20,11 @@ from esper_otel.gateway.receive.request import (
     PointSender,
     RejectedPoints,
 )
-from esper_otel.leyline.senders import Label, is_valid
-from esper_otel.schema import METRICS
-
-# Kinds of scopes: those of other senders, the frames of our exporter, and the metrics on its own health.
-OTHERS, FRAMES, HEALTH = range(3)
-_SCOPES = {"esper_otel": FRAMES, "esper_otel.health": HEALTH}
-
-# Levels of metrics.
-STEP, SEED, SESSION = range(3)
-_LEVELS = {"step": STEP, "seed": SEED, "session": SESSION}
-_KNOWN = {metric.name: _LEVELS[metric.level] for metric in METRICS}
+from esper_otel.parts.levels import LEVELS, level_of
+from esper_otel.parts.senders import Label, is_valid
 
 # Contents of a point: a value, nothing, or the end of its stream.
 A_VALUE, NOTHING, AN_END = range(3)
-
-
-def scope_of(name: str) -> int:
-    """Returns the kind of the scope with this name."""
-    return _SCOPES.get(name, OTHERS)
 
 
 class MetricPoints(NamedTuple):
@@ -119,14 +105,13 @@ class RawPoints:
         """
         self.points += count
         check_counts(points=self.points)
-        level = _KNOWN.get(name)
+        level = LEVELS.get(name)
         is_plain = is_number and not is_delta and self.taken + count <= self.limits.points
         if level is not None and is_plain and not isinstance(sender, str):  # the usual case
             self.taken += count
             self.metrics.append(MetricPoints(sender, scope, name, level))
             return len(self.metrics) - 1
-        if level is None and scope != OTHERS:
-            level = STEP  # a metric that the user defined: only our exporter uses these scopes
+        level = level_of(name, scope)
         reason = ""
         if isinstance(sender, str):
             reason = sender

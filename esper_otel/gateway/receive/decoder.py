@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +11,7 @@ from esper_otel.frames.frame import ABSENT_BITS
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.columns import (
     AN_END,
-    FRAMES,
-    HEALTH,
     NOTHING,
-    OTHERS,
-    SEED,
-    SESSION,
     PointColumns,
     RawPoints,
 )
@@ -41,7 +35,8 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.gateway.receive.template import Templates
-from esper_otel.leyline.senders import Label
+from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, SEED, SESSION
+from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
 
@@ -183,11 +178,8 @@ def _beside(
 
 def _owner(sender: PointSender, label: Label) -> PointSender:
     """Returns the sender of a point: the point's own attributes override those of its Resource."""
-    if label.run_id:
-        sender = sender._replace(run=replace(sender.run, run_id=label.run_id))
-    if label.rank >= 0:
-        sender = sender._replace(run=replace(sender.run, rank=label.rank))
-    return sender
+    run = label.run_of(sender.run)
+    return sender if run is sender.run else sender._replace(run=run)
 
 
 def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[PointBlock, ...]:

@@ -11,11 +11,12 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive import points as records
 from esper_otel.gateway.receive.attributes import label_of, sender_of
 from esper_otel.gateway.receive.bounds import pieces
-from esper_otel.gateway.receive.columns import PointColumns, RawPoints, Row, scope_of
+from esper_otel.gateway.receive.columns import PointColumns, RawPoints, Row
 from esper_otel.gateway.receive.envelope import POINTS, Envelope, field, read_data, read_points, read_resource
 from esper_otel.gateway.receive.plain import is_delta, plain_columns, plain_row
 from esper_otel.gateway.receive.request import Malformed, PointSender
-from esper_otel.leyline.senders import Label
+from esper_otel.parts.levels import scope_of
+from esper_otel.parts.senders import Label
 
 # Bounds of the caches: the same attributes and Resources occur in many requests.
 _MOST_LABELS, _MOST_LABEL_BYTES = 50_000, 16 * 1024 * 1024

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from esper_otel.errors import EsperOtelError
 from esper_otel.frames.frame import Run
-from esper_otel.leyline import senders
+from esper_otel.parts import senders
 
 # Reasons for rejecting a point. These texts appear in answers and counters.
 NO_NAME = "no metric name"
@@ -22,7 +22,7 @@ DELTA = "delta sum"
 NO_VALUE = "no value"
 NO_TIME = "no time"
 WRONG_TIME = "time before 2000 or after 2100"
-NO_SEED = "seed metric without seed_id"
+NO_SEED = senders.NO_SEED
 INVALID_TEXT = senders.INVALID_TEXT
 TOO_MANY_ATTRIBUTES = "too many attributes"
 TOO_MANY_POINTS = "too many points in the request"

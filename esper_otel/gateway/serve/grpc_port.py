@@ -79,7 +79,7 @@ class Rpc:
         self._steps = Turns(1, _MOST_PULLS, patience_s=_SLOWEST_S, slowest_s=_SLOWEST_S, pause_s=_PAUSE_S)
         self._polls = Room(_MOST_PULLS, "too many pulls")
         self._watches = Room(_MOST_WATCHES, "too many watches")
-        self.health = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
+        self.health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
 
     def handlers(self, *, receives: bool) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
         """Returns the methods by service.

@@ -30,7 +30,7 @@ class Holding:
         self.give_way = give_way
         self.owner = owner
         self.size = 0
-        self.since_s = time.monotonic()
+        self.since_s: float = time.monotonic()
 
     def resize(self, size: int) -> None:
         """Changes the size of the share.

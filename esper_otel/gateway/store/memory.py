@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import Frame, frame_bytes
+from esper_otel.frames.numbers import finite
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
     NO_TENANTS,
@@ -24,7 +25,6 @@ from esper_otel.gateway.store.base import (
     cursor_text,
 )
 from esper_otel.gateway.store.ledger import Ledger, use_of
-from esper_otel.leyline.numbers import finite
 
 
 class _Row:

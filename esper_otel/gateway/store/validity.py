@@ -8,7 +8,7 @@ from typing import Any
 from esper_otel.frames.encoded import MOST_BYTES
 from esper_otel.frames.frame import WIDTH
 from esper_otel.gateway.items import MOST_ENDS, Origin, Place
-from esper_otel.leyline.senders import is_valid
+from esper_otel.parts.senders import is_valid
 
 _MOST_BODY_BYTES = 64 * 1024 * 1024
 _MOST_HOLES = 1_000

@@ -31,7 +31,7 @@ def _load_the_other() -> None:
 
 
 _step_aside()
-_told, _, _log = os.environ.pop(_variable, "").partition(":")
+_told, _colon, _log = os.environ.pop(_variable, "").partition(":")
 if _told == str(os.getpid()):  # this process, not its children
     from esper_otel.integrations.script import attach
 

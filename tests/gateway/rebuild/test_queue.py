@@ -7,10 +7,10 @@ from frame_examples import RUN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.gateway.rebuild.habits import Habits
-from esper_otel.gateway.rebuild.parts import Part, PartShape
 from esper_otel.gateway.rebuild.queue import Queue, WaitingFrame
 from esper_otel.gateway.receive.request import PointSender
+from esper_otel.parts.habits import Habits
+from esper_otel.parts.part import Part, PartShape
 
 SENDER = PointSender(RUN)
 

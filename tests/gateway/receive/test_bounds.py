@@ -21,13 +21,14 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from wire import bodies, said
 
 from esper_otel.frames.frame import Frame
-from esper_otel.gateway.rebuild.parts import Part, PartShape, PartShapes, merged
+from esper_otel.gateway.rebuild.shapes import PartShapes
 from esper_otel.gateway.receive import bounds, inflate
 from esper_otel.gateway.receive.bounds import check_json, check_parts, pieces
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.envelope import field
 from esper_otel.gateway.receive.inflate import inflated
 from esper_otel.gateway.receive.request import Malformed, TooLarge
+from esper_otel.parts.part import Part, PartShape, merged
 
 MIB = 1024 * 1024
 EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,20 +11,19 @@ import numpy.typing as npt
 
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import ABSENT, GUESSED_STEP, NARROW, NO_SEEDS, WIDTH, Frame, SeedTable
-from esper_otel.gateway.receive.request import PointBlock
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED
 
 # A metric's name, and the seed's id or an empty string.
 Stream: TypeAlias = tuple[str, str]
 
-_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
-_SEQUENCE: Stream = (FRAME_SEQUENCE.name, "")
-_POINTS: Stream = (FRAME_POINTS.name, "")
+SEED_COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
+SEQUENCE: Stream = (FRAME_SEQUENCE.name, "")
+POINTS: Stream = (FRAME_POINTS.name, "")
 _STEP: Stream = ("esper.global_step", "")
 _EPOCH: Stream = ("esper.epoch", "")
 _LIVE: Stream = ("esper.seeds", "")
 _DIGEST: Stream = ("esper.seeds.digest", "")
-_NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
+_NOT_AMONG_THE_VALUES = (SEQUENCE, POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,12 +68,12 @@ class PartShape:
     def of(cls, streams: Sequence[Stream]) -> PartShape:
         """Returns the shape for values of these streams."""
         place = {stream: number for number, stream in enumerate(streams)}
-        of_cells = [(name, seed, number) for (name, seed), number in place.items() if seed and name in _COLUMNS]
+        of_cells = [(name, seed, number) for (name, seed), number in place.items() if seed and name in SEED_COLUMNS]
         ids = tuple(sorted({seed for _, seed, _ in of_cells}))
         row = {seed: number for number, seed in enumerate(ids)}
-        last = max((_COLUMNS[name] for name, _, _ in of_cells), default=0)
+        last = max((SEED_COLUMNS[name] for name, _, _ in of_cells), default=0)
         columns = NARROW if last < NARROW else WIDTH
-        cells = [(row[seed] * columns + _COLUMNS[name], number) for name, seed, number in of_cells]
+        cells = [(row[seed] * columns + SEED_COLUMNS[name], number) for name, seed, number in of_cells]
         values = [
             (stream[0], number)
             for stream, number in place.items()
@@ -85,8 +82,8 @@ class PartShape:
         return cls(
             tuple(streams),
             len(place) < len(streams),
-            place.get(_SEQUENCE),
-            place.get(_POINTS),
+            place.get(SEQUENCE),
+            place.get(POINTS),
             place.get(_STEP),
             place.get(_EPOCH),
             place.get(_LIVE),
@@ -111,6 +108,11 @@ class Part(NamedTuple):
 
     shape: PartShape
     numbers: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, numbers: Mapping[Stream, float]) -> Part:
+        """Returns the part with these values."""
+        return cls(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
 
     def number(self, place: int | None) -> float | None:
         """Returns the value at an index from the shape; None if the index is None."""
@@ -157,11 +159,11 @@ def part_of(frame: Frame, *, complete: bool) -> Part:
     for seed, cells in frame.seeds.rows():
         numbers |= {(SEED_CELLS[SEED_FIELDS.index(field)].name, seed): cell for field, cell in cells.items()}
     if frame.sequence:
-        numbers[_SEQUENCE] = frame.sequence
+        numbers[SEQUENCE] = frame.sequence
         if complete:
             numbers[_DIGEST] = digest_of(frame.live.ids)
-            numbers[_POINTS] = len(numbers) + 1
-    return Part(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers)))
+            numbers[POINTS] = len(numbers) + 1
+    return Part.of(numbers)
 
 
 class MergedParts(NamedTuple):
@@ -184,108 +186,14 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
             known = numbers.setdefault(stream, number)
             if known is not number and not is_equal(known, number):
                 differing += 1
-                is_one = is_one and stream != _SEQUENCE
+                is_one = is_one and stream != SEQUENCE
                 if last_counts:
                     numbers[stream] = number
     if not is_one:
-        numbers.pop(_POINTS, None)
-    return MergedParts(
-        Part(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing
-    )
+        numbers.pop(POINTS, None)
+    return MergedParts(Part.of(numbers), differing)
 
 
 def is_equal(one: float, other: float) -> bool:
     """Returns whether two values are equal; NaN equals NaN."""
     return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
-
-
-# An empty shape takes as much memory as this many values.
-_EMPTY_SHAPE = 16
-# Computing the shape of this many values takes one or two milliseconds.
-_LARGE = 1_000
-
-
-class PartShapes:
-    """A cache of shapes, because most steps have the same streams. Its size is limited by the total number of values.
-
-    Threads: call ``parts`` from one thread and ``prepare`` from another; they share the cache.
-    """
-
-    def __init__(self, most_values: int = 500_000) -> None:
-        self._most_values = most_values
-        self._values = 0
-        self._words = 0
-        self._known: dict[tuple[int, bytes], PartShape] = {}
-        self._numbers = itertools.count()
-        self._vocabularies: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
-        self._lock = Lock()
-
-    def prepare(self, block: PointBlock) -> None:
-        """Computes the shapes of large frames in advance, because that takes long."""
-        vocabulary = self._vocabulary(block)
-        for some in _frames(block.times):
-            if some.stop - some.start >= _LARGE:
-                self._part(block, vocabulary, some)
-
-    def parts(self, block: PointBlock) -> Iterator[tuple[int, MergedParts]]:
-        """Yields the times in a block, each with its part."""
-        vocabulary = self._vocabulary(block)
-        for some in _frames(block.times):
-            yield int(block.times[some.start]), self._part(block, vocabulary, some)
-
-    def _part(self, block: PointBlock, vocabulary: int, some: slice) -> MergedParts:
-        streams, values = block.streams[some], block.values[some]
-        shape = self._shape(block, vocabulary, streams)
-        if not shape.has_repeats:
-            return MergedParts(Part(shape, values.copy()), 0)  # a waiting frame must not keep the whole request
-        _, first, of_stream = np.unique(streams, return_index=True, return_inverse=True)
-        known = values[first[of_stream]]
-        differs = (values != known) & ~(np.isnan(values) & np.isnan(known))
-        keep = np.sort(first)
-        names = dict(zip(block.names, itertools.count()))
-        if (differs & (streams == names.get(_SEQUENCE[0], -1))).any():
-            keep = keep[streams[keep] != names.get(_POINTS[0], -1)]
-        return MergedParts(Part(self._shape(block, vocabulary, streams[keep]), values[keep]), int(differs.sum()))
-
-    def _vocabulary(self, block: PointBlock) -> int:
-        """Returns a number for the block's names and seeds, so that these long tuples are hashed once per block."""
-        words = (block.names, block.seeds)
-        with self._lock:
-            number = self._vocabularies.pop(words, None)
-            if number is None:
-                number = next(self._numbers)
-                self._words += len(block.names) + len(block.seeds)
-                while self._words > self._most_values and self._vocabularies:
-                    names, seeds = next(iter(self._vocabularies))
-                    del self._vocabularies[names, seeds]
-                    self._words -= len(names) + len(seeds)
-            self._vocabularies[words] = number
-        return number
-
-    def _shape(self, block: PointBlock, vocabulary: int, streams: npt.NDArray[np.int64]) -> PartShape:
-        key = (vocabulary, streams.tobytes())
-        with self._lock:
-            shape = self._known.pop(key, None)
-            if shape is not None:
-                self._known[key] = shape  # keep the most recently used last
-                return shape
-        shape = PartShape.of(_streams(block, streams))
-        with self._lock:
-            if key not in self._known:
-                self._values += len(streams) + _EMPTY_SHAPE
-            self._known[key] = shape
-            while self._values > self._most_values and len(self._known) > 1:
-                self._values -= len(self._known.pop(next(iter(self._known))).streams) + _EMPTY_SHAPE
-        return shape
-
-
-def _frames(times: npt.NDArray[np.uint64]) -> Iterator[slice]:
-    """Yields the range of points for each time."""
-    bounds = [0, *(np.flatnonzero(times[1:] != times[:-1]) + 1).tolist(), len(times)]
-    return itertools.starmap(slice, itertools.pairwise(bounds))
-
-
-def _streams(block: PointBlock, streams: npt.NDArray[np.int64]) -> list[Stream]:
-    seed, name = np.divmod(streams, len(block.names))
-    names, seeds = block.names, block.seeds
-    return [(names[n], seeds[s - 1] if s else "") for s, n in zip(seed.tolist(), name.tolist(), strict=True)]

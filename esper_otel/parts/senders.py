@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from esper_otel.frames.frame import LAST_LOSS, RUN_FIELDS, UNKNOWN_ATTEMPT, Run
-from esper_otel.leyline.numbers import finite
+from esper_otel.frames.numbers import finite
 from esper_otel.schema import METRICS, Need
 
 # Limits for one sender. The texts may be as long as those that a session accepts.
@@ -20,6 +20,7 @@ MOST_TEXT_BYTES = 256
 MOST_SEEDS = 20_000
 
 INVALID_TEXT = "text too long or with control characters"
+NO_SEED = "seed metric without seed_id"
 
 # Resource attributes that may contain a run's id, in order of preference.
 _RUN_ID_SOURCES = ("esper.run.id", "service.instance.id", "service.name")
@@ -46,6 +47,12 @@ class Label(NamedTuple):
     outcome: str = ""
     further: int = 0
     fault: str = ""
+
+    def run_of(self, run: Run) -> Run:
+        """Returns the run of a point: the point's own attributes override those of its Resource."""
+        if not self.run_id and self.rank < 0:
+            return run
+        return replace(run, run_id=self.run_id or run.run_id, rank=self.rank if self.rank >= 0 else run.rank)
 
 
 def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Label:

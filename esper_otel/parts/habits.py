@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper_otel.gateway.rebuild.parts import Part, PartShape
-from esper_otel.leyline.numbers import UINT64_LIMIT, whole
+from esper_otel.frames.numbers import UINT64_LIMIT, whole
+from esper_otel.parts.part import Part, PartShape
 
 
 @dataclass(slots=True)
