@@ -24,7 +24,7 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.resource import resource_for
 from esper_otel.export.transport import Outcome, Sender, open_sender
-from esper_otel.frames.block import blocks_of
+from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS
 from esper_otel.testing import MemoryCollector
 

@@ -32,8 +32,8 @@ from esper_otel.export.resource import resources
 from esper_otel.export.streams import Streams
 from esper_otel.frames import black_box as blackbox
 from esper_otel.frames import records
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
+from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, Metric, Stage
 
 HOSTILE_TEXTS = (

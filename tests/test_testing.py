@@ -40,7 +40,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from esper_otel.errors import ConfigurationError, WrongState
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.frames.block import blocks_of
+from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS
 from esper_otel.testing import MemoryCollector, Point
 

@@ -9,8 +9,8 @@ from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.encode import Encoder
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.receive.request import DecodedRequest, Malformed
 from esper_otel.schema import METRICS
 

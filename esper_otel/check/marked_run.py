@@ -15,9 +15,9 @@ from esper_otel.export.encode import BesideFrames, Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.export.transport import Outcome, Result, Sender
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import ABSENT, NARROW, Frame, Run, SeedTable
 from esper_otel.frames.live_seeds import LiveSeeds
+from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, SEED_RETIRED, Metric, new_check_id
 
 RANKS = 2

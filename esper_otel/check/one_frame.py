@@ -24,8 +24,8 @@ from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Stream
 from esper_otel.export.transport import Outcome, Result, Sender, open_sender
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, new_check_id
 from esper_otel.settings import EsperSettings
 

@@ -19,10 +19,10 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
-from esper_otel.frames.block import Block, blocks_of
+from esper_otel.frames.block import Block
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.records import StoredContext, frames_in
-from esper_otel.frames.ring import Ring
+from esper_otel.frames.ring import Ring, blocks_of
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_READINGS, NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import HEAD, HEAD_WORDS, WHOLE, Layout
 
@@ -81,47 +80,6 @@ class Chunk:
     def size(self) -> int:
         """How many bytes it holds on to; memory that no row has used yet does not count."""
         return self.end + 4 * self.rows + self._beside
-
-    def write(
-        self,
-        layout: Layout,
-        step: int,
-        epoch: int,
-        time_unix_ns: int,
-        digest: int,
-        numbers: tuple[float, ...],
-        seeds: SeedTable,
-        living: int,
-        flags: int,
-    ) -> None:
-        """Writes a row that has room.
-
-        Args:
-            layout: the layout of the values.
-            step: the step's number.
-            epoch: its epoch.
-            time_unix_ns: its time.
-            digest: of the seeds alive after it.
-            numbers: the values, in the order of the layout.
-            seeds: the seeds recorded in the step.
-            living: how many seeds are alive after it.
-            flags: ``WHOLE`` or 0.
-        """
-        if layout.chunk is not self:
-            self.learn(layout)
-        end, ids, cells = self.end, seeds.ids, seeds.cells
-        number = self.seeds_number(ids, cells.shape[1]) if ids else 0
-        layout.pack_into(
-            self.buffer, end, step, epoch, time_unix_ns, digest, living, layout.number, number, flags, *numbers
-        )
-        after = end + layout.size
-        if ids:
-            content = cells.tobytes()
-            start, after = after, after + len(content)
-            self.buffer[start:after] = content
-        self.offsets[self.rows] = end
-        self.end = after
-        self.rows += 1
 
     def learn(self, layout: Layout) -> None:
         """Gives a layout its number in this chunk."""
@@ -367,50 +325,3 @@ _CHUNK_BYTES = 1_000
 _LAYOUT_BYTES = 700
 _NAME_BYTES = 8
 _IDS_BYTES = 250
-
-
-class Rows:
-    """Writes frames into chunks; for frames that come from elsewhere than recording, such as files."""
-
-    def __init__(self) -> None:
-        self._layouts: dict[tuple[tuple[str, ...], ...], Layout] = {}
-
-    def chunk_of(self, frames: Sequence[Frame]) -> Chunk:
-        """Returns a chunk with these frames, which follow each other and are of one run."""
-        sizes = [HEAD.size + 8 * _values_of(frame) + frame.seeds.cells.nbytes for frame in frames]
-        chunk = Chunk(frames[0].run, frames[0].sequence, sum(sizes))
-        for frame in frames:
-            names = (tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
-            layout = self._layouts.get(names) or self._layouts.setdefault(names, Layout(*names))
-            numbers = (*frame.derived.values(), *frame.context.values(), *frame.probed.values(), *frame.numbers)
-            if frame.retired:
-                chunk.retire(frame.retired)
-            ids = frame.live.ids
-            head = (frame.global_step, frame.epoch, frame.time_unix_ns, digest_of(ids))
-            chunk.write(layout, *head, numbers, frame.seeds, len(ids), 0)
-        return chunk
-
-
-def _values_of(frame: Frame) -> int:
-    return len(frame.numbers) + len(frame.context) + len(frame.derived) + len(frame.probed)
-
-
-def blocks_of(frames: Iterable[Frame]) -> Iterator[Block]:
-    """Yields the frames as blocks, in order; a block ends where the run changes or a sequence number is missing."""
-    rows = Rows()
-    alike: list[Frame] = []
-    for frame in frames:
-        if alike and (frame.run != alike[0].run or frame.sequence != alike[-1].sequence + 1):
-            yield from _whole(rows.chunk_of(alike))
-            alike = []
-        alike.append(frame)
-    if alike:
-        yield from _whole(rows.chunk_of(alike))
-
-
-def _whole(chunk: Chunk) -> Iterator[Block]:
-    row = 0
-    while row < chunk.rows:
-        block = chunk.block(row, chunk.rows)
-        yield block
-        row += block.rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from esper_otel.frames.block import Block, Chunk
@@ -14,6 +14,7 @@ from esper_otel.frames.live_seeds import LiveSeeds
 
 _LARGEST_CHUNK, _SMALLEST_CHUNK = 1024 * 1024, 4 * 1024
 _CHUNKS = 256  # that a ring has at least, when it is full
+_UNBOUNDED = 2**62
 
 _first = attrgetter("first")
 
@@ -79,7 +80,7 @@ class Ring:
             retired: seeds whose lives ended before it.
         """
         chunk = self._chunk
-        size = layout.size + seeds.cells.nbytes
+        size = layout.size + seeds.cells.nbytes if seeds.ids else layout.size
         if chunk is None or chunk.end + size > chunk.capacity or chunk.run is not run:
             chunk = self._begin(run, size)
         if retired:
@@ -89,8 +90,24 @@ class Ring:
             ids = live.ids
             digest = digest_of(ids)
             self._living = ids, digest
-        flags = WHOLE if live.cells is seeds.cells and ids else 0
-        chunk.write(layout, step, epoch, time_unix_ns, digest, numbers, seeds, len(ids), flags)
+        if layout.chunk is not chunk:
+            chunk.learn(layout)
+        end = chunk.end
+        after = end + layout.size
+        number = flags = 0
+        if seeds.ids:
+            number = chunk.seeds_number(seeds.ids, seeds.cells.shape[1])
+            flags = WHOLE if live.cells is seeds.cells else 0
+        layout.pack_into(
+            chunk.buffer, end, step, epoch, time_unix_ns, digest, len(ids), layout.number, number, flags, *numbers
+        )
+        if number:
+            content = seeds.cells.tobytes()
+            start, after = after, after + len(content)
+            chunk.buffer[start:after] = content
+        chunk.offsets[chunk.rows] = end
+        chunk.end = after
+        chunk.rows += 1  # now a reader of the chunk may find the row
         if live is not self._live[1]:
             self._live = self.last + 1, live
         self.last += 1
@@ -204,3 +221,37 @@ def _replay(lives: LiveSeeds, chunk: Chunk, row: int) -> SeedTable | None:
     if seeds.ids:
         lives.commit(lives.step(seeds))
     return None
+
+
+def blocks_of(frames: Iterable[Frame]) -> Iterator[Block]:
+    """Yields frames that come from elsewhere than recording as blocks, in order.
+
+    A block ends where the run changes or a sequence number is missing.
+    """
+    layouts: dict[tuple[tuple[str, ...], ...], Layout] = {}
+    for alike in _that_follow(frames):
+        ring = Ring(_UNBOUNDED)
+        run, ring.last = alike[0].run, alike[0].sequence - 1
+        for frame in alike:
+            beside = (frame.derived, frame.context, frame.probed)
+            names = (tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
+            layout = layouts.get(names) or layouts.setdefault(names, Layout(*names))
+            numbers = (*(value for values in beside for value in values.values()), *frame.numbers)
+            head = (run, frame.global_step, frame.epoch, frame.time_unix_ns)
+            ring.append(*head, layout, numbers, frame.seeds, frame.live, frame.retired)
+        cursor = alike[0].sequence - 1
+        while (block := ring.block(cursor, len(alike))[0]) is not None:
+            yield block
+            cursor = block.last
+
+
+def _that_follow(frames: Iterable[Frame]) -> Iterator[list[Frame]]:
+    """Yields frames of one run without a gap between them."""
+    alike: list[Frame] = []
+    for frame in frames:
+        if alike and (frame.run != alike[0].run or frame.sequence != alike[-1].sequence + 1):
+            yield alike
+            alike = []
+        alike.append(frame)
+    if alike:
+        yield alike

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from esper_otel.frames.frame import (
     FLOAT32_BOUND,
@@ -36,6 +36,9 @@ _DEVICE_POLL_S = 0.001
 _DRAINING_TIMEOUT_S = 1.0
 
 _NAN = float("nan")
+
+# Layouts by the names recorded, then by the names derived.
+_Layouts: TypeAlias = dict[tuple[str, ...], dict[tuple[str, ...], Layout]]
 
 # Layouts kept; a script that makes names up in every step has others each time.
 _MOST_LAYOUTS = 1_000
@@ -130,10 +133,11 @@ class FramePublisher:
         self._deriving = deriving
         self._context = dict(context)
         self._probed: Mapping[str, float] = NO_READINGS
-        # Values of the context and of probes, and the layouts of steps that have these, by names derived and recorded.
+        # Values of the context and of probes, and the layouts of steps that have these.
         self._beside: tuple[float, ...] = ()
-        self._layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], Layout] = {}
-        self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[Any, Layout]] = {}
+        self._layouts: _Layouts = {}
+        self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], _Layouts] = {}
+        self._count = 0
         self._surround(None, NO_READINGS)
         self._draining = threads().Lock()
 
@@ -252,11 +256,7 @@ class FramePublisher:
         if retired or ended:
             ended = (*ended, *live.retire(retired))
         if table.ids:
-            settled = live.settled(table)
-            if settled is None:
-                table, violations = self._stepped(table)
-            else:
-                table, violations = settled, live.settled_violations
+            table, violations = self._stepped(table)
         deriving = self._deriving
         derived = NO_READINGS
         if failed:
@@ -273,8 +273,11 @@ class FramePublisher:
             values = {**values, **self._notes(violations, has_loss=has_loss, failed=failed)}
         if context or probed is not self._probed:
             self._surround(context, probed)
-        names = (tuple(derived), tuple(values))
-        layout = self._layouts.get(names) or self._compiled(*names)
+        names = tuple(values)
+        layouts = self._layouts.get(names)
+        layout = None if layouts is None else layouts.get(tuple(derived))
+        if layout is None:
+            layout = self._compiled(tuple(derived), names)
         numbers = (*derived.values(), *self._beside, *values.values())
         self.ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, live.table, ended)
         if self.published is not None:
@@ -293,15 +296,19 @@ class FramePublisher:
 
     def _compiled(self, derived: tuple[str, ...], recorded: tuple[str, ...]) -> Layout:
         """Compiles the layout of a step, and keeps it for those that have the same names."""
-        if sum(map(len, self._all_layouts.values())) >= _MOST_LAYOUTS:
-            self._all_layouts = {}
+        self._count += 1
+        if self._count > _MOST_LAYOUTS:
+            self._all_layouts, self._count = {}, 0
             self._surround(None, self._probed)
         layout = Layout(derived, tuple(self._context), tuple(self._probed), recorded)
-        self._layouts[derived, recorded] = layout
+        self._layouts.setdefault(recorded, {})[derived] = layout
         return layout
 
     def _stepped(self, table: SeedTable) -> tuple[SeedTable, float | None]:
         """Commits a step's seed rows. Returns the rows that count as recorded and the number of new violations."""
+        settled = self.live.settled(table)
+        if settled is not None:
+            return settled, self.live.settled_violations
         seeds = self.live.step(table)
         self.live.commit(seeds)
         if seeds.nonfinite:

@@ -27,8 +27,8 @@ from opentelemetry.sdk.resources import Resource
 import esper_otel
 from esper_otel import EsperSettings, Stage, TamiyoClient
 from esper_otel.export.encode import Encoder, Request
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import ABSENT, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS

@@ -34,8 +34,8 @@ import esper_otel
 from esper_otel import EsperSettings, Telemetry
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Frame
+from esper_otel.frames.ring import blocks_of
 from esper_otel.leyline import packets
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
 

@@ -29,7 +29,7 @@ from esper_otel.check.one_frame import CheckResult, report_json, report_text, ru
 from esper_otel.check.through import ReadBack, run_through
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.frames.block import blocks_of
+from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, is_check
 from esper_otel.testing import MemoryCollector
 

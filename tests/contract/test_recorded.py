@@ -22,7 +22,7 @@ from wire import resource
 
 from esper_otel import Metric, Stage, schema
 from esper_otel.export.encode import Encoder
-from esper_otel.frames.block import blocks_of
+from esper_otel.frames.ring import blocks_of
 
 RECORDED = Path(__file__).with_name("recorded.json.gz")
 _START_NS = 1_790_000_000_000_000_000

@@ -20,9 +20,9 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from esper_otel import __version__
 from esper_otel.export.encode import MAX_POINTS, Encoder, Request
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, Metric
 
 CATALOGUE = {metric.name: metric for metric in METRICS}

@@ -13,12 +13,11 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.frames.black_box import _row
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.encoded import frame_from_bytes, frame_to_bytes
 from esper_otel.frames.frame import NARROW, WIDTH, Frame, SeedTable, alike
 from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
-from esper_otel.frames.ring import Ring
+from esper_otel.frames.ring import Ring, blocks_of
 from esper_otel.gateway.rebuild.history import _is_same
 from esper_otel.leyline import packets
 from esper_otel.parts.part import part_of

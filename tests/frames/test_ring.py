@@ -12,11 +12,11 @@ from frame_examples import append, frames, lives, make_frame, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_otel.frames.block import Block, blocks_of
+from esper_otel.frames.block import Block
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import ABSENT_BITS, NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
-from esper_otel.frames.ring import Ring
+from esper_otel.frames.ring import Ring, blocks_of
 
 RUN = Run("run", 1)
 LOSS = Layout((), (), (), ("loss",))

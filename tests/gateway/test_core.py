@@ -15,8 +15,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from wire import bodies, encoder
 
 from esper_otel.errors import UnknownRun
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import NO_SEEDS, Frame
+from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.store.base import StoreFull, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore

@@ -30,8 +30,8 @@ from test_ports import PROTOBUF, body_of, code_of, export
 
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import WIDTH, Run, SeedTable
+from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.security import Certificates
 from esper_otel.gateway.serve import connections, ports

@@ -32,8 +32,8 @@ import esper_otel
 from esper_otel import EsperSettings, Telemetry
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
-from esper_otel.frames.block import blocks_of
 from esper_otel.frames.frame import Run
+from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.serve.ports import OTLP_SERVICE
 from esper_otel.leyline import SystemStatePacket, TelemetryPacket
 from esper_otel.pull.messages import SERVICE
