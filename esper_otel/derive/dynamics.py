@@ -109,6 +109,9 @@ class Dynamics:
 def _deviation(window: tuple[float, ...]) -> float | None:
     """Returns the population standard deviation; None if it is beyond the range of a double."""
     count = len(window)
-    center = sum(window) / count  # infinite where the sum of finite losses is, and so is the deviation
+    try:
+        center = math.fsum(window) / count
+    except OverflowError:  # the sum of finite losses is infinite
+        return None
     deviation = math.dist(window, (center,) * count) / math.sqrt(count)
     return deviation if math.isfinite(deviation) else None
