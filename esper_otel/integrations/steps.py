@@ -20,7 +20,8 @@ _SOME = 10
 _UNSEEN = (
     "%d batches and no step of a followed torch.optim optimizer. These are not seen: an optimizer that has replaced "
     "the watched one (watch the result of accelerator.prepare or apex), steps made without torch.optim "
-    "(Keras, some of SAM's and DeepSpeed's), steps inside a fully compiled graph, and steps of another process"
+    "(Keras, fastai's own optimizers, some of SAM's and DeepSpeed's), steps inside a fully compiled graph, and steps "
+    "of another process"
 )
 _REPLACED = (
     "the watched %s has not stepped, but %s has, which has parameters of the same model: give watch() that one "

@@ -267,13 +267,19 @@ def watch(
 def unwrapped(optimizer: object) -> Optimizer:
     """Returns the optimizer without wrappers: Accelerate's may skip steps, and SAM's makes two steps for one.
 
+    fastai's ``OptimWrapper`` is unwrapped, too.
+
     Raises:
         InvalidValue: the argument is not an optimizer.
     """
-    for name in ("optimizer", "base_optimizer"):
+    for name in ("optimizer", "base_optimizer", "opt"):
         if isinstance(inner := getattr(optimizer, name, None), Optimizer):
             return inner
     if not isinstance(optimizer, Optimizer):
-        reason = f"a {type(optimizer).__name__} is not a torch.optim.Optimizer; if it wraps one, give that"
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        reason = (
+            f"a {kind} is not a torch.optim.Optimizer; if it wraps one, give that; the steps of others, such as Keras's "
+            "and fastai's own, cannot be followed: record them by telemetry.step() of esper_otel.start()"
+        )
         raise InvalidValue("optimizer", reason)
     return optimizer

@@ -228,6 +228,7 @@ def measured(rounds: int, steps: int = STEPS) -> dict[tuple[str, str], Cost]:
         text=True,
     )
     found = defaultdict(list)
+    failed: dict[tuple[str, str], str] = {}
     try:
         assert receiver.stdout is not None
         address = json.loads(receiver.stdout.readline())["grpc"]
@@ -238,6 +239,9 @@ def measured(rounds: int, steps: int = STEPS) -> dict[tuple[str, str], Cost]:
                 file = Path(folder) / "cost.json"
                 command = command_of(loop, way, steps, file)
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                if done.returncode and way.startswith("traceml"):
+                    failed[loop, way] = f"{done.stdout}{done.stderr}".strip().splitlines()[-1]
+                    continue
                 if done.returncode:
                     raise RuntimeError(f"{loop}, {way}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
                 found[loop, way].append(Cost(*json.loads(file.read_text(encoding="utf-8"))))
@@ -245,6 +249,8 @@ def measured(rounds: int, steps: int = STEPS) -> dict[tuple[str, str], Cost]:
     finally:
         receiver.terminate()
         receiver.wait()
+    for (loop, way), reason in failed.items():
+        print(f"{loop}, {way}: {reason}", file=sys.stderr)
     return {key: Cost(*map(statistics.median, zip(*costs, strict=True))) for key, costs in found.items()}
 
 

@@ -355,3 +355,59 @@ def test_a_wrapper_that_is_no_optimizer_is_refused_with_what_to_give() -> None:
     model, _ = setting()
     with pytest.raises(esper_otel.InvalidValue, match="if it wraps one, give that"):
         esper_otel.watch(model, object(), loader())  # type: ignore[arg-type]
+    with pytest.raises(esper_otel.InvalidValue, match=r"a test_steps.Foreign .* record them by telemetry.step\(\)"):
+        esper_otel.watch(model, Foreign(model), loader())  # type: ignore[arg-type]
+
+
+class Foreign:
+    """Updates parameters without ``torch.optim``, as Keras's optimizers and fastai's own do."""
+
+    def __init__(self, model: Any) -> None:
+        self.parameters = [*model.parameters()]
+
+    def apply(self) -> None:
+        with torch.no_grad():
+            torch._foreach_add_(self.parameters, [each.grad for each in self.parameters], alpha=-0.1)
+
+
+class Wraps:
+    """As fastai's OptimWrapper: an optimizer of ``torch.optim`` in ``opt``, and groups of its own."""
+
+    def __init__(self, opt: Any) -> None:
+        self.opt = opt
+        self.param_groups = [dict(group) for group in opt.param_groups]
+
+    def step(self) -> None:
+        self.opt.step()
+
+
+def train_by_others(kind: str, model: Any, *, watched: bool) -> tuple[Any, list[float]]:
+    torch.manual_seed(1)
+    model.reset_parameters()
+    batches, norms = loader(2), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stepping = Foreign(model) if kind == "foreign" else Wraps(optimizer)
+    if watched:
+        batches = esper_otel.watch(model, optimizer if kind == "foreign" else stepping, batches)
+    for _ in range(8):
+        for (inputs,) in batches:
+            model.zero_grad()
+            model(inputs).square().mean().backward()
+            norms.append(torch.cat([each.grad.flatten() for each in model.parameters()]).norm().item())
+            (stepping.apply if kind == "foreign" else stepping.step)()
+    return batches, norms
+
+
+@pytest.mark.parametrize("kind", ["foreign", "wraps"])
+def test_steps_by_the_optimizers_of_others_are_followed_or_said_once(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = setting()
+    train_by_others(kind, model, watched=False)
+    weights = [each.tolist() for each in model.parameters()]
+    watched, norms = train_by_others(kind, model, watched=True)
+    assert [each.tolist() for each in model.parameters()] == weights
+    found = [row["gradient_norm"] for row in rows(watched)]
+    assert found == ([] if kind == "foreign" else pytest.approx(norms, rel=1e-5))
+    said = [record.getMessage() for record in caplog.records if "no step of a followed" in record.getMessage()]
+    assert ["Keras" in each for each in said] == ([True] if kind == "foreign" else [])
