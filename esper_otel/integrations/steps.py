@@ -144,6 +144,8 @@ class Steps:
         if not is_well:
             self.loop.fail(epoch=self._feed.epoch)
         elif self.loop.has_stepped:
+            if self._stepped_s is not None:  # the loop was left without a sign
+                self.loop.stop_at(self._stepped_s)
             self.end()
         elif self._feed.is_training:
             self.loop.skip_all(epoch=self._feed.epoch)
@@ -229,13 +231,13 @@ class Steps:
         own = owner.parameters() if isinstance(owner, nn.Module) else _parameters(owner)
         if gradient is not None and any(each is parameter for each in own):
             self._is_zeroed = True
-            self._zero = weakref.ref(gradient), gradient._version
+            self._zero = weakref.ref(gradient), gradient._version  # noqa: SLF001 - counts changes in place
 
     def _is_zero(self, gradient: Tensor | None) -> bool:
         """Whether the gradient was set to zero in place and has not changed since."""
         if gradient is None or self._zero is None or self._zero[0]() is not gradient:
             return False
-        return self._zero[1] == gradient._version
+        return self._zero[1] == gradient._version  # noqa: SLF001 - see above
 
     def _drop_if_dropped(self) -> None:
         """Skips earlier batches whose gradients were dropped. An accumulated gradient remains the same tensor."""

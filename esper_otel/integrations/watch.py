@@ -141,6 +141,10 @@ class WatchedLoop:
         """See ``Waiting``."""
         self.loop.discard()
 
+    def discard_last(self) -> None:
+        """See ``Waiting``."""
+        self.loop.discard_last()
+
     def stop(self) -> None:
         """See ``Waiting``."""
         self.loop.stop()
@@ -278,8 +282,8 @@ def unwrapped(optimizer: object) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         reason = (
-            f"a {kind} is not a torch.optim.Optimizer; if it wraps one, give that; the steps of others, such as Keras's "
-            "and fastai's own, cannot be followed: record them by telemetry.step() of esper_otel.start()"
+            f"a {kind} is not a torch.optim.Optimizer; if it wraps one, give that; the steps of others, such as "
+            "Keras's and fastai's own, cannot be followed: record them by telemetry.step() of esper_otel.start()"
         )
         raise InvalidValue("optimizer", reason)
     return optimizer

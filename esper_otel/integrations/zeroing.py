@@ -50,7 +50,10 @@ class _Patches:
     def _around(self, original: Callable[..., None]) -> Callable[..., None]:
         def zero_grad(owner: Any, *arguments: Any, **named: Any) -> None:
             original(owner, *arguments, **named)
-            if not (arguments[0] if arguments else named.get("set_to_none", True)) and not torch.compiler.is_compiling():
+            if (
+                not (arguments[0] if arguments else named.get("set_to_none", True))
+                and not torch.compiler.is_compiling()
+            ):
                 for listener in self._listeners:
                     try:
                         listener(owner)

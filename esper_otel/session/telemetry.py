@@ -338,7 +338,7 @@ class Telemetry:
         self._before_close.append(end)
 
     def close_when(self, is_left: Callable[[], bool]) -> None:
-        """Sets a function that says whether nobody can use the session any more; it is then closed in the background."""
+        """Sets a function that returns whether nobody can use this session any more; then it is closed in background."""
         self._is_left = is_left
 
     def has_become_left(self) -> bool:

@@ -1,9 +1,9 @@
 """What telemetry costs other people's loops: ``python tests/bench/loops.py [--rounds 5] [--steps 5000]``.
 
 The same small training in every way that there is, in turns, each in a process of its own: alone, with ours, and with
-TraceML where that is installed (``pip install traceml-ai``). Shown is the mean over the steps of the process's CPU time,
-with all its threads, and of the time that passes; and what a way adds to the same training without telemetry. Ours send
-each step to a receiver in another process, TraceML's to its own.
+TraceML where that is installed (``pip install traceml-ai``). Shown is the mean over the steps of the process's CPU
+time, with all its threads, and of the time that passes; and what a way adds to the same training without telemetry. Ours
+send each step to a receiver in another process, TraceML's to its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ STEPS, WARM = 5_000, 500
 WIDTH, BATCH = 64, 16
 LOOPS = {"plain": "a script's own loop", "lightning": "Lightning", "transformers": "Hugging Face"}
 OURS = {"plain": ("watch", "run"), "lightning": ("callback",), "transformers": ("callback",)}
-TRACEML = {"plain": ("traceml manual", "traceml auto"), "lightning": ("traceml auto",), "transformers": ("traceml auto",)}
+TRACEML = {
+    "plain": ("traceml manual", "traceml auto"),
+    "lightning": ("traceml auto",),
+    "transformers": ("traceml auto",),
+}
 NO_TRACEML = "TraceML is not installed (pip install traceml-ai)"
 
 
@@ -179,7 +183,9 @@ def transformers(way: str, steps: int) -> Cost:
     class Ours(Trainer):
         def get_train_dataloader(self) -> Any:
             return DataLoader(
-                Same(steps + WARM), batch_size=None, collate_fn=lambda batch: dict(zip(("inputs", "labels"), batch))
+                Same(steps + WARM),
+                batch_size=None,
+                collate_fn=lambda batch: dict(zip(("inputs", "labels"), batch, strict=True)),
             )
 
     callbacks: list[Any] = []
@@ -245,6 +251,7 @@ def measured(rounds: int, steps: int = STEPS) -> dict[tuple[str, str], Cost]:
                 if done.returncode:
                     raise RuntimeError(f"{loop}, {way}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
                 found[loop, way].append(Cost(*json.loads(file.read_text(encoding="utf-8"))))
+                print(loop, way, found[loop, way][-1], file=sys.stderr, flush=True)
                 file.unlink()
     finally:
         receiver.terminate()

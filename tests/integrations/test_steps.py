@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -66,6 +67,52 @@ def test_a_skipped_step_is_a_failed_row_of_its_own() -> None:
     assert ["gradient_norm" in row for row in found] == [True, False, True, True]
     health = watched.telemetry.health()
     assert health["recorded"] == 4
+
+
+def test_batches_that_were_taken_together_are_of_one_step() -> None:
+    """As a support set and a query set: the first of them has no gradients of its own, in no step."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(4))
+    batches = iter(watched)
+    for number in range(4):
+        optimizer.zero_grad()
+        (first,), (second,) = next(batches), next(batches)
+        model(torch.cat([first, second])).sum().backward()
+        watched.put(accuracy=number / 4)
+        optimizer.step()
+    samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in rows(watched)]
+    assert samples == pytest.approx([8] * 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_that_is_left_without_a_stand_in(workers: int) -> None:
+    """As under ``run``. The batch at the ``break`` is in no step; what comes after the loop is no part of the last."""
+    model, optimizer = setting()
+    plain = torch.utils.data.DataLoader(
+        loader().dataset, batch_size=8, num_workers=workers, persistent_workers=bool(workers)
+    )
+    watched = esper_otel.watch(model, optimizer, plain)
+    for _ in range(3):
+        for number, (inputs,) in enumerate(plain):
+            if number == 2:
+                break
+            optimizer.zero_grad()
+            model(inputs).sum().backward()
+            optimizer.step()
+        time.sleep(0.1)
+    iterator = iter(plain)
+    optimizer.zero_grad()
+    model(next(iterator)[0]).sum().backward()
+    optimizer.step()
+    time.sleep(0.1)
+    watched.close()
+    packets = list(watched.telemetry.pull(max_packets=1000))
+    found = [packet.state.training_metrics for packet in packets]
+    samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in found]
+    assert samples == pytest.approx([8] * 7)
+    assert [packet.state.current_epoch for packet in packets] == [0, 0, 1, 1, 2, 2, 3]
+    assert found[-1]["step_latency_ms"] < 100.0
+    assert workers or max(row["step_latency_ms"] for row in found) < 100.0
 
 
 ORIGINALS = [torch.optim.Optimizer.zero_grad, torch.nn.Module.zero_grad]
@@ -200,6 +247,7 @@ class NothingWaits:
     def batch(self, samples: int | None = None) -> None: ...
     def no_batch(self) -> None: ...
     def discard(self) -> None: ...
+    def discard_last(self) -> None: ...
     def stop(self) -> None: ...
 
 
