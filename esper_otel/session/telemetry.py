@@ -338,7 +338,7 @@ class Telemetry:
         self._before_close.append(end)
 
     def close_when(self, is_left: Callable[[], bool]) -> None:
-        """Sets a function that returns whether nobody can use this session any more; then it is closed in background."""
+        """Sets a function that returns whether nobody can use this session any more. It is then closed in a thread."""
         self._is_left = is_left
 
     def has_become_left(self) -> bool:

@@ -1,9 +1,9 @@
 """What telemetry costs other people's loops: ``python tests/bench/loops.py [--rounds 5] [--steps 5000]``.
 
 The same small training in every way that there is, in turns, each in a process of its own: alone, with ours, and with
-TraceML where that is installed (``pip install traceml-ai``). Shown is the mean over the steps of the process's CPU
-time, with all its threads, and of the time that passes; and what a way adds to the same training without telemetry. Ours
-send each step to a receiver in another process, TraceML's to its own.
+TraceML where that is installed (``pip install traceml-ai``). Shown are the
+means over the steps of the process's CPU time, with all its threads, and of the time that passes, and what a way adds
+to the same training without telemetry. Ours send each step to a receiver in another process, TraceML to its own.
 """
 
 from __future__ import annotations
