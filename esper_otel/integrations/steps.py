@@ -250,7 +250,7 @@ class Steps:
             is_dropped = parameter is not None and (gradient is None or parameter.grad is not gradient)
         else:
             now = self._gradient()
-            is_dropped = bool(now) and not self._is_zero(now[1]())
+            is_dropped = False if not now else not self._is_zero(now[1]())
         if is_dropped:
             self._before = None
             self.loop.skip(epoch=self._feed.epoch)

@@ -278,7 +278,7 @@ def test_with_several_optimizers_each_step_is_a_step() -> None:
 class Slow(Two):
     """The work before its second optimizer's step takes long."""
 
-    def manual_backward(self, loss: Any) -> None:  # type: ignore[override]
+    def manual_backward(self, loss: Any) -> None:
         if len(self.losses) % 2:
             time.sleep(0.01)
         super().manual_backward(loss)
@@ -290,7 +290,7 @@ def test_the_work_before_a_step_belongs_to_that_step() -> None:
     spent_ms = [p.state.training_metrics["step_latency_ms"] for p in pulled(callback)]
     assert min(spent_ms[1::2]) >= 10.0
     assert statistics.median(spent_ms[::2]) < 10.0
-    assert not sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks  # type: ignore[attr-defined]
+    assert not sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
 
 
 def test_an_optimizer_that_computes_several_times_makes_one_step() -> None:

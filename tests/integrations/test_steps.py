@@ -434,15 +434,15 @@ def train_by_others(kind: str, model: Any, *, watched: bool) -> tuple[Any, list[
     model.reset_parameters()
     batches, norms = loader(2), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    stepping = Foreign(model) if kind == "foreign" else Wraps(optimizer)
+    wrapper: Any = Wraps(optimizer)
     if watched:
-        batches = esper_otel.watch(model, optimizer if kind == "foreign" else stepping, batches)
+        batches = esper_otel.watch(model, optimizer if kind == "foreign" else wrapper, batches)
     for _ in range(8):
         for (inputs,) in batches:
             model.zero_grad()
             model(inputs).square().mean().backward()
             norms.append(torch.cat([each.grad.flatten() for each in model.parameters()]).norm().item())
-            (stepping.apply if kind == "foreign" else stepping.step)()
+            (Foreign(model).apply if kind == "foreign" else wrapper.step)()
     return batches, norms
 
 

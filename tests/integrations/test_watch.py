@@ -285,7 +285,7 @@ def test_a_session_that_can_be_used_does_not_end() -> None:
     """Its model and optimizer, the loader that is watched, an iterator of it, or the session itself are kept."""
     model, optimizer = setting()
     watched = esper_otel.watch(model, optimizer, Loaded())
-    watching = watched._watching
+    watching: Any = watched._watching
     steps(watched, model, optimizer)
     assert not watching.is_abandoned
     del model, optimizer
@@ -298,7 +298,8 @@ def test_a_session_that_can_be_used_does_not_end() -> None:
     assert watching.is_abandoned
     watching.telemetry.close()
     shared = esper_otel.watch(*setting(), Loaded())
-    telemetry, watching = shared.telemetry, shared._watching
+    telemetry = shared.telemetry
+    watching = shared._watching
     del shared
     assert not watching.is_abandoned
     telemetry.close()
