@@ -39,6 +39,11 @@ TRACEML = {
 NO_TRACEML = "TraceML is not installed (pip install traceml-ai)"
 
 
+def no_traceml(loop: str) -> str:
+    """Why there is no figure of TraceML."""
+    return "" if not TRACEML[loop] or find_spec("traceml_ai") is not None else NO_TRACEML
+
+
 class Cost(NamedTuple):
     """Microseconds a step."""
 
