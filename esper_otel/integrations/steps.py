@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from esper_otel.integrations import zeroing
 from esper_otel.integrations.loader import Feed
 from esper_otel.integrations.loop import Loop
 from esper_otel.log import logger
@@ -19,7 +20,8 @@ _SOME = 10
 _UNSEEN = (
     "%d batches and no step of a followed torch.optim optimizer. These are not seen: an optimizer that has replaced "
     "the watched one (watch the result of accelerator.prepare or apex), steps made without torch.optim "
-    "(Keras, some of SAM's and DeepSpeed's), steps inside a fully compiled graph, and steps of another process"
+    "(Keras, fastai's own optimizers, some of SAM's and DeepSpeed's), steps inside a fully compiled graph, and steps "
+    "of another process"
 )
 _REPLACED = (
     "the watched %s has not stepped, but %s has, which has parameters of the same model: give watch() that one "
@@ -63,10 +65,17 @@ class Steps:
         self._last_index = 0  # of the optimizer that stepped last
         self._stepped_s: float | None = None
         self._before: Gradient | None = None
+        self._is_zeroed = False  # whether gradients were set to zero in place since ``_before``
+        self._zero: tuple[weakref.ref[Tensor], int] | None = None  # a gradient that is zero at this version
         self._batches = 0
         self._others = 0
         self._has_said = False
         self._is_sharded = False
+        zeroing.follow(self._zeroed)
+
+    def leave(self) -> None:
+        """Stops observing ``zero_grad``."""
+        zeroing.unfollow(self._zeroed)
 
     # -- batches; ``loader.BatchListener`` -------------------------------------------------------------------------
 
@@ -76,6 +85,9 @@ class Steps:
         if not self.loop.has_stepped and self.loop.is_in_batch:
             self._drop_if_dropped()
             self._before = self._gradient() if self._feed.has_worked else None
+            self._is_zeroed = False
+            if self._before and self._is_zero(self._before[1]()):
+                self._before = ()
         self.loop.wait()
 
     def batch(self, samples: int | None = None) -> None:
@@ -132,6 +144,8 @@ class Steps:
         if not is_well:
             self.loop.fail(epoch=self._feed.epoch)
         elif self.loop.has_stepped:
+            if self._stepped_s is not None:  # the loop was left without a sign
+                self.loop.stop_at(self._stepped_s)
             self.end()
         elif self._feed.is_training:
             self.loop.skip_all(epoch=self._feed.epoch)
@@ -209,15 +223,34 @@ class Steps:
         self._known = [known for known in self._known if known() is not None] + [weakref.ref(optimizer)]
         return len(self._known) - 1
 
+    def _zeroed(self, owner: Any) -> None:
+        """An optimizer's or a module's gradients have been set to zero in place."""
+        if self.loop.has_stepped or not (found := self._gradient()):
+            return
+        parameter, gradient = found[0](), found[1]()
+        own = owner.parameters() if isinstance(owner, nn.Module) else _parameters(owner)
+        if gradient is not None and any(each is parameter for each in own):
+            self._is_zeroed = True
+            self._zero = weakref.ref(gradient), gradient._version  # noqa: SLF001 - counts changes in place
+
+    def _is_zero(self, gradient: Tensor | None) -> bool:
+        """Whether the gradient was set to zero in place and has not changed since."""
+        if gradient is None or self._zero is None or self._zero[0]() is not gradient:
+            return False
+        return self._zero[1] == gradient._version  # noqa: SLF001 - see above
+
     def _drop_if_dropped(self) -> None:
         """Skips earlier batches whose gradients were dropped. An accumulated gradient remains the same tensor."""
         if not self.loop.has_earlier or self._before is None:
             return
-        if self._before:
+        if self._is_zeroed:
+            is_dropped = True
+        elif self._before:
             parameter, gradient = self._before[0](), self._before[1]()
             is_dropped = parameter is not None and (gradient is None or parameter.grad is not gradient)
         else:
-            is_dropped = bool(self._gradient())
+            now = self._gradient()
+            is_dropped = False if not now else not self._is_zero(now[1]())
         if is_dropped:
             self._before = None
             self.loop.skip(epoch=self._feed.epoch)
