@@ -19,6 +19,16 @@ _FEW_CELLS = 40_000
 _MOST_CELLS = 400_000  # where there is more than one row
 
 _NO_IDS = ((), NARROW)
+_MOST_KNOWN_IDS = 64
+
+# Memory of a chunk's objects beside its rows, in bytes, measured on Python 3.11 with tracemalloc: the chunk with its
+# lists, dicts and the headers of its buffers; a layout with its struct, dict and arrays, and for each of its names;
+# a tuple of ids with its key; a place in a list.
+_CHUNK_BYTES = 3_000
+_LAYOUT_BYTES = 1_200
+_NAME_BYTES = 80
+_IDS_BYTES = 160
+_PLACE_BYTES = 8
 
 _Columns: TypeAlias = tuple[tuple[str, ...], npt.NDArray[np.float64], tuple[str, ...], npt.NDArray[np.float64]]
 
@@ -83,15 +93,18 @@ class Chunk:
 
     def learn(self, layout: Layout) -> None:
         """Gives a layout its number in this chunk."""
+        is_new = layout.chunk is None  # counted once, where it was first used
         layout.chunk, layout.number = self, len(self.layouts)
         self.layouts.append(layout)
-        self._beside += _LAYOUT_BYTES + _NAME_BYTES * layout.width
+        self._beside += _PLACE_BYTES + (_LAYOUT_BYTES + _NAME_BYTES * layout.width if is_new else 0)
 
     def seeds_number(self, ids: tuple[str, ...], columns: int) -> int:
         """Returns the number of these ids in this chunk."""
         key = (ids, columns)
         number = self._numbers.get(key)
         if number is None:
+            if len(self._numbers) == _MOST_KNOWN_IDS:  # ids that change in every step are not looked for any more
+                self._numbers = {_NO_IDS: 0}
             self._numbers[key] = number = len(self.seeds)
             self.seeds.append(key)
             self._beside += _IDS_BYTES + 8 * len(ids)
@@ -317,11 +330,3 @@ class Block(NamedTuple):
             self.cells[some],
             retired,
         )
-
-
-# Memory of a chunk's objects beside its rows, in bytes, measured on Python 3.11 (sys.getsizeof): the chunk with its
-# buffers' headers, lists and dicts; a layout with its dict and names; a tuple of ids with its places in list and dict.
-_CHUNK_BYTES = 1_000
-_LAYOUT_BYTES = 700
-_NAME_BYTES = 8
-_IDS_BYTES = 250
