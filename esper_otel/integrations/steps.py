@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from esper_otel.integrations import zeroing
 from esper_otel.integrations.loader import Feed
 from esper_otel.integrations.loop import Loop
 from esper_otel.log import logger
@@ -65,17 +64,10 @@ class Steps:
         self._last_index = 0  # of the optimizer that stepped last
         self._stepped_s: float | None = None
         self._before: Gradient | None = None
-        self._is_zeroed = False  # whether gradients were set to zero in place since ``_before``
-        self._zero: tuple[weakref.ref[Tensor], int] | None = None  # a gradient that is zero at this version
         self._batches = 0
         self._others = 0
         self._has_said = False
         self._is_sharded = False
-        zeroing.follow(self._zeroed)
-
-    def leave(self) -> None:
-        """Stops observing ``zero_grad``."""
-        zeroing.unfollow(self._zeroed)
 
     # -- batches; ``loader.BatchListener`` -------------------------------------------------------------------------
 
@@ -85,9 +77,6 @@ class Steps:
         if not self.loop.has_stepped and self.loop.is_in_batch:
             self._drop_if_dropped()
             self._before = self._gradient() if self._feed.has_worked else None
-            self._is_zeroed = False
-            if self._before and self._is_zero(self._before[1]()):
-                self._before = ()
         self.loop.wait()
 
     def batch(self, samples: int | None = None) -> None:
@@ -223,34 +212,15 @@ class Steps:
         self._known = [known for known in self._known if known() is not None] + [weakref.ref(optimizer)]
         return len(self._known) - 1
 
-    def _zeroed(self, owner: Any) -> None:
-        """An optimizer's or a module's gradients have been set to zero in place."""
-        if self.loop.has_stepped or not (found := self._gradient()):
-            return
-        parameter, gradient = found[0](), found[1]()
-        own = owner.parameters() if isinstance(owner, nn.Module) else _parameters(owner)
-        if gradient is not None and any(each is parameter for each in own):
-            self._is_zeroed = True
-            self._zero = weakref.ref(gradient), gradient._version  # noqa: SLF001 - counts changes in place
-
-    def _is_zero(self, gradient: Tensor | None) -> bool:
-        """Whether the gradient was set to zero in place and has not changed since."""
-        if gradient is None or self._zero is None or self._zero[0]() is not gradient:
-            return False
-        return self._zero[1] == gradient._version  # noqa: SLF001 - see above
-
     def _drop_if_dropped(self) -> None:
         """Skips earlier batches whose gradients were dropped. An accumulated gradient remains the same tensor."""
         if not self.loop.has_earlier or self._before is None:
             return
-        if self._is_zeroed:
-            is_dropped = True
-        elif self._before:
+        if self._before:
             parameter, gradient = self._before[0](), self._before[1]()
             is_dropped = parameter is not None and (gradient is None or parameter.grad is not gradient)
         else:
-            now = self._gradient()
-            is_dropped = False if not now else not self._is_zero(now[1]())
+            is_dropped = bool(self._gradient())
         if is_dropped:
             self._before = None
             self.loop.skip(epoch=self._feed.epoch)

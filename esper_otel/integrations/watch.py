@@ -181,7 +181,6 @@ class WatchedLoop:
         self._is_over = True
         _live.discard(self)
         unfollow(self.feed)
-        self.steps.leave()
         with suppress(ValueError):
             self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - same package
         for hook in self._hooks:

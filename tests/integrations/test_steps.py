@@ -115,44 +115,6 @@ def test_a_pass_that_is_left_without_a_stand_in(workers: int) -> None:
     assert workers or max(row["step_latency_ms"] for row in found) < 100.0
 
 
-ORIGINALS = [torch.optim.Optimizer.zero_grad, torch.nn.Module.zero_grad]
-
-
-@pytest.mark.parametrize("by", ["optimizer", "model"])
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_gradients_set_to_zero_in_place_are_dropped_too(by: str, place: str) -> None:
-    """Of skipped steps; before the backward pass or after it."""
-    model, optimizer = setting()
-    watched = esper_otel.watch(model, optimizer, loader())
-    of = optimizer if by == "optimizer" else model
-    for number, (inputs,) in enumerate(watched):
-        if place == "before":
-            of.zero_grad(set_to_none=False)
-        model(inputs).sum().backward()
-        watched.put(accuracy=number / 4)
-        if number not in {1, 2}:
-            optimizer.step()
-        if place == "after":
-            of.zero_grad(False)
-    found = rows(watched)
-    assert [row["accuracy"] for row in found] == [0.0, 0.25, 0.5, 0.75]
-    assert ["gradient_norm" in row for row in found] == [True, False, False, True]
-    assert [torch.optim.Optimizer.zero_grad, torch.nn.Module.zero_grad] == ORIGINALS
-
-
-def test_gradients_that_were_zero_add_up() -> None:
-    model, optimizer = setting()
-    watched = esper_otel.watch(model, optimizer, loader(4))
-    for number, (inputs,) in enumerate(watched):
-        if number % 4 == 0:
-            optimizer.zero_grad(set_to_none=False)
-        model(inputs).sum().backward()
-        watched.put(accuracy=number / 8)
-        if number % 4 == 3:
-            optimizer.step()
-    assert [row["accuracy"] for row in rows(watched)] == [1.5 / 8, 5.5 / 8]
-
-
 def test_put_after_the_loop_belongs_to_its_last_step() -> None:
     model, optimizer = setting()
     watched = esper_otel.watch(model, optimizer, loader(16))
