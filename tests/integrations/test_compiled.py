@@ -71,5 +71,5 @@ def test_graphs_and_their_breaks_are_those_of_the_script(tmp_path: Path) -> None
     assert len(json.loads(without)) == 2, done[0][1]
     assert watched == without
     assert run == without
-    assert done[1][1].count("steps inside a fully compiled graph") == 3
+    assert done[1][1].count("steps inside a fully compiled graph") == 2
     assert "steps inside a fully compiled graph" in log.read_text(encoding="utf-8")
