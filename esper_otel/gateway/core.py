@@ -401,8 +401,8 @@ class Core:
 
     # -- pulling -----------------------------------------------------------------------------------------
 
-    def runs(self, grant: Grant | None = None) -> RunsResponse:
-        """Returns the known runs that the puller may see, without runs from a check."""
+    def runs(self, grant: Grant | None = None, run_id: str = "") -> RunsResponse:
+        """Returns the known runs that the puller may see: one by name, or all, without runs from a check."""
         stored, ends = self._store.counts(), self._store.outcomes()
         states = self._assembler.runs(time.monotonic())
         known = {state.origin for state in states}
@@ -412,7 +412,8 @@ class Core:
             run_message(state, stored.get(state.origin, 0), ended.get(state.origin.run_id))
             for state in sorted(states, key=lambda state: state.origin)
         ]
-        seen = [run for run in messages if not is_check(run.run_id) and (grant is None or grant.allows(run.run_id))]
+        asked = [run for run in messages if (run.run_id == run_id if run_id else not is_check(run.run_id))]
+        seen = [run for run in asked if grant is None or grant.allows(run.run_id)]
         return RunsResponse(runs=seen)
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
