@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import grpc
 import pytest
+from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
-from wire import body_of
+from wire import bodies, body_of
 
 from esper_otel.frames.frame import Run
 from esper_otel.gateway.core import Answer, Core
@@ -94,6 +96,28 @@ def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.Monk
         assert core.rejected[TOO_MANY_RUNS] == 10 * answer.rejected
         assert await core.pulled("a") == [(step, 1) for step in range(1, 65)]
         assert core.send("c", step=71) is None  # alone it holds nobody up
+
+    asyncio.run(live())
+
+
+def test_a_second_process_that_claims_the_same_rank_waits_for_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the numbers of their steps tell the two apart: its step was taken for one too late, and not said."""
+    others = {"sequence": 1, "global_step": 7, "time_unix_ns": TIME_UNIX_NS + 10**9}
+    [second] = bodies([make_frame(run=replace(RUN, run_id="a"), **others)])
+
+    async def live() -> None:
+        core = Small(monkeypatch)
+        assert core.send("a") == core.send("b") == Answer(0, "")
+        with pytest.raises(Crowded, match=r"'a \(a second process\)'"):
+            core.receive(second)
+        core.now_s += 59.0
+        assert core.send("a", step=2) == Answer(0, "")
+        with pytest.raises(Crowded):
+            core.receive(second)
+        core.now_s += 3.0  # the other run has been silent for a minute
+        assert core.receive(second) == Answer(0, "")
+        assert sorted(await core.pulled("a")) == [(1, 1), (2, 1), (7, 1)]
+        assert [run.too_late for run in core.runs().runs if run.run_id == "a"] == [0, 0]
 
     asyncio.run(live())
 
