@@ -88,7 +88,7 @@ class Core:
         self._store = store
         self._clock_ns = clock_ns
         self._limits = limits or Limits()
-        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s)
+        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._reader = Reader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
@@ -348,6 +348,19 @@ class Core:
             self._assembler.restore(*what, now_s=now_s, tenant=tenant)
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
+
+    def _recall(self, origin: Origin) -> None:
+        """Restores a writer that was forgotten because others needed its place, or after a long silence."""
+        try:
+            items, places = self._store.recalled(origin)
+        except Exception as error:  # noqa: BLE001 - the writer's new steps must still be taken
+            self._fault("going on from stored steps", error)
+            return
+        outcome = self._store.outcomes().get(origin) if items else None
+        ended = NOTHING_ENDED if outcome is None else {origin: outcome}
+        if items:
+            now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
+            self._restored(items, ended, {}, places, now_s=now_s, tenant=tenant)
 
     def start(self) -> None:
         """Starts releasing frames; call it in the event loop."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -60,11 +60,19 @@ class Assembler:
         limits: limits on senders.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long a frame without a point count waits for further points.
+        recall: called with a writer that is not known; it may restore it.
     """
 
-    def __init__(self, limits: Limits | None = None, *, hold_s: float = 2.0, linger_s: float = 0.05) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        hold_s: float = 2.0,
+        linger_s: float = 0.05,
+        recall: Callable[[Origin], None] | None = None,
+    ) -> None:
         self._limits = limits or Limits()
-        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s)
+        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s, recall=recall)
         self._shapes = PartShapes()
         self._touched: dict[Track, None] = {}
         self._held: dict[Track, _Unreleased] = {}
