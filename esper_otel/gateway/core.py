@@ -88,7 +88,7 @@ class Core:
         self._store = store
         self._clock_ns = clock_ns
         self._limits = limits or Limits()
-        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s)
+        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._reader = Reader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
@@ -351,6 +351,19 @@ class Core:
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
 
+    def _recall(self, origin: Origin) -> None:
+        """Restores a writer that was forgotten because others needed its place, or after a long silence."""
+        try:
+            items, places = self._store.recalled(origin)
+        except Exception as error:  # noqa: BLE001 - the writer's new steps must still be taken
+            self._fault("going on from stored steps", error)
+            return
+        outcome = self._store.outcomes().get(origin) if items else None
+        ended = NOTHING_ENDED if outcome is None else {origin: outcome}
+        if items:
+            now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
+            self._restored(items, ended, {}, places, now_s=now_s, tenant=tenant)
+
     def start(self) -> None:
         """Starts releasing frames; call it in the event loop."""
         with suppress(StoreFull):  # counted; tried again
@@ -403,8 +416,8 @@ class Core:
 
     # -- pulling -----------------------------------------------------------------------------------------
 
-    def runs(self, grant: Grant | None = None) -> RunsResponse:
-        """Returns the known runs that the puller may see, without runs from a check."""
+    def runs(self, grant: Grant | None = None, run_id: str = "") -> RunsResponse:
+        """Returns the known runs that the puller may see: one by name, or all, without runs from a check."""
         stored, ends = self._store.counts(), self._store.outcomes()
         states = self._assembler.runs(time.monotonic())
         known = {state.origin for state in states}
@@ -414,7 +427,8 @@ class Core:
             run_message(state, stored.get(state.origin, 0), ended.get(state.origin.run_id))
             for state in sorted(states, key=lambda state: state.origin)
         ]
-        seen = [run for run in messages if not is_check(run.run_id) and (grant is None or grant.allows(run.run_id))]
+        asked = [run for run in messages if (run.run_id == run_id if run_id else not is_check(run.run_id))]
+        seen = [run for run in asked if grant is None or grant.allows(run.run_id)]
         return RunsResponse(runs=seen)
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:

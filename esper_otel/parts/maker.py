@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,14 @@ _SPARE = 100
 _ALL = -1
 
 
+class StreamEnd(NamedTuple):
+    """The end of a seed's stream; the column is -1 if the life of the seed ends."""
+
+    time_unix_ns: int
+    seed: str
+    column: int
+
+
 @dataclass(slots=True, eq=False)
 class FrameInput:
     """What a frame is made from.
@@ -32,7 +41,7 @@ class FrameInput:
         sequence: its number; 0 if its sender does not state one.
         step: the global step to use if its sender does not state one.
         complete: whether it contains every point.
-        ends: seeds and columns whose streams end before it; the column is -1 if the life of the seed ends.
+        ends: the streams that end after the frame before it, and not after it.
     """
 
     part: Part
@@ -40,7 +49,7 @@ class FrameInput:
     sequence: int
     step: int
     complete: bool
-    ends: set[tuple[str, int]]
+    ends: set[StreamEnd]
 
 
 class FrameMaker:
@@ -65,6 +74,7 @@ class FrameMaker:
         self.live: LiveSeeds = LiveSeeds()
         self.loss: float | None = None
         self._seen: dict[str, int] = {}
+        self._unsure: set[str] = set()  # those of them that may have been seen last at an earlier time
         self._step = 0
 
     def guessed_step(self, time_unix_ns: int) -> int:
@@ -77,12 +87,15 @@ class FrameMaker:
         self._step += 1
         return self._step
 
-    def silent(self, time_unix_ns: int, part: Part) -> set[tuple[str, int]]:
+    def silent(self, time_unix_ns: int, part: Part) -> set[StreamEnd]:
         """Returns the ends of a plain sender's seeds that have been silent for too long."""
         shape = part.shape
         if self._habits.counts or shape.digest is not None or shape.ids == self.live.table.ids:
             return set()
-        return {(seed, _ALL) for seed in silent_of(self.live.ids, {*shape.ids}, self._seen, time_unix_ns)}
+        return {
+            StreamEnd(time_unix_ns, seed, _ALL)
+            for seed in silent_of(self.live.ids, {*shape.ids}, self._seen, time_unix_ns)
+        }
 
     def made(
         self, time_unix_ns: int, given: FrameInput, live: LiveSeeds, loss: float | None, before: Frame | None = None
@@ -152,12 +165,25 @@ class FrameMaker:
         if frame.global_step < GUESSED_STEP:
             self._step = max(self._step, frame.global_step)
         self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
+        self._unsure.difference_update(frame.seeds.ids)
         if len(self._seen) > 2 * len(self.live.ids) + _SPARE:
             self._seen = {seed: self._seen[seed] for seed in self.live.ids if seed in self._seen}
 
     def note_seen(self, seeds: Iterable[str], time_unix_ns: int) -> None:
         """Records that values of these seeds arrived late."""
         self._seen |= {seed: max(self._seen.get(seed, 0), time_unix_ns) for seed in seeds}
+
+    def note_live(self, seeds: Iterable[str], time_unix_ns: int) -> None:
+        """Records that these seeds were live at a time; they may have been seen last before it."""
+        self.note_seen(seeds, time_unix_ns)
+        self._unsure.update(seeds)
+
+    def may_live_on(self, seed: str, ended_unix_ns: int) -> bool:
+        """Returns whether a seed had a value after a time of which the frames are forgotten.
+
+        After a restart the time of its last value may be unknown. Then the end counts: seeds seldom come back.
+        """
+        return self._seen.get(seed, 0) > ended_unix_ns and seed not in self._unsure
 
     def _dead(self, live: LiveSeeds, part: Part, digest: int, before: Frame | None) -> Collection[str] | None:
         """Returns the seeds that must have died to match a frame's digest; None if they cannot be found."""
@@ -185,11 +211,11 @@ def _said(part: Part) -> dict[str, float]:
     return {name: float(part.numbers[place]) for name, place in places.items() if place is not None}
 
 
-def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+def _end(live: LiveSeeds, ends: Iterable[StreamEnd]) -> tuple[str, ...]:
     """Ends streams; returns the seeds that died."""
-    retired = sorted(seed for seed, column in ends if column < 0)
+    retired = sorted(seed for _, seed, column in ends if column < 0)
     known = range(live.table.cells.shape[1])
-    cells = [(live.ids[seed], column) for seed, column in ends if column in known and seed in live.ids]
+    cells = [(live.ids[seed], column) for _, seed, column in ends if column in known and seed in live.ids]
     if cells:
         table = SeedTable(live.table.ids, live.table.cells.copy())
         for row, column in cells:

@@ -10,7 +10,8 @@ SERVICE: str
 def step_message(packets: Packets) -> Step: ...
 
 class RunsRequest(Message):
-    def __init__(self) -> None: ...
+    run_id: str
+    def __init__(self, *, run_id: str = ...) -> None: ...
 
 class RunsResponse(Message):
     @property

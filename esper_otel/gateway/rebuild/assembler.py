@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
 from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters
+from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters, second_of
 from esper_otel.gateway.rebuild.queue import WaitingFrame
 from esper_otel.gateway.rebuild.runs import Runs
 from esper_otel.gateway.rebuild.shapes import PartShapes
@@ -60,11 +60,19 @@ class Assembler:
         limits: limits on senders.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long a frame without a point count waits for further points.
+        recall: called with a writer that is not known; it may restore it.
     """
 
-    def __init__(self, limits: Limits | None = None, *, hold_s: float = 2.0, linger_s: float = 0.05) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        hold_s: float = 2.0,
+        linger_s: float = 0.05,
+        recall: Callable[[Origin], None] | None = None,
+    ) -> None:
         self._limits = limits or Limits()
-        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s)
+        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s, recall=recall)
         self._shapes = PartShapes()
         self._touched: dict[Track, None] = {}
         self._held: dict[Track, _Unreleased] = {}
@@ -270,7 +278,10 @@ class Assembler:
             clash = target.take(time_unix_ns, of_frame, sender, now_s, received_unix_ns, rejected)
             if clash is not None:
                 other = track if target is twin else twin
-                twin = self._clashed(track, other, sender, time_unix_ns, clash, now_s) or twin
+                twin = self._clashed(track, other, sender, time_unix_ns, clash, now_s)
+                if twin is None:
+                    self._crowd.note(request, second_of(sender), now_s, is_taken=False)
+                    rejected[TOO_MANY_RUNS] += len(of_frame.part.numbers)
             yield
 
     def _clashed(
@@ -282,16 +293,19 @@ class Assembler:
         waiting: WaitingFrame,
         now_s: float,
     ) -> Track | None:
-        """Gives a frame whose number is taken to the sender's other writer; counts a frame that fits neither."""
+        """Gives a frame whose number is taken to the sender's other writer; counts a frame that fits neither.
+
+        Returns:
+            The sender's second writer; None if there is no room for one.
+        """
         target = other or self._runs.track(sender, now_s, tenant=first.tenant, suffix="#2")
         if target is None:
-            first.count_too_late()
             return None
         self._touched[target] = None
         target.note(sender, now_s, waiting.received_unix_ns)
         if target.put(time_unix_ns, waiting) is not None:
             target.count_too_late()
-        return None if other else target
+        return self._runs.twin(sender)
 
     def _track(self, sender: PointSender, request: RequestWriters, now_s: float) -> Track | None:
         track = self._runs.track(sender, now_s, tenant=request.tenant)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -17,11 +18,14 @@ from esper_otel.gateway.limits import SharedPlaces
 from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
 from esper_otel.gateway.receive.request import Marker
 from esper_otel.parts.habits import Habits
-from esper_otel.parts.maker import FrameInput, FrameMaker, loss_of
+from esper_otel.parts.maker import FrameInput, FrameMaker, StreamEnd, loss_of
 from esper_otel.parts.part import SEED_COLUMNS, Part, is_equal, merged, part_of
+from esper_otel.schema import SEED_FIELDS, SEED_RETIRED
 
 # The approximate memory of a kept frame, in addition to its values and cells.
 _BYTES, _BYTES_PER_VALUE = 2_000, 100
+# How many stream ends that have come are stored for a restart, with those to come.
+_MOST_PAST_ENDS = 500
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +45,17 @@ class ReleasedFrame(FrameInput):
     loss_before: float | None
     frame: Frame | None = None
     revision: int = 0
+
+    def retire_by_ends(self) -> None:
+        """Lets its ends say that seeds have died, and not its part: a frame before it may prove that they came back."""
+        ended = {(seed, column) for _, seed, column in self.ends}
+        dead = {
+            seed
+            for seed, cells in self.before.rows()
+            if seed in self.part.shape.retired and all((seed, SEED_FIELDS.index(field)) in ended for field in cells)
+        }
+        if dead:
+            self.part = self.part.without(lambda name, seed: name == SEED_RETIRED.name and seed in dead)
 
     def size(self) -> int:
         """Returns its approximate memory in bytes."""
@@ -67,7 +82,8 @@ class History:
         self._times: dict[int, int] = {}
         self._maker = FrameMaker(habits)
         self._room, self._tenant = room, tenant
-        self._ends: dict[int, set[tuple[str, int]]] = {}
+        self._ends: dict[int, set[StreamEnd]] = {}
+        self._past_ends: deque[StreamEnd] = deque(maxlen=_MOST_PAST_ENDS)
         self._end_times: list[int] = []  # a heap
         self._end_count = 0
         self.newest_unix_ns: int = 0
@@ -144,17 +160,25 @@ class History:
 
     def end(self, marker: Marker) -> list[Item]:
         """Ends a stream; returns the items of released frames that had assumed it would continue."""
-        if marker.time_unix_ns <= self.forgotten_unix_ns or marker.name not in SEED_COLUMNS:
+        if marker.name not in SEED_COLUMNS or (
+            marker.time_unix_ns <= self.forgotten_unix_ns and self._maker.may_live_on(marker.seed, marker.time_unix_ns)
+        ):
             return []
-        what = (marker.seed, SEED_COLUMNS[marker.name])
+        end = StreamEnd(marker.time_unix_ns, marker.seed, SEED_COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
-            self._await_end(marker.time_unix_ns, what)
+            self._await_end(end)
             return []
-        after = min((time for time in self._kept if time >= marker.time_unix_ns), default=None)
-        if after is None or what in self._kept[after].ends:
-            return []
-        self._kept[after].ends.add(what)
-        return self._replayed(after)
+        after = self._add_end(end)
+        return [] if after is None else self._replayed(after)
+
+    def _add_end(self, end: StreamEnd) -> int | None:
+        """Adds a stream end to the frame that it precedes; returns that one's time, or None if nothing is new."""
+        after = min((time for time in self._kept if time >= end.time_unix_ns), default=None)
+        if after is None or end in self._kept[after].ends:
+            return None
+        self._kept[after].ends.add(end)
+        self._past_ends.append(end)
+        return after
 
     def uncount(self) -> list[Item]:
         """Returns corrected items for frames whose steps were counted, once the writer turns out to state its steps."""
@@ -191,7 +215,7 @@ class History:
         is_cut_off = not (self._kept or is_first)
         if is_cut_off:
             self.forgotten_unix_ns = frame.time_unix_ns - 1
-            self._maker.note_seen(frame.live.ids, frame.time_unix_ns)  # the latest time that is known for them
+            self._maker.note_live(frame.live.ids, frame.time_unix_ns)
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
         kept = ReleasedFrame(
@@ -200,7 +224,7 @@ class History:
             frame.sequence,
             frame.global_step,
             is_whole,
-            set() if is_cut_off or self._habits.counts else _ended(self.live, frame.live),
+            set() if is_cut_off or self._habits.counts else _ended(self.live, frame),
             item.received_unix_ns,
             frame.live if is_cut_off else self.live,
             self._maker.loss,
@@ -220,15 +244,21 @@ class History:
                 kept.complete = self._habits.is_complete(kept.part)
 
     def ends_to_come(self) -> tuple[tuple[int, str, int], ...]:
-        """Returns future stream ends as (time, seed, column); only some of them if there are very many."""
-        ends = ((time, seed, column) for time, some in self._ends.items() for seed, column in sorted(some))
+        """Returns stream ends as (time, seed, column), some that have come, too; only some if there are very many."""
+        past = [end for end in self._past_ends if end.time_unix_ns > self.forgotten_unix_ns]
+        ends = chain(past, (end for some in self._ends.values() for end in sorted(some)))
         return tuple(islice(ends, MOST_ENDS))
 
     def restore_ends(self, ends: Iterable[tuple[int, str, int]]) -> None:
-        """Restores future stream ends from before a restart."""
-        for time_unix_ns, seed, column in ends:
-            if time_unix_ns > self.newest_unix_ns:
-                self._await_end(time_unix_ns, (seed, column))
+        """Restores stream ends from before a restart; what those that have come have ended is known already."""
+        after = set[int]()
+        for end in map(StreamEnd._make, ends):
+            if end.time_unix_ns > self.newest_unix_ns:
+                self._await_end(end)
+            elif end.time_unix_ns > self.forgotten_unix_ns:
+                after.update(filter(None, [self._add_end(end)]))
+        for time_unix_ns in after:
+            self._kept[time_unix_ns].retire_by_ends()
 
     # -- making frames ------------------------------------------------------------------------------------
 
@@ -255,13 +285,20 @@ class History:
             kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
         if time_unix_ns <= self.forgotten_unix_ns:  # the frames between it and the kept ones are forgotten
             return [self._made(time_unix_ns, kept, _living(kept.before), kept.loss_before)]
+        until_unix_ns = time_unix_ns
+        if later is not None:
+            kept.ends |= {end for end in self._kept[later].ends if end.time_unix_ns <= time_unix_ns}
+            if kept.ends:
+                self._kept[later].ends -= kept.ends
+                until_unix_ns = later
         self._keep(time_unix_ns, kept)
-        return self._replayed(time_unix_ns, changed=time_unix_ns)
+        return self._replayed(time_unix_ns, changed=time_unix_ns, until_unix_ns=until_unix_ns)
 
-    def _replayed(self, start_unix_ns: int, *, changed: int | None = None) -> list[Item]:
-        """Makes the frames from a given time on again; returns the items that changed.
+    def _replayed(self, start_unix_ns: int, *, changed: int | None = None, until_unix_ns: int = 0) -> list[Item]:
+        """Makes the frames from a given time on again, until nothing changes; returns the items that changed.
 
         If frames after the given one have been forgotten, only that frame is made: its effect on the others is unknown.
+        The frames up to ``until_unix_ns`` are made even if the state before them is the same.
         """
         items: list[Item] = []
         is_alone = start_unix_ns <= self.forgotten_unix_ns
@@ -271,8 +308,8 @@ class History:
         for time in times:
             kept = self._kept[time]
             was = kept.frame
-            if time > start_unix_ns and _is_equal_state(kept, live.table, loss):
-                return items  # from here on nothing changes
+            if time > max(start_unix_ns, until_unix_ns) and _is_equal_state(kept, live.table, loss):
+                return items
             kept.before, kept.loss_before = live.table, loss
             item = self._made(time, kept, live, loss)
             loss = loss_of(item.frame, loss)
@@ -289,27 +326,29 @@ class History:
         kept.revision += 1
         return Item(self._origin, kept.frame, kept.revision, is_complete, kept.received_unix_ns)
 
-    def _ends_until(self, time_unix_ns: int) -> set[tuple[str, int]]:
+    def _ends_until(self, time_unix_ns: int) -> set[StreamEnd]:
         """Removes and returns the stream ends up to this time."""
-        found: set[tuple[str, int]] = set()
+        found: set[StreamEnd] = set()
         count = 0
         while self._end_times and self._end_times[0] <= time_unix_ns:
             ends = self._ends.pop(heappop(self._end_times))
             count += len(ends)
             found |= ends
+            self._past_ends.extend(sorted(ends))
         self._end_count -= count
         self._room.give_back(self._tenant, count)
         return found
 
-    def _await_end(self, time_unix_ns: int, what: tuple[str, int]) -> None:
+    def _await_end(self, end: StreamEnd) -> None:
         """Records a future stream end. Without room for it, the seed ends once it has been silent for too long."""
-        if what in self._ends.get(time_unix_ns, ()):
+        time_unix_ns = end.time_unix_ns
+        if end in self._ends.get(time_unix_ns, ()):
             return
         if self._end_count >= self._most_ends or not self._room.take(self._tenant):
             return
         if time_unix_ns not in self._ends:
             heappush(self._end_times, time_unix_ns)
-        self._ends.setdefault(time_unix_ns, set()).add(what)
+        self._ends.setdefault(time_unix_ns, set()).add(end)
         self._end_count += 1
 
     def close(self) -> None:
@@ -323,9 +362,9 @@ def _lacks_lives(frame: Frame) -> bool:
     return not frame.sequence and "esper.seeds.digest" in frame.names
 
 
-def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
-    """Returns the streams that ended between two steps although their seeds are still live."""
-    before, after = alike(before, after)
+def _ended(before: SeedTable, frame: Frame) -> set[StreamEnd]:
+    """Returns the streams that ended before a frame although their seeds are still live; when, is not known."""
+    before, after = alike(before, frame.live)
     if before.ids != after.ids:
         row = {seed: number for number, seed in enumerate(after.ids)}
         both = [number for number, seed in enumerate(before.ids) if seed in row]
@@ -333,7 +372,7 @@ def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
         before = SeedTable(ids, before.cells[both])
         after = SeedTable(ids, after.cells[[row[seed] for seed in ids]])
     gone = is_absent(after.cells) & ~is_absent(before.cells)
-    return {(before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
+    return {StreamEnd(frame.time_unix_ns, before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
 
 
 def _living(table: SeedTable) -> LiveSeeds:

@@ -24,7 +24,7 @@ from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
 from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
 from esper_otel.log import Warnings
-from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest
+from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest, RunsRequest
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 
@@ -135,8 +135,9 @@ class Rpc:
     # -- pulling -----------------------------------------------------------------------------------------
 
     async def _runs(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, _: Holding) -> bytes:
-            return self._core.runs(grant).SerializeToString()
+        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+            request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
+            return self._core.runs(grant, request.run_id).SerializeToString()
 
         return await self._pulled(context, answered)
 

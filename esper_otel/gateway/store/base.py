@@ -147,6 +147,14 @@ class Store(Protocol):
     def outcomes(self) -> dict[Origin, str]:
         """Returns how the stored runs ended."""
 
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
+        """Returns what an assembler needs of a writer that it has forgotten; nothing if no frame of it is stored.
+
+        Returns:
+            Its newest frames, oldest first, each in its newest revision and with a flag: whether it is the first frame
+            of the writer that was ever stored. The position of the writer, if it is stored.
+        """
+
     def tenant(self, run_id: str) -> str:
         """Returns the tenant whose share a run uses; empty when nothing of the run is stored."""
 

@@ -26,6 +26,9 @@ from esper_otel.gateway.store.base import (
 )
 from esper_otel.gateway.store.ledger import Ledger, use_of
 
+_RECALLED = 256  # frames of a writer that are restored
+_RANGE_BYTES = 150  # of a hole, or of the end of a stream
+
 
 class _Row:
     """The entries of a run, or of one of its ranks, at consecutive positions; the oldest are dropped first."""
@@ -56,13 +59,15 @@ class _Shelf:
         self.losses: dict[Origin, float | None] = {}
         self.counts: Counter[Origin] = Counter()
         self.outcomes: dict[Origin, str] = {}
+        self.places: dict[Origin, Place] = {}
+        self.place_bytes = 0
         self.added_s = 0.0
 
     @property
     def size(self) -> int:
         """Approximate size in bytes."""
         of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
-        return RUN_BYTES + of_writers + self.frame_bytes
+        return RUN_BYTES + of_writers + self.frame_bytes + self.place_bytes
 
     def add(self, item: Item) -> None:
         rank = self.ranks.setdefault(item.origin.rank, _Row())
@@ -86,6 +91,15 @@ class _Shelf:
         if not self.counts[origin]:
             del self.counts[origin], self.losses[origin]
             self.outcomes.pop(origin, None)
+            self.put(origin, None)
+
+    def put(self, origin: Origin, place: Place | None) -> None:
+        """Replaces the position of a writer, or drops it."""
+        for each, sign in ((self.places.pop(origin, None), -1), (place, 1)):
+            if each is not None:
+                self.place_bytes += sign * _RANGE_BYTES * (len(each.holes) + len(each.ends))
+        if place is not None:
+            self.places[origin] = place
 
 
 class MemoryStore:
@@ -109,7 +123,7 @@ class MemoryStore:
         items: Iterable[Item],
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
-        places: Iterable[Place] = (),  # noqa: ARG002
+        places: Iterable[Place] = (),
         tenants: Mapping[str, str] = NO_TENANTS,
         kept: KeptRequest | None = None,  # noqa: ARG002 - bodies would be lost together with the frames
         first_kept: int | None = None,  # noqa: ARG002
@@ -131,6 +145,10 @@ class MemoryStore:
             shelf = self._shelves.get(origin.run_id)
             if shelf is not None:
                 shelf.outcomes[origin] = outcome
+        for place in places:
+            shelf = self._shelves.get(place.origin.run_id)
+            if shelf is not None and place.origin in shelf.counts:
+                shelf.put(place.origin, place)
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Returns the entries after a cursor. See ``Store``."""
@@ -154,6 +172,22 @@ class MemoryStore:
     def outcomes(self) -> dict[Origin, str]:
         """Returns how the stored runs ended. See ``Store``."""
         return {origin: outcome for shelf in self._shelves.values() for origin, outcome in shelf.outcomes.items()}
+
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
+        """Returns the newest frames of a writer. See ``Store``."""
+        shelf = self._shelves.get(origin.run_id)
+        if shelf is None or origin not in shelf.counts:
+            return [], []
+        row, newest = shelf.ranks[origin.rank], dict[int, Item]()
+        for entry in reversed(row.entries):
+            if entry.item.origin == origin:
+                newest.setdefault(entry.item.frame.time_unix_ns, entry.item)
+                if len(newest) > _RECALLED:
+                    break
+        is_all = len(newest) <= _RECALLED and row.last == len(row.entries)  # no entry was dropped
+        items = [newest[time] for time in sorted(newest)]
+        places = [shelf.places[origin]] if origin in shelf.places else []
+        return [(item, is_all and number == 0) for number, item in enumerate(items)], places
 
     def tenant(self, run_id: str) -> str:
         """Returns the tenant whose share a run uses. See ``Store``."""

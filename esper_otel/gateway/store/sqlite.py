@@ -330,6 +330,13 @@ class FileStore:
                     yield entry.item, is_first
                 is_first = False
 
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
+        """Returns the newest frames of a writer, and its position. See ``Store``."""
+        run = self._runs.get(origin.run_id)
+        if run is None or origin not in run.counts:
+            return [], []
+        return list(self.newest([origin])), [place for place in self.places() if place.origin == origin]
+
     def _newest_positions(
         self, run: _KnownRun, origin: Origin, most: int, *, is_missing: bool
     ) -> tuple[list[int], bool]:
