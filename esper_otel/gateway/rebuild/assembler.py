@@ -106,7 +106,7 @@ class Assembler:
             track = self._track(marker.sender, request, now_s)
             if track is None:
                 rejected[TOO_MANY_RUNS] += 1
-            elif track.end_stream(marker):
+            elif track.end_stream(marker, now_s):
                 self._moved[track] = None
         for sender, outcome in decoded.ended:
             yield
@@ -266,7 +266,7 @@ class Assembler:
                 if twin.knows(time_unix_ns) or (number is not None and number == twin.next != track.next):
                     target = twin
             self._touched[target] = None
-            target.learn(shape, is_ours=block.is_ours)
+            target.learn(shape, now_s, is_ours=block.is_ours)
             clash = target.take(time_unix_ns, of_frame, sender, now_s, received_unix_ns, rejected)
             if clash is not None:
                 other = track if target is twin else twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -18,6 +19,7 @@ from esper_otel.gateway.rebuild.habits import Habits
 from esper_otel.gateway.rebuild.parts import Part, is_equal, merged, part_of
 from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
 from esper_otel.gateway.receive.request import Marker, PointSender
+from esper_otel.gateway.turns import Turn
 from esper_otel.leyline import senders
 from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 from esper_otel.schema import FRAME_POINTS, SEED_CELLS
@@ -27,6 +29,11 @@ _BYTES, _BYTES_PER_VALUE = 2_000, 100
 
 # How many dead seeds are kept with the live ones before all dead seeds are forgotten at once.
 _SPARE = 100
+
+# A budget for making frames again because frames before them have changed: its maximum, and what refills it. A frame
+# counts for more if many seeds are live in it.
+_MOST_REMADE, _REMADE_PER_S, _REMADE_PER_POINT = 20_000.0, 500.0, 1.0
+_SEEDS_PER_FRAME = 100
 
 _ALL = -1
 _COLUMNS = {metric.name: column for column, metric in enumerate(SEED_CELLS)}
@@ -73,8 +80,11 @@ class History:
 
     A frame from our exporter states which seeds died before it, how many live after it, and a digest of the live seeds.
     If this does not match the frames before, some of them are missing. The seeds that died in between are then found
-    with the digest; if that fails, the frame is marked as incomplete. When a frame arrives late, the frames after it
-    are made again.
+    with the digest; if that fails, the frame is marked as incomplete.
+
+    What arrives late only marks frames as changed. ``corrections`` makes them again, in order of time, and each next
+    frame for as long as the state before it differs from what it was made with. A few points could change thousands of
+    frames, so a budget limits this: when it is used up, frames that did not change themselves stay as they were.
 
     The seeds of a plain sender live until their streams end, or until they have been silent for five minutes.
 
@@ -91,7 +101,12 @@ class History:
         self._habits = habits
         self._most_ends = most_ends
         self._kept: dict[int, ReleasedFrame] = {}
+        self._order: list[int] = []  # the times of the kept frames, sorted
         self._times: dict[int, int] = {}
+        self._changed: dict[int, bool] = {}  # times; whether the frame itself changed, or only the state before it
+        self._changed_times: list[int] = []  # a heap with all of them
+        self._front: LiveSeeds | None = None  # the state before the frame to be made again next, if it is known
+        self._budget, self._budget_s = _MOST_REMADE, 0.0
         self._live = LiveSeeds()
         self._seen: dict[str, int] = {}
         self._room, self._tenant = room, tenant
@@ -129,7 +144,7 @@ class History:
     # -- frames ------------------------------------------------------------------------------------------
 
     def release(self, ready: ReadyFrame) -> list[Item]:
-        """Makes a frame; returns its item, and the items of later frames that it changes."""
+        """Makes a frame; returns its item. ``corrections`` makes a frame that is older than the newest one."""
         time_unix_ns, waiting, complete = ready
         part = waiting.joined()
         self.differing += waiting.differing
@@ -145,22 +160,22 @@ class History:
             self._ends_until(time_unix_ns),
         )
         if time_unix_ns < self.newest_unix_ns:
-            return self._insert(time_unix_ns, kept)
+            return self._inserted(time_unix_ns, kept)
         kept.ends |= self._silent(time_unix_ns, kept)
         self._keep(time_unix_ns, kept)
         item = self._made(time_unix_ns, kept, self._live, self._loss)
         self._after(item.frame)
         return [item]
 
-    def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> list[Item]:
-        """Adds a late part to a released frame; returns the changed items, or none if the part contains nothing new."""
+    def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> None:
+        """Adds a late part to a released frame."""
         kept = self._kept[time_unix_ns]
         known = kept.part
         if part.shape is known.shape and part.numbers.tobytes() == known.numbers.tobytes():
-            return []
+            return
         joined = merged((known, part), last_counts=True)
         if len(joined.part.numbers) == len(known.numbers) and not joined.differing:
-            return []
+            return
         self.differing += joined.differing
         self._note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
@@ -169,37 +184,58 @@ class History:
         if not kept.sequence and number and number not in self._times:
             kept.sequence, kept.complete = number, self._habits.is_complete(joined.part)
             self._keep(time_unix_ns, kept)
-        return self._replayed(time_unix_ns, changed=time_unix_ns)
+        self._note_changed(time_unix_ns, itself=True)
 
-    def end(self, marker: Marker) -> list[Item]:
-        """Ends a stream; returns the items of released frames that had assumed it would continue."""
+    def end(self, marker: Marker) -> bool:
+        """Ends a stream; returns whether its end is still to come."""
         if marker.time_unix_ns <= self.forgotten_unix_ns or marker.name not in _COLUMNS:
-            return []
+            return False
         what = (marker.seed, _COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
             self._await_end(marker.time_unix_ns, what)
-            return []
-        after = min((time for time in self._kept if time >= marker.time_unix_ns), default=None)
-        if after is None or what in self._kept[after].ends:
-            return []
-        self._kept[after].ends.add(what)
-        return self._replayed(after)
+            return True
+        after = bisect_left(self._order, marker.time_unix_ns)
+        if after < len(self._order) and what not in self._kept[self._order[after]].ends:
+            self._kept[self._order[after]].ends.add(what)
+            self._note_changed(self._order[after])
+        return False
 
-    def uncount(self) -> list[Item]:
-        """Returns corrected items for frames whose steps were counted, once the writer turns out to state its steps."""
-        counted = [
-            time for time, kept in self._kept.items() if kept.part.shape.step is None and kept.step < GUESSED_STEP
-        ]
+    def uncount(self) -> None:
+        """Corrects the frames whose steps were counted, once the writer turns out to state its steps."""
+        for time, kept in self._kept.items():
+            if kept.part.shape.step is None and kept.step < GUESSED_STEP:
+                kept.step, kept.complete = GUESSED_STEP + time, False
+                self._note_changed(time, itself=True)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether ``corrections`` has something to do."""
+        return bool(self._changed)
+
+    def earn(self, points: int, now_s: float) -> None:
+        """Refills the budget for making frames again: some points have arrived."""
+        earned = _REMADE_PER_S * (now_s - self._budget_s) + _REMADE_PER_POINT * points
+        self._budget, self._budget_s = min(self._budget + earned, _MOST_REMADE), now_s
+
+    def corrections(self, turn: Turn) -> list[Item]:
+        """Makes changed frames again, until the event loop's turn is over; returns the items that differ."""
         items = []
-        for time in counted:
-            self._kept[time].step, self._kept[time].complete = GUESSED_STEP + time, False
-            items += self._replayed(time, changed=time)
+        while self._changed and not turn.is_over:
+            time = heappop(self._changed_times)
+            if time in self._changed:
+                item = self._remade(time)
+                if item is not None:
+                    items.append(item)
+        if not self._changed:
+            self._changed_times.clear()
         return items
 
     def forget(self, time_unix_ns: int) -> None:
         """Forgets a frame: points of it that arrive from now on are too late."""
         kept = self._kept.pop(time_unix_ns, None)
         if kept is not None:
+            del self._order[bisect_left(self._order, time_unix_ns)]
+            self._changed.pop(time_unix_ns, None)
             self._times.pop(kept.sequence, None)
             self.forgotten_unix_ns = max(self.forgotten_unix_ns, time_unix_ns)
 
@@ -286,51 +322,68 @@ class History:
         return self._step
 
     def _keep(self, time_unix_ns: int, kept: ReleasedFrame) -> None:
+        if time_unix_ns not in self._kept:
+            insort(self._order, time_unix_ns)
         self._kept[time_unix_ns] = kept
         if kept.sequence:
             self._times[kept.sequence] = time_unix_ns
 
-    def _insert(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
+    def _inserted(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
         """Inserts a frame before frames that have already been released."""
         self._note_seen(kept.part.shape.ids, time_unix_ns)
-        earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
-        later = min((time for time in self._kept if time > time_unix_ns), default=None)
-        if earlier is not None:
-            frame = self._kept[earlier].frame
+        place = bisect_left(self._order, time_unix_ns)
+        if place:
+            frame = self._kept[self._order[place - 1]].frame
             kept.before = kept.before if frame is None else frame.live
             kept.loss_before = None if frame is None else _loss_of(frame, None)
-        elif later is not None:
-            kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
+        elif self._order:
+            later = self._kept[self._order[0]]
+            kept.before, kept.loss_before = later.before, later.loss_before
         if time_unix_ns <= self.forgotten_unix_ns:  # the frames between it and the kept ones are forgotten
             return [self._made(time_unix_ns, kept, _living(kept.before), kept.loss_before)]
         self._keep(time_unix_ns, kept)
-        return self._replayed(time_unix_ns, changed=time_unix_ns)
+        self._note_changed(time_unix_ns, itself=True)
+        return []
 
-    def _replayed(self, start_unix_ns: int, *, changed: int | None = None) -> list[Item]:
-        """Makes the frames from a given time on again; returns the items that changed.
+    def _note_changed(self, time_unix_ns: int, *, itself: bool = False) -> None:
+        if time_unix_ns not in self._changed:
+            heappush(self._changed_times, time_unix_ns)
+        self._changed[time_unix_ns] = itself or self._changed.get(time_unix_ns, False)
 
-        If frames after the given one have been forgotten, only that frame is made: its effect on the others is unknown.
+    def _remade(self, time_unix_ns: int) -> Item | None:
+        """Makes a changed frame again, and notes that the next one is to be made again; returns its item if it differs.
+
+        If frames after it have been forgotten, its effect on the others is unknown.
         """
-        items: list[Item] = []
-        is_alone = start_unix_ns <= self.forgotten_unix_ns
-        times = [start_unix_ns] if is_alone else sorted(time for time in self._kept if time >= start_unix_ns)
-        live = _living(self._kept[start_unix_ns].before)
-        loss = self._kept[start_unix_ns].loss_before
-        for time in times:
-            kept = self._kept[time]
-            was = kept.frame
-            if time > start_unix_ns and _is_equal_state(kept, live.table, loss):
-                return items  # from here on nothing changes
-            kept.before, kept.loss_before = live.table, loss
-            item = self._made(time, kept, live, loss)
-            loss = _loss_of(item.frame, loss)
-            if time == changed or was is None or not _is_same(was, item.frame):
-                items.append(item)
-            else:
-                kept.frame, kept.revision = was, kept.revision - 1
-        if times and times[-1] == self.newest_unix_ns:
+        is_changed = self._changed.pop(time_unix_ns)
+        kept = self._kept[time_unix_ns]
+        was = kept.frame
+        front, self._front = self._front, None
+        live = front if front is not None and front.table is kept.before else _living(kept.before)
+        item = self._made(time_unix_ns, kept, live, kept.loss_before)
+        loss = _loss_of(item.frame, kept.loss_before)
+        place = bisect_right(self._order, time_unix_ns)
+        if time_unix_ns == self.newest_unix_ns:
             self._live, self._loss = live, loss
-        return items
+        elif time_unix_ns > self.forgotten_unix_ns and place < len(self._order):
+            time = self._order[place]
+            after = self._kept[time]
+            if not _is_equal_state(after, live.table, loss) and (time in self._changed or self._spend(live)):
+                after.before, after.loss_before = live.table, loss
+                self._note_changed(time)
+                self._front = live
+        if is_changed or was is None or not _is_same(was, item.frame):
+            return item
+        kept.frame, kept.revision = was, kept.revision - 1
+        return None
+
+    def _spend(self, live: LiveSeeds) -> bool:
+        """Takes the cost of making one more frame again from the budget; returns whether there is enough of it."""
+        cost = 1.0 + len(live.ids) / _SEEDS_PER_FRAME
+        if cost > self._budget:
+            return False
+        self._budget -= cost
+        return True
 
     def _made(self, time_unix_ns: int, kept: ReleasedFrame, live: LiveSeeds, loss: float | None) -> Item:
         part = kept.part
@@ -455,10 +508,10 @@ def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     cells = [(live.ids[seed], column) for seed, column in ends if column in known and seed in live.ids]
     if cells:
         table = SeedTable(live.table.ids, live.table.cells.copy())
-        for row, column in cells:
-            table.cells.view(np.uint64)[row, column] = ABSENT_BITS
+        table.cells.view(np.uint64)[tuple(np.array(cells).T)] = ABSENT_BITS
         live.commit(SeedStep(table, table, None, 0, ()))
-        retired += [table.ids[row] for row in {row for row, _ in cells} if is_absent(table.cells[row]).all()]
+        rows = sorted({row for row, _ in cells})
+        retired += [table.ids[row] for row in np.array(rows)[is_absent(table.cells[rows]).all(axis=1)].tolist()]
     return live.retire(dict.fromkeys(retired))
 
 
