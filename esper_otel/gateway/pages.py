@@ -14,7 +14,7 @@ from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.store.base import Store, StoredFrame
-from esper_otel.gateway.turns import Turn
+from esper_otel.gateway.turns import Turn, pause
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
 from esper_otel.pull.messages import PullRequest, PullResponse, Run, Step, step_message
@@ -24,6 +24,7 @@ Made = TypeVar("Made")
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024
 _FETCHED = 32  # steps at once
+_MANY_SEEDS = 1_000
 
 
 class Bounds(NamedTuple):
@@ -135,16 +136,28 @@ async def packets_after(
 async def _steps(
     entries: Sequence[StoredFrame], made: Callable[[StoredFrame, int], Made], now_unix_ns: int, bounds: Bounds
 ) -> deque[Made]:
-    """Makes the steps of the first entries: at least one, and as many as fit in a turn."""
+    """Makes the steps of the first entries: at least one, and as many as fit in a turn.
+
+    A step with many seeds takes longer than a turn, so it is made in a thread.
+    """
     steps: deque[Made] = deque()
     async with bounds.turn():
-        await asyncio.sleep(0)  # let all other ready tasks run first
+        await pause()
+        if _is_large(entries[0]):
+            return deque([await asyncio.to_thread(made, entries[0], now_unix_ns)])
         turn = Turn()
         for entry in entries:
+            if _is_large(entry):
+                break
             steps.append(made(entry, now_unix_ns))
             if turn.is_over:
                 break
     return steps
+
+
+def _is_large(entry: StoredFrame) -> bool:
+    frame = entry.item.frame
+    return len(frame.live.ids) + len(frame.seeds.ids) > _MANY_SEEDS
 
 
 def step_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:

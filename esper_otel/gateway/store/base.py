@@ -21,6 +21,10 @@ class StoreFull(EsperOtelError):
     """Raised when nothing can be written at present. Nothing that was stored is lost."""
 
 
+# How many runs ``expire`` drops at once.
+EXPIRED_AT_ONCE = 100
+
+
 class StoredFrame(NamedTuple):
     """One released frame and its position.
 
