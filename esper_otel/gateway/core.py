@@ -174,7 +174,8 @@ class Core:
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
         """Stores the frames that a request completes, and the request's bytes for frames that still wait."""
         now_s = time.monotonic()
-        items = self._assembler.release(now_s, Turn(self._releasing_s), of_all=False)
+        few = turn if turn is ENDLESS else Turn(self._releasing_s)
+        items = self._assembler.release(now_s, few, of_all=False)
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
@@ -421,8 +422,10 @@ class Core:
 
     def listing(self, grant: Grant | None = None) -> Generator[None, None, RunsResponse]:
         """Returns the known runs that the puller may see, without runs from a check; there may be very many."""
-        stored, ends = self._store.counts(), self._store.outcomes()
         known = {state.origin: state for state in self._assembler.runs(time.monotonic())}
+        yield
+        stored, ends = self._store.counts(), self._store.outcomes()
+        yield
         origins = sorted({*stored, *known})
         yield
         response = RunsResponse()

@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024
-_FETCHED = 32  # steps at once
+_FETCHED, _FETCHED_FIRST = 32, 4  # steps at once; large ones are fetched one by one
 _MANY_SEEDS = 1_000
 
 
@@ -65,9 +65,9 @@ async def page(
     rank = request.rank if request.HasField("rank") else None
     most = request.max_packets or _DEFAULT_PACKETS
     response = PullResponse(cursor=request.cursor)
-    size = 0
+    size, fetched = 0, _FETCHED_FIRST
     while True:
-        few = min(most - len(response.steps), _FETCHED)
+        few = min(most - len(response.steps), fetched)
         try:
             found = store.after(request.run_id, response.cursor, rank, few)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next pull will report it
@@ -76,6 +76,7 @@ async def page(
             raise
         if response.steps and found.gap:
             return response
+        fetched = _next_fetched(found.entries)
         response.gap += found.gap
         steps: deque[Step] = deque()
         for place, entry in enumerate(found.entries):
@@ -110,9 +111,9 @@ async def packets_after(
         UnknownRun, StaleCursor: the run or the cursor cannot be used.
     """
     found: list[Packets] = []
-    gap = size = 0
+    gap, size, fetched = 0, 0, _FETCHED_FIRST
     while True:
-        few = min(most - len(found), _FETCHED)
+        few = min(most - len(found), fetched)
         try:
             after = store.after(run_id, cursor, None, few)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next call will report it
@@ -123,6 +124,7 @@ async def packets_after(
             break
         gap, cursor = gap + after.gap, after.cursor
         entries = after.entries
+        fetched = _next_fetched(entries)
         while entries:
             some = await _steps(entries, made, clock_ns(), FREE)
             entries = entries[len(some) :]
@@ -153,6 +155,10 @@ async def _steps(
             if turn.is_over:
                 break
     return steps
+
+
+def _next_fetched(entries: Sequence[StoredFrame]) -> int:
+    return 1 if any(map(_is_large, entries)) else _FETCHED
 
 
 def _is_large(entry: StoredFrame) -> bool:

@@ -158,7 +158,7 @@ class Store(Protocol):
         """Returns, for each limit by name, how much of it is used, and the limit."""
 
     def expire(self) -> list[str]:
-        """Drops runs that were idle for longer than ``idle_s``; returns their names."""
+        """Drops runs that were idle for longer than ``idle_s``, at most ``EXPIRED_AT_ONCE``; returns their names."""
 
     def close(self) -> None:
         """Closes files."""
