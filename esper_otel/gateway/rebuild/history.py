@@ -84,7 +84,8 @@ class History:
 
     What arrives late only marks frames as changed. ``corrections`` makes them again, in order of time, and each next
     frame for as long as the state before it differs from what it was made with. A few points could change thousands of
-    frames, so a budget limits this: when it is used up, frames that did not change themselves stay as they were.
+    frames, so a budget limits this: when it is used up, frames that did not change themselves stay as they were. So do
+    those that have not been made again yet when the gateway is killed.
 
     The seeds of a plain sender live until their streams end, or until they have been silent for five minutes.
 

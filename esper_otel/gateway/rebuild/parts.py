@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, TypeAlias
@@ -100,6 +101,40 @@ class PartShape:
             np.array([number for _, number in cells], np.intp),
         )
 
+    def extended(self, streams: Sequence[Stream]) -> PartShape:
+        """Returns the shape with further streams after its own. If they are few, ``of`` would take much longer."""
+        more = PartShape.of(streams)
+        count = len(self.streams)
+        columns = max(self.columns, more.columns)
+        new = [seed for seed in more.ids if not _is_in(self.ids, seed)]
+        ids = tuple(sorted((*self.ids, *new))) if new else self.ids
+        rows = np.arange(len(self.ids))
+        rows += np.searchsorted([bisect_left(self.ids, seed) for seed in new], rows, side="right")
+        more_rows = np.array([bisect_left(ids, seed) for seed in more.ids], np.intp)
+        cells = [rows[self.cells // self.columns] * columns + self.cells % self.columns]
+        cells += [more_rows[more.cells // more.columns] * columns + more.cells % more.columns]
+
+        def place(mine: int | None, theirs: int | None) -> int | None:
+            return mine if theirs is None else theirs + count
+
+        return PartShape(
+            (*self.streams, *streams),
+            self.has_repeats or more.has_repeats,
+            place(self.sequence, more.sequence),
+            place(self.points, more.points),
+            place(self.step, more.step),
+            place(self.epoch, more.epoch),
+            place(self.live, more.live),
+            place(self.digest, more.digest),
+            tuple(sorted((*self.retired, *more.retired))),
+            self.names + more.names,
+            np.concatenate((self.name_places, more.name_places + count)),
+            ids,
+            columns,
+            np.concatenate(cells),
+            np.concatenate((self.cell_places, more.cell_places + count)),
+        )
+
 
 class Part(NamedTuple):
     """Values of one frame.
@@ -174,8 +209,13 @@ class MergedParts(NamedTuple):
     differing: int
 
 
-def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
+def merged(parts: Sequence[Part], *, last_counts: bool = False) -> MergedParts:
     """Merges parts. If a stream occurs twice, the first value is used, or the last one if ``last_counts``."""
+    first, *others = parts
+    if others and len(first.numbers) >= _LARGE:
+        rest = merged(others, last_counts=last_counts)
+        joined = _with(first, rest.part, last_counts=last_counts)
+        return MergedParts(joined.part, joined.differing + rest.differing)
     numbers: dict[Stream, float] = {}
     differing = 0
     is_one = True
@@ -192,6 +232,33 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
     return MergedParts(
         Part(PartShape.of(list(numbers)), np.fromiter(numbers.values(), np.float64, len(numbers))), differing
     )
+
+
+def _with(large: Part, other: Part, *, last_counts: bool) -> MergedParts:
+    """Merges two parts, of which the first is large, without going through all of it in Python more than once."""
+    more = dict(zip(other.shape.streams, other.numbers.tolist(), strict=True))
+    known = {stream: place for place, stream in enumerate(large.shape.streams) if stream in more}
+    numbers, differing, is_one = large.numbers, 0, True
+    if known:
+        numbers = numbers.copy()
+        for stream, place in known.items():
+            number = more.pop(stream)
+            if not is_equal(float(numbers[place]), number):
+                differing += 1
+                is_one = is_one and stream != _SEQUENCE
+                if last_counts:
+                    numbers[place] = number
+    shape = large.shape
+    if more:
+        shape = shape.extended(list(more))
+        numbers = np.concatenate((numbers, np.fromiter(more.values(), np.float64, len(more))))
+    part = Part(shape, numbers)
+    return MergedParts(part if is_one else part.without(lambda name, _: name == _POINTS[0]), differing)
+
+
+def _is_in(ids: tuple[str, ...], seed: str) -> bool:
+    place = bisect_left(ids, seed)
+    return place < len(ids) and ids[place] == seed
 
 
 def is_equal(one: float, other: float) -> bool:
