@@ -27,6 +27,8 @@ _STEP: Stream = ("esper.global_step", "")
 _EPOCH: Stream = ("esper.epoch", "")
 _LIVE: Stream = ("esper.seeds", "")
 _DIGEST: Stream = ("esper.seeds.digest", "")
+# Computing the shape of this many values takes one or two milliseconds.
+_LARGE = 1_000
 _NOT_AMONG_THE_VALUES = (_SEQUENCE, _POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
 
 
@@ -101,15 +103,14 @@ class PartShape:
             np.array([number for _, number in cells], np.intp),
         )
 
-    def extended(self, streams: Sequence[Stream]) -> PartShape:
-        """Returns the shape with further streams after its own. If they are few, ``of`` would take much longer."""
-        more = PartShape.of(streams)
+    def extended(self, more: PartShape) -> PartShape:
+        """Returns the shape with other streams after its own, in much less time than ``of`` would take."""
         count = len(self.streams)
         columns = max(self.columns, more.columns)
         new = [seed for seed in more.ids if not _is_in(self.ids, seed)]
         ids = tuple(sorted((*self.ids, *new))) if new else self.ids
         rows = np.arange(len(self.ids))
-        rows += np.searchsorted([bisect_left(self.ids, seed) for seed in new], rows, side="right")
+        rows += np.searchsorted(np.array([bisect_left(self.ids, seed) for seed in new], np.intp), rows, side="right")
         more_rows = np.array([bisect_left(ids, seed) for seed in more.ids], np.intp)
         cells = [rows[self.cells // self.columns] * columns + self.cells % self.columns]
         cells += [more_rows[more.cells // more.columns] * columns + more.cells % more.columns]
@@ -118,7 +119,7 @@ class PartShape:
             return mine if theirs is None else theirs + count
 
         return PartShape(
-            (*self.streams, *streams),
+            self.streams + more.streams,
             self.has_repeats or more.has_repeats,
             place(self.sequence, more.sequence),
             place(self.points, more.points),
@@ -211,11 +212,13 @@ class MergedParts(NamedTuple):
 
 def merged(parts: Sequence[Part], *, last_counts: bool = False) -> MergedParts:
     """Merges parts. If a stream occurs twice, the first value is used, or the last one if ``last_counts``."""
-    first, *others = parts
-    if others and len(first.numbers) >= _LARGE:
-        rest = merged(others, last_counts=last_counts)
-        joined = _with(first, rest.part, last_counts=last_counts)
-        return MergedParts(joined.part, joined.differing + rest.differing)
+    if len(parts) > 1 and any(len(part.numbers) >= _LARGE for part in parts):
+        joined, differing = parts[0], 0
+        for is_large, some in itertools.groupby(parts[1:], lambda part: len(part.numbers) >= _LARGE):
+            for other in some if is_large else [merged(list(some), last_counts=last_counts).part]:
+                found = _both(joined, other, last_counts=last_counts)
+                joined, differing = found.part, differing + found.differing
+        return MergedParts(joined, differing)
     numbers: dict[Stream, float] = {}
     differing = 0
     is_one = True
@@ -234,9 +237,10 @@ def merged(parts: Sequence[Part], *, last_counts: bool = False) -> MergedParts:
     )
 
 
-def _with(large: Part, other: Part, *, last_counts: bool) -> MergedParts:
-    """Merges two parts, of which the first is large, without going through all of it in Python more than once."""
-    more = dict(zip(other.shape.streams, other.numbers.tolist(), strict=True))
+def _both(first: Part, other: Part, *, last_counts: bool) -> MergedParts:
+    """Merges two parts without making the shape of the larger one anew."""
+    large, small = (first, other) if len(first.numbers) >= len(other.numbers) else (other, first)
+    more = dict(zip(small.shape.streams, small.numbers.tolist(), strict=True))
     known = {stream: place for place, stream in enumerate(large.shape.streams) if stream in more}
     numbers, differing, is_one = large.numbers, 0, True
     if known:
@@ -246,11 +250,11 @@ def _with(large: Part, other: Part, *, last_counts: bool) -> MergedParts:
             if not is_equal(float(numbers[place]), number):
                 differing += 1
                 is_one = is_one and stream != _SEQUENCE
-                if last_counts:
+                if last_counts == (small is other):
                     numbers[place] = number
     shape = large.shape
     if more:
-        shape = shape.extended(list(more))
+        shape = shape.extended(PartShape.of(list(more)) if known else small.shape)
         numbers = np.concatenate((numbers, np.fromiter(more.values(), np.float64, len(more))))
     part = Part(shape, numbers)
     return MergedParts(part if is_one else part.without(lambda name, _: name == _POINTS[0]), differing)
@@ -268,8 +272,6 @@ def is_equal(one: float, other: float) -> bool:
 
 # An empty shape takes as much memory as this many values.
 _EMPTY_SHAPE = 16
-# Computing the shape of this many values takes one or two milliseconds.
-_LARGE = 1_000
 
 
 class PartShapes:

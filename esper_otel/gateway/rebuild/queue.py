@@ -17,7 +17,8 @@ from esper_otel.leyline.numbers import UINT64_LIMIT, whole
 # Frame numbers are sent as doubles, which cannot represent every integer above this.
 SEQUENCE_LIMIT = 2**53
 
-_MANY_PARTS = 64
+# Parts of a frame are merged when there are many, and large ones at once, so that no turn merges several of these.
+_MANY_PARTS, _LARGE_PART = 64, 5_000
 _MOST_RANGES = 1_000
 
 # A range of numbers: from the first to before the second.
@@ -67,7 +68,7 @@ class WaitingFrame:
             self.sequence = whole(part.number(shape.sequence), SEQUENCE_LIMIT) or None
         if self.expected is None and shape.points is not None:
             self.expected = whole(part.number(shape.points), UINT64_LIMIT)
-        if len(self.parts) > _MANY_PARTS:
+        if len(self.parts) > _MANY_PARTS or len(part.numbers) > _LARGE_PART:
             self.joined()
 
     def joined(self) -> Part:
