@@ -77,8 +77,9 @@ class Row:
     def line(self) -> str:
         """For the table."""
         delays = "".join(f"{each:8.0f}" for each in self.delays_ms)
-        numbers = f"{self.missing:8}{self.twice:6}{self.peak_mib:8.0f}{self.cpu_s:7.1f}{self.turn_ms:6.0f}{self.health_ms:8.0f}"
-        return f"{self.name:20}{delays}{numbers}{self.restart_s:8.1f}  {'; '.join(self.faults) or 'held'}"
+        numbers = f"{self.missing:8}{self.twice:6}{self.peak_mib:8.0f}{self.cpu_s:7.1f}{self.turn_ms:6.0f}"
+        times = f"{self.health_ms:8.0f}{self.restart_s:8.1f}"
+        return f"{self.name:20}{delays}{numbers}{times}  {'; '.join(self.faults) or 'held'}"
 
 
 HEAD = (

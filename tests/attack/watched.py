@@ -27,7 +27,7 @@ def _watch(path: Path) -> None:
         if took_s > _NOTED_S:
             file.write(f"{time.monotonic():.3f} {took_s * 1e3:.0f}\n")
 
-    asyncio.events.Handle._run = measured  # type: ignore[method-assign]
+    asyncio.events.Handle._run = measured  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
