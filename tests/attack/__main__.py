@@ -3,8 +3,8 @@
 For each attack a gateway with an empty store starts, with an honest trainer and an honest puller over gRPC and over
 HTTP. After it the gateway is killed with SIGKILL and started again on the same store. The exit status is 1 if a bound
 is broken: memory, an honest step lost or pulled twice, the delay of honest steps, the CPU time of one turn of the event
-loop, /healthz within a second, a restart that serves, or what an attack itself looks for. Delays are printed next to those without an attack, the first line. It
-ends by itself.
+loop, /healthz within a second, a restart that serves, or what an attack itself looks for. Delays are printed next to
+those without an attack, the first line. It ends by itself.
 """
 
 from __future__ import annotations
