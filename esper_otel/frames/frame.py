@@ -132,13 +132,13 @@ class RunField(NamedTuple):
 RUN_FIELDS = tuple(RunField(each.name, each.metadata["attribute"], each.metadata["limit"]) for each in fields(Run))
 
 
-def checked_run(said: Mapping[str, Any]) -> Run:
+def checked_run(said: Any) -> Run:
     """The run that a file describes.
 
     Raises:
         ValueError: a field is missing, unknown, or not what it has to be.
     """
-    if said.keys() != {each.name for each in RUN_FIELDS}:
+    if not isinstance(said, Mapping) or said.keys() != {each.name for each in RUN_FIELDS}:
         raise ValueError("a run has other fields")
     for each in RUN_FIELDS:
         value = said[each.name]

@@ -14,7 +14,7 @@ from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.store.base import Store, StoredFrame
-from esper_otel.gateway.turns import Turn
+from esper_otel.gateway.turns import Turn, pause
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
 from esper_otel.pull.messages import PullRequest, PullResponse, Run, Step, step_message
@@ -23,7 +23,8 @@ Made = TypeVar("Made")
 
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024
-_FETCHED = 32  # steps at once
+_FETCHED, _FETCHED_FIRST = 32, 4  # steps at once; large ones are fetched one by one
+_MANY_SEEDS = 1_000
 
 
 class Bounds(NamedTuple):
@@ -64,9 +65,9 @@ async def page(
     rank = request.rank if request.HasField("rank") else None
     most = request.max_packets or _DEFAULT_PACKETS
     response = PullResponse(cursor=request.cursor)
-    size = 0
+    size, fetched = 0, _FETCHED_FIRST
     while True:
-        few = min(most - len(response.steps), _FETCHED)
+        few = min(most - len(response.steps), fetched)
         try:
             found = store.after(request.run_id, response.cursor, rank, few)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next pull will report it
@@ -75,6 +76,7 @@ async def page(
             raise
         if response.steps and found.gap:
             return response
+        fetched = _next_fetched(found.entries)
         response.gap += found.gap
         steps: deque[Step] = deque()
         for place, entry in enumerate(found.entries):
@@ -109,9 +111,9 @@ async def packets_after(
         UnknownRun, StaleCursor: the run or the cursor cannot be used.
     """
     found: list[Packets] = []
-    gap = size = 0
+    gap, size, fetched = 0, 0, _FETCHED_FIRST
     while True:
-        few = min(most - len(found), _FETCHED)
+        few = min(most - len(found), fetched)
         try:
             after = store.after(run_id, cursor, None, few)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next call will report it
@@ -122,6 +124,7 @@ async def packets_after(
             break
         gap, cursor = gap + after.gap, after.cursor
         entries = after.entries
+        fetched = _next_fetched(entries)
         while entries:
             some = await _steps(entries, made, clock_ns(), FREE)
             entries = entries[len(some) :]
@@ -135,16 +138,32 @@ async def packets_after(
 async def _steps(
     entries: Sequence[StoredFrame], made: Callable[[StoredFrame, int], Made], now_unix_ns: int, bounds: Bounds
 ) -> deque[Made]:
-    """Makes the steps of the first entries: at least one, and as many as fit in a turn."""
+    """Makes the steps of the first entries: at least one, and as many as fit in a turn.
+
+    A step with many seeds takes longer than a turn, so it is made in a thread.
+    """
     steps: deque[Made] = deque()
     async with bounds.turn():
-        await asyncio.sleep(0)  # let all other ready tasks run first
+        await pause()
+        if _is_large(entries[0]):
+            return deque([await asyncio.to_thread(made, entries[0], now_unix_ns)])
         turn = Turn()
         for entry in entries:
+            if _is_large(entry):
+                break
             steps.append(made(entry, now_unix_ns))
             if turn.is_over:
                 break
     return steps
+
+
+def _next_fetched(entries: Sequence[StoredFrame]) -> int:
+    return 1 if any(map(_is_large, entries)) else _FETCHED
+
+
+def _is_large(entry: StoredFrame) -> bool:
+    frame = entry.item.frame
+    return len(frame.live.ids) + len(frame.seeds.ids) > _MANY_SEEDS
 
 
 def step_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:

@@ -218,8 +218,8 @@ def _end(live: LiveSeeds, ends: Iterable[StreamEnd]) -> tuple[str, ...]:
     cells = [(live.ids[seed], column) for _, seed, column in ends if column in known and seed in live.ids]
     if cells:
         table = SeedTable(live.table.ids, live.table.cells.copy())
-        for row, column in cells:
-            table.cells.view(np.uint64)[row, column] = ABSENT_BITS
+        table.cells.view(np.uint64)[tuple(np.array(cells).T)] = ABSENT_BITS
         live.commit(SeedStep(table, table, None, 0, ()))
-        retired += [table.ids[row] for row in {row for row, _ in cells} if is_absent(table.cells[row]).all()]
+        rows = sorted({row for row, _ in cells})
+        retired += [table.ids[row] for row in np.array(rows)[is_absent(table.cells[rows]).all(axis=1)].tolist()]
     return live.retire(dict.fromkeys(retired))

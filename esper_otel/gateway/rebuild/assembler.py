@@ -114,7 +114,7 @@ class Assembler:
             track = self._track(marker.sender, request, now_s)
             if track is None:
                 rejected[TOO_MANY_RUNS] += 1
-            elif track.end_stream(marker):
+            elif track.end_stream(marker, now_s):
                 self._moved[track] = None
         for sender, outcome in decoded.ended:
             yield
@@ -274,7 +274,7 @@ class Assembler:
                 if twin.knows(time_unix_ns) or (number is not None and number == twin.next != track.next):
                     target = twin
             self._touched[target] = None
-            target.learn(shape, is_ours=block.is_ours)
+            target.learn(shape, now_s, is_ours=block.is_ours)
             clash = target.take(time_unix_ns, of_frame, sender, now_s, received_unix_ns, rejected)
             if clash is not None:
                 other = track if target is twin else twin
@@ -315,11 +315,12 @@ class Assembler:
         return track
 
     def _released(self, track: Track, now_s: float, turn: Turn, *, all_now: bool = False) -> list[Item]:
+        was_changed = track.is_changed
         items = track.release(now_s, turn, all_now=all_now)
-        if items:
+        if items or was_changed:
             self._moved[track] = None
-            if track.is_due(now_s):
-                self._last_tenant = track.tenant
+        if items and track.is_due(now_s):
+            self._last_tenant = track.tenant
         for item in items:
             if item.revision == 1:
                 self._keep(track, item.frame.time_unix_ns)

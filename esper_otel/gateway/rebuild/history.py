@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from esper_otel.gateway.items import MOST_ENDS, Item, Origin
 from esper_otel.gateway.limits import SharedPlaces
 from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
 from esper_otel.gateway.receive.request import Marker
+from esper_otel.gateway.turns import Turn
 from esper_otel.parts.habits import Habits
 from esper_otel.parts.maker import FrameInput, FrameMaker, StreamEnd, loss_of
 from esper_otel.parts.part import SEED_COLUMNS, Part, is_equal, merged, part_of
@@ -26,6 +28,11 @@ from esper_otel.schema import SEED_FIELDS, SEED_RETIRED
 _BYTES, _BYTES_PER_VALUE = 2_000, 100
 # How many stream ends that have come are stored for a restart, with those to come.
 _MOST_PAST_ENDS = 500
+
+# A budget for making frames again because frames before them have changed: its maximum, and what refills it. A frame
+# counts for more if many seeds are live in it.
+_MOST_REMADE, _REMADE_PER_S, _REMADE_PER_POINT = 20_000.0, 500.0, 1.0
+_SEEDS_PER_FRAME = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +71,12 @@ class ReleasedFrame(FrameInput):
 
 
 class History:
-    """Makes frames from assembled parts. When a frame arrives late, the frames after it are made again.
+    """Makes frames from assembled parts.
+
+    What arrives late only marks frames as changed. ``corrections`` makes them again, in order of time, and each next
+    frame for as long as the state before it differs from what it was made with. A few points could change thousands of
+    frames, so a budget limits this: when it is used up, frames that did not change themselves stay as they were. So do
+    those that have not been made again yet when the gateway is killed.
 
     Args:
         origin: the writer of the frames.
@@ -79,11 +91,17 @@ class History:
         self._habits = habits
         self._most_ends = most_ends
         self._kept: dict[int, ReleasedFrame] = {}
+        self._order: list[int] = []  # the times of the kept frames, sorted
         self._times: dict[int, int] = {}
+        self._changed: dict[int, bool] = {}  # times; whether the frame itself changed, or only the state before it
+        self._changed_times: list[int] = []  # a heap with all of them
+        self._front: LiveSeeds | None = None  # the state before the frame to be made again next, if it is known
+        self._budget, self._budget_s = _MOST_REMADE, 0.0
         self._maker = FrameMaker(habits)
         self._room, self._tenant = room, tenant
         self._ends: dict[int, set[StreamEnd]] = {}
         self._past_ends: deque[StreamEnd] = deque(maxlen=_MOST_PAST_ENDS)
+        self._late_ends: deque[StreamEnd] = deque(maxlen=_MOST_PAST_ENDS)  # past ends of frames to be made again
         self._end_times: list[int] = []  # a heap
         self._end_count = 0
         self.newest_unix_ns: int = 0
@@ -115,7 +133,7 @@ class History:
     # -- frames ------------------------------------------------------------------------------------------
 
     def release(self, ready: ReadyFrame) -> list[Item]:
-        """Makes a frame; returns its item, and the items of later frames that it changes."""
+        """Makes a frame; returns its item. ``corrections`` makes a frame that is older than the newest one."""
         time_unix_ns, waiting, complete = ready
         part = waiting.joined()
         maker = self._maker
@@ -132,22 +150,22 @@ class History:
             maker.loss,
         )
         if time_unix_ns < self.newest_unix_ns:
-            return self._insert(time_unix_ns, kept)
+            return self._inserted(time_unix_ns, kept)
         kept.ends |= maker.silent(time_unix_ns, part)
         self._keep(time_unix_ns, kept)
         item = self._made(time_unix_ns, kept, maker.live, maker.loss)
         self._after(item.frame)
         return [item]
 
-    def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> list[Item]:
-        """Adds a late part to a released frame; returns the changed items, or none if the part contains nothing new."""
+    def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> None:
+        """Adds a late part to a released frame."""
         kept = self._kept[time_unix_ns]
         known = kept.part
         if part.shape is known.shape and part.numbers.tobytes() == known.numbers.tobytes():
-            return []
+            return
         joined = merged((known, part), last_counts=True)
         if len(joined.part.numbers) == len(known.numbers) and not joined.differing:
-            return []
+            return
         self.differing += joined.differing
         self._maker.note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
@@ -156,45 +174,70 @@ class History:
         if not kept.sequence and number and number not in self._times:
             kept.sequence, kept.complete = number, self._habits.is_complete(joined.part)
             self._keep(time_unix_ns, kept)
-        return self._replayed(time_unix_ns, changed=time_unix_ns)
+        self._note_changed(time_unix_ns, itself=True)
 
-    def end(self, marker: Marker) -> list[Item]:
-        """Ends a stream; returns the items of released frames that had assumed it would continue."""
+    def end(self, marker: Marker) -> bool:
+        """Ends a stream; returns whether its end is still to come."""
         if marker.name not in SEED_COLUMNS or (
             marker.time_unix_ns <= self.forgotten_unix_ns and self._maker.may_live_on(marker.seed, marker.time_unix_ns)
         ):
-            return []
+            return False
         end = StreamEnd(marker.time_unix_ns, marker.seed, SEED_COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
             self._await_end(end)
-            return []
+            return True
         after = self._add_end(end)
-        return [] if after is None else self._replayed(after)
+        if after is not None:
+            self._late_ends.append(end)
+            self._note_changed(after)
+        return False
 
     def _add_end(self, end: StreamEnd) -> int | None:
         """Adds a stream end to the frame that it precedes; returns that one's time, or None if nothing is new."""
-        after = min((time for time in self._kept if time >= end.time_unix_ns), default=None)
-        if after is None or end in self._kept[after].ends:
+        place = bisect_left(self._order, end.time_unix_ns)
+        if place == len(self._order) or end in self._kept[self._order[place]].ends:
             return None
-        self._kept[after].ends.add(end)
-        self._past_ends.append(end)
-        return after
+        self._kept[self._order[place]].ends.add(end)
+        return self._order[place]
 
-    def uncount(self) -> list[Item]:
-        """Returns corrected items for frames whose steps were counted, once the writer turns out to state its steps."""
-        counted = [
-            time for time, kept in self._kept.items() if kept.part.shape.step is None and kept.step < GUESSED_STEP
-        ]
+    def uncount(self) -> None:
+        """Corrects the frames whose steps were counted, once the writer turns out to state its steps."""
+        for time, kept in self._kept.items():
+            if kept.part.shape.step is None and kept.step < GUESSED_STEP:
+                kept.step, kept.complete = GUESSED_STEP + time, False
+                self._note_changed(time, itself=True)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether ``corrections`` has something to do."""
+        return bool(self._changed)
+
+    def earn(self, points: int, now_s: float) -> None:
+        """Refills the budget for making frames again: some points have arrived."""
+        earned = _REMADE_PER_S * (now_s - self._budget_s) + _REMADE_PER_POINT * points
+        self._budget, self._budget_s = min(self._budget + earned, _MOST_REMADE), now_s
+
+    def corrections(self, turn: Turn) -> list[Item]:
+        """Makes changed frames again, until the event loop's turn is over; returns the items that differ."""
         items = []
-        for time in counted:
-            self._kept[time].step, self._kept[time].complete = GUESSED_STEP + time, False
-            items += self._replayed(time, changed=time)
+        while self._changed and not turn.is_over:
+            time = heappop(self._changed_times)
+            if time in self._changed:
+                item = self._remade(time)
+                if item is not None:
+                    items.append(item)
+        if not self._changed:
+            self._changed_times.clear()
+            self._past_ends.extend(self._late_ends)
+            self._late_ends.clear()
         return items
 
     def forget(self, time_unix_ns: int) -> None:
         """Forgets a frame: points of it that arrive from now on are too late."""
         kept = self._kept.pop(time_unix_ns, None)
         if kept is not None:
+            del self._order[bisect_left(self._order, time_unix_ns)]
+            self._changed.pop(time_unix_ns, None)
             self._times.pop(kept.sequence, None)
             self.forgotten_unix_ns = max(self.forgotten_unix_ns, time_unix_ns)
 
@@ -244,7 +287,10 @@ class History:
                 kept.complete = self._habits.is_complete(kept.part)
 
     def ends_to_come(self) -> tuple[tuple[int, str, int], ...]:
-        """Returns stream ends as (time, seed, column), some that have come, too; only some if there are very many."""
+        """Returns stream ends as (time, seed, column), some that have come, too; only some if there are very many.
+
+        An end that has come is among them once the frames after it have been made again: then they show what it ended.
+        """
         past = [end for end in self._past_ends if end.time_unix_ns > self.forgotten_unix_ns]
         ends = chain(past, (end for some in self._ends.values() for end in sorted(some)))
         return tuple(islice(ends, MOST_ENDS))
@@ -256,7 +302,10 @@ class History:
             if end.time_unix_ns > self.newest_unix_ns:
                 self._await_end(end)
             elif end.time_unix_ns > self.forgotten_unix_ns:
-                after.update(filter(None, [self._add_end(end)]))
+                place = self._add_end(end)
+                if place is not None:
+                    self._past_ends.append(end)
+                    after.add(place)
         for time_unix_ns in after:
             self._kept[time_unix_ns].retire_by_ends()
 
@@ -268,58 +317,74 @@ class History:
         self._maker.note(frame)
 
     def _keep(self, time_unix_ns: int, kept: ReleasedFrame) -> None:
+        if time_unix_ns not in self._kept:
+            insort(self._order, time_unix_ns)
         self._kept[time_unix_ns] = kept
         if kept.sequence:
             self._times[kept.sequence] = time_unix_ns
 
-    def _insert(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
+    def _inserted(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
         """Inserts a frame before frames that have already been released."""
         self._maker.note_seen(kept.part.shape.ids, time_unix_ns)
-        earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
-        later = min((time for time in self._kept if time > time_unix_ns), default=None)
-        if earlier is not None:
-            frame = self._kept[earlier].frame
+        place = bisect_left(self._order, time_unix_ns)
+        if place:
+            frame = self._kept[self._order[place - 1]].frame
             kept.before = kept.before if frame is None else frame.live
             kept.loss_before = None if frame is None else loss_of(frame, None)
-        elif later is not None:
-            kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
+        elif self._order:
+            later = self._kept[self._order[0]]
+            kept.before, kept.loss_before = later.before, later.loss_before
         if time_unix_ns <= self.forgotten_unix_ns:  # the frames between it and the kept ones are forgotten
             return [self._made(time_unix_ns, kept, _living(kept.before), kept.loss_before)]
-        until_unix_ns = time_unix_ns
-        if later is not None:
-            kept.ends |= {end for end in self._kept[later].ends if end.time_unix_ns <= time_unix_ns}
+        if place < len(self._order):
+            later = self._kept[self._order[place]]
+            kept.ends |= {end for end in later.ends if end.time_unix_ns <= time_unix_ns}
             if kept.ends:
-                self._kept[later].ends -= kept.ends
-                until_unix_ns = later
+                later.ends -= kept.ends
+                self._note_changed(self._order[place])
         self._keep(time_unix_ns, kept)
-        return self._replayed(time_unix_ns, changed=time_unix_ns, until_unix_ns=until_unix_ns)
+        self._note_changed(time_unix_ns, itself=True)
+        return []
 
-    def _replayed(self, start_unix_ns: int, *, changed: int | None = None, until_unix_ns: int = 0) -> list[Item]:
-        """Makes the frames from a given time on again, until nothing changes; returns the items that changed.
+    def _note_changed(self, time_unix_ns: int, *, itself: bool = False) -> None:
+        if time_unix_ns not in self._changed:
+            heappush(self._changed_times, time_unix_ns)
+        self._changed[time_unix_ns] = itself or self._changed.get(time_unix_ns, False)
 
-        If frames after the given one have been forgotten, only that frame is made: its effect on the others is unknown.
-        The frames up to ``until_unix_ns`` are made even if the state before them is the same.
+    def _remade(self, time_unix_ns: int) -> Item | None:
+        """Makes a changed frame again, and notes that the next one is to be made again; returns its item if it differs.
+
+        If frames after it have been forgotten, its effect on the others is unknown.
         """
-        items: list[Item] = []
-        is_alone = start_unix_ns <= self.forgotten_unix_ns
-        times = [start_unix_ns] if is_alone else sorted(time for time in self._kept if time >= start_unix_ns)
-        live = _living(self._kept[start_unix_ns].before)
-        loss = self._kept[start_unix_ns].loss_before
-        for time in times:
-            kept = self._kept[time]
-            was = kept.frame
-            if time > max(start_unix_ns, until_unix_ns) and _is_equal_state(kept, live.table, loss):
-                return items
-            kept.before, kept.loss_before = live.table, loss
-            item = self._made(time, kept, live, loss)
-            loss = loss_of(item.frame, loss)
-            if time == changed or was is None or not _is_same(was, item.frame):
-                items.append(item)
-            else:
-                kept.frame, kept.revision = was, kept.revision - 1
-        if times and times[-1] == self.newest_unix_ns:
+        is_changed = self._changed.pop(time_unix_ns)
+        kept = self._kept[time_unix_ns]
+        was = kept.frame
+        front, self._front = self._front, None
+        live = front if front is not None and front.table is kept.before else _living(kept.before)
+        item = self._made(time_unix_ns, kept, live, kept.loss_before)
+        loss = loss_of(item.frame, kept.loss_before)
+        place = bisect_right(self._order, time_unix_ns)
+        if time_unix_ns == self.newest_unix_ns:
             self._maker.live, self._maker.loss = live, loss
-        return items
+        elif time_unix_ns > self.forgotten_unix_ns and place < len(self._order):
+            time = self._order[place]
+            after = self._kept[time]
+            if not _is_equal_state(after, live.table, loss) and (time in self._changed or self._spend(live)):
+                after.before, after.loss_before = live.table, loss
+                self._note_changed(time)
+                self._front = live
+        if is_changed or was is None or not _is_same(was, item.frame):
+            return item
+        kept.frame, kept.revision = was, kept.revision - 1
+        return None
+
+    def _spend(self, live: LiveSeeds) -> bool:
+        """Takes the cost of making one more frame again from the budget; returns whether there is enough of it."""
+        cost = 1.0 + len(live.ids) / _SEEDS_PER_FRAME
+        if cost > self._budget:
+            return False
+        self._budget -= cost
+        return True
 
     def _made(self, time_unix_ns: int, kept: ReleasedFrame, live: LiveSeeds, loss: float | None) -> Item:
         kept.frame, is_complete = self._maker.made(time_unix_ns, kept, live, loss, kept.frame)

@@ -10,12 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.gateway.receive.request import PointBlock
-from esper_otel.parts.part import POINTS, SEQUENCE, MergedParts, Part, PartShape, Stream
+from esper_otel.parts.part import LARGE, POINTS, SEQUENCE, MergedParts, Part, PartShape, Stream
 
 # An empty shape takes as much memory as this many values.
 _EMPTY_SHAPE = 16
-# Computing the shape of this many values takes one or two milliseconds.
-_LARGE = 1_000
 
 
 class PartShapes:
@@ -37,7 +35,7 @@ class PartShapes:
         """Computes the shapes of large frames in advance, because that takes long."""
         vocabulary = self._vocabulary(block)
         for some in _frames(block.times):
-            if some.stop - some.start >= _LARGE:
+            if some.stop - some.start >= LARGE:
                 self._part(block, vocabulary, some)
 
     def parts(self, block: PointBlock) -> Iterator[tuple[int, MergedParts]]:

@@ -23,6 +23,7 @@ from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
 from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
+from esper_otel.gateway.turns import in_turns
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest, RunsRequest
 
@@ -137,7 +138,7 @@ class Rpc:
     async def _runs(self, _: Any, context: _Context) -> bytes:
         async def answered(grant: Grant | None, answer: Holding) -> bytes:
             request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
-            return self._core.runs(grant, request.run_id).SerializeToString()
+            return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
 
         return await self._pulled(context, answered)
 

@@ -21,6 +21,10 @@ class StoreFull(EsperOtelError):
     """Raised when nothing can be written at present. Nothing that was stored is lost."""
 
 
+# How many runs ``expire`` drops at once.
+EXPIRED_AT_ONCE = 100
+
+
 class StoredFrame(NamedTuple):
     """One released frame and its position.
 
@@ -162,7 +166,7 @@ class Store(Protocol):
         """Returns, for each limit by name, how much of it is used, and the limit."""
 
     def expire(self) -> list[str]:
-        """Drops runs that were idle for longer than ``idle_s``; returns their names."""
+        """Drops runs that were idle for longer than ``idle_s``, at most ``EXPIRED_AT_ONCE``; returns their names."""
 
     def close(self) -> None:
         """Closes files."""

@@ -12,6 +12,7 @@ from esper_otel.frames.frame import Frame, frame_bytes
 from esper_otel.frames.numbers import finite
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
+    EXPIRED_AT_ONCE,
     NO_TENANTS,
     NOTHING_ENDED,
     RANK_BYTES,
@@ -200,7 +201,7 @@ class MemoryStore:
     def expire(self) -> list[str]:
         """Drops runs that were idle for too long. See ``Store``."""
         oldest_s = self._clock() - self._limits.idle_s
-        gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s]
+        gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
             self._forget(run_id)
         return gone

@@ -25,6 +25,7 @@ from esper_otel.frames.encoded import DamagedFrame, frame_from_bytes, frame_to_b
 from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
+    EXPIRED_AT_ONCE,
     NO_TENANTS,
     NOTHING_ENDED,
     RANK_BYTES,
@@ -291,7 +292,7 @@ class FileStore:
             with transaction(self._connection) as connection:
                 connection.execute("UPDATE age SET seconds = ?", (self._age_s(),))
             self._age_noted_s = self._age_s()
-        gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s]
+        gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
             run = self._runs[run_id]
             with transaction(self._connection) as connection:
