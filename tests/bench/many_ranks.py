@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import numpy as np
@@ -35,7 +36,9 @@ from esper_otel.export.encode import Encoder
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.pull.messages import PullRequest, PullResponse, RunsRequest, RunsResponse
 from esper_otel.schema import METRICS, STEP_METRICS
-from esper_otel.varint import field_head
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+from wire import as_collector  # noqa: E402 - it is next to this folder
 
 RANKS, POINTS, IN_REQUEST = 512, 30, 8_000
 WARM, STEPS, PULLED, PULLERS = 6, 20, 4_000, 10
@@ -95,25 +98,6 @@ class Cost(NamedTuple):
 # -- requests as a collector sends them ----------------------------------------------------------------------------
 
 
-def _descending(message: Any) -> bytes:
-    """Serializes a message as the collector does: its fields in descending order."""
-    parts = []
-    for field, value in sorted(message.ListFields(), key=lambda each: -each[0].number):
-        values = value if field.is_repeated else [value]
-        for each in values:
-            if field.type == field.TYPE_MESSAGE:
-                content = _descending(each)
-                parts.append(field_head(field.number, len(content)) + content)
-            else:
-                alone = type(message)()
-                if field.is_repeated:
-                    getattr(alone, field.name).append(each)
-                else:
-                    setattr(alone, field.name, each)
-                parts.append(alone.SerializeToString())
-    return b"".join(parts)
-
-
 def _frame(run: Run, step: int) -> Frame:
     names = (*(metric.name for metric in STEP_METRICS), "esper.optimizer.lr")
     numbers = tuple(float(2 + place) for place in range(len(names)))
@@ -129,7 +113,7 @@ class _Skeleton(NamedTuple):
     names: list[str]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _skeleton(run_id: str, rank: int, world_size: int, first: int, last: int) -> _Skeleton:
     """Points ``first`` to before ``last`` of a rank's frame, as a ResourceMetrics of its own."""
     run = Run(run_id, 1, rank=rank, world_size=world_size)
@@ -157,7 +141,7 @@ def _skeleton(run_id: str, rank: int, world_size: int, first: int, last: int) ->
     marker = 0.123456789
     for metric in of_scope.metrics:
         metric.gauge.data_points[0].as_double = marker
-    body = _descending(request)
+    body = as_collector(request)
     pattern, time_pattern = np.float64(marker).tobytes(), (_TIME + _STEP_NS).to_bytes(8, "little")
     return _Skeleton(
         bytearray(body), _places(body, time_pattern), _places(body, pattern), [metric.name for metric in some]
@@ -223,7 +207,7 @@ class Gateway:
         )
 
     def call(self, method: str, request: bytes) -> bytes:
-        answer: bytes = self.channel.unary_unary(method)(request, timeout=60)
+        answer: bytes = self.channel.unary_unary(method, None, None)(request, timeout=60)
         return answer
 
     def send(self, body: bytes) -> None:
@@ -232,8 +216,7 @@ class Gateway:
 
     def cpu_s(self) -> float:
         """CPU time of the process so far."""
-        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as file:
-            fields = file.read().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) * _TICK_S
 
     def stored(self, run_id: str) -> int:

@@ -64,6 +64,12 @@ class RejectedPoints:
         name = "".join(character if character.isprintable() else "?" for character in metric[:_NAME_LENGTH])
         of_reason[name if name in of_reason or len(of_reason) < _MOST_NAMES else OTHER_METRICS] += count
 
+    def merge(self, other: DecodedRequest) -> None:
+        """Adds the counts of another part of the request."""
+        for reason, of_reason in other.metrics.items():
+            for metric, count in of_reason.items():
+                self.add(reason, metric, count)
+
 
 class Malformed(EsperOtelError):
     """The request is not an ExportMetricsServiceRequest."""
@@ -89,6 +95,8 @@ class PointSender(NamedTuple):
 class PointBlock(NamedTuple):
     """Points of one sender that can become frames, ordered by time; points with equal times keep their order.
 
+    A request may have several blocks of one sender; what comes first in the request is in the first of them.
+
     Attributes:
         sender: the sender of the points.
         names: metric names of the request.
@@ -98,6 +106,8 @@ class PointBlock(NamedTuple):
         times: Unix nanoseconds.
         values: the values.
         is_ours: whether some points come from our instrumentation scope.
+        has_further: whether some points have attributes that are unknown here.
+        kind: the same object for all blocks with the same streams and the same changes of time; None if not known.
     """
 
     sender: PointSender
@@ -107,6 +117,8 @@ class PointBlock(NamedTuple):
     times: npt.NDArray[np.uint64]
     values: npt.NDArray[np.float64]
     is_ours: bool = False
+    has_further: bool = False
+    kind: object = None
 
 
 class Marker(NamedTuple):
@@ -136,7 +148,7 @@ class DecodedRequest(NamedTuple):
     """A decoded request.
 
     Attributes:
-        blocks: points that can become frames, by sender.
+        blocks: points that can become frames, by sender, in the order of the request.
         markers: ends of seeds' streams.
         ended: ranks that have ended.
         points: number of points in the request, including rejected ones.
