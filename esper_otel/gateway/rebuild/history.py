@@ -340,7 +340,6 @@ class History:
         digest = whole(part.number(part.shape.digest), UINT64_LIMIT)
         if kept.ends and digest is None:
             retired += _end(live, kept.ends)
-        values = part.values()
         table = part.seeds()
         violations = None
         if table.ids:
@@ -350,12 +349,13 @@ class History:
             if not self._habits.counts:  # otherwise its session did this already, with more information
                 table = step.recorded
         run = kept.sender.run
+        names, numbers = part.shape.names, tuple(part.numbers[part.shape.name_places].tolist())
         found_out: dict[str, float] = {}
         if not kept.sequence:
-            said = {*values}
+            values = dict(zip(names, numbers, strict=True))
             senders.complete(values, violations, loss)
             run = senders.on_its_device(run, values)
-            found_out = {name: values.pop(name) for name in values.keys() - said}
+            found_out = {name: values[name] for name in values.keys() - {*names}}
         dead = () if digest is None or digest_of(live.table.ids) == digest else self._dead(live, kept, digest)
         if dead:
             live.retire(dead)
@@ -363,7 +363,8 @@ class History:
             retired += tuple(dead)
         are_known = dead is not None
         if not (kept.complete and are_known):
-            values |= _said(part)
+            values = {**dict(zip(names, numbers, strict=True)), **_said(part)}
+            names, numbers = tuple(values), tuple(values.values())
         global_step = whole(part.number(part.shape.step), GUESSED_STEP)
         kept.frame = Frame(
             run,
@@ -371,8 +372,8 @@ class History:
             kept.step if global_step is None else global_step,
             whole(part.number(part.shape.epoch), UINT64_LIMIT) or 0,
             time_unix_ns,
-            tuple(values),
-            tuple(values.values()),
+            names,
+            numbers,
             found_out,
             table,
             live.table,
@@ -445,7 +446,9 @@ def _lacks_lives(frame: Frame) -> bool:
 
 def _loss_of(frame: Frame, default: float | None) -> float | None:
     """Returns the last finite loss that the frame recorded, or that was derived for it."""
-    return frame.context.get(LAST_LOSS, frame.recorded.get(LAST_LOSS, default))
+    if LAST_LOSS in frame.context:
+        return frame.context[LAST_LOSS]
+    return frame.numbers[frame.names.index(LAST_LOSS)] if LAST_LOSS in frame.names else default
 
 
 def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:

@@ -234,7 +234,7 @@ class Template:
         """Returns the times and values of parts, one per row, and which of them have the template's order of times."""
         all_times = rows.take(self._all_times, axis=1).view(np.uint64)
         times = all_times if self._order is None else all_times.take(self._order, axis=1)
-        is_usual: npt.NDArray[np.bool_] = ((all_times >= EARLIEST_UNIX_NS) & (all_times < LATEST_UNIX_NS)).all(axis=1)
+        is_usual = np.all((all_times >= EARLIEST_UNIX_NS) & (all_times < LATEST_UNIX_NS), axis=1)
         before, after = times[:, :-1], times[:, 1:]
         is_usual &= np.where(self._changes, after > before, after == before).all(axis=1)
         bits = rows.take(self._values, axis=1).view(np.uint64)
@@ -244,7 +244,7 @@ class Template:
         looks_absent = bits == ABSENT_BITS
         if looks_absent.any():  # this NaN was sent as a value; it must not look like an empty cell
             values = np.where(looks_absent & ~self._is_integer, np.nan, values)
-        return times, values, is_usual
+        return times, values, np.asarray(is_usual)
 
     def block(self, sender: PointSender, times: npt.NDArray[np.uint64], values: npt.NDArray[np.float64]) -> PointBlock:
         """Returns the points of one part."""
