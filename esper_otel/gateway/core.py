@@ -14,7 +14,18 @@ from esper_otel.errors import UnknownRun
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import FREE, Bounds, forgotten, packets_after, packets_of, page, run_message, step_of
+from esper_otel.gateway.pages import (
+    FREE,
+    Bounds,
+    MadeSteps,
+    PulledPage,
+    forgotten,
+    packets_after,
+    packets_of,
+    page,
+    run_message,
+    step_of,
+)
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
@@ -104,7 +115,7 @@ class Core:
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
-        self._warnings, self._ranks = Warnings(), Ranks()
+        self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.counts, self.rejected = Counter[str](), Counter[str]()
         self.refused, self.deferred = Counter[str](), Counter[str]()  # whole requests, by reason
@@ -416,6 +427,10 @@ class Core:
         return RunsResponse(runs=seen)
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
+        """Does the same as ``pulled``, and returns the page as a message."""
+        return PullResponse.FromString((await self.pulled(request, grant, bounds)).body)
+
+    async def pulled(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PulledPage:
         """Returns the steps after a cursor; waits up to ``wait_s`` if there is none yet.
 
         Raises:
@@ -428,13 +443,13 @@ class Core:
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
-                response = await self._page(request, bounds)
+                found = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
                     raise
             else:
-                if response.steps or response.gap or time.monotonic() >= deadline_s:
-                    return response
+                if found.steps or found.gap or time.monotonic() >= deadline_s:
+                    return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
 
@@ -450,12 +465,12 @@ class Core:
             raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
         return view
 
-    async def _page(self, request: PullRequest, bounds: Bounds) -> PullResponse:
+    async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
         made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        response = await page(self._store, request, made, self._clock_ns, bounds)
-        self.counts["pulled_steps"] += len(response.steps)
-        self.counts["gap_steps"] += response.gap if request.cursor else 0
-        return response
+        found = await page(self._store, request, made, self._made, self._clock_ns, bounds)
+        self.counts["pulled_steps"] += found.steps
+        self.counts["gap_steps"] += found.gap if request.cursor else 0
+        return found
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
         """Returns the steps after a cursor, for a reader in this process; does not wait.
@@ -518,7 +533,8 @@ class Core:
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
-        return {**self._assembler.use(), **self._store.use(), **bodies}
+        made = {"made step bytes": (float(self._made.used), float(self._made.most))}
+        return {**self._assembler.use(), **self._store.use(), **bodies, **made}
 
     @property
     def damaged(self) -> Mapping[str, int]:
