@@ -36,7 +36,7 @@ class Small(Core):
         except Crowded:
             return None
 
-    async def pulled(self, run_id: str) -> list[tuple[int, int]]:
+    async def all_pulled(self, run_id: str) -> list[tuple[int, int]]:
         response = await self.pull(PullRequest(run_id=run_id))
         return [(step.step, step.revision) for step in response.steps]
 
@@ -53,7 +53,7 @@ def test_a_writer_too_many_is_taken_when_another_has_been_silent(monkeypatch: py
             if core.now_s <= 1_060:
                 assert core.send("c") is None
         assert core.send("c") == Answer(0, "")
-        assert await core.pulled("c") == [(1, 1)]
+        assert await core.all_pulled("c") == [(1, 1)]
         assert core.rejected == {}
         assert core.counts["requests"] == 13
 
@@ -66,9 +66,9 @@ def test_a_request_that_is_sent_again_stores_nothing_twice(monkeypatch: pytest.M
     async def live() -> None:
         core = Small(monkeypatch)
         assert core.send("a", "b", "c") is None
-        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        assert await core.all_pulled("a") == await core.all_pulled("b") == [(1, 1)]
         assert core.send("a", "b", "c") is None
-        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        assert await core.all_pulled("a") == await core.all_pulled("b") == [(1, 1)]
         [first, second] = core.runs().runs
         assert (first.differing, first.too_late, second.differing, second.too_late) == (0, 0, 0, 0)
         assert core.counts["requests"] == 0
@@ -92,7 +92,7 @@ def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.Monk
         assert answer.rejected > 0
         assert answer.reason == f"{answer.rejected} too many runs ('c')"
         assert core.rejected[TOO_MANY_RUNS] == 10 * answer.rejected
-        assert await core.pulled("a") == [(step, 1) for step in range(1, 65)]
+        assert await core.all_pulled("a") == [(step, 1) for step in range(1, 65)]
         assert core.send("c", step=71) is None  # alone it holds nobody up
 
     asyncio.run(live())
