@@ -31,7 +31,7 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
         packet_id: the id of the step's state packet.
     """
     outside = [name for name, value in values.items() if not -FLOAT32_BOUND < value < FLOAT32_BOUND]
-    are_whole = frame.epoch < UINT32_LIMIT and frame.global_step < UINT64_LIMIT
+    are_whole = None not in (whole(frame.epoch, UINT32_LIMIT), whole(frame.global_step, UINT64_LIMIT))
     if not outside and are_whole and "loss" in values and not values.get("esper.step.failed"):
         return None
     packet = messages.TelemetryPacket(packet_id=f"{packet_id}-events", source_subsystem=SOURCE)

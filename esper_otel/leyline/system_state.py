@@ -46,7 +46,12 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemSt
         frame: the step.
         values: ``frame.values()``.
     """
-    names, numbers = tuple(values), np.fromiter(values.values(), np.float64, len(values))
+    try:
+        numbers = np.fromiter(values.values(), np.float64, len(values))
+    except OverflowError:  # an integer beyond any double
+        values = {name: value for name, value in values.items() if abs(value) < FLOAT32_BOUND}
+        numbers = np.fromiter(values.values(), np.float64, len(values))
+    names = tuple(values)
     is_finite = np.abs(numbers) < FLOAT32_BOUND
     if not is_finite.all():
         names, numbers = tuple(itertools.compress(names, is_finite.tolist())), numbers[is_finite]

@@ -134,6 +134,10 @@ class Assembler:
         """Returns when the oldest waiting point arrived, on the monotonic clock; None if nothing waits."""
         return min((held.since_s for held in self._held.values() if held.since_s is not None), default=None)
 
+    def waits(self, sender: PointSender) -> bool:
+        """Returns whether points of a sender wait."""
+        return any(track.since_s is not None for track in self._runs.tracks(sender))
+
     def due(self) -> float | None:
         """Returns when ``release`` must be called next, on the monotonic clock; None if nothing waits."""
         if self._touched:

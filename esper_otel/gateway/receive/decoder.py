@@ -41,6 +41,7 @@ from esper_otel.gateway.receive.request import (
     PointBlock,
     PointSender,
     RejectedPoints,
+    RequestPart,
     RunEnd,
 )
 from esper_otel.gateway.receive.template import Part, Templates, parts_of
@@ -81,7 +82,7 @@ class Decoder:
         Raises:
             Malformed: the bytes are not such a request.
         """
-        return self.decode(protobuf_of_json(body))
+        return self.decode(protobuf_of_json(body))._replace(parts=())
 
     def _decode(self, body: bytes) -> DecodedRequest:
         return _judged(*self._fast.columns(body))
@@ -92,14 +93,19 @@ class Decoder:
         if not points:
             return None
         blocks: list[PointBlock] = []
+        divided: list[RequestPart] = []
         markers: dict[Marker, None] = {}
         ended: dict[RunEnd, None] = {}
         rejected = RejectedPoints()
         for is_read, some in groupby(zip(parts, of_parts, strict=True), lambda each: each[1] is not None):
             if is_read:
-                blocks += [block for _, block in some if block is not None]
+                for part, block in some:
+                    if block is not None:
+                        blocks.append(block)
+                        divided.append(RequestPart(part.start, part.end, block.sender))
                 continue
             between = [part for part, _ in some]
+            divided.append(RequestPart(between[0].start, between[-1].end, None))
             decoded = self._decode(body[between[0].start : between[-1].end])
             blocks += decoded.blocks
             markers |= dict.fromkeys(decoded.markers)
@@ -108,7 +114,9 @@ class Decoder:
             rejected.merge(decoded)
         if points > self._limits.points or _are_mixed(blocks):
             return None
-        return DecodedRequest(tuple(blocks), tuple(markers), tuple(ended), points, rejected.counts, rejected.metrics)
+        return DecodedRequest(
+            tuple(blocks), tuple(markers), tuple(ended), points, rejected.counts, rejected.metrics, tuple(divided)
+        )
 
 
 def _are_mixed(blocks: list[PointBlock]) -> bool:

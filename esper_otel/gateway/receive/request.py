@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -144,6 +144,14 @@ class RunEnd(NamedTuple):
     outcome: str
 
 
+class RequestPart(NamedTuple):
+    """A part of a request's bytes, which is a request by itself; without a sender, anything may be in it."""
+
+    start: int
+    end: int
+    sender: PointSender | None
+
+
 class DecodedRequest(NamedTuple):
     """A decoded request.
 
@@ -154,6 +162,7 @@ class DecodedRequest(NamedTuple):
         points: number of points in the request, including rejected ones.
         rejected: number of rejected points, by reason.
         metrics: by reason, number of rejected points by metric (the first few metrics only).
+        parts: what it consists of, if it can be divided.
     """
 
     blocks: tuple[PointBlock, ...]
@@ -162,3 +171,10 @@ class DecodedRequest(NamedTuple):
     points: int
     rejected: Mapping[str, int]
     metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+    parts: tuple[RequestPart, ...] = ()
+
+    def needed(self, body: bytes, waits: Callable[[PointSender], bool]) -> bytes:
+        """Returns the parts of the request's bytes whose senders have points that wait."""
+        if not self.parts:
+            return body
+        return b"".join(body[start:end] for start, end, sender in self.parts if sender is None or waits(sender))
