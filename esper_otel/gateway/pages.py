@@ -101,7 +101,7 @@ async def page(
     Args:
         store: where the steps are stored.
         request: the run, the cursor and the number of steps.
-        made: makes a step, without its age, from a stored entry.
+        made: makes a step from a stored entry; see ``step_bytes``.
         steps: the steps that were made before.
         clock_ns: Unix time in nanoseconds.
         bounds: limits on time and memory.
@@ -227,7 +227,7 @@ async def _steps(
 
 
 def step_of(entry: StoredFrame, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> bytes:
-    """Returns an entry as a serialized Step without its age; see ``packets_of``."""
+    """Returns an entry as bytes; see ``step_bytes`` and ``packets_of``."""
     return step_bytes(packets_of(entry, 0, rules=rules, latency_budget_ms=latency_budget_ms))
 
 

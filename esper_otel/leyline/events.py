@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from esper_otel.frames.frame import FLOAT32_BOUND, Frame
+from esper_otel.frames.frame import Frame
 from esper_otel.leyline import messages
-from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
+from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, are_finite, finite, whole
 
 SOURCE = "tolaria"
 
@@ -30,7 +30,7 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
         values: ``frame.values()``.
         packet_id: the id of the step's state packet.
     """
-    outside = [name for name, value in values.items() if not -FLOAT32_BOUND < value < FLOAT32_BOUND]
+    outside = [] if are_finite(values.values()) else [name for name, value in values.items() if finite(value) is None]
     are_whole = None not in (whole(frame.epoch, UINT32_LIMIT), whole(frame.global_step, UINT64_LIMIT))
     if not outside and are_whole and "loss" in values and not values.get("esper.step.failed"):
         return None

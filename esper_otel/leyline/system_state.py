@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import numpy as np
 
-from esper_otel.frames.frame import FLOAT32_BOUND, Frame, Run
+from esper_otel.frames.frame import Frame, Run
 from esper_otel.leyline import messages
-from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
+from esper_otel.leyline.numbers import UINT32_LIMIT, UINT64_LIMIT, are_finite, finite, whole
 from esper_otel.leyline.seed_states import seed_states
 from esper_otel.leyline.stencil import Stencil
 from esper_otel.schema import METRICS
@@ -46,17 +45,12 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemSt
         frame: the step.
         values: ``frame.values()``.
     """
-    try:
-        numbers = np.fromiter(values.values(), np.float64, len(values))
-    except OverflowError:  # an integer beyond any double
-        values = {name: value for name, value in values.items() if abs(value) < FLOAT32_BOUND}
-        numbers = np.fromiter(values.values(), np.float64, len(values))
-    names = tuple(values)
-    is_finite = np.abs(numbers) < FLOAT32_BOUND
-    if not is_finite.all():
-        names, numbers = tuple(itertools.compress(names, is_finite.tolist())), numbers[is_finite]
-    metrics, loss_place = _metrics(names)
-    loss = None if loss_place is None else float(numbers[loss_place])
+    there = values
+    if not are_finite(values.values()):
+        there = {name: value for name, value in values.items() if finite(value) is not None}
+    numbers = np.fromiter(there.values(), np.float64, len(there))
+    metrics, loss_place = _metrics(tuple(there))
+    loss = None if loss_place is None else numbers.item(loss_place)
     packet = messages.SystemStatePacket(
         version=VERSION,
         current_epoch=whole(frame.epoch, UINT32_LIMIT),

@@ -163,7 +163,7 @@ def _part(run_id: str, rank: int, world_size: int, step: int, first: int, last: 
     own = {"esper.global_step": step, "esper.frame.sequence": step, "esper.frame.points": POINTS, "esper.seeds": 0.0}
     own |= {"esper.epoch": 0.0, "esper.seeds.digest": 0.0}
     # Ordinary values: no step of the bench gives a risk signal.
-    values = np.array([own.get(name, 0.01 * place + 0.001 * (step % 7)) for place, name in enumerate(skeleton.names)])
+    values = np.array([own.get(name, 0.005 * place + 0.001 * (step % 7)) for place, name in enumerate(skeleton.names)])
     for place in skeleton.times:
         body[place : place + 8] = time_bytes
     content = values.tobytes()
