@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frames.frame import GUESSED_STEP, Frame
+from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.turns import finished
 from esper_otel.pull.messages import RanksResponse
@@ -51,10 +51,10 @@ class Ranks:
         """Adds released frames."""
         for run_id, some in itertools.groupby(items, lambda item: item.origin.run_id):
             run = self._runs.get(run_id)
+            before = 0 if run is None else run.size
             if run is None:
                 run = self._runs[run_id] = _RunSteps()
-            before = run.size
-            is_new = [run.note(item.origin.attempt, item.origin.rank, item.frame) for item in some]
+            is_new = [run.note(item) for item in some]
             if any(is_new):
                 self._runs.move_to_end(run_id)
             self._steps += run.size - before
@@ -107,8 +107,9 @@ class _RunSteps:
         """For how many steps there is memory."""
         return self._steps.size
 
-    def note(self, attempt: int, rank: int, frame: Frame) -> bool:
+    def note(self, item: Item) -> bool:
         """Adds a frame; returns whether it belongs to the newest attempt of its rank."""
+        attempt, rank, frame = item.origin.attempt, item.origin.rank, item.frame
         of_rank = self._ranks.get(rank)
         if of_rank is None:
             of_rank = self._ranks[rank] = _RankSteps(self._new_row(), attempt)
@@ -143,7 +144,7 @@ class _RunSteps:
 
     def _new_row(self) -> int:
         """Returns a row for another rank: a free one, or that of the rank that has been silent for longest."""
-        row, (rows, width) = len(self._ranks), self._steps.shape
+        row, rows, width = len(self._ranks), len(self._steps), len(self._steps[0])
         if row < rows:
             return row
         if 2 * rows * _FEWEST > _MOST_OF_A_RUN:
@@ -213,7 +214,7 @@ def _common(steps: Steps) -> Steps:
     there = steps != _EMPTY
     low = np.where(there, steps, _EMPTY).min(axis=1).max()
     high = np.where(there, steps, 0).max(axis=1).min()
-    inside = steps[(steps >= low) & (steps <= high)]  # an empty place is above every step
+    inside: Steps = steps[(steps >= low) & (steps <= high)]  # an empty place is above every step
     if not len(inside):
         return inside
     if int(high - low) < _WIDEST:
@@ -221,7 +222,7 @@ def _common(steps: Steps) -> Steps:
         found: Steps = low + np.flatnonzero(counts == len(steps)).astype(np.uint64)
         return found
     distinct, counts = np.unique(inside, return_counts=True)
-    return distinct[counts == len(steps)]
+    return np.asarray(distinct[counts == len(steps)])
 
 
 class _Compared(NamedTuple):

