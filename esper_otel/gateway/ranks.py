@@ -127,9 +127,9 @@ class _RunSteps:
             return True  # the number is guessed, so it matches no step of another rank
         row, width = of_rank.row, self._steps.shape[1]
         slot = of_rank.count % width
-        known = np.flatnonzero(self._steps[row] == step) if step <= of_rank.last else ()
-        if len(known):
-            slot = int(known[0])
+        known = np.flatnonzero(self._steps[row] == step).tolist() if step <= of_rank.last else []
+        if known:
+            slot = known[0]
         else:
             of_rank.count += 1
             of_rank.last = max(of_rank.last, step)
