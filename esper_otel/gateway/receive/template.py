@@ -28,6 +28,8 @@ _MOST_BYTES = 32 * 1024 * 1024
 _MOST_OF_A_LENGTH = 8
 _MOST_LENGTHS, _MOST_FAILURES, _EVERY = 4_096, 3, 64
 _MOST_LEARNT = 8  # in one request
+# Learning takes about as long as decoding five parts. What it may cost is earned by parts that templates read.
+_MOST_CREDIT, _EARNED, _EARNED_BY_REQUEST = 64.0, 1 / 16, 1 / 4
 _FEW, _USUAL_BYTES = 16, 64
 
 _RESOURCE_METRICS = _RESOURCE = 0x0A
@@ -278,6 +280,7 @@ class Templates:
         self._known: OrderedDict[tuple[int, bytes | None], list[Template]] = OrderedDict()
         self._failures: OrderedDict[int, int] = OrderedDict()
         self._bytes = 0
+        self._credit = _MOST_CREDIT
         self._stranger = secrets.token_hex(16)
 
     def blocks(self, body: bytes, parts: Sequence[Part]) -> tuple[list[PointBlock | None], int]:
@@ -288,7 +291,7 @@ class Templates:
             if part.rest is not None:
                 of_length.setdefault(part.rest.stop - part.rest.start, []).append(number)
         points = 0
-        left = _MOST_LEARNT
+        left = may_learn = min(_MOST_LEARNT, int(self._credit))
         for length, numbers in of_length.items():
             if not length:
                 continue
@@ -317,6 +320,8 @@ class Templates:
                 self._failures[length] = 0
                 self._keep(length, learnt)
                 points += self._apply(learnt, body, parts, numbers, rows, waiting, found)
+        earned = _EARNED_BY_REQUEST + _EARNED * (len(found) - found.count(None))
+        self._credit = min(self._credit - (may_learn - left) + earned, _MOST_CREDIT)
         return found, points
 
     def _of_length(self, length: int) -> list[Template]:

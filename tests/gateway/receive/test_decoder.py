@@ -151,6 +151,24 @@ def test_points_of_one_sender_with_further_attributes_are_sorted_over_the_whole_
         assert said(decoder.decode, body) == said(decode_plain, body)
 
 
+def test_what_is_never_repeated_is_soon_not_learnt_any_more() -> None:
+    """Learning costs more than decoding: it is paid for by what templates read."""
+    decoder = Decoder()
+    for number in range(150):  # a stream that is new each time, twice in its request
+        request = ExportMetricsServiceRequest.FromString(
+            request_of(gauge("kasmina.seed.alpha", point(seed=f"seed-{number:03}")))
+        )
+        name = AnyValue(string_value="plain")
+        request.resource_metrics[0].resource.attributes.append(KeyValue(key="service.name", value=name))
+        body = request.SerializeToString() * 2
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert decoder._templates._credit < 2
+    for step in range(1, 30):
+        body = of_ranks(step, 100)
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert decoder._templates._credit == 64
+
+
 def test_templates_are_bounded() -> None:
     """Streams that change with every step must not fill the memory."""
     decoder = Decoder()
