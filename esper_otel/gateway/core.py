@@ -184,7 +184,7 @@ class Core:
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
-        body = decoded.needed(kept.body, self._assembler.waits)
+        body = decoded.needed(kept.body, self._assembler.waiting())
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))

@@ -66,7 +66,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_p
 
     async def live() -> list[Step]:
         life = 0
-        core = Core(FileStore(tmp_path / "0"), hold_s=60.0)  # a slow machine has time for every request
+        core = Core(FileStore(tmp_path / "0"), hold_s=60.0, linger_s=60.0)  # a slow machine has time for every request
         core.start()
         for request in requests:
             core.receive(request)
@@ -76,7 +76,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_p
                 life += 1
                 shutil.copytree(tmp_path / str(life - 1), tmp_path / str(life))
                 core.close()
-                core = Core(FileStore(tmp_path / str(life)), hold_s=60.0)
+                core = Core(FileStore(tmp_path / str(life)), hold_s=60.0, linger_s=60.0)
                 core.start()
                 if luck.random() < 0.5:
                     core.receive(request)  # its sender did not hear the answer

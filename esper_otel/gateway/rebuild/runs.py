@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin, RunState
@@ -93,10 +93,6 @@ class Runs:
         self._ranks.setdefault(_RankOfRun(*origin[:3]), {})[process] = track
         self._count += 1
         return track
-
-    def tracks(self, sender: PointSender) -> Iterable[Track]:
-        """Returns the tracks of a sender's rank."""
-        return self._ranks.get(_RankOfRun(sender.run.run_id, sender.run.attempt, sender.run.rank), {}).values()
 
     def twin(self, sender: PointSender) -> Track | None:
         """Returns the track for frames of this sender whose numbers clashed."""

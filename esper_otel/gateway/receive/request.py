@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -173,8 +173,17 @@ class DecodedRequest(NamedTuple):
     metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})
     parts: tuple[RequestPart, ...] = ()
 
-    def needed(self, body: bytes, waits: Callable[[PointSender], bool]) -> bytes:
-        """Returns the parts of the request's bytes whose senders have points that wait."""
+    def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:
+        """Returns the parts of the request's bytes that may be needed for waiting points.
+
+        Args:
+            body: the request.
+            waiting: run id, attempt and rank of the senders that have waiting points.
+        """
         if not self.parts:
             return body
-        return b"".join(body[start:end] for start, end, sender in self.parts if sender is None or waits(sender))
+        return b"".join(
+            body[start:end]
+            for start, end, sender in self.parts
+            if sender is None or (sender.run.run_id, sender.run.attempt, sender.run.rank) in waiting
+        )
