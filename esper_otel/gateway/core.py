@@ -16,7 +16,18 @@ from esper_otel.errors import UnknownRun
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import FREE, Bounds, forgotten, packets_after, packets_of, page, run_message, step_of
+from esper_otel.gateway.pages import (
+    FREE,
+    Bounds,
+    MadeSteps,
+    PulledPage,
+    forgotten,
+    packets_after,
+    packets_of,
+    page,
+    run_message,
+    step_of,
+)
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
@@ -109,7 +120,7 @@ class Core:
         self._timer: asyncio.TimerHandle | None = None
         self._releasing_s = _RELEASING_S
         self._tidying: asyncio.TimerHandle | None = None
-        self._warnings, self._ranks = Warnings(), Ranks()
+        self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
@@ -181,7 +192,8 @@ class Core:
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
-        self._save(items, kept._replace(number=self._last_body + 1))
+        body = decoded.needed(kept.body, self._assembler.waiting())
+        self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
             message = f"there is no room for run {runs} now: too many writers are active; a silent one will make room"
@@ -462,6 +474,10 @@ class Core:
         return response
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
+        """Does the same as ``pulled``, and returns the page as a message."""
+        return PullResponse.FromString((await self.pulled(request, grant, bounds)).body)
+
+    async def pulled(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PulledPage:
         """Returns the steps after a cursor; waits up to ``wait_s`` if there is none yet.
 
         Raises:
@@ -474,13 +490,13 @@ class Core:
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
-                response = await self._page(request, bounds)
+                found = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
                     raise
             else:
-                if response.steps or response.gap or time.monotonic() >= deadline_s:
-                    return response
+                if found.steps or found.gap or time.monotonic() >= deadline_s:
+                    return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
 
@@ -496,12 +512,12 @@ class Core:
             raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
         return view
 
-    async def _page(self, request: PullRequest, bounds: Bounds) -> PullResponse:
+    async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
         made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        response = await page(self._store, request, made, self._clock_ns, bounds)
-        self.counts["pulled_steps"] += len(response.steps)
-        self.counts["gap_steps"] += response.gap if request.cursor else 0
-        return response
+        found = await page(self._store, request, made, self._made, self._clock_ns, bounds)
+        self.counts["pulled_steps"] += found.steps
+        self.counts["gap_steps"] += found.gap if request.cursor else 0
+        return found
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
         """Returns the steps after a cursor, for a reader in this process; does not wait.
@@ -564,7 +580,8 @@ class Core:
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
-        return {**self._assembler.use(), **self._store.use(), **bodies}
+        made = {"made step bytes": (float(self._made.used), float(self._made.most))}
+        return {**self._assembler.use(), **self._store.use(), **bodies, **made}
 
     @property
     def damaged(self) -> Mapping[str, int]:

@@ -119,7 +119,6 @@ class FrameMaker:
         digest = whole(part.number(part.shape.digest), UINT64_LIMIT)
         if given.ends and digest is None:
             retired += _end(live, given.ends)
-        values = part.values()
         table = part.seeds()
         violations = None
         if table.ids:
@@ -129,12 +128,13 @@ class FrameMaker:
             if not self._habits.counts:  # otherwise its session did this already, with more information
                 table = step.recorded
         run = given.run
+        names, numbers = part.shape.names, tuple(part.numbers[part.shape.name_places].tolist())
         found_out: dict[str, float] = {}
         if not given.sequence:
-            said = {*values}
+            values = dict(zip(names, numbers, strict=True))
             senders.complete(values, violations, loss)
             run = senders.on_its_device(run, values)
-            found_out = {name: values.pop(name) for name in values.keys() - said}
+            found_out = {name: values[name] for name in values.keys() - {*names}}
         dead = () if digest is None or digest_of(live.table.ids) == digest else self._dead(live, part, digest, before)
         if dead:
             live.retire(dead)
@@ -142,7 +142,8 @@ class FrameMaker:
             retired += tuple(dead)
         is_complete = given.complete and dead is not None
         if not is_complete:
-            values |= _said(part)
+            values = {**dict(zip(names, numbers, strict=True)), **_said(part)}
+            names, numbers = tuple(values), tuple(values.values())
         global_step = whole(part.number(part.shape.step), GUESSED_STEP)
         frame = Frame(
             run,
@@ -150,8 +151,8 @@ class FrameMaker:
             given.step if global_step is None else global_step,
             whole(part.number(part.shape.epoch), UINT64_LIMIT) or 0,
             time_unix_ns,
-            tuple(values),
-            tuple(values.values()),
+            names,
+            numbers,
             found_out,
             table,
             live.table,
@@ -197,7 +198,9 @@ class FrameMaker:
 
 def loss_of(frame: Frame, default: float | None) -> float | None:
     """Returns the last finite loss that the frame recorded, or that was derived for it."""
-    return frame.context.get(LAST_LOSS, frame.recorded.get(LAST_LOSS, default))
+    if LAST_LOSS in frame.context:
+        return frame.context[LAST_LOSS]
+    return frame.numbers[frame.names.index(LAST_LOSS)] if LAST_LOSS in frame.names else default
 
 
 def _said(part: Part) -> dict[str, float]:

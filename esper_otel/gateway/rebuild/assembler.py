@@ -142,6 +142,10 @@ class Assembler:
         """Returns when the oldest waiting point arrived, on the monotonic clock; None if nothing waits."""
         return min((held.since_s for held in self._held.values() if held.since_s is not None), default=None)
 
+    def waiting(self) -> set[tuple[str, int, int]]:
+        """Returns the ranks with waiting points: run id, attempt and rank."""
+        return {track.origin[:3] for track, held in self._held.items() if held.since_s is not None}
+
     def due(self) -> float | None:
         """Returns when ``release`` must be called next, on the monotonic clock; None if nothing waits."""
         if self._touched:

@@ -157,10 +157,9 @@ class Rpc:
             with self._polls.hold(answer.owner, 1, partial(_end, limit)):
                 try:
                     async with limit:
-                        response = await self._core.pull(request, grant, bounds)
+                        return (await self._core.pulled(request, grant, bounds)).body
                 except TimeoutError:  # ended early to admit another owner's pull; no step has arrived for it yet
-                    response = PullResponse(cursor=request.cursor)
-            return response.SerializeToString()
+                    return PullResponse(cursor=request.cursor).SerializeToString()
 
         return await self._pulled(context, answered)
 

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 
 from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import Frame, frame_bytes
@@ -131,13 +132,13 @@ class MemoryStore:
     ) -> None:
         """Stores frames and outcomes. See ``Store``."""
         now_s = self._clock()
-        for item in items:
-            run_id = item.origin.run_id
+        for run_id, some in groupby(items, lambda item: item.origin.run_id):
             shelf = self._shelves.get(run_id)
             if shelf is None:
                 shelf = self._shelves[run_id] = _Shelf(tenants.get(run_id, ""))
             shelf.added_s = now_s
-            shelf.add(item)
+            for item in some:
+                shelf.add(item)
             while shelf.sizes and (len(shelf.sizes) > self._limits.steps or shelf.size > self._limits.run_bytes):
                 self._drop(shelf)
             self._note(run_id, shelf, has_news=True)

@@ -41,7 +41,7 @@ class Small(Core):
         except Crowded:
             return None
 
-    async def pulled(self, run_id: str) -> list[tuple[int, int]]:
+    async def all_pulled(self, run_id: str) -> list[tuple[int, int]]:
         response = await self.pull(PullRequest(run_id=run_id))
         return [(step.step, step.revision) for step in response.steps]
 
@@ -58,7 +58,7 @@ def test_a_writer_too_many_is_taken_when_another_has_been_silent(monkeypatch: py
             if core.now_s <= 1_060:
                 assert core.send("c") is None
         assert core.send("c") == Answer(0, "")
-        assert await core.pulled("c") == [(1, 1)]
+        assert await core.all_pulled("c") == [(1, 1)]
         assert core.rejected == {}
         assert core.counts["requests"] == 13
 
@@ -71,9 +71,9 @@ def test_a_request_that_is_sent_again_stores_nothing_twice(monkeypatch: pytest.M
     async def live() -> None:
         core = Small(monkeypatch)
         assert core.send("a", "b", "c") is None
-        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        assert await core.all_pulled("a") == await core.all_pulled("b") == [(1, 1)]
         assert core.send("a", "b", "c") is None
-        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        assert await core.all_pulled("a") == await core.all_pulled("b") == [(1, 1)]
         [first, second] = core.runs().runs
         assert (first.differing, first.too_late, second.differing, second.too_late) == (0, 0, 0, 0)
         assert core.counts["requests"] == 0
@@ -97,7 +97,7 @@ def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.Monk
         assert answer.rejected > 0
         assert answer.reason == f"{answer.rejected} too many runs ('c')"
         assert core.rejected[TOO_MANY_RUNS] == 10 * answer.rejected
-        assert await core.pulled("a") == [(step, 1) for step in range(1, 65)]
+        assert await core.all_pulled("a") == [(step, 1) for step in range(1, 65)]
         assert core.send("c", step=71) is None  # alone it holds nobody up
 
     asyncio.run(live())
@@ -118,7 +118,7 @@ def test_a_writer_that_made_room_and_comes_back_goes_on_where_it_was(
         assert {run.origin.run_id for run in core._assembler.runs(core.now_s)}.isdisjoint({"a", "b"})
         core.now_s += 62.0
         assert core.send("a", step=3) == core.send("a", step=4) == core.send("a", step=2) == Answer(0, "")
-        assert sorted(await core.pulled("a")) == [(1, 1), (2, 1), (3, 1), (4, 1)]
+        assert sorted(await core.all_pulled("a")) == [(1, 1), (2, 1), (3, 1), (4, 1)]
         [run] = [run for run in core.runs().runs if run.run_id == "a"]
         assert (run.first_step, run.last_step, run.missing, run.too_late, run.stored) == (1, 4, 0, 0, 4)
         core.close()
@@ -142,7 +142,7 @@ def test_a_second_process_that_claims_the_same_rank_waits_for_room_too(monkeypat
             core.receive(second)
         core.now_s += 3.0  # the other run has been silent for a minute
         assert core.receive(second) == Answer(0, "")
-        assert sorted(await core.pulled("a")) == [(1, 1), (2, 1), (7, 1)]
+        assert sorted(await core.all_pulled("a")) == [(1, 1), (2, 1), (7, 1)]
         assert [run.too_late for run in core.runs().runs if run.run_id == "a"] == [0, 0]
 
     asyncio.run(live())

@@ -150,7 +150,7 @@ def test_values_that_come_twice_are_told_as_one_by_one(some: list[Frame], is_sam
         bodies([each._replace(run=RUN, time_unix_ns=TIME_UNIX_NS, sequence=1 if is_same else 1 + number)])[0]
         for number, each in enumerate(some)
     )
-    for block in Decoder().decode(body).blocks:
+    for block in decode_plain(body).blocks:
         words = [(name, seed) for seed in ("", *block.seeds) for name in block.names]
         ((_, found),) = PartShapes().parts(block)
         numbers: dict[tuple[str, str], list[float]] = {}
