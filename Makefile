@@ -60,7 +60,7 @@ test-wheel: build ## install the built wheel alone, without torch, and try it
 	@cd $(WHEEL) && bin/python -I ../tests/installed.py
 
 fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property test; CI takes the same ones each time
-	@$(RUN) tests/gateway/receive/fuzz.py --seconds 600
+	@PYTHONPATH=tests $(RUN) tests/gateway/receive/fuzz.py --seconds 600
 	@PYTHONPATH=tests $(RUN) tests/fuzz_files.py --seconds 600
 	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
 

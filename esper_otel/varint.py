@@ -5,6 +5,10 @@ from __future__ import annotations
 
 def varint(number: int) -> bytes:
     """Encodes a non-negative number with seven bits per byte, lowest bits first."""
+    if number <= 0x7F:
+        return bytes((number,))
+    if number <= 0x3FFF:
+        return bytes((number & 0x7F | 0x80, number >> 7))
     content = bytearray()
     while number > 0x7F:
         content.append(number & 0x7F | 0x80)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import sqlite3
-import struct
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
+from stored_blocks import sealed, taken_apart
 from wire import bodies
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
-from esper_otel.frames.encoded import frame_to_bytes
+from esper_otel.frames.encoded import frames_to_bytes
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.serve.metrics import prometheus_text
 from esper_otel.gateway.store.base import KeptRequest
@@ -27,6 +27,7 @@ from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
 FILE = "steps.sqlite3"
+_INDEXES = ("blocks_by_last", "items_by_position", "items_by_number", "items_by_time")
 _SLOWEST_S = 60.0  # of all lives of one store; a machine that does other things, too, takes some of it
 _VALUES = (
     *("NULL", "''", "'x'", "x''", "x'00'", "x'FFFE'", "CAST(x'61FFFE' AS TEXT)", "char(27) || '[2J'", "'nan'"),
@@ -95,14 +96,15 @@ def _change_cells(luck: random.Random, connection: sqlite3.Connection, table: st
 
 
 def _change_frame(luck: random.Random, connection: sqlite3.Connection, changed: Callable[..., Any]) -> None:
-    """A header that another program wrote, or bytes that nobody did."""
-    content = frame_to_bytes(make_frame(live=seed_table({"seed-1": {"alpha": 0.5}})))
-    (length,) = struct.unpack_from("<I", content)
-    text = json.dumps(changed(luck, json.loads(content[4 : 4 + length]))).encode()
-    frame = bytearray(struct.pack("<I", len(text)) + text + content[4 + length :])
+    """Texts that another program wrote, or bytes that nobody did."""
+    texts, frames = taken_apart(frames_to_bytes([make_frame(live=seed_table({"seed-1": {"alpha": 0.5}}))]))
+    place = luck.randrange(len(texts))
+    texts[place] = json.dumps(changed(luck, json.loads(texts[place]))).encode()
     if luck.random() < 0.3:
-        frame[luck.randrange(len(frame))] = luck.randrange(256)
-    connection.execute("UPDATE items SET frame = ? WHERE position = ?", (bytes(frame), luck.randint(1, 12)))
+        broken = bytearray(frames)
+        broken[luck.randrange(len(broken))] = luck.randrange(256)
+        frames = bytes(broken)
+    connection.execute("UPDATE blocks SET frames = ? WHERE id = ?", (sealed(texts, frames), luck.randint(1, 24)))
 
 
 def _change_schema(luck: random.Random, connection: sqlite3.Connection, table: str) -> None:
@@ -117,8 +119,8 @@ def _change_schema(luck: random.Random, connection: sqlite3.Connection, table: s
                 f"CREATE TABLE more AS SELECT * FROM {table}",
                 f"CREATE VIEW more AS SELECT * FROM {table}",
                 f"CREATE TRIGGER more AFTER INSERT ON {table} BEGIN DELETE FROM {table}; END",
-                f"DROP INDEX {luck.choice(['items_by_position', 'items_by_number', 'items_by_time'])}",
-                f"PRAGMA user_version = {luck.choice([-1, 0, 1, 2, 3, 4, 6, 1_000, 1_001, 2**31 - 1])}",
+                f"DROP INDEX {luck.choice(_INDEXES)}",
+                f"PRAGMA user_version = {luck.choice([-1, 0, 1, 2, 5, 7, 1_000, 1_001, 2**31 - 1])}",
             ]
         )
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.encode import Encoder
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import blocks_of
-from esper_otel.gateway.receive.request import DecodedRequest, Malformed
+from esper_otel.gateway.receive.request import DecodedRequest, Malformed, PointSender
 from esper_otel.schema import METRICS
+from esper_otel.varint import field_head
 
 CATALOGUE = {metric.name: metric for metric in METRICS}
 
@@ -51,21 +54,37 @@ def body_of(*run_ids: str, step: int = 1) -> bytes:
     return b"".join(bodies(make_frame(run=replace(RUN, run_id=run_id), **times) for run_id in run_ids))
 
 
+def as_collector(message: Any) -> bytes:
+    """Serializes a message as the collector does: its fields in descending order."""
+    parts = []
+    for field, value in sorted(message.ListFields(), key=lambda each: -each[0].number):
+        for each in value if field.is_repeated else [value]:
+            if field.type == field.TYPE_MESSAGE:
+                content = as_collector(each)
+                parts.append(field_head(field.number, len(content)) + content)
+                continue
+            alone = type(message)()
+            if field.is_repeated:
+                getattr(alone, field.name).append(each)
+            else:
+                setattr(alone, field.name, each)
+            parts.append(alone.SerializeToString())
+    return b"".join(parts)
+
+
 def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
     """What a decoder says, comparable; the word for a request that it refuses."""
     try:
         decoded = decode(body)
     except Malformed:
         return "malformed"
-    blocks = [
-        (
-            block.sender,
-            block.names,
-            block.seeds,
-            block.streams.tolist(),
-            block.times.tolist(),
-            block.values.tobytes(),
+    senders: dict[PointSender, list[tuple[int, str, str, bytes]]] = {}
+    for block in decoded.blocks:
+        seed, name = np.divmod(block.streams, len(block.names))
+        senders.setdefault(block.sender, []).extend(
+            (time, block.names[n], block.seeds[s - 1] if s else "", value.tobytes())
+            for time, n, s, value in zip(block.times.tolist(), name.tolist(), seed.tolist(), block.values, strict=True)
         )
-        for block in decoded.blocks
-    ]
-    return blocks, decoded.markers, decoded.ended, decoded.points, dict(decoded.rejected)
+    # A request may have several blocks of one sender.
+    points = {sender: sorted(of_sender, key=lambda point: point[0]) for sender, of_sender in senders.items()}
+    return points, decoded.markers, decoded.ended, decoded.points, dict(decoded.rejected), decoded.metrics

@@ -87,6 +87,17 @@ def of_times(sent: Collection[tuple[int, int]], came: Collection[tuple[int, int]
     yield Difference(f"a step of rank {odd[0][0]} arrived with a time that no step was sent with: {odd[0][1]} ns", fix)
 
 
+def of_end(others: Collection[str]) -> Difference:
+    """Describes that the end of a run did not arrive, or arrived with another outcome than ``completed``."""
+    if others:
+        what = f"esper.run.ended had the outcome completed and arrived with {min(others) or 'none'}"
+        return Difference(what, "a transform on the way changes the attribute outcome of the points, or deletes it")
+    return Difference(
+        "esper.run.ended did not arrive: to readers the run goes on",
+        "a filter on the way drops it, or drops the scope esper_otel.health",
+    )
+
+
 def steps_in_words(steps: Sequence[int]) -> str:
     """Lists the first few step numbers."""
     return _listed([str(step) for step in sorted({*steps})])

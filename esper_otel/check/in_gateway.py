@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from esper_otel.check.back import QUIET_S, Difference, ReadBack
-from esper_otel.check.changes import differences, of_times, steps_in_words
-from esper_otel.check.marked_run import EPOCH, FIRST_STEP, RANKS, RETIRED, MarkedRun
+from esper_otel.check.changes import differences, of_end, of_times, steps_in_words
+from esper_otel.check.marked_run import EPOCH, FIRST_STEP, OUTCOME, RANKS, RETIRED, MarkedRun
 from esper_otel.check.one_frame import CheckStage
 from esper_otel.errors import GatewayError, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
@@ -46,6 +46,32 @@ def at_gateway(back: ReadBack, marked: MarkedRun, sent_s: float) -> CheckStage:
         f"{len(mine)} steps of {RANKS} ranks arrived complete after {delay_s:.2f} s: numbers, ranks and seeds as sent, "
         "times to the nanosecond, values as precise as packets are (float32), NaN as NaN, missing values still missing",
     )
+
+
+def end_at_gateway(back: ReadBack, marked: MarkedRun) -> Difference | str:
+    """Checks that the run's end and its number of ranks arrived, which the packets of steps do not have.
+
+    Returns:
+        What is different, or a sentence about what arrived.
+    """
+    deadline_s = time.monotonic() + back.timeout_s
+    with TamiyoClient(
+        back.gateway or "", token_file=back.token_file, ca_file=back.ca_file, timeout_s=_REQUEST_S
+    ) as client:
+        while True:
+            runs = client.runs(marked.run_id)
+            if not runs:
+                return "the gateway is too old to say whether the run's end and esper.world_size arrive"
+            sizes = sorted({run.world_size for run in runs} - {RANKS})
+            if sizes:
+                what = f"esper.world_size was {RANKS} and arrived as {sizes[0]}, or did not arrive"
+                return Difference(what, _OF_RESOURCE.format("esper.world_size"))
+            ends = [run.ended for run in runs]
+            if ends == [OUTCOME] * RANKS:
+                return "the run's end and its number of ranks arrived"
+            if time.monotonic() + _AGAIN_S > deadline_s:
+                return of_end({end for end in ends if end is not None} - {OUTCOME})
+            time.sleep(_AGAIN_S)
 
 
 def _found(client: TamiyoClient, run_id: str, mine: Sequence[Packets], deadline_s: float) -> list[Packets]:

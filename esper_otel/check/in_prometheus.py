@@ -9,8 +9,8 @@ from typing import Any
 import requests
 
 from esper_otel.check.back import QUIET_S, Difference, ReadBack
-from esper_otel.check.changes import differences, of_times, steps_in_words
-from esper_otel.check.marked_run import BY_NAME, DIES, FIRST_STEP, Key, MarkedRun
+from esper_otel.check.changes import differences, of_end, of_times, steps_in_words
+from esper_otel.check.marked_run import BY_NAME, DIES, ENDED, FIRST_STEP, OUTCOME, RANKS, Key, MarkedRun
 from esper_otel.check.one_frame import CheckStage
 from esper_otel.schema import SEED_RETIRED
 from esper_otel.schema.prometheus import prometheus_name
@@ -45,6 +45,25 @@ def at_prometheus(back: ReadBack, marked: MarkedRun, sent_s: float, *, has_it: b
     if fault is not None:
         return CheckStage(where, False, *fault)
     return CheckStage(where, True, _praise(sent, found, delay_s))
+
+
+def end_at_prometheus(back: ReadBack, marked: MarkedRun) -> Difference | str:
+    """Checks that the run's end arrived.
+
+    Returns:
+        What is different, or a sentence about what arrived.
+    """
+    deadline_s = time.monotonic() + back.timeout_s
+    while True:
+        series = _series(back.prometheus or "", marked.run_id)
+        name = prometheus_name(BY_NAME[ENDED], suffixes=_has_suffixes(series))
+        ends = [each for each in series if each["metric"]["__name__"] == name]
+        others = {each["metric"].get("outcome", "") for each in ends} - {OUTCOME}
+        if not others and {key.rank for key in _samples(ends)} == {*range(RANKS)}:
+            return "the run's end arrived"
+        if time.monotonic() + _AGAIN_S > deadline_s:
+            return of_end(others)
+        time.sleep(_AGAIN_S)
 
 
 def _praise(sent: Samples, found: list[Any], delay_s: float) -> str:

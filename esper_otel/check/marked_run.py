@@ -23,6 +23,7 @@ from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, SEED_RETIRED, Me
 RANKS = 2
 FIRST_STEP = 1001
 EPOCH = 5
+ENDED, OUTCOME = "esper.run.ended", "completed"
 STAYS, DIES = "esper-check-stays", "esper-check-dies"
 
 BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
@@ -100,10 +101,10 @@ class MarkedRun:
         """Ends the run and its series as a session does, so that it does not look alive after the check."""
         for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
             run, started_ns, ended_ns = frames[0].run, frames[0].time_unix_ns, frames[-1].time_unix_ns + _MS
-            over = {("esper.run.ended", "completed"): 1.0}
+            over = {(ENDED, OUTCOME): 1.0}
             health = encoder.health_scope(over, start_unix_ns=started_ns, time_unix_ns=ended_ns)
             for body in encoder.stale(run, streams.all_ended(), time_unix_ns=ended_ns, health=health):
-                self._sender.send(body, self._timeout_s)
+                self._delivered(body, time.monotonic() + self._timeout_s)
 
     def samples(self) -> dict[Key, dict[int, float]]:
         """Returns the values of each series, by the time of the step in Unix milliseconds."""

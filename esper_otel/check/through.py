@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
-from esper_otel.check.back import ReadBack
-from esper_otel.check.in_gateway import at_gateway
-from esper_otel.check.in_prometheus import at_prometheus
+import requests
+
+from esper_otel.check.back import Difference, ReadBack
+from esper_otel.check.in_gateway import at_gateway, end_at_gateway
+from esper_otel.check.in_prometheus import at_prometheus, end_at_prometheus
 from esper_otel.check.marked_run import MarkedRun
 from esper_otel.check.one_frame import CheckStage, of_outcome
-from esper_otel.errors import ConfigurationError
+from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.provider import exporters_from_environment
 from esper_otel.export.transport import open_sender
@@ -49,10 +53,24 @@ def run_through(back: ReadBack, *, environ: Mapping[str, str] = os.environ) -> l
         if back.prometheus is not None:
             has_gateway = bool(stages and stages[0].ok)
             stages.append(at_prometheus(back, marked, sent_s, has_it=has_gateway))
-        return stages
     finally:
         marked.end()
         sender.close()
+    ends = [*[end_at_gateway] * (back.gateway is not None), *[end_at_prometheus] * (back.prometheus is not None)]
+    return [_with_end(stage, partial(end, back, marked)) for stage, end in zip(stages, ends, strict=True)]
+
+
+def _with_end(stage: CheckStage, end: Callable[[], Difference | str]) -> CheckStage:
+    """Adds what became of the run's end to a stage without a fault."""
+    if not stage.ok:
+        return stage
+    try:
+        found = end()
+    except (GatewayError, requests.RequestException, ValueError, KeyError) as error:
+        found = Difference(f"the run's end cannot be read back: {error}", "see whether it still runs")
+    if isinstance(found, Difference):
+        return CheckStage(stage.name, False, *found)
+    return replace(stage, message=f"{stage.message}; {found}")
 
 
 def _known(message: str) -> None:

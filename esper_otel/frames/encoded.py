@@ -1,9 +1,15 @@
-"""Frames as bytes, for the store: everything that ``Frame`` holds, NaN and absent cells told apart."""
+"""Blocks of frames as bytes, for the store: everything that ``Frame`` holds, NaN and absent cells told apart.
+
+A block begins with a checksum of the rest, then come the texts of its frames (runs, names, ids of seeds), each once,
+and then the frames: a head of fixed size, the values, and the cells of the recorded rows and of the live ones.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -13,39 +19,72 @@ import numpy as np
 from esper_otel.frames.frame import NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable, checked_run
 
 MOST_BYTES = 32 * 1024 * 1024  # more than a frame with 20,000 seeds takes
+_CHECKSUM = struct.Struct("<I")
+_COUNTS = struct.Struct("<II")  # of the texts, and of the frames
 _LENGTH = struct.Struct("<I")
-_LARGEST, _LARGEST_STORED = 2**64, 2**63 - 1
+# Sequence, step, epoch and time; the texts of the run, the values' names, the context's names, the seeds' ids, the live
+# ones' ids and the retired ones; the columns of both tables.
+_HEAD = struct.Struct("<4Q6I2B")
+_SAME = 2**32 - 1  # in place of the live ids: the live seeds are the recorded ones
+_LARGEST_STORED = 2**63 - 1
+_FEW_NAMES, _FEW_BYTES = 256, 16 * 1024  # texts that are kept
 
 
 class DamagedFrame(Exception):
-    """Bytes that ``frame_to_bytes`` cannot have written; the message says why."""
+    """Bytes that ``frames_to_bytes`` cannot have written; the message says why."""
 
 
-def frame_to_bytes(frame: Frame) -> bytes:
-    """A header in JSON, then the cells of the recorded rows and of the live ones."""
-    is_same = frame.live.cells is frame.seeds.cells and frame.live.ids == frame.seeds.ids
-    header = {
-        "run": _fields(frame.run),
-        "sequence": frame.sequence,
-        "global_step": frame.global_step,
-        "epoch": frame.epoch,
-        "time_unix_ns": frame.time_unix_ns,
-        "recorded": dict(frame.recorded),
-        "context": dict(frame.context),
-        "seeds": frame.seeds.ids,
-        "live": None if is_same else frame.live.ids,
-        "retired": frame.retired,
-        "columns": (frame.seeds.cells.shape[1], frame.live.cells.shape[1]),
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    live = b"" if is_same else frame.live.cells.tobytes()
-    return b"".join((_LENGTH.pack(len(text)), text, frame.seeds.cells.tobytes(), live))
+def frames_to_bytes(frames: Sequence[Frame]) -> bytes:
+    """A block of frames."""
+    texts: dict[bytes, int] = {}
+    parts: list[bytes] = []
+
+    def place(text: bytes) -> int:
+        return texts.setdefault(text, len(texts))
+
+    for frame in frames:
+        seeds, live = frame.seeds, frame.live
+        is_same = live.cells is seeds.cells and live.ids == seeds.ids
+        numbers = (*frame.numbers, *frame.context.values())
+        parts.append(
+            _HEAD.pack(
+                *(frame.sequence, frame.global_step, frame.epoch, frame.time_unix_ns),
+                place(_run_text(frame.run)),
+                place(_text(frame.names)),
+                place(_text(tuple(frame.context))),
+                place(_text(seeds.ids)),
+                _SAME if is_same else place(_text(live.ids)),
+                place(_text(frame.retired)),
+                *(seeds.cells.shape[1], live.cells.shape[1]),
+            )
+        )
+        parts.append(struct.pack(f"<{len(numbers)}d", *numbers))
+        if seeds.ids:
+            parts.append(seeds.cells.tobytes())
+        if live.ids and not is_same:
+            parts.append(live.cells.tobytes())
+    content = b"".join(
+        (
+            _COUNTS.pack(len(texts), len(frames)),
+            *(_LENGTH.pack(len(text)) + text for text in texts),
+            *parts,
+        )
+    )
+    return _CHECKSUM.pack(zlib.crc32(content)) + content
 
 
 @lru_cache(maxsize=4096)
-def _fields(run: Run) -> dict[str, Any]:
-    """As ``asdict``, which took a third of the time of storing a step."""
-    return asdict(run)
+def _run_text(run: Run) -> bytes:
+    return json.dumps(asdict(run), separators=(",", ":")).encode()
+
+
+def _text(names: tuple[str, ...]) -> bytes:
+    return _few_text(names) if len(names) <= _FEW_NAMES else _few_text.__wrapped__(names)
+
+
+@lru_cache(maxsize=256)
+def _few_text(names: tuple[str, ...]) -> bytes:
+    return json.dumps(names, separators=(",", ":")).encode()
 
 
 def stored_time(time_unix_ns: int) -> int:
@@ -53,78 +92,101 @@ def stored_time(time_unix_ns: int) -> int:
     return min(time_unix_ns, _LARGEST_STORED)
 
 
-def time_of(content: bytes) -> int:
-    """``stored_time`` of the frame that ``frame_to_bytes`` wrote; 0 of other bytes."""
-    try:
-        return stored_time(frame_from_bytes(content).time_unix_ns)
-    except DamagedFrame:
-        return 0
-
-
-def frame_from_bytes(content: bytes) -> Frame:
-    """The frame that ``frame_to_bytes`` wrote.
+def frames_from_bytes(content: bytes) -> list[Frame]:
+    """The frames that ``frames_to_bytes`` wrote.
 
     Raises:
         DamagedFrame: the bytes are something else.
     """
     try:
-        return _frame(content)
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        return _frames(content)
+    except (struct.error, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise DamagedFrame(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
-def _frame(content: bytes) -> Frame:
+def _frames(content: bytes) -> list[Frame]:
     if len(content) > MOST_BYTES:
         raise ValueError(f"{len(content)} bytes")
-    (length,) = _LENGTH.unpack_from(content)
-    start = _LENGTH.size + length
-    text = content[_LENGTH.size : start]
-    header = json.loads(text)
-    if b"\\ud" in text:  # half a pair of surrogates cannot be sent to a puller
-        json.dumps(header, ensure_ascii=False).encode()
-    of_seeds, of_live = header.get("columns", (WIDTH, WIDTH))  # a file of an earlier version has all
-    seeds = _table(header["seeds"], of_seeds, content, start)
-    live = seeds
-    if header["live"] is not None:
-        live = _table(header["live"], of_live, content, start + seeds.cells.nbytes)
-    return Frame(
-        run=checked_run(header["run"]),
-        sequence=_whole(header["sequence"], 2**53),
-        global_step=_whole(header["global_step"], 2**64),
-        epoch=_whole(header["epoch"], 2**64),
-        time_unix_ns=_whole(header["time_unix_ns"], 2**64),
-        names=tuple(header["recorded"]),
-        numbers=tuple(_values(header["recorded"]).values()),
-        context=_values(header["context"]),
-        seeds=seeds,
-        live=live,
-        retired=tuple(_texts(header["retired"])),
+    (checksum,) = _CHECKSUM.unpack_from(content)
+    if zlib.crc32(memoryview(content)[_CHECKSUM.size :]) != checksum:
+        raise ValueError("the checksum is another")
+    count, frames = _COUNTS.unpack_from(content, _CHECKSUM.size)
+    position = _CHECKSUM.size + _COUNTS.size
+    texts: list[bytes] = []
+    for _ in range(count):
+        (length,) = _LENGTH.unpack_from(content, position)
+        position += _LENGTH.size + length
+        texts.append(content[position - length : position])
+    found = []
+    for _ in range(frames):
+        frame, position = _frame(content, position, texts)
+        found.append(frame)
+    if position != len(content):
+        raise ValueError("it goes on after its last frame")
+    return found
+
+
+def _frame(content: bytes, position: int, texts: list[bytes]) -> tuple[Frame, int]:
+    sequence, step, epoch, time_unix_ns, run, names, context, ids, live, retired, of_seeds, of_live = _HEAD.unpack_from(
+        content, position
     )
+    position += _HEAD.size
+    if sequence >= 2**53:
+        raise ValueError(f"{sequence} is not the number of a frame")
+    named, also = _names(texts[names]), _names(texts[context])
+    numbers = struct.unpack_from(f"<{len(named) + len(also)}d", content, position)
+    position += 8 * len(numbers)
+    seeds, position = _table(texts[ids], of_seeds, content, position)
+    lives = seeds
+    if live != _SAME:
+        lives, position = _table(texts[live], of_live, content, position)
+    frame = Frame(
+        run=_run(texts[run]),
+        sequence=sequence,
+        global_step=step,
+        epoch=epoch,
+        time_unix_ns=time_unix_ns,
+        names=named,
+        numbers=numbers[: len(named)],
+        context=dict(zip(also, numbers[len(named) :], strict=True)),
+        seeds=seeds,
+        live=lives,
+        retired=_names(texts[retired]),
+    )
+    return frame, position
 
 
-def _whole(number: Any, limit: int) -> int:
-    if type(number) is not int or not 0 <= number < limit:
-        raise ValueError(f"{str(number)[:40]} is not a whole number from 0 to below {limit}")
-    return number
+@lru_cache(maxsize=4096)
+def _run(text: bytes) -> Run:
+    said = json.loads(text)
+    _check_surrogates(text, said)
+    return checked_run(said)
 
 
-def _values(values: dict[str, Any]) -> dict[str, float]:
-    for value in values.values():
-        if type(value) is not float and not (type(value) is int and -_LARGEST < value < _LARGEST):
-            raise ValueError("a value is not a number")
-    return values
+def _names(text: bytes) -> tuple[str, ...]:
+    return _few_names(text) if len(text) <= _FEW_BYTES else _few_names.__wrapped__(text)
 
 
-def _texts(texts: list[Any]) -> list[str]:
-    if type(texts) is not list or not all(type(text) is str for text in texts):
+@lru_cache(maxsize=256)
+def _few_names(text: bytes) -> tuple[str, ...]:
+    names = json.loads(text)
+    if type(names) is not list or not all(type(name) is str for name in names):
         raise ValueError("a name is not a text")
-    return texts
+    _check_surrogates(text, names)
+    return tuple(names)
 
 
-def _table(ids: list[Any], columns: int, content: bytes, start: int) -> SeedTable:
-    if not _texts(ids):
-        return NO_SEEDS
+def _check_surrogates(text: bytes, said: Any) -> None:
+    """Raises ValueError for half a pair of surrogates, which cannot be sent to a puller."""
+    if b"\\ud" in text:
+        json.dumps(said, ensure_ascii=False).encode()
+
+
+def _table(text: bytes, columns: int, content: bytes, start: int) -> tuple[SeedTable, int]:
+    ids = _names(text)
+    if not ids:
+        return NO_SEEDS, start
     if columns not in (NARROW, WIDTH):
-        raise ValueError(f"{str(columns)[:40]} columns")
+        raise ValueError(f"{columns} columns")
     cells = np.frombuffer(content, np.float64, len(ids) * columns, start).reshape(len(ids), columns)
-    return SeedTable(tuple(ids), cells)
+    return SeedTable(ids, cells), start + cells.nbytes

@@ -132,13 +132,13 @@ class RunField(NamedTuple):
 RUN_FIELDS = tuple(RunField(each.name, each.metadata["attribute"], each.metadata["limit"]) for each in fields(Run))
 
 
-def checked_run(said: Mapping[str, Any]) -> Run:
+def checked_run(said: Any) -> Run:
     """The run that a file describes.
 
     Raises:
         ValueError: a field is missing, unknown, or not what it has to be.
     """
-    if said.keys() != {each.name for each in RUN_FIELDS}:
+    if not isinstance(said, Mapping) or said.keys() != {each.name for each in RUN_FIELDS}:
         raise ValueError("a run has other fields")
     for each in RUN_FIELDS:
         value = said[each.name]
@@ -209,11 +209,16 @@ class Frame(NamedTuple):
 
     def last_loss(self) -> float | None:
         """The last finite loss, this step's included, as ``values()`` has it; None before the first."""
-        sources = (self.recorded, self.probed, self.context, self.derived)
-        loss = next((values["loss"] for values in sources if "loss" in values), FLOAT32_BOUND)
-        if -FLOAT32_BOUND < loss < FLOAT32_BOUND:
-            return loss
-        return next((values[LAST_LOSS] for values in sources if LAST_LOSS in values), None)
+        loss = self._value("loss")
+        return loss if loss is not None and -FLOAT32_BOUND < loss < FLOAT32_BOUND else self._value(LAST_LOSS)
+
+    def _value(self, name: str) -> float | None:
+        if name in self.names:
+            return self.numbers[self.names.index(name)]
+        for values in (self.probed, self.context, self.derived):
+            if name in values:
+                return values[name]
+        return None
 
     def values(self) -> dict[str, float]:
         """Every step value of the frame by catalogue name, readings of processors and our own included."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +18,14 @@ STAGE_LIMIT = len(Stage)
 def finite(value: float | None) -> float | None:
     """Returns the value if it is present and still finite when rounded to float32; otherwise None."""
     return value if value is not None and -FLOAT32_BOUND < value < FLOAT32_BOUND else None
+
+
+def are_finite(values: Collection[float]) -> bool:
+    """Returns whether all values are certainly still finite when rounded to float32; False if their sum is not."""
+    try:
+        return sum(map(abs, values)) < FLOAT32_BOUND  # a NaN or an infinity is in the sum, too
+    except OverflowError:
+        return False
 
 
 def finite_cells(cells: Cells) -> npt.NDArray[np.bool_]:

@@ -8,23 +8,36 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import FREE, Bounds, forgotten, packets_after, packets_of, page, run_message, step_of
+from esper_otel.gateway.pages import (
+    FREE,
+    Bounds,
+    MadeSteps,
+    PulledPage,
+    forgotten,
+    packets_after,
+    packets_of,
+    page,
+    run_message,
+    step_of,
+)
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.reading import Reader
 from esper_otel.gateway.receive.request import OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
-from esper_otel.gateway.store.base import NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import Damaged
 from esper_otel.gateway.store.sqlite import FileStore
-from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns
+from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
@@ -41,8 +54,10 @@ from esper_otel.schema import is_check
 
 MOST_PACKETS = 1000
 _MOST_WAIT_S = 60.0
-_TIDY_EVERY_S = 10.0
-_RELEASING_S = 0.002  # storing the released frames takes about twice as long again, in the same turn
+_TIDY_EVERY_S, _TIDY_AGAIN_S = 10.0, 0.1
+# How long frames are released in a turn. Storing them belongs to the same turn and may take much longer: after a turn
+# that was too long, the next one releases fewer frames.
+_RELEASING_S, _LEAST_RELEASING_S, _LONG_S = 0.002, 0.0001, 0.008
 _RETRY_STORE_S = 1.0
 _END_WAITS_S = 600.0
 _MOST_REJECTED_METRICS = 100
@@ -88,7 +103,7 @@ class Core:
         self._store = store
         self._clock_ns = clock_ns
         self._limits = limits or Limits()
-        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s)
+        self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._reader = Reader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
@@ -103,8 +118,9 @@ class Core:
         self._is_ending = self._is_closed = False
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._releasing_s = _RELEASING_S
         self._tidying: asyncio.TimerHandle | None = None
-        self._warnings, self._ranks = Warnings(), Ranks()
+        self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
@@ -141,7 +157,7 @@ class Core:
                     next(taking)
                     if turn.is_over:
                         self._schedule(time.monotonic())
-                        await asyncio.sleep(0)
+                        await pause()
                         turn = Turn()
             except StopIteration as end:
                 return self._end(decoded, end.value, kept, turn)
@@ -171,11 +187,13 @@ class Core:
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
         """Stores the frames that a request completes, and the request's bytes for frames that still wait."""
         now_s = time.monotonic()
-        items = self._assembler.release(now_s, turn, of_all=False)
+        few = turn if turn is ENDLESS else Turn(self._releasing_s)
+        items = self._assembler.release(now_s, few, of_all=False)
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
-        self._save(items, kept._replace(number=self._last_body + 1))
+        body = decoded.needed(kept.body, self._assembler.waiting())
+        self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
             message = f"there is no room for run {runs} now: too many writers are active; a silent one will make room"
@@ -275,8 +293,8 @@ class Core:
                 del self._ended[origin], self._ended_s[origin]
         return min([*self._ended_s.values(), *([] if since_s is None else [since_s])], default=None)
 
-    def _schedule(self, now_s: float) -> None:
-        """Schedules the next release of frames."""
+    def _schedule(self, now_s: float, pause_s: float = 0.0) -> None:
+        """Schedules the next release of frames, at the earliest after ``pause_s``."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -285,18 +303,24 @@ class Core:
             due_s = now_s + _RETRY_STORE_S
         if due_s is not None and not self._is_closed:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(due_s - now_s, 0.0), self._release)
+            self._timer = loop.call_later(max(due_s - now_s, pause_s), self._release)
 
     def _release(self) -> None:
         self._timer = None
-        now_s = time.monotonic()
+        now_s, begun_s = time.monotonic(), time.thread_time()
         try:
-            items = self._assembler.release(now_s, Turn(_RELEASING_S))
+            items = self._assembler.release(now_s, Turn(self._releasing_s))
             with suppress(StoreFull):  # counted; tried again
                 self._save(items)
         except Exception as error:  # noqa: BLE001 - later frames must still be released
             self._fault("releasing steps", error)
-        self._schedule(now_s)
+        self._note_releasing(time.thread_time() - begun_s)
+        self._schedule(now_s, pause_s=time.monotonic() - now_s)  # leave the others as much time as this has taken
+
+    def _note_releasing(self, took_s: float) -> None:
+        """Adapts the next turn to how long this one took."""
+        factor = 0.5 if took_s > _LONG_S else 2.0
+        self._releasing_s = min(max(self._releasing_s * factor, _LEAST_RELEASING_S), _RELEASING_S)
 
     def _fault(self, where: str, error: Exception) -> None:
         """Counts and logs an internal fault that no answer can report."""
@@ -351,6 +375,19 @@ class Core:
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
 
+    def _recall(self, origin: Origin) -> None:
+        """Restores a writer that was forgotten because others needed its place, or after a long silence."""
+        try:
+            items, places = self._store.recalled(origin)
+        except Exception as error:  # noqa: BLE001 - the writer's new steps must still be taken
+            self._fault("going on from stored steps", error)
+            return
+        outcome = self._store.outcomes().get(origin) if items else None
+        ended = NOTHING_ENDED if outcome is None else {origin: outcome}
+        if items:
+            now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
+            self._restored(items, ended, {}, places, now_s=now_s, tenant=tenant)
+
     def start(self) -> None:
         """Starts releasing frames; call it in the event loop."""
         with suppress(StoreFull):  # counted; tried again
@@ -373,13 +410,16 @@ class Core:
 
     def _tidy(self) -> None:
         """Drops runs that have been silent for too long, now and every few seconds."""
-        self._tidying = asyncio.get_running_loop().call_later(_TIDY_EVERY_S, self._tidy)
         self._assembler.runs(time.monotonic())
+        gone: list[str] = []
         try:
-            for run_id in self._store.expire():
-                self._warnings.say("expired", "run %s has sent nothing for too long: its steps were dropped", run_id)
+            gone = self._store.expire()
         except StoreFull as error:
             self._warnings.say("store", "%s; runs that are too old are kept", error)
+        for run_id in gone:
+            self._warnings.say("expired", "run %s has sent nothing for too long: its steps were dropped", run_id)
+        again_s = _TIDY_AGAIN_S if len(gone) >= EXPIRED_AT_ONCE else _TIDY_EVERY_S
+        self._tidying = asyncio.get_running_loop().call_later(again_s, self._tidy)
 
     def close(self) -> None:
         """Answers waiting pullers and closes the store."""
@@ -403,21 +443,41 @@ class Core:
 
     # -- pulling -----------------------------------------------------------------------------------------
 
-    def runs(self, grant: Grant | None = None) -> RunsResponse:
-        """Returns the known runs that the puller may see, without runs from a check."""
+    def runs(self, grant: Grant | None = None, run_id: str = "") -> RunsResponse:
+        """Does the same as ``listing``, in one turn."""
+        return finished(self.listing(grant, run_id))
+
+    def listing(self, grant: Grant | None = None, run_id: str = "") -> Generator[None, None, RunsResponse]:
+        """Returns the known runs that the puller may see: one by name, or all, without runs from a check.
+
+        There may be very many.
+        """
+        known = {state.origin: state for state in self._assembler.runs(time.monotonic())}
+        yield
         stored, ends = self._store.counts(), self._store.outcomes()
-        states = self._assembler.runs(time.monotonic())
-        known = {state.origin for state in states}
-        states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
-        ended = outcomes(states)
-        messages = [
-            run_message(state, stored.get(state.origin, 0), ended.get(state.origin.run_id))
-            for state in sorted(states, key=lambda state: state.origin)
-        ]
-        seen = [run for run in messages if not is_check(run.run_id) and (grant is None or grant.allows(run.run_id))]
-        return RunsResponse(runs=seen)
+        yield
+        origins = sorted({*stored, *known})
+        yield
+        response = RunsResponse()
+        for name, of_run in groupby(origins, key=attrgetter("run_id")):
+            is_asked = name == run_id if run_id else not is_check(name)
+            if not is_asked or not (grant is None or grant.allows(name)):
+                continue
+            states = []
+            for origin in of_run:
+                states.append(known.get(origin) or forgotten(origin, ends.get(origin)))
+                yield
+            ended = outcomes(states).get(name)
+            for state in states:
+                response.runs.append(run_message(state, stored.get(state.origin, 0), ended))
+                yield
+        return response
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
+        """Does the same as ``pulled``, and returns the page as a message."""
+        return PullResponse.FromString((await self.pulled(request, grant, bounds)).body)
+
+    async def pulled(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PulledPage:
         """Returns the steps after a cursor; waits up to ``wait_s`` if there is none yet.
 
         Raises:
@@ -430,13 +490,13 @@ class Core:
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
-                response = await self._page(request, bounds)
+                found = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
                     raise
             else:
-                if response.steps or response.gap or time.monotonic() >= deadline_s:
-                    return response
+                if found.steps or found.gap or time.monotonic() >= deadline_s:
+                    return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
 
@@ -452,12 +512,12 @@ class Core:
             raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
         return view
 
-    async def _page(self, request: PullRequest, bounds: Bounds) -> PullResponse:
+    async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
         made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        response = await page(self._store, request, made, self._clock_ns, bounds)
-        self.counts["pulled_steps"] += len(response.steps)
-        self.counts["gap_steps"] += response.gap if request.cursor else 0
-        return response
+        found = await page(self._store, request, made, self._made, self._clock_ns, bounds)
+        self.counts["pulled_steps"] += found.steps
+        self.counts["gap_steps"] += found.gap if request.cursor else 0
+        return found
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
         """Returns the steps after a cursor, for a reader in this process; does not wait.
@@ -520,7 +580,8 @@ class Core:
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
-        return {**self._assembler.use(), **self._store.use(), **bodies}
+        made = {"made step bytes": (float(self._made.used), float(self._made.most))}
+        return {**self._assembler.use(), **self._store.use(), **bodies, **made}
 
     @property
     def damaged(self) -> Mapping[str, int]:

@@ -56,7 +56,8 @@ class Place(NamedTuple):
         says_step: whether frames state their global step.
         says_epoch: whether frames state their epoch.
         holes: ranges of missing numbers, each from the first to before the second; only the newest if there are many.
-        ends: future stream ends of a plain sender: times, seeds and columns; only some if there are very many.
+        ends: stream ends of a plain sender, those to come and the newest of those that have come: times, seeds and
+            columns; only some if there are very many.
     """
 
     origin: Origin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
@@ -14,16 +14,18 @@ from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.store.base import Store, StoredFrame
-from esper_otel.gateway.turns import Turn
+from esper_otel.gateway.turns import Turn, pause
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
-from esper_otel.pull.messages import PullRequest, PullResponse, Run, Step, step_message
+from esper_otel.pull.messages import PullRequest, Run, page_bytes, step_bytes
 
 Made = TypeVar("Made")
 
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024
-_FETCHED = 32  # steps at once
+_FETCHED, _FETCHED_FIRST = 32, 4  # steps at once; large ones are fetched one by one
+_MANY_SEEDS = 1_000
+_STEP_BYTES, _STEP_HEAD = 300, 16  # of a step, in addition to its bytes: in memory, and in a page
 
 
 class Bounds(NamedTuple):
@@ -41,19 +43,68 @@ class Bounds(NamedTuple):
 FREE = Bounds()
 
 
+class PulledPage(NamedTuple):
+    """A page for a puller.
+
+    Attributes:
+        body: a serialized PullResponse.
+        steps: number of steps in it.
+        cursor: the cursor for the next page.
+        gap: number of steps that were dropped before the first one.
+    """
+
+    body: bytes
+    steps: int
+    cursor: str
+    gap: int
+
+
+class MadeSteps:
+    """Steps as bytes, made once for all pullers; those that were not read for longest are dropped.
+
+    Args:
+        most_bytes: limit of their size.
+
+    Attributes:
+        used: their size in bytes.
+    """
+
+    def __init__(self, most_bytes: int = 64 * 1024 * 1024) -> None:
+        self.most = most_bytes
+        self.used = 0
+        self._steps: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
+
+    def get(self, key: tuple[str, str, int]) -> bytes | None:
+        """Returns a step: by its run, the id of the run's store, and its position there."""
+        step = self._steps.get(key)
+        if step is not None:
+            self._steps.move_to_end(key)
+        return step
+
+    def put(self, key: tuple[str, str, int], step: bytes) -> None:
+        """Keeps a step; two pullers may have made it at the same time."""
+        before = self._steps.pop(key, None)
+        self.used += len(step) + _STEP_BYTES - (0 if before is None else len(before) + _STEP_BYTES)
+        self._steps[key] = step
+        while self.used > self.most:
+            self.used -= len(self._steps.popitem(last=False)[1]) + _STEP_BYTES
+
+
 async def page(
     store: Store,
     request: PullRequest,
-    made: Callable[[StoredFrame, int], Step],
+    made: Callable[[StoredFrame], bytes],
+    steps: MadeSteps,
     clock_ns: Callable[[], int],
     bounds: Bounds = FREE,
-) -> PullResponse:
+) -> PulledPage:
     """Makes a page of the steps after a cursor, in turns, so that other requests are served in between.
 
     Args:
         store: where the steps are stored.
         request: the run, the cursor and the number of steps.
-        made: makes the message of a step from a stored entry and the current time.
+        made: makes a step from a stored entry; see ``step_bytes``.
+        steps: the steps that were made before.
         clock_ns: Unix time in nanoseconds.
         bounds: limits on time and memory.
 
@@ -63,36 +114,67 @@ async def page(
     """
     rank = request.rank if request.HasField("rank") else None
     most = request.max_packets or _DEFAULT_PACKETS
-    response = PullResponse(cursor=request.cursor)
-    size = 0
+    cursor, gap, size, fetched = request.cursor, 0, 0, _FETCHED_FIRST
+    shown: list[tuple[bytes, int]] = []
+
+    def answered() -> PulledPage:
+        now_unix_ns = clock_ns()
+        aged = ((step, (now_unix_ns - time_unix_ns) / 1e9) for step, time_unix_ns in shown)
+        return PulledPage(page_bytes(aged, cursor, gap), len(shown), cursor, gap)
+
     while True:
-        few = min(most - len(response.steps), _FETCHED)
+        few = min(most - len(shown), fetched)
         try:
-            found = store.after(request.run_id, response.cursor, rank, few)
+            found = store.after(request.run_id, cursor, rank, few)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next pull will report it
-            if response.steps:
-                return response
+            if shown:
+                return answered()
             raise
-        if response.steps and found.gap:
-            return response
-        response.gap += found.gap
-        steps: deque[Step] = deque()
+        if shown and found.gap:
+            return answered()
+        fetched = _next_fetched(found.entries)
+        gap += found.gap
+        life = found.cursor.partition(":")[0]
+        some: deque[bytes] = deque()
         for place, entry in enumerate(found.entries):
-            if not steps:
-                steps = await _steps(found.entries[place:], made, clock_ns(), bounds)
-            step = steps.popleft()
-            size += step.ByteSize()
+            if not some:
+                some = await _made(found.entries[place:], request.run_id, life, made, steps, bounds)
+            step = some.popleft()
+            size += len(step) + _STEP_HEAD
             has_room = bounds.has_room(size)
-            if not has_room and not response.steps:
+            if not has_room and not shown:
                 raise Busy("too many answers that are not read yet")
-            if not has_room or (size > _PAGE_BYTES and response.steps):
+            if not has_room or (size > _PAGE_BYTES and shown):
                 number = entry.position if rank is None else entry.number
-                response.cursor = found.cursor.rpartition(":")[0] + f":{number - 1}"
-                return response
-            response.steps.append(step)
-        response.cursor = found.cursor
-        if len(found.entries) < few or len(response.steps) == most:
-            return response
+                cursor = found.cursor.rpartition(":")[0] + f":{number - 1}"
+                return answered()
+            shown.append((step, entry.item.frame.time_unix_ns))
+        cursor = found.cursor
+        if len(found.entries) < few or len(shown) == most:
+            return answered()
+
+
+async def _made(
+    entries: Sequence[StoredFrame],
+    run_id: str,
+    life: str,
+    made: Callable[[StoredFrame], bytes],
+    steps: MadeSteps,
+    bounds: Bounds,
+) -> deque[bytes]:
+    """Returns the steps of the first entries, at least one; in a turn of their own, if they are not made yet."""
+    known: deque[bytes] = deque()
+    for entry in entries:
+        step = steps.get((run_id, life, entry.position))
+        if step is None:
+            break
+        known.append(step)
+    if known:
+        return known
+    new = await _steps(entries, lambda entry, _: made(entry), 0, bounds)
+    for entry, step in zip(entries, new, strict=False):
+        steps.put((run_id, life, entry.position), step)
+    return new
 
 
 async def packets_after(
@@ -109,9 +191,9 @@ async def packets_after(
         UnknownRun, StaleCursor: the run or the cursor cannot be used.
     """
     found: list[Packets] = []
-    gap = size = 0
+    gap, size, fetched = 0, 0, _FETCHED_FIRST
     while True:
-        few = min(most - len(found), _FETCHED)
+        few = min(most - len(found), fetched)
         try:
             after = store.after(run_id, cursor, None, few)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next call will report it
@@ -122,6 +204,7 @@ async def packets_after(
             break
         gap, cursor = gap + after.gap, after.cursor
         entries = after.entries
+        fetched = _next_fetched(entries)
         while entries:
             some = await _steps(entries, made, clock_ns(), FREE)
             entries = entries[len(some) :]
@@ -135,21 +218,37 @@ async def packets_after(
 async def _steps(
     entries: Sequence[StoredFrame], made: Callable[[StoredFrame, int], Made], now_unix_ns: int, bounds: Bounds
 ) -> deque[Made]:
-    """Makes the steps of the first entries: at least one, and as many as fit in a turn."""
+    """Makes the steps of the first entries: at least one, and as many as fit in a turn.
+
+    A step with many seeds takes longer than a turn, so it is made in a thread.
+    """
     steps: deque[Made] = deque()
     async with bounds.turn():
-        await asyncio.sleep(0)  # let all other ready tasks run first
+        await pause()
+        if _is_large(entries[0]):
+            return deque([await asyncio.to_thread(made, entries[0], now_unix_ns)])
         turn = Turn()
         for entry in entries:
+            if _is_large(entry):
+                break
             steps.append(made(entry, now_unix_ns))
             if turn.is_over:
                 break
     return steps
 
 
-def step_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Step:
-    """Returns an entry as a message; see ``packets_of``."""
-    return step_message(packets_of(entry, now_unix_ns, rules=rules, latency_budget_ms=latency_budget_ms))
+def _next_fetched(entries: Sequence[StoredFrame]) -> int:
+    return 1 if any(map(_is_large, entries)) else _FETCHED
+
+
+def _is_large(entry: StoredFrame) -> bool:
+    frame = entry.item.frame
+    return len(frame.live.ids) + len(frame.seeds.ids) > _MANY_SEEDS
+
+
+def step_of(entry: StoredFrame, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> bytes:
+    """Returns an entry as bytes; see ``step_bytes`` and ``packets_of``."""
+    return step_bytes(packets_of(entry, 0, rules=rules, latency_budget_ms=latency_budget_ms))
 
 
 def packets_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Packets:
@@ -163,6 +262,8 @@ def packets_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...],
         now_unix_ns=now_unix_ns,
     )
     made = with_signals(made, signals(made.state, loss_before=entry.loss_before, rules=rules))
+    if not item.origin.writer and made.step < GUESSED_STEP:
+        return made
     names = made.names if made.step < GUESSED_STEP else made.names - {"esper.global_step"}
     return replace(made, writer=item.origin.writer, names=names)
 

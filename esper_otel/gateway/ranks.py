@@ -1,30 +1,43 @@
-"""Ranks: compares a run's ranks over its newest steps, to find the one that slows down the others."""
+"""Ranks: compares a run's ranks over its newest steps, to find the one that slows down the others.
+
+The durations of each rank's newest steps are kept in arrays, a row for each rank, as the steps are released.
+"""
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping
-from math import fsum
-from statistics import fmean
+from collections.abc import Generator, Iterable
+from functools import lru_cache
+from typing import NamedTuple
 
-from esper_otel.frames.frame import GUESSED_STEP, Frame
+import numpy as np
+import numpy.typing as npt
+
+from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.turns import finished
-from esper_otel.pull.messages import Rank, RanksResponse
+from esper_otel.pull.messages import RanksResponse
 
 STEPS = 256
 _MOST_RUNS = 1_000
-_MOST_RANKS = 4_096
-_MOST_STEPS = 500_000  # over all ranks and runs; the run that has been silent for longest is dropped first
+# Steps of a run, and of all runs: 40 bytes each. A run with very many ranks keeps fewer steps of each, at least eight;
+# beyond that, the rank that has been silent for longest is dropped first. Of the runs, too.
+_MOST_OF_A_RUN, _MOST_STEPS, _FEWEST = 2**19, 2**20, 8
 # Work that a rank certainly does by itself; the rest of a step may be spent waiting for other ranks.
 _OWN = ("input_wait_ms", "hook_latency_ms", "kasmina.finalize_ms")
 _STEP = "step_latency_ms"
+_NAMES = (*_OWN, _STEP)
+_WAIT, _LATENCY = 0, len(_OWN)
 # Differences below this share of a cycle, or below this many milliseconds, are noise.
 _NOISE_SHARE = 0.05
 _NOISE_MS = 1.0
+_EMPTY = 2**64 - 1
+_AT_ONCE = 128  # ranks
+_WIDEST = 2**16
 
-Times = Mapping[str, float]
+Steps = npt.NDArray[np.uint64]
+Times = npt.NDArray[np.float64]
 
 
 class Ranks:
@@ -36,17 +49,17 @@ class Ranks:
 
     def note(self, items: Iterable[Item]) -> None:
         """Adds released frames."""
-        for item in items:
-            run_id = item.origin.run_id
+        for run_id, some in itertools.groupby(items, lambda item: item.origin.run_id):
             run = self._runs.get(run_id)
+            before = 0 if run is None else run.size
             if run is None:
                 run = self._runs[run_id] = _RunSteps()
-            before = run.steps
-            if run.note(item):
+            is_new = [run.note(item) for item in some]
+            if any(is_new):
                 self._runs.move_to_end(run_id)
-            self._steps += run.steps - before
+            self._steps += run.size - before
             while len(self._runs) > 1 and (len(self._runs) > _MOST_RUNS or self._steps > _MOST_STEPS):
-                self._steps -= self._runs.popitem(last=False)[1].steps
+                self._steps -= self._runs.popitem(last=False)[1].size
 
     def view(self, run_id: str, steps: int) -> RanksResponse | None:
         """Compares the newest attempt's ranks over its newest steps; returns None if no step of the run is known."""
@@ -59,147 +72,220 @@ class Ranks:
 
 
 class _RankSteps:
-    """The newest attempt of one rank."""
+    """The newest attempt of one rank.
 
-    def __init__(self, attempt: int) -> None:
+    Attributes:
+        row: its row in the arrays.
+        attempt: the attempt.
+        world_size: number of processes of the run.
+        first_unix_ns: the earliest time of a step.
+        last_unix_ns: the latest time of a step.
+        count: how many steps were written to the row.
+        last: the largest number among them.
+    """
+
+    __slots__ = ("attempt", "count", "first_unix_ns", "last", "last_unix_ns", "row", "world_size")
+
+    def __init__(self, row: int, attempt: int) -> None:
+        self.row = row
         self.attempt = attempt
         self.world_size = 1
         self.first_unix_ns = self.last_unix_ns = 0
-        self.steps: OrderedDict[int, Times] = OrderedDict()
-
-    def note(self, frame: Frame) -> None:
-        self.world_size = frame.run.world_size
-        self.first_unix_ns = min(self.first_unix_ns or frame.time_unix_ns, frame.time_unix_ns)
-        self.last_unix_ns = max(self.last_unix_ns, frame.time_unix_ns)
-        if frame.global_step >= GUESSED_STEP:
-            return  # the number is guessed, so it matches no step of another rank
-        values = dict(zip(frame.names, frame.numbers, strict=True))
-        self.steps[frame.global_step] = {
-            name: values[name] for name in (*_OWN, _STEP) if name in values and math.isfinite(values[name])
-        }
-        self.steps.move_to_end(frame.global_step)
-        if len(self.steps) > STEPS:
-            self.steps.popitem(last=False)
+        self.count, self.last = 0, -1
 
 
 class _RunSteps:
-    """The ranks of one run.
-
-    Attributes:
-        steps: number of steps kept, over all ranks.
-    """
+    """The ranks of one run."""
 
     def __init__(self) -> None:
-        self._newest: dict[int, _RankSteps] = {}
-        self.steps = 0
+        self._ranks: OrderedDict[int, _RankSteps] = OrderedDict()  # the longest silent first
+        self._steps: Steps = np.full((1, STEPS), _EMPTY, np.uint64)
+        self._times: Times = np.full((1, STEPS, len(_NAMES)), np.nan)
+
+    @property
+    def size(self) -> int:
+        """For how many steps there is memory."""
+        return self._steps.size
 
     def note(self, item: Item) -> bool:
         """Adds a frame; returns whether it belongs to the newest attempt of its rank."""
-        attempt, rank = item.origin.attempt, item.origin.rank
-        of_rank = self._newest.get(rank)
-        if of_rank is None and len(self._newest) >= _MOST_RANKS:
+        attempt, rank, frame = item.origin.attempt, item.origin.rank, item.frame
+        of_rank = self._ranks.get(rank)
+        if of_rank is None:
+            of_rank = self._ranks[rank] = _RankSteps(self._new_row(), attempt)
+        elif of_rank.attempt < attempt:
+            of_rank = self._ranks[rank] = _RankSteps(of_rank.row, attempt)
+            self._clear(of_rank.row)
+        elif of_rank.attempt > attempt:
             return False
-        if of_rank is None or of_rank.attempt < attempt:
-            self.steps -= 0 if of_rank is None else len(of_rank.steps)
-            of_rank = self._newest[rank] = _RankSteps(attempt)
-        if of_rank.attempt == attempt:
-            before = len(of_rank.steps)
-            of_rank.note(item.frame)
-            self.steps += len(of_rank.steps) - before
-        return of_rank.attempt == attempt
+        self._ranks.move_to_end(rank)
+        time_unix_ns, step = frame.time_unix_ns, frame.global_step
+        of_rank.world_size = frame.run.world_size
+        of_rank.first_unix_ns = min(of_rank.first_unix_ns or time_unix_ns, time_unix_ns)
+        of_rank.last_unix_ns = max(of_rank.last_unix_ns, time_unix_ns)
+        if step >= GUESSED_STEP:
+            return True  # the number is guessed, so it matches no step of another rank
+        row, width = of_rank.row, self._steps.shape[1]
+        slot = of_rank.count % width
+        known = np.flatnonzero(self._steps[row] == step).tolist() if step <= of_rank.last else []
+        if known:
+            slot = known[0]
+        else:
+            of_rank.count += 1
+            of_rank.last = max(of_rank.last, step)
+            self._steps[row, slot] = step
+        numbers = frame.numbers
+        self._times[row, slot] = [np.nan if place is None else numbers[place] for place in _places(frame.names)]
+        return True
+
+    def _clear(self, row: int) -> None:
+        self._steps[row] = _EMPTY
+        self._times[row] = np.nan
+
+    def _new_row(self) -> int:
+        """Returns a row for another rank: a free one, or that of the rank that has been silent for longest."""
+        row, rows, width = len(self._ranks), len(self._steps), len(self._steps[0])
+        if row < rows:
+            return row
+        if 2 * rows * _FEWEST > _MOST_OF_A_RUN:
+            _, dropped = self._ranks.popitem(last=False)
+            self._clear(dropped.row)
+            return dropped.row
+        fewer = min(width, _MOST_OF_A_RUN // (2 * rows))
+        steps: Steps = np.full((2 * rows, fewer), _EMPTY, np.uint64)
+        times: Times = np.full((2 * rows, fewer, len(_NAMES)), np.nan)
+        for of_rank in self._ranks.values():
+            kept = min(of_rank.count, fewer)
+            slots = np.arange(of_rank.count - kept, of_rank.count) % width  # the newest, in order of arrival
+            steps[of_rank.row, :kept] = self._steps[of_rank.row, slots]
+            times[of_rank.row, :kept] = self._times[of_rank.row, slots]
+            of_rank.count = kept
+        self._steps, self._times = steps, times
+        return row
 
     def viewing(self, most: int) -> Generator[None, None, RanksResponse]:
         """Compares the ranks of the newest attempt, and ranks that still made steps after it had begun.
 
         The latter belong to the same launch, but did not agree with the others on an attempt number; see ``launches``.
         """
-        attempt = max(of_rank.attempt for of_rank in self._newest.values())
-        begun_ns = min(of_rank.first_unix_ns for of_rank in self._newest.values() if of_rank.attempt == attempt)
+        attempt = max(of_rank.attempt for of_rank in self._ranks.values())
+        begun_ns = min(of_rank.first_unix_ns for of_rank in self._ranks.values() if of_rank.attempt == attempt)
         running = {
             rank: of_rank
-            for rank, of_rank in self._newest.items()
+            for rank, of_rank in sorted(self._ranks.items())
             if of_rank.attempt == attempt or of_rank.last_unix_ns >= begun_ns
         }
         world_size = max(of_rank.world_size for of_rank in running.values())
-        compared: dict[int, Mapping[int, Times]] = {}
-        for rank, of_rank in sorted(running.items()):
-            if of_rank.steps:
-                compared[rank] = dict(of_rank.steps)  # a copy of the current state
+        ranks = [rank for rank, of_rank in running.items() if of_rank.count]
+        rows = [running[rank].row for rank in ranks]
+        # Copies, because frames may be added while the comparison is under way.
+        steps, times = self._steps[rows], self._times[rows]
+        yield
+        common = _common(steps)[-most:] if ranks else steps.reshape(-1)[:0]
+        answer = RanksResponse(attempt=attempt, world_size=world_size, steps=len(common))
+        if not len(common):
+            return answer
+        answer.first_step, answer.last_step = int(common[0]), int(common[-1])
+        yield
+        compared = yield from _comparing(steps, times, common)
+        for place, rank in enumerate(ranks):
+            if not place % _AT_ONCE:
                 yield
-        return (yield from _viewing(compared, attempt, world_size, most))
-
-
-def _viewing(
-    ranks: Mapping[int, Mapping[int, Times]], attempt: int, world_size: int, most: int
-) -> Generator[None, None, RanksResponse]:
-    common = set(next(iter(ranks.values()))) if ranks else set()
-    for of_rank in ranks.values():
-        common &= of_rank.keys()
-        yield
-    steps = sorted(common)[-most:]
-    answer = RanksResponse(attempt=attempt, world_size=world_size, steps=len(steps))
-    if not steps:
+            row = answer.ranks.add(rank=rank)
+            row.own_ms, row.cycle_ms = compared.own_ms.item(place), compared.cycle_ms.item(place)
+            if compared.counts[place, _LATENCY]:
+                row.step_latency_ms = compared.sums[place, _LATENCY] / compared.counts[place, _LATENCY]
+            if compared.counts[place, _WAIT]:
+                row.input_wait_ms = compared.sums[place, _WAIT] / compared.counts[place, _WAIT]
+        answer.step_latency_spread_ms = float(compared.spreads[:, _LATENCY].mean())
+        answer.input_wait_spread_ms = float(compared.spreads[:, _WAIT].mean())
+        _judge(answer, compared)
         return answer
-    answer.first_step, answer.last_step = steps[0], steps[-1]
-    sums: dict[int, dict[str, float]] = {}
-    for rank, of_rank in ranks.items():
-        times = [of_rank[step] for step in steps]
-        _add_row(answer, rank, times)
-        sums[rank] = {name: fsum(each.get(name, 0.0) for each in times) for name in (*_OWN, _STEP)}
-        yield
-    spreads: dict[str, list[float]] = {_STEP: [], "input_wait_ms": []}
-    for step in steps:
-        at_step = [of_rank[step] for of_rank in ranks.values()]
-        for name, of_name in spreads.items():
-            of_name.append(_spread(at_step, name))
-        yield
-    answer.step_latency_spread_ms = fmean(spreads[_STEP])
-    answer.input_wait_spread_ms = fmean(spreads["input_wait_ms"])
-    _judge(answer, sums)
-    return answer
 
 
-def _add_row(answer: RanksResponse, rank: int, times: list[Times]) -> None:
-    row = answer.ranks.add(rank=rank)
-    for name, field in ((_STEP, "step_latency_ms"), ("input_wait_ms", "input_wait_ms")):
-        values = [each[name] for each in times if name in each]
-        if values:
-            setattr(row, field, fmean(values))
-    row.own_ms = fmean(sum(each.get(name, 0.0) for name in _OWN) for each in times)
-    row.cycle_ms = fmean(each.get(_STEP, 0.0) + each.get("input_wait_ms", 0.0) for each in times)
+@lru_cache(maxsize=64)
+def _places(names: tuple[str, ...]) -> tuple[int | None, ...]:
+    """Returns where the durations are among a frame's values; None for those that it does not have."""
+    return tuple(names.index(name) if name in names else None for name in _NAMES)
 
 
-def _judge(answer: RanksResponse, sums: Mapping[int, Mapping[str, float]]) -> None:
-    """Names the rank that stands out: by its cycle if ranks run independently, by its own time in lock-step.
+def _common(steps: Steps) -> Steps:
+    """Returns the steps that all ranks have, in order."""
+    there = steps != _EMPTY
+    low = np.where(there, steps, _EMPTY).min(axis=1).max()
+    high = np.where(there, steps, 0).max(axis=1).min()
+    inside: Steps = steps[(steps >= low) & (steps <= high)]  # an empty place is above every step
+    if not len(inside):
+        return inside
+    if int(high - low) < _WIDEST:
+        counts = np.bincount((inside - low).astype(np.int64))
+        found: Steps = low + np.flatnonzero(counts == len(steps)).astype(np.uint64)
+        return found
+    distinct, counts = np.unique(inside, return_counts=True)
+    return np.asarray(distinct[counts == len(steps)])
 
-    Args:
-        answer: the answer, with all of its rows.
-        sums: for each rank, the sum of each duration over its steps.
+
+class _Compared(NamedTuple):
+    """What the ranks took over the common steps.
+
+    Attributes:
+        sums: for each rank, the sum of each duration.
+        counts: for each rank, in how many steps it has the duration.
+        own_ms: for each rank, the mean of its own work.
+        cycle_ms: for each rank, the mean of its cycle.
+        spreads: for each step, the largest minus the smallest of each duration.
     """
+
+    sums: Times
+    counts: npt.NDArray[np.int64]
+    own_ms: Times
+    cycle_ms: Times
+    spreads: Times
+
+
+def _comparing(steps: Steps, times: Times, common: Steps) -> Generator[None, None, _Compared]:
+    sums = np.zeros((len(steps), len(_NAMES)))
+    counts = np.zeros((len(steps), len(_NAMES)), np.int64)
+    largest, smallest = (np.full((len(common), len(_NAMES)), bound) for bound in (-np.inf, np.inf))
+    for start in range(0, len(steps), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        place = np.searchsorted(common, steps[some])
+        is_common = common[np.minimum(place, len(common) - 1)] == steps[some]
+        rank, _ = is_common.nonzero()
+        values = np.empty((len(steps[some]), len(common), len(_NAMES)))
+        values[rank, place[is_common]] = times[some][is_common]
+        there = np.isfinite(values)
+        sums[some] = np.where(there, values, 0.0).sum(axis=1)
+        counts[some] = there.sum(axis=1)
+        largest = np.maximum(largest, np.where(there, values, -np.inf).max(axis=0))
+        smallest = np.minimum(smallest, np.where(there, values, np.inf).min(axis=0))
+        yield
+    spreads = np.where(largest >= smallest, largest - smallest, 0.0)
+    own_ms = sums[:, : len(_OWN)].sum(axis=1) / len(common)
+    cycle_ms = (sums[:, _LATENCY] + sums[:, _WAIT]) / len(common)
+    return _Compared(sums, counts, own_ms, cycle_ms, spreads)
+
+
+def _judge(answer: RanksResponse, compared: _Compared) -> None:
+    """Names the rank that stands out: by its cycle if ranks run independently, by its own time in lock-step."""
     if len(answer.ranks) < 2:
         return
-    noise_ms = max(_NOISE_MS, _NOISE_SHARE * fmean(row.cycle_ms for row in answer.ranks))
-    found = _first(answer.ranks, "cycle_ms", noise_ms)
+    noise_ms = max(_NOISE_MS, _NOISE_SHARE * float(compared.cycle_ms.mean()))
+    found = _first(compared.cycle_ms, noise_ms)
     if found is None:
-        found = _first(answer.ranks, "own_ms", noise_ms)
+        found = _first(compared.own_ms, noise_ms)
     if found is None:
         return
-    answer.slowest_rank = found.rank
-    excess = {}
-    for name in (*_OWN, _STEP):
-        theirs = fsum(of_rank[name] for rank, of_rank in sums.items() if rank != found.rank)
-        excess[name] = (sums[found.rank][name] - theirs / (len(sums) - 1)) / answer.steps
+    answer.slowest_rank = answer.ranks[found].rank
+    mine = compared.sums[found]
+    others = (compared.sums.sum(axis=0) - mine) / (len(compared.sums) - 1)
+    excess = dict(zip(_NAMES, ((mine - others) / answer.steps).tolist(), strict=True))
     answer.slowest_by = max(_OWN, key=lambda name: excess[name])
     if excess[answer.slowest_by] < excess[_STEP] / 2:  # the extra time is not in any of the parts that are measured
         answer.slowest_by = _STEP
 
 
-def _spread(times: list[Times], name: str) -> float:
-    values = [each[name] for each in times if name in each]
-    return max(values) - min(values) if values else 0.0
-
-
-def _first(ranks: Iterable[Rank], field: str, noise_ms: float) -> Rank | None:
-    """Returns the rank with the largest value, if it exceeds the second largest by more than the noise."""
-    first, second, *_ = sorted(ranks, key=lambda row: -getattr(row, field))
-    return first if getattr(first, field) - getattr(second, field) > noise_ms else None
+def _first(values: Times, noise_ms: float) -> int | None:
+    """Returns the place of the largest value, if it exceeds the second largest by more than the noise."""
+    first, second, *_ = np.argsort(-values, kind="stable").tolist()
+    return first if values[first] - values[second] > noise_ms else None

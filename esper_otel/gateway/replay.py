@@ -223,6 +223,10 @@ class Shelf:
         """Returns nothing: the core has the outcomes."""
         return {}
 
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:  # noqa: ARG002
+        """Returns nothing. See ``Store``."""
+        return [], []
+
     def tenant(self, run_id: str) -> str:  # noqa: ARG002 - it is the only one
         """Returns an empty name: the run has no tenant."""
         return ""

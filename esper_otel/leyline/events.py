@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from esper_otel.frames.frame import FLOAT32_BOUND, Frame
-from esper_otel.frames.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
+from esper_otel.frames.frame import Frame
+from esper_otel.frames.numbers import UINT32_LIMIT, UINT64_LIMIT, are_finite, finite, whole
 from esper_otel.leyline import messages
 
 SOURCE = "tolaria"
@@ -30,6 +30,10 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
         values: ``frame.values()``.
         packet_id: the id of the step's state packet.
     """
+    outside = [] if are_finite(values.values()) else [name for name, value in values.items() if finite(value) is None]
+    are_whole = None not in (whole(frame.epoch, UINT32_LIMIT), whole(frame.global_step, UINT64_LIMIT))
+    if not outside and are_whole and "loss" in values and not values.get("esper.step.failed"):
+        return None
     packet = messages.TelemetryPacket(packet_id=f"{packet_id}-events", source_subsystem=SOURCE)
     if "loss" not in values:
         add_event(packet, "loss_missing", messages.TelemetryLevel.TELEMETRY_LEVEL_CRITICAL, metric="loss")
@@ -43,8 +47,7 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
         )
     if values.get("esper.step.failed"):
         add_event(packet, "step_failed", messages.TelemetryLevel.TELEMETRY_LEVEL_ERROR)
-    outside = [name for name, value in values.items() if not -FLOAT32_BOUND < value < FLOAT32_BOUND and name != "loss"]
-    for name in sorted(outside):  # sorted, because the order of recording is not transmitted
+    for name in sorted({*outside} - {"loss"}):  # sorted, because the order of recording is not transmitted
         _warn(packet, "value_nonfinite", name, values[name])
     if whole(frame.epoch, UINT32_LIMIT) is None:
         _warn(packet, "value_invalid", "esper.epoch", frame.epoch)

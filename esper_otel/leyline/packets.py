@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
@@ -17,6 +19,8 @@ from esper_otel.leyline.order import ordered
 from esper_otel.leyline.seed_telemetry import known_cells, reported_rows, seed_telemetry
 from esper_otel.leyline.system_state import step_label, system_state
 from esper_otel.schema import SEED_CELLS
+
+_SEED_NAMES = tuple(metric.name for metric in SEED_CELLS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,27 +106,14 @@ def packets(
         now_unix_ns = time.time_ns()
     frame = ordered(frame)
     values = frame.values()
-    known = known_cells(frame)
-    rows = reported_rows(frame.seeds, known)
     try:
         state_packet = system_state(frame, values)
-        telemetry = list(
-            seed_telemetry(
-                rows,
-                known,
-                label=step_label(frame, values),
-                step=frame.global_step,
-                time_unix_ns=frame.time_unix_ns,
-                latency_budget_ms=latency_budget_ms,
-            )
-        )
+        telemetry, seed_names = _of_seeds(frame, values, latency_budget_ms) if frame.seeds.ids else ([], ())
     except ValueError as error:
         raise _explained(frame, error) from error
     events = step_events(frame, values, state_packet.packet_id)
     if events is not None:
         telemetry.append(events)
-    recorded = np.asarray((~is_absent(rows.cells)).any(axis=0)).tolist()
-    seed_names = [metric.name for metric, is_there in zip(SEED_CELLS, recorded, strict=True) if is_there]
     return Packets(
         state=state_packet,
         telemetry=tuple(telemetry),
@@ -133,8 +124,31 @@ def packets(
         revision=revision,
         complete=complete,
         age_s=(now_unix_ns - frame.time_unix_ns) / 1e9,
-        names=frozenset(values).union(seed_names) - SAID_BESIDE,
+        names=_names(tuple(values), seed_names),
     )
+
+
+def _of_seeds(
+    frame: Frame, values: Mapping[str, float], latency_budget_ms: float
+) -> tuple[list[messages.TelemetryPacket], tuple[str, ...]]:
+    """Returns a packet for each seed row, and the names of the seed metrics in them."""
+    known = known_cells(frame)
+    rows = reported_rows(frame.seeds, known)
+    telemetry = seed_telemetry(
+        rows,
+        known,
+        label=step_label(frame, values),
+        step=frame.global_step,
+        time_unix_ns=frame.time_unix_ns,
+        latency_budget_ms=latency_budget_ms,
+    )
+    recorded = np.asarray((~is_absent(rows.cells)).any(axis=0)).tolist()
+    return list(telemetry), tuple(itertools.compress(_SEED_NAMES, recorded))
+
+
+@lru_cache(maxsize=64)
+def _names(of_step: tuple[str, ...], of_seeds: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(of_step).union(of_seeds) - SAID_BESIDE
 
 
 def state(frame: Frame) -> messages.SystemStatePacket:

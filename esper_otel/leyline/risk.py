@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
-
-import numpy as np
 
 from esper_otel.errors import unknown
 from esper_otel.leyline import messages
@@ -15,6 +14,7 @@ from esper_otel.leyline.events import SOURCE, add_event, conclude
 from esper_otel.leyline.packets import Packets
 
 _EVENTS_SUFFIX = "-events"
+_FLOAT32 = struct.Struct("<f")
 
 
 class Signal(NamedTuple):
@@ -172,5 +172,9 @@ def _priority(level: str) -> int:
 
 
 def _rounded(value: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.float32(value))
+    """Returns a number as float32 has it."""
+    try:
+        (rounded,) = _FLOAT32.unpack(_FLOAT32.pack(value))
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return float(rounded)

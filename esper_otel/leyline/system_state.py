@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
-from esper_otel.frames.frame import FLOAT32_BOUND, Frame, Run
-from esper_otel.frames.numbers import UINT32_LIMIT, UINT64_LIMIT, finite, whole
+import numpy as np
+
+from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.numbers import UINT32_LIMIT, UINT64_LIMIT, are_finite, finite, whole
 from esper_otel.leyline import messages
 from esper_otel.leyline.seed_states import seed_states
+from esper_otel.leyline.stencil import Stencil
 from esper_otel.schema import METRICS
 
 VERSION = 1
@@ -41,10 +45,12 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemSt
         frame: the step.
         values: ``frame.values()``.
     """
-    key = _KEYS.get
-    metrics = {key(name, name): value for name, value in values.items() if -FLOAT32_BOUND < value < FLOAT32_BOUND}
-    metrics.pop(_NO_KEY, None)
-    loss = metrics.get("training_loss")
+    there = values
+    if not are_finite(values.values()):
+        there = {name: value for name, value in values.items() if finite(value) is not None}
+    numbers = np.fromiter(there.values(), np.float64, len(there))
+    metrics, loss_place = _metrics(tuple(there))
+    loss = None if loss_place is None else numbers.item(loss_place)
     packet = messages.SystemStatePacket(
         version=VERSION,
         current_epoch=whole(frame.epoch, UINT32_LIMIT),
@@ -52,7 +58,6 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemSt
         validation_loss=loss,
         timestamp_ns=frame.time_unix_ns,
         hardware_context=_hardware(frame.run, values),
-        training_metrics=metrics,
         packet_id=packet_id(frame, values),
         global_step=whole(frame.global_step, UINT64_LIMIT),
         training_loss=loss,
@@ -60,8 +65,20 @@ def system_state(frame: Frame, values: Mapping[str, float]) -> messages.SystemSt
         training_run_id=frame.run.run_id,
         experiment_name=frame.run.experiment,
     )
-    packet.MergeFromString(seed_states(frame.live))
+    packet.MergeFromString(metrics.filled(numbers) + seed_states(frame.live))
     return packet
+
+
+@lru_cache(maxsize=64)
+def _metrics(names: tuple[str, ...]) -> tuple[Stencil, int | None]:
+    """Returns the stencil of ``training_metrics`` for values with these names, and the place of the loss."""
+    places = {_KEYS.get(name, name): place for place, name in enumerate(names)}
+    places.pop(_NO_KEY, None)
+
+    def build(hole: Callable[[int], float]) -> messages.SystemStatePacket:
+        return messages.SystemStatePacket(training_metrics={key: hole(place) for key, place in places.items()})
+
+    return Stencil.of(build, 4), places.get("training_loss")
 
 
 def _hardware(run: Run, values: Mapping[str, float]) -> messages.HardwareContext | None:

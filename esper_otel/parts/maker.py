@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,14 @@ _SPARE = 100
 _ALL = -1
 
 
+class StreamEnd(NamedTuple):
+    """The end of a seed's stream; the column is -1 if the life of the seed ends."""
+
+    time_unix_ns: int
+    seed: str
+    column: int
+
+
 @dataclass(slots=True, eq=False)
 class FrameInput:
     """What a frame is made from.
@@ -32,7 +41,7 @@ class FrameInput:
         sequence: its number; 0 if its sender does not state one.
         step: the global step to use if its sender does not state one.
         complete: whether it contains every point.
-        ends: seeds and columns whose streams end before it; the column is -1 if the life of the seed ends.
+        ends: the streams that end after the frame before it, and not after it.
     """
 
     part: Part
@@ -40,7 +49,7 @@ class FrameInput:
     sequence: int
     step: int
     complete: bool
-    ends: set[tuple[str, int]]
+    ends: set[StreamEnd]
 
 
 class FrameMaker:
@@ -65,6 +74,7 @@ class FrameMaker:
         self.live: LiveSeeds = LiveSeeds()
         self.loss: float | None = None
         self._seen: dict[str, int] = {}
+        self._unsure: set[str] = set()  # those of them that may have been seen last at an earlier time
         self._step = 0
 
     def guessed_step(self, time_unix_ns: int) -> int:
@@ -77,12 +87,15 @@ class FrameMaker:
         self._step += 1
         return self._step
 
-    def silent(self, time_unix_ns: int, part: Part) -> set[tuple[str, int]]:
+    def silent(self, time_unix_ns: int, part: Part) -> set[StreamEnd]:
         """Returns the ends of a plain sender's seeds that have been silent for too long."""
         shape = part.shape
         if self._habits.counts or shape.digest is not None or shape.ids == self.live.table.ids:
             return set()
-        return {(seed, _ALL) for seed in silent_of(self.live.ids, {*shape.ids}, self._seen, time_unix_ns)}
+        return {
+            StreamEnd(time_unix_ns, seed, _ALL)
+            for seed in silent_of(self.live.ids, {*shape.ids}, self._seen, time_unix_ns)
+        }
 
     def made(
         self, time_unix_ns: int, given: FrameInput, live: LiveSeeds, loss: float | None, before: Frame | None = None
@@ -106,7 +119,6 @@ class FrameMaker:
         digest = whole(part.number(part.shape.digest), UINT64_LIMIT)
         if given.ends and digest is None:
             retired += _end(live, given.ends)
-        values = part.values()
         table = part.seeds()
         violations = None
         if table.ids:
@@ -116,12 +128,13 @@ class FrameMaker:
             if not self._habits.counts:  # otherwise its session did this already, with more information
                 table = step.recorded
         run = given.run
+        names, numbers = part.shape.names, tuple(part.numbers[part.shape.name_places].tolist())
         found_out: dict[str, float] = {}
         if not given.sequence:
-            said = {*values}
+            values = dict(zip(names, numbers, strict=True))
             senders.complete(values, violations, loss)
             run = senders.on_its_device(run, values)
-            found_out = {name: values.pop(name) for name in values.keys() - said}
+            found_out = {name: values[name] for name in values.keys() - {*names}}
         dead = () if digest is None or digest_of(live.table.ids) == digest else self._dead(live, part, digest, before)
         if dead:
             live.retire(dead)
@@ -129,7 +142,8 @@ class FrameMaker:
             retired += tuple(dead)
         is_complete = given.complete and dead is not None
         if not is_complete:
-            values |= _said(part)
+            values = {**dict(zip(names, numbers, strict=True)), **_said(part)}
+            names, numbers = tuple(values), tuple(values.values())
         global_step = whole(part.number(part.shape.step), GUESSED_STEP)
         frame = Frame(
             run,
@@ -137,8 +151,8 @@ class FrameMaker:
             given.step if global_step is None else global_step,
             whole(part.number(part.shape.epoch), UINT64_LIMIT) or 0,
             time_unix_ns,
-            tuple(values),
-            tuple(values.values()),
+            names,
+            numbers,
             found_out,
             table,
             live.table,
@@ -152,12 +166,25 @@ class FrameMaker:
         if frame.global_step < GUESSED_STEP:
             self._step = max(self._step, frame.global_step)
         self._seen.update(dict.fromkeys(frame.seeds.ids, frame.time_unix_ns))
+        self._unsure.difference_update(frame.seeds.ids)
         if len(self._seen) > 2 * len(self.live.ids) + _SPARE:
             self._seen = {seed: self._seen[seed] for seed in self.live.ids if seed in self._seen}
 
     def note_seen(self, seeds: Iterable[str], time_unix_ns: int) -> None:
         """Records that values of these seeds arrived late."""
         self._seen |= {seed: max(self._seen.get(seed, 0), time_unix_ns) for seed in seeds}
+
+    def note_live(self, seeds: Iterable[str], time_unix_ns: int) -> None:
+        """Records that these seeds were live at a time; they may have been seen last before it."""
+        self.note_seen(seeds, time_unix_ns)
+        self._unsure.update(seeds)
+
+    def may_live_on(self, seed: str, ended_unix_ns: int) -> bool:
+        """Returns whether a seed had a value after a time of which the frames are forgotten.
+
+        After a restart the time of its last value may be unknown. Then the end counts: seeds seldom come back.
+        """
+        return self._seen.get(seed, 0) > ended_unix_ns and seed not in self._unsure
 
     def _dead(self, live: LiveSeeds, part: Part, digest: int, before: Frame | None) -> Collection[str] | None:
         """Returns the seeds that must have died to match a frame's digest; None if they cannot be found."""
@@ -171,7 +198,9 @@ class FrameMaker:
 
 def loss_of(frame: Frame, default: float | None) -> float | None:
     """Returns the last finite loss that the frame recorded, or that was derived for it."""
-    return frame.context.get(LAST_LOSS, frame.recorded.get(LAST_LOSS, default))
+    if LAST_LOSS in frame.context:
+        return frame.context[LAST_LOSS]
+    return frame.numbers[frame.names.index(LAST_LOSS)] if LAST_LOSS in frame.names else default
 
 
 def _said(part: Part) -> dict[str, float]:
@@ -185,15 +214,15 @@ def _said(part: Part) -> dict[str, float]:
     return {name: float(part.numbers[place]) for name, place in places.items() if place is not None}
 
 
-def _end(live: LiveSeeds, ends: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+def _end(live: LiveSeeds, ends: Iterable[StreamEnd]) -> tuple[str, ...]:
     """Ends streams; returns the seeds that died."""
-    retired = sorted(seed for seed, column in ends if column < 0)
+    retired = sorted(seed for _, seed, column in ends if column < 0)
     known = range(live.table.cells.shape[1])
-    cells = [(live.ids[seed], column) for seed, column in ends if column in known and seed in live.ids]
+    cells = [(live.ids[seed], column) for _, seed, column in ends if column in known and seed in live.ids]
     if cells:
         table = SeedTable(live.table.ids, live.table.cells.copy())
-        for row, column in cells:
-            table.cells.view(np.uint64)[row, column] = ABSENT_BITS
+        table.cells.view(np.uint64)[tuple(np.array(cells).T)] = ABSENT_BITS
         live.commit(SeedStep(table, table, None, 0, ()))
-        retired += [table.ids[row] for row in {row for row, _ in cells} if is_absent(table.cells[row]).all()]
+        rows = sorted({row for row, _ in cells})
+        retired += [table.ids[row] for row in np.array(rows)[is_absent(table.cells[rows]).all(axis=1)].tolist()]
     return live.retire(dict.fromkeys(retired))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -23,6 +25,8 @@ _STEP: Stream = ("esper.global_step", "")
 _EPOCH: Stream = ("esper.epoch", "")
 _LIVE: Stream = ("esper.seeds", "")
 _DIGEST: Stream = ("esper.seeds.digest", "")
+# Computing the shape of this many values takes one or two milliseconds.
+LARGE = 1_000
 _NOT_AMONG_THE_VALUES = (SEQUENCE, POINTS, _STEP, _EPOCH, _LIVE, _DIGEST)
 
 
@@ -95,6 +99,39 @@ class PartShape:
             columns,
             np.array([cell for cell, _ in cells], np.intp),
             np.array([number for _, number in cells], np.intp),
+        )
+
+    def extended(self, more: PartShape) -> PartShape:
+        """Returns the shape with other streams after its own, in much less time than ``of`` would take."""
+        count = len(self.streams)
+        columns = max(self.columns, more.columns)
+        new = [seed for seed in more.ids if not _is_in(self.ids, seed)]
+        ids = tuple(sorted((*self.ids, *new))) if new else self.ids
+        rows = np.arange(len(self.ids))
+        rows += np.searchsorted(np.array([bisect_left(self.ids, seed) for seed in new], np.intp), rows, side="right")
+        more_rows = np.array([bisect_left(ids, seed) for seed in more.ids], np.intp)
+        cells = [rows[self.cells // self.columns] * columns + self.cells % self.columns]
+        cells += [more_rows[more.cells // more.columns] * columns + more.cells % more.columns]
+
+        def place(mine: int | None, theirs: int | None) -> int | None:
+            return mine if theirs is None else theirs + count
+
+        return PartShape(
+            self.streams + more.streams,
+            self.has_repeats or more.has_repeats,
+            place(self.sequence, more.sequence),
+            place(self.points, more.points),
+            place(self.step, more.step),
+            place(self.epoch, more.epoch),
+            place(self.live, more.live),
+            place(self.digest, more.digest),
+            tuple(sorted((*self.retired, *more.retired))),
+            self.names + more.names,
+            np.concatenate((self.name_places, more.name_places + count)),
+            ids,
+            columns,
+            np.concatenate(cells),
+            np.concatenate((self.cell_places, more.cell_places + count)),
         )
 
 
@@ -176,8 +213,15 @@ class MergedParts(NamedTuple):
     differing: int
 
 
-def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
+def merged(parts: Sequence[Part], *, last_counts: bool = False) -> MergedParts:
     """Merges parts. If a stream occurs twice, the first value is used, or the last one if ``last_counts``."""
+    if len(parts) > 1 and any(len(part.numbers) >= LARGE for part in parts):
+        joined, differing = parts[0], 0
+        for is_large, some in itertools.groupby(parts[1:], lambda part: len(part.numbers) >= LARGE):
+            for other in some if is_large else [merged(list(some), last_counts=last_counts).part]:
+                found = _both(joined, other, last_counts=last_counts)
+                joined, differing = found.part, differing + found.differing
+        return MergedParts(joined, differing)
     numbers: dict[Stream, float] = {}
     differing = 0
     is_one = True
@@ -192,6 +236,34 @@ def merged(parts: Iterable[Part], *, last_counts: bool = False) -> MergedParts:
     if not is_one:
         numbers.pop(POINTS, None)
     return MergedParts(Part.of(numbers), differing)
+
+
+def _both(first: Part, other: Part, *, last_counts: bool) -> MergedParts:
+    """Merges two parts without making the shape of the larger one anew."""
+    large, small = (first, other) if len(first.numbers) >= len(other.numbers) else (other, first)
+    more = dict(zip(small.shape.streams, small.numbers.tolist(), strict=True))
+    known = {stream: place for place, stream in enumerate(large.shape.streams) if stream in more}
+    numbers, differing, is_one = large.numbers, 0, True
+    if known:
+        numbers = numbers.copy()
+        for stream, place in known.items():
+            number = more.pop(stream)
+            if not is_equal(float(numbers[place]), number):
+                differing += 1
+                is_one = is_one and stream != SEQUENCE
+                if last_counts == (small is other):
+                    numbers[place] = number
+    shape = large.shape
+    if more:
+        shape = shape.extended(PartShape.of(list(more)) if known else small.shape)
+        numbers = np.concatenate((numbers, np.fromiter(more.values(), np.float64, len(more))))
+    part = Part(shape, numbers)
+    return MergedParts(part if is_one else part.without(lambda name, _: name == POINTS[0]), differing)
+
+
+def _is_in(ids: tuple[str, ...], seed: str) -> bool:
+    place = bisect_left(ids, seed)
+    return place < len(ids) and ids[place] == seed
 
 
 def is_equal(one: float, other: float) -> bool:

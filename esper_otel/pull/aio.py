@@ -58,9 +58,9 @@ class TamiyoClient:
         self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
         self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
 
-    async def runs(self) -> list[RunInfo]:
-        """Returns the runs that the gateway knows, one entry per writer."""
-        return run_infos(await self._call(self._runs, RunsRequest(), 0.0))
+    async def runs(self, run_id: str = "") -> list[RunInfo]:
+        """Returns the runs that the gateway knows. See ``esper_otel.TamiyoClient.runs``."""
+        return run_infos(await self._call(self._runs, RunsRequest(run_id=run_id), 0.0))
 
     async def pull(
         self,
@@ -81,7 +81,7 @@ class TamiyoClient:
 
     async def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended. See ``esper_otel.TamiyoClient.ended``."""
-        return run_outcome(await self.runs(), run_id)
+        return run_outcome(await self.runs(run_id), run_id)
 
     async def close(self) -> None:
         """Closes the connection."""

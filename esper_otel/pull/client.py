@@ -201,13 +201,16 @@ class TamiyoClient:
         self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
         self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
 
-    def runs(self) -> list[RunInfo]:
+    def runs(self, run_id: str = "") -> list[RunInfo]:
         """Returns the runs that the gateway knows, one entry per writer.
+
+        Args:
+            run_id: return this run only, even if ``esper-otel check`` sent it; empty returns all but those.
 
         Raises:
             GatewayError: the gateway refused, or did not answer in time.
         """
-        return run_infos(self._call(self._runs, RunsRequest(), 0.0))
+        return run_infos(self._call(self._runs, RunsRequest(run_id=run_id), 0.0))
 
     def pull(
         self,
@@ -257,7 +260,7 @@ class TamiyoClient:
         Raises:
             GatewayError: the gateway refused, or did not answer in time.
         """
-        return run_outcome(self.runs(), run_id)
+        return run_outcome(self.runs(run_id), run_id)
 
     def close(self) -> None:
         """Closes the connection."""

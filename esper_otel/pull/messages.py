@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterable
+from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,8 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+
+from esper_otel.varint import varint
 
 if TYPE_CHECKING:
     from esper_otel.leyline.packets import Packets
@@ -34,17 +39,63 @@ RunsResponse = _classes["RunsResponse"]
 Step = _classes["Step"]
 
 
+# Field numbers of Step and PullResponse, as tags: numbers, and fields that hold bytes, texts or messages.
+_STATE, _TELEMETRY, _ATTEMPT, _RANK, _STEP, _REVISION, _COMPLETE = 0x0A, 0x12, 0x18, 0x20, b"\x28", 0x30, 0x38
+_NAME, _WRITER = 0x4A, 0x52
+_AGE_S, _AGE_BYTES = b"\x41", 9
+_STEPS, _CURSOR, _GAP = b"\x0a", 0x12, 0x18
+_DOUBLE = struct.Struct("<d")
+
+
+def step_bytes(packets: Packets) -> bytes:
+    """Returns a step of a page, serialized up to ``age_s``, its last field, which depends on when the step is read."""
+    content = _step(packets)
+    return b"".join((_STEPS, varint(len(content) + _AGE_BYTES), content, _AGE_S))
+
+
+def _step(packets: Packets) -> bytes:
+    parts = [_field(_STATE, packets.state.SerializeToString())]
+    parts += [_field(_TELEMETRY, packet.SerializeToString()) for packet in packets.telemetry]
+    if packets.step:
+        parts += (_STEP, varint(packets.step))
+    parts.append(
+        _beside(packets.attempt, packets.rank, packets.revision, packets.complete, packets.names, packets.writer)
+    )
+    return b"".join(parts)
+
+
+@lru_cache(maxsize=1024)
+def _beside(attempt: int, rank: int, revision: int, complete: bool, names: frozenset[str], writer: str) -> bytes:
+    """Returns the fields that most steps of a writer have in common."""
+    numbers = ((_ATTEMPT, attempt), (_RANK, rank), (_REVISION, revision), (_COMPLETE, int(complete)))
+    parts = [bytes((tag,)) + varint(number) for tag, number in numbers if number]
+    parts += [_field(_NAME, name.encode()) for name in sorted(names)]
+    if writer:
+        parts.append(_field(_WRITER, writer.encode()))
+    return b"".join(parts)
+
+
+def page_bytes(steps: Iterable[tuple[bytes, float]], cursor: str, gap: int) -> bytes:
+    """Returns a serialized ``PullResponse``.
+
+    Args:
+        steps: steps as ``step_bytes`` returns them, each with its age in seconds.
+        cursor: the cursor for the next pull.
+        gap: number of steps that were dropped before the first one.
+    """
+    parts: list[bytes] = []
+    for step, age_s in steps:
+        parts += (step, _DOUBLE.pack(age_s))
+    parts.append(_field(_CURSOR, cursor.encode()))
+    if gap:
+        parts += (bytes((_GAP,)), varint(gap))
+    return b"".join(parts)
+
+
 def step_message(packets: Packets) -> Message:
     """Returns packets as the message that a gateway sends."""
-    return Step(
-        state=packets.state.SerializeToString(),
-        telemetry=[packet.SerializeToString() for packet in packets.telemetry],
-        attempt=packets.attempt,
-        rank=packets.rank,
-        step=packets.step,
-        revision=packets.revision,
-        complete=packets.complete,
-        age_s=packets.age_s,
-        names=sorted(packets.names),
-        writer=packets.writer,
-    )
+    return Step.FromString(_step(packets) + _AGE_S + _DOUBLE.pack(packets.age_s))
+
+
+def _field(tag: int, content: bytes) -> bytes:
+    return bytes((tag,)) + varint(len(content)) + content

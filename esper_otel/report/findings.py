@@ -266,12 +266,14 @@ def stage_name(number: float) -> str:
 
 
 def compared(one: Recording, other: Recording) -> list[Finding]:
-    """Compares two runs at the steps that both have."""
+    """Compares two runs at the steps that both have, and names the values of the other that are not finite."""
+    name_of_other = names_of(one, other)[1]
+    odd = _not_finite(name_of_other, other)
     by_step = {row.step: row.values for row in other.rows}
     pairs = [(row.step, row.values, by_step[row.step]) for row in one.rows if row.step in by_step]
-    question = f"How does it compare with {names_of(one, other)[1]}?"
+    question = f"How does it compare with {name_of_other}?"
     if not pairs:
-        return [Finding(question, "The two runs have no steps in common.")]
+        return [Finding(question, " ".join(["The two runs have no steps in common.", *odd]))]
     answers = [f"{len(pairs)} steps are in both runs, from {pairs[0][0]} to {pairs[-1][0]}."]
     for name, better in (
         ("loss", "lower"),
@@ -285,20 +287,42 @@ def compared(one: Recording, other: Recording) -> list[Finding]:
             mine, theirs = _mean(each[1] for each in tail), _mean(each[2] for each in tail)
             is_better = (mine < theirs) == (better == "lower")
             word = "the same" if mine == theirs else "better" if is_better else "worse"
-            answers.append(f"{name} at the end: {mine:.4g}, compared with {theirs:.4g} ({word}).")
+            is_whole = both[-1][0] == max(step for step, *values in pairs if all(name in each for each in values))
+            where = "at the end" if is_whole else f"up to step {both[-1][0]}, the last in which both are finite"
+            answers.append(f"{name} {where}: {mine:.4g}, compared with {theirs:.4g} ({word}).")
     apart = next(_apart(pairs), None)
     if apart is not None:
-        answers.append(f"The losses first differ by more than a tenth in step {apart}.")
-    return [Finding(question, " ".join(answers), False, apart)]
+        answers.append(f"The losses first differ {apart[1]}.")
+    return [Finding(question, " ".join(answers + odd), False, None if apart is None else apart[0])]
+
+
+def _not_finite(title: str, recording: Recording) -> list[str]:
+    """Returns a sentence about the values that are not finite; none if all are."""
+    steps: dict[str, list[int]] = {}
+    for row in recording.rows:
+        for name, value in row.values.items():
+            if not math.isfinite(value):
+                steps.setdefault(name, []).append(row.step)
+    if not steps:
+        return []
+    found = [
+        f"{name} in {f'{len(of_name)} steps, first in step {of_name[0]}' if len(of_name) > 1 else f'step {of_name[0]}'}"
+        for name, of_name in sorted(steps.items(), key=lambda each: (each[0] != "loss", each))
+    ]
+    return [f"Values of {title} that are not finite: {_listed(found)}."]
 
 
 def _finite(name: str, *values: Mapping[str, float]) -> bool:
     return all(math.isfinite(each.get(name, math.nan)) for each in values)
 
 
-def _apart(pairs: Sequence[tuple[int, Mapping[str, float], Mapping[str, float]]]) -> Iterator[int]:
+def _apart(pairs: Sequence[tuple[int, Mapping[str, float], Mapping[str, float]]]) -> Iterator[tuple[int, str]]:
+    """Yields the steps in which the losses differ much, and in words how."""
     for step, mine, theirs in pairs:
-        if _finite("loss", mine, theirs):
-            one, other = mine["loss"], theirs["loss"]
-            if abs(one - other) > 0.1 * max(abs(one), abs(other)):
-                yield step
+        one, other = mine.get("loss"), theirs.get("loss")
+        if one is None or other is None:
+            continue
+        if math.isfinite(one) != math.isfinite(other):
+            yield step, f"in step {step}: {one:.4g}, compared with {other:.4g}"
+        elif math.isfinite(one) and abs(one - other) > 0.1 * max(abs(one), abs(other)):
+            yield step, f"by more than a tenth in step {step}"

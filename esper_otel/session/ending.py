@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
+from esper_otel.session.raised import RaisedByMain, main_module, status_of, status_raised
+
 _TIMEOUT_S = 5.0
 _AGAIN_S = 0.002
 # Modules that run the user's code. Code of this package that they call is in other modules.
@@ -173,10 +175,11 @@ def _at_exit() -> None:
 def outcome_of_process() -> str:
     """Returns how the program ended, for callbacks at interpreter exit. Python does not give them the exit status.
 
-    - ``completed``: the main program ran to its end, or called ``sys.exit`` (``exit``, ``quit``) with status 0.
+    - ``completed``: the main program ran to its end, called ``sys.exit`` (``exit``, ``quit``) with status 0, or its
+      main module raised ``SystemExit`` with status 0, as in ``raise SystemExit(main())``.
     - The name of the uncaught exception, if there was one.
-    - ``SystemExit``: the program called ``sys.exit`` with another status.
-    - ``exit``: the program ended in a way that hides the status, such as ``raise SystemExit(status)``.
+    - ``SystemExit``: the program ended in one of these ways with another status.
+    - ``exit``: the program ended in a way that hides the status, such as ``raise SystemExit`` inside a function.
     """
     if _exits.has_run_to_end():
         return "completed"
@@ -201,18 +204,20 @@ def _is_script_of_ipython() -> bool:
 
 
 class _ExitCall(NamedTuple):
-    """A call of ``sys.exit``: the position of the main program, the status, and the latest uncaught exception."""
+    """How a frame of the main program was left: its position, the status, and the latest uncaught exception."""
 
+    frame: FrameType
     place: int
     status: int
     uncaught: object
 
 
 class _Exits:
-    """Finds out where the main program stopped: at its end, or in a call of ``sys.exit`` that did not return."""
+    """Finds out where the main program stopped: at its end, in a call of ``sys.exit``, or raising ``SystemExit``."""
 
     def __init__(self) -> None:
         self._root: FrameType | None = None
+        self._module: FrameType | None = None
         self._last: _ExitCall | None = None
         self._replaced: list[tuple[Any, str, Any, Any]] = []
 
@@ -220,6 +225,8 @@ class _Exits:
         """Finds the main program and wraps ``sys.exit`` so that calls of it are recorded."""
         if self._root is None:
             self._root = _main_program()
+        if self._module is None:
+            self._follow_main()
         if not self._replaced:
             self._replace(sys, "exit", 0)
             quitter = type(getattr(builtins, "exit", None))  # set by the site module; absent with python -S
@@ -232,7 +239,22 @@ class _Exits:
             if getattr(owner, name) is ours:
                 setattr(owner, name, original)
         self._replaced = []
-        self._root = self._last = None
+        self._root = self._module = self._last = None
+
+    def _follow_main(self) -> None:
+        """Finds the main module, and waits for the return of the function that it has called."""
+        # See ``_main_program`` for why the dict of frames is not bound to a variable.
+        for module, function in filter(None, map(main_module, sys._current_frames().values())):  # noqa: SLF001
+            self._module = module
+            if function is not None:
+                RaisedByMain(module, self._raised).follow(function)
+
+    def _raised(self, status: int) -> None:
+        if self._module is not None:
+            self._note(self._module, status)
+
+    def _note(self, frame: FrameType, status: int) -> None:
+        self._last = _ExitCall(frame, frame.f_lasti, status, getattr(sys, "last_value", None))
 
     def _replace(self, owner: Any, name: str, place: int) -> None:
         original = getattr(owner, name)
@@ -242,7 +264,7 @@ class _Exits:
             given = (*arguments[place:], *named.values(), None)
             root = self._root
             if root is not None and _outermost(sys._getframe()) is root:  # noqa: SLF001 - else only a thread ends
-                self._last = _ExitCall(root.f_lasti, _status(given[0]), getattr(sys, "last_value", None))
+                self._note(root, status_of(given[0]))
             return original(*arguments, **named)
 
         setattr(owner, name, leave)
@@ -256,11 +278,11 @@ class _Exits:
         return 0 <= place < len(code) and code[place] in _RETURNS
 
     def status(self) -> int | None:
-        """The exit status if the main program stopped where it last called ``sys.exit``; otherwise None (unknown)."""
-        last, root = self._last, self._root
-        if last is None or root is None or last.place != root.f_lasti:
-            return None
-        return last.status if last.uncaught is getattr(sys, "last_value", None) else None
+        """The exit status if the main program stopped where it last called ``sys.exit`` or raised; else None."""
+        last, uncaught = self._last, getattr(sys, "last_value", None)
+        if last is not None and last.place == last.frame.f_lasti and last.uncaught is uncaught:
+            return last.status
+        return None if self._module is None or uncaught is not None else status_raised(self._module)
 
 
 def _main_program() -> FrameType | None:
@@ -277,13 +299,6 @@ def _outermost(frame: FrameType) -> FrameType:
     while frame.f_back is not None:
         frame = frame.f_back
     return frame
-
-
-def _status(given: object) -> int:
-    """Returns the exit status of the process for an argument of ``sys.exit``."""
-    if given is None:
-        return 0
-    return given & 0xFF if isinstance(given, int) else 1
 
 
 _RETURNS = {opcode.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in opcode.opmap}

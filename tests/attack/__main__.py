@@ -2,9 +2,9 @@
 
 For each attack a gateway with an empty store starts, with an honest trainer and an honest puller over gRPC and over
 HTTP. After it the gateway is killed with SIGKILL and started again on the same store. The exit status is 1 if a bound
-is broken: memory, an honest step lost or pulled twice, the delay of honest steps, /healthz within a second, a restart
-that serves, or what an attack itself looks for. Delays are printed next to those without an attack, the first line. It
-ends by itself.
+is broken: memory, an honest step lost or pulled twice, the delay of honest steps, the CPU time of one turn of the event
+loop, /healthz within a second, a restart that serves, or what an attack itself looks for. Delays are printed next to
+those without an attack, the first line. It ends by itself.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ ATTACKS = (
     *fuzzing.ATTACKS,
 )
 _HEALTH_MS = 1_000.0
+_TURN_MS = 100.0
 # Of honest steps, the 99th percentile: on a machine that is quiet, and else so many times that without an attack.
 _DELAY_MS, _TIMES = 250.0, 25.0
 _MOST_S = 1_800.0  # for all of them
@@ -56,6 +57,7 @@ class Row:
         twice: honest steps that it got twice.
         peak_mib: the gateway's memory at its highest, the restart included.
         cpu_s: the gateway's CPU time during the attack.
+        turn_ms: CPU time of the longest turn of the event loop.
         health_ms: the longest answer of /healthz; infinite when there was none.
         restart_s: from starting it again until it serves; NaN if it does not.
         faults: what did not hold.
@@ -67,6 +69,7 @@ class Row:
     twice: int
     peak_mib: float
     cpu_s: float
+    turn_ms: float
     health_ms: float
     restart_s: float
     faults: tuple[str, ...]
@@ -74,17 +77,20 @@ class Row:
     def line(self) -> str:
         """For the table."""
         delays = "".join(f"{each:8.0f}" for each in self.delays_ms)
-        numbers = f"{self.missing:8}{self.twice:6}{self.peak_mib:8.0f}{self.cpu_s:7.1f}{self.health_ms:8.0f}"
-        return f"{self.name:20}{delays}{numbers}{self.restart_s:8.1f}  {'; '.join(self.faults) or 'held'}"
+        numbers = f"{self.missing:8}{self.twice:6}{self.peak_mib:8.0f}{self.cpu_s:7.1f}{self.turn_ms:6.0f}"
+        times = f"{self.health_ms:8.0f}{self.restart_s:8.1f}"
+        return f"{self.name:20}{delays}{numbers}{times}  {'; '.join(self.faults) or 'held'}"
 
 
 HEAD = (
     f"{'attack':20}{'p50 ms':>8}{'p99 ms':>8}{'max ms':>8}"
-    f"{'missing':>8}{'twice':>6}{'MiB':>8}{'CPU s':>7}{'health':>8}{'restart':>8}"
+    f"{'missing':>8}{'twice':>6}{'MiB':>8}{'CPU s':>7}{'turn':>6}{'health':>8}{'restart':>8}"
 )
 
 
-def run(attack: Attack, seconds: float, folder: Path, most_delay_ms: float = math.inf) -> Row:
+def run(
+    attack: Attack, seconds: float, folder: Path, most_delay_ms: float = math.inf, most_turn_ms: float = math.inf
+) -> Row:
     """One attack, from an empty store to the restart after it."""
     tls = None
     if attack.has_tls:
@@ -106,9 +112,11 @@ def run(attack: Attack, seconds: float, folder: Path, most_delay_ms: float = mat
         time.sleep(min(target.left_s(), _LEAST_S))  # so that there are honest steps to look at
         cpu_s = gateway.cpu_s() - cpu_s
         windows = _all(honest, "end")
+        turn_ms = gateway.longest_turn_ms()
+        target.hold(holds=turn_ms <= most_turn_ms, otherwise=f"a turn of the event loop took {turn_ms:.0f} ms of CPU")
         restart_s = _restarted(attack, target)
         ends = _all(honest, "finish")
-        return _row(attack, target, windows, ends, cpu_s, restart_s, most_delay_ms)
+        return _row(attack, target, windows, ends, (cpu_s, turn_ms), restart_s, most_delay_ms)
 
 
 def _attacked(attack: Attack, target: Target) -> None:
@@ -152,7 +160,7 @@ def _row(
     target: Target,
     windows: list[dict[str, Any]],
     ends: list[dict[str, Any]],
-    cpu_s: float,
+    took: tuple[float, float],
     restart_s: float,
     most_delay_ms: float,
 ) -> Row:
@@ -166,8 +174,8 @@ def _row(
     target.hold(holds=health_ms <= _HEALTH_MS, otherwise="/healthz did not answer within a second")
     p50, p99 = np.percentile(delays, [50, 99]).tolist()
     target.hold(holds=p99 <= most_delay_ms, otherwise=f"honest steps came late: more than {most_delay_ms:.0f} ms")
-    taken = (p50, p99, float(delays.max()))
-    return Row(attack.name, taken, missing, twice, peak_mib, cpu_s, health_ms, restart_s, tuple(target.faults))
+    delays_ms = (p50, p99, float(delays.max()))
+    return Row(attack.name, delays_ms, missing, twice, peak_mib, *took, health_ms, restart_s, tuple(target.faults))
 
 
 def _all(honest: list[HonestProcess], command: str) -> list[dict[str, Any]]:
@@ -202,7 +210,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory(prefix="esper-attack-", ignore_cleanup_errors=True) as folder:
             try:
-                row = run(attack, options.seconds, Path(folder), most_delay_ms)
+                row = run(attack, options.seconds, Path(folder), most_delay_ms, _TURN_MS)
             except GatewayEnded as error:
                 print(f"{attack.name:20}  {error}", flush=True)
                 broken += 1

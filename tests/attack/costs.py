@@ -20,6 +20,7 @@ from attack.otlp import (
     unfinished,
 )
 from attack.target import EXPORT, Attack, Target
+from esper_otel.schema import SEED_METRICS
 
 _JSON = "application/json"
 # Paths of field numbers in ExportMetricsServiceRequest, to what is sent empty.
@@ -111,6 +112,45 @@ def _far_ends(target: Target) -> None:
         target.post(ends("rogue-ends-0", number, 1, _2090 + 1))
 
 
+def _late_points(target: Target) -> None:
+    """A few points of old steps, which change all steps after them: seeds, ends, and the first global step at last."""
+    now = time.time_ns()
+    for first in range(0, 6_000, 2_000):
+        at = (now + place * 1_000_000 for place in range(first, first + 2_000))
+        target.post(body("rogue-late", [Point("loss", 1.0, each) for each in at]))
+    time.sleep(min(2.5, target.left_s() / 2))
+    for number in target.rounds(0.05):
+        places = range(number * 50, number * 50 + 50)
+        late = [Point("kasmina.seed.alpha", 0.5, now + place * 1_000_000, f"late-{place}") for place in places]
+        target.post(body("rogue-late", [each._replace(is_end=number % 2 == 1) for each in late]))
+        if number == 20:
+            target.post(body("rogue-late", [Point("esper.global_step", 1.0, now + 7_000 * 1_000_000)]))
+
+
+def _holes(target: Target) -> None:
+    """Every second number is missing: each of 19,000 frames waits for one before it."""
+    for number in target.rounds(2.0):
+        now = time.time_ns()
+        points = []
+        for place in range(19_000):
+            at = now + place * 1_000_000
+            points += [Point("esper.frame.sequence", 2.0 * place + 2.0, at), Point("esper.frame.points", 2.0, at)]
+        target.post(body(f"rogue-holes-{number}", points, scope="esper_otel", esper__run__attempt=1))
+
+
+def _large_step(target: Target) -> None:
+    """A step of 20,000 seeds in two halves, then one point more of it again and again, and pulls of it."""
+    now = time.time_ns()
+    names = [metric.name for metric in SEED_METRICS]
+    points = [Point(name, 0.5, now, f"seed-{seed}") for name in names for seed in range(20_000)]
+    for half in (points[:100_000], points[100_000:]):
+        target.post(body("rogue-large-step", half))
+    with target.channel() as channel:
+        for number in target.rounds(0.05):
+            target.post(body("rogue-large-step", [Point("loss", float(number), now)]))
+            target.pull(channel, "rogue-large-step", max_packets=2)
+
+
 def _page(target: Target) -> None:
     now = time.time_ns()
     seeds = [Point("kasmina.seed.alpha", 0.5, now, f"seed-{number}") for number in range(_WIDE_SEEDS)]
@@ -140,6 +180,9 @@ ATTACKS = (
     Attack("grpc-in-flight", "60 gRPC messages at once of 64 KB that become 63 MiB", _in_flight),
     Attack("frames-that-wait", "60,000 frames that never complete", _unfinished),
     Attack("far-ends", "312,000 ends in the year 2090, then more one by one", _far_ends),
+    Attack("late-points", "late points of old steps, each of which changes 6,000 steps", _late_points),
+    Attack("holes", "19,000 frames whose numbers have a hole before each", _holes),
+    Attack("large-step", "a step of 20,000 seeds, corrected and pulled again and again", _large_step),
     Attack(
         *("page-of-seeds", "the live page of a run with 3,000 seeds, from four windows", _page),
         options=("--ui",),

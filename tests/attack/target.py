@@ -58,6 +58,7 @@ class Gateway:
         tls: tuple[Path, Path, Path] | None = None,
     ) -> None:
         self.folder, self.store, self.log = folder, folder / "store", folder / "log"
+        self._turns, self._ready_s = folder / "turns", 0.0
         self.grpc, self.http = (f"127.0.0.1:{_free_port()}" for _ in range(2))
         self.ca = None if tls is None else tls[2]
         self.peak_mib = 0.0
@@ -82,15 +83,17 @@ class Gateway:
         Raises:
             GatewayEnded: it does not.
         """
-        command = [sys.executable, "-m", "esper_otel", "gateway", "--json", *self._options]
+        command = [sys.executable, "-m", "attack.watched", str(self._turns), "gateway", "--json", *self._options]
         command = ["sh", "-c", f'ulimit -Sn {_FILES}; exec "$@"', "sh", *command]
         begun_s = time.monotonic()
-        process = self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log)
+        environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+        process = self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=self._log)
         while time.monotonic() - begun_s < _START_S:
             if process.poll() is not None:
                 raise GatewayEnded(f"the gateway does not start: status {process.returncode}: {self.last_words()}")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.get("/readyz", timeout_s=2.0) == 200:
+                    self._ready_s = time.monotonic()
                     return time.monotonic() - begun_s
             time.sleep(0.05)
         raise GatewayEnded(f"the gateway is not ready after {_START_S:g} s")
@@ -121,6 +124,12 @@ class Gateway:
                 times = psutil.Process(self._process.pid).cpu_times()
                 return float(times.user + times.system)
         return 0.0
+
+    def longest_turn_ms(self) -> float:
+        """CPU time of the longest turn of the event loop in this life, since it served; 0 if all were short."""
+        lines = self._turns.read_text(encoding="utf-8").split("\n") if self._turns.exists() else []
+        turns = [tuple(map(float, line.split())) for line in lines[:-1]]
+        return max((took_ms for at_s, took_ms in turns if at_s > self._ready_s), default=0.0)
 
     def last_words(self) -> str:
         """The last line of its log."""

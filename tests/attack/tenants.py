@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 
+import grpc
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
 from attack.otlp import Point, body, many_runs, step
-from attack.target import Attack, Target
+from attack.target import Attack, Target, bearer
+from esper_otel.pull.client import method
 
 _STEPS = 2_000  # of the honest run
 
@@ -57,6 +61,27 @@ def _crowding(target: Target) -> None:
     target.hold(holds=before == after > 0, otherwise=f"an honest run had {before} steps stored, then {after}")
 
 
+def _listings(target: Target) -> None:
+    """Thousands of runs, listed again and again by many, and /metrics as quickly as it answers."""
+    for number in range(6):
+        target.post(many_runs(f"rogue-list-{number}-", 1_000))
+
+    def ask(_: int) -> None:
+        with target.channel() as channel:
+            call = channel.unary_unary(method("Runs")[0], None, None)
+            for _ in target.rounds():
+                with contextlib.suppress(grpc.RpcError):
+                    call(b"", timeout=max(target.left_s(), 0.1), metadata=bearer())
+                with contextlib.suppress(OSError):
+                    target.gateway.get("/metrics")
+
+    asking = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(4)]
+    for each in asking:
+        each.start()
+    for each in asking:
+        each.join(target.left_s() + 2)
+
+
 def _stored(target: Target) -> int:
     return sum(run.stored for run in target.runs("honest-token") if run.run_id == "honest-large")
 
@@ -64,5 +89,6 @@ def _stored(target: Target) -> int:
 ATTACKS = (
     Attack("many-runs", "1,000 runs in a request, again and again", _many_runs),
     Attack("runs-for-ever", "500 new run ids a request, as quickly as they are taken", _runs_for_ever),
+    Attack("listings", "lists of 6,000 runs, and /metrics, four at a time", _listings),
     Attack("crowding-out", "small runs that fill a store of 8 MiB", _crowding, options=("--keep-mib", "8")),
 )

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import gateway
 import loops
+import many_ranks
 import numpy as np
 import torch
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
@@ -469,6 +470,24 @@ def in_others_loops() -> list[Row]:
     return rows
 
 
+def many_ranks_at_a_gateway() -> list[Row]:
+    """The whole gateway process."""
+    (ours,) = many_ranks.measured(3, [sys.executable])
+
+    def row(what: str, spent: float, unit: str, most: float) -> Row:
+        return Row(
+            f"gateway, CPU of its process: {what}", f"{spent:.1f} {unit}", "", "", f"{most:g} {unit}", spent <= most
+        )
+
+    return [
+        row("a point of one-step frames from 512 ranks", ours.memory, "µs", 1.5),
+        row("the same with `--store`", ours.store, "µs", 2.5),
+        row("a step pulled by a first puller, in pages of 64", ours.first, "µs", 70),
+        row("the same step, for each further puller", ours.further, "µs", 10),
+        row("comparing 4,000 ranks", ours.ranks_ms, "ms", 300),
+    ]
+
+
 def table(rows: list[Row]) -> str:
     lines = ["| what | ours | against | ratio | promised | kept |", "|---|---|---|---|---|---|"]
     marks = {True: "yes", False: "**no**", None: ""}
@@ -491,6 +510,7 @@ def main() -> int:
         *ending(),
         *behind_a_gateway(),
         *in_others_loops(),
+        *many_ranks_at_a_gateway(),
     ]
     text = table(rows)
     print(text)

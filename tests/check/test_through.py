@@ -67,6 +67,8 @@ def test_the_shipped_stack_lets_everything_through(stack: Stack) -> None:
     assert status == 0, stages["Prometheus"]
     assert "NaN as NaN, missing values still missing" in stages["gateway"]["message"]
     assert "names as in the catalogue, labels run_id and rank" in stages["Prometheus"]["message"]
+    assert stages["gateway"]["message"].endswith("; the run's end and its number of ranks arrived")
+    assert stages["Prometheus"]["message"].endswith("; the run's end arrived")
 
 
 def test_a_stock_prometheus_is_understood(tmp_path: Path) -> None:
@@ -98,6 +100,7 @@ processors:
         ("datapoint", 'set(datapoint.value_double, 0.0) where metric.name == "gradient_norm"', "arrived as 0"),
         ("datapoint", 'set(datapoint.value_double, 0.5) where metric.name == "loss"', "arrived as 0.5"),
         ("metric", 'set(metric.name, "took") where metric.name == "step_latency_ms"', "was renamed on the way"),
+        ("metric", 'set(metric.name, "over") where metric.name == "esper.run.ended"', "esper.run.ended did not arrive"),
     ],
 )
 def test_what_a_processor_does_to_it_is_said(stack: Stack, context: str, statement: str, message: str) -> None:

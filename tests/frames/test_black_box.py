@@ -27,7 +27,7 @@ import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage
 from esper_otel.cli import main
 from esper_otel.frames import black_box as blackbox
-from esper_otel.report.findings import findings
+from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import page
 from esper_otel.report.recording import Recording, Row, of_file
 
@@ -347,6 +347,37 @@ def test_a_run_that_is_compared_with_itself_has_two_names(other: dict[str, Any],
     html = page(recorded(noisy(20)), recorded(noisy(20), **other))
     assert f"loss of {name}" in html
     assert f"How does it compare with {name}?" in html
+
+
+def answer(one: list[dict[str, float]], other: list[dict[str, float]]) -> str:
+    """How the two compare, in words."""
+    [found] = compared(recorded(one), recorded(other, name="other"))
+    return found.answer
+
+
+def test_what_is_not_finite_in_the_other_run_is_said() -> None:
+    """Of each metric how often and where first; and no value is called one of the end that is not."""
+    one, other = noisy(100), noisy(100)
+    assert "not finite" not in answer(one, other)
+    other[49]["loss"] = math.nan
+    said = answer(one, other)
+    assert "Values of other that are not finite: loss in step 50." in said
+    assert re.search(r"The losses first differ in step 50: \S+, compared with nan\.", said)
+    assert "loss at the end: " in said
+    for step in other[89:]:
+        step |= {"loss": math.nan, "gradient_norm": math.inf}
+    said = answer(one, other)
+    assert "not finite: loss in 12 steps, first in step 50, gradient_norm in 11 steps, first in step 90." in said
+    assert "loss up to step 89, the last in which both are finite: " in said
+    assert "loss at the end" not in said
+    said = answer(other, one)
+    assert "not finite:" not in said
+    assert "loss up to step 89, the last in which both are finite: " in said
+    later = recorded(other, name="other")
+    [found] = compared(replace(recorded(one), rows=recorded(one).rows[:5]), replace(later, rows=later.rows[40:]))
+    assert found.answer.startswith(
+        "The two runs have no steps in common. Values of other that are not finite: loss in 12"
+    )
 
 
 def areas(html: str) -> dict[str, list[list[tuple[float, float]]]]:

@@ -13,7 +13,7 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.frames.black_box import _row
-from esper_otel.frames.encoded import frame_from_bytes, frame_to_bytes
+from esper_otel.frames.encoded import frames_from_bytes, frames_to_bytes
 from esper_otel.frames.frame import NARROW, WIDTH, Frame, SeedTable, alike
 from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
@@ -59,7 +59,7 @@ def spooled(history: Sequence[Frame]) -> list[object]:
 
 
 def stored(history: Sequence[Frame]) -> list[object]:
-    return [repr(plain(table)) for f in history for table in frame_from_bytes(frame_to_bytes(f))[8:10]]
+    return [repr(plain(table)) for f in frames_from_bytes(frames_to_bytes(history)) for table in f[8:10]]
 
 
 def as_rows(history: Sequence[Frame]) -> list[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 
 from frame_examples import RUN, histories, make_frame, seed_table, with_recorded
 from hypothesis import given, settings
@@ -93,6 +94,15 @@ def test_what_follows_the_damage_is_read() -> None:
     damaged = bytearray(records[2])
     damaged[len(damaged) // 2] ^= 1
     assert [frame.sequence for frame in read(b"".join([*records[:2], damaged, *records[3:]]))] == [1, 2, 4, 5]
+
+
+def test_a_whole_record_that_says_a_run_which_is_not_one_is_skipped() -> None:
+    """Found by fuzzing: a number where the run's fields should be stopped the reading of the file."""
+    content = b"R" + struct.pack("<I", 9) + b'[5, {}, ""]'
+    record = struct.pack("<4sII", b"\xe5\x9e\x0f1", len(content), zlib.crc32(content)) + content
+    stored = StoredContext()
+    assert [frame.sequence for frame in frames_in(record + written([make_frame(sequence=3)]), stored)] == [3]
+    assert stored.skipped == 1
 
 
 def test_names_and_seed_ids_that_read_alike_stay_apart() -> None:

@@ -18,6 +18,7 @@ from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import NO_SEEDS, Frame
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.pages import MadeSteps
 from esper_otel.gateway.store.base import StoreFull, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
@@ -67,7 +68,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_p
 
     async def live() -> list[Step]:
         life = 0
-        core = Core(FileStore(tmp_path / "0"), hold_s=60.0)  # a slow machine has time for every request
+        core = Core(FileStore(tmp_path / "0"), hold_s=60.0, linger_s=60.0)  # a slow machine has time for every request
         core.start()
         for request in requests:
             core.receive(request)
@@ -77,7 +78,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_p
                 life += 1
                 shutil.copytree(tmp_path / str(life - 1), tmp_path / str(life))
                 core.close()
-                core = Core(FileStore(tmp_path / str(life)), hold_s=60.0)
+                core = Core(FileStore(tmp_path / str(life)), hold_s=60.0, linger_s=60.0)
                 core.start()
                 if luck.random() < 0.5:
                     core.receive(request)  # its sender did not hear the answer
@@ -131,14 +132,14 @@ def test_a_page_ends_where_steps_are_dropped_while_it_is_made(ends: bool) -> Non
             for body in bodies(history(200, first=301)):
                 core.receive(body)
         page = await reading
-        assert [step.step for step in page.steps] == [*range(1, 33)]
+        assert [step.step for step in page.steps] == [*range(1, 5)]
         following = PullRequest(run_id=RUN.run_id, cursor=page.cursor, max_packets=300)
         if ends:
             with pytest.raises(UnknownRun):
                 await core.pull(following)
         else:
             rest = await core.pull(following)
-            assert (rest.gap, [step.step for step in rest.steps]) == (168, [*range(201, 501)])
+            assert (rest.gap, [step.step for step in rest.steps]) == (196, [*range(201, 501)])
         core.close()
 
     asyncio.run(live())
@@ -318,3 +319,46 @@ def test_old_requests_that_come_again_after_a_restart_change_nothing(tmp_path: P
         core.close()
 
     asyncio.run(live())
+
+
+def test_of_a_request_only_what_waits_is_kept(tmp_path: Path) -> None:
+    """A collector cuts inside a frame: the rest of its request is stored as steps."""
+
+    def of_rank(rank: int, step: int) -> bytes:
+        run = replace(RUN, rank=rank)
+        times = {"sequence": step, "global_step": step, "time_unix_ns": TIME_UNIX_NS + step * 10**6}
+        return bodies([make_frame(run=run, **times)])[0]
+
+    async def live() -> None:
+        core = Core(FileStore(tmp_path), hold_s=60.0)
+        core.start()
+        for step in (1, 2):
+            core.receive(b"".join(of_rank(rank, step) for rank in range(8)))
+        request = ExportMetricsServiceRequest.FromString(of_rank(8, 1))
+        (of_scope,) = request.resource_metrics[0].scope_metrics
+        rest = ExportMetricsServiceRequest.FromString(request.SerializeToString())
+        del of_scope.metrics[3:]
+        del rest.resource_metrics[0].scope_metrics[0].metrics[:3]
+        cut = request.SerializeToString()
+        core.receive(b"".join(of_rank(rank, 3) for rank in range(8)) + cut)
+        core.close()
+        store = FileStore(tmp_path)
+        assert [kept.body for kept in store.bodies()] == [cut]
+        store.close()
+        core = Core(FileStore(tmp_path), hold_s=60.0)
+        core.start()
+        core.receive(rest.SerializeToString())
+        steps = await pulled(core)
+        assert [(step.rank, step.step, step.complete) for step in steps[-1:]] == [(8, 1, True)]
+        assert len(steps) == 25
+        core.close()
+
+    asyncio.run(live())
+
+
+def test_a_step_that_two_pullers_make_at_the_same_time_is_counted_once() -> None:
+    steps = MadeSteps(1_000)
+    for _ in range(10):
+        steps.put(("run", "life", 1), bytes(100))
+    assert steps.get(("run", "life", 1)) == bytes(100)
+    assert steps.used < 500

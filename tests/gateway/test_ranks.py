@@ -109,6 +109,40 @@ def test_a_new_attempt_begins_anew_and_the_old_one_is_over() -> None:
     assert ranks.view("another", 0) is None
 
 
+def test_no_rank_is_left_out_of_a_large_run_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of very many ranks, fewer steps of each are kept; beyond that the longest silent one gives way."""
+    ranks = Ranks()
+    for step in range(1, 101):
+        ranks.note(item(rank, step, durations(1, step + (rank == 4_500))) for rank in range(5_000))
+    found = ranks.view("run", 0)
+    assert found is not None
+    assert ([row.rank for row in found.ranks], found.steps, found.last_step) == ([*range(5_000)], 64, 100)
+    assert ranks._steps <= 2**19
+    assert found.step_latency_spread_ms == 1.0
+    monkeypatch.setattr("esper_otel.gateway.ranks._MOST_OF_A_RUN", 64)
+    few = Ranks()
+    for step in range(1, 11):
+        few.note(item(rank, step, durations(1, step)) for rank in range(9 if step == 10 else 8))
+    found = few.view("run", 0)
+    assert found is not None
+    assert [row.rank for row in found.ranks] == [*range(1, 9)]
+    assert few._steps == 64
+
+
+def test_steps_far_apart_that_come_late_or_again_are_compared_by_their_numbers() -> None:
+    """The order of arrival does not matter; a later revision counts."""
+    ranks = Ranks()
+    numbers = [10**6 * step for step in range(1, 6)]
+    ranks.note(item(0, step, durations(1, 10)) for step in numbers)
+    ranks.note(item(1, step, durations(1, 20)) for step in reversed(numbers))
+    ranks.note([item(1, numbers[2], durations(1, 25)), item(1, 7, durations(1, 99))])
+    found = ranks.view("run", 0)
+    assert found is not None
+    assert (found.steps, found.first_step, found.last_step) == (5, 10**6, 5 * 10**6)
+    assert [row.step_latency_ms for row in found.ranks] == [10.0, 21.0]
+    assert found.step_latency_spread_ms == 11.0
+
+
 def test_a_gateway_tells_it_to_both_clients_and_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     with RunningGateway() as gateway, TamiyoClient(gateway.grpc) as client:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")

@@ -120,11 +120,12 @@ def test_a_module_whose_loaders_have_workers_exits_as_without_us(
     assert "frames recorded 8, exported 8, dropped 0" in log.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("end", ["sys.exit(main())", "raise SystemExit(main())"])
 @pytest.mark.parametrize(("status", "outcome"), [(0, "completed"), (3, "SystemExit")])
-def test_the_status_of_a_main_function_is_known(tmp_path: Path, status: int, outcome: str) -> None:
-    """``sys.exit(main())`` looks ``sys.exit`` up before the training begins."""
+def test_the_status_of_a_main_function_is_known(tmp_path: Path, status: int, outcome: str, end: str) -> None:
+    """``sys.exit(main())`` looks ``sys.exit`` up before the training begins; a raise leaves no trace."""
     body = FULL_BATCHES.replace("\n", "\n    ").rstrip()
-    text = f"import sys\ndef main():{body}\n    return {status}\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    text = f"import sys\ndef main():{body}\n    return {status}\nif __name__ == '__main__':\n    {end}\n"
     (tmp_path / "train.py").write_text(text, encoding="utf-8")
     with MemoryCollector() as collector:
         done = run(collector, "-m", "esper_otel", "run", tmp_path / "train.py")

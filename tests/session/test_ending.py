@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -68,7 +68,13 @@ LEFT = {
         1,
         "KeyError",
     ),
-    "raise SystemExit(0)": (0, "exit"),  # which status it was cannot be known
+    "raise SystemExit": (0, "completed"),
+    "raise SystemExit(0)": (0, "completed"),
+    "status = 3\nraise SystemExit(status)": (3, "SystemExit"),
+    "raise SystemExit('no such file')": (1, "SystemExit"),
+    "def main():\n    raise SystemExit(0)\nmain()": (0, "exit"),  # which status it was cannot be known
+    "try:\n    raise SystemExit(0)\nfinally:\n    status = 3": (0, "exit"),
+    "class SystemExit(SystemExit):\n    code = 3\nraise SystemExit(0)": (3, "exit"),
     "telemetry.close()\nassert sys.exit.__module__ == 'sys' and not hasattr(sys.exit, '__wrapped__')": (0, "completed"),
 }
 
@@ -90,22 +96,31 @@ else:
 """
 
 
-def test_a_script_that_ends_with_status_0_has_completed(collector: MemoryCollector) -> None:
-    """Whichever way it leaves, the outcome is what its exit status says, and the exit status is what it would be."""
-    cases = "".join(
-        f"if case == {number}:\n{textwrap.indent(BEGIN + text, '    ')}\n" for number, text in enumerate(LEFT)
-    )
+def cases(texts: Iterable[str]) -> str:
+    return "".join(f"if case == {number}:\n{textwrap.indent(text, '    ')}\n" for number, text in enumerate(texts))
+
+
+def forked(
+    collector: MemoryCollector, texts: Iterable[str], command: list[str], folder: Path
+) -> tuple[dict[str, tuple[int, str | None]], list[str]]:
+    """The exit status and the outcome of each case, and what they wrote."""
     done = subprocess.run(
-        [sys.executable, "-c", FORKS + cases, str(len(LEFT))], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=60, check=False
     )
-    ends = json.loads(done.stdout.splitlines()[-1])
+    *output, last = done.stdout.splitlines()
     found = {
         point.resource["process.pid"]: point.attributes["outcome"]
         for point in collector.points()
         if point.name == "esper.run.ended" and not point.flags
     }
-    said = {text: (status, found.get(pid)) for text, (pid, status) in zip(LEFT, ends, strict=True)}
-    assert said == LEFT
+    ends = zip(texts, json.loads(last), strict=True)
+    return {text: (status, found.get(pid)) for text, (pid, status) in ends}, output
+
+
+def test_a_script_that_ends_with_status_0_has_completed(collector: MemoryCollector, tmp_path: Path) -> None:
+    """Whichever way it leaves, the outcome is what its exit status says, and the exit status is what it would be."""
+    command = ["-c", FORKS + cases(BEGIN + text for text in LEFT), str(len(LEFT))]
+    assert forked(collector, LEFT, command, tmp_path)[0] == LEFT
 
 
 def test_a_module_that_ends_with_status_0_has_completed(collector: MemoryCollector, tmp_path: Path) -> None:
@@ -115,6 +130,71 @@ def test_a_module_that_ends_with_status_0_has_completed(collector: MemoryCollect
         done = subprocess.run([sys.executable, "-m", "train", str(status)], cwd=tmp_path, timeout=60, check=False)
         assert done.returncode == status
     assert outcomes(collector) == ["completed", "SystemExit"]
+
+
+# The session starts in the main function, in the module of the program.
+MAIN = f"""
+import sys
+def cleaned(status):
+    return status
+def main(case):
+{textwrap.indent(BEGIN, "    ")}
+    return case
+"""
+RETURNED = {
+    "raise SystemExit(main(0))": (0, "completed"),
+    "raise SystemExit(main(None))": (0, "completed"),
+    "raise SystemExit(main(3))": (3, "SystemExit"),
+    "raise SystemExit(\n    main('no such file')\n)": (1, "SystemExit"),
+    "raise SystemExit(main(None) or 0)": (0, "completed"),
+    "raise SystemExit(0 if main(True) else 1)": (0, "completed"),
+    "if main(3):\n    raise SystemExit(2)": (2, "SystemExit"),
+    "if main(0):\n    raise SystemExit(2)": (0, "completed"),
+    "raise SystemExit(int(main(0)))": (0, "completed"),
+    "raise SystemExit(cleaned(main(0)))": (0, "exit"),  # traced no further than the main function's return
+    "try:\n    raise SystemExit(main(0))\nexcept SystemExit:\n    pass": (0, "completed"),
+    "try:\n    raise SystemExit(main(0))\nexcept SystemExit:\n    pass\ncleaned(1 / 0)": (1, "ZeroDivisionError"),
+    "try:\n    raise SystemExit(main(0))\nfinally:\n    cleaned(0)": (0, "exit"),
+    "import asyncio\nasync def work():\n    return main(0)\nraise SystemExit(asyncio.run(work()))": (0, "completed"),
+    "raise KeyError(main(0))": (1, "KeyError"),
+}
+
+
+@pytest.mark.parametrize("is_module", [False, True])
+def test_the_status_that_main_returns_is_known(collector: MemoryCollector, tmp_path: Path, *, is_module: bool) -> None:
+    """Of a program that raises ``SystemExit`` itself; and nothing is left traced."""
+    traced = "import atexit\natexit.register(lambda: print(sys.gettrace(), flush=True))\n"
+    (tmp_path / "train.py").write_text(FORKS + traced + MAIN + cases(RETURNED), encoding="utf-8")
+    command = [*(["-m", "train"] if is_module else ["train.py"]), str(len(RETURNED))]
+    said, output = forked(collector, RETURNED, command, tmp_path)
+    assert said == RETURNED
+    assert output == ["None"] * len(RETURNED)
+
+
+def test_nothing_of_the_main_function_is_held_after_its_return(collector: MemoryCollector, tmp_path: Path) -> None:
+    """Its model and its loaders with their processes go away when they would have, and a tracer stays in place."""
+    program = """
+import sys, weakref
+class Model: pass
+def main():
+    global model
+    mine = Model()
+    model = weakref.ref(mine)
+    start()
+    return 0
+def trace(*_): return None
+for tracer in (None, trace):
+    sys.settrace(tracer)
+    try:
+        raise SystemExit(main())
+    except SystemExit as error:
+        sys.stdout.write(f"{error.code} {model()} {sys.gettrace() is tracer}\\n")
+"""
+    begin = f"def start():\n{textwrap.indent(BEGIN, '    ')}    telemetry.close()\n"
+    (tmp_path / "train.py").write_text(begin + program, encoding="utf-8")
+    command = [sys.executable, "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "0 None True\n" * 2, done.stderr
 
 
 IPYTHON = """

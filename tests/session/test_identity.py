@@ -48,9 +48,17 @@ def test_without_any_the_run_id_is_made_up_from_the_time() -> None:
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, 2, 4),
         ({"RANK": "3", "WORLD_SIZE": "8", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 3, 8),
         ({"RANK": "", "WORLD_SIZE": ""}, 0, 1),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}, 2, 4),
+        ({"MV2_COMM_WORLD_RANK": "2", "MV2_COMM_WORLD_SIZE": "4"}, 2, 4),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4"}, 2, 4),
+        ({"PMI_RANK": "2"}, 0, 1),
+        # mpirun in a job of Slurm starts a server on each node by srun, and Slurm's rank is the server's.
+        ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 5, 8),
+        ({"PMI_RANK": "5", "PMI_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 5, 8),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "RANK": "9", "WORLD_SIZE": "16"}, 9, 16),
     ],
 )
-def test_rank_and_world_size_come_from_torchrun_or_slurm(environ: dict[str, str], rank: int, world_size: int) -> None:
+def test_rank_and_world_size_come_from_the_launcher(environ: dict[str, str], rank: int, world_size: int) -> None:
     """torchrun under Slurm sets both; its own numbers are the finer ones."""
     run = who({"ESPER_RUN_ID": "run"} | environ)
     assert (run.rank, run.world_size) == (rank, world_size)
@@ -131,6 +139,14 @@ def test_a_process_of_a_shell_or_batch_script_is_alone_though_slurm_names_tasks(
     assert agreement_for(run, environ) is None
     run = who(environ | {"RANK": "1", "WORLD_SIZE": "4"})
     assert (run.rank, run.world_size) == (1, 4)
+
+
+def test_srun_with_pmi_is_a_launch_of_slurm() -> None:
+    """It sets the variables of PMI, too; those of Open MPI are set by ``mpirun``, in a batch script for instance."""
+    environ = slurm(1, SLURM_JOB_START_TIME="1790000000", SLURM_STEP_ID="0")
+    assert who(environ | {"PMI_RANK": "1", "PMI_SIZE": "2"}, run_id="run").attempt == 1_790_000_000_000
+    environ |= {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+    assert who(environ, run_id="run").attempt > 1_790_000_000_000
 
 
 def test_one_process_has_its_own_milliseconds_under_slurm_too() -> None:

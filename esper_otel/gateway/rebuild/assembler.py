@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import NamedTuple
 
 from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters
+from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters, second_of
 from esper_otel.gateway.rebuild.queue import WaitingFrame
 from esper_otel.gateway.rebuild.runs import Runs
 from esper_otel.gateway.rebuild.shapes import PartShapes
@@ -60,11 +60,19 @@ class Assembler:
         limits: limits on senders.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long a frame without a point count waits for further points.
+        recall: called with a writer that is not known; it may restore it.
     """
 
-    def __init__(self, limits: Limits | None = None, *, hold_s: float = 2.0, linger_s: float = 0.05) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        hold_s: float = 2.0,
+        linger_s: float = 0.05,
+        recall: Callable[[Origin], None] | None = None,
+    ) -> None:
         self._limits = limits or Limits()
-        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s)
+        self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s, recall=recall)
         self._shapes = PartShapes()
         self._touched: dict[Track, None] = {}
         self._held: dict[Track, _Unreleased] = {}
@@ -106,7 +114,7 @@ class Assembler:
             track = self._track(marker.sender, request, now_s)
             if track is None:
                 rejected[TOO_MANY_RUNS] += 1
-            elif track.end_stream(marker):
+            elif track.end_stream(marker, now_s):
                 self._moved[track] = None
         for sender, outcome in decoded.ended:
             yield
@@ -133,6 +141,10 @@ class Assembler:
     def since(self) -> float | None:
         """Returns when the oldest waiting point arrived, on the monotonic clock; None if nothing waits."""
         return min((held.since_s for held in self._held.values() if held.since_s is not None), default=None)
+
+    def waiting(self) -> set[tuple[str, int, int]]:
+        """Returns the ranks with waiting points: run id, attempt and rank."""
+        return {track.origin[:3] for track, held in self._held.items() if held.since_s is not None}
 
     def due(self) -> float | None:
         """Returns when ``release`` must be called next, on the monotonic clock; None if nothing waits."""
@@ -266,11 +278,14 @@ class Assembler:
                 if twin.knows(time_unix_ns) or (number is not None and number == twin.next != track.next):
                     target = twin
             self._touched[target] = None
-            target.learn(shape, is_ours=block.is_ours)
+            target.learn(shape, now_s, is_ours=block.is_ours)
             clash = target.take(time_unix_ns, of_frame, sender, now_s, received_unix_ns, rejected)
             if clash is not None:
                 other = track if target is twin else twin
-                twin = self._clashed(track, other, sender, time_unix_ns, clash, now_s) or twin
+                twin = self._clashed(track, other, sender, time_unix_ns, clash, now_s)
+                if twin is None:
+                    self._crowd.note(request, second_of(sender), now_s, is_taken=False)
+                    rejected[TOO_MANY_RUNS] += len(of_frame.part.numbers)
             yield
 
     def _clashed(
@@ -282,16 +297,19 @@ class Assembler:
         waiting: WaitingFrame,
         now_s: float,
     ) -> Track | None:
-        """Gives a frame whose number is taken to the sender's other writer; counts a frame that fits neither."""
+        """Gives a frame whose number is taken to the sender's other writer; counts a frame that fits neither.
+
+        Returns:
+            The sender's second writer; None if there is no room for one.
+        """
         target = other or self._runs.track(sender, now_s, tenant=first.tenant, suffix="#2")
         if target is None:
-            first.count_too_late()
             return None
         self._touched[target] = None
         target.note(sender, now_s, waiting.received_unix_ns)
         if target.put(time_unix_ns, waiting) is not None:
             target.count_too_late()
-        return None if other else target
+        return self._runs.twin(sender)
 
     def _track(self, sender: PointSender, request: RequestWriters, now_s: float) -> Track | None:
         track = self._runs.track(sender, now_s, tenant=request.tenant)
@@ -301,11 +319,12 @@ class Assembler:
         return track
 
     def _released(self, track: Track, now_s: float, turn: Turn, *, all_now: bool = False) -> list[Item]:
+        was_changed = track.is_changed
         items = track.release(now_s, turn, all_now=all_now)
-        if items:
+        if items or was_changed:
             self._moved[track] = None
-            if track.is_due(now_s):
-                self._last_tenant = track.tenant
+        if items and track.is_due(now_s):
+            self._last_tenant = track.tenant
         for item in items:
             if item.revision == 1:
                 self._keep(track, item.frame.time_unix_ns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from esper_otel.gateway.receive.request import PointSender
@@ -32,6 +33,11 @@ class RequestWriters:
     def runs(self) -> tuple[str, ...]:
         """The runs for which there was no room."""
         return tuple(writer[0] for writer in self.crowded)
+
+
+def second_of(sender: PointSender) -> PointSender:
+    """Returns a name for the second of two writers that only the numbers of their frames tell apart."""
+    return sender._replace(run=replace(sender.run, run_id=f"{sender.run.run_id} (a second process)"))
 
 
 class Crowd:

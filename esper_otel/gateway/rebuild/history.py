@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -16,12 +18,21 @@ from esper_otel.gateway.items import MOST_ENDS, Item, Origin
 from esper_otel.gateway.limits import SharedPlaces
 from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
 from esper_otel.gateway.receive.request import Marker
+from esper_otel.gateway.turns import Turn
 from esper_otel.parts.habits import Habits
-from esper_otel.parts.maker import FrameInput, FrameMaker, loss_of
+from esper_otel.parts.maker import FrameInput, FrameMaker, StreamEnd, loss_of
 from esper_otel.parts.part import SEED_COLUMNS, Part, is_equal, merged, part_of
+from esper_otel.schema import SEED_FIELDS, SEED_RETIRED
 
 # The approximate memory of a kept frame, in addition to its values and cells.
 _BYTES, _BYTES_PER_VALUE = 2_000, 100
+# How many stream ends that have come are stored for a restart, with those to come.
+_MOST_PAST_ENDS = 500
+
+# A budget for making frames again because frames before them have changed: its maximum, and what refills it. A frame
+# counts for more if many seeds are live in it.
+_MOST_REMADE, _REMADE_PER_S, _REMADE_PER_POINT = 20_000.0, 500.0, 1.0
+_SEEDS_PER_FRAME = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +53,17 @@ class ReleasedFrame(FrameInput):
     frame: Frame | None = None
     revision: int = 0
 
+    def retire_by_ends(self) -> None:
+        """Lets its ends say that seeds have died, and not its part: a frame before it may prove that they came back."""
+        ended = {(seed, column) for _, seed, column in self.ends}
+        dead = {
+            seed
+            for seed, cells in self.before.rows()
+            if seed in self.part.shape.retired and all((seed, SEED_FIELDS.index(field)) in ended for field in cells)
+        }
+        if dead:
+            self.part = self.part.without(lambda name, seed: name == SEED_RETIRED.name and seed in dead)
+
     def size(self) -> int:
         """Returns its approximate memory in bytes."""
         cells = 0 if self.frame is None else self.frame.seeds.cells.nbytes + self.frame.live.cells.nbytes
@@ -49,7 +71,12 @@ class ReleasedFrame(FrameInput):
 
 
 class History:
-    """Makes frames from assembled parts. When a frame arrives late, the frames after it are made again.
+    """Makes frames from assembled parts.
+
+    What arrives late only marks frames as changed. ``corrections`` makes them again, in order of time, and each next
+    frame for as long as the state before it differs from what it was made with. A few points could change thousands of
+    frames, so a budget limits this: when it is used up, frames that did not change themselves stay as they were. So do
+    those that have not been made again yet when the gateway is killed.
 
     Args:
         origin: the writer of the frames.
@@ -64,10 +91,17 @@ class History:
         self._habits = habits
         self._most_ends = most_ends
         self._kept: dict[int, ReleasedFrame] = {}
+        self._order: list[int] = []  # the times of the kept frames, sorted
         self._times: dict[int, int] = {}
+        self._changed: dict[int, bool] = {}  # times; whether the frame itself changed, or only the state before it
+        self._changed_times: list[int] = []  # a heap with all of them
+        self._front: LiveSeeds | None = None  # the state before the frame to be made again next, if it is known
+        self._budget, self._budget_s = _MOST_REMADE, 0.0
         self._maker = FrameMaker(habits)
         self._room, self._tenant = room, tenant
-        self._ends: dict[int, set[tuple[str, int]]] = {}
+        self._ends: dict[int, set[StreamEnd]] = {}
+        self._past_ends: deque[StreamEnd] = deque(maxlen=_MOST_PAST_ENDS)
+        self._late_ends: deque[StreamEnd] = deque(maxlen=_MOST_PAST_ENDS)  # past ends of frames to be made again
         self._end_times: list[int] = []  # a heap
         self._end_count = 0
         self.newest_unix_ns: int = 0
@@ -99,7 +133,7 @@ class History:
     # -- frames ------------------------------------------------------------------------------------------
 
     def release(self, ready: ReadyFrame) -> list[Item]:
-        """Makes a frame; returns its item, and the items of later frames that it changes."""
+        """Makes a frame; returns its item. ``corrections`` makes a frame that is older than the newest one."""
         time_unix_ns, waiting, complete = ready
         part = waiting.joined()
         maker = self._maker
@@ -116,22 +150,22 @@ class History:
             maker.loss,
         )
         if time_unix_ns < self.newest_unix_ns:
-            return self._insert(time_unix_ns, kept)
+            return self._inserted(time_unix_ns, kept)
         kept.ends |= maker.silent(time_unix_ns, part)
         self._keep(time_unix_ns, kept)
         item = self._made(time_unix_ns, kept, maker.live, maker.loss)
         self._after(item.frame)
         return [item]
 
-    def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> list[Item]:
-        """Adds a late part to a released frame; returns the changed items, or none if the part contains nothing new."""
+    def correct(self, time_unix_ns: int, part: Part, received_unix_ns: int) -> None:
+        """Adds a late part to a released frame."""
         kept = self._kept[time_unix_ns]
         known = kept.part
         if part.shape is known.shape and part.numbers.tobytes() == known.numbers.tobytes():
-            return []
+            return
         joined = merged((known, part), last_counts=True)
         if len(joined.part.numbers) == len(known.numbers) and not joined.differing:
-            return []
+            return
         self.differing += joined.differing
         self._maker.note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
@@ -140,37 +174,70 @@ class History:
         if not kept.sequence and number and number not in self._times:
             kept.sequence, kept.complete = number, self._habits.is_complete(joined.part)
             self._keep(time_unix_ns, kept)
-        return self._replayed(time_unix_ns, changed=time_unix_ns)
+        self._note_changed(time_unix_ns, itself=True)
 
-    def end(self, marker: Marker) -> list[Item]:
-        """Ends a stream; returns the items of released frames that had assumed it would continue."""
-        if marker.time_unix_ns <= self.forgotten_unix_ns or marker.name not in SEED_COLUMNS:
-            return []
-        what = (marker.seed, SEED_COLUMNS[marker.name])
+    def end(self, marker: Marker) -> bool:
+        """Ends a stream; returns whether its end is still to come."""
+        if marker.name not in SEED_COLUMNS or (
+            marker.time_unix_ns <= self.forgotten_unix_ns and self._maker.may_live_on(marker.seed, marker.time_unix_ns)
+        ):
+            return False
+        end = StreamEnd(marker.time_unix_ns, marker.seed, SEED_COLUMNS[marker.name])
         if marker.time_unix_ns > self.newest_unix_ns:
-            self._await_end(marker.time_unix_ns, what)
-            return []
-        after = min((time for time in self._kept if time >= marker.time_unix_ns), default=None)
-        if after is None or what in self._kept[after].ends:
-            return []
-        self._kept[after].ends.add(what)
-        return self._replayed(after)
+            self._await_end(end)
+            return True
+        after = self._add_end(end)
+        if after is not None:
+            self._late_ends.append(end)
+            self._note_changed(after)
+        return False
 
-    def uncount(self) -> list[Item]:
-        """Returns corrected items for frames whose steps were counted, once the writer turns out to state its steps."""
-        counted = [
-            time for time, kept in self._kept.items() if kept.part.shape.step is None and kept.step < GUESSED_STEP
-        ]
+    def _add_end(self, end: StreamEnd) -> int | None:
+        """Adds a stream end to the frame that it precedes; returns that one's time, or None if nothing is new."""
+        place = bisect_left(self._order, end.time_unix_ns)
+        if place == len(self._order) or end in self._kept[self._order[place]].ends:
+            return None
+        self._kept[self._order[place]].ends.add(end)
+        return self._order[place]
+
+    def uncount(self) -> None:
+        """Corrects the frames whose steps were counted, once the writer turns out to state its steps."""
+        for time, kept in self._kept.items():
+            if kept.part.shape.step is None and kept.step < GUESSED_STEP:
+                kept.step, kept.complete = GUESSED_STEP + time, False
+                self._note_changed(time, itself=True)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether ``corrections`` has something to do."""
+        return bool(self._changed)
+
+    def earn(self, points: int, now_s: float) -> None:
+        """Refills the budget for making frames again: some points have arrived."""
+        earned = _REMADE_PER_S * (now_s - self._budget_s) + _REMADE_PER_POINT * points
+        self._budget, self._budget_s = min(self._budget + earned, _MOST_REMADE), now_s
+
+    def corrections(self, turn: Turn) -> list[Item]:
+        """Makes changed frames again, until the event loop's turn is over; returns the items that differ."""
         items = []
-        for time in counted:
-            self._kept[time].step, self._kept[time].complete = GUESSED_STEP + time, False
-            items += self._replayed(time, changed=time)
+        while self._changed and not turn.is_over:
+            time = heappop(self._changed_times)
+            if time in self._changed:
+                item = self._remade(time)
+                if item is not None:
+                    items.append(item)
+        if not self._changed:
+            self._changed_times.clear()
+            self._past_ends.extend(self._late_ends)
+            self._late_ends.clear()
         return items
 
     def forget(self, time_unix_ns: int) -> None:
         """Forgets a frame: points of it that arrive from now on are too late."""
         kept = self._kept.pop(time_unix_ns, None)
         if kept is not None:
+            del self._order[bisect_left(self._order, time_unix_ns)]
+            self._changed.pop(time_unix_ns, None)
             self._times.pop(kept.sequence, None)
             self.forgotten_unix_ns = max(self.forgotten_unix_ns, time_unix_ns)
 
@@ -191,7 +258,7 @@ class History:
         is_cut_off = not (self._kept or is_first)
         if is_cut_off:
             self.forgotten_unix_ns = frame.time_unix_ns - 1
-            self._maker.note_seen(frame.live.ids, frame.time_unix_ns)  # the latest time that is known for them
+            self._maker.note_live(frame.live.ids, frame.time_unix_ns)
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
         kept = ReleasedFrame(
@@ -200,7 +267,7 @@ class History:
             frame.sequence,
             frame.global_step,
             is_whole,
-            set() if is_cut_off or self._habits.counts else _ended(self.live, frame.live),
+            set() if is_cut_off or self._habits.counts else _ended(self.live, frame),
             item.received_unix_ns,
             frame.live if is_cut_off else self.live,
             self._maker.loss,
@@ -220,15 +287,27 @@ class History:
                 kept.complete = self._habits.is_complete(kept.part)
 
     def ends_to_come(self) -> tuple[tuple[int, str, int], ...]:
-        """Returns future stream ends as (time, seed, column); only some of them if there are very many."""
-        ends = ((time, seed, column) for time, some in self._ends.items() for seed, column in sorted(some))
+        """Returns stream ends as (time, seed, column), some that have come, too; only some if there are very many.
+
+        An end that has come is among them once the frames after it have been made again: then they show what it ended.
+        """
+        past = [end for end in self._past_ends if end.time_unix_ns > self.forgotten_unix_ns]
+        ends = chain(past, (end for some in self._ends.values() for end in sorted(some)))
         return tuple(islice(ends, MOST_ENDS))
 
     def restore_ends(self, ends: Iterable[tuple[int, str, int]]) -> None:
-        """Restores future stream ends from before a restart."""
-        for time_unix_ns, seed, column in ends:
-            if time_unix_ns > self.newest_unix_ns:
-                self._await_end(time_unix_ns, (seed, column))
+        """Restores stream ends from before a restart; what those that have come have ended is known already."""
+        after = set[int]()
+        for end in map(StreamEnd._make, ends):
+            if end.time_unix_ns > self.newest_unix_ns:
+                self._await_end(end)
+            elif end.time_unix_ns > self.forgotten_unix_ns:
+                place = self._add_end(end)
+                if place is not None:
+                    self._past_ends.append(end)
+                    after.add(place)
+        for time_unix_ns in after:
+            self._kept[time_unix_ns].retire_by_ends()
 
     # -- making frames ------------------------------------------------------------------------------------
 
@@ -238,78 +317,103 @@ class History:
         self._maker.note(frame)
 
     def _keep(self, time_unix_ns: int, kept: ReleasedFrame) -> None:
+        if time_unix_ns not in self._kept:
+            insort(self._order, time_unix_ns)
         self._kept[time_unix_ns] = kept
         if kept.sequence:
             self._times[kept.sequence] = time_unix_ns
 
-    def _insert(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
+    def _inserted(self, time_unix_ns: int, kept: ReleasedFrame) -> list[Item]:
         """Inserts a frame before frames that have already been released."""
         self._maker.note_seen(kept.part.shape.ids, time_unix_ns)
-        earlier = max((time for time in self._kept if time < time_unix_ns), default=None)
-        later = min((time for time in self._kept if time > time_unix_ns), default=None)
-        if earlier is not None:
-            frame = self._kept[earlier].frame
+        place = bisect_left(self._order, time_unix_ns)
+        if place:
+            frame = self._kept[self._order[place - 1]].frame
             kept.before = kept.before if frame is None else frame.live
             kept.loss_before = None if frame is None else loss_of(frame, None)
-        elif later is not None:
-            kept.before, kept.loss_before = self._kept[later].before, self._kept[later].loss_before
+        elif self._order:
+            later = self._kept[self._order[0]]
+            kept.before, kept.loss_before = later.before, later.loss_before
         if time_unix_ns <= self.forgotten_unix_ns:  # the frames between it and the kept ones are forgotten
             return [self._made(time_unix_ns, kept, _living(kept.before), kept.loss_before)]
+        if place < len(self._order):
+            later = self._kept[self._order[place]]
+            kept.ends |= {end for end in later.ends if end.time_unix_ns <= time_unix_ns}
+            if kept.ends:
+                later.ends -= kept.ends
+                self._note_changed(self._order[place])
         self._keep(time_unix_ns, kept)
-        return self._replayed(time_unix_ns, changed=time_unix_ns)
+        self._note_changed(time_unix_ns, itself=True)
+        return []
 
-    def _replayed(self, start_unix_ns: int, *, changed: int | None = None) -> list[Item]:
-        """Makes the frames from a given time on again; returns the items that changed.
+    def _note_changed(self, time_unix_ns: int, *, itself: bool = False) -> None:
+        if time_unix_ns not in self._changed:
+            heappush(self._changed_times, time_unix_ns)
+        self._changed[time_unix_ns] = itself or self._changed.get(time_unix_ns, False)
 
-        If frames after the given one have been forgotten, only that frame is made: its effect on the others is unknown.
+    def _remade(self, time_unix_ns: int) -> Item | None:
+        """Makes a changed frame again, and notes that the next one is to be made again; returns its item if it differs.
+
+        If frames after it have been forgotten, its effect on the others is unknown.
         """
-        items: list[Item] = []
-        is_alone = start_unix_ns <= self.forgotten_unix_ns
-        times = [start_unix_ns] if is_alone else sorted(time for time in self._kept if time >= start_unix_ns)
-        live = _living(self._kept[start_unix_ns].before)
-        loss = self._kept[start_unix_ns].loss_before
-        for time in times:
-            kept = self._kept[time]
-            was = kept.frame
-            if time > start_unix_ns and _is_equal_state(kept, live.table, loss):
-                return items  # from here on nothing changes
-            kept.before, kept.loss_before = live.table, loss
-            item = self._made(time, kept, live, loss)
-            loss = loss_of(item.frame, loss)
-            if time == changed or was is None or not _is_same(was, item.frame):
-                items.append(item)
-            else:
-                kept.frame, kept.revision = was, kept.revision - 1
-        if times and times[-1] == self.newest_unix_ns:
+        is_changed = self._changed.pop(time_unix_ns)
+        kept = self._kept[time_unix_ns]
+        was = kept.frame
+        front, self._front = self._front, None
+        live = front if front is not None and front.table is kept.before else _living(kept.before)
+        item = self._made(time_unix_ns, kept, live, kept.loss_before)
+        loss = loss_of(item.frame, kept.loss_before)
+        place = bisect_right(self._order, time_unix_ns)
+        if time_unix_ns == self.newest_unix_ns:
             self._maker.live, self._maker.loss = live, loss
-        return items
+        elif time_unix_ns > self.forgotten_unix_ns and place < len(self._order):
+            time = self._order[place]
+            after = self._kept[time]
+            if not _is_equal_state(after, live.table, loss) and (time in self._changed or self._spend(live)):
+                after.before, after.loss_before = live.table, loss
+                self._note_changed(time)
+                self._front = live
+        if is_changed or was is None or not _is_same(was, item.frame):
+            return item
+        kept.frame, kept.revision = was, kept.revision - 1
+        return None
+
+    def _spend(self, live: LiveSeeds) -> bool:
+        """Takes the cost of making one more frame again from the budget; returns whether there is enough of it."""
+        cost = 1.0 + len(live.ids) / _SEEDS_PER_FRAME
+        if cost > self._budget:
+            return False
+        self._budget -= cost
+        return True
 
     def _made(self, time_unix_ns: int, kept: ReleasedFrame, live: LiveSeeds, loss: float | None) -> Item:
         kept.frame, is_complete = self._maker.made(time_unix_ns, kept, live, loss, kept.frame)
         kept.revision += 1
         return Item(self._origin, kept.frame, kept.revision, is_complete, kept.received_unix_ns)
 
-    def _ends_until(self, time_unix_ns: int) -> set[tuple[str, int]]:
+    def _ends_until(self, time_unix_ns: int) -> set[StreamEnd]:
         """Removes and returns the stream ends up to this time."""
-        found: set[tuple[str, int]] = set()
+        found: set[StreamEnd] = set()
         count = 0
         while self._end_times and self._end_times[0] <= time_unix_ns:
             ends = self._ends.pop(heappop(self._end_times))
             count += len(ends)
             found |= ends
+            self._past_ends.extend(sorted(ends))
         self._end_count -= count
         self._room.give_back(self._tenant, count)
         return found
 
-    def _await_end(self, time_unix_ns: int, what: tuple[str, int]) -> None:
+    def _await_end(self, end: StreamEnd) -> None:
         """Records a future stream end. Without room for it, the seed ends once it has been silent for too long."""
-        if what in self._ends.get(time_unix_ns, ()):
+        time_unix_ns = end.time_unix_ns
+        if end in self._ends.get(time_unix_ns, ()):
             return
         if self._end_count >= self._most_ends or not self._room.take(self._tenant):
             return
         if time_unix_ns not in self._ends:
             heappush(self._end_times, time_unix_ns)
-        self._ends.setdefault(time_unix_ns, set()).add(what)
+        self._ends.setdefault(time_unix_ns, set()).add(end)
         self._end_count += 1
 
     def close(self) -> None:
@@ -323,9 +427,9 @@ def _lacks_lives(frame: Frame) -> bool:
     return not frame.sequence and "esper.seeds.digest" in frame.names
 
 
-def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
-    """Returns the streams that ended between two steps although their seeds are still live."""
-    before, after = alike(before, after)
+def _ended(before: SeedTable, frame: Frame) -> set[StreamEnd]:
+    """Returns the streams that ended before a frame although their seeds are still live; when, is not known."""
+    before, after = alike(before, frame.live)
     if before.ids != after.ids:
         row = {seed: number for number, seed in enumerate(after.ids)}
         both = [number for number, seed in enumerate(before.ids) if seed in row]
@@ -333,7 +437,7 @@ def _ended(before: SeedTable, after: SeedTable) -> set[tuple[str, int]]:
         before = SeedTable(ids, before.cells[both])
         after = SeedTable(ids, after.cells[[row[seed] for seed in ids]])
     gone = is_absent(after.cells) & ~is_absent(before.cells)
-    return {(before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
+    return {StreamEnd(frame.time_unix_ns, before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
 
 
 def _living(table: SeedTable) -> LiveSeeds:

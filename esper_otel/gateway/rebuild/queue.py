@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -17,7 +17,8 @@ from esper_otel.parts.part import Part, merged
 # Frame numbers are sent as doubles, which cannot represent every integer above this.
 SEQUENCE_LIMIT = 2**53
 
-_MANY_PARTS = 64
+# Parts of a frame are merged when there are many, and large ones at once, so that no turn merges several of these.
+_MANY_PARTS, _LARGE_PART = 64, 5_000
 _MOST_RANGES = 1_000
 
 # A range of numbers: from the first to before the second.
@@ -67,7 +68,7 @@ class WaitingFrame:
             self.sequence = whole(part.number(shape.sequence), SEQUENCE_LIMIT) or None
         if self.expected is None and shape.points is not None:
             self.expected = whole(part.number(shape.points), UINT64_LIMIT)
-        if len(self.parts) > _MANY_PARTS:
+        if len(self.parts) > _MANY_PARTS or len(part.numbers) > _LARGE_PART:
             self.joined()
 
     def joined(self) -> Part:
@@ -198,9 +199,11 @@ class Queue:
         self._counted: dict[int, int] = {}  # points of each frame
         self._is_in_order, self._last_s = True, -math.inf  # whether frames are stored in order of arrival
         self._numbered: dict[int, int] = {}
+        self._numbers: list[int] = []  # the same numbers, sorted
+        self._arrivals: list[tuple[float, int]] = []  # when each of them arrived, sorted
         self._late: dict[int, int] = {}
         self._unnumbered: dict[int, None] = {}
-        self._released: set[int] = set()
+        self._released: list[int] = []  # numbers, sorted
         self._hole: tuple[int | None, float] | None = None
         self.next: int | None = None
         self.skipped: SkippedNumbers = SkippedNumbers()
@@ -231,6 +234,8 @@ class Queue:
 
     def put(self, time_unix_ns: int, waiting: WaitingFrame) -> None:
         """Adds a frame, or records that its number has become known."""
+        if self._frames.get(time_unix_ns, waiting) is not waiting:
+            self.pop(time_unix_ns)
         self._is_in_order &= time_unix_ns in self._frames or waiting.first_s >= self._last_s
         self._last_s = max(self._last_s, waiting.first_s)
         self._frames[time_unix_ns] = waiting
@@ -239,8 +244,20 @@ class Queue:
             self._unnumbered[time_unix_ns] = None
             return
         self._unnumbered.pop(time_unix_ns, None)
-        of_turn = self._late if self.is_late(waiting.sequence) else self._numbered
-        of_turn[waiting.sequence] = time_unix_ns
+        if self.is_late(waiting.sequence):
+            self._late[waiting.sequence] = time_unix_ns
+            return
+        self._forget_number(waiting.sequence)
+        self._numbered[waiting.sequence] = time_unix_ns
+        insort(self._numbers, waiting.sequence)
+        insort(self._arrivals, (waiting.first_s, waiting.sequence))
+
+    def _forget_number(self, sequence: int) -> None:
+        time_unix_ns = self._numbered.pop(sequence, None)
+        if time_unix_ns is None:
+            return
+        del self._numbers[bisect_left(self._numbers, sequence)]
+        del self._arrivals[bisect_left(self._arrivals, (self._frames[time_unix_ns].first_s, sequence))]
 
     def count(self, time_unix_ns: int) -> None:
         """Updates the number of points of the frame at this time."""
@@ -257,28 +274,35 @@ class Queue:
         if self.is_late(sequence):
             self.skipped.remove(sequence)
         elif sequence not in self._numbered:
-            self._released.add(sequence)
-            if len(self._released) > self._most:
-                self._released.remove(min(self._released))
+            place = bisect_left(self._released, sequence)
+            if sequence not in self._released[place : place + 1]:
+                self._released.insert(place, sequence)
+            del self._released[: -self._most]
             self._pass_released()
 
     def _pass_released(self) -> None:
         """Advances past numbers that were already released."""
-        while self.next in self._released:
-            self._released.remove(self.next)
+        if self.next is None:
+            return
+        end = place = bisect_left(self._released, self.next)
+        while end < len(self._released) and self._released[end] == self.next:
             self.next += 1
+            end += 1
+        del self._released[place:end]
 
     def pop(self, time_unix_ns: int) -> WaitingFrame | None:
         """Removes and returns the frame at this time."""
-        waiting = self._frames.pop(time_unix_ns, None)
+        waiting = self._frames.get(time_unix_ns)
+        if waiting is not None:
+            self._unnumbered.pop(time_unix_ns, None)
+            if waiting.sequence is not None and self._numbered.get(waiting.sequence) == time_unix_ns:
+                self._forget_number(waiting.sequence)
+            if waiting.sequence is not None and self._late.get(waiting.sequence) == time_unix_ns:
+                del self._late[waiting.sequence]
+            del self._frames[time_unix_ns]
         self.points -= self._counted.pop(time_unix_ns, 0)
         if not self._frames:
             self._is_in_order, self._last_s = True, -math.inf
-        if waiting is not None:
-            self._unnumbered.pop(time_unix_ns, None)
-            for of_turn in (self._numbered, self._late):
-                if waiting.sequence is not None and of_turn.get(waiting.sequence) == time_unix_ns:
-                    del of_turn[waiting.sequence]
         return waiting
 
     def restore(self, sequence: int) -> None:
@@ -335,10 +359,9 @@ class Queue:
         while self._numbered:
             time_unix_ns = None if self.next is None else self._numbered.get(self.next)
             if time_unix_ns is None:
-                lowest = min(self._numbered) if self._is_hole_new() or self.next is None else None
-                if lowest != 1 and not is_over(self._hole_since_s(), self._hold_s):
+                if self._numbers[0] != 1 and not is_over(self._hole_since_s(), self._hold_s):
                     return
-                self._skip_to(min(self._numbered))
+                self._skip_to(self._numbers[0])
                 continue
             waiting = self._frames[time_unix_ns]
             is_whole = waiting.is_whole()
@@ -351,26 +374,23 @@ class Queue:
         first = self.next
         if first is None:
             self.skipped.lowest = lowest
-        for number in sorted(each for each in self._released if each < lowest):
-            self._released.remove(number)
+        passed = bisect_left(self._released, lowest)
+        for number in self._released[:passed]:
             if first is None:
                 self.skipped.lowest, first = number, number + 1
                 continue
             if number > first:
                 self.skipped.add(first, number)
             first = number + 1
+        del self._released[:passed]
         if first is not None and first < lowest:
             self.skipped.add(first, lowest)
         self.next = lowest
 
-    def _is_hole_new(self) -> bool:
-        return self._hole is None or self._hole[0] != self.next
-
     def _hole_since_s(self) -> float:
         """Returns when the first frame arrived that waits for an earlier one; computed once per hole."""
         if self._hole is None or self._hole[0] != self.next:
-            first_s = min(self._frames[time_unix_ns].first_s for time_unix_ns in self._numbered.values())
-            self._hole = (self.next, first_s)
+            self._hole = (self.next, self._arrivals[0][0])
         return self._hole[1]
 
     def _out(self, time_unix_ns: int, *, complete: bool) -> ReadyFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin, RunState
@@ -37,13 +37,17 @@ class Runs:
         limits: how many writers there may be, and for how long.
         hold_s: see ``Track``.
         linger_s: see ``Track``.
+        recall: called with a writer that is not known; it may restore it.
 
     Attributes:
         ends: room for future ends of streams.
     """
 
-    def __init__(self, limits: Limits, *, hold_s: float, linger_s: float) -> None:
+    def __init__(
+        self, limits: Limits, *, hold_s: float, linger_s: float, recall: Callable[[Origin], None] | None = None
+    ) -> None:
         self._limits = limits
+        self._recall = recall
         self._hold_s = hold_s
         self._linger_s = linger_s
         self._ranks: dict[_RankOfRun, dict[str, Track]] = {}
@@ -74,7 +78,13 @@ class Runs:
         if track is None:
             if self._count >= self._limits.runs and not self._make_room(tenant, now_s):
                 return None
-            track = self._add(Origin(*rank, (process or "unnamed") if writers else ""), process, tenant)
+            if not writers and self._recall is not None:
+                self._recall(Origin(*rank, ""))
+                writers = self._ranks.get(rank, {})
+            if _UNCLAIMED in writers:
+                track = writers[process] = writers.pop(_UNCLAIMED)
+            else:
+                track = self._add(Origin(*rank, (process or "unnamed") if writers else ""), process, tenant)
         self._tenants[track.tenant].move_to_end(track)
         return track
 

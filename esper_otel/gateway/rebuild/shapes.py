@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from threading import Lock
 
@@ -10,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.gateway.receive.request import PointBlock
-from esper_otel.parts.part import POINTS, SEQUENCE, MergedParts, Part, PartShape, Stream
+from esper_otel.parts.part import LARGE, POINTS, SEQUENCE, MergedParts, Part, PartShape, Stream
 
 # An empty shape takes as much memory as this many values.
 _EMPTY_SHAPE = 16
-# Computing the shape of this many values takes one or two milliseconds.
-_LARGE = 1_000
+# Kinds of blocks whose shapes are known.
+_MOST_KINDS = 1_000
 
 
 class PartShapes:
@@ -30,6 +31,8 @@ class PartShapes:
         self._words = 0
         self._known: dict[tuple[int, bytes], PartShape] = {}
         self._numbers = itertools.count()
+        self._of_kinds: OrderedDict[object, list[tuple[int, slice, PartShape]]] = OrderedDict()
+        self._kind_values = 0
         self._vocabularies: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
         self._lock = Lock()
 
@@ -37,14 +40,30 @@ class PartShapes:
         """Computes the shapes of large frames in advance, because that takes long."""
         vocabulary = self._vocabulary(block)
         for some in _frames(block.times):
-            if some.stop - some.start >= _LARGE:
+            if some.stop - some.start >= LARGE:
                 self._part(block, vocabulary, some)
 
     def parts(self, block: PointBlock) -> Iterator[tuple[int, MergedParts]]:
         """Yields the times in a block, each with its part."""
+        kind = block.kind
+        if kind is not None and kind in self._of_kinds:
+            self._of_kinds.move_to_end(kind)
+            for start, some, shape in self._of_kinds[kind]:
+                yield block.times.item(start), MergedParts(Part(shape, block.values[some].copy()), 0)
+            return
         vocabulary = self._vocabulary(block)
+        known: list[tuple[int, slice, PartShape]] = []
         for some in _frames(block.times):
-            yield int(block.times[some.start]), self._part(block, vocabulary, some)
+            part = self._part(block, vocabulary, some)
+            known.append((some.start, some, part.part.shape))
+            yield block.times.item(some.start), part
+        if kind is None or kind in self._of_kinds:  # another request of its kind may have been read in between
+            return
+        if not any(len(shape.streams) < some.stop - some.start for _, some, shape in known):
+            self._of_kinds[kind] = known
+            self._kind_values += len(block.times)
+            while self._kind_values > self._most_values or len(self._of_kinds) > _MOST_KINDS:
+                self._kind_values -= self._of_kinds.popitem(last=False)[1][-1][1].stop
 
     def _part(self, block: PointBlock, vocabulary: int, some: slice) -> MergedParts:
         streams, values = block.streams[some], block.values[some]

@@ -45,7 +45,7 @@ class Track:
         self._shape: PartShape | None = None
         self._queue = Queue(self._habits, hold_s=hold_s, linger_s=linger_s, most=limits.waiting)
         self._history = History(origin, self._habits, most_ends=2 * limits.seeds, room=ends, tenant=tenant)
-        self._corrected: list[Item] = []
+        self._changed_s: float | None = None  # when the oldest change arrived that is not in a released frame yet
         self._known: set[str] = set()
         self._known_last, self._is_counted = 0, False
         self._rows, self._rows_s = _MOST_ROWS, 0.0
@@ -84,6 +84,7 @@ class Track:
         if part.shape.ids:
             is_new = not self.knows(time_unix_ns)
             part = self._affordable(self._within_limits(part, rejected), rejected, is_new=is_new, now_s=now_s)
+        self._history.earn(len(part.numbers), now_s)
         number = part.number(part.shape.sequence)
         waiting = self._queue.get(time_unix_ns)
         known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
@@ -93,7 +94,8 @@ class Track:
             return None
         if time_unix_ns in self._history:
             self._differing += of_frame.differing
-            self._corrected += self._history.correct(time_unix_ns, part, received_unix_ns)
+            self._history.correct(time_unix_ns, part, received_unix_ns)
+            self._note_change(now_s)
             if not known and self._history.number_at(time_unix_ns):
                 self._queue.note_released(self._history.number_at(time_unix_ns))
             return None
@@ -141,7 +143,11 @@ class Track:
         """Counts a frame that arrived too late to be accepted."""
         self._too_late += 1
 
-    def learn(self, shape: PartShape, *, is_ours: bool) -> None:
+    def _note_change(self, now_s: float) -> None:
+        if self._changed_s is None and self._history.is_changed:
+            self._changed_s = now_s
+
+    def learn(self, shape: PartShape, now_s: float, *, is_ours: bool) -> None:
         """Learns what the writer states in its frames."""
         if shape is self._shape:
             return
@@ -149,13 +155,14 @@ class Track:
         said_step = self._habits.says_step
         self._habits.note(shape, is_ours=is_ours)
         if self._habits.says_step and not said_step:
-            self._corrected += self._history.uncount()
+            self._history.uncount()
+            self._note_change(now_s)
 
-    def end_stream(self, marker: Marker) -> bool:
+    def end_stream(self, marker: Marker, now_s: float) -> bool:
         """Ends a stream of a seed; returns whether this must be stored for a restart."""
-        items = self._history.end(marker)
-        self._corrected += items
-        return not items and not self._habits.counts
+        is_to_come = self._history.end(marker)
+        self._note_change(now_s)
+        return is_to_come and not self._habits.counts
 
     def end(self, outcome: str) -> None:
         """Records that the run has ended."""
@@ -233,8 +240,15 @@ class Track:
 
     @property
     def since_s(self) -> float | None:
-        """When the oldest waiting point arrived; None if nothing waits."""
-        return self._queue.since_s
+        """When the oldest point arrived that is not in a released frame yet; None if there is none."""
+        if self._changed_s is None or self._queue.since_s is None:
+            return self._queue.since_s if self._changed_s is None else self._changed_s
+        return min(self._changed_s, self._queue.since_s)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether released frames have changed and are to be made again."""
+        return self._changed_s is not None
 
     @property
     def waiting_points(self) -> int:
@@ -243,10 +257,16 @@ class Track:
 
     def release(self, now_s: float, turn: Turn = ENDLESS, *, all_now: bool = False) -> list[Item]:
         """Releases items that are due, in order; when the event loop's turn is over, the rest is due immediately."""
-        items, self._corrected = self._corrected, []
+        items = self._history.corrections(turn)
         is_waiting = turn.is_over and len(self._queue) > 0
         for ready in () if is_waiting else self._ready(now_s, turn, all_now=all_now):
             items += self._history.release(ready)
+        items += self._history.corrections(turn)
+        if not self._history.is_changed:
+            self._changed_s = None
+        else:
+            self._note_change(now_s)
+            is_waiting = True
         if is_waiting:
             self._queue.due_s = now_s
         for item in items:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -32,20 +34,25 @@ from esper_otel.gateway.receive.request import (
     Marker,
     PointBlock,
     PointSender,
+    RejectedPoints,
+    RequestPart,
     RunEnd,
 )
-from esper_otel.gateway.receive.template import Templates
+from esper_otel.gateway.receive.template import Part, Templates, parts_of
 from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, SEED, SESSION
 from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
+
+# A point takes at least this many bytes, if a template reads it.
+_POINT_BYTES = 20
 
 # A verdict is an index into this tuple; 0 means that the point is accepted.
 _REASONS = ("", NO_TIME, WRONG_TIME, INVALID_TEXT, TOO_MANY_ATTRIBUTES, NO_SEED, NO_VALUE)
 
 
 class Decoder:
-    """Decodes requests; caches attributes and Resources.
+    """Decodes requests; caches attributes, Resources and templates.
 
     Threads: not thread-safe; use it from one thread at a time.
     """
@@ -53,7 +60,7 @@ class Decoder:
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._fast = FastDecoder(self._limits)
-        self._templates = Templates(lambda body: _judged(*self._fast.columns(body)))
+        self._templates = Templates(self._decode, self._fast.sender)
 
     def decode(self, body: bytes) -> DecodedRequest:
         """Decodes a serialized ExportMetricsServiceRequest.
@@ -61,7 +68,8 @@ class Decoder:
         Raises:
             Malformed: the bytes are not such a request.
         """
-        return self._templates.read(body)
+        parts = parts_of(body) if len(body) <= _POINT_BYTES * self._limits.points else None
+        return (self._in_parts(body, parts) if parts else None) or self._decode(body)
 
     def decode_json(self, body: bytes) -> DecodedRequest:
         """Decodes a request in OTLP's JSON encoding.
@@ -69,7 +77,47 @@ class Decoder:
         Raises:
             Malformed: the bytes are not such a request.
         """
-        return self.decode(protobuf_of_json(body))
+        return self.decode(protobuf_of_json(body))._replace(parts=())
+
+    def _decode(self, body: bytes) -> DecodedRequest:
+        return _judged(*self._fast.columns(body))
+
+    def _in_parts(self, body: bytes, parts: list[Part]) -> DecodedRequest | None:
+        """Decodes with templates what fits them, and the rest in between; None if that is of no use here."""
+        of_parts, points = self._templates.blocks(body, parts)
+        if 2 * of_parts.count(None) > len(parts):
+            return None  # faster as a whole than in many small pieces
+        blocks: list[PointBlock] = []
+        divided: list[RequestPart] = []
+        markers: dict[Marker, None] = {}
+        ended: dict[RunEnd, None] = {}
+        rejected = RejectedPoints()
+        for is_read, some in groupby(zip(parts, of_parts, strict=True), lambda each: each[1] is not None):
+            if is_read:
+                for part, block in some:
+                    if block is not None:
+                        blocks.append(block)
+                        divided.append(RequestPart(part.start, part.end, block.sender))
+                continue
+            between = [part for part, _ in some]
+            divided.append(RequestPart(between[0].start, between[-1].end, None))
+            decoded = self._decode(body[between[0].start : between[-1].end])
+            blocks += decoded.blocks
+            markers |= dict.fromkeys(decoded.markers)
+            ended |= dict.fromkeys(decoded.ended)
+            points += decoded.points
+            rejected.merge(decoded)
+        if points > self._limits.points or _are_mixed(blocks):
+            return None
+        return DecodedRequest(
+            tuple(blocks), tuple(markers), tuple(ended), points, rejected.counts, rejected.metrics, tuple(divided)
+        )
+
+
+def _are_mixed(blocks: list[PointBlock]) -> bool:
+    """Returns whether the points of a sender must be sorted by their attributes over several blocks."""
+    mixed = {block.sender for block in blocks if block.has_further}
+    return bool(mixed) and max(Counter(block.sender for block in blocks if block.sender in mixed).values()) > 1
 
 
 def decode_plain(body: bytes, limits: Limits | None = None) -> DecodedRequest:
@@ -212,7 +260,8 @@ def _blocks(raw: RawPoints, columns: PointColumns, labels: _Labels) -> tuple[Poi
         order = np.lexsort((further[mine], times)) if is_mixed else np.argsort(times, kind="stable")
         is_ours = bool(ours[columns.metric[mine]].any()) if has_others else True
         points = (streams[mine][order], times[order], values[mine][order])
-        blocks.append(PointBlock(sender, names, labels.seeds, *points, is_ours))
+        has_further = bool(is_mixed and further[mine].any())
+        blocks.append(PointBlock(sender, names, labels.seeds, *points, is_ours, has_further))
     return tuple(blocks)
 
 

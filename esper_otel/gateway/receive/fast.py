@@ -20,7 +20,7 @@ from esper_otel.parts.senders import Label
 
 # Bounds of the caches: the same attributes and Resources occur in many requests.
 _MOST_LABELS, _MOST_LABEL_BYTES = 50_000, 16 * 1024 * 1024
-_MOST_SENDERS = 2_000
+_MOST_SENDERS = 5_000
 _LONGEST_REMEMBERED = 2_048
 
 
@@ -61,7 +61,7 @@ class FastDecoder:
             return False
         raw.note_parts(len(envelope.resource_metrics))
         for of_resource in envelope.resource_metrics:
-            sender = self._sender(of_resource.resource)
+            sender = self.sender(of_resource.resource)
             raw.note_parts(len(of_resource.scope_metrics))
             for of_scope in of_resource.scope_metrics:
                 scope = scope_of(of_scope.scope.name)
@@ -78,14 +78,21 @@ class FastDecoder:
                             return False
         return True
 
-    def _sender(self, resource: bytes) -> PointSender | str:
-        sender = self._senders.get(resource)
+    def sender(self, resource: bytes) -> PointSender | str:
+        """Returns the sender that a serialized Resource describes, or why its points are rejected.
+
+        Raises:
+            Malformed: the bytes are not a Resource.
+            TooLarge: decoding it would cost too much.
+        """
+        sender = self._senders.pop(resource, None)
         if sender is None:
             sender = sender_of(read_resource(resource).attributes, self._limits)
-            if len(resource) <= _LONGEST_REMEMBERED:
-                if len(self._senders) >= _MOST_SENDERS:
-                    self._senders.clear()
-                self._senders[resource] = sender
+            if len(resource) > _LONGEST_REMEMBERED:
+                return sender
+            if len(self._senders) >= _MOST_SENDERS:
+                del self._senders[next(iter(self._senders))]
+        self._senders[resource] = sender  # the most recently used last
         return sender
 
     def label(self, attributes: bytes) -> Label:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -64,6 +64,12 @@ class RejectedPoints:
         name = "".join(character if character.isprintable() else "?" for character in metric[:_NAME_LENGTH])
         of_reason[name if name in of_reason or len(of_reason) < _MOST_NAMES else OTHER_METRICS] += count
 
+    def merge(self, other: DecodedRequest) -> None:
+        """Adds the counts of another part of the request."""
+        for reason, of_reason in other.metrics.items():
+            for metric, count in of_reason.items():
+                self.add(reason, metric, count)
+
 
 class Malformed(EsperOtelError):
     """The request is not an ExportMetricsServiceRequest."""
@@ -89,6 +95,8 @@ class PointSender(NamedTuple):
 class PointBlock(NamedTuple):
     """Points of one sender that can become frames, ordered by time; points with equal times keep their order.
 
+    A request may have several blocks of one sender; what comes first in the request is in the first of them.
+
     Attributes:
         sender: the sender of the points.
         names: metric names of the request.
@@ -98,6 +106,8 @@ class PointBlock(NamedTuple):
         times: Unix nanoseconds.
         values: the values.
         is_ours: whether some points come from our instrumentation scope.
+        has_further: whether some points have attributes that are unknown here.
+        kind: the same object for all blocks with the same streams and the same changes of time; None if not known.
     """
 
     sender: PointSender
@@ -107,6 +117,8 @@ class PointBlock(NamedTuple):
     times: npt.NDArray[np.uint64]
     values: npt.NDArray[np.float64]
     is_ours: bool = False
+    has_further: bool = False
+    kind: object = None
 
 
 class Marker(NamedTuple):
@@ -132,16 +144,25 @@ class RunEnd(NamedTuple):
     outcome: str
 
 
+class RequestPart(NamedTuple):
+    """A part of a request's bytes, which is a request by itself; without a sender, anything may be in it."""
+
+    start: int
+    end: int
+    sender: PointSender | None
+
+
 class DecodedRequest(NamedTuple):
     """A decoded request.
 
     Attributes:
-        blocks: points that can become frames, by sender.
+        blocks: points that can become frames, by sender, in the order of the request.
         markers: ends of seeds' streams.
         ended: ranks that have ended.
         points: number of points in the request, including rejected ones.
         rejected: number of rejected points, by reason.
         metrics: by reason, number of rejected points by metric (the first few metrics only).
+        parts: what it consists of, if it can be divided.
     """
 
     blocks: tuple[PointBlock, ...]
@@ -150,3 +171,19 @@ class DecodedRequest(NamedTuple):
     points: int
     rejected: Mapping[str, int]
     metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+    parts: tuple[RequestPart, ...] = ()
+
+    def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:
+        """Returns the parts of the request's bytes that may be needed for waiting points.
+
+        Args:
+            body: the request.
+            waiting: run id, attempt and rank of the senders that have waiting points.
+        """
+        if not self.parts:
+            return body
+        return b"".join(
+            body[start:end]
+            for start, end, sender in self.parts
+            if sender is None or (sender.run.run_id, sender.run.attempt, sender.run.rank) in waiting
+        )

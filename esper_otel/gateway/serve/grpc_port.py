@@ -23,8 +23,9 @@ from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
 from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
+from esper_otel.gateway.turns import in_turns
 from esper_otel.log import Warnings
-from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest
+from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest, RunsRequest
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 
@@ -135,8 +136,9 @@ class Rpc:
     # -- pulling -----------------------------------------------------------------------------------------
 
     async def _runs(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, _: Holding) -> bytes:
-            return self._core.runs(grant).SerializeToString()
+        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+            request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
+            return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
 
         return await self._pulled(context, answered)
 
@@ -155,10 +157,9 @@ class Rpc:
             with self._polls.hold(answer.owner, 1, partial(_end, limit)):
                 try:
                     async with limit:
-                        response = await self._core.pull(request, grant, bounds)
+                        return (await self._core.pulled(request, grant, bounds)).body
                 except TimeoutError:  # ended early to admit another owner's pull; no step has arrived for it yet
-                    response = PullResponse(cursor=request.cursor)
-            return response.SerializeToString()
+                    return PullResponse(cursor=request.cursor).SerializeToString()
 
         return await self._pulled(context, answered)
 

@@ -11,11 +11,11 @@ from typing import Any
 from aiohttp import web
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.frames.frame import FINE, GUESSED_STEP
+from esper_otel.frames.frame import FINE, GUESSED_STEP, NO_SEEDS
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.security import BadRequest, check_puller
 from esper_otel.gateway.store.base import StoredFrame
-from esper_otel.gateway.turns import Turn
+from esper_otel.gateway.turns import Turn, in_turns, pause
 from esper_otel.leyline.packets import state
 from esper_otel.leyline.risk import Rule, signals
 from esper_otel.schema import SEED_FIELDS
@@ -62,7 +62,7 @@ def add_page(app: web.Application, core: Core) -> None:
                 "last_step": run.last_step,
                 "last_time_ms": run.last_time_unix_ns // 10**6,
             }
-            for run in core.runs().runs
+            for run in (await in_turns(core.listing())).runs
         ]
         return web.json_response({"runs": known}, headers=_HEADERS)
 
@@ -113,7 +113,7 @@ async def _steps(core: Core, run_id: str, cursor: str) -> str:
             if frame.global_step < GUESSED_STEP:
                 shown.append(json.dumps(_shown(entry, core.rules)))
             if turn.is_over:
-                await asyncio.sleep(0)
+                await pause()
                 turn = Turn(_TURN_S)
         seen += len(found.entries)
         if len(found.entries) < _FETCHED:
@@ -142,8 +142,9 @@ def _check(request: web.Request) -> None:
 def _shown(entry: StoredFrame, rules: tuple[Rule, ...]) -> dict[str, Any]:
     """Returns a step in the form that the page reads; numbers that JSON cannot express are null."""
     frame = entry.item.frame
-    found = signals(state(frame), loss_before=entry.loss_before, rules=rules)
-    cells = frame.live.cells.tolist()
+    packet = state(frame._replace(seeds=NO_SEEDS, live=NO_SEEDS))  # no signal depends on a single seed
+    found = signals(packet, loss_before=entry.loss_before, rules=rules)
+    cells = frame.live.cells[:, [_STAGE, _ALPHA]].tolist()
     return {
         "rank": frame.run.rank,
         "attempt": frame.run.attempt,
@@ -152,8 +153,8 @@ def _shown(entry: StoredFrame, rules: tuple[Rule, ...]) -> dict[str, Any]:
         "revision": entry.item.revision,
         "values": {name: _number(value) for name, value in frame.values().items()},
         "seeds": [
-            [seed_id, int(row[_STAGE]) if math.isfinite(row[_STAGE]) else 0, _number(row[_ALPHA])]
-            for seed_id, row in zip(frame.live.ids, cells, strict=True)
+            [seed_id, int(stage) if math.isfinite(stage) else 0, _number(alpha)]
+            for seed_id, (stage, alpha) in zip(frame.live.ids, cells, strict=True)
         ],
         "signals": [[signal.name, signal.level, signal.reason, signal.route] for signal in found],
     }

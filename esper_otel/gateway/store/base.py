@@ -21,6 +21,10 @@ class StoreFull(EsperOtelError):
     """Raised when nothing can be written at present. Nothing that was stored is lost."""
 
 
+# How many runs ``expire`` drops at once.
+EXPIRED_AT_ONCE = 100
+
+
 class StoredFrame(NamedTuple):
     """One released frame and its position.
 
@@ -147,6 +151,14 @@ class Store(Protocol):
     def outcomes(self) -> dict[Origin, str]:
         """Returns how the stored runs ended."""
 
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
+        """Returns what an assembler needs of a writer that it has forgotten; nothing if no frame of it is stored.
+
+        Returns:
+            Its newest frames, oldest first, each in its newest revision and with a flag: whether it is the first frame
+            of the writer that was ever stored. The position of the writer, if it is stored.
+        """
+
     def tenant(self, run_id: str) -> str:
         """Returns the tenant whose share a run uses; empty when nothing of the run is stored."""
 
@@ -154,7 +166,7 @@ class Store(Protocol):
         """Returns, for each limit by name, how much of it is used, and the limit."""
 
     def expire(self) -> list[str]:
-        """Drops runs that were idle for longer than ``idle_s``; returns their names."""
+        """Drops runs that were idle for longer than ``idle_s``, at most ``EXPIRED_AT_ONCE``; returns their names."""
 
     def close(self) -> None:
         """Closes files."""

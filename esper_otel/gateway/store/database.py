@@ -14,64 +14,51 @@ from pathlib import Path
 from typing import IO
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.frames.encoded import time_of
 from esper_otel.gateway.store.base import StoreFull
 
 FILE = "steps.sqlite3"
 _LOCK = "lock"
 _SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
 _FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
-_VERSION = 5
+_VERSION = 6
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
+# ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
 _SCHEMA = """
-CREATE TABLE runs (id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL);
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY, run_id TEXT UNIQUE, life TEXT, last INTEGER, added_s REAL, tenant TEXT NOT NULL DEFAULT ''
+);
 CREATE TABLE ranks (run INTEGER, rank INTEGER, last INTEGER, PRIMARY KEY (run, rank)) WITHOUT ROWID;
+CREATE TABLE blocks (id INTEGER PRIMARY KEY, run INTEGER, last INTEGER, count INTEGER, frames BLOB);
+CREATE INDEX blocks_by_last ON blocks (run, last);
 CREATE TABLE items (
     run INTEGER, position INTEGER, rank INTEGER, number INTEGER, attempt INTEGER, writer TEXT, revision INTEGER,
-    complete INTEGER, received INTEGER, loss_before REAL, size INTEGER, frame BLOB
+    complete INTEGER, received INTEGER, loss_before REAL, time INTEGER, block INTEGER, place INTEGER
 );
 CREATE UNIQUE INDEX items_by_position ON items (run, position);
 CREATE UNIQUE INDEX items_by_number ON items (run, rank, number);
+CREATE INDEX items_by_time ON items (run, rank, attempt, writer, time, position, complete);
 CREATE TABLE ends (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, outcome TEXT, PRIMARY KEY (run, rank, attempt, writer)
 ) WITHOUT ROWID;
-CREATE TABLE bodies (number INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB);
-"""
-# What each later version added to the schema.
-_ADDED = {
-    # From this version on, runs.added_s is in seconds of the store's own age.
-    2: """
+CREATE TABLE bodies (
+    number INTEGER PRIMARY KEY, is_json INTEGER, received INTEGER, body BLOB, tenant TEXT NOT NULL DEFAULT '',
+    tries INTEGER NOT NULL DEFAULT 0
+);
 CREATE TABLE places (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, next INTEGER, lowest INTEGER, missing INTEGER,
-    says_step INTEGER, says_epoch INTEGER, holes TEXT, PRIMARY KEY (run, rank, attempt, writer)
+    says_step INTEGER, says_epoch INTEGER, holes TEXT, ends TEXT NOT NULL DEFAULT '[]',
+    PRIMARY KEY (run, rank, attempt, writer)
 ) WITHOUT ROWID;
 CREATE TABLE age (seconds REAL);
 INSERT INTO age VALUES (0.0);
-UPDATE runs SET added_s = 0.0;
-""",
-    # The tenant whose share a run uses; how many starts of the gateway ended while it processed a body.
-    3: """
-ALTER TABLE runs ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
-ALTER TABLE bodies ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
-ALTER TABLE bodies ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
-""",
-    # The time of a step, to find the newest steps of a writer even if they were stored late or more than once.
-    4: """
-ALTER TABLE items ADD COLUMN time INTEGER NOT NULL DEFAULT 0;
-UPDATE items SET time = time_of(frame);
-CREATE INDEX items_by_time ON items (run, rank, attempt, writer, time, position, complete);
-""",
-    # Future ends of streams from a plain sender.
-    5: """
-ALTER TABLE places ADD COLUMN ends TEXT NOT NULL DEFAULT '[]';
-""",
-}
+"""
 _TABLES = {
     "runs": {"id", "run_id", "life", "last", "added_s", "tenant"},
     "ranks": {"run", "rank", "last"},
+    "blocks": {"id", "run", "last", "count", "frames"},
     "items": {
         *("run", "position", "rank", "number", "attempt", "writer", "revision", "complete"),
-        *("received", "loss_before", "size", "frame", "time"),
+        *("received", "loss_before", "time", "block", "place"),
     },
     "ends": {"run", "rank", "attempt", "writer", "outcome"},
     "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},
@@ -80,8 +67,7 @@ _TABLES = {
     },
     "age": {"seconds"},
 }
-_INDEXES = {"items_by_position", "items_by_number", "items_by_time"}
-_LATER = {"tenant", "tries", "time", "items_by_time", "ends"}  # may be absent from files of an earlier version
+_INDEXES = {"blocks_by_last", "items_by_position", "items_by_number", "items_by_time"}
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_TOOBIG}
 
 
@@ -211,7 +197,6 @@ def _check_header(path: Path) -> None:
 
 def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
     connection.text_factory = _text
-    connection.create_function("time_of", 1, time_of, deterministic=True)
     connection.execute("PRAGMA trusted_schema = OFF")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     parts = {(kind, name) for kind, name in connection.execute("SELECT type, name FROM sqlite_master")}
@@ -220,35 +205,30 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> 
         raise ConfigurationError(f"{path} is another program's file, not a store: give a folder of its own")
     if not 0 <= version <= _MOST_VERSION:
         raise Damaged(f"it has version {version}")
-    if version > _VERSION or (version == 0 and read_only):
-        raise ConfigurationError(f"{path} has version {version}, not {_VERSION}: it was written by another esper_otel")
+    if version not in (0, _VERSION) or (version == 0 and read_only):
+        raise ConfigurationError(
+            f"{path} has version {version}, not {_VERSION}: it was written by another esper_otel, which can still read "
+            "it; give another folder, or move the file away"
+        )
     if not read_only:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        added = "".join(_ADDED[each] for each in range(max(version, 1) + 1, _VERSION + 1))
-        if version < _VERSION:
-            try:
-                new = added if version else _SCHEMA + added
-                connection.executescript(f"BEGIN;{new}PRAGMA user_version = {_VERSION};COMMIT;")
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
-                    raise
-                raise Damaged(str(error)) from error  # the tables do not match the version
-    _check_tables(connection, version if read_only else _VERSION)
+        if version == 0:
+            connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
+    _check_tables(connection)
 
 
-def _check_tables(connection: sqlite3.Connection, version: int) -> None:
-    """Raises ``Damaged`` unless the file has exactly the tables and indexes of a store of this version."""
+def _check_tables(connection: sqlite3.Connection) -> None:
+    """Raises ``Damaged`` unless the file has exactly the tables and indexes of a store."""
     found = [*connection.execute("SELECT type, name FROM sqlite_master")]
     strange = [name for kind, name in found if kind not in {"table", "index"}]
     indexes = {name for kind, name in found if kind == "index"}
-    if strange or not indexes >= (_INDEXES if version == _VERSION else _INDEXES - _LATER):
+    if strange or not indexes >= _INDEXES:
         raise Damaged("it has other tables or indexes than a store")
     for table, columns in _TABLES.items():
         known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
-        lacks = columns - known - _LATER if version < _VERSION else columns - known
-        if lacks and not (version == 1 and table in {"places", "age"}):
-            raise Damaged(f"its table {table} lacks {', '.join(sorted(lacks))}")
+        if columns - known:
+            raise Damaged(f"its table {table} lacks {', '.join(sorted(columns - known))}")
         if known - columns:  # writing a row would fail
             raise Damaged(f"its table {table} has more columns than that of a store")
 

@@ -6,12 +6,14 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 
 from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import Frame, frame_bytes
 from esper_otel.frames.numbers import finite
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
+    EXPIRED_AT_ONCE,
     NO_TENANTS,
     NOTHING_ENDED,
     RANK_BYTES,
@@ -25,6 +27,9 @@ from esper_otel.gateway.store.base import (
     cursor_text,
 )
 from esper_otel.gateway.store.ledger import Ledger, use_of
+
+_RECALLED = 256  # frames of a writer that are restored
+_RANGE_BYTES = 150  # of a hole, or of the end of a stream
 
 
 class _Row:
@@ -56,13 +61,15 @@ class _Shelf:
         self.losses: dict[Origin, float | None] = {}
         self.counts: Counter[Origin] = Counter()
         self.outcomes: dict[Origin, str] = {}
+        self.places: dict[Origin, Place] = {}
+        self.place_bytes = 0
         self.added_s = 0.0
 
     @property
     def size(self) -> int:
         """Approximate size in bytes."""
         of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
-        return RUN_BYTES + of_writers + self.frame_bytes
+        return RUN_BYTES + of_writers + self.frame_bytes + self.place_bytes
 
     def add(self, item: Item) -> None:
         rank = self.ranks.setdefault(item.origin.rank, _Row())
@@ -86,6 +93,15 @@ class _Shelf:
         if not self.counts[origin]:
             del self.counts[origin], self.losses[origin]
             self.outcomes.pop(origin, None)
+            self.put(origin, None)
+
+    def put(self, origin: Origin, place: Place | None) -> None:
+        """Replaces the position of a writer, or drops it."""
+        for each, sign in ((self.places.pop(origin, None), -1), (place, 1)):
+            if each is not None:
+                self.place_bytes += sign * _RANGE_BYTES * (len(each.holes) + len(each.ends))
+        if place is not None:
+            self.places[origin] = place
 
 
 class MemoryStore:
@@ -109,20 +125,20 @@ class MemoryStore:
         items: Iterable[Item],
         *,
         ended: Mapping[Origin, str] = NOTHING_ENDED,
-        places: Iterable[Place] = (),  # noqa: ARG002
+        places: Iterable[Place] = (),
         tenants: Mapping[str, str] = NO_TENANTS,
         kept: KeptRequest | None = None,  # noqa: ARG002 - bodies would be lost together with the frames
         first_kept: int | None = None,  # noqa: ARG002
     ) -> None:
         """Stores frames and outcomes. See ``Store``."""
         now_s = self._clock()
-        for item in items:
-            run_id = item.origin.run_id
+        for run_id, some in groupby(items, lambda item: item.origin.run_id):
             shelf = self._shelves.get(run_id)
             if shelf is None:
                 shelf = self._shelves[run_id] = _Shelf(tenants.get(run_id, ""))
             shelf.added_s = now_s
-            shelf.add(item)
+            for item in some:
+                shelf.add(item)
             while shelf.sizes and (len(shelf.sizes) > self._limits.steps or shelf.size > self._limits.run_bytes):
                 self._drop(shelf)
             self._note(run_id, shelf, has_news=True)
@@ -131,6 +147,10 @@ class MemoryStore:
             shelf = self._shelves.get(origin.run_id)
             if shelf is not None:
                 shelf.outcomes[origin] = outcome
+        for place in places:
+            shelf = self._shelves.get(place.origin.run_id)
+            if shelf is not None and place.origin in shelf.counts:
+                shelf.put(place.origin, place)
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Returns the entries after a cursor. See ``Store``."""
@@ -155,6 +175,22 @@ class MemoryStore:
         """Returns how the stored runs ended. See ``Store``."""
         return {origin: outcome for shelf in self._shelves.values() for origin, outcome in shelf.outcomes.items()}
 
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
+        """Returns the newest frames of a writer. See ``Store``."""
+        shelf = self._shelves.get(origin.run_id)
+        if shelf is None or origin not in shelf.counts:
+            return [], []
+        row, newest = shelf.ranks[origin.rank], dict[int, Item]()
+        for entry in reversed(row.entries):
+            if entry.item.origin == origin:
+                newest.setdefault(entry.item.frame.time_unix_ns, entry.item)
+                if len(newest) > _RECALLED:
+                    break
+        is_all = len(newest) <= _RECALLED and row.last == len(row.entries)  # no entry was dropped
+        items = [newest[time] for time in sorted(newest)]
+        places = [shelf.places[origin]] if origin in shelf.places else []
+        return [(item, is_all and number == 0) for number, item in enumerate(items)], places
+
     def tenant(self, run_id: str) -> str:
         """Returns the tenant whose share a run uses. See ``Store``."""
         return self._ledger.tenant(run_id)
@@ -166,7 +202,7 @@ class MemoryStore:
     def expire(self) -> list[str]:
         """Drops runs that were idle for too long. See ``Store``."""
         oldest_s = self._clock() - self._limits.idle_s
-        gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s]
+        gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
             self._forget(run_id)
         return gone

@@ -13,7 +13,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esper_otel.errors import ConfigurationError, UnknownRun
-from esper_otel.frames.encoded import DamagedFrame, frame_from_bytes, frame_to_bytes, stored_time
+from esper_otel.frames.encoded import DamagedFrame, frames_from_bytes, frames_to_bytes, stored_time
 from esper_otel.frames.frame import Frame
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
+    EXPIRED_AT_ONCE,
     NO_TENANTS,
     NOTHING_ENDED,
     RANK_BYTES,
@@ -45,8 +46,13 @@ from esper_otel.gateway.store.quarantine import Quarantine
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
-_COLUMNS = "position, number, attempt, rank, writer, frame, revision, complete, received, loss_before"
+_COLUMNS = "position, number, attempt, rank, writer, revision, complete, received, loss_before, block, place"
+# A frame's share of its block.
+_SHARE = "(SELECT length(frames) / max(count, 1) FROM blocks WHERE id = block)"
 _ROW_BYTES = 150
+# A block holds frames of one writer that were stored together, at most this many and about this many bytes.
+_MOST_FRAMES, _MOST_BLOCK_BYTES = 256, 256 * 1024
+_MOST_DECODED_BYTES = 16 * 1024 * 1024
 _OF_WRITER = "run = ? AND rank = ? AND attempt = ? AND writer = ?"
 _RESTORED, _MOST_RESTORED, _RESTORED_IN_ALL = 256, 4_096, 65_536
 _AT_ONCE = 64
@@ -69,6 +75,7 @@ class _KnownRun:
         self.frame_bytes = 0
         self.added_s = 0.0
         self.ranks: dict[int, int] = {}
+        self.moved: set[int] = set()  # ranks that have new entries in this transaction
         self.losses: dict[Origin, float | None] = {}
         self.newest: dict[Origin, int] = {}  # position of each writer's last entry, until its loss is read
         self.counts: Counter[Origin] = Counter()
@@ -83,7 +90,7 @@ class _KnownRun:
     def copied(self) -> _KnownRun:
         other = copy(self)
         other.ranks, other.losses, other.counts = dict(self.ranks), dict(self.losses), Counter(self.counts)
-        other.newest, other.outcomes = dict(self.newest), dict(self.outcomes)
+        other.newest, other.outcomes, other.moved = dict(self.newest), dict(self.outcomes), set()
         return other
 
 
@@ -115,6 +122,9 @@ class FileStore:
         self._runs: dict[str, _KnownRun] = {}
         self._ledger = Ledger()
         self._bodies: list[int] = []
+        self._decoded: OrderedDict[int, _DecodedBlock] = OrderedDict()
+        self._decoded_bytes = 0
+        self._last_block = 0
         self._received: dict[Origin, int] = {}  # when each writer was last received from before this start
         self._age_before_s = self._age_noted_s = 0.0
         self.dropped = 0
@@ -184,19 +194,18 @@ class FileStore:
 
     def _write(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _KnownRun | None]) -> int:
         """Writes frames, outcomes and places of runs; returns how many entries were dropped."""
-        for item in new.items:
-            self._insert(connection, item, changed, new.tenants)
+        self._insert(connection, new, changed)
         for origin, outcome in new.ended.items():
             self._end(connection, origin, outcome, changed)
-        for place in new.places:
-            self._place(connection, place, changed)
+        self._place(connection, new.places, changed)
         dropped = 0
         for run_id, run in list(changed.items()):
             if run is None:
                 continue
             connection.execute("UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key))
             connection.executemany(
-                "INSERT OR REPLACE INTO ranks VALUES (?, ?, ?)", [(run.key, *each) for each in run.ranks.items()]
+                "INSERT OR REPLACE INTO ranks VALUES (?, ?, ?)",
+                [(run.key, rank, run.ranks[rank]) for rank in run.moved],
             )
             dropped += self._shrink(connection, run_id, run, changed, self._is_too_large)
             if changed[run_id] is not None:
@@ -247,15 +256,52 @@ class FileStore:
         return found
 
     def _entry(self, run_id: str, run: _KnownRun, row: tuple[Any, ...]) -> StoredFrame | None:
-        """Returns the entry in a row. A damaged row is removed, and None returned."""
+        """Returns the entry in a row. A damaged row or block is removed, and None returned."""
+        position, number, attempt, rank, writer, revision, complete, received, loss_before, block, place = row
         try:
-            return _entry(run_id, row)
+            frame = self._frame(block, place)
         except DamagedFrame as error:
             if not self._read_only:
-                self._put_aside("frame", [row], f"step {row[0]} of run {run_id}: {error}")
-                with suppress(StoreFull), transaction(self._connection) as connection:
-                    connection.execute("DELETE FROM items WHERE run = ? AND position = ?", (run.key, row[0]))
+                self._remove(run_id, run, row, error)
             return None
+        item = Item(Origin(run_id, attempt, rank, writer), frame, revision, bool(complete), received)
+        return StoredFrame(position, number, item, loss_before)
+
+    def _frame(self, block: int, place: int) -> Frame:
+        """Returns a frame of a block.
+
+        Raises:
+            DamagedFrame: the block is damaged, or has no such frame.
+        """
+        known = self._decoded.get(block)
+        if known is None:
+            row = self._connection.execute("SELECT frames FROM blocks WHERE id = ?", (block,)).fetchone()
+            if row is None or type(row[0]) is not bytes:
+                raise DamagedFrame("not bytes")
+            known = self._decoded[block] = _DecodedBlock(frames_from_bytes(row[0]), len(row[0]))
+            self._decoded_bytes += known.size
+            while self._decoded_bytes > _MOST_DECODED_BYTES and len(self._decoded) > 1:
+                self._decoded_bytes -= self._decoded.popitem(last=False)[1].size
+        else:
+            self._decoded.move_to_end(block)
+        if not 0 <= place < len(known.frames):
+            raise DamagedFrame(f"its block has no frame {place}")
+        return known.frames[place]
+
+    def _remove(self, run_id: str, run: _KnownRun, row: tuple[Any, ...], error: DamagedFrame) -> None:
+        """Removes a damaged row; if its block is damaged, all rows of that block. They are put aside."""
+        position, block = row[0], row[-2]
+        where, of_rows, aside = "run = ? AND position = ?", (run.key, position), repr(row).encode()
+        if block not in self._decoded:
+            where, of_rows = "run = ? AND block = ?", (run.key, block)
+            kept = self._connection.execute("SELECT frames FROM blocks WHERE id = ?", (block,)).fetchone()
+            aside = kept[0] if kept and type(kept[0]) is bytes else aside
+        with suppress(StoreFull), transaction(self._connection) as connection:
+            count = connection.execute(f"DELETE FROM items WHERE {where}", of_rows).rowcount  # noqa: S608
+            if block not in self._decoded:
+                connection.execute("DELETE FROM blocks WHERE id = ?", (block,))
+            if count > 0:
+                self._put_aside("frame", [aside], f"step {position} of run {run_id}: {error}", count)
 
     def holds(self, run_id: str) -> bool:
         """Whether a step of the run is stored. See ``Store``."""
@@ -291,7 +337,7 @@ class FileStore:
             with transaction(self._connection) as connection:
                 connection.execute("UPDATE age SET seconds = ?", (self._age_s(),))
             self._age_noted_s = self._age_s()
-        gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s]
+        gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
             run = self._runs[run_id]
             with transaction(self._connection) as connection:
@@ -329,6 +375,13 @@ class FileStore:
                     before_unix_ns = entry.item.frame.time_unix_ns
                     yield entry.item, is_first
                 is_first = False
+
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
+        """Returns the newest frames of a writer, and its position. See ``Store``."""
+        run = self._runs.get(origin.run_id)
+        if run is None or origin not in run.counts:
+            return [], []
+        return list(self.newest([origin])), [place for place in self.places() if place.origin == origin]
 
     def _newest_positions(
         self, run: _KnownRun, origin: Origin, most: int, *, is_missing: bool
@@ -473,6 +526,8 @@ class FileStore:
             aside = moved_aside(self._path)
             self._connection = opened(self._path, read_only=False)
             self._runs, self._ledger, self._bodies, self._received = {}, Ledger(), [], {}
+            self._decoded.clear()
+            self._decoded_bytes = self._last_block = 0
             self._load()
         except (OSError, sqlite3.Error, Damaged) as error:
             raise StoreFull(f"the store is damaged ({damage}) and a new one cannot be created: {error}") from error
@@ -490,8 +545,7 @@ class FileStore:
             self._mend_indexes()
             with transaction(self._connection) as connection:
                 self._clean(connection)
-        columns = "id, run_id, life, last, added_s, " + ("''" if self._read_only else "tenant")
-        rows = self._connection.execute(f"SELECT {columns} FROM runs").fetchall()  # noqa: S608
+        rows = self._connection.execute("SELECT id, run_id, life, last, added_s, tenant FROM runs").fetchall()
         for key, run_id, life, last, added_s, tenant in rows:
             if is_run((key, run_id, life, last, tenant)):
                 run = self._runs[run_id] = _KnownRun(key, life, tenant)
@@ -502,6 +556,7 @@ class FileStore:
         if not self._read_only:
             numbers = self._connection.execute("SELECT number FROM bodies ORDER BY number")
             self._bodies = [number for (number,) in numbers]
+            self._last_block = self._connection.execute("SELECT max(id) FROM blocks").fetchone()[0] or 0
             ages = self._connection.execute("SELECT max(seconds) FROM age WHERE seconds < ?", (_MOST_AGE_S,))
             (found,) = ages.fetchone()
             # The recorded age may be behind; the store is at least as old as its newest addition.
@@ -519,7 +574,7 @@ class FileStore:
                 self._runs[names[key]].ranks[rank] = last
         groups = self._connection.execute(
             "SELECT run, attempt, rank, writer, count(*), min(position), max(position), max(number), "  # noqa: S608
-            f"sum(length(frame)), max(received) FROM items WHERE NOT ({DAMAGED['items']}) "
+            f"sum({_SHARE}), max(received) FROM items WHERE NOT ({DAMAGED['items']}) "
             "GROUP BY run, attempt, rank, writer"
         )
         firsts: dict[str, int] = {}
@@ -530,7 +585,7 @@ class FileStore:
             run, origin = self._runs[run_id], Origin(run_id, attempt, rank, writer)
             run.counts[origin], run.newest[origin] = count, last
             self._received[origin] = received
-            run.frame_bytes += size + count * _ROW_BYTES
+            run.frame_bytes += int(size or 0) + count * _ROW_BYTES
             run.last = max(run.last, last)
             run.ranks[rank] = max(run.ranks.get(rank, 0), number)
             firsts[run_id] = min(firsts.get(run_id, first), first)
@@ -560,9 +615,9 @@ class FileStore:
     def _clean(self, connection: sqlite3.Connection) -> None:
         """Removes rows that a gateway cannot have written, and rows that do not belong to a run."""
         for table, damaged in DAMAGED.items():
-            blob = {"items": "frame", "bodies": "body"}.get(table)
+            blob = {"blocks": "frames", "bodies": "body"}.get(table)
             columns = "*" if blob is None else f"*, CASE WHEN length({blob}) <= 1000000 THEN {blob} END"
-            kind = {"items": "frame", "bodies": "body"}.get(table, "row")
+            kind = {"items": "frame", "blocks": "frame", "bodies": "body"}.get(table, "row")
             rows = connection.execute(f"SELECT {columns} FROM {table} WHERE {damaged} LIMIT {_MOST_ASIDE}").fetchall()  # noqa: S608
             if rows:
                 connection.execute(f"DELETE FROM {table} WHERE {damaged}")  # noqa: S608
@@ -572,16 +627,20 @@ class FileStore:
         if bad:
             self._put_aside("row", bad, f"{len(bad)} rows of runs")
             connection.executemany("DELETE FROM runs WHERE id = ?", [row[:1] for row in bad])
-        for table in ("items", "ranks", "ends", "places"):
+        for table in ("items", "ranks", "ends", "places", "blocks"):
             connection.execute(f"DELETE FROM {table} WHERE run NOT IN (SELECT id FROM runs)")  # noqa: S608
+        lost = connection.execute("DELETE FROM items WHERE block NOT IN (SELECT id FROM blocks) RETURNING *").fetchall()
+        if lost and not self.damaged["frame"]:  # otherwise the reason is known
+            self._put_aside("frame", lost[:_MOST_ASIDE], f"{len(lost)} steps without their block", len(lost))
+        connection.execute("DELETE FROM blocks WHERE id NOT IN (SELECT block FROM items)")
         if connection.execute("SELECT count(*) FROM age WHERE typeof(seconds) = 'real'").fetchone()[0] != 1:
             connection.execute("DELETE FROM age")
             connection.execute("INSERT INTO age VALUES (0.0)")
 
-    def _put_aside(self, kind: str, rows: Sequence[Any], what: str) -> None:
+    def _put_aside(self, kind: str, rows: Sequence[Any], what: str, count: int | None = None) -> None:
         """Writes damaged rows to files in the folder ``damaged`` up to its limit, counts them, and logs a warning."""
         names = [self._aside.put(kind, row if isinstance(row, bytes) else repr(row).encode()) for row in rows]
-        self.damaged[kind] += len(rows)
+        self.damaged[kind] += len(rows) if count is None else count
         where = f"kept in {self._aside.path / names[0]}" if names and names[0] else "there is no room to keep it"
         self._warnings.say(f"damaged {kind}", "damage in the store was taken out, %s; %s", what, where)
 
@@ -591,46 +650,55 @@ class FileStore:
 
     # -- writing -----------------------------------------------------------------------------------------
 
-    def _insert(
-        self,
-        connection: sqlite3.Connection,
-        item: Item,
-        changed: dict[str, _KnownRun | None],
-        tenants: Mapping[str, str],
-    ) -> None:
-        run_id, attempt, rank, writer = item.origin
-        run = self._copied(run_id, changed)
-        if run is None:
-            life, tenant = secrets.token_hex(4), tenants.get(run_id, "")
-            row = (run_id, life, tenant)
-            key = connection.execute("INSERT INTO runs (run_id, life, tenant) VALUES (?, ?, ?)", row).lastrowid
-            run = changed[run_id] = _KnownRun(key or 0, life, tenant)
-        frame = frame_to_bytes(item.frame)
-        size = len(frame) + _ROW_BYTES
-        run.last += 1
-        run.ranks[rank] = run.ranks.get(rank, 0) + 1
-        connection.execute(
-            "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(run.key, run.last, rank, run.ranks[rank], attempt, writer, item.revision, item.complete),
-                *(item.received_unix_ns, self._loss_before(connection, run, item.origin), size, frame),
-                stored_time(item.frame.time_unix_ns),
-            ),
-        )
-        run.losses[item.origin] = loss_of(item.frame)
-        run.counts[item.origin] += 1
-        run.frame_bytes += size
-        run.added_s = self._age_s()
+    def _insert(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _KnownRun | None]) -> None:
+        """Writes frames: consecutive ones of a writer as one block, and a row for each."""
+        rows: list[tuple[Any, ...]] = []
+        blocks: dict[Origin, _NewBlock] = {}
+        full: list[_NewBlock] = []
+        for item in new.items:
+            run_id, attempt, rank, writer = origin = item.origin
+            run = self._copied(run_id, changed)
+            if run is None:
+                life, tenant = secrets.token_hex(4), new.tenants.get(run_id, "")
+                row = (run_id, life, tenant)
+                key = connection.execute("INSERT INTO runs (run_id, life, tenant) VALUES (?, ?, ?)", row).lastrowid
+                run = changed[run_id] = _KnownRun(key or 0, life, tenant)
+            block = blocks.get(origin)
+            if block is None or block.is_full:
+                self._last_block += 1
+                block = blocks[origin] = _NewBlock(self._last_block, run)
+                full.append(block)
+            run.last += 1
+            run.ranks[rank] = run.ranks.get(rank, 0) + 1
+            run.moved.add(rank)
+            rows.append(
+                (
+                    *(run.key, run.last, rank, run.ranks[rank], attempt, writer, item.revision, item.complete),
+                    *(item.received_unix_ns, self._loss_before(connection, run, origin)),
+                    *(stored_time(item.frame.time_unix_ns), block.id, len(block.frames)),
+                )
+            )
+            block.add(item.frame, run.last)
+            run.losses[origin] = loss_of(item.frame)
+            run.counts[origin] += 1
+            run.added_s = self._age_s()
+        encoded = []
+        for block in full:
+            content, count = frames_to_bytes(block.frames), len(block.frames)
+            encoded.append((block.id, block.run.key, block.last, count, content))
+            block.run.frame_bytes += count * (len(content) // count + _ROW_BYTES)
+        connection.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?, ?)", encoded)
+        connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _loss_before(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> float | None:
         """Returns the loss of the writer's previous step, read from the file for the first step since the start."""
         position = run.newest.pop(origin, None)
         if position is not None and origin not in run.losses:
             row = connection.execute(
-                "SELECT frame FROM items WHERE run = ? AND position = ?", (run.key, position)
+                "SELECT block, place FROM items WHERE run = ? AND position = ?", (run.key, position)
             ).fetchone()
             with suppress(DamagedFrame):  # it is put aside when it is pulled
-                run.losses[origin] = None if row is None else loss_of(frame_from_bytes(row[0]))
+                run.losses[origin] = None if row is None else loss_of(self._frame(*row))
         return run.losses.get(origin)
 
     def _end(
@@ -643,14 +711,18 @@ class FileStore:
             connection.execute("INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)", row)
             run.outcomes[origin] = outcome
 
-    def _place(self, connection: sqlite3.Connection, place: Place, changed: dict[str, _KnownRun | None]) -> None:
-        """Stores the place that a writer has reached, if a step of the run is stored."""
-        origin = place.origin
-        run = self._copied(origin.run_id, changed)
-        if run is not None:
-            of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
-            row = (*of_writer, *place[1:-2], json.dumps(place.holes), json.dumps(place.ends))
-            connection.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    def _place(
+        self, connection: sqlite3.Connection, places: Sequence[Place], changed: dict[str, _KnownRun | None]
+    ) -> None:
+        """Stores the places that writers have reached, if a step of their run is stored."""
+        rows = []
+        for place in places:
+            run_id, attempt, rank, writer = place.origin
+            run = self._copied(run_id, changed)
+            if run is not None:
+                holes, ends = (json.dumps(each) if each else "[]" for each in (place.holes, place.ends))
+                rows.append((run.key, rank, attempt, writer, *place[1:-2], holes, ends))
+        connection.executemany("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _copied(self, run_id: str, changed: dict[str, _KnownRun | None]) -> _KnownRun | None:
         """Returns a copy of a run's state for a transaction to change; None when nothing of the run is stored."""
@@ -701,7 +773,7 @@ class FileStore:
         count = 0
         while run.first <= run.last and is_too_large(run):
             rows = connection.execute(
-                "SELECT position, attempt, rank, writer, length(frame) FROM items "
+                f"SELECT position, attempt, rank, writer, {_SHARE} FROM items "  # noqa: S608
                 "WHERE run = ? AND position >= ? ORDER BY position LIMIT ?",
                 (run.key, run.first, _AT_ONCE),
             ).fetchall()
@@ -711,10 +783,11 @@ class FileStore:
                 if not is_too_large(run):
                     break
                 run.first = position + 1
-                run.frame_bytes -= size + _ROW_BYTES
+                run.frame_bytes -= int(size or 0) + _ROW_BYTES
                 self._drop(connection, run, Origin(run_id, attempt, rank, writer))
                 count += 1
             connection.execute("DELETE FROM items WHERE run = ? AND position < ?", (run.key, run.first))
+            connection.execute("DELETE FROM blocks WHERE run = ? AND last < ?", (run.key, run.first))
         if run.first > run.last:
             _delete_run(connection, run)
             changed[run_id] = None
@@ -745,16 +818,34 @@ class _New(NamedTuple):
     first_kept: int | None
 
 
+class _DecodedBlock(NamedTuple):
+    """The frames of a block that was read, and its size in bytes."""
+
+    frames: list[Frame]
+    size: int
+
+
+class _NewBlock:
+    """Consecutive frames of one writer, to be stored as one block."""
+
+    def __init__(self, block: int, run: _KnownRun) -> None:
+        self.id = block
+        self.run = run
+        self.frames: list[Frame] = []
+        self.last = 0
+        self._bytes = 0
+
+    def add(self, frame: Frame, position: int) -> None:
+        self.frames.append(frame)
+        self.last = position
+        self._bytes += 8 * len(frame.numbers) + frame.seeds.cells.nbytes + frame.live.cells.nbytes
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.frames) >= _MOST_FRAMES or self._bytes >= _MOST_BLOCK_BYTES
+
+
 def _delete_run(connection: sqlite3.Connection, run: _KnownRun) -> None:
-    for table in ("items", "ranks", "ends", "places"):
+    for table in ("items", "blocks", "ranks", "ends", "places"):
         connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
     connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
-
-
-def _entry(run_id: str, row: tuple[Any, ...]) -> StoredFrame:
-    position, number, attempt, rank, writer, frame, revision, complete, received, loss_before = row
-    if type(frame) is not bytes:
-        raise DamagedFrame("not bytes")
-    origin = Origin(run_id, attempt, rank, writer)
-    item = Item(origin, frame_from_bytes(frame), revision, bool(complete), received)
-    return StoredFrame(position, number, item, loss_before)

@@ -34,7 +34,13 @@ DAMAGED = {
                 _whole("received", bits=63),
                 "typeof(loss_before) NOT IN ('real', 'integer', 'null')",
             ),
-            *("typeof(frame) <> 'blob'", f"length(frame) > {MOST_BYTES}"),
+            *(_whole("block"), _whole("place", bits=32)),
+        )
+    ),
+    "blocks": " OR ".join(
+        (
+            *(_whole("id"), _whole("run"), _whole("last", 1), _whole("count", 1, bits=32)),
+            *("typeof(frames) <> 'blob'", f"length(frames) > {MOST_BYTES}"),
         )
     ),
     "ranks": " OR ".join((_whole("run"), _whole("rank", bits=31), _whole("last"))),

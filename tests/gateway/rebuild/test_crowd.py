@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
+from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
-from wire import body_of
+from wire import bodies, body_of
 
 from esper_otel.frames.frame import Run
 from esper_otel.gateway.core import Answer, Core
@@ -16,7 +19,9 @@ from esper_otel.gateway.faults import fault_of
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.rebuild.crowd import Crowd, RequestWriters
 from esper_otel.gateway.receive.request import TOO_MANY_RUNS, PointSender
+from esper_otel.gateway.store.base import Store
 from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import PullRequest
 
@@ -24,8 +29,8 @@ from esper_otel.pull.messages import PullRequest
 class Small(Core):
     """A gateway with room for two writers, in which time passes by hand."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(MemoryStore(), limits=Limits(runs=2), hold_s=0.0)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: Store | None = None) -> None:
+        super().__init__(store or MemoryStore(), limits=Limits(runs=2), hold_s=0.0)
         self.now_s = 1_000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
 
@@ -36,7 +41,7 @@ class Small(Core):
         except Crowded:
             return None
 
-    async def pulled(self, run_id: str) -> list[tuple[int, int]]:
+    async def all_pulled(self, run_id: str) -> list[tuple[int, int]]:
         response = await self.pull(PullRequest(run_id=run_id))
         return [(step.step, step.revision) for step in response.steps]
 
@@ -53,7 +58,7 @@ def test_a_writer_too_many_is_taken_when_another_has_been_silent(monkeypatch: py
             if core.now_s <= 1_060:
                 assert core.send("c") is None
         assert core.send("c") == Answer(0, "")
-        assert await core.pulled("c") == [(1, 1)]
+        assert await core.all_pulled("c") == [(1, 1)]
         assert core.rejected == {}
         assert core.counts["requests"] == 13
 
@@ -66,9 +71,9 @@ def test_a_request_that_is_sent_again_stores_nothing_twice(monkeypatch: pytest.M
     async def live() -> None:
         core = Small(monkeypatch)
         assert core.send("a", "b", "c") is None
-        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        assert await core.all_pulled("a") == await core.all_pulled("b") == [(1, 1)]
         assert core.send("a", "b", "c") is None
-        assert await core.pulled("a") == await core.pulled("b") == [(1, 1)]
+        assert await core.all_pulled("a") == await core.all_pulled("b") == [(1, 1)]
         [first, second] = core.runs().runs
         assert (first.differing, first.too_late, second.differing, second.too_late) == (0, 0, 0, 0)
         assert core.counts["requests"] == 0
@@ -92,8 +97,53 @@ def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.Monk
         assert answer.rejected > 0
         assert answer.reason == f"{answer.rejected} too many runs ('c')"
         assert core.rejected[TOO_MANY_RUNS] == 10 * answer.rejected
-        assert await core.pulled("a") == [(step, 1) for step in range(1, 65)]
+        assert await core.all_pulled("a") == [(step, 1) for step in range(1, 65)]
         assert core.send("c", step=71) is None  # alone it holds nobody up
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_a_writer_that_made_room_and_comes_back_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, is_on_disk: bool
+) -> None:
+    """Its last request, which it sends again, is not stored twice; a step that was missing is still taken."""
+
+    async def live() -> None:
+        core = Small(monkeypatch, FileStore(tmp_path) if is_on_disk else MemoryStore())
+        assert core.send("a") == core.send("a", step=3) == core.send("b") == Answer(0, "")
+        for others in (("c", "d"), ("e",)):
+            core.now_s += 62.0
+            assert [core.send(other) for other in others] == [Answer(0, "")] * len(others)
+        assert {run.origin.run_id for run in core._assembler.runs(core.now_s)}.isdisjoint({"a", "b"})
+        core.now_s += 62.0
+        assert core.send("a", step=3) == core.send("a", step=4) == core.send("a", step=2) == Answer(0, "")
+        assert sorted(await core.all_pulled("a")) == [(1, 1), (2, 1), (3, 1), (4, 1)]
+        [run] = [run for run in core.runs().runs if run.run_id == "a"]
+        assert (run.first_step, run.last_step, run.missing, run.too_late, run.stored) == (1, 4, 0, 0, 4)
+        core.close()
+
+    asyncio.run(live())
+
+
+def test_a_second_process_that_claims_the_same_rank_waits_for_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the numbers of their steps tell the two apart: its step was taken for one too late, and not said."""
+    others = {"sequence": 1, "global_step": 7, "time_unix_ns": TIME_UNIX_NS + 10**9}
+    [second] = bodies([make_frame(run=replace(RUN, run_id="a"), **others)])
+
+    async def live() -> None:
+        core = Small(monkeypatch)
+        assert core.send("a") == core.send("b") == Answer(0, "")
+        with pytest.raises(Crowded, match=r"'a \(a second process\)'"):
+            core.receive(second)
+        core.now_s += 59.0
+        assert core.send("a", step=2) == Answer(0, "")
+        with pytest.raises(Crowded):
+            core.receive(second)
+        core.now_s += 3.0  # the other run has been silent for a minute
+        assert core.receive(second) == Answer(0, "")
+        assert sorted(await core.all_pulled("a")) == [(1, 1), (2, 1), (7, 1)]
+        assert [run.too_late for run in core.runs().runs if run.run_id == "a"] == [0, 0]
 
     asyncio.run(live())
 

@@ -197,6 +197,28 @@ def in_capitals(_metric: Any, point: Any) -> None:
         attribute.value.string_value = attribute.value.string_value.upper()
 
 
+def in_capitals_at_the_end(metric: Any, point: Any) -> None:
+    if metric.name == "esper.run.ended":
+        in_capitals(metric, point)
+
+
+def without_outcome(metric: Any, point: Any) -> None:
+    if metric.name == "esper.run.ended":
+        del point.attributes[:]
+
+
+def without_scope(name: str) -> Effect:
+    """The filter processor, with a condition on the scope."""
+
+    def effect(request: ExportMetricsServiceRequest) -> None:
+        for resource in request.resource_metrics:
+            for scope in resource.scope_metrics:
+                if scope.scope.name == name:
+                    del scope.metrics[:]
+
+    return effect
+
+
 def grouped(request: ExportMetricsServiceRequest) -> None:
     """The groupbyattrs processor with the key ``seed_id``: it becomes an attribute of the Resource."""
     result = ExportMetricsServiceRequest()
@@ -352,6 +374,11 @@ WRONG: dict[str, tuple[Effect, float | None, str]] = {
     "filter digest": (without_metrics(r"esper\.seeds\.digest"), None, r"esper\.seeds\.digest.* did not arrive"),
     "filter seeds": (without_metrics(r"esper\.seeds"), None, r"esper\.seeds .* did not arrive"),
     "filter retired": (without_metrics(r"esper\.seed\.retired"), None, r"esper\.seed\.retired did not arrive"),
+    "filter end": (without_metrics(r"esper\.run\.ended"), None, GONE.format(r"esper\.run\.ended")),
+    "filter the health scope": (without_scope("esper_otel.health"), None, GONE.format(r"esper\.run\.ended")),
+    "end without outcome": (of_points(without_outcome), None, r"esper\.run\.ended had .* arrived with none"),
+    "another outcome": (of_points(in_capitals_at_the_end), None, r"esper\.run\.ended had .* arrived with COMPLETED"),
+    "no world size": (without_attributes("esper.world_size"), None, r"esper\.world_size was 2 and arrived as 1"),
     "filter loss": (without_metrics("loss"), None, GONE.format("loss")),
     "filter seed metrics": (without_metrics(r"kasmina\..*"), None, r"kasmina\.seed\..* did not arrive"),
     "filter NaN": (of_points(lambda _m, point: not math.isnan(point.as_double)), None, "was nan and did not arrive"),

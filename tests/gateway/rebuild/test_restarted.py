@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
+from typing import Any
 
+import pytest
 from frame_examples import TIME_UNIX_NS
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from test_assembler import without_point
@@ -113,6 +116,61 @@ def test_an_end_that_is_to_come_comes_after_a_restart(tmp_path: Path) -> None:
         both = {"a": ["alpha", "layer_depth"], "b": ["alpha"]}
         assert alive == [both, both, {"a": ["alpha"]}, {"a": ["alpha"]}]
         assert [item.frame.retired for item in items] == [(), (), ("b",), ()]
+
+
+@pytest.mark.parametrize("restarts", [(), (2,), (3,), (2, 3), (1, 2, 3, 4)])
+def test_a_value_from_before_its_seeds_end_does_not_bring_it_back(tmp_path: Path, restarts: tuple[int, ...]) -> None:
+    """Nothing of the seed had come when its end came; the gateway is restarted before the end, after it, or both."""
+    a, b = (ALPHA, "a"), (ALPHA, "b")
+    requests: list[bytes | None] = [said(0, b), said(3, b), said(2, a, ends=True), said(1, a), said(4, b)]
+    for place in reversed(restarts):
+        requests.insert(place, None)
+    items = newest(tmp_path, *requests)
+    assert [item.frame.live.ids for item in items] == [("b",), ("b", "a"), ("b",), ("b",)]
+    assert [item.frame.retired for item in items] == [(), (), ("a",), ()]
+
+
+def test_an_end_older_than_what_is_restored_counts(tmp_path: Path) -> None:
+    """Unless its seed has come back: of those it has not seen since, the gateway knows no better."""
+    a, b, c = ((ALPHA, seed) for seed in "abc")
+    steps = [said(n, b) for n in range(2, 300)]
+    ends = said(1, a, c, ends=True)
+    items = newest(
+        tmp_path, said(0, a, b, c), *steps, said(300, c), None, said(300.5, c), ends, said(301, b), said(0.5, a)
+    )
+    assert {*items[-1].frame.live.ids} == {"b", "c"}
+
+
+def late(luck: random.Random) -> tuple[list[Any], list[Any]]:
+    """What a plain sender says, as (time, seed, whether its stream ends), in order, and late with restarts between."""
+    count = luck.randint(2, 5)
+    ordered: list[Any] = [(step, None, False) for step in range(count)]
+    ordered += [(step, seed, False) for step in range(count) for seed in "ab" if luck.random() < 0.5]
+    ordered += [(luck.randint(0, count) + 0.5, seed, True) for seed in "ab" if luck.random() < 0.7]
+    ordered.sort(key=lambda each: each[0])
+    first, *others = ordered
+    for _ in range(luck.randint(1, 3)):
+        others.insert(luck.randint(0, len(others)), others.pop(luck.randrange(len(others))))
+    for _ in range(luck.randint(0, 2)):
+        others.insert(luck.randint(0, len(others)), None)
+    return ordered, [first, *others]
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_ends_and_values_in_any_order_over_restarts_make_the_same_lives(tmp_path: Path, number: int) -> None:
+    lives = []
+    for name, all_said in zip(("ordered", "late"), late(random.Random(number)), strict=True):
+        requests = [
+            None
+            if each is None
+            else said(each[0], (ALPHA, each[1]), ends=each[2])
+            if each[1]
+            else said(each[0], loss=1.0)
+            for each in all_said
+        ]
+        items = newest(tmp_path / name, *requests)
+        lives.append([(item.frame.time_unix_ns, {*item.frame.live.ids}, {*item.frame.retired}) for item in items])
+    assert lives[0] == lives[1], late(random.Random(number))
 
 
 def test_numbers_that_were_counted_before_a_restart_are_given_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Fuzzing: mutates the corpus for a while; the fast decoder must agree with the plain one, and nothing may grow.
 
-Run it as ``python tests/gateway/receive/fuzz.py --seconds 30``; an input that fails is written to the corpus.
+Run it as ``PYTHONPATH=tests python tests/gateway/receive/fuzz.py --seconds 30``; an input that fails is written to the
+corpus.
 """
 
 from __future__ import annotations
@@ -12,26 +13,15 @@ import random
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
+from wire import said
+
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
-from esper_otel.gateway.receive.request import DecodedRequest, Malformed
+from esper_otel.gateway.receive.request import Malformed
 
 CORPUS = Path(__file__).with_name("corpus")
 MOST_GROWTH = 64 * 1024 * 1024
-
-
-def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
-    """What a decoder says, comparable; the word for a request that it refuses."""
-    try:
-        decoded = decode(body)
-    except Malformed:
-        return "malformed"
-    blocks = [
-        (block[:3], block.streams.tolist(), block.times.tolist(), block.values.tobytes()) for block in decoded.blocks
-    ]
-    return blocks, decoded.markers, decoded.ended, decoded.points, dict(decoded.rejected)
 
 
 def mutated(luck: random.Random, corpus: list[bytes]) -> bytes:

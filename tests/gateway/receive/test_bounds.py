@@ -150,16 +150,17 @@ def test_values_that_come_twice_are_told_as_one_by_one(some: list[Frame], is_sam
         bodies([each._replace(run=RUN, time_unix_ns=TIME_UNIX_NS, sequence=1 if is_same else 1 + number)])[0]
         for number, each in enumerate(some)
     )
-    for block in Decoder().decode(body).blocks:
+    for block in decode_plain(body).blocks:
         words = [(name, seed) for seed in ("", *block.seeds) for name in block.names]
         ((_, found),) = PartShapes().parts(block)
         numbers: dict[tuple[str, str], list[float]] = {}
         for stream, value in zip(block.streams.tolist(), block.values.tolist(), strict=True):
             numbers.setdefault(words[stream], []).append(value)
         one_by_one = merged(
-            part
-            for place in range(max(map(len, numbers.values())))
-            for part in [_part_of({stream: each[place] for stream, each in numbers.items() if place < len(each)})]
+            [
+                _part_of({stream: each[place] for stream, each in numbers.items() if place < len(each)})
+                for place in range(max(map(len, numbers.values())))
+            ]
         )
         assert found.differing == one_by_one.differing
         assert _told(found.part) == _told(one_by_one.part)

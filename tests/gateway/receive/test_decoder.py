@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Exemplar, Metric, NumberDataPoint
-from wire import bodies, said
+from wire import as_collector, bodies, said
 
-from esper_otel.frames.frame import ABSENT_BITS, Frame, is_absent
+from esper_otel.frames.frame import ABSENT_BITS, Frame, Run, is_absent
+from esper_otel.gateway.receive import template
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.envelope import field
 from esper_otel.gateway.receive.request import (
@@ -67,11 +68,119 @@ def test_requests_of_one_step_are_learnt() -> None:
     decoder = Decoder()
     absent = struct.unpack("<d", ABSENT_BITS.to_bytes(8, "little"))[0]
     time_like = struct.unpack("<d", TIME_UNIX_NS.to_bytes(8, "little"))[0]
-    for number, loss in enumerate([1.0, 2.0, math.nan, time_like, absent, -0.0, 3.0]):
+    for number, loss in enumerate([1.0, 2.0, math.nan, time_like, absent, math.nan, -0.0, 3.0]):
         frame = make_frame(recorded={"loss": loss, "accuracy": time_like}, time_unix_ns=TIME_UNIX_NS + number * 10**6)
         [body] = bodies([frame])
         assert said(decoder.decode, body) == said(decode_plain, body)
-    assert sum(map(len, decoder._templates._of_length.values())) == 2  # with a finite loss, and without
+    assert learnt(decoder) == 2  # with a finite loss, and with another
+
+
+def learnt(decoder: Decoder) -> int:
+    return sum(map(len, decoder._templates._known.values()))
+
+
+def of_ranks(step: int, ranks: int, **changed: object) -> bytes:
+    """A step of each of these ranks, as a collector sends them: appended, and with descending fields."""
+    frames = [
+        make_frame(
+            run=Run("ranks", 1, rank=rank, world_size=ranks),
+            sequence=step,
+            global_step=step,
+            time_unix_ns=TIME_UNIX_NS + step * 10**6,
+            recorded={"loss": step + rank / ranks, "accuracy": 0.5},
+            **changed,
+        )
+        for rank in range(ranks)
+    ]
+    return b"".join(as_collector(ExportMetricsServiceRequest.FromString(body)) for body in bodies(frames, "host"))
+
+
+def test_the_ranks_of_a_run_share_a_template() -> None:
+    """Any number of them: what differs is their Resource only."""
+    decoder = Decoder()
+    for step in range(1, 4):
+        body = of_ranks(step, 300)
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert learnt(decoder) == 1
+    decoded = decoder.decode(of_ranks(4, 300))
+    assert {id(block.kind) for block in decoded.blocks} == {id(decoded.blocks[0].kind)}
+    assert decoded.blocks[0].kind is not None
+
+
+def test_what_no_template_reads_is_read_in_between() -> None:
+    """In the order of the request: markers of another sender, a metric that nobody knows, a part that was cut off."""
+    decoder = Decoder()
+    strange = request_of(gauge("what.nobody.knows", point()), gauge("loss", point(as_double=9.0)))
+    end = point(seed="seed-1")
+    end.ClearField("as_double")
+    end.flags = 1
+    ends = request_of(gauge("kasmina.seed.alpha", end))
+    for step in range(1, 5):
+        body = of_ranks(step, 5) + strange + of_ranks(step, 2) + ends + of_ranks(step + 10, 5) + strange
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    decoded = decoder.decode(body)
+    assert [block.kind is not None for block in decoded.blocks] == [*[True] * 5, False, True, True, *[True] * 5, False]
+    assert (len(decoded.markers), dict(decoded.rejected)) == (1, {UNKNOWN_METRIC: 2})
+
+
+@pytest.mark.parametrize("attribute", ["esper.rank", "esper.run.id"])
+def test_points_that_name_their_sender_are_not_taken_for_those_of_another(attribute: str) -> None:
+    """Their Resource alone does not say whose they are."""
+    decoder = Decoder()
+    for step in range(1, 5):
+        parts = []
+        for rank in range(4):
+            request = ExportMetricsServiceRequest.FromString(of_ranks(step, rank + 1))
+            of_resource = request.resource_metrics[-1]
+            for metric in of_resource.scope_metrics[0].metrics:
+                for each in metric.gauge.data_points:
+                    each.attributes.append(KeyValue(key=attribute, value=AnyValue(string_value="3")))
+            parts.append(ExportMetricsServiceRequest(resource_metrics=[of_resource]).SerializeToString())
+        body = b"".join(parts)
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert any(block.kind is not None for block in decoder.decode(body).blocks)
+
+
+def test_points_of_one_sender_with_further_attributes_are_sorted_over_the_whole_request() -> None:
+    """A total counts before its parts, also if a part comes first."""
+    decoder = Decoder()
+    for value in (1.0, 2.0, 3.0):
+        of_a_part = point(as_double=value)
+        of_a_part.attributes.append(KeyValue(key="layer", value=AnyValue(string_value="one")))
+        body = request_of(gauge("loss", of_a_part)) * 2 + request_of(gauge("loss", point(as_double=value + 10)))
+        assert said(decoder.decode, body) == said(decode_plain, body)
+
+
+def test_what_is_never_repeated_is_soon_not_learnt_any_more() -> None:
+    """Learning costs more than decoding: it is paid for by what templates read."""
+    decoder = Decoder()
+    for number in range(150):  # a stream that is new each time, twice in its request
+        request = ExportMetricsServiceRequest.FromString(
+            request_of(gauge("kasmina.seed.alpha", point(seed=f"seed-{number:03}")))
+        )
+        name = AnyValue(string_value="plain")
+        request.resource_metrics[0].resource.attributes.append(KeyValue(key="service.name", value=name))
+        body = request.SerializeToString() * 2
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert decoder._templates._credit < 2
+    for step in range(1, 30):
+        body = of_ranks(step, 100)
+        assert said(decoder.decode, body) == said(decode_plain, body)
+    assert decoder._templates._credit == 64
+
+
+def test_templates_are_bounded() -> None:
+    """Streams that change with every step must not fill the memory."""
+    decoder = Decoder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template, "_MOST_BYTES", 200_000)
+        for number in range(200):
+            body = request_of(gauge("loss", *[point(TIME_UNIX_NS + n) for n in range(1 + number % 50)])) * 2
+            assert said(decoder.decode, body) == said(decode_plain, body)
+        assert decoder._templates._bytes <= 200_000
+        assert decoder._templates._bytes == sum(
+            each.size for kept in decoder._templates._known.values() for each in kept
+        )
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import sqlite3
@@ -11,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -18,15 +18,16 @@ from typing import Any
 
 import pytest
 import requests
-from frame_examples import RUN, TIME_UNIX_NS, make_frame
+from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from gateways import RunningGateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored_blocks import sealed, taken_apart
 from test_stores import item, steps_of
 from wire import bodies
 
 from esper_otel.errors import ConfigurationError, UnknownRun
-from esper_otel.frames.encoded import DamagedFrame, frame_from_bytes, frame_to_bytes
+from esper_otel.frames.encoded import DamagedFrame, frames_from_bytes, frames_to_bytes
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.receive.request import DecodedRequest
@@ -84,43 +85,66 @@ def filled(folder: Path, count: int = 6) -> None:
     asyncio.run(of())
 
 
-def header(changed: dict[str, Any]) -> bytes:
-    """A frame's bytes with another header."""
-    content = frame_to_bytes(make_frame())
-    (length,) = struct.unpack_from("<I", content)
-    text = json.dumps({**json.loads(content[4 : 4 + length]), **changed}).encode()
-    return struct.pack("<I", len(text)) + text + content[4 + length :]
+def block(old: bytes = b"", new: bytes = b"", frames: bytes | None = None, count: int = 1) -> bytes:
+    """A block in which a text is another, or the frames are."""
+    texts, honest = taken_apart(frames_to_bytes([make_frame(live=seed_table({"seed-1": {"alpha": 0.5}}))]))
+    changed = [new if old and old in text else text for text in texts]
+    return sealed(changed, honest if frames is None else frames, count)
 
 
-FRAMES: dict[str, Any] = {
+def with_head(**fields: int) -> bytes:
+    """A block whose frame has another head."""
+    names = (
+        "sequence",
+        "step",
+        "epoch",
+        "time",
+        "run",
+        "names",
+        "context",
+        "ids",
+        "live",
+        "retired",
+        "columns",
+        "of_live",
+    )
+    _, frames = taken_apart(block())
+    form = struct.Struct("<4Q6I2B")
+    head = dict(zip(names, form.unpack_from(frames), strict=True)) | fields
+    return block(frames=form.pack(*head.values()) + frames[form.size :])
+
+
+BLOCKS: dict[str, Any] = {
     "nothing": b"",
     "short": b"\x01",
-    "no JSON": b"\x05\0\0\0{{{{{",
-    "no object": b"\x02\0\0\0[]",
-    "deep": struct.pack("<I", 200_000) + b"[" * 200_000,
+    "another checksum": block()[:-1] + bytes([block()[-1] ^ 1]),
+    "no JSON": block(b"loss", b"{{{{{"),
+    "no list": block(b"loss", b"{}"),
+    "deep": block(b"loss", b"[" * 200_000),
     "text": "a text",
     "number": 7,
     "null": None,
-    "a step that is a text": header({"global_step": "1"}),
-    "a time before all times": header({"time_unix_ns": -1}),
-    "a time after all times": header({"time_unix_ns": 2**70}),
-    "values that are texts": header({"recorded": {"loss": "x"}}),
-    "a value that is an integer without end": header({"recorded": {"loss": 10**400}}),
-    "half a character": header({"recorded": {"\ud800": 1.0}}),
-    "seeds that are numbers": header({"seeds": [1, 2]}),
-    "columns of nothing": header({"columns": [-1, -1]}),
-    "more columns than cells": header({"columns": [19, 10**9]}),
-    "a run that is a list": header({"run": []}),
-    "a run of numbers": header({"run": {"run_id": 1, "attempt": 1}}),
+    "no frames": block(frames=b"", count=0),
+    "more frames than there are": block(count=7),
+    "bytes after the last frame": block(frames=taken_apart(block())[1] + b"\0"),
+    "a frame of a number that none has": with_head(sequence=2**60),
+    "a run that is not there": with_head(run=77),
+    "values without names": block(b"loss", b"[]"),
+    "half a character": block(b"loss", b'["\\ud800"]'),
+    "seeds that are numbers": block(b"seed-1", b"[1, 2]"),
+    "columns of nothing": with_head(columns=0, of_live=0),
+    "more columns than cells": with_head(columns=19, of_live=77),
+    "a run that is a list": block(b"run_id", b"[]"),
+    "a run of numbers": block(b"run_id", b'{"run_id": 1, "attempt": 1}'),
 }
 
 
-@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_one_damaged_frame_is_put_aside_and_all_others_are_served(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     filled(tmp_path)
-    change(tmp_path, "UPDATE items SET frame = ? WHERE position = 3", FRAMES[name])
+    change(tmp_path, "UPDATE blocks SET frames = ? WHERE id = 3", BLOCKS[name])
     assert live(tmp_path) == [1, 2, 4, 5, 6, 50]
     assert live(tmp_path, new_step=51) == [1, 2, 4, 5, 6, 50, 51]
     [aside] = (tmp_path / "damaged").iterdir()
@@ -134,7 +158,7 @@ def test_one_damaged_frame_is_put_aside_and_all_others_are_served(
 def test_the_first_and_the_last_frame_may_be_damaged_too(tmp_path: Path, position: int) -> None:
     """The first says where the run began, the last what the next step's loss is compared with."""
     filled(tmp_path)
-    change(tmp_path, "UPDATE items SET frame = x'00' WHERE position = ?", position)
+    change(tmp_path, "UPDATE blocks SET frames = x'00' WHERE id = ?", position)
     assert live(tmp_path) == [step for step in (1, 2, 3, 4, 5, 6, 50) if step != position]
 
 
@@ -169,8 +193,15 @@ ROWS = {
     "a time that is a text": "UPDATE items SET received = 'x' WHERE position = 2",
     "a time of bytes": "UPDATE items SET received = x'00' WHERE position = 2",
     "a loss that is a text": "UPDATE items SET loss_before = 'x' WHERE position = 2",
-    "a size that is a text": "UPDATE items SET size = 'x'",
-    "a size without end": "UPDATE items SET size = 9223372036854775807",
+    "a block that is a text": "UPDATE items SET block = 'x' WHERE position = 2",
+    "a block that is not there": "UPDATE items SET block = 77 WHERE position = 2",
+    "a place that its block does not have": "UPDATE items SET place = 1 WHERE position = 2",
+    "a place that is negative": "UPDATE items SET place = -1 WHERE position = 2",
+    "a block of no run": "UPDATE blocks SET run = 77 WHERE id = 2",
+    "a block without frames": "UPDATE blocks SET count = 0 WHERE id = 2",
+    "a block of a text": "UPDATE blocks SET count = 'x' WHERE id = 2",
+    "a block without end": "UPDATE blocks SET count = 9223372036854775807, last = 9223372036854775807 WHERE id = 6",
+    "no blocks": "DELETE FROM blocks",
     "a place whose holes are none": "UPDATE places SET holes = 'x'",
     "a place whose holes are deep": f"UPDATE places SET holes = '{'[' * 50_000}'",
     "a place whose holes are texts": """UPDATE places SET holes = '[["a", "b"]]'""",
@@ -303,14 +334,17 @@ def test_bytes_changed_anywhere_keep_no_gateway_from_starting(tmp_path: Path) ->
 @settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=60), st.integers(0, 200))
 def test_any_bytes_are_a_frame_or_damaged(changed: bytes, place: int) -> None:
-    content = bytearray(frame_to_bytes(make_frame()))
-    content[place : place + len(changed)] = changed
+    """Also if the checksum is right."""
+    content = bytearray(frames_to_bytes([make_frame(), make_frame(live=seed_table({"seed-1": {"alpha": 0.5}}))]))
+    content[place + 4 : place + 4 + len(changed)] = changed
+    content[:4] = struct.pack("<I", zlib.crc32(content[4:]))
     try:
-        frame = frame_from_bytes(bytes(content))
+        frames = frames_from_bytes(bytes(content))
     except DamagedFrame:
         return
-    frame_to_bytes(frame)
-    frame.values()
+    frames_to_bytes(frames)
+    for frame in frames:
+        frame.values()
 
 
 # -- requests that are kept ------------------------------------------------------------------------------
@@ -442,7 +476,7 @@ def test_nobody_else_can_read_what_we_make(tmp_path: Path) -> None:
 
 def test_a_gateway_of_its_own_process_says_and_counts_what_was_damaged(tmp_path: Path) -> None:
     filled(tmp_path)
-    change(tmp_path, "UPDATE items SET frame = x'00' WHERE position = 3")
+    change(tmp_path, "UPDATE blocks SET frames = x'00' WHERE id = 3")
     with RunningGateway("--store", str(tmp_path)) as gateway:
         metrics = requests.get(f"http://{gateway.http}/metrics", timeout=10).text
     assert 'esper_gateway_damaged_total{kind="frame"} 1' in metrics

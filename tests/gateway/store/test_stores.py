@@ -253,30 +253,38 @@ def test_a_runs_age_adds_up_over_the_lives_of_a_gateway(tmp_path: Path) -> None:
     assert gone == ["old"]
 
 
-def test_a_store_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
-    """Its runs begin to age then: when they got their last steps was told by the wall clock."""
+def test_a_store_of_another_version_is_refused_by_name_and_left_as_it_is(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     store.add([item(step) for step in range(1, 6)])
     store.close()
-    with sqlite3.connect(tmp_path / "steps.sqlite3") as connection:
-        connection.executescript(
-            "DROP TABLE places; DROP TABLE age; UPDATE runs SET added_s = 1.79e9;"
-            "ALTER TABLE runs DROP COLUMN tenant; ALTER TABLE bodies DROP COLUMN tenant;"
-            "ALTER TABLE bodies DROP COLUMN tries;"
-            "DROP INDEX items_by_time; ALTER TABLE items DROP COLUMN time;"
-        )
-        connection.execute("PRAGMA user_version = 1")
+    path = tmp_path / "steps.sqlite3"
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 5")
     connection.close()
-    reader = FileStore(tmp_path, read_only=True)
-    assert steps_of(reader) == [1, 2, 3, 4, 5]
-    reader.close()
-    now = [0.0]
-    store = FileStore(tmp_path, StoreLimits(idle_s=10), clock=lambda: now[0])
-    assert (steps_of(store), store.expire(), store.places()) == ([1, 2, 3, 4, 5], [], [])
-    newest = [(each.frame.global_step, is_first) for each, is_first in store.newest()]
-    assert newest == [(1, True), (2, False), (3, False), (4, False), (5, False)]
-    now[0] = 11.0
-    assert store.expire() == ["run"]
+    before = path.read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(ConfigurationError, match=r"steps.sqlite3 has version 5, not 6: .* give another folder"):
+            FileStore(tmp_path, read_only=read_only)
+    assert path.read_bytes() == before
+
+
+def test_frames_of_a_writer_that_come_together_are_one_block(tmp_path: Path) -> None:
+    """And are pulled, dropped and restored one by one."""
+    store = FileStore(tmp_path, StoreLimits(steps=15))
+    store.add([item(step, rank=step % 2) for step in range(1, 11)])
+    store.add([item(step) for step in range(11, 21)])
+    count = "SELECT count(*), sum(count) FROM blocks"
+    assert store._connection.execute(count).fetchone() == (3, 20)
+    assert (steps_of(store), store.dropped) == ([*range(6, 21)], 5)
+    assert steps_of(store, rank=1) == [7, 9]
+    size, counts = store.size, store.counts()
+    store.close()
+    store = FileStore(tmp_path, StoreLimits(steps=15))
+    assert (steps_of(store), store.size, store.counts()) == ([*range(6, 21)], size, counts)
+    assert {origin.rank: frame.global_step for origin, frame in store.first_frames().items()} == {0: 6, 1: 7}
+    store.add([item(step) for step in range(21, 27)])
+    assert steps_of(store) == [*range(12, 27)]
+    assert store._connection.execute(count).fetchone() == (2, 16)
     store.close()
 
 
