@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +39,9 @@ from recording import FIELDS, GIVEN, LONG, NAMES, STREAMS, TURNS, Sdk, measured,
 import esper_otel
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
+from esper_otel.frames.block import Block
 from esper_otel.frames.frame import Frame
-from esper_otel.frames.ring import blocks_of
+from esper_otel.frames.ring import Ring
 from esper_otel.leyline import packets
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
 
@@ -234,27 +235,40 @@ def other_gauges() -> list[Row]:
     return rows
 
 
-def frames_of(seeds: int, steps: int) -> list[Frame]:
+def ring_of(seeds: int, steps: int) -> Ring:
+    """The rows of a session."""
     ids = [f"seed-{number}" for number in range(seeds)]
     os.environ["OTEL_METRICS_EXPORTER"] = "none"
     with esper_otel.start(run_id="bench") as telemetry:
         for number in range(steps):
             if seeds:
-                columns: dict[str, Any] = {field: np.full(seeds, number * 0.01 + 0.1) for field in FIELDS}
+                columns: dict[str, Any] = {field: np.full(seeds, number / steps) for field in FIELDS}
                 telemetry.seeds(ids, **columns | {"stage": np.full(seeds, 4.0)})
             telemetry.record_step(dict.fromkeys(NAMES, 0.5), epoch=0)
-        return telemetry._recorder.publisher.ring.after(0, steps)[0]
+        return telemetry._recorder.publisher.ring
+
+
+def frames_of(seeds: int, steps: int) -> list[Frame]:
+    """The same rows as frames."""
+    return ring_of(seeds, steps).after(0, steps)[0]
 
 
 def exporting() -> list[Row]:
     """Mean CPU time of the process per point, from readings to bytes; the least of some rounds in turns."""
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
-    history = frames_of(8, 100)
-    points = sum(request.points for request in encoder.requests(blocks_of(history)))
+    ring = ring_of(8, 100)
+
+    def blocks() -> Iterator[Block]:  # as the exporter takes them
+        sent = 0
+        while (block := ring.block(sent, 1_000)[0]) is not None:
+            yield block
+            sent = block.last
+
+    points = sum(request.points for request in encoder.requests(blocks()))
     provider, reader = observable(8)
 
     def ours() -> None:
-        for _request in encoder.requests(blocks_of(history)):
+        for _request in encoder.requests(blocks()):
             pass
 
     def theirs() -> None:
@@ -293,7 +307,7 @@ def gpu_like_steps(seconds: float, busy: threading.Event, begun: Callable[[], in
 
 def gil() -> list[Row]:
     """1,000 seeds exported again and again beside a loop that waits for a GPU."""
-    history = frames_of(1000, 1)
+    ring = ring_of(1000, 1)
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     provider, reader = observable(1000)
 
@@ -303,7 +317,9 @@ def gil() -> list[Row]:
         encode_metrics(data).SerializeToString()
 
     def ours() -> None:
-        list(encoder.requests(blocks_of(history)))
+        block, _ = ring.block(0, 1)
+        assert block is not None
+        list(encoder.requests([block]))
 
     medians = []
     for export in (ours, theirs):

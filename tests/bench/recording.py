@@ -28,6 +28,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 import esper_otel
 from esper_otel import EsperSettings, Metric, Telemetry
+from esper_otel.record.step import Step
 from esper_otel.schema import SEED_METRICS, STEP_METRICS
 
 NAMES = [metric.name for metric in STEP_METRICS]
@@ -88,6 +89,23 @@ def scope(telemetry: Telemetry) -> Work:
     return work
 
 
+def seed(now: Step, seed_id: str) -> None:
+    """One seed's row, given as a trainer writes it."""
+    now.seed(
+        seed_id,
+        stage=4.0,
+        alpha=0.5,
+        alpha_steps=0.5,
+        kernel_attached=0.5,
+        last_kernel_latency_ms=0.5,
+        isolation_violations=0.5,
+        fallback_used=0.5,
+        isolation_dot=0.5,
+        isolation_host_norm=0.5,
+        isolation_seed_norm=0.5,
+    )
+
+
 def seeds_one_by_one(telemetry: Telemetry) -> Work:
     """The same with 8 seeds."""
     ids = [f"seed-{number}" for number in range(8)]
@@ -96,7 +114,7 @@ def seeds_one_by_one(telemetry: Telemetry) -> Work:
         with telemetry.step(epoch=0) as now:
             now.put(PUT)
             for seed_id in ids:
-                now.seed(seed_id, **CELLS)
+                seed(now, seed_id)
 
     return work
 
@@ -151,7 +169,7 @@ def seeds_that_change(telemetry: Telemetry) -> Work:
         with telemetry.step(epoch=0) as now:
             now.put(PUT)
             for seed_id in ids:
-                now.seed(seed_id, **CELLS)
+                seed(now, seed_id)
 
     return work
 
