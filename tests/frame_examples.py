@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -59,10 +60,15 @@ def with_recorded(frame: Frame, values: Mapping[str, float]) -> Frame:
 def append(ring: Ring, frame: Frame) -> None:
     """Adds the frame to a ring, as the publisher adds a step. It gets the next sequence number."""
     beside = (frame.derived, frame.context, frame.probed)
-    layout = Layout(tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
+    layout = _layout(tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
     numbers = (*(value for values in beside for value in values.values()), *frame.numbers)
     head = (frame.run, frame.global_step, frame.epoch, frame.time_unix_ns)
     ring.append(*head, layout, numbers, frame.seeds, frame.live, frame.retired)
+
+
+@lru_cache(maxsize=64)
+def _layout(*names: tuple[str, ...]) -> Layout:
+    return Layout(*names)
 
 
 @st.composite

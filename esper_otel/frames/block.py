@@ -19,6 +19,16 @@ _FEW_CELLS = 40_000
 _MOST_CELLS = 400_000  # where there is more than one row
 
 _NO_IDS = ((), NARROW)
+_MOST_KNOWN_IDS = 64
+
+# Memory of a chunk's objects beside its rows, in bytes, measured on Python 3.11 with tracemalloc: the chunk with its
+# lists, dicts and the headers of its buffers; a layout with its struct, dict and arrays, and for each of its names;
+# a tuple of ids; a place in a list.
+_CHUNK_BYTES = 3_000
+_LAYOUT_BYTES = 1_200
+_NAME_BYTES = 80
+_IDS_BYTES = 100
+_PLACE_BYTES = 8
 
 _Columns: TypeAlias = tuple[tuple[str, ...], npt.NDArray[np.float64], tuple[str, ...], npt.NDArray[np.float64]]
 
@@ -39,7 +49,8 @@ class Chunk:
         rows: how many rows it has.
         end: how many bytes they take.
         layouts: by their number in this chunk.
-        seeds: ids and number of columns of the seeds recorded in a step, by their number; number 0 is no seeds.
+        seeds: ids of the seeds recorded in a step, by their number; number 0 is no seeds.
+        widths: how many columns the cells of these seeds have.
         retired: the seeds that were retired before a row, by the row.
     """
 
@@ -58,6 +69,7 @@ class Chunk:
         "rows",
         "run",
         "seeds",
+        "widths",
     )
 
     def __init__(self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS) -> None:
@@ -71,7 +83,8 @@ class Chunk:
         self.rows = 0
         self.end = 0
         self.layouts: list[Layout] = []
-        self.seeds: list[tuple[tuple[str, ...], int]] = [_NO_IDS]
+        self.seeds: list[tuple[str, ...]] = [()]
+        self.widths: list[int] = [NARROW]
         self.retired: dict[int, tuple[str, ...]] = {}
         self._numbers: dict[tuple[tuple[str, ...], int], int] = {_NO_IDS: 0}
         self._beside = _CHUNK_BYTES + live.cells.nbytes
@@ -83,17 +96,21 @@ class Chunk:
 
     def learn(self, layout: Layout) -> None:
         """Gives a layout its number in this chunk."""
+        is_new = layout.chunk is None  # counted once, where it was first used
         layout.chunk, layout.number = self, len(self.layouts)
         self.layouts.append(layout)
-        self._beside += _LAYOUT_BYTES + _NAME_BYTES * layout.width
+        self._beside += _PLACE_BYTES + (_LAYOUT_BYTES + _NAME_BYTES * layout.width if is_new else 0)
 
     def seeds_number(self, ids: tuple[str, ...], columns: int) -> int:
         """Returns the number of these ids in this chunk."""
         key = (ids, columns)
         number = self._numbers.get(key)
         if number is None:
+            if len(self._numbers) == _MOST_KNOWN_IDS:  # ids that change in every step are not looked for any more
+                self._numbers = {_NO_IDS: 0}
             self._numbers[key] = number = len(self.seeds)
-            self.seeds.append(key)
+            self.seeds.append(ids)
+            self.widths.append(columns)
             self._beside += _IDS_BYTES + 8 * len(ids)
         return number
 
@@ -131,7 +148,7 @@ class Chunk:
         return values
 
     def _table(self, offset: int, number: int) -> SeedTable:
-        ids, columns = self.seeds[number]
+        ids, columns = self.seeds[number], self.widths[number]
         return SeedTable(ids, self._doubles(offset, len(ids) * columns).reshape(-1, columns)) if ids else NO_SEEDS
 
     def recorded_seeds(self, row: int) -> tuple[SeedTable, bool]:
@@ -164,7 +181,7 @@ class Chunk:
 
     def _columns_of(self, layout: Layout, seeds: int, place: int, count: int) -> _Columns:
         """Returns names, values, ids and cells of rows that have all these in common, as views of the rows."""
-        ids, width = self.seeds[seeds]
+        ids, width = self.seeds[seeds], self.widths[seeds]
         size = layout.size + 8 * len(ids) * width
         rows = np.ndarray((count, size // 8), np.float64, self.buffer, 8 * place, (size, 8))
         rows.flags.writeable = False
@@ -213,9 +230,8 @@ class Chunk:
         for first, end in itertools.pairwise(changes):
             number = int(of_seeds[first])
             if number not in numbers:
-                of_number, width = self.seeds[number]
-                columns, ids = max(columns, width), ids.union(of_number)
-            recorded += (end - first) * len(self.seeds[number][0]) * self.seeds[number][1]
+                columns, ids = max(columns, self.widths[number]), ids.union(self.seeds[number])
+            recorded += (end - first) * len(self.seeds[number]) * self.widths[number]
             if first and end * len(ids) * columns > _CELLS_FOR_EACH * recorded + _FEW_CELLS:
                 return first, list(numbers)
             numbers[number] = None
@@ -228,7 +244,7 @@ class Chunk:
         of_seeds: npt.NDArray[np.uint32],
         numbers: Sequence[int],
     ) -> tuple[tuple[str, ...], npt.NDArray[np.float64]]:
-        tables = [(number, *self.seeds[number]) for number in numbers if number]
+        tables = [(number, self.seeds[number], self.widths[number]) for number in numbers if number]
         if not tables:
             return (), np.empty((len(places), 0, NARROW))
         ids = tables[0][1]
@@ -317,11 +333,3 @@ class Block(NamedTuple):
             self.cells[some],
             retired,
         )
-
-
-# Memory of a chunk's objects beside its rows, in bytes, measured on Python 3.11 (sys.getsizeof): the chunk with its
-# buffers' headers, lists and dicts; a layout with its dict and names; a tuple of ids with its places in list and dict.
-_CHUNK_BYTES = 1_000
-_LAYOUT_BYTES = 700
-_NAME_BYTES = 8
-_IDS_BYTES = 250

@@ -87,8 +87,8 @@ class Ring:
             chunk.retire(retired)
         ids, digest = self._living
         if live.ids is not ids:
+            digest ^= digest_of(_changed(ids, live.ids))
             ids = live.ids
-            digest = digest_of(ids)
             self._living = ids, digest
         if layout.chunk is not chunk:
             chunk.learn(layout)
@@ -202,6 +202,12 @@ class Ring:
         chunk = chunks[_place(chunks, start)]
         row = start - chunk.first
         return chunk.block(row, min(row + limit, last + 1 - chunk.first, chunk.rows)), gone
+
+
+def _changed(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the seeds that are alive either before or after, and not both times; new ones stand at the end."""
+    count = len(before)
+    return after[count:] if after[:count] == before else tuple({*before}.symmetric_difference(after))
 
 
 def _place(chunks: Sequence[Chunk], sequence: int) -> int:

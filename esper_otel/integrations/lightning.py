@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loop import Loop
@@ -68,6 +70,7 @@ class EsperCallback(Callback):
         self._validation = VALIDATION if validation is None else dict(validation)
         self._arguments = arguments
         self._resumed: Mapping[str, Any] | None = None
+        self._hook: Any = None
         self._begin(None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class EsperCallback(Callback):
             "_trainer": None,
             "_losses": [],
             "_later": {},
+            "_hook": None,
         }
         if self.telemetry is not None and not self._is_ours:
             idle["_arguments"] = {"run_id": self.telemetry.run_id}
@@ -92,6 +96,10 @@ class EsperCallback(Callback):
         self._later: dict[str, Any] = {}
         self._is_shared = False
         self._steps = 0
+        self._stepped_s: float | None = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
     def put(self, **values: Scalar | None) -> None:
         """Records step metrics, from ``training_step``: ``put(loss=loss)``.
@@ -139,6 +147,7 @@ class EsperCallback(Callback):
         """Restores the step number of a resumed fit. A fit resumed within an epoch has no epoch start hook."""
         del pl_module
         self._steps = trainer.global_step
+        self._hook = register_optimizer_step_post_hook(self._stepped)
         self._running.wait()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -156,9 +165,11 @@ class EsperCallback(Callback):
         del pl_module
         loop = self._running
         if trainer.global_step > self._steps:  # the previous step is over and the batch is used again
+            over_s = time.perf_counter() if self._stepped_s is None else self._stepped_s
+            loop.stop_at(over_s)
             self._record(trainer, {})
             self._is_shared = True
-            loop.go_on(time.perf_counter())
+            loop.go_on(over_s)
         groups = optimizer.param_groups
         loop.put({**self._later, "optimizer_lr": groups[0]["lr"]})
         if len(trainer.optimizers) > 1:
@@ -235,6 +246,11 @@ class EsperCallback(Callback):
     def _running(self) -> Loop:
         assert self._loop is not None
         return self._loop
+
+    def _stepped(self, optimizer: Any, _arguments: Any, _named: Any) -> None:
+        """Notes when an optimizer of the trainer has stepped, for which Lightning has no hook."""
+        if not torch.compiler.is_compiling() and any(each is optimizer for each in self._trainer.optimizers):
+            self._stepped_s = time.perf_counter()
 
     def _record(self, trainer: Any, values: Mapping[str, Any]) -> None:
         self._steps = trainer.global_step

@@ -48,6 +48,9 @@ class BatchListener(Protocol):
     def discard(self) -> None:
         """The batches since the last step were not for training."""
 
+    def discard_last(self) -> None:
+        """The last batch was not used."""
+
     def stop(self) -> None:
         """The loop was left by ``break`` or an exception."""
 
@@ -55,8 +58,8 @@ class BatchListener(Protocol):
 class _Pass:
     """One iteration over a loader."""
 
-    def __init__(self, taker: object) -> None:
-        self.taker = weakref.ref(taker)
+    def __init__(self, taker: object, gone: Callable[[object], None]) -> None:
+        self.taker = weakref.ref(taker, gone)
         self.number: int | None = None
         self.has_gotten = False
         self.has_worked = False  # whether the model has run since the first batch
@@ -144,8 +147,11 @@ class Feed:
         self._asking = self._current = now
         self._asked_on = thread
         if now is not before:
-            if before is not None and before.is_unused and not self._may_go_on(before):
-                self._waiting.discard()
+            if before is not None and before.is_unused:
+                if not self._may_go_on(before):
+                    self._waiting.discard()
+                elif not self._is_open(before) and not self.has_worked:  # as after a ``break`` at the loop's top
+                    self._waiting.discard_last()
         elif now.has_gotten and not now.has_worked:
             self._look_ahead(now)
         self._waiting.wait()
@@ -162,8 +168,9 @@ class Feed:
         if now.ahead:
             now.samples.append(samples)
             samples = now.hand_out()
+        self._sequence = _sequence()
         if not now.has_worked:
-            now.sequence = self._sequence = _sequence()
+            now.sequence = self._sequence
         self._was_training = torch.is_grad_enabled()
         self._waiting.batch(samples)
 
@@ -183,12 +190,9 @@ class Feed:
             self._count(now)
         self._passes.pop(id(taker), None)
 
-    @_harmless
     def left(self, taker: object) -> None:
         """See ``Listener``."""
-        over = self._passes.pop(id(taker), None)
-        if over is not None and over is self._current and self._asked_on == threading.get_ident():
-            self._waiting.stop()
+        self._leave(id(taker))
 
     @_harmless
     def steps(self) -> None:
@@ -211,6 +215,16 @@ class Feed:
         own = threading.get_ident()
         return self._thread not in {None, own} and any(each.ident == self._thread for each in threading.enumerate())
 
+    @_harmless
+    def _leave(self, key: int, gone: object = None) -> None:
+        """Ends the pass, if ``gone`` is given only that of this reference."""
+        over = self._passes.get(key)
+        if over is None or (gone is not None and over.taker is not gone):
+            return
+        del self._passes[key]
+        if over is self._current and self._asked_on == threading.get_ident():
+            self._waiting.stop()
+
     def _count(self, now: _Pass) -> None:
         if now.number is None:
             now.number = self._next_number
@@ -221,7 +235,9 @@ class Feed:
         if known is None or known.taker() is not taker:
             if len(self._passes) > _FARTHEST_AHEAD:
                 self._passes = {key: each for key, each in self._passes.items() if each.taker() is not None}
-            self._passes[id(taker)] = known = _Pass(taker)
+            key = id(taker)
+            # Iterators without a stand-in do not say that they are left, as by ``break``.
+            self._passes[key] = known = _Pass(taker, lambda reference: self._leave(key, reference))
         return known
 
     def _may_go_on(self, before: _Pass) -> bool:
@@ -230,7 +246,7 @@ class Feed:
 
     def _is_open(self, each: _Pass | None) -> bool:
         taker = None if each is None else each.taker()
-        return taker is not None and id(taker) in self._passes
+        return taker is not None and self._passes.get(id(taker)) is each
 
     def _look_ahead(self, now: _Pass) -> None:
         """Checks whether the previous batch was only prefetched by a generator: the model has not run since."""
@@ -293,7 +309,10 @@ class _LoaderHooks:
     def _next(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def following(iterator: Any) -> Any:
             listeners = self.hearing(iterator._dataset)  # noqa: SLF001 - see ``add``
+            is_new = not iterator._num_yielded  # noqa: SLF001 - persistent workers keep the iterator for all passes
             for listener in listeners:
+                if is_new:
+                    listener.left(iterator)
                 listener.asks(iterator)
             try:
                 batch = original(iterator)

@@ -171,6 +171,11 @@ class Loop:
         if not self.has_stepped:
             self.forget()
 
+    def discard_last(self) -> None:
+        """The last batch was not for training."""
+        if not self.has_stepped:
+            self._now = _Batches()
+
     def no_batch(self) -> None:
         """The requested batch does not exist or could not be loaded."""
         self._asked_s = None

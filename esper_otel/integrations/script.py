@@ -142,6 +142,10 @@ class Script:
         """See ``loader.Waiting``."""
         self._started().loop.discard()
 
+    def discard_last(self) -> None:
+        """See ``loader.Waiting``."""
+        self._started().loop.discard_last()
+
     def stop(self) -> None:
         """See ``loader.Waiting``."""
         self._started().loop.stop()
@@ -187,6 +191,6 @@ class Script:
         steps = self._started()
         steps.say_if_unseen()
         if not has_died():
-            steps.end()
+            steps.finish(is_well=True)
         elif steps.loop.has_stepped or (self._feed is not None and self._feed.is_training):
             steps.finish(is_well=False)

@@ -19,7 +19,8 @@ _SOME = 10
 _UNSEEN = (
     "%d batches and no step of a followed torch.optim optimizer. These are not seen: an optimizer that has replaced "
     "the watched one (watch the result of accelerator.prepare or apex), steps made without torch.optim "
-    "(Keras, some of SAM's and DeepSpeed's), steps inside a fully compiled graph, and steps of another process"
+    "(Keras, fastai's own optimizers, some of SAM's and DeepSpeed's), steps inside a fully compiled graph, and steps "
+    "of another process"
 )
 _REPLACED = (
     "the watched %s has not stepped, but %s has, which has parameters of the same model: give watch() that one "
@@ -132,6 +133,8 @@ class Steps:
         if not is_well:
             self.loop.fail(epoch=self._feed.epoch)
         elif self.loop.has_stepped:
+            if self._stepped_s is not None:  # the loop was left without a sign
+                self.loop.stop_at(self._stepped_s)
             self.end()
         elif self._feed.is_training:
             self.loop.skip_all(epoch=self._feed.epoch)

@@ -35,13 +35,18 @@ class Watch(Loader[Batch]):
     It adds ``put``, ``validation``, ``close`` and ``telemetry``, and is a context manager. Everything else is
     forwarded to the loader, which is not modified.
 
-    Attributes:
-        telemetry: the session, for further uses: seeds, ``pull()``, checkpoints.
+    A session that ``watch`` has started ends at the latest with the program; before that with the next ``watch`` of a
+    sweep, or soon after model or optimizers and this object are gone, unless ``telemetry`` has been used.
     """
 
     own: frozenset[str] = frozenset({"put", "validation", "close", "telemetry", "_watching"})
     _watching: WatchedLoop
-    telemetry: Telemetry
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """The session, for further uses: seeds, ``pull()``, checkpoints."""
+        self._watching.is_shared = True
+        return self._watching.telemetry
 
     def __iter__(self) -> Iterator[Batch]:
         self._watching.has_begun = True
@@ -58,11 +63,11 @@ class Watch(Loader[Batch]):
 
     def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None) -> None:
         """See ``Telemetry.validation``."""
-        self.telemetry.validation(loss=loss, accuracy=accuracy)
+        self._watching.telemetry.validation(loss=loss, accuracy=accuracy)
 
     def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
         """Records the last step and ends the session. Called automatically at interpreter exit."""
-        self.telemetry.close(timeout_s, outcome)
+        self._watching.telemetry.close(timeout_s, outcome)
 
     def __enter__(self) -> Self:
         return self
@@ -84,11 +89,13 @@ class WatchedLoop:
     ) -> None:
         self.telemetry = telemetry
         self.is_ours = is_ours
+        self.is_shared: bool = False  # whether the script may have the session
         self.loop: Loop = Loop(telemetry)
         self.feed: Feed = Feed(self)
         self.has_begun: bool = False
-        self.model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self.optimizers: list[Callable[[], object]] = [weakref.ref(each) for each in optimizers]
+        self._gone: list[object] = []  # references to objects that are gone
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model, self._gone.append)
+        self.optimizers: list[Callable[[], object]] = [weakref.ref(each, self._gone.append) for each in optimizers]
         self.loader: Callable[[], object] = _weak(loader)
         self.face: Callable[[], object] = lambda: None
         self.steps: Steps = Steps(self.loop, self.feed, self.model, optimizers)
@@ -102,7 +109,13 @@ class WatchedLoop:
         if (dataset := getattr(loader, "dataset", None)) is not None:  # other loaders may wrap this one
             follow(self.feed, _is_of(_weak(dataset)))
         telemetry.before_close(self.finish)
+        if is_ours:
+            telemetry.close_when(lambda: self.is_abandoned)
         _live.add(self)
+
+    def set_face(self, face: Watch[Any]) -> None:
+        """Sets what the script has instead of the loader."""
+        self.face = weakref.ref(face, self._gone.append)
 
     def _after(self, _optimizer: Optimizer, _arguments: Any, _named: Any) -> None:
         self.steps.after()
@@ -128,6 +141,10 @@ class WatchedLoop:
         """See ``Waiting``."""
         self.loop.discard()
 
+    def discard_last(self) -> None:
+        """See ``Waiting``."""
+        self.loop.discard_last()
+
     def stop(self) -> None:
         """See ``Waiting``."""
         self.loop.stop()
@@ -137,9 +154,20 @@ class WatchedLoop:
     @property
     def is_left(self) -> bool:
         """Whether no step can follow, because the model, the optimizers or the training loop are gone."""
-        if self.model() is None or all(each() is None for each in self.optimizers):
+        if self._is_gone():
             return True
         return self.has_begun and self.steps.count > 0 and self.face() is None and not self.feed.is_open
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nothing more can be recorded: no step can follow, and nobody has this watch or its session.
+
+        Threads: any. It must not keep an object alive, not even for a moment: that thread would free it.
+        """
+        return self._is_gone() and self.face in self._gone and not self.is_shared and not self.feed.is_open
+
+    def _is_gone(self) -> bool:
+        return self.model in self._gone or all(each in self._gone for each in self.optimizers)
 
     def is_of(self, watched: Sequence[object]) -> bool:
         """Whether it watches one of the given objects."""
@@ -157,7 +185,7 @@ class WatchedLoop:
             self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - same package
         for hook in self._hooks:
             hook.remove()
-        if self.feed.is_of_another_thread():  # that thread may be about to record
+        if self.feed.is_of_another_thread() and not self.is_abandoned:  # that thread may be about to record
             return
         # A step that was interrupted by a signal has not failed.
         self.steps.finish(is_well=ended_well(outcome) or outcome in Signals.__members__)
@@ -234,21 +262,27 @@ def watch(
     _end_earlier([model, loader, *optimizers])
     session = start(**arguments) if telemetry is None else telemetry
     watching = WatchedLoop(model, optimizers, loader, session, is_ours=telemetry is None)
-    face = following(Watch, loader, watching.feed, _watching=watching, telemetry=session)
-    watching.face = weakref.ref(face)
+    face = following(Watch, loader, watching.feed, _watching=watching)
+    watching.set_face(face)
     return face
 
 
 def unwrapped(optimizer: object) -> Optimizer:
     """Returns the optimizer without wrappers: Accelerate's may skip steps, and SAM's makes two steps for one.
 
+    fastai's ``OptimWrapper`` is unwrapped, too.
+
     Raises:
         InvalidValue: the argument is not an optimizer.
     """
-    for name in ("optimizer", "base_optimizer"):
+    for name in ("optimizer", "base_optimizer", "opt"):
         if isinstance(inner := getattr(optimizer, name, None), Optimizer):
             return inner
     if not isinstance(optimizer, Optimizer):
-        reason = f"a {type(optimizer).__name__} is not a torch.optim.Optimizer; if it wraps one, give that"
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        reason = (
+            f"a {kind} is not a torch.optim.Optimizer; if it wraps one, give that; the steps of others, such as "
+            "Keras's and fastai's own, cannot be followed: record them by telemetry.step() of esper_otel.start()"
+        )
         raise InvalidValue("optimizer", reason)
     return optimizer

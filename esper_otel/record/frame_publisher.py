@@ -41,7 +41,7 @@ _NAN = float("nan")
 _Layouts: TypeAlias = dict[tuple[str, ...], dict[tuple[str, ...], Layout]]
 
 # Layouts kept; a script that makes names up in every step has others each time.
-_MOST_LAYOUTS = 1_000
+_MOST_LAYOUTS = 4_000
 
 
 class Draft(NamedTuple):

@@ -30,6 +30,7 @@ from esper_otel.frames.frame import FINE, UNKNOWN_ATTEMPT, Frame, Run
 from esper_otel.frames.ring import Ring
 from esper_otel.leyline.risk import configured
 from esper_otel.log import Warnings, announce
+from esper_otel.native import threads
 from esper_otel.probes import host_and_device_probes
 from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
@@ -221,6 +222,8 @@ class _Session:
         clock.check()
         if clock.is_ahead:
             self._warnings.say("ahead", "steps are more than 5 minutes ahead of the wall clock: over 1,000 a second")
+        if self.telemetry.has_become_left():  # not from this thread, for which closing waits
+            threads().Thread(target=self.telemetry.close, name="esper-otel-close").start()
 
     def _certain(self, run: Run) -> Run:
         """Returns the run for a Resource, which cannot change: without the attempt if the ranks have not agreed yet."""

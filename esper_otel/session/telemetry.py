@@ -110,6 +110,7 @@ class Telemetry:
         self.pulled: int = 0
         self._is_closed = False
         self._before_close: list[Callable[[str | None], None]] = []
+        self._is_left: Callable[[], bool] | None = None
         # Marks this session's cursors. The attempt cannot serve for that: it changes if the ranks agree on another one.
         self._mark = str(recorder.publisher.run.attempt)
 
@@ -326,6 +327,7 @@ class Telemetry:
             except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
                 self._recorder.fault("recording the last step", error)
         self._is_closed = True
+        self._is_left = None
         try:
             self._recorder.publisher.settle(deadline_s)
         finally:  # Ctrl-C only cuts short the wait for a device; closing continues
@@ -334,6 +336,17 @@ class Telemetry:
     def before_close(self, end: Callable[[str | None], None]) -> None:
         """Sets a function to call with the outcome before the session ends, to record a last open step."""
         self._before_close.append(end)
+
+    def close_when(self, is_left: Callable[[], bool]) -> None:
+        """Sets a function that returns whether nobody can use this session any more. It is then closed in a thread."""
+        self._is_left = is_left
+
+    def has_become_left(self) -> bool:
+        """Whether the session is to be closed in the background. True only once."""
+        if self._is_closed or self._is_left is None or not self._is_left():
+            return False
+        self._is_left = None
+        return True
 
     def interrupted(self) -> None:
         """Sends pending steps at once, in the background. May be called from a signal handler."""

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gateway
+import loops
 import numpy as np
 import torch
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
@@ -471,6 +472,19 @@ def behind_a_gateway() -> list[Row]:
     ]
 
 
+def in_others_loops() -> list[Row]:
+    """What is added to a step of a loop that is not ours, next to what TraceML adds."""
+    costs = loops.measured(3)
+    added = {key: cost.cpu - costs[key[0], "alone"].cpu for key, cost in costs.items()}
+    rows = []
+    for loop, ways in loops.OURS.items():
+        ours = [f"`{way}` {added[loop, way]:,.0f} µs" for way in ways]
+        theirs = [f"{way} {added[loop, way]:,.0f} µs" for way in loops.TRACEML[loop] if (loop, way) in added]
+        what = f"CPU added to a step of {loops.LOOPS[loop]}, of {costs[loop, 'alone'].cpu:,.0f} µs"
+        rows.append(Row(what, ", ".join(ours), ", ".join(theirs) or loops.no_traceml(loop), "", "", None))
+    return rows
+
+
 def table(rows: list[Row]) -> str:
     lines = ["| what | ours | against | ratio | promised | kept |", "|---|---|---|---|---|---|"]
     marks = {True: "yes", False: "**no**", None: ""}
@@ -485,7 +499,18 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"{date}, `{COMMAND}`, {machine}, {versions}. {how}"])
 
 
-SECTIONS = (recording, pausing, exporting, other_gauges, gil, converting, conflict, ending, behind_a_gateway)
+SECTIONS = (
+    recording,
+    pausing,
+    exporting,
+    other_gauges,
+    gil,
+    converting,
+    conflict,
+    ending,
+    behind_a_gateway,
+    in_others_loops,
+)
 
 
 def in_its_own_process(section: Callable[[], list[Row]]) -> list[Row]:

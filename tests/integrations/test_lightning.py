@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,24 @@ def test_with_several_optimizers_each_step_is_a_step() -> None:
     fit(silent, module=Two)
     assert len(pulled(silent)) == 32
     assert not [p for p in pulled(silent) if "loss" in p.state.training_metrics]  # what is returned is none of theirs
+
+
+class Slow(Two):
+    """The work before its second optimizer's step takes long."""
+
+    def manual_backward(self, loss: Any) -> None:
+        if len(self.losses) % 2:
+            time.sleep(0.01)
+        super().manual_backward(loss)
+
+
+def test_the_work_before_a_step_belongs_to_that_step() -> None:
+    callback = EsperCallback()
+    fit(callback, epochs=1, module=Slow)
+    spent_ms = [p.state.training_metrics["step_latency_ms"] for p in pulled(callback)]
+    assert min(spent_ms[1::2]) >= 10.0
+    assert statistics.median(spent_ms[::2]) < 10.0
+    assert not sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
 
 
 def test_an_optimizer_that_computes_several_times_makes_one_step() -> None:

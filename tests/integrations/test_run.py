@@ -143,6 +143,31 @@ def test_a_script_without_loaders_has_the_time_from_step_to_step(tmp_path: Path)
         assert outcomes(collector) == ["completed"]
 
 
+FOREIGN = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 2)
+for (inputs,) in torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(120, 4))):
+    model.zero_grad()
+    model(inputs).square().mean().backward()
+    with torch.no_grad():
+        torch._foreach_add_([*model.parameters()], [each.grad for each in model.parameters()], alpha=-0.1)
+print([each.tolist() for each in model.parameters()])
+"""
+
+
+def test_steps_without_torch_optim_are_explained_once_in_the_log(tmp_path: Path) -> None:
+    """As those of Keras and of fastai's own optimizers."""
+    path, log = tmp_path / "train.py", tmp_path / "log"
+    path.write_text(FOREIGN, encoding="utf-8")
+    with MemoryCollector() as collector:
+        without = run(collector, path)
+        ours = run(collector, "-m", "esper_otel", "run", "--log", log, path)
+        assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, "", 0)
+        assert values(collector, "esper.global_step") == []
+    assert log.read_text(encoding="utf-8").count("steps made without torch.optim (Keras") == 1
+
+
 def test_a_signal_ends_it_as_before_and_the_steps_are_there(script: Path) -> None:
     with MemoryCollector() as collector:
         process = subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -66,6 +67,52 @@ def test_a_skipped_step_is_a_failed_row_of_its_own() -> None:
     assert ["gradient_norm" in row for row in found] == [True, False, True, True]
     health = watched.telemetry.health()
     assert health["recorded"] == 4
+
+
+def test_batches_that_were_taken_together_are_of_one_step() -> None:
+    """As a support set and a query set: the first of them has no gradients of its own, in no step."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(4))
+    batches = iter(watched)
+    for number in range(4):
+        optimizer.zero_grad()
+        (first,), (second,) = next(batches), next(batches)
+        model(torch.cat([first, second])).sum().backward()
+        watched.put(accuracy=number / 4)
+        optimizer.step()
+    samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in rows(watched)]
+    assert samples == pytest.approx([8] * 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_that_is_left_without_a_stand_in(workers: int) -> None:
+    """As under ``run``. The batch at the ``break`` is in no step; what comes after the loop is no part of the last."""
+    model, optimizer = setting()
+    plain = torch.utils.data.DataLoader(
+        loader().dataset, batch_size=8, num_workers=workers, persistent_workers=bool(workers)
+    )
+    watched = esper_otel.watch(model, optimizer, plain)
+    for _ in range(3):
+        for number, (inputs,) in enumerate(plain):
+            if number == 2:
+                break
+            optimizer.zero_grad()
+            model(inputs).sum().backward()
+            optimizer.step()
+        time.sleep(0.1)
+    iterator = iter(plain)
+    optimizer.zero_grad()
+    model(next(iterator)[0]).sum().backward()
+    optimizer.step()
+    time.sleep(0.1)
+    watched.close()
+    packets = list(watched.telemetry.pull(max_packets=1000))
+    found = [packet.state.training_metrics for packet in packets]
+    samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in found]
+    assert samples == pytest.approx([8] * 7)
+    assert [packet.state.current_epoch for packet in packets] == [0, 0, 1, 1, 2, 2, 3]
+    assert found[-1]["step_latency_ms"] < 100.0
+    assert workers or max(row["step_latency_ms"] for row in found) < 100.0
 
 
 def test_put_after_the_loop_belongs_to_its_last_step() -> None:
@@ -162,6 +209,7 @@ class NothingWaits:
     def batch(self, samples: int | None = None) -> None: ...
     def no_batch(self) -> None: ...
     def discard(self) -> None: ...
+    def discard_last(self) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -317,3 +365,59 @@ def test_a_wrapper_that_is_no_optimizer_is_refused_with_what_to_give() -> None:
     model, _ = setting()
     with pytest.raises(esper_otel.InvalidValue, match="if it wraps one, give that"):
         esper_otel.watch(model, object(), loader())  # type: ignore[arg-type]
+    with pytest.raises(esper_otel.InvalidValue, match=r"a test_steps.Foreign .* record them by telemetry.step\(\)"):
+        esper_otel.watch(model, Foreign(model), loader())  # type: ignore[arg-type]
+
+
+class Foreign:
+    """Updates parameters without ``torch.optim``, as Keras's optimizers and fastai's own do."""
+
+    def __init__(self, model: Any) -> None:
+        self.parameters = [*model.parameters()]
+
+    def apply(self) -> None:
+        with torch.no_grad():
+            torch._foreach_add_(self.parameters, [each.grad for each in self.parameters], alpha=-0.1)
+
+
+class Wraps:
+    """As fastai's OptimWrapper: an optimizer of ``torch.optim`` in ``opt``, and groups of its own."""
+
+    def __init__(self, opt: Any) -> None:
+        self.opt = opt
+        self.param_groups = [dict(group) for group in opt.param_groups]
+
+    def step(self) -> None:
+        self.opt.step()
+
+
+def train_by_others(kind: str, model: Any, *, watched: bool) -> tuple[Any, list[float]]:
+    torch.manual_seed(1)
+    model.reset_parameters()
+    batches, norms = loader(2), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper: Any = Wraps(optimizer)
+    if watched:
+        batches = esper_otel.watch(model, optimizer if kind == "foreign" else wrapper, batches)
+    for _ in range(8):
+        for (inputs,) in batches:
+            model.zero_grad()
+            model(inputs).square().mean().backward()
+            norms.append(torch.cat([each.grad.flatten() for each in model.parameters()]).norm().item())
+            (Foreign(model).apply if kind == "foreign" else wrapper.step)()
+    return batches, norms
+
+
+@pytest.mark.parametrize("kind", ["foreign", "wraps"])
+def test_steps_by_the_optimizers_of_others_are_followed_or_said_once(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = setting()
+    train_by_others(kind, model, watched=False)
+    weights = [each.tolist() for each in model.parameters()]
+    watched, norms = train_by_others(kind, model, watched=True)
+    assert [each.tolist() for each in model.parameters()] == weights
+    found = [row["gradient_norm"] for row in rows(watched)]
+    assert found == ([] if kind == "foreign" else pytest.approx(norms, rel=1e-5))
+    said = [record.getMessage() for record in caplog.records if "no step of a followed" in record.getMessage()]
+    assert ["Keras" in each for each in said] == ([True] if kind == "foreign" else [])

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import until
 
 import esper_otel
 from esper_otel import InvalidValue, Packets, UnknownMetric
 from esper_otel.session import ending
+from esper_otel.testing import MemoryCollector
 
 torch = pytest.importorskip("torch")
 
@@ -258,6 +260,51 @@ def test_the_sessions_of_a_sweep_end_one_after_another() -> None:
     assert [each.health()["recorded"] for each in sessions] == [2, 2, 2]
 
 
+def in_a_function(loader: Any) -> Any:
+    """The last turn of a sweep; returns what watched, of which no script knows."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader)
+    steps(watched, model, optimizer)
+    watched.put(accuracy=0.5)
+    return watched._watching
+
+
+def test_the_last_session_of_a_sweep_ends_when_nothing_can_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its last step, though the process goes on."""
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_METRICS_EXPORTER", "otlp")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        in_a_function(Loaded())
+        until("the session has ended", lambda: not ending._live)
+        points = [point for point in collector.points() if point.value is not None]
+    assert [point.value for point in points if point.name == "accuracy"] == [0.5]
+    assert {point.attributes["outcome"] for point in points if point.name == "esper.run.ended"} == {"completed"}
+
+
+def test_a_session_that_can_be_used_does_not_end() -> None:
+    """Its model and optimizer, the loader that is watched, an iterator of it, or the session itself are kept."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, Loaded())
+    watching: Any = watched._watching
+    steps(watched, model, optimizer)
+    assert not watching.is_abandoned
+    del model, optimizer
+    assert not watching.is_abandoned
+    iterator = iter(watched)
+    next(iterator)
+    del watched
+    assert not watching.is_abandoned
+    del iterator
+    assert watching.is_abandoned
+    watching.telemetry.close()
+    shared = esper_otel.watch(*setting(), Loaded())
+    telemetry = shared.telemetry
+    watching = shared._watching
+    del shared
+    assert not watching.is_abandoned
+    telemetry.close()
+
+
 def test_the_next_watch_ends_a_loop_that_is_over_though_its_model_is_kept() -> None:
     kept, sessions = [], []
     for _ in range(3):
@@ -307,7 +354,7 @@ def test_watches_in_one_session_do_not_pile_up() -> None:
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = {paths!r}
 import esper_otel, torch
 from test_watch import Slow, setting
 from esper_otel.testing import MemoryCollector
@@ -329,9 +376,10 @@ for number, (inputs, targets) in enumerate(watched):
 
 def test_an_exception_ends_the_run_as_it_does_without_us(tmp_path: Path) -> None:
     """The traceback and the exit status are the script's; the step under way is there, marked as failed."""
-    here = str(Path(__file__).parent)
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent)]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(here=here)], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, "-c", SCRIPT.format(paths=paths)], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 1
     assert done.stderr.rstrip().splitlines()[-1].startswith("esper_otel closed: run dies KeyError, frames recorded 3")
