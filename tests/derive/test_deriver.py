@@ -79,5 +79,6 @@ def test_one_reads_what_another_gives_and_what_the_caller_gave_stands() -> None:
         raise AssertionError(where) from error
 
     deriver = Deriver([Giving({"loss_ewma": 0.25}), Ratio()], fail)
-    assert deriver.peek({"loss": 1.0}) == committed(deriver, {"loss": 1.0}) == {"loss_ewma": 0.25, "loss_volatility": 0.5}
+    expected = {"loss_ewma": 0.25, "loss_volatility": 0.5}
+    assert deriver.peek({"loss": 1.0}) == committed(deriver, {"loss": 1.0}) == expected
     assert committed(deriver, {"loss": 1.0, "loss_ewma": 4.0})["loss_volatility"] == 8.0
