@@ -8,7 +8,6 @@ from typing import Any
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, InvalidCatalogue, InvalidValue, UnknownMetric
-from esper_otel.frames.frame import NO_READINGS
 from esper_otel.schema import Metric
 
 
@@ -81,19 +80,20 @@ class Deriver:
             self._chained |= not given_before.isdisjoint(map(_name, processor.needs))
             given_before.update(map(_name, processor.gives))
 
-    def commit(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """Advances to the next step and returns the derived metrics by name."""
+    def commit(self, given: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Advances to the next step and returns names and numbers of the derived metrics."""
         if self._alone is None:
-            return self._advance(self._states, given)
+            derived = self._advance(self._states, given)
+            return tuple(derived), tuple(derived.values())
         before = self._states[0]
         after = self._alone.advance(before, given)
         if after is before:
-            return NO_READINGS
+            return (), ()
         self._states[0] = after
-        return self._alone.readings(after)
+        return self._alone.derived(after)
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """Returns the same as ``commit`` without advancing."""
+        """Returns what ``commit`` would, by name, without advancing."""
         return self._advance(self._states.copy(), given)
 
     def _advance(self, states: list[Any], given: Mapping[str, float]) -> Mapping[str, float]:

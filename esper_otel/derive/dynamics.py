@@ -14,6 +14,11 @@ WINDOW = 9  # 2 / SMOOTHING - 1: the span over which a rolling window is as old 
 _LOSS, _GRADIENT = 1, 2
 _NAN = float("nan")
 
+_EWMA = ("loss_ewma",)
+_AND_DELTA = (*_EWMA, "loss_delta")
+_AND_VOLATILITY = (*_AND_DELTA, "loss_volatility")
+_OF_NORM = ("grad_norm_ewma", "grad_var")
+
 # The state: which of the two series has a value in this step; the loss's EWMA and window of last values; the norm's
 # EWMA and variance. The window ends with the last loss and is empty before the first loss. The variance is negative
 # before the first norm.
@@ -88,22 +93,28 @@ class Dynamics:
 
     def readings(self, state: State) -> dict[str, float]:
         """Returns the metrics of the step that led to ``state``."""
+        return dict(zip(*self.derived(state), strict=True))
+
+    def derived(self, state: State) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Returns the same as ``readings``, as names and numbers."""
         moved, loss_ewma, window, norm_ewma, variance = state
-        readings: dict[str, float] = {}
+        names: tuple[str, ...] = ()
+        numbers: tuple[float, ...] = ()
         if moved & _LOSS:
-            readings["loss_ewma"] = loss_ewma
+            names, numbers = _EWMA, (loss_ewma,)
             if len(window) > 1:
-                readings["loss_delta"] = window[-1] - window[-2]
                 volatility = _deviation(window)
-                if volatility is not None:
-                    readings["loss_volatility"] = volatility
+                if volatility is None:
+                    names, numbers = _AND_DELTA, (loss_ewma, window[-1] - window[-2])
+                else:
+                    names, numbers = _AND_VOLATILITY, (loss_ewma, window[-1] - window[-2], volatility)
         if moved & _GRADIENT:
-            readings["grad_norm_ewma"] = norm_ewma
-            readings["grad_var"] = variance
+            names += _OF_NORM
+            numbers += (norm_ewma, variance)
         if self._without:
-            for name in self._without:
-                readings.pop(name, None)
-        return readings
+            kept = [(name, number) for name, number in zip(names, numbers, strict=True) if name not in self._without]
+            names, numbers = tuple(name for name, _ in kept), tuple(number for _, number in kept)
+        return names, numbers
 
 
 def _deviation(window: tuple[float, ...]) -> float | None:

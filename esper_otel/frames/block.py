@@ -42,7 +42,7 @@ class Chunk:
     Args:
         run: the run of all its rows.
         first: sequence number of the first row.
-        capacity: its size in bytes; at least that of the first row.
+        capacity: its size in bytes, rounded up to whole doubles; at least that of the first row.
         live: the live seeds before the first row.
 
     Attributes:
@@ -75,7 +75,7 @@ class Chunk:
     def __init__(self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS) -> None:
         self.run = run
         self.first = first
-        self.capacity = capacity
+        self.capacity = capacity = -(-capacity // 8) * 8
         self.live = live
         self.buffer = bytearray(capacity)
         self._offsets = bytearray(4 * (capacity // HEAD.size))

@@ -81,11 +81,11 @@ class Deriving(Protocol):
 
     reads_probes: bool
 
-    def commit(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """Returns the derived metrics by name and advances to the next step."""
+    def commit(self, given: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Returns names and numbers of the derived metrics and advances to the next step."""
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
-        """Returns the same as ``commit`` without advancing."""
+        """Returns what ``commit`` would, by name, without advancing."""
 
 
 class Counters:
@@ -258,11 +258,12 @@ class FramePublisher:
         if table.ids:
             table, violations = self._stepped(table)
         deriving = self._deriving
-        derived = NO_READINGS
+        derived: tuple[str, ...] = ()
+        numbers: tuple[float, ...] = ()
         if failed:
             self.counters.failed += 1
         else:
-            derived = deriving.commit({**probed, **values} if deriving.reads_probes else values)
+            derived, numbers = deriving.commit({**probed, **values} if deriving.reads_probes else values)
         if not self.run.device_type or self.settle_run is not None:
             self._settle_run()
         loss = values.get("loss", _NAN)
@@ -275,10 +276,10 @@ class FramePublisher:
             self._surround(context, probed)
         names = tuple(values)
         layouts = self._layouts.get(names)
-        layout = None if layouts is None else layouts.get(tuple(derived))
+        layout = None if layouts is None else layouts.get(derived)
         if layout is None:
-            layout = self._compiled(tuple(derived), names)
-        numbers = (*derived.values(), *self._beside, *values.values())
+            layout = self._compiled(derived, names)
+        numbers += self._beside + tuple(values.values())
         self.ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, live.table, ended)
         if self.published is not None:
             self.published()

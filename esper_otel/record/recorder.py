@@ -16,7 +16,6 @@ from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
 from esper_otel.record.values import (
     CONTEXT,
-    FLOATS,
     UINT32_MAX,
     UINT64_MAX,
     DeviceValues,
@@ -166,7 +165,8 @@ class Recorder:
         given: Mapping[str, Any] = values
         if not self.names.recordable.issuperset(given):
             given = self.names.resolved(given)
-        if not FLOATS.issuperset(map(type, given.values())):
+        # Only floats are recorded without conversion. Counting compares classes by identity, without hashing them.
+        if [*map(type, given.values())].count(float) != len(given):
             given, tensors = read(given)
             held = self._held_of(tensors)
         if global_step is not None:

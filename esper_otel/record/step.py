@@ -25,7 +25,7 @@ from esper_otel.record.seeds import (
     more_cells,
 )
 from esper_otel.record.timed import Timed, TimedOnce
-from esper_otel.record.values import FLOATS, ROW_TYPES, DeviceValues, Target, read, read_row
+from esper_otel.record.values import ROW_TYPES, DeviceValues, Target, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Step(OpenStep):
             given = {**mapping, **values} if values else mapping
         if not recorder.names.recordable.issuperset(given):
             given = recorder.names.resolved(given)
-        if self._held is not None or not FLOATS.issuperset(map(type, given.values())):
+        if self._held is not None or [*map(type, given.values())].count(float) != len(given):
             given = self._read(given)
         self._values.update(given)
 

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     Scalar: TypeAlias = float | Tensor
 
-# The only type of values that are recorded without conversion.
-FLOATS: frozenset[type] = frozenset({float})
-
 # Types of cells that can be packed without conversion.
 ROW_TYPES: frozenset[type] = frozenset({float, int, bool, Stage, np.float64, np.float32, np.int64, np.bool_})
 

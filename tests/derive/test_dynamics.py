@@ -45,7 +45,7 @@ def derived(series: Series, name: str) -> list[dict[str, float]]:
     deriver = Deriver([Dynamics()], fail)
     steps = []
     for value in series:
-        steps.append(dict(deriver.commit({} if value is None else {name: value})))
+        steps.append(dict(zip(*deriver.commit({} if value is None else {name: value}), strict=True)))
     return steps
 
 

@@ -51,6 +51,15 @@ def test_a_reader_gets_what_follows_its_cursor_and_the_size_of_the_gap(appended:
         assert 0 < block.rows <= len(found)
 
 
+def test_a_buffer_of_any_size_can_be_read() -> None:
+    """Such as 100 million bytes: a 256th part of them is not a whole number of doubles."""
+    ring = Ring(100_000_000)
+    fill(ring, 3)
+    block, _ = ring.block(0, 10)
+    assert block is not None
+    assert block.rows == 3
+
+
 def test_a_row_larger_than_the_ring_replaces_everything() -> None:
     """The newest row is always there, however large it is."""
     ring = Ring(8 * 1024)
