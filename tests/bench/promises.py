@@ -171,7 +171,7 @@ def pausing() -> list[Row]:
             f"longest of {LONG:,} steps, against the same loop without telemetry; least of {TURNS} turns",
             f"{longest:.1f} ms",
             f"{of_control:.1f} ms",
-            f"+{longest - of_control:.1f} ms",
+            f"{longest - of_control:+.1f} ms",
             "at most +2 ms",
             longest <= of_control + 2.0,
         ),
