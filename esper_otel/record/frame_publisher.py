@@ -122,7 +122,7 @@ class FramePublisher:
         self.ring = ring
         self.counters: Counters = Counters()
         self.warnings = warnings
-        self.tally: Tally = Tally(ring, names, warnings)
+        self.tally: Tally = Tally(ring, names, warnings, self.fault)
         self.live: LiveSeeds = LiveSeeds()
         self.last_finite_loss: float | None = None
         self.published: Callable[[], None] | None = None  # called after each step

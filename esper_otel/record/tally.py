@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,18 @@ class Tally:
         ring: the rows.
         names: which values cannot be negative or above 1.
         warnings: where values that are out of range are reported.
+        fault: called with each internal error; it counts and logs the error.
 
     Attributes:
         nonfinite: values recorded that are NaN or infinite.
         out_of_range: values recorded that are negative but cannot be, and ratios above 1.
     """
 
-    def __init__(self, ring: Ring, names: Names, warnings: Warnings) -> None:
+    def __init__(self, ring: Ring, names: Names, warnings: Warnings, fault: Callable[[str, Exception], None]) -> None:
         self._ring = ring
         self._names = names
         self._warnings = warnings
+        self._fault = fault
         self.nonfinite: int = 0
         self.out_of_range: int = 0
         self._counted = 0
@@ -59,7 +61,7 @@ class Tally:
             self.catch_up()
 
     def catch_up(self) -> None:
-        """Counts the rows that have been added since."""
+        """Counts the rows that have been added since. Never raises; rows that cannot be read are not counted."""
         # A signal handler may call this on the very thread that is in it: it must not wait for ever.
         if self._counted == self._ring.last or not self._turn.acquire(timeout=_TURN_S):
             return
@@ -70,6 +72,9 @@ class Tally:
                     break
                 self._counted = block.last
                 self._count(block)
+        except Exception as error:  # noqa: BLE001 - whoever asks for the counts must not be harmed
+            self._counted = self._ring.last
+            self._fault("counting values", error)
         finally:
             self._turn.release()
 
