@@ -75,13 +75,13 @@ class Chunk:
     def __init__(self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS) -> None:
         self.run = run
         self.first = first
-        self.capacity = capacity = -(-capacity // 8) * 8
+        self.capacity: int = -(-capacity // 8) * 8
         self.live = live
-        self.buffer = bytearray(capacity)
-        self._offsets = bytearray(4 * (capacity // HEAD.size))
-        self.offsets = memoryview(self._offsets).cast("I")
-        self.rows = 0
-        self.end = 0
+        self.buffer: bytearray = bytearray(self.capacity)
+        self._offsets = bytearray(4 * (self.capacity // HEAD.size))
+        self.offsets: memoryview[int] = memoryview(self._offsets).cast("I")
+        self.rows: int = 0
+        self.end: int = 0
         self.layouts: list[Layout] = []
         self.seeds: list[tuple[str, ...]] = [()]
         self.widths: list[int] = [NARROW]
