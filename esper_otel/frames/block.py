@@ -181,7 +181,8 @@ class Chunk:
         of_seeds = halves[2 * places + 10]
         count, seeds = self._fitting(of_seeds)
         places, of_seeds, of_layouts = places[:count], of_seeds[:count], halves[2 * places[:count] + 9]
-        numbers = np.unique(of_layouts).tolist()
+        # np.unique would import numpy.ma, in whatever thread this is: a child forked meanwhile could import no more.
+        numbers = np.flatnonzero(np.bincount(of_layouts)).tolist()
         layouts = [self.layouts[number] for number in numbers]
         words = np.frombuffer(self.buffer, np.uint64)
         if len(layouts) == len(seeds) == 1:
