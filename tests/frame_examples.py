@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -10,9 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from hypothesis import strategies as st
 
-from esper_otel.frames.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable
+from esper_otel.frames.block import Block, Chunk
+from esper_otel.frames.digest import digest_of
+from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
 from esper_otel.frames.live_seeds import LiveSeeds
+from esper_otel.frames.records import RecordWriter
 from esper_otel.frames.ring import Ring
 from esper_otel.schema import OWN_STEP, SEED_FIELDS, STEP_METRICS, Stage
 
@@ -69,6 +73,50 @@ def append(ring: Ring, frame: Frame) -> None:
 @lru_cache(maxsize=64)
 def _layout(*names: tuple[str, ...]) -> Layout:
     return Layout(*names)
+
+
+def records_of(writer: RecordWriter, frames: Sequence[Frame]) -> list[bytes]:
+    """The records that a session writes of these frames, whose numbers follow each other."""
+    ring = Ring(2**24)
+    ring.last = frames[0].sequence - 1 if frames else 0
+    for frame in frames:
+        append(ring, frame)
+    return [writer.record(chunk, row) for chunk in ring._chunks for row in range(chunk.rows)]
+
+
+def rows_in(chunk: Chunk) -> list[object]:
+    """What the blocks of a chunk say of each of its rows."""
+    said: list[object] = []
+    while len(said) < chunk.rows:
+        said += rows_of(chunk.block(len(said), chunk.rows))
+    return said
+
+
+def rows_of(block: Block) -> list[object]:
+    """What a block says of each of its rows."""
+    said: list[object] = []
+    for row in range(block.rows):
+        values = {
+            name: struct.pack("<d", value)
+            for name, value in zip(block.names, block.values[row].tolist(), strict=True)
+            if struct.pack("<d", value) != struct.pack("<Q", ABSENT_BITS)
+        }
+        cells = dict(SeedTable(block.ids, np.ascontiguousarray(block.cells[row])).rows())
+        seeds = {seed_id: repr(sorted(of_seed.items())) for seed_id, of_seed in cells.items() if of_seed}
+        head = (block.run, block.first + row, int(block.steps[row]), int(block.epochs[row]), int(block.times[row]))
+        living = (int(block.lives[row]), int(block.digests[row]))
+        said.append((*head, values, seeds, living, block.retired.get(row, ())))
+    return said
+
+
+def said_by(frame: Frame) -> object:
+    """The same of a frame."""
+    values = {**frame.derived, **frame.context, **frame.probed, **frame.recorded}
+    seeds = {seed_id: repr(sorted(cells.items())) for seed_id, cells in frame.seeds.rows() if cells}
+    head = (frame.run, frame.sequence, frame.global_step, frame.epoch, frame.time_unix_ns)
+    living = (len(frame.live.ids), digest_of(frame.live.ids))
+    packed = {name: struct.pack("<d", value) for name, value in values.items()}
+    return (*head, packed, seeds, living, frame.retired)
 
 
 @st.composite

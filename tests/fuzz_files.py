@@ -23,7 +23,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from frame_examples import make_frame, seed_table
+from frame_examples import make_frame, records_of, seed_table
 from fuzz_stores import fuzz_store
 
 from esper_otel.cli import main
@@ -32,8 +32,8 @@ from esper_otel.export.resource import resources
 from esper_otel.export.streams import Streams
 from esper_otel.frames import black_box as blackbox
 from esper_otel.frames import records
-from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
-from esper_otel.frames.ring import blocks_of
+from esper_otel.frames.layout import HEAD
+from esper_otel.frames.records import RecordWriter, StoredContext, chunks_in
 from esper_otel.schema import METRICS, Metric, Stage
 
 HOSTILE_TEXTS = (
@@ -193,20 +193,22 @@ def honest_records() -> list[bytes]:
         make_frame(sequence=3, time_unix_ns=1_790_000_000_002_000_000, seeds=seeds, live=seeds, retired=("seed-3",)),
         make_frame(sequence=4, time_unix_ns=1_790_000_000_003_000_000, live=seeds),
     ]
-    return list(records._records(b"".join(map(writer.record, made)), StoredContext()))
+    return list(records._records(b"".join(records_of(writer, made)), StoredContext()))
 
 
 def hostile_record(luck: random.Random, record: bytes) -> bytes:
     """A record's content, with one part of it changed in a way that a checksum does not tell."""
-    kind = luck.choice([b"R", b"N", b"S", b"F", b"?", b""]) if luck.random() < 0.1 else record[:1]
+    kind = luck.choice([b"R", b"L", b"S", b"F", b"?", b""]) if luck.random() < 0.1 else record[:1]
     body = record[1:]
     if record[:1] == b"F":
-        size = records._FIELDS.size
-        numbers = list(records._FIELDS.unpack_from(body))
+        fields, place = records._FIELDS, records._FIELDS.size
+        numbers = list(fields.unpack_from(body))
         for _ in range(luck.randint(0, 2)):
             numbers[luck.randrange(len(numbers))] = luck.choice([0, 1, 2, 3, 4, 5, 100, 2**31, 2**32 - 1])
-        numbers[luck.randrange(4)] = luck.choice([0, 1, 5, 2**53, 2**63, 2**64 - 1, 1_790_000_000_000_000_000])
-        body = records._FIELDS.pack(*numbers) + body[size:]
+        head = list(HEAD.unpack_from(body, place))
+        head[luck.randrange(len(head))] = luck.choice([0, 1, 5, 2**31, 2**32 - 1])
+        head[luck.randrange(4)] = luck.choice([0, 1, 5, 2**48, 2**53, 2**63, 2**64 - 1, 1_790_000_000_000_000_000])
+        body = fields.pack(*numbers) + HEAD.pack(*head) + body[place + HEAD.size :]
     elif luck.random() < 0.8:
         body = body[:4] + json.dumps(changed(luck, json.loads(body[4:]))).encode()
     return kind + (mutated_bytes(luck, body) if luck.random() < 0.3 else body)
@@ -220,15 +222,16 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     contents[place : place + luck.randint(0, 1)] = hostile
     stored = StoredContext()
     content = b"".join(map(records._record, contents))
-    frames = list(frames_in(mutated_bytes(luck, content) if luck.random() < 0.3 else content, stored))
-    frames.sort(key=lambda frame: frame.sequence)
+    chunks = list(chunks_in(mutated_bytes(luck, content) if luck.random() < 0.3 else content, stored))
+    chunks.sort(key=lambda chunk: chunk.first)
     catalogue = {metric.name: metric for metric in (*METRICS, *stored.metrics.values())}
     encoder = Encoder(catalogue, stored.resources.__getitem__)
     streams = Streams()
-    for frame in frames:
-        [block] = blocks_of([frame])
-        requests = list(encoder.requests([block], BesideFrames(streams.note(block))))
-        assert all(request.body for request in requests)
+    for chunk in chunks:
+        for row in range(chunk.rows):
+            block = chunk.block(row, row + 1)
+            requests = list(encoder.requests([block], BesideFrames(streams.note(block))))
+            assert all(request.body for request in requests)
     streams.all_ended()
 
 

@@ -265,8 +265,7 @@ class StepExporter:
         except OSError as error:
             self._warnings.say("spool", "%s was sent but cannot be deleted: %s", path, error)
         if leftover.delivered:
-            kept = "" if leftover.folder.is_marked else "; it has no marker of ours and may be deleted by hand"
-            announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}{kept}")
+            announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}")
         return None
 
     def _deliver(self, source: FrameSource) -> float | None:

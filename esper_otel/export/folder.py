@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from esper_otel.frames.records import MAGIC_BYTES, is_of_another_version
 from esper_otel.log import Warnings
 
 SUFFIX = ".frames"
 OUTCOME = "outcome"
 MARKER = "esper-otel-spool"
 _ACKNOWLEDGED = "acknowledged"
-_LOCK = "lock"  # in folders of an earlier version; now the marker file is locked instead
 _MARKER_TEXT = b"esper_otel spool 1\nSteps that an endpoint has not acknowledged. The next session here sends them.\n"
 _SEQUENCE = struct.Struct("<Q")
 _MOST_SEQUENCE = 2**63
@@ -32,10 +32,9 @@ _PRIVATE = 0o700  # metrics may be confidential
 _MOST_BYTES = 1 << 30  # largest size of one file
 _MOST_OUTCOME_BYTES = 1_000
 _MOST_SHOWN = 3
-_MOST_NAME = 80
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
-_OUR_FILES = re.compile(rf"{_LOCK}|{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|\d{{8}}\{SUFFIX}")
+_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|\d{{8}}\{SUFFIX}")
 _FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
@@ -55,13 +54,10 @@ class Folder:
     Attributes:
         path: the folder's path, for messages.
         acknowledged: sequence of the last frame that is no longer needed.
-        is_marked: whether the folder contains the marker file. A folder without it was written by an earlier version:
-            its frames are sent, but nothing in it is deleted.
     """
 
-    def __init__(self, path: Path, descriptor: int, lock: int, *, is_marked: bool) -> None:
+    def __init__(self, path: Path, descriptor: int, lock: int) -> None:
         self.path = path
-        self.is_marked = is_marked
         self._descriptor = descriptor
         self._lock = lock
         try:
@@ -89,7 +85,7 @@ class Folder:
                 lock = _locked(descriptor, MARKER, os.O_CREAT | os.O_EXCL)
                 os.write(lock, _MARKER_TEXT)
                 os.rename(_NEW + name, name, src_dir_fd=parent, dst_dir_fd=parent)
-                return cls(directory / name, descriptor, lock, is_marked=True)
+                return cls(directory / name, descriptor, lock)
         finally:
             os.close(parent)
 
@@ -104,9 +100,9 @@ class Folder:
         parent = _opened(directory, follow=True)
         try:
             with _claimed(_opened(name, parent)) as descriptor:
-                is_marked = _is_marked(descriptor)
-                lock = _locked(descriptor, MARKER if is_marked else _LOCK, 0 if is_marked else os.O_CREAT)
-                return cls(directory / name, descriptor, lock, is_marked=is_marked)
+                _check(descriptor)
+                lock = _locked(descriptor, MARKER)
+                return cls(directory / name, descriptor, lock)
         except (BlockingIOError, FileNotFoundError):  # its session is alive, or another process removes it
             return None
         finally:
@@ -179,15 +175,12 @@ class Folder:
     def remove(self) -> None:
         """Deletes the folder, whose frames have all been delivered, and gives up ownership of it.
 
-        In a folder without the marker file nothing is deleted. A file that this library did not write is kept, and so
-        is the folder then.
+        A file that this library did not write is kept, and so is the folder then.
 
         Raises:
             OSError: a file of this library cannot be deleted, or the folder contains other files.
         """
         try:
-            if not self.is_marked:
-                return
             # Steps are deleted first, so that after a kill in between they are not sent again. The marker is deleted
             # last, so that the folder can still be recognized.
             names = filter(_is_ours, os.listdir(self._descriptor))
@@ -273,7 +266,7 @@ def _is_ours(name: str) -> bool:
     return _OUR_FILES.fullmatch(name) is not None
 
 
-def _locked(descriptor: int, name: str, flags: int) -> int:
+def _locked(descriptor: int, name: str, flags: int = 0) -> int:
     """Opens and locks a file of a folder.
 
     It does not use flock, since a forked worker would share that lock and could keep it after its parent has ended.
@@ -296,11 +289,11 @@ def _locked(descriptor: int, name: str, flags: int) -> int:
     return lock
 
 
-def _is_marked(descriptor: int) -> bool:
-    """Checks that a folder can be trusted, and returns whether it contains the marker file.
+def _check(descriptor: int) -> None:
+    """Checks that a folder can be trusted.
 
     Raises:
-        NotOurs: others may have made or changed it, or it has no marker and contains files that are not from a spool.
+        NotOurs: others may have made or changed it, it has no marker, or another version has written its frames.
     """
     found = os.fstat(descriptor)
     if found.st_uid != os.geteuid():
@@ -308,26 +301,24 @@ def _is_marked(descriptor: int) -> bool:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NotOurs("others may write to it")
     names = os.listdir(descriptor)
-    is_marked = MARKER in names
     if not names:
         raise FileNotFoundError("it is empty: another process is removing it, or died while removing it")
-    if not is_marked and not any(name.endswith(SUFFIX) for name in names):
-        raise NotOurs(f"it has no file {MARKER} and no steps")
-    for name in names:
-        if not _is_ours(name):
-            if not is_marked:
-                raise NotOurs(f"it has no file {MARKER}, but a file {name[:_MOST_NAME]!r} that no spool has")
-            continue
+    if MARKER not in names:
+        raise NotOurs(f"it has no file {MARKER}, so this version did not make it")
+    for name in filter(_is_ours, names):
         with suppress(FileNotFoundError):  # its session is alive and deletes what was acknowledged
             file = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
             if not stat.S_ISREG(file.st_mode) or file.st_nlink > 1 or file.st_uid != found.st_uid:
                 raise NotOurs(f"its {name} is not a plain file of this user")
-    if is_marked:
-        marker = os.open(MARKER, os.O_RDONLY | _FILE_FLAGS, dir_fd=descriptor)
-        try:
-            text = os.read(marker, len(_MARKER_TEXT))
-        finally:
-            os.close(marker)
-        if text != _MARKER_TEXT:
-            raise NotOurs(f"its {MARKER} is not what this version writes")
-    return is_marked
+            if name.endswith(SUFFIX) and is_of_another_version(_beginning(descriptor, name, MAGIC_BYTES)):
+                raise NotOurs(f"another version of esper_otel wrote its {name}: send it with that one, or delete it")
+    if _beginning(descriptor, MARKER, len(_MARKER_TEXT)) != _MARKER_TEXT:
+        raise NotOurs(f"its {MARKER} is not what this version writes")
+
+
+def _beginning(descriptor: int, name: str, size: int) -> bytes:
+    file = os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=descriptor)
+    try:
+        return os.read(file, size)
+    finally:
+        os.close(file)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -19,15 +18,14 @@ from esper_otel.export.encode import Encoder
 from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
-from esper_otel.frames.block import Block
-from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.records import StoredContext, frames_in
-from esper_otel.frames.ring import Ring, blocks_of
+from esper_otel.frames.block import Block, Chunk
+from esper_otel.frames.frame import Run
+from esper_otel.frames.records import StoredContext, chunks_in
+from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000
-_AT_ONCE = 1_000
 _MOST_MISSING = 2**32  # frames in one gap; a larger gap is a damaged number and does not count as lost frames
 KILLED = "killed"
 
@@ -113,8 +111,8 @@ class LiveSource:
         block, gone = self._ring.block(self.cursor, limit)
         if gone and self._spool is not None:
             spooled = self._spool.after(self.cursor, min(limit, gone))
-            if spooled:
-                return next(blocks_of(spooled)), spooled[0].sequence - self.cursor - 1
+            if spooled is not None and spooled.first <= self.cursor + gone:
+                return spooled, spooled.first - self.cursor - 1
         return block, gone
 
     def are_last(self, block: Block) -> bool:
@@ -160,10 +158,10 @@ class LeftoverSource:
         self._encoder_of = encoder_of
         self.encoder = self._encoder()
         self._names = deque(folder.segments())
-        self._reading: Iterator[Frame] = iter(())
-        self._frames: deque[Frame] = deque()
-        self._delivered: list[Frame] = []  # by the session that wrote them
-        self._cursor = self._last = folder.acknowledged
+        self._reading: Iterator[Chunk] = iter(())
+        self._chunks: deque[Chunk] = deque()
+        self._delivered = folder.acknowledged  # the last frame that the session that wrote it has delivered
+        self._cursor = self._last = self._delivered
         self._missing = 0
 
     @property
@@ -174,10 +172,10 @@ class LeftoverSource:
     def delete_oldest(self) -> None:
         """Deletes its oldest file to free space; the unsent frames in it are added to ``deleted``."""
         name = self._names.popleft()
-        for frame in frames_in(self.folder.read(name), StoredContext()):
-            if frame.sequence > self._cursor:
-                self.deleted += 1
-                self._cursor = frame.sequence
+        for chunk in chunks_in(self.folder.read(name), StoredContext()):
+            if self._is_next(chunk):
+                self.deleted += chunk.last - max(self._cursor, chunk.first - 1)
+                self._cursor = self._last = chunk.last
         self.folder.acknowledge(self._cursor)
         self.folder.delete(name)
 
@@ -186,16 +184,18 @@ class LeftoverSource:
 
     def after(self, limit: int) -> tuple[Block | None, int]:
         """See ``FrameSource.after``."""
-        while len(self._frames) <= limit and self._read():
-            pass
-        self._note_delivered()
+        if not self._chunks:
+            self._read()
         if not self._catalogue.keys() >= self._stored.metrics.keys():
             self._catalogue.update(self._stored.metrics)
             self.encoder = self._encoder()
-        if self._frames:
-            gone = self._frames[0].sequence - self._cursor - 1
+        if self._chunks:
+            chunk = self._chunks[0]
+            start = max(self._cursor + 1 - chunk.first, 0)
+            block = chunk.block(start, min(start + limit, chunk.rows))
+            gone = block.first - self._cursor - 1
             self._missing += gone
-            return next(blocks_of(islice(self._frames, limit))), gone
+            return block, gone
         # Count a truncated frame, left by a process or file that ended in the middle of it. Also count unusable frames
         # that did not show up as a gap between sequence numbers.
         left = max(int(self._stored.is_torn), self._stored.lost - self._missing)
@@ -204,40 +204,41 @@ class LeftoverSource:
 
     def are_last(self, block: Block) -> bool:
         """See ``FrameSource.are_last``."""
-        return len(self._frames) == block.rows and not self._read()
+        return len(self._chunks) == 1 and block.last == self._last and not self._read()
 
     @property
     def skipped(self) -> int:
         """How many records could not be used."""
         return self._stored.skipped
 
+    def _is_next(self, chunk: Chunk) -> bool:
+        """Whether it has frames that follow those read."""
+        return self._last < chunk.last and chunk.first <= self._last + _MOST_MISSING
+
     def _read(self) -> bool:
-        """Reads one more frame from the files. Returns False when there are no more."""
+        """Reads more frames from the files. Returns False when there are no more."""
         while True:
-            for frame in self._reading:
-                if self._last < frame.sequence <= self._last + _MOST_MISSING:
-                    self._frames.append(frame)
-                    self._last = frame.sequence
+            for chunk in self._reading:
+                if chunk.first <= self._delivered:
+                    self._note_delivered(chunk, min(self._delivered + 1 - chunk.first, chunk.rows))
+                if self._is_next(chunk):
+                    self._chunks.append(chunk)
+                    self._last = chunk.last
                     return True
-                if frame.sequence <= self.folder.acknowledged:
-                    self._delivered.append(frame)
-                    if len(self._delivered) == _AT_ONCE:
-                        self._note_delivered()
-                elif frame.sequence > self._last:
-                    self._stored.skipped += 1
-                    self._stored.lost += 1
+                if chunk.first > self._last:
+                    self._stored.skipped += chunk.rows
+                    self._stored.lost += chunk.rows
             if not self._names:
                 return False
-            self._reading = frames_in(self.folder.read(self._names.popleft()), self._stored)
+            self._reading = chunks_in(self.folder.read(self._names.popleft()), self._stored)
 
-    def _note_delivered(self) -> None:
+    def _note_delivered(self, chunk: Chunk, rows: int) -> None:
         """Notes the series of frames that were delivered earlier, since they have not been ended yet."""
-        frames, self._delivered = self._delivered, []
-        if not frames:
-            return
-        self.run = frames[-1].run
+        self.run, row = chunk.run, 0
         try:
-            for block in blocks_of(frames):
+            while row < rows:
+                block = chunk.block(row, rows)
+                row += block.rows
                 self.streams.note(block)
                 self.streams.settled(block.last)
                 self.streams.named((*block.names, *COUNTED))
@@ -247,8 +248,8 @@ class LeftoverSource:
     def advance(self, count: int) -> None:
         """See ``FrameSource.advance``."""
         self._cursor += count
-        while self._frames and self._frames[0].sequence <= self._cursor:
-            self._frames.popleft()
+        while self._chunks and self._chunks[0].last <= self._cursor:
+            self._chunks.popleft()
         self.folder.acknowledge(self._cursor)
 
     @property
@@ -282,8 +283,7 @@ def leftovers_in(
     The oldest files are deleted until all folders together take at most ``most_bytes``.
     """
     leftovers = [LeftoverSource(folder, encoder_of, fault) for folder in abandoned(directory, warnings)]
-    # A folder without the marker file does not count, since nothing in it may be deleted.
-    sizes = [leftover.size if leftover.folder.is_marked else 0 for leftover in leftovers]
+    sizes = [leftover.size for leftover in leftovers]
     while sum(sizes) > most_bytes:
         number = next(number for number, size in enumerate(sizes) if size)
         leftovers[number].delete_oldest()

@@ -1,4 +1,4 @@
-"""Keeps a session's frames on disk until they are acknowledged, so that they outlive the process."""
+"""Keeps a session's steps on disk until they are acknowledged, so that they outlive the process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.folder import SUFFIX, Folder
-from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
+from esper_otel.frames.block import Block, Chunk
+from esper_otel.frames.frame import Run
+from esper_otel.frames.records import RecordWriter, StoredContext, chunks_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.native import threads
@@ -22,12 +23,11 @@ from esper_otel.schema import Metric
 
 SEGMENT_BYTES = 8 * 1024 * 1024
 _RETRY_S = 10.0
-_CATCH_UP = 500
 _PRIVATE = 0o700  # metrics may be confidential
 
 
 class _Segment(NamedTuple):
-    """A complete file: its name, its size, and the sequences of its first and last frame."""
+    """A complete file: its name, its size, and the sequences of its first and last row."""
 
     name: str
     size: int
@@ -80,7 +80,8 @@ class Spool:
         self._size = self._first = self._last = 0
         self._complete: list[_Segment] = []
         self._number = 0
-        self._reading: tuple[int, Iterator[Frame]] = (0, iter(()))
+        self._chunk: Chunk | None = None  # the rows read last, and those of the files that follow
+        self._chunks: Iterator[Chunk] = iter(())
         try:
             directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
             self._folder = Folder.create(directory)
@@ -102,38 +103,39 @@ class Spool:
         return self._last
 
     def write(self) -> None:
-        """Writes the frame that was just published. Never waits for another thread, never raises."""
+        """Writes the row that was just published. Never waits for another thread, never raises."""
         if self._file is None or os.getpid() != self._process_id:
             return
         if not self._lock.acquire(blocking=False):
             self._missed = True
             return
         try:
-            frame = self._ring.newest()
-            if frame is not None and frame.sequence == self._last + 1:
-                self._write(frame)
+            chunk = self._ring.chunk_of(self._ring.last)
+            if chunk is not None and self._last + 1 == self._ring.last:
+                self._write(chunk)
             else:
                 self._missed = True
         finally:
             self._lock.release()
 
-    def _write(self, frame: Frame) -> bool:
+    def _write(self, chunk: Chunk) -> bool:
+        """Writes the row after the last one written, which this chunk has."""
         is_written = False
         try:
-            record = self._writer.record(frame)
+            record = self._writer.record(chunk, self._last + 1 - chunk.first)
             if self._file is None or os.write(self._file, record) != len(record):
-                raise OSError("short write: only part of the frame was written")  # noqa: TRY301 - handled below
+                raise OSError("short write: only part of the step was written")  # noqa: TRY301 - handled below
             is_written = True
-        except Exception as error:  # noqa: BLE001 - the frame is still in the ring; training goes on
+        except Exception as error:  # noqa: BLE001 - the row is still in the ring; training goes on
             self._warnings.say(
                 "spool", "frames cannot be written to %s (%s); they are kept in memory only", self.path, error
             )
-        finally:  # also after a Ctrl-C: the next frame must not refer to a record that was not written
+        finally:  # also after a Ctrl-C: the next row must not refer to a record that was not written
             if not is_written:
                 self._give_up()
         if is_written:
             self._size += len(record)
-            self._last = frame.sequence
+            self._last += 1
         return is_written
 
     def _give_up(self) -> None:
@@ -156,11 +158,10 @@ class Spool:
                 if self._size >= SEGMENT_BYTES or (self._file is None and is_due):
                     self._renew()
                 while self._file is not None and self._last < self._ring.last:
-                    frames, gone = self._ring.after(self._last, _CATCH_UP)
-                    if not frames:
-                        break
-                    self._last += gone
-                    if not all(map(self._write, frames)):
+                    chunk = self._ring.chunk_of(self._last + 1)
+                    if chunk is not None and self._last + 1 < chunk.first:
+                        self._last = chunk.first - 1  # the rows before were dropped first
+                    elif chunk is None or not self._write(chunk):
                         break
             is_due = False
             if not self._missed or self._file is None:
@@ -193,37 +194,33 @@ class Spool:
         while self._complete and self._size + sum(segment.size for segment in self._complete) > self._most_bytes:
             self._folder.delete(self._complete.pop(0).name)
 
-    def after(self, sequence: int, limit: int) -> list[Frame]:
-        """Returns up to ``limit`` consecutive frames: the first ones on disk after ``sequence``."""
-        following, frames_left = self._reading
-        if following != sequence + 1:
-            frames_left = self._frames_from(sequence + 1)
-        frames: list[Frame] = []
-        for frame in frames_left:
-            if frame.sequence <= sequence:
-                continue
-            if frames and frame.sequence != frames[-1].sequence + 1:
-                frames_left = self._frames_from(frames[-1].sequence + 1)
-                break
-            frames.append(frame)
-            if len(frames) == limit:
-                break
-        self._reading = (frames[-1].sequence + 1 if frames else 0, frames_left)
-        return frames
+    def after(self, sequence: int, limit: int) -> Block | None:
+        """Returns up to ``limit`` consecutive rows: the first ones on disk after ``sequence``."""
+        chunk = self._chunk
+        if chunk is None or not chunk.first <= sequence + 1 <= chunk.last:
+            goes_on = chunk is not None and chunk.last == sequence
+            self._chunk = chunk = next(self._chunks, None) if goes_on else None
+        if chunk is None:  # further back, or written since the files were read
+            self._chunks = self._chunks_after(sequence)
+            self._chunk = chunk = next(self._chunks, None)
+        if chunk is None:
+            return None
+        start = max(sequence + 1 - chunk.first, 0)
+        return chunk.block(start, min(start + limit, chunk.rows))
 
-    def _frames_from(self, sequence: int) -> Iterator[Frame]:
+    def _chunks_after(self, sequence: int) -> Iterator[Chunk]:
         for segment in [*self._complete, _Segment(self._name, self._size, self._first, self._last)]:
-            if segment.last < sequence:
+            if segment.last <= sequence:
                 continue
             try:
                 content = self._folder.read(segment.name)
             except OSError as error:
                 self._warnings.say("spool", "%s cannot be read: %s", self.path / segment.name, error)
                 continue
-            for frame in frames_in(content, StoredContext()):
-                if frame.sequence >= sequence:
-                    yield frame
-                    sequence = frame.sequence + 1
+            for chunk in chunks_in(content, StoredContext()):
+                if chunk.last > sequence:
+                    yield chunk
+                    sequence = chunk.last
 
     def acknowledge(self, sequence: int) -> None:
         """Records that frames up to this one are no longer needed, and deletes segments that hold only such frames."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_READINGS, NO_SEEDS, Frame, Run, SeedTable
-from esper_otel.frames.layout import HEAD, HEAD_WORDS, WHOLE, Layout
+from esper_otel.frames.layout import HEAD, HEAD_WORDS, NUMBERS, NUMBERS_PLACE, WHOLE, Layout
 
 # Cells of a block's array at most, for each cell that was recorded, and beside these.
 _CELLS_FOR_EACH = 4
@@ -94,6 +94,11 @@ class Chunk:
         """How many bytes it holds on to; memory that no row has used yet does not count."""
         return self.end + 4 * self.rows + self._beside
 
+    @property
+    def last(self) -> int:
+        """Sequence number of the last row."""
+        return self.first + self.rows - 1
+
     def learn(self, layout: Layout) -> None:
         """Gives a layout its number in this chunk."""
         is_new = layout.chunk is None  # counted once, where it was first used
@@ -118,6 +123,18 @@ class Chunk:
         """Notes the seeds that are retired before the next row."""
         self.retired[self.rows] = ids
         self._beside += _IDS_BYTES + 8 * len(ids)
+
+    def put(self, row: bytes, layout: Layout, seeds: tuple[tuple[str, ...], int], retired: tuple[str, ...]) -> None:
+        """Adds a row with the bytes that it had in another chunk; there must be room for it."""
+        if retired:
+            self.retire(retired)
+        if layout.chunk is not self:
+            self.learn(layout)
+        start, self.end = self.end, self.end + len(row)
+        self.buffer[start : self.end] = row
+        NUMBERS.pack_into(self.buffer, start + NUMBERS_PLACE, layout.number, self.seeds_number(*seeds))
+        self.offsets[self.rows] = start
+        self.rows += 1
 
     def frame(self, row: int, live: SeedTable) -> Frame:
         """Returns a view of one row, given the live seeds after it."""
@@ -164,7 +181,8 @@ class Chunk:
         of_seeds = halves[2 * places + 10]
         count, seeds = self._fitting(of_seeds)
         places, of_seeds, of_layouts = places[:count], of_seeds[:count], halves[2 * places[:count] + 9]
-        numbers = np.unique(of_layouts).tolist()
+        # np.unique would import numpy.ma, in whatever thread this is: a child forked meanwhile could import no more.
+        numbers = np.flatnonzero(np.bincount(of_layouts)).tolist()
         layouts = [self.layouts[number] for number in numbers]
         words = np.frombuffer(self.buffer, np.uint64)
         if len(layouts) == len(seeds) == 1:

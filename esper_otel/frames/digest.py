@@ -10,6 +10,7 @@ from typing import Any
 
 # Six bytes: a double holds every such number exactly.
 _BYTES = 6
+DIGEST_LIMIT = 256**_BYTES
 _STALE_NS = 300 * 10**9
 # So few candidates have 2**24 subsets: that another one than the dead has their digest happens once in 2**24 times.
 _FEW = 24

@@ -14,6 +14,9 @@ import numpy.typing as npt
 HEAD = struct.Struct("<QQQQIIII")
 HEAD_WORDS = HEAD.size // 8
 
+# The numbers of layout and seed ids in it, and where they are.
+NUMBERS, NUMBERS_PLACE = struct.Struct("<II"), 36
+
 # Flag of a row whose recorded cells are those of every live seed.
 WHOLE = 1
 

@@ -1,8 +1,9 @@
-"""Records: frames as the files of a spool hold them.
+"""Records: rows of a session as the files of a spool hold them.
 
-A file is a sequence of records: magic, length and CRC-32 of the content, content. The content's first byte says what
-it is: a run, names, seed ids (each with a number), or a frame, which refers to those before it in the same file by
-their numbers. A file that was cut short or damaged is read from the next whole record on.
+A file is a sequence of records: magic, length and CRC-32 of the content, content. The magic ends with the version of
+the format. The content's first byte is its kind: a run, a layout, seed ids (each with a number), or a row, which
+refers to those before it in the same file by their numbers. A row has the bytes that it has in the chunk of a ring. A
+file that was cut short or damaged is read from the next whole record on.
 """
 
 from __future__ import annotations
@@ -14,35 +15,43 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from opentelemetry.sdk.resources import Resource
 
-from esper_otel.frames.frame import ABSENT, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable, checked_run
+from esper_otel.frames.block import Chunk
+from esper_otel.frames.digest import DIGEST_LIMIT
+from esper_otel.frames.frame import NARROW, WIDTH, Run, checked_run
+from esper_otel.frames.layout import HEAD, NUMBERS, NUMBERS_PLACE, WHOLE, Layout
 from esper_otel.schema import METRICS, Metric
 
-_MAGIC = b"\xe5\x9e\x0f1"
+_MARK, _VERSION = b"\xe5\x9e\x0f", b"2"
+_MAGIC = _MARK + _VERSION
+MAGIC_BYTES = len(_MAGIC)
 _HEAD = struct.Struct("<4sII")
-_RUN, _NAMES, _SEEDS, _FRAME = b"R", b"N", b"S", b"F"
+_RUN, _LAYOUT, _SEEDS, _ROW = b"R", b"L", b"S", b"F"
 _NUMBER = struct.Struct("<I")
-# Sequence, step, epoch, time; numbers of the run, the names, the seed ids recorded and those alive, 0 for none;
-# how many bytes of retired ids follow.
-_FIELDS = struct.Struct("<QQQQIIIII")
-_COUNTED = ("esper.global_step", "esper.epoch", "esper.seeds")
+# Sequence; numbers of the run, the layout and the seed ids, 0 for no seeds; how many bytes of retired ids follow.
+_FIELDS = struct.Struct("<QIIII")
 _MOST_NUMBER = 2**63
 _MOST_SAID = 16 * 1024 * 1024  # bytes of names, of seed ids, of a Resource
+_CHUNK_BYTES = 512 * 1024  # of rows that are read; more where one row takes more
 _OURS = frozenset(metric.name for metric in METRICS)
+
+
+def is_of_another_version(beginning: bytes) -> bool:
+    """Whether a file that begins with these ``MAGIC_BYTES`` bytes has another version of this format."""
+    return len(beginning) == MAGIC_BYTES and beginning.startswith(_MARK) and beginning != _MAGIC
 
 
 @dataclasses.dataclass(slots=True)
 class StoredContext:
-    """What files contain in addition to frames.
+    """What files contain in addition to rows.
 
     Attributes:
         resources: of the runs in them.
         metrics: the user's own metrics in them, by name.
         skipped: how many records were whole, but cannot be used.
-        lost: how many of these were frames.
-        is_torn: whether the file read last ends in the middle of what was written with a frame.
+        lost: how many of these were rows.
+        is_torn: whether the file read last ends in the middle of what was written with a row.
     """
 
     resources: dict[Run, Resource] = dataclasses.field(default_factory=dict)
@@ -56,116 +65,125 @@ class RecordWriter:
     """Makes the records of one file.
 
     Args:
-        catalogue: every metric that frames may have, by name.
+        catalogue: every metric that rows may have, by name.
         resource_of: gives a run's Resource.
     """
 
     def __init__(self, catalogue: Mapping[str, Metric], resource_of: Callable[[Run], Resource]) -> None:
         self._catalogue = catalogue
         self._resource_of = resource_of
-        self._runs: dict[Run, int] = {}
-        self._names: dict[tuple[str, ...], int] = {(): 0}
-        self._seeds: dict[tuple[str, ...], int] = {(): 0}
-        self._last = 0
+        self._numbers: dict[Run | Layout | tuple[tuple[str, ...], int], int] = {}
+        self._run: tuple[Run | None, int] = (None, 0)  # the last one, since comparing runs takes long
 
-    def record(self, frame: Frame) -> bytes:
-        """The frame's record, behind those of what it refers to and no frame before it did."""
-        names, numbers = self._values(frame)
-        packed = struct.pack(f"<{len(numbers)}d", *numbers)
+    def record(self, chunk: Chunk, row: int) -> bytes:
+        """Returns a row's record, after those of what it refers to and no row before it did."""
+        start = chunk.offsets[row]
+        layout_number, seeds_number = NUMBERS.unpack_from(chunk.buffer, start + NUMBERS_PLACE)
+        layout, numbers = chunk.layouts[layout_number], self._numbers
         before: list[bytes] = []
-        seeds, live = frame.seeds, frame.live
-        retired = json.dumps(frame.retired).encode() if frame.retired else b""
-        content = (
-            _FRAME
-            + _FIELDS.pack(
-                frame.sequence,
-                frame.global_step,
-                frame.epoch,
-                frame.time_unix_ns,
-                self._runs.get(frame.run) or self._told(_RUN, self._runs, frame.run, before),
-                self._names.get(names) or self._told(_NAMES, self._names, names, before),
-                self._number_of(seeds.ids, before),
-                self._number_of(live.ids, before),
-                len(retired),
-            )
-            + retired
-            + packed
-        )
-        if seeds.ids:
-            content += seeds.cells.tobytes()
-        before.append(_record(content))
-        return b"".join(before)
+        run, of_run = self._run
+        if run is not chunk.run:
+            of_run = numbers.get(chunk.run) or self._told(chunk.run, before)
+            self._run = chunk.run, of_run
+        of_layout = numbers.get(layout) or self._told(layout, before)
+        of_seeds, end = 0, start + layout.size
+        if seeds_number:
+            seeds = chunk.seeds[seeds_number], chunk.widths[seeds_number]
+            of_seeds = numbers.get(seeds) or self._told(seeds, before)
+            end += 8 * len(seeds[0]) * seeds[1]
+        retired = b""
+        if chunk.retired and row in chunk.retired:
+            retired = json.dumps(chunk.retired[row]).encode()
+        fields = _FIELDS.pack(chunk.first + row, of_run, of_layout, of_seeds, len(retired))
+        record = _record(b"".join((_ROW, fields, retired, memoryview(chunk.buffer)[start:end])))
+        return b"".join((*before, record)) if before else record
 
-    @staticmethod
-    def _values(frame: Frame) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        values = frame.values()
-        for name in _COUNTED:
-            del values[name]
-        return tuple(values), tuple(values.values())
-
-    def _number_of(self, ids: tuple[str, ...], before: list[bytes]) -> int:
-        number = self._seeds.get(ids)
-        return self._told(_SEEDS, self._seeds, ids, before) if number is None else number
-
-    def _told(self, kind: bytes, numbers: dict[Any, int], what: Any, before: list[bytes]) -> int:
-        """Numbers what frames refer to, and adds the record that says it."""
-        self._last += 1
-        numbers[what] = self._last
-        said: Any = what
-        if kind == _RUN:
+    def _told(self, what: Run | Layout | tuple[tuple[str, ...], int], before: list[bytes]) -> int:
+        """Numbers what rows refer to, and adds the record that says it."""
+        self._numbers[what] = number = len(self._numbers) + 1
+        said: list[Any]
+        if isinstance(what, Run):
             resource = self._resource_of(what)
-            said = [dataclasses.asdict(what), dict(resource.attributes), resource.schema_url]
-        elif kind == _NAMES:
-            own = [self._catalogue[name] for name in what if name not in _OURS and name in self._catalogue]
-            said = [what, [[metric.name, metric.unit, metric.description] for metric in own]]
-        before.append(_record(kind + _NUMBER.pack(self._last) + json.dumps(said).encode()))
-        return self._last
+            kind, said = _RUN, [dataclasses.asdict(what), dict(resource.attributes), resource.schema_url]
+        elif isinstance(what, Layout):
+            own = [self._catalogue[name] for name in what.places if name not in _OURS and name in self._catalogue]
+            groups = (what.derived, what.context, what.probed, what.recorded)
+            kind, said = _LAYOUT, [groups, [[metric.name, metric.unit, metric.description] for metric in own]]
+        else:
+            kind, said = _SEEDS, [*what]
+        before.append(_record(kind + _NUMBER.pack(number) + json.dumps(said).encode()))
+        return number
 
 
 def _record(content: bytes) -> bytes:
     return _HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content
 
 
-def frames_in(content: bytes, stored: StoredContext) -> Iterator[Frame]:
-    """The frames of a file, as an exporter needs them: of seeds alive and silent it has the ids and no cells.
+def chunks_in(content: bytes, stored: StoredContext) -> Iterator[Chunk]:
+    """Yields the rows of a file. A chunk has rows of one run without a gap between them.
 
     A checksum says that a record is whole, not that we wrote it: what it says is checked like a request, and a record
     that cannot be used is skipped and counted.
 
     Args:
         content: the file.
-        stored: filled with what the frames refer to.
+        stored: filled with what the rows refer to.
     """
-    known = _Known({}, {0: ()}, {0: ()})
+    rows = _rows_in(content, stored)
+    row = next(rows, None)
+    while row is not None:
+        chunk = Chunk(row.run, row.sequence, max(_CHUNK_BYTES, len(row.content)))
+        while row is not None and row[:2] == (chunk.run, chunk.last + 1):
+            if chunk.end + len(row.content) > chunk.capacity:
+                break
+            chunk.put(row.content, row.layout, row.seeds, row.retired)
+            row = next(rows, None)
+        for layout in chunk.layouts:
+            layout.chunk = None  # so that the two do not keep each other alive
+        yield chunk
+
+
+class _Known(NamedTuple):
+    """What rows of a file refer to, by its number."""
+
+    runs: dict[int, Run]
+    layouts: dict[int, Layout]
+    seeds: dict[int, tuple[tuple[str, ...], int]]
+
+
+class _Row(NamedTuple):
+    """A row with what it refers to."""
+
+    run: Run
+    sequence: int
+    layout: Layout
+    seeds: tuple[tuple[str, ...], int]
+    retired: tuple[str, ...]
+    content: bytes
+
+
+def _rows_in(content: bytes, stored: StoredContext) -> Iterator[_Row]:
+    known = _Known({}, {}, {0: ((), NARROW)})
     for record in _records(content, stored):
-        kind, body = record[:1], record[1:]
-        frame = None
+        kind, body, row = record[:1], record[1:], None
         try:
-            if kind == _FRAME:
-                frame = _frame(body, known)
+            if kind == _ROW:
+                row = _row(body, known)
             else:
                 _learn(kind, body, known, stored)
         except (ValueError, TypeError, LookupError, struct.error, RecursionError):
             stored.skipped += 1
-            stored.lost += kind == _FRAME
-        if frame is not None:
-            yield frame
-
-
-class _Known(NamedTuple):
-    """What frames of a file refer to, by its number."""
-
-    runs: dict[int, Run]
-    names: dict[int, tuple[str, ...]]
-    seeds: dict[int, tuple[str, ...]]
+            stored.lost += kind == _ROW
+        if row is not None:
+            yield row
 
 
 def _learn(kind: bytes, body: bytes, known: _Known, stored: StoredContext) -> None:
-    """Notes what later frames refer to; raises when it is not what we write."""
+    """Notes what later rows refer to; raises when it is not what we write."""
     if len(body) > _MOST_SAID:
         raise ValueError("it is longer than we write")
     (number,) = _NUMBER.unpack_from(body)
-    if number in known.runs or number in known.names or number in known.seeds:
+    if any(number in of_kind for of_kind in known):
         raise ValueError("its number is taken")
     said = json.loads(body[_NUMBER.size :].decode())
     if kind == _RUN:
@@ -176,13 +194,17 @@ def _learn(kind: bytes, body: bytes, known: _Known, stored: StoredContext) -> No
             raise ValueError("it is not a run")
         stored.resources[run] = Resource(_attributes(attributes), *_texts([schema_url]))
         known.runs[number] = run
-    elif kind == _NAMES:
-        names = _texts(said[0])
-        own = [Metric(name, unit=unit, description=text) for name, unit, text in map(_texts_of_metric, said[1])]
+    elif kind == _LAYOUT:
+        groups, of_metrics = said
+        derived, context, probed, recorded = map(_texts, groups)
+        own = [Metric(name, unit=unit, description=text) for name, unit, text in map(_texts_of_metric, of_metrics)]
         stored.metrics.update({metric.name: metric for metric in own if metric.name not in _OURS})
-        known.names[number] = names
+        known.layouts[number] = Layout(derived, context, probed, recorded)
     elif kind == _SEEDS:
-        known.seeds[number] = _texts(said)
+        ids, columns = said
+        if columns not in (NARROW, WIDTH) or not ids:
+            raise ValueError("no step has such seeds")
+        known.seeds[number] = _texts(ids), int(columns)
     else:
         raise ValueError("its kind is not known")
 
@@ -227,30 +249,26 @@ def _records(content: bytes, stored: StoredContext) -> Iterator[bytes]:
         if len(record) == length and zlib.crc32(record) == crc:
             yield record
             place = start + length
-            if record[:1] == _FRAME:  # a frame's record comes last of those written with it
+            if record[:1] == _ROW:  # a row's record comes last of those written with it
                 end = place
         else:
             place += 1
     stored.is_torn = end < len(content)
 
 
-def _frame(body: bytes, known: _Known) -> Frame:
-    """The frame; raises when what it refers to has been lost, or when we did not write it."""
-    sequence, step, epoch, time_unix_ns, of_run, of_names, of_ids, of_live, retired_bytes = _FIELDS.unpack_from(body)
+def _row(body: bytes, known: _Known) -> _Row:
+    """Returns a row; raises when what it refers to has been lost, or when we did not write it."""
+    sequence, of_run, of_layout, of_seeds, retired_bytes = _FIELDS.unpack_from(body)
+    start = _FIELDS.size + retired_bytes
+    retired = _texts(json.loads(body[_FIELDS.size : start].decode())) if retired_bytes else ()
+    content = body[start:]
+    _, _, time_unix_ns, digest, *_, flags = HEAD.unpack_from(content)
     if not 0 < sequence < _MOST_NUMBER or not 0 < time_unix_ns < _MOST_NUMBER:
-        raise ValueError("no frame has such a number or time")
-    run, names, ids, live_ids = known.runs[of_run], known.names[of_names], known.seeds[of_ids], known.seeds[of_live]
-    place = _FIELDS.size + retired_bytes
-    retired = _texts(json.loads(body[_FIELDS.size : place].decode())) if retired_bytes else ()
-    behind_names = place + 8 * len(names)
-    sizes = {behind_names + 8 * len(ids) * columns: columns for columns in (NARROW, WIDTH)}
-    if len(body) not in sizes:
+        raise ValueError("no step has such a number or time")
+    if digest >= DIGEST_LIMIT or flags > WHOLE:
+        raise ValueError("no step has such a digest or flag")
+    layout, seeds = known.layouts[of_layout], known.seeds[of_seeds]
+    ids, columns = seeds
+    if len(content) != layout.size + 8 * len(ids) * columns:
         raise ValueError("it has not as many bytes as numbers")
-    values = np.frombuffer(body, np.float64, len(names), place).tolist()
-    seeds = live = NO_SEEDS
-    if ids:
-        cells = np.frombuffer(body, np.float64, offset=behind_names)
-        seeds = live = SeedTable(ids, cells.reshape(len(ids), sizes[len(body)]))
-    if live_ids != ids:  # these cells are one number in memory, however many seeds there are
-        live = SeedTable(live_ids, np.broadcast_to(np.float64(ABSENT), (len(live_ids), WIDTH)))
-    return Frame(run, sequence, step, epoch, time_unix_ns, names, tuple(values), {}, seeds, live, retired)
+    return _Row(known.runs[of_run], sequence, layout, seeds, retired, content)

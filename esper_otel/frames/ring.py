@@ -129,6 +129,13 @@ class Ring:
         self.first = self._chunks[0].first
         return chunk
 
+    def chunk_of(self, sequence: int) -> Chunk | None:
+        """Returns the chunk with this row, or the oldest chunk if the row is gone; None before the first row."""
+        chunk, chunks = self._chunk, self._chunks
+        if chunk is None or chunk.first <= sequence:
+            return chunk
+        return chunks[_place(chunks, sequence)]
+
     def newest(self) -> Frame | None:
         """Returns the newest row."""
         while self.last:
@@ -140,11 +147,10 @@ class Ring:
 
     def row(self, sequence: int, live: SeedTable = NO_SEEDS) -> Frame | None:
         """Returns one row, with the given live seeds; None if it is not there."""
-        chunks = self._chunks
-        if not chunks or not chunks[0].first <= sequence <= self.last:
+        chunk = self.chunk_of(sequence)
+        if chunk is None or not chunk.first <= sequence <= chunk.last:
             return None
-        chunk = chunks[_place(chunks, sequence)]
-        return chunk.frame(sequence - chunk.first, live) if sequence < chunk.first + chunk.rows else None
+        return chunk.frame(sequence - chunk.first, live)
 
     def after(self, sequence: int, limit: int) -> tuple[list[Frame], int]:
         """Returns up to ``limit`` rows that follow ``sequence``, and how many between them and it are gone."""
@@ -192,16 +198,13 @@ class Ring:
         There are at most ``limit`` rows; fewer at the end of a chunk, or where the seeds of steps differ too much.
         """
         last = self.last
-        chunks = self._chunks
-        if not chunks:
+        chunk = self.chunk_of(sequence + 1)
+        if chunk is None:
             return None, 0
-        start = max(sequence + 1, chunks[0].first)
-        gone = start - (sequence + 1)
-        if start > last:
-            return None, gone
-        chunk = chunks[_place(chunks, start)]
-        row = start - chunk.first
-        return chunk.block(row, min(row + limit, last + 1 - chunk.first, chunk.rows)), gone
+        row = max(sequence + 1 - chunk.first, 0)
+        gone = chunk.first + row - (sequence + 1)
+        stop = min(row + limit, last + 1 - chunk.first, chunk.rows)
+        return (chunk.block(row, stop) if row < stop else None), gone
 
 
 def _changed(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:

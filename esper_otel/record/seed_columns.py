@@ -64,7 +64,7 @@ class SeedColumns:
         if layout.stage is not None:
             stages = given[layout.stage].tobytes()
             if stages != self._stages:
-                for stage in np.unique(given[layout.stage]).tolist():
+                for stage in {*given[layout.stage].tolist()}:
                     checked_stage(stage)
                 self._stages = stages
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from frame_examples import make_frame
+from frame_examples import make_frame, records_of
 
 import esper_otel
 from esper_otel import EsperSettings
@@ -30,7 +30,7 @@ def segment() -> bytes:
     """A file of three steps, as a session writes it."""
     writer = RecordWriter({metric.name: metric for metric in METRICS}, resource_for)
     frames = [make_frame(sequence=n, global_step=n, time_unix_ns=n * 10**9) for n in range(1, STEPS + 1)]
-    return b"".join(map(writer.record, frames))
+    return b"".join(records_of(writer, frames))
 
 
 @pytest.fixture
@@ -42,16 +42,6 @@ def left(tmp_path: Path) -> Path:
     os.close(file)
     folder.release()
     return folder.path.rename(tmp_path / NAME)
-
-
-@pytest.fixture
-def unmarked(tmp_path: Path) -> Path:
-    """The same by a version that wrote no marker."""
-    path = tmp_path / NAME
-    path.mkdir(mode=0o700)
-    (path / "lock").touch()
-    (path / "00000001.frames").write_bytes(segment())
-    return path
 
 
 @contextmanager
@@ -97,30 +87,29 @@ def test_a_users_own_folders_are_not_looked_at(tmp_path: Path, caplog: pytest.Lo
     assert "12-3-4" in caplog.text  # the link has a session's name: it is refused in words
 
 
-@pytest.mark.parametrize("stranger", ["model.pt", "00000001.frames.bak", "sub"])
-def test_a_folder_without_a_marker_that_holds_other_files_is_refused(
-    tmp_path: Path, unmarked: Path, stranger: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_without_a_marker_is_refused(tmp_path: Path, left: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It has a session's name, but who knows whose it is."""
-    (unmarked / stranger).mkdir() if stranger == "sub" else (unmarked / stranger).write_bytes(b"weights")
-    before = contents(unmarked)
+    (left / MARKER).unlink()
+    before = contents(left)
     with session(tmp_path, caplog) as collector:
         assert collector.frames_received == 1
-    assert contents(unmarked) == before
-    assert NAME in caplog.text
-    assert stranger in caplog.text
+    assert contents(left) == before
+    assert f"{NAME} (it has no file {MARKER}" in caplog.text
 
 
-def test_steps_in_a_folder_of_an_earlier_version_are_sent_once_and_kept(
-    tmp_path: Path, unmarked: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_folder_of_another_version_is_left_alone_and_named(
+    tmp_path: Path, left: Path, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is deleted without our marker."""
-    with session(tmp_path, caplog) as collector:
-        assert collector.frames_received == STEPS + 1
-    assert (unmarked / "00000001.frames").read_bytes() == segment()
-    assert "may be deleted by hand" in caplog.text
-    with session(tmp_path, caplog) as collector:
-        assert collector.frames_received == 1
+    """That version can send its steps; this one can read none of them, and deletes none."""
+    (left / f"0000000{number}.frames").write_bytes(segment().replace(b"\xe5\x9e\x0f2", b"\xe5\x9e\x0f1"))
+    before = contents(left)
+    for _ in range(2):
+        caplog.clear()
+        with session(tmp_path, caplog) as collector:
+            assert collector.frames_received == 1
+        assert contents(left) == before
+        assert f"another version of esper_otel wrote its 0000000{number}.frames: send it with that one" in caplog.text
 
 
 def test_another_file_in_a_folder_of_ours_stays(tmp_path: Path, left: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,7 +55,8 @@ def publish(ring: Ring, spool: Spool, count: int, *, tend_every: int = 10) -> No
 
 
 def sequences(spool: Spool, after: int, limit: int) -> list[int]:
-    return [frame.sequence for frame in spool.after(after, limit)]
+    block = spool.after(after, limit)
+    return [] if block is None else block.steps.tolist()
 
 
 def test_what_the_ring_has_dropped_is_still_there(ring: Ring, spool: Spool) -> None:
@@ -64,10 +65,10 @@ def test_what_the_ring_has_dropped_is_still_there(ring: Ring, spool: Spool) -> N
     assert ring.first > 500
     read = 0
     while read < 1_000:
-        frames = spool.after(read, 70)
-        assert [frame.sequence for frame in frames] == list(range(read + 1, read + 1 + len(frames)))
-        assert frames
-        read = frames[-1].sequence
+        steps = sequences(spool, read, 70)
+        assert steps == list(range(read + 1, read + 1 + len(steps)))
+        assert steps
+        read = steps[-1]
     assert sequences(spool, 1_000, 70) == []
 
 
@@ -93,7 +94,7 @@ def test_the_oldest_segments_give_way_when_the_disk_is_used_up(tmp_path: Path, r
     spool = open_spool(tmp_path, ring, most_bytes=5 * SMALL)
     publish(ring, spool, 2_000)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.frames")) < 6.5 * SMALL
-    first = spool.after(0, 1)[0].sequence
+    [first] = sequences(spool, 0, 1)
     assert 1_000 < first < 2_000
     assert sequences(spool, first - 1, 3) == [first, first + 1, first + 2]
     spool.close("completed", is_delivered=True)

@@ -18,6 +18,7 @@ import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.export.folder import Folder
 from esper_otel.frames import records
+from esper_otel.frames.layout import HEAD
 from esper_otel.frames.records import StoredContext
 from esper_otel.testing import MemoryCollector
 
@@ -254,22 +255,34 @@ def test_records_that_somebody_else_has_made_are_skipped_and_counted(
     [path] = nowhere.rglob("*.frames")
     contents = list(records._records(path.read_bytes(), StoredContext()))
     run = json.dumps([{"run_id": ["x"], "attempt": 1}, {}, ""]).encode()
-    fields = records._FIELDS
+    empty = HEAD.pack(1, 0, 1, 0, 0, 0, 0, 0)
+
+    def row(sequence: int, run: int, layout: int, seeds: int, retired_bytes: int, content: bytes = empty) -> bytes:
+        return b"F" + records._FIELDS.pack(sequence, run, layout, seeds, retired_bytes) + content
+
     hostile = [
-        *(b"", b"R", b"F", b"?1234", b"R\x63\0\0\0" + run, b"N\x63\0\0\0[[[]],[]]", b"S\x63\0\0\0" + b"[" * 100_000),
-        *(b"S\x63\0\0\0" + json.dumps(["\ud800"]).encode(), b'N\x63\0\0\0[["a"],[["a b","1","x"]]]'),
-        *(b"N\x01\0\0\0[[],[]]", b"R\x63\0\0\0" + json.dumps([{"run_id": "x", "attempt": 2**70}, {}, ""]).encode()),
-        b"F" + fields.pack(2**64 - 1, 1, 0, 1, 1, 0, 0, 0, 0),  # a number that would make all others old
-        b"F" + fields.pack(2**62, 1, 0, 1, 1, 0, 0, 0, 0),
-        b"F" + fields.pack(21, 1, 0, 1, 1, 0, 0, 0, 2**32 - 1),
-        b"F" + fields.pack(21, 1, 0, 1, 2, 1, 1, 1, 0),  # names in place of a run
+        *(b"", b"R", b"F", b"?1234", b"R\x63\0\0\0" + run, b"L\x63\0\0\0[[[]],[]]", b"S\x63\0\0\0" + b"[" * 100_000),
+        *(b"S\x63\0\0\0" + json.dumps([["\ud800"], 10]).encode(), b'S\x63\0\0\0[["a"],11]', b"S\x63\0\0\0[[],10]"),
+        b'L\x63\0\0\0[[["a"],[],[],[]],[["a b","1","x"]]]',
+        *(b"L\x01\0\0\0[[[],[],[],[]],[]]", b"L\0\0\0\0[[[],[],[],[]],[]]"),  # numbers that are taken
+        b"R\x63\0\0\0" + json.dumps([{"run_id": "x", "attempt": 2**70}, {}, ""]).encode(),
+        row(2**64 - 1, 1, 100, 0, 0),  # a number that would make all others old
+        row(2**62, 1, 100, 0, 0),
+        row(21, 1, 100, 0, 2**32 - 1),
+        row(21, 100, 100, 0, 0),  # names in place of a run
+        row(21, 1, 1, 0, 0),  # and a run in place of names
+        *(row(21, 1, 100, 0, 0, empty[:40]), row(21, 1, 100, 0, 0, empty + b"1234567")),
+        row(21, 1, 100, 0, 0, HEAD.pack(1, 0, 0, 0, 0, 0, 0, 0)),  # no time
+        row(21, 1, 100, 0, 0, HEAD.pack(1, 0, 1, 2**48, 0, 0, 0, 0)),  # a digest that no number on the wire can be
+        row(21, 1, 100, 0, 0, HEAD.pack(1, 0, 1, 0, 0, 0, 0, 2)),  # an unknown flag
     ]
-    mixed = [*contents[:6], *hostile, *contents[6:]]
+    layout = b"L\x64\0\0\0[[[],[],[],[]],[]]"  # the only one that can be used
+    mixed = [*contents[:6], layout, *hostile, *contents[6:]]
     path.write_bytes(b"".join(map(records._record, mixed)))
     telemetry = sent_by_next_start(collector)
     assert_exact(collector, "killed", recorded)
-    assert telemetry.health()["dropped"] == 5
-    assert "15 records could not be used" in caplog.text
+    assert telemetry.health()["dropped"] == sum(record[:1] == b"F" for record in hostile)
+    assert f"{len(hostile)} records could not be used" in caplog.text
     assert not path.parent.exists()
 
 

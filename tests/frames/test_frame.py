@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from frame_examples import append, frames, histories, make_frame, seed_table
+from frame_examples import append, frames, histories, make_frame, records_of, rows_in, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import plain, rows
@@ -16,7 +16,7 @@ from esper_otel.frames.black_box import _row
 from esper_otel.frames.encoded import frames_from_bytes, frames_to_bytes
 from esper_otel.frames.frame import NARROW, WIDTH, Frame, SeedTable, alike
 from esper_otel.frames.live_seeds import LiveSeeds
-from esper_otel.frames.records import RecordWriter, StoredContext, frames_in
+from esper_otel.frames.records import RecordWriter, StoredContext, chunks_in
 from esper_otel.frames.ring import Ring, blocks_of
 from esper_otel.gateway.rebuild.history import _is_same
 from esper_otel.leyline import packets
@@ -51,11 +51,8 @@ def sent(history: Sequence[Frame]) -> list[bytes]:
 
 
 def spooled(history: Sequence[Frame]) -> list[object]:
-    writer = RecordWriter(CATALOGUE, resource_for)
-    content = b"".join(map(writer.record, history))
-    return [
-        (repr(frame.numbers), repr(plain(frame.seeds)), frame.live.ids) for frame in frames_in(content, StoredContext())
-    ]
+    content = b"".join(records_of(RecordWriter(CATALOGUE, resource_for), history))
+    return [said for chunk in chunks_in(content, StoredContext()) for said in rows_in(chunk)]
 
 
 def stored(history: Sequence[Frame]) -> list[object]:

@@ -8,13 +8,11 @@ import threading
 import tracemalloc
 
 import numpy as np
-from frame_examples import append, frames, lives, make_frame, seed_table
+from frame_examples import append, frames, lives, make_frame, rows_of, said_by, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_otel.frames.block import Block
-from esper_otel.frames.digest import digest_of
-from esper_otel.frames.frame import ABSENT_BITS, NO_SEEDS, Frame, Run, SeedTable
+from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
 from esper_otel.frames.ring import Ring, blocks_of
 
@@ -97,33 +95,6 @@ def test_rows_are_read_as_they_were_written(some: list[Frame], limit: int, curso
     assert list(map(identity, found)) == expected[len(expected) - len(found) :]
     assert list(map(identity, ring.after(0, 1_000)[0])) == expected
     assert [identity(ring.after(number, 1)[0][0]) for number in range(len(some))] == expected
-
-
-def rows_of(block: Block) -> list[object]:
-    """What a block says of each of its rows."""
-    said: list[object] = []
-    for row in range(block.rows):
-        values = {
-            name: struct.pack("<d", value)
-            for name, value in zip(block.names, block.values[row].tolist(), strict=True)
-            if struct.pack("<d", value) != struct.pack("<Q", ABSENT_BITS)
-        }
-        cells = dict(SeedTable(block.ids, np.ascontiguousarray(block.cells[row])).rows())
-        seeds = {seed_id: repr(sorted(of_seed.items())) for seed_id, of_seed in cells.items() if of_seed}
-        head = (block.run, block.first + row, int(block.steps[row]), int(block.epochs[row]), int(block.times[row]))
-        living = (int(block.lives[row]), int(block.digests[row]))
-        said.append((*head, values, seeds, living, block.retired.get(row, ())))
-    return said
-
-
-def said_by(frame: Frame) -> object:
-    """The same of a frame."""
-    values = {**frame.derived, **frame.context, **frame.probed, **frame.recorded}
-    seeds = {seed_id: repr(sorted(cells.items())) for seed_id, cells in frame.seeds.rows() if cells}
-    head = (frame.run, frame.sequence, frame.global_step, frame.epoch, frame.time_unix_ns)
-    living = (len(frame.live.ids), digest_of(frame.live.ids))
-    packed = {name: struct.pack("<d", value) for name, value in values.items()}
-    return (*head, packed, seeds, living, frame.retired)
 
 
 @settings(deadline=None)
