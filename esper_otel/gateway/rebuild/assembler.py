@@ -255,6 +255,8 @@ class Assembler:
             track.received_s = now_s
             track.restore(item, is_first=is_first)
             self._keep(track, item.frame.time_unix_ns)
+            if track.is_changed:
+                self._touched[track] = None  # a kill came before it was made again
         for origin, frame in first_frames.items():
             self._runs.restored(origin).restore_first(frame)
         for place in places:

@@ -75,8 +75,8 @@ class History:
 
     What arrives late only marks frames as changed. ``corrections`` makes them again, in order of time, and each next
     frame for as long as the state before it differs from what it was made with. A few points could change thousands of
-    frames, so a budget limits this: when it is used up, frames that did not change themselves stay as they were. So do
-    those that have not been made again yet when the gateway is killed.
+    frames, so a budget limits this: when it is used up, frames that did not change themselves stay as they were. Those
+    that have not been made again yet when the gateway is killed are found when they are restored.
 
     Args:
         origin: the writer of the frames.
@@ -275,6 +275,8 @@ class History:
             item.revision,
         )
         self._keep(frame.time_unix_ns, kept)
+        if self._habits.counts and not is_cut_off and _is_stale(frame, self.live):
+            self._note_changed(frame.time_unix_ns)
         self._maker.live = _living(frame.live)
         self._after(frame)
 
@@ -438,6 +440,18 @@ def _ended(before: SeedTable, frame: Frame) -> set[StreamEnd]:
         after = SeedTable(ids, after.cells[[row[seed] for seed in ids]])
     gone = is_absent(after.cells) & ~is_absent(before.cells)
     return {StreamEnd(frame.time_unix_ns, before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
+
+
+def _is_stale(frame: Frame, before: SeedTable) -> bool:
+    """Returns whether the frame says something else of seeds that it did not record than the frame before it."""
+    before, live = alike(before, frame.live)
+    recorded = {*frame.seeds.ids}
+    if live.ids == frame.seeds.ids:
+        return False
+    place = {seed: row for row, seed in enumerate(before.ids)}
+    rows = [row for row, seed in enumerate(live.ids) if seed not in recorded and seed in place]
+    known = [place[live.ids[row]] for row in rows]
+    return live.cells[rows].tobytes() != before.cells[known].tobytes()
 
 
 def _living(table: SeedTable) -> LiveSeeds:

@@ -339,6 +339,7 @@ class Track:
         self._habits.is_known = True
         self._habits.counts = self._habits.counts or item.frame.sequence > 0 or FRAME_POINTS.name in item.frame.names
         self._history.restore(item, is_first=is_first)
+        self._note_change(self.received_s)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frame_examples import TIME_UNIX_NS
+from frame_examples import TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from test_assembler import without_point
 from test_guessed import EPOCH, POINTS, SEQUENCE, STEP, filtered, resumed
+from wire import bodies
 
-from esper_otel.frames.frame import GUESSED_STEP
+from esper_otel.frames.frame import GUESSED_STEP, NO_SEEDS, Run, SeedTable
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item
+from esper_otel.gateway.rebuild.history import History
 from esper_otel.gateway.store.sqlite import FileStore
 
 SECOND = 10**9
@@ -187,3 +189,31 @@ def test_the_last_loss_is_found_out_anew_when_a_loss_comes_after_a_restart(tmp_p
     a = (ALPHA, "a")
     items = newest(tmp_path, said(0, a, loss=3.0), said(1, a), said(2, a), None, said(1, loss=2.0))
     assert [item.frame.values()["esper.training.loss"] for item in items] == [3.0, 2.0, 2.0]
+
+
+def test_steps_that_a_kill_left_with_old_cells_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that came late was in its own step, and not yet in those after it."""
+    first = seed_table({"a": {"alpha": 0.125}, "b": {"alpha": 0.25}})
+    second = seed_table({"b": {"alpha": 0.75}})
+    after = seed_table({"a": {"alpha": 0.125}, "b": {"alpha": 0.75}})
+    run = Run("late", 1)
+
+    def step(number: int, seeds: SeedTable, live: SeedTable) -> bytes:
+        times = {"sequence": number, "global_step": number, "time_unix_ns": TIME_UNIX_NS + number * SECOND}
+        [body] = bodies([make_frame(run=run, seeds=seeds, live=live, **times)])
+        return body
+
+    early, late = without_point(step(2, second, after), ALPHA)
+    monkeypatch.setattr(History, "_spend", lambda *_: False)
+    items = newest(
+        tmp_path, step(1, first, first), early, *(step(n, NO_SEEDS, after) for n in (3, 4)), late, run_id="late"
+    )
+    assert [alpha_of_b(item) for item in items] == [0.25, 0.75, 0.25, 0.25]
+    monkeypatch.undo()
+    items = newest(tmp_path, step(5, NO_SEEDS, after), run_id="late")
+    assert [alpha_of_b(item) for item in items] == [0.25, 0.75, 0.75, 0.75, 0.75]
+    assert [item.revision for item in items] == [1, 2, 2, 2, 1]
+
+
+def alpha_of_b(item: Item) -> float | None:
+    return dict(item.frame.live.rows())["b"].get("alpha")
