@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import re
@@ -126,8 +125,8 @@ def test_a_sharded_gradient_is_reduced_over_its_mesh() -> None:
     """FSDP2 leaves DTensors."""
     distributed = pytest.importorskip("torch.distributed")
     tensor = pytest.importorskip("torch.distributed.tensor")
-    if not hasattr(tensor, "DTensor"):  # torch 2.4
-        tensor = importlib.import_module("torch.distributed._tensor")
+    if not hasattr(tensor, "DTensor"):
+        pytest.skip("the destructor of torch 2.4's Gloo group may wait for ever for a thread that waits for the GIL")
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
     try:
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
