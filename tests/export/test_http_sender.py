@@ -66,8 +66,8 @@ def test_each_http_status_says_whether_to_keep_the_data(status: int, result: Res
         (http_answer("200 OK", "", b"\xff not protobuf"), "DELIVERED", ""),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\ncut", "DELIVERED", ""),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "TEMPORARY", "does not speak HTTP/1.1"),
-        (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200, "TEMPORARY", "answers with more headers, or longer ones"),
-        (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000, "TEMPORARY", "answers with more headers, or longer ones"),
+        (b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200, "TEMPORARY", "are too many or too long"),
+        (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000, "TEMPORARY", "are too many or too long"),
     ],
 )
 def test_odd_http_answers_are_explained(answer: bytes, result: str, words: str) -> None:
