@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import requests
+from programs import until
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -208,16 +209,24 @@ def test_empty_ones_are_not_set_and_port_0_is_any_free_one(
         assert "scraped at http://localhost:94" in started(caplog)
 
 
+def can_be_bound(port: int) -> bool:
+    with socket.socket() as bare:
+        try:
+            bare.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 def test_a_forked_child_does_not_hold_the_port(port: int) -> None:
     """DataLoader workers may outlive the session."""
     with esper_otel.start():
         child = os.fork()
         if not child:
-            time.sleep(20)
+            time.sleep(60)
             os._exit(0)
     try:
-        with socket.socket() as bare:
-            bare.bind(("127.0.0.1", port))
+        assert until("free", lambda: can_be_bound(port))  # the child may not have run at all yet
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
