@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from importlib import resources
 from typing import Any
 
 from aiohttp import web
@@ -14,41 +13,26 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import FINE, GUESSED_STEP, NO_SEEDS
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.security import BadRequest, check_puller
+from esper_otel.gateway.serve.page_files import HEADERS, add_files, check_local
 from esper_otel.gateway.store.base import StoredFrame
 from esper_otel.gateway.turns import Turn, in_turns, pause
 from esper_otel.leyline.packets import state
 from esper_otel.leyline.risk import Rule, signals
 from esper_otel.schema import SEED_FIELDS
 
-_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page/page.css": ("page.css", "text/css"),
-    "/page/page.js": ("page.js", "text/javascript"),
-}
-_LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 # Limits of one answer: steps, and approximately rows of seeds. The last number is how many steps are fetched at once.
 _AT_ONCE, _MOST_ROWS, _FETCHED = 500, 50_000, 2
 _TURN_S = 0.002  # short, since requests of trainers and controllers may wait for several turns
-# The page loads nothing from other origins and cannot be embedded in a frame.
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
 _STAGE, _ALPHA = SEED_FIELDS.index("stage"), SEED_FIELDS.index("alpha")
 
 
 def add_page(app: web.Application, core: Core) -> None:
     """Adds ``/`` and the paths below ``/page`` that the page requests."""
     one_by_one = asyncio.Lock()
-    folder = resources.files(__package__).joinpath("page")
-    for path, (name, kind) in _FILES.items():
-        app.router.add_get(path, _file(folder.joinpath(name).read_bytes(), kind))
+    add_files(app)
 
     async def runs(request: web.Request) -> web.Response:
-        _check(request)
+        check_local(request)
         known = [
             {
                 "run_id": run.run_id,
@@ -64,10 +48,10 @@ def add_page(app: web.Application, core: Core) -> None:
             }
             for run in (await in_turns(core.listing())).runs
         ]
-        return web.json_response({"runs": known}, headers=_HEADERS)
+        return web.json_response({"runs": known}, headers=HEADERS)
 
     async def steps(request: web.Request) -> web.Response:
-        _check(request)
+        check_local(request)
         try:
             check_puller(request.query.get("run", ""), None)
             async with one_by_one:  # several open windows together get no more turns of the event loop than one
@@ -78,7 +62,7 @@ def add_page(app: web.Application, core: Core) -> None:
             raise web.HTTPNotFound(text=str(error)) from None
         except StaleCursor as error:
             raise web.HTTPConflict(text=str(error)) from None
-        return web.Response(text=answer, content_type="application/json", headers=_HEADERS)
+        return web.Response(text=answer, content_type="application/json", headers=HEADERS)
 
     app.router.add_get("/page/runs", runs)
     app.router.add_get("/page/steps", steps)
@@ -121,22 +105,6 @@ async def _steps(core: Core, run_id: str, cursor: str) -> str:
             break
     rest = json.dumps({"cursor": cursor, "gap": gap, "more": has_more})
     return f'{{"steps": [{", ".join(shown)}], {rest[1:]}'
-
-
-def _file(content: bytes, kind: str) -> Any:
-    async def handler(request: web.Request) -> web.Response:
-        _check(request)
-        return web.Response(body=content, content_type=kind, charset="utf-8", headers=_HEADERS)
-
-    return handler
-
-
-def _check(request: web.Request) -> None:
-    """Refuses requests with a foreign Host header, as from a web page that uses DNS rebinding."""
-    host = request.headers.get("host", "").rpartition(":")
-    name = host[0] if host[1] and host[2].isdecimal() else request.headers.get("host", "")
-    if name not in _LOCAL:
-        raise web.HTTPForbidden(text="this page is for this machine: use http://127.0.0.1 or http://localhost")
 
 
 def _shown(entry: StoredFrame, rules: tuple[Rule, ...]) -> dict[str, Any]:
