@@ -29,13 +29,14 @@ def scripts(*, needed_by: str) -> dict[str, str]:
     if folder is None:
         raise ConfigurationError(f"{needed_by} needs Bokeh for its charts: pip install 'esper-otel[ui]'")
     library = {name: (folder / name).read_text(encoding="utf-8") for name in _LIBRARY}
-    return {_FIRST: _asset(_FIRST)} | library | {name: _asset(name) for name in _OURS}
+    return {_FIRST: asset(_FIRST)} | library | {name: asset(name) for name in _OURS}
 
 
 def style() -> str:
     """Returns the style sheet of the charts."""
-    return _asset(STYLE)
+    return asset(STYLE)
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Returns one of our own files."""
     return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8")

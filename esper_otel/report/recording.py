@@ -17,7 +17,7 @@ from esper_otel.frames import black_box as blackbox
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.parts.senders import is_valid
-from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.client import RunInfo, TamiyoClient
 from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 from esper_otel.text import printable
 
@@ -29,6 +29,7 @@ _AT_ONCE = 1000
 _MOST_STEPS = 2_000_000
 _MOST_NUMBERS = 50_000_000  # of all steps, in 8 bytes each
 _MOST_S = 600.0
+_MOST_ATTEMPTS = 20
 
 Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
 
@@ -91,6 +92,7 @@ class Recording:
         ended: how it ended; empty when it has not ended or this is not known.
         rows: the steps.
         source: identifies the recording uniquely; usable as a file name.
+        about: what else is known of the run, as pairs of a name and a text: its host, revision, settings, attempts.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Recording:
     ended: str
     rows: tuple[Row, ...]
     source: str
+    about: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -124,8 +127,22 @@ def of_file(path: Path) -> Recording:
     )
     source = _clean_text(path.name.removesuffix(blackbox.SUFFIX))
     return Recording(
-        _clean_text(head["run_id"]), head["rank"], head["attempt"], _clean_text(head["reason"]), rows, source
+        *(_clean_text(head["run_id"]), head["rank"], head["attempt"], _clean_text(head["reason"]), rows, source),
+        about=_about(head),
     )
+
+
+def _about(head: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Returns what the head of a black box says of the run. Older versions wrote less, and anybody may write a file."""
+    texts = [(name, head.get(name)) for name in ("experiment", "host", "device", "revision")]
+    settings = head.get("settings")
+    if isinstance(settings, dict) and settings:
+        texts.append(("settings", ", ".join(f"{name} = {value}" for name, value in sorted(settings.items()))))
+    found = [(name, text) for name, text in texts if isinstance(text, str) and text]
+    world_size = head.get("world_size")
+    if type(world_size) is int and 1 < world_size < 2**31:
+        found.append(("ranks", str(world_size)))
+    return tuple((name, _clean_text(text)) for name, text in found)
 
 
 @lru_cache(maxsize=4096)
@@ -159,11 +176,26 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
             found[packets.state.timestamp_ns] = _row(packets)  # a later revision replaces an earlier one
     if not found:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
-    mine = [run for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
+    of_rank = [run for run in client.runs() if (run.run_id, run.rank) == (run_id, rank)]
+    mine = [run for run in of_rank if run.attempt == attempt]
     ended = [run.ended or run.run_ended or "" for run in mine]
+    about = [("experiment", mine[0].experiment)] if mine and mine[0].experiment else []
+    if mine and mine[0].world_size > 1:
+        about.append(("ranks", str(mine[0].world_size)))
+    if len(of_rank) > 1:
+        before = [run for run in sorted(of_rank, key=lambda run: run.attempt) if run.attempt != attempt]
+        about.append(("earlier attempts", "; ".join(map(_attempt, before[-_MOST_ATTEMPTS:]))))
     rows = [row for _, row in sorted(found.items())]
     source = blackbox.file_stem(run_id, rank, attempt)
-    return Recording(_clean_text(run_id), rank, attempt, _clean_text(ended[0]) if ended else "", tuple(rows), source)
+    return Recording(
+        *(_clean_text(run_id), rank, attempt, _clean_text(ended[0]) if ended else "", tuple(rows), source),
+        about=tuple((name, _clean_text(text)) for name, text in about),
+    )
+
+
+def _attempt(run: RunInfo) -> str:
+    steps = f"steps {run.first_step} to {run.last_step}" if run.last_step is not None else "no step"
+    return f"{steps}, {run.ended or 'end not known'}"
 
 
 def _pulled(client: TamiyoClient, run_id: str, rank: int) -> Iterator[Packets]:

@@ -154,7 +154,7 @@ class _Session:
             warnings=self._warnings,
         )
         self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
-        self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
+        self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = Recorder(
             self._publisher,
@@ -178,6 +178,16 @@ class _Session:
         self._process_id = os.getpid()
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
+
+    def _opened_black_box(self, settings: EsperSettings) -> BlackBox:
+        publisher, resource_of = self._publisher, self._resource_of
+        return BlackBox(
+            publisher.ring,
+            lambda: publisher.run,
+            settings,
+            lambda: resource_of(publisher.run).attributes,
+            self._warnings,
+        )
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """Returns the provider's instruments, attached to this session."""

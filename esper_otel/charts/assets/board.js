@@ -11,10 +11,12 @@ Esper.GROUPS = { learning: "Learning", time: "Time", throughput: "Throughput", m
 const MOST_ROWS = 14; // of the read-out
 
 class Board {
-  // place: the element it fills; changed: called when the view changes, to keep it in the URL or to load detail.
-  constructor(place, { view = {}, changed = () => {} } = {}) {
+  // place: the element it fills; changed: called when the view changes, to keep it in the URL or to load detail;
+  // isNaming: whether it says itself which color is which run's.
+  constructor(place, { view = {}, changed = () => {}, isNaming = false } = {}) {
     this.view = { x: "step", log: false, smooth: 0, filter: "", range: null, folded: new Set(), drag: "zoom", base: "", ...view };
     this.changed = changed;
+    this.isNaming = isNaming;
     this.runs = []; // {id, name, color, isHidden, series, detail}
     this.focus = "";
     this.charts = new Map();
@@ -44,7 +46,7 @@ class Board {
   theme() {
     const style = getComputedStyle(document.body);
     const read = (name, otherwise) => style.getPropertyValue(name).trim() || otherwise;
-    this.colors = { ink: read("--chart-ink", "#333"), dim: read("--chart-dim", "#777"), line: read("--chart-line", "#999"), grid: read("--chart-grid", "#ddd") };
+    this.colors = { ink: read("--chart-ink", "#333"), dim: read("--chart-dim", "#777"), line: read("--chart-line", "#999"), grid: read("--chart-grid", "#ddd"), bad: read("--bad", "#c22") };
   }
 
   // -- controls --------------------------------------------------------------------------------------------
@@ -230,6 +232,10 @@ class Board {
     if (thinned.length) {
       const width = Math.max(...thinned.map(([, series]) => series.width));
       said.push(`thinned: a point stands for up to ${width.toLocaleString("en")} steps, its band for their smallest and largest value${this.hasDetail ? "; zoom in for every step" : ""}`);
+    }
+    if (this.isNaming && this.runs.length > 1) {
+      this.names ??= this.bar.insertBefore(Esper.element("span"), this.said);
+      Esper.legend(this.names, this.runs.map((run) => [run.id === this.view.base ? `${run.name} (dashed)` : run.name, run.color]));
     }
     this.said.textContent = said.join("; ");
     this.said.classList.toggle("bad", this.faults.size > 0);

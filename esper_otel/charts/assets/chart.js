@@ -178,6 +178,7 @@ Esper.lines = (name) => (chart) => {
   const runs = board.shown();
   const isFew = runs.length <= 4;
   const all = [];
+  const resumed = [];
   for (const run of runs) {
     const series = board.seriesOf(run);
     if (!series?.metrics[name]) continue;
@@ -219,7 +220,14 @@ Esper.lines = (name) => (chart) => {
     keys.add(`${run.id} points`);
     chart.fill(`${run.id} points`, { x: points.x, y: points.y }, (source) =>
       figure.scatter({ field: "x" }, { field: "y" }, { source, size: 4, fill_color: color, line_color: null }));
-    chart.seams(seams(series, view.x), color);
+    const found = seams(series, view.x);
+    chart.seams(found.map((each) => each.x), color);
+    if (isFew) resumed.push(...found.map((each) => `┊ ${runs.length > 1 ? `${run.name}: ` : ""}${each.text}`));
+  }
+  for (const mark of board.marks || []) {
+    const series = runs[0] && board.seriesOf(runs[0]);
+    if (series) chart.seams([Esper.placeOf(series, view.x, mark.step)], board.colors.bad);
+    resumed.push(`┊ ${mark.text}`);
   }
   const odd = { x: [], y: [], marker: [], color: [] };
   const counts = { nan: 0, up: 0, down: 0 };
@@ -236,18 +244,26 @@ Esper.lines = (name) => (chart) => {
   chart.fill("odd", odd, (source) =>
     figure.scatter({ field: "x" }, { field: "y" }, { source, y_range_name: "edge", marker: { field: "marker" }, size: 9, line_width: 2, line_color: { field: "color" }, fill_color: { field: "color" } }));
   const said = Object.entries(counts).filter(([, count]) => count).map(([kind, count]) => `${{ nan: "✕", up: "▲", down: "▼" }[kind]} ${ODD[kind][2]} ${count > 1 ? `at ${count} places` : "once"}`);
-  chart.note.textContent = said.join("  ");
+  chart.note.textContent = [...said, ...resumed.slice(0, 3)].join("   ");
   chart.note.classList.toggle("bad", said.length > 0);
   if (!chart.keepOnly(keys)) board.rebuild(chart);
 };
 
-// Where an attempt resumed, or the numbers of the steps went back.
+// Where an attempt resumed, or the numbers of the steps went back, and what to say of it.
 function seams(series, mode) {
   if (series.segments.length < 2) return [];
   const xs = Esper.xs(series, mode);
   const found = [];
-  for (let row = 1; row < xs.length; row++) {
-    if (series.columns.segment[row] !== series.columns.segment[row - 1] && !series.columns.is_again[row]) found.push(xs[row]);
+  let before = null;
+  for (let row = 0; row < xs.length; row++) {
+    if (series.columns.is_again[row]) continue;
+    const segment = series.columns.segment[row];
+    if (before !== null && segment !== before) {
+      const { number, why } = series.segments[segment];
+      const step = series.columns.first_step[row].toLocaleString("en");
+      found.push({ x: xs[row], text: why === "back" ? `went back, and on from step ${step}` : `attempt ${number} from step ${step}` });
+    }
+    before = segment;
   }
   return found;
 }
@@ -293,12 +309,13 @@ Esper.heat = (give) => (chart) => {
   chart.isLinear = true;
   const found = give();
   if (!found) return;
+  const place = places(chart.board);
   const cells = { left: [], right: [], bottom: [], top: [], value: [] };
   found.values.forEach((list, row) => list.forEach((value, column) => {
     if (value === null) return;
     const [first, last] = found.xs[column];
-    cells.left.push(first - 0.5);
-    cells.right.push(last + 0.5);
+    cells.left.push(place(first - 0.5));
+    cells.right.push(place(last + 0.5));
     cells.bottom.push(row - 0.5);
     cells.top.push(row + 0.5);
     cells.value.push(value);
@@ -317,18 +334,26 @@ Esper.heat = (give) => (chart) => {
   });
 };
 
+// From the number of a step to its place on the axis.
+function places(board) {
+  const run = board.focused();
+  const series = run?.series;
+  return board.view.x === "step" || !series ? (step) => step : (step) => Esper.placeOf(series, board.view.x, step);
+}
+
 // The life of each seed as bars by stage. `give` returns [{id, bars: [[first, last, stage]]}], the first at the top.
 Esper.bars = (give, stages) => (chart) => {
   const { figure } = chart;
   chart.isLinear = true;
   const seeds = give();
+  const at = places(chart.board);
   const cells = { left: [], right: [], y: [], color: [] };
   const used = new Set();
   seeds.forEach((seed, place) => {
     for (const [first, last, stage] of seed.bars) {
       used.add(stage);
-      cells.left.push(first);
-      cells.right.push(last + 1);
+      cells.left.push(at(first));
+      cells.right.push(at(last + 1));
       cells.y.push(seeds.length - 1 - place);
       cells.color.push(Esper.STAGE_COLORS[stage] || Esper.STAGE_COLORS[0]);
     }

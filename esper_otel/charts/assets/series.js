@@ -87,12 +87,27 @@ Esper.rowAt = (series, mode, x) => {
   return best;
 };
 
-// The rows within a stretch of the axis, as the first and last step.
+// Where a step is on the axis, or would be.
+Esper.placeOf = (series, mode, step) => {
+  if (mode === "step") return step;
+  const xs = Esper.xs(series, mode);
+  const { step: steps, is_again: again } = series.columns;
+  let [low, high] = [-1, -1]; // the rows before and after
+  for (let row = 0; row < xs.length && high < 0; row++) {
+    if (again[row]) continue;
+    if (steps[row] <= step) low = row;
+    else high = row;
+  }
+  if (low < 0 || high < 0) return xs[Math.max(low, high)] ?? step;
+  return xs[low] + ((step - steps[low]) / (steps[high] - steps[low])) * (xs[high] - xs[low]);
+};
+
+// The rows within a stretch of the axis, as the first and last step; with the rows at its edges.
 Esper.stepsWithin = (series, mode, [start, end]) => {
   const xs = Esper.xs(series, mode);
   let [first, last] = [Infinity, -Infinity];
   xs.forEach((x, row) => {
-    if (x < start || x > end) return;
+    if ((xs[row + 1] ?? x) < start || (xs[row - 1] ?? x) > end) return;
     first = Math.min(first, series.columns.first_step[row]);
     last = Math.max(last, series.columns.step[row]);
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import threading
@@ -10,6 +11,7 @@ from importlib import resources
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+from esper_otel import Stage
 from esper_otel.charts import files
 
 START_MS = 1_764_450_000_000
@@ -45,12 +47,37 @@ class MadeUpRun:
     def row(self) -> dict[str, Any]:
         """Its row in the answer about runs."""
         row = {
-            **{"run_id": self.name, "state": "live", "outcome": None, "experiment": "digits", "host": "gpu-3"},
-            **{"revision": "0b1c2d3e4f", "start_ms": START_MS, "received_ms": START_MS, "first_step": 1},
-            **{"last_ms": START_MS + self.steps * 100, "last_step": self.steps or None, "last_loss": self.value("loss", self.steps)},
-            **{"last_loss_is": "", "steps_stored": self.steps, "world_size": 1, "missing": 0, "incomplete": 0},
-            **{"is_behind": False, "attempt_count": 1, "rank_count": 1},
-            "attempts": [{"attempt": 1, "number": 1, "state": "live", "outcome": None, "first_step": 1, "last_step": self.steps, "resumed": False}],
+            "run_id": self.name,
+            "state": "live",
+            "outcome": None,
+            "experiment": "digits",
+            "host": "gpu-3",
+            "revision": "0b1c2d3e4f",
+            "start_ms": START_MS,
+            "received_ms": START_MS,
+            "first_step": 1,
+            "last_ms": START_MS + self.steps * 100,
+            "last_step": self.steps or None,
+            "last_loss": self.value("loss", self.steps),
+            "last_loss_is": "",
+            "steps_stored": self.steps,
+            "world_size": 1,
+            "missing": 0,
+            "incomplete": 0,
+            "is_behind": False,
+            "attempt_count": 1,
+            "rank_count": 1,
+            "attempts": [
+                {
+                    "attempt": 1,
+                    "number": 1,
+                    "state": "live",
+                    "outcome": None,
+                    "first_step": 1,
+                    "last_step": self.steps,
+                    "resumed": False,
+                }
+            ],
             "ranks": [{"rank": 0, "state": "live", "last_step": self.steps}],
         }
         return row | self.info
@@ -82,7 +109,7 @@ class MadeUpRun:
         ends = [min(start + width - 1, last) for start in starts]
         metrics: dict[str, Any] = {}
         for name, _, _ in METRICS:
-            values = [self.value(name, step) for step in ends]
+            values: list[float | None] = [self.value(name, step) for step in ends]
             found: dict[str, Any] = {"last": values, "odd": []}
             for row, step in enumerate(ends):
                 for at, *counts in self.odd.get(name, ()):
@@ -94,19 +121,33 @@ class MadeUpRun:
                 found["min"] = [value and value * 0.8 for value in values]
                 found["max"] = [value and value * 1.2 for value in values]
             metrics[name] = found
-        segments = self.segments or [{"attempt": 1, "number": 1, "why": "start", "first_step": 1, "last_step": last, "start_ms": START_MS}]
-        at = [next(place for place in reversed(range(len(segments))) if segments[place]["first_step"] <= step or not place) for step in ends]
+        segments = self.segments or [{"number": 1, "why": "start", "first_step": 1}]
+        begins = [segment["first_step"] for segment in segments]
         columns = {
-            **{"segment": at, "step": ends, "first_step": list(starts)},
-            **{"steps": [width] * len(ends), "epoch": [step // 500 for step in ends], "is_again": [0] * len(ends)},
+            "segment": [max(bisect.bisect_right(begins, step) - 1, 0) for step in ends],
+            "step": ends,
+            "first_step": list(starts),
+            "steps": [width] * len(ends),
+            "epoch": [step // 500 for step in ends],
+            "is_again": [0] * len(ends),
             "time_ms": [START_MS + step * 100 for step in ends],
             "elapsed_s": [step / 10 for step in ends],
         }
         read = min(self.read, self.steps)
         return {
-            **{"cursor": f"{self.steps}/{read}", "keep": 0, "is_thinned": width > 1, "width": width, "read": read},
-            **{"stored": self.steps, "gap": 0, "start_ms": START_MS, "first_step": 1, "last_step": self.steps},
-            **{"segments": segments, "columns": columns, "metrics": metrics},
+            "cursor": f"{self.steps}/{read}",
+            "keep": 0,
+            "is_thinned": width > 1,
+            "width": width,
+            "read": read,
+            "stored": self.steps,
+            "gap": 0,
+            "start_ms": START_MS,
+            "first_step": 1,
+            "last_step": self.steps,
+            "segments": segments,
+            "columns": columns,
+            "metrics": metrics,
         }
 
 
@@ -182,7 +223,9 @@ class MadeUpGateway:
             cursor = json.dumps([[run.name, run.steps, str(run.read)] for run in self.runs.values()])
             if query.get("since") == cursor:
                 rows = []
-            return _json({"cursor": cursor, "is_all": "since" not in query, "now_ms": START_MS + 10**6, "runs": rows, "gone": []})
+            return _json(
+                {"cursor": cursor, "is_all": "since" not in query, "now_ms": START_MS + 10**6, "runs": rows, "gone": []}
+            )
         run = self.runs.get(query.get("run", ""))
         if run is None or not run.steps:
             return 404, "text/plain", "nothing is here"
@@ -192,15 +235,20 @@ class MadeUpGateway:
             first, last = int(query.get("from", 1)), min(int(query.get("to", run.steps)), int(min(run.read, run.steps)))
             return _json(run.series(first, last, int(query["buckets"])))
         if what == "metrics":
-            metrics = [{"name": name, "unit": unit, "description": f"About {name}.", "group": group, "level": "step"} for name, unit, group in METRICS]
+            metrics = [
+                {"name": name, "unit": unit, "description": f"About {name}.", "group": group, "level": "step"}
+                for name, unit, group in METRICS
+            ]
             if run.seeds:
                 metrics[0]["level"] = "seed"
             return _json({"cursor": "1", "is_same": False, "metrics": metrics})
         if what == "signals":
-            return _json({"cursor": "1", "is_same": False, "read": 1, "stored": 1, "left_out": 0, "episodes": run.episodes})
+            return _json(
+                {"cursor": "1", "is_same": False, "read": 1, "stored": 1, "left_out": 0, "episodes": run.episodes}
+            )
         if what == "seeds":
-            stages = ["UNKNOWN", "DORMANT", "GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY", "FOSSILIZED"]
-            return _json({"cursor": "1", "is_all": True, "read": 1, "stored": 1, "stages": stages, "count": len(run.seeds), "seeds": run.seeds})
+            found = {"stages": [stage.name for stage in Stage], "count": len(run.seeds), "seeds": run.seeds}
+            return _json({"cursor": "1", "is_all": True, "read": 1, "stored": 1} | found)
         if what == "ranks" and run.ranks is not None:
             return _json(run.ranks)
         return 404, "text/plain", "nothing is here"
