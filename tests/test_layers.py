@@ -90,6 +90,7 @@ OWNERS = {
     "prometheus_client": ("export/",),
     "redis": ("oona/publisher.py",),
     "pyarrow": ("report/table.py",),
+    "IPython": ("session/show.py",),
     "lightning": ("integrations/lightning.py",),
     "pytorch_lightning": ("integrations/lightning.py",),
     "transformers": ("integrations/transformers.py",),

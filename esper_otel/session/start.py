@@ -48,6 +48,8 @@ from esper_otel.settings import EsperSettings, signal_names
 if TYPE_CHECKING:
     import torch
 
+    from esper_otel.session.show import Figure
+
 _STALE_AFTER_NS = 300 * 1_000_000_000
 
 
@@ -176,6 +178,7 @@ class _Session:
         self._instruments = self._attached(meter_provider, names.entries.values())
         self.telemetry = Telemetry(self._recorder, self)
         self._process_id = os.getpid()
+        self._figures: list[Figure] = []
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
 
@@ -368,6 +371,14 @@ class _Session:
         """Restores the processors' states."""
         self._deriver.load_state_dict(states)
 
+    def show(self) -> None:
+        """See ``Telemetry.show``."""
+        from esper_otel.session.show import Figure
+
+        publisher = self._publisher
+        publisher.drain()
+        self._figures.append(Figure(publisher.ring, publisher.run.run_id, publisher.names.entries, self._fault))
+
     def interrupted(self) -> None:
         """See ``Telemetry.interrupted``."""
         if self._exporter is not None and os.getpid() == self._process_id:
@@ -393,6 +404,8 @@ class _Session:
             if self._exporter is not None:
                 ending.callback(self._ended, "the export", self._exporter.close, deadline_s, outcome)
             ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
+            for figure in self._figures:
+                ending.callback(self._ended, "the notebook's figure", figure.end)
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
         """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""
