@@ -53,7 +53,11 @@ MAY_IMPORT = {
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
-    "gateway/serve": {*BASE, "schema", "frames", "leyline", "pull", "gateway", "gateway/receive", "gateway/store"},
+    "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "gateway", "gateway/store"},
+    "gateway/serve": {
+        *(*BASE, "schema", "frames", "leyline", "pull"),
+        *("gateway", "gateway/receive", "gateway/store", "gateway/page_data"),
+    },
     "report": {*BASE, "schema", "frames", "parts", "leyline", "pull"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
     "testing": {"schema", "export"},
