@@ -121,6 +121,7 @@ class Episodes:
         self._most = max(most, 1)
         self._count = 0
         self._kept: dict[int, _Kept] = {}
+        self._over: dict[int, _Kept] = {}  # those of them that are over
         self._tracks: OrderedDict[Sender, _Track] = OrderedDict()
         self._attempts: dict[int, int] = {}  # the highest of each rank
 
@@ -144,12 +145,10 @@ class Episodes:
                 episode = track.open.get(signal.name)
                 is_worse = episode is not None and episode.rise(signal, step)
             else:
-                episode = track.open.get(signal.name)
-                if episode is None and is_late:
-                    episode = self._reached(track, sender, signal.name, step)
+                open_one = track.open.get(signal.name)
+                episode = self._nearest(track, sender, signal.name, step) if is_late else open_one
                 if episode is None:
-                    episode = self._enter(track, sender, signal, step, time_s)
-                    changes.append(Change("entered", self._shown(episode)))
+                    self._enter(track, sender, signal, step, time_s, changes)
                     continue
                 is_worse = episode.rise(signal, step)
                 if is_late:
@@ -176,6 +175,11 @@ class Episodes:
         """Returns the episodes that are kept, in the order in which they entered."""
         return tuple(map(self._shown, self._kept.values()))
 
+    def follows(self, sender: Sender) -> bool:
+        """Whether an episode of the sender goes on, so that its steps without signals matter."""
+        track = self._tracks.get(sender)
+        return track is not None and bool(track.open)
+
     def _track(self, sender: Sender, changes: list[Change]) -> _Track:
         track = self._tracks.get(sender)
         if track is not None:
@@ -189,23 +193,29 @@ class Episodes:
         track = self._tracks[sender] = _Track()
         if len(self._tracks) > _MOST_SENDERS:
             self._end(self._tracks.popitem(last=False)[1], changes)
+        if len(self._attempts) > 2 * _MOST_SENDERS:
             known = {each.rank for each in self._tracks}
             self._attempts = {rank: attempt for rank, attempt in self._attempts.items() if rank in known}
         return track
 
-    def _enter(self, track: _Track, sender: Sender, signal: Signal, step: int, time_s: float) -> _Kept:
+    def _enter(
+        self, track: _Track, sender: Sender, signal: Signal, step: int, time_s: float, changes: list[Change]
+    ) -> None:
         self._count += 1
         episode = _Kept(self._count, sender, signal, step, time_s)
-        if track.is_late:
-            episode.quiet = sum(each > step for each in track.steps)
         if len(self._kept) >= self._most:
             self._drop()
         self._kept[episode.number] = track.open[signal.name] = episode
-        return episode
+        changes.append(Change("entered", self._shown(episode)))
+        if track.is_late:
+            episode.quiet = sum(each > step for each in track.steps)
+            if episode.quiet >= QUIET_STEPS:
+                self._leave(track, episode, changes)
 
     def _leave(self, track: _Track, episode: _Kept, changes: list[Change]) -> None:
         del track.open[episode.name]
         episode.is_open = False
+        self._over[episode.number] = episode
         changes.append(Change("left", self._shown(episode)))
 
     def _end(self, track: _Track, changes: list[Change]) -> None:
@@ -214,20 +224,20 @@ class Episodes:
 
     def _drop(self) -> None:
         """Drops the oldest episode that is over, or if all go on, the oldest one."""
-        over = (number for number, each in self._kept.items() if not each.is_open)
-        episode = self._kept.pop(next(over, None) or next(iter(self._kept)))
+        episode = self._kept.pop(next(iter(self._over or self._kept)))
+        self._over.pop(episode.number, None)
         self.dropped += 1
         track = self._tracks.get(episode.sender)
         if track is not None and track.open.get(episode.name) is episode:
             del track.open[episode.name]
 
-    def _reached(self, track: _Track, sender: Sender, name: str, step: int) -> _Kept | None:
-        """Returns the last episode of a signal that is over, if a late step lies in it or near it."""
-        mine = (each for each in reversed(self._kept.values()) if each.sender == sender and each.name == name)
-        episode = next(mine, None)
-        if episode is None:
-            return None
-        return episode if track.between(step, episode.first, episode.last) < QUIET_STEPS else None
+    def _nearest(self, track: _Track, sender: Sender, name: str, step: int) -> _Kept | None:
+        """Returns the episode to which a late step belongs; None if all of them are too far away."""
+        mine = [each for each in self._kept.values() if each.sender == sender and each.name == name]
+        nearest = min(mine, key=lambda each: track.between(step, each), default=None)
+        if nearest is None or name in track.open or track.between(step, nearest) < QUIET_STEPS:
+            return nearest
+        return None
 
     def _shown(self, episode: _Kept) -> Episode:
         is_newest = self._attempts.get(episode.sender.rank, 0) <= episode.sender.attempt
@@ -267,9 +277,11 @@ class _Track:
             self._newest, self._newest_s = step, time_s
         return before if is_known else None
 
-    def between(self, step: int, first: int, last: int) -> int:
-        """Returns the number of remembered steps between a step and an episode; 0 if the step lies in the episode."""
-        return sum(last < each < step or step < each < first for each in self.steps)
+    def between(self, step: int, episode: _Kept) -> int:
+        """Returns the number of remembered steps between a step and an episode; -1 if the step lies in the episode."""
+        if episode.first <= step <= episode.last:
+            return -1
+        return sum(episode.last < each < step or step < each < episode.first for each in self.steps)
 
 
 class _Kept:

@@ -146,7 +146,8 @@ def test_senders_without_number_do_not_fill_memory(monkeypatch: pytest.MonkeyPat
     for rank in range(50):
         episodes.note(1, [signal("a")], time_s=1, sender=Sender(rank))
     assert [each.sender.rank for each in episodes.all() if each.goes_on] == [*range(40, 50)]
-    assert len(episodes._tracks) == len(episodes._attempts) == 10
+    assert len(episodes._tracks) == 10
+    assert len(episodes._attempts) <= 20
 
 
 # -- a plain oracle ------------------------------------------------------------------------------------------
