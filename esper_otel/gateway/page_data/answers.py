@@ -117,17 +117,20 @@ def signals(view: View, since: str) -> Answer:
         return _object(head)
     shown = [
         {
-            "name": episode.signal.name,
-            "level": episode.signal.level,
-            "first_step": episode.first_step,
-            "last_step": episode.last_step,
+            "name": episode.name,
+            "level": episode.level,
+            "first_step": episode.first,
+            "last_step": episode.last,
+            "times": episode.times,
             "worst": _number(episode.worst),
-            "reason": episode.signal.reason,
-            "route": episode.signal.route,
-            "segment": episode.segment,
-            "is_open": episode.is_open,
+            "worst_step": episode.worst_step,
+            "reason": episode.reason,
+            "route": episode.route,
+            "attempt": episode.sender.attempt,
+            "is_open": episode.goes_on,
+            "text": str(episode),
         }
-        for episode in view.episodes.all
+        for episode in view.episodes.all()
     ]
     return _object({**head, "episodes": shown})
 
@@ -211,23 +214,20 @@ def _columns(view: View, parts: Sequence[tuple[Rows, int]]) -> dict[str, list[An
 def _metric(
     table: Table, parts: Sequence[tuple[Rows, int]], column: int, keep: int, *, is_of_seeds: bool
 ) -> dict[str, list[Any]]:
-    made: dict[str, list[Any]] = {"last": [], "min": [], "max": [], "mean": []}
+    is_single = not is_of_seeds and all((rows.heads.size[first:] == 1).all() for rows, first in parts)
+    made: dict[str, list[Any]] = {name: [] for name in (("last",) if is_single else ("last", "min", "max", "mean"))}
     odd: list[list[int]] = []
-    is_single = not is_of_seeds
     row = keep
     for rows, first in parts:
         values = table.values(rows, column, first)
-        counts = values.finite
         made["last"] += _numbers(values.last)
-        made["min"] += _numbers(values.low)
-        made["max"] += _numbers(values.high)
-        with np.errstate(all="ignore"):
-            made["mean"] += _numbers(np.where(counts > 0, values.total / counts, np.nan))
-        is_single = is_single and bool((rows.heads.size[first:] == 1).all())
+        if not is_single:
+            made["min"] += _numbers(values.low)
+            made["max"] += _numbers(values.high)
+            with np.errstate(all="ignore"):
+                made["mean"] += _numbers(values.total / values.finite)  # without finite values 0 / 0, which is NaN
         odd += _odd(values, row)
-        row += len(counts)
-    if is_single:
-        made = {"last": made["last"]}
+        row += len(values.last)
     return {**made, "odd": odd}
 
 

@@ -32,8 +32,8 @@ class Steps(NamedTuple):
         numbers: their positions in the store, shape (steps,).
         columns: the column of each metric, shape (metrics,), all different.
         last: the values, or for metrics of seeds their mean over the seeds, shape (metrics, steps).
-        low: the smallest finite value; NaN where there is none: the value is missing or not finite. As ``last``.
-        high: the largest finite value, likewise.
+        low: the smallest finite value; infinity where there is none: it is missing or not finite. As ``last``.
+        high: the largest finite value, likewise; minus infinity where there is none.
         odd: how many values are NaN, +Inf and -Inf, shape (3, metrics, steps); None if there are none.
     """
 
@@ -87,8 +87,8 @@ class Values(NamedTuple):
 
     Attributes:
         last: the last value, also if it is not finite; NaN if there is none.
-        low: the smallest finite value; NaN if there is none.
-        high: the largest finite value; NaN if there is none.
+        low: the smallest finite value; infinity if there is none.
+        high: the largest finite value; minus infinity if there is none.
         total: the sum of the finite values.
         finite: how many values are finite.
         odd: how many values are NaN, +Inf and -Inf, in a first dimension; None if all are finite.
@@ -117,15 +117,18 @@ class Values(NamedTuple):
 
     def reduced(self, starts: npt.NDArray[np.intp]) -> Values:
         """Returns one bucket for the buckets from each start to before the next one; they are of one metric."""
-        rows = np.arange(len(self.last))
         is_there = self.finite > 0
         if self.odd is not None:
             is_there |= self.odd.any(axis=0)
-        newest = np.maximum.reduceat(np.where(is_there, rows, -1), starts)
+        newest = np.append(starts[1:], len(self.last)) - 1
+        last = self.last[newest]
+        if not is_there[newest].all():
+            newest = np.maximum.reduceat(np.where(is_there, np.arange(len(self.last)), -1), starts)
+            last = np.where(newest < 0, np.nan, self.last[newest])
         return Values(
-            np.where(newest < 0, np.nan, self.last[newest]),
-            np.fmin.reduceat(self.low, starts),
-            np.fmax.reduceat(self.high, starts),
+            last,
+            np.minimum.reduceat(self.low, starts),
+            np.maximum.reduceat(self.high, starts),
             np.add.reduceat(self.total, starts),
             np.add.reduceat(self.finite, starts, dtype=np.uint32),
             None if self.odd is None else np.add.reduceat(self.odd, starts, axis=1, dtype=np.uint32),
@@ -211,7 +214,7 @@ class Buckets:
             by_key = np.argsort(keys, kind="stable")
             new, keys = new.some(by_key), keys[by_key]
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        finite = ~np.isnan(new.low)
+        finite = new.low <= new.high
         heads = Heads(
             *(keys, new.steps, new.steps, np.ones(len(keys), np.int64), new.numbers, new.numbers, new.times),
             *(new.epochs, np.full(len(keys), version)),
@@ -273,8 +276,8 @@ class Buckets:
         if mine.odd is not None:
             is_here = is_here | mine.odd[:, columns[:, None], rows].any(axis=0)
         mine.last[at] = np.where(is_there & (is_later | ~is_here), every.last, mine.last[at])
-        mine.low[at] = np.fmin(mine.low[at], every.low)
-        mine.high[at] = np.fmax(mine.high[at], every.high)
+        mine.low[at] = np.minimum(mine.low[at], every.low)
+        mine.high[at] = np.maximum(mine.high[at], every.high)
         mine.total[at] += every.total
         mine.finite[at] += every.finite
         if every.odd is not None and every.odd_step is not None:
@@ -344,8 +347,8 @@ def _blank(columns: int, rows: int, *, has_odd: bool = False) -> Values:
     shape = (columns, rows)
     return Values(
         np.full(shape, np.nan),
-        np.full(shape, np.nan),
-        np.full(shape, np.nan),
+        np.full(shape, np.inf),
+        np.full(shape, -np.inf),
         np.zeros(shape),
         np.zeros(shape, np.uint32),
         np.zeros((3, *shape), np.uint32) if has_odd else None,

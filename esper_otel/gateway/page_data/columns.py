@@ -59,15 +59,17 @@ class Columns:
         of_seeds = list(self._of_seeds(frames))
         there = np.unique(np.concatenate([columns for _, columns, *_ in (*whole, *of_seeds)]))
         last = np.full((len(there), len(frames)), np.nan)
-        low, high = last.copy(), last.copy()
+        low, high = np.full_like(last, np.inf), np.full_like(last, -np.inf)
         odd = np.zeros((3, *last.shape), np.uint32)
         for which, columns, values in whole:
             into = np.searchsorted(there, columns)
             finite = np.isfinite(values)
             last[into, which] = values
-            low[into, which] = high[into, which] = np.where(finite, values, np.nan)
-            if not finite.all():
-                odd[:, into, which] = kinds_of(values)
+            if finite.all():
+                low[into, which] = high[into, which] = values
+                continue
+            low[into, which], high[into, which] = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
+            odd[:, into, which] = kinds_of(values)
         for which, columns, (mean, smallest, largest, counts) in of_seeds:
             into = np.searchsorted(there, columns)
             last[into, which], low[into, which], high[into, which] = mean, smallest, largest
@@ -107,7 +109,7 @@ class Columns:
     ) -> Iterable[tuple[slice, npt.NDArray[np.intp], tuple[Floats, Floats, Floats, Counts]]]:
         """Returns the metrics of seeds: for each step the mean, the smallest and the largest over its live seeds."""
         start = 0
-        for (count, width), some in groupby(frames, lambda frame: frame.live.cells.shape):
+        for (count, _), some in groupby(frames, lambda frame: frame.live.cells.shape):
             rows = list(some)
             which = slice(start, start + len(rows))
             start += len(rows)
@@ -115,18 +117,18 @@ class Columns:
                 continue
             cells = np.stack([frame.live.cells for frame in rows])
             is_there = ~is_absent(cells)
-            recorded: list[bool] = is_there.any(axis=(0, 1)).tolist()
-            shown = [(self.column(name), column) for column, name in _OF_SEEDS if column < width and recorded[column]]
+            recorded = np.flatnonzero(np.logical_or.reduce(is_there, axis=(0, 1))).tolist()
+            shown = [(self.column(name), column) for column, name in _OF_SEEDS if column in recorded]
             known = [(into, column) for into, column in shown if into is not None]
             if not known:
                 continue
             fields = [column for _, column in known]
             cells, is_there = cells[:, :, fields], is_there[:, :, fields]
             finite: npt.NDArray[np.bool_] = np.isfinite(cells)
-            numbers = np.where(finite, cells, np.nan)
             counts = finite.sum(axis=1)
             means = np.where(finite, cells, 0.0).sum(axis=1) / np.maximum(counts, 1)
-            low, high = np.fmin.reduce(numbers, axis=1), np.fmax.reduce(numbers, axis=1)
+            low = np.where(finite, cells, np.inf).min(axis=1)
+            high = np.where(finite, cells, -np.inf).max(axis=1)
             odd = np.stack([(kind & is_there).sum(axis=1, dtype=np.uint32).T for kind in _kinds(cells)])
             mean = np.where(counts > 0, means, np.nan)
             yield which, np.array([into for into, _ in known], np.intp), (mean.T, low.T, high.T, odd)

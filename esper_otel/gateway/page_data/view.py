@@ -13,15 +13,15 @@ from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.page_data.buckets import Steps
 from esper_otel.gateway.page_data.columns import Columns
-from esper_otel.gateway.page_data.episodes import Episodes
 from esper_otel.gateway.page_data.seeds import SeedTimelines
 from esper_otel.gateway.page_data.segments import Segments
+from esper_otel.gateway.page_data.signals import SignalEpisodes
 from esper_otel.gateway.page_data.table import Dirty, Range, Table
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 from esper_otel.leyline.risk import Rule
 
 # Steps that are fetched at once, and cells of seeds in them.
-_FETCHED, _MOST_CELLS = 64, 20_000
+_FETCHED, _MOST_CELLS = 128, 20_000
 # The detail of at most so many steps is read from the store, and so many details are kept.
 _MOST_DETAIL, _MOST_DETAILS = 2**16, 4
 
@@ -80,7 +80,7 @@ class View:
         self.columns = Columns()
         self.segments = Segments()
         self.seeds = SeedTimelines()
-        self.episodes = Episodes(self._source.rules)
+        self.episodes = SignalEpisodes(self._source.rules)
         self.gap = 0
         self._details: list[Table] = []
         self._cursor = ""
@@ -111,8 +111,8 @@ class View:
     def _tables(self) -> list[Table]:
         return [self.whole, *self._details]
 
-    def following(self) -> _Reading:
-        """Reads what is new in the store, in parts; it may be left after any of them.
+    def following(self) -> Generator[bool | None, None, None]:
+        """Reads what is new in the store, in parts; it may be left where it yields True.
 
         Raises:
             UnknownRun: nothing of the run is stored.
@@ -136,7 +136,7 @@ class View:
                 self.version += 1
                 is_new = True
             yield from self._take(found.entries)
-            yield
+            yield True
         for table in self._tables:
             if table.dirty:
                 self.version += 1
@@ -202,7 +202,7 @@ class View:
             entries = [entry for entry, newer in zip(entries, is_newer.tolist(), strict=True) if newer]
         self._newest_unix_ns[segment] = int(new.times[-1])
         self.seeds.note(segment, [entry.item.frame for entry in entries], self.version)
-        self.episodes.note(segment, entries, new, list(self.columns.names), self.version)
+        self.episodes.note(entries, new, list(self.columns.names), self.version)
 
     def _divided(
         self, origin: Origin, entries: Sequence[StoredFrame], *, is_known: bool

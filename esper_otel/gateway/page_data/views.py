@@ -104,12 +104,12 @@ async def in_short_turns(long: Generator[None, None, _T]) -> _T:
             turn = Turn(TURN_S)
 
 
-async def _for_some_time(reading: Generator[None, None, None]) -> None:
-    """Runs a generator in turns, but leaves it after some time."""
+async def _for_some_time(reading: Generator[bool | None, None, None]) -> None:
+    """Runs a generator in turns, but leaves it after some time, once it yields True."""
     turn, until_s = Turn(TURN_S), time.monotonic() + _READING_S
-    for _ in reading:
+    for may_leave in reading:
         if turn.is_over:
-            if time.monotonic() > until_s:
+            if may_leave and time.monotonic() > until_s:
                 reading.close()
                 return
             await pause()
