@@ -53,8 +53,10 @@ MAY_IMPORT = {
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
+    "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
-        *(*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/receive", "gateway/store"),
+        *(*BASE, "schema", "frames", "leyline", "pull", "charts"),
+        *("gateway", "gateway/receive", "gateway/store", "gateway/page_data"),
     },
     "charts": {"schema"},
     "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts"},
