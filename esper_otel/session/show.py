@@ -52,12 +52,11 @@ class Figure:
         self._left_out = 0
         self._lock = threading.Lock()
         self._is_over = threading.Event()
-        display, html_of = _notebook()
+        display = _display()
         with self._lock:
             self._read()
-        display(html_of(self._frame()))
-        self._handle = display(html_of(""), display_id=True)
-        self._html_of = html_of
+        display(_content(self._frame()), raw=True)
+        self._handle = display(_content(""), raw=True, display_id=True)
         thread = threads().Thread(target=self._follow, name="esper-otel-show", daemon=True)
         thread.start()
 
@@ -78,7 +77,7 @@ class Figure:
                 if not self._read():
                     return
                 text = json.dumps(json.dumps(self._data(), allow_nan=False)).replace("<", "\\u003c")
-            self._handle.update(self._html_of(_script(_SEND, self._id, text)))
+            self._handle.update(_content(_SEND.replace("ID", self._id).replace("TEXT", text)), raw=True)
         except Exception as error:  # noqa: BLE001 - see above
             self._is_over.set()
             self._fault("the notebook's figure", error)
@@ -135,7 +134,7 @@ class Figure:
         )
 
 
-_SEND = """
+_SEND = """<script>
 (() => {
   const text = TEXT;
   const send = (left) => {
@@ -146,26 +145,26 @@ _SEND = """
   send(window.esperID ? 0 : 3);
   window.esperID = true;
 })();
-"""
+</script>"""
 
 
-def _script(program: str, figure: str, text: str) -> str:
-    return f"<script>{program.replace('ID', figure).replace('TEXT', text)}</script>"
+def _content(content: str) -> dict[str, str]:
+    return {"text/html": content, "text/plain": ""}
 
 
-def _notebook() -> tuple[Callable[..., Any], Callable[[str], object]]:
-    """Returns IPython's ``display`` and its class of HTML.
+def _display() -> Callable[..., Any]:
+    """Returns IPython's ``display``.
 
     Raises:
         ConfigurationError: there is no notebook.
     """
     try:
         from IPython.core.getipython import get_ipython
-        from IPython.display import HTML, display
+        from IPython.display import display
     except ImportError:
         raise ConfigurationError(
             f"{_WHAT} works in a notebook, and IPython is not installed: pip install 'esper-otel[ui]' jupyterlab"
         ) from None
     if get_ipython() is None:
         raise ConfigurationError(f"{_WHAT} works in a notebook; outside of one: esper-otel ui")
-    return display, HTML
+    return display

@@ -13,8 +13,8 @@ const LEFT = 62; // the same for all charts, so that equal steps stand below eac
 
 class Chart {
   // board: the board it belongs to; kind: lines, stack, bars or heat.
-  constructor(board, { id, title, unit = "", about = "", height = 230, draw }) {
-    Object.assign(this, { board, id, title, unit, about, height, draw, isDirty: true, isSeen: false });
+  constructor(board, { id, title, unit = "", about = "", height = 230, isLinear = false, isFromZero = false, draw }) {
+    Object.assign(this, { board, id, title, unit, about, height, isLinear, isFromZero, draw, isDirty: true, isSeen: false });
     this.element = Esper.element("figure", { className: "chart", tabIndex: 0 });
     this.element.setAttribute("aria-label", `${title}: ${about}`);
     this.caption = Esper.element("figcaption", {}, Esper.element("b", { textContent: title }), " ", Esper.element("small", { textContent: about, title: about }));
@@ -44,6 +44,7 @@ class Chart {
       sizing_mode: "stretch_both", min_border_left: LEFT, min_border_right: 12, min_border_top: 6,
       background_fill_color: null, border_fill_color: null, outline_line_color: null,
     });
+    if (this.isFromZero) this.figure.y_range = new Bokeh.Range1d({ start: 0, end: 1 });
     this.figure.toolbar.active_drag = this.board.isTouch ? null : this.tools[view.drag];
     this.figure.toolbar.active_scroll = wheel;
     for (const each of this.figure.axes) {
@@ -51,6 +52,7 @@ class Chart {
     }
     for (const grid of this.figure.grids) grid.grid_line_color = colors.grid;
     this.figure.xaxes[0].axis_label = Esper.AXES[view.x];
+    if (!view.log || this.isLinear) this.figure.yaxes[0].formatter = new (Models.get("BasicTickFormatter"))({ power_limit_high: 7, power_limit_low: -4 });
     const label = Esper.UNITS[this.unit];
     if (label) this.figure.yaxes[0].axis_label = label;
     if (view.x === "step") this.figure.xaxes[0].formatter = new (Models.get("NumeralTickFormatter"))({ format: "0,0" });
@@ -124,7 +126,7 @@ class Chart {
     this.sources.set(key, source);
     const made = make(source);
     if (made && made.y_range_name !== "edge") this.renderers.push(made);
-    if (made && this.figure.y_range.properties?.renderers) this.figure.y_range.renderers = [...this.renderers];
+    if (made && !this.isFromZero && this.figure.y_range.properties?.renderers) this.figure.y_range.renderers = [...this.renderers];
   }
 
   // Removes the curves of runs that are no longer shown: the figure is built anew without them.
@@ -271,7 +273,6 @@ function seams(series, mode) {
 // Where the time of a step goes, stacked, for one run.
 Esper.stack = (chart) => {
   const { board, figure } = chart;
-  chart.isLinear = true;
   const run = board.focused();
   const series = run && board.seriesOf(run);
   const found = series && Esper.phases(series, board.view.x);
@@ -290,6 +291,10 @@ Esper.stack = (chart) => {
       chart.renderers.push(figure.varea({ field: "x" }, { field: place ? `top${place - 1}` : "base" }, { field: `top${place}` }, { source, fill_color: color, fill_alpha: 0.75 }));
     });
   });
+  // One slow step must not flatten all others: what is above is cut off here; the chart of step_latency_ms has it.
+  const sorted = [...below].sort((a, b) => a - b);
+  const [usual, most] = [sorted[Math.floor((sorted.length - 1) * 0.97)], sorted.at(-1)];
+  figure.y_range.setv({ start: 0, end: most > 2 * usual && usual > 0 ? usual * 1.5 : most * 1.05 || 1 });
   Esper.legend(chart.note, found.phases.map((phase) => [phase, Esper.PHASE_COLORS[phase]]));
   if (!chart.keepOnly(new Set([key]))) board.rebuild(chart);
 };
@@ -306,7 +311,6 @@ Esper.legend = (element, entries) => {
 // A map of numbers by row and step. `give` returns {xs: [[first, last]], rows: [names], values: [[...]], unit}.
 Esper.heat = (give) => (chart) => {
   const { figure } = chart;
-  chart.isLinear = true;
   const found = give();
   if (!found) return;
   const place = places(chart.board);
@@ -344,7 +348,6 @@ function places(board) {
 // The life of each seed as bars by stage. `give` returns [{id, bars: [[first, last, stage]]}], the first at the top.
 Esper.bars = (give, stages) => (chart) => {
   const { figure } = chart;
-  chart.isLinear = true;
   const seeds = give();
   const at = places(chart.board);
   const cells = { left: [], right: [], y: [], color: [] };

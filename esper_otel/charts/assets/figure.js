@@ -12,9 +12,9 @@
     board.marks = known.marks || [];
     board.runs = runs;
     const [first] = runs;
-    if (first && Esper.phases(first.series, "step")) board.extra("time", { id: "where the time goes", title: "Where a step's time goes", about: "ms, stacked", unit: "ms", draw: Esper.stack });
+    if (first && Esper.phases(first.series, "step")) board.extra("time", { id: "where the time goes", title: "Where a step's time goes", about: "ms, stacked", unit: "ms", isLinear: true, isFromZero: true, draw: Esper.stack });
     if (known.seeds?.length) {
-      const chart = board.extra("seeds", { id: "stages", title: "Stages of the seeds", about: known.seedsSaid || "by step", draw: Esper.bars(() => known.seeds, known.stages) });
+      const chart = board.extra("seeds", { id: "stages", title: "Stages of the seeds", about: known.seedsSaid || "by step", isLinear: true, draw: Esper.bars(() => known.seeds, known.stages) });
       chart.element.classList.add("wide");
     }
     board.show(runs, known.metrics);

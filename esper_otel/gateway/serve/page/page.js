@@ -320,19 +320,20 @@ function extras() {
     chart.isNothing = !isThere;
     board.arrange();
   };
-  set("where the time goes", series && Esper.phases(series, "step"), "time", { title: "Where a step's time goes", about: "ms, stacked", unit: "ms", draw: Esper.stack });
-  set("ranks", side.ranks.ranks?.length > 1, "ranks", { title: "Step time by rank", about: "ms, the longest step in each stretch", height: 300, draw: (chart) => {
+  set("where the time goes", series && Esper.phases(series, "step"), "time", { title: "Where a step's time goes", about: "ms, stacked", unit: "ms", isLinear: true, isFromZero: true, draw: Esper.stack });
+  set("ranks", side.ranks.ranks?.length > 1, "ranks", { title: "Step time by rank", about: "ms, the longest step in each stretch", height: 300, isLinear: true, draw: (chart) => {
     Esper.heat(() => ({ xs: side.ranks.steps, values: side.ranks.step_ms, unit: "ms" }))(chart);
     chart.element.classList.add("wide");
     const { slowest, slowest_by: by, slowest_ms: ms } = side.ranks;
     chart.note.textContent = slowest === null ? "no rank is slower than the others" : `rank ${slowest} is the slowest: ${Esper.number(ms)} ms longer than the mean of the others${by ? `, mostly in ${by}` : ""}`;
   } });
-  set("stages", side.seeds.byId?.size, "seeds", { title: "Stages of the seeds", about: "by step, newest seed first", draw: (chart) => {
+  set("stages", side.seeds.byId?.size, "seeds", { title: "Stages of the seeds", about: "by step, newest seed first", isLinear: true, draw: (chart) => {
     chart.element.classList.add("wide");
     const all = [...side.seeds.byId.values()].sort((one, other) => (one.retired_step === null ? 0 : 1) - (other.retired_step === null ? 0 : 1) || (other.stages[0]?.[0] ?? 0) - (one.stages[0]?.[0] ?? 0));
     const some = all.slice(0, side.most);
     chart.caption.querySelector("small").textContent = `by step; ${some.length.toLocaleString("en")} of ${(side.seeds.count || all.length).toLocaleString("en")} seeds, live ones first, newest first`;
-    Esper.bars(() => some.map((seed) => ({ id: seed.id, bars: seed.stages })), side.seeds.stages)(chart);
+    const last = side.seeds.last_step;
+    Esper.bars(() => some.map((seed) => ({ id: seed.id, bars: seed.stages.map(([from, to, stage]) => [from, to ?? last, stage]) })), side.seeds.stages)(chart);
     if (!chart.more) {
       chart.more = Esper.element("button", { type: "button", textContent: "show more seeds" });
       chart.more.addEventListener("click", () => { side.most += 60; board.rebuild(chart); });
