@@ -29,6 +29,5 @@
       known = { ...known, ...JSON.parse(event.data.text) };
       show();
     });
-    new ResizeObserver(() => parent.postMessage({ esper: known.id, height: document.documentElement.scrollHeight }, "*")).observe(document.body);
   }
 }
