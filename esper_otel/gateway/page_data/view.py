@@ -197,6 +197,7 @@ class View:
         self._fetched = max(min(self._fetched, _MOST_FETCHED), fewest)
         for table in self._tables:
             while table.is_too_large(len(self.columns.names)):
+                yield
                 yield from table.coarsening()
 
     def _note(self, segment: int, new: Steps, entries: Sequence[StoredFrame]) -> None:
