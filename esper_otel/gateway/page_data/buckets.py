@@ -19,6 +19,9 @@ Counts = npt.NDArray[np.uint32]
 # The step of the first value that is not finite, where there is none.
 NO_STEP = 2**62
 _FEWEST_ROWS, _FEWEST_COLUMNS = 16, 8
+# Room for all rows that a table may have, and for those added before it is made coarser. Zeros take memory only where
+# something is written.
+_MOST_ROWS = 2**14 + 2**9
 _EVERY = slice(None)
 
 
@@ -168,13 +171,13 @@ class Buckets:
     def __init__(self) -> None:
         self.count = 0
         self._heads = Heads(*(np.zeros(_FEWEST_ROWS, np.int64) for _ in Heads._fields))
-        self._values = _blank(_FEWEST_COLUMNS, _FEWEST_ROWS)
+        self._values = _room(_FEWEST_COLUMNS, _FEWEST_ROWS)
         self._order: npt.NDArray[np.intp] | None = None  # None: by key as they are
 
     @property
     def cells(self) -> int:
-        """For how many values of metrics there is memory."""
-        return self._values.last.size
+        """How many values of metrics there are, present or not."""
+        return len(self._values.last) * self.count
 
     @property
     def heads(self) -> Heads:
@@ -185,7 +188,11 @@ class Buckets:
         """Returns what some buckets have of a metric, which may have no value in any of them."""
         if column < len(self._values.last):
             return self._values.column(column, rows)
-        return _blank(1, len(rows)).column(0)
+        none = np.full(len(rows), np.nan)
+        nothing = np.zeros(len(rows), np.uint32)
+        return Values(
+            none, np.full(len(rows), np.inf), np.full(len(rows), -np.inf), np.zeros(len(rows)), nothing, None, None
+        )
 
     @property
     def order(self) -> npt.NDArray[np.intp]:
@@ -233,14 +240,18 @@ class Buckets:
 
     def empty(self, rows: npt.NDArray[np.intp]) -> None:
         """Empties buckets, which are about to be filled again; their positions in the store are kept."""
-        self._heads.size[rows] = 0
-        self._heads.first_step[rows], self._heads.last_step[rows] = NO_STEP, -1
-        self._heads.time[rows] = 0
-        blank = _blank(1, 1)
-        for name in Values._fields:
-            array = getattr(self._values, name)
-            if array is not None:
-                array[..., rows] = NO_STEP if name == "odd_step" else 0 if name == "odd" else getattr(blank, name)[0, 0]
+        self._blank(rows)
+
+    def _blank(self, rows: slice | npt.NDArray[np.intp], columns: slice = _EVERY) -> None:
+        """Makes the content of buckets that of empty ones."""
+        if columns == _EVERY:
+            self._heads.size[rows] = self._heads.time[rows] = 0
+            self._heads.first_step[rows], self._heads.last_step[rows] = NO_STEP, -1
+        values = self._values
+        values.last[columns, rows], values.low[columns, rows], values.high[columns, rows] = np.nan, np.inf, -np.inf
+        values.total[columns, rows] = values.finite[columns, rows] = 0
+        if values.odd is not None and values.odd_step is not None:
+            values.odd[:, columns, rows], values.odd_step[columns, rows] = 0, NO_STEP
 
     def coarsened(self) -> Generator[None, None, Buckets]:
         """Returns buckets of twice the width, made in parts; nothing changes here."""
@@ -251,13 +262,15 @@ class Buckets:
         heads = Heads(*(each[order] for each in self.heads))
         keys = heads.keys >> 1
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        wider._heads = reduced_heads(heads, starts, keys[starts])
-        made = []
-        for column in range(len(self._values.last)):
-            made.append(self._values.column(column, order).reduced(starts))
-            yield
-        wider._values = _joined(made, len(starts))
         wider.count = len(starts)
+        room = max(_MOST_ROWS, wider.count)
+        wider._heads = Heads(*(_lengthened(each, room) for each in reduced_heads(heads, starts, keys[starts])))
+        wider._values = _room(len(self._values.last), room, has_odd=self._values.odd is not None)
+        for column in range(len(self._values.last)):
+            for into, made in zip(wider._values, self._values.column(column, order).reduced(starts), strict=True):
+                if into is not None and made is not None:
+                    into[..., column, : wider.count] = made
+            yield
         return wider
 
     def _merge(self, heads: Heads, every: Values, columns: npt.NDArray[np.intp]) -> None:
@@ -302,13 +315,12 @@ class Buckets:
         count, first = int(is_new.sum()), self.count
         self.count += count
         if self.count > self._values.last.shape[1]:
-            self._grow(max(2 * self._values.last.shape[1], self.count))
+            self._grow(max(min(4 * self._values.last.shape[1], _MOST_ROWS), self.count))
         new = slice(first, self.count)
         keys = heads.keys[is_new]
         is_in_order = self._order is None and (not first or keys[0] > self._heads.keys[first - 1])
         self._heads.keys[new] = keys
-        self._heads.first_step[new], self._heads.last_step[new] = NO_STEP, -1
-        self._heads.size[new] = self._heads.time[new] = 0
+        self._blank(new)
         self._heads.lowest[new], self._heads.highest[new] = NO_STEP, -1
         self._order = None if is_in_order else np.argsort(self.heads.keys, kind="stable")
         rows = rows.copy()
@@ -316,50 +328,53 @@ class Buckets:
         return rows
 
     def _grow(self, rows: int) -> None:
-        more = rows - self._values.last.shape[1]
-        self._heads = Heads(*(np.append(each, np.zeros(more, np.int64)) for each in self._heads))
-        blank = _blank(len(self._values.last), more, has_odd=self._values.odd is not None)
-        self._values = Values(
-            *(
-                None if old is None or new is None else np.append(old, new, axis=-1)
-                for old, new in zip(self._values, blank, strict=True)
-            )  # type: ignore[arg-type]
-        )
+        self._heads = Heads(*(_lengthened(each, rows) for each in self._heads))
+        before = self._values
+        self._values = _room(len(before.last), rows, has_odd=before.odd is not None)
+        for into, each in zip(self._values, before, strict=True):
+            if into is not None and each is not None:
+                into[..., : each.shape[-1]] = each
 
     def _widen(self, columns: int, *, has_odd: bool) -> None:
         """Makes room for so many metrics, and for counts of values that are not finite."""
-        values = self._values
-        there, rows = values.last.shape
-        if has_odd and values.odd is None:
-            blank = _blank(there, rows, has_odd=True)
-            values = self._values = values._replace(odd=blank.odd, odd_step=blank.odd_step)
+        before = self._values
+        there, rows = before.last.shape
+        if has_odd and before.odd is None:
+            room = _room(there, rows, has_odd=True)
+            assert room.odd_step is not None
+            room.odd_step[:, : self.count] = NO_STEP
+            before = self._values = before._replace(odd=room.odd, odd_step=room.odd_step)
         if columns > there:
-            blank = _blank(max(2 * there, columns) - there, rows, has_odd=values.odd is not None)
-            self._values = Values(
-                *(
-                    None if old is None or new is None else np.append(old, new, axis=old.ndim - 2)
-                    for old, new in zip(values, blank, strict=True)
-                )  # type: ignore[arg-type]
-            )
+            self._values = _room(max(2 * there, columns), rows, has_odd=before.odd is not None)
+            for into, each in zip(self._values, before, strict=True):
+                if into is not None and each is not None:
+                    into[..., :there, : self.count] = each[..., : self.count]
+            self._blank(slice(self.count), slice(there, None))
 
 
-def _blank(columns: int, rows: int, *, has_odd: bool = False) -> Values:
+def _room(columns: int, rows: int, *, has_odd: bool = False) -> Values:
     shape = (columns, rows)
     return Values(
-        np.full(shape, np.nan),
-        np.full(shape, np.inf),
-        np.full(shape, -np.inf),
+        np.zeros(shape),
+        np.zeros(shape),
+        np.zeros(shape),
         np.zeros(shape),
         np.zeros(shape, np.uint32),
         np.zeros((3, *shape), np.uint32) if has_odd else None,
-        np.full(shape, NO_STEP) if has_odd else None,
+        np.zeros(shape, np.int64) if has_odd else None,
     )
+
+
+def _lengthened(array: Ints, rows: int) -> Ints:
+    longer: Ints = np.zeros(rows, np.int64)
+    longer[: len(array)] = array
+    return longer
 
 
 def _joined(columns: list[Values], rows: int) -> Values:
     """Returns the values of several metrics, given those of each."""
     if not columns:
-        return _blank(0, rows)
+        return _room(0, rows)
     odd = [each.odd for each in columns if each.odd is not None]
     odd_step = [each.odd_step for each in columns if each.odd_step is not None]
     return Values(

@@ -20,8 +20,9 @@ from esper_otel.gateway.page_data.table import Dirty, Range, Table
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 from esper_otel.leyline.risk import Rule
 
-# Steps that are fetched at once, and cells of seeds in them.
-_FETCHED, _MOST_CELLS = 128, 20_000
+# Steps that are fetched at once: as many as are added in about this time, and not so few that it costs much more. Of
+# steps with seeds, at least one and as many as have this many cells.
+_FEWEST, _MOST_FETCHED, _ADDING_S, _CELLS = 32, 256, 0.001, 20_000
 # The detail of at most so many steps is read from the store, and so many details are kept.
 _MOST_DETAIL, _MOST_DETAILS = 2**16, 4
 
@@ -84,7 +85,7 @@ class View:
         self.gap = 0
         self._details: list[Table] = []
         self._cursor = ""
-        self._fetched = _FETCHED
+        self._fetched = _FEWEST
         self._is_stale = False
         self._newest_unix_ns: dict[int, int] = {}
 
@@ -175,8 +176,7 @@ class View:
     # -- reading -----------------------------------------------------------------------------------------
 
     def _take(self, entries: Sequence[StoredFrame]) -> _Reading:
-        frame = entries[-1].item.frame
-        self._fetched = max(min(_FETCHED, _MOST_CELLS // max(frame.live.cells.size, 1)), 1)
+        begun_s = time.thread_time()
         again = [segment.again_from for segment in self.segments.all]
         for (origin, is_correction), some in groupby(entries, _writer):
             usable = [entry for entry in some if entry.item.frame.global_step < GUESSED_STEP]
@@ -188,8 +188,16 @@ class View:
                 if not is_correction:
                     self._note(segment, new, part)
         self._mark_again(again)
+        took_s = time.thread_time() - begun_s
+        fewest = max(min(_FEWEST, _CELLS // max(entries[-1].item.frame.live.cells.size, 1)), 1)
+        if took_s > _ADDING_S:
+            self._fetched = self._fetched // 2
+        elif took_s < _ADDING_S / 2:
+            self._fetched = 2 * self._fetched
+        self._fetched = max(min(self._fetched, _MOST_FETCHED), fewest)
         for table in self._tables:
             while table.is_too_large(len(self.columns.names)):
+                yield
                 yield from table.coarsening()
 
     def _note(self, segment: int, new: Steps, entries: Sequence[StoredFrame]) -> None:
