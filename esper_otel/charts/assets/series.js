@@ -43,7 +43,7 @@ Esper.xs = (series, mode) => {
   if (known && known.version === series.version && known.xs.length === rows) return known.xs;
   let xs;
   if (mode === "epoch") xs = epochs(columns);
-  else if (mode === "wall") xs = columns.time_ms;
+  else if (mode === "wall") xs = columns.time_ms.map((ms) => ms - new Date(ms).getTimezoneOffset() * 60_000); // Bokeh's axis has no time zone
   else if (mode === "since") xs = columns.elapsed_s.map((s) => s * 1000);
   else xs = columns.step;
   series.cache[mode] = { version: series.version, xs };

@@ -279,6 +279,9 @@ function drawNow() {
   tiles.push(["signals now", open.length ? open.at(-1).name : "none", open.some((episode) => episode.level === "HIGH") ? "bad" : open.length ? "warn" : "good"]);
   tiles.push(["steps missing or incomplete", missing.toLocaleString("en"), missing ? "warn" : ""]);
   if (side.ranks.slowest !== null && side.ranks.slowest !== undefined && run.rank_count > 1) tiles.push(["slowest rank", `${side.ranks.slowest}, by ${Esper.number(side.ranks.slowest_ms)} ms`, ""]);
+  const text = JSON.stringify(tiles);
+  if (drawNow.text === text) return;
+  drawNow.text = text;
   $("tiles").replaceChildren(...tiles.map(([name, value, tone]) => Esper.element("div", { className: `tile ${tone || ""}` }, name, Esper.element("b", { textContent: value }))));
 }
 
