@@ -78,9 +78,10 @@ def metrics(view: View, since: str) -> Answer:
     cursor = f"{view.life}:{len(view.columns.names)}:{view.columns.left_out}"
     yield
     if since == cursor:
-        return _object({"cursor": cursor, "is_same": True})
+        return _object({**_progress(view), "cursor": cursor, "is_same": True})
     return _object(
         {
+            **_progress(view),
             "cursor": cursor,
             "is_same": False,
             "left_out": view.columns.left_out,

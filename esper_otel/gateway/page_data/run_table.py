@@ -271,20 +271,26 @@ def _run_state(states: Sequence[RunState], outcome: str | None) -> str:
 
 
 def _attempts(states: Sequence[RunState], outcome: str | None) -> list[dict[str, Any]]:
-    """Returns the attempts of a run, oldest first. One without an end that was followed by another was killed."""
+    """Returns the attempts of a run, oldest first.
+
+    One without an end that was followed by another was killed, unless it still goes on beside that one, because the
+    ranks did not agree on an attempt number.
+    """
     by_attempt = sorted(states, key=attrgetter("origin.attempt"))
+    newest = [state for state in states if state.origin.attempt == by_attempt[-1].origin.attempt]
+    begun_ns = max(state.first_time_unix_ns for state in newest)
     found: list[dict[str, Any]] = []
     for attempt, some in groupby(by_attempt, key=attrgetter("origin.attempt")):
         of_attempt = list(some)
         said = [state.ended for state in of_attempt if state.ended is not None]
         worst = next((each for each in said if each != "completed"), said[0] if said else None)
-        is_newest = attempt == by_attempt[-1].origin.attempt
-        if worst is not None and (len(said) == len(of_attempt) or outcome is not None or not is_newest):
-            state = state_of(worst)
-        elif not is_newest or outcome is not None:
-            state = KILLED
+        goes_on = [state for state in of_attempt if state.ended is None]
+        if attempt == newest[0].origin.attempt:
+            state = _run_state(of_attempt, outcome)
+        elif any(not each.is_silent and each.last_time_unix_ns >= begun_ns for each in goes_on):
+            state = LIVE
         else:
-            state = _run_state(of_attempt, None)
+            state = KILLED if goes_on or worst is None else state_of(worst)
         steps = [each.last_step for each in of_attempt if each.last_step is not None]
         begins = [each.first_time_unix_ns for each in of_attempt if each.first_time_unix_ns]
         found.append(

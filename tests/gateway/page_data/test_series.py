@@ -12,17 +12,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from esper_otel.frames.frame import GUESSED_STEP, Frame, Run
+from esper_otel.frames.frame import Frame, Run
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.page_data import table, views
+from esper_otel.gateway.page_data import table
 from esper_otel.gateway.page_data.answers import Wanted, series
 from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.views import Views, in_short_turns
-from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 
 BEGIN_NS = 1_764_000_000 * 10**9
+ALL = Range()
 ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -54,7 +54,7 @@ class Page:
         self.metrics: dict[str, dict[str, list[Any]]] = {}
         self.answer: dict[str, Any] = {}
 
-    async def ask(self, steps: Range = Range(), most: int = 100) -> None:
+    async def ask(self, steps: Range = ALL, most: int = 100) -> None:
         is_behind = True
         while is_behind:
             view = await self.views.view(self.run_id, 0)
@@ -120,7 +120,10 @@ def compare(page: Page, steps: Sequence[Made]) -> None:
         for name, metric in page.metrics.items():
             want = expected(here, name)
             odd = [each[1:] for each in metric["odd"] if each[0] == row]
-            assert {**{key: metric[key][row] for key in ("last", "min", "max", "mean")}, "odd": (odd or [None])[0]} == want
+            assert {
+                **{key: metric[key][row] for key in ("last", "min", "max", "mean")},
+                "odd": (odd or [None])[0],
+            } == want
     assert total == len(steps)
 
 
