@@ -227,6 +227,7 @@ Esper.phases = (series, mode) => {
 // Adds what is new to a series: keeps the first `keep` rows and appends the others.
 Esper.merge = (old, answer) => {
   if (!old || !answer.keep) return { ...answer, version: (old?.version || 0) + 1 };
+  if (!Object.keys(answer.columns).length) return { ...old, ...answer, columns: old.columns, metrics: old.metrics }; // nothing new
   const join = (one, other) => (one || []).slice(0, answer.keep).concat(other);
   const columns = {};
   for (const [name, list] of Object.entries(answer.columns)) columns[name] = join(old.columns[name], list);

@@ -125,7 +125,8 @@ def test_states_are_told_apart(browser: Browser) -> None:
         run.info["ranks"] = [{"rank": rank, "state": "failed", "last_step": 9} for rank in (0, 1)]
         run.ranks = {"steps": [[1, 5], [6, 9]], "ranks": [0, 1], "step_ms": [[1.0, 1.0], [1.0, 9.0]]}
         run.ranks |= {"slowest": 1, "slowest_by": "input_wait_ms", "slowest_ms": 4.0}
-        run.episodes = [{"name": "hook_budget", "level": "HIGH", "first_step": 12, "last_step": 340, "worst": 60.0}]
+        run.episodes = [{"name": "hook_budget", "level": "HIGH", "first_step": 12, "last_step": 340}]
+        run.episodes[0] |= {"text": "hook_budget, steps 12 to 340, worst 60"}
         run.episodes[0] |= {"reason": "above 50", "route": "PAUSE", "segment": 0, "is_open": False}
         run.steps += 1
         browser.until(f"{tile('state')} === 'failed: ValueError'")
