@@ -97,9 +97,9 @@ def test_a_browser_draws_it(gateway: RunningGateway, tmp_path: Path) -> None:
         assert (found["state"], found["step"], found["loss"]) == ("live", "60", "0.033333")
         assert "hook_budget" in browser.value("document.getElementById('episodes').textContent")
         assert "✕ NaN once" in browser.value("board.charts.get('loss').note.textContent")
+        assert browser.value("refused") == []
         browser.open(f"http://{gateway.http}/?run=ended&run=going+on&x=epoch&log=1")
         browser.until("data.get('ended')?.series && Boolean(board.charts.get('loss')?.plot)")
         states = "[...document.querySelectorAll('#table tbody tr')].map((row) => row.children[2].textContent)"
         assert sorted(browser.value(states)) == ["completed", "live"]
-        assert browser.value("refused") == []
         assert browser.uncaught == []
