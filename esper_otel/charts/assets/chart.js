@@ -234,8 +234,12 @@ Esper.lines = (name) => (chart) => {
   }
   const odd = { x: [], y: [], marker: [], color: [] };
   const counts = { nan: 0, up: 0, down: 0 };
+  const first = {};
   for (const [run, curve] of all) {
-    for (const [, kind] of curve.odd) counts[kind]++;
+    for (const [, kind, step] of curve.odd) {
+      counts[kind]++;
+      first[kind] ??= step;
+    }
     for (const [x, kind] of curve.odd.slice(0, MOST_ODD)) {
       odd.x.push(x);
       odd.y.push(ODD[kind][0]);
@@ -246,7 +250,7 @@ Esper.lines = (name) => (chart) => {
   keys.add("odd");
   chart.fill("odd", odd, (source) =>
     figure.scatter({ field: "x" }, { field: "y" }, { source, y_range_name: "edge", marker: { field: "marker" }, size: 9, line_width: 2, line_color: { field: "color" }, fill_color: { field: "color" } }));
-  const said = Object.entries(counts).filter(([, count]) => count).map(([kind, count]) => `${{ nan: "✕", up: "▲", down: "▼" }[kind]} ${ODD[kind][2]} ${count > 1 ? `at ${count} places` : "once"}`);
+  const said = Object.entries(counts).filter(([, count]) => count).map(([kind, count]) => `${{ nan: "✕", up: "▲", down: "▼" }[kind]} ${ODD[kind][2]} ${count > 1 ? `at ${count} places, first ` : ""}in step ${first[kind].toLocaleString("en")}`);
   if (view.log && all.some(([, curve]) => curve.y.some((value) => value <= 0))) resumed.unshift("values of 0 and below have no place on a log scale");
   chart.note.textContent = [...said, ...resumed.slice(0, 3)].join("   ");
   chart.note.classList.toggle("bad", said.length > 0);

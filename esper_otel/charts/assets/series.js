@@ -141,9 +141,9 @@ Esper.curve = (series, name, { x: mode, smooth }) => {
     if (strange) {
       const [, nan, up, down, first] = strange;
       const at = mode === "step" && first !== undefined && series.width > 1 ? first : xs[row];
-      if (nan) found.odd.push([at, "nan"]);
-      if (up) found.odd.push([at, "up"]);
-      if (down) found.odd.push([at, "down"]);
+      if (nan) found.odd.push([at, "nan", first ?? series.columns.step[row]]);
+      if (up) found.odd.push([at, "up", first ?? series.columns.step[row]]);
+      if (down) found.odd.push([at, "down", first ?? series.columns.step[row]]);
     }
     const value = main[row];
     if (value === null || value === undefined) {

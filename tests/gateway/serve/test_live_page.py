@@ -96,7 +96,7 @@ def test_a_browser_draws_it(gateway: RunningGateway, tmp_path: Path) -> None:
         found = browser.value(tiles)
         assert (found["state"], found["step"], found["loss"]) == ("live", "60", "0.033333")
         assert "hook_budget" in browser.value("document.getElementById('episodes').textContent")
-        assert "✕ NaN once" in browser.value("board.charts.get('loss').note.textContent")
+        assert "✕ NaN in step 31" in browser.value("board.charts.get('loss').note.textContent")
         assert browser.value("refused") == []
         browser.open(f"http://{gateway.http}/?run=ended&run=going+on&x=epoch&log=1")
         browser.until("data.get('ended')?.series && Boolean(board.charts.get('loss')?.plot)")
