@@ -32,7 +32,7 @@ def recording(name: str, **values: float) -> Recording:
 
 def test_host_settings_and_date_of_a_black_box_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
-    settings = EsperSettings(black_box_dir=tmp_path, probe_period_s=77.0)
+    settings = EsperSettings(black_box_dir=tmp_path, black_box_frames=8, probe_period_s=77.0)
     with contextlib.suppress(KeyError), esper_otel.start(run_id="run", settings=settings) as telemetry:
         with telemetry.step(epoch=0) as now:
             now.put(loss=1.0)
@@ -44,7 +44,7 @@ def test_host_settings_and_date_of_a_black_box_are_shown(tmp_path: Path, monkeyp
     [box] = boxes
     html = page(of_file(box))
     assert f"host {socket.gethostname()}" in html
-    assert "settings probe_period_s = 77.0" in html
+    assert "settings black_box_frames = 8, probe_period_s = 77.0" in html
     assert str(tmp_path) not in html
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d to", html)
 
