@@ -145,8 +145,8 @@ class Table:
             found.append((dirty, Range(int(buckets.heads.lowest[row]), int(buckets.heads.highest[row]))))
         return found
 
-    def refill(self, dirty: Dirty, steps: list[Steps], version: int) -> bool:
-        """Replaces what is in a dirty bucket by these steps; returns whether any of them belongs in it."""
+    def refill(self, dirty: Dirty, steps: list[Steps], version: int) -> None:
+        """Replaces what is in a dirty bucket by those of these steps that belong in it."""
         buckets = self.segments[dirty.segment]
         buckets.empty(buckets.find(np.array([dirty.key])))
         is_filled = False
@@ -156,7 +156,8 @@ class Table:
                 self.add(dirty.segment, some.some(inside), version)
                 is_filled = True
         self.dirty.discard(dirty)
-        return is_filled
+        if not is_filled:  # a row that goes is in no answer, so everything is sent again
+            self.life = secrets.token_hex(4)
 
     def positions(self, wanted: Range) -> Range | None:
         """Returns the positions in the store of the steps in a range; None if there is none."""

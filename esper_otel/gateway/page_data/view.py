@@ -25,6 +25,7 @@ from esper_otel.leyline.risk import Rule
 _FEWEST, _MOST_FETCHED, _ADDING_S, _CELLS = 32, 256, 0.001, 20_000
 # The detail of at most so many steps is read from the store, and so many details are kept.
 _MOST_DETAIL, _MOST_DETAILS = 2**16, 4
+_MOST_UNNUMBERED = 100_000
 
 _Reading = Generator[None, None, None]
 
@@ -72,6 +73,7 @@ class View:
         self._run_id = run_id
         self._rank = rank
         self.used_s = time.monotonic()
+        self._unnumbered: set[tuple[Origin, int]] = set()
         self._begin()
 
     def _begin(self) -> None:
@@ -179,9 +181,7 @@ class View:
         begun_s = time.thread_time()
         again = [segment.again_from for segment in self.segments.all]
         for (origin, is_correction), some in groupby(entries, _writer):
-            usable = [entry for entry in some if entry.item.frame.global_step < GUESSED_STEP]
-            if is_correction and not usable:
-                self._is_stale = True
+            usable = self._usable(list(some), is_correction=is_correction)
             for segment, new, part in self._divided(origin, usable, is_known=False):
                 for table in self._tables:
                     table.add(segment, new, self.version, is_correction=is_correction)
@@ -200,6 +200,25 @@ class View:
                 yield
                 yield from table.coarsening()
 
+    def _usable(self, entries: Sequence[StoredFrame], *, is_correction: bool) -> list[StoredFrame]:
+        """Returns the entries whose step numbers are known.
+
+        A number that was counted may turn out to be unknown later. Then all is read again, without such steps.
+        """
+        for entry in entries if is_correction else ():
+            frame = entry.item.frame
+            key = entry.item.origin, frame.time_unix_ns
+            is_new = frame.global_step >= GUESSED_STEP and key not in self._unnumbered
+            if is_new and len(self._unnumbered) < _MOST_UNNUMBERED:
+                self._unnumbered.add(key)
+                self._is_stale = True
+        return [
+            entry
+            for entry in entries
+            if entry.item.frame.global_step < GUESSED_STEP
+            and (not self._unnumbered or (entry.item.origin, entry.item.frame.time_unix_ns) not in self._unnumbered)
+        ]
+
     def _note(self, segment: int, new: Steps, entries: Sequence[StoredFrame]) -> None:
         """Adds steps to what is told in order of time; late ones are left out there."""
         is_newer = new.times > self._newest_unix_ns.get(segment, 0)
@@ -216,6 +235,9 @@ class View:
         self, origin: Origin, entries: Sequence[StoredFrame], *, is_known: bool
     ) -> list[tuple[int, Steps, Sequence[StoredFrame]]]:
         """Returns entries of one writer by segment: its number, the steps as arrays and the entries."""
+        if entries and entries[0].item.revision > 1:  # of several corrections of a step, the last one counts
+            newest = {entry.item.frame.time_unix_ns: entry for entry in entries}
+            entries = [newest[time_unix_ns] for time_unix_ns in sorted(newest)]
         frames = [entry.item.frame for entry in entries]
         return [
             (
@@ -290,8 +312,7 @@ class View:
             for segment, new, _ in self._divided(origin, list(some), is_known=True):
                 steps.setdefault(segment, []).append(new)
         for each in dirty:
-            if not table.refill(each, steps.get(each.segment, []), self.version):
-                self._is_stale = True  # the step was given another number
+            table.refill(each, steps.get(each.segment, []), self.version)
         yield
 
     def _between(self, where: Range) -> Generator[Sequence[StoredFrame] | None, None, None]:
