@@ -325,6 +325,11 @@ class Block(NamedTuple):
         return self.first + len(self.times) - 1
 
     @property
+    def points(self) -> int:
+        """How many values and cells were recorded."""
+        return int(np.count_nonzero(self.values.view(np.uint64) != ABSENT_BITS) + np.count_nonzero(self.present))
+
+    @property
     def present(self) -> npt.NDArray[np.bool_]:
         """True where a seed's cell was recorded. Same shape as ``cells``."""
         present: npt.NDArray[np.bool_] = self.cells.view(np.uint64) != ABSENT_BITS

@@ -109,3 +109,18 @@ def test_an_endpoint_that_refuses_all_steps_hears_how_many(monkeypatch: pytest.M
                 telemetry.record_step({"loss": 1.0}, epoch=0)
                 assert collector.wait_for(lambda _, last=count: dropped()[-1:] == [last])  # type: ignore[misc]
             assert dropped() == [1.0, 2.0]
+
+
+def test_steps_of_one_period_go_in_one_request_whatever_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector with several consumers may reorder requests, and a backend then refuses the older points."""
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        with esper_otel.start(run_id="one request") as telemetry:
+            for step in range(500):
+                telemetry.seeds([f"seed-{step // 5}"], alpha=[0.5])
+                telemetry.record_step({"loss": 1.0}, epoch=0)
+                if step % 5 == 4:
+                    telemetry.retire_seed(f"seed-{step // 5}")
+        assert collector.frames_received == 500
+        assert len(collector.requests) == 1
