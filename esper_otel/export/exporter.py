@@ -269,25 +269,28 @@ class StepExporter:
         return None
 
     def _deliver(self, source: FrameSource) -> float | None:
-        """Sends the source's frames. Returns how long to pause before the next attempt; None when none is left."""
+        """Sends the source's frames. Returns how long to pause before the next attempt; None when none is left.
+
+        If there is a period, frames published in the meantime are sent in the next one: two requests that follow each
+        other at once may be reordered on the way.
+        """
+        due = self._live.cursor + self._live.waiting
         while True:
-            following, gone = source.after(self._at_once)
+            blocks, gone = source.after(self._at_once)
             if gone:
                 self.dropped[source.lost] += gone
                 self._advance(source, gone)
-            if not following:
+            if not blocks:
                 return None
-            blocks = before_a_return(following)
-            is_all = source is self._live and source.are_last(following) and blocks[-1].last == following[-1].last
-            last = blocks[-1].last
+            blocks = before_a_return(blocks)
             settled = blocks[0].first - 1
             for request in self._requests(source, blocks):
                 pause_s = self._settled(source, request, self._sent(request.body), blocks, settled)
                 if pause_s is not None:
                     return pause_s
                 settled += request.frames
-            if is_all and settled == last and self._every_s and self._deadline_s is None:
-                return None  # frames published in the meantime are sent in the next period
+            if source is self._live and settled >= due and self._every_s and self._deadline_s is None:
+                return None
 
     def _requests(self, source: FrameSource, blocks: Sequence[Block]) -> Iterator[Request]:
         """Yields the frames as requests. After an encoding error, halves the batch until the failing frame is found.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -124,3 +125,25 @@ def test_steps_of_one_period_go_in_one_request_whatever_their_seeds(monkeypatch:
                     telemetry.retire_seed(f"seed-{step // 5}")
         assert collector.frames_received == 500
         assert len(collector.requests) == 1
+
+
+def test_steps_published_while_a_period_is_sent_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests that follow each other at once may be reordered on the way."""
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "0.2")
+    times_s: list[float] = []
+
+    def answered(_request: ExportMetricsServiceRequest) -> None:
+        times_s.append(time.monotonic())
+
+    with MemoryCollector(answer=answered) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        with esper_otel.start(run_id="periods") as telemetry:
+            step = 0
+            while len(times_s) < 8:
+                telemetry.seeds([f"seed-{step // 5}"], alpha=[0.5])
+                telemetry.record_step({"loss": 1.0}, epoch=0)
+                time.sleep(0.0002)  # so that the exporter's thread runs
+                step += 1
+            periods_s = [later - sooner for sooner, later in pairwise(times_s[:8])]
+        assert min(periods_s) >= 0.2
+        assert collector.frames_received == step
