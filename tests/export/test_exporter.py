@@ -12,6 +12,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.export import exporter
+from esper_otel.export.streams import before_a_return
+from esper_otel.frames.block import Block
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import Point, points_of
 
@@ -135,6 +137,11 @@ def test_steps_published_while_a_period_is_sent_wait_for_the_next(monkeypatch: p
     def answered(_request: ExportMetricsServiceRequest) -> None:
         times_s.append(time.monotonic())
 
+    def slowly(blocks: list[Block]) -> list[Block]:
+        time.sleep(0.01)  # in which some steps are published
+        return before_a_return(blocks)
+
+    monkeypatch.setattr(exporter, "before_a_return", slowly)
     with MemoryCollector(answer=answered) as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
         with esper_otel.start(run_id="periods") as telemetry:
