@@ -25,7 +25,7 @@ def risks_table() -> str:
     """The README's table of risks: signal, condition, level, route."""
     return markdown_table(
         ("signal", "when", "severity", "route"),
-        ((f"`{rule.name}`", _condition(rule), rule.level.lower(), _route(rule)) for rule in RULES),
+        ((f"`{rule.name}`", _condition(rule), _level(rule), _route(rule)) for rule in RULES),
     )
 
 
@@ -39,6 +39,11 @@ def _condition(rule: Rule) -> str:
     if rule.unless and not rule.only_unrouted:
         text += f"; not with `{rule.unless}`"
     return text
+
+
+def _level(rule: Rule) -> str:
+    level = rule.level.lower()
+    return f"{level}; only a note on pages and on Oona if the run trains on its CPU" if rule.only_note_on_cpu else level
 
 
 def _route(rule: Rule) -> str:
