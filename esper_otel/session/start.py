@@ -25,6 +25,7 @@ from esper_otel.export.opening import open_exporter
 from esper_otel.export.provider import OwnProvider, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
+from esper_otel.export.variables import warn as ignored
 from esper_otel.frames.black_box import BlackBox
 from esper_otel.frames.frame import FINE, UNKNOWN_ATTEMPT, Frame, Run
 from esper_otel.frames.ring import Ring
@@ -36,14 +37,16 @@ from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
 from esper_otel.record.device import device_name
 from esper_otel.record.frame_publisher import FramePublisher
+from esper_otel.record.mistakes import Mistakes
 from esper_otel.record.names import Names
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify
+from esper_otel.session.spared_telemetry import SparedTelemetry
 from esper_otel.session.telemetry import Telemetry
-from esper_otel.settings import EsperSettings, signal_names
+from esper_otel.settings import EsperSettings, signal_names, unknown_variables
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +92,7 @@ def start(
         ConfigurationError: a setting or environment variable is invalid.
     """
     session = _Session(
-        settings=EsperSettings() if settings is None else settings,
+        settings=_settings_of_environment() if settings is None else settings,
         identity={"run_id": run_id, "experiment": experiment, "rank": rank, "world_size": world_size},
         device=device,
         epochs=epochs,
@@ -107,11 +110,18 @@ def check_environment() -> None:
     Raises:
         ConfigurationError: a setting or environment variable is invalid.
     """
-    settings = EsperSettings()
+    settings = _settings_of_environment()
     configured(settings.risk_thresholds)
     exporters = exporters_for(has_provider=False, export_steps=None)
     if exporters.steps:
         open_sender(endpoint_from_environment(protocol=exporters.protocol), settings.token_file).close()
+
+
+def _settings_of_environment() -> EsperSettings:
+    """Returns the settings; warns of variables that look like settings and are not."""
+    for message in unknown_variables():
+        ignored(message)
+    return EsperSettings()
 
 
 class _Session:
@@ -133,6 +143,7 @@ class _Session:
         self.rules = configured(settings.risk_thresholds)
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
+        self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
         run, self._agreement = _identified(identity)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
@@ -162,6 +173,7 @@ class _Session:
             probing=self._sampler,
             to_state=leyline.state,
             gradient_math=_gradient_math,
+            mistakes=self._mistakes,
         )
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
@@ -174,7 +186,11 @@ class _Session:
         certain = self._resource_of(self._certain(run))
         self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
         self._instruments = self._attached(meter_provider, names.entries.values())
-        self.telemetry = Telemetry(self._recorder, self)
+        self.telemetry = (
+            Telemetry(self._recorder, self)
+            if self._mistakes is None
+            else SparedTelemetry(self._recorder, self, self._mistakes)
+        )
         self._process_id = os.getpid()
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
@@ -304,6 +320,8 @@ class _Session:
             ("esper.buffer.bytes", ""): publisher.ring.size,
             ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
         }
+        if self._mistakes is not None:
+            counts["esper.mistakes", ""] = self._mistakes.count
         if exporter is not None:
             counts["esper.frames.exported", ""] = exporter.exported
             counts["esper.export.queue", ""] = exporter.waiting
@@ -339,6 +357,7 @@ class _Session:
             "nonfinite": publisher.counters.nonfinite + publisher.tally.nonfinite,
             "out_of_range": publisher.counters.out_of_range + publisher.tally.out_of_range,
             "faults": publisher.counters.faults,
+            "mistakes": 0 if self._mistakes is None else self._mistakes.count,
             "last_error": None if exporter is None else exporter.last_error,
         }
 
@@ -393,6 +412,7 @@ class _Session:
 
     def _say_closed(self, outcome: str) -> None:
         has_lost = self._exporter is not None and self._exporter.dropped.total() > 0
+        has_lost = has_lost or (self._mistakes is not None and self._mistakes.count > 0)
         announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
 
     def _stop_readers(self, deadline_s: float) -> None:
@@ -413,6 +433,8 @@ class _Session:
                 summary += f" ({reasons_why})"
             if self._exporter.kept:
                 summary += f", kept for the next start {health['kept']}"
+        if health["mistakes"]:
+            summary += f", mistakes left out {health['mistakes']}"
         return summary
 
 
