@@ -86,7 +86,9 @@ _OTHER_WORDS = {
     **dict.fromkeys(("train_loss", "training_loss"), ("loss",)),
     **dict.fromkeys(("acc", "train_acc", "train_accuracy", "training_accuracy"), ("accuracy",)),
     **dict.fromkeys(("grad_norm", "gradnorm", "grads_norm", "total_norm", "gnorm"), ("gradient_norm",)),
-    **dict.fromkeys(("lr", "learning_rate", "train_lr", "lr_0"), ("optimizer_lr", "esper.optimizer.lr", "learning_rate")),
+    **dict.fromkeys(
+        ("lr", "learning_rate", "train_lr", "lr_0"), ("optimizer_lr", "esper.optimizer.lr", "learning_rate")
+    ),
     **dict.fromkeys(("throughput", "samples_per_sec", "samples_per_second"), ("samples_per_s",)),
     **dict.fromkeys(("step_time", "step_time_ms", "batch_time", "iter_time", "time_per_step"), ("step_latency_ms",)),
     **dict.fromkeys(("data_time", "data_wait", "data_wait_ms"), ("input_wait_ms",)),
@@ -112,9 +114,7 @@ _ELSEWHERE = {
 def _nearest(name: str, known: Iterable[str]) -> tuple[str, ...]:
     """Returns up to three known names that may be meant: those with the same meaning, or else similar ones."""
     others = [other for other in _OTHER_WORDS.get("_".join(_words(name)), ()) if other in known]
-    found = others or sorted(
-        (each for each in known if _resembles(name, each)), key=lambda each: -_ratio(name, each)
-    )
+    found = others or sorted((each for each in known if _resembles(name, each)), key=lambda each: -_ratio(name, each))
     return tuple(found[:3])
 
 

@@ -55,7 +55,9 @@ class Mistakes:
             return False
         return True
 
-    def record_parts(self, error: Exception, record: Callable[[dict[str, Any]], object], values: Mapping[str, Any]) -> None:
+    def record_parts(
+        self, error: Exception, record: Callable[[dict[str, Any]], object], values: Mapping[str, Any]
+    ) -> None:
         """After a call with all values has raised: records each value alone, and notes those that raise.
 
         Args:
@@ -63,12 +65,17 @@ class Mistakes:
             record: records the values that it is given.
             values: all values.
         """
-        is_about_all = isinstance(error, WrongState | InvalidName)
-        if is_about_all or all([self.spared(record, {name: value}) for name, value in values.items()]):
+        before = self.count
+        if not isinstance(error, WrongState | InvalidName):
+            for name, value in values.items():
+                self.spared(record, {name: value})
+        if self.count == before:  # it is about the call and not about a value
             self.note(error)
 
 
-def spares_mistakes(mistakes_of: Callable[[Any], Mistakes | None]) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
+def spares_mistakes(
+    mistakes_of: Callable[[Any], Mistakes | None],
+) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
     """Decorates a method that records something, so that it notes its exceptions where mistakes are to be spared.
 
     Args:

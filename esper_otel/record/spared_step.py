@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -67,8 +66,8 @@ class SparedStep(Step):
         try:
             put(*mappings, **values)
         except Exception as error:  # noqa: BLE001 - see Mistakes.spared
-            given = [each for each in mappings if isinstance(each, Mapping)]
-            self._mistakes.record_parts(error, put, dict(ChainMap(values, *given)))
+            given = [*(each for each in mappings if isinstance(each, Mapping)), values]
+            self._mistakes.record_parts(error, put, {name: each[name] for each in given for name in each})
 
     def gradients(self, model_or_parameters: Any, *arguments: Any, **named: Any) -> None:
         """See ``Step.gradients``; the norm is recorded even if the sources are wrong."""

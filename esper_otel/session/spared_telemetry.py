@@ -51,10 +51,8 @@ class SparedTelemetry(Telemetry):
         else:
             self._epoch = named["epoch"]
             return
-        good: dict[str, Any] = {}
-        for name, value in values.items() if isinstance(values, Mapping) else ():
-            if self._mistakes.spared(self._check, name, value):
-                good[name] = value
+        given = values.items() if isinstance(values, Mapping) else ()
+        good = {name: value for name, value in given if self._mistakes.spared(self._check, name, value)}
         global_step, epoch, samples = self._numbers("record_step()", arguments, named)
         self._mistakes.spared(record, good, epoch=epoch, global_step=global_step, samples=samples)
 

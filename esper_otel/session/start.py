@@ -44,6 +44,7 @@ from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify
+from esper_otel.session.live_page import open_page, say_if_nobody_listens
 from esper_otel.session.spared_telemetry import SparedTelemetry
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, signal_names, unknown_variables
@@ -67,6 +68,7 @@ def start(
     processors: Iterable[Processor] = (),
     meter_provider: MeterProvider | None = None,
     export_steps: bool | None = None,
+    ui: bool | None = None,
 ) -> Telemetry:
     """Starts telemetry for one training run. The session that it returns is also a context manager.
 
@@ -86,6 +88,9 @@ def start(
             readers then export the instruments, and steps are sent only with ``export_steps=True``. Seeds beyond the
             SDK's cardinality limit are placed in additional scopes; a limit that you have set is kept, with a warning.
         export_steps: whether to send every step over OTLP; by default according to ``OTEL_METRICS_EXPORTER``.
+        ui: whether to open the live page, which shows this run in the browser, for notebooks and first tries. Unless
+            it is already open, ``esper-otel ui`` is started as a process of its own, which stays as long as it is
+            used. By default ``ESPER_UI``, which is false. Ranks other than 0 open none.
 
     Raises:
         MistakeError: an argument is invalid.
@@ -100,6 +105,7 @@ def start(
         processors=tuple(processors),
         meter_provider=meter_provider,
         export_steps=export_steps,
+        ui=ui,
     )
     return session.telemetry
 
@@ -107,14 +113,21 @@ def start(
 def check_environment() -> None:
     """Reads the settings for a session that will be started later, with the warnings and errors of ``start``.
 
+    Opens the live page, too, if the environment asks for it.
+
     Raises:
         ConfigurationError: a setting or environment variable is invalid.
     """
     settings = _settings_of_environment()
     configured(settings.risk_thresholds)
     exporters = exporters_for(has_provider=False, export_steps=None)
-    if exporters.steps:
-        open_sender(endpoint_from_environment(protocol=exporters.protocol), settings.token_file).close()
+    endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
+    if endpoint is not None:
+        open_sender(endpoint, settings.token_file).close()
+    if settings.ui and os.environ.get("RANK", "0") == "0":
+        open_page(endpoint, waits=True)
+    elif not settings.ui:
+        say_if_nobody_listens(endpoint)
 
 
 def _settings_of_environment() -> EsperSettings:
@@ -138,6 +151,7 @@ class _Session:
         processors: Sequence[Processor],
         meter_provider: MeterProvider | None,
         export_steps: bool | None,
+        ui: bool | None,
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
         self.rules = configured(settings.risk_thresholds)
@@ -194,6 +208,11 @@ class _Session:
         self._process_id = os.getpid()
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
+        if settings.ui if ui is None else ui:
+            if run.rank == 0:
+                open_page(endpoint)
+        else:
+            say_if_nobody_listens(endpoint)
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """Returns the provider's instruments, attached to this session."""
