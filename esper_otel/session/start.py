@@ -17,7 +17,7 @@ from esper_otel import leyline
 from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
-from esper_otel.errors import InvalidCatalogue
+from esper_otel.errors import ConfigurationError, InvalidCatalogue
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import Instruments, instruments_of
@@ -43,7 +43,7 @@ from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, outcome_of_process, watch
-from esper_otel.session.identity import Agreement, agreement_for, identify
+from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
 from esper_otel.session.live_page import open_page, say_if_nobody_listens
 from esper_otel.session.spared_telemetry import SparedTelemetry
 from esper_otel.session.telemetry import Telemetry
@@ -53,6 +53,16 @@ if TYPE_CHECKING:
     import torch
 
 _STALE_AFTER_NS = 300 * 1_000_000_000
+_NO_RUN_ID = (
+    "the %d ranks have no common run id, so each is a run of its own, this one %s: call "
+    "torch.distributed.init_process_group before the first step, give start(run_id=...), or set ESPER_RUN_ID on every "
+    "rank"
+)
+_NO_ATTEMPT = (
+    "the %d ranks of run %s have no means to agree on one attempt, so each uses its own: call "
+    "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same whole number on "
+    "every rank, and to a larger one at each launch"
+)
 
 
 def start(
@@ -163,6 +173,12 @@ class _Session:
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
         exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
+        if (has_provider or exporters.readers) and self._agreement is not None and self._agreement.lacks_run_id:
+            raise ConfigurationError(
+                f"{run.world_size} ranks without a common run id, which readers need from the start: give "
+                "start(run_id=...) or set ESPER_RUN_ID on every rank, or call "
+                "torch.distributed.init_process_group before start()"
+            )
         endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
 
         self._resource_of = resources()
@@ -265,30 +281,32 @@ class _Session:
         return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
 
     def _with_agreed_attempt(self, run: Run) -> Run:
-        """Returns the run with the attempt that its ranks agree on. Called at the first step, the last opportunity."""
+        """Returns the run with what its ranks agree on. Called at the first step, the last opportunity."""
         agreement = self._agreement
-        attempt = None
-        if agreement is not None:
-            if agreement.lacks_torch:
-                with suppress(ImportError):
-                    _gradient_math()  # imports torch, which contains the store's client
-            attempt = agreement.by_store()
-            attempt = agreement.without_store() if attempt is None else attempt
+        if agreement is None:
+            return run
+        if agreement.lacks_torch:
+            with suppress(ImportError):
+                _gradient_math()  # imports torch, which contains the store's client
+        if agreement.lacks_run_id:
+            run_id = agreement.run_id_by_store(run.run_id)
+            if run_id is None:
+                self._warnings.say("run id", _NO_RUN_ID, run.world_size, run.run_id)
+                return run
+            run = replace(run, run_id=run_id)
+            announce("agreed", f"run {run_id}, rank {run.rank} of {run.world_size}")
+        attempt = agreement.by_store()
+        attempt = agreement.without_store() if attempt is None else attempt
         if attempt is None:
-            self._warnings.say(
-                "attempt",
-                "the %d ranks of run %s have no means to agree on one attempt, so each uses its own: call "
-                "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same "
-                "whole number on every rank, and to a larger one at each launch",
-                run.world_size,
-                run.run_id,
-            )
+            self._warnings.say("attempt", _NO_ATTEMPT, run.world_size, run.run_id)
             return run
         return replace(run, attempt=attempt)
 
     def _describe(self, endpoint: Endpoint | None, off: str, unfollowed: Sequence[str]) -> str:
         run = self._publisher.run
-        parts = [f"run {run.run_id}", f"rank {run.rank} of {run.world_size}"]
+        is_open = self._agreement is not None and self._agreement.lacks_run_id
+        name = "its ranks agree on the run id at the first step" if is_open else f"run {run.run_id}"
+        parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
             f"sending every step to {endpoint.target} over {endpoint.protocol}"
             if endpoint is not None
@@ -468,9 +486,11 @@ def has_died() -> bool:
 
 
 def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
-    """Returns this process's identity and, if the ranks cannot agree on an attempt yet, how to agree later."""
+    """Returns this process's identity and, if the ranks cannot agree on all of it yet, how to agree later."""
     run = identify(**identity)
     agreement = agreement_for(run)
+    if agreement is not None and agreement.lacks_run_id:
+        return replace(run, run_id=new_run_id()), agreement
     attempt = None if agreement is None else agreement.by_store()
     return (run, agreement) if attempt is None else (replace(run, attempt=attempt), None)
 

@@ -135,7 +135,7 @@ class Telemetry:
 
     @property
     def run_id(self) -> str:
-        """The run's id."""
+        """The run's id. Ranks that could not agree on one at the start do so at the first step, where it may change."""
         return self._recorder.publisher.run.run_id
 
     # -- recording ---------------------------------------------------------------------------------------
