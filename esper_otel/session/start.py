@@ -42,7 +42,7 @@ from esper_otel.record.names import Names
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
-from esper_otel.session.ending import forget, outcome_of_process, watch
+from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
 from esper_otel.session.live_page import open_page, say_if_nobody_listens
 from esper_otel.session.spared_telemetry import SparedTelemetry
@@ -81,6 +81,8 @@ def start(
     ui: bool | None = None,
 ) -> Telemetry:
     """Starts telemetry for one training run. The session that it returns is also a context manager.
+
+    In a notebook or at a prompt, a session that this thread has left open is closed first. Programs may have several.
 
     Args:
         run_id: name of the run, the same after a resume and on every rank. By default it is taken from
@@ -169,6 +171,8 @@ class _Session:
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
         run, self._agreement = _identified(identity)
+        if is_interactive():
+            _close_earlier(run.rank)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
@@ -493,6 +497,15 @@ def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
         return replace(run, run_id=new_run_id()), agreement
     attempt = None if agreement is None else agreement.by_store()
     return (run, agreement) if attempt is None else (replace(run, attempt=attempt), None)
+
+
+def _close_earlier(rank: int) -> None:
+    """In a notebook, ends the sessions that an earlier run of a cell has left open: nobody would close them."""
+    for session in live_sessions():
+        if isinstance(session, Telemetry) and session.is_of_this_thread() and session.run.rank == rank:
+            run_id = session.run_id
+            session.close(outcome="exit")
+            announce("notebook", f"run {run_id} was still open and is closed now, because a new session starts")
 
 
 def _gradient_math() -> Any:

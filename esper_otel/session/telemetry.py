@@ -117,6 +117,7 @@ class Telemetry:
         self._recorder = recorder
         self._wiring = wiring
         self.pulled: int = 0
+        self._thread = threading.get_ident()
         self._is_closed = False
         self._before_close: list[Callable[[str | None], None]] = []
         self._is_left: Callable[[], bool] | None = None
@@ -369,6 +370,10 @@ class Telemetry:
             return False
         self._is_left = None
         return True
+
+    def is_of_this_thread(self) -> bool:
+        """Whether the calling thread has started the session."""
+        return threading.get_ident() == self._thread
 
     def interrupted(self) -> None:
         """Sends pending steps at once, in the background. May be called from a signal handler."""
