@@ -29,6 +29,21 @@ _OTHER_PORTS = (
 _opened: list[subprocess.Popen[bytes]] = []  # an object without a reference would warn that its process still runs
 
 
+def show_the_way(endpoint: Endpoint | None, rank: int, *, wants_page: bool, waits: bool = False) -> None:
+    """Opens the live page if it is wanted, or says what to type if nobody would see the run.
+
+    Args:
+        endpoint: where the session sends its steps; None if it sends none.
+        rank: the session's rank; only rank 0 opens a page.
+        wants_page: whether the user wants a page.
+        waits: see ``open_page``.
+    """
+    if not wants_page:
+        say_if_nobody_listens(endpoint)
+    elif rank == 0:
+        open_page(endpoint, waits=waits)
+
+
 def say_if_nobody_listens(endpoint: Endpoint | None) -> None:
     """Says what to type if no endpoint is set and nobody listens on the default one. Never waits for the network."""
     if endpoint is None or is_endpoint_named() or not is_free(_port_of(endpoint)):

@@ -15,6 +15,12 @@ from esper_otel.session.telemetry import Telemetry, Wiring
 _OF_A_STEP = ("epoch", "global_step", "samples")
 
 
+def telemetry_of(recorder: Recorder, wiring: Wiring) -> Telemetry:
+    """Returns the interface of a session; one that spares mistakes if the recorder notes them."""
+    mistakes = recorder.mistakes
+    return Telemetry(recorder, wiring) if mistakes is None else SparedTelemetry(recorder, wiring, mistakes)
+
+
 class SparedTelemetry(Telemetry):
     """A ``Telemetry`` that leaves out what is wrong in a call, records the rest, and notes each mistake.
 

@@ -44,8 +44,8 @@ from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.live_page import open_page, say_if_nobody_listens
-from esper_otel.session.spared_telemetry import SparedTelemetry
+from esper_otel.session.live_page import show_the_way
+from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, signal_names, unknown_variables
 
@@ -136,10 +136,8 @@ def check_environment() -> None:
     endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
     if endpoint is not None:
         open_sender(endpoint, settings.token_file).close()
-    if settings.ui and os.environ.get("RANK", "0") == "0":
-        open_page(endpoint, waits=True)
-    elif not settings.ui:
-        say_if_nobody_listens(endpoint)
+    rank = 0 if os.environ.get("RANK", "0") == "0" else 1
+    show_the_way(endpoint, rank, wants_page=settings.ui, waits=True)
 
 
 def _settings_of_environment() -> EsperSettings:
@@ -171,18 +169,12 @@ class _Session:
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
         run, self._agreement = _identified(identity)
-        if is_interactive():
-            _close_earlier(run.rank)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
         exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
-        if (has_provider or exporters.readers) and self._agreement is not None and self._agreement.lacks_run_id:
-            raise ConfigurationError(
-                f"{run.world_size} ranks without a common run id, which readers need from the start: give "
-                "start(run_id=...) or set ESPER_RUN_ID on every rank, or call "
-                "torch.distributed.init_process_group before start()"
-            )
+        if has_provider or exporters.readers:
+            self._check_run_id(run)
         endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
 
         self._resource_of = resources()
@@ -201,14 +193,7 @@ class _Session:
         self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
         self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
-        self._recorder = Recorder(
-            self._publisher,
-            clock=Clock(),
-            probing=self._sampler,
-            to_state=leyline.state,
-            gradient_math=_gradient_math,
-            mistakes=self._mistakes,
-        )
+        self._recorder = self._opened_recorder()
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
@@ -220,19 +205,30 @@ class _Session:
         certain = self._resource_of(self._certain(run))
         self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
         self._instruments = self._attached(meter_provider, names.entries.values())
-        self.telemetry = (
-            Telemetry(self._recorder, self)
-            if self._mistakes is None
-            else SparedTelemetry(self._recorder, self, self._mistakes)
-        )
+        self.telemetry = telemetry_of(self._recorder, self)
         self._process_id = os.getpid()
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
-        if settings.ui if ui is None else ui:
-            if run.rank == 0:
-                open_page(endpoint)
-        else:
-            say_if_nobody_listens(endpoint)
+        show_the_way(endpoint, run.rank, wants_page=settings.ui if ui is None else ui)
+
+    def _opened_recorder(self) -> Recorder:
+        return Recorder(
+            self._publisher,
+            clock=Clock(),
+            probing=self._sampler,
+            to_state=leyline.state,
+            gradient_math=_gradient_math,
+            mistakes=self._mistakes,
+        )
+
+    def _check_run_id(self, run: Run) -> None:
+        """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
+        if self._agreement is not None and self._agreement.lacks_run_id:
+            raise ConfigurationError(
+                f"{run.world_size} ranks without a common run id, which readers need from the start: give "
+                "start(run_id=...) or set ESPER_RUN_ID on every rank, or call "
+                "torch.distributed.init_process_group before start()"
+            )
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """Returns the provider's instruments, attached to this session."""
@@ -492,6 +488,8 @@ def has_died() -> bool:
 def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
     """Returns this process's identity and, if the ranks cannot agree on all of it yet, how to agree later."""
     run = identify(**identity)
+    if is_interactive():
+        _close_earlier(run.rank)
     agreement = agreement_for(run)
     if agreement is not None and agreement.lacks_run_id:
         return replace(run, run_id=new_run_id()), agreement
