@@ -34,14 +34,14 @@ def show_the_way(endpoint: Endpoint | None, rank: int, *, wants_page: bool, wait
 
     Args:
         endpoint: where the session sends its steps; None if it sends none.
-        rank: the session's rank; only rank 0 opens a page.
+        rank: the session's rank; only rank 0 opens a page or says something.
         wants_page: whether the user wants a page.
         waits: see ``open_page``.
     """
-    if not wants_page:
-        say_if_nobody_listens(endpoint)
-    elif rank == 0:
+    if rank == 0 and wants_page:
         open_page(endpoint, waits=waits)
+    elif rank == 0:
+        say_if_nobody_listens(endpoint)
 
 
 def say_if_nobody_listens(endpoint: Endpoint | None) -> None:

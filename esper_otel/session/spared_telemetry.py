@@ -110,3 +110,9 @@ class SparedTelemetry(Telemetry):
         except Exception as error:  # noqa: BLE001 - see Mistakes.spared
             given = {name: value for name, value in results.items() if value is not None}
             self._mistakes.record_parts(error, lambda part: validation(**part), given)
+
+    def close(self, *arguments: Any, **named: Any) -> None:
+        """See ``Telemetry.close``; wrong arguments are ignored."""
+        close = super().close
+        if not self._mistakes.spared(close, *arguments, **named):
+            close()

@@ -133,6 +133,8 @@ def test_the_users_own_exceptions_are_untouched(telemetry: Telemetry) -> None:
     assert (telemetry.health()["failed"], telemetry.health()["mistakes"]) == (1, 3)
     with pytest.raises(esper_otel.WrongState):
         now.state()  # returns what the program needs
+    telemetry.close(timeout="long")  # type: ignore[call-arg]
+    assert telemetry.health()["mistakes"] == 4
 
 
 def test_what_is_counted_is_shown(caplog: pytest.LogCaptureFixture) -> None:

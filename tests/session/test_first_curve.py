@@ -142,7 +142,15 @@ def test_run_says_that_nobody_receives_and_leaves_the_scripts_output_alone(tmp_p
     needs_network()
     (tmp_path / "script.py").write_text("print('hello')", encoding="utf-8")
     (tmp_path / "up.py").write_text(f"{UP}\nimport os, sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-    command = [*NETWORK, sys.executable, tmp_path / "up.py", "-m", "esper_otel", "run", tmp_path / "script.py"]
+    command: list[str | Path] = [
+        *NETWORK,
+        sys.executable,
+        tmp_path / "up.py",
+        "-m",
+        "esper_otel",
+        "run",
+        tmp_path / "script.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=dict(os.environ))
     assert (done.stdout, done.returncode) == ("hello\n", 0)
     [line] = done.stderr.splitlines()
