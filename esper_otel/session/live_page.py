@@ -26,6 +26,8 @@ _OTHER_PORTS = (
     "esper-otel ui --grpc 127.0.0.1:4327 --http 127.0.0.1:4328 (and set "
     "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4327)"
 )
+_LONGEST_WAIT_S = 20.0
+_opening: list[Any] = []  # the thread that waits until the page answers
 _opened: list[subprocess.Popen[bytes]] = []  # an object without a reference would warn that its process still runs
 
 
@@ -49,7 +51,7 @@ def say_if_nobody_listens(endpoint: Endpoint | None) -> None:
     if endpoint is None or is_endpoint_named() or not is_free(_port_of(endpoint)):
         return
     message = (
-        f"nobody listens on {endpoint.target}, so no curve is shown yet: type 'esper-otel ui' in another terminal, "
+        f"nothing listens on {endpoint.target}, so no curve is shown yet: type 'esper-otel ui' in another terminal, "
         "or call start(ui=True); or set OTEL_EXPORTER_OTLP_ENDPOINT to the receiver that you have, or "
         "OTEL_METRICS_EXPORTER=none to send nothing. Steps wait in memory until then"
     )
@@ -113,11 +115,24 @@ def _start_page() -> None:
     _opened.append(page)
     idle = f"it stays until nobody has used it for {_IDLE_MINUTES} minutes"
     announce("live page", f"open http://{_PAGE}/ in a browser, in a few seconds; {idle} (process {page.pid})")
-    _thread(_wait_for_page, page, log)
+    _opening[:] = [_thread(_wait_for_page, page, log)]
 
 
-def _thread(work: Any, *arguments: object) -> None:
-    threads().Thread(target=work, args=arguments, name="esper-otel-page", daemon=True).start()
+def wait_for_page() -> float:
+    """Waits until a page that has just been opened answers, 20 s at most. Returns how long that took, in seconds.
+
+    Otherwise the steps of a short run would be dropped before the page can show them.
+    """
+    started_s = time.monotonic()
+    for thread in _opening:
+        thread.join(_LONGEST_WAIT_S)
+    return time.monotonic() - started_s
+
+
+def _thread(work: Any, *arguments: object) -> Any:
+    thread = threads().Thread(target=work, args=arguments, name="esper-otel-page", daemon=True)
+    thread.start()
+    return thread
 
 
 def _wait_for_page(page: subprocess.Popen[bytes], log: IO[bytes]) -> None:

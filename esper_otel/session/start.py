@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.metrics import MeterProvider
@@ -44,7 +45,7 @@ from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.live_page import show_the_way
+from esper_otel.session.live_page import show_the_way, wait_for_page
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, signal_names, unknown_variables
@@ -102,7 +103,8 @@ def start(
         export_steps: whether to send every step over OTLP; by default according to ``OTEL_METRICS_EXPORTER``.
         ui: whether to open the live page, which shows this run in the browser, for notebooks and first tries. Unless
             it is already open, ``esper-otel ui`` is started as a process of its own, which stays as long as it is
-            used. By default ``ESPER_UI``, which is false. Ranks other than 0 open none.
+            used; closing a short run waits until the page answers, 20 s at most. By default ``ESPER_UI``, which is
+            false. Ranks other than 0 open none.
 
     Raises:
         MistakeError: an argument is invalid.
@@ -437,8 +439,17 @@ class _Session:
             if self._provider is not None:
                 ending.callback(self._ended, "the readers", self._stop_readers, deadline_s)
             if self._exporter is not None:
-                ending.callback(self._ended, "the export", self._exporter.close, deadline_s, outcome)
+                ending.callback(self._ended, "the export", self._close_exporter, self._exporter, deadline_s, outcome)
             ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
+
+    @staticmethod
+    def _close_exporter(exporter: StepExporter, deadline_s: float, outcome: str) -> None:
+        waited_s = 0.0
+        try:
+            if outcome not in Signals.__members__:
+                waited_s = wait_for_page()
+        finally:
+            exporter.close(deadline_s + waited_s, outcome)
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
         """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""
