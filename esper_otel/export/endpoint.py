@@ -131,6 +131,11 @@ def endpoint_from_environment(
     )
 
 
+def is_endpoint_named(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a variable names the endpoint; otherwise it is the default one, on this machine."""
+    return bool(Variables(environ).text(*_names("ENDPOINT"))[1])
+
+
 def _names(name: str) -> tuple[str, str]:
     return _METRICS + name, _GENERAL + name
 

@@ -613,6 +613,14 @@ SESSION: tuple[Metric, ...] = (
         kind="counter",
         level="session",
     ),
+    Metric(
+        "esper.mistakes",
+        "count",
+        "Mistakes of the training program in recording, such as unknown metrics, which were left out.",
+        kind="counter",
+        level="session",
+        present="With ESPER_ON_MISTAKE=warn; otherwise mistakes are raised.",
+    ),
     Metric("esper.frames.recorded", "count", "Frames published.", kind="counter", level="session"),
     Metric(
         "esper.frames.exported",
