@@ -1,4 +1,4 @@
-"""docs/ and CONTRIBUTING.md name what is there: files, classes, functions, metrics, and pages that links lead to."""
+"""The pages name what is there: files, classes, functions, metrics, and pages that links lead to."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import esper_otel
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(esper_otel.__file__).parent
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [*PAGES, *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "SECURITY"))]
+LINKING += [ROOT / folder / "README.md" for folder in ("collector-config", "deploy", "examples")]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
 
 _PATH = re.compile(r"[\w.~-]*[\w-]+(/[\w.-]+)*(/|\.(py|pyi|proto|md|txt|toml|yaml|yml))")
@@ -86,12 +88,22 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert not missing, f"{page.name} names what is not there: {missing}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts make them."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
-    """Links to other sites are not followed: tests have no network."""
-    links = re.findall(r"\]\(([^)\s]+)\)", prose_of(page.read_text(encoding="utf-8")))
-    broken = [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()]
-    assert not broken
+    """To a file and a heading in it. Links to other sites are not followed: tests have no network."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(page.read_text(encoding="utf-8"))):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if "://" not in link and not (target.exists() and (not anchor or anchor in anchors_of(target))):
+            broken.append(link)
+    assert broken == []
 
 
 def test_the_checks_find_what_is_not_there() -> None:
