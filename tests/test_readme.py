@@ -25,6 +25,8 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all programs
+
 PROGRAM = re.compile(r"<!-- example: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 EXAMPLES = {name: text for page in PAGES.values() for name, text in PROGRAM.findall(page)}
 # Programs that need a gateway or Redis; a test of its own runs each. The test of all others runs the rest.
@@ -46,6 +48,7 @@ def run_examples(names: list[str], collector: MemoryCollector, folder: Path) -> 
     environ = os.environ | {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint,
         "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OMP_NUM_THREADS": "1",  # several threads hinder each other where others compute, too
         "ESPER_RISK_THRESHOLDS": '{"cpu_pressure_high": Infinity}',  # this machine may be busy
     }
     for name in names:
@@ -63,7 +66,7 @@ def run_examples(names: list[str], collector: MemoryCollector, folder: Path) -> 
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=500,
         env=environ,
         cwd=folder,
     )
