@@ -15,6 +15,7 @@ myst_heading_anchors = 4
 # The public names come from the package itself; these packages are large and only needed to train.
 autodoc_mock_imports = ["torch", "lightning", "transformers"]
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shlex
@@ -31,6 +33,8 @@ PROGRAM = re.compile(r"<!-- example: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 EXAMPLES = {name: text for page in PAGES.values() for name, text in PROGRAM.findall(page)}
 # Programs that need a gateway or Redis; a test of its own runs each. The test of all others runs the rest.
 WITH_A_SERVER = {"gateway", "oona"}
+# Signals that a busy machine may cause.
+_OF_TIME = ("hook_budget", "step_latency_high")
 COMMANDS = sorted(
     {
         re.sub(r"\s+#.*", "", line.removeprefix("$ "))
@@ -49,15 +53,16 @@ def run_examples(names: list[str], collector: MemoryCollector, folder: Path) -> 
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_endpoint,
         "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         "OMP_NUM_THREADS": "1",  # several threads hinder each other where others compute, too
-        "ESPER_RISK_THRESHOLDS": '{"cpu_pressure_high": Infinity}',  # this machine may be busy
+        "ESPER_RISK_THRESHOLDS": json.dumps(dict.fromkeys(("cpu_pressure_high", *_OF_TIME), math.inf)),
     }
     for name in names:
         (folder / f"{name}.py").write_text(EXAMPLES[name], encoding="utf-8")
     code = (
         "import os, runpy, sys\n"
+        "environ = dict(os.environ)\n"
         "for name in sys.argv[1:]:\n"
         "    print('== ' + name)\n"
-        "    os.environ['ESPER_RUN_ID'] = name\n"
+        "    os.environ.update(environ, ESPER_RUN_ID=name)\n"
         "    sys.argv[:] = [name]\n"
         "    runpy.run_path(name + '.py', run_name='__main__')\n"
     )
