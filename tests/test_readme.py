@@ -17,7 +17,7 @@ import pytest
 from gateways import RunningGateway
 from programs import Redis
 
-from esper_otel.cli import build_parser
+from esper_otel.cli import _COMMANDS, build_parser
 from esper_otel.testing import MemoryCollector, Point
 
 ROOT = Path(__file__).parent.parent
@@ -211,8 +211,12 @@ def test_every_make_target_and_command_that_the_text_names_exists() -> None:
     others = (ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "deploy/README.md", "examples/README.md"))
     for text in (*PAGES.values(), *(path.read_text(encoding="utf-8") for path in others)):
         assert set(re.findall(r"`make ([a-z-]+)", text)) <= TARGETS
-        for arguments in re.findall(r"`esper-otel ([a-z][^`]*)`", text):
-            build_parser(shlex.split(arguments)).parse_args(shlex.split(arguments))
+        for spelt in re.findall(r"`esper-otel ([a-z][^`]*)`", text):
+            arguments = shlex.split(spelt)
+            if len(arguments) == 1:  # the name of a command, or a whole command
+                assert arguments[0] in _COMMANDS
+            else:
+                build_parser(arguments).parse_args(arguments)
 
 
 def test_the_readme_shows_each_metric_and_setting_it_names_as_it_is_spelt() -> None:

@@ -50,7 +50,7 @@ class BlackBox:
         ring: the frames.
         run: whose they are, as it is known when they are written.
         settings: how many are written at most, and where to.
-        warnings: reports where a file is, and why one could not be written.
+        warnings: says where a file is, and why one could not be written.
     """
 
     def __init__(self, ring: Ring, run: Callable[[], Run], settings: EsperSettings, warnings: Warnings) -> None:

@@ -443,7 +443,7 @@ def _ended(before: SeedTable, frame: Frame) -> set[StreamEnd]:
 
 
 def _is_stale(frame: Frame, before: SeedTable) -> bool:
-    """Returns whether the frame differs from the frame before it in seeds that it did not record."""
+    """Returns whether the frame says something else of seeds that it did not record than the frame before it."""
     before, live = alike(before, frame.live)
     recorded = {*frame.seeds.ids}
     if live.ids == frame.seeds.ids:
