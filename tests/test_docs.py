@@ -86,8 +86,8 @@ def is_there(span: str) -> bool:
     if member and owner in classes():
         return member in classes()[owner]
     counter = re.fullmatch(r"esper_gateway_(\w+)_total", name)  # its name is put together
-    spellings = (name, name.removeprefix("ESPER_").lower() if name.startswith("ESPER_") else name)
-    spellings = (counter[1],) if counter else spellings
+    setting = name.removeprefix("ESPER_").lower() if name.startswith("ESPER_") else name
+    spellings = [counter[1]] if counter else [name, setting]
     return any(re.search(rf"(?<![\w.]){re.escape(each)}(?!\w)", sources()) for each in spellings)
 
 
