@@ -291,7 +291,7 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Chec
         message = f"{host}:{port} does not speak TLS{'' if is_plain else f' with us: {error.reason or error}'}"
         fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
         if not is_plain:
-            fix = "does it want a certificate of ours? set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and _CLIENT_KEY"
+            fix = "does it require a client certificate? set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and _CLIENT_KEY"
     except OSError as error:
         message = f"{host}:{port} ended the TLS handshake: {error.strerror or error}"
         fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
