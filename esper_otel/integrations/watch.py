@@ -167,7 +167,7 @@ class WatchedLoop:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nothing more can be recorded: no step can follow, and nobody has this watch or its session.
+        """Whether nothing more can be recorded: no step can follow, and nothing refers to this watch or its session.
 
         Threads: any. It must not keep an object alive, not even for a moment: that thread would free it.
         """

@@ -361,7 +361,7 @@ class Telemetry:
         self._before_close.append(end)
 
     def close_when(self, is_left: Callable[[], bool]) -> None:
-        """Sets a function that returns whether nobody can use this session any more. It is then closed in a thread."""
+        """Sets a function that returns whether nothing refers to this session any more; a thread then closes it."""
         self._is_left = is_left
 
     def has_become_left(self) -> bool:

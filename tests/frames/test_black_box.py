@@ -235,7 +235,7 @@ def test_what_is_no_black_box_is_said(tmp_path: Path, content: bytes, capsys: py
     path = tmp_path / f"x{blackbox.SUFFIX}"
     path.write_bytes(content)
     assert main(["report", str(path)]) == 2
-    assert "is no black box of esper_otel" in capsys.readouterr().err
+    assert "is not a black box of esper_otel" in capsys.readouterr().err
     with pytest.raises(ConfigurationError):
         blackbox.read(path)
     assert main(["report", str(tmp_path / "missing.gz")]) == 2
