@@ -38,6 +38,9 @@ LENGTHY := $(addprefix --ignore tests/,gateway/store/test_kill.py gateway/serve/
 # PyTorch's wheels are large; by default uv gives up on a silent line after 30 s.
 export UV_HTTP_TIMEOUT ?= 300
 
+# Some machines have it set: then each of the many processes of the tests would compile PyTorch's modules again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-lowest test-wheel bench soak fuzz attack collector prometheus lint policy format docs constraints build clean
