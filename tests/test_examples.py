@@ -14,6 +14,8 @@ from programs import until
 
 from esper_otel import TamiyoClient
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("torch")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

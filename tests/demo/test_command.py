@@ -20,6 +20,8 @@ from esper_otel.demo.command import add_arguments, main
 from esper_otel.schema import SEED_METRICS, STEP_METRICS
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 

@@ -35,6 +35,8 @@ from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.record.frame_publisher import Draft
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 TRAINER = """
 import os, signal
 import esper_otel

@@ -15,6 +15,8 @@ import pytest
 
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 TRAINER = """
 import json, multiprocessing, os, signal, sys, time
 import torch

@@ -11,6 +11,8 @@ import pytest
 
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("gevent")
 
 TRAINER = """

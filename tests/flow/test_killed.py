@@ -22,6 +22,8 @@ from esper_otel.frames.layout import HEAD
 from esper_otel.frames.records import StoredContext
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 # Says what it has recorded, then does what it was told to.
 TRAINER = """
 import json, os, resource, signal, sys, time

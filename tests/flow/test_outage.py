@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.lengthy
+
 SOAK = Path(__file__).parents[1] / "soak"
 
 

@@ -9,6 +9,8 @@ import pytest
 
 import esper_otel
 
+pytestmark = pytest.mark.lengthy
+
 DELAYS = {
     "input_wait_ms": 21.0,
     "tamiyo_latency_ms": 13.0,

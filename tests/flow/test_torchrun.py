@@ -14,6 +14,8 @@ from programs import until
 
 from esper_otel import TamiyoClient
 
+pytestmark = pytest.mark.lengthy
+
 torch = pytest.importorskip("torch")
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 

@@ -20,6 +20,8 @@ from esper_otel import Telemetry
 from esper_otel.record.clock import Clock
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 PROTOCOLS = ["grpc", "http/protobuf"]
 
 

@@ -15,6 +15,8 @@ from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.ranks import STEPS, Ranks
 from esper_otel.pull.views import run_ranks
 
+pytestmark = pytest.mark.lengthy
+
 Durations = dict[str, float]
 
 

@@ -26,6 +26,8 @@ from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.replay import WEATHER, replayed
 from esper_otel.gateway.serve.ports import OTLP_SERVICE
 
+pytestmark = pytest.mark.lengthy
+
 STEPS = 50
 TIMEOUT_S = 30
 

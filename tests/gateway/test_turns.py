@@ -36,6 +36,8 @@ from esper_otel.leyline import SystemStatePacket
 from esper_otel.pull.messages import PullRequest, Step
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS
 
+pytestmark = pytest.mark.lengthy
+
 MOST_S = 0.1
 ALPHA = SEED_CELLS[1].name
 

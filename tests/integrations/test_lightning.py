@@ -188,6 +188,7 @@ print("said", callback.telemetry.run_id)
 """
 
 
+@pytest.mark.lengthy
 def test_several_ranks_are_one_run(tmp_path: Path) -> None:
     """Lightning starts the second process itself; nobody has named the run."""
     (tmp_path / "train.py").write_text(DDP.format(here=str(Path(__file__).parent)), encoding="utf-8")

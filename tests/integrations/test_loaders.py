@@ -15,6 +15,8 @@ import pytest
 
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 

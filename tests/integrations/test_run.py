@@ -13,6 +13,8 @@ import pytest
 
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("torch")
 
 SCRIPT = """

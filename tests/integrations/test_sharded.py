@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.lengthy
+
 torch = pytest.importorskip("torch")
 
 SCRIPT = """

@@ -32,7 +32,10 @@ redis = pytest.importorskip("redis")
 
 SERVER = shutil.which("redis-server")
 SECRET = "of the bus"
-pytestmark = pytest.mark.skipif(SERVER is None, reason="Redis is not installed (Debian: apt-get install redis-server)")
+pytestmark = [
+    pytest.mark.lengthy,
+    pytest.mark.skipif(SERVER is None, reason="Redis is not installed (Debian: apt-get install redis-server)"),
+]
 
 
 class Message(NamedTuple):

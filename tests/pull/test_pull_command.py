@@ -22,6 +22,8 @@ from esper_otel.pull.command import as_json
 from esper_otel.pull.messages import Step
 from esper_otel.varint import read_varint
 
+pytestmark = pytest.mark.lengthy
+
 TIMEOUT_S = 30
 
 

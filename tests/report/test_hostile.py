@@ -30,6 +30,8 @@ from esper_otel.frames import black_box as blackbox
 from esper_otel.report.page import page
 from esper_otel.report.recording import Row, of_file
 
+pytestmark = pytest.mark.lengthy
+
 HOSTILE = (
     "\"'></title></style></td></text></svg><img src={url}/i onerror='fetch(\"{url}/h\")'><script src={url}/s></script>"
 )

@@ -17,6 +17,8 @@ from programs import ROOT, free_port, until
 
 from esper_otel import TamiyoClient
 
+pytestmark = pytest.mark.lengthy
+
 # One process makes all the launches that it is given: it forks the ranks, since importing torch is most of the time.
 # Ranks wait for each other at files, as they would in a collective. Those that are to be killed are, when their steps
 # have arrived; under torchrun those of the first start.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from frame_examples import RUN, TIME_UNIX_NS, histories, make_frame, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,8 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.leyline.packets import packets
+
+pytestmark = pytest.mark.lengthy
 
 HOLD_S, LINGER_S = 2.0, 0.05
 MS = 1_000_000

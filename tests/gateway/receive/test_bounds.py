@@ -30,6 +30,8 @@ from esper_otel.gateway.receive.inflate import inflated
 from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.parts.part import Part, PartShape, merged
 
+pytestmark = pytest.mark.lengthy
+
 MIB = 1024 * 1024
 EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 

@@ -41,6 +41,8 @@ from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.pull.messages import SERVICE, PullRequest
 from esper_otel.schema import METRICS
 
+pytestmark = pytest.mark.lengthy
+
 EXPORT, PULL = f"/{OTLP_SERVICE}/Export", f"/{SERVICE}/Pull"
 SOON_S = 5.0  # on a machine that is busy with other tests
 

@@ -37,6 +37,8 @@ from esper_otel.gateway.store.quarantine import Quarantine
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
+pytestmark = pytest.mark.lengthy
+
 FILE = "steps.sqlite3"
 
 

@@ -18,6 +18,8 @@ from gateways import RunningGateway
 import esper_otel
 from esper_otel import EsperSettings, GatewayUnavailable, Packets, Stage, TamiyoClient, UnknownRun
 
+pytestmark = pytest.mark.lengthy
+
 TIMEOUT_S = 60
 
 

@@ -23,6 +23,8 @@ from esper_otel.gateway.store.base import KeptRequest, Store, StoredFrame, Store
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 
+pytestmark = pytest.mark.lengthy
+
 Maker = Callable[..., Store]
 
 
