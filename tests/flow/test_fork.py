@@ -58,7 +58,7 @@ PROCESSES = """
         process.start()
         for step in range(12):
             telemetry.record_step({"loss": 1.0 + step}, epoch=0)
-        queue.get(timeout=20)
+        queue.get(timeout=300)
         process.join(20)
         assert process.exitcode == 0, process.exitcode
     telemetry.close()
@@ -164,7 +164,7 @@ def run(collector: MemoryCollector, protocol: str, script: str, method: str) -> 
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

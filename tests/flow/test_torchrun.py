@@ -82,7 +82,7 @@ def test_each_rank_is_there_and_the_one_that_waits_for_data_is_named(tmp_path: P
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
-            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=110
+            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
         said = [json.loads(line.partition("said ")[2]) for line in done.stdout.splitlines() if "said " in line]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from patience import cpu_patience
 from wire import bodies, said
 
 from esper_otel.frames.frame import GUESSED_STEP
@@ -69,7 +70,7 @@ def run_in_short_turns(scenario: Callable[[], Coroutine[Any, Any, None]], turns:
         turns.clear()
         asyncio.run(scenario())
         longest.append(max(turns))
-        if longest[-1] < MOST_S:
+        if longest[-1] < cpu_patience(MOST_S):
             return
     raise AssertionError(longest)
 
@@ -391,7 +392,7 @@ def test_many_holes_in_the_numbers_of_a_writer_cost_little() -> None:
         begun_s = time.thread_time()
         await core.take(body)
         await all_released(core)
-        assert time.thread_time() - begun_s < 3.0
+        assert time.thread_time() - begun_s < cpu_patience(3.0)
         assert core.counts["steps"] == 10_000
         assert core.gauges()["missing_steps"] == 9_999
         core.close()
@@ -515,7 +516,7 @@ def test_very_many_old_runs_are_dropped_in_short_turns(turns: list[float], tmp_p
         core.close()
 
     asyncio.run(scenario())
-    assert max(turns) < MOST_S
+    assert max(turns) < cpu_patience(MOST_S)
 
 
 def test_a_step_of_very_many_seeds_is_pulled_in_short_turns(turns: list[float], tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_several_ranks_are_one_run(tmp_path: Path) -> None:
             text=True,
             check=False,
             env=environ,
-            timeout=110,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         with TamiyoClient(gateway.grpc) as client:

@@ -46,7 +46,7 @@ def started(folder: Path, ways: str, *names: str, **environment: str) -> tuple[s
 
 
 def ended(process: subprocess.Popen[str], counted: Path) -> Done:
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=300)
     said: dict[str, list[str]] = {}
     for line in output.splitlines():
         if " " in line:
@@ -192,7 +192,7 @@ def test_the_end_of_the_interpreter_is_quiet_and_the_last_step_is_there(tmp_path
     script.write_text(ENDS, encoding="utf-8")
     environment = {**os.environ, "OTEL_METRICS_EXPORTER": "none"}
     done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert (done.stdout, done.returncode) == ("1\n", 0)
     closed = [line.partition(" closed: ")[2] for line in done.stderr.splitlines() if " closed: " in line]

@@ -24,7 +24,7 @@ from esper_otel.varint import read_varint
 
 pytestmark = pytest.mark.lengthy
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120.0
 
 
 def trained(address: str, run_id: str, monkeypatch: pytest.MonkeyPatch, steps: int = 5) -> list[Packets]:

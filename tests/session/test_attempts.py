@@ -134,7 +134,7 @@ class Launches:
         """Waits for all of them."""
         (self._folder / "program.py").write_text(PROGRAM, encoding="utf-8")
         command = [sys.executable, str(self._folder / "program.py"), json.dumps(self._launches)]
-        done = subprocess.run(command, env=self._environ, capture_output=True, text=True, check=False, timeout=110)
+        done = subprocess.run(command, env=self._environ, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         self.said = done.stderr
         self.ends = done.stdout.splitlines()
@@ -201,7 +201,7 @@ def test_a_requeued_job_of_slurm(gateway: RunningGateway, tmp_path: Path) -> Non
     assert launches.ends == ["ranks -9 -9", "ranks 0 0"]
     check_two_attempts(gateway, "slurm")
     command = [sys.executable, str(ROOT / "examples" / "controller.py"), "--target", gateway.grpc, "slurm"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
     assert len(said) == 21  # the killed ranks' steps, too
     assert said[-1] == "the run has ended: completed"
 

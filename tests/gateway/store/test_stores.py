@@ -350,7 +350,7 @@ def test_a_full_disk_takes_nothing_loses_nothing_and_goes_on_when_there_is_room(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         env={"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"},
     )
     assert done.returncode == 0, done.stderr
