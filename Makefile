@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz attack collector prometheus lint policy format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property te
 	@PYTHONPATH=tests $(RUN) tests/gateway/receive/fuzz.py --seconds 600
 	@PYTHONPATH=tests $(RUN) tests/fuzz_files.py --seconds 600
 	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
+
+mutants: $(VENV)/.installed-dev ## change the core in one place at a time: which change does no test notice? ARGS="--seconds 600"
+	@$(TOOL) --from cosmic-ray==8.7.0 python tests/mutants.py --python $(abspath $(RUN)) $(ARGS)
 
 attack: $(VENV)/.installed-dev ## attack a gateway on loopback, kind by kind, next to honest peers; ARGS="--only long-polls"
 	@PYTHONPATH=tests $(RUN) -m attack $(ARGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from gateways import RunningGateway
+from patience import patience
 from programs import until
 
 from esper_otel import TamiyoClient
@@ -100,5 +101,6 @@ def test_each_rank_is_there_and_the_one_that_waits_for_data_is_named(tmp_path: P
             assert len({run.attempt for run in client.runs() if run.run_id == "job-7"}) == 1
             ranks = client.ranks("job-7", steps=10)
             assert (ranks.slowest_rank, ranks.slowest_by) == (1, "input_wait_ms")
-            assert ranks.input_wait_spread_ms == pytest.approx(60, abs=25)
+            assert ranks.input_wait_spread_ms is not None
+            assert 35 < ranks.input_wait_spread_ms < patience(85)
             assert len(client.pull("job-7", rank=1)) == 12
