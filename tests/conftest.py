@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -85,6 +86,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
 def _reason(report: pytest.TestReport) -> str:
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text.removeprefix("Skipped: ")
+
+
+@pytest.fixture
+def no_garbage() -> Iterator[None]:
+    """The garbage collector stands still: for what else there is in this process it takes as long as a long turn."""
+    gc.collect()
+    gc.freeze()  # as the gateway's command does
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
 
 
 @pytest.fixture

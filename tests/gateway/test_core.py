@@ -92,7 +92,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_p
     assert [(step.step, step.complete, step.revision) for step in steps] == [(n, True, 1) for n in range(1, 21)]
 
 
-def test_others_have_their_turns_while_a_large_page_is_made() -> None:
+def test_others_have_their_turns_while_a_large_page_is_made(no_garbage: None) -> None:
     """A controller is not to wait for somebody who reads a whole run."""
 
     async def live() -> None:

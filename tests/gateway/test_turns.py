@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -44,7 +43,7 @@ ALPHA = SEED_CELLS[1].name
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def turns(monkeypatch: pytest.MonkeyPatch, no_garbage: None) -> list[float]:
     """How long the event loop's thread computed in each of its turns."""
     seconds: list[float] = []
     run = asyncio.events.Handle._run
@@ -55,12 +54,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         seconds.append(time.thread_time() - start_s)
 
     monkeypatch.setattr(asyncio.events.Handle, "_run", measured)
-    gc.collect()
-    gc.freeze()  # as the command does: what else there is in this process is none of the gateway's
-    gc.disable()
-    yield seconds
-    gc.enable()
-    gc.unfreeze()
+    return seconds
 
 
 def run_in_short_turns(scenario: Callable[[], Coroutine[Any, Any, None]], turns: list[float]) -> None:

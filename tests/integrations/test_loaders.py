@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from patience import patience
 
 from esper_otel.testing import MemoryCollector
 
@@ -111,7 +112,7 @@ def test_waits_are_those_of_the_loop_also_where_batches_are_fetched_ahead(watche
     waits = [row["input_wait_ms"] for row in watched["a_batch_ahead"]["rows"]]
     assert min(waits[0], waits[6]) >= 8.0
     assert min(*waits[1:4], *waits[7:10]) >= 4.0
-    assert max(waits[5], waits[11]) < 4.0
+    assert max(waits[5], waits[11]) < patience(4.0)
     dispatched = [row["input_wait_ms"] for row in watched["accelerates_streams"]["rows"]]
     assert dispatched[0] >= 8.0
     assert sum(dispatched) >= 21.0
@@ -119,7 +120,7 @@ def test_waits_are_those_of_the_loop_also_where_batches_are_fetched_ahead(watche
 
 def test_a_loop_that_is_left_waits_no_longer(watched: dict[str, Any]) -> None:
     """The script sleeps for 200 ms after its break."""
-    assert max(row["step_latency_ms"] for row in watched["broken_off"]["rows"]) < 150.0
+    assert max(row["step_latency_ms"] for row in watched["broken_off"]["rows"]) < patience(150.0)
 
 
 def test_run_changes_nothing_and_counts_what_each_step_used(both: tuple[Done, Done], tmp_path: Path) -> None:
