@@ -16,8 +16,8 @@ RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-he
 # In environments of their own, which uv keeps in its cache.
 TOOL := $(UV) tool run --quiet --python $(RUN)
 
-# Most tests wait for something: three at a time keep two cores busy. ARGS="-n 0" runs them one by one.
-SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
+# Many tests wait for something: four at a time keep two cores busy. ARGS="-n 0" runs them one by one.
+SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
 
 # PyTorch's wheels are large; by default uv gives up on a silent line after 30 s.
 export UV_HTTP_TIMEOUT ?= 300
