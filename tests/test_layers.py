@@ -206,5 +206,5 @@ def test_no_function_is_longer_than_a_reader_can_hold() -> None:
 def test_torch_and_grpc_are_imported_only_where_they_are_needed(code: str) -> None:
     """A Tamiyo host has no torch, and a command line must not wait seconds for one."""
     script = f"{code}\nimport sys\nprint(sorted({{'torch', 'grpc', 'sklearn', 'pandas'}} & sys.modules.keys()))"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert ran.stdout.splitlines()[-1:] == ["[]"], ran.stderr

@@ -15,6 +15,8 @@ from packaging.version import Version
 import esper_otel
 from esper_otel.settings import EsperSettings
 
+pytestmark = pytest.mark.lengthy
+
 ROOT = Path(__file__).parent.parent
 
 

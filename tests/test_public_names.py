@@ -80,7 +80,7 @@ def test_a_name_that_is_not_there_is_an_error_of_type_checkers(tmp_path: Path) -
     program.write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "mypy", "--follow-imports=skip", f"--cache-dir={tmp_path}", "--no-color-output"]
     ours = [str(PACKAGE / "__init__.py"), str(PACKAGE / "leyline" / "__init__.py")]
-    done = subprocess.run([*command, *ours, str(program)], capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run([*command, *ours, str(program)], capture_output=True, text=True, check=False, timeout=300)
     *errors, _summary = done.stdout.splitlines()
     found = [(int(line.split(":")[1]), line.split(": error: ")[1].split(" has no attribute ")[1]) for line in errors]
     assert [number for number, _ in found] == [2, 3, 4], done.stdout

@@ -50,7 +50,7 @@ def checked(endpoint: str, *options: str, environ: Mapping[str, str] | None = No
         capture_output=True,
         text=True,
         check=False,
-        timeout=90,
+        timeout=300,
         env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **(environ or {})},
     )
     assert done.stdout, done.stderr
@@ -178,7 +178,7 @@ def test_a_mistake_is_said(stack: Stack, options: list[str], message: str) -> No
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=300,
             env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{agent.grpc}"},
         )
     assert done.returncode == 2

@@ -161,7 +161,7 @@ def compiled(proto: Path, into: Path) -> bytes:
         f"--descriptor_set_out={into}",
         str(proto),
     ]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     return into.read_bytes()
 
 

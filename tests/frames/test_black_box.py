@@ -31,6 +31,8 @@ from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import page
 from esper_otel.report.recording import Recording, Row, of_file
 
+pytestmark = pytest.mark.lengthy
+
 STEPS = 300
 
 

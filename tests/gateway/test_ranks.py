@@ -17,6 +17,8 @@ from esper_otel.gateway.ranks import STEPS, Ranks
 from esper_otel.pull.command import _write_ranks
 from esper_otel.pull.views import RankInfo, run_ranks
 
+pytestmark = pytest.mark.lengthy
+
 Durations = dict[str, float]
 
 
@@ -148,6 +150,23 @@ def test_steps_whose_numbers_were_guessed_are_not_compared() -> None:
     assert (both.steps, [row.rank for row in both.ranks]) == (1, [1, 2])
 
 
+@pytest.mark.parametrize("apart", [1, 2**20])
+@pytest.mark.parametrize("numbers", [([1], [2]), ([1, 2], [3, 4]), ([1, 3, 5], [2, 4]), ([1, 2], [2, 3], [3, 1])])
+def test_ranks_without_a_step_in_common_are_not_compared(numbers: tuple[list[int], ...], apart: int) -> None:
+    """Before each other, between each other, or each step with another one of them; nobody is named."""
+    ranks = Ranks()
+    for rank, of_rank in enumerate(numbers):
+        ranks.note(item(rank, step * apart, durations(1, 100 * (rank + 1))) for step in of_rank)
+    found = ranks.view("run", 0)
+    assert found is not None
+    assert (found.steps, len(found.ranks), found.world_size) == (0, 0, 4)
+    assert run_ranks(found).slowest_rank is None
+    ranks.note(item(rank, 9 * apart, durations(1, 100 * (rank + 1))) for rank in range(len(numbers)))
+    found = ranks.view("run", 0)
+    assert found is not None
+    assert (found.steps, found.first_step, len(found.ranks)) == (1, 9 * apart, len(numbers))
+
+
 def test_only_steps_that_all_have_are_looked_at_and_only_the_newest() -> None:
     """A rank that is behind does not spoil the means; memory is bounded."""
     ranks = Ranks()
@@ -175,11 +194,11 @@ def test_a_new_attempt_begins_anew_and_the_old_one_is_over() -> None:
 def test_no_rank_is_left_out_of_a_large_run_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of very many ranks, fewer steps of each are kept; beyond that the longest silent one gives way."""
     ranks = Ranks()
-    for step in range(1, 101):
+    for step in range(1, 71):
         ranks.note(item(rank, step, durations(1, step + (rank == 4_500))) for rank in range(5_000))
     found = ranks.view("run", 0)
     assert found is not None
-    assert ([row.rank for row in found.ranks], found.steps, found.last_step) == ([*range(5_000)], 64, 100)
+    assert ([row.rank for row in found.ranks], found.steps, found.last_step) == ([*range(5_000)], 64, 70)
     assert ranks._steps <= 2**19
     assert found.step_latency_spread_ms == 1.0
     monkeypatch.setattr("esper_otel.gateway.ranks._MOST_OF_A_RUN", 64)

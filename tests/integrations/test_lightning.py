@@ -188,6 +188,7 @@ print("said", callback.telemetry.run_id)
 """
 
 
+@pytest.mark.lengthy
 def test_several_ranks_are_one_run(tmp_path: Path) -> None:
     """Lightning starts the second process itself; nobody has named the run."""
     (tmp_path / "train.py").write_text(DDP.format(here=str(Path(__file__).parent)), encoding="utf-8")
@@ -201,7 +202,7 @@ def test_several_ranks_are_one_run(tmp_path: Path) -> None:
             text=True,
             check=False,
             env=environ,
-            timeout=110,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         with TamiyoClient(gateway.grpc) as client:

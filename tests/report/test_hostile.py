@@ -30,6 +30,8 @@ from esper_otel.frames import black_box as blackbox
 from esper_otel.report.page import page
 from esper_otel.report.recording import Row, of_file
 
+pytestmark = pytest.mark.lengthy
+
 HOSTILE = (
     "\"'></title></style></td></text></svg><img src={url}/i onerror='fetch(\"{url}/h\")'><script src={url}/s></script>"
 )
@@ -290,7 +292,7 @@ def test_a_small_file_does_not_become_a_large_one(tmp_path: Path) -> None:
         path = written(tmp_path, content)
         assert path.stat().st_size < 40 * 2**20
         words = [sys.executable, "-c", program, str(path)]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
         assert (done.returncode, "holds more than esper_otel writes" in done.stderr) == (2, True), done.stderr[-2000:]
 
 

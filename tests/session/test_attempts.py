@@ -19,6 +19,8 @@ from programs import ROOT, free_port, until
 
 from esper_otel import TamiyoClient
 
+pytestmark = pytest.mark.lengthy
+
 # One process makes all the launches that it is given: it forks the ranks, since importing torch is most of the time.
 # Ranks wait for each other at files, as they would in a collective. Those that are to be killed are, when their steps
 # have arrived; under torchrun those of the first start.
@@ -134,7 +136,7 @@ class Launches:
         """Waits for all of them."""
         (self._folder / "program.py").write_text(PROGRAM, encoding="utf-8")
         command = [sys.executable, str(self._folder / "program.py"), json.dumps(self._launches)]
-        done = subprocess.run(command, env=self._environ, capture_output=True, text=True, check=False, timeout=110)
+        done = subprocess.run(command, env=self._environ, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         self.said = done.stderr
         self.ends = done.stdout.splitlines()
@@ -203,7 +205,7 @@ def test_a_requeued_job_of_slurm(gateway: RunningGateway, tmp_path: Path) -> Non
     assert launches.ends == ["ranks -9 -9", "ranks 0 0"]
     check_two_attempts(gateway, "slurm")
     command = [sys.executable, str(ROOT / "examples" / "controller.py"), "--target", gateway.grpc, "slurm"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
     assert len(said) == 21  # the killed ranks' steps, too
     assert said[-1] == "the run has ended: completed"
 

@@ -20,6 +20,8 @@ from esper_otel.gateway.items import Item
 from esper_otel.gateway.rebuild.history import History
 from esper_otel.gateway.store.sqlite import FileStore
 
+pytestmark = pytest.mark.lengthy
+
 SECOND = 10**9
 ALPHA, DEPTH = "kasmina.seed.alpha", "esper.seed.layer_depth"
 
