@@ -69,14 +69,15 @@ def test_a_mistake_costs_its_value_and_not_the_step(telemetry: Telemetry, caplog
 def test_the_rest_of_the_same_call_is_recorded(telemetry: Telemetry) -> None:
     """Of a call with one wrong value, all others."""
     torch = pytest.importorskip("torch")
-    with telemetry.step(epoch=0, samples=4) as now:
+    wrong: Any = telemetry
+    with wrong.step(epoch=0, samples=4) as now:
         now.put({"acuracy": 1.0, "loss": 0.5}, accuracy=[1, 2], gradient_norm=2.0)
         now.seed("a", stage=99, alpha=0.5)
         weight = torch.nn.Parameter(torch.ones(1))
         weight.grad = torch.tensor([3.0])
         now.gradients(iter([weight]), sources=5)
-        telemetry.seeds(["b", "c"], alpha=[0.1, 0.2], alfa=[1, 2])
-        telemetry.validation(loss=0.75, accuracy="high")
+        wrong.seeds(["b", "c"], alpha=[0.1, 0.2], alfa=[1, 2])
+        wrong.validation(loss=0.75, accuracy="high")
     telemetry.record_step({"loss": 0.25, "lr": 0.1}, epoch=1)
     [first, second] = telemetry._recorder.publisher.ring.after(0, 100)[0]
     assert (first.recorded["loss"], first.recorded["gradient_norm"], "accuracy" in first.recorded) == (0.5, 3.0, False)
@@ -166,7 +167,7 @@ def test_a_watched_loop(on_mistake: Any) -> None:
     settings = EsperSettings(on_mistake=on_mistake)
     with esper_otel.watch(model, optimizer, data, settings=settings, export_steps=False) as loader:
         face: Any = loader
-        mistakes = [
+        mistakes: list[Callable[[], object]] = [
             lambda: face.put(val_loss=1.0),
             lambda: face.put(accuracy="high"),
             lambda: face.validation(acc=0.5),

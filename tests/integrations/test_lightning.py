@@ -354,16 +354,17 @@ def test_names_that_nothing_knows_are_found_before_the_first_step(
         EsperCallback(validation={"acc": "val_acc"})
     settings = esper_otel.EsperSettings(on_mistake=on_mistake)
     callback = EsperCallback(metrics={"acuracy": "train_acc", "accuracy": "train_acc"}, settings=settings)
-    batch = torch.ones(4, 4), torch.zeros(4, dtype=torch.long)
+    data = torch.utils.data.TensorDataset(torch.ones(8, 4), torch.zeros(8, dtype=torch.long))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
     trainer = lightning.Trainer(
         callbacks=[callback], max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     if on_mistake == "raise":
         with pytest.raises(esper_otel.UnknownMetric, match="unknown metric 'acuracy': did you mean 'accuracy'"):
-            trainer.fit(Module(), [batch] * 2)
+            trainer.fit(Module(), loader)
         assert not _live
         return
-    trainer.fit(Module(), [batch] * 2)
+    trainer.fit(Module(), loader)
     assert callback.telemetry is not None
     packets = callback.telemetry.pull().packets
     assert len(packets) == 2
