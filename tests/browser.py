@@ -16,7 +16,7 @@ import aiohttp
 import requests
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class Browser:

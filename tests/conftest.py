@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 
 import pytest
+from dealing import dealt
 from hypothesis import settings
 
 from esper_otel.settings import EsperSettings
@@ -18,7 +20,7 @@ _FOREIGN_NAMES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "GRPC_PROXY"),
 }
-_THREAD_END_TIMEOUT_S = 5.0
+_THREAD_END_TIMEOUT_S = 60.0
 
 settings.register_profile("fuzz", max_examples=2_000, deadline=None)
 if os.environ.get("CI"):  # the same examples each time: newer versions of Hypothesis do this by themselves
@@ -60,11 +62,14 @@ def _no_thread_left() -> Iterator[None]:
     assert not left, f"threads left running: {', '.join(left)}"
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test that needs a program may have to build it, for minutes."""
+    """The first test that needs a program may have to build it, for minutes; long tests come first in each process."""
     for item in items:
         if item.get_closest_marker("collector") is not None:
             item.add_marker(pytest.mark.timeout(900))
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        items[:] = dealt(items, int(workers))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -81,6 +86,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
 def _reason(report: pytest.TestReport) -> str:
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text.removeprefix("Skipped: ")
+
+
+@pytest.fixture
+def no_garbage() -> Iterator[None]:
+    """The garbage collector stands still: for what else there is in this process it takes as long as a long turn."""
+    gc.collect()
+    gc.freeze()  # as the gateway's command does
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
 
 
 @pytest.fixture

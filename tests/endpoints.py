@@ -103,7 +103,7 @@ def server(talk: Callable[[socket.socket], None], port: int = 0) -> Iterator[str
         for connection in connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(120)
         for connection in connections:
             connection.close()
 

@@ -59,7 +59,24 @@ HOSTILE: tuple[Any, ...] = (
 )
 # What a page of ours is made of.
 TAGS = {
-    *("html", "head", "body", "meta", "title", "style", "script", "section", "div", "h1", "h2", "p", "dl", "dt", "dd"),
+    *(
+        "html",
+        "head",
+        "body",
+        "meta",
+        "title",
+        "style",
+        "script",
+        "section",
+        "div",
+        "h1",
+        "h2",
+        "p",
+        "br",
+        "dl",
+        "dt",
+        "dd",
+    ),
     *("table", "tr", "td", "th"),
 }
 ATTRIBUTES = {
@@ -229,7 +246,7 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     for chunk in chunks:
         for row in range(chunk.rows):
             block = chunk.block(row, row + 1)
-            requests = list(encoder.requests([block], BesideFrames(streams.note(block))))
+            requests = list(encoder.requests([block], BesideFrames(streams.note([block]))))
             assert all(request.body for request in requests)
     streams.all_ended()
 

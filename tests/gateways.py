@@ -19,7 +19,7 @@ from esper_otel.pull.messages import (
     RunsResponse,
 )
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 
 
 class RunningGateway:

@@ -21,7 +21,7 @@ def esper(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
     """``esper-otel`` in a process of its own; ``code`` runs first."""
     script = f"import sys\n{code}\nfrom esper_otel.cli import main\nsys.exit(main())"
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 # -- schema ----------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_the_version_is_the_packages(capsys: Capture) -> None:
 def test_python_dash_m_is_the_same_command() -> None:
     """Where the scripts' folder is not on the path."""
     command = [sys.executable, "-m", "esper_otel", "--version"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert ran.stdout == f"esper-otel {esper_otel.__version__}\n"
 
 
@@ -217,7 +217,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(timeout=60) == 141
+        assert process.wait(timeout=300) == 141
 
 
 def test_an_interrupt_ends_it_quietly(asked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ import yaml
 from certificates import Authority
 from gateways import RunningGateway
 
+pytestmark = pytest.mark.lengthy
+
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))

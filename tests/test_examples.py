@@ -14,6 +14,8 @@ from programs import until
 
 from esper_otel import TamiyoClient
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("torch")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -28,7 +30,7 @@ def run(gateway: RunningGateway, *command: str | Path) -> str:
         "ESPER_RUN_ID": "untouched",
     }
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, env=environ, timeout=110
+        [sys.executable, *command], capture_output=True, text=True, check=False, env=environ, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from fuzz_files import KINDS, fuzz
 
+pytestmark = pytest.mark.lengthy
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_of_anybody_do_no_harm(kind: str, tmp_path: Path) -> None:

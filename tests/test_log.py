@@ -61,7 +61,7 @@ SILENCED = {
 def said(set_up: str, script: str = SAID) -> list[str]:
     """The lines on standard error of a program that logs like this; a line of logging without what comes before."""
     code = f"import logging, sys\nours = logging.getLogger('esper_otel')\n{set_up}\n{script}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == ""
     return [line.partition(":esper_otel:")[2] or line for line in done.stderr.splitlines()]
 

@@ -36,6 +36,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from opentelemetry.sdk.metrics import export as sdk
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from patience import patience
 
 from esper_otel.errors import ConfigurationError, WrongState
 from esper_otel.export.encode import Encoder
@@ -246,7 +247,7 @@ def test_an_answer_of_the_other_protocol_shows_up_as_a_fault(capfd: pytest.Captu
 
 def assert_gone(before: set[threading.Thread]) -> None:
     """No thread is left that was not there before."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while left := set(threading.enumerate()) - before:
         assert time.monotonic() < deadline, left
         time.sleep(0.01)
@@ -264,7 +265,7 @@ def test_a_hanging_collector_takes_requests_never_answers_and_still_closes_at_on
         assert collector.wait_for(lambda so_far: so_far.attempts == 2)
         assert collector.requests == []
         started = time.monotonic()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < patience(2)
     assert_gone(before)
 
 
@@ -282,7 +283,7 @@ def test_leaving_closes_ports_connections_and_threads(use: str) -> None:
             connection.putheader("Content-Length", "1000")
             connection.endheaders(b"only this")
         started = time.monotonic()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < patience(2)
     connection.close()
     assert_gone(before)
     for endpoint in (collector.grpc_endpoint, collector.http_endpoint):
@@ -306,7 +307,7 @@ def test_an_answer_that_blocks_holds_closing_up_only_for_the_timeout() -> None:
     assert collector.attempts == 2
     started = time.monotonic()
     collector.close(timeout_s=0.5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < patience(2)
     may_end.set()
     assert_gone(before)
 

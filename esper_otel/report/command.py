@@ -55,7 +55,8 @@ def main(options: argparse.Namespace) -> int:
             _written(path, partial(write, recording))
     for each in _found(recording, other):
         _say(each.question)
-        _say(f"  {each.answer}")
+        for line in (each.answer, *each.lines):
+            _say(f"  {line}")
     _written(html, lambda path: path.write_text(page(recording, other), encoding="utf-8"))
     _say(f"the page is {html} ({_size(html)}, works offline)")
     return 0

@@ -146,10 +146,10 @@ def _dates(recording: Recording) -> str:
 
 
 def _answers(about: str, found: Iterable[Finding]) -> str:
-    rows = [
-        f"<dt>{_shown(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{_shown(each.answer)}</dd>"
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        answer = "<br>".join(map(_shown, (each.answer, *each.lines)))
+        rows.append(f"<dt>{_shown(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{answer}</dd>")
     head = f"<h2>{_shown(about)}</h2>" if about else ""
     return f"<section>{head}<dl>{''.join(rows)}</dl></section>"
 

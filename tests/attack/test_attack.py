@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from attack.__main__ import ATTACKS, run
 from attack.target import Attack, Target
+
+pytestmark = pytest.mark.lengthy
 
 # Those that look at answers come first: behind the others an answer takes longer than one attack has time here.
 _QUICK = (

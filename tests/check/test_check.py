@@ -22,6 +22,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsPartialSuccess,
     ExportMetricsServiceResponse,
 )
+from patience import patience
 from programs import until
 
 from esper_otel import EsperSettings, TamiyoClient
@@ -275,7 +276,7 @@ def test_an_endpoint_that_never_answers_costs_the_timeout(protocol: str) -> None
     with MemoryCollector(hang=True) as collector:
         started_s = time.monotonic()
         stage, said = fault(run_check(environ=at(collector, protocol, TIMEOUT="0.5")))
-        assert time.monotonic() - started_s < 5.0
+        assert time.monotonic() - started_s < patience(5.0)
     assert stage == "frame"
     assert "within 0.5 s" in said
 
@@ -335,8 +336,8 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [stage.ok for stage in run_through(ReadBack(None, gateway.grpc))] == [True]
         with TamiyoClient(gateway.grpc) as client:
             assert client.runs() == []
-        assert requests.get(f"http://{gateway.http}/page/runs", timeout=20).json() == {"runs": []}
-        page = requests.get(f"http://{gateway.http}/metrics", timeout=20).text
+        assert requests.get(f"http://{gateway.http}/page/runs", timeout=300).json() == {"runs": []}
+        page = requests.get(f"http://{gateway.http}/metrics", timeout=300).text
         assert "esper_gateway_runs 0" in page
 
 

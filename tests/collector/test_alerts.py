@@ -268,7 +268,7 @@ def send(gateway: RunningGateway, body: bytes) -> None:
     """One request, as any sender would."""
     path = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
     with gateway.channel() as channel:
-        channel.unary_unary(path, bytes, bytes)(body, timeout=20)
+        channel.unary_unary(path, bytes, bytes)(body, timeout=300)
 
 
 def test_a_prometheus_that_only_scrapes_sees_the_newest_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from gateways import RunningGateway
+from patience import patience
 from programs import ROOT, Collector, Prometheus, free_port, until
 
 import esper_otel
@@ -39,7 +40,7 @@ def training(address: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> Iter
                     now.put(loss=float(len(times)))
                 times.append(now.time_unix_ns // 10**6)
                 time.sleep(0.005)
-            telemetry.close(timeout_s=30)
+            telemetry.close(timeout_s=120)
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -93,8 +94,8 @@ def test_backends_down_and_the_collector_killed_lose_nothing(tmp_path: Path, mon
             time.sleep(0.5)
         with prometheus, RunningGateway("--grpc", address):
             count = len(times)
-            until("Prometheus has it", lambda: len(in_prometheus(prometheus, "outage")) >= count, 60)
-            until("the gateway has it", lambda: len(in_gateway(address, "outage")) >= count, 60)
+            until("Prometheus has it", lambda: len(in_prometheus(prometheus, "outage")) >= count)
+            until("the gateway has it", lambda: len(in_gateway(address, "outage")) >= count)
             assert in_prometheus(prometheus, "outage") == expected(times)
             assert in_gateway(address, "outage") == expected(times)
     finally:
@@ -133,7 +134,7 @@ def test_without_the_queue_on_disk_it_does_lose(tmp_path: Path, monkeypatch: pyt
             time.sleep(0.5)
         with prometheus, RunningGateway("--grpc", address):
             last = times[-1]
-            until("the gateway has the rest", lambda: last in in_gateway(address, "control"), 60)
+            until("the gateway has the rest", lambda: last in in_gateway(address, "control"))
             found = in_gateway(address, "control")
             assert len(found) < len(times) - 50
             assert found.items() <= expected(times).items()
@@ -167,7 +168,7 @@ def test_a_full_queue_on_disk_is_refused_to_the_trainer_which_keeps_the_rest(
                 filler.close(timeout_s=1)
                 return bool(filler.health()["dropped"])
 
-        until("the queue is full", is_full, 60)
+        until("the queue is full", is_full)
         with training(agent.grpc, "full", monkeypatch) as times:
             refused = agent.counts().get("otelcol_receiver_refused_metric_points", 0.0)
             until("it refuses", lambda: agent.counts()["otelcol_receiver_refused_metric_points"] > refused)
@@ -175,8 +176,8 @@ def test_a_full_queue_on_disk_is_refused_to_the_trainer_which_keeps_the_rest(
             with RunningGateway("--grpc", address):
                 time.sleep(0.5)
                 count = len(times)
-                until("Prometheus has what was recorded", lambda: len(in_prometheus(prometheus, "full")) >= count, 60)
-                until("the gateway has it", lambda: len(in_gateway(address, "full")) >= count, 60)
+                until("Prometheus has what was recorded", lambda: len(in_prometheus(prometheus, "full")) >= count)
+                until("the gateway has it", lambda: len(in_gateway(address, "full")) >= count)
                 known = dict(list(expected(times).items())[:count])
                 assert known.items() <= in_prometheus(prometheus, "full").items()
                 assert known.items() <= in_gateway(address, "full").items()
@@ -198,7 +199,7 @@ def test_a_network_that_is_cut_and_comes_back_loses_nothing(tmp_path: Path, monk
                     time.sleep(2.5)  # longer than a request may take
                     cut.send_signal(signal.SIGCONT)
                     time.sleep(0.5)
-            until("the gateway has it", lambda: len(in_gateway(gateway.grpc, "cut")) >= len(times), 60)
+            until("the gateway has it", lambda: len(in_gateway(gateway.grpc, "cut")) >= len(times))
             assert in_gateway(gateway.grpc, "cut") == expected(times)
 
 
@@ -216,7 +217,7 @@ def test_one_backend_down_does_not_hold_up_the_other(tmp_path: Path, monkeypatch
                 time.sleep(0.2)
                 [run] = [run for run in client.runs() if run.run_id == "half"]
                 assert run.last_step is not None
-                assert time.time() - times[run.last_step - 1] / 1000 < 2
+                assert time.time() - times[run.last_step - 1] / 1000 < patience(2)
 
 
 GUARDED = """
@@ -248,11 +249,11 @@ def test_a_trainer_with_a_wrong_token_keeps_its_data(tmp_path: Path, monkeypatch
                 until("it is refused", lambda: "refuses the credentials" in str(telemetry.health()["last_error"]))
                 assert in_gateway(gateway.grpc, "token") == {}
                 token.write_text("right\n")
-                until("it has been sent", lambda: len(in_gateway(gateway.grpc, "token")) == 4, 60)
+                until("it has been sent", lambda: len(in_gateway(gateway.grpc, "token")) == 4)
                 assert telemetry.health()["dropped"] == 0
                 tokens.write_text("right\nnew\n")  # both are accepted for a while
                 time.sleep(1.5)
                 token.write_text("new\n")
                 telemetry.record_step({"loss": 5.0}, epoch=0)
-                until("the new token is good", lambda: len(in_gateway(gateway.grpc, "token")) == 5, 60)
+                until("the new token is good", lambda: len(in_gateway(gateway.grpc, "token")) == 5)
                 assert "Bearer" not in agent.said

@@ -163,14 +163,14 @@ def test_each_run_is_at_one_gateway_and_moves_when_that_is_killed(tier: Tier, mo
         for telemetry in sessions:
             telemetry.close()
         count = sum(map(len, runs.values()))
-        until("Prometheus has all", lambda: tier.count_stored() == count, 60)
+        until("Prometheus has all", lambda: tier.count_stored() == count)
         assert tier.stored() == losses(runs)
 
         def have_all_lasts() -> bool:
             found = [tier.last_steps(address) for address in rest]
             return all(len(times) in {each.get(run_id) for each in found} for run_id, times in runs.items())
 
-        until("the last steps have come", have_all_lasts, 60)
+        until("the last steps have come", have_all_lasts)
         with tier.gateway(first):  # what it had acknowledged before it was killed is in its store
             assert merged(*map(tier.held, tier.addresses)) == losses(runs)
 

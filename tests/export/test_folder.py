@@ -200,6 +200,6 @@ def test_ranks_that_start_at_the_same_moment_do_not_disturb_each_other(tmp_path:
         assert rank.stdin is not None
         rank.stdin.write("\n")
         rank.stdin.flush()
-    ended = [(rank.communicate(timeout=60)[1], rank.returncode) for rank in ranks]
+    ended = [(rank.communicate(timeout=300)[1], rank.returncode) for rank in ranks]
     assert ended == [("", 0)] * 4
     assert list(tmp_path.iterdir()) == []

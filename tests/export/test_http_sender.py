@@ -17,6 +17,7 @@ import pytest
 from certificates import Authority
 from endpoints import E, at, body, http_answer, http_request, http_server, opened, sent, server, to
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # has .pyi, no py.typed
+from patience import patience
 
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.transport import Outcome, Result, open_sender
@@ -136,7 +137,7 @@ def test_a_server_that_drips_cannot_hold_a_request_longer_than_its_timeout() -> 
     with server(drip) as address:
         started = time.monotonic()
         outcome = sent({f"{E}PROTOCOL": "http/protobuf", f"{E}ENDPOINT": f"http://{address}"}, timeout_s=0.3)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < patience(1.0)
         stop.set()
     assert outcome == Outcome(Result.TEMPORARY, f"no answer from http://{address}/v1/metrics within 0.3 s")
 
@@ -156,7 +157,7 @@ def test_a_resolver_that_hangs_cannot_hold_a_request_longer_than_its_timeout(mon
     started = time.monotonic()
     assert "within 0.2 s" in sender.send(body(), 0.2).reason
     assert "within 0.2 s" in sender.send(body(), 0.2).reason  # the first one still waits
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < patience(1.5)
     released.set()
     assert "cannot be resolved" in sender.send(body(), 5.0).reason
     sender.close()

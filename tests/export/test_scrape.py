@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import requests
+from patience import patience
 from programs import until
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
@@ -106,7 +107,7 @@ def test_all_ranks_of_a_host_train_and_are_scraped(port: int) -> None:
         assert [each.stdout.readline() for each in processes if each.stdout] == ["ready\n"] * 3
         ranks = {scraped(port + offset)["target_info"][0][0]["esper_rank"] for offset in range(3)}
         assert ranks == {"0", "1", "2"}
-        said = [each.communicate("\n", timeout=20)[1] for each in processes]
+        said = [each.communicate("\n", timeout=300)[1] for each in processes]
     finally:
         for each in processes:
             each.kill()
@@ -239,7 +240,7 @@ def test_a_client_that_says_nothing_keeps_nobody(port: int) -> None:
         assert loss_and_run(port) == (0.5, "run")
         began_s = time.monotonic()
         telemetry.close()
-        assert time.monotonic() - began_s < 3.0
+        assert time.monotonic() - began_s < patience(3.0)
 
 
 def test_a_session_that_cannot_start_leaves_no_port_open(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from endpoints import (
 )
 from grpc import StatusCode
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from patience import patience
 
 from esper_otel.export.transport import Outcome, Result
 from esper_otel.testing import MemoryCollector
@@ -59,7 +60,7 @@ def test_a_server_that_never_answers_costs_the_timeout_only(protocol: str, size:
     with server(lambda connection: None) as address, opened(to(protocol, f"http://{address}")) as sender:
         started = time.monotonic()
         outcome = sender.send(bytes(size), 0.4)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < patience(2.0)
     assert outcome.result is Result.TEMPORARY
     assert "within 0.4 s" in outcome.reason
 
@@ -98,8 +99,8 @@ def test_closing_ends_a_request_that_hangs(protocol: str) -> None:
         assert collector.wait_for(lambda c: c.attempts == 1)
         started = time.monotonic()
         sender.close()
-        thread.join(5.0)
-        assert time.monotonic() - started < 1.0
+        thread.join(120)
+        assert time.monotonic() - started < patience(1.0)
         closed = Outcome(Result.TEMPORARY, "the session was closed before the endpoint answered")
         assert outcomes == [closed]
         assert sender.send(body(), 1.0) == closed
@@ -162,7 +163,7 @@ def test_an_endpoint_that_starts_again_is_found_within_about_a_second(protocol: 
             with listening(protocol, int(address.partition(":")[2])):
                 started = time.monotonic()
                 while sender.send(body(), 1.0).result is not Result.DELIVERED:
-                    assert time.monotonic() - started < 2.5
+                    assert time.monotonic() - started < patience(2.5)
                     pause.wait(0.05)
             assert sender.send(body(), 1.0).result is Result.TEMPORARY
 
@@ -181,12 +182,12 @@ def test_a_certificate_may_expire_and_be_renewed_between_requests(protocol: str,
         with listening(protocol, port, expired_pair(authority)):
             started = time.monotonic()
             while "has expired" not in sender.send(body(), 1.0).reason:
-                assert time.monotonic() - started < 5.0
+                assert time.monotonic() - started < patience(5.0)
                 pause.wait(0.05)
         with listening(protocol, port, authority.pair("second")):
             started = time.monotonic()
             while sender.send(body(), 1.0).result is not Result.DELIVERED:
-                assert time.monotonic() - started < 5.0
+                assert time.monotonic() - started < patience(5.0)
                 pause.wait(0.05)
 
 
@@ -206,7 +207,7 @@ def test_authorities_that_are_renewed_in_their_file_are_trusted(protocol: str, t
         trusted.write_bytes(second.certificate.read_bytes())
         started = time.monotonic()
         while sender.send(body(), 1.0).result is not Result.DELIVERED:
-            assert time.monotonic() - started < 5.0
+            assert time.monotonic() - started < patience(5.0)
             pause.wait(0.05)
 
 

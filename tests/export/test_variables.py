@@ -243,7 +243,7 @@ def followed(tmp_path: Path, environ: dict[str, str]) -> subprocess.CompletedPro
     (tmp_path / "train.py").write_text("print('trained')", encoding="utf-8")
     command = [sys.executable, "-m", "esper_otel", "run", "train.py"]
     return subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=60
+        command, cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=300
     )
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("gevent")
 
 TRAINER = """
@@ -46,7 +48,7 @@ def test_a_step_waits_for_no_endpoint(protocol: str, hang: bool) -> None:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stderr

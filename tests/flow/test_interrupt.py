@@ -14,6 +14,8 @@ from esper_otel import Telemetry
 from esper_otel.errors import WrongState
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
@@ -66,11 +68,12 @@ def test_a_step_that_is_interrupted_anywhere_is_the_only_one_that_suffers(
         frames = [packets.telemetry for packets in telemetry.pull(max_packets=200_000).packets]
         assert telemetry.pull().gap == 0
     assert interrupts > 500
-    points = [point for point in collector.points() if point.name == "loss" and point.value is not None]
+    received = collector.points()
+    points = [point for point in received if point.name == "loss" and point.value is not None]
     assert len({point.time_unix_ns for point in points}) == len(points)
     whole = Counter(point.value for point in points if point.value is not None and point.value >= 2.0)
     assert whole == {2.0 + number: 2 for number in range(1_000)}
-    said = {point.attributes.get("seed_id") for point in collector.points() if point.name == "kasmina.seed.alpha"}
+    said = {point.attributes.get("seed_id") for point in received if point.name == "kasmina.seed.alpha"}
     assert said == {"seed-1", "seed-2"}
     assert collector.frames_received == telemetry.health()["recorded"] == len(frames)
     assert telemetry.health()["faults"] == 0

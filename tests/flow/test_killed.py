@@ -22,6 +22,8 @@ from esper_otel.frames.layout import HEAD
 from esper_otel.frames.records import StoredContext
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 # Says what it has recorded, then does what it was told to.
 TRAINER = """
 import json, os, resource, signal, sys, time
@@ -58,7 +60,7 @@ def trained(run_id: str, steps: int, then: str, **environment: str) -> dict[int,
     done = subprocess.run(
         [sys.executable, "-c", TRAINER, run_id, str(steps), then],
         stdout=subprocess.PIPE,
-        timeout=120,
+        timeout=300,
         check=False,
         env={**os.environ, **environment},
     )
@@ -81,7 +83,7 @@ def sent_by_next_start(collector: MemoryCollector) -> esper_otel.Telemetry:
     os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.http_endpoint
     telemetry = esper_otel.start(run_id="next")
     telemetry.record_step({"loss": 0.5}, epoch=0)
-    telemetry.close(timeout_s=30)
+    telemetry.close(timeout_s=120)
     return telemetry
 
 
@@ -207,7 +209,7 @@ def test_an_outage_may_outlast_the_memory(nowhere: Path, monkeypatch: pytest.Mon
         for step in range(5_000):
             telemetry.record_step({"loss": step / 8}, epoch=0)
         is_up = True
-        telemetry.close(timeout_s=30)
+        telemetry.close(timeout_s=120)
         losses = [p.value for p in collector.points() if p.name == "loss" and p.value is not None]
     assert telemetry.health()["dropped"] == 0
     assert list(dict.fromkeys(losses)) == [step / 8 for step in range(5_000)]

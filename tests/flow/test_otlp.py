@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from patience import patience
 
 import esper_otel
 from esper_otel import EsperSettings, Stage
@@ -200,7 +201,7 @@ def test_a_dead_endpoint_does_not_hold_up_training_and_says_why(
         telemetry.record_step({"loss": 1.0}, epoch=0)
     started = time.monotonic()
     telemetry.close(timeout_s=1.0)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < patience(3.0)
     health = telemetry.health()
     assert (health["recorded"], health["exported"], health["dropped"]) == (100, 0, 100)
     assert "refused" in str(health["last_error"])
@@ -215,7 +216,7 @@ def test_a_hanging_endpoint_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyP
         telemetry.record_step({"loss": 1.0}, epoch=0)
         started = time.monotonic()
         telemetry.close(timeout_s=1.0)
-        assert time.monotonic() - started < 3.0
+        assert time.monotonic() - started < patience(3.0)
         assert telemetry.health()["dropped"] == 1
 
 
@@ -231,7 +232,7 @@ def test_otel_metrics_exporter_means_what_it_means_everywhere(
         "    telemetry.record_step({'loss': 0.123456}, epoch=0)\n"
         "    assert len(telemetry.pull()) == 1\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     is_ignored = value in ("nonsense", "none,otlp")
     assert collector.frames_received == is_ignored
     assert (f"setting ignored: OTEL_METRICS_EXPORTER={value!r}" in done.stderr) == is_ignored

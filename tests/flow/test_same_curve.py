@@ -14,6 +14,8 @@ import esper_otel
 from esper_otel import Stage, Telemetry
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 torch = pytest.importorskip("torch")
 
 

@@ -6,8 +6,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from patience import patience
 
 import esper_otel
+
+pytestmark = pytest.mark.lengthy
 
 DELAYS = {
     "input_wait_ms": 21.0,
@@ -55,7 +58,7 @@ def test_injected_delays_come_out_where_they_were_put_in_and_add_up(monkeypatch:
     for name, delay_ms in expected.items():
         found = sorted(step[name] for step in steps)
         assert found[0] >= delay_ms - 0.1, name
-        assert found[len(found) // 2] < delay_ms + 5.0, name  # a busy machine wakes late now and then
+        assert found[len(found) // 2] < patience(delay_ms + 5.0), name  # a busy machine wakes late now and then
     for step, began, ended in zip(steps, ends, ends[1:], strict=False):
         rest_ms = step["step_latency_ms"] - step["hook_latency_ms"] - step["kasmina.finalize_ms"]
         assert rest_ms >= DELAYS["rest"] - 0.1

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from gateways import RunningGateway
+from patience import patience
 from programs import until
 
 from esper_otel import TamiyoClient
+
+pytestmark = pytest.mark.lengthy
 
 torch = pytest.importorskip("torch")
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -80,7 +83,7 @@ def test_each_rank_is_there_and_the_one_that_waits_for_data_is_named(tmp_path: P
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
-            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=110
+            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
         said = [json.loads(line.partition("said ")[2]) for line in done.stdout.splitlines() if "said " in line]
@@ -98,5 +101,6 @@ def test_each_rank_is_there_and_the_one_that_waits_for_data_is_named(tmp_path: P
             assert len({run.attempt for run in client.runs() if run.run_id == "job-7"}) == 1
             ranks = client.ranks("job-7", steps=10)
             assert (ranks.slowest_rank, ranks.slowest_by) == (1, "input_wait_ms")
-            assert ranks.input_wait_spread_ms == pytest.approx(60, abs=25)
+            assert ranks.input_wait_spread_ms is not None
+            assert 35 < ranks.input_wait_spread_ms < patience(85)
             assert len(client.pull("job-7", rank=1)) == 12

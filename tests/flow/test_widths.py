@@ -22,6 +22,8 @@ from esper_otel.leyline import Packets, packets
 from esper_otel.schema import SEED_CELLS, SEED_FIELDS
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 NAMES = {field: metric.name for field, metric in zip(SEED_FIELDS, SEED_CELLS, strict=True)}
 Row = Mapping[str, float]
 

@@ -17,6 +17,8 @@ from esper_otel.frames.frame import Frame
 from esper_otel.frames.records import RecordWriter, StoredContext, chunks_in
 from esper_otel.schema import METRICS, Metric
 
+pytestmark = pytest.mark.lengthy
+
 CATALOGUE = {metric.name: metric for metric in METRICS}
 
 

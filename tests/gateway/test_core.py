@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from patience import cpu_patience
 from wire import bodies, encoder
 
 from esper_otel.errors import UnknownRun
@@ -91,7 +92,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_p
     assert [(step.step, step.complete, step.revision) for step in steps] == [(n, True, 1) for n in range(1, 21)]
 
 
-def test_others_have_their_turns_while_a_large_page_is_made() -> None:
+def test_others_have_their_turns_while_a_large_page_is_made(no_garbage: None) -> None:
     """A controller is not to wait for somebody who reads a whole run."""
 
     async def live() -> None:
@@ -107,7 +108,7 @@ def test_others_have_their_turns_while_a_large_page_is_made() -> None:
             turns_s.append(time.thread_time() - began_s)
         assert [step.step for step in reading.result()] == [*range(1, 1001)]
         assert len(turns_s) > 30
-        assert max(turns_s) < 0.1
+        assert max(turns_s) < cpu_patience(0.1)
         core.close()
 
     asyncio.run(live())

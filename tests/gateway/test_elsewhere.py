@@ -17,6 +17,8 @@ from programs import ROOT, free_port, until
 import esper_otel
 from esper_otel import EsperSettings, Stage, TamiyoClient, UnknownRun
 
+pytestmark = pytest.mark.lengthy
+
 PROMETHEUS = shutil.which("prometheus")
 
 

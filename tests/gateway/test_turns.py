@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from patience import cpu_patience
 from wire import bodies, said
 
 from esper_otel.frames.frame import GUESSED_STEP
@@ -40,12 +40,14 @@ from esper_otel.leyline import SystemStatePacket
 from esper_otel.pull.messages import PullRequest, Step
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS
 
+pytestmark = pytest.mark.lengthy
+
 MOST_S = 0.1
 ALPHA = SEED_CELLS[1].name
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def turns(monkeypatch: pytest.MonkeyPatch, no_garbage: None) -> list[float]:
     """How long the event loop's thread computed in each of its turns."""
     seconds: list[float] = []
     run = asyncio.events.Handle._run
@@ -56,12 +58,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         seconds.append(time.thread_time() - start_s)
 
     monkeypatch.setattr(asyncio.events.Handle, "_run", measured)
-    gc.collect()
-    gc.freeze()  # as the command does: what else there is in this process is none of the gateway's
-    gc.disable()
-    yield seconds
-    gc.enable()
-    gc.unfreeze()
+    return seconds
 
 
 def run_in_short_turns(scenario: Callable[[], Coroutine[Any, Any, None]], turns: list[float]) -> None:
@@ -71,7 +68,7 @@ def run_in_short_turns(scenario: Callable[[], Coroutine[Any, Any, None]], turns:
         turns.clear()
         asyncio.run(scenario())
         longest.append(max(turns))
-        if longest[-1] < MOST_S:
+        if longest[-1] < cpu_patience(MOST_S):
             return
     raise AssertionError(longest)
 
@@ -336,13 +333,7 @@ def test_a_late_point_is_stored_although_a_kill_interrupts_what_follows_from_it(
         assert core.counts["corrections"] < 50
         await all_released(core)
         core.close()
-        other = Core(FileStore(tmp_path / "two"), linger_s=0.0)
-        other.start()
-        await all_released(other)
-        found = [SystemStatePacket.FromString(step.state) for step in (await newest(other)).values()]
-        assert len(found) == 50
-        assert [seed.seed_id for seed in found[0].seed_states] == ["late"]
-        other.close()
+        assert await restarted(tmp_path / "one") == await restarted(tmp_path / "two") == [("late",)] * 50
 
     asyncio.run(scenario())
 
@@ -367,13 +358,19 @@ def test_a_late_end_counts_although_a_kill_interrupts_what_follows_from_it(
         assert {*expected[:10]} == {("a",)}
         assert {*expected[11:]} == {()}
         core.close()
-        other = Core(FileStore(tmp_path / "two"), linger_s=0.0)
-        other.start()
-        await all_released(other)
-        assert lives(await newest(other)) == expected
-        other.close()
+        assert await restarted(tmp_path / "two") == expected
 
     asyncio.run(scenario())
+
+
+async def restarted(folder: Path) -> list[tuple[str, ...]]:
+    """The ids of the live seeds of each step, in order of time, in a gateway that goes on from these files."""
+    core = Core(FileStore(folder), linger_s=0.0)
+    core.start()
+    await all_released(core)
+    found = lives(await newest(core))
+    core.close()
+    return found
 
 
 def lives(steps: dict[int, Step]) -> list[tuple[str, ...]]:
@@ -393,7 +390,7 @@ def test_many_holes_in_the_numbers_of_a_writer_cost_little() -> None:
         begun_s = time.thread_time()
         await core.take(body)
         await all_released(core)
-        assert time.thread_time() - begun_s < 3.0
+        assert time.thread_time() - begun_s < cpu_patience(3.0)
         assert core.counts["steps"] == 10_000
         assert core.gauges()["missing_steps"] == 9_999
         core.close()
@@ -517,7 +514,7 @@ def test_very_many_old_runs_are_dropped_in_short_turns(turns: list[float], tmp_p
         core.close()
 
     asyncio.run(scenario())
-    assert max(turns) < MOST_S
+    assert max(turns) < cpu_patience(MOST_S)
 
 
 def test_a_step_of_very_many_seeds_is_pulled_in_short_turns(turns: list[float], tmp_path: Path) -> None:

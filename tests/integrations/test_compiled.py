@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("torch")
 
 SCRIPT = """
@@ -66,7 +68,7 @@ def test_graphs_and_their_breaks_are_those_of_the_script(tmp_path: Path) -> None
         )
         for command in commands
     ]
-    done = [process.communicate(timeout=200) for process in processes]
+    done = [process.communicate(timeout=300) for process in processes]
     without, watched, run = (output for output, _ in done)
     assert len(json.loads(without)) == 2, done[0][1]
     assert watched == without

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from patience import patience
 
 from esper_otel.testing import MemoryCollector
+
+pytestmark = pytest.mark.lengthy
 
 pytest.importorskip("torch")
 pytest.importorskip("accelerate")
@@ -44,7 +47,7 @@ def started(folder: Path, ways: str, *names: str, **environment: str) -> tuple[s
 
 
 def ended(process: subprocess.Popen[str], counted: Path) -> Done:
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=300)
     said: dict[str, list[str]] = {}
     for line in output.splitlines():
         if " " in line:
@@ -109,7 +112,7 @@ def test_waits_are_those_of_the_loop_also_where_batches_are_fetched_ahead(watche
     waits = [row["input_wait_ms"] for row in watched["a_batch_ahead"]["rows"]]
     assert min(waits[0], waits[6]) >= 8.0
     assert min(*waits[1:4], *waits[7:10]) >= 4.0
-    assert max(waits[5], waits[11]) < 4.0
+    assert max(waits[5], waits[11]) < patience(4.0)
     dispatched = [row["input_wait_ms"] for row in watched["accelerates_streams"]["rows"]]
     assert dispatched[0] >= 8.0
     assert sum(dispatched) >= 21.0
@@ -117,7 +120,7 @@ def test_waits_are_those_of_the_loop_also_where_batches_are_fetched_ahead(watche
 
 def test_a_loop_that_is_left_waits_no_longer(watched: dict[str, Any]) -> None:
     """The script sleeps for 200 ms after its break."""
-    assert max(row["step_latency_ms"] for row in watched["broken_off"]["rows"]) < 150.0
+    assert max(row["step_latency_ms"] for row in watched["broken_off"]["rows"]) < patience(150.0)
 
 
 def test_run_changes_nothing_and_counts_what_each_step_used(both: tuple[Done, Done], tmp_path: Path) -> None:
@@ -190,7 +193,7 @@ def test_the_end_of_the_interpreter_is_quiet_and_the_last_step_is_there(tmp_path
     script.write_text(ENDS, encoding="utf-8")
     environment = {**os.environ, "OTEL_METRICS_EXPORTER": "none"}
     done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert (done.stdout, done.returncode) == ("1\n", 0)
     closed = [line.partition(" closed: ")[2] for line in done.stderr.splitlines() if " closed: " in line]

@@ -13,6 +13,8 @@ import pytest
 
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.lengthy
+
 pytest.importorskip("torch")
 
 SCRIPT = """
@@ -182,7 +184,7 @@ def test_a_signal_ends_it_as_before_and_the_steps_are_there(script: Path) -> Non
         process.stderr.readline()
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
         assert process.returncode == -signal.SIGTERM
         assert values(collector, "esper.global_step") == [*range(1, 9)]
 

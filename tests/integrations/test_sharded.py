@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.lengthy
+
 torch = pytest.importorskip("torch")
 
 SCRIPT = """
@@ -63,7 +65,7 @@ def test_a_rank_that_watches_alone_leaves_the_norm_out_and_says_why(tmp_path: Pa
         for rank in ("0", "1")
     ]
     try:
-        (watched, errors), (other, others) = (rank.communicate(timeout=120) for rank in ranks)
+        (watched, errors), (other, others) = (rank.communicate(timeout=300) for rank in ranks)
     finally:
         for rank in ranks:
             rank.kill()

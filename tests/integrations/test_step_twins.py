@@ -38,7 +38,7 @@ def started(folder: Path, way: str, **environment: str) -> subprocess.Popen[str]
 
 
 def ended(process: subprocess.Popen[str], folder: Path, way: str) -> Done:
-    output, errors = process.communicate(timeout=110)
+    output, errors = process.communicate(timeout=300)
     others = [line for line in errors.splitlines() if not line.startswith("esper_otel ")]
     return Done(output, others, process.returncode, json.loads((folder / f"{way}.json").read_text(encoding="utf-8")))
 

@@ -225,6 +225,7 @@ print("said", json.dumps([[tests.logged(each, name) for each in (without, with_i
 """
 
 
+@pytest.mark.lengthy
 def test_several_ranks_are_one_run_and_the_curve_is_the_same(tmp_path: Path) -> None:
     """torchrun, two processes: each has the norm of the averaged gradients, and half of the samples."""
     (tmp_path / "train.py").write_text(
@@ -237,7 +238,7 @@ def test_several_ranks_are_one_run_and_the_curve_is_the_same(tmp_path: Path) -> 
         environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         del environ["OTEL_METRICS_EXPORTER"]
         done = subprocess.run(
-            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=170
+            [*command, tmp_path / "train.py"], capture_output=True, text=True, check=False, env=environ, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
         losses, norms = json.loads(

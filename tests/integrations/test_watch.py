@@ -374,6 +374,7 @@ for number, (inputs, targets) in enumerate(watched):
 """
 
 
+@pytest.mark.lengthy
 def test_an_exception_ends_the_run_as_it_does_without_us(tmp_path: Path) -> None:
     """The traceback and the exit status are the script's; the step under way is there, marked as failed."""
     here = Path(__file__).parent

@@ -68,7 +68,7 @@ def generated(folder: Path, proto: str, path: str = "esper_leyline.proto") -> No
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_text(proto)
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{folder}", f"--python_out={folder}"]
-    subprocess.run([*command, path], check=True, capture_output=True, timeout=60)
+    subprocess.run([*command, path], check=True, capture_output=True, timeout=300)
     module = path.removesuffix(".proto").replace("/", ".") + "_pb2"
     if module != "esper_leyline_pb2":
         (folder / "esper_leyline_pb2.py").write_text(f"from {module} import *\n")
@@ -82,7 +82,7 @@ def run(folder: Path, program: str) -> str:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         # Without probes, since a busy machine makes signals, and with them one more packet.
         env={**os.environ, "OTEL_METRICS_EXPORTER": "none", "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED": "false"},
     )

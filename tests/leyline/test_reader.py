@@ -11,6 +11,7 @@ import pytest
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import Resource
+from patience import patience
 
 from esper_otel import LeylineMetricReader, Stage, WrongState
 from esper_otel.leyline import Packets
@@ -155,10 +156,10 @@ def test_a_callback_that_hangs_costs_other_pullers_their_timeout_only(
     provider.get_meter("trainer").create_observable_gauge("loss", [observe])
     first = threading.Thread(target=reader.pull)
     first.start()
-    assert entered.wait(10)
+    assert entered.wait(120)
     started = time.monotonic()
     assert reader.pull(timeout_s=0.1) is None
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < patience(5)
     release.set()
-    first.join(10)
+    first.join(120)
     assert "another pull" in caplog.text

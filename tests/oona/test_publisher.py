@@ -20,6 +20,7 @@ import pytest
 import requests
 from frame_examples import RUN, TIME_UNIX_NS, make_frame
 from gateways import RunningGateway
+from patience import patience
 from programs import Redis, free_port, until
 
 import esper_otel
@@ -34,7 +35,10 @@ redis = pytest.importorskip("redis")
 
 SERVER = shutil.which("redis-server")
 SECRET = "of the bus"
-pytestmark = pytest.mark.skipif(SERVER is None, reason="Redis is not installed (Debian: apt-get install redis-server)")
+pytestmark = [
+    pytest.mark.lengthy,
+    pytest.mark.skipif(SERVER is None, reason="Redis is not installed (Debian: apt-get install redis-server)"),
+]
 
 
 class Message(NamedTuple):
@@ -313,7 +317,7 @@ def test_nothing_is_lost_whatever_happens_to_redis(server: Redis, weather: str) 
                 client.config_set("stop-writes-on-bgsave-error", "no")
             else:
                 client.config_set("requirepass", "")
-            until("the rest is there", lambda: read() == {*range(1, 11)}, 30)
+            until("the rest is there", lambda: read() == {*range(1, 11)})
     server.end(signal.SIGKILL)  # one that cannot save refuses to end
     order = [m.packet.global_step for m in messages if isinstance(m.packet, SystemStatePacket)]
     assert order == sorted(order)
@@ -335,7 +339,7 @@ def test_a_gateway_publishes_and_goes_on_after_it_was_killed(
                     for step in range(10):
                         telemetry.record_step({"loss": 1.0}, epoch=0, global_step=10 * life + step + 1)
                 until("they are there", lambda: read() == {*range(1, 10 * life + 11)})  # noqa: B023
-                text = requests.get(f"http://{gateway.http}/metrics", timeout=20).text
+                text = requests.get(f"http://{gateway.http}/metrics", timeout=300).text
                 assert "esper_gateway_oona_published_total 10\n" in text
                 gateway.process.send_signal(signal.SIGKILL)
     assert [m.packet.global_step for m in messages] == [*range(1, 21)]
@@ -351,7 +355,7 @@ def test_a_gateway_that_ends_with_a_backlog_ends_in_time_and_without_a_traceback
         until("it publishes", lambda: client.xlen("oona.normal") > 0)
         started_s = time.monotonic()
         assert gateway.end() == 0
-        assert time.monotonic() - started_s < 8
+        assert time.monotonic() - started_s < patience(8)
         steps = [
             SystemStatePacket.FromString(BusEnvelope.FromString(fields[b"payload"]).payload).global_step
             for _, fields in client.xrange("oona.normal")
@@ -381,11 +385,11 @@ def test_a_clock_that_jumps_trims_nothing(server: Redis, monkeypatch: pytest.Mon
 def test_a_redis_that_is_not_there_harms_neither_training_nor_gateway(tmp_path: Path) -> None:
     """The end comes in time; a URL that is none is said at once, without its password."""
     with RunningGateway("--oona", f"redis://:secret@127.0.0.1:{free_port()}/0") as gateway:
-        assert requests.get(f"http://{gateway.http}/healthz", timeout=20).status_code == 200
+        assert requests.get(f"http://{gateway.http}/healthz", timeout=300).status_code == 200
         time.sleep(0.3)
         started_s = time.monotonic()
         assert gateway.end() == 0
-        assert time.monotonic() - started_s < 10
+        assert time.monotonic() - started_s < patience(10)
     assert "packets cannot be sent to Redis" in gateway.said
     assert "secret" not in gateway.said
     with (

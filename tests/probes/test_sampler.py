@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
+from patience import patience
 
 from esper_otel.errors import ProbeUnavailable
 from esper_otel.probes.probe import NotYet, Probe
@@ -82,7 +83,7 @@ def run_through(probe: Probe, *, samples: int, period_s: float = 1.0) -> tuple[S
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 120
     while not holds() and time.monotonic() < deadline_s:
         time.sleep(0.001)
     return holds()
@@ -133,7 +134,7 @@ def test_every_probes_readings_grow_old_by_themselves(running: Callable[..., Sam
     hanging = Hanging(good=1)
     sampler = running(hanging, Scripted("a", {"a": 1.0}), clock=lambda: now[0])
     try:
-        assert hanging.hangs.wait(10)
+        assert hanging.hangs.wait(120)
         assert eventually(lambda: sampler.readings(now[0]) == {"a": 1.0, "gpu_util_percent": 1.0})
         now[0] = 100.04
         assert eventually(lambda: sampler.readings(now[0]) == {"a": 1.0})
@@ -231,7 +232,7 @@ def test_a_probe_that_hangs_holds_up_neither_the_others_nor_the_end(running: Cal
     hanging, other = Hanging(), Scripted("a", {"a": 1.0})
     sampler = running(hanging, other, clock=lambda: now[0])
     try:
-        assert hanging.hangs.wait(10)
+        assert hanging.hangs.wait(120)
         assert eventually(lambda: other.samples >= 3)
         assert sampler.absent() == {"gpu_util_percent": "not sampled yet"}
         now[0] += 0.03
@@ -239,7 +240,7 @@ def test_a_probe_that_hangs_holds_up_neither_the_others_nor_the_end(running: Cal
         assert eventually(lambda: sampler.absent() == {"gpu_util_percent": reason})
         started_s = time.monotonic()
         sampler.stop(0.2)
-        assert time.monotonic() - started_s < 2.0
+        assert time.monotonic() - started_s < patience(2.0)
         assert other.closed == 1
     finally:
         hanging.release.set()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from certificates import Authority
 from gateways import RunningGateway
+from patience import patience
 
 import esper_otel
 from esper_otel import (
@@ -71,7 +72,7 @@ def test_what_is_pulled_is_equal_to_what_is_pulled_in_process(
         [run] = [run for run in client.runs() if run.run_id == "equal"]
     assert (run.first_step, run.last_step, run.stored, run.ended) == (1, 10, 10, "completed")
     assert (run.missing, run.incomplete, run.writers, run.resumed) == (0, 0, 1, False)
-    assert all(-1 < packets.age_s < 60 for packets in mine)  # stamps of fast steps run ahead
+    assert all(-1 < packets.age_s < patience(60) for packets in mine)  # stamps of fast steps run ahead
 
 
 def test_ranks_can_be_pulled_alone(shared: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +102,8 @@ def test_a_wait_ends_with_the_step(shared: RunningGateway, monkeypatch: pytest.M
     time.sleep(0.3)
     started_s = time.monotonic()
     mine = trained(shared.grpc, "awaited", monkeypatch, steps=1)
-    waiting.join(20)
-    assert time.monotonic() - started_s < 10
+    waiting.join(120)
+    assert time.monotonic() - started_s < patience(10)
     assert list(pages[0]) == mine
 
 
@@ -130,12 +131,12 @@ def test_a_gateway_that_is_away_is_waited_for_and_no_longer(monkeypatch: pytest.
     started_s = time.monotonic()
     with (
         TamiyoClient(address, timeout_s=0.5) as client,
-        pytest.raises(GatewayUnavailable, match="nobody answers there"),
+        pytest.raises(GatewayUnavailable, match="no gateway answered there"),
     ):
         client.runs()
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < patience(5)
     options = ["--grpc", address, "--store", str(tmp_path)]
-    with TamiyoClient(address, timeout_s=20) as client:
+    with TamiyoClient(address, timeout_s=120) as client:
         with RunningGateway(*options):
             mine = trained(address, "restarted", monkeypatch)
             first = client.pull("restarted", max_packets=4)

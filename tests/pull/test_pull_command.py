@@ -22,7 +22,9 @@ from esper_otel.pull.command import as_json
 from esper_otel.pull.messages import Step
 from esper_otel.varint import read_varint
 
-TIMEOUT_S = 30
+pytestmark = pytest.mark.lengthy
+
+TIMEOUT_S = 120.0
 
 
 def trained(address: str, run_id: str, monkeypatch: pytest.MonkeyPatch, steps: int = 5) -> list[Packets]:

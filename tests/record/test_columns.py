@@ -56,6 +56,22 @@ def test_wrong_columns_are_mistakes(
         SeedColumns(lambda table: False).table(ids, columns)
 
 
+def test_a_column_may_be_part_of_a_graph() -> None:
+    """A seed's alpha is often a parameter: its values are taken, and the graph is left alone."""
+    torch = pytest.importorskip("torch")
+    alphas = torch.tensor([0.25, 0.5], requires_grad=True)
+    with silent() as telemetry:
+        with telemetry.step(epoch=0) as now:
+            telemetry.seeds(["a", "b"], alpha=alphas, layer_depth=(2 * alphas))
+            now.put(loss=0.5)
+        assert plain(newest(telemetry).seeds) == {
+            "a": {"alpha": 0.25, "layer_depth": 0.5},
+            "b": {"alpha": 0.5, "layer_depth": 1.0},
+        }
+    alphas.sum().backward()
+    assert alphas.grad.tolist() == [1.0, 1.0]
+
+
 def test_ids_of_the_last_call_are_not_checked_again() -> None:
     """With a thousand seeds a step, checking costs more than recording."""
     columns = SeedColumns(lambda table: False)

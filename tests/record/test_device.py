@@ -361,7 +361,7 @@ try:
 except InvalidValue as error:
     print(error)
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
     assert ran.stdout == "device: 'mps' is not a device; give one such as 'cpu', 'cuda' or 'cuda:0'\n", ran.stderr
 
 

@@ -11,6 +11,7 @@ from programs import until
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.record.tally import Tally
+from esper_otel.schema import STEP_METRICS
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,20 @@ def test_values_are_counted_and_said_without_being_asked_for(caplog: pytest.LogC
         assert until("counted", lambda: (tally.nonfinite, tally.out_of_range) == (2, 3))
     assert "give a share of 1, not a percentage" in caplog.text
     assert (telemetry.health()["nonfinite"], telemetry.health()["out_of_range"]) == (2, 3)
+
+
+def test_below_zero_is_out_of_range_but_for_losses() -> None:
+    """Each metric of a step by itself: of durations, norms and shares there is no negative one."""
+    losses = {"loss", "loss_delta", "loss_ewma", "loss_volatility"}
+    others = {metric.name for metric in STEP_METRICS} - losses
+    assert len(others) > 10
+    with esper_otel.start(run_id="run") as telemetry:
+        telemetry.record_step(dict.fromkeys(losses, -1.0), epoch=0)
+        telemetry.record_step(dict.fromkeys(losses | others, 0.0), epoch=0)
+        assert telemetry.health()["out_of_range"] == 0
+        for counted, name in enumerate(sorted(others), 1):
+            telemetry.record_step({name: -1.0}, epoch=0)
+            assert telemetry.health()["out_of_range"] == counted, name
 
 
 def test_rows_are_counted_before_they_are_dropped() -> None:

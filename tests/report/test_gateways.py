@@ -17,6 +17,8 @@ from esper_otel.pull.client import method
 from esper_otel.pull.messages import PullRequest, PullResponse, Run, RunsResponse, Step
 from esper_otel.report import recording
 
+pytestmark = pytest.mark.lengthy
+
 Answer = Callable[[PullRequest], bytes]
 
 

@@ -30,6 +30,8 @@ from esper_otel.frames import black_box as blackbox
 from esper_otel.report.page import page
 from esper_otel.report.recording import Row, of_file
 
+pytestmark = pytest.mark.lengthy
+
 HOSTILE = (
     "\"'></title></style></td></text></svg><img src={url}/i onerror='fetch(\"{url}/h\")'><script src={url}/s></script>"
 )
@@ -264,7 +266,7 @@ def test_what_is_missing_or_of_another_type_is_named(
     for words in ([str(bad)], [str(good), "--vs", str(bad)]):
         assert main(["report", *words]) == 2
         said = capsys.readouterr().err
-        assert f"{bad} is no black box of esper_otel: {why}" in said
+        assert f"{bad} is not a black box of esper_otel: {why}" in said
     assert list(here.glob("*.html")) == []
 
 
@@ -294,7 +296,7 @@ def test_a_small_file_does_not_become_a_large_one(tmp_path: Path) -> None:
         path = written(tmp_path, content)
         assert path.stat().st_size < 40 * 2**20
         words = [sys.executable, "-c", program, str(path)]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
         assert (done.returncode, "holds more than esper_otel writes" in done.stderr) == (2, True), done.stderr[-2000:]
 
 
@@ -303,7 +305,7 @@ def test_only_plain_files_are_read(here: Path, capsys: pytest.CaptureFixture[str
     os.mkfifo(here / "pipe.gz")
     for what in ("pipe.gz", "/dev/zero"):
         assert main(["report", what]) == 2
-        assert f"{what} is no black box of esper_otel: it is not a plain file" in capsys.readouterr().err
+        assert f"{what} is not a black box of esper_otel: it is not a plain file" in capsys.readouterr().err
 
 
 def test_a_name_that_is_too_long_for_a_file_may_be_that_of_a_run(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import patience
 
 from esper_otel.testing import MemoryCollector
 
@@ -34,7 +35,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
 
 def ended(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -105,7 +106,7 @@ def forked(
 ) -> tuple[dict[str, tuple[int, str | None]], list[str]]:
     """The exit status and the outcome of each case, and what they wrote."""
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
     *output, last = done.stdout.splitlines()
     found = {
@@ -127,7 +128,7 @@ def test_a_module_that_ends_with_status_0_has_completed(collector: MemoryCollect
     """``python -m``: the main program is then Python's own."""
     (tmp_path / "train.py").write_text(BEGIN + "sys.exit(int(sys.argv[1]))", encoding="utf-8")
     for status in (0, 3):
-        done = subprocess.run([sys.executable, "-m", "train", str(status)], cwd=tmp_path, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-m", "train", str(status)], cwd=tmp_path, timeout=300, check=False)
         assert done.returncode == status
     assert outcomes(collector) == ["completed", "SystemExit"]
 
@@ -193,7 +194,7 @@ for tracer in (None, trace):
     begin = f"def start():\n{textwrap.indent(BEGIN, '    ')}    telemetry.close()\n"
     (tmp_path / "train.py").write_text(begin + program, encoding="utf-8")
     command = [sys.executable, "train.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout == "0 None True\n" * 2, done.stderr
 
 
@@ -235,7 +236,7 @@ def test_a_script_of_ipython_ends_as_one_of_python(
 ) -> None:
     """Unless a prompt follows, with cells of which any may have been the run's end."""
     command = [sys.executable, "-c", IPYTHON, BEGIN + script, *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, outcomes(collector)) == (status, [outcome])
 
 
@@ -274,7 +275,7 @@ def test_a_handler_that_was_there_is_called_and_decides(collector: MemoryCollect
         [sys.executable, "-c", handler + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stdout) == (3, "checkpoint\n")
@@ -288,7 +289,7 @@ def test_sigterm_against_a_hanging_endpoint_ends_in_time(monkeypatch: pytest.Mon
         started_s = time.monotonic()
         done = ended("os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
         assert done.returncode == -signal.SIGTERM
-        assert time.monotonic() - started_s < 15.0
+        assert time.monotonic() - started_s < patience(15.0)
         assert "dropped 200" in done.stderr
 
 

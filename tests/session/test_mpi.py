@@ -42,7 +42,7 @@ HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS")
 def launched(*names: str, size: int = 2, local_size: int = 2, name: str = "mpirun") -> list[list[list[object]]]:
     """What each rank finds out at each of its two starts: run id, attempt, that for a later agreement, rank, size."""
     command = [sys.executable, "-c", LAUNCHER, *names, str(size), str(local_size), name, RANK]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     found: list[list[list[object]]] = json.loads(done.stdout)
     return found
 

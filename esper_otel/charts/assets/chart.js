@@ -4,7 +4,7 @@
 Esper.COLORS = ["#3b7ddd", "#e0702d", "#2f9e5b", "#c04dd0", "#d9363e", "#9a7d0a", "#1a9ba1", "#7a6ff0", "#b5577f", "#5f8f1f", "#8c6d5a", "#5b7083"];
 Esper.PHASE_COLORS = { "input wait": "#e0702d", hook: "#c04dd0", finalize: "#1a9ba1", rest: "#3b7ddd" };
 Esper.STAGE_COLORS = ["#c7d0d9", "#6e7079", "#8ab8ff", "#3274d9", "#ff9830", "#b877d9", "#e0c52a", "#37872d", "#c4162a", "#8f3bb8", "#96d98d", "#7d7d82"];
-Esper.AXES = { step: "step", epoch: "epoch", wall: "wall time", since: "time since the start" };
+Esper.AXES = { step: "step", epoch: "epoch", wall: "local time", since: "time since the start" };
 
 const ODD = { nan: [0.5, "x", "NaN"], up: [0.95, "triangle", "+Inf"], down: [0.05, "inverted_triangle", "-Inf"] };
 const FEW = 60; // a curve with fewer points shows them
@@ -56,6 +56,7 @@ class Chart {
     const label = Esper.UNITS[this.unit];
     if (label) this.figure.yaxes[0].axis_label = label;
     if (view.x === "step") this.figure.xaxes[0].formatter = new (Models.get("NumeralTickFormatter"))({ format: "0,0" });
+    if (view.x === "wall") this.figure.xaxes[0].formatter = new (Models.get("DatetimeTickFormatter"))({ seconds: "%H:%M:%S", minsec: "%H:%M:%S", minutes: "%H:%M", hourmin: "%H:%M", hours: "%H:%M", days: "%d %b", months: "%b %Y", years: "%Y" });
     this.edge = new Bokeh.Range1d({ start: 0, end: 1 });
     this.figure.extra_y_ranges = new Map([["edge", this.edge]]);
     this.sources = new Map();
@@ -233,8 +234,12 @@ Esper.lines = (name) => (chart) => {
   }
   const odd = { x: [], y: [], marker: [], color: [] };
   const counts = { nan: 0, up: 0, down: 0 };
+  const first = {};
   for (const [run, curve] of all) {
-    for (const [, kind] of curve.odd) counts[kind]++;
+    for (const [, kind, step] of curve.odd) {
+      counts[kind]++;
+      first[kind] ??= step;
+    }
     for (const [x, kind] of curve.odd.slice(0, MOST_ODD)) {
       odd.x.push(x);
       odd.y.push(ODD[kind][0]);
@@ -245,7 +250,8 @@ Esper.lines = (name) => (chart) => {
   keys.add("odd");
   chart.fill("odd", odd, (source) =>
     figure.scatter({ field: "x" }, { field: "y" }, { source, y_range_name: "edge", marker: { field: "marker" }, size: 9, line_width: 2, line_color: { field: "color" }, fill_color: { field: "color" } }));
-  const said = Object.entries(counts).filter(([, count]) => count).map(([kind, count]) => `${{ nan: "✕", up: "▲", down: "▼" }[kind]} ${ODD[kind][2]} ${count > 1 ? `at ${count} places` : "once"}`);
+  const said = Object.entries(counts).filter(([, count]) => count).map(([kind, count]) => `${{ nan: "✕", up: "▲", down: "▼" }[kind]} ${ODD[kind][2]} ${count > 1 ? `at ${count} places, first ` : ""}in step ${first[kind].toLocaleString("en")}`);
+  if (view.log && all.some(([, curve]) => curve.y.some((value) => value <= 0))) resumed.unshift("values of 0 and below have no place on a log scale");
   chart.note.textContent = [...said, ...resumed.slice(0, 3)].join("   ");
   chart.note.classList.toggle("bad", said.length > 0);
   if (!chart.keepOnly(keys)) board.rebuild(chart);

@@ -43,7 +43,7 @@ Esper.xs = (series, mode) => {
   if (known && known.version === series.version && known.xs.length === rows) return known.xs;
   let xs;
   if (mode === "epoch") xs = epochs(columns);
-  else if (mode === "wall") xs = columns.time_ms;
+  else if (mode === "wall") xs = columns.time_ms.map((ms) => ms - new Date(ms).getTimezoneOffset() * 60_000); // Bokeh's axis has no time zone
   else if (mode === "since") xs = columns.elapsed_s.map((s) => s * 1000);
   else xs = columns.step;
   series.cache[mode] = { version: series.version, xs };
@@ -141,9 +141,9 @@ Esper.curve = (series, name, { x: mode, smooth }) => {
     if (strange) {
       const [, nan, up, down, first] = strange;
       const at = mode === "step" && first !== undefined && series.width > 1 ? first : xs[row];
-      if (nan) found.odd.push([at, "nan"]);
-      if (up) found.odd.push([at, "up"]);
-      if (down) found.odd.push([at, "down"]);
+      if (nan) found.odd.push([at, "nan", first ?? series.columns.step[row]]);
+      if (up) found.odd.push([at, "up", first ?? series.columns.step[row]]);
+      if (down) found.odd.push([at, "down", first ?? series.columns.step[row]]);
     }
     const value = main[row];
     if (value === null || value === undefined) {
@@ -227,6 +227,7 @@ Esper.phases = (series, mode) => {
 // Adds what is new to a series: keeps the first `keep` rows and appends the others.
 Esper.merge = (old, answer) => {
   if (!old || !answer.keep) return { ...answer, version: (old?.version || 0) + 1 };
+  if (!Object.keys(answer.columns).length) return { ...old, ...answer, columns: old.columns, metrics: old.metrics }; // nothing new
   const join = (one, other) => (one || []).slice(0, answer.keep).concat(other);
   const columns = {};
   for (const [name, list] of Object.entries(answer.columns)) columns[name] = join(old.columns[name], list);

@@ -25,6 +25,8 @@ from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import PullRequest
 
+pytestmark = pytest.mark.lengthy
+
 
 class Small(Core):
     """A gateway with room for two writers, in which time passes by hand."""

@@ -21,6 +21,8 @@ from esper_otel.gateway.items import Item
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
+pytestmark = pytest.mark.lengthy
+
 STEP, EPOCH = "esper.global_step", "esper.epoch"
 SEQUENCE, POINTS = "esper.frame.sequence", "esper.frame.points"
 

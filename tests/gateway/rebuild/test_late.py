@@ -26,6 +26,8 @@ from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest, Run
 
+pytestmark = pytest.mark.lengthy
+
 
 def state(gateway: Gateway) -> RunState:
     (found,) = gateway.assembler.runs(gateway.now_s)

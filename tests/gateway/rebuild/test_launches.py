@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.rebuild.launches import outcomes, with_resumed
 
+pytestmark = pytest.mark.lengthy
+
 S = 1_000_000_000
 
 

@@ -25,6 +25,8 @@ from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.leyline.packets import packets
 from esper_otel.schema import Stage
 
+pytestmark = pytest.mark.lengthy
+
 MS = 1_000_000
 SEEDS = "abcdef"
 SILENT, RECORDED, RETIRED, BACK = range(4)

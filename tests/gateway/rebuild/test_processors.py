@@ -25,6 +25,8 @@ from esper_otel.check.one_frame import CheckStage
 from esper_otel.check.through import ReadBack, run_through
 from esper_otel.schema import is_check
 
+pytestmark = pytest.mark.lengthy
+
 Effect = Callable[[ExportMetricsServiceRequest], None]
 
 

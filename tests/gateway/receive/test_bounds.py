@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from patience import cpu_patience
 from wire import bodies, said
 
 from esper_otel.frames.frame import Frame
@@ -29,6 +30,8 @@ from esper_otel.gateway.receive.envelope import field
 from esper_otel.gateway.receive.inflate import inflated
 from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.parts.part import Part, PartShape, merged
+
+pytestmark = pytest.mark.lengthy
 
 MIB = 1024 * 1024
 EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
@@ -85,10 +88,10 @@ def test_a_bomb_costs_a_gateway_neither_memory_nor_time() -> None:
     with RunningGateway() as gateway, gateway.channel() as channel:
         call = channel.unary_unary(EXPORT, None, None)
         with pytest.raises(grpc.RpcError) as refused:
-            call(bomb, compression=grpc.Compression.Gzip, timeout=60)
+            call(bomb, compression=grpc.Compression.Gzip, timeout=300)
         assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "send smaller requests" in (refused.value.details() or "")
-        call(bodies([make_frame()])[0], timeout=60)
+        call(bodies([make_frame()])[0], timeout=300)
         with open(f"/proc/{gateway.process.pid}/status", encoding="ascii") as file:  # noqa: PTH123 - of the kernel
             (peak,) = (int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
     assert peak < 500
@@ -218,7 +221,7 @@ def test_many_members_cost_no_more_than_their_bytes() -> None:
     with pytest.raises(TooLarge, match="more than 1000 gzip members"):
         inflated(gzip.compress(b"") * 200_000)
     assert inflated(gzip.compress(b"") * 900 + gzip.compress(b"x" * MIB)) == b"x" * MIB
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < cpu_patience(1.0)
 
 
 @settings(max_examples=50, deadline=None)

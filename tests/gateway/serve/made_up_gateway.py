@@ -233,7 +233,10 @@ class MadeUpGateway:
             return self.broken[0], "text/plain", self.broken[1]
         if what == "series":
             first, last = int(query.get("from", 1)), min(int(query.get("to", run.steps)), int(min(run.read, run.steps)))
-            return _json(run.series(first, last, int(query["buckets"])))
+            found = run.series(first, last, int(query["buckets"]))
+            if query.get("since") == found["cursor"]:  # nothing is new
+                found |= {"keep": len(found["columns"]["step"]), "columns": {}, "metrics": {}}
+            return _json(found)
         if what == "metrics":
             metrics = [
                 {"name": name, "unit": unit, "description": f"About {name}.", "group": group, "level": "step"}

@@ -25,6 +25,7 @@ from frame_examples import RUN, make_frame
 from gateways import RunningGateway, pull
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from http2 import RawClient, message
+from patience import patience
 from programs import until
 from test_ports import PROTOBUF, body_of, code_of, export
 
@@ -40,6 +41,8 @@ from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.pull.messages import SERVICE, PullRequest
 from esper_otel.schema import METRICS
+
+pytestmark = pytest.mark.lengthy
 
 EXPORT, PULL = f"/{OTLP_SERVICE}/Export", f"/{SERVICE}/Pull"
 SOON_S = 5.0  # on a machine that is busy with other tests
@@ -110,7 +113,7 @@ class Honest(threading.Thread):
     def check(self) -> None:
         """They went on."""
         assert self.error is None
-        assert self.slowest_s < SOON_S
+        assert self.slowest_s < patience(SOON_S)
 
 
 @pytest.fixture
@@ -125,7 +128,7 @@ def test_messages_that_unpack_to_much_are_unpacked_one_after_the_other(gateway: 
     before = memory_mib(gateway)
     with Honest(gateway) as honest, gateway.channel() as channel:
         send = channel.unary_unary(EXPORT, None, None)
-        calls = [send.future(bomb, timeout=60) for _ in range(60)]
+        calls = [send.future(bomb, timeout=300) for _ in range(60)]
         assert {call.code() for call in calls} <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
         assert calls[0].code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     honest.check()
@@ -192,12 +195,12 @@ def test_bodies_that_stall_hold_up_nobody_and_the_largest_give_way(gateway: Runn
     with contextlib.ExitStack() as opened:
         for _ in range(100):
             opened.enter_context(post_in_part(gateway.http, "transfer-encoding: chunked", b"5\r\nhello\r\n"))
-        assert requests.post(url, body_of("beside"), headers=PROTOBUF, timeout=20).status_code == 200
+        assert requests.post(url, body_of("beside"), headers=PROTOBUF, timeout=300).status_code == 200
         before = memory_mib(gateway)
         large = [
             opened.enter_context(post_in_part(gateway.http, "transfer-encoding: chunked", 40 * chunk)) for _ in range(6)
         ]
-        assert requests.post(url, body_of("beside"), headers=PROTOBUF, timeout=20).status_code == 200
+        assert requests.post(url, body_of("beside"), headers=PROTOBUF, timeout=300).status_code == 200
         answers = [each.recv(12) for each in large[:3]]
         assert answers == [b"HTTP/1.1 503"] * 3
         assert memory_mib(gateway) - before < 250
@@ -213,7 +216,7 @@ def test_polls_are_shared_out_by_token(tmp_path: Path) -> None:
         for number in range(1_010):
             clients[number % 6].begin(PULL, asked, is_all=True)
         url = f"http://{gateway.http}/metrics"
-        until("they wait", lambda: "esper_gateway_waiting_pulls 1000\n" in requests.get(url, timeout=20).text)
+        until("they wait", lambda: "esper_gateway_waiting_pulls 1000\n" in requests.get(url, timeout=300).text)
         with gateway.channel() as channel:
             assert code_of(pull, channel, "a", token="many", wait_s=1.0) is grpc.StatusCode.UNAVAILABLE
             export(channel, body_of("b"))
@@ -222,7 +225,7 @@ def test_polls_are_shared_out_by_token(tmp_path: Path) -> None:
             waiting.start()
             assert len(pull(channel, "b", cursor, token="few", wait_s=20.0).steps) == 1
             waiting.join()
-        assert "esper_gateway_waiting_pulls 999\n" in requests.get(url, timeout=20).text
+        assert "esper_gateway_waiting_pulls 999\n" in requests.get(url, timeout=300).text
 
 
 def steps_with_seeds(run_id: str, steps: int, seeds: int) -> list[bytes]:
@@ -270,7 +273,7 @@ def test_watches_and_reflection_are_bounded(gateway: RunningGateway) -> None:
             for _ in range(100):
                 client.begin("/grpc.health.v1.Health/Watch", message(b""), is_all=True)
         with gateway.channel() as channel:
-            watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+            watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=300)
             assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
             watched.cancel()
         ended = sum(client.read(1.0).count(b"too many watches") for client in clients)
@@ -284,7 +287,7 @@ def test_silent_connections_leave_room_for_others(port: str) -> None:
     with RunningGateway(descriptors=256) as gateway, contextlib.ExitStack() as opened:
         with Honest(gateway) as honest, requests.Session() as before:
             health = f"http://{gateway.http}/healthz"
-            assert before.get(health, timeout=20).text == "ok\n"
+            assert before.get(health, timeout=300).text == "ok\n"
             address = getattr(gateway, port)
             for _ in range(400):
                 with contextlib.suppress(OSError):
@@ -294,12 +297,12 @@ def test_silent_connections_leave_room_for_others(port: str) -> None:
             def is_taken() -> bool:
                 with contextlib.suppress(requests.ConnectionError, grpc.RpcError), gateway.channel() as channel:
                     export(channel, body_of("newcomer"))
-                    return requests.post(newcomer, body_of("newcomer"), headers=PROTOBUF, timeout=20).ok
+                    return requests.post(newcomer, body_of("newcomer"), headers=PROTOBUF, timeout=300).ok
                 return False
 
             started_s = time.monotonic()
             until("a newcomer is let in", is_taken, 8)
-            assert before.get(health, timeout=20).text == "ok\n"
+            assert before.get(health, timeout=300).text == "ok\n"
             assert len(list(Path(f"/proc/{gateway.process.pid}/fd").iterdir())) < 256
         assert honest.error is None
         del started_s

@@ -33,7 +33,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def test_every_metric_has_a_chart_and_each_is_drawn(browser: Browser) -> None:
     """In groups that fold; the filter leaves some; nothing that the policy forbids is tried."""
-    with MadeUpGateway(MadeUpRun("run", 300)) as gateway:
+    run = MadeUpRun("run", 300)
+    with MadeUpGateway(run) as gateway:
         browser.open(gateway.url)
         browser.value(
             "window.refused = []; addEventListener('securitypolicyviolation', (e) => refused.push(e.blockedURI))"
@@ -43,6 +44,15 @@ def test_every_metric_has_a_chart_and_each_is_drawn(browser: Browser) -> None:
         groups = browser.value("[...document.querySelectorAll('.section:not([hidden]) h2')].map((h) => h.textContent)")
         assert groups == ["Learning", "Time", "Throughput", "Machine", "Your own"]
         assert browser.value(f"{chart('loss')}.sources.get('run line').data.y.length") == 300
+        [wait, hook, rest] = [
+            browser.value(
+                f"[...board.charts.get('where the time goes').sources.get('input wait,hook,rest').data.top{i}]"
+            )
+            for i in range(3)
+        ]
+        assert all(low < middle < high for low, middle, high in zip(wait, hook, rest, strict=True))
+        assert wait[9] == run.value("input_wait_ms", 10)
+        assert rest[9] == pytest.approx(wait[9] + run.value("step_latency_ms", 10))
         browser.value("board.set({filter: 'wait'}); document.querySelectorAll('.section:not([hidden]) .chart').length")
         assert browser.value(
             "[...document.querySelectorAll('.section:not([hidden]) .chart b')].map((b) => b.textContent)"
@@ -125,7 +135,8 @@ def test_states_are_told_apart(browser: Browser) -> None:
         run.info["ranks"] = [{"rank": rank, "state": "failed", "last_step": 9} for rank in (0, 1)]
         run.ranks = {"steps": [[1, 5], [6, 9]], "ranks": [0, 1], "step_ms": [[1.0, 1.0], [1.0, 9.0]]}
         run.ranks |= {"slowest": 1, "slowest_by": "input_wait_ms", "slowest_ms": 4.0}
-        run.episodes = [{"name": "hook_budget", "level": "HIGH", "first_step": 12, "last_step": 340, "worst": 60.0}]
+        run.episodes = [{"name": "hook_budget", "level": "HIGH", "first_step": 12, "last_step": 340}]
+        run.episodes[0] |= {"text": "hook_budget, steps 12 to 340, worst 60"}
         run.episodes[0] |= {"reason": "above 50", "route": "PAUSE", "segment": 0, "is_open": False}
         run.steps += 1
         browser.until(f"{tile('state')} === 'failed: ValueError'")

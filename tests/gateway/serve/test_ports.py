@@ -27,6 +27,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
     ExportMetricsServiceResponse,
 )
+from patience import patience
 
 import esper_otel
 from esper_otel import EsperSettings, Telemetry
@@ -65,7 +66,7 @@ def body_of(run_id: str, steps: int = 1) -> bytes:
 def export(channel: grpc.Channel, body: bytes, token: str | None = None, **call: Any) -> ExportMetricsServiceResponse:
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     method = channel.unary_unary(f"/{OTLP_SERVICE}/Export", None, ExportMetricsServiceResponse.FromString)
-    response: ExportMetricsServiceResponse = method(body, timeout=20, metadata=metadata, **call)
+    response: ExportMetricsServiceResponse = method(body, timeout=300, metadata=metadata, **call)
     return response
 
 
@@ -137,7 +138,7 @@ def test_otlp_in_json_is_taken(shared: RunningGateway) -> None:
     """Not everybody who sends has protobuf."""
     request = ExportMetricsServiceRequest.FromString(body_of("in-json"))
     body = json.dumps(MessageToDict(request)).encode()
-    answer = requests.post(f"http://{shared.http}/v1/metrics", body, headers=JSON, timeout=20)
+    answer = requests.post(f"http://{shared.http}/v1/metrics", body, headers=JSON, timeout=300)
     assert (answer.status_code, answer.headers["content-type"], answer.json()) == (200, "application/json", {})
     with shared.channel() as channel:
         [step] = pull(channel, "in-json").steps
@@ -150,9 +151,9 @@ def test_a_malformed_request_is_refused_for_good_and_harms_nobody(shared: Runnin
     url = f"http://{shared.http}/v1/metrics"
     with shared.channel() as channel:
         assert code_of(export, channel, body) is grpc.StatusCode.INVALID_ARGUMENT
-        assert requests.post(url, body, headers=PROTOBUF, timeout=20).status_code == 400
-        assert requests.post(url, body, headers=JSON, timeout=20).status_code == 400
-        assert requests.post(url, body, headers=PROTOBUF | {"content-encoding": "gzip"}, timeout=20).status_code == 400
+        assert requests.post(url, body, headers=PROTOBUF, timeout=300).status_code == 400
+        assert requests.post(url, body, headers=JSON, timeout=300).status_code == 400
+        assert requests.post(url, body, headers=PROTOBUF | {"content-encoding": "gzip"}, timeout=300).status_code == 400
         assert not export(channel, body_of("unharmed")).HasField("partial_success")
 
 
@@ -166,7 +167,7 @@ def test_points_that_are_not_taken_are_partial_success_with_a_reason(shared: Run
         assert partial.rejected_data_points == 1
         assert partial.error_message == "1 neither gauge nor sum ('latencies')"
         assert pull(channel, "partly").steps
-    text = requests.get(f"http://{shared.http}/metrics", timeout=20).text
+    text = requests.get(f"http://{shared.http}/metrics", timeout=300).text
     assert 'esper_gateway_rejected_points_total{reason="neither gauge nor sum"} 1\n' in text
     assert 'esper_gateway_rejected_points_total{reason="no time"} 0\n' in text
 
@@ -185,7 +186,7 @@ def test_a_metric_that_nobody_knows_is_named(shared: RunningGateway) -> None:
     assert partial.error_message.endswith("'other0', others)")
     assert partial.error_message.isprintable()
     assert len(partial.error_message) < 300
-    text = requests.get(f"http://{shared.http}/metrics", timeout=20).text
+    text = requests.get(f"http://{shared.http}/metrics", timeout=300).text
     counted = [line for line in text.splitlines() if line.startswith("esper_gateway_rejected_metric_points_total{")]
     of = 'esper_gateway_rejected_metric_points_total{reason="unknown metric",metric='
     assert f'{of}"system.cpu.time"}} 1' in counted
@@ -200,7 +201,7 @@ def test_a_request_that_is_refused_as_a_whole_is_counted_by_its_reason(tmp_path:
         url = f"http://{gateway.http}/v1/metrics"
         mine = {"authorization": "Bearer secret"} | PROTOBUF
         statuses = [
-            requests.post(url, body, headers=headers, timeout=20).status_code
+            requests.post(url, body, headers=headers, timeout=300).status_code
             for body, headers in (
                 (body_of("mine"), mine),
                 (b"\xff" * 9, mine),
@@ -213,7 +214,7 @@ def test_a_request_that_is_refused_as_a_whole_is_counted_by_its_reason(tmp_path:
         assert statuses == [200, 400, 401, 403, 413, 415]
         with gateway.channel() as channel:
             assert code_of(export, channel, body_of("mine")) is grpc.StatusCode.UNAUTHENTICATED
-        text = requests.get(f"http://{gateway.http}/metrics", timeout=20).text
+        text = requests.get(f"http://{gateway.http}/metrics", timeout=300).text
     for reason, count in {
         "malformed": 1,
         "credentials missing or unknown": 2,
@@ -231,7 +232,7 @@ def test_a_gzip_bomb_is_refused_and_harms_nobody(shared: RunningGateway) -> None
     bomb = gzip.compress(bytes(128 * 1024 * 1024), 9)
     url = f"http://{shared.http}/v1/metrics"
     for headers in (PROTOBUF, JSON):
-        assert requests.post(url, bomb, headers=headers | {"content-encoding": "gzip"}, timeout=20).status_code == 413
+        assert requests.post(url, bomb, headers=headers | {"content-encoding": "gzip"}, timeout=300).status_code == 413
     with shared.channel() as channel:
         body = bytes(128 * 1024 * 1024)
         code = code_of(export, channel, body, compression=grpc.Compression.Gzip)
@@ -249,10 +250,10 @@ def test_a_gzip_bomb_is_refused_and_harms_nobody(shared: RunningGateway) -> None
 )
 def test_what_the_gateway_does_not_speak_is_said(shared: RunningGateway, headers: dict[str, str], status: int) -> None:
     """With the answer that HTTP has for it."""
-    answer = requests.post(f"http://{shared.http}/v1/metrics", body_of("x"), headers=headers, timeout=20)
+    answer = requests.post(f"http://{shared.http}/v1/metrics", body_of("x"), headers=headers, timeout=300)
     assert answer.status_code == status
-    assert requests.get(f"http://{shared.http}/v1/metrics", timeout=20).status_code == 405
-    assert requests.post(f"http://{shared.http}/v1/traces", b"", headers=PROTOBUF, timeout=20).status_code == 404
+    assert requests.get(f"http://{shared.http}/v1/metrics", timeout=300).status_code == 405
+    assert requests.post(f"http://{shared.http}/v1/traces", b"", headers=PROTOBUF, timeout=300).status_code == 404
 
 
 def test_a_long_poll_ends_when_a_step_comes_and_no_later(shared: RunningGateway) -> None:
@@ -268,11 +269,11 @@ def test_a_long_poll_ends_when_a_step_comes_and_no_later(shared: RunningGateway)
         export(channel, body_of("someone else"))
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while "esper_gateway_waiting_pulls 1" not in requests.get(f"http://{shared.http}/metrics", timeout=20).text:
+        while "esper_gateway_waiting_pulls 1" not in requests.get(f"http://{shared.http}/metrics", timeout=300).text:
             time.sleep(0.01)
         sent = time.monotonic()
         export(channel, body_of("polled"))
-        waiting.join(20)
+        waiting.join(120)
     assert arrived[0] - sent < 1.0
 
 
@@ -303,7 +304,7 @@ def test_health_and_reflection_answer(shared: RunningGateway) -> None:
     with shared.channel() as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", OTLP_SERVICE, SERVICE):
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=300)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         services = ProtoReflectionDescriptorDatabase(channel).get_services()
     assert {OTLP_SERVICE, SERVICE, "grpc.health.v1.Health"} <= set(services)
@@ -311,9 +312,9 @@ def test_health_and_reflection_answer(shared: RunningGateway) -> None:
 
 def test_those_who_look_after_the_gateway_get_answers(shared: RunningGateway) -> None:
     """Each metric once with help and type, as Prometheus wants it."""
-    assert requests.get(f"http://{shared.http}/healthz", timeout=20).text == "ok\n"
-    assert requests.get(f"http://{shared.http}/readyz", timeout=20).status_code == 200
-    answer = requests.get(f"http://{shared.http}/metrics", timeout=20)
+    assert requests.get(f"http://{shared.http}/healthz", timeout=300).text == "ok\n"
+    assert requests.get(f"http://{shared.http}/readyz", timeout=300).status_code == 200
+    answer = requests.get(f"http://{shared.http}/metrics", timeout=300)
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     names = [line.rpartition(" ")[0] for line in answer.text.splitlines() if not line.startswith("#")]
     helps = [line.split()[2] for line in answer.text.splitlines() if line.startswith("# HELP")]
@@ -332,7 +333,7 @@ def test_tokens_of_senders_and_pullers_are_two_things(tmp_path: Path) -> None:
             for token in (None, "wrong", "pull-token", ""):
                 assert code_of(export, channel, body_of("team-a/1"), token) is grpc.StatusCode.UNAUTHENTICATED
                 headers = PROTOBUF | ({} if token is None else {"authorization": f"Bearer {token}"})
-                assert requests.post(url, body_of("team-a/1"), headers=headers, timeout=20).status_code == 401
+                assert requests.post(url, body_of("team-a/1"), headers=headers, timeout=300).status_code == 401
             export(channel, body_of("team-a/1"), "old-token")
             assert code_of(export, channel, body_of("team-b/1"), "old-token") is grpc.StatusCode.PERMISSION_DENIED
             export(channel, body_of("team-b/1"), "any-token")
@@ -342,7 +343,7 @@ def test_tokens_of_senders_and_pullers_are_two_things(tmp_path: Path) -> None:
             assert code_of(pull, channel, "team-b/1", token="pull-token") is grpc.StatusCode.PERMISSION_DENIED
             assert [run.run_id for run in runs(channel, "pull-token")] == ["team-a/1"]
             send.write_text("new-token\n")
-            deadline_s = time.monotonic() + 10
+            deadline_s = time.monotonic() + 120
             while time.monotonic() < deadline_s:
                 try:
                     export(channel, body_of("team-a/1"), "new-token")
@@ -350,7 +351,7 @@ def test_tokens_of_senders_and_pullers_are_two_things(tmp_path: Path) -> None:
                 except grpc.RpcError:
                     time.sleep(0.05)
             assert code_of(export, channel, body_of("team-a/1"), "any-token") is grpc.StatusCode.UNAUTHENTICATED
-        assert requests.get(f"http://{gateway.http}/healthz", timeout=20).status_code == 200
+        assert requests.get(f"http://{gateway.http}/healthz", timeout=300).status_code == 200
     assert "token" not in gateway.said.replace("--send-tokens", "")
 
 
@@ -376,9 +377,9 @@ def test_tls_with_clients_certificates_and_a_new_certificate_on_the_way(tmp_path
         assert served_by(authority.certificate)
         url = f"https://{gateway.http}/healthz"
         mine = (str(client.certificate), str(client.key))
-        assert requests.get(url, verify=str(authority.certificate), cert=mine, timeout=20).text == "ok\n"
+        assert requests.get(url, verify=str(authority.certificate), cert=mine, timeout=300).text == "ok\n"
         with pytest.raises(requests.exceptions.ConnectionError):
-            requests.get(url, verify=str(authority.certificate), timeout=20)
+            requests.get(url, verify=str(authority.certificate), timeout=300)
         with grpc.secure_channel(
             f"localhost:{port}", grpc.ssl_channel_credentials(authority.certificate.read_bytes())
         ) as channel:
@@ -397,12 +398,12 @@ def test_sigterm_ends_it_at_once_also_with_a_puller_waiting() -> None:
         answers: list[Any] = []
         waiting = threading.Thread(target=lambda: answers.append(pull(channel, "run", cursor, wait_s=15.0)))
         waiting.start()
-        while "esper_gateway_waiting_pulls 1" not in requests.get(f"http://{gateway.http}/metrics", timeout=20).text:
+        while "esper_gateway_waiting_pulls 1" not in requests.get(f"http://{gateway.http}/metrics", timeout=300).text:
             time.sleep(0.01)
         started_s = time.monotonic()
         assert gateway.end(signal.SIGTERM) == 0
-        waiting.join(5)
-        assert time.monotonic() - started_s < 3.0
+        waiting.join(120)
+        assert time.monotonic() - started_s < patience(3.0)
         assert [(len(answer.steps), answer.cursor) for answer in answers] == [(0, cursor)]
         gateway.process.poll()
 
@@ -444,7 +445,7 @@ def test_connections_are_bounded_and_those_that_are_served_stay_so() -> None:
     """A client that opens too many is cut off beyond five hundred; who was there before goes on."""
     with RunningGateway() as gateway, requests.Session() as before, contextlib.ExitStack() as opened:
         url = f"http://{gateway.http}/healthz"
-        assert before.get(url, timeout=20).text == "ok\n"
+        assert before.get(url, timeout=300).text == "ok\n"
         host, _, port = gateway.http.rpartition(":")
         others = [opened.enter_context(socket.create_connection((host, int(port)), 20)) for _ in range(550)]
         closed: set[int] = set()
@@ -453,7 +454,7 @@ def test_connections_are_bounded_and_those_that_are_served_stay_so() -> None:
             ready, _, _ = select.select([each for each in others if each.fileno() not in closed], [], [], 1.0)
             closed |= {each.fileno() for each in ready if each.recv(1) == b""}
         assert len(closed) == 51  # with the one before, 500 are left
-        assert before.get(url, timeout=20).text == "ok\n"
+        assert before.get(url, timeout=300).text == "ok\n"
         served = next(each for each in others if each.fileno() not in closed)
         served.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         served.settimeout(20)

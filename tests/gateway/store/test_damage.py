@@ -37,6 +37,8 @@ from esper_otel.gateway.store.quarantine import Quarantine
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
+pytestmark = pytest.mark.lengthy
+
 FILE = "steps.sqlite3"
 
 
@@ -390,7 +392,7 @@ def test_a_request_that_ends_the_process_does_not_end_it_for_ever(tmp_path: Path
         store.add([], kept=KeptRequest(number, body_of(step), False, 5), first_kept=1)
     store.close()
     for _ in range(3):
-        assert subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, timeout=60).returncode == 9
+        assert subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], check=False, timeout=300).returncode == 9
     store = FileStore(tmp_path)
     assert store._bodies == [1, 2, 3]
     store.close()

@@ -23,6 +23,8 @@ from esper_otel.gateway.store.base import KeptRequest, Store, StoredFrame, Store
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 
+pytestmark = pytest.mark.lengthy
+
 Maker = Callable[..., Store]
 
 
@@ -348,7 +350,7 @@ def test_a_full_disk_takes_nothing_loses_nothing_and_goes_on_when_there_is_room(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         env={"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"},
     )
     assert done.returncode == 0, done.stderr

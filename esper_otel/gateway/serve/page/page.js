@@ -276,9 +276,12 @@ function drawNow() {
   if (last("esper.validation.loss") !== undefined) tiles.push(["validation loss", Esper.number(last("esper.validation.loss")), ""]);
   if (last("samples_per_s") !== undefined) tiles.push(["samples a second", Esper.number(last("samples_per_s")), ""]);
   if (side.seeds.byId) tiles.push(["live seeds", [...side.seeds.byId.values()].filter((seed) => seed.retired_step === null).length.toLocaleString("en"), ""]);
-  tiles.push(["signals now", open.length ? open.at(-1).name : "none", open.some((episode) => episode.level === "HIGH") ? "bad" : open.length ? "warn" : "good"]);
+  tiles.push([isOver ? "signals at the end" : "signals now", open.length ? open.at(-1).name : "none", open.some((episode) => episode.level === "HIGH") ? "bad" : open.some((episode) => episode.level === "WARN") ? "warn" : "good"]);
   tiles.push(["steps missing or incomplete", missing.toLocaleString("en"), missing ? "warn" : ""]);
   if (side.ranks.slowest !== null && side.ranks.slowest !== undefined && run.rank_count > 1) tiles.push(["slowest rank", `${side.ranks.slowest}, by ${Esper.number(side.ranks.slowest_ms)} ms`, ""]);
+  const text = JSON.stringify(tiles);
+  if (drawNow.text === text) return;
+  drawNow.text = text;
   $("tiles").replaceChildren(...tiles.map(([name, value, tone]) => Esper.element("div", { className: `tile ${tone || ""}` }, name, Esper.element("b", { textContent: value }))));
 }
 
@@ -290,9 +293,8 @@ function drawSignals() {
   if (drawSignals.text === text) return;
   drawSignals.text = text;
   $("episodes").replaceChildren(...[...episodes].reverse().slice(0, 100).map((each) => {
-    const steps = each.first_step === each.last_step ? `step ${each.first_step.toLocaleString("en")}` : `steps ${each.first_step.toLocaleString("en")} to ${each.last_step.toLocaleString("en")}`;
-    const worst = each.worst === null || each.worst === undefined ? "" : `, worst ${Esper.number(each.worst)}`;
-    return Esper.element("li", {}, Esper.element("b", { className: each.level === "HIGH" ? "bad" : "warn", textContent: each.level }), ` ${each.name}, ${steps}${each.is_open ? ", going on" : ""}${worst} (${each.reason}) → ${each.route}`);
+    const isOn = each.is_open && runs.infos.get(runs.focus)?.state === "live";
+    return Esper.element("li", {}, Esper.element("b", { className: each.level === "HIGH" ? "bad" : each.level === "WARN" ? "warn" : "", textContent: each.level }), ` ${each.text}${isOn ? ", going on" : ""} (${each.reason}) → ${each.route}`);
   }));
 }
 

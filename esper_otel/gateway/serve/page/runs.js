@@ -1,13 +1,14 @@
 // The table of runs: search, sort, choose, hide, pin; and what of it stands in the page's address.
 "use strict";
 
+const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" });
 const AT_FIRST = 40; // rows shown at first, and more with each press of the button
 const TONES = { live: "good", completed: "good", waiting: "", silent: "warn", ended: "", failed: "bad", killed: "bad" };
 const COLUMNS = [
   // name, its value for sorting, its text, whether it is a number
   ["run", (run) => run.run_id],
   ["state", (run) => run.state, (run) => stateOf(run)],
-  ["start", (run) => run.start_ms ?? 0, (run) => (run.start_ms ? new Date(run.start_ms).toLocaleString() : "–")],
+  ["start", (run) => run.start_ms ?? 0, (run) => (run.start_ms ? DATE.format(run.start_ms) : "–")],
   ["duration", durationOf, (run) => Esper.duration(durationOf(run)), true],
   ["last step", (run) => run.last_step ?? -1, (run) => (run.last_step === null ? "–" : run.last_step.toLocaleString("en")), true],
   ["last loss", (run) => run.last_loss ?? Infinity, (run) => run.last_loss_is || Esper.number(run.last_loss), true],
