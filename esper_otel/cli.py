@@ -53,6 +53,12 @@ _COMMANDS = {
         "esper-otel gateway --store ./steps",
         extra="gateway",
     ),
+    "ui": _Command(
+        "esper_otel.gateway.ui",
+        "show the runs of this machine on a live page in the browser; nothing needs to be set",
+        "esper-otel ui",
+        extra="gateway",
+    ),
     "pull": _Command(
         "esper_otel.pull.command",
         "print the packets of a run from a gateway, or list its runs",

@@ -71,6 +71,12 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ConfigurationError
     return ConfigurationError(f"unknown {what} {name!r}: {_hint(_nearest(str(name), names), names)}")
 
 
+def nearest(name: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Returns up to three known names that may be meant, or else the most similar one; empty if none is similar."""
+    names = sorted(known)
+    return _nearest(name, names) or tuple(difflib.get_close_matches(name, names, 1))
+
+
 def _hint(nearest: Sequence[str], known: Sequence[str]) -> str:
     return "did you mean " + " or ".join(map(repr, nearest)) + "?" if nearest else "known: " + ", ".join(known)
 
@@ -79,10 +85,12 @@ def _hint(nearest: Sequence[str], known: Sequence[str]) -> str:
 _OTHER_WORDS = {
     **dict.fromkeys(("train_loss", "training_loss"), ("loss",)),
     **dict.fromkeys(("acc", "train_acc", "train_accuracy", "training_accuracy"), ("accuracy",)),
-    **dict.fromkeys(("grad_norm", "total_norm", "gnorm"), ("gradient_norm",)),
-    **dict.fromkeys(("lr", "learning_rate"), ("optimizer_lr", "esper.optimizer.lr", "learning_rate")),
+    **dict.fromkeys(("grad_norm", "gradnorm", "grads_norm", "total_norm", "gnorm"), ("gradient_norm",)),
+    **dict.fromkeys(
+        ("lr", "learning_rate", "train_lr", "lr_0"), ("optimizer_lr", "esper.optimizer.lr", "learning_rate")
+    ),
     **dict.fromkeys(("throughput", "samples_per_sec", "samples_per_second"), ("samples_per_s",)),
-    **dict.fromkeys(("step_time", "step_time_ms", "batch_time"), ("step_latency_ms",)),
+    **dict.fromkeys(("step_time", "step_time_ms", "batch_time", "iter_time", "time_per_step"), ("step_latency_ms",)),
     **dict.fromkeys(("data_time", "data_wait", "data_wait_ms"), ("input_wait_ms",)),
 }
 # Names of values that are given in another way than as metrics of a step or a seed.
@@ -106,9 +114,7 @@ _ELSEWHERE = {
 def _nearest(name: str, known: Iterable[str]) -> tuple[str, ...]:
     """Returns up to three known names that may be meant: those with the same meaning, or else similar ones."""
     others = [other for other in _OTHER_WORDS.get("_".join(_words(name)), ()) if other in known]
-    found = others[:1] or sorted(
-        (each for each in known if _resembles(name, each)), key=lambda each: -_ratio(name, each)
-    )
+    found = others or sorted((each for each in known if _resembles(name, each)), key=lambda each: -_ratio(name, each))
     return tuple(found[:3])
 
 

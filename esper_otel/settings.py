@@ -12,10 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, dataclass_transform
 
-from esper_otel.errors import ConfigurationError, unknown
+from esper_otel.errors import ConfigurationError, nearest, unknown
 
 _T = TypeVar("_T")
 PREFIX = "ESPER_"
+# Variables that name a run, and the beginnings of those that other programs of a deployment read.
+_NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT")
+_OF_OTHERS = ("GATEWAY", "GRAFANA", "LEYLINE_", "OONA_", "OTEL", "PROMETHEUS_", "TIER", "TOOLS_")
 _BOOLEANS = {
     **dict.fromkeys(("1", "on", "t", "true", "y", "yes"), True),
     **dict.fromkeys(("0", "off", "f", "false", "n", "no"), False),
@@ -107,6 +110,12 @@ def _ranks(value: Any) -> Literal["all", "rank0"]:
     if value not in ("all", "rank0"):
         raise ValueError("Input should be 'all' or 'rank0'")
     return cast("Literal['all', 'rank0']", value)
+
+
+def _reaction(value: Any) -> Literal["raise", "warn"]:
+    if value not in ("raise", "warn"):
+        raise ValueError("Input should be 'raise' or 'warn'")
+    return cast("Literal['raise', 'warn']", value)
 
 
 def _signals(value: Any) -> str:
@@ -310,3 +319,31 @@ class EsperSettings(_Settings):
         read=_thresholds,
         meaning='Other thresholds for risk signals, by name, such as `{"hook_budget": 80}`; `Infinity` disables one.',
     )
+    on_mistake: Literal["raise", "warn"] = _setting(
+        default="raise",
+        read=_reaction,
+        meaning="What a mistake in recording, such as an unknown metric or a value that is not a number, leads to: "
+        "`raise` raises an exception; `warn` logs each kind of mistake once, counts all of them, leaves out the value "
+        "and records the rest of the step.",
+    )
+    ui: bool = _setting(
+        default=False,
+        read=_boolean,
+        meaning="True opens the live page for this session, as `start(ui=True)` does: unless it is already open, "
+        "`esper-otel ui` is started in a process of its own.",
+    )
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Returns a message for each variable ``ESPER_<NAME>`` that nothing reads, with the setting that may be meant."""
+    known = [*(name.upper() for name in EsperSettings.settings), *_NOT_SETTINGS]
+    messages = []
+    for variable, text in environ.items():
+        name = variable.upper().removeprefix(PREFIX)
+        if text and name != variable.upper() and name not in known:
+            found = nearest(name, known)
+            if found:
+                messages.append(f"{variable} is unknown: did you mean {' or '.join(PREFIX + each for each in found)}?")
+            elif not name.startswith(_OF_OTHERS):
+                messages.append(f"{variable} is unknown; known: {', '.join(PREFIX + each for each in sorted(known))}")
+    return messages

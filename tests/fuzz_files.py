@@ -230,7 +230,7 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     for chunk in chunks:
         for row in range(chunk.rows):
             block = chunk.block(row, row + 1)
-            requests = list(encoder.requests([block], BesideFrames(streams.note(block))))
+            requests = list(encoder.requests([block], BesideFrames(streams.note([block]))))
             assert all(request.body for request in requests)
     streams.all_ended()
 

@@ -31,16 +31,20 @@ def of_step(name: str) -> UnknownMetric:
         ("valLoss", "give it as telemetry.validation(loss=...)"),
         ("val_accuracy", "give it as telemetry.validation(accuracy=...)"),
         ("val_acc", "give it as telemetry.validation(accuracy=...)"),
-        ("lr", "did you mean 'optimizer_lr'?"),
-        ("learning_rate", "did you mean 'optimizer_lr'?"),
-        ("LR", "did you mean 'optimizer_lr'?"),
+        ("lr", "did you mean 'optimizer_lr' or 'esper.optimizer.lr'?"),
+        ("learning_rate", "did you mean 'optimizer_lr' or 'esper.optimizer.lr'?"),
+        ("LR", "did you mean 'optimizer_lr' or 'esper.optimizer.lr'?"),
+        ("train/lr", "did you mean 'optimizer_lr' or 'esper.optimizer.lr'?"),
         ("train_loss", "did you mean 'loss'?"),
         ("train/loss", "did you mean 'loss'?"),
         ("training_loss", "did you mean 'loss'?"),
         ("acc", "did you mean 'accuracy'?"),
         ("grad_norm", "did you mean 'gradient_norm'?"),
+        ("gradnorm", "did you mean 'gradient_norm'?"),
         ("samples_per_sec", "did you mean 'samples_per_s'?"),
+        ("throughput", "did you mean 'samples_per_s'?"),
         ("step_time", "did you mean 'step_latency_ms'?"),
+        ("iter_time", "did you mean 'step_latency_ms'?"),
         ("epoch", "give it as step(epoch=...) or record_step(..., epoch=...)"),
         ("batch_size", "give it as step(samples=...) or record_step(..., samples=...)"),
         ("los", "did you mean 'loss'?"),
@@ -66,6 +70,8 @@ def test_a_name_that_people_type_leads_to_the_right_place(name: str, hint: str) 
         *("aux_loss", "kl_loss", "q_loss", "g_loss", "d_loss", "l1_loss", "policy_loss", "test_loss", "loss_mean"),
         *(
             "perplexity",
+            "tokens",
+            "epoch_time",
             "tokens_per_s",
             "val_perplexity",
             "val_f1",
@@ -122,7 +128,7 @@ def test_the_fields_of_seeds_are_told_apart_from_those_of_steps(field: str, hint
 
 def test_each_way_to_record_a_step_says_the_same() -> None:
     """put, record_step, and what a processor needs."""
-    words = "unknown metric 'lr': did you mean 'optimizer_lr'?"
+    words = "unknown metric 'lr': did you mean 'optimizer_lr' or 'esper.optimizer.lr'?"
     with esper_otel.start(export_steps=False) as telemetry:
         with pytest.raises(UnknownMetric) as raised:
             telemetry.record_step({"lr": 0.1}, epoch=0)

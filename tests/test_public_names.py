@@ -26,6 +26,13 @@ def test_the_public_names_are_those_that_are_documented() -> None:
     assert list(esper_otel.__all__) == sorted(esper_otel.__all__)
 
 
+def test_every_public_name_is_on_the_page_of_the_docstrings() -> None:
+    """Sphinx fails for a name that is gone; this test fails for one that is new."""
+    page = (PACKAGE.parent / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\.\. auto\w+:: ([\w.]+)", page, re.MULTILINE)
+    assert {*esper_otel.__all__} - {"__version__"} <= {*shown}
+
+
 def test_every_public_name_is_there_and_shown_to_editors() -> None:
     """Those that are imported on demand too."""
     for name in esper_otel.__all__:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import esper_otel
 from esper_otel import ConfigurationError, EsperSettings
+from esper_otel.settings import unknown_variables
 
 FLAG = "tolaria_step_enrichment_enabled"
 VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
@@ -29,6 +31,8 @@ SHIPPED = {
     "token_file": None,
     "kernel_latency_budget_ms": 10.0,
     "risk_thresholds": {},
+    "on_mistake": "raise",
+    "ui": False,
 }
 
 
@@ -245,3 +249,32 @@ def test_a_dictionary_that_is_changed_later_changes_no_instance() -> None:
     EsperSettings().risk_thresholds["hook_budget"] = 2.0
     assert settings.risk_thresholds == {"hook_budget": 80.0}
     assert EsperSettings().risk_thresholds == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("ESPER_BUFER_BYTES", "ESPER_BUFER_BYTES is unknown: did you mean ESPER_BUFFER_BYTES?"),
+        ("ESPER_BUFFER_SIZE", "ESPER_BUFFER_SIZE is unknown: did you mean ESPER_BUFFER_BYTES?"),
+        ("esper_on_mistakes", "esper_on_mistakes is unknown: did you mean ESPER_ON_MISTAKE?"),
+        ("ESPER_RUNID", "ESPER_RUNID is unknown: did you mean ESPER_RUN_ID?"),
+        ("ESPER_FROBNICATE", "ESPER_FROBNICATE is unknown; known: ESPER_BLACK_BOX_DIR, "),
+    ],
+)
+def test_an_unknown_variable_is_told_at_the_start(
+    variable: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the nearest one; the run goes on."""
+    monkeypatch.setenv(variable, "1")
+    esper_otel.start(export_steps=False).close()
+    assert f"setting ignored: {said}" in caplog.text
+
+
+def test_no_variable_that_something_reads_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of settings, of the run, and those that the programs of a deployment read."""
+    for name in EsperSettings.settings:
+        monkeypatch.setenv(f"ESPER_{name.upper()}", "1")
+    for name in ("RUN_ID", "RUN_ATTEMPT", "OONA_PASSWORD", "OTELCOL_GRPC", "GATEWAY", "PROMETHEUS_OTLP", "TIER_CA"):
+        monkeypatch.setenv(f"ESPER_{name}", "1")
+    monkeypatch.setenv("ESPER_FROBNICATE", "")
+    assert unknown_variables() == []

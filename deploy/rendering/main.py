@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import readme
+import pages
 from dashboards import boards
 from helm import values
 from names import OURS, STOCK
@@ -19,10 +19,10 @@ def documents(root: Path) -> dict[Path, str]:
     """Every rendered file of a source tree with the text that it should have.
 
     Raises:
-        ConfigurationError: there is no README, or it lacks a marker.
+        ConfigurationError: a page with a rendered table is missing, or lacks a marker.
     """
     deploy = root / "deploy"
-    found = readme.documents(root)
+    found = pages.documents(root)
     for naming in (OURS, STOCK):
         found[deploy / "prometheus" / naming.folder / "rules" / "esper.yml"] = rendered(naming)
         for board in boards(naming):

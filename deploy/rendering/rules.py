@@ -69,6 +69,9 @@ def _risk(rule: Rule, naming: Naming) -> Alert:
         other, limit = rule.and_below
         low = naming.select(BY_KEY[other].name, naming.runs, over="1m", function="min_over_time")
         expression += f" and on {_BY} min by {_BY} ({low}) <= {limit:g}"
+    if rule.only_note_on_cpu:  # such a run has no metric of a GPU
+        trains_on_gpu = naming.select("gpu_mem_used_gb", naming.runs, over="1m", function="max_over_time")
+        expression += f" and on {_BY} max by {_BY} ({trains_on_gpu})"
     above = RULES[: RULES.index(rule)]
     for silencing in above:
         if silencing.name == rule.unless or silencing.metric == rule.metric:

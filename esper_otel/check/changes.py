@@ -27,7 +27,7 @@ def differences(sent: Mapping[str, float | str], came: Mapping[str, float | str]
         yield _of_renamed(*renamed, where)
     if {*more} and {*more} <= {"esper.isolation.violations", "esper.training.loss"}:
         yield Difference(
-            f"esper.frame.sequence did not arrive, in {where}: the step is taken for one of a program that does not "
+            f"esper.frame.sequence did not arrive, in {where}: the step looks like one of a program that does not "
             "number its steps",
             "a filter on the way drops it",
         )
@@ -93,7 +93,7 @@ def of_end(others: Collection[str]) -> Difference:
         what = f"esper.run.ended had the outcome completed and arrived with {min(others) or 'none'}"
         return Difference(what, "a transform on the way changes the attribute outcome of the points, or deletes it")
     return Difference(
-        "esper.run.ended did not arrive: to readers the run goes on",
+        "esper.run.ended did not arrive: readers see a run that has not ended",
         "a filter on the way drops it, or drops the scope esper_otel.health",
     )
 

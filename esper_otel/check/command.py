@@ -34,7 +34,7 @@ def main(options: argparse.Namespace) -> int:
 
     for option in ("prometheus", "gateway"):
         if getattr(options, option) is not None and not options.through:
-            raise ConfigurationError(f"--{option} only says where to read a run back from: give --through too")
+            raise ConfigurationError(f"--{option} is only used with --through: give that, too")
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
     if options.through:
         from esper_otel.check.through import ReadBack, run_through

@@ -89,7 +89,7 @@ class MarkedRun:
         for some in (slice(_FIRST_REQUEST), slice(_FIRST_REQUEST, None)):
             for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
                 [block] = blocks_of(frames[some])
-                for request in encoder.requests([block], BesideFrames(streams.note(block))):
+                for request in encoder.requests([block], BesideFrames(streams.note([block]))):
                     outcome = self._delivered(request.body, deadline_s)
                     streams.named(request.names)
                     streams.settled(block.last)

@@ -44,7 +44,7 @@ _FIXES = {
     Result.UNAUTHENTICATED: "correct the credentials there: a header is authorization=Bearer%20<token>, a token file "
     "holds the token alone, a proxy is http://user:password@host:port",
     Result.TOO_LARGE: "raise the endpoint's limit for a request to 4 MiB or more",
-    Result.REFUSED: "the endpoint's log says what it does not take; steps that it refuses are lost, and counted",
+    Result.REFUSED: "the endpoint's log says what it does not accept; steps that it refuses are lost, and counted",
 }
 
 
@@ -291,7 +291,7 @@ def _secured(endpoint: Endpoint, host: str, port: int, timeout_s: float) -> Chec
         message = f"{host}:{port} does not speak TLS{'' if is_plain else f' with us: {error.reason or error}'}"
         fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
         if not is_plain:
-            fix = "does it want a certificate of ours? set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and _CLIENT_KEY"
+            fix = "does it require a client certificate? set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE and _CLIENT_KEY"
     except OSError as error:
         message = f"{host}:{port} ended the TLS handshake: {error.strerror or error}"
         fix = "for plain text give http:// in OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -329,5 +329,5 @@ def of_outcome(outcome: Outcome, endpoint: Endpoint) -> CheckStage:
         return CheckStage("frame", True, f"{endpoint.target} took it{remark}")
     if outcome.result is Result.DELIVERED:
         reason = f"{endpoint.target} refused {outcome.rejected_points} points: {outcome.reason}"
-        return CheckStage("frame", False, reason, "the endpoint's log says what it does not take")
+        return CheckStage("frame", False, reason, "the endpoint's log says what it does not accept")
     return CheckStage("frame", False, outcome.reason, _FIXES[outcome.result])

@@ -139,5 +139,5 @@ def _report_loss(result: DemoResult) -> None:
         return
     sys.stderr.write(
         f"not everything arrived: {frames['dropped']} frames dropped, "
-        f"last error: {result.last_error or 'none'}; esper-otel check says more\n"
+        f"last error: {result.last_error or 'none'}; esper-otel check finds the cause\n"
     )

@@ -17,11 +17,11 @@ from torch.amp.grad_scaler import GradScaler
 
 from esper_otel.errors import InvalidValue
 
-Source: TypeAlias = Tensor | Iterable[Tensor | None]
+Source: TypeAlias = "Tensor | Iterable[Tensor | None]"
 Sources: TypeAlias = Mapping[str, Source] | Iterable[Source]
 
 # The tensors at one position, one per source; None if the source has no tensor there.
-Column: TypeAlias = Sequence[Tensor | None]
+Column: TypeAlias = "Sequence[Tensor | None]"
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 
 # Elements per block on the host: eight sources fit in a core's cache, and the cost of calls is small in comparison.

@@ -131,6 +131,11 @@ def endpoint_from_environment(
     )
 
 
+def is_endpoint_named(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a variable names the endpoint; otherwise it is the default one, on this machine."""
+    return bool(Variables(environ).text(*_names("ENDPOINT"))[1])
+
+
 def _names(name: str) -> tuple[str, str]:
     return _METRICS + name, _GENERAL + name
 
@@ -178,12 +183,12 @@ def _url(variable: str, text: str) -> tuple[SplitResult, int | None]:
         url = urlsplit(text if "://" in text else f"//{text}")
         port = url.port
     except ValueError as error:
-        fault = "has a port that is no number from 1 to 65535" if "Port" in str(error) else "is not a URL"
+        fault = "has a port that is not a number from 1 to 65535" if "Port" in str(error) else "is not a URL"
         raise _wrong(variable, text, f"{fault}: give http://host:port") from None
     if not url.hostname or re.search(r"\s", url.netloc):
         raise _wrong(variable, text, "names no host: give http://host:port")
     if port == 0:
-        raise _wrong(variable, text, "has a port that is no number from 1 to 65535: give http://host:port")
+        raise _wrong(variable, text, "has a port that is not a number from 1 to 65535: give http://host:port")
     return url, port
 
 

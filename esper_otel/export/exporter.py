@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -269,38 +269,41 @@ class StepExporter:
         return None
 
     def _deliver(self, source: FrameSource) -> float | None:
-        """Sends the source's frames. Returns how long to pause before the next attempt; None when none is left."""
+        """Sends the source's frames. Returns how long to pause before the next attempt; None when none is left.
+
+        If there is a period, frames published in the meantime are sent in the next one: two requests that follow each
+        other at once may be reordered on the way.
+        """
+        due = self._live.cursor + self._live.waiting
         while True:
-            block, gone = source.after(self._at_once)
+            blocks, gone = source.after(self._at_once)
             if gone:
                 self.dropped[source.lost] += gone
                 self._advance(source, gone)
-            if block is None:
+            if not blocks:
                 return None
-            is_all = source is self._live and source.are_last(block)
-            kept = before_a_return(block)
-            if kept < block.rows:
-                block, is_all = block.part(0, kept), False
-            sent = 0
-            for request in self._requests(source, block):
-                pause_s = self._settled(source, request, self._sent(request.body), block, sent)
+            blocks = before_a_return(blocks)
+            settled = blocks[0].first - 1
+            for request in self._requests(source, blocks):
+                pause_s = self._settled(source, request, self._sent(request.body), blocks, settled)
                 if pause_s is not None:
                     return pause_s
-                sent += request.frames
-            if is_all and sent == block.rows and self._every_s and self._deadline_s is None:
-                return None  # frames published in the meantime are sent in the next period
+                settled += request.frames
+            if source is self._live and settled >= due and self._every_s and self._deadline_s is None:
+                return None
 
-    def _requests(self, source: FrameSource, block: Block) -> Iterator[Request]:
+    def _requests(self, source: FrameSource, blocks: Sequence[Block]) -> Iterator[Request]:
         """Yields the frames as requests. After an encoding error, halves the batch until the failing frame is found.
 
         That frame is dropped and counted, so that it does not block the frames after it.
         """
         try:
-            yield from source.encoder.requests([block], self._along(source, block))
+            yield from source.encoder.requests(blocks, self._along(source, blocks))
         except Exception as error:  # noqa: BLE001 - see above
             self._fault("encoding steps", error)
-            if block.rows > 1:
-                self._at_once = block.rows // 2
+            rows = blocks[-1].last + 1 - blocks[0].first
+            if rows > 1:
+                self._at_once = rows // 2
             else:
                 self.dropped["cannot be encoded"] += 1
                 self._advance(source, 1)
@@ -317,7 +320,7 @@ class StepExporter:
         return outcome
 
     def _settled(
-        self, source: FrameSource, request: Request, outcome: Outcome, block: Block, settled: int
+        self, source: FrameSource, request: Request, outcome: Outcome, blocks: Sequence[Block], settled: int
     ) -> float | None:
         """Handles the outcome of a request. Returns how long to pause before sending it again; None to continue.
 
@@ -325,8 +328,8 @@ class StepExporter:
             source: where its frames are from.
             request: the request.
             outcome: the endpoint's answer.
-            block: the frames of this request and of others.
-            settled: how many of them earlier requests have settled.
+            blocks: the frames of this request and of others.
+            settled: sequence number of the last frame that earlier requests have settled.
         """
         if outcome.result is Result.TOO_LARGE and source.encoder.shrink(request.points // 2):
             return 0.0
@@ -344,11 +347,11 @@ class StepExporter:
             self.recovered += request.frames
         self._advance(source, request.frames)  # first, so that an error below does not send delivered frames again
         source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
-        source.run = block.run
+        last = settled + request.frames
+        source.run = next(block.run for block in blocks if block.last >= last)
         self._guarded("noting an answer", self._note_answer, request, outcome)
         self._guarded("noting the series sent", source.streams.named, request.names)
         if request.frames:
-            last = block.first + settled + request.frames - 1
             self._guarded("noting the series ended", source.streams.settled, last)
         return None
 
@@ -404,14 +407,14 @@ class StepExporter:
 
     # -- data sent in addition to the frames -------------------------------------------------------------
 
-    def _along(self, source: FrameSource, block: Block) -> BesideFrames:
+    def _along(self, source: FrameSource, blocks: Sequence[Block]) -> BesideFrames:
         """Collects the data to send with the frames of a source. An internal error in it does not delay the frames."""
         is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
         return BesideFrames(
-            self._given("noting the series sent", {}, source.streams.note, block),
+            self._given("noting the series sent", {}, source.streams.note, blocks),
             partial(self._given, "saying the counts", None, partial(self._health_of, source)),
-            all_ended if is_over and source.are_last(block) else None,
+            all_ended if is_over and source.are_last(blocks) else None,
         )
 
     def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:

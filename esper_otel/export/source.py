@@ -6,7 +6,7 @@ Each source has a cursor, which moves past frames once they are settled: deliver
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import COUNTED
-from esper_otel.export.encode import Encoder
+from esper_otel.export.encode import MAX_POINTS, Encoder
 from esper_otel.export.folder import Folder, abandoned
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
@@ -57,10 +57,14 @@ class FrameSource(Protocol):
     delivered: int
     has_said_goodbye: bool
 
-    def after(self, limit: int) -> tuple[Block | None, int]:
-        """Returns up to ``limit`` next frames, and how many frames before them are gone."""
+    def after(self, limit: int) -> tuple[list[Block], int]:
+        """Returns the next frames, and how many frames before them are gone.
 
-    def are_last(self, block: Block) -> bool:
+        They are consecutive, at most ``limit``, and fewer only at the end, before a gap, or if they have more points
+        than one request.
+        """
+
+    def are_last(self, blocks: Sequence[Block]) -> bool:
         """Whether these next frames are the last ones of the source."""
 
     def advance(self, count: int) -> None:
@@ -69,6 +73,37 @@ class FrameSource(Protocol):
         Raises:
             OSError: the cursor has moved, but its position could not be written to disk.
         """
+
+
+def _gathered(
+    block_after: Callable[[int, int], tuple[Block | None, int]], cursor: int, limit: int
+) -> tuple[list[Block], int]:
+    """Gathers consecutive blocks, so that what fits into one request is sent in one.
+
+    A collector may reorder requests, and a backend then refuses the older points. Steps are in several blocks if their
+    seeds differ much, or at the end of a chunk.
+
+    Args:
+        block_after: returns up to a number of frames that follow a cursor, and how many before them are gone.
+        cursor: where to begin.
+        limit: how many frames at most.
+
+    Returns:
+        The blocks, and how many frames before the first one are gone.
+    """
+    block, gone = block_after(cursor, limit)
+    blocks: list[Block] = []
+    rows = points = missing = 0
+    while block is not None and not missing:
+        blocks.append(block)
+        rows += block.rows
+        if rows >= limit:
+            break
+        points += block.points
+        if points > MAX_POINTS:
+            break
+        block, missing = block_after(block.last, limit - rows)
+    return blocks, gone
 
 
 def put_goodbye(source: FrameSource, health: ScopeMetrics | None, time_unix_ns: int, fault: Fault) -> None:
@@ -106,18 +141,21 @@ class LiveSource:
         """How many frames are not settled yet."""
         return self._ring.last - self.cursor
 
-    def after(self, limit: int) -> tuple[Block | None, int]:
+    def after(self, limit: int) -> tuple[list[Block], int]:
         """See ``FrameSource.after``."""
-        block, gone = self._ring.block(self.cursor, limit)
+        return _gathered(self._block, self.cursor, limit)
+
+    def _block(self, cursor: int, limit: int) -> tuple[Block | None, int]:
+        block, gone = self._ring.block(cursor, limit)
         if gone and self._spool is not None:
-            spooled = self._spool.after(self.cursor, min(limit, gone))
-            if spooled is not None and spooled.first <= self.cursor + gone:
-                return spooled, spooled.first - self.cursor - 1
+            spooled = self._spool.after(cursor, min(limit, gone))
+            if spooled is not None and spooled.first <= cursor + gone:
+                return spooled, spooled.first - cursor - 1
         return block, gone
 
-    def are_last(self, block: Block) -> bool:
+    def are_last(self, blocks: Sequence[Block]) -> bool:
         """See ``FrameSource.are_last``."""
-        return self._ring.last == block.last
+        return self._ring.last == blocks[-1].last
 
     def advance(self, count: int) -> None:
         """See ``FrameSource.advance``."""
@@ -182,29 +220,33 @@ class LeftoverSource:
     def _encoder(self) -> Encoder:
         return self._encoder_of(self._catalogue, self._stored.resources.__getitem__)
 
-    def after(self, limit: int) -> tuple[Block | None, int]:
+    def after(self, limit: int) -> tuple[list[Block], int]:
         """See ``FrameSource.after``."""
-        if not self._chunks:
-            self._read()
+        blocks, gone = _gathered(self._block, self._cursor, limit)
         if not self._catalogue.keys() >= self._stored.metrics.keys():
             self._catalogue.update(self._stored.metrics)
             self.encoder = self._encoder()
-        if self._chunks:
-            chunk = self._chunks[0]
-            start = max(self._cursor + 1 - chunk.first, 0)
-            block = chunk.block(start, min(start + limit, chunk.rows))
-            gone = block.first - self._cursor - 1
+        if blocks:
             self._missing += gone
-            return block, gone
+            return blocks, gone
         # Count a truncated frame, left by a process or file that ended in the middle of it. Also count unusable frames
         # that did not show up as a gap between sequence numbers.
         left = max(int(self._stored.is_torn), self._stored.lost - self._missing)
         self._stored.is_torn, self._missing = False, self._stored.lost
-        return None, left
+        return [], left
 
-    def are_last(self, block: Block) -> bool:
+    def _block(self, cursor: int, limit: int) -> tuple[Block | None, int]:
+        while self._last <= cursor:
+            if not self._read():
+                return None, 0
+        chunk = next(chunk for chunk in self._chunks if chunk.last > cursor)
+        start = max(cursor + 1 - chunk.first, 0)
+        block = chunk.block(start, min(start + limit, chunk.rows))
+        return block, block.first - cursor - 1
+
+    def are_last(self, blocks: Sequence[Block]) -> bool:
         """See ``FrameSource.are_last``."""
-        return len(self._chunks) == 1 and block.last == self._last and not self._read()
+        return blocks[-1].last == self._last and not self._read()
 
     @property
     def skipped(self) -> int:
@@ -239,7 +281,7 @@ class LeftoverSource:
             while row < rows:
                 block = chunk.block(row, rows)
                 row += block.rows
-                self.streams.note(block)
+                self.streams.note([block])
                 self.streams.settled(block.last)
                 self.streams.named((*block.names, *COUNTED))
         except Exception as error:  # noqa: BLE001 - the other frames must still be sent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -42,14 +42,25 @@ class Streams:
         """Records that the series of these step metrics were sent."""
         self._steps.update(names)
 
-    def note(self, block: Block) -> Mapping[int, Sequence[Stream]]:
+    def note(self, blocks: Sequence[Block]) -> Mapping[int, Sequence[Stream]]:
         """Records the seed series of frames that are about to be sent. A frame that is sent again may be noted again.
+
+        Args:
+            blocks: the frames, consecutive, at least one.
 
         Returns:
             The series that end with these frames, by the frame's number.
         """
-        for number in [number for number in self._ended if number < block.first]:
+        for number in [number for number in self._ended if number < blocks[0].first]:
             self._go_on(self._ended.pop(number))  # the frame was dropped, so the ends of its series were not sent
+        for block in blocks:
+            self._note(block)
+        return {
+            number: [stream for seed_id, columns in ended.items() for stream in _streams_of(seed_id, columns)]
+            for number, ended in self._ended.items()
+        }
+
+    def _note(self, block: Block) -> None:
         known = max(self._noted + 1 - block.first, 0)
         present = block.present
         for start, stop in pairwise(sorted({known, *(row for row in block.retired if row >= known), block.rows})):
@@ -58,10 +69,6 @@ class Streams:
             self._add(block.ids, np.logical_or.reduce(present[start:stop], axis=0))
         if known < block.rows:
             self._noted, self.last_unix_ns = block.last, int(block.times[-1])
-        return {
-            number: [stream for seed_id, columns in ended.items() for stream in _streams_of(seed_id, columns)]
-            for number, ended in self._ended.items()
-        }
 
     def settled(self, number: int) -> None:
         """Records that frames up to this one are settled, so that the series they end have ended."""
@@ -129,16 +136,34 @@ def _streams_of(seed_id: str, columns: npt.NDArray[np.bool_]) -> list[Stream]:
     return [(SEED_CELLS[column].name, {"seed_id": seed_id}) for column in np.flatnonzero(columns)]
 
 
-def before_a_return(block: Block) -> int:
-    """Counts the frames before the first one in which a seed is recorded that an earlier one of them retired.
+def before_a_return(blocks: Iterable[Block]) -> list[Block]:
+    """Returns the frames before the first one in which a seed is recorded that an earlier one of them retired.
 
     The seed's series must be ended in between; otherwise their end would be older than their next point.
     """
+    before: list[Block] = []
+    retired: set[str] = set()
+    for block in blocks:
+        count = _rows_before_a_return(block, retired)
+        if count < block.rows:
+            return [*before, block.part(0, count)] if count else before
+        before.append(block)
+        retired.update(*block.retired.values())
+    return before
+
+
+def _rows_before_a_return(block: Block, retired: Collection[str]) -> int:
+    """Returns the number of the block's rows before the first in which a retired seed is recorded.
+
+    Args:
+        block: the frames.
+        retired: the seeds that were retired before them, in addition to those retired in them.
+    """
     count = block.rows
-    if block.retired and block.ids:
+    if block.ids and (retired or block.retired):
         recorded = np.logical_or.reduce(block.present, axis=2)
         places = {seed_id: place for place, seed_id in enumerate(block.ids)}
-        for row, ids in block.retired.items():
+        for row, ids in ((-1, retired), *block.retired.items()):
             of_ids = [places[seed_id] for seed_id in ids if seed_id in places]
             returns = np.flatnonzero(recorded[row + 1 : count, of_ids].any(axis=1))
             if returns.size:

@@ -106,7 +106,7 @@ def file_stem(run_id: str, *others: object) -> str:
 
 
 def _folder_of_ours() -> Path:
-    """A folder for temporary files that nobody else can have put there, or can look into."""
+    """A folder for temporary files that no other user can have created, and that no other user can read."""
     folder = Path(tempfile.gettempdir()) / f"esper-otel-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -159,7 +159,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a file holds: its head, and a row for each step, with NaN and infinity as numbers again.
 
     Raises:
-        ConfigurationError: it is no such file, or cannot be read.
+        ConfigurationError: it is not a black box, or cannot be read.
     """
     head, *rows = contents(path)
     return head, rows
@@ -169,7 +169,7 @@ def contents(path: Path) -> Iterator[dict[str, Any]]:
     """The same, one after another. The file may come from anybody: its size and all that is used of it are checked.
 
     Raises:
-        ConfigurationError: it is no such file, or cannot be read.
+        ConfigurationError: it is not a black box, or cannot be read.
     """
     lines = 0
     try:
@@ -197,7 +197,7 @@ class _LaterFormat(Exception):
 def _not_one(path: Path, lines: int, error: Exception) -> ConfigurationError:
     where = f"line {lines}: " if lines else ""
     why = "it is nested too deeply" if isinstance(error, RecursionError) else printable(error) or type(error).__name__
-    return ConfigurationError(f"{path} is no black box of esper_otel: {where}{why}")
+    return ConfigurationError(f"{path} is not a black box of esper_otel: {where}{why}")
 
 
 @contextmanager

@@ -102,9 +102,11 @@ class Chunk:
     def learn(self, layout: Layout) -> None:
         """Gives a layout its number in this chunk."""
         is_new = layout.chunk is None  # counted once, where it was first used
-        layout.chunk, layout.number = self, len(self.layouts)
+        number = len(self.layouts)
         self.layouts.append(layout)
         self._beside += _PLACE_BYTES + (_LAYOUT_BYTES + _NAME_BYTES * layout.width if is_new else 0)
+        layout.number = number
+        layout.chunk = self  # the last thing: an interrupt before it has no effect
 
     def seeds_number(self, ids: tuple[str, ...], columns: int) -> int:
         """Returns the number of these ids in this chunk."""
@@ -113,21 +115,28 @@ class Chunk:
         if number is None:
             if len(self._numbers) == _MOST_KNOWN_IDS:  # ids that change in every step are not looked for any more
                 self._numbers = {_NO_IDS: 0}
-            self._numbers[key] = number = len(self.seeds)
-            self.seeds.append(ids)
+            number = len(self.widths)
+            self.seeds[number:] = [ids]  # an interrupt may have left ids without a width
             self.widths.append(columns)
             self._beside += _IDS_BYTES + 8 * len(ids)
+            self._numbers[key] = number
         return number
 
-    def retire(self, ids: tuple[str, ...]) -> None:
-        """Notes the seeds that are retired before the next row."""
-        self.retired[self.rows] = ids
+    def retire(self, row: int, ids: tuple[str, ...]) -> None:
+        """Notes the seeds that are retired before a row."""
+        self.retired[row] = ids
         self._beside += _IDS_BYTES + 8 * len(ids)
+
+    def take_back(self, row: int) -> None:
+        """Removes the newest row: its writer was interrupted before the ring counted it."""
+        self.retired.pop(row, None)
+        self.end = self.offsets[row]
+        self.rows = row
 
     def put(self, row: bytes, layout: Layout, seeds: tuple[tuple[str, ...], int], retired: tuple[str, ...]) -> None:
         """Adds a row with the bytes that it had in another chunk; there must be room for it."""
         if retired:
-            self.retire(retired)
+            self.retire(self.rows, retired)
         if layout.chunk is not self:
             self.learn(layout)
         start, self.end = self.end, self.end + len(row)
@@ -323,6 +332,11 @@ class Block(NamedTuple):
     def last(self) -> int:
         """Sequence number of the last step."""
         return self.first + len(self.times) - 1
+
+    @property
+    def points(self) -> int:
+        """How many values and cells were recorded."""
+        return int(np.count_nonzero(self.values.view(np.uint64) != ABSENT_BITS) + np.count_nonzero(self.present))
 
     @property
     def present(self) -> npt.NDArray[np.bool_]:

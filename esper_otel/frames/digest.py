@@ -34,13 +34,13 @@ def _number_of(seed_id: str) -> int:
 def dead_of(
     live: tuple[str, ...], recorded: Collection[str], count: int | None, digest: int, likelihood: Callable[[str], Any]
 ) -> Collection[str] | None:
-    """Which of the seeds that are taken for live have died; None when it cannot be found out.
+    """Which of the seeds that are assumed to be live have died; None if it cannot be determined.
 
     Args:
         live: the seeds.
-        recorded: those that were recorded just now, and so live.
-        count: how many live, as their trainer says.
-        digest: the digest of those that live, as their trainer says.
+        recorded: those that were recorded in this step, and are therefore live.
+        count: number of live seeds, as reported by the trainer.
+        digest: the digest of the live seeds, as reported by the trainer.
         likelihood: sorts seeds, those that have most likely died first.
     """
     other = digest_of(live) ^ digest
@@ -55,7 +55,7 @@ def dead_of(
 def silent_of(
     live: Collection[str], recorded: Collection[str], seen_unix_ns: Mapping[str, int], now_unix_ns: int
 ) -> list[str]:
-    """The seeds whose series have ended although nobody says so: they were not seen for as long as Prometheus waits."""
+    """The seeds whose series have ended without a marker: they have not been seen for as long as Prometheus waits."""
     horizon = now_unix_ns - _STALE_NS
     return [seed for seed in live if seed not in recorded and seen_unix_ns.get(seed, 0) < horizon]
 

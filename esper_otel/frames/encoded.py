@@ -122,7 +122,7 @@ def _frames(content: bytes) -> list[Frame]:
         frame, position = _frame(content, position, texts)
         found.append(frame)
     if position != len(content):
-        raise ValueError("it goes on after its last frame")
+        raise ValueError("there are bytes after its last frame")
     return found
 
 

@@ -150,15 +150,14 @@ def checked_run(said: Any) -> Run:
 
 NO_READINGS: Mapping[str, float] = {}
 
-# A step whose sender does not say its number gets one from here on: this and its time in Unix nanoseconds. No sender's
-# own number is as large.
+# A step without a number gets one: this plus its time in Unix nanoseconds. Numbers from senders are never as large.
 GUESSED_STEP = 2**63
 
-# What an incomplete frame that was put together elsewhere has recorded, with ``esper.seeds``: what its sender said of
-# it, which cannot be seen from the rest. They are no values of the step.
+# Recorded, with ``esper.seeds``, in an incomplete frame that was rebuilt elsewhere: what its sender reported about the
+# frame and what cannot be derived from the rest. These are not values of the step.
 SAID_BESIDE = frozenset({"esper.seeds.digest", "esper.frame.points"})
 
-# The last finite loss; a frame with a finite loss says no other.
+# The last finite loss; equal to the loss in a frame whose loss is finite.
 LAST_LOSS = "esper.training.loss"
 
 # What rounds to infinity in the packets' float32 begins here: the largest float32 and half a unit in its last place.

@@ -22,11 +22,11 @@ class SeedStep(NamedTuple):
     Attributes:
         recorded: the step's rows; ``alpha_steps`` only where the seed is BLENDING.
         live: every live seed with its last known cells.
-        violations: isolation violations new in this step; None when no row says.
+        violations: isolation violations new in this step; None if no row has any.
         nonfinite: recorded cells that are NaN or infinite.
         out_of_range: recorded cells outside their range, by field.
-        erased: rows whose ``alpha_steps`` were given and do not count.
-        is_settled: whether it was known beforehand to be like the step before.
+        erased: rows whose ``alpha_steps`` were recorded but are ignored, because the seed is not BLENDING.
+        is_settled: whether the checks were skipped, because the step is like the one before.
     """
 
     recorded: SeedTable
@@ -57,17 +57,17 @@ _HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
 
 
 class _SettledRows:
-    """What steps have in common after which a like one means just what it says: nothing is new or out of range.
+    """What a run of similar steps has in common; a step that matches needs no further checks.
 
-    A like step has the same seeds and cells present, the same stages and violations, and finite cells in their
-    ranges. For each cell, ``(bits ^ expected) & mask <= limit`` says so.
+    A step matches if it has the same seeds, cells, stages and violations, and if all cells are finite and in their
+    ranges. It does if ``(bits ^ expected) & mask <= limit`` holds for each cell.
 
     Args:
-        step: the step that others are to be like.
-        rows: where its seeds stand among the live ones; None if they are those, in their order.
+        step: the step that later ones are compared with.
+        rows: the rows of its seeds among the live ones; None if it has all live seeds, in their order.
 
     Attributes:
-        violations: new in such a step; None when no row says.
+        violations: new in a step that matches; None if no row has any.
     """
 
     __slots__ = (
@@ -90,7 +90,7 @@ class _SettledRows:
         bits = step.recorded.cells.view(np.uint64)
         exact = bits == ABSENT_BITS
         self._rows = None if rows is None else np.array(rows)
-        # Of cells that are not said again the last known ones count; none of these where the two tables are one.
+        # Cells that are not recorded again keep their last known values; there are none if the two tables are equal.
         is_all = rows is None and bits.tobytes() == step.live.cells.tobytes()
         self._present = None if is_all else ~exact
         exact[:, [_STAGE, _VIOLATIONS]] = True
@@ -201,7 +201,7 @@ class LiveSeeds:
                 new.view(np.uint64)[erased, _ALPHA_STEPS] = ABSENT_BITS
                 absent = is_absent(new)
         empty = absent.all(axis=1)
-        if empty.any():  # says nothing of its seed, and no point could carry it
+        if empty.any():  # such a row has no values, and no point could carry it
             kept = np.flatnonzero(~empty)
             return self.step(SeedTable(tuple(recorded.ids[row] for row in kept), recorded.cells[kept]))
         finite = np.isfinite(new)
@@ -228,12 +228,12 @@ class LiveSeeds:
         return before
 
     def is_settled(self, recorded: SeedTable) -> bool:
-        """Whether the rows are, as yet, those of a step that means just what it says: every cell is good as it is."""
+        """Whether the rows recorded so far match the steps before, so that they need no further checks."""
         settled = self._settled_for(recorded)
         return settled is not None and settled.fits(recorded)
 
     def settled(self, recorded: SeedTable) -> SeedTable | None:
-        """The rows of a step that means just what it says; they live on. None for any other, and nothing changed."""
+        """The rows of a step that matches those before; they become the live rows. None, and no change, otherwise."""
         settled = self._settled_for(recorded)
         tables = None if settled is None else settled.tables(recorded, self.table)
         if tables is None:
@@ -243,7 +243,7 @@ class LiveSeeds:
 
     @property
     def settled_violations(self) -> float | None:
-        """New violations of a step that is settled; None when no row says."""
+        """New violations of a step that matches; None if no row has any."""
         return None if self._settled is None else self._settled.violations
 
     def commit(self, step: SeedStep) -> None:
@@ -255,7 +255,7 @@ class LiveSeeds:
             self._settled, self._before = None, step if step.recorded.ids else None
 
     def _settled_for(self, recorded: SeedTable) -> _SettledRows | None:
-        """What the step may have in common with those before; found out when the same seeds come again."""
+        """What the step may have in common with those before; determined when the same seeds are recorded again."""
         before = self._before
         if before is not None and before.recorded.ids == recorded.ids:
             self._settled, self._before = self._settled_after(before), None

@@ -99,7 +99,7 @@ class RecordWriter:
         return b"".join((*before, record)) if before else record
 
     def _told(self, what: Run | Layout | tuple[tuple[str, ...], int], before: list[bytes]) -> int:
-        """Numbers what rows refer to, and adds the record that says it."""
+        """Gives a number to what rows refer to, and adds a record with that number and its content."""
         self._numbers[what] = number = len(self._numbers) + 1
         said: list[Any]
         if isinstance(what, Run):
@@ -122,7 +122,7 @@ def _record(content: bytes) -> bytes:
 def chunks_in(content: bytes, stored: StoredContext) -> Iterator[Chunk]:
     """Yields the rows of a file. A chunk has rows of one run without a gap between them.
 
-    A checksum says that a record is whole, not that we wrote it: what it says is checked like a request, and a record
+    A checksum shows that a record is whole, not that we wrote it: its content is checked like a request, and a record
     that cannot be used is skipped and counted.
 
     Args:

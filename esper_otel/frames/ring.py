@@ -12,11 +12,11 @@ from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import WHOLE, Layout
 from esper_otel.frames.live_seeds import LiveSeeds
 
-_LARGEST_CHUNK, _SMALLEST_CHUNK = 1024 * 1024, 4 * 1024
+_LARGEST_CHUNK, _SMALLEST_CHUNK = 1024 * 1024, 16 * 1024
 _CHUNKS = 256  # that a ring has at least, when it is full
 _UNBOUNDED = 2**62
 
-_first = attrgetter("first")
+_first, _size = attrgetter("first"), attrgetter("size")
 
 
 class Ring:
@@ -25,11 +25,13 @@ class Ring:
     Threads: ``append`` belongs to the publisher. Every other method may be called from any thread at any time: the
     writer counts a row only once it is complete, and never changes a row that it has counted.
 
+    Ctrl-C may interrupt ``append`` anywhere. Only its last assignment, to ``last``, adds the row: whatever was written
+    before it has no effect, and the next ``append`` writes over it.
+
     Args:
         capacity_bytes: how much memory the rows may hold on to.
 
     Attributes:
-        first: sequence number of the oldest row kept; ``last + 1`` when there is none.
         last: sequence number of the newest row; 0 before the first.
         dropping: called by the writer before it drops rows.
     """
@@ -38,21 +40,25 @@ class Ring:
         self._capacity_bytes = capacity_bytes
         self._chunk_bytes = min(max(capacity_bytes // _CHUNKS, _SMALLEST_CHUNK), _LARGEST_CHUNK)
         self._chunks: list[Chunk] = []
-        self._chunk: Chunk | None = None
-        self._size = 0  # of all chunks but the newest
-        self.first: int = 1
+        self._chunk: Chunk | None = None  # the newest one, for the writer
         self.last: int = 0
         self.dropping: Callable[[], None] | None = None
-        # The live seeds, and the first row after which they are these. One object, since readers need both.
-        self._live: tuple[int, SeedTable] = (0, NO_SEEDS)
+        # The last row that changed the live seeds, these seeds after it, and before it: the latter are still live if
+        # the row was not added. One object, since readers need all three.
+        self._live: tuple[int, SeedTable, SeedTable] = (0, NO_SEEDS, NO_SEEDS)
         self._living: tuple[tuple[str, ...], int] = ((), 0)
         self._replayed: tuple[int, SeedTable] = (0, NO_SEEDS)  # the live seeds after a row that was read
 
     @property
     def size(self) -> int:
         """How many bytes the rows hold on to."""
-        chunk = self._chunk
-        return self._size + (0 if chunk is None else chunk.size)
+        return sum(map(_size, self._chunks))
+
+    @property
+    def first(self) -> int:
+        """Sequence number of the oldest row kept; ``last + 1`` when there is none."""
+        chunks = self._chunks
+        return chunks[0].first if chunks else self.last + 1
 
     def append(
         self,
@@ -79,12 +85,13 @@ class Ring:
             live: the seeds alive after it.
             retired: seeds whose lives ended before it.
         """
-        chunk = self._chunk
-        size = layout.size + seeds.cells.nbytes if seeds.ids else layout.size
+        chunk, sequence = self._chunk, self.last + 1
+        if chunk is not None and chunk.first + chunk.rows != sequence:
+            chunk.take_back(sequence - chunk.first)
+        recorded = seeds.ids
+        size = layout.size + seeds.cells.nbytes if recorded else layout.size
         if chunk is None or chunk.end + size > chunk.capacity or chunk.run is not run:
             chunk = self._begin(run, size)
-        if retired:
-            chunk.retire(retired)
         ids, digest = self._living
         if live.ids is not ids:
             digest ^= digest_of(_changed(ids, live.ids))
@@ -93,68 +100,72 @@ class Ring:
         if layout.chunk is not chunk:
             chunk.learn(layout)
         end = chunk.end
-        after = end + layout.size
+        after = end + size
         number = flags = 0
-        if seeds.ids:
-            number = chunk.seeds_number(seeds.ids, seeds.cells.shape[1])
+        if recorded:
+            number = chunk.seeds_number(recorded, seeds.cells.shape[1])
             flags = WHOLE if live.cells is seeds.cells else 0
         layout.pack_into(
             chunk.buffer, end, step, epoch, time_unix_ns, digest, len(ids), layout.number, number, flags, *numbers
         )
         if number:
-            content = seeds.cells.tobytes()
-            start, after = after, after + len(content)
-            chunk.buffer[start:after] = content
-        chunk.offsets[chunk.rows] = end
+            chunk.buffer[end + layout.size : after] = seeds.cells.tobytes()
+        row = chunk.rows
+        chunk.offsets[row] = end
+        chunk.rows = row + 1  # from here on, there is something to take back after an interrupt
         chunk.end = after
-        chunk.rows += 1  # now a reader of the chunk may find the row
+        if retired:
+            chunk.retire(row, retired)
         if live is not self._live[1]:
-            self._live = self.last + 1, live
-        self.last += 1
+            since, table, before = self._live
+            self._live = sequence, live, (before if since == sequence else table)
+        self.last = sequence
 
     def _begin(self, run: Run, size: int) -> Chunk:
         """Begins a chunk in which a row of this size fits."""
-        if self._chunk is not None:
-            self._size += self._chunk.size
-        chunk = Chunk(run, self.last + 1, max(self._chunk_bytes, size), self._live[1])
-        chunks = [*self._chunks, chunk]
-        drop = 0
-        if self.dropping is not None and self._size + chunk.capacity > self._capacity_bytes:
+        since, live, before = self._live
+        chunk = Chunk(run, self.last + 1, max(self._chunk_bytes, size), live if since <= self.last else before)
+        chunks = [each for each in self._chunks if each.rows]  # without one that an interrupt left empty
+        held = sum(map(_size, chunks))
+        if self.dropping is not None and held + chunk.capacity > self._capacity_bytes:
             self.dropping()
-        while drop < len(chunks) - 1 and self._size + chunk.capacity > self._capacity_bytes:
-            self._size -= chunks[drop].size
+        drop = 0
+        while drop < len(chunks) and held + chunk.capacity > self._capacity_bytes:
+            held -= chunks[drop].size
             drop += 1
-        self._chunks = chunks[drop:]  # another list: readers go on with theirs
+        self._chunk = None  # until the two agree again
+        self._chunks = [*chunks[drop:], chunk]  # another list: readers go on with theirs
         self._chunk = chunk
-        self.first = self._chunks[0].first
         return chunk
 
     def chunk_of(self, sequence: int) -> Chunk | None:
         """Returns the chunk with this row, or the oldest chunk if the row is gone; None before the first row."""
-        chunk, chunks = self._chunk, self._chunks
-        if chunk is None or chunk.first <= sequence:
-            return chunk
+        chunks = self._chunks
+        if not chunks or chunks[-1].first <= sequence:
+            return chunks[-1] if chunks else None
         return chunks[_place(chunks, sequence)]
 
     def newest(self) -> Frame | None:
         """Returns the newest row."""
-        while self.last:
-            since, live = self._live
-            frame = self.row(last := self.last, live)
-            if frame is None or (since <= last == self.last and self._live[0] == since):
-                return frame
-        return None
+        last = self.last  # read before the live seeds, which may become those of a later row
+        since, live, before = self._live
+        frame = self.row(last, live if since <= last else before) if since <= last + 1 else None
+        if frame is None:  # the writer has gone on
+            frames, _ = self.after(self.last - 1, 1)
+            frame = frames[0] if frames else None
+        return frame
 
     def row(self, sequence: int, live: SeedTable = NO_SEEDS) -> Frame | None:
         """Returns one row, with the given live seeds; None if it is not there."""
+        last = self.last  # before the chunks: what is counted is in one of them, or was dropped
         chunk = self.chunk_of(sequence)
-        if chunk is None or not chunk.first <= sequence <= chunk.last:
+        if chunk is None or not chunk.first <= sequence <= last:
             return None
         return chunk.frame(sequence - chunk.first, live)
 
     def after(self, sequence: int, limit: int) -> tuple[list[Frame], int]:
         """Returns up to ``limit`` rows that follow ``sequence``, and how many between them and it are gone."""
-        last = self.last  # before the chunks: what is counted is in one of them, or was dropped
+        last = self.last  # before the chunks, as in ``row``
         chunks = self._chunks
         if not chunks:
             return [], 0

@@ -6,8 +6,10 @@ import argparse
 import asyncio
 import gc
 import json
+import math
 import signal
 import sys
+from contextlib import suppress
 from logging import WARNING
 from pathlib import Path
 from typing import TypedDict
@@ -71,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds to wait after a plain sender's last point (%(default)g)",
     )
     add_packet_arguments(parser)
+    parser.set_defaults(idle_s=math.inf)
     oona = parser.add_argument_group("the Esper bus")
     oona.add_argument("--oona", metavar="URL", help="publish the packets on this Redis: redis://HOST:PORT/0")
     oona.add_argument(
@@ -169,7 +172,7 @@ async def _serve(options: argparse.Namespace) -> int:
             publisher = Publisher(GatewaySource(core), options.oona, password=password)
         core.publisher = publisher
         try:
-            await until_told(gateway, f"steps are kept in {kept}", as_json=options.json)
+            await until_told(gateway, f"steps are kept in {kept}", as_json=options.json, idle_s=options.idle_s)
         finally:
             sparing.cancel()
             if publisher is not None:
@@ -195,8 +198,8 @@ async def _spare_stored() -> None:
         gc.unfreeze()
 
 
-async def until_told(gateway: Gateway, what: str, *, as_json: bool) -> None:
-    """Announces where the gateway listens, and waits for SIGTERM or SIGINT."""
+async def until_told(gateway: Gateway, what: str, *, as_json: bool, idle_s: float = math.inf) -> None:
+    """Announces where the gateway listens, and waits for SIGTERM or SIGINT, or for so long without a request."""
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -209,7 +212,13 @@ async def until_told(gateway: Gateway, what: str, *, as_json: bool) -> None:
     if gateway.page is not None:
         where += f", the live page {gateway.page}"
     announce("gateway listens", f"{where}; {what}")
-    await over.wait()
+    if gateway.page is not None:
+        announce("live page", f"open {gateway.page} in a browser")
+    requests = -1
+    while not over.is_set() and requests != gateway.requests:
+        requests = gateway.requests
+        with suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), None if math.isinf(idle_s) else idle_s)
 
 
 def ports_of(options: argparse.Namespace) -> Ports:

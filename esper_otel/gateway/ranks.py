@@ -17,7 +17,7 @@ import numpy.typing as npt
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.turns import finished
-from esper_otel.pull.messages import RanksResponse
+from esper_otel.pull.messages import Rank, RanksResponse
 
 STEPS = 256
 _MOST_RUNS = 1_000
@@ -192,15 +192,20 @@ class _RunSteps:
             if not place % _AT_ONCE:
                 yield
             row = answer.ranks.add(rank=rank)
-            row.own_ms, row.cycle_ms = compared.own_ms.item(place), compared.cycle_ms.item(place)
-            if compared.counts[place, _LATENCY]:
-                row.step_latency_ms = compared.sums[place, _LATENCY] / compared.counts[place, _LATENCY]
-            if compared.counts[place, _WAIT]:
-                row.input_wait_ms = compared.sums[place, _WAIT] / compared.counts[place, _WAIT]
-        answer.step_latency_spread_ms = float(compared.spreads[:, _LATENCY].mean())
-        answer.input_wait_spread_ms = float(compared.spreads[:, _WAIT].mean())
+            _state(row, "step_latency_ms", compared.means[place, _LATENCY])
+            _state(row, "input_wait_ms", compared.means[place, _WAIT])
+            _state(row, "cycle_ms", compared.cycle_ms[place])
+            _state(row, "own_ms", compared.own_ms[place])
+        _state(answer, "step_latency_spread_ms", compared.spreads[_LATENCY])
+        _state(answer, "input_wait_spread_ms", compared.spreads[_WAIT])
         _judge(answer, compared)
         return answer
+
+
+def _state(message: Rank | RanksResponse, name: str, number: np.float64) -> None:
+    """Sets a field, unless its number is missing."""
+    if np.isfinite(number):
+        setattr(message, name, float(number))
 
 
 @lru_cache(maxsize=64)
@@ -226,26 +231,27 @@ def _common(steps: Steps) -> Steps:
 
 
 class _Compared(NamedTuple):
-    """What the ranks took over the common steps.
+    """What the ranks took over the common steps. A number is NaN where nothing was recorded that it can be made from.
 
     Attributes:
         sums: for each rank, the sum of each duration.
-        counts: for each rank, in how many steps it has the duration.
-        own_ms: for each rank, the mean of its own work.
-        cycle_ms: for each rank, the mean of its cycle.
-        spreads: for each step, the largest minus the smallest of each duration.
+        means: for each rank, the mean of each duration over the steps that have it.
+        own_ms: for each rank, the mean of its own work over the steps that have any duration.
+        cycle_ms: for each rank, the mean of its cycle over the steps that have a step latency.
+        spreads: the mean of the largest minus the smallest of each duration over the steps that two ranks have it in.
     """
 
     sums: Times
-    counts: npt.NDArray[np.int64]
+    means: Times
     own_ms: Times
     cycle_ms: Times
     spreads: Times
 
 
 def _comparing(steps: Steps, times: Times, common: Steps) -> Generator[None, None, _Compared]:
-    sums = np.zeros((len(steps), len(_NAMES)))
-    counts = np.zeros((len(steps), len(_NAMES)), np.int64)
+    sums, means = (np.zeros((len(steps), len(_NAMES))) for _ in range(2))
+    own_ms, cycle_ms = (np.zeros(len(steps)) for _ in range(2))
+    having = np.zeros((len(common), len(_NAMES)), np.int64)  # ranks
     largest, smallest = (np.full((len(common), len(_NAMES)), bound) for bound in (-np.inf, np.inf))
     for start in range(0, len(steps), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
@@ -255,30 +261,46 @@ def _comparing(steps: Steps, times: Times, common: Steps) -> Generator[None, Non
         values = np.empty((len(steps[some]), len(common), len(_NAMES)))
         values[rank, place[is_common]] = times[some][is_common]
         there = np.isfinite(values)
-        sums[some] = np.where(there, values, 0.0).sum(axis=1)
-        counts[some] = there.sum(axis=1)
+        known = np.where(there, values, 0.0)
+        sums[some] = known.sum(axis=1)
+        means[some] = _mean(known, there, axis=1)
+        own, has_own = known[:, :, : len(_OWN)].sum(axis=2), there[:, :, : len(_OWN)].sum(axis=(1, 2)) > 0
+        own_ms[some] = _mean(own, (there.sum(axis=2) > 0) & has_own[:, None], axis=1)
+        cycle_ms[some] = _mean(known[:, :, _WAIT] + known[:, :, _LATENCY], there[:, :, _LATENCY], axis=1)
+        having += there.sum(axis=0)
         largest = np.maximum(largest, np.where(there, values, -np.inf).max(axis=0))
         smallest = np.minimum(smallest, np.where(there, values, np.inf).min(axis=0))
         yield
-    spreads = np.where(largest >= smallest, largest - smallest, 0.0)
-    own_ms = sums[:, : len(_OWN)].sum(axis=1) / len(common)
-    cycle_ms = (sums[:, _LATENCY] + sums[:, _WAIT]) / len(common)
-    return _Compared(sums, counts, own_ms, cycle_ms, spreads)
+    return _Compared(sums, means, own_ms, cycle_ms, _mean(largest - smallest, having >= 2, axis=0))
+
+
+def _mean(values: Times, counted: npt.NDArray[np.bool_], axis: int) -> Times:
+    """Returns the mean of the values that are counted; NaN where there is none."""
+    counts = counted.sum(axis=axis)
+    mean: Times = np.full(counts.shape, np.nan)
+    np.divide(np.where(counted, values, 0.0).sum(axis=axis), counts, out=mean, where=counts > 0)
+    return mean
 
 
 def _judge(answer: RanksResponse, compared: _Compared) -> None:
-    """Names the rank that stands out: by its cycle if ranks run independently, by its own time in lock-step."""
-    if len(answer.ranks) < 2:
-        return
-    noise_ms = max(_NOISE_MS, _NOISE_SHARE * float(compared.cycle_ms.mean()))
-    found = _first(compared.cycle_ms, noise_ms)
+    """Names the rank that stands out: by its cycle if ranks run independently, by its own time in lock-step.
+
+    A rank for which that time is missing is compared with nobody.
+    """
+    cycles = compared.cycle_ms[np.isfinite(compared.cycle_ms)]
+    noise_ms = max(_NOISE_MS, _NOISE_SHARE * float(cycles.mean())) if len(cycles) else _NOISE_MS
+    times = compared.cycle_ms
+    found = _first(times, noise_ms)
     if found is None:
-        found = _first(compared.own_ms, noise_ms)
+        times = compared.own_ms
+        found = _first(times, noise_ms)
     if found is None:
         return
     answer.slowest_rank = answer.ranks[found].rank
     mine = compared.sums[found]
-    others = (compared.sums.sum(axis=0) - mine) / (len(compared.sums) - 1)
+    is_other = np.isfinite(times)
+    is_other[found] = False
+    others = compared.sums[is_other].mean(axis=0)
     excess = dict(zip(_NAMES, ((mine - others) / answer.steps).tolist(), strict=True))
     answer.slowest_by = max(_OWN, key=lambda name: excess[name])
     if excess[answer.slowest_by] < excess[_STEP] / 2:  # the extra time is not in any of the parts that are measured
@@ -286,6 +308,9 @@ def _judge(answer: RanksResponse, compared: _Compared) -> None:
 
 
 def _first(values: Times, noise_ms: float) -> int | None:
-    """Returns the place of the largest value, if it exceeds the second largest by more than the noise."""
-    first, second, *_ = np.argsort(-values, kind="stable").tolist()
+    """Returns the place of the largest value, if there is a second largest that it exceeds by more than the noise."""
+    known = np.flatnonzero(np.isfinite(values))
+    if len(known) < 2:
+        return None
+    first, second, *_ = known[np.argsort(-values[known], kind="stable")].tolist()
     return first if values[first] - values[second] > noise_ms else None

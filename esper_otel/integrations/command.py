@@ -29,7 +29,8 @@ def main(options: argparse.Namespace) -> int:
     from esper_otel.session.start import check_environment
 
     check_environment()
-    environ = dict(os.environ)
+    # The page, if one is asked for, is open now.
+    environ = {name: text for name, text in os.environ.items() if name.upper() != "ESPER_UI"}
     before = environ.get("PYTHONPATH")
     if before is not None:
         environ["ESPER_OTEL_PYTHONPATH"] = before

@@ -15,8 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
+from esper_otel.record.mistakes import Mistakes, spares_mistakes
 from esper_otel.session.start import start
-from esper_otel.session.telemetry import Telemetry, outcome_of
+from esper_otel.session.telemetry import Telemetry, check_results, outcome_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -31,6 +32,10 @@ else:
 __all__ = ["EsperCallback"]
 
 VALIDATION = {"loss": "val_loss", "accuracy": "val_acc"}
+
+
+def _mistakes_of(callback: EsperCallback) -> Mistakes | None:
+    return None if callback.telemetry is None else callback.telemetry.mistakes
 
 
 class EsperCallback(Callback):
@@ -48,7 +53,8 @@ class EsperCallback(Callback):
 
     Args:
         telemetry: an existing session, which its owner must close. By default, each fit starts a session and closes it.
-        metrics: names of values that the module logs, by step metric: ``{"accuracy": "train_acc"}``.
+        metrics: names of values that the module logs, by step metric: ``{"accuracy": "train_acc"}``. An unknown step
+            metric raises UnknownMetric when the fit starts.
         validation: names in ``trainer.callback_metrics``, by validation metric (``loss`` and ``accuracy``).
         arguments: passed to ``esper_otel.start``.
     """
@@ -68,6 +74,7 @@ class EsperCallback(Callback):
         self._is_ours = telemetry is None
         self._metrics = dict(metrics or {})
         self._validation = VALIDATION if validation is None else dict(validation)
+        check_results(self._validation)
         self._arguments = arguments
         self._resumed: Mapping[str, Any] | None = None
         self._hook: Any = None
@@ -101,6 +108,7 @@ class EsperCallback(Callback):
             self._hook.remove()
         self._hook = None
 
+    @spares_mistakes(_mistakes_of)
     def put(self, **values: Scalar | None) -> None:
         """Records step metrics, from ``training_step``: ``put(loss=loss)``.
 
@@ -114,7 +122,7 @@ class EsperCallback(Callback):
         if self._loop is None:
             return
         if self._trainer.global_step > self._steps:
-            self._later.update(values)
+            self._later.update(self._loop.checked(values))
         else:
             self._loop.put(values)
 
@@ -142,6 +150,7 @@ class EsperCallback(Callback):
                 logging.getLogger("esper_otel").warning("%s; averages start afresh", error)
             self._resumed = None
         self._begin(Loop(self.telemetry), trainer)
+        self._metrics = {name: key for name, key in self._metrics.items() if self._running.checked({name: None})}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Restores the step number of a resumed fit. A fit resumed within an epoch has no epoch start hook."""

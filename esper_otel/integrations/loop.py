@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper_otel.derive.gradients import gradient_norm
+from esper_otel.errors import MistakeError
 from esper_otel.record.device import scalar
 from esper_otel.session.telemetry import Telemetry
 
@@ -198,12 +199,32 @@ class Loop:
             UnknownMetric: a name is not declared.
             InvalidValue: a value is not a single number.
         """
-        names = self._telemetry._recorder.names  # noqa: SLF001 - same package
-        for name, value in names.resolved(values).items():
+        for name, value in self.checked(values).items():
             if value is None:
                 self._now.values.pop(name, None)
             else:
-                self._now.values[name] = scalar(name, value)
+                self._now.values[name] = value
+
+    def checked(self, values: Mapping[str, Any]) -> dict[str, float | Tensor | None]:
+        """Returns the numbers by their full names. If mistakes are not raised, notes them and leaves them out.
+
+        Raises:
+            UnknownMetric: a name is not declared.
+            InvalidValue: a value is not a single number.
+        """
+        try:
+            return self._numbers(values)
+        except MistakeError as error:
+            mistakes = self._telemetry.mistakes
+            if mistakes is None:
+                raise
+            good: dict[str, float | Tensor | None] = {}
+            mistakes.record_parts(error, lambda part: good.update(self._numbers(part)), values)
+            return good
+
+    def _numbers(self, values: Mapping[str, Any]) -> dict[str, float | Tensor | None]:
+        resolved = self._telemetry._recorder.names.resolved(values)  # noqa: SLF001 - same package
+        return {name: None if value is None else scalar(name, value) for name, value in resolved.items()}
 
     def stop(self) -> None:
         """The loop was left by ``break`` or an exception, which ends the current step."""

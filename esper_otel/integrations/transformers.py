@@ -21,7 +21,7 @@ from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
 from esper_otel.integrations.watch import unwrapped
 from esper_otel.session.start import start
-from esper_otel.session.telemetry import Telemetry, outcome_of
+from esper_otel.session.telemetry import Telemetry, check_results, outcome_of
 
 __all__ = ["EsperCallback"]
 
@@ -58,6 +58,7 @@ class EsperCallback(TrainerCallback):
         self.telemetry = telemetry
         self._is_ours = telemetry is None
         self._validation = VALIDATION if validation is None else dict(validation)
+        check_results(self._validation)
         self._arguments = arguments
         self._unfinished: str | None = None
         self._begin(None)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from signal import Signals
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Never, Self, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,6 +20,7 @@ from esper_otel.integrations.loader import Feed, follow, unfollow
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.steps import Steps
 from esper_otel.record.loaders import Loader, following, is_stand_in, of
+from esper_otel.record.mistakes import Mistakes, spares_mistakes
 from esper_otel.session.start import ended_well, start
 from esper_otel.session.telemetry import Telemetry, outcome_of
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
 
 Batch = TypeVar("Batch")
+
+
+def _mistakes_of(watch: Watch[Any]) -> Mistakes | None:
+    return watch._watching.telemetry.mistakes  # noqa: SLF001 - same module
 
 
 class Watch(Loader[Batch]):
@@ -52,6 +57,7 @@ class Watch(Loader[Batch]):
         self._watching.has_begun = True
         return super().__iter__()
 
+    @spares_mistakes(_mistakes_of)
     def put(self, **values: Scalar | None) -> None:
         """Records step metrics of the current step: ``put(loss=loss, accuracy=accuracy)``.
 
@@ -61,9 +67,10 @@ class Watch(Loader[Batch]):
         """
         self._watching.loop.put(values)
 
-    def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None) -> None:
+    @spares_mistakes(_mistakes_of)
+    def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None, **others: Never) -> None:
         """See ``Telemetry.validation``."""
-        self._watching.telemetry.validation(loss=loss, accuracy=accuracy)
+        self._watching.telemetry.validation(loss=loss, accuracy=accuracy, **others)
 
     def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
         """Records the last step and ends the session. Called automatically at interpreter exit."""
@@ -160,7 +167,7 @@ class WatchedLoop:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nothing more can be recorded: no step can follow, and nobody has this watch or its session.
+        """Whether nothing more can be recorded: no step can follow, and nothing refers to this watch or its session.
 
         Threads: any. It must not keep an object alive, not even for a moment: that thread would free it.
         """

@@ -61,10 +61,7 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
 
 
 def conclude(packet: messages.TelemetryPacket, step: int) -> None:
-    """Sets level, health and priority of a packet of events to those of its most urgent event.
-
-    An event's urgency is its attribute ``priority``. Without one, it is CRITICAL for the level CRITICAL, HIGH for
-    ERROR, and NORMAL for lower levels.
+    """Sets level, health and priority of a packet of events to those of its most urgent event; see ``priority_of``.
 
     Args:
         packet: a packet with at least one event.
@@ -76,8 +73,8 @@ def conclude(packet: messages.TelemetryPacket, step: int) -> None:
         priorities.MESSAGE_PRIORITY_HIGH: statuses.HEALTH_STATUS_UNHEALTHY,
         priorities.MESSAGE_PRIORITY_NORMAL: statuses.HEALTH_STATUS_DEGRADED,
     }
-    urgent = max(packet.events, key=_priority)
-    priority = _priority(urgent)
+    urgent = max(packet.events, key=priority_of)
+    priority = priority_of(urgent)
     health = packet.system_health
     health.status = status_of[priority]
     health.summary = urgent.description
@@ -86,7 +83,12 @@ def conclude(packet: messages.TelemetryPacket, step: int) -> None:
     packet.level = max(event.level for event in packet.events)
 
 
-def _priority(event: messages.TelemetryEvent) -> int:
+def priority_of(event: messages.TelemetryEvent) -> int:
+    """Returns an event's urgency, a number of ``MessagePriority``.
+
+    It is the attribute ``priority``. Without one, it is CRITICAL for the level CRITICAL, HIGH for ERROR, and NORMAL for
+    lower levels.
+    """
     priorities = messages.MessagePriority
     named = event.attributes.get("priority")
     if named is not None:

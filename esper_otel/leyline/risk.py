@@ -22,11 +22,14 @@ class Signal(NamedTuple):
 
     Attributes:
         name: the signal's name, such as ``hook_budget``.
-        level: ``WARN`` or ``HIGH``.
-        priority: a number of ``MessagePriority``: NORMAL for WARN, HIGH for HIGH.
+        level: how serious it is for this run: ``NOTE``, ``WARN`` or ``HIGH``. It is that of the rule, with one
+            exception: a busy CPU is only a ``NOTE`` in a run that trains on its CPU (see ``trains_on_gpu``).
+        priority: a number of ``MessagePriority``, as Tamiyo's rules give it: NORMAL for a rule of level WARN, HIGH for
+            one of level HIGH, on any device.
         reason: the value and the threshold that it exceeds.
         route: the decision of Tamiyo's rules after this signal and those before it: ``PAUSE`` or ``OPTIMIZER``. The
             route of a step's last signal is that of the step.
+        value: the value that exceeds the threshold; larger is worse, for every signal.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Signal(NamedTuple):
     priority: int
     reason: str
     route: str
+    value: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Rule:
         only_unrouted: whether the signal is omitted if an earlier signal has set a route.
         and_below: a second metric and its limit; the metric must be present and not above the limit.
         unless: the name of a signal that suppresses this one.
+        is_sampled: whether the metric is read about once a second, so that many steps may have the same reading.
+        only_note_on_cpu: whether the signal is only a ``NOTE`` in a run that trains on its CPU.
     """
 
     name: str
@@ -63,6 +69,8 @@ class Rule:
     only_unrouted: bool = False
     and_below: tuple[str, float] | None = None
     unless: str = ""
+    is_sampled: bool = False
+    only_note_on_cpu: bool = False
 
 
 LOSS_STEP = "loss step"
@@ -82,14 +90,20 @@ RULES = (
         *("device_pressure_high", "gpu_util_percent", 95.0, "HIGH", "PAUSE"),
         is_inclusive=True,
         and_below=("gpu_mem_free_gb", 0.2),
+        is_sampled=True,
     ),
     Rule(
         *("cpu_pressure_high", "cpu_util_percent", 95.0, "HIGH", "OPTIMIZER"),
         is_inclusive=True,
         only_unrouted=True,
         unless="device_pressure_high",
+        is_sampled=True,
+        only_note_on_cpu=True,
     ),
 )
+
+_BY_NAME = {rule.name: rule for rule in RULES}
+_OF_GPU = frozenset({"gpu_util_percent", "gpu_mem_free_gb", "gpu_mem_used_gb"})
 
 
 def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
@@ -136,8 +150,14 @@ def signals(
             reason += f", {other} {values[other]:.6g} up to {limit:g}"
         if rule.overrules or not route:
             route = rule.route
-        found[rule.name] = Signal(rule.name, rule.level, _priority(rule.level), reason, route)
+        found[rule.name] = Signal(rule.name, _level(rule, state), _priority(rule.level), reason, route, value)
     return tuple(found.values())
+
+
+def trains_on_gpu(state: messages.SystemStatePacket) -> bool:
+    """Whether the packet is of a run that trains on a GPU: by its device, or if that is unknown, by its metrics."""
+    device = state.hardware_context.device_type
+    return device != "cpu" if device else not _OF_GPU.isdisjoint(state.training_metrics)
 
 
 def with_signals(packets: Packets, found: tuple[Signal, ...]) -> Packets:
@@ -155,13 +175,40 @@ def with_signals(packets: Packets, found: tuple[Signal, ...]) -> Packets:
             events,
             signal.name,
             messages.TelemetryLevel.TELEMETRY_LEVEL_WARNING,
-            severity=signal.level.lower(),
+            severity="high" if signal.priority == messages.MessagePriority.MESSAGE_PRIORITY_HIGH else "warn",
             priority=messages.MessagePriority.Name(signal.priority),
             reason=signal.reason,
             route=signal.route,
         )
     conclude(events, packets.step)
     return replace(packets, telemetry=(*others, events))
+
+
+def signals_of(packets: Packets) -> tuple[Signal, ...]:
+    """Returns the signals that ``with_signals`` has added to the packets; values have six digits."""
+    events_id = packets.state.packet_id + _EVENTS_SUFFIX
+    return tuple(
+        _read(event, packets.state)
+        for packet in packets.telemetry
+        if packet.packet_id == events_id
+        for event in packet.events
+        if event.description in _BY_NAME
+    )
+
+
+def _read(event: messages.TelemetryEvent, state: messages.SystemStatePacket) -> Signal:
+    rule, said = _BY_NAME[event.description], event.attributes
+    reason = said.get("reason", "")
+    number = reason.removeprefix(f"{rule.metric} ").partition(" ")[0]
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    return Signal(rule.name, _level(rule, state), _priority(rule.level), reason, said.get("route", ""), value)
+
+
+def _level(rule: Rule, state: messages.SystemStatePacket) -> str:
+    return "NOTE" if rule.only_note_on_cpu and not trains_on_gpu(state) else rule.level
 
 
 def _priority(level: str) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
 from esper_otel.log import Warnings
+from esper_otel.oona.emergencies import Emergencies
 from esper_otel.oona.stream import EMERGENCY, STREAMS, StreamEntry, entries
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
 _TIMEOUT_S = 5.0
 _CURSOR_KEY = "esper_otel:oona:cursor:"
 _MOST_CURSORS = 50_000
+_MOST_RUNS = 1_000  # whose emergencies are followed
 # A tenant and a run may each use this many times the emergencies that are still free in the current minute.
 _TENANT_FACTOR, _RUN_FACTOR = 3, 2
 
@@ -59,6 +61,9 @@ class Publisher:
     A page of packets and the cursor after it are written to Redis in one transaction. If the connection is lost before
     the transaction is confirmed, the page is sent again. While Redis is unreachable, full, loading or denies access,
     nothing is lost that the source still has.
+
+    What goes on from step to step is an emergency only when it begins or escalates; see ``Emergencies``. A publisher
+    that was restarted does not know what its predecessor has announced, so it announces once more what still goes on.
 
     Args:
         source: the source of the packets.
@@ -95,6 +100,7 @@ class Publisher:
         self._ttl_ms = ttl_ms
         self._remembers = remembers
         self._cursors: dict[str, str | None] = {}
+        self._emergencies: OrderedDict[str, Emergencies] = OrderedDict()
         self._calls = _EmergencyBudget(self._source)
         self._trimmed_s = float("-inf")
         self._marks: deque[tuple[float, dict[str, _Id]]] = deque()
@@ -175,12 +181,18 @@ class Publisher:
             self._say_fault(error)
             return 0
 
-    def _entries(self, page: Page) -> list[StreamEntry]:
+    def _entries(self, page: Page, emergencies: Emergencies) -> list[StreamEntry]:
         """Returns the messages of a page. A step that cannot be converted is skipped, to not block later steps."""
         made = []
+        emergencies.expect(page)
         for packets in page:
             try:
-                made += entries(packets, self._secret)
+                found, urgent = entries(packets, self._secret), emergencies.of(packets)
+                ids = (packets.state.packet_id, *(packet.packet_id for packet in packets.telemetry))
+                made += [
+                    entry if packet_id in urgent else entry._replace(stream=entry.usual)
+                    for packet_id, entry in zip(ids, found, strict=True)
+                ]
             except Exception as error:  # noqa: BLE001 - see above
                 self.counts["lost"] += 1
                 self._say_fault(error)
@@ -218,7 +230,8 @@ class Publisher:
             )
         if not page:
             return 0
-        made = self._entries(page)
+        emergencies = self._of_run(run_id)
+        made = self._entries(page, emergencies)
         with self._redis.pipeline(transaction=True) as together:
             urgent = 0
             for entry in made:
@@ -231,11 +244,20 @@ class Publisher:
                 together.set(key, page.cursor, px=max(self._ttl_ms, 1) * 100)
             together.execute()
         self._calls.note(run_id, urgent)
+        emergencies.confirm()
         self._cursors[run_id] = page.cursor
         self.counts["published"] += len(made)
         self.counts["emergencies"] += urgent
         self.last_error = None
         return len(page)
+
+    def _of_run(self, run_id: str) -> Emergencies:
+        """Returns the emergencies of a run; those of the runs that published longest ago are forgotten."""
+        found = self._emergencies.pop(run_id, None) or Emergencies()
+        self._emergencies[run_id] = found
+        if len(self._emergencies) > _MOST_RUNS:
+            self._emergencies.popitem(last=False)
+        return found
 
     def _trim(self) -> None:
         """Trims entries older than ``ttl_ms`` by the monotonic clock: the clocks of Redis and this machine may jump."""

@@ -30,8 +30,9 @@ class StreamEntry(NamedTuple):
 def entries(packets: Packets, secret: str | None = None) -> list[StreamEntry]:
     """Converts a step's packets to messages: its state for ``oona.normal``, its telemetry for ``oona.telemetry``.
 
-    Messages of priority HIGH or CRITICAL go to ``oona.emergency`` instead: a step with a signal of that priority, an
-    UNHEALTHY seed, or an event of level CRITICAL.
+    Messages of priority HIGH or CRITICAL are for ``oona.emergency`` instead: a step with a signal of that priority, an
+    UNHEALTHY seed, or an event of level CRITICAL. Whether they go there depends on earlier steps too; see
+    ``Emergencies``.
 
     Args:
         packets: the step.

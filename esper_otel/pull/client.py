@@ -306,7 +306,7 @@ def raise_translated(error: Any, target: Target) -> NoReturn:
     reason = f"{error.code().name}: {error.details()}"
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         how = "without TLS" if target.credentials is None else "over TLS"
-        reason = f"nobody answers there, {how}, within {target.timeout_s:g} s"
+        reason = f"no gateway answered there, {how}, within {target.timeout_s:g} s"
     raise kind(f"gateway {target.address}: {reason}") from error
 
 

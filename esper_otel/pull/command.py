@@ -181,12 +181,16 @@ def _write_ranks(found: RunRanks, *, as_json: bool) -> None:
     _write_line(f"steps {found.first_step} to {found.last_step}, {len(found.ranks)} of {found.world_size} ranks")
     for row in found.ranks:
         named = (("step", row.step_latency_ms), ("input wait", row.input_wait_ms), ("cycle", row.cycle_ms))
-        times = [f"{name} {'none' if value is None else f'{value:.3f} ms'}" for name, value in named]
+        times = [f"{name} {_in_ms(value)}" for name, value in named]
         is_slowest = row.rank == found.slowest_rank
         mark = f"  <- the slowest, by {found.slowest_by}" if is_slowest else ""
         _write_line(f"rank {row.rank}  {'  '.join(times)}{mark}")
-    spreads = f"step {found.step_latency_spread_ms:.3f} ms, input wait {found.input_wait_spread_ms:.3f} ms"
+    spreads = f"step {_in_ms(found.step_latency_spread_ms)}, input wait {_in_ms(found.input_wait_spread_ms)}"
     _write_line(f"spread over the ranks: {spreads}")
+
+
+def _in_ms(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f} ms"
 
 
 def as_json(packets: Packets) -> dict[str, Any]:

@@ -15,15 +15,16 @@ class RankInfo:
         rank: rank of the process within the run.
         step_latency_ms: mean of the metric; None if no step has it.
         input_wait_ms: mean of the metric; None if no step has it.
-        cycle_ms: the wait for the batch plus the step.
-        own_ms: measured work that does not depend on other ranks: the wait for the batch, the hook, and finalizing.
+        cycle_ms: the wait for the batch plus the step, over the steps that have a step latency; None if none has it.
+        own_ms: measured work that does not depend on other ranks: the wait for the batch, the hook, and finalizing;
+            None if no step has any of these.
     """
 
     rank: int
     step_latency_ms: float | None
     input_wait_ms: float | None
-    cycle_ms: float
-    own_ms: float
+    cycle_ms: float | None
+    own_ms: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,11 @@ class RunRanks:
         first_step: the first of these steps; 0 if there are none.
         last_step: the last of these steps; 0 if there are none.
         ranks: each rank that has sent steps.
-        step_latency_spread_ms: largest minus smallest over the ranks, as a mean over the steps.
+        step_latency_spread_ms: largest minus smallest over the ranks, as a mean over the steps in which at least two
+            ranks have the metric; None if there is no such step.
         input_wait_spread_ms: the same for ``input_wait_ms``.
-        slowest_rank: the rank that stands out; None if none does by more than 5 % of a cycle and one millisecond.
+        slowest_rank: the rank that stands out; None if none does by more than 5 % of a cycle and one millisecond. A
+            rank whose times are missing is not compared.
         slowest_by: the metric in which it stands out; None if no rank does.
     """
 
@@ -54,8 +57,8 @@ class RunRanks:
     first_step: int
     last_step: int
     ranks: tuple[RankInfo, ...]
-    step_latency_spread_ms: float
-    input_wait_spread_ms: float
+    step_latency_spread_ms: float | None
+    input_wait_spread_ms: float | None
     slowest_rank: int | None
     slowest_by: str | None
 
@@ -70,14 +73,23 @@ def run_ranks(response: RanksResponse) -> RunRanks:
         first_step=response.first_step,
         last_step=response.last_step,
         ranks=tuple(map(_rank_info, response.ranks)),
-        step_latency_spread_ms=response.step_latency_spread_ms,
-        input_wait_spread_ms=response.input_wait_spread_ms,
+        step_latency_spread_ms=_number(response, "step_latency_spread_ms"),
+        input_wait_spread_ms=_number(response, "input_wait_spread_ms"),
         slowest_rank=response.slowest_rank if has_slowest else None,
         slowest_by=response.slowest_by if has_slowest else None,
     )
 
 
 def _rank_info(row: Rank) -> RankInfo:
-    step_ms = row.step_latency_ms if row.HasField("step_latency_ms") else None
-    wait_ms = row.input_wait_ms if row.HasField("input_wait_ms") else None
-    return RankInfo(row.rank, step_ms, wait_ms, row.cycle_ms, row.own_ms)
+    return RankInfo(
+        row.rank,
+        _number(row, "step_latency_ms"),
+        _number(row, "input_wait_ms"),
+        _number(row, "cycle_ms"),
+        _number(row, "own_ms"),
+    )
+
+
+def _number(message: Rank | RanksResponse, name: str) -> float | None:
+    number: float | None = getattr(message, name) if message.HasField(name) else None
+    return number

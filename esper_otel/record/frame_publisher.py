@@ -89,7 +89,7 @@ class Deriving(Protocol):
 
 
 class Counters:
-    """Counts of faults and odd values in one session, beside those of ``Tally``. One thread writes, any reads."""
+    """Counts of faults and odd values in one session that ``Tally`` does not count. One thread writes, any reads."""
 
     def __init__(self) -> None:
         self.failed: int = 0

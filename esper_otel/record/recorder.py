@@ -26,6 +26,7 @@ from esper_otel.record.values import (
 
 if TYPE_CHECKING:
     from esper_otel.leyline.messages import SystemStatePacket
+    from esper_otel.record.mistakes import Mistakes
     from esper_otel.record.names import Names
 
 # Values known only when the step has ended. A state requested inside the step uses those of the previous step.
@@ -53,6 +54,9 @@ class Recorder:
     """Takes the values that a trainer records and hands one draft per step to the publisher.
 
     Threads: one thread, called the recording thread.
+
+    Attributes:
+        mistakes: notes the mistakes of the program; None if they are raised.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Recorder:
         probing: Probing | None,
         to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
+        mistakes: Mistakes | None = None,
     ) -> None:
         self.publisher = publisher
         self.names: Names = publisher.names
@@ -71,6 +76,7 @@ class Recorder:
         self.open_step: OpenStep | None = None
         self.next_step: NextStep = NextStep()
         self.gradient_math = gradient_math
+        self.mistakes = mistakes
         self._probing = probing
         self._to_state = to_state
         self._columns = SeedColumns(publisher.is_settled)

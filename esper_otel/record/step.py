@@ -80,7 +80,8 @@ class Step(OpenStep):
             return False
         if sys.version_info >= (3, 14):
             return True
-        return any(getattr(holder, "__func__", None) is Step.__exit__ for holder in gc.get_referrers(self))
+        leave = type(self).__exit__
+        return any(getattr(holder, "__func__", None) is leave for holder in gc.get_referrers(self))
 
     def put(self, mapping: Mapping[str, Scalar | None] | None = None, /, **values: Scalar | None) -> None:
         """Records step metrics by name. Dotted names must be given in the mapping. A name's last value counts.

@@ -20,7 +20,7 @@ _TURN_S = 1.0
 
 
 class Tally:
-    """Looks through the rows of a ring twice a second, and says once a minute which values are out of range.
+    """Checks the rows of a ring twice a second, and warns at most once a minute about values that are out of range.
 
     Such values are kept as they are. Threads: any; a row is counted once.
 
@@ -72,7 +72,7 @@ class Tally:
                     break
                 self._counted = block.last
                 self._count(block)
-        except Exception as error:  # noqa: BLE001 - whoever asks for the counts must not be harmed
+        except Exception as error:  # noqa: BLE001 - a fault here must not reach the caller, who only asks for counts
             self._counted = self._ring.last
             self._fault("counting values", error)
         finally:

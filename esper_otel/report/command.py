@@ -57,7 +57,8 @@ def main(options: argparse.Namespace) -> int:
     found = findings(recording) + ([] if other is None else compared(recording, other))
     for each in found:
         _say(each.question)
-        _say(f"  {each.answer}")
+        for line in (each.answer, *each.lines):
+            _say(f"  {line}")
     _say(f"the page is {html}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from typing import NamedTuple
 from esper_otel.frames.frame import FINE
 from esper_otel.frames.numbers import finite
 from esper_otel.leyline import messages
-from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, signals
+from esper_otel.leyline.episodes import Episode, Episodes
+from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, signals
 from esper_otel.report.recording import Recording, Row, names_of
 from esper_otel.schema import METRICS, Stage
 
@@ -21,6 +23,8 @@ _BEFORE = 10
 _FEWEST = 3
 _SELDOM = 0.1
 _MOST_NAMES = 12
+_MOST_LINES = 20
+_LEVELS = ("HIGH", "WARN", "NOTE")
 _TIMES_THE_NOISE = 3
 _LATENCY_BUDGET_MS = 10.0
 
@@ -39,26 +43,51 @@ class Finding(NamedTuple):
         answer: the answer, in a sentence or two.
         is_bad: whether the answer means that something is wrong.
         step: the step that it is about.
+        lines: the rest of the answer, one line for each item.
     """
 
     question: str
     answer: str
     is_bad: bool = False
     step: int | None = None
+    lines: tuple[str, ...] = ()
 
 
 def findings(recording: Recording) -> list[Finding]:
-    """Returns the findings about the end, what went wrong, the loss, the time, and the seeds; in this order."""
+    """Returns findings about the end, what went wrong, signals, the loss, the time, and the seeds, in this order."""
     if not recording.rows:
         return [Finding("What was recorded?", "No step was recorded.", True)]
     bad = first_bad(recording)
     return [
         _end(recording),
         _first_bad(recording, bad),
+        _raised(recording),
         _learning(recording),
         _slowest(recording),
         _seed(recording, bad),
     ]
+
+
+def episodes(recording: Recording) -> tuple[Episode, ...]:
+    """Returns the episodes of the recording's risk signals: the most serious ones first, otherwise by their steps."""
+    found = Episodes()
+    for row, raised in zip(recording.rows, _signals(recording), strict=True):
+        found.note(row.step, raised, time_s=row.unix_s)
+    if recording.ended:
+        found.end()
+    return tuple(sorted(found.all(), key=lambda each: _LEVELS.index(each.level)))
+
+
+@lru_cache(maxsize=1)  # several findings need them
+def _signals(recording: Recording) -> tuple[tuple[Signal, ...], ...]:
+    """Returns the risk signals of each row."""
+    found = []
+    loss_before: float | None = None
+    for row in recording.rows:
+        values = row.values
+        found.append(signals(_packet(values, recording.device), loss_before=loss_before))
+        loss_before = values.get("loss", loss_before)
+    return tuple(found)
 
 
 def first_bad(recording: Recording) -> tuple[int, str] | None:
@@ -67,12 +96,11 @@ def first_bad(recording: Recording) -> tuple[int, str] | None:
     A loss that is not finite takes precedence, then a step that raised an exception, then a signal that pauses the run
     and is unusual for it. Signals that occur all through a run, such as for steps of half a second, do not count.
     """
-    loss_before: float | None = None
     failed: tuple[int, str] | None = None
     alarm: tuple[int, str] | None = None
     before: deque[Mapping[str, float]] = deque(maxlen=_BEFORE)
     seen: Counter[str] = Counter()
-    for place, row in enumerate(recording.rows):
+    for place, (row, raised) in enumerate(zip(recording.rows, _signals(recording), strict=True)):
         values = row.values
         loss = values.get("loss")
         if loss is not None and not math.isfinite(loss):
@@ -82,14 +110,12 @@ def first_bad(recording: Recording) -> tuple[int, str] | None:
             )
         if failed is None and values.get("esper.step.failed"):
             failed = place, "it raised an exception"
-        found = [each for each in signals(_packet(values), loss_before=loss_before) if each.name in _ALARMS]
+        found = [each for each in raised if each.name in _ALARMS]
         for signal in found:
             if alarm is None and _is_unusual(_ALARMS[signal.name], values, before, seen[signal.name] / (place or 1)):
                 alarm = place, f"{signal.name}: {signal.reason}"
         seen.update(signal.name for signal in found)
         before.append(values)
-        if loss is not None:
-            loss_before = loss
     return failed or alarm
 
 
@@ -129,11 +155,12 @@ def _is_unusual(
     return values[metric] > 2 * median(known)
 
 
-def _packet(values: Mapping[str, float]) -> messages.SystemStatePacket:
+def _packet(values: Mapping[str, float], device: str) -> messages.SystemStatePacket:
     """Makes a packet with only the fields that the risk table reads."""
     known = {_KEYS.get(name, name): value for name, value in values.items() if finite(value) is not None}
     loss = known.get("loss", known.get("training_loss", 0.0))
-    return messages.SystemStatePacket(training_metrics=known, validation_loss=loss)
+    hardware = messages.HardwareContext(device_type=device)
+    return messages.SystemStatePacket(training_metrics=known, validation_loss=loss, hardware_context=hardware)
 
 
 def _end(recording: Recording) -> Finding:
@@ -163,6 +190,19 @@ def _first_bad(recording: Recording, bad: tuple[int, str] | None) -> Finding:
             times = f"{known[-1] / usual:.3g} times its usual value" if usual > 0 else f"usually {usual:.4g}"
             answer += f" {name} was {known[-1]:.4g} in the step before, {times}."
     return Finding(question, answer, True, row.step)
+
+
+def _raised(recording: Recording) -> Finding:
+    question = "Which risk signals were raised?"
+    found = episodes(recording)
+    if not found:
+        return Finding(question, "None.")
+    counts = Counter(each.level.lower() for each in found)
+    levels = ", ".join(f"{counts[level]} {level}" for level in map(str.lower, _LEVELS) if counts[level])
+    lines = [f"{each.level.lower()}: {each}" for each in found[:_MOST_LINES]]
+    if len(found) > _MOST_LINES:
+        lines.append(f"and {len(found) - _MOST_LINES} more")
+    return Finding(question, f"Episodes: {levels}.", step=found[0].first, lines=tuple(lines))
 
 
 def _learning(recording: Recording) -> Finding:

@@ -108,10 +108,10 @@ def _shown(text: object) -> str:
 
 
 def _answers(found: Iterable[Finding]) -> str:
-    rows = [
-        f"<dt>{_shown(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{_shown(each.answer)}</dd>"
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        answer = "<br>".join(map(_shown, (each.answer, *each.lines)))
+        rows.append(f"<dt>{_shown(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{answer}</dd>")
     return f"<dl>{''.join(rows)}</dl>"
 
 

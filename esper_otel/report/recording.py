@@ -91,6 +91,7 @@ class Recording:
         ended: how it ended; empty when it has not ended or this is not known.
         rows: the steps.
         source: identifies the recording uniquely; usable as a file name.
+        device: type of the device that trains, such as ``cuda``; empty if it is not known.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Recording:
     ended: str
     rows: tuple[Row, ...]
     source: str
+    device: str = ""
 
     @property
     def title(self) -> str:
@@ -123,8 +125,9 @@ def of_file(path: Path) -> Recording:
         for row in content
     )
     source = _clean_text(path.name.removesuffix(blackbox.SUFFIX))
+    device = str(head.get("device", "")).partition(":")[0]
     return Recording(
-        _clean_text(head["run_id"]), head["rank"], head["attempt"], _clean_text(head["reason"]), rows, source
+        _clean_text(head["run_id"]), head["rank"], head["attempt"], _clean_text(head["reason"]), rows, source, device
     )
 
 
@@ -150,20 +153,22 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         ConfigurationError: the rank has no steps.
     """
     found: dict[int, Row] = {}
-    attempt = -1
+    attempt, device = -1, ""
     for packets in _pulled(client, run_id, rank):
         if packets.attempt > attempt:
             attempt = packets.attempt
             found.clear()
         if packets.attempt == attempt:
             found[packets.state.timestamp_ns] = _row(packets)  # a later revision replaces an earlier one
+            device = packets.state.hardware_context.device_type or device
     if not found:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
     mine = [run for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
     ended = [run.ended or run.run_ended or "" for run in mine]
     rows = [row for _, row in sorted(found.items())]
     source = blackbox.file_stem(run_id, rank, attempt)
-    return Recording(_clean_text(run_id), rank, attempt, _clean_text(ended[0]) if ended else "", tuple(rows), source)
+    outcome = _clean_text(ended[0]) if ended else ""
+    return Recording(_clean_text(run_id), rank, attempt, outcome, tuple(rows), source, device)
 
 
 def _pulled(client: TamiyoClient, run_id: str, rank: int) -> Iterator[Packets]:

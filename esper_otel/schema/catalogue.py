@@ -42,7 +42,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         window="The step's batch.",
         error="None.",
         cost=_PUT,
-        rise="The model gets more of the batch right.",
+        rise="The model classifies more of the batch correctly.",
     ),
     Metric(
         "gradient_norm",
@@ -50,11 +50,11 @@ STEP_METRICS: tuple[Metric, ...] = (
         "L2 norm over all gradients of the model together.",
         source="now.gradients(model): the square root of the sum of squares over every parameter's gradient.",
         present="When now.gradients is called or the trainer records it.",
-        misleads="It is taken where now.gradients() is called; before and after clipping, it differs.",
+        misleads="It is measured where now.gradients() is called: before clipping it is another value than after it.",
         window="Where now.gradients() is called, once a step.",
         error="As in torch.nn.utils.clip_grad_norm_; half precision is summed in float32; with FSDP1, of the shard.",
         cost="One fused pass over the gradients; on CUDA two kernel launches per dtype, without waiting.",
-        rise="Larger updates: a hard batch, a learning rate that is too high, or a run on its way to NaN.",
+        rise="Larger updates: a hard batch, a learning rate that is too high, or a run that is about to reach NaN.",
     ),
     Metric(
         "samples_per_s",
@@ -62,7 +62,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         "Training samples per second of the whole cycle, waiting for input included.",
         source="samples / (input_wait_ms + step_latency_ms); without batches(), since the end of the last step.",
         present="When the step is given samples=.",
-        misleads="On a GPU, the rate at which work is enqueued, until the queue is full or something synchronises.",
+        misleads="On a GPU it is the rate at which work is queued, unless the queue is full or the step synchronises.",
         window="One cycle: the wait for the batch and the step.",
         error="That of the two durations: a few microseconds.",
         cost=_CLOCK,
@@ -138,7 +138,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         gated=True,
         source=_DERIVED,
         present="From the second finite loss on. " + _PAIRED,
-        misleads="After a gap, it spans the gap.",
+        misleads="If steps without a finite loss lie between the two losses, it is the change over all of them.",
         window="This step, and the last one before it that had a finite loss.",
         error=_FLOAT,
         cost=_DERIVED_COST,
@@ -207,8 +207,8 @@ STEP_METRICS: tuple[Metric, ...] = (
         misleads="With two sources, only 0 and 1 are possible.",
         window="The step's sources.",
         error="Where float32 could give the wrong sign, inner products are computed in float64; no sampling.",
-        cost="8 x 10 M elements take 56 ms of one CPU thread; on CUDA, matrix products, without waiting.",
-        rise="More sources pull against each other.",
+        cost="8 sources with 10 M elements take 56 ms of a CPU thread; on CUDA, matrix products, without waiting.",
+        rise="More gradients point in opposite directions.",
     ),
     Metric(
         "input_wait_ms",
@@ -277,7 +277,7 @@ STEP_METRICS: tuple[Metric, ...] = (
         window="NVML's own, 1/6 s to 1 s long, sampled every probe_period_s.",
         error="One percentage point; the sample is up to three periods old.",
         cost=_PROBE,
-        rise="The GPU idles less.",
+        rise="The GPU is idle for less of the time.",
     ),
     Metric(
         "cpu_util_percent",
@@ -307,7 +307,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         window="The step.",
         error="None: a whole number.",
         cost=_ROW,
-        rise="The seed has moved on in its life; stages from 9 on are its end.",
+        rise="The seed has reached a later stage of its life; the stages from 9 on are the last ones.",
     ),
     Metric(
         "kasmina.seed.alpha",
@@ -400,7 +400,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         window="The step.",
         error="As recorded.",
         cost=_ROW,
-        rise="Host and seed pull more in the same direction; below 0, they pull against each other.",
+        rise="The two gradients point more in the same direction; below 0, they point in opposite directions.",
     ),
     Metric(
         "kasmina.seed.isolation.host_norm",
@@ -414,7 +414,7 @@ SEED_METRICS: tuple[Metric, ...] = (
         window="The step.",
         error="As recorded.",
         cost=_ROW,
-        rise="The host's gradient where the seed sits is larger.",
+        rise="The host's gradient at the seed's place is larger.",
     ),
     Metric(
         "kasmina.seed.isolation.seed_norm",
@@ -439,16 +439,16 @@ OWN_STEP: tuple[Metric, ...] = (
     Metric(
         "esper.seeds.digest",
         "1",
-        "Which seeds are live, as one number: a receiver checks with it what it believes.",
+        "A checksum of the ids of all live seeds: a receiver compares it with that of the seeds it knows.",
         key="",
         source="Exclusive or, over the live seeds, of the first six bytes of the SHA-256 of the id; 0 without seeds.",
         present="In every frame.",
-        misleads="A number, but not a quantity: it only matters whether two of them are equal.",
+        misleads="A number, but not a quantity: all that matters is whether two of them are equal.",
     ),
     Metric(
         "esper.training.loss",
         "loss",
-        "The last finite training loss; a controller that subtracts losses never sees a gap.",
+        "The last finite training loss, so that a controller can subtract the losses of any two packets.",
         key="training_loss",
         present="From the first finite loss on.",
         misleads="It repeats an old loss while the loss is missing or not finite.",
@@ -472,7 +472,7 @@ OWN_STEP: tuple[Metric, ...] = (
     Metric(
         "esper.epochs.total",
         "count",
-        "Epochs that the run is planned to take.",
+        "Planned number of epochs.",
         key="epochs_total",
         present="In every frame when start(epochs=...) was given.",
     ),
@@ -486,7 +486,7 @@ OWN_STEP: tuple[Metric, ...] = (
     Metric(
         "esper.optimizer.index",
         "1",
-        "Which of several optimizers made the step, from 0 in the order in which they came.",
+        "Number of the optimizer that made the step, from 0, in the order in which they were first seen.",
         key="",
         present="In steps of loops with several optimizers, under watch and esper-otel run.",
     ),
@@ -501,14 +501,14 @@ OWN_STEP: tuple[Metric, ...] = (
     Metric(
         "esper.step.failed",
         "flag",
-        "1 when the step raised; its frame holds what had been recorded by then.",
+        "1 when the step raised an exception; its frame contains the values recorded before that.",
         key="",
         present="Only in failed steps.",
     ),
     Metric(
         "esper.steps.backwards",
         "count",
-        "How often this attempt was given a step number that was not above the highest before.",
+        "How often this attempt recorded a step number that was not higher than all numbers before it.",
         key="",
         present="From the first such step on.",
     ),
@@ -550,7 +550,7 @@ FRAME_SEQUENCE = Metric(
 FRAME_POINTS = Metric(
     "esper.frame.points",
     "count",
-    "Points that carry the frame's time, this one included.",
+    "Number of points with the frame's time, including this one.",
     key="",
     present="In every frame sent over OTLP.",
 )
@@ -559,10 +559,10 @@ FRAME_POINTS = Metric(
 SEED_RETIRED = Metric(
     "esper.seed.retired",
     "flag",
-    "1 when the seed's life ended after the frame before; its other points in the frame begin a new life.",
+    "1 when the seed was retired after the previous frame; its other points in this frame begin a new life.",
     level="seed",
     present="In the frame after the retirement, sent over OTLP.",
-    misleads="An event: a single point whose series is not ended, so a database shows it until its look-back is over.",
+    misleads="It is an event, one point whose series is not ended: a database shows it until its look-back is over.",
 )
 
 OWN_SEED: tuple[Metric, ...] = (
@@ -571,20 +571,20 @@ OWN_SEED: tuple[Metric, ...] = (
     Metric("esper.seed.age_epochs", "count", "Epochs since the seed germinated.", level="seed"),
     Metric("esper.seed.risk_score", "1", "Risk that the seed's owner assigns to it.", level="seed"),
     Metric("esper.seed.gradient_norm", "grad", "L2 norm of the seed's own gradients.", level="seed"),
-    Metric("esper.seed.alpha_total_steps", "count", "Steps that blending is planned to take.", level="seed"),
+    Metric("esper.seed.alpha_total_steps", "count", "Planned number of blending steps.", level="seed"),
     Metric("esper.seed.alpha_temperature", "1", "Temperature of the blending schedule.", level="seed"),
     Metric("esper.seed.risk_tolerance", "1", "Risk above which the seed is to be culled.", level="seed"),
     Metric(
         "esper.seed.blend_allowed",
         "flag",
-        "1 when the seed may blend; where it is not recorded a packet says 1 in stages 4 to 7.",
+        "1 when the seed may blend; if it is not recorded, packets contain 1 in the stages 4 to 7.",
         level="seed",
     ),
 )
 
 SESSION: tuple[Metric, ...] = (
     Metric("esper.steps", "count", "Steps published.", kind="counter", level="session"),
-    Metric("esper.steps.failed", "count", "Steps that raised.", kind="counter", level="session"),
+    Metric("esper.steps.failed", "count", "Steps that raised an exception.", kind="counter", level="session"),
     Metric(
         "esper.values.nonfinite",
         "count",
@@ -609,9 +609,17 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.errors.internal",
         "count",
-        "Faults of the telemetry itself, from which training was protected.",
+        "Faults in the telemetry itself; training continued.",
         kind="counter",
         level="session",
+    ),
+    Metric(
+        "esper.mistakes",
+        "count",
+        "Mistakes of the training program in recording, such as unknown metrics, which were left out.",
+        kind="counter",
+        level="session",
+        present="With ESPER_ON_MISTAKE=warn; otherwise mistakes are raised.",
     ),
     Metric("esper.frames.recorded", "count", "Frames published.", kind="counter", level="session"),
     Metric(
@@ -663,7 +671,7 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.seeds.unshown",
         "count",
-        "Seeds of the newest step that a MeterProvider's readers do not show, because it has no room for more ids.",
+        "Seeds of the newest step that a MeterProvider's readers do not show, because it has reached its limit of ids.",
         level="session",
         present="Only in readers of a MeterProvider: steps sent over OTLP contain all seeds.",
     ),
@@ -671,7 +679,7 @@ SESSION: tuple[Metric, ...] = (
     Metric(
         "esper.run.ended",
         "flag",
-        "1 when the run has ended; the attribute outcome says how: completed, an exception's type, SIGTERM, or exit.",
+        "1 when the run has ended; the attribute outcome is completed, an exception's type, SIGTERM, or exit.",
         level="session",
         split_by="outcome",
     ),

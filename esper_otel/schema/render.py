@@ -1,4 +1,4 @@
-"""Renders METRICS.md, the README's tables and the rows of ``esper-otel schema`` from the catalogue."""
+"""Renders METRICS.md, the tables of metrics in docs/ and the rows of ``esper-otel schema`` from the catalogue."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def _entry(metric: Metric) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme_table() -> str:
-    """Returns the README's tables of the original request's 31 metrics."""
+def request_tables() -> str:
+    """Returns the two tables of the 31 metrics that were asked for first, as docs/reference/metrics.md shows them."""
     heads = ("metric", "unit", "gated", "needs", "meaning")
     return "\n".join(
         (

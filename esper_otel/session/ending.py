@@ -179,8 +179,11 @@ def outcome_of_process() -> str:
       main module raised ``SystemExit`` with status 0, as in ``raise SystemExit(main())``.
     - The name of the uncaught exception, if there was one.
     - ``SystemExit``: the program ended in one of these ways with another status.
-    - ``exit``: the program ended in a way that hides the status, such as ``raise SystemExit`` inside a function.
+    - ``exit``: the program ended in a way that hides the status, such as ``raise SystemExit`` inside a function. A
+      notebook or a prompt always does: its exceptions and interrupts end a cell.
     """
+    if is_interactive():
+        return "exit"
     if _exits.has_run_to_end():
         return "completed"
     # The interpreter sets it when it has printed the traceback of an uncaught exception.
@@ -191,9 +194,17 @@ def outcome_of_process() -> str:
         return "SystemExit" if status else "completed"
     if is_of_ipython and uncaught is None:
         return "completed"
-    if hasattr(sys, "ps1") and not is_of_ipython:  # a notebook or a prompt: exceptions end a cell, not the process
-        return "exit"
     return "exit" if uncaught is None else str(uncaught.__name__)
+
+
+def is_interactive() -> bool:
+    """Whether this is a notebook or a prompt, where exceptions end a cell and not the process."""
+    return hasattr(sys, "ps1") and not _is_script_of_ipython()
+
+
+def live_sessions() -> list[LiveSession]:
+    """Returns the sessions that are watched and not closed."""
+    return list(_live)
 
 
 def _is_script_of_ipython() -> bool:

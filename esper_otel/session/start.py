@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.metrics import MeterProvider
@@ -17,7 +18,7 @@ from esper_otel import leyline
 from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
-from esper_otel.errors import InvalidCatalogue
+from esper_otel.errors import ConfigurationError, InvalidCatalogue
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.instruments import Instruments, instruments_of
@@ -25,6 +26,7 @@ from esper_otel.export.opening import open_exporter
 from esper_otel.export.provider import OwnProvider, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
+from esper_otel.export.variables import warn as ignored
 from esper_otel.frames.black_box import BlackBox
 from esper_otel.frames.frame import FINE, UNKNOWN_ATTEMPT, Frame, Run
 from esper_otel.frames.ring import Ring
@@ -36,19 +38,32 @@ from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
 from esper_otel.record.device import device_name
 from esper_otel.record.frame_publisher import FramePublisher
+from esper_otel.record.mistakes import Mistakes
 from esper_otel.record.names import Names
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
-from esper_otel.session.ending import forget, outcome_of_process, watch
-from esper_otel.session.identity import Agreement, agreement_for, identify
+from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
+from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
+from esper_otel.session.live_page import show_the_way, wait_for_page
+from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
-from esper_otel.settings import EsperSettings, signal_names
+from esper_otel.settings import EsperSettings, signal_names, unknown_variables
 
 if TYPE_CHECKING:
     import torch
 
 _STALE_AFTER_NS = 300 * 1_000_000_000
+_NO_RUN_ID = (
+    "the %d ranks have no common run id, so each is a run of its own, this one %s: call "
+    "torch.distributed.init_process_group before the first step, give start(run_id=...), or set ESPER_RUN_ID on every "
+    "rank"
+)
+_NO_ATTEMPT = (
+    "the %d ranks of run %s have no means to agree on one attempt, so each uses its own: call "
+    "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same whole number on "
+    "every rank, and to a larger one at each launch"
+)
 
 
 def start(
@@ -64,8 +79,11 @@ def start(
     processors: Iterable[Processor] = (),
     meter_provider: MeterProvider | None = None,
     export_steps: bool | None = None,
+    ui: bool | None = None,
 ) -> Telemetry:
     """Starts telemetry for one training run. The session that it returns is also a context manager.
+
+    In a notebook or at a prompt, a session that this thread has left open is closed first. Programs may have several.
 
     Args:
         run_id: name of the run, the same after a resume and on every rank. By default it is taken from
@@ -83,13 +101,17 @@ def start(
             readers then export the instruments, and steps are sent only with ``export_steps=True``. Seeds beyond the
             SDK's cardinality limit are placed in additional scopes; a limit that you have set is kept, with a warning.
         export_steps: whether to send every step over OTLP; by default according to ``OTEL_METRICS_EXPORTER``.
+        ui: whether to open the live page, which shows this run in the browser, for notebooks and first tries. Unless
+            it is already open, ``esper-otel ui`` is started as a process of its own, which stays as long as it is
+            used; closing a short run waits until the page answers, 20 s at most. By default ``ESPER_UI``, which is
+            false. Ranks other than 0 open none.
 
     Raises:
         MistakeError: an argument is invalid.
         ConfigurationError: a setting or environment variable is invalid.
     """
     session = _Session(
-        settings=EsperSettings() if settings is None else settings,
+        settings=_settings_of_environment() if settings is None else settings,
         identity={"run_id": run_id, "experiment": experiment, "rank": rank, "world_size": world_size},
         device=device,
         epochs=epochs,
@@ -97,6 +119,7 @@ def start(
         processors=tuple(processors),
         meter_provider=meter_provider,
         export_steps=export_steps,
+        ui=ui,
     )
     return session.telemetry
 
@@ -104,14 +127,26 @@ def start(
 def check_environment() -> None:
     """Reads the settings for a session that will be started later, with the warnings and errors of ``start``.
 
+    Opens the live page, too, if the environment asks for it.
+
     Raises:
         ConfigurationError: a setting or environment variable is invalid.
     """
-    settings = EsperSettings()
+    settings = _settings_of_environment()
     configured(settings.risk_thresholds)
     exporters = exporters_for(has_provider=False, export_steps=None)
-    if exporters.steps:
-        open_sender(endpoint_from_environment(protocol=exporters.protocol), settings.token_file).close()
+    endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
+    if endpoint is not None:
+        open_sender(endpoint, settings.token_file).close()
+    rank = 0 if os.environ.get("RANK", "0") == "0" else 1
+    show_the_way(endpoint, rank, wants_page=settings.ui, waits=True)
+
+
+def _settings_of_environment() -> EsperSettings:
+    """Returns the settings; warns of variables that look like settings and are not."""
+    for message in unknown_variables():
+        ignored(message)
+    return EsperSettings()
 
 
 class _Session:
@@ -128,16 +163,20 @@ class _Session:
         processors: Sequence[Processor],
         meter_provider: MeterProvider | None,
         export_steps: bool | None,
+        ui: bool | None,
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
         self.rules = configured(settings.risk_thresholds)
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
+        self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
         run, self._agreement = _identified(identity)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
         exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
+        if has_provider or exporters.readers:
+            self._check_run_id(run)
         endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
 
         self._resource_of = resources()
@@ -156,13 +195,7 @@ class _Session:
         self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
         self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
-        self._recorder = Recorder(
-            self._publisher,
-            clock=Clock(),
-            probing=self._sampler,
-            to_state=leyline.state,
-            gradient_math=_gradient_math,
-        )
+        self._recorder = self._opened_recorder()
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
@@ -174,10 +207,30 @@ class _Session:
         certain = self._resource_of(self._certain(run))
         self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
         self._instruments = self._attached(meter_provider, names.entries.values())
-        self.telemetry = Telemetry(self._recorder, self)
+        self.telemetry = telemetry_of(self._recorder, self)
         self._process_id = os.getpid()
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
+        show_the_way(endpoint, run.rank, wants_page=settings.ui if ui is None else ui)
+
+    def _opened_recorder(self) -> Recorder:
+        return Recorder(
+            self._publisher,
+            clock=Clock(),
+            probing=self._sampler,
+            to_state=leyline.state,
+            gradient_math=_gradient_math,
+            mistakes=self._mistakes,
+        )
+
+    def _check_run_id(self, run: Run) -> None:
+        """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
+        if self._agreement is not None and self._agreement.lacks_run_id:
+            raise ConfigurationError(
+                f"{run.world_size} ranks without a common run id, which readers need from the start: give "
+                "start(run_id=...) or set ESPER_RUN_ID on every rank, or call "
+                "torch.distributed.init_process_group before start()"
+            )
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """Returns the provider's instruments, attached to this session."""
@@ -230,30 +283,32 @@ class _Session:
         return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
 
     def _with_agreed_attempt(self, run: Run) -> Run:
-        """Returns the run with the attempt that its ranks agree on. Called at the first step, the last opportunity."""
+        """Returns the run with what its ranks agree on. Called at the first step, the last opportunity."""
         agreement = self._agreement
-        attempt = None
-        if agreement is not None:
-            if agreement.lacks_torch:
-                with suppress(ImportError):
-                    _gradient_math()  # imports torch, which contains the store's client
-            attempt = agreement.by_store()
-            attempt = agreement.without_store() if attempt is None else attempt
+        if agreement is None:
+            return run
+        if agreement.lacks_torch:
+            with suppress(ImportError):
+                _gradient_math()  # imports torch, which contains the store's client
+        if agreement.lacks_run_id:
+            run_id = agreement.run_id_by_store(run.run_id)
+            if run_id is None:
+                self._warnings.say("run id", _NO_RUN_ID, run.world_size, run.run_id)
+                return run
+            run = replace(run, run_id=run_id)
+            announce("agreed", f"run {run_id}, rank {run.rank} of {run.world_size}")
+        attempt = agreement.by_store()
+        attempt = agreement.without_store() if attempt is None else attempt
         if attempt is None:
-            self._warnings.say(
-                "attempt",
-                "the %d ranks of run %s have no means to agree on one attempt, so each uses its own: call "
-                "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same "
-                "whole number on every rank, and to a larger one at each launch",
-                run.world_size,
-                run.run_id,
-            )
+            self._warnings.say("attempt", _NO_ATTEMPT, run.world_size, run.run_id)
             return run
         return replace(run, attempt=attempt)
 
     def _describe(self, endpoint: Endpoint | None, off: str, unfollowed: Sequence[str]) -> str:
         run = self._publisher.run
-        parts = [f"run {run.run_id}", f"rank {run.rank} of {run.world_size}"]
+        is_open = self._agreement is not None and self._agreement.lacks_run_id
+        name = "its ranks agree on the run id at the first step" if is_open else f"run {run.run_id}"
+        parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
             f"sending every step to {endpoint.target} over {endpoint.protocol}"
             if endpoint is not None
@@ -304,6 +359,8 @@ class _Session:
             ("esper.buffer.bytes", ""): publisher.ring.size,
             ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
         }
+        if self._mistakes is not None:
+            counts["esper.mistakes", ""] = self._mistakes.count
         if exporter is not None:
             counts["esper.frames.exported", ""] = exporter.exported
             counts["esper.export.queue", ""] = exporter.waiting
@@ -339,6 +396,7 @@ class _Session:
             "nonfinite": publisher.counters.nonfinite + publisher.tally.nonfinite,
             "out_of_range": publisher.counters.out_of_range + publisher.tally.out_of_range,
             "faults": publisher.counters.faults,
+            "mistakes": 0 if self._mistakes is None else self._mistakes.count,
             "last_error": None if exporter is None else exporter.last_error,
         }
 
@@ -381,8 +439,17 @@ class _Session:
             if self._provider is not None:
                 ending.callback(self._ended, "the readers", self._stop_readers, deadline_s)
             if self._exporter is not None:
-                ending.callback(self._ended, "the export", self._exporter.close, deadline_s, outcome)
+                ending.callback(self._ended, "the export", self._close_exporter, self._exporter, deadline_s, outcome)
             ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
+
+    @staticmethod
+    def _close_exporter(exporter: StepExporter, deadline_s: float, outcome: str) -> None:
+        waited_s = 0.0
+        try:
+            if outcome not in Signals.__members__:
+                waited_s = wait_for_page()
+        finally:
+            exporter.close(deadline_s + waited_s, outcome)
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
         """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""
@@ -393,6 +460,7 @@ class _Session:
 
     def _say_closed(self, outcome: str) -> None:
         has_lost = self._exporter is not None and self._exporter.dropped.total() > 0
+        has_lost = has_lost or (self._mistakes is not None and self._mistakes.count > 0)
         announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
 
     def _stop_readers(self, deadline_s: float) -> None:
@@ -413,6 +481,8 @@ class _Session:
                 summary += f" ({reasons_why})"
             if self._exporter.kept:
                 summary += f", kept for the next start {health['kept']}"
+        if health["mistakes"]:
+            summary += f", mistakes left out {health['mistakes']}"
         return summary
 
 
@@ -427,11 +497,24 @@ def has_died() -> bool:
 
 
 def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
-    """Returns this process's identity and, if the ranks cannot agree on an attempt yet, how to agree later."""
+    """Returns this process's identity and, if the ranks cannot agree on all of it yet, how to agree later."""
     run = identify(**identity)
+    if is_interactive():
+        _close_earlier(run.rank)
     agreement = agreement_for(run)
+    if agreement is not None and agreement.lacks_run_id:
+        return replace(run, run_id=new_run_id()), agreement
     attempt = None if agreement is None else agreement.by_store()
     return (run, agreement) if attempt is None else (replace(run, attempt=attempt), None)
+
+
+def _close_earlier(rank: int) -> None:
+    """In a notebook, ends the sessions that an earlier run of a cell has left open: nobody would close them."""
+    for session in live_sessions():
+        if isinstance(session, Telemetry) and session.is_of_this_thread() and session.run.rank == rank:
+            run_id = session.run_id
+            session.close(outcome="exit")
+            announce("notebook", f"run {run_id} was still open and is closed now, because a new session starts")
 
 
 def _gradient_math() -> Any:

@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Never, Protocol, TypeVar
 
-from esper_otel.errors import ConfigurationError, InvalidValue, WrongState
+from esper_otel.errors import ConfigurationError, InvalidValue, UnknownMetric, WrongState
 from esper_otel.frames.frame import Run
 from esper_otel.leyline import Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
 from esper_otel.record.loaders import Loader, following
+from esper_otel.record.mistakes import Mistakes
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 
 _STATE_VERSION = 1
+_RESULTS = ("accuracy", "loss")
 _STATE_KEYS = frozenset({"version", "global_step", "last_finite_loss", "isolation_violations", "derive"})
 
 
@@ -33,6 +35,13 @@ def outcome_of(kind: type[BaseException] | None, error: BaseException | None) ->
     status = error.code if isinstance(error, SystemExit) else 1
     is_fine = status is None or (isinstance(status, int) and not status & 0xFF)
     return None if is_fine else kind.__name__
+
+
+def check_results(names: Iterable[str]) -> None:
+    """Raises UnknownMetric unless all names are those of validation results."""
+    for name in names:
+        if name not in _RESULTS:
+            raise UnknownMetric(name, _RESULTS, what="validation result")
 
 
 class _Waits:
@@ -108,6 +117,7 @@ class Telemetry:
         self._recorder = recorder
         self._wiring = wiring
         self.pulled: int = 0
+        self._thread = threading.get_ident()
         self._is_closed = False
         self._before_close: list[Callable[[str | None], None]] = []
         self._is_left: Callable[[], bool] | None = None
@@ -120,8 +130,13 @@ class Telemetry:
         return self._recorder.publisher.run
 
     @property
+    def mistakes(self) -> Mistakes | None:
+        """Notes mistakes of the program, for ``esper_otel.integrations``; None if they are raised."""
+        return self._recorder.mistakes
+
+    @property
     def run_id(self) -> str:
-        """The run's id."""
+        """The run's id. Ranks that could not agree on one at the start do so at the first step, where it may change."""
         return self._recorder.publisher.run.run_id
 
     # -- recording ---------------------------------------------------------------------------------------
@@ -198,9 +213,16 @@ class Telemetry:
         self._check_open()
         self._recorder.retire(seed_id)
 
-    def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None) -> None:
-        """Records validation results. All later packets contain them, until the next call."""
+    def validation(self, *, loss: Scalar | None = None, accuracy: Scalar | None = None, **others: Never) -> None:
+        """Records validation results. All later packets contain them, until the next call.
+
+        Raises:
+            UnknownMetric: there is another result; validation results are ``loss`` and ``accuracy``.
+            InvalidValue: a value is not a single number, or there is none.
+            WrongState: the session is closed.
+        """
         self._check_open()
+        check_results(others)
         if loss is None and accuracy is None:
             raise InvalidValue("validation", "needs loss= or accuracy=")
         self._recorder.set_context({"esper.validation.loss": loss, "esper.validation.accuracy": accuracy})
@@ -263,7 +285,8 @@ class Telemetry:
             ``recorded``, ``exported``, ``dropped``, ``queue`` and, in the spool, ``kept``: numbers of frames.
             ``buffer_bytes``: size of the buffer. ``retries``: retried requests. ``latency_ms``: duration of the last
             request, or None. ``failed``: steps that raised. ``nonfinite`` and ``out_of_range``: numbers of values.
-            ``faults``: faults of the telemetry. ``last_error``: last error of the export, or None.
+            ``faults``: faults of the telemetry. ``mistakes``: mistakes of the program that were left out, which needs
+            ``ESPER_ON_MISTAKE=warn``. ``last_error``: last error of the export, or None.
         """
         return self._wiring.health()
 
@@ -338,7 +361,7 @@ class Telemetry:
         self._before_close.append(end)
 
     def close_when(self, is_left: Callable[[], bool]) -> None:
-        """Sets a function that returns whether nobody can use this session any more. It is then closed in a thread."""
+        """Sets a function that returns whether nothing refers to this session any more; a thread then closes it."""
         self._is_left = is_left
 
     def has_become_left(self) -> bool:
@@ -347,6 +370,10 @@ class Telemetry:
             return False
         self._is_left = None
         return True
+
+    def is_of_this_thread(self) -> bool:
+        """Whether the calling thread has started the session."""
+        return threading.get_ident() == self._thread
 
     def interrupted(self) -> None:
         """Sends pending steps at once, in the background. May be called from a signal handler."""

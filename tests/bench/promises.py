@@ -5,7 +5,7 @@ cost a step is in it. Rounds take ours and theirs in turns, so that whatever els
 is the median of the rounds' ratios. A time alone is the median of the quietest round. Each section of the table is
 measured in a process of its own.
 
-Writes the table into README.md, between its marks, with the date and the command.
+Writes the table into docs/reference/costs.md, between its marks, with the date and the command.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from esper_otel.frames.ring import Ring
 from esper_otel.leyline import packets
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "costs.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "make bench"
 
@@ -541,7 +541,7 @@ def in_its_own_process(section: Callable[[], list[Row]]) -> list[Row]:
 
 
 def main() -> int:
-    """Measures, prints the table and writes it into the README; with ``--section``, prints one section's rows."""
+    """Measures, prints the table and writes it into costs.md; with ``--section``, prints one section's rows."""
     parser = argparse.ArgumentParser()
     by_name = {section.__name__: section for section in SECTIONS}
     parser.add_argument("--section", choices=by_name)
@@ -551,9 +551,9 @@ def main() -> int:
         return 0
     text = table([row for each in SECTIONS for row in in_its_own_process(each)])
     print(text)
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     return 0
 
 

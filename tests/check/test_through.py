@@ -164,7 +164,7 @@ def test_the_part_of_the_way_that_is_cut_is_named(stack: Stack) -> None:
         assert "look between the collector and Prometheus" in stages["Prometheus"]["message"]
         status, stages = checked(f"http://{agent.grpc}", "--gateway", "127.0.0.1:1", "--within", "3")
         assert status == 1
-        assert "nobody answers there" in stages["gateway"]["message"]
+        assert "no gateway answered there" in stages["gateway"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,17 @@ def test_a_healthy_run_and_no_run_at_all_are_silent(naming: Naming, tmp_path: Pa
     run(naming, tmp_path, tests)
 
 
+def test_a_busy_cpu_alarms_nobody_where_it_trains(naming: Naming, tmp_path: Path) -> None:
+    """Such a run has no metric of a GPU; the same run with one fires."""
+    busy = HEALTHY | {"cpu_util_percent": "99+0x360"}
+    of_gpu = {name: busy.pop(name) for name in ("gpu_util_percent", "gpu_mem_free_gb", "gpu_mem_used_gb")}
+    fires = {"EsperCpuPressureHigh"}
+    run(
+        *(naming, tmp_path),
+        [expecting(Case(busy, "70m", set()), naming), expecting(Case(busy | of_gpu, "70m", fires), naming)],
+    )
+
+
 def test_a_run_that_has_ended_or_goes_on_is_not_stuck(naming: Naming, tmp_path: Path) -> None:
     """Ended: never again. Resumed after a pause: not stuck. Dead after it had been resumed: stuck again."""
     ended = {"esper.global_step": "0+5x100 stale", "esper.run.ended": "_x100 1 stale"}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from esper_otel import leyline
 
-PACKAGE_FILES = Path(leyline.__file__).parent
+PACKAGE = Path(leyline.__file__).parents[1]
 
 TEXT_MAP = "map<string, string>"
 NUMBER_MAP = "map<string, float>"
@@ -234,13 +234,15 @@ def test_the_package_exports_every_message_and_enum() -> None:
     assert set(MESSAGES) | set(ENUMS) <= set(leyline.__all__)
 
 
-def test_the_compiled_contract_is_that_of_the_proto_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["leyline", "pull"])
+def test_a_compiled_contract_is_that_of_the_proto_file(name: str, tmp_path: Path) -> None:
     """The package loads the compiled file; people read the other one."""
-    fresh = FileDescriptorSet.FromString(compiled(PACKAGE_FILES / "leyline.proto", tmp_path / "fresh.binpb"))
-    shipped = FileDescriptorSet.FromString((PACKAGE_FILES / "leyline.binpb").read_bytes())
+    folder = PACKAGE / name
+    fresh = FileDescriptorSet.FromString(compiled(folder / f"{name}.proto", tmp_path / "fresh.binpb"))
+    shipped = FileDescriptorSet.FromString((folder / f"{name}.binpb").read_bytes())
     assert fresh == shipped, (
-        "leyline.binpb is out of date; run: python -m grpc_tools.protoc -I esper_otel/leyline "
-        "--descriptor_set_out=esper_otel/leyline/leyline.binpb leyline.proto"
+        f"{name}.binpb is out of date; run: python -m grpc_tools.protoc -I esper_otel/{name} "
+        f"--descriptor_set_out=esper_otel/{name}/{name}.binpb {name}.proto"
     )
 
 

@@ -149,7 +149,7 @@ def test_a_dead_endpoint_harms_no_training_and_is_told(demo: Run, monkeypatch: p
     assert result["frames"] == {"recorded": 3, "exported": 0, "received": None, "dropped": 3}
     assert result["metrics"]["loss"] > 0
     assert "not everything arrived: 3 frames dropped, last error: " in err
-    assert "esper-otel check says more" in err
+    assert "esper-otel check finds the cause" in err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.export import exporter
+from esper_otel.export.streams import before_a_return
+from esper_otel.frames.block import Block
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import Point, points_of
 
@@ -109,3 +112,45 @@ def test_an_endpoint_that_refuses_all_steps_hears_how_many(monkeypatch: pytest.M
                 telemetry.record_step({"loss": 1.0}, epoch=0)
                 assert collector.wait_for(lambda _, last=count: dropped()[-1:] == [last])  # type: ignore[misc]
             assert dropped() == [1.0, 2.0]
+
+
+def test_steps_of_one_period_go_in_one_request_whatever_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector with several consumers may reorder requests, and a backend then refuses the older points."""
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        with esper_otel.start(run_id="one request") as telemetry:
+            for step in range(500):
+                telemetry.seeds([f"seed-{step // 5}"], alpha=[0.5])
+                telemetry.record_step({"loss": 1.0}, epoch=0)
+                if step % 5 == 4:
+                    telemetry.retire_seed(f"seed-{step // 5}")
+        assert collector.frames_received == 500
+        assert len(collector.requests) == 1
+
+
+def test_steps_published_while_a_period_is_sent_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests that follow each other at once may be reordered on the way."""
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "0.2")
+    times_s: list[float] = []
+
+    def answered(_request: ExportMetricsServiceRequest) -> None:
+        times_s.append(time.monotonic())
+
+    def slowly(blocks: list[Block]) -> list[Block]:
+        time.sleep(0.01)  # in which some steps are published
+        return before_a_return(blocks)
+
+    monkeypatch.setattr(exporter, "before_a_return", slowly)
+    with MemoryCollector(answer=answered) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        with esper_otel.start(run_id="periods") as telemetry:
+            step = 0
+            while len(times_s) < 8:
+                telemetry.seeds([f"seed-{step // 5}"], alpha=[0.5])
+                telemetry.record_step({"loss": 1.0}, epoch=0)
+                time.sleep(0.0002)  # so that the exporter's thread runs
+                step += 1
+            periods_s = [later - sooner for sooner, later in pairwise(times_s[:8])]
+        assert min(periods_s) >= 0.2
+        assert collector.frames_received == step

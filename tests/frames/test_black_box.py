@@ -237,7 +237,7 @@ def test_what_is_no_black_box_is_said(tmp_path: Path, content: bytes, capsys: py
     path = tmp_path / f"x{blackbox.SUFFIX}"
     path.write_bytes(content)
     assert main(["report", str(path)]) == 2
-    assert "is no black box of esper_otel" in capsys.readouterr().err
+    assert "is not a black box of esper_otel" in capsys.readouterr().err
     with pytest.raises(ConfigurationError):
         blackbox.read(path)
     assert main(["report", str(tmp_path / "missing.gz")]) == 2
@@ -312,6 +312,40 @@ def test_the_first_step_that_is_unlike_those_before_went_wrong(values: dict[str,
     )
     found = answers(recorded(with_step(steps, 200, **values)))["Which step went wrong first?"]
     assert found.startswith(f"Step 200 (epoch 0): {why}")
+
+
+def test_a_signal_is_one_line_of_the_report_and_a_busy_cpu_is_a_note_where_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The most serious ones first."""
+    steps = noisy(400, cpu_util_percent=20.0)
+    for step in range(12, 341):
+        steps = with_step(steps, step, loss=1.0, cpu_util_percent=100.0)
+    steps = [step | {"loss": 1.0} for step in with_step(steps, 350, hook_latency_ms=60.0)]
+    cpu = "cpu_pressure_high, steps 12 to 340, worst 100"
+    for others, cpu_line in (
+        ({}, f"note: {cpu}"),
+        ({"device": "cpu"}, f"note: {cpu}"),
+        ({"device": "cuda"}, "high: " + cpu),
+    ):
+        recording = recorded(steps, **others)
+        [lines] = [each.lines for each in findings(recording) if each.question == "Which risk signals were raised?"]
+        assert sorted(lines) == sorted(["high: hook_budget, step 350, worst 60", cpu_line])
+        assert lines[0].startswith("high")
+        assert f"<br>{cpu_line}" in page(recording)
+    monkeypatch.setattr("esper_otel.report.command._recording", lambda *_: recorded(steps))
+    assert main(["report", "run", "--html", str(tmp_path / "run.html")]) == 0
+    assert f"\n  note: {cpu}\n" in capsys.readouterr().out
+
+
+def test_a_report_lists_few_of_very_many_episodes() -> None:
+    steps = [{"loss": 1.0, "hook_latency_ms": 60.0 * (step % 20 == 0)} for step in range(1, 2001)]
+    [found] = [each for each in findings(recorded(steps)) if each.question == "Which risk signals were raised?"]
+    assert found.answer == "Episodes: 100 high."
+    assert len(found.lines) == 21
+    assert found.lines[-1] == "and 80 more"
+    [none] = [each for each in findings(recorded(steps[:10])) if each.question == "Which risk signals were raised?"]
+    assert none == ("Which risk signals were raised?", "None.", False, None, ())
 
 
 def test_marks_of_what_is_not_finite_say_whose_they_are_and_where() -> None:

@@ -37,7 +37,7 @@ def noted(history: Sequence[Frame]) -> list[object]:
     streams, said = Streams(), []
     for frame in history:
         [block] = blocks_of([frame])
-        [ended] = streams.note(block).values() or [()]
+        [ended] = streams.note([block]).values() or [()]
         said.append(sorted((name, *attributes.items()) for name, attributes in ended))
         streams.settled(frame.sequence)
     return [said, sorted((name, *attributes.items()) for name, attributes in streams.all_ended())]
@@ -134,10 +134,10 @@ def test_a_series_ends_once_however_wide_its_steps_were() -> None:
     streams = Streams()
     for number, table in enumerate(tables, 1):
         [block] = blocks_of([make_frame(sequence=number, seeds=table, live=table)])
-        streams.note(block)
+        streams.note([block])
     again = make_frame(sequence=4, seeds=tables[0], live=tables[0], retired=("a",))
     [block] = blocks_of([again])
-    assert [name for name, _ in streams.note(block)[4]] == ["esper.seed.learning_rate"]
+    assert [name for name, _ in streams.note([block])[4]] == ["esper.seed.learning_rate"]
     streams.settled(4)
     assert sorted(name for name, _ in streams.all_ended()) == ["kasmina.seed.alpha", "kasmina.seed.stage"]
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import gc
 import struct
+import sys
 import threading
 import tracemalloc
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
 
 import numpy as np
+import pytest
 from frame_examples import append, frames, lives, make_frame, rows_of, said_by, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esper_otel.frames import block as block_module
+from esper_otel.frames import ring as ring_module
 from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
+from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.ring import Ring, blocks_of
 
 RUN = Run("run", 1)
@@ -173,6 +181,88 @@ def test_a_reader_beside_a_fast_writer_misses_nothing_it_is_not_told_of() -> Non
     assert not faults
 
 
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Calls a function, with a Ctrl-C before the bytecode with this number in the ring; returns whether it came."""
+    left = at
+
+    def trace(frame: FrameType, _event: str, _arg: object) -> Callable[..., Any] | None:
+        nonlocal left
+        if frame.f_code.co_filename not in (ring_module.__file__, block_module.__file__):
+            return None
+        frame.f_trace_opcodes = True
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def step_after(some: list[Frame], run: Run, rows: Mapping[str, Mapping[str, float]], *retired: str) -> Frame:
+    """The step after these, with these rows of seeds; the names of its values differ from those of the last."""
+    live = LiveSeeds()
+    live.begin(some[-1].live if some else NO_SEEDS)
+    ended = live.retire(retired)
+    step = live.step(seed_table(rows) if rows else NO_SEEDS)
+    live.commit(step)
+    number = len(some) + 1
+    fixed = {"sequence": number, "global_step": number, "recorded": {"loss": 1.0, f"name-{number % 3}": float(number)}}
+    return make_frame(run=run, seeds=step.recorded, live=live.table, retired=ended, **fixed)
+
+
+def check(ring: Ring, expected: list[Frame], newest: int) -> None:
+    """Every reader returns these steps, of which it is asked for so many of the newest, and nothing else."""
+    assert (ring.first, ring.last) == (1, len(expected))
+    frame, cursor = ring.newest(), max(len(expected) - newest, 0)
+    assert list(map(identity, [frame] if frame else [])) == list(map(identity, expected[-1:]))
+    frames, gap = ring.after(cursor, 100)
+    assert (list(map(identity, frames)), gap) == (list(map(identity, expected[cursor:])), 0)
+    rows = [ring.row(each.sequence, each.live) for each in expected[cursor:]]
+    assert [identity(row) for row in rows if row is not None] == list(map(identity, expected[cursor:]))
+    assert ring.row(len(expected) + 1) is None
+    said: list[object] = []
+    while (block := ring.block(cursor + len(said), 100)[0]) is not None:
+        said += rows_of(block)
+    assert said == list(map(said_by, expected[cursor:]))
+
+
+@pytest.mark.parametrize("number", [1, 10, 31])
+def test_an_append_that_is_interrupted_anywhere_adds_its_row_or_nothing(number: int) -> None:
+    """Ctrl-C before each bytecode: of a first row, of one in a chunk, and of one that begins another chunk."""
+    other = Run("run", 2)
+    seeds = {f"s{row}": {"alpha": 0.5, "stage": 3.0} for row in range(4)}
+    until: list[Frame] = []
+    for past in range(1, number):
+        until.append(step_after(until, RUN, seeds if past % 4 else {}, *(["s1"] if past % 5 == 0 else [])))
+    step = step_after(
+        until, RUN if number < 31 else other, {"s0": {"alpha": 0.75}, f"own-{number}": {"stage": 1.0}}, "s2"
+    )
+    at, is_interrupted = 0, True
+    while is_interrupted:
+        at += 1
+        ring, expected = Ring(2**20), until.copy()
+        for each in until:
+            append(ring, each)
+        is_interrupted = interrupted(lambda ring=ring: append(ring, step), at)  # type: ignore[misc]
+        if ring.last == number:
+            expected.append(step)
+        check(ring, expected, 2)
+        nexts = [(RUN, {}, ()), (other, seeds, ("s0",)), (RUN, {"s0": {"alpha": 0.25}}, ("s3",)), (RUN, {}, ())]
+        for run, rows, retired in nexts[at % 3 :]:
+            expected.append(step_after(expected, run, rows, *retired))
+            append(ring, expected[-1])
+        check(ring, expected, 100 if at % 20 == 1 else 6)
+    assert at > 200
+
+
 def test_its_size_is_the_memory_that_it_holds() -> None:
     """Within 10 %: steps of 1, 16 and 40 values, with seeds, and with other names in each step."""
     made = make_frame(seeds=seed_table({f"s{i}": {"alpha": 0.5, "stage": 3.0} for i in range(8)}))
@@ -206,8 +296,7 @@ def test_its_size_is_the_memory_that_it_holds() -> None:
         gc.collect()
         held, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        chunk = ring._chunk
-        assert chunk is not None
+        chunk = ring._chunks[-1]
         untouched = chunk.capacity - chunk.end + 4 * (chunk.capacity // 48 - chunk.rows)
         assert abs(ring.size - (held - untouched)) < 0.1 * ring.size + 4_096, write.__name__
         rows = sum(each.end for each in ring._chunks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from gateways import RunningGateway
@@ -13,7 +14,8 @@ from esper_otel import EsperSettings, RunRanks, TamiyoClient, UnknownRun, aio
 from esper_otel.frames.frame import GUESSED_STEP, Frame, Run
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.ranks import STEPS, Ranks
-from esper_otel.pull.views import run_ranks
+from esper_otel.pull.command import _write_ranks
+from esper_otel.pull.views import RankInfo, run_ranks
 
 pytestmark = pytest.mark.lengthy
 
@@ -69,9 +71,70 @@ def test_nobody_is_named_for_noise(by_rank: tuple[Durations, ...]) -> None:
 
 
 def test_missing_durations_are_not_zero() -> None:
+    """A rank without them is compared with nobody, and a difference takes two."""
     found = view({"loss": 1.0}, durations(5, 10))
-    assert (found.ranks[0].step_latency_ms, found.ranks[0].input_wait_ms) == (None, None)
-    assert found.ranks[1].input_wait_ms == 5.0
+    assert found.ranks == (RankInfo(0, None, None, None, None), RankInfo(1, 10.0, 5.0, 15.0, 5.0))
+    assert (found.step_latency_spread_ms, found.input_wait_spread_ms) == (None, None)
+    assert (found.slowest_rank, found.slowest_by) == (None, None)
+    three = view({"loss": 1.0}, durations(41, 59), durations(1, 99))
+    assert (three.slowest_rank, three.slowest_by) == (1, "input_wait_ms")
+    assert (three.step_latency_spread_ms, three.input_wait_spread_ms) == (40.0, 40.0)
+
+
+def test_each_time_needs_the_durations_that_it_is_made_from() -> None:
+    """Without the step there is no cycle, however long the wait was."""
+    found = view({"input_wait_ms": 80.0}, {"step_latency_ms": 10.0}, {"hook_latency_ms": 7.0}, durations(1, 9))
+    assert [(row.cycle_ms, row.own_ms) for row in found.ranks] == [(None, 80.0), (10.0, None), (None, 7.0), (10.0, 1.0)]
+    assert (found.step_latency_spread_ms, found.input_wait_spread_ms) == (1.0, 79.0)
+    assert (found.slowest_rank, found.slowest_by) == (0, "input_wait_ms")
+
+
+def test_means_are_over_the_steps_that_have_the_duration() -> None:
+    """Every second step is measured; what is recorded in some steps only is not stretched to all of them."""
+    ranks = Ranks()
+    for step in range(1, 11):
+        measured = durations(5, 10) if step % 2 else {"loss": 1.0}
+        ranks.note([item(0, step, measured), item(1, step, durations(5, 10))])
+        ranks.note([item(2, step, durations(5, 10, **({"kasmina.finalize_ms": 5.0} if step == 3 else {})))])
+    found = ranks.view("run", 0)
+    assert found is not None
+    rows = run_ranks(found).ranks
+    assert [(row.step_latency_ms, row.input_wait_ms, row.cycle_ms) for row in rows] == [(10.0, 5.0, 15.0)] * 3
+    assert [row.own_ms for row in rows] == [5.0, 5.0, 5.5]
+    assert run_ranks(found).slowest_rank is None
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "lines"),
+    [
+        (
+            ({"loss": 1.0}, {"loss": 1.0}),
+            [
+                "rank 0  step none  input wait none  cycle none",
+                "rank 1  step none  input wait none  cycle none",
+                "spread over the ranks: step none, input wait none",
+            ],
+        ),
+        (
+            ({"step_latency_ms": 4.0}, durations(1, 8)),
+            [
+                "rank 0  step 4.000 ms  input wait none  cycle 4.000 ms",
+                "rank 1  step 8.000 ms  input wait 1.000 ms  cycle 9.000 ms  <- the slowest, by step_latency_ms",
+                "spread over the ranks: step 4.000 ms, input wait none",
+            ],
+        ),
+    ],
+)
+def test_what_is_missing_is_printed_as_none(
+    by_rank: tuple[Durations, ...], lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = view(*by_rank)
+    _write_ranks(found, as_json=False)
+    assert capsys.readouterr().out.splitlines()[1:] == lines
+    _write_ranks(found, as_json=True)
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [row["cycle_ms"] for row in said["ranks"]] == [row.cycle_ms for row in found.ranks]
+    assert said["input_wait_spread_ms"] is None
 
 
 def test_steps_whose_numbers_were_guessed_are_not_compared() -> None:

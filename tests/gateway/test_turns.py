@@ -329,13 +329,7 @@ def test_a_late_point_is_stored_although_a_kill_interrupts_what_follows_from_it(
         assert core.counts["corrections"] < 50
         await all_released(core)
         core.close()
-        other = Core(FileStore(tmp_path / "two"), linger_s=0.0)
-        other.start()
-        await all_released(other)
-        found = [SystemStatePacket.FromString(step.state) for step in (await newest(other)).values()]
-        assert len(found) == 50
-        assert [seed.seed_id for seed in found[0].seed_states] == ["late"]
-        other.close()
+        assert await restarted(tmp_path / "one") == await restarted(tmp_path / "two") == [("late",)] * 50
 
     asyncio.run(scenario())
 
@@ -360,13 +354,19 @@ def test_a_late_end_counts_although_a_kill_interrupts_what_follows_from_it(
         assert {*expected[:10]} == {("a",)}
         assert {*expected[11:]} == {()}
         core.close()
-        other = Core(FileStore(tmp_path / "two"), linger_s=0.0)
-        other.start()
-        await all_released(other)
-        assert lives(await newest(other)) == expected
-        other.close()
+        assert await restarted(tmp_path / "two") == expected
 
     asyncio.run(scenario())
+
+
+async def restarted(folder: Path) -> list[tuple[str, ...]]:
+    """The ids of the live seeds of each step, in order of time, in a gateway that goes on from these files."""
+    core = Core(FileStore(folder), linger_s=0.0)
+    core.start()
+    await all_released(core)
+    found = lives(await newest(core))
+    core.close()
+    return found
 
 
 def lives(steps: dict[int, Step]) -> list[tuple[str, ...]]:

@@ -343,3 +343,30 @@ def test_trainers_and_models_can_be_copied_and_tuned() -> None:
     fit(again, epochs=1)
     assert again.telemetry.run_id == "mine"
     assert [p.step for p in pulled(again)] == [*range(1, 9)]
+
+
+@pytest.mark.parametrize("on_mistake", ["raise", "warn"])
+def test_names_that_nothing_knows_are_found_before_the_first_step(
+    on_mistake: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And do not cost the run where mistakes are to be logged: the steps and what has the right name are recorded."""
+    with pytest.raises(esper_otel.UnknownMetric, match="unknown validation result 'acc': did you mean 'accuracy'"):
+        EsperCallback(validation={"acc": "val_acc"})
+    settings = esper_otel.EsperSettings(on_mistake=on_mistake)
+    callback = EsperCallback(metrics={"acuracy": "train_acc", "accuracy": "train_acc"}, settings=settings)
+    data = torch.utils.data.TensorDataset(torch.ones(8, 4), torch.zeros(8, dtype=torch.long))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    trainer = lightning.Trainer(
+        callbacks=[callback], max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    if on_mistake == "raise":
+        with pytest.raises(esper_otel.UnknownMetric, match="unknown metric 'acuracy': did you mean 'accuracy'"):
+            trainer.fit(Module(), loader)
+        assert not _live
+        return
+    trainer.fit(Module(), loader)
+    assert callback.telemetry is not None
+    packets = callback.telemetry.pull().packets
+    assert len(packets) == 2
+    assert caplog.text.count("unknown metric 'acuracy'") == 1
+    assert callback.telemetry.health()["mistakes"] == 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Packets, Stage, Telemetry
 from esper_otel.leyline import HealthStatus, MessagePriority, SystemStatePacket, TelemetryLevel
-from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, configured, signals
+from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, configured, signals, signals_of, with_signals
 
 BY_NAME = {rule.name: rule for rule in RULES}
 HIGH = {
@@ -95,6 +95,53 @@ def test_a_device_is_under_pressure_only_when_its_memory_is_known() -> None:
     pressed = signals(state_of(gpu_util_percent=95.0, gpu_mem_free_gb=0.1, cpu_util_percent=99.0))
     assert names_of(pressed) == ["device_pressure_high"]
     assert names_of(signals(state_of(cpu_util_percent=95.0))) == ["cpu_pressure_high"]
+
+
+@pytest.mark.parametrize(
+    ("device", "others", "level"),
+    [
+        ("", {}, "NOTE"),
+        ("cpu", {}, "NOTE"),
+        ("cpu", {"gpu_mem_used_gb": 1.0}, "NOTE"),
+        ("", {"gpu_mem_used_gb": 1.0}, "HIGH"),
+        ("", {"gpu_util_percent": 0.0}, "HIGH"),
+        ("cuda", {}, "HIGH"),
+        ("xpu", {}, "HIGH"),
+    ],
+)
+def test_a_busy_cpu_is_only_a_note_where_it_trains(device: str, others: dict[str, float], level: str) -> None:
+    """What Tamiyo does with the packet is the same everywhere, so the event is."""
+    packet = state_of(cpu_util_percent=99.0, **others)
+    packet.hardware_context.device_type = device
+    packet.packet_id = "run-step-1"
+    [found] = signals(packet)
+    assert (found.level, found.priority, found.route) == (level, MessagePriority.MESSAGE_PRIORITY_HIGH, "OPTIMIZER")
+    packets = with_signals(Packets(packet, (), "run", 1, 0, 1, 1, True, 0.0, frozenset()), (found,))
+    [event] = packets.telemetry[0].events
+    assert dict(event.attributes) == {
+        "severity": "high",
+        "priority": "MESSAGE_PRIORITY_HIGH",
+        "reason": "cpu_util_percent 99 from 95",
+        "route": "OPTIMIZER",
+    }
+    assert signals_of(packets) == (found,)
+    assert [signal.level for signal in signals(state_of(hook_latency_ms=60.0, grad_var=2.0))] == ["HIGH"]
+
+
+def test_signals_are_read_back_from_packets() -> None:
+    """With their values, to six digits; other events are none, and whatever an event says does no harm."""
+    packet = state_of(2.5, hook_latency_ms=60.5, loss_volatility=0.2, gpu_util_percent=99.0, gpu_mem_free_gb=0.1)
+    packet.packet_id = "run-step-1"
+    found = signals(packet, loss_before=1.0)
+    assert len(found) == 4
+    packets = with_signals(Packets(packet, (), "run", 1, 0, 1, 1, True, 0.0, frozenset()), found)
+    read = signals_of(packets)
+    assert [signal[:5] for signal in read] == [signal[:5] for signal in found]
+    assert [signal.value for signal in read] == pytest.approx([1.5, 60.5, 0.2, 99.0])
+    packets.telemetry[0].events.add(description="step_failed")
+    packets.telemetry[0].events.add(description="hook_budget", attributes={"reason": "because"})
+    assert len(signals_of(packets)) == 5
+    assert math.isnan(signals_of(packets)[-1].value)
 
 
 # -- the table, written down a second time -----------------------------------------------------------------
@@ -297,8 +344,8 @@ def test_thresholds_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         esper_otel.start(settings=EsperSettings(risk_thresholds={"loss_spik": 1.0}))
 
 
-def test_the_readme_has_the_table() -> None:
+def test_the_page_of_signals_has_the_table() -> None:
     """Each signal with its threshold: rendered, never copied by hand."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "signals.md").read_text(encoding="utf-8")
     for rule in RULES:
-        assert f"`{rule.name}`" in readme
+        assert f"`{rule.name}`" in page

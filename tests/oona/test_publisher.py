@@ -28,6 +28,8 @@ from esper_otel import ConfigurationError, EsperSettings, Stage, Telemetry, oona
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.leyline import BusEnvelope, BusMessageType, Packets, SystemStatePacket, TelemetryPacket
+from esper_otel.leyline.episodes import QUIET_STEPS
+from esper_otel.oona.emergencies import Emergencies
 
 redis = pytest.importorskip("redis")
 
@@ -132,15 +134,115 @@ def test_what_is_published_is_what_is_pulled_and_where_it_belongs(server: Redis)
     assert (first["run_id"], first["rank"], first["priority"]) == ("bus", "0", "MESSAGE_PRIORITY_NORMAL")
 
 
+def urgent(messages: list[Message]) -> list[str]:
+    return [message.packet.packet_id for message in messages if message.stream == "oona.emergency"]
+
+
+def test_a_steady_signal_is_an_emergency_once(server: Redis) -> None:
+    """And again when it escalates, and when it comes back after it had ended. Its events stay as they are."""
+    with esper_otel.start(run_id="bus") as telemetry:
+        with oona.publish(telemetry, server.url):
+            steps(telemetry, 1)
+            steps(telemetry, 40, hook_latency_ms=75.0)  # from step 2 on
+            steps(telemetry, 20, hook_latency_ms=300.0)  # from step 42 on
+            steps(telemetry, 5)
+            steps(telemetry, 5, hook_latency_ms=75.0)  # not over in between
+            steps(telemetry, QUIET_STEPS)
+            steps(telemetry, 5, hook_latency_ms=75.0)  # from step 82 on
+        page = telemetry.pull(max_packets=100)
+        with server.client() as client:
+            messages = consumed(client)
+    steady = [f"bus-step-{step}" for step in (2, 42, 82)]
+    assert urgent(messages) == [each for step in steady for each in (step, f"{step}-events")]
+    found = sorted(message.packet.SerializeToString(deterministic=True) for message in messages)
+    expected = [p.state for p in page] + [packet for p in page for packet in p.telemetry]
+    assert found == sorted(packet.SerializeToString(deterministic=True) for packet in expected)
+    events = [m.packet for m in messages if m.packet.packet_id.endswith("-events")]
+    assert len(events) == 40 + 20 + 5 + 5
+    assert {packet.system_health.indicators["priority"] for packet in events} == {"MESSAGE_PRIORITY_HIGH"}
+    assert {packet.events[0].attributes["severity"] for packet in events} == {"high"}
+
+
+def test_a_loss_that_stays_nan_and_a_seed_that_stays_unhealthy_are_emergencies_once(server: Redis) -> None:
+    """A seed's number of violations does not fall. Another seed is another emergency."""
+    with esper_otel.start(run_id="bus") as telemetry:
+        with oona.publish(telemetry, server.url):
+            for step in range(1, 61):
+                with telemetry.step(epoch=0) as now:
+                    now.put(loss=1.0 if step < 30 else math.nan)
+                    now.seed("seed-1", stage=Stage.TRAINING, isolation_violations=int(step >= 10))
+                    now.seed("seed-2", stage=Stage.TRAINING, isolation_violations=int(step >= 50))
+        with server.client() as client:
+            messages = consumed(client)
+    assert sorted(urgent(messages)) == sorted(
+        [
+            *("bus-step-10", "bus-step-10-events", "kasmina-seed-seed-1-10"),
+            *("bus-step-30", "bus-step-30-events"),
+            *("bus-step-50", "bus-step-50-events", "kasmina-seed-seed-2-50"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("device", "emergencies"), [("cpu", 0), ("cuda:0", 2)])
+def test_a_busy_cpu_is_no_emergency_where_the_cpu_trains(server: Redis, device: str, emergencies: int) -> None:
+    with esper_otel.start(run_id="bus", device=device) as telemetry:
+        with oona.publish(telemetry, server.url):
+            steps(telemetry, 20, cpu_util_percent=100.0)
+        with server.client() as client:
+            messages = consumed(client)
+    assert len(urgent(messages)) == emergencies
+    events = [m.packet for m in messages if m.packet.packet_id.endswith("-events")]
+    assert [packet.events[0].description for packet in events] == ["cpu_pressure_high"] * 20
+    assert {packet.system_health.indicators["priority"] for packet in events} == {"MESSAGE_PRIORITY_HIGH"}
+
+
+def test_an_emergency_that_cannot_be_sent_is_one_when_it_can(server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decided once."""
+    with (
+        server.client() as client,
+        esper_otel.start(run_id="bus") as telemetry,
+        oona.publish(telemetry, server.url) as publisher,
+    ):
+        steps(telemetry, 1)
+        until("it is connected", lambda: publisher.counts["published"] == 2)
+        client.config_set("maxmemory", "1")
+        steps(telemetry, 30, hook_latency_ms=75.0)
+        until("it has tried", lambda: publisher.counts["failures"] > 1, 30)
+        client.config_set("maxmemory", "0")
+        until("the rest is there", lambda: client.xlen("oona.normal") == 30, 30)
+        assert urgent(consumed(client)) == ["bus-step-2", "bus-step-2-events"]
+
+
+def test_a_source_that_dropped_what_was_decided_announces_it_again() -> None:
+    """And a page that comes again, alone or with more steps behind it, has the same emergencies."""
+    with esper_otel.start(run_id="bus", export_steps=False) as telemetry:
+        steps(telemetry, 1)
+        steps(telemetry, 30, hook_latency_ms=75.0)
+        page = list(telemetry.pull(max_packets=100))
+    emergencies = Emergencies()
+
+    def decided(some: list[Packets]) -> list[int]:
+        emergencies.expect(some)
+        return [packets.step for packets in some if emergencies.of(packets)]
+
+    assert decided(page[:10]) == decided(page[:10]) == decided(page[:20]) == [2]
+    assert decided(page[5:20]) == [6]
+    emergencies.confirm()
+    assert decided(page[20:]) == []
+
+
 def test_more_alarms_than_a_consumer_lets_through_go_where_they_usually_would(server: Redis) -> None:
     """None is dropped."""
     with esper_otel.start(run_id="bus") as telemetry, oona.publish(telemetry, server.url) as publisher:
-        steps(telemetry, 100, hook_latency_ms=75.0)
-        until("all are published", lambda: publisher.counts["published"] == 300)
+        with telemetry.step(epoch=0) as now:
+            now.put(loss=1.0)
+            for number in range(150):
+                now.seed(f"seed-{number}", stage=Stage.TRAINING, isolation_violations=1)
+        until("all are published", lambda: publisher.counts["published"] == 152)
         with server.client() as client:
             messages = consumed(client)
-    assert sum(message.stream == "oona.emergency" for message in messages) == 120
-    assert states(messages) == {*range(1, 101)}
+    assert len(urgent(messages)) == publisher.counts["emergencies"] == 120
+    assert len({message.packet.packet_id for message in messages}) == 152
 
 
 def test_a_step_that_fits_no_message_holds_up_no_other(server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

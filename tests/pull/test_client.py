@@ -131,7 +131,7 @@ def test_a_gateway_that_is_away_is_waited_for_and_no_longer(monkeypatch: pytest.
     started_s = time.monotonic()
     with (
         TamiyoClient(address, timeout_s=0.5) as client,
-        pytest.raises(GatewayUnavailable, match="nobody answers there"),
+        pytest.raises(GatewayUnavailable, match="no gateway answered there"),
     ):
         client.runs()
     assert time.monotonic() - started_s < patience(5)

@@ -262,7 +262,7 @@ def test_what_is_missing_or_of_another_type_is_named(
     for words in ([str(bad)], [str(good), "--vs", str(bad)]):
         assert main(["report", *words]) == 2
         said = capsys.readouterr().err
-        assert f"{bad} is no black box of esper_otel: {why}" in said
+        assert f"{bad} is not a black box of esper_otel: {why}" in said
     assert list(here.glob("*.html")) == []
 
 
@@ -301,7 +301,7 @@ def test_only_plain_files_are_read(here: Path, capsys: pytest.CaptureFixture[str
     os.mkfifo(here / "pipe.gz")
     for what in ("pipe.gz", "/dev/zero"):
         assert main(["report", what]) == 2
-        assert f"{what} is no black box of esper_otel: it is not a plain file" in capsys.readouterr().err
+        assert f"{what} is not a black box of esper_otel: it is not a plain file" in capsys.readouterr().err
 
 
 def test_a_name_that_is_too_long_for_a_file_may_be_that_of_a_run(

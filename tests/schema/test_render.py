@@ -12,11 +12,11 @@ from programs import ROOT
 sys.path.insert(0, str(ROOT / "deploy" / "rendering"))
 
 import main as rendering
-import readme
+import pages
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
-from esper_otel.schema.render import markdown_table, metrics_markdown, readme_table, schema_json, schema_rows
+from esper_otel.schema.render import markdown_table, metrics_markdown, request_tables, schema_json, schema_rows
 from esper_otel.settings import EsperSettings
 
 
@@ -39,7 +39,7 @@ def test_metrics_md_has_every_metric_with_all_that_is_known_of_it() -> None:
 
 def test_the_readmes_table_has_the_31_with_unit_and_gate() -> None:
     """The first thing a reader looks up."""
-    rows = [line for line in readme_table().splitlines() if line.startswith("| `")]
+    rows = [line for line in request_tables().splitlines() if line.startswith("| `")]
     assert len(rows) == 31
     for row, metric in zip(rows, STEP_METRICS + SEED_METRICS, strict=True):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -49,7 +49,7 @@ def test_the_readmes_table_has_the_31_with_unit_and_gate() -> None:
 
 def test_the_settings_table_has_every_setting_with_its_variable_and_default() -> None:
     """A setting that is not documented does not exist for a user."""
-    table = readme.settings_table()
+    table = pages.settings_table()
     for name, setting in EsperSettings.settings.items():
         assert f"| `{name}` | `ESPER_{name.upper()}` | `{setting.shipped}` | {setting.meaning} |" in table
         assert setting.meaning
@@ -86,7 +86,7 @@ def test_a_bar_in_a_cell_does_not_end_it() -> None:
 def test_a_section_is_replaced_between_its_markers_only() -> None:
     """What a person wrote around it stays."""
     text = "before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n"
-    assert readme.with_section(text, "x", "new") == "before\n<!-- x:begin -->\nnew\n<!-- x:end -->\nafter\n"
+    assert pages.with_section(text, "x", "new") == "before\n<!-- x:begin -->\nnew\n<!-- x:end -->\nafter\n"
 
 
 @pytest.mark.parametrize(
@@ -101,26 +101,32 @@ def test_a_section_is_replaced_between_its_markers_only() -> None:
 def test_a_missing_or_doubled_marker_is_said(text: str) -> None:
     """Rather than a document without its table."""
     with pytest.raises(ConfigurationError, match="must have <!-- x:begin --> and <!-- x:end -->, each once"):
-        readme.with_section(text, "x", "new")
+        pages.with_section(text, "x", "new")
 
 
 def test_check_names_what_is_stale_with_the_repair_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What `make lint` prints is what to do."""
-    text = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("metrics", "settings", "risks"))
-    (tmp_path / "README.md").write_text(text)
+    reference = tmp_path / "docs" / "reference"
+    reference.mkdir(parents=True)
+    for name, (section, _) in pages.TABLES.items():
+        (reference / name).write_text(f"<!-- {section}:begin -->\n<!-- {section}:end -->\n")
+    page = reference / "metrics.md"
+    text = page.read_text()
 
     assert rendering.main(["--check"], tmp_path) == 1
     said = capsys.readouterr().err.splitlines()
-    assert {"README.md is stale: make docs", "esper_otel/schema/METRICS.md is stale: make docs"} <= {*said}
-    assert (tmp_path / "README.md").read_text() == text
+    assert {"docs/reference/metrics.md is stale: make docs", "esper_otel/schema/METRICS.md is stale: make docs"} <= {
+        *said
+    }
+    assert page.read_text() == text
 
     assert rendering.main([], tmp_path) == 0
     assert capsys.readouterr().out.splitlines() == [f"rendered {line.split()[0]}" for line in said]
     assert rendering.main(["--check"], tmp_path) == 0
-    assert "`loss`" in (tmp_path / "README.md").read_text()
+    assert "`loss`" in page.read_text()
 
-    (tmp_path / "README.md").unlink()
-    with pytest.raises(ConfigurationError, match=r"README\.md is not there"):
+    page.unlink()
+    with pytest.raises(ConfigurationError, match=r"metrics\.md is not there"):
         rendering.main(["--check"], tmp_path)

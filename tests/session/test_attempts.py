@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,7 +127,7 @@ class Launches:
         }
         self._launches: list[Any] = []
 
-    def add(self, kind: str, what: object, how: str, *, of_run: str, is_killed: bool = False) -> None:
+    def add(self, kind: str, what: object, how: str, *, of_run: str | None, is_killed: bool = False) -> None:
         """One more; ``kind`` and ``what`` are the function of the program that makes it, and its first argument."""
         meeting = str(self._folder / f"{len(self._launches)}")
         self._launches.append((kind, what, of_run, how, meeting, is_killed))
@@ -154,12 +156,14 @@ def with_torch(gateway: RunningGateway, tmp_path_factory: pytest.TempPathFactory
     launches = Launches(gateway, tmp_path_factory.mktemp("launches"))
     launches.add("ranks_of_a_group", plain(free_port()), "group first", of_run="groups", is_killed=True)
     launches.add("ranks_of_a_group", plain(free_port()), "group later", of_run="groups")
+    launches.add("ranks_of_a_group", plain(free_port()), "group later", of_run=None)
     launches.add("torchrun", free_port(), "no group", of_run="torchrun", is_killed=True)
     launches.add("one_without_torch", {}, "no group", of_run="one without torch")
     launches.make()
-    kinds = ["ranks_of_a_group -9 -9", "ranks_of_a_group 0 0", "torchrun 0", "one_without_torch 0 0"]
+    kinds = ["ranks_of_a_group -9 -9", *["ranks_of_a_group 0 0"] * 2, "torchrun 0", "one_without_torch 0 0"]
     assert launches.ends == kinds, launches.said[-3000:]
     assert "no means to agree" not in launches.said
+    assert launches.said.count("its ranks agree on the run id at the first step, rank ") == 2
 
 
 def plain(port: int) -> list[dict[str, str]]:
@@ -210,7 +214,9 @@ def test_ranks_that_cannot_agree_say_so_and_are_shown_side_by_side(gateway: Runn
     """Nothing is there that all know. What is shown is still right: neither rank resumed the other."""
     launches = Launches(gateway, tmp_path)
     launches.add("ranks", plain(free_port()), "no group", of_run="alone")
+    launches.add("ranks", plain(free_port()), "no group", of_run=None)
     launches.make()
+    assert launches.said.count("the 2 ranks have no common run id, so each is a run of its own, this one ") == 2
     assert launches.said.count("no means to agree on one attempt") == 2
     assert "ESPER_RUN_ATTEMPT" in launches.said
     with TamiyoClient(gateway.grpc) as client:
@@ -224,6 +230,16 @@ def test_ranks_that_cannot_agree_say_so_and_are_shown_side_by_side(gateway: Runn
 def test_ranks_of_a_process_group(gateway: RunningGateway) -> None:
     """Whether the session starts before ``init_process_group`` or after it."""
     check_two_attempts(gateway, "groups")
+
+
+@pytest.mark.usefixtures("with_torch")
+def test_ranks_without_a_run_id_that_start_before_their_process_group(gateway: RunningGateway) -> None:
+    """As Kubernetes' training operator starts them: they agree on the id, too, and each launch is a run of its own."""
+    with TamiyoClient(gateway.grpc) as client:
+        runs = [run for run in client.runs() if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", run.run_id)]
+        ranks = Counter((run.run_id, run.attempt) for run in runs if not run.resumed)
+        [(run_id, _)] = [launch for launch in ranks if ranks[launch] == 2]
+        until("the run has ended", lambda: client.ended(run_id))
 
 
 @pytest.mark.usefixtures("with_torch")

@@ -75,8 +75,11 @@ def test_several_ranks_without_a_common_run_id_raise_with_the_fix() -> None:
     with pytest.raises(ConfigurationError) as raised:
         who({"RANK": "1", "WORLD_SIZE": "2"})
     assert str(raised.value) == (
-        "2 ranks without a common run id: give start(run_id=...) or set ESPER_RUN_ID on every rank"
+        "2 ranks without a common run id: give start(run_id=...) or set ESPER_RUN_ID on every rank, "
+        "or call torch.distributed.init_process_group before start()"
     )
+    will_have_a_store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert who({"RANK": "1", "WORLD_SIZE": "2"} | will_have_a_store).run_id == ""
 
 
 def test_an_attempt_is_the_milliseconds_of_its_start() -> None:

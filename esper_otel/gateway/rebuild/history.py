@@ -275,7 +275,7 @@ class History:
             item.revision,
         )
         self._keep(frame.time_unix_ns, kept)
-        if self._habits.counts and not is_cut_off and _is_stale(frame, self.live):
+        if not is_cut_off and _is_stale(frame, self.live, can_end=not self._habits.counts):
             self._note_changed(frame.time_unix_ns)
         self._maker.live = _living(frame.live)
         self._after(frame)
@@ -442,16 +442,32 @@ def _ended(before: SeedTable, frame: Frame) -> set[StreamEnd]:
     return {StreamEnd(frame.time_unix_ns, before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
 
 
-def _is_stale(frame: Frame, before: SeedTable) -> bool:
-    """Returns whether the frame says something else of seeds that it did not record than the frame before it."""
-    before, live = alike(before, frame.live)
-    recorded = {*frame.seeds.ids}
-    if live.ids == frame.seeds.ids:
+def _is_stale(frame: Frame, before: SeedTable, *, can_end: bool) -> bool:
+    """Returns whether a frame differs from the one before it in something that it does not state itself.
+
+    Args:
+        frame: the frame.
+        before: the live seeds after the frame before it.
+        can_end: whether streams may have ended before the frame: then it proves nothing if a cell is missing in it.
+    """
+    before, live, seeds = alike(before, frame.live, frame.seeds)
+    if before.ids == live.ids and before.cells.tobytes() == live.cells.tobytes():
         return False
-    place = {seed: row for row, seed in enumerate(before.ids)}
-    rows = [row for row, seed in enumerate(live.ids) if seed not in recorded and seed in place]
-    known = [place[live.ids[row]] for row in rows]
-    return live.cells[rows].tobytes() != before.cells[known].tobytes()
+    retired = {*frame.retired}
+    if not retired.issuperset({*before.ids}.difference(live.ids)):
+        return True
+    if live.ids == seeds.ids and live.cells.tobytes() == seeds.cells.tobytes():
+        return False
+    place = {seed: row for row, seed in enumerate(before.ids) if seed not in retired}
+    rows = [row for row, seed in enumerate(live.ids) if seed in place]
+    known, cells = before.cells[[place[live.ids[row]] for row in rows]], live.cells[rows]
+    differs = known.view(np.uint64) != cells.view(np.uint64)
+    of_seed = {seed: row for row, seed in enumerate(seeds.ids)}
+    recorded = [row for row, of_live in enumerate(rows) if live.ids[of_live] in of_seed]
+    if recorded:  # a cell may be missing because of another one's value: ``LiveSeeds`` erases some
+        stated = ~is_absent(seeds.cells[[of_seed[live.ids[rows[row]]] for row in recorded]])
+        differs[recorded] &= ~stated & ~is_absent(cells[recorded])
+    return bool((differs & ~is_absent(cells) if can_end else differs).any())
 
 
 def _living(table: SeedTable) -> LiveSeeds:

@@ -27,7 +27,7 @@ INVALID_TEXT = senders.INVALID_TEXT
 TOO_MANY_ATTRIBUTES = "too many attributes"
 TOO_MANY_POINTS = "too many points in the request"
 TOO_MANY_SEEDS = "too many seeds"
-TOO_SPARSE = "too many live seeds for steps of so few points: send what a step says of its seeds with one time"
+TOO_SPARSE = "too many live seeds for steps of so few points: send all seed values of a step with the same time"
 TOO_MANY_RUNS = "too many runs"
 REASONS = (
     *(NO_NAME, UNKNOWN_METRIC, NOT_A_NUMBER, DELTA, NO_VALUE, NO_TIME, WRONG_TIME, NO_SEED, INVALID_TEXT),

@@ -94,6 +94,9 @@ class HttpAcceptor:
         context: returns the TLS context for the next connection; None for plain text.
         refused: called when a new connection is closed.
         warnings: where failures to accept connections are reported.
+
+    Attributes:
+        requests: number of requests so far.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class HttpAcceptor:
         self._context = context
         self._refused = refused
         self._warnings = warnings
+        self.requests: int = 0
         self._most = most_connections("http")
         self._connections: dict[_Connection, None] = {}
         self._served: dict[asyncio.BaseProtocol, _Connection] = {}
@@ -127,6 +131,7 @@ class HttpAcceptor:
 
     def note(self, protocol: asyncio.BaseProtocol, *, is_proven: bool) -> None:
         """Records that a connection has sent a request, or that one of its requests succeeded."""
+        self.requests += not is_proven
         connection = self._served.get(protocol)
         if connection is not None:
             connection.has_asked = True

@@ -88,6 +88,12 @@ class Gateway:
             return None
         return f"{'http' if self._ports.certificates is None else 'https'}://{self.http_address}/"
 
+    @property
+    def requests(self) -> int:
+        """Requests so far: those that sent or pulled something, and all on the HTTP port."""
+        counts = self._core.counts
+        return counts["requests"] + counts["pulled_steps"] + (0 if self._door is None else self._door.requests)
+
     async def __aenter__(self) -> Gateway:
         try:
             self._core.start()

@@ -56,7 +56,7 @@ class Quarantine:
         found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             os.close(descriptor)
-            raise OSError(f"{self.path} is not ours alone")
+            raise OSError(f"{self.path} belongs to another user, or others can write to it")
         return descriptor
 
     def _look(self, descriptor: int) -> None:

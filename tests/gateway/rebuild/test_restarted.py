@@ -26,7 +26,7 @@ SECOND = 10**9
 ALPHA, DEPTH = "kasmina.seed.alpha", "esper.seed.layer_depth"
 
 
-def said(second: float, *streams: tuple[str, str], ends: bool = False, **values: float) -> bytes:
+def said(second: float, *streams: tuple[str, str], ends: bool = False, of_seeds: float = 0.5, **values: float) -> bytes:
     """A request of a plain sender: values, of seeds too, or the ends of these streams; all at one time."""
     request = ExportMetricsServiceRequest()
     metrics = request.resource_metrics.add().scope_metrics.add(scope={"name": "a program"}).metrics
@@ -41,7 +41,7 @@ def said(second: float, *streams: tuple[str, str], ends: bool = False, **values:
         if ends:
             point.flags = 1
         else:
-            point.as_double = 0.5
+            point.as_double = of_seeds
     return request.SerializeToString()
 
 
@@ -215,6 +215,63 @@ def test_steps_that_a_kill_left_with_old_cells_are_made_again(tmp_path: Path, mo
     items = newest(tmp_path, step(5, NO_SEEDS, after), run_id="late")
     assert [alpha_of_b(item) for item in items] == [0.25, 0.75, 0.75, 0.75, 0.75]
     assert [item.revision for item in items] == [1, 2, 2, 2, 1]
+
+
+def test_steps_that_a_kill_left_without_a_late_seed_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps after it say by their digest that there is another seed."""
+    first, second = seed_table({"a": {"alpha": 0.125}}), seed_table({"b": {"alpha": 0.75}})
+    after = seed_table({"a": {"alpha": 0.125}, "b": {"alpha": 0.75}})
+
+    def step(number: int, seeds: SeedTable, live: SeedTable) -> bytes:
+        times = {"sequence": number, "global_step": number, "time_unix_ns": TIME_UNIX_NS + number * SECOND}
+        [body] = bodies([make_frame(run=Run("late", 1), seeds=seeds, live=live, **times)])
+        return body
+
+    early, late = without_point(step(2, second, after), ALPHA)
+    monkeypatch.setattr(History, "_spend", lambda *_: False)
+    later = [step(number, NO_SEEDS, after) for number in (3, 4)]
+    items = newest(tmp_path, step(1, first, first), early, *later, late, run_id="late")
+    assert [item.frame.live.ids for item in items] == [("a",), ("a", "b"), ("a",), ("a",)]
+    monkeypatch.undo()
+    items = newest(tmp_path, step(5, NO_SEEDS, after), run_id="late")
+    assert [item.frame.live.ids for item in items] == [("a",), *[("a", "b")] * 4]
+    assert [item.complete for item in items] == [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("later", "late", "cells"),
+    [
+        ([], said(0, (ALPHA, "late")), {"a": {ALPHA: 0.5, DEPTH: 0.5}, "late": {ALPHA: 0.5}}),
+        ([], said(0, (ALPHA, "a"), of_seeds=0.75), {"a": {ALPHA: 0.75, DEPTH: 0.5}}),
+        ([(ALPHA, "a")], said(0, (DEPTH, "a"), of_seeds=0.75), {"a": {ALPHA: 0.5, DEPTH: 0.75}}),
+    ],
+    ids=["a seed", "a cell", "a cell of a seed that is recorded"],
+)
+def test_steps_of_a_plain_sender_that_a_kill_left_are_made_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    later: list[tuple[str, str]],
+    late: bytes,
+    cells: dict[str, dict[str, float]],
+) -> None:
+    """What came late for the first step was in this step, and not yet in those after it."""
+    before = [said(0, (ALPHA, "a"), (DEPTH, "a"), loss=1.0), *(said(n, *later, loss=1.0) for n in range(1, 4))]
+    monkeypatch.setattr(History, "_spend", lambda *_: False)
+    items = newest(tmp_path, *before, late)
+    monkeypatch.undo()
+    assert [cells_after(item) == cells for item in items] == [True, False, False, False]
+    items = newest(tmp_path, said(4, *later, loss=1.0))
+    assert [cells_after(item) for item in items] == [cells] * 5
+    revisions = [item.revision for item in items]
+    items = newest(tmp_path, None)
+    assert [item.revision for item in items] == revisions
+
+
+def cells_after(item: Item) -> dict[str, dict[str, float]]:
+    metrics = {"alpha": ALPHA, "layer_depth": DEPTH}
+    return {seed: {metrics[name]: cell for name, cell in of_seed.items()} for seed, of_seed in item.frame.live.rows()}
 
 
 def alpha_of_b(item: Item) -> float | None:

@@ -1,17 +1,19 @@
-"""What is rendered of the documents: the README's tables and METRICS.md."""
+"""What is rendered of the documents: METRICS.md, the tables of docs/reference, and the page of the command line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from command_line import command_line_page
+
 from esper_otel.errors import ConfigurationError
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
-from esper_otel.schema.render import markdown_table, metrics_markdown, readme_table
+from esper_otel.schema.render import markdown_table, metrics_markdown, request_tables
 from esper_otel.settings import PREFIX, EsperSettings
 
 
 def settings_table() -> str:
-    """The README's table of settings: name, variable, default as shipped, meaning."""
+    """The table of settings: name, variable, default as shipped, meaning."""
     return markdown_table(
         ("setting", "environment", "default", "meaning"),
         (
@@ -22,10 +24,10 @@ def settings_table() -> str:
 
 
 def risks_table() -> str:
-    """The README's table of risks: signal, condition, level, route."""
+    """The table of risks: signal, condition, level, route."""
     return markdown_table(
         ("signal", "when", "severity", "route"),
-        ((f"`{rule.name}`", _condition(rule), rule.level.lower(), _route(rule)) for rule in RULES),
+        ((f"`{rule.name}`", _condition(rule), _level(rule), _route(rule)) for rule in RULES),
     )
 
 
@@ -41,9 +43,22 @@ def _condition(rule: Rule) -> str:
     return text
 
 
+def _level(rule: Rule) -> str:
+    level = rule.level.lower()
+    return f"{level}; only a note on pages and on Oona if the run trains on its CPU" if rule.only_note_on_cpu else level
+
+
 def _route(rule: Rule) -> str:
     is_conditional = not rule.overrules and not rule.only_unrouted
     return f"{rule.route}, unless a signal above it has decided" if is_conditional else rule.route
+
+
+# In docs/reference: the page, the name of its markers, and what stands between them.
+TABLES = {
+    "metrics.md": ("metrics", request_tables),
+    "settings.md": ("settings", settings_table),
+    "signals.md": ("risks", risks_table),
+}
 
 
 def with_section(text: str, name: str, section: str) -> str:
@@ -56,7 +71,7 @@ def with_section(text: str, name: str, section: str) -> str:
     before, *rest = text.split(begin)
     parts = rest[0].split(end) if len(rest) == 1 else []
     if len(parts) != 2 or end in before:
-        raise ConfigurationError(f"README.md must have {begin.strip()} and {end}, each once and in this order")
+        raise ConfigurationError(f"the page must have {begin.strip()} and {end}, each once and in this order")
     return f"{before}{begin}{section}\n{end}{parts[1]}"
 
 
@@ -64,12 +79,19 @@ def documents(root: Path) -> dict[Path, str]:
     """Every rendered document of the source tree with the text that it should have.
 
     Raises:
-        ConfigurationError: the README is not there, or lacks a marker.
+        ConfigurationError: a page with a rendered table is missing, or lacks a marker.
     """
-    readme = root / "README.md"
-    if not readme.is_file():
-        raise ConfigurationError(f"{readme} is not there: render the documents in a checkout")
-    text = readme.read_text(encoding="utf-8")
-    for name, section in (("metrics", readme_table()), ("settings", settings_table()), ("risks", risks_table())):
-        text = with_section(text, name, section)
-    return {readme: text, root / "esper_otel" / "schema" / "METRICS.md": metrics_markdown()}
+    reference = root / "docs" / "reference"
+    rendered = {
+        root / "esper_otel" / "schema" / "METRICS.md": metrics_markdown(),
+        reference / "command-line.md": command_line_page(),
+    }
+    for name, (section, table) in TABLES.items():
+        page = reference / name
+        if not page.is_file():
+            raise ConfigurationError(f"{page} is not there: render the documents in a checkout")
+        try:
+            rendered[page] = with_section(page.read_text(encoding="utf-8"), section, table())
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{page}: {error}") from None
+    return rendered
