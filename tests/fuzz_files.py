@@ -59,12 +59,28 @@ HOSTILE: tuple[Any, ...] = (
 )
 # What a page of ours is made of.
 TAGS = {
-    *("html", "meta", "title", "style", "h1", "h2", "p", "dl", "dt", "dd", "span", "table", "tr", "td", "th"),
-    *("svg", "path", "line", "text"),
+    *(
+        "html",
+        "head",
+        "body",
+        "meta",
+        "title",
+        "style",
+        "script",
+        "section",
+        "div",
+        "h1",
+        "h2",
+        "p",
+        "br",
+        "dl",
+        "dt",
+        "dd",
+    ),
+    *("table", "tr", "td", "th"),
 }
 ATTRIBUTES = {
-    *("lang", "charset", "name", "content", "http-equiv", "class", "style", "viewbox", "role", "d", "x", "y"),
-    *("x1", "x2", "y1", "y2", "fill", "stroke", "stroke-width", "stroke-dasharray", "text-anchor"),
+    *("lang", "charset", "name", "content", "http-equiv", "class", "id", "type", "nonce"),
 }
 
 

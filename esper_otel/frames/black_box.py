@@ -50,11 +50,21 @@ class BlackBox:
         ring: the frames.
         run: whose they are, as it is known when they are written.
         settings: how many are written at most, and where to.
+        about: attributes of the process, of which host and revision are written.
         warnings: says where a file is, and why one could not be written.
     """
 
-    def __init__(self, ring: Ring, run: Callable[[], Run], settings: EsperSettings, warnings: Warnings) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        run: Callable[[], Run],
+        settings: EsperSettings,
+        about: Callable[[], Mapping[str, object]],
+        warnings: Warnings,
+    ) -> None:
         self._ring = ring
+        self._settings = settings
+        self._about = about
         self._run = run
         self._frames = settings.black_box_frames
         self._folder = settings.black_box_dir
@@ -88,7 +98,7 @@ class BlackBox:
             private = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             try:
                 with os.fdopen(private, "wb") as raw, gzip.open(raw, "wt", encoding="utf-8", compresslevel=1) as file:
-                    file.writelines(_lines(run, reason, frames))
+                    file.writelines(_lines(self._head(run, reason), frames))
                 new.replace(path)
             finally:
                 new.unlink(missing_ok=True)  # what a full disk has taken of it
@@ -96,6 +106,29 @@ class BlackBox:
             self._warnings.say("black box", "the black box could not be written: %s", error)
         else:
             announce("black box", f"{reason}; the last {len(frames)} steps are in {path}: esper-otel report {path}")
+
+    def _head(self, run: Run, reason: str) -> dict[str, object]:
+        about = self._about()
+        return {
+            "esper_otel": VERSION,
+            "run_id": run.run_id,
+            "attempt": run.attempt,
+            "rank": run.rank,
+            "world_size": run.world_size,
+            "experiment": run.experiment,
+            "device": run.device_id,
+            "reason": reason,
+            "written_unix_s": round(time.time(), 3),
+            "host": str(about.get("host.name", "")),
+            "revision": str(about.get("vcs.ref.head.revision", "")),
+            "settings": _changed(self._settings),
+        }
+
+
+def _changed(settings: EsperSettings) -> dict[str, str]:
+    """The settings that differ from those we ship; paths are nobody's business who gets the file."""
+    values = {name: (getattr(settings, name), each.shipped) for name, each in type(settings).settings.items()}
+    return {name: str(v) for name, (v, shipped) in values.items() if v != shipped and not isinstance(v, Path)}
 
 
 def file_stem(run_id: str, *others: object) -> str:
@@ -114,18 +147,7 @@ def _folder_of_ours() -> Path:
     return folder
 
 
-def _lines(run: Run, reason: str, frames: list[Frame]) -> Iterator[str]:
-    head = {
-        "esper_otel": VERSION,
-        "run_id": run.run_id,
-        "attempt": run.attempt,
-        "rank": run.rank,
-        "world_size": run.world_size,
-        "experiment": run.experiment,
-        "device": run.device_id,
-        "reason": reason,
-        "written_unix_s": round(time.time(), 3),
-    }
+def _lines(head: Mapping[str, object], frames: list[Frame]) -> Iterator[str]:
     size, lines = 0, []
     for frame in reversed(frames):  # of very many seeds only the newest steps fit
         line = json.dumps(_row(frame), allow_nan=False) + "\n"

@@ -13,8 +13,9 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from esper_otel.errors import UnknownRun
+from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.faults import CREDENTIALS, Fault
-from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
     FREE,
@@ -28,7 +29,7 @@ from esper_otel.gateway.pages import (
     run_message,
     step_of,
 )
-from esper_otel.gateway.ranks import Ranks
+from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.reading import Reader
@@ -70,6 +71,20 @@ class Answer(NamedTuple):
 
     rejected: int
     reason: str
+
+
+class KnownRun(NamedTuple):
+    """What is known of a run.
+
+    Attributes:
+        states: the state of each writer.
+        stored: how many of its steps are stored.
+        outcome: how the whole run ended; None while it has not.
+    """
+
+    states: Sequence[RunState]
+    stored: int
+    outcome: str | None
 
 
 class Core:
@@ -121,6 +136,7 @@ class Core:
         self._releasing_s = _RELEASING_S
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
+        self.changed = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
@@ -182,6 +198,8 @@ class Core:
         tenant = "" if grant is None else grant.tenant
         now_s, received_unix_ns = time.monotonic(), self._clock_ns()
         taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
+        self.changed.note(block.sender.run.run_id for block in decoded.blocks)
+        self.changed.note(end.sender.run.run_id for end in decoded.ended)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
@@ -261,6 +279,8 @@ class Core:
             self._bodies.append((kept.number, time.monotonic(), len(kept.body)))
             self._body_bytes += len(kept.body)
         saved, self._unsaved, self._places, self._tenants = self._unsaved, [], {}, {}
+        self.changed.note(item.origin.run_id for item in saved)
+        self.changed.note(origin.run_id for origin in ended)
         self._ended = {origin: outcome for origin, outcome in self._ended.items() if origin not in ended}
         try:
             self._ranks.note(saved)
@@ -473,6 +493,18 @@ class Core:
                 yield
         return response
 
+    def known_runs(self) -> set[str]:
+        """Returns the ids of all runs that are known, without runs from a check."""
+        return {run_id for run_id in {*self._store.run_ids(), *self._assembler.run_ids()} if not is_check(run_id)}
+
+    def state_of(self, run_id: str) -> KnownRun:
+        """Returns what is known of a run."""
+        states = self._assembler.states_of(run_id, time.monotonic())
+        stored, ends = self._store.counts(run_id), self._store.outcomes(run_id)
+        known = {state.origin for state in states}
+        states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
+        return KnownRun(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
+
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
         """Does the same as ``pulled``, and returns the page as a message."""
         return PullResponse.FromString((await self.pulled(request, grant, bounds)).body)
@@ -512,6 +544,10 @@ class Core:
             raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
         return view
 
+    def recent_steps(self, run_id: str) -> RecentSteps | None:
+        """Returns the newest steps of a run's ranks; None if none has arrived since this gateway was started."""
+        return self._ranks.recent(run_id)
+
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
         made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
         found = await page(self._store, request, made, self._made, self._clock_ns, bounds)
@@ -531,13 +567,17 @@ class Core:
         self.counts["gap_steps"] += found.gap if cursor else 0
         return found
 
-    def entries(self, run_id: str, cursor: str, most: int) -> StoredPage:
-        """Returns the stored entries after a cursor.
+    def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
+        """Returns the stored entries after a cursor: of all ranks, or of one.
 
         Raises:
             UnknownRun, StaleCursor: the run or the cursor cannot be used.
         """
-        return self._store.after(run_id, cursor, None, most)
+        return self._store.after(run_id, cursor, rank, most)
+
+    def last_number(self, run_id: str, rank: int) -> int:
+        """Returns the number of the newest entry of a rank; 0 if there is none."""
+        return self._store.last_number(run_id, rank)
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -86,6 +86,9 @@ class RunState:
         ended: its outcome (``completed``, an exception's type, a signal); None while it runs or is silent.
         resumed: whether it resumed the run (see ``launches``).
         is_silent: whether it has sent nothing for so long that it may be dead.
+        host: name of its host; empty if it is not known.
+        revision: revision of its code; empty if it is not known.
+        last_loss: the loss of the newest step, which may be NaN; None if it has none.
         writers: number of live processes that claim this (run, attempt, rank).
         missing: frames that were skipped, between others that have arrived, and have not arrived since.
         unseen: frames before the first one that arrived: late, lost, or sent to another gateway.
@@ -112,3 +115,6 @@ class RunState:
     too_late: int = 0
     first_time_unix_ns: int = 0
     is_silent: bool = False
+    host: str = ""
+    revision: str = ""
+    last_loss: float | None = None

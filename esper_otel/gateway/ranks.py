@@ -32,7 +32,7 @@ _WAIT, _LATENCY = 0, len(_OWN)
 # Differences below this share of a cycle, or below this many milliseconds, are noise.
 _NOISE_SHARE = 0.05
 _NOISE_MS = 1.0
-_EMPTY = 2**64 - 1
+NO_STEP = 2**64 - 1
 _AT_ONCE = 128  # ranks
 _WIDEST = 2**16
 
@@ -70,6 +70,31 @@ class Ranks:
         run = self._runs.get(run_id)
         return None if run is None else (yield from run.viewing(min(steps or STEPS, STEPS)))
 
+    def recent(self, run_id: str) -> RecentSteps | None:
+        """Returns the newest steps of the run's ranks; None if no step of the run is known."""
+        run = self._runs.get(run_id)
+        return None if run is None else run.recent()
+
+
+class RecentSteps(NamedTuple):
+    """The durations of the newest steps of a run's ranks.
+
+    Attributes:
+        attempt: the newest attempt.
+        world_size: number of processes of the run.
+        ranks: the ranks, in order.
+        steps: numbers of the steps, in order of arrival and with ``NO_STEP`` in empty places, shape (ranks, steps).
+        step_ms: how long each took, NaN if that is not known. Same shape.
+        wait_ms: how long each waited for its input, likewise.
+    """
+
+    attempt: int
+    world_size: int
+    ranks: list[int]
+    steps: Steps
+    step_ms: Times
+    wait_ms: Times
+
 
 class _RankSteps:
     """The newest attempt of one rank.
@@ -99,7 +124,7 @@ class _RunSteps:
 
     def __init__(self) -> None:
         self._ranks: OrderedDict[int, _RankSteps] = OrderedDict()  # the longest silent first
-        self._steps: Steps = np.full((1, STEPS), _EMPTY, np.uint64)
+        self._steps: Steps = np.full((1, STEPS), NO_STEP, np.uint64)
         self._times: Times = np.full((1, STEPS, len(_NAMES)), np.nan)
 
     @property
@@ -139,7 +164,7 @@ class _RunSteps:
         return True
 
     def _clear(self, row: int) -> None:
-        self._steps[row] = _EMPTY
+        self._steps[row] = NO_STEP
         self._times[row] = np.nan
 
     def _new_row(self) -> int:
@@ -152,7 +177,7 @@ class _RunSteps:
             self._clear(dropped.row)
             return dropped.row
         fewer = min(width, _MOST_OF_A_RUN // (2 * rows))
-        steps: Steps = np.full((2 * rows, fewer), _EMPTY, np.uint64)
+        steps: Steps = np.full((2 * rows, fewer), NO_STEP, np.uint64)
         times: Times = np.full((2 * rows, fewer, len(_NAMES)), np.nan)
         for of_rank in self._ranks.values():
             kept = min(of_rank.count, fewer)
@@ -163,18 +188,30 @@ class _RunSteps:
         self._steps, self._times = steps, times
         return row
 
-    def viewing(self, most: int) -> Generator[None, None, RanksResponse]:
-        """Compares the ranks of the newest attempt, and ranks that still made steps after it had begun.
+    def _running(self) -> tuple[int, dict[int, _RankSteps]]:
+        """Returns the newest attempt, and its ranks with those that still made steps after it had begun.
 
         The latter belong to the same launch, but did not agree with the others on an attempt number; see ``launches``.
         """
         attempt = max(of_rank.attempt for of_rank in self._ranks.values())
         begun_ns = min(of_rank.first_unix_ns for of_rank in self._ranks.values() if of_rank.attempt == attempt)
-        running = {
+        return attempt, {
             rank: of_rank
             for rank, of_rank in sorted(self._ranks.items())
             if of_rank.attempt == attempt or of_rank.last_unix_ns >= begun_ns
         }
+
+    def recent(self) -> RecentSteps:
+        """Returns the newest steps of the ranks that run together."""
+        attempt, running = self._running()
+        rows = [of_rank.row for of_rank in running.values()]
+        world_size = max(of_rank.world_size for of_rank in running.values())
+        steps, times = self._steps[rows], self._times[rows]
+        return RecentSteps(attempt, world_size, list(running), steps, times[:, :, _LATENCY], times[:, :, _WAIT])
+
+    def viewing(self, most: int) -> Generator[None, None, RanksResponse]:
+        """Compares the ranks that run together."""
+        attempt, running = self._running()
         world_size = max(of_rank.world_size for of_rank in running.values())
         ranks = [rank for rank, of_rank in running.items() if of_rank.count]
         rows = [running[rank].row for rank in ranks]
@@ -216,8 +253,8 @@ def _places(names: tuple[str, ...]) -> tuple[int | None, ...]:
 
 def _common(steps: Steps) -> Steps:
     """Returns the steps that all ranks have, in order."""
-    there = steps != _EMPTY
-    low = np.where(there, steps, _EMPTY).min(axis=1).max()
+    there = steps != NO_STEP
+    low = np.where(there, steps, NO_STEP).min(axis=1).max()
     high = np.where(there, steps, 0).max(axis=1).min()
     inside: Steps = steps[(steps >= low) & (steps <= high)]  # an empty place is above every step
     if not len(inside):

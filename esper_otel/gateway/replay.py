@@ -215,11 +215,19 @@ class Shelf:
         """Returns True: the only run has steps."""
         return True
 
-    def counts(self) -> dict[Origin, int]:
+    def last_number(self, run_id: str, rank: int) -> int:  # noqa: ARG002 - there is only one run
+        """Returns the number of the newest step of a rank."""
+        return self._last_of.get(rank, 0)
+
+    def run_ids(self) -> list[str]:
+        """Returns the id of the run."""
+        return [self._run_id] if self._last else []
+
+    def counts(self, run_id: str | None = None) -> dict[Origin, int]:  # noqa: ARG002
         """Returns nothing: the core has the counts."""
         return {}
 
-    def outcomes(self) -> dict[Origin, str]:
+    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:  # noqa: ARG002
         """Returns nothing: the core has the outcomes."""
         return {}
 

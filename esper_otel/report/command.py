@@ -12,9 +12,9 @@ from pathlib import Path
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.pull.client import TamiyoClient
-from esper_otel.report.findings import compared, findings
+from esper_otel.report.findings import Finding, compared, findings
 from esper_otel.report.page import is_page, page
-from esper_otel.report.recording import Recording, of_file, of_gateway
+from esper_otel.report.recording import Recording, names_of, of_file, of_gateway
 from esper_otel.report.table import is_table, write_csv, write_parquet
 from esper_otel.text import printable
 
@@ -50,17 +50,29 @@ def main(options: argparse.Namespace) -> int:
         _check_ours(html, is_page if options.html else partial(is_page, recording=recording))
         for path, _ in tables:
             _check_ours(path, is_table)
-    _written(html, lambda path: path.write_text(page(recording, other), encoding="utf-8"))
     for path, write in tables:
         if path is not None:
             _written(path, partial(write, recording))
-    found = findings(recording) + ([] if other is None else compared(recording, other))
-    for each in found:
+    for each in _found(recording, other):
         _say(each.question)
         for line in (each.answer, *each.lines):
             _say(f"  {line}")
-    _say(f"the page is {html}")
+    _written(html, lambda path: path.write_text(page(recording, other), encoding="utf-8"))
+    _say(f"the page is {html} ({_size(html)}, works offline)")
     return 0
+
+
+def _found(recording: Recording, other: Recording | None) -> list[Finding]:
+    """Returns the findings; if there are two runs, with the name of the run in each question."""
+    if other is None:
+        return findings(recording)
+    both = zip((recording, other), names_of(recording, other), strict=True)
+    named = [each._replace(question=f"{name}: {each.question}") for run, name in both for each in findings(run)]
+    return named + compared(recording, other)
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
 def _say(text: str) -> None:

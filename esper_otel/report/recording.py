@@ -17,7 +17,7 @@ from esper_otel.frames import black_box as blackbox
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.parts.senders import is_valid
-from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.client import RunInfo, TamiyoClient
 from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 from esper_otel.text import printable
 
@@ -29,6 +29,7 @@ _AT_ONCE = 1000
 _MOST_STEPS = 2_000_000
 _MOST_NUMBERS = 50_000_000  # of all steps, in 8 bytes each
 _MOST_S = 600.0
+_MOST_ATTEMPTS = 20
 
 Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
 
@@ -92,6 +93,7 @@ class Recording:
         rows: the steps.
         source: identifies the recording uniquely; usable as a file name.
         device: type of the device that trains, such as ``cuda``; empty if it is not known.
+        about: what else is known of the run, as pairs of a name and a text: its host, revision, settings, attempts.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Recording:
     rows: tuple[Row, ...]
     source: str
     device: str = ""
+    about: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -127,8 +130,30 @@ def of_file(path: Path) -> Recording:
     source = _clean_text(path.name.removesuffix(blackbox.SUFFIX))
     device = str(head.get("device", "")).partition(":")[0]
     return Recording(
-        _clean_text(head["run_id"]), head["rank"], head["attempt"], _clean_text(head["reason"]), rows, source, device
+        *(
+            _clean_text(head["run_id"]),
+            head["rank"],
+            head["attempt"],
+            _clean_text(head["reason"]),
+            rows,
+            source,
+            device,
+        ),
+        about=_about(head),
     )
+
+
+def _about(head: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Returns what the head of a black box says of the run. Older versions wrote less, and anybody may write a file."""
+    texts = [(name, head.get(name)) for name in ("experiment", "host", "device", "revision")]
+    settings = head.get("settings")
+    if isinstance(settings, dict) and settings:
+        texts.append(("settings", ", ".join(f"{name} = {value}" for name, value in sorted(settings.items()))))
+    found = [(name, text) for name, text in texts if isinstance(text, str) and text]
+    world_size = head.get("world_size")
+    if type(world_size) is int and 1 < world_size < 2**31:
+        found.append(("ranks", str(world_size)))
+    return tuple((name, _clean_text(text)) for name, text in found)
 
 
 @lru_cache(maxsize=4096)
@@ -163,12 +188,27 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
             device = packets.state.hardware_context.device_type or device
     if not found:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
-    mine = [run for run in client.runs() if (run.run_id, run.rank, run.attempt) == (run_id, rank, attempt)]
+    of_rank = [run for run in client.runs() if (run.run_id, run.rank) == (run_id, rank)]
+    mine = [run for run in of_rank if run.attempt == attempt]
     ended = [run.ended or run.run_ended or "" for run in mine]
+    about = [("experiment", mine[0].experiment)] if mine and mine[0].experiment else []
+    if mine and mine[0].world_size > 1:
+        about.append(("ranks", str(mine[0].world_size)))
+    if len(of_rank) > 1:
+        before = [run for run in sorted(of_rank, key=lambda run: run.attempt) if run.attempt != attempt]
+        about.append(("earlier attempts", "; ".join(map(_attempt, before[-_MOST_ATTEMPTS:]))))
     rows = [row for _, row in sorted(found.items())]
     source = blackbox.file_stem(run_id, rank, attempt)
     outcome = _clean_text(ended[0]) if ended else ""
-    return Recording(_clean_text(run_id), rank, attempt, outcome, tuple(rows), source, device)
+    return Recording(
+        *(_clean_text(run_id), rank, attempt, outcome, tuple(rows), source, device),
+        about=tuple((name, _clean_text(text)) for name, text in about),
+    )
+
+
+def _attempt(run: RunInfo) -> str:
+    steps = f"steps {run.first_step} to {run.last_step}" if run.last_step is not None else "no step"
+    return f"{steps}, {run.ended or 'end not known'}"
 
 
 def _pulled(client: TamiyoClient, run_id: str, rank: int) -> Iterator[Packets]:

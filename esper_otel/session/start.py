@@ -53,6 +53,8 @@ from esper_otel.settings import EsperSettings, signal_names, unknown_variables
 if TYPE_CHECKING:
     import torch
 
+    from esper_otel.session.show import Figure
+
 _STALE_AFTER_NS = 300 * 1_000_000_000
 _NO_RUN_ID = (
     "the %d ranks have no common run id, so each is a run of its own, this one %s: call "
@@ -193,7 +195,7 @@ class _Session:
             warnings=self._warnings,
         )
         self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
-        self._black_box = BlackBox(self._publisher.ring, lambda: self._publisher.run, settings, self._warnings)
+        self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder()
         if device is not None:
@@ -209,6 +211,7 @@ class _Session:
         self._instruments = self._attached(meter_provider, names.entries.values())
         self.telemetry = telemetry_of(self._recorder, self)
         self._process_id = os.getpid()
+        self._figures: list[Figure] = []
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
         show_the_way(endpoint, run.rank, wants_page=settings.ui if ui is None else ui)
@@ -231,6 +234,16 @@ class _Session:
                 "start(run_id=...) or set ESPER_RUN_ID on every rank, or call "
                 "torch.distributed.init_process_group before start()"
             )
+
+    def _opened_black_box(self, settings: EsperSettings) -> BlackBox:
+        publisher, resource_of = self._publisher, self._resource_of
+        return BlackBox(
+            publisher.ring,
+            lambda: publisher.run,
+            settings,
+            lambda: resource_of(publisher.run).attributes,
+            self._warnings,
+        )
 
     def _attached(self, meter_provider: MeterProvider | None, entries: Iterable[Metric]) -> Instruments:
         """Returns the provider's instruments, attached to this session."""
@@ -416,6 +429,14 @@ class _Session:
         """Restores the processors' states."""
         self._deriver.load_state_dict(states)
 
+    def show(self) -> None:
+        """See ``Telemetry.show``."""
+        from esper_otel.session.show import Figure
+
+        publisher = self._publisher
+        publisher.drain()
+        self._figures.append(Figure(publisher.ring, publisher.run.run_id, publisher.names.entries, self._fault))
+
     def interrupted(self) -> None:
         """See ``Telemetry.interrupted``."""
         if self._exporter is not None and os.getpid() == self._process_id:
@@ -441,6 +462,8 @@ class _Session:
             if self._exporter is not None:
                 ending.callback(self._ended, "the export", self._close_exporter, self._exporter, deadline_s, outcome)
             ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
+            for figure in self._figures:
+                ending.callback(self._ended, "the notebook's figure", figure.end)
 
     @staticmethod
     def _close_exporter(exporter: StepExporter, deadline_s: float, outcome: str) -> None:

@@ -94,6 +94,9 @@ class Wiring(Protocol):
     def load_derive_state(self, states: Mapping[str, Any]) -> None:
         """Restores the processors' states."""
 
+    def show(self) -> None:
+        """See ``Telemetry.show``."""
+
     def interrupted(self) -> None:
         """See ``Telemetry.interrupted``."""
 
@@ -277,6 +280,17 @@ class Telemetry:
         if mark != self._mark or not position.isdecimal():
             raise InvalidValue("cursor", f"{cursor!r} is not a cursor from this session (Page.cursor)")
         return int(position)
+
+    def show(self) -> None:
+        """Shows a live figure of this run below the cell of a notebook, until the session is closed.
+
+        It has the charts of the live page, of all steps that are still in the buffer and of those to come. A thread of
+        its own adds the newest steps every two seconds.
+
+        Raises:
+            ConfigurationError: this is not a notebook, or Bokeh is not installed (``pip install 'esper-otel[ui]'``).
+        """
+        self._wiring.show()
 
     def health(self) -> Mapping[str, int | float | str | None]:
         """Returns the state of the telemetry itself.

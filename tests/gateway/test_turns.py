@@ -24,10 +24,14 @@ from esper_otel.gateway import core as core_module
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.page_data import answers
+from esper_otel.gateway.page_data import table as table_module
+from esper_otel.gateway.page_data.answers import Wanted, series
+from esper_otel.gateway.page_data.table import Range
+from esper_otel.gateway.page_data.views import Views, in_short_turns
 from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.request import TOO_SPARSE
-from esper_otel.gateway.serve.live_page import _steps
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
@@ -551,8 +555,8 @@ def test_a_late_point_of_a_very_large_step_is_taken_in_a_short_turn(turns: list[
     run_in_short_turns(scenario, turns)
 
 
-def test_the_page_is_given_fewer_steps_of_many_seeds(turns: list[float]) -> None:
-    """One question took 3 s and 19 MiB. What was left out comes with the next one."""
+def test_the_page_reads_steps_of_many_seeds_in_short_turns(turns: list[float]) -> None:
+    """One question took 3 s and 19 MiB."""
     table = seed_table({f"seed-{seed:05}": {"stage": 2.0, "alpha": 0.5} for seed in range(3_000)})
 
     async def scenario() -> None:
@@ -566,18 +570,42 @@ def test_the_page_is_given_fewer_steps_of_many_seeds(turns: list[float]) -> None
                 await core.take(body)
         await asyncio.sleep(0)
         turns.clear()
-        found: list[int] = []
-        cursor, more, asked = "", True, 0
-        while more:
-            answer = json.loads(await _steps(core, RUN.run_id, cursor))
-            found += [shown["step"] for shown in answer["steps"]]
-            cursor, more, asked = answer["cursor"], answer["more"], asked + 1
-            assert answer["gap"] == 0
-        assert found == list(range(1, 61))
-        assert asked == 4
+        shown = await page_of(core)
+        assert shown["columns"]["step"] == list(range(1, 61))
+        assert shown["metrics"][ALPHA]["max"] == [0.5] * 60
         core.close()
 
     run_in_short_turns(scenario, turns)
+
+
+def test_the_page_reads_many_steps_in_short_turns(turns: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table becomes coarser twice on the way."""
+    monkeypatch.setattr(table_module, "MOST_ROWS", 2_048)
+
+    async def scenario() -> None:
+        store = MemoryStore()
+        core = Core(store)
+        core.start()
+        frames = [
+            make_frame(sequence=step, global_step=step, time_unix_ns=TIME_UNIX_NS + step) for step in range(1, 8_001)
+        ]
+        store.add([Item(Origin(RUN.run_id, RUN.attempt, RUN.rank), frame, 1, True, 0) for frame in frames])
+        await asyncio.sleep(0)
+        turns.clear()
+        shown = await page_of(core)
+        assert sum(shown["columns"]["steps"]) == 8_000
+        core.close()
+
+    run_in_short_turns(scenario, turns)
+
+
+async def page_of(core: Core) -> Any:
+    """All that a page has of the run's curves, once all is read."""
+    views = Views(core)
+    while (view := await views.view(RUN.run_id, RUN.rank)).read < view.stored:
+        await in_short_turns(answers.seeds(view, ""))
+    text = await in_short_turns(series(view, Wanted((), Range(), 1000, "")))
+    return await asyncio.to_thread(json.loads, text)
 
 
 def test_both_decoders_give_the_blocks_of_several_owners_in_one_order() -> None:

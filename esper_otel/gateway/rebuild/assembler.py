@@ -229,6 +229,14 @@ class Assembler:
                     self._kept_bytes[tenant] = sum(size for _, _, size in left)
         return self._runs.states(now_s)
 
+    def run_ids(self) -> set[str]:
+        """Returns the ids of the runs whose writers are known."""
+        return self._runs.run_ids()
+
+    def states_of(self, run_id: str, now_s: float) -> list[RunState]:
+        """Returns the state of each known writer of a run."""
+        return self._runs.states(now_s, run_id)
+
     def restore(
         self,
         items: Iterable[tuple[Item, bool]],

@@ -54,6 +54,7 @@ class Runs:
         self._tenants: dict[str, OrderedDict[Track, None]] = {}  # within each tenant, the longest silent first
         self._of_runs: dict[str, str] = {}
         self._writers_of: Counter[str] = Counter()
+        self._ranks_of: dict[str, dict[_RankOfRun, None]] = {}
         self._count = 0
         self.ends: SharedPlaces = SharedPlaces(limits.ends)
 
@@ -100,7 +101,9 @@ class Runs:
         self._tenants.setdefault(tenant, OrderedDict())[track] = None
         self._of_runs.setdefault(origin.run_id, tenant)
         self._writers_of[origin.run_id] += 1
-        self._ranks.setdefault(_RankOfRun(*origin[:3]), {})[process] = track
+        rank = _RankOfRun(*origin[:3])
+        self._ranks.setdefault(rank, {})[process] = track
+        self._ranks_of.setdefault(origin.run_id, {})[rank] = None
         self._count += 1
         return track
 
@@ -113,10 +116,15 @@ class Runs:
         """Forgets writers that have been silent for too long, and returns their tracks."""
         return [self._remove(track) for track in list(self) if now_s - track.received_s > self._limits.silent_s]
 
-    def states(self, now_s: float) -> list[RunState]:
-        """Returns the state of each writer."""
+    def run_ids(self) -> set[str]:
+        """Returns the ids of the runs that have writers."""
+        return {*self._ranks_of}
+
+    def states(self, now_s: float, run_id: str | None = None) -> list[RunState]:
+        """Returns the state of each writer: of one run, or of all."""
         states = []
-        for writers in self._ranks.values():
+        some = self._ranks if run_id is None else self._ranks_of.get(run_id, ())
+        for writers in (self._ranks[rank] for rank in some):
             is_silent = [now_s - track.received_s > _ALIVE_S for track in writers.values()]
             alive = max(is_silent.count(False), 1)
             states += [
@@ -153,8 +161,8 @@ class Runs:
         if not of_tenant:
             del self._tenants[track.tenant]
         if not writers:
-            del self._ranks[rank]
+            del self._ranks[rank], self._ranks_of[rank.run_id][rank]
         self._writers_of[rank.run_id] -= 1
         if not self._writers_of[rank.run_id]:
-            del self._writers_of[rank.run_id], self._of_runs[rank.run_id]
+            del self._writers_of[rank.run_id], self._of_runs[rank.run_id], self._ranks_of[rank.run_id]
         return track

@@ -369,4 +369,11 @@ class Track:
             too_late=self._too_late,
             first_time_unix_ns=self._first_unix_ns,
             is_silent=is_silent,
+            host=sender.host if sender else "",
+            revision=sender.revision if sender else "",
+            last_loss=None if last is None else _loss(last.frame),
         )
+
+
+def _loss(frame: Frame) -> float | None:
+    return frame.numbers[frame.names.index("loss")] if "loss" in frame.names else None

@@ -11,7 +11,8 @@ from esper_otel.gateway.receive.request import INVALID_TEXT, TOO_MANY_ATTRIBUTES
 from esper_otel.parts.senders import Label, label_of_texts, run_of_texts, text_of
 from esper_otel.text import printable
 
-_PROCESS = ("service.instance.id", "host.name", "process.pid")
+_HOST, _REVISION = "host.name", "vcs.ref.head.revision"
+_PROCESS = ("service.instance.id", _HOST, "process.pid")
 
 PLAIN = Label()
 
@@ -34,7 +35,8 @@ def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> PointSender | s
     if run is None:
         return INVALID_TEXT
     process = printable(" ".join(filter(None, map(texts.get, _PROCESS))), 3 * limits.text_bytes)
-    return PointSender(run, process)
+    host, revision = (printable(texts.get(name, ""), limits.text_bytes) for name in (_HOST, _REVISION))
+    return PointSender(run, process, host, revision)
 
 
 def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:

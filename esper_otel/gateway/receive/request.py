@@ -86,10 +86,14 @@ class PointSender(NamedTuple):
         run: the run and the rank. The run id is ``esper.run.id``, else ``service.instance.id``, else ``service.name``,
             else ``unknown``; the attempt is 0 if the Resource does not give one.
         process: instance, host and process id; tells apart two processes that claim the same rank.
+        host: name of the host; empty if it is not given.
+        revision: revision of the code; empty if it is not given.
     """
 
     run: Run
     process: str = ""
+    host: str = ""
+    revision: str = ""
 
 
 class PointBlock(NamedTuple):

@@ -1,164 +1,149 @@
-"""Serves the live page, which shows running runs from the gateway's own store, to browsers on this machine only."""
+"""Serves the live page, and what it shows of the runs in the gateway's own store, to browsers on this machine only.
+
+The paths below ``/page`` answer in JSON. What is missing or not finite is null. Each answer has a cursor; given back
+as ``since`` with otherwise the same question, it makes the next answer contain only what is new:
+
+- ``/page/runs``: a row for each run that has changed, and the runs that are gone.
+- ``/page/metrics?run=&rank=``: the metrics that were recorded, with unit, meaning and group.
+- ``/page/series?run=&rank=&metrics=&from=&to=&buckets=``: the curves, thinned to a number of rows. The first ``keep``
+  rows of the last answer stay, and the rows of this one follow. ``read`` of ``stored`` steps have been read.
+- ``/page/seeds?run=&rank=``: stages as intervals of steps, and samples of alpha.
+- ``/page/signals?run=&rank=``: risk signals as episodes.
+- ``/page/ranks?run=``: the durations of the newest steps of each rank. It has no cursor.
+
+An unknown cursor is no error: the answer then contains everything. Wrong arguments are answered with 400, and runs of
+which no step is stored with 404.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
-from importlib import resources
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.frames.frame import FINE, GUESSED_STEP, NO_SEEDS
+from esper_otel.errors import UnknownRun
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.page_data import answers
+from esper_otel.gateway.page_data.answers import Answer, Wanted
+from esper_otel.gateway.page_data.heat_map import heat_map
+from esper_otel.gateway.page_data.run_table import RunTable
+from esper_otel.gateway.page_data.table import Range
+from esper_otel.gateway.page_data.view import View
+from esper_otel.gateway.page_data.views import Views, in_short_turns
 from esper_otel.gateway.security import BadRequest, check_puller
-from esper_otel.gateway.store.base import StoredFrame
-from esper_otel.gateway.turns import Turn, in_turns, pause
-from esper_otel.leyline.packets import state
-from esper_otel.leyline.risk import Rule, signals
-from esper_otel.schema import SEED_FIELDS
+from esper_otel.gateway.serve.page_files import HEADERS, add_files, check_local
+from esper_otel.pull.messages import RanksRequest
+from esper_otel.schema import is_check
 
-_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page/page.css": ("page.css", "text/css"),
-    "/page/page.js": ("page.js", "text/javascript"),
-}
-_LOCAL = {"localhost", "127.0.0.1", "[::1]"}
-# Limits of one answer: steps, and approximately rows of seeds. The last number is how many steps are fetched at once.
-_AT_ONCE, _MOST_ROWS, _FETCHED = 500, 50_000, 2
-_TURN_S = 0.002  # short, since requests of trainers and controllers may wait for several turns
-# The page loads nothing from other origins and cannot be embedded in a frame.
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
-_STAGE, _ALPHA = SEED_FIELDS.index("stage"), SEED_FIELDS.index("alpha")
+_FEWEST_ROWS, _MOST_ROWS, _ROWS = 10, 4_000, 1_000
+_MOST_RANK, _MOST_STEP = 2**31, 2**63
+_MOST_METRICS = 512
 
 
 def add_page(app: web.Application, core: Core) -> None:
     """Adds ``/`` and the paths below ``/page`` that the page requests."""
-    one_by_one = asyncio.Lock()
-    folder = resources.files(__package__).joinpath("page")
-    for path, (name, kind) in _FILES.items():
-        app.router.add_get(path, _file(folder.joinpath(name).read_bytes(), kind))
+    add_files(app)
+    data = _PageData(core)
+    for name, answer in (
+        ("runs", data.runs),
+        ("metrics", data.of_rank(lambda view, query: answers.metrics(view, query.get("since", "")))),
+        ("series", data.of_rank(lambda view, query: answers.series(view, _wanted(query)))),
+        ("seeds", data.of_rank(lambda view, query: answers.seeds(view, query.get("since", "")))),
+        ("signals", data.of_rank(lambda view, query: answers.signals(view, query.get("since", "")))),
+        ("ranks", data.ranks),
+    ):
+        app.router.add_get(f"/page/{name}", _handler(answer))
 
-    async def runs(request: web.Request) -> web.Response:
-        _check(request)
-        known = [
-            {
-                "run_id": run.run_id,
-                "rank": run.rank,
-                "attempt": run.attempt,
-                "ended": run.ended or run.run_ended or None,
-                "is_fine": (run.ended or run.run_ended) in FINE,
-                "missing": run.missing,
-                "incomplete": run.incomplete,
-                "last_received_unix_ns": run.last_received_unix_ns,
-                "last_step": run.last_step,
-                "last_time_ms": run.last_time_unix_ns // 10**6,
-            }
-            for run in (await in_turns(core.listing())).runs
-        ]
-        return web.json_response({"runs": known}, headers=_HEADERS)
 
-    async def steps(request: web.Request) -> web.Response:
-        _check(request)
+Query = Mapping[str, str]
+_Answerer = Callable[[web.Request], Awaitable[str]]
+
+
+class _PageData:
+    """Answers one request after the other: several open windows together get no more turns than one."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._views = Views(core)
+        self._table = RunTable(core)
+        self._one_by_one = asyncio.Lock()
+
+    async def runs(self, request: web.Request) -> str:
+        async with self._one_by_one:
+            await in_short_turns(self._table.refreshing())
+            return await in_short_turns(self._table.answer(request.query.get("since", "")))
+
+    async def ranks(self, request: web.Request) -> str:
+        run_id = _run(request)
+        async with self._one_by_one:
+            compared = await self._core.ranks(RanksRequest(run_id=run_id))
+            recent = self._core.recent_steps(run_id)
+            assert recent is not None  # otherwise there would be no comparison
+            return json.dumps(await in_short_turns(heat_map(recent, compared)), allow_nan=False)
+
+    def of_rank(self, made: Callable[[View, Query], Answer]) -> _Answerer:
+        """Returns what answers a request for a rank from its view."""
+
+        async def answer(request: web.Request) -> str:
+            run_id, rank = _run(request), _whole(request.query, "rank", 0, _MOST_RANK) or 0
+            async with self._one_by_one:
+                view = await self._views.view(run_id, rank)
+                return await in_short_turns(made(view, request.query))
+
+        return answer
+
+
+def _handler(answer: _Answerer) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handler(request: web.Request) -> web.Response:
+        check_local(request)
         try:
-            check_puller(request.query.get("run", ""), None)
-            async with one_by_one:  # several open windows together get no more turns of the event loop than one
-                answer = await _steps(core, request.query.get("run", ""), request.query.get("cursor", ""))
+            text = await answer(request)
         except BadRequest as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         except UnknownRun as error:
             raise web.HTTPNotFound(text=str(error)) from None
-        except StaleCursor as error:
-            raise web.HTTPConflict(text=str(error)) from None
-        return web.Response(text=answer, content_type="application/json", headers=_HEADERS)
-
-    app.router.add_get("/page/runs", runs)
-    app.router.add_get("/page/steps", steps)
-
-
-async def _steps(core: Core, run_id: str, cursor: str) -> str:
-    """Returns steps after a cursor as JSON, fewer if they have many seeds. Other tasks run in between.
-
-    Raises:
-        UnknownRun: nothing of the run is stored.
-        StaleCursor: the cursor is not valid any more.
-    """
-    shown: list[str] = []  # encoded step by step, so that other tasks can run in between
-    gap = seen = rows = 0
-    has_more = True
-    turn = Turn(_TURN_S)
-    while seen < _AT_ONCE and rows < _MOST_ROWS:
-        try:
-            found = core.entries(run_id, cursor, _FETCHED)
-        except (UnknownRun, StaleCursor):  # dropped in the meantime; the next request gets the error
-            if seen:
-                break
-            raise
-        if seen and found.gap:
-            break
-        gap += found.gap
-        cursor = found.cursor
-        for entry in found.entries:
-            frame = entry.item.frame
-            rows += len(frame.live.ids)
-            # A step whose number was lost cannot be placed on the axis of steps; the run's counts include it.
-            if frame.global_step < GUESSED_STEP:
-                shown.append(json.dumps(_shown(entry, core.rules)))
-            if turn.is_over:
-                await pause()
-                turn = Turn(_TURN_S)
-        seen += len(found.entries)
-        if len(found.entries) < _FETCHED:
-            has_more = False
-            break
-    rest = json.dumps({"cursor": cursor, "gap": gap, "more": has_more})
-    return f'{{"steps": [{", ".join(shown)}], {rest[1:]}'
-
-
-def _file(content: bytes, kind: str) -> Any:
-    async def handler(request: web.Request) -> web.Response:
-        _check(request)
-        return web.Response(body=content, content_type=kind, charset="utf-8", headers=_HEADERS)
+        return web.Response(text=text, content_type="application/json", headers=HEADERS)
 
     return handler
 
 
-def _check(request: web.Request) -> None:
-    """Refuses requests with a foreign Host header, as from a web page that uses DNS rebinding."""
-    host = request.headers.get("host", "").rpartition(":")
-    name = host[0] if host[1] and host[2].isdecimal() else request.headers.get("host", "")
-    if name not in _LOCAL:
-        raise web.HTTPForbidden(text="this page is for this machine: use http://127.0.0.1 or http://localhost")
+def _run(request: web.Request) -> str:
+    """Returns the run that is asked for.
+
+    Raises:
+        BadRequest: there is none.
+        UnknownRun: it is a check's.
+    """
+    run_id = request.query.get("run", "")
+    check_puller(run_id, None)
+    if is_check(run_id):
+        raise UnknownRun(f"{run_id!r} is no run: esper-otel check made it")
+    return run_id
 
 
-def _shown(entry: StoredFrame, rules: tuple[Rule, ...]) -> dict[str, Any]:
-    """Returns a step in the form that the page reads; numbers that JSON cannot express are null."""
-    frame = entry.item.frame
-    packet = state(frame._replace(seeds=NO_SEEDS, live=NO_SEEDS))  # no signal depends on a single seed
-    found = signals(packet, loss_before=entry.loss_before, rules=rules)
-    cells = frame.live.cells[:, [_STAGE, _ALPHA]].tolist()
-    return {
-        "rank": frame.run.rank,
-        "attempt": frame.run.attempt,
-        "step": frame.global_step,
-        "time_ms": frame.time_unix_ns // 10**6,
-        "revision": entry.item.revision,
-        "values": {name: _number(value) for name, value in frame.values().items()},
-        "seeds": [
-            [seed_id, int(stage) if math.isfinite(stage) else 0, _number(alpha)]
-            for seed_id, (stage, alpha) in zip(frame.live.ids, cells, strict=True)
-        ],
-        "signals": [[signal.name, signal.level, signal.reason, signal.route] for signal in found],
-    }
+def _wanted(query: Query) -> Wanted:
+    names = tuple(filter(None, query.get("metrics", "").split(",")))[:_MOST_METRICS]
+    first, last = _whole(query, "from", 0, _MOST_STEP), _whole(query, "to", 0, _MOST_STEP)
+    steps = Range(*(() if first is None else (first,)))
+    if last is not None:
+        steps = steps._replace(last=last)
+    if steps.first > steps.last:
+        raise BadRequest("from must not be above to")
+    most = _whole(query, "buckets", _FEWEST_ROWS, _MOST_ROWS + 1)
+    return Wanted(names, steps, most or _ROWS, query.get("since", ""))
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _whole(query: Query, name: str, least: int, limit: int) -> int | None:
+    """Returns a whole number from the question; None if it has none.
+
+    Raises:
+        BadRequest: it is something else, or out of range.
+    """
+    text = query.get(name, "")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) < limit):
+        raise BadRequest(f"{name} must be a whole number from {least} to {limit - 1}")
+    return int(text)

@@ -142,14 +142,20 @@ class Store(Protocol):
             StaleCursor: the cursor is from an earlier store of the run, or was issued for other ranks.
         """
 
+    def last_number(self, run_id: str, rank: int) -> int:
+        """Returns the number of the newest entry of a rank; 0 if there is none."""
+
     def holds(self, run_id: str) -> bool:
         """Whether a step of the run is stored. Outcomes are stored only for such runs."""
 
-    def counts(self) -> dict[Origin, int]:
-        """Returns how many entries each writer has."""
+    def run_ids(self) -> list[str]:
+        """Returns the ids of the stored runs."""
 
-    def outcomes(self) -> dict[Origin, str]:
-        """Returns how the stored runs ended."""
+    def counts(self, run_id: str | None = None) -> dict[Origin, int]:
+        """Returns how many entries each writer has: of one run, or of all."""
+
+    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:
+        """Returns how the stored runs ended: one, or all."""
 
     def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
         """Returns what an assembler needs of a writer that it has forgotten; nothing if no frame of it is stored.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 
 from esper_otel.errors import UnknownRun
@@ -29,6 +29,7 @@ from esper_otel.gateway.store.base import (
 from esper_otel.gateway.store.ledger import Ledger, use_of
 
 _RECALLED = 256  # frames of a writer that are restored
+_PIECE = 512  # entries
 _RANGE_BYTES = 150  # of a hole, or of the end of a stream
 
 
@@ -36,16 +37,40 @@ class _Row:
     """The entries of a run, or of one of its ranks, at consecutive positions; the oldest are dropped first."""
 
     def __init__(self) -> None:
-        self.entries: deque[StoredFrame] = deque()
+        # In pieces, since an entry in the middle of a long deque is found by going through half of it.
+        self._pieces: deque[deque[StoredFrame]] = deque()
+        self._first = 0  # how many were dropped
         self.last = 0
+
+    def __len__(self) -> int:
+        return self.last - self._first
+
+    def append(self, entry: StoredFrame) -> None:
+        """Adds an entry at the next position."""
+        if not self.last % _PIECE or not self._pieces:
+            self._pieces.append(deque())
+        self._pieces[-1].append(entry)
+        self.last += 1
+
+    def popleft(self) -> StoredFrame:
+        """Drops the oldest entry and returns it."""
+        entry = self._pieces[0].popleft()
+        if not self._pieces[0]:
+            self._pieces.popleft()
+        self._first += 1
+        return entry
+
+    def __reversed__(self) -> Iterator[StoredFrame]:
+        return (entry for piece in reversed(self._pieces) for entry in reversed(piece))
 
     def after(self, place: int, most: int) -> tuple[list[StoredFrame], int]:
         """Returns up to ``most`` entries after a position, and how many before them were dropped."""
-        first = self.last - len(self.entries)
-        start = max(place, first)
-        # Indexing a deque skips whole blocks from the nearer end; iterating to the start would visit each entry.
-        found = [self.entries[index - first] for index in range(start, min(start + most, self.last))]
-        return found, max(first - place, 0)
+        start = max(place, self._first)
+        return [self._at(index) for index in range(start, min(start + most, self.last))], max(self._first - place, 0)
+
+    def _at(self, index: int) -> StoredFrame:
+        piece = index // _PIECE - self._first // _PIECE
+        return self._pieces[piece][index % _PIECE - (0 if piece else self._first % _PIECE)]
 
 
 class _Shelf:
@@ -73,22 +98,20 @@ class _Shelf:
 
     def add(self, item: Item) -> None:
         rank = self.ranks.setdefault(item.origin.rank, _Row())
-        self.all.last += 1
-        rank.last += 1
-        entry = StoredFrame(self.all.last, rank.last, item, self.losses.get(item.origin))
+        entry = StoredFrame(self.all.last + 1, rank.last + 1, item, self.losses.get(item.origin))
         self.losses[item.origin] = loss_of(item.frame)
         self.counts[item.origin] += 1
-        self.all.entries.append(entry)
-        rank.entries.append(entry)
+        self.all.append(entry)
+        rank.append(entry)
         size = frame_bytes(item.frame)
         self.sizes.append(size)
         self.frame_bytes += size
 
     def drop_oldest(self) -> None:
         self.frame_bytes -= self.sizes.popleft()
-        entry = self.all.entries.popleft()
+        entry = self.all.popleft()
         origin = entry.item.origin
-        self.ranks[origin.rank].entries.popleft()
+        self.ranks[origin.rank].popleft()
         self.counts[origin] -= 1
         if not self.counts[origin]:
             del self.counts[origin], self.losses[origin]
@@ -163,17 +186,32 @@ class MemoryStore:
         last = place + gap + len(entries)
         return StoredPage(entries, cursor_text(shelf.life, rank, last), gap)
 
+    def last_number(self, run_id: str, rank: int) -> int:
+        """Returns the number of the newest entry of a rank. See ``Store``."""
+        shelf = self._shelves.get(run_id)
+        row = None if shelf is None else shelf.ranks.get(rank)
+        return 0 if row is None else row.last
+
     def holds(self, run_id: str) -> bool:
         """Whether a step of the run is stored. See ``Store``."""
         return run_id in self._shelves
 
-    def counts(self) -> dict[Origin, int]:
-        """Returns how many entries each writer has. See ``Store``."""
-        return {origin: count for shelf in self._shelves.values() for origin, count in shelf.counts.items()}
+    def run_ids(self) -> list[str]:
+        """Returns the ids of the stored runs. See ``Store``."""
+        return sorted(self._shelves)
 
-    def outcomes(self) -> dict[Origin, str]:
+    def counts(self, run_id: str | None = None) -> dict[Origin, int]:
+        """Returns how many entries each writer has. See ``Store``."""
+        return {origin: count for shelf in self._of(run_id) for origin, count in shelf.counts.items()}
+
+    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:
         """Returns how the stored runs ended. See ``Store``."""
-        return {origin: outcome for shelf in self._shelves.values() for origin, outcome in shelf.outcomes.items()}
+        return {origin: outcome for shelf in self._of(run_id) for origin, outcome in shelf.outcomes.items()}
+
+    def _of(self, run_id: str | None) -> Iterable[_Shelf]:
+        if run_id is None:
+            return self._shelves.values()
+        return [self._shelves[run_id]] if run_id in self._shelves else []
 
     def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
         """Returns the newest frames of a writer. See ``Store``."""
@@ -181,12 +219,12 @@ class MemoryStore:
         if shelf is None or origin not in shelf.counts:
             return [], []
         row, newest = shelf.ranks[origin.rank], dict[int, Item]()
-        for entry in reversed(row.entries):
+        for entry in reversed(row):
             if entry.item.origin == origin:
                 newest.setdefault(entry.item.frame.time_unix_ns, entry.item)
                 if len(newest) > _RECALLED:
                     break
-        is_all = len(newest) <= _RECALLED and row.last == len(row.entries)  # no entry was dropped
+        is_all = len(newest) <= _RECALLED and row.last == len(row)  # no entry was dropped
         items = [newest[time] for time in sorted(newest)]
         places = [shelf.places[origin]] if origin in shelf.places else []
         return [(item, is_all and number == 0) for number, item in enumerate(items)], places

@@ -303,17 +303,27 @@ class FileStore:
             if count > 0:
                 self._put_aside("frame", [aside], f"step {position} of run {run_id}: {error}", count)
 
+    def last_number(self, run_id: str, rank: int) -> int:
+        """Returns the number of the newest entry of a rank. See ``Store``."""
+        run = self._runs.get(run_id)
+        return 0 if run is None else run.ranks.get(rank, 0)
+
     def holds(self, run_id: str) -> bool:
         """Whether a step of the run is stored. See ``Store``."""
         return run_id in self._runs
 
-    def counts(self) -> dict[Origin, int]:
+    def counts(self, run_id: str | None = None) -> dict[Origin, int]:
         """Returns how many entries each writer has. See ``Store``."""
-        return {origin: count for run in self._runs.values() for origin, count in run.counts.items() if count}
+        return {origin: count for run in self._of(run_id) for origin, count in run.counts.items() if count}
 
-    def outcomes(self) -> dict[Origin, str]:
+    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:
         """Returns how the stored runs ended. See ``Store``."""
-        return {origin: outcome for run in self._runs.values() for origin, outcome in run.outcomes.items()}
+        return {origin: outcome for run in self._of(run_id) for origin, outcome in run.outcomes.items()}
+
+    def _of(self, run_id: str | None) -> Iterable[_KnownRun]:
+        if run_id is None:
+            return self._runs.values()
+        return [self._runs[run_id]] if run_id in self._runs else []
 
     def tenant(self, run_id: str) -> str:
         """Returns the tenant whose share a run uses. See ``Store``."""

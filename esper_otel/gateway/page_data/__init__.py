@@ -1,0 +1,1 @@
+"""What the live page shows, prepared from the store while somebody looks at it, and dropped afterwards."""
