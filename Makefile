@@ -16,10 +16,6 @@ RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-he
 # In environments of their own, which uv keeps in its cache.
 TOOL := $(UV) tool run --quiet --python $(RUN)
 
-# The documentation: Sphinx imports the package for the docstrings. Only the first call needs a package index.
-SITE := $(TOOL) --constraints constraints.txt $(BUILD_WITH) --from sphinx==9.0.4 --with myst-parser==5.2.0 \
-	--with furo==2025.12.19 --with-editable . sphinx-build
-
 # Many tests wait for something: four at a time keep two cores busy. ARGS="-n 0" runs them one by one.
 SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
 
@@ -31,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs site constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -96,6 +92,11 @@ format: $(VENV)/.installed-dev ## format the code and repair what can be repaire
 docs: $(VENV)/.installed-dev ## render METRICS.md, the tables in docs/reference and the page of the command line from the code
 	@$(RUN) deploy/rendering/main.py
 
+# The documentation: Sphinx imports the package for the docstrings. Only the first call needs a package index.
+SITE := $(TOOL) --constraints constraints.txt $(BUILD_WITH) --from sphinx==9.0.4 --with myst-parser==5.2.0 \
+	--with furo==2025.12.19 --with-editable . sphinx-build
+
+.PHONY: site
 site: $(UV) ## build the documentation site from docs/ into build/site; a broken link is an error
 	@$(SITE) --quiet --fail-on-warning --keep-going --fresh-env docs build/site
 	@echo build/site/index.html

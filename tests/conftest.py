@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 from dealing import dealt
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from esper_otel.settings import EsperSettings
 
@@ -22,10 +22,13 @@ _FOREIGN_NAMES = {
 }
 _THREAD_END_TIMEOUT_S = 60.0
 
-settings.register_profile("fuzz", max_examples=2_000, deadline=None)
-if os.environ.get("CI"):  # the same examples each time: newer versions of Hypothesis do this by themselves
-    settings.register_profile("same", derandomize=True, database=None)
-    settings.load_profile("same")
+# How long an example takes, or the making of one, says on a busy machine nothing about us.
+_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("steady", _STEADY)
+settings.register_profile("fuzz", _STEADY, max_examples=2_000)
+# The same examples each time: newer versions of Hypothesis do this by themselves.
+settings.register_profile("same", _STEADY, derandomize=True, database=None)
+settings.load_profile("same" if os.environ.get("CI") else "steady")
 
 
 @pytest.fixture(autouse=True)

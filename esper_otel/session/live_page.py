@@ -20,7 +20,12 @@ from esper_otel.text import printable
 _IDLE_MINUTES = 30
 _OPENING_S = 60.0
 _LOOK_EVERY_S = 0.25
-_NEEDED = {"aiohttp": "aiohttp", "grpc_health": "grpcio-health-checking", "grpc_reflection": "grpcio-reflection"}
+_NEEDED = {
+    "aiohttp": "aiohttp",
+    "bokeh": "bokeh",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+}
 _PAGE = f"127.0.0.1:{HTTP_PORT}"
 _OTHER_PORTS = (
     "esper-otel ui --grpc 127.0.0.1:4327 --http 127.0.0.1:4328 (and set "
@@ -99,7 +104,7 @@ def _find_page() -> None:
 def _start_page() -> None:
     missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
     if missing:
-        _say_unopened(f'it needs {", ".join(missing)}: pip install "esper-otel[gateway]"')
+        _say_unopened(f'it needs {", ".join(missing)}: pip install "esper-otel[ui]"')
         return
     command = [sys.executable, "-m", "esper_otel", "ui", "--idle-minutes", str(_IDLE_MINUTES)]
     log = tempfile.TemporaryFile()  # noqa: SIM115 - the thread closes it

@@ -110,7 +110,7 @@ def test_secrets_are_neither_shown_nor_printed() -> None:
         ({f"{E}ENDPOINT": "ftp://host:1"}, r"OTEL_EXPORTER_OTLP_ENDPOINT='ftp://host:1' has the scheme 'ftp'"),
         ({f"{E}ENDPOINT": "http://host:port"}, r"OTEL_EXPORTER_OTLP_ENDPOINT='http://host:port'"),
         ({f"{E}ENDPOINT": "http://host:99999"}, r"has a port that is not a number from 1 to 65535"),
-        ({f"{E}ENDPOINT": "http://host:0"}, r"has a port that is no number"),
+        ({f"{E}ENDPOINT": "http://host:0"}, r"has a port that is not a number"),
         ({f"{E}ENDPOINT": "http://"}, r"names no host"),
         ({f"{E}ENDPOINT": "http://my host:4317"}, r"names no host"),
         ({f"{E}ENDPOINT": "http://[::1:4317"}, r"is not a URL"),

@@ -18,6 +18,8 @@ from esper_otel.schema import SEED_METRICS
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import points_of
 
+pytestmark = pytest.mark.lengthy
+
 FIELDS = {metric.name: metric.field for metric in SEED_METRICS}
 
 
