@@ -20,7 +20,12 @@ from esper_otel.text import printable
 _IDLE_MINUTES = 30
 _OPENING_S = 60.0
 _LOOK_EVERY_S = 0.25
-_NEEDED = {"aiohttp": "aiohttp", "bokeh": "bokeh", "grpc_health": "grpcio-health-checking", "grpc_reflection": "grpcio-reflection"}
+_NEEDED = {
+    "aiohttp": "aiohttp",
+    "bokeh": "bokeh",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+}
 _PAGE = f"127.0.0.1:{HTTP_PORT}"
 _OTHER_PORTS = (
     "esper-otel ui --grpc 127.0.0.1:4327 --http 127.0.0.1:4328 (and set "
