@@ -104,7 +104,7 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
         "metrics": [each._asdict() for each in described(metrics)],
         "marks": []
         if step is None or step >= GUESSED_STEP
-        else [{"step": step, "text": f"{f'{names[0]}: ' if len(both) > 1 else ''}step {step} went wrong"}],
+        else [{"step": step, "text": f"{of}step {step} went wrong"}],
         "seeds": shown,
         "seedsSaid": f"{of}{len(shown)} of {len(bars)} seeds",
         "stages": [Stage(number).name for number in range(max(Stage) + 1)],
@@ -138,11 +138,8 @@ def _dates(recording: Recording) -> str:
         first, last = (datetime.fromtimestamp(recording.rows[place].unix_s, UTC) for place in (0, -1))
     except (OverflowError, ValueError, OSError):  # a time that no calendar has
         return ""
-    return (
-        f"{first:%Y-%m-%d %H:%M:%S} to {last:%H:%M:%S} UTC"
-        if first.date() == last.date()
-        else (f"{first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S} UTC")
-    )
+    end = "%H:%M:%S" if first.date() == last.date() else "%Y-%m-%d %H:%M:%S"
+    return f"{first:%Y-%m-%d %H:%M:%S} to {last:{end}} UTC"
 
 
 def _answers(about: str, found: Iterable[Finding]) -> str:
