@@ -157,7 +157,7 @@ def test_many_views_share_a_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> 
             assert page.metrics["spike"]["max"][-1] == 1e9
             assert [odd[1:] for odd in page.metrics["loss"]["odd"]] == [[1, 0, 0, 1_001]]
         assert len(known) == 6
-        assert sum(view.cells for view in known._views.values()) <= 20_000
+        assert sum(view.whole.cells for view in known._views.values()) <= 20_000
 
     asyncio.run(scenario())
 
