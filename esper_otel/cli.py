@@ -57,7 +57,7 @@ _COMMANDS = {
         "esper_otel.gateway.ui",
         "show the runs of this machine on a live page in the browser; nothing needs to be set",
         "esper-otel ui",
-        extra="gateway",
+        extra="ui",
     ),
     "pull": _Command(
         "esper_otel.pull.command",

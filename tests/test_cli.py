@@ -190,7 +190,7 @@ def test_a_wrong_command_line_exits_with_2_and_shows_the_usage(capsys: Capture, 
 def test_a_check_that_would_not_look_there_says_so(capsys: Capture, option: str) -> None:
     """Else it ends with ok, and nobody was asked."""
     assert main(["check", option, "http://127.0.0.1:1"]) == 2
-    assert "give --through too" in capsys.readouterr().err
+    assert "only used with --through: give that, too" in capsys.readouterr().err
 
 
 def test_an_error_of_ours_is_one_line_on_stderr_and_exit_status_2(
