@@ -9,6 +9,7 @@ import socket
 
 GRPC_PORT = 4317
 HTTP_PORT = 4318
+GATEWAY_PORT = 4327
 
 _LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _WAIT_MS = 50  # the answer of the machine itself; it is there at once
@@ -20,6 +21,11 @@ _OURS = b"esper_gateway_"
 def is_free(port: int) -> bool:
     """Whether nobody on this machine listens on the port, at 127.0.0.1 or ::1. Waits 0.1 s at most."""
     return all(_is_refused(family, host, port) for family, host in _LOOPBACK)
+
+
+def gateway_here() -> str:
+    """Returns where to look for a gateway on this machine: the port of the live page if only that is taken."""
+    return f"127.0.0.1:{GRPC_PORT if is_free(GATEWAY_PORT) and not is_free(GRPC_PORT) else GATEWAY_PORT}"
 
 
 def page_at(address: str) -> str | None:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
         *(*BASE, "schema", "frames", "settings", "_version"),
         *("record", "derive", "probes", "export", "leyline", "local_ports", "charts"),
     },
-    "pull": {*BASE, "leyline", "addresses", "bearer"},
+    "pull": {*BASE, "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
     "integrations": {*BASE, "derive", "record", "session"},
     # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
@@ -61,7 +61,7 @@ MAY_IMPORT = {
         *("gateway", "gateway/receive", "gateway/store", "gateway/page_data"),
     },
     "charts": {"schema"},
-    "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts"},
+    "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts", "local_ports"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 
 from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.leyline.packets import Packets
+from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import RunInfo, TamiyoClient
 from esper_otel.pull.messages import step_message
 from esper_otel.pull.views import RunRanks
@@ -34,7 +35,11 @@ _MOST_LINE = 100_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``esper-otel pull``."""
     parser.add_argument("run_id", nargs="?", metavar="RUN", help="the run; without it, known runs are listed")
-    parser.add_argument("--target", default="127.0.0.1:4327", metavar="ADDRESS", help="the gateway (%(default)s)")
+    parser.add_argument(
+        "--target",
+        metavar="ADDRESS",
+        help="the gateway (127.0.0.1:4327; if nobody listens there, 127.0.0.1:4317, where esper-otel ui listens)",
+    )
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token")
     parser.add_argument(
         "--ca-file", type=Path, metavar="FILE", help="authority of the gateway's certificate, PEM; enables TLS"
@@ -55,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Prints the stored steps, and with --follow also new ones; the last cursor is written to standard error."""
     with TamiyoClient(
-        options.target,
+        options.target or gateway_here(),
         token_file=options.token_file,
         ca_file=options.ca_file,
         certificate_file=options.cert_file,

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import TamiyoClient
 from esper_otel.report.findings import Finding, compared, findings
 from esper_otel.report.page import is_page, page
@@ -35,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="overwrite existing files even if no report has written them"
     )
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank of the run (%(default)s)")
-    parser.add_argument("--target", default="127.0.0.1:4327", metavar="ADDRESS", help="the gateway (%(default)s)")
+    parser.add_argument(
+        "--target",
+        metavar="ADDRESS",
+        help="the gateway (127.0.0.1:4327; if nobody listens there, 127.0.0.1:4317, where esper-otel ui listens)",
+    )
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the gateway's bearer token")
     parser.add_argument("--ca-file", type=Path, metavar="FILE", help="use TLS; PEM file that signed its certificate")
 
@@ -98,7 +103,8 @@ def _recording(what: str, options: argparse.Namespace) -> Recording:
         raise ConfigurationError(f"there is no file {what}")
     if not what.isprintable():
         raise ConfigurationError(f"there is no file {what}, and this cannot be the id of a run")
-    with TamiyoClient(options.target, token_file=options.token_file, ca_file=options.ca_file, timeout_s=5.0) as client:
+    target = options.target or gateway_here()
+    with TamiyoClient(target, token_file=options.token_file, ca_file=options.ca_file, timeout_s=5.0) as client:
         return of_gateway(client, what, options.rank)
 
 

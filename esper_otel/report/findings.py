@@ -317,7 +317,9 @@ def compared(one: Recording, other: Recording) -> list[Finding]:
     answers = [f"{len(pairs)} steps are in both runs, from {pairs[0][0]} to {pairs[-1][0]}."]
     for name, better in (
         ("loss", "lower"),
+        ("esper.validation.loss", "lower"),
         ("accuracy", "higher"),
+        ("esper.validation.accuracy", "higher"),
         ("samples_per_s", "higher"),
         ("step_latency_ms", "lower"),
     ):

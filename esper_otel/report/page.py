@@ -12,7 +12,7 @@ from typing import Any
 from esper_otel.charts.document import Page, document
 from esper_otel.charts.groups import described
 from esper_otel.charts.thinned import Step, Thinned
-from esper_otel.frames.frame import GUESSED_STEP
+from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
 from esper_otel.report.recording import Recording, names_of
 from esper_otel.schema import Stage
@@ -25,6 +25,7 @@ _MOST_SHOWN = 2_000
 _MOST_CHANGES = 100
 _MOST_BARS = 60
 _LAST_STEPS = 12
+_NOT_DRAWN = {LAST_LOSS, "esper.epoch", "esper.global_step"}  # they repeat the loss and the axis
 
 _STAGES = {float(stage.value) for stage in Stage}
 
@@ -91,7 +92,7 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
         thinned = Thinned(_MOST_BUCKETS)
         thinned.add(Step(row.step, row.epoch, row.unix_s, row.values) for row in each.rows)
         series = thinned.series()
-        metrics |= dict.fromkeys(series["metrics"])
+        metrics |= dict.fromkeys(name for name in series["metrics"] if name not in _NOT_DRAWN)
         runs.append({"id": str(place), "name": printable(names[place], _MOST_SHOWN), "series": series})
     bad = first_bad(both[0])
     step = None if bad is None else both[0].rows[bad[0]].step

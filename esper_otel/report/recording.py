@@ -24,6 +24,8 @@ from esper_otel.text import printable
 _FIELDS = {metric.name: metric.field for metric in SEED_CELLS}
 # Metrics of the catalogue that are not in packets: a packet names only the step's metrics and the user's own.
 _NOT_IN_PACKETS = {metric.name for metric in METRICS} - {metric.name for metric in STEP_METRICS}
+# The names of what packets give under another key, so that a run has the same names from a gateway and a black box.
+_BY_KEY = {metric.key: metric.name for metric in METRICS if metric.level == "step" and metric.key}
 _AT_ONCE = 1000
 # Limits of what a report reads, since a gateway might answer without end.
 _MOST_STEPS = 2_000_000
@@ -247,7 +249,7 @@ def names_of(one: Recording, other: Recording) -> tuple[str, str]:
 
 def _row(packets: Packets) -> Row:
     state = packets.state
-    values = dict(state.training_metrics)
+    values = {_BY_KEY.get(name, name): value for name, value in state.training_metrics.items()}
     values |= dict.fromkeys((packets.names - _NOT_IN_PACKETS) - values.keys(), math.nan)
     seeds: dict[str, dict[str, float]] = {}
     for packet in packets.telemetry:

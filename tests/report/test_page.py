@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateways import RunningGateway
 
 import esper_otel
 from esper_otel import EsperSettings
+from esper_otel.pull.client import TamiyoClient
+from esper_otel.report.findings import compared
 from esper_otel.report.page import is_page, page
-from esper_otel.report.recording import Recording, Row, of_file
+from esper_otel.report.recording import Recording, Row, of_file, of_gateway
 
 
 def data_of(html: str) -> dict[str, Any]:
@@ -71,3 +74,22 @@ def test_a_page_of_an_older_version_is_still_ours(tmp_path: Path) -> None:
     (tmp_path / "new.html").write_text(page(recording("one")), encoding="utf-8")
     assert is_page(tmp_path / "new.html", recording("one"))
     assert not is_page(tmp_path / "new.html", recording("two"))
+
+
+def test_a_run_from_a_gateway_has_the_names_of_the_live_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packets have other keys for some values, and repeat the loss. The validation loss says which run is better."""
+    with RunningGateway() as gateway:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+        for run_id, loss in (("one", 0.5), ("two", 0.25)):
+            with esper_otel.start(run_id=run_id, settings=EsperSettings(probe_period_s=3600)) as telemetry:
+                for _ in range(4):
+                    telemetry.validation(loss=loss)
+                    with telemetry.step(epoch=0) as now:
+                        now.put(loss=1.0, optimizer_lr=0.1)
+        with TamiyoClient(gateway.grpc) as client:
+            one, two = (of_gateway(client, run_id, 0) for run_id in ("one", "two"))
+    drawn = {metric["name"] for metric in data_of(page(one, two))["metrics"]}
+    assert {"loss", "esper.validation.loss", "esper.optimizer.lr"} <= drawn
+    assert not drawn & {"training_loss", "esper.training.loss", "validation_loss", "optimizer_lr"}
+    [found] = compared(one, two)
+    assert "esper.validation.loss at the end: 0.5, compared with 0.25 (worse)" in found.answer

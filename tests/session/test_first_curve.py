@@ -17,7 +17,8 @@ import pytest
 import requests
 from programs import free_port, until
 
-from esper_otel.local_ports import is_free, page_at
+from esper_otel import local_ports
+from esper_otel.local_ports import gateway_here, is_free, page_at
 
 # A network of its own, in which the default ports are free: others on this machine may use them.
 NETWORK = ("unshare", "--map-root-user", "--net")
@@ -173,3 +174,14 @@ def test_who_listens_on_a_port_of_this_machine() -> None:
         server.server_close()
     assert page_at(f"127.0.0.1:{server.server_port}") is None
     until("it is free again", lambda: is_free(server.server_port))
+
+
+@pytest.mark.parametrize(
+    ("taken", "expected"), [({4317}, 4317), ({4327}, 4327), ({4317, 4327}, 4327), (set[int](), 4327)]
+)
+def test_a_run_of_the_live_page_is_found_without_an_address(
+    taken: set[int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ESPER_UI=1 or esper-otel ui, nobody listens on the port of esper-otel gateway."""
+    monkeypatch.setattr(local_ports, "is_free", lambda port: port not in taken)
+    assert gateway_here() == f"127.0.0.1:{expected}"

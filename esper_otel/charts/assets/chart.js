@@ -55,6 +55,7 @@ class Chart {
     if (!view.log || this.isLinear) this.figure.yaxes[0].formatter = new (Models.get("BasicTickFormatter"))({ power_limit_high: 7, power_limit_low: -4 });
     const label = Esper.UNITS[this.unit];
     if (label) this.figure.yaxes[0].axis_label = label;
+    if (view.x === "step") this.figure.xaxes[0].ticker = new (Models.get("BasicTicker"))({ min_interval: 1 }); // no two ticks for one step
     if (view.x === "step") this.figure.xaxes[0].formatter = new (Models.get("NumeralTickFormatter"))({ format: "0,0" });
     if (view.x === "wall") this.figure.xaxes[0].formatter = new (Models.get("DatetimeTickFormatter"))({ seconds: "%H:%M:%S", minsec: "%H:%M:%S", minutes: "%H:%M", hourmin: "%H:%M", hours: "%H:%M", days: "%d %b", months: "%b %Y", years: "%Y" });
     this.edge = new Bokeh.Range1d({ start: 0, end: 1 });
@@ -194,8 +195,11 @@ Esper.lines = (name) => (chart) => {
     all.push([run, curve]);
     if (curve.bandX.length) {
       keys.add(`${run.id} band`);
-      chart.fill(`${run.id} band`, { x: curve.bandX, low: curve.low, high: curve.high }, (source) =>
-        figure.varea({ field: "x" }, { field: "low" }, { field: "high" }, { source, fill_color: color, fill_alpha: isFew ? 0.18 : 0.1 }));
+      chart.fill(`${run.id} band`, { x: curve.bandX, low: curve.low, high: curve.high }, (source) => {
+        // The area alone would hide a spike: it is as narrow as a pixel, and pale.
+        for (const edge of ["low", "high"]) figure.line({ field: "x" }, { field: edge }, { source, line_color: color, line_alpha: isFew ? 0.45 : 0.3, line_width: 1 });
+        return figure.varea({ field: "x" }, { field: "low" }, { field: "high" }, { source, fill_color: color, fill_alpha: isFew ? 0.18 : 0.1 });
+      });
     }
     if (mean) {
       keys.add(`${run.id} spread`).add(`${run.id} mean`);
@@ -247,6 +251,9 @@ Esper.lines = (name) => (chart) => {
       odd.color.push(run.color);
     }
   }
+  // Of a curve that is level, Bokeh shows a range of 2, in which a learning rate of 0.001 cannot be told from 0.
+  const level = all.flatMap(([, curve]) => curve.y).find(Number.isFinite);
+  if (!view.log && level) figure.y_range.default_span = Math.abs(level) * 0.5;
   keys.add("odd");
   chart.fill("odd", odd, (source) =>
     figure.scatter({ field: "x" }, { field: "y" }, { source, y_range_name: "edge", marker: { field: "marker" }, size: 9, line_width: 2, line_color: { field: "color" }, fill_color: { field: "color" } }));

@@ -103,3 +103,33 @@ def test_a_browser_draws_it(gateway: RunningGateway, tmp_path: Path) -> None:
         states = "[...document.querySelectorAll('#table tbody tr')].map((row) => row.children[2].textContent)"
         assert sorted(browser.value(states)) == ["completed", "live"]
         assert browser.uncaught == []
+        browser.open(f"http://{gateway.http}/?run=ended&run=%3Cb%3Egone&x=toString&smooth=x&from=9&to=1&sort=__proto__")
+        browser.until("data.get('ended')?.series && Boolean(board.charts.get('loss')?.plot)")
+        assert "does not have the run <b>gone" in browser.value("document.getElementById('connection').textContent")
+        assert "1 shown in the charts" in browser.value("document.getElementById('runs-said').textContent")
+        assert browser.value("board.view.x") == "step"
+        assert ", goes on" not in browser.value("document.getElementById('episodes').textContent")
+        assert browser.uncaught == []
+
+
+def test_what_is_narrow_or_level_is_seen(gateway: RunningGateway, tmp_path: Path) -> None:
+    """A spike in a thinned curve has a line, since its band is a pale pixel; a level curve has its own range."""
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}"}
+    settings = EsperSettings(export_every_s=0, probe_period_s=3600)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with esper_otel.start(run_id="spike", settings=settings) as telemetry:
+            for step in range(4000):
+                with telemetry.step(epoch=0) as now:
+                    now.put(loss=50.0 if step == 2001 else 1.0, optimizer_lr=0.001)
+    with Browser(tmp_path) as browser:
+        browser.open(f"http://{gateway.http}/?run=spike")
+        browser.until("data.get('spike')?.series?.stored === 4000 && !data.get('spike').isBehind")
+        browser.until("Boolean(board.charts.get('loss')?.plot && board.charts.get('esper.optimizer.lr')?.plot)")
+        lines = "board.charts.get('loss').figure.renderers.filter((each) => each.glyph.type === 'Line')"
+        drawn = f"{lines}.map((each) => each.glyph.y.field)"
+        browser.until(f"{drawn}.includes('high')")
+        y = "board.charts.get('esper.optimizer.lr').figure.y_range"
+        browser.until(f"{y}.end - {y}.start < 0.001")
+        assert browser.uncaught == []

@@ -7,6 +7,7 @@ const GIVE_UP_MS = 15000; // when an answer takes longer, the page repeats the r
 const MOST_ROWS_IN_ALL = 20000; // of the curves of one metric, over all runs
 const MOST_SEEDS = 30;
 const STATES = { waiting: "waiting for its first step", live: "live", silent: "silent", completed: "completed", ended: "ended", failed: "failed", killed: "killed" };
+const GOING = ["waiting", "live", "silent"]; // the states of a run that may have further steps
 
 const $ = (id) => document.getElementById(id);
 const gateway = { heardMs: performance.now(), askedMs: Infinity, hasAnswered: false, fault: "", cursor: "" };
@@ -232,6 +233,8 @@ function lost() {
 
 function status() {
   const said = [lost(), ...[...faults].map(([what, why]) => `${what} cannot be shown: ${why}`)];
+  const unknown = gateway.hasAnswered && runs.infos.size ? runs.chosen.filter((name) => !runs.infos.has(name)) : [];
+  if (unknown.length) said.push(`this gateway does not have ${unknown.length > 1 ? "the runs" : "the run"} ${unknown.slice(0, 3).join(", ")}${unknown.length > 3 ? ` and ${unknown.length - 3} more` : ""}`);
   const behind = shownNames().filter((name) => data.get(name)?.isBehind);
   if (behind.length) said.push(`catching up with ${behind.slice(0, 3).join(", ")}${behind.length > 3 ? ` and ${behind.length - 3} more` : ""}`);
   $("connection").textContent = said.filter(Boolean).join("; ");
@@ -264,7 +267,7 @@ function drawNow() {
   };
   const open = (side.signals.episodes || []).filter((episode) => episode.is_open);
   const missing = (run.missing || 0) + (run.incomplete || 0);
-  const isOver = !["live", "waiting", "silent"].includes(run.state);
+  const isOver = !GOING.includes(run.state);
   const step = run.last_step === null ? "none" : run.last_step.toLocaleString("en");
   const state = lost() ? "not known" : STATES[run.state] || run.state;
   const tiles = [
@@ -289,12 +292,13 @@ function drawSignals() {
   const episodes = side.signals.episodes || [];
   $("signals").hidden = !episodes.length;
   $("signals-said").textContent = `${episodes.length.toLocaleString("en")}, newest first${side.signals.left_out ? `, ${side.signals.left_out.toLocaleString("en")} older ones left out` : ""}`;
-  const text = JSON.stringify(episodes);
+  const isOver = !GOING.includes(runs.infos.get(runs.focus)?.state);
+  const text = JSON.stringify([isOver, episodes]);
   if (drawSignals.text === text) return;
   drawSignals.text = text;
   $("episodes").replaceChildren(...[...episodes].reverse().slice(0, 100).map((each) => {
-    const isOn = each.is_open && runs.infos.get(runs.focus)?.state === "live";
-    return Esper.element("li", {}, Esper.element("b", { className: each.level === "HIGH" ? "bad" : each.level === "WARN" ? "warn" : "", textContent: each.level }), ` ${each.text}${isOn ? ", going on" : ""} (${each.reason}) → ${each.route}`);
+    const text = isOver ? each.text.replace(/, goes on$/, ", until the end") : each.text;
+    return Esper.element("li", {}, Esper.element("b", { className: each.level === "HIGH" ? "bad" : each.level === "WARN" ? "warn" : "", textContent: each.level }), ` ${text} (${each.reason}) → ${each.route}`);
   }));
 }
 

@@ -78,7 +78,7 @@ function readAddress() {
   runs.search = asked.get("search") || "";
   const range = ["from", "to"].map((name) => Number.parseFloat(asked.get(name)));
   const view = { filter: asked.get("filter") || "", log: asked.get("log") === "1", base: asked.get("base") || "", folded: new Set(asked.getAll("fold")) };
-  if (asked.get("x") in Esper.AXES) view.x = asked.get("x");
+  if (Object.hasOwn(Esper.AXES, asked.get("x"))) view.x = asked.get("x");
   if (asked.get("drag") === "pan") view.drag = "pan";
   const smooth = Number(asked.get("smooth"));
   if (smooth > 0 && smooth < 1) view.smooth = smooth;
@@ -167,7 +167,7 @@ function drawTable(isWhole = false) {
   const more = document.getElementById("more");
   more.hidden = all.length <= runs.most;
   more.textContent = `show ${Math.min(all.length - runs.most, 200)} more of ${all.length.toLocaleString("en")}`;
-  document.getElementById("runs-said").textContent = `${all.length === runs.infos.size ? all.length.toLocaleString("en") : `${all.length} of ${runs.infos.size}`}, ${runs.chosen.length} shown in the charts`;
+  document.getElementById("runs-said").textContent = `${all.length === runs.infos.size ? all.length.toLocaleString("en") : `${all.length} of ${runs.infos.size}`}, ${runs.chosen.filter((name) => runs.infos.has(name)).length} shown in the charts`;
 }
 
 function rowOf(run, isChosen) {
