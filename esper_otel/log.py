@@ -76,3 +76,7 @@ class Warnings:
         with suppress(Exception):
             shown = [printable(each, _MOST_OF_AN_ARGUMENT) if isinstance(each, _TEXTS) else each for each in arguments]
             logger.warning(message, *shown, exc_info=exc_info)
+
+    def hold(self, kind: str, seconds: float) -> None:
+        """Suppresses warnings of a kind for some seconds, because something else has just told the user about it."""
+        self._next[kind] = max(self._next.get(kind, 0.0), self._clock() + seconds)

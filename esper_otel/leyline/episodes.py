@@ -117,7 +117,7 @@ class Episodes:
     """
 
     def __init__(self, *, most: int = 1000) -> None:
-        self.dropped = 0
+        self.dropped: int = 0
         self._most = max(most, 1)
         self._count = 0
         self._kept: dict[int, _Kept] = {}

@@ -31,12 +31,12 @@ _OTHER_PORTS = (
     "esper-otel ui --grpc 127.0.0.1:4327 --http 127.0.0.1:4328 (and set "
     "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4327)"
 )
-_LONGEST_WAIT_S = 20.0
+LONGEST_WAIT_S = 20.0
 _opening: list[Any] = []  # the thread that waits until the page answers
 _opened: list[subprocess.Popen[bytes]] = []  # an object without a reference would warn that its process still runs
 
 
-def show_the_way(endpoint: Endpoint | None, rank: int, *, wants_page: bool, waits: bool = False) -> None:
+def show_the_way(endpoint: Endpoint | None, rank: int, *, wants_page: bool, waits: bool = False) -> bool:
     """Opens the live page if it is wanted, or says what to type if nobody would see the run.
 
     Args:
@@ -44,26 +44,33 @@ def show_the_way(endpoint: Endpoint | None, rank: int, *, wants_page: bool, wait
         rank: the session's rank; only rank 0 opens a page or says something.
         wants_page: whether the user wants a page.
         waits: see ``open_page``.
+
+    Returns:
+        Whether the user has been told that nothing listens yet.
     """
-    if rank == 0 and wants_page:
-        open_page(endpoint, waits=waits)
-    elif rank == 0:
-        say_if_nobody_listens(endpoint)
+    if rank:
+        return False
+    return open_page(endpoint, waits=waits) if wants_page else say_if_nobody_listens(endpoint)
 
 
-def say_if_nobody_listens(endpoint: Endpoint | None) -> None:
-    """Says what to type if no endpoint is set and nobody listens on the default one. Never waits for the network."""
+def say_if_nobody_listens(endpoint: Endpoint | None) -> bool:
+    """Says what to type if no endpoint is set and nobody listens on the default one. Never waits for the network.
+
+    Returns:
+        Whether it said that.
+    """
     if endpoint is None or is_endpoint_named() or not is_free(_port_of(endpoint)):
-        return
+        return False
     message = (
         f"nothing listens on {endpoint.target}, so no curve is shown yet: type 'esper-otel ui' in another terminal, "
         "or call start(ui=True); or set OTEL_EXPORTER_OTLP_ENDPOINT to the receiver that you have, or "
         "OTEL_METRICS_EXPORTER=none to send nothing. Steps wait in memory until then"
     )
     announce("no receiver", message, logging.WARNING)
+    return True
 
 
-def open_page(endpoint: Endpoint | None, *, waits: bool = False) -> None:
+def open_page(endpoint: Endpoint | None, *, waits: bool = False) -> bool:
     """Opens the live page in a process of its own, unless it is already open, and says where it is.
 
     What prevents that is only reported. Does not wait for the process.
@@ -71,17 +78,21 @@ def open_page(endpoint: Endpoint | None, *, waits: bool = False) -> None:
     Args:
         endpoint: where the session sends its steps; None if it sends none.
         waits: whether a program that listens on a port may be waited for, 2 s at most; otherwise a thread waits.
+
+    Returns:
+        Whether a process has been started, in which the page will listen.
     """
     if endpoint is None:
         _say_unopened("this session sends no steps over OTLP")
     elif is_endpoint_named():
         _say_unopened(f"OTEL_EXPORTER_OTLP_ENDPOINT is set, and steps go to {endpoint.target}: look at them there")
     elif is_free(GRPC_PORT) and is_free(HTTP_PORT):
-        _start_page()
+        return _start_page()
     elif waits:
         _find_page()
     else:
         _thread(_find_page)
+    return False
 
 
 def _port_of(endpoint: Endpoint) -> int:
@@ -101,11 +112,11 @@ def _find_page() -> None:
         announce("live page", f"open {page} in a browser; the page was already there")
 
 
-def _start_page() -> None:
+def _start_page() -> bool:
     missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
     if missing:
         _say_unopened(f'it needs {", ".join(missing)}: pip install "esper-otel[ui]"')
-        return
+        return False
     command = [sys.executable, "-m", "esper_otel", "ui", "--idle-minutes", str(_IDLE_MINUTES)]
     log = tempfile.TemporaryFile()  # noqa: SIM115 - the thread closes it
     try:
@@ -116,11 +127,12 @@ def _start_page() -> None:
     except OSError as error:
         log.close()
         _say_unopened(str(error))
-        return
+        return False
     _opened.append(page)
     idle = f"it stays until nobody has used it for {_IDLE_MINUTES} minutes"
     announce("live page", f"open http://{_PAGE}/ in a browser, in a few seconds; {idle} (process {page.pid})")
     _opening[:] = [_thread(_wait_for_page, page, log)]
+    return True
 
 
 def wait_for_page() -> float:
@@ -130,7 +142,7 @@ def wait_for_page() -> float:
     """
     started_s = time.monotonic()
     for thread in _opening:
-        thread.join(_LONGEST_WAIT_S)
+        thread.join(LONGEST_WAIT_S)
     return time.monotonic() - started_s
 
 

@@ -45,7 +45,7 @@ from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.live_page import show_the_way, wait_for_page
+from esper_otel.session.live_page import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, signal_names, unknown_variables
@@ -214,7 +214,8 @@ class _Session:
         self._figures: list[Figure] = []
         unfollowed = self._begin(settings.flush_signals)
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
-        show_the_way(endpoint, run.rank, wants_page=settings.ui if ui is None else ui)
+        if show_the_way(endpoint, run.rank, wants_page=settings.ui if ui is None else ui):
+            self._warnings.hold("export", LONGEST_WAIT_S)
 
     def _opened_recorder(self) -> Recorder:
         return Recorder(

@@ -118,11 +118,15 @@ def made(patched: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 def in_order(body: str) -> str:
-    """A request with the points of each metric sorted: those of several series may stand in any order."""
+    """A request without descriptions, and with the points of each metric sorted.
+
+    Descriptions are for people and may be reworded; points of several series may stand in any order.
+    """
     request = ExportMetricsServiceRequest.FromString(bytes.fromhex(body))
     for of_run in request.resource_metrics:
         for scoped in of_run.scope_metrics:
             for metric in scoped.metrics:
+                metric.ClearField("description")
                 points = sorted(metric.gauge.data_points, key=lambda point: (point.time_unix_nano, str(point)))
                 of_series = [list(map(str, point.attributes)) for point in metric.gauge.data_points]
                 times = [point.time_unix_nano for point in metric.gauge.data_points]

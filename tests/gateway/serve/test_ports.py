@@ -121,12 +121,16 @@ def test_pulled_packets_are_those_pulled_in_process(
         recorded(telemetry)
         in_process = telemetry.pull(max_packets=100)
     with shared.channel() as channel:
-        response = pull(channel, telemetry.run_id, max_packets=100)
+        steps: list[Any] = []
+        gap, cursor = 0, ""
+        while page := (response := pull(channel, telemetry.run_id, cursor, max_packets=100)).steps:  # may be partial
+            steps += page
+            gap, cursor = gap + response.gap, response.cursor
         [run] = [run for run in runs(channel) if run.run_id == telemetry.run_id]
     assert (run.ended, run.stored, run.missing, run.incomplete) == ("completed", 30, 0, 0)
-    assert len(response.steps) == len(in_process) == 30
-    assert response.gap == 0
-    for step, packets in zip(response.steps, in_process, strict=True):
+    assert len(steps) == len(in_process) == 30
+    assert gap == 0
+    for step, packets in zip(steps, in_process, strict=True):
         assert comparable(SystemStatePacket.FromString(step.state)) == comparable(packets.state)
         pulled = [comparable(TelemetryPacket.FromString(packet)) for packet in step.telemetry]
         assert pulled == list(map(comparable, packets.telemetry))
