@@ -40,7 +40,7 @@ def test_every_script_is_listed_and_has_its_test() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"draw_demo.py"}
     assert scripts == STEPS.keys() | {"untouched.py", "controller.py"}
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\]\((\w+\.py)\)", readme)) == scripts
+    assert set(re.findall(r"\]\(\./(\w+\.py)\)", readme)) == scripts
 
 
 ALL = """

@@ -126,7 +126,7 @@ RUNS: dict[str, tuple[dict[str, float], set[str]]] = {
         {"gpu_util_percent": 97.0, "gpu_mem_free_gb": 0.1, "gpu_mem_used_gb": 79.0},
         {"EsperDevicePressureHigh", "EsperGpuMemoryNearlyFull"},
     ),
-    "cpu": ({"cpu_util_percent": 97.0}, {"EsperCpuPressureHigh"}),
+    "cpu": ({"cpu_util_percent": 97.0, "gpu_mem_used_gb": 10.0}, {"EsperCpuPressureHigh"}),
     "nan": ({"loss": math.nan}, {"EsperLossNotFinite"}),
     "input": ({"input_wait_ms": 80.0}, {"EsperInputBound"}),
     "isolation": ({}, {"EsperIsolationViolations"}),

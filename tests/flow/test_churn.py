@@ -39,6 +39,8 @@ def test_ten_thousand_seeds_arrive_to_the_last_value(collector: MemoryCollector)
         for step in range(2):
             telemetry.seeds(ids, **{**columns, "alpha": columns["alpha"] + 1e6 * step})
             telemetry.record_step({"loss": 1.0}, epoch=0)
+        telemetry.close(120.0)  # the receiver has as much to do as the sender
+    assert collector.frames_received == 2
     times = sorted({p.time_unix_ns for p in collector.points() if p.name == "loss" and p.value is not None})
     received = {
         (p.name, p.attributes["seed_id"], times.index(p.time_unix_ns)): p.value

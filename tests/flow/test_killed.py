@@ -309,7 +309,7 @@ def test_a_full_disk_costs_the_spool_and_nothing_else(
     assert {name: health[name] for name in health if name not in ("latency_ms", "buffer_bytes", "retries")} | {
         "last_error": None
     } == {
-        **dict.fromkeys(["dropped", "queue", "kept", "failed", "nonfinite", "out_of_range", "faults"], 0),
+        **dict.fromkeys(["dropped", "queue", "kept", "failed", "nonfinite", "out_of_range", "faults", "mistakes"], 0),
         "recorded": 210,
         "exported": 210,
         "last_error": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,8 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]
     monkeypatch.setattr(shell, "display_pub", publisher)
     yield publisher.outputs
     InteractiveShell.clear_instance()
+    for prompt in {"ps1", "ps2", "ps3"} & vars(sys).keys():  # otherwise later tests would seem to be at a prompt
+        delattr(sys, prompt)
 
 
 @pytest.fixture

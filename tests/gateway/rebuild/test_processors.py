@@ -20,6 +20,7 @@ import pytest
 import requests
 from gateways import RunningGateway
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from patience import patience
 
 from esper_otel.check.one_frame import CheckStage
 from esper_otel.check.through import ReadBack, run_through
@@ -456,7 +457,7 @@ def checked() -> Iterator[dict[str, Checked]]:
                     "OTEL_EXPORTER_OTLP_ENDPOINT": between.address,
                     "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
                 }
-                [stage] = run_through(ReadBack(None, gateway.grpc, timeout_s=8), environ=environ)
+                [stage] = run_through(ReadBack(None, gateway.grpc, timeout_s=patience(8.0)), environ=environ)
                 between.flush()
                 return Checked(stage, between.bodies)
 
