@@ -118,7 +118,7 @@ class Honest:
             assert await self._core.take(body) == (0, "")
             await asyncio.sleep(0.005)
         response = await self._core.pull(PullRequest(run_id="honest", max_packets=1000))
-        assert len(response.steps) == self.sent
+        assert len(response.steps) == min(self.sent, 1_000)  # a page
         return await task
 
 
