@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 
 import pytest
+from browser import CHROMIUM, Browser
 from dealing import dealt
 from hypothesis import HealthCheck, settings
 
@@ -63,6 +64,14 @@ def _no_thread_left() -> Iterator[None]:
         thread.join(max(deadline_s - time.monotonic(), 0.0))
     left = [thread.name for thread in ours if thread.is_alive()]
     assert not left, f"threads left running: {', '.join(left)}"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
 
 
 @pytest.hookimpl(trylast=True)

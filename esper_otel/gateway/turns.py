@@ -12,18 +12,19 @@ _T = TypeVar("_T")
 
 # Rounds of the event loop between two turns. A round in which nothing else runs takes a few microseconds.
 _ROUNDS = 8
+_USUAL_S = 0.01  # how long one task may block the others
 
 
 class Turn:
     """A share of the event loop's time, measured as CPU time of its thread.
 
     Args:
-        most_s: length of the turn; the default is how long one task may block the others.
+        most_s: length of the turn.
     """
 
     __slots__ = ("_ends_s",)
 
-    def __init__(self, most_s: float = 0.01) -> None:
+    def __init__(self, most_s: float = _USUAL_S) -> None:
         self._ends_s = time.thread_time() + most_s
 
     @property
@@ -47,9 +48,9 @@ async def pause() -> None:
         await asyncio.sleep(0)
 
 
-async def in_turns(long: Generator[None, None, _T]) -> _T:
-    """Runs a generator to its end, in turns, and returns its result."""
-    turn = Turn()
+async def in_turns(long: Generator[None, None, _T], turn_s: float = _USUAL_S) -> _T:
+    """Runs a generator to its end, in turns of ``turn_s`` seconds, and returns its result."""
+    turn = Turn(turn_s)
     while True:
         try:
             next(long)
@@ -57,7 +58,7 @@ async def in_turns(long: Generator[None, None, _T]) -> _T:
             return end.value  # type: ignore[no-any-return]
         if turn.is_over:
             await pause()
-            turn = Turn()
+            turn = Turn(turn_s)
 
 
 # For callers that block nobody.

@@ -28,7 +28,7 @@ from esper_otel.gateway.page_data import answers
 from esper_otel.gateway.page_data import table as table_module
 from esper_otel.gateway.page_data.answers import Wanted, series
 from esper_otel.gateway.page_data.table import Range
-from esper_otel.gateway.page_data.views import Views, in_short_turns
+from esper_otel.gateway.page_data.views import TURN_S, Views
 from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.request import TOO_SPARSE
@@ -603,8 +603,8 @@ async def page_of(core: Core) -> Any:
     """All that a page has of the run's curves, once all is read."""
     views = Views(core)
     while (view := await views.view(RUN.run_id, RUN.rank)).read < view.stored:
-        await in_short_turns(answers.seeds(view, ""))
-    text = await in_short_turns(series(view, Wanted((), Range(), 1000, "")))
+        await in_turns(answers.seeds(view, ""), TURN_S)
+    text = await in_turns(series(view, Wanted((), Range(), 1000, "")), TURN_S)
     return await asyncio.to_thread(json.loads, text)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 from fuzz_files import box_bytes, check_report, honest_box
 from pyarrow import parquet
 
@@ -96,14 +96,6 @@ def tattler() -> Iterator[Tattler]:
     tattler = Tattler()
     yield tattler
     tattler.close()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("is_checked", [True, False], ids=["from a box", "past the reader's checks"])

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Generator
-from typing import TypeVar
 
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.page_data.view import Source, View
-from esper_otel.gateway.turns import Turn, pause
-
-_T = TypeVar("_T")
+from esper_otel.gateway.turns import Turn, in_turns, pause
 
 TURN_S = 0.002  # short, since requests of trainers and controllers may wait for several turns
 # How long one request reads what is stored; the next request goes on. Then the page can show how far it is.
@@ -72,7 +69,7 @@ class Views:
                     return
                 self._drop_oldest()
             else:
-                await in_short_turns(largest.whole.coarsening())
+                await in_turns(largest.whole.coarsening(), TURN_S)
         while len(self._views) > _MOST_VIEWS:
             self._drop_oldest()
 
@@ -89,19 +86,6 @@ class Views:
         oldest_s = time.monotonic() - _UNWATCHED_S
         self._views = {key: view for key, view in self._views.items() if view.used_s > oldest_s}
         self._schedule()
-
-
-async def in_short_turns(long: Generator[None, None, _T]) -> _T:
-    """Runs a generator to its end in turns that are short enough to be repeated every second; returns its result."""
-    turn = Turn(TURN_S)
-    while True:
-        try:
-            next(long)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        if turn.is_over:
-            await pause()
-            turn = Turn(TURN_S)
 
 
 async def _for_some_time(reading: Generator[bool | None, None, None]) -> None:

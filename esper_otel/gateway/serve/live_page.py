@@ -31,9 +31,10 @@ from esper_otel.gateway.page_data.heat_map import heat_map
 from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.view import View
-from esper_otel.gateway.page_data.views import Views, in_short_turns
+from esper_otel.gateway.page_data.views import TURN_S, Views
 from esper_otel.gateway.security import BadRequest, check_puller
 from esper_otel.gateway.serve.page_files import HEADERS, add_files, check_local
+from esper_otel.gateway.turns import in_turns
 from esper_otel.pull.messages import RanksRequest
 from esper_otel.schema import is_check
 
@@ -72,8 +73,8 @@ class _PageData:
 
     async def runs(self, request: web.Request) -> str:
         async with self._one_by_one:
-            await in_short_turns(self._table.refreshing())
-            return await in_short_turns(self._table.answer(request.query.get("since", "")))
+            await in_turns(self._table.refreshing(), TURN_S)
+            return await in_turns(self._table.answer(request.query.get("since", "")), TURN_S)
 
     async def ranks(self, request: web.Request) -> str:
         run_id = _run(request)
@@ -81,7 +82,7 @@ class _PageData:
             compared = await self._core.ranks(RanksRequest(run_id=run_id))
             recent = self._core.recent_steps(run_id)
             assert recent is not None  # otherwise there would be no comparison
-            return json.dumps(await in_short_turns(heat_map(recent, compared)), allow_nan=False)
+            return json.dumps(await in_turns(heat_map(recent, compared), TURN_S), allow_nan=False)
 
     def of_rank(self, made: Callable[[View, Query], Answer]) -> _Answerer:
         """Returns what answers a request for a rank from its view."""
@@ -90,7 +91,7 @@ class _PageData:
             run_id, rank = _run(request), _whole(request.query, "rank", 0, _MOST_RANK) or 0
             async with self._one_by_one:
                 view = await self._views.view(run_id, rank)
-                return await in_short_turns(made(view, request.query))
+                return await in_turns(made(view, request.query), TURN_S)
 
         return answer
 

@@ -18,10 +18,11 @@ from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.page_data import table, views
 from esper_otel.gateway.page_data.answers import seeds
 from esper_otel.gateway.page_data.table import Range
-from esper_otel.gateway.page_data.views import Views, in_short_turns
+from esper_otel.gateway.page_data.views import TURN_S, Views
 from esper_otel.gateway.store.base import Store, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.gateway.turns import in_turns
 from esper_otel.schema import Stage
 
 
@@ -174,7 +175,7 @@ def test_seeds_of_a_thousand_are_sent_again_only_when_they_change() -> None:
     stages = {f"seed-{number}": float(Stage.TRAINING) for number in range(1_000)}
 
     async def ask(known: Views, since: str) -> Any:
-        return Page.read(await in_short_turns(seeds(await known.view("run", 0), since)))
+        return Page.read(await in_turns(seeds(await known.view("run", 0), since), TURN_S))
 
     async def scenario() -> None:
         known = Views(Core(store))

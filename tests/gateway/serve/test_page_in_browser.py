@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 from made_up_gateway import MadeUpGateway, MadeUpRun
 
 STATUS = "document.getElementById('connection').textContent"
@@ -21,14 +20,6 @@ def tile(name: str) -> str:
 def chart(name: str) -> str:
     """JavaScript for a chart."""
     return f"board.charts.get({json.dumps(name)})"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
 
 
 def test_every_metric_has_a_chart_and_each_is_drawn(browser: Browser) -> None:
