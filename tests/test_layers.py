@@ -49,12 +49,19 @@ MAY_IMPORT = {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer"),
         *("gateway/receive", "gateway/rebuild", "gateway/store"),
     },
-    "gateway/command": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve"},
+    "gateway/command": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve", "gateway/kafka/work"},
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
+    "gateway/kafka": {
+        *(*BASE, "frames", "leyline", "pull", "gateway"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+    },
+    # A member and a server: the processes, with their ports.
+    "gateway/kafka/work": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
     "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
         *(*BASE, "schema", "frames", "leyline", "pull", "charts"),
@@ -93,6 +100,7 @@ OWNERS = {
     "urllib3": ("export/",),
     "prometheus_client": ("export/",),
     "redis": ("oona/publisher.py",),
+    "confluent_kafka": ("gateway/kafka/",),
     "pyarrow": ("report/table.py",),
     "IPython": ("session/show.py",),
     "lightning": ("integrations/lightning.py",),

@@ -72,6 +72,8 @@ class PullRequest(Message):
     rank: int
     max_packets: int
     wait_s: float
+    shard: int
+    shards: int
     def __init__(
         self,
         *,
@@ -80,6 +82,8 @@ class PullRequest(Message):
         rank: int | None = ...,
         max_packets: int = ...,
         wait_s: float = ...,
+        shard: int = ...,
+        shards: int = ...,
     ) -> None: ...
 
 class PullResponse(Message):
