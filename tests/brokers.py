@@ -46,7 +46,13 @@ class Broker:
         text = PROPERTIES.read_text(encoding="utf-8").replace(":9092", f":{broker}").replace(":9093", f":{controller}")
         text = text.replace("/var/lib/esper-kafka", str(folder / "data"))
         # Tests write little: small segments and few threads keep the broker small as well.
-        given = {"log.segment.bytes": "16777216", "num.io.threads": "2", "num.network.threads": "2", **extra}
+        given = {
+            "log.segment.bytes": "16777216",
+            "group.min.session.timeout.ms": "1000",
+            "num.io.threads": "2",
+            "num.network.threads": "2",
+            **extra,
+        }
         given |= {"log.cleaner.dedupe.buffer.size": "2097152", "background.threads": "2"}
         text += "\n" + "\n".join(f"{name}={value}" for name, value in given.items()) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +130,7 @@ def shared_broker(folder: Path) -> Iterator[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, state = folder / "lock", folder / "state.json"
+    broker = None
     with _locked(lock):
         known = json.loads(state.read_text()) if state.exists() else {}
         if not known:
@@ -146,8 +153,10 @@ def shared_broker(folder: Path) -> Iterator[str]:
                 state.unlink()
                 with suppress(ProcessLookupError):
                     os.kill(known["pid"], signal.SIGKILL)
-                with suppress(ChildProcessError):  # it is another process' child
-                    os.waitpid(known["pid"], 0)
+                if broker is not None and broker.process is not None:
+                    broker.process.wait()
+        if broker is not None and broker.process is not None:
+            broker.process.returncode = 0  # the last process that leaves ends it
 
 
 @contextmanager

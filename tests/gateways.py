@@ -36,7 +36,7 @@ class RunningGateway:
         self.said = ""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "esper_otel", "gateway", "--json"]
+        command = self.command()
         for port in ("--grpc", "--http"):
             if port not in self._options:
                 command += [port, "127.0.0.1:0"]
@@ -54,6 +54,10 @@ class RunningGateway:
         self.grpc: str = addresses["grpc"]
         self.http: str = addresses["http"]
         return self
+
+    def command(self) -> list[str]:
+        """What is run."""
+        return [sys.executable, "-m", "esper_otel", "gateway", "--json"]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -23,7 +23,7 @@ from esper_otel.gateway.serve.http_port import is_own_host, runner_of
 from esper_otel.gateway.serve.ports import Ports
 from esper_otel.log import Warnings, announce
 
-_OTHERS = ("store", "oona", "oona_password_file", "send_tokens", "pull_tokens")
+_OTHERS = ("store", "oona", "oona_password_file", "send_tokens", "pull_tokens", "notify", "notify_file")
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
         BrokerFault: the brokers refuse.
     """
     for name in _OTHERS:
-        if getattr(options, name) is not None:
+        if getattr(options, name):
             raise ConfigurationError(
                 f"--{name.replace('_', '-')} does not go with --kafka: a member keeps nothing itself, and "
                 "controllers pull from esper-otel serve"
