@@ -66,7 +66,7 @@ class Broker:
         made = subprocess.run(
             [
                 *(self._program, "kafka.tools.StorageTool", "format", "--standalone"),
-                *("--cluster-id", cluster, "--config", str(self._properties), *options),
+                *(f"--cluster-id={cluster}", "--config", str(self._properties), *options),
             ],
             capture_output=True,
             text=True,

@@ -66,10 +66,16 @@ class RunningGateway:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Ends it by a signal; returns its exit status."""
-        self.process.send_signal(number)
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+            self.said_at_last()
+        return self.process.returncode
+
+    def said_at_last(self) -> str:
+        """Waits until it ends by itself; returns what it wrote to standard error."""
         _, said = self.process.communicate(timeout=TIMEOUT_S)
         self.said += said
-        return self.process.returncode
+        return self.said
 
     def channel(self) -> grpc.Channel:
         """In plain text."""

@@ -146,10 +146,9 @@ class Ranks:
         """Lets each rank send so many further steps, ``together`` of them in a request."""
         last = self.step + steps
         for first in range(self.step + 1, last + 1, self.together):
+            some = range(first, min(first + self.together, last + 1))
             for rank in range(self.ranks):
-                self.tier.send(
-                    f"{self.run_id}/{rank}", self.body(rank, range(first, min(first + self.together, last + 1)))
-                )
+                self.tier.send(f"{self.run_id}/{rank}", self.body(rank, some))
         self.step = last
 
     def body(self, rank: int, steps: Iterable[int]) -> bytes:

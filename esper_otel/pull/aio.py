@@ -68,11 +68,12 @@ class TamiyoClient:
         cursor: str | None = None,
         *,
         rank: int | None = None,
+        shard: tuple[int, int] | None = None,
         max_packets: int = 64,
         wait_s: float = 0.0,
     ) -> Page:
         """Returns the steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
-        request = pull_request(run_id, cursor, rank, max_packets, wait_s)
+        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard)
         return page_of(run_id, await self._call(self._pull, request, wait_s))
 
     async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from esper_otel.log import Warnings
 SESSION_MS = TRANSACTION_MS = 10_000
 # The largest record: a step of 20,000 seeds takes some 6 MB, a request of a process up to 3.5 MB.
 MOST_RECORD_BYTES = 8 * 1024 * 1024
-_START_S = 15.0
+_START_S = 10.0
 _OURS = frozenset(
     {
         *("bootstrap.servers", "client.id", "group.id", "group.instance.id", "group.protocol", "transactional.id"),
@@ -46,6 +45,9 @@ class Connection:
     Args:
         brokers: ``host:port``, several separated by commas.
         properties: further properties of librdkafka, such as those for TLS and SASL.
+
+    Attributes:
+        is_name_taken: whether the brokers have reported that another member has the name of this one.
     """
 
     def __init__(self, brokers: str, properties: Mapping[str, str]) -> None:
@@ -53,6 +55,7 @@ class Connection:
         self._properties = dict(properties)
         self._warnings = Warnings()
         self._last = ""
+        self.is_name_taken = False
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Connection:
@@ -131,11 +134,12 @@ class Connection:
 
     def _note(self, error: KafkaError) -> None:
         """Keeps what librdkafka reports by itself, such as wrong credentials; says it once a minute."""
-        self._last = f"{error.str()}"
+        self._last = error.str()
+        self.is_name_taken |= error.code() == KafkaError.FENCED_INSTANCE_ID or "group.instance.id" in error.str()
         self._warnings.say(f"kafka {error.name()}", "Kafka at %s: %s", self.brokers, meaning(error))
 
-    def asked(self, question: Callable[[], Any]) -> Any:
-        """Returns the answer to a question to the brokers.
+    def asked(self, question: Callable[[], Any], client: AdminClient) -> Any:
+        """Returns the answer to a client's question to the brokers.
 
         Raises:
             BrokerFault: there is none; the reason is the one that librdkafka gave.
@@ -148,7 +152,7 @@ class Connection:
             is_away = fault.code() in {KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN}  # noqa: SLF001 - public, but for their names
             if not is_away:
                 raise BrokerFault(f"Kafka at {self.brokers}: {meaning(fault)}") from None
-            time.sleep(0.2)  # the reason comes from another thread
+            client.poll(0.2)  # calls what notes the reason
             reason = self._last or fault.str()
             raise BrokerFault(
                 f"no broker could be reached at --kafka {self.brokers}: {reason}; check the address, and that "

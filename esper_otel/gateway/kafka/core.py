@@ -24,6 +24,7 @@ from esper_otel.gateway.kafka.reading import NewState, StateReader, Tail, TailRe
 from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topics import Tier
 from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
+from esper_otel.gateway.security import BadRequest
 from esper_otel.gateway.store.base import (
     EXPIRED_AT_ONCE,
     NO_TENANTS,
@@ -374,6 +375,10 @@ class TierCore(Core):
         for each in closing:
             await asyncio.to_thread(each.close)
         return FetchedEntries(self._tier.generation, wanted, stands, read.entries, later), later
+
+    def _check_shard(self, request: PullRequest) -> None:
+        if request.shards and (request.HasField("rank") or request.shard >= request.shards):
+            raise BadRequest("shard must be below shards, and there must be no rank")
 
     def _close_soon(self, reader: PastReader) -> None:
         """Closes a reader whose puller has left."""

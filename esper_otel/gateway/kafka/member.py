@@ -43,7 +43,7 @@ _LAG_EVERY_S = 1.0
 _AGAIN_S = 1.0
 _TRANSACTION_S = 30.0
 _WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
-_FENCED = {KafkaError.FENCED_INSTANCE_ID}
+_HEARTBEATS = 5  # within a session
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class Member:
                 "group.id": group_of(self._tier),
                 "group.instance.id": name,
                 "session.timeout.ms": SESSION_MS,
-                "heartbeat.interval.ms": SESSION_MS // 5,
+                "heartbeat.interval.ms": SESSION_MS // _HEARTBEATS,
                 "partition.assignment.strategy": "cooperative-sticky",
             }
         )
@@ -236,6 +236,7 @@ class Member:
     def _cycle(self) -> None:
         """Uses what has arrived within a short time, in one transaction."""
         messages = self._consumer.consume(_MOST_RECORDS, self._patience_s())
+        self._check_name()
         self._cycle_s = now_s = time.monotonic()
         records: dict[int, list[Received]] = {}
         for message in messages:
@@ -271,15 +272,18 @@ class Member:
 
     def _check(self, error: KafkaError) -> None:
         """Raises if an error of the consumer means that it cannot go on."""
-        if error.code() in _FENCED or (error.fatal() and "instance" in error.str()):
-            raise MemberEnds(
-                f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
-            )
         if error.code() in REFUSALS:
             raise MemberEnds(f"Kafka at {self._connection.brokers}: {meaning(error)}")
         if error.fatal():
             raise _BeginAnew(meaning(error))
         self._warnings.say(f"consumer {error.name()}", "%s", meaning(error))
+
+    def _check_name(self) -> None:
+        """Raises if another member has this one's name."""
+        if self._connection.is_name_taken:
+            raise MemberEnds(
+                f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
+            )
 
     def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, Poisoned]], *, of_all: bool) -> None:
         """Writes frames, states and offsets in one transaction."""
@@ -323,6 +327,11 @@ class Member:
     def _failed(self, error: KafkaException | BufferError) -> NoReturn:
         """Aborts the transaction after an error."""
         self._abort()
+        until_s = time.monotonic() + 2 * SESSION_MS / _HEARTBEATS / 1000
+        if isinstance(error, KafkaException) and error.args[0].fatal():
+            while time.monotonic() < until_s:  # has another one its name, or was it only silent for too long?
+                self._consumer.poll(0.1)
+                self._check_name()
         if isinstance(error, KafkaException) and error.args[0].code() in REFUSALS:
             raise MemberEnds(f"Kafka at {self._connection.brokers}: {_text(error)}") from None
         raise _BeginAnew(f"a transaction failed: {_text(error)}") from None

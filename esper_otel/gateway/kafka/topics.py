@@ -11,7 +11,7 @@ from confluent_kafka.admin import AdminClient
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.kafka.connection import BrokerFault, Connection
 
-_START_S = 15.0
+_START_S = 10.0
 # The key of the record in which the number of partitions is kept; no key of a writer begins like this.
 TIER_KEY = b"tier"
 
@@ -66,13 +66,13 @@ def tier_at(connection: Connection, prefix: str, *, is_member: bool) -> Tier:
     topics = Topics.of(prefix)
     needed = topics if is_member else (topics.frames, topics.runs)
     admin: AdminClient = connection.admin()
-    connection.asked(lambda: admin.list_topics(timeout=_START_S))
+    connection.asked(lambda: admin.list_topics(timeout=_START_S), admin)
     found = {}
     missing: list[str] = []
     futures = admin.describe_topics(TopicCollection(list(needed)), request_timeout=_START_S)
     for name, future in futures.items():
         try:
-            found[name] = connection.asked(future.result)
+            found[name] = connection.asked(future.result, admin)
         except BrokerFault as fault:
             if "does not exist" not in str(fault):
                 raise BrokerFault(f"topic {name}: {fault}") from None
