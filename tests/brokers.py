@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -19,6 +19,7 @@ from typing import IO
 from programs import ROOT, free_port
 
 PROPERTIES = ROOT / "deploy" / "kafka" / "server.properties"
+NO_PROPERTIES: Mapping[str, str] = {}
 _START_S = 240.0
 
 
@@ -31,14 +32,15 @@ class Broker:
 
     Args:
         folder: where its data and its log lie.
-        extra: further properties; ``{broker}`` and ``{controller}`` are its ports.
+        added: further lines of its properties.
+        client: what a client needs beside the address.
 
     Attributes:
         address: host and port for clients.
         process: the JVM, while it runs.
     """
 
-    def __init__(self, folder: Path, **extra: str) -> None:
+    def __init__(self, folder: Path, added: str = "", client: Mapping[str, str] = NO_PROPERTIES) -> None:
         self._folder = folder
         self._program = program()
         broker, controller = free_port(), free_port()
@@ -51,13 +53,13 @@ class Broker:
             "group.min.session.timeout.ms": "1000",
             "num.io.threads": "2",
             "num.network.threads": "2",
-            **extra,
         }
         given |= {"log.cleaner.dedupe.buffer.size": "2097152", "background.threads": "2"}
-        text += "\n" + "\n".join(f"{name}={value}" for name, value in given.items()) + "\n"
+        text += "\n" + "\n".join(f"{name}={value}" for name, value in given.items()) + f"\n{added}"
         folder.mkdir(parents=True, exist_ok=True)
         self._properties = folder / "server.properties"
-        self._properties.write_text(text.format(broker=broker, controller=controller), encoding="utf-8")
+        self._properties.write_text(text, encoding="utf-8")
+        self._client = dict(client)
         self.process: subprocess.Popen[bytes] | None = None
 
     def format(self, *options: str) -> None:
@@ -94,7 +96,7 @@ class Broker:
         while time.monotonic() < until_s:
             assert self.process is None or self.process.poll() is None, (self._folder / "log").read_text()[-4_000:]
             with suppress(Exception):
-                client = AdminClient({"bootstrap.servers": self.address, "log_level": 0})
+                client = AdminClient({"bootstrap.servers": self.address, "log_level": 0, **self._client})
                 client.list_topics(timeout=5)
                 return
         raise AssertionError((self._folder / "log").read_text()[-4_000:])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from gateways import RunningGateway
 from programs import ROOT
 from wire import encoder
 
-from esper_otel.errors import GatewayUnavailable
+from esper_otel.errors import GatewayUnavailable, UnknownRun
 from esper_otel.frames.frame import Frame
 from esper_otel.frames.ring import blocks_of
 from esper_otel.pull.client import TamiyoClient
@@ -57,6 +58,8 @@ class Tier:
         )
         assert made.returncode == 0, made.stdout + made.stderr
         self._producer: Producer | None = None
+        lines = [] if config is None else Path(config).read_text(encoding="utf-8").splitlines()
+        self._properties = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
     def options(self) -> list[str]:
         """What members and servers are told of it."""
@@ -73,7 +76,8 @@ class Tier:
     def send(self, key: str, body: bytes, partition: int = -1) -> None:
         """A request, as the collector's exporter sends it."""
         if self._producer is None:
-            self._producer = Producer({"bootstrap.servers": self.address, "log_level": 0, "linger.ms": 1})
+            own = {"log_level": 0, "linger.ms": 1, "enable.idempotence": True}
+            self._producer = Producer({"bootstrap.servers": self.address, **own, **self._properties})
         self._producer.produce(f"{self.prefix}.otlp", body, key, partition)
         self._producer.poll(0)
 
@@ -190,7 +194,7 @@ class Puller:
             try:
                 with TamiyoClient(server.grpc, timeout_s=5.0) as client:
                     page = client.pull(self.run_id, self.cursor, max_packets=97, wait_s=wait_s, **self.wanted)
-            except GatewayUnavailable:
+            except (GatewayUnavailable, UnknownRun):
                 page = None
             if page is not None:
                 self.cursor, self.gap = page.cursor, self.gap + page.gap

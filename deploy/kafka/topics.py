@@ -40,24 +40,34 @@ def topics(options: argparse.Namespace) -> list[NewTopic]:
     ]
 
 
-def main() -> int:
-    """Creates what is missing; returns 1 if something could not be created."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def access_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where the brokers are."""
     parser.add_argument("--kafka", required=True, metavar="HOST:PORT,...", help="the brokers")
     parser.add_argument("--kafka-config", type=Path, metavar="FILE", help="as for esper-otel gateway --kafka")
-    parser.add_argument("--topics", default="esper", metavar="PREFIX", help="what their names begin with (esper)")
-    parser.add_argument("--partitions", type=int, default=64, metavar="N", help="for ever (64)")
-    parser.add_argument("--replication", type=int, default=3, metavar="N", help="copies of each record (3)")
-    parser.add_argument("--keep-hours", type=float, default=24.0, metavar="N", help="how long steps can be pulled (24)")
-    parser.add_argument("--keep-request-hours", type=float, default=24.0, metavar="N", help="of requests (24)")
-    options = parser.parse_args()
+    parser.add_argument("--topics", default="esper", metavar="PREFIX", help="what the topics' names begin with (esper)")
+
+
+def properties(options: argparse.Namespace) -> dict[str, str]:
+    """What a client needs to reach them."""
     given = {"bootstrap.servers": options.kafka}
     for line in [] if options.kafka_config is None else options.kafka_config.read_text().splitlines():
         name, has_value, value = (part.strip() for part in line.partition("="))
         if has_value and not name.startswith("#"):
             given[name] = value
+    return given
+
+
+def main() -> int:
+    """Creates what is missing; returns 1 if something could not be created."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    access_arguments(parser)
+    parser.add_argument("--partitions", type=int, default=64, metavar="N", help="for ever (64)")
+    parser.add_argument("--replication", type=int, default=3, metavar="N", help="copies of each record (3)")
+    parser.add_argument("--keep-hours", type=float, default=24.0, metavar="N", help="how long steps can be pulled (24)")
+    parser.add_argument("--keep-request-hours", type=float, default=24.0, metavar="N", help="of requests (24)")
+    options = parser.parse_args()
     failed = 0
-    client = AdminClient(given)
+    client = AdminClient(properties(options))
     for name, future in client.create_topics(topics(options), request_timeout=30).items():
         try:
             future.result()

@@ -135,8 +135,12 @@ class Connection:
     def _note(self, error: KafkaError) -> None:
         """Keeps what librdkafka reports by itself, such as wrong credentials; says it once a minute."""
         self._last = error.str()
-        self.is_name_taken |= error.code() == KafkaError.FENCED_INSTANCE_ID or "group.instance.id" in error.str()
+        self.note_name(error)
         self._warnings.say(f"kafka {error.name()}", "Kafka at %s: %s", self.brokers, meaning(error))
+
+    def note_name(self, error: KafkaError) -> None:
+        """Notes whether an error means that another member has the name of this one."""
+        self.is_name_taken |= error.code() == KafkaError.FENCED_INSTANCE_ID or "group.instance.id" in error.str()
 
     def asked(self, question: Callable[[], Any], client: AdminClient) -> Any:
         """Returns the answer to a client's question to the brokers.
@@ -186,14 +190,14 @@ def read_properties(path: Path) -> dict[str, str]:
 
 _MEANINGS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART: "the topic does not exist: create it with deploy/kafka/topics.py",
-    KafkaError.TOPIC_AUTHORIZATION_FAILED: "no access to the topic: allow this user what deploy/kafka/acls.sh lists",
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "no access to the topic: allow this user what deploy/kafka/acls.py lists",
     KafkaError.GROUP_AUTHORIZATION_FAILED: (
-        "no access to the consumer group: allow this user to READ it, as in deploy/kafka/acls.sh"
+        "no access to the consumer group: allow this user to READ it, as in deploy/kafka/acls.py"
     ),
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: (
-        "no access to the transactional id: allow this user to WRITE and DESCRIBE it, as in deploy/kafka/acls.sh"
+        "no access to the transactional id: allow this user to WRITE and DESCRIBE it, as in deploy/kafka/acls.py"
     ),
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "no access to the cluster: see deploy/kafka/acls.sh",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "no access to the cluster: see deploy/kafka/acls.py",
     KafkaError.SASL_AUTHENTICATION_FAILED: "wrong credentials: check sasl.username and sasl.password in --kafka-config",
     KafkaError._AUTHENTICATION: (  # noqa: SLF001
         "wrong credentials: check sasl.username, sasl.password and the certificates in --kafka-config"

@@ -272,9 +272,11 @@ class Member:
 
     def _check(self, error: KafkaError) -> None:
         """Raises if an error of the consumer means that it cannot go on."""
+        self._connection.note_name(error)
+        self._check_name()
         if error.code() in REFUSALS:
             raise MemberEnds(f"Kafka at {self._connection.brokers}: {meaning(error)}")
-        if error.fatal():
+        if error.fatal() or error.code() == KafkaError._FATAL:  # noqa: SLF001 - public, but for its name
             raise _BeginAnew(meaning(error))
         self._warnings.say(f"consumer {error.name()}", "%s", meaning(error))
 
@@ -330,7 +332,10 @@ class Member:
         until_s = time.monotonic() + 2 * SESSION_MS / _HEARTBEATS / 1000
         if isinstance(error, KafkaException) and error.args[0].fatal():
             while time.monotonic() < until_s:  # has another one its name, or was it only silent for too long?
-                self._consumer.poll(0.1)
+                message = self._consumer.poll(0.1)
+                fault = None if message is None else message.error()
+                if fault is not None:
+                    self._connection.note_name(fault)
                 self._check_name()
         if isinstance(error, KafkaException) and error.args[0].code() in REFUSALS:
             raise MemberEnds(f"Kafka at {self._connection.brokers}: {_text(error)}") from None
