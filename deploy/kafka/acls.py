@@ -35,7 +35,9 @@ def rules(prefix: str, collector: str, member: str, server: str) -> Iterator[Acl
         (member, TOPIC, f"{prefix}.runs", LITERAL, (READ, WRITE, DESCRIBE)),
         (member, TOPIC, f"{prefix}.dead", LITERAL, (WRITE, DESCRIBE)),
         (member, GROUP, f"{prefix}-gateway", LITERAL, (READ, DESCRIBE)),
+        (member, GROUP, f"{prefix}-readers", LITERAL, (DESCRIBE,)),
         (member, TRANSACTIONS, f"{prefix}.frames-", PREFIXED, (WRITE, DESCRIBE)),
+        (server, GROUP, f"{prefix}-readers", LITERAL, (DESCRIBE,)),
         (server, TOPIC, f"{prefix}.frames", LITERAL, (READ, DESCRIBE)),
         (server, TOPIC, f"{prefix}.runs", LITERAL, (READ, DESCRIBE)),
     ):

@@ -45,13 +45,14 @@ class Connection:
     Args:
         brokers: ``host:port``, several separated by commas.
         properties: further properties of librdkafka, such as those for TLS and SASL.
+        readers: a name of a group, which librdkafka wants even where no group is used.
 
     Attributes:
         is_name_taken: whether the brokers have reported that another member has the name of this one.
     """
 
-    def __init__(self, brokers: str, properties: Mapping[str, str]) -> None:
-        self.brokers = brokers
+    def __init__(self, brokers: str, properties: Mapping[str, str], readers: str = "esper-readers") -> None:
+        self.brokers, self._readers = brokers, readers
         self._properties = dict(properties)
         self._warnings = Warnings()
         self._last = ""
@@ -69,7 +70,7 @@ class Connection:
             if not host or not port.isdecimal():
                 raise ConfigurationError(f"--kafka {options.kafka}: give HOST:PORT, several separated by commas")
         properties = {} if options.kafka_config is None else read_properties(options.kafka_config)
-        return cls(options.kafka, properties)
+        return cls(options.kafka, properties, f"{options.kafka_topics}-readers")
 
     def consumer(self, **own: Any) -> Consumer:
         """Makes a consumer that sees committed records only; it commits nothing by itself.
@@ -78,7 +79,7 @@ class Connection:
             ConfigurationError: a property cannot be used.
         """
         given = {
-            "group.id": "esper-none",  # librdkafka wants a name even where no group is used
+            "group.id": self._readers,
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "isolation.level": "read_committed",

@@ -8,7 +8,7 @@ from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from esper_otel.gateway.kafka.connection import BrokerFault, Connection, meaning
+from esper_otel.gateway.kafka.connection import REFUSALS, BrokerFault, Connection, MemberEnds, meaning
 
 _AT_ONCE = 2_000
 _POLL_S = 0.2
@@ -47,6 +47,8 @@ class TailReader:
                         yield message
                     elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - public, but for its name
                         self.end = max(message.offset() or 0, self.end)
+                    elif error.code() in REFUSALS:
+                        raise MemberEnds(f"{topic}: {meaning(error)}")
                     elif not error.retriable():
                         raise BrokerFault(f"{topic}: {meaning(error)}")
                 if time.monotonic() > until_s:
