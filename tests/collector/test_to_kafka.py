@@ -29,7 +29,8 @@ def test_steps_reach_pullers_through_the_collector(
             fast = EsperSettings(export_every_s=0.05)
             with esper_otel.start(run_id="through", rank=rank, world_size=3, settings=fast) as telemetry:
                 for step in range(1, 31):
-                    telemetry.record_step(loss=rank * 1e6 + step, global_step=step)
+                    with telemetry.step(epoch=0) as now:
+                        now.put(loss=rank * 1e6 + step)
         puller = Puller("through", [server])
         puller.pull(90)
         assert puller.losses == {rank: [rank * 1e6 + step for step in range(1, 31)] for rank in range(3)}
