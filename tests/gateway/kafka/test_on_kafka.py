@@ -25,6 +25,7 @@ from esper_otel.pull.client import page_of
 from esper_otel.pull.messages import PullRequest, RanksRequest
 
 __all__ = ["broker"]
+pytestmark = pytest.mark.lengthy
 
 
 def of_ranks(packets: Iterable[Packets]) -> dict[int, list[Packets]]:

@@ -14,6 +14,8 @@ from certificates import Authority
 from programs import ROOT
 from tiers import Puller, Ranks, RunningTierProcess, Tier
 
+pytestmark = pytest.mark.lengthy
+
 SECURE = ROOT / "deploy" / "kafka" / "secure.properties"
 CLIENT = ROOT / "deploy" / "kafka" / "client.properties"
 
@@ -39,7 +41,7 @@ class SecureBroker(Broker):
         """The file of a user."""
         text = CLIENT.read_text(encoding="utf-8").replace("/etc/esper-kafka/ca.crt", str(self._ca))
         text = text.replace("username=member", f"username={user}")
-        path = self._where / f"{user}{password}.properties"
+        path = self._where / f"client-{user}{password}.properties"
         path.write_text(text.replace("CHANGE-member", password or f"CHANGE-{user}"), encoding="utf-8")
         return path
 
