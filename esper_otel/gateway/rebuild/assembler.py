@@ -109,6 +109,11 @@ class Assembler:
         request = RequestWriters(tenant)
         for block in decoded.blocks:
             yield from self._take_block(block, request, now_s, received_unix_ns, rejected)
+        for sender, time_unix_ns in decoded.cut:
+            yield
+            track = self._track(sender, request, now_s)
+            if track is not None:
+                track.cut(time_unix_ns, now_s)
         for marker in decoded.markers:
             yield
             track = self._track(marker.sender, request, now_s)

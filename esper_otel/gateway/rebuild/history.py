@@ -45,6 +45,7 @@ class ReleasedFrame(FrameInput):
         loss_before: the last finite loss before it.
         frame: the frame.
         revision: how many times it was made.
+        is_cut: whether values of it were rejected, so that it never is complete.
     """
 
     received_unix_ns: int
@@ -52,6 +53,7 @@ class ReleasedFrame(FrameInput):
     loss_before: float | None
     frame: Frame | None = None
     revision: int = 0
+    is_cut: bool = False
 
     def retire_by_ends(self) -> None:
         """Lets its ends say that seeds have died, and not its part: a frame before it may prove that they came back."""
@@ -148,6 +150,7 @@ class History:
             waiting.received_unix_ns,
             maker.live.table,
             maker.loss,
+            is_cut=waiting.is_cut,
         )
         if time_unix_ns < self.newest_unix_ns:
             return self._inserted(time_unix_ns, kept)
@@ -169,12 +172,20 @@ class History:
         self.differing += joined.differing
         self._maker.note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
-        kept.complete = kept.complete or self._habits.is_complete(joined.part)
+        kept.complete = kept.complete or (not kept.is_cut and self._habits.is_complete(joined.part))
         number = whole(joined.part.number(joined.part.shape.sequence), SEQUENCE_LIMIT)
         if not kept.sequence and number and number not in self._times:
-            kept.sequence, kept.complete = number, self._habits.is_complete(joined.part)
+            kept.sequence, kept.complete = number, not kept.is_cut and self._habits.is_complete(joined.part)
             self._keep(time_unix_ns, kept)
         self._note_changed(time_unix_ns, itself=True)
+
+    def cut(self, time_unix_ns: int) -> None:
+        """Marks a released frame as incomplete: it lacks values that its sender could not tell apart."""
+        kept = self._kept[time_unix_ns]
+        kept.is_cut = True
+        if kept.complete:
+            kept.complete = False
+            self._note_changed(time_unix_ns, itself=True)
 
     def end(self, marker: Marker) -> bool:
         """Ends a stream; returns whether its end is still to come."""

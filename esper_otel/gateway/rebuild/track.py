@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from esper_otel.frames.frame import GUESSED_STEP, Frame
@@ -18,6 +18,9 @@ from esper_otel.schema import FRAME_POINTS
 
 # A budget for rows in tables of live seeds, about 100 bytes each: its maximum, and what refills it.
 _MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
+
+# How many frames may be known to be cut before their first part arrives.
+_MOST_CUT = 100
 
 # How many dead seeds may be known before they are removed.
 _SPARE = 1_000
@@ -50,6 +53,7 @@ class Track:
         self._known_last, self._is_counted = 0, False
         self._rows, self._rows_s = _MOST_ROWS, 0.0
         self._ids: tuple[str, ...] = ()
+        self._cut: deque[int] = deque(maxlen=_MOST_CUT)  # times of cut frames of which nothing has arrived yet
         self._outcome: str | None = None
         self._sender: PointSender | None = None
         self._first_step: int | None = None
@@ -104,7 +108,7 @@ class Track:
         was_numbered = waiting.sequence is not None
         waiting.add(part)
         waiting.differing += of_frame.differing
-        waiting.is_cut |= part is not of_frame.part
+        waiting.is_cut |= part is not of_frame.part or time_unix_ns in self._cut
         waiting.last_s, waiting.received_unix_ns = now_s, received_unix_ns
         if not was_numbered:
             return self.put(time_unix_ns, waiting)
@@ -157,6 +161,17 @@ class Track:
         if self._habits.says_step and not said_step:
             self._history.uncount()
             self._note_change(now_s)
+
+    def cut(self, time_unix_ns: int, now_s: float) -> None:
+        """Records that the frame at this time lacks values that its sender could not tell apart."""
+        waiting = self._queue.get(time_unix_ns)
+        if waiting is not None:
+            waiting.is_cut = True
+        elif time_unix_ns in self._history:
+            self._history.cut(time_unix_ns)
+            self._note_change(now_s)
+        else:
+            self._cut.append(time_unix_ns)
 
     def end_stream(self, marker: Marker, now_s: float) -> bool:
         """Ends a stream of a seed; returns whether this must be stored for a restart."""
