@@ -20,7 +20,7 @@ from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
 from esper_otel.gateway.receive.request import Marker
 from esper_otel.gateway.turns import Turn
 from esper_otel.parts.habits import Habits
-from esper_otel.parts.maker import FrameInput, FrameMaker, StreamEnd, loss_of
+from esper_otel.parts.maker import WHOLE_LIFE, FrameInput, FrameMaker, StreamEnd, loss_of
 from esper_otel.parts.part import SEED_COLUMNS, Part, is_equal, merged, part_of
 from esper_otel.schema import SEED_FIELDS, SEED_RETIRED
 
@@ -126,6 +126,11 @@ class History:
 
     def __contains__(self, time_unix_ns: int) -> bool:
         return time_unix_ns in self._kept
+
+    def parts_at(self, time_unix_ns: int) -> tuple[Part, ...]:
+        """Returns what the frame at this time was made from; nothing if it is not kept."""
+        kept = self._kept.get(time_unix_ns)
+        return () if kept is None else (kept.part,)
 
     def is_out_of_step(self, sequence: int, time_unix_ns: int) -> bool:
         """Returns whether a lower number has a later time, which means that another process numbers its frames too."""
@@ -257,13 +262,15 @@ class History:
         kept = self._kept.get(time_unix_ns)
         return 0 if kept is None else kept.size()
 
-    def restore(self, item: Item, *, is_first: bool = False) -> None:
+    def restore(self, item: Item, *, is_first: bool = False, is_torn: bool = False) -> None:
         """Restores a frame that was released before a restart, after the frames restored before it.
 
         Args:
             item: the frame's newest revision.
             is_first: whether it is the writer's very first frame. If not, and it is restored first, the state before it
                 is unknown.
+            is_torn: whether frames between this one and the one before it may be lost: then a plain sender's seed that
+                is not live any more has died in one of those, and does not come back.
         """
         frame = item.frame
         is_cut_off = not (self._kept or is_first)
@@ -272,13 +279,17 @@ class History:
             self._maker.note_live(frame.live.ids, frame.time_unix_ns)
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
+        ends = set[StreamEnd]() if is_cut_off or self._habits.counts else _ended(self.live, frame)
+        if is_torn and not (is_cut_off or self._habits.counts):
+            gone = {*self.live.ids}.difference(frame.live.ids, frame.retired)
+            ends |= {StreamEnd(frame.time_unix_ns, seed, WHOLE_LIFE) for seed in gone}
         kept = ReleasedFrame(
             part,
             frame.run,
             frame.sequence,
             frame.global_step,
             is_whole,
-            set() if is_cut_off or self._habits.counts else _ended(self.live, frame),
+            ends,
             item.received_unix_ns,
             frame.live if is_cut_off else self.live,
             self._maker.loss,

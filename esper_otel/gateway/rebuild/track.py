@@ -10,7 +10,7 @@ from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.rebuild.history import History
 from esper_otel.gateway.rebuild.queue import Queue, ReadyFrame, WaitingFrame
-from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marker, PointSender
+from esper_otel.gateway.receive.request import TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_SPARSE, Marker, PointSender
 from esper_otel.gateway.turns import ENDLESS, Turn
 from esper_otel.parts.habits import Habits
 from esper_otel.parts.part import MergedParts, Part, PartShape
@@ -91,6 +91,7 @@ class Track:
         self._history.earn(len(part.numbers), now_s)
         number = part.number(part.shape.sequence)
         waiting = self._queue.get(time_unix_ns)
+        part = self._within_metrics(part, time_unix_ns, waiting, rejected)
         known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
         if known and number is not None and number != known:
             # A component on the way gave two frames the same time: these values are not from the first frame.
@@ -209,6 +210,20 @@ class Track:
         too_many = {*surplus}
         smaller = part.without(lambda _, seed: seed in too_many)
         rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
+        return smaller
+
+    def _within_metrics(
+        self, part: Part, time_unix_ns: int, waiting: WaitingFrame | None, rejected: Counter[str]
+    ) -> Part:
+        """Returns the part without the metrics that would be too many for one frame, which is made in one turn."""
+        parts = self._history.parts_at(time_unix_ns) if waiting is None else waiting.parts
+        if sum(len(each.shape.names) for each in (*parts, part)) <= self._limits.metrics:
+            return part
+        known = {name for each in parts for name in each.shape.names}
+        new = [name for name in part.shape.names if name not in known]
+        surplus = {*new[max(self._limits.metrics - len(known), 0) :]}
+        smaller = part.without(lambda name, seed: not seed and name in surplus)
+        rejected[TOO_MANY_METRICS] += len(part.numbers) - len(smaller.numbers)
         return smaller
 
     def _count_known(self) -> None:
@@ -348,12 +363,12 @@ class Track:
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
         return Place(self.origin, *of_frames, skipped.holes, () if habits.counts else self._history.ends_to_come())
 
-    def restore(self, item: Item, *, is_first: bool) -> None:
+    def restore(self, item: Item, *, is_first: bool, is_torn: bool = False) -> None:
         """Restores a frame that was released before a restart, after the frames restored before it."""
         self._queue.restore(item.frame.sequence)
         self._habits.is_known = True
         self._habits.counts = self._habits.counts or item.frame.sequence > 0 or FRAME_POINTS.name in item.frame.names
-        self._history.restore(item, is_first=is_first)
+        self._history.restore(item, is_first=is_first, is_torn=is_torn)
         self._note_change(self.received_s)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
