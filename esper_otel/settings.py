@@ -270,6 +270,12 @@ class EsperSettings(_Settings):
         read=_integer(1024 * 1024),
         meaning="Memory for frames kept for export and pull(), in bytes; beyond it the oldest are dropped and counted.",
     )
+    close_timeout_s: float = _setting(
+        default=60.0,
+        read=_number(0, 86_400),
+        meaning="Maximum time for sending the remaining steps at the end, in seconds, while the endpoint takes them; "
+        "after 5 s in which it takes none, and after a signal that ends the process, the rest is counted as dropped.",
+    )
     spool_dir: Path | None = _setting(
         default=None,
         read=_path,
