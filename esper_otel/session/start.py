@@ -184,7 +184,7 @@ class _Session:
             self._check_run_id(run)
         endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
 
-        self._resource_of = resources()
+        self._resource_of = resources(settings.changed())
         self._deriver = Deriver(processors, self._fault)
         self._sampler = (
             Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
