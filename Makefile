@@ -16,8 +16,9 @@ RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-he
 # In environments of their own, which uv keeps in its cache.
 TOOL := $(UV) tool run --quiet --python $(RUN)
 
-# Many tests wait for something: four at a time keep two cores busy. ARGS="-n 0" runs them one by one.
-SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
+# Many tests wait for something: four at a time keep two cores busy. The tests of a file share what is made for them.
+# ARGS="-n 0" runs them one by one.
+SIDE_BY_SIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # PyTorch's wheels are large; by default uv gives up on a silent line after 30 s.
 export UV_HTTP_TIMEOUT ?= 300
