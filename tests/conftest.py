@@ -27,8 +27,9 @@ _THREAD_END_TIMEOUT_S = 60.0
 # For PyTorch, here and in what a test starts: models as small as those of tests only wait for more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes, or the making of one, says on a busy machine nothing about us.
-_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes, or the making of one, says on a busy machine nothing about us. A test that needs more
+# examples than these says how many; `make fuzz` looks at thousands.
+_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 settings.register_profile("steady", _STEADY)
 settings.register_profile("fuzz", _STEADY, max_examples=2_000)
 # The same examples each time: newer versions of Hypothesis do this by themselves.
