@@ -34,6 +34,8 @@ from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, is_check
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 E = "OTEL_EXPORTER_OTLP_"
 PROTOCOLS = ["grpc", "http/protobuf"]
 
