@@ -18,8 +18,6 @@ from patience import patience
 
 from esper_otel.testing import MemoryCollector
 
-pytestmark = pytest.mark.lengthy
-
 pytest.importorskip("torch")
 needs("accelerate")
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import warm
 
-pytestmark = pytest.mark.lengthy
-
 torch = pytest.importorskip("torch")
 
 SCRIPT = """
