@@ -15,6 +15,8 @@ from page_client import BEGIN_NS, Made, Page, item
 from esper_otel.gateway.page_data import table
 from esper_otel.gateway.store.memory import MemoryStore
 
+pytestmark = pytest.mark.own_code
+
 ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
