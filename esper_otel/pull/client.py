@@ -351,6 +351,7 @@ def _page_of(run_id: str, response: PullResponse) -> Page:
             age_s=step.age_s,
             names=frozenset(step.names),
             writer=step.writer,
+            number=step.number,
         )
         for step in response.steps
     )

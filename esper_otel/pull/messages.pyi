@@ -98,6 +98,7 @@ class Step(Message):
     complete: bool
     age_s: float
     writer: str
+    number: int
     @property
     def telemetry(self) -> RepeatedScalarFieldContainer[bytes]: ...
     @property
@@ -115,6 +116,7 @@ class Step(Message):
         age_s: float = ...,
         names: Iterable[str] = ...,
         writer: str = ...,
+        number: int = ...,
     ) -> None: ...
 
 class RanksRequest(Message):
