@@ -19,7 +19,8 @@ from google.protobuf.message import Message
 from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.leyline.packets import Packets
 from esper_otel.local_ports import gateway_here
-from esper_otel.pull.client import RunInfo, TamiyoClient
+from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.infos import RunInfo
 from esper_otel.pull.messages import step_message
 from esper_otel.pull.views import RunRanks
 from esper_otel.text import printable
