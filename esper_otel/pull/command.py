@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         metavar="ADDRESS",
-        help="the gateway (127.0.0.1:4327; if nobody listens there, 127.0.0.1:4317, where esper-otel ui listens)",
+        help="the gateway, or several with commas between them (127.0.0.1:4327; if nobody listens there, "
+        "127.0.0.1:4317, where esper-otel ui listens)",
     )
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token")
     parser.add_argument(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame
-from gateways import RunningGateway
+from gateways import RunningGateway, post
 from wire import bodies
 
 from esper_otel import TamiyoClient, aio
@@ -36,10 +35,7 @@ def send(gateway: RunningGateway, numbers: Iterable[int], rank: int = 0) -> None
         for number in numbers
     ]
     for body in bodies(frames):
-        headers = {"content-type": "application/x-protobuf"}
-        request = urllib.request.Request(f"http://{gateway.http}/v1/metrics", body, headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert answer.status == 200
+        assert post(gateway.http, body) == (200, b"")
 
 
 @pytest.fixture(params=["sync", "aio"])
