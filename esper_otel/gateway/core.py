@@ -138,6 +138,7 @@ class Core:
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         self.changed = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
+        self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason
@@ -360,6 +361,7 @@ class Core:
         known = set(writers)
         for item, is_first in store.newest(writers):
             self._restored([(item, is_first)], {}, now_s=now_s, tenant=store.tenant(item.origin.run_id))
+            self._ranks.note([item])
         for origin, frame in store.first_frames(writers).items():
             self._restored([], {}, {origin: frame}, now_s=now_s)
         for place in store.places():
@@ -548,11 +550,11 @@ class Core:
         check_puller(request.run_id, grant)
         view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
         if view is None:
-            raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
+            raise UnknownRun(f"no newest steps of run {request.run_id!r} are here")
         return view
 
     def recent_steps(self, run_id: str) -> RecentSteps | None:
-        """Returns the newest steps of a run's ranks; None if none has arrived since this gateway was started."""
+        """Returns the newest steps of a run's ranks; None if none of them is known."""
         return self._ranks.recent(run_id)
 
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:

@@ -204,7 +204,7 @@ class TamiyoClient:
         """Compares the ranks of a run over its newest ``steps`` steps, up to 256.
 
         Raises:
-            UnknownRun: no step of the run has arrived since the gateway was started.
+            UnknownRun: the gateway does not know the run's newest steps.
             GatewayError: the gateway refused, or did not answer in time.
         """
         return newest_ranks(map(run_ranks, self._of_all("Ranks", RanksRequest(run_id=run_id, steps=steps))))

@@ -33,6 +33,9 @@ class RunInfo:
         too_late: steps that were repeated, or arrived after their place had been forgotten.
         unseen: steps before the first one that arrived: late, lost, or sent to another gateway.
         run_ended: how the whole run ended; see ``TamiyoClient.ended``.
+        host: name of its host; empty if it is not known.
+        revision: revision of its code; empty if it is not known.
+        settings: its settings that differ from the defaults, as text; empty if there are none or they are not known.
     """
 
     run_id: str
@@ -55,6 +58,9 @@ class RunInfo:
     too_late: int
     unseen: int
     run_ended: str | None
+    host: str = ""
+    revision: str = ""
+    settings: str = ""
 
 
 def run_infos(response: RunsResponse) -> list[RunInfo]:

@@ -37,8 +37,8 @@ class LiveSession(Protocol):
     def interrupted(self) -> None:
         """Sends pending data at once instead of in the next period, because the process has been told to end."""
 
-    def close(self, timeout_s: float, outcome: str) -> None:
-        """Flushes and ends the session within about ``timeout_s``."""
+    def close(self, timeout_s: float | None, outcome: str) -> None:
+        """Flushes and ends the session within about ``timeout_s``; without it, see ``Telemetry.close``."""
 
 
 _live: weakref.WeakSet[LiveSession] = weakref.WeakSet()
@@ -169,13 +169,16 @@ def _close_beside(outcome: str) -> None:
 
 
 def _close_all(outcome: str) -> None:
+    """Closes all sessions within a few seconds: who sends a signal often follows it with one that kills."""
     deadline_s = time.monotonic() + _TIMEOUT_S
     for session in list(_live):
         session.close(max(deadline_s - time.monotonic(), 0.0), outcome)
 
 
 def _at_exit() -> None:
-    _close_all(outcome_of_process())
+    outcome = outcome_of_process()
+    for session in list(_live):
+        session.close(None, outcome)
     _exits.forget()
 
 

@@ -56,6 +56,7 @@ class Track:
         self._cut: deque[int] = deque(maxlen=_MOST_CUT)  # times of cut frames of which nothing has arrived yet
         self._outcome: str | None = None
         self._sender: PointSender | None = None
+        self._stored = ("", "", "")  # host, revision and settings from before a restart
         self._first_step: int | None = None
         self._first_step_unix_ns = self._first_unix_ns = 0
         self._last_step: int | None = None
@@ -352,6 +353,7 @@ class Track:
     def restore_place(self, place: Place) -> None:
         """Restores the position from before a restart; call it after its frames were restored."""
         self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
+        self._stored = place.host, place.revision, place.settings
         self._queue.restore_place(place)
         self._history.note_habits()
         self._history.restore_ends(place.ends)
@@ -361,7 +363,14 @@ class Track:
         queue, habits = self._queue, self._habits
         skipped = queue.skipped
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
-        return Place(self.origin, *of_frames, skipped.holes, () if habits.counts else self._history.ends_to_come())
+        ends = () if habits.counts else self._history.ends_to_come()
+        return Place(self.origin, *of_frames, skipped.holes, ends, *self._about)
+
+    @property
+    def _about(self) -> tuple[str, str, str]:
+        """Host, revision and settings of the writer."""
+        sender = self._sender
+        return self._stored if sender is None else (sender.host, sender.revision, sender.settings)
 
     def restore(self, item: Item, *, is_first: bool, is_torn: bool = False) -> None:
         """Restores a frame that was released before a restart, after the frames restored before it."""
@@ -381,6 +390,7 @@ class Track:
         """Returns the writer's state, without comparison with other writers."""
         last = self._last
         sender = self._sender
+        host, revision, settings = self._about
         run = None if last is None else last.frame.run
         return RunState(
             self.origin,
@@ -399,8 +409,9 @@ class Track:
             too_late=self._too_late,
             first_time_unix_ns=self._first_unix_ns,
             is_silent=is_silent,
-            host=sender.host if sender else "",
-            revision=sender.revision if sender else "",
+            host=host,
+            revision=revision,
+            settings=settings,
             last_loss=None if last is None else _loss(last.frame),
         )
 

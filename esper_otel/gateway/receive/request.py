@@ -98,12 +98,14 @@ class PointSender(NamedTuple):
         process: instance, host and process id; tells apart two processes that claim the same rank.
         host: name of the host; empty if it is not given.
         revision: revision of the code; empty if it is not given.
+        settings: the session's settings that differ from the defaults, as text; empty if they are not given.
     """
 
     run: Run
     process: str = ""
     host: str = ""
     revision: str = ""
+    settings: str = ""
 
 
 class PointBlock(NamedTuple):
