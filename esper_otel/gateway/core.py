@@ -378,6 +378,7 @@ class Core:
         left = store.body_sizes()
         self._bodies = deque(body for body in self._bodies if body[0] in left)
         self._body_bytes = sum(left.values())
+        self._ended_s = dict.fromkeys(self._ended_s, now_s)  # as old as the bodies that they are in
         self._is_restoring = False
 
     def _take_again(self, store: FileStore, kept: KeptRequest, now_s: float) -> None:
