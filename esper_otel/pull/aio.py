@@ -32,7 +32,7 @@ from esper_otel.pull.client import (
 )
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import PullRequest, RanksRequest, RunsRequest
-from esper_otel.pull.several import Answer, Ask, SeveralGateways, merged_runs
+from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
 from esper_otel.pull.views import RunRanks, run_ranks
 
 __all__ = ["RunInfo", "TamiyoClient"]
@@ -147,7 +147,7 @@ class TamiyoClient:
             await asyncio.gather(*open_calls, return_exceptions=True)
         if not ask.wait_s:
             for address in (calls[call] for call in open_calls):
-                answers[address] = GatewayUnavailable(f"gateway {address}: no answer within {ask.timeout_s:g} s")
+                answers[address] = NoAnswer(f"gateway {address}: no answer within {ask.timeout_s:g} s")
         return answers
 
 

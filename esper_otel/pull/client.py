@@ -28,7 +28,7 @@ from esper_otel.pull.messages import (
     RunsRequest,
     RunsResponse,
 )
-from esper_otel.pull.several import Answer, Ask, SeveralGateways, merged_runs
+from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
 from esper_otel.pull.views import RunRanks, run_ranks
 
 RETRY_S = 0.1
@@ -270,7 +270,7 @@ class TamiyoClient:
             if address not in answers:
                 call.cancel()
                 if not ask.wait_s:
-                    answers[address] = GatewayUnavailable(f"gateway {address}: no answer within {ask.timeout_s:g} s")
+                    answers[address] = NoAnswer(f"gateway {address}: no answer within {ask.timeout_s:g} s")
         return answers
 
 

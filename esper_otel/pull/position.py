@@ -65,6 +65,7 @@ class Position:
         cursors: by the gateway's address; empty to begin there.
         numbers: by writer, the numbers of its steps that the puller has.
         steps: by writer of a plain sender, which numbers no steps: the last global step.
+        is_inherited: whether it goes on from a single gateway's cursor: which numbers the puller has is then not known.
         again: gateways that are read from the beginning, each with a writer of which the puller has steps already.
     """
 
@@ -73,6 +74,7 @@ class Position:
         self.cursors: dict[str, str] = {}
         self.numbers: dict[Writer, NumberSet] = {}
         self.steps: dict[Writer, int] = {}
+        self.is_inherited: bool = False
         self.again: set[tuple[str, Writer]] = set()
 
     @classmethod
@@ -84,13 +86,14 @@ class Position:
         """
         position = cls(rank)
         if not cursor.startswith(_MARK):
-            position.cursors = dict.fromkeys(addresses, cursor)
+            position.cursors, position.is_inherited = dict.fromkeys(addresses, cursor), bool(cursor)
             return position
         try:
             known = _content(cursor)
             position.cursors = {address: known["cursors"].get(address, "") for address in addresses}
             position.numbers = {(a, r, w): NumberSet(ranges) for a, r, w, ranges in known["numbers"]}
             position.steps = {(a, r, w): step for a, r, w, step in known["steps"]}
+            position.is_inherited = known["inherited"] is True
             position.again = {(address, (a, r, w)) for address, a, r, w in known["again"]}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, binascii.Error, zlib.error):
             raise StaleCursor(f"cursor {cursor[:80]!r} was not issued by a client of several gateways") from None
@@ -103,6 +106,7 @@ class Position:
         content = {
             "rank": self.rank,
             "cursors": self.cursors,
+            "inherited": self.is_inherited,
             "numbers": [[*writer, numbers.ranges] for writer, numbers in self.numbers.items()],
             "steps": [[*writer, step] for writer, step in self.steps.items()],
             "again": [[address, *writer] for address, writer in sorted(self.again)],
@@ -122,11 +126,15 @@ class Position:
             return (step.revision == 1 or is_again) and step.number in self.numbers.get(step.writer, ())
         return is_again and step.step <= self.steps.get(step.writer, -1)
 
+    def knows(self, step: StepKey) -> bool:
+        """Whether what is missing before a step follows from its number; otherwise a gateway has to tell."""
+        return step.number > 0 and (step.writer in self.numbers or not self.is_inherited)
+
     def missed(self, step: StepKey, address: str) -> int:
         """Returns how many steps directly before this one the puller does not have, as far as that can be known."""
         if step.number:
             known = self.numbers.get(step.writer)
-            return max(step.number - 1 - (0 if known is None else known.last), 0)
+            return max(step.number - 1 - (0 if known is None else known.last), 0) if self.knows(step) else 0
         if (address, step.writer) in self.again and step.writer in self.steps:
             return max(step.step - 1 - self.steps[step.writer], 0)
         return 0
@@ -134,7 +142,11 @@ class Position:
     def add(self, step: StepKey, address: str) -> None:
         """Records that the puller gets a step."""
         if step.number:
-            known = self.numbers.setdefault(step.writer, NumberSet())
+            if step.writer not in self.numbers:
+                self.numbers[step.writer] = NumberSet(
+                    [] if self.knows(step) or step.number == 1 else [[1, step.number - 1]]
+                )
+            known = self.numbers[step.writer]
             if step.number not in known:
                 known.add(step.number)
                 self.again.discard((address, step.writer))

@@ -15,9 +15,13 @@ from esper_otel.pull.position import Position, StepKey
 _GUESSED_STEP = 2**63  # and above: see pull.proto
 _PAUSE_S = 0.1
 _AWAY_S = 1.0  # a gateway that did not answer, or did not know the run, is left alone for so long
-_ANSWER_S = 3.0  # how long the others wait for one of them
+_ANSWER_S, _SLOW_S = 3.0, 15.0  # how long the others wait for one of them, and how long it is left alone then
 
 Answer: TypeAlias = Page | GatewayError
+
+
+class NoAnswer(GatewayUnavailable):
+    """One of several gateways has not answered within the time that the others wait for it."""
 
 
 class Ask(NamedTuple):
@@ -52,7 +56,7 @@ class SeveralGateways:
         self._addresses = tuple(addresses)
         self._timeout_s = timeout_s
         self._away_until_s: dict[str, float] = {}
-        self._errors: dict[str, GatewayError] = {}
+        self._unknown_until_s: dict[str, float] = {}
 
     def pulling(
         self, run_id: str, cursor: str, rank: int | None, most: int, wait_s: float
@@ -60,64 +64,66 @@ class SeveralGateways:
         """Yields what to ask, takes the answers, and returns the next page. See ``TamiyoClient.pull``."""
         position = Position.of(cursor, rank, self._addresses)
         begun_s = time.monotonic()
-        self._errors = {}
+        errors: dict[str, GatewayError] = {}
         is_waiting, is_sure, pause_s = False, False, 0.0
         while True:
             left_s = begun_s + wait_s - time.monotonic()
-            asked = self._asked()
+            asked = self._asked(is_sure=is_sure)
             each_s = min(left_s, _AWAY_S) if is_waiting and left_s > 0 else 0.0
             cursors = {address: position.cursors[address] for address in asked}
             answers = yield Ask(cursors, each_s, each_s + min(self._timeout_s, _ANSWER_S), pause_s)
-            pages, is_begun_anew = self._noted(answers, position)
+            pages, is_begun_anew = self._noted(answers, position, errors)
             are_all = len(answers) == len(asked) and (is_sure or len(asked) == len(self._addresses))
             found, has_moved = joined(pages, position, most, are_all=are_all)
             if found.packets or found.gap:
                 return found
-            if has_moved or is_begun_anew or any(map(len, pages.values())):  # ask all: another may have what is missing
-                self._away_until_s.clear()
+            if has_moved or is_begun_anew or any(map(len, pages.values())):  # another may have what is missing
                 is_waiting, is_sure, pause_s = False, True, 0.0
                 continue
-            end_s = begun_s + wait_s + (0.0 if pages else self._timeout_s if self._are_away() else 0.0)
-            if time.monotonic() >= end_s:
+            is_away = any(isinstance(error, GatewayUnavailable) for error in errors.values())
+            if time.monotonic() >= begun_s + wait_s + (self._timeout_s if is_away and not pages else 0.0):
                 if pages:
                     return found
-                raise self._error(run_id)
-            is_waiting, pause_s = True, 0.0 if pages else _PAUSE_S
+                reasons = "; ".join(map(str, errors.values())) or "no gateway answered in time"
+                raise (GatewayUnavailable if is_away else UnknownRun)(f"run {run_id!r} was not found: {reasons}")
+            is_waiting, is_sure, pause_s = True, False, 0.0 if pages else _PAUSE_S
 
-    def _asked(self) -> list[str]:
-        """Returns the gateways to ask now."""
+    def _asked(self, *, is_sure: bool) -> list[str]:
+        """Returns the gateways to ask now.
+
+        Args:
+            is_sure: whether to ask those, too, that did not know the run a moment ago.
+        """
         now_s = time.monotonic()
         asked = [address for address in self._addresses if self._away_until_s.get(address, 0.0) <= now_s]
+        if not is_sure:
+            asked = [address for address in asked if self._unknown_until_s.get(address, 0.0) <= now_s]
         return asked or list(self._addresses)
 
-    def _noted(self, answers: Mapping[str, Answer], position: Position) -> tuple[dict[str, Page], bool]:
+    def _noted(
+        self, answers: Mapping[str, Answer], position: Position, errors: dict[str, GatewayError]
+    ) -> tuple[dict[str, Page], bool]:
         """Returns the pages among answers, and whether a gateway must be read from its beginning."""
         pages: dict[str, Page] = {}
         is_begun_anew = False
         for address, answer in answers.items():
             if isinstance(answer, Page):
                 pages[address] = answer
-                self._errors.pop(address, None)
-                self._away_until_s.pop(address, None)
+                errors.pop(address, None)
                 continue
             if isinstance(answer, StaleCursor) and position.cursors[address]:
                 is_begun_anew = True
-            elif not isinstance(answer, (UnknownRun, GatewayUnavailable)):
-                raise answer
+            elif isinstance(answer, UnknownRun):
+                self._unknown_until_s[address] = time.monotonic() + _AWAY_S
+            elif isinstance(answer, GatewayUnavailable):
+                is_slow = isinstance(answer, NoAnswer)  # asking it costs the others that much time
+                self._away_until_s[address] = time.monotonic() + (_SLOW_S if is_slow else _AWAY_S)
             else:
-                self._errors[address] = answer
-                self._away_until_s[address] = time.monotonic() + _AWAY_S
+                raise answer
+            errors[address] = answer
             if isinstance(answer, (StaleCursor, UnknownRun)) and position.cursors[address]:
                 position.begin_anew(address)
         return pages, is_begun_anew
-
-    def _are_away(self) -> bool:
-        return any(isinstance(error, GatewayUnavailable) for error in self._errors.values())
-
-    def _error(self, run_id: str) -> GatewayError:
-        kind = GatewayUnavailable if self._are_away() else UnknownRun
-        reasons = "; ".join(map(str, self._errors.values())) or "no gateway answered in time"
-        return kind(f"run {run_id!r} was not found: {reasons}")
 
 
 def joined(pages: Mapping[str, Page], position: Position, most: int, *, are_all: bool) -> tuple[Page, bool]:
@@ -136,14 +142,14 @@ def joined(pages: Mapping[str, Page], position: Position, most: int, *, are_all:
     full = {address for step, address in steps if not position.has(key_of(step), address)}
     if sum(map(bool, map(len, pages.values()))) > 1:
         steps.sort(key=lambda each: each[0].state.timestamp_ns)
+    gaps = {address: page.gap for address, page in pages.items() if not (len(page) and position.knows(key_of(page[0])))}
     taken, gap, left = _taken(steps, position, most, lambda address: not are_all or bool(full - {address}))
     if not taken and left and are_all:  # each waits for another: nobody can say more
         taken, gap, left = _taken(steps, position, most, lambda _: False)
     has_moved = False
     for address, page in pages.items():
         if address not in left and page.cursor != position.cursors[address]:
-            if page.gap and not (len(page) and page[0].number):
-                gap += page.gap
+            gap += gaps.get(address, 0)
             position.cursors[address] = page.cursor
             has_moved = True
     return Page(tuple(taken), position.text(), gap), has_moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,9 +16,9 @@ from wire import bodies
 
 from esper_otel import TamiyoClient, aio
 from esper_otel.errors import ConfigurationError, GatewayUnavailable, StaleCursor, UnknownRun
-from esper_otel.leyline.packets import Packets, Page
+from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.system_state import system_state
-from esper_otel.pull.position import Position
+from esper_otel.pull.position import NumberSet, Position
 from esper_otel.pull.several import joined
 
 pytestmark = pytest.mark.lengthy
@@ -92,8 +93,10 @@ def test_a_run_that_moves_and_comes_back_is_one_run(pull: Puller) -> None:
             [run] = client.runs()
             assert (run.stored, run.missing, run.unseen) == (150, 0, 0)
             assert client.ended(RUN_ID) is None
+            cursor_of_a = client.pull(RUN_ID, rank=0).cursor
         with pytest.raises(StaleCursor):
             pull(addresses, cursor, rank=0)
+        assert not pull(addresses, cursor_of_a, rank=0).gap
 
 
 def test_a_gateway_that_is_killed_leaves_a_gap_until_it_is_back(pull: Puller, tmp_path: Path) -> None:
@@ -173,6 +176,55 @@ def test_a_plain_sender_goes_on_by_its_steps_at_a_gateway_that_is_read_anew() ->
     assert ([step.step for step in second], second.gap) == ([40, 50], 9)
     third, _ = joined({"a": Page(plain(60), "n:5", gap=2)}, position, 64, are_all=True)
     assert ([step.step for step in third], third.gap) == ([60], 2)
+
+
+def numbered(*numbers: int, rank: int = 0) -> tuple[Packets, ...]:
+    run = replace(RUN, run_id=RUN_ID, rank=rank)
+    return tuple(
+        packets(make_frame(run=run, sequence=each, global_step=each, time_unix_ns=TIME_UNIX_NS + each))
+        for each in numbers
+    )
+
+
+def test_a_cursor_of_a_single_gateway_goes_on_there() -> None:
+    """What was pulled before it is not known: it is neither returned again nor counted as missing."""
+    position = Position.of("life::50", None, ("a", "b"))
+    page = Page(numbered(53, 54), "life::54", gap=2)
+    first, _ = joined({"a": page}, position, 64, are_all=True)
+    assert ([step.number for step in first], first.gap) == ([53, 54], 2)
+    position = Position.of(first.cursor, None, ("a", "b"))
+    second, _ = joined({"b": Page(numbered(49, 50, 55, 57), "b::4")}, position, 64, are_all=True)
+    assert ([step.number for step in second], second.gap) == ([55], 0)
+    third, _ = joined({"b": Page(numbered(49, 50, 55, 57), "b::4")}, position, 64, are_all=True)
+    assert ([step.number for step in third], third.gap) == ([57], 1)
+
+
+def test_missing_steps_are_waited_for_while_another_gateway_has_steps() -> None:
+    """And two gateways that both lack some do not wait for each other for ever."""
+    position = Position.of("", None, ("a", "b"))
+    pages = {"a": Page(numbered(1, 2, 5, 6), "a::4"), "b": Page(numbered(3), "b::1")}
+    first, _ = joined(pages, position, 64, are_all=False)
+    assert ([step.number for step in first], first.gap) == ([1, 2, 3], 0)
+    again = {"a": pages["a"], "b": Page(numbered(4), "b::2")}
+    second, _ = joined(again, position, 64, are_all=True)
+    assert ([step.number for step in second], second.gap) == ([4, 5, 6], 0)
+    lacking = {"a": Page(numbered(9), "a::5"), "b": Page(numbered(9, rank=1), "b::3")}
+    third, _ = joined(lacking, position, 64, are_all=True)
+    assert (len(third), third.gap) == (1, 2)
+
+
+def test_numbers_are_kept_as_ranges_within_a_bound() -> None:
+    numbers = NumberSet()
+    order = [*range(1, 2_000)]
+    random.Random(7).shuffle(order)
+    for number in order[:60]:
+        numbers.add(number)
+    assert {number for number in order if number in numbers} == {*order[:60]}
+    for number in order[60:]:
+        if number not in numbers:
+            numbers.add(number)
+        assert len(numbers.ranges) <= 100
+    assert numbers.ranges == [[1, 1_999]]
 
 
 def test_a_damaged_cursor_of_several_gateways_is_stale() -> None:
