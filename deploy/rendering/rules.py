@@ -281,7 +281,7 @@ def others(naming: Naming) -> list[Alert]:
 
 
 # Reasons of the gateway that say that a run of ours needs more than it may have.
-_OVER_LIMIT = "too many (points|runs|seeds).*"
+_OVER_LIMIT = "too many (attributes|live seeds|metrics|points|runs|seeds).*"
 
 PIPELINE = [
     Alert(
@@ -328,8 +328,8 @@ PIPELINE = [
         f'(increase(esper_gateway_rejected_points_total{{reason=~"{_OVER_LIMIT}"}}[5m])) > 0',
         "high",
         "the esper gateway {{ $labels.instance }} loses points of runs: {{ $labels.reason }}",
-        "Too many runs: send some of them to another gateway. Too many points: let the collector send smaller batches. "
-        "Too many seeds: retire those that are over.",
+        "Too many runs: send some of them to another gateway, or raise --limit runs. Too many points: let the collector "
+        "send smaller batches. Too many seeds: retire those that are over. Its log names the limit.",
     ),
     Alert(
         "EsperGatewayTooLate",
@@ -351,8 +351,8 @@ PIPELINE = [
         "sum by (job, instance, reason) (increase(esper_gateway_deferred_requests_total[1m])) > 0",
         "warn",
         "the esper gateway {{ $labels.instance }} asks senders to come again: {{ $labels.reason }}",
-        "They keep the data. Too many runs: end those that are over, or send some to another gateway before their buffers "
-        "are full.",
+        "They keep the data. Too many runs: raise --limit runs, or send some to another gateway before their buffers are "
+        "full.",
         "2m",
     ),
 ]
