@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from gateways import RunningGateway
 from programs import Redis
 
 from esper_otel.cli import _COMMANDS, build_parser
+from esper_otel.probes.installed import GROUP, installed_probes
+from esper_otel.probes.probe import names_of
 from esper_otel.testing import MemoryCollector, Point
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +132,15 @@ def test_own_metrics_and_processors_arrive_like_ours(ran: Ran) -> None:
     assert (points["tokens_per_s"].value, points["tokens_per_s"].unit) == (51_000.0, "rate")
     assert points["perplexity"].value == pytest.approx(7.389, abs=1e-3)
     assert points["perplexity"].unit == "1"
+
+
+def test_the_probe_of_the_guide_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the entry point that the guide shows."""
+    (tmp_path / "acme_probe.py").write_text(EXAMPLES["probe"], encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    [line] = re.findall(r'^acme = "(.*)"$', PAGES["docs/how-to/own-metrics.md"], re.MULTILINE)
+    [probe] = installed_probes(lambda: "xpu:0", found=[EntryPoint("acme", line, GROUP)])
+    assert probe.sample().keys() == set(names_of(probe))
 
 
 def test_the_packets_are_printed_as_the_readme_says(ran: Ran) -> None:

@@ -393,7 +393,8 @@ class Core:
     def _restored(self, *what: Any, now_s: float, tenant: str = "") -> None:
         """Passes stored state to the assembler; state that it cannot use is counted and skipped."""
         try:
-            self._assembler.restore(*what, now_s=now_s, tenant=tenant)
+            is_torn = self._store.is_torn if isinstance(self._store, FileStore) else _is_never
+            self._assembler.restore(*what, now_s=now_s, tenant=tenant, is_torn=is_torn)
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
 
@@ -638,6 +639,10 @@ class Core:
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
+
+
+def _is_never(_run_id: str) -> bool:
+    return False
 
 
 def _reason(rejected: Mapping[str, int], whose: Mapping[str, Iterable[str]]) -> str:
