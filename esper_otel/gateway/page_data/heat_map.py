@@ -23,8 +23,8 @@ def heat_map(recent: RecentSteps, compared: RanksResponse) -> Generator[None, No
         recent: the newest steps of each rank.
         compared: the comparison over the steps that all ranks have.
     """
-    steps = np.unique(recent.steps)
-    steps = steps[steps != NO_STEP]
+    steps = np.sort(recent.steps, axis=None)
+    steps = steps[np.diff(steps, prepend=NO_STEP).astype(bool) & (steps != NO_STEP)]
     yield
     columns = max(min(len(steps), _MOST_COLUMNS, _MOST_CELLS // max(len(recent.ranks), 1)), 1)
     begins = np.arange(columns) * len(steps) // columns
