@@ -26,13 +26,6 @@ class _Answer(NamedTuple):
     is_failure: bool = False
 
 
-class _Shown(NamedTuple):
-    """The readings that are fresh until ``until_s``."""
-
-    readings: Mapping[str, float]
-    until_s: float
-
-
 class Sampler:
     """Samples each probe on a thread of its own, so that a probe that hangs does not delay the others.
 
@@ -40,13 +33,16 @@ class Sampler:
     works. Readings older than three periods are left out.
 
     Threads: ``readings`` and ``absent`` may be called from any thread. They take no lock, because a forked child lacks
-    the sampler's threads that would release it. While nothing has expired, ``readings`` only compares two times.
+    the sampler's threads that would release it.
 
     Args:
         probes: the probes to sample.
         period_s: time between two samples of a probe.
         clock: returns the seconds of a clock that never goes back.
         wait: waits for an event, for at most a number of seconds; returns whether it is set.
+
+    Attributes:
+        shown: the newest readings, the same object until the next sample, and until when they are fresh.
     """
 
     def __init__(
@@ -64,7 +60,7 @@ class Sampler:
         self._warnings = Warnings(clock)
         self._answers = [_Answer({}, clock(), "not sampled yet") for _ in self._probes]
         self._began_s: list[float | None] = [None for _ in self._probes]  # start of the sample in progress
-        self._shown = _Shown({}, _FOREVER_S)
+        self.shown: tuple[Mapping[str, float], float] = ({}, _FOREVER_S)
         self._publishing = threads().Lock()
         self._ending = threads().Event()
         self._threads = [
@@ -87,8 +83,8 @@ class Sampler:
 
     def readings(self, now_s: float) -> Mapping[str, float]:
         """Returns the readings that are fresh at ``now_s`` of the clock; the same object until the next sample."""
-        shown = self._shown
-        return shown.readings if now_s < shown.until_s else self._fresh(now_s).readings
+        readings, until_s = self.shown
+        return readings if now_s < until_s else self._fresh(now_s)[0]
 
     def absent(self) -> dict[str, str]:
         """Returns the reason for each metric of the probes that has no fresh reading."""
@@ -109,7 +105,7 @@ class Sampler:
             return answer.reason
         return f"the last sample is more than {longest_s:g} s old"
 
-    def _fresh(self, now_s: float) -> _Shown:
+    def _fresh(self, now_s: float) -> tuple[Mapping[str, float], float]:
         readings: dict[str, float] = {}
         until_s = _FOREVER_S
         for answer in self._answers:
@@ -117,7 +113,7 @@ class Sampler:
             if answer.readings and now_s < stale_at_s:
                 readings.update(answer.readings)
                 until_s = min(until_s, stale_at_s)
-        return _Shown(readings, until_s)
+        return readings, until_s
 
     # -- on the probes' threads ------------------------------------------------------------------------------
 
@@ -131,7 +127,7 @@ class Sampler:
             with self._publishing:
                 self._answers[place] = answer
                 self._began_s[place] = None
-                self._shown = self._fresh(answer.at_s)
+                self.shown = self._fresh(answer.at_s)
             failing_s = max(2 * failing_s, self._period_s) if answer.is_failure else 0.0
             pause_s = min(failing_s, max(_LONGEST_PAUSE_S, self._period_s)) or self._period_s
         try:
