@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "charts": {"schema"},
     "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
+    "files": {"text", "_version", "schema", "leyline"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},

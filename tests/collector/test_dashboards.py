@@ -22,7 +22,7 @@ from esper_otel.schema import SEED_METRICS, STEP_METRICS
 
 sys.path.insert(0, str(ROOT / "deploy" / "rendering"))
 
-from names import OURS, STOCK, Naming
+from esper_otel.files.selectors import OURS, STOCK, Naming
 
 pytestmark = pytest.mark.collector
 
