@@ -16,7 +16,7 @@ import esper_otel
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
-BASE = {"text", "log", "native", "varint"}
+BASE = {"text", "log", "native", "varint", "untraced"}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "addresses": set[str](),
     "captures": set[str](),
     "local_ports": set[str](),
-    "log": {"text"},
+    "untraced": set[str](),
+    "log": {"text", "untraced"},
     "schema": set[str](),
     "frames": {*BASE, "schema"},
     "derive": {"schema", "frames"},
@@ -79,8 +80,9 @@ OWNERS = {
     "sklearn": ("demo/",),
     "rich": ("schema/command.py", "demo/"),
     "numpy": ("frames/", "record/", "derive/", "export/", "parts/", "leyline/", "gateway/", "check/", "charts/"),
-    "opentelemetry": ("export/", "leyline/reader.py", "session/start.py"),
-    "opentelemetry.sdk": ("export/", "leyline/reader.py", "frames/records.py"),
+    "opentelemetry": ("export/", "untraced.py", "leyline/reader.py", "session/start.py"),
+    "opentelemetry.instrumentation": ("integrations/instrumentor.py",),
+    "opentelemetry.sdk": ("export/", "leyline/reader.py", "frames/records.py", "session/detector.py"),
     "opentelemetry.exporter": ("export/",),
     "opentelemetry.proto": ("export/", "testing/", "check/", "gateway/"),
     "google.protobuf": ("leyline/", "export/", "testing/", "gateway/", "pull/"),

@@ -27,6 +27,7 @@ from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result,
 from esper_otel.export.proxies import proxy_of, way_of
 from esper_otel.export.token import Headers
 from esper_otel.native import has_greenlet_sockets, threads
+from esper_otel.untraced import untraced
 
 _OTHER_PATH = ": it takes no OTLP metrics at this path (usual is /v1/metrics)"
 _STATUS = {
@@ -117,7 +118,8 @@ class HttpSender:
                 request, self._request = self._request, None
             if request is None:
                 break
-            outcome = self._exchanged(request)
+            with untraced():  # here too: this thread has a context of its own
+                outcome = self._exchanged(request)
             with self._changed:
                 self._outcome, self._is_busy = outcome, False
                 self._changed.notify_all()

@@ -127,9 +127,16 @@ class OwnProvider(MeterProvider):
             resource=resource,
             exemplar_filter=AlwaysOffExemplarFilter(),  # observable instruments have no exemplars
             shutdown_on_exit=False,
-            views=[View(instrument_name=name, aggregation_cardinality_limit=SEED_IDS + 1) for name in _OF_SEEDS],
+            views=[_room_for_seeds(name) for name in _OF_SEEDS],
         )
         self.said = tuple(reader.said for reader in readers if hasattr(reader, "said"))
+
+
+def _room_for_seeds(names: str) -> View:
+    try:
+        return View(instrument_name=names, aggregation_cardinality_limit=SEED_IDS + 1)
+    except TypeError:  # the SDK before 1.45.2 has no limits
+        return View(instrument_name=names)
 
 
 def _reader(name: str) -> MetricReader | None:
