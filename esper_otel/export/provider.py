@@ -14,6 +14,7 @@ from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.cardinality import SEED_IDS
+from esper_otel.export.config_file import VARIABLE as CONFIG_FILE
 from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
@@ -65,14 +66,19 @@ def _named(variables: Variables) -> Exporters:
     _, setting = variables.text(_EXPORTERS)
     names = _known(variables, setting) or ["otlp"]
     if names == ["none"]:
-        return Exporters(False, None, (), f"{_EXPORTERS}=none")
+        return Exporters(False, None, (), _why_off(variables, "none"))
     protocols = [_PROTOCOLS[name] for name in names if name in _PROTOCOLS]
     return Exporters(
         bool(protocols),
         protocols[0] if protocols else None,
         tuple(dict.fromkeys(name for name in names if name not in _PROTOCOLS)),
-        "" if protocols else f"{_EXPORTERS}={setting}",
+        "" if protocols else _why_off(variables, setting),
     )
+
+
+def _why_off(variables: Variables, setting: str) -> str:
+    _, file = variables.text(CONFIG_FILE)
+    return f"{CONFIG_FILE}={file!r} has no OTLP exporter of metrics" if file else f"{_EXPORTERS}={setting}"
 
 
 def _known(variables: Variables, setting: str) -> list[str]:

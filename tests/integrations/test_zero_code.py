@@ -106,12 +106,14 @@ def test_it_can_be_disabled_as_every_instrumentation(more: dict[str, str], follo
 
 
 def test_a_script_with_a_session_of_its_own_is_recorded_once(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(OWN_SESSION + "telemetry.close()\n", encoding="utf-8")
+    (tmp_path / "train.py").write_text(
+        OWN_SESSION + "telemetry.record_step({'loss': 1.0}, epoch=0)\ntelemetry.close()\n", encoding="utf-8"
+    )
     with MemoryCollector() as collector:
         done = run(collector, *instrument(sys.executable, tmp_path / "train.py"))
         assert done.returncode == 0, done.stderr
         assert {point.resource["esper.run.id"] for point in collector.points()} == {"own"}
-        assert steps(collector) == []
+        assert steps(collector) == [1]
 
 
 def test_a_wrong_setting_is_a_warning_and_the_script_goes_on(script: Path) -> None:
