@@ -138,6 +138,7 @@ class Core:
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         self.changed = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
+        self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason
