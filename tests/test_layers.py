@@ -95,6 +95,8 @@ OWNERS = {
     "grpc_health": ("gateway/",),
     "grpc_reflection": ("gateway/",),
     "aiohttp": ("gateway/",),
+    "backports": ("gateway/receive/inflate.py",),
+    "compression": ("gateway/receive/inflate.py",),  # of the standard library from 3.14 on
     "requests": ("export/", "check/"),
     "urllib3": ("export/",),
     "prometheus_client": ("export/",),

@@ -203,12 +203,7 @@ class _Session:
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
-        run, self._agreement = _spared(
-            settings,
-            lambda: _identified(identity),
-            lambda _: _identified_anyhow(identity),
-            faults=_of_identity(identity),
-        )
+        run, self._agreement = _identified_or_spared(settings, identity)
         names, processors = _declared(metrics, processors, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
@@ -574,6 +569,11 @@ def ended_well(outcome: str | None) -> bool:
 def has_died() -> bool:
     """Whether an uncaught exception ended the program. For callbacks at interpreter exit."""
     return not ended_well(outcome_of_process())
+
+
+def _identified_or_spared(settings: EsperSettings, identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
+    faults = _of_identity(identity)
+    return _spared(settings, lambda: _identified(identity), lambda _: _identified_anyhow(identity), faults=faults)
 
 
 def _of_identity(identity: Mapping[str, Any]) -> tuple[type[EsperOtelError], ...]:
