@@ -291,6 +291,12 @@ class EsperSettings(_Settings):
         read=_integer(1024 * 1024),
         meaning="Memory for frames kept for export and pull(), in bytes; beyond it the oldest are dropped and counted.",
     )
+    export_file: Path | None = _setting(
+        default=None,
+        read=_path,
+        meaning="Directory for files of OTLP JSON lines, which are written instead of sending; `esper-otel send` "
+        "delivers them later, from another machine, too.",
+    )
     spool_dir: Path | None = _setting(
         default=None,
         read=_path,

@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
+    "send": {*BASE, "schema", "frames", "settings", "export"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},
     "cli": {"text", "_version"},  # commands are modules that it names
@@ -88,8 +89,8 @@ OWNERS = {
     "opentelemetry.instrumentation": ("integrations/instrumentor.py",),
     "opentelemetry.sdk": ("export/", "leyline/reader.py", "frames/records.py", "session/detector.py"),
     "opentelemetry.exporter": ("export/",),
-    "opentelemetry.proto": ("export/", "testing/", "check/", "gateway/"),
-    "google.protobuf": ("leyline/", "export/", "testing/", "gateway/", "pull/"),
+    "opentelemetry.proto": ("export/", "send/", "testing/", "check/", "gateway/"),
+    "google.protobuf": ("leyline/", "send/", "export/", "testing/", "gateway/", "pull/"),
     "google.rpc": ("export/", "testing/", "gateway/"),
     "grpc": ("export/", "testing/", "gateway/", "pull/"),
     "grpc_health": ("gateway/",),

@@ -20,6 +20,7 @@ VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
 SHIPPED = {
     "tolaria_step_enrichment_enabled": True,
     "export_every_s": 1.0,
+    "export_file": None,
     "export_ranks": "all",
     "black_box_frames": 256,
     "black_box_dir": None,

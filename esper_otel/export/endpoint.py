@@ -20,7 +20,7 @@ from esper_otel.addresses import is_on_this_machine
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.variables import Variables, warn
 
-Protocol = Literal["grpc", "http/protobuf", "http/json"]
+Protocol = Literal["grpc", "http/protobuf", "http/json", "file"]
 Compression = Literal["none", "gzip", "deflate"]
 
 USER_AGENT = f"esper_otel/{__version__}"
@@ -68,7 +68,7 @@ class Endpoint:
     """An OTLP endpoint and all settings for sending to it.
 
     Attributes:
-        protocol: ``grpc``, ``http/protobuf`` or ``http/json``.
+        protocol: ``grpc``, ``http/protobuf`` or ``http/json``; ``file`` for the setting ``export_file``.
         target: the address for messages: ``host:port``, or the URL without credentials.
         address: the address to connect to: ``host:port`` or a gRPC name (``unix:///path``); for HTTP the whole URL.
         is_insecure: whether it is sent as plain text, without TLS.

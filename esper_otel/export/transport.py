@@ -56,6 +56,10 @@ def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
         from esper_otel.export.grpc_sender import GrpcSender
 
         return GrpcSender(endpoint, headers)
+    if endpoint.protocol == "file":
+        from esper_otel.export.file_sender import FileSender
+
+        return FileSender(Path(endpoint.address))
     from esper_otel.export.http_sender import HttpSender
 
     return HttpSender(endpoint, headers)

@@ -21,6 +21,7 @@ from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalogue, InvalidName
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
+from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import open_exporter
 from esper_otel.export.provider import Exporters, OwnProvider, exporters_for
@@ -145,10 +146,19 @@ def check_environment() -> None:
 def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
     configured(settings.risk_thresholds)
     exporters = exporters_for(has_provider=False, export_steps=None)
-    endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
+    endpoint = _endpoint(settings, exporters)
     if endpoint is not None:
         open_sender(endpoint, settings.token_file).close()
     return endpoint
+
+
+def _endpoint(settings: EsperSettings, exporters: Exporters) -> Endpoint | None:
+    """Returns where steps are sent, or the directory that they are written to; None if they are not."""
+    if not exporters.steps:
+        return None
+    if settings.export_file is not None:
+        return file_endpoint(settings.export_file)
+    return endpoint_from_environment(protocol=exporters.protocol)
 
 
 def _spared(
@@ -255,7 +265,7 @@ class _Session:
             exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
             if has_provider or exporters.readers:
                 self._check_run_id(run)
-            return exporters, endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
+            return exporters, _endpoint(settings, exporters)
 
         return _spared(settings, found, lambda error: (Exporters(False, None, (), str(error)), None))
 
@@ -375,9 +385,11 @@ class _Session:
         name = "its ranks agree on the run id at the first step" if is_open else f"run {run.run_id}"
         parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
-            f"sending every step to {endpoint.target} over {endpoint.protocol}"
-            if endpoint is not None
-            else f"steps are not sent ({off})"
+            f"steps are not sent ({off})"
+            if endpoint is None
+            else f"writing every step to files in {endpoint.target}"
+            if endpoint.protocol == "file"
+            else f"sending every step to {endpoint.target} over {endpoint.protocol}"
         )
         parts += () if self._provider is None else self._provider.said
         if not self._enriched:
