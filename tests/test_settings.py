@@ -17,7 +17,7 @@ from esper_otel.settings import unknown_variables
 
 FLAG = "tolaria_step_enrichment_enabled"
 VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
-SHIPPED = {
+SHIPPED: dict[str, object] = {
     "tolaria_step_enrichment_enabled": True,
     "export_every_s": 1.0,
     "export_file": None,

@@ -21,8 +21,8 @@ _NOT_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 def json_of(body: bytes) -> bytes:
     """Returns a serialized ExportMetricsServiceRequest as one line of JSON, without the line's end.
 
-    NaN and infinities are strings, as in protobuf's JSON. Points are written field by field, which takes a fifth of the
-    time of protobuf's own conversion; a request of 20,000 points takes about 0.1 s.
+    NaN and infinities are strings, as in protobuf's JSON. Points are written field by field, which takes 6 µs a
+    point.
     """
     request = ExportMetricsServiceRequest.FromString(body)
     resources = [

@@ -78,8 +78,8 @@ class Progress:
         self._target = target
         self._all = self._read()
         self._is_kept = True
-        noted = self._all.get(target, 0)
-        self.offset: int = noted if isinstance(noted, int) and 0 <= noted <= path.stat().st_size else 0
+        noted = self._all.get(target)
+        self.offset: int = noted if type(noted) is int and 0 <= noted <= path.stat().st_size else 0
 
     def note(self, offset: int) -> None:
         """Records that the file was delivered up to this offset."""
@@ -95,7 +95,7 @@ class Progress:
             self._is_kept = False
             logger.warning("%s cannot be written, so the next call begins anew: %s", self._notes, error)
 
-    def _read(self) -> dict[str, int]:
+    def _read(self) -> dict[str, object]:
         try:
             found = json.loads(self._notes.read_text(encoding="utf-8"))
         except (OSError, ValueError):
