@@ -13,6 +13,8 @@ import pytest
 
 import esper_otel
 
+pytestmark = pytest.mark.own_code
+
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
@@ -78,6 +80,7 @@ MAY_IMPORT = {
 OWNERS = {
     "torch": ("record/", "derive/", "probes/cuda.py", "demo/", "integrations/"),
     "pynvml": ("probes/nvml.py",),
+    "amdsmi": ("probes/amd.py",),
     "psutil": ("probes/machine.py",),
     "sklearn": ("demo/",),
     "rich": ("schema/command.py", "demo/"),
