@@ -90,6 +90,11 @@ _COMMANDS = {
         "run an unmodified training script and send the metrics that can be measured from outside",
         "esper-otel run --run-id digits-7 train.py --epochs 3",
     ),
+    "send": _Command(
+        "esper_otel.send.command",
+        "deliver what sessions have left in a spool, or in files, to the endpoint set in the environment",
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 esper-otel send ./steps",
+    ),
     "schema": _Command(
         "esper_otel.schema.command",
         "list every metric: name, unit, gate, needs and meaning",
