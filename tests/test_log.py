@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.own_code
+
 SAID = """
 from esper_otel.log import announce
 announce("started", "run digits-7")

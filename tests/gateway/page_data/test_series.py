@@ -20,6 +20,8 @@ from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.view import View
 from esper_otel.gateway.store.memory import MemoryStore
 
+pytestmark = pytest.mark.own_code
+
 ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
