@@ -516,9 +516,11 @@ class _Session:
         if self._exporter is not None and os.getpid() == self._process_id:
             self._exporter.wake()
 
-    def join(self, deadline_s: float) -> None:
+    def join(self, deadline_s: float, *, is_patient: bool) -> None:
         """See ``Wiring.join``."""
         if self._exporter is not None and os.getpid() == self._process_id:
+            if not is_patient:
+                self._exporter.hurry(deadline_s)
             self._exporter.join(deadline_s)
 
     def close(self, deadline_s: float, outcome: str, *, is_patient: bool) -> None:
