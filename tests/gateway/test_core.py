@@ -30,6 +30,8 @@ from esper_otel.gateway.turns import finished
 from esper_otel.leyline import SystemStatePacket
 from esper_otel.pull.messages import PullRequest, Step
 
+pytestmark = pytest.mark.own_code
+
 HOLD_S = 0.3
 
 
