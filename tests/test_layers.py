@@ -13,6 +13,8 @@ import pytest
 
 import esper_otel
 
+pytestmark = pytest.mark.own_code
+
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
@@ -62,6 +64,7 @@ MAY_IMPORT = {
     },
     "charts": {"schema"},
     "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts", "local_ports"},
+    "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},
@@ -75,10 +78,14 @@ MAY_IMPORT = {
 OWNERS = {
     "torch": ("record/", "derive/", "probes/cuda.py", "demo/", "integrations/"),
     "pynvml": ("probes/nvml.py",),
+    "amdsmi": ("probes/amd.py",),
     "psutil": ("probes/machine.py",),
     "sklearn": ("demo/",),
     "rich": ("schema/command.py", "demo/"),
-    "numpy": ("frames/", "record/", "derive/", "export/", "parts/", "leyline/", "gateway/", "check/", "charts/"),
+    "numpy": (
+        *("frames/", "record/", "derive/", "export/", "parts/", "leyline/", "gateway/", "check/"),
+        *("charts/", "compare/"),
+    ),
     "opentelemetry": ("export/", "leyline/reader.py", "session/start.py"),
     "opentelemetry.sdk": ("export/", "leyline/reader.py", "frames/records.py"),
     "opentelemetry.exporter": ("export/",),
@@ -93,7 +100,7 @@ OWNERS = {
     "urllib3": ("export/",),
     "prometheus_client": ("export/",),
     "redis": ("oona/publisher.py",),
-    "pyarrow": ("report/table.py",),
+    "pyarrow": ("report/table.py", "compare/readings.py"),
     "IPython": ("session/show.py",),
     "lightning": ("integrations/lightning.py",),
     "pytorch_lightning": ("integrations/lightning.py",),

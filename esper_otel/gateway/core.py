@@ -33,7 +33,7 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.reading import Reader
-from esper_otel.gateway.receive.request import OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import Damaged
@@ -138,6 +138,7 @@ class Core:
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         self.changed = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
+        self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason
@@ -214,7 +215,10 @@ class Core:
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
-            message = f"there is no room for run {runs} now: too many writers are active; a silent one will make room"
+            message = (
+                f"there is no room for run {runs} now: {self._limits.runs} ranks are active (--limit runs=...); "
+                "one that has been silent for a minute will make room"
+            )
             self._warnings.say("crowded", "%s; its sender is asked to retry", message)
             raise Crowded(message)
         self.counts["requests"] += 1
@@ -231,7 +235,10 @@ class Core:
             for pair in ((why, metric) for why, of_reason in metrics.items() for metric in of_reason):
                 is_known = pair in self.rejected_metrics or len(self.rejected_metrics) < _MOST_REJECTED_METRICS
                 self.rejected_metrics[pair if is_known else (pair[0], OTHER_METRICS)] += metrics[pair[0]][pair[1]]
-            self._warnings.say("rejected", "points were rejected: %s", reason)
+            named = {OF_REASONS[why] for why in rejected if why in OF_REASONS}
+            hints = [f"--limit {name}={getattr(self._limits, name)}" for name in sorted(named)]
+            hint = f"; {', '.join(hints)} can be raised" if hints else ""
+            self._warnings.say("rejected", "points were rejected: %s%s", reason, hint)
         return Answer(sum(rejected.values()), reason)
 
     def note_fault(self, fault: Fault) -> None:
@@ -354,6 +361,7 @@ class Core:
         known = set(writers)
         for item, is_first in store.newest(writers):
             self._restored([(item, is_first)], {}, now_s=now_s, tenant=store.tenant(item.origin.run_id))
+            self._ranks.note([item])
         for origin, frame in store.first_frames(writers).items():
             self._restored([], {}, {origin: frame}, now_s=now_s)
         for place in store.places():
@@ -370,6 +378,7 @@ class Core:
         left = store.body_sizes()
         self._bodies = deque(body for body in self._bodies if body[0] in left)
         self._body_bytes = sum(left.values())
+        self._ended_s = dict.fromkeys(self._ended_s, now_s)  # as old as the bodies that they are in
         self._is_restoring = False
 
     def _take_again(self, store: FileStore, kept: KeptRequest, now_s: float) -> None:
@@ -391,7 +400,8 @@ class Core:
     def _restored(self, *what: Any, now_s: float, tenant: str = "") -> None:
         """Passes stored state to the assembler; state that it cannot use is counted and skipped."""
         try:
-            self._assembler.restore(*what, now_s=now_s, tenant=tenant)
+            is_torn = self._store.is_torn if isinstance(self._store, FileStore) else _is_never
+            self._assembler.restore(*what, now_s=now_s, tenant=tenant, is_torn=is_torn)
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
 
@@ -541,11 +551,11 @@ class Core:
         check_puller(request.run_id, grant)
         view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
         if view is None:
-            raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
+            raise UnknownRun(f"no newest steps of run {request.run_id!r} are here")
         return view
 
     def recent_steps(self, run_id: str) -> RecentSteps | None:
-        """Returns the newest steps of a run's ranks; None if none has arrived since this gateway was started."""
+        """Returns the newest steps of a run's ranks; None if none of them is known."""
         return self._ranks.recent(run_id)
 
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
@@ -636,6 +646,10 @@ class Core:
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
+
+
+def _is_never(_run_id: str) -> bool:
+    return False
 
 
 def _reason(rejected: Mapping[str, int], whose: Mapping[str, Iterable[str]]) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from signal import Signals
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from esper_otel.leyline.risk import configured
 from esper_otel.log import Warnings, announce
 from esper_otel.native import threads
 from esper_otel.probes import host_and_device_probes
+from esper_otel.probes.probe import Probe
 from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
 from esper_otel.record.device import device_name
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
     from esper_otel.session.show import Figure
 
+_READERS_S = 1.0  # for the SDK's readers, however long closing has taken before
 _STALE_AFTER_NS = 300 * 1_000_000_000
 _NO_RUN_ID = (
     "the %d ranks have no common run id, so each is a run of its own, this one %s: call "
@@ -169,11 +172,13 @@ class _Session:
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
         self.rules = configured(settings.risk_thresholds)
+        self._close_timeout_s = settings.close_timeout_s
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
         run, self._agreement = _identified(identity)
-        names, processors = _declared(metrics, processors, enriched=self._enriched)
+        probes = host_and_device_probes(self._device) if self._enriched else []
+        names, processors = _declared(metrics, processors, probes, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
         exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
@@ -181,11 +186,9 @@ class _Session:
             self._check_run_id(run)
         endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
 
-        self._resource_of = resources()
+        self._resource_of = resources(settings.changed())
         self._deriver = Deriver(processors, self._fault)
-        self._sampler = (
-            Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
-        )
+        self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
         self._publisher = FramePublisher(
             run,
             names,
@@ -198,6 +201,8 @@ class _Session:
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder()
+        is_muted = self._resource_of(run).attributes.get("esper.alerts") == "off"
+        self._for_alerts = for_alerts(settings.risk_thresholds, is_muted=is_muted)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
@@ -346,6 +351,10 @@ class _Session:
 
     # -- read by instruments -----------------------------------------------------------------------------
 
+    def probed(self) -> Mapping[str, float]:
+        """See ``InstrumentedSession``."""
+        return {} if self._sampler is None else self._sampler.latest()
+
     def newest_frame(self) -> Frame | None:
         """Returns the newest frame; None if it is more than 5 minutes old or in a forked child."""
         if os.getpid() != self._process_id:
@@ -375,6 +384,7 @@ class _Session:
         }
         if self._mistakes is not None:
             counts["esper.mistakes", ""] = self._mistakes.count
+        counts.update(self._for_alerts)
         if exporter is not None:
             counts["esper.frames.exported", ""] = exporter.exported
             counts["esper.export.queue", ""] = exporter.waiting
@@ -448,8 +458,8 @@ class _Session:
         if self._exporter is not None and os.getpid() == self._process_id:
             self._exporter.join(deadline_s)
 
-    def close(self, deadline_s: float, outcome: str) -> None:
-        """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
+    def close(self, deadline_s: float, outcome: str, *, is_patient: bool) -> None:
+        """See ``Wiring.close``; does nothing in a forked child."""
         if os.getpid() != self._process_id:
             return
         with ExitStack() as ending:  # runs the callbacks from last to first, even if one raises
@@ -459,21 +469,24 @@ class _Session:
                 ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
             ending.callback(self._instruments.detach, self)
             if self._provider is not None:
-                ending.callback(self._ended, "the readers", self._stop_readers, deadline_s)
+                least_s = _READERS_S if is_patient else 0.1
+                ending.callback(self._ended, "the readers", self._stop_readers, deadline_s, least_s)
             if self._exporter is not None:
-                ending.callback(self._ended, "the export", self._close_exporter, self._exporter, deadline_s, outcome)
+                patience_s = self._close_timeout_s if is_patient else 0.0
+                close = partial(self._close_exporter, self._exporter, deadline_s, outcome, patience_s)
+                ending.callback(self._ended, "the export", close)
             ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
             for figure in self._figures:
                 ending.callback(self._ended, "the notebook's figure", figure.end)
 
     @staticmethod
-    def _close_exporter(exporter: StepExporter, deadline_s: float, outcome: str) -> None:
-        waited_s = 0.0
+    def _close_exporter(exporter: StepExporter, deadline_s: float, outcome: str, patience_s: float) -> None:
+        waited_s, latest_s = 0.0, time.monotonic() + patience_s
         try:
             if outcome not in Signals.__members__:
                 waited_s = wait_for_page()
         finally:
-            exporter.close(deadline_s + waited_s, outcome)
+            exporter.close(deadline_s + waited_s, outcome, latest_s + waited_s)
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
         """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""
@@ -487,9 +500,9 @@ class _Session:
         has_lost = has_lost or (self._mistakes is not None and self._mistakes.count > 0)
         announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
 
-    def _stop_readers(self, deadline_s: float) -> None:
+    def _stop_readers(self, deadline_s: float, least_s: float) -> None:
         if self._provider is not None:
-            self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), 0.1) * 1e3)
+            self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), least_s) * 1e3)
 
     def _stop_probes(self, deadline_s: float) -> None:
         if self._sampler is not None:
@@ -545,13 +558,25 @@ def _gradient_math() -> Any:
     return importlib.import_module("esper_otel.derive.gradients")
 
 
+def for_alerts(thresholds: Mapping[str, float], *, is_muted: bool) -> dict[tuple[str, str], float]:
+    """Returns what the rules for Prometheus must know of a run: its own thresholds, and whether it is muted.
+
+    A disabled signal has the threshold 1e308, because not every receiver takes infinity.
+    """
+    own = {("esper.risk.threshold", name): min(value, 1e308) for name, value in thresholds.items()}
+    return own | ({("esper.alerts.muted", ""): 1.0} if is_muted else {})
+
+
 def _declared(
-    metrics: Sequence[Metric], processors: Sequence[Processor], *, enriched: bool
+    metrics: Sequence[Metric], processors: Sequence[Processor], probes: Sequence[Probe], *, enriched: bool
 ) -> tuple[Names, tuple[Processor, ...]]:
     """Returns the session's names and the processors that give at least one recorded metric."""
     catalogue = Names(enriched=enriched).entries
     given = [entry for processor in processors for entry in getattr(processor, "gives", ())]
-    brought = {entry.name: entry for entry in given if isinstance(entry, Metric) and entry.name not in catalogue}
+    measured = [entry for probe in probes for entry in probe.gives]
+    brought = {
+        entry.name: entry for entry in (*given, *measured) if isinstance(entry, Metric) and entry.name not in catalogue
+    }
     names = Names((*metrics, *(entry for entry in brought.values() if entry not in metrics)), enriched=enriched)
     taken = {entry if isinstance(entry, str) else entry.name for entry in given}
     chosen = (Dynamics(without=taken | names.left_out), *processors)

@@ -22,7 +22,7 @@ _COUNTERS = (
     _Own("incomplete_steps", "counter", "Steps released without some of their points."),
     _Own("corrections", "counter", "Steps released again with points that arrived late."),
     _Own("pulled_steps", "counter", "Steps sent to pullers."),
-    _Own("gap_steps", "counter", "Steps that were dropped from the store before a puller requested them."),
+    _Own("gap_steps", "counter", "Steps that pullers did not get: dropped from the store, or not arrived."),
     _Own("dropped_steps", "counter", "Steps dropped from the store because of its limits or their age."),
     _Own("faults", "counter", "Internal errors of the gateway; see its log."),
     _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to retry."),
@@ -42,6 +42,12 @@ _GAUGES = (
     _Own("stored_bytes", "gauge", "Size of the stored steps in bytes."),
     _Own("waiting_pulls", "gauge", "Pull requests waiting for the next step."),
     _Own("unsaved_steps", "gauge", "Steps that have not been stored yet."),
+)
+
+_NOTICES = (
+    _Own("sent", "counter", "Notices that a webhook has taken."),
+    _Own("dropped", "counter", "Notices that were dropped: refused for good, or too many waited."),
+    _Own("failures", "counter", "Requests to a webhook that failed or were refused."),
 )
 
 
@@ -71,6 +77,9 @@ def prometheus_text(core: Core) -> str:
             name = f"esper_gateway_oona_{own.name}_total"
             count = core.publisher.counts[own.name]
             lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {count}"]
+    for own in _NOTICES:
+        name = f"esper_gateway_notices_{own.name}_total"
+        lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {core.notices[own.name]}"]
     for name, text, reasons, counted in (
         ("rejected_points", "Points refused permanently, by reason.", REASONS, core.rejected),
         ("refused_requests", "Requests refused permanently, by reason.", REFUSED, core.refused),
