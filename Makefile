@@ -16,8 +16,9 @@ RESOLVE := $(UV) pip compile --quiet --python-version 3.11 --no-annotate --no-he
 # In environments of their own, which uv keeps in its cache.
 TOOL := $(UV) tool run --quiet --python $(RUN)
 
-# Many tests wait for something: four at a time keep two cores busy. ARGS="-n 0" runs them one by one.
-SIDE_BY_SIDE := --numprocesses 4 --dist worksteal
+# Many tests wait for something: four at a time keep two cores busy. The tests of a file share what is made for them.
+# ARGS="-n 0" runs them one by one.
+SIDE_BY_SIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # PyTorch's wheels are large; by default uv gives up on a silent line after 30 s.
 export UV_HTTP_TIMEOUT ?= 300
@@ -39,7 +40,7 @@ test: $(VENV)/.installed-dev ## run the tests; ARGS="-k seeds"
 	@$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that pyproject.toml allows
-	@$(LOWEST)/bin/python -m pytest -m "not collector and not lengthy" $(SIDE_BY_SIDE) $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -m "not collector and not lengthy and not own_code" $(SIDE_BY_SIDE) $(ARGS)
 
 test-wheel: build ## install the built wheel alone, without torch, and try it
 	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)
@@ -108,7 +109,7 @@ constraints: $(UV) ## take the newest versions, and the oldest, into the two con
 	@echo "# Versions that make and CI install. Written by 'make constraints'." > constraints.txt
 	@printf 'uv\nhatchling\n' | $(RESOLVE) --universal pyproject.toml - >> constraints.txt
 	@echo "# The oldest versions that pyproject.toml allows. Written by 'make constraints'." > constraints-lowest.txt
-	@$(LOWER_BOUNDS) | $(RESOLVE) pyproject.toml - >> constraints-lowest.txt
+	@$(LOWER_BOUNDS) | $(RESOLVE) --extra contrib pyproject.toml - >> constraints-lowest.txt
 
 build: $(UV) ## build the wheel and the source distribution into dist
 	@rm -rf dist
@@ -145,5 +146,5 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(UV)
 		echo "the oldest versions have no wheels for $$($(RUN) -V): make clean, then make PYTHON=python3.11 ..." >&2; \
 		exit 1; }
 	@$(RUN) -m venv --without-pip $(LOWEST)
-	@$(UV) pip install --python $(LOWEST)/bin/python --constraint constraints-lowest.txt $(BUILD_WITH) --editable '.[dev]'
+	@$(UV) pip install --python $(LOWEST)/bin/python --constraint constraints-lowest.txt $(BUILD_WITH) --editable '.[dev,contrib]'
 	@touch $@

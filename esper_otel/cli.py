@@ -86,10 +86,20 @@ _COMMANDS = {
         "compare two runs, and fail if one has become worse: a gate for continuous integration",
         'esper-otel compare digits-8 digits-7 --fail-if "step_latency_ms.p50 > 1.05x"',
     ),
+    "files": _Command(
+        "esper_otel.files.command",
+        "write rules, dashboards and collector configurations of this version, with thresholds of your own",
+        "esper-otel files ./monitoring --threshold hook_budget=80",
+    ),
     "run": _Command(
         "esper_otel.integrations.command",
         "run an unmodified training script and send the metrics that can be measured from outside",
         "esper-otel run --run-id digits-7 train.py --epochs 3",
+    ),
+    "send": _Command(
+        "esper_otel.send.command",
+        "deliver what sessions have left in a spool, or in files, to the endpoint set in the environment",
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 esper-otel send ./steps",
     ),
     "schema": _Command(
         "esper_otel.schema.command",
@@ -148,7 +158,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
-    parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_CommandParser)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, command in _COMMANDS.items():
         of_command = parsers.add_parser(
@@ -162,6 +172,16 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             with _hint_when_missing(command.extra):
                 _module(name).add_arguments(of_command)
     return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of a command: for an option that the command does not have, it prints the usage of the command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
 
 
 def _module(name: str) -> Any:

@@ -7,18 +7,21 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.util.types import AnyValue
 
+from esper_otel.export.config_file import configured_resource
 from esper_otel.frames.frame import RUN_FIELDS, Run
 
 DEFAULT_SERVICE_NAME = "esper-tolaria"
 
 # Sent even when they are 0; the others are left out while they are unknown.
 _ALWAYS = ("esper.run.id", "esper.rank", "esper.world_size")
+
+_NO_SETTINGS: Mapping[str, str] = {}
 
 # Never sent, since command lines may contain paths and secrets; a detector that the user enabled may add them.
 _NEVER = ("process.command_args", "process.command_line")
@@ -29,17 +32,27 @@ def resource_for(run: Run) -> Resource:
     return resources()(run)
 
 
-def resources() -> Callable[[Run], Resource]:
+def resources(
+    settings: Mapping[str, str] = _NO_SETTINGS, environ: Mapping[str, str] = os.environ
+) -> Callable[[Run], Resource]:
     """Detects the process's attributes now and returns a function that makes the Resource of a run from them.
+
+    Args:
+        settings: the session's settings that differ from the defaults; sent as one text, ``esper.settings``.
+        environ: where the name of a configuration file is looked for.
 
     ``service.instance.id`` and the ``esper.*`` attributes that the run sets always override other values, because
     receivers use them to reassemble frames and packets. For all other attributes, ``OTEL_SERVICE_NAME``,
-    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` take precedence.
+    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` take precedence, or the ``resource`` of
+    ``OTEL_CONFIG_FILE``, which replaces them.
 
     Detection takes about a millisecond, plus the time of detectors that the user enabled. The SDK runs detectors in
     threads, which cannot be started while the interpreter shuts down; so detection is done when a session starts.
+
+    Raises:
+        ConfigurationError: ``OTEL_CONFIG_FILE`` names a file that cannot be used.
     """
-    detected = Resource.create()
+    detected = configured_resource(environ) or Resource.create()
     found = dict(detected.attributes)
     # The SDK sets this name, as specified, when no service name is configured.
     if str(found[SERVICE_NAME]).startswith("unknown_service"):
@@ -47,12 +60,18 @@ def resources() -> Callable[[Run], Resource]:
     for name in _NEVER:
         found.pop(name, None)
     of_process = {**_process(), **found}
+    about_settings = {"esper.settings": settings_text(settings)} if settings else {}
 
     def of_run(run: Run) -> Resource:
-        attributes: dict[str, AnyValue] = {**of_process, **_identity(run)}
+        attributes: dict[str, AnyValue] = {**of_process, **_identity(run), **about_settings}
         return Resource({name: _valid_text(value) for name, value in attributes.items()}, detected.schema_url)
 
     return of_run
+
+
+def settings_text(settings: Mapping[str, str]) -> str:
+    """Returns settings as one text, in the order of their names."""
+    return ", ".join(f"{name} = {value}" for name, value in sorted(settings.items()))
 
 
 def _identity(run: Run) -> dict[str, str | int]:

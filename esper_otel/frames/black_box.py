@@ -105,7 +105,8 @@ class BlackBox:
         except Exception as error:  # noqa: BLE001 - the run has ended, or goes on, as it would without us
             self._warnings.say("black box", "the black box could not be written: %s", error)
         else:
-            announce("black box", f"{reason}; the last {len(frames)} steps are in {path}: esper-otel report {path}")
+            what = f"last {len(frames)} steps are" if len(frames) > 1 else "last step is"
+            announce("black box", f"{reason}; the {what} in {path}: esper-otel report {path}")
 
     def _head(self, run: Run, reason: str) -> dict[str, object]:
         about = self._about()
@@ -121,14 +122,8 @@ class BlackBox:
             "written_unix_s": round(time.time(), 3),
             "host": str(about.get("host.name", "")),
             "revision": str(about.get("vcs.ref.head.revision", "")),
-            "settings": _changed(self._settings),
+            "settings": self._settings.changed(),
         }
-
-
-def _changed(settings: EsperSettings) -> dict[str, str]:
-    """The settings that differ from those we ship; paths are nobody's business who gets the file."""
-    values = {name: (getattr(settings, name), each.shipped) for name, each in type(settings).settings.items()}
-    return {name: str(v) for name, (v, shipped) in values.items() if v != shipped and not isinstance(v, Path)}
 
 
 def file_stem(run_id: str, *others: object) -> str:

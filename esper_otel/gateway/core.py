@@ -32,8 +32,9 @@ from esper_otel.gateway.pages import (
 from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
+from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.reading import Reader
-from esper_otel.gateway.receive.request import OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import Damaged
@@ -169,7 +170,7 @@ class Core:
     # -- receiving ---------------------------------------------------------------------------------------
 
     async def take(
-        self, body: bytes, *, is_json: bool = False, is_gzip: bool = False, grant: Grant | None = None
+        self, body: bytes, *, is_json: bool = False, encoding: str = IDENTITY, grant: Grant | None = None
     ) -> Answer:
         """Accepts a request; its content is stored when this returns. A long request is handled in several turns.
 
@@ -180,7 +181,7 @@ class Core:
             Crowded: there is no room for one of its writers; the points of the others are stored. The sender may retry.
         """
         self._save_unsaved()
-        async with self._reader.reading(body, is_json=is_json, is_gzip=is_gzip) as (content, decoded):
+        async with self._reader.reading(body, is_json=is_json, encoding=encoding) as (content, decoded):
             taking, kept = self._begin(content, decoded, is_json=is_json, grant=grant)
             turn = Turn()
             try:
@@ -229,7 +230,10 @@ class Core:
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
-            message = f"there is no room for run {runs} now: too many writers are active; a silent one will make room"
+            message = (
+                f"there is no room for run {runs} now: {self._limits.runs} ranks are active (--limit runs=...); "
+                "one that has been silent for a minute will make room"
+            )
             self._warnings.say("crowded", "%s; its sender is asked to retry", message)
             raise Crowded(message)
         self.counts["requests"] += 1
@@ -246,7 +250,10 @@ class Core:
             for pair in ((why, metric) for why, of_reason in metrics.items() for metric in of_reason):
                 is_known = pair in self.rejected_metrics or len(self.rejected_metrics) < _MOST_REJECTED_METRICS
                 self.rejected_metrics[pair if is_known else (pair[0], OTHER_METRICS)] += metrics[pair[0]][pair[1]]
-            self._warnings.say("rejected", "points were rejected: %s", reason)
+            named = {OF_REASONS[why] for why in rejected if why in OF_REASONS}
+            hints = [f"--limit {name}={getattr(self._limits, name)}" for name in sorted(named)]
+            hint = f"; {', '.join(hints)} can be raised" if hints else ""
+            self._warnings.say("rejected", "points were rejected: %s%s", reason, hint)
         return Answer(sum(rejected.values()), reason)
 
     def note_fault(self, fault: Fault) -> None:
@@ -373,6 +380,7 @@ class Core:
         known = set(writers)
         for item, is_first in store.newest(writers):
             self._restored([(item, is_first)], {}, now_s=now_s, tenant=store.tenant(item.origin.run_id))
+            self._ranks.note([item])
         for origin, frame in store.first_frames(writers).items():
             self._restored([], {}, {origin: frame}, now_s=now_s)
         for place in store.places():
@@ -389,6 +397,7 @@ class Core:
         left = store.body_sizes()
         self._bodies = deque(body for body in self._bodies if body[0] in left)
         self._body_bytes = sum(left.values())
+        self._ended_s = dict.fromkeys(self._ended_s, now_s)  # as old as the bodies that they are in
         self._is_restoring = False
 
     def _take_again(self, store: FileStore, kept: KeptRequest, now_s: float) -> None:
@@ -410,7 +419,8 @@ class Core:
     def _restored(self, *what: Any, now_s: float, tenant: str = "") -> None:
         """Passes stored state to the assembler; state that it cannot use is counted and skipped."""
         try:
-            self._assembler.restore(*what, now_s=now_s, tenant=tenant)
+            is_torn = self._store.is_torn if isinstance(self._store, FileStore) else _is_never
+            self._assembler.restore(*what, now_s=now_s, tenant=tenant, is_torn=is_torn)
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
 
@@ -566,11 +576,11 @@ class Core:
         check_puller(request.run_id, grant)
         view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
         if view is None:
-            raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
+            raise UnknownRun(f"no newest steps of run {request.run_id!r} are here")
         return view
 
     def recent_steps(self, run_id: str) -> RecentSteps | None:
-        """Returns the newest steps of a run's ranks; None if none has arrived since this gateway was started."""
+        """Returns the newest steps of a run's ranks; None if none of them is known."""
         return self._ranks.recent(run_id)
 
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
@@ -661,6 +671,10 @@ class Core:
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
+
+
+def _is_never(_run_id: str) -> bool:
+    return False
 
 
 def _reason(rejected: Mapping[str, int], whose: Mapping[str, Iterable[str]]) -> str:

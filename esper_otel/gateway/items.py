@@ -36,6 +36,8 @@ class Item(NamedTuple):
         revision: 1, or higher for a later correction of the step.
         complete: whether it contains every point of the step.
         received_unix_ns: when its last point arrived.
+        missed: how many frames directly before it had not arrived when it was first released. They are late, lost, or
+            were sent to another gateway.
     """
 
     origin: Origin
@@ -43,6 +45,7 @@ class Item(NamedTuple):
     revision: int
     complete: bool
     received_unix_ns: int
+    missed: int = 0
 
 
 class Place(NamedTuple):
@@ -58,6 +61,10 @@ class Place(NamedTuple):
         holes: ranges of missing numbers, each from the first to before the second; only the newest if there are many.
         ends: stream ends of a plain sender, those to come and the newest of those that have come: times, seeds and
             columns; only some if there are very many.
+        host: name of its host; empty if it is not known.
+        revision: revision of its code; empty if it is not known.
+        settings: its settings that differ from the defaults, as text; empty if it has none.
+        validation_loss: the newest validation loss; None if none is known, or it is NaN.
     """
 
     origin: Origin
@@ -68,6 +75,10 @@ class Place(NamedTuple):
     says_epoch: bool
     holes: tuple[tuple[int, int], ...]
     ends: tuple[tuple[int, str, int], ...] = ()
+    host: str = ""
+    revision: str = ""
+    settings: str = ""
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,9 @@ class RunState:
         is_silent: whether it has sent nothing for so long that it may be dead.
         host: name of its host; empty if it is not known.
         revision: revision of its code; empty if it is not known.
+        settings: its settings that differ from the defaults, as text; empty if it has none.
         last_loss: the loss of the newest step, which may be NaN; None if it has none.
+        validation_loss: the newest validation loss, which may be NaN; None if none is known.
         writers: number of live processes that claim this (run, attempt, rank).
         missing: frames that were skipped, between others that have arrived, and have not arrived since.
         unseen: frames before the first one that arrived: late, lost, or sent to another gateway.
@@ -117,4 +130,6 @@ class RunState:
     is_silent: bool = False
     host: str = ""
     revision: str = ""
+    settings: str = ""
     last_loss: float | None = None
+    validation_loss: float | None = None

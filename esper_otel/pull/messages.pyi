@@ -41,6 +41,9 @@ class Run(Message):
     too_late: int
     run_ended: str
     unseen: int
+    host: str
+    revision: str
+    settings: str
     def __init__(
         self,
         *,
@@ -64,6 +67,9 @@ class Run(Message):
         too_late: int = ...,
         run_ended: str | None = ...,
         unseen: int = ...,
+        host: str = ...,
+        revision: str = ...,
+        settings: str = ...,
     ) -> None: ...
 
 class PullRequest(Message):
@@ -102,6 +108,7 @@ class Step(Message):
     complete: bool
     age_s: float
     writer: str
+    number: int
     @property
     def telemetry(self) -> RepeatedScalarFieldContainer[bytes]: ...
     @property
@@ -119,6 +126,7 @@ class Step(Message):
         age_s: float = ...,
         names: Iterable[str] = ...,
         writer: str = ...,
+        number: int = ...,
     ) -> None: ...
 
 class RanksRequest(Message):

@@ -14,7 +14,7 @@ from esper_otel.charts.groups import described
 from esper_otel.charts.thinned import Step, Thinned
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
-from esper_otel.report.recording import Recording, names_of
+from esper_otel.report.recording import EarlierAttempt, Recording, names_of
 from esper_otel.schema import Stage
 from esper_otel.text import printable
 
@@ -44,12 +44,16 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     """
     both = [recording] if other is None else [recording, other]
     names = [recording.title] if other is None else list(names_of(recording, other))
-    above = [f"<h1>{_shown(' and '.join(names))}</h1>", *map(_about, both, names if other else [""])]
+    above = [f"<h1>{_shown(' and '.join(names))}</h1>"]
+    of_each: list[str] = []
     for each, name in zip(both, names, strict=True):
-        above.append(_answers(name if other else "", findings(each)))
-    if other is not None:
-        above.append(_answers(f"{names[0]} and {names[1]}", compared(recording, other)))
-    below = []
+        head = f"<h2>{_shown(name)}</h2>" if other else ""
+        of_each.append(f"<section>{head}{_about(each)}{_answers(findings(each))}</section>")
+    if other is None:
+        above += of_each
+    else:  # the comparison comes first: with what is found in each run, the charts would be far below
+        above.append(f"<section>{_answers(compared(recording, other))}</section>")
+    below = [] if other is None else of_each
     lives = _lives(recording)
     for each, name in zip(both, names, strict=True):
         of_name = f" of {name}" if other else ""
@@ -90,7 +94,8 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
     metrics: dict[str, None] = {}
     for place, each in enumerate(both):
         thinned = Thinned(_MOST_BUCKETS)
-        thinned.add(Step(row.step, row.epoch, row.unix_s, row.values) for row in each.rows)
+        for number, (_, rows) in enumerate((*each.earlier, EarlierAttempt(each.attempt, each.rows)), 1):
+            thinned.add((Step(row.step, row.epoch, row.unix_s, row.values) for row in rows), number)
         series = thinned.series()
         metrics |= dict.fromkeys(name for name in series["metrics"] if name not in _NOT_DRAWN)
         runs.append({"id": str(place), "name": printable(names[place], _MOST_SHOWN), "series": series})
@@ -124,12 +129,19 @@ def _bars(recording: Recording, changes: Sequence[tuple[int, float]]) -> Iterato
 # -- what stands above and below ---------------------------------------------------------------------------
 
 
-def _about(recording: Recording, name: str) -> str:
-    parts = [name, _dates(recording), f"attempt {recording.attempt}, rank {recording.rank}"]
+def _about(recording: Recording) -> str:
+    parts = [_dates(recording), _which(recording)]
     parts += [f"{what} {text}" for what, text in recording.about]
     if recording.ended:
         parts.append(f"ended: {recording.ended}")
     return f'<p class="sub">{_shown("; ".join(filter(None, parts)))}</p>'
+
+
+def _which(recording: Recording) -> str:
+    """Returns which attempt and which rank it is."""
+    known = len(recording.earlier) + 1
+    attempt = f"attempt {recording.attempt}" + (f", the newest of {known}" if known > 1 else "")
+    return f"{attempt}, rank {recording.rank}" + (f" of {recording.world_size}" if recording.world_size > 1 else "")
 
 
 def _dates(recording: Recording) -> str:
@@ -143,13 +155,12 @@ def _dates(recording: Recording) -> str:
     return f"{first:%Y-%m-%d %H:%M:%S} to {last:{end}} UTC"
 
 
-def _answers(about: str, found: Iterable[Finding]) -> str:
+def _answers(found: Iterable[Finding]) -> str:
     rows = []
     for each in found:
         answer = "<br>".join(map(_shown, (each.answer, *each.lines)))
         rows.append(f"<dt>{_shown(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{answer}</dd>")
-    head = f"<h2>{_shown(about)}</h2>" if about else ""
-    return f"<section>{head}<dl>{''.join(rows)}</dl></section>"
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 def _lives(recording: Recording) -> Lives:

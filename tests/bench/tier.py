@@ -85,7 +85,8 @@ def measured(
     run: str,
 ) -> tuple[float, float]:
     """CPU seconds a million points, and the median age of rank 0's steps in seconds."""
-    points, ages, before = 0, [], cpu_s(*processes)
+    points, before = 0, cpu_s(*processes)
+    ages: list[float] = []
     cursor = None
     with TamiyoClient(server.grpc) as client:
         for made in rounds(run):
@@ -106,7 +107,7 @@ def measured(
 def sending_to(gateway: RunningGateway) -> Iterator[Callable[[list[tuple[str, bytes, int]]], None]]:
     """Sends requests as a collector does: of many ranks together."""
     with gateway.channel() as channel:
-        export = channel.unary_unary(f"/{OTLP_SERVICE}/Export")
+        export = channel.unary_unary(f"/{OTLP_SERVICE}/Export", bytes, bytes)
 
         def send(made: list[tuple[str, bytes, int]]) -> None:
             together: list[bytes] = []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -33,6 +34,8 @@ from esper_otel.export.resource import resource_for
 from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, is_check
 from esper_otel.testing import MemoryCollector
+
+pytestmark = pytest.mark.own_code
 
 E = "OTEL_EXPORTER_OTLP_"
 PROTOCOLS = ["grpc", "http/protobuf"]
@@ -88,7 +91,7 @@ def test_the_report_is_json_that_a_program_reads() -> None:
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({f"{E}PROTOCOL": "http/json"}, "OTEL_EXPORTER_OTLP_PROTOCOL"),
+        ({f"{E}PROTOCOL": "thrift"}, "OTEL_EXPORTER_OTLP_PROTOCOL"),
         ({"OTEL_METRICS_EXPORTER": "none"}, "steps are not sent: OTEL_METRICS_EXPORTER=none"),
         ({"OTEL_SDK_DISABLED": "true"}, "steps are not sent: OTEL_SDK_DISABLED=true"),
         ({"OTEL_METRICS_EXPORTER": "nonsense"}, "OTEL_METRICS_EXPORTER"),
@@ -333,7 +336,7 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with RunningGateway("--ui") as gateway:
         monkeypatch.setenv(f"{E}ENDPOINT", f"http://{gateway.grpc}")
         assert run_check().ok
-        assert [stage.ok for stage in run_through(ReadBack(None, gateway.grpc))] == [True]
+        assert [stage.ok for stage in run_through(ReadBack(None, gateway.grpc))] == [True, None]
         with TamiyoClient(gateway.grpc) as client:
             assert client.runs() == []
         assert requests.get(f"http://{gateway.http}/page/runs", timeout=300).json()["runs"] == []
@@ -347,8 +350,12 @@ def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> Non
     with MemoryCollector() as collector:
         command = [sys.executable, "-m", "esper_otel", "check", "--through", "--gateway", "127.0.0.1:1"]
         checking = subprocess.Popen(command, env={**os.environ, **at(collector, "grpc")}, stdout=subprocess.DEVNULL)
-        until("the run of two ranks came", lambda: collector.frames_received > 2)
+
+        def ranks(name: str) -> set[Any]:
+            of_two = (each for each in collector.points() if str(each.resource.get("esper.world_size")) == "2")
+            return {each.resource["esper.rank"] for each in of_two if each.name == name}
+
+        until("the run of two ranks came", lambda: ranks("loss") == {0, 1})
         checking.send_signal(number)
-        assert checking.wait(20) == 128 + number
-        points = [point for point in collector.points() if str(point.resource.get("esper.world_size")) == "2"]
-    assert {point.resource["esper.rank"] for point in points if point.name == "esper.run.ended"} == {0, 1}
+        assert checking.wait(120) == 128 + number
+        assert ranks("esper.run.ended") == {0, 1}

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import cpu_patience
-from wire import bodies, encoder
+from wire import bodies, body_of, encoder
 
 from esper_otel.errors import UnknownRun
-from esper_otel.frames.frame import NO_SEEDS, Frame
+from esper_otel.frames.frame import NO_SEEDS, VALIDATION_LOSS, Frame
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.pages import MadeSteps
 from esper_otel.gateway.store.base import StoreFull, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.gateway.turns import finished
 from esper_otel.leyline import SystemStatePacket
 from esper_otel.pull.messages import PullRequest, Step
+
+pytestmark = pytest.mark.own_code
 
 HOLD_S = 0.3
 
@@ -266,6 +272,24 @@ def test_an_end_that_overtakes_the_steps_is_not_lost_by_a_restart(tmp_path: Path
     asyncio.run(live())
 
 
+def test_an_end_without_a_step_outlives_two_restarts(tmp_path: Path) -> None:
+    """The first one took it into memory, and the next request of another run took it out of the file."""
+    outcome = {("esper.run.ended", "ValueError"): 1.0}
+    end = encoder().health(RUN, outcome, start_unix_ns=TIME_UNIX_NS, time_unix_ns=TIME_UNIX_NS + 10**9)
+
+    async def live() -> None:
+        for some in ([end], [body_of("other")], [body_of("other", step=2)], bodies(history(1))):
+            core = Core(FileStore(tmp_path))
+            core.start()
+            for body in some:
+                core.receive(body)
+            said = {run.run_id: run.ended for run in core.runs().runs}
+            core.close()
+        assert said[RUN.run_id] == "ValueError"
+
+    asyncio.run(live())
+
+
 def test_a_step_without_a_seed_comes_at_once_whoever_was_restarted_before(tmp_path: Path) -> None:
     """The step says itself whose life has ended: no marker is waited for, and none is missed."""
     before, after = history(2)
@@ -363,3 +387,38 @@ def test_a_step_that_two_pullers_make_at_the_same_time_is_counted_once() -> None
         steps.put(("run", "life", 1), bytes(100))
     assert steps.get(("run", "life", 1)) == bytes(100)
     assert steps.used < 500
+
+
+def test_what_is_known_of_a_writer_is_known_after_a_restart(tmp_path: Path) -> None:
+    """Its host, revision and settings, and the newest steps of its ranks; one silent for long is silent at once."""
+    about = {"host.name": "gpu-3", "vcs.ref.head.revision": "0b1c2d3e", "esper.settings": "export_every_s = 5.0"}
+    core = Core(FileStore(tmp_path), hold_s=HOLD_S)
+    core.start = lambda: None  # type: ignore[method-assign] # nothing runs in an event loop
+    steps = history(400)
+    steps[7] = make_frame(
+        sequence=8, global_step=8, time_unix_ns=steps[7].time_unix_ns, recorded={"loss": 1.0, VALIDATION_LOSS: 0.25}
+    )
+    for body in bodies(steps):
+        request = ExportMetricsServiceRequest.FromString(body)
+        for name, text in about.items():
+            request.resource_metrics[0].resource.attributes.add(key=name).value.string_value = text
+        core.receive(request.SerializeToString())
+    core.close()
+    core = Core(FileStore(tmp_path), hold_s=HOLD_S)
+    [state] = core.state_of(RUN.run_id).states
+    assert (state.host, state.revision, state.settings) == tuple(about.values())
+    recent = core.recent_steps(RUN.run_id)
+    assert recent is not None
+    assert 400 in recent.steps[0]
+    assert 8 not in recent.steps[0]  # long before the newest steps
+    assert state.validation_loss == 0.25
+    later = [lambda after_s=s: state.last_received_unix_ns + after_s * 10**9 for s in (59, 61)]
+    rows = [row_of(RunTable(core, clock_ns)) for clock_ns in later]
+    assert [(row["state"], row["host"]) for row in rows] == [("live", "gpu-3"), ("silent", "gpu-3")]
+    core.close()
+
+
+def row_of(table: RunTable) -> Any:
+    finished(table.refreshing())
+    [row] = json.loads(finished(table.answer("")))["runs"]
+    return row

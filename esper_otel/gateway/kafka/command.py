@@ -18,7 +18,7 @@ from esper_otel.gateway.kafka.connection import Connection
 from esper_otel.gateway.kafka.core import TierCore
 from esper_otel.gateway.kafka.topics import tier_at
 from esper_otel.gateway.quiet import quiet_grpc
-from esper_otel.gateway.serve.connections import allow_descriptors
+from esper_otel.gateway.serve.connections import allow_connections
 from esper_otel.gateway.serve.ports import Gateway, Ports
 from esper_otel.log import announce
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then returns 0."""
-    allow_descriptors()
+    allow_connections()
     sys.setswitchinterval(_SWITCH_S)
     quiet_grpc()
     ports = ports_of(options)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
@@ -52,12 +52,14 @@ class MemberOptions:
 
     Attributes:
         name: its own name in the group; after a restart under the same name it goes on with the same partitions.
+        limits: limits on senders; for members, there is room for more ranks in any case.
         hold_s: how long a frame waits for points, or for frames before it.
         linger_s: how long a frame without a point count waits for further points.
         idle_s: after so long without a step, a writer is forgotten.
     """
 
     name: str
+    limits: Limits = field(default_factory=Limits)
     hold_s: float = 2.0
     linger_s: float = 0.05
     idle_s: float = 24 * 3600.0
@@ -83,8 +85,8 @@ class Member:
     def __init__(self, connection: Connection, tier: Tier, options: MemberOptions) -> None:
         self._connection, self._tier, self._options = connection, tier, options
         self._limits = replace(
-            Limits(),
-            runs=_WRITERS,
+            options.limits,
+            runs=max(_WRITERS, options.limits.runs),
             kept_bytes=_KEPT_BYTES // tier.partitions,
             waiting_points=_WAITING_POINTS // tier.partitions,
         )

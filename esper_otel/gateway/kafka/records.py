@@ -26,8 +26,8 @@ VERSION = 1
 MOST_FRAMES, MOST_BYTES = 256, 256 * 1024
 # Version, number of frames, numbers of the first of them within the run and within the rank, bytes of the place.
 _HEAD = struct.Struct("<BHQQI")
-# Revision, whether it is complete, when it was received, the loss before it (NaN: none).
-_ITEM = struct.Struct("<I?Qd")
+# Revision, whether it is complete, when it was received, how many frames were missed, the loss before it (NaN: none).
+_ITEM = struct.Struct("<I?QQd")
 _LENGTHS = struct.Struct("<BIII")
 # The columns of ``Durations``: the step's number, and the durations.
 _DURATION = np.dtype("<f4")
@@ -94,7 +94,7 @@ def block_bytes(block: Block) -> bytes:
     nan = math.nan
     parts = [_HEAD.pack(VERSION, len(block.frames), block.of_run, block.of_rank, len(place)), place]
     for item, loss in block.frames:
-        parts.append(_ITEM.pack(item.revision, item.complete, item.received_unix_ns, nan if loss is None else loss))
+        parts.append(_ITEM.pack(item.revision, item.complete, *item[4:6], nan if loss is None else loss))
     parts.append(frames_to_bytes([item.frame for item, _ in block.frames]))
     return b"".join(parts)
 
@@ -118,8 +118,8 @@ def block_of(key: bytes, value: bytes) -> Block:
     if len(frames) != count or not count:
         raise UnknownForm(f"not a record of frames: {len(frames)} frames instead of {count}")
     released = [
-        Released(Item(origin, frame, revision, complete, received), None if math.isnan(loss) else loss)
-        for frame, (revision, complete, received, loss) in zip(frames, of_items, strict=True)
+        Released(Item(origin, frame, revision, complete, received, missed), None if math.isnan(loss) else loss)
+        for frame, (revision, complete, received, missed, loss) in zip(frames, of_items, strict=True)
     ]
     return Block(released, of_run, of_rank, place)
 
@@ -234,7 +234,7 @@ def _place_bytes(place: Place) -> bytes:
 
 
 def _place_of(origin: Origin, text: bytes) -> Place:
-    number, lowest, missing, says_step, says_epoch, holes, ends = json.loads(text)
+    number, lowest, missing, says_step, says_epoch, holes, ends, host, revision, settings, loss = json.loads(text)
     for each in (number, lowest):
         if each is not None and type(each) is not int:
             raise TypeError("not a number")
@@ -247,6 +247,10 @@ def _place_of(origin: Origin, text: bytes) -> Place:
         bool(says_epoch),
         tuple((int(first), int(behind)) for first, behind in holes),
         tuple((int(time), str(seed), int(column)) for time, seed, column in ends),
+        str(host),
+        str(revision),
+        str(settings),
+        None if loss is None else float(loss),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.command import ports_of
+from esper_otel.gateway.command import limits_of, ports_of
 from esper_otel.gateway.kafka.connection import Connection
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.metrics import member_text
@@ -50,7 +50,13 @@ def main(options: argparse.Namespace) -> int:
     member = Member(
         connection,
         tier,
-        MemberOptions(name, hold_s=options.hold, linger_s=options.linger, idle_s=options.keep_hours * 3600),
+        MemberOptions(
+            name,
+            limits=limits_of(options.limit)[0],
+            hold_s=options.hold,
+            linger_s=options.linger,
+            idle_s=options.keep_hours * 3600,
+        ),
     )
     return asyncio.run(
         _work(member, ports, f"{name}, {tier.partitions} partitions of {tier.topics.otlp}", options.json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from dataclasses import dataclass
 
@@ -26,9 +27,11 @@ __all__ = ["OTLP_SERVICE", "Gateway", "Ports"]
 _MOST_UNREAD_BYTES = 64 * 1024 * 1024
 _UNREAD_S = 0.25  # how long an unread answer is safe at the limit; otherwise _SLOWEST_S of the ports applies
 _BACKLOG = 256
-_IDENTITY_AND_GZIP = 0b101
+# gRPC itself knows identity, deflate and gzip. It passes on messages of any compression; see ``receive/inflate.py``.
+_ALGORITHMS = 0b111
 _IDLE_MS = 300_000
 _GRACE_S = 1.0
+_ANOTHER = "give another port, or port 0 for a free one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ class Gateway:
                 ("grpc.max_send_message_length", -1),  # the size of pages is limited elsewhere
                 # Requests are decompressed by this gateway, within limits and when their turn has come.
                 ("grpc.per_message_decompression", 0),
-                ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_AND_GZIP),
+                ("grpc.compression_enabled_algorithms_bitset", _ALGORITHMS),
                 ("grpc.http2.bdp_probe", 0),  # keeps gRPC from buffering messages that no method reads yet
                 ("grpc.so_reuseport", 0),  # a second gateway on the same port is a mistake
                 ("grpc.max_concurrent_streams", 200),
@@ -165,7 +168,9 @@ class Gateway:
         except RuntimeError:
             port = 0
         if not port:
-            raise ConfigurationError(f"--grpc {address}: the port is taken, or it is not an address of this machine")
+            raise ConfigurationError(
+                f"--grpc {address}: the port is taken, or it is not an address of this machine: {_ANOTHER}"
+            )
         return port
 
     # -- HTTP --------------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ class Gateway:
         try:
             listening = await _listening(host.strip("[]"), int(number))
         except OSError as error:
-            raise ConfigurationError(f"--http {address}: {error.strerror or error}") from None
+            raise ConfigurationError(f"--http {address}: {_why_not_open(error)}") from None
         context = None if self._certificates is None else self._certificates.context
         served = self._runner.server
         assert served is not None
@@ -189,6 +194,17 @@ class Gateway:
 
     def _refuse(self, error: Exception) -> None:
         self._core.note_fault(fault_of(error, self._warnings))
+
+
+def _why_not_open(error: OSError) -> str:
+    """Returns why a port cannot be opened, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return f"another program listens on this port: {_ANOTHER}"
+    if error.errno == errno.EACCES:
+        return f"this user may not open this port: {_ANOTHER}"
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return "this is not an address of this machine: give 127.0.0.1, or 0.0.0.0 for all of its addresses"
+    return error.strerror or str(error)
 
 
 async def _listening(host: str, port: int) -> list[socket.socket]:

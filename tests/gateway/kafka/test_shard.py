@@ -141,17 +141,28 @@ def test_a_poisoned_record_costs_no_other() -> None:
 def test_records_say_what_they_are() -> None:
     """Each byte that is missing, and a newer version, is noticed."""
     origin = Origin("run", 2, 3, "writer")
-    place = Place(origin, 8, 1, 2, says_step=True, says_epoch=False, holes=((3, 5),), ends=((9, "seed", 1),))
+    place = Place(
+        origin,
+        8,
+        1,
+        2,
+        says_step=True,
+        says_epoch=False,
+        holes=((3, 5),),
+        ends=((9, "seed", 1),),
+        host="h",
+        validation_loss=0.5,
+    )
     frame = step_of(1, 7)
     block = Block(
-        [Released(Item(origin, frame, 2, True, 11), 0.5), Released(Item(origin, frame, 1, False, 12), None)],
+        [Released(Item(origin, frame, 2, True, 11), 0.5), Released(Item(origin, frame, 1, False, 12, 3), None)],
         4,
         5,
         place,
     )
     value = block_bytes(block)
     assert block_bytes(block_of(key_of(origin), value)) == value
-    assert [each.item[2:] for each in block_of(key_of(origin), value).frames] == [(2, True, 11), (1, False, 12)]
+    assert [each.item[2:] for each in block_of(key_of(origin), value).frames] == [(2, True, 11, 0), (1, False, 12, 3)]
     assert block_of(key_of(origin), value).place == place
     for length in range(len(value)):
         with pytest.raises(UnknownForm):

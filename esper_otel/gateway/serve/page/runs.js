@@ -12,6 +12,7 @@ const COLUMNS = [
   ["duration", durationOf, (run) => Esper.duration(durationOf(run)), true],
   ["last step", (run) => run.last_step ?? -1, (run) => (run.last_step === null ? "–" : run.last_step.toLocaleString("en")), true],
   ["last loss", (run) => run.last_loss ?? Infinity, (run) => run.last_loss_is || Esper.number(run.last_loss), true],
+  ["validation loss", (run) => run.validation_loss ?? Infinity, (run) => run.validation_loss_is || Esper.number(run.validation_loss), true],
   ["experiment", (run) => run.experiment || ""],
   ["host", (run) => run.host || ""],
   ["revision", (run) => run.revision || "", (run) => (run.revision || "–").slice(0, 10)],
@@ -19,13 +20,25 @@ const COLUMNS = [
   ["attempts", (run) => run.attempt_count, undefined, true],
 ];
 
+// The columns that some run has a value for.
+function columns() {
+  const isValidated = [...runs.infos.values()].some((run) => (run.validation_loss ?? null) !== null || run.validation_loss_is);
+  return isValidated ? COLUMNS : COLUMNS.filter(([name]) => name !== "validation loss");
+}
+
 function stateOf(run) {
   return run.outcome && !["completed", run.state].includes(run.outcome) ? `${run.state} (${run.outcome})` : run.state;
 }
 
 function durationOf(run) {
   if (run.start_ms === null) return NaN;
-  return (run.state === "live" ? Date.now() + runs.clockMs : run.last_ms ?? run.start_ms) - run.start_ms;
+  return (run.state === "live" ? Date.now() + runs.clockMs : lastOf(run) ?? run.start_ms) - run.start_ms;
+}
+
+// When the last step was. Steps that are quicker than 1 ms have times 1 ms apart, which run ahead of the clock.
+function lastOf(run) {
+  const isQuick = run.last_ms - run.start_ms <= 1.2 * run.steps_stored;
+  return isQuick && run.received_ms ? Math.min(run.last_ms, run.received_ms) : run.last_ms;
 }
 
 // What is chosen. `slots` keeps the color of a run, whether or not it is shown at the moment.
@@ -34,14 +47,18 @@ const runs = {
   sort: "start", isUp: false, search: "", most: AT_FIRST, rows: new Map(),
 };
 
-function colorOf(name) {
+function slotOf(name) {
   if (!runs.slots.has(name)) {
     const taken = new Set(runs.slots.values());
     let slot = 0;
     while (taken.has(slot)) slot++;
     runs.slots.set(name, slot);
   }
-  return Esper.COLORS[runs.slots.get(name) % Esper.COLORS.length];
+  return runs.slots.get(name);
+}
+
+function colorOf(name) {
+  return Esper.COLORS[slotOf(name) % Esper.COLORS.length];
 }
 
 function newestRun() {
@@ -63,12 +80,13 @@ function choose(names) {
 
 function readAddress() {
   const asked = new URLSearchParams(location.search);
-  for (const each of asked.getAll("run")) {
-    const [, slot, name] = /^(\d{1,4})\.(.*)$/s.exec(each) || [null, null, each];
-    if (runs.chosen.includes(name)) continue;
-    if (slot !== null && ![...runs.slots.values()].includes(Number(slot))) runs.slots.set(name, Number(slot));
+  const slots = (asked.get("colors") || "").split(",");
+  asked.getAll("run").forEach((name, place) => {
+    if (runs.chosen.includes(name)) return;
+    const slot = /^\d{1,4}$/.test(slots[place]) ? Number(slots[place]) : -1;
+    if (slot >= 0 && ![...runs.slots.values()].includes(slot)) runs.slots.set(name, slot);
     runs.chosen.push(name);
-  }
+  });
   runs.isExplicit = runs.chosen.length > 0;
   for (const name of asked.getAll("hide")) runs.hidden.add(name);
   runs.focus = asked.get("focus") || runs.chosen[0] || "";
@@ -88,7 +106,11 @@ function readAddress() {
 
 function writeAddress(view) {
   const said = new URLSearchParams();
-  if (runs.isExplicit) for (const name of runs.chosen) said.append("run", `${runs.slots.get(name) ?? 0}.${name}`);
+  if (runs.isExplicit) {
+    for (const name of runs.chosen) said.append("run", name);
+    const slots = runs.chosen.map(slotOf);
+    if (slots.some((slot, place) => slot !== place)) said.set("colors", slots.join());
+  }
   for (const name of runs.hidden) if (runs.chosen.includes(name)) said.append("hide", name);
   const put = (name, value, otherwise) => { if (value !== otherwise && value !== "") said.set(name, value); };
   put("focus", runs.isExplicit ? runs.focus : "", runs.chosen[0] || "");
@@ -115,11 +137,12 @@ function writeAddress(view) {
 // -- the table ---------------------------------------------------------------------------------------------
 
 function head() {
-  const cells = COLUMNS.map(([name, , , isNumber]) => {
+  head.columns = columns().length;
+  const cells = columns().map(([name, , , isNumber]) => {
     const isSorted = runs.sort === name;
     const button = Esper.element("button", { type: "button", textContent: `${name}${isSorted ? (runs.isUp ? " ▲" : " ▼") : ""}` });
     button.addEventListener("click", () => {
-      runs.isUp = isSorted ? !runs.isUp : name === "run" || name === "last loss";
+      runs.isUp = isSorted ? !runs.isUp : ["run", "last loss", "validation loss"].includes(name);
       runs.sort = name;
       head();
       drawTable(true);
@@ -146,6 +169,10 @@ function found() {
 
 // Draws the rows that are shown; a row that has not changed stays as it is.
 function drawTable(isWhole = false) {
+  if (head.columns !== columns().length) {
+    head();
+    isWhole = true;
+  }
   const all = found();
   const shown = all.slice(0, runs.most);
   if (isWhole) runs.rows.clear();
@@ -174,19 +201,19 @@ function rowOf(run, isChosen) {
   const name = run.run_id;
   const box = Esper.element("input", { type: "checkbox", checked: isChosen });
   box.dataset.act = `choose ${name}`;
-  box.setAttribute("aria-label", `show ${name} in the charts`);
+  box.setAttribute("aria-label", `show ${Esper.printable(name)} in the charts`);
   box.addEventListener("change", () => choose(box.checked ? [...runs.chosen, name] : runs.chosen.filter((each) => each !== name)));
   const swatch = Esper.element("i", { className: "swatch" });
   if (isChosen) swatch.style.background = colorOf(name);
-  const cells = COLUMNS.map(([title, value, text, isNumber]) => {
-    const words = String((text || value)(run) || "–");
+  const cells = columns().map(([title, value, text, isNumber]) => {
+    const words = Esper.printable((text || value)(run) || "–");
     if (title === "run") {
       const button = Esper.element("button", { type: "button", textContent: words, title: `show only ${words}` });
       button.dataset.act = `only ${name}`;
       button.addEventListener("click", () => choose([name]));
       return Esper.element("td", { className: "run", title: words }, button);
     }
-    const tone = title === "state" ? TONES[run.state] || "" : title === "last loss" && run.last_loss_is ? "bad" : "";
+    const tone = title === "state" ? TONES[run.state] || "" : (title === "last loss" && run.last_loss_is) || (title === "validation loss" && run.validation_loss_is) ? "bad" : "";
     return Esper.element("td", { className: `${isNumber ? "number" : ""} ${tone}`, textContent: words, title: words });
   });
   const acts = Esper.element("td", { className: "acts" });
