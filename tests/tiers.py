@@ -114,6 +114,12 @@ class RunningTierProcess(RunningGateway):
     def command(self) -> list[str]:
         return [sys.executable, "-c", self._begin, self._what, "--json"]
 
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Ends it by a signal. What it wrote is shown if the test fails."""
+        status = super().end(number)
+        print(self._what, *self._options, self.said, sep="\n")
+        return status
+
     def kill(self) -> None:
         """Kills it at once."""
         self.end(signal.SIGKILL)
