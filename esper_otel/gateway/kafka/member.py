@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
+from esper_otel.errors import EsperOtelError
 from esper_otel.gateway.kafka.connection import (
     MOST_RECORD_BYTES,
     REFUSALS,
@@ -27,7 +28,7 @@ from esper_otel.gateway.kafka.connection import (
     meaning,
 )
 from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
-from esper_otel.gateway.kafka.shard import Poisoned, Received, Shard
+from esper_otel.gateway.kafka.shard import Committed, Poisoned, Received, Shard
 from esper_otel.gateway.kafka.tail import TailReader, value_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
@@ -97,6 +98,8 @@ class Member:
         self._warnings = Warnings()
         self._has_joined = False
         self._lag, self._lag_s = 0, 0.0
+        self._is_leaving = False
+        self._fault: EsperOtelError | KafkaException | None = None
         self._ended_counts: Counter[str] = Counter()
         self._ended_rejected: Counter[str] = Counter()
         self._own: Counter[str] = Counter()
@@ -135,6 +138,7 @@ class Member:
     def _live(self) -> None:
         """Joins the group and works; ends when it is told to, or by an exception."""
         self._drop(self._shards)
+        self._is_leaving, self._fault = False, None
         name, topics = self._options.name, self._tier.topics
         self._tail = TailReader(self._connection)
         self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}")
@@ -158,6 +162,7 @@ class Member:
             if self._shards:
                 self._write([], [], of_all=True)
         finally:
+            self._is_leaving = True
             self._drop(self._shards)
             self._has_joined = False
             self._consumer.close()
@@ -178,10 +183,16 @@ class Member:
     # -- partitions --------------------------------------------------------------------------------------
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if self._is_leaving:
+            return
         self._has_joined = True
-        for place in consumer.committed(partitions, _TRANSACTION_S):
-            self._shards[place.partition] = self._restored(consumer, place)
-        consumer.incremental_assign(partitions)
+        try:
+            for place in consumer.committed(partitions, _TRANSACTION_S):
+                self._shards[place.partition] = self._restored(consumer, place)
+            consumer.incremental_assign(partitions)
+        except (EsperOtelError, KafkaException) as error:  # librdkafka's own code lies between here and _cycle
+            self._fault = error
+            return
         if partitions:
             announce("kafka member", f"works on partitions {', '.join(map(str, sorted(self._shards)))}")
 
@@ -198,8 +209,9 @@ class Member:
                 states[key] = state_of(key, value)
             else:
                 states.pop(key, None)
-        metadata = place.metadata or ""
-        first = int(metadata) if place.offset >= 0 and metadata.isdecimal() else OFFSET_BEGINNING
+        committed = Committed.of(place.offset, place.metadata or "")
+        first = OFFSET_BEGINNING if committed is None else committed.first
+        shard.buried = [] if committed is None else list(committed.buried)
         blocks = []
         begins = None
         for message in self._tail.read(topics.frames, partition, first):
@@ -239,6 +251,8 @@ class Member:
         """Uses what has arrived within a short time, in one transaction."""
         messages = self._consumer.consume(_MOST_RECORDS, self._patience_s())
         self._check_name()
+        if self._fault is not None:
+            raise self._fault
         self._cycle_s = now_s = time.monotonic()
         records: dict[int, list[Received]] = {}
         for message in messages:
@@ -310,7 +324,7 @@ class Member:
             committed = shard.committed()
             if committed is not None and committed != shard.written:
                 shard.written = committed
-                offsets.append(TopicPartition(topics.otlp, partition, committed[0], f"{committed[1]}"))
+                offsets.append(TopicPartition(topics.otlp, partition, committed.offset, committed.metadata))
         if of_all:
             self._states_s = now_s
         if not (records or offsets or poisoned):

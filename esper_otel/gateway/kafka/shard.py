@@ -34,6 +34,7 @@ from esper_otel.gateway.store.memory import loss_of
 _JOINED_BYTES = 512 * 1024
 _MOST_DURATIONS = 64
 _KINDS = 4
+_MOST_BURIED = 100
 
 
 class Received(NamedTuple):
@@ -50,6 +51,34 @@ class Received(NamedTuple):
     time_unix_ns: int
     key: bytes | None
     value: bytes
+
+
+class Committed(NamedTuple):
+    """What is committed for a partition.
+
+    Attributes:
+        offset: that of the oldest record that something waits for.
+        first: where to restore from in the topic of frames: frames that were made from that record or from later ones,
+            and frames that are in no written state, are not before it.
+        buried: offsets of later records that could not be used, some if there are very many.
+    """
+
+    offset: int
+    first: int
+    buried: tuple[int, ...] = ()
+
+    @property
+    def metadata(self) -> str:
+        """What is committed with the offset."""
+        return ",".join(map(str, (self.first, *self.buried)))
+
+    @classmethod
+    def of(cls, offset: int, metadata: str) -> Committed | None:
+        """Returns what was committed; None if that was not by a member."""
+        numbers = metadata.split(",")
+        if offset < 0 or not all(each.isdecimal() for each in numbers):
+            return None
+        return cls(offset, int(numbers[0]), tuple(map(int, numbers[1:])))
 
 
 class Poisoned(NamedTuple):
@@ -115,12 +144,14 @@ class Shard:
         rejected: points that were refused for good, by reason.
         checked: where the topic of frames ended when all states were written last.
         written: what was committed last; see ``committed``.
+        buried: offsets of records that could not be used, from the committed offset on.
     """
 
     def __init__(self, partition: int, *, limits: Limits, hold_s: float, linger_s: float) -> None:
         self.partition = partition
         self.end = self.checked = 0
-        self.written: tuple[int, int] | None = None
+        self.written: Committed | None = None
+        self.buried: list[int] = []
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self._decoder = Decoder(limits)
@@ -144,6 +175,8 @@ class Shard:
         for group in _joined(records):
             self._waiting.append(_Waiting(group[0].offset, now_s, self.end))
             poisoned += self._take(group, now_s)
+        poisoned = [each for each in poisoned if each.record.offset not in self.buried]  # by the member before
+        self.buried += [each.record.offset for each in poisoned]
         if records:
             self._next = records[-1].offset + 1
         return poisoned
@@ -241,18 +274,19 @@ class Shard:
         known = merged_state(state, memory.before if state is not memory.before else None)
         return WriterState(known, place, memory.newest, counts, memory.since, memory.last, durations)
 
-    def committed(self) -> tuple[int, int] | None:
-        """Returns the offset to commit, and from where in the topic of frames to restore; None if nothing came.
-
-        The first is that of the oldest record that something waits for. Frames that were made from it or from later
-        records, and frames that are in no written state, are behind the second.
-        """
+    def committed(self) -> Committed | None:
+        """Returns what to commit; None if nothing came."""
         since_s = self._assembler.since()
         while self._waiting and (since_s is None or self._waiting[0].received_s < since_s):
             self._waiting.popleft()
         if self._waiting:
-            return self._waiting[0].offset, min(self._waiting[0].end, self.checked)
-        return None if self._next is None else (self._next, self.checked)
+            offset, first = self._waiting[0].offset, min(self._waiting[0].end, self.checked)
+        elif self._next is None:
+            return None
+        else:
+            offset, first = self._next, self.checked
+        self.buried = [each for each in self.buried if each >= offset][-_MOST_BURIED:]
+        return Committed(offset, first, tuple(self.buried))
 
     # -- going on from where another member stopped --------------------------------------------------------
 
