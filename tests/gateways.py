@@ -70,6 +70,7 @@ class RunningGateway:
         """Ends it by a signal; returns its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
+        if self.process.stdout is not None and not self.process.stdout.closed:
             self.said_at_last()
         return self.process.returncode
 

@@ -7,8 +7,10 @@ import time
 from contextlib import ExitStack
 
 import pytest
+import requests
 from frame_examples import make_frame
 from gateways import RunningGateway
+from programs import until
 from tiers import SESSION_MS, Puller, Ranks, Tier, broker
 
 from esper_otel.gateway.kafka.records import block_of
@@ -16,11 +18,11 @@ from esper_otel.gateway.kafka.records import block_of
 __all__ = ["broker", "make_frame"]
 pytestmark = pytest.mark.lengthy
 
-# A member that is killed inside its tenth transaction, when the brokers have its frames.
+# A member that is killed inside its fourth transaction, when the brokers have its frames.
 DIES_INSIDE = """
 def commit(self, commit=member.Member._commit):
     self._number = getattr(self, "_number", 0) + 1
-    if self._number == 10:
+    if self._number == 4:
         self._producer.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     commit(self)
@@ -37,13 +39,13 @@ def test_members_and_servers_die_and_hang(broker: str) -> None:
         second = running.enter_context(tier.member("second"))
         servers: list[RunningGateway] = [running.enter_context(tier.server()) for _ in range(2)]
         puller = Puller("kills", servers)
-        for _ in range(30):
+        until("both work", lambda: all(_partitions(each) for each in (first, second)))
+        while first.process.poll() is None:
             ranks.send(2)
             time.sleep(0.05)
-        first.process.wait(30)
         again = running.enter_context(tier.member("first"))
         ranks.send(20)
-        puller.pull(8 * 40)
+        puller.pull(8 * ranks.step)
         second.stop()
         stopped_s = time.monotonic()
         ranks.send(20)
@@ -63,3 +65,10 @@ def test_members_and_servers_die_and_hang(broker: str) -> None:
         len(block_of(message.key(), message.value()).frames) for message in tier.records("frames", "read_uncommitted")
     )
     assert all_frames > 8 * ranks.step  # the control: without transactions, steps would be there twice
+
+
+def _partitions(member: RunningGateway) -> float:
+    text = requests.get(f"http://{member.http}/metrics", timeout=10).text
+    return next(
+        float(line.split()[1]) for line in text.splitlines() if line.startswith("esper_gateway_kafka_partitions ")
+    )
