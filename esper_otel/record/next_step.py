@@ -28,7 +28,7 @@ class NextStep:
     """Collects values for the next step. Threads: the recording thread.
 
     Attributes:
-        is_anything: False only if nothing has been collected, including context.
+        is_anything: False only if nothing has been collected, including context, and no phase follows the steps.
         retiring: seeds whose lives end with the open step.
         context: values that stay in every frame from the next one on.
         tensors: context values that are still on a device.

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame, SeedTable
+from esper_otel.frames.phases import PhaseLog
 from esper_otel.record.clock import Clock
 from esper_otel.record.frame_publisher import Draft, FramePublisher
 from esper_otel.record.next_step import NextStep
 from esper_otel.record.open_step import OpenStep
+from esper_otel.record.phases import Phases
 from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
 from esper_otel.record.values import (
@@ -57,6 +59,10 @@ class Recorder:
 
     Attributes:
         mistakes: notes the mistakes of the program; None if they are raised.
+        phases: times phases, such as checkpoints.
+
+    Args:
+        began_unix_ns: when start-up began, which ends with the first step; None if it is not to be recorded.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Recorder:
         to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
         mistakes: Mistakes | None = None,
+        began_unix_ns: int | None = None,
     ) -> None:
         self.publisher = publisher
         self.names: Names = publisher.names
@@ -81,6 +88,13 @@ class Recorder:
         self._to_state = to_state
         self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
+        self.phases = Phases(PhaseLog(began_unix_ns or clock.now_ns()), clock, self, began_unix_ns)
+        self.next_step.is_anything = True  # so that the first step ends start-up
+
+    @property
+    def last_end_s(self) -> float | None:
+        """When the last step ended, on the clock of ``time.perf_counter``."""
+        return self._last_end_s
 
     # -- steps -------------------------------------------------------------------------------------------
 
@@ -92,6 +106,9 @@ class Recorder:
         step.time_unix_ns = self.clock.stamp()
         if self.next_step.is_anything:
             step._waited_ms, step._table, step._retired = self.next_step.take()
+            if self.phases.follows_steps:
+                self.phases.step_opens(step._waited_ms)
+                self.next_step.is_anything |= self.phases.follows_steps
         step._retiring = self.next_step.retiring
         self.open_step = step
         step._known = self.publisher.live.ids
@@ -186,6 +203,9 @@ class Recorder:
                 table = recorded or NO_SEEDS
                 if waited_ms is not None:
                     given = {"input_wait_ms": waited_ms, **given}
+                if self.phases.follows_steps:
+                    self.phases.step_recorded(given.get("input_wait_ms"), given.get("step_latency_ms"))
+                    self.next_step.is_anything |= self.phases.follows_steps
             if samples is not None:
                 given = {**given, **self._rate(samples, given)}
             step = self._numbered(global_step)

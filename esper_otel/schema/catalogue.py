@@ -621,6 +621,13 @@ SESSION: tuple[Metric, ...] = (
         level="session",
         present="With ESPER_ON_MISTAKE=warn; otherwise mistakes are raised.",
     ),
+    Metric(
+        "esper.phases.dropped",
+        "count",
+        "Phases that were dropped before the endpoint had them, because very many waited.",
+        kind="counter",
+        level="session",
+    ),
     Metric("esper.frames.recorded", "count", "Frames published.", kind="counter", level="session"),
     Metric(
         "esper.frames.exported",
@@ -685,6 +692,65 @@ SESSION: tuple[Metric, ...] = (
     ),
 )
 
+# In a scope of their own, each point at the end of a phase. Only the step exporter sends them.
+PHASES: tuple[Metric, ...] = (
+    Metric(
+        "esper.phase_ms",
+        "ms",
+        "Time for which phases held up training, since the attempt began, by phase.",
+        kind="counter",
+        level="session",
+        split_by="phase",
+        source="Monotonic clock; without the phases, steps and waits for input inside a phase, so that no moment "
+        "counts twice. Beyond 64 names, further ones are counted as other.",
+        present="A point at the end of each phase.",
+        misleads="What runs on another thread, such as saving in the background, holds up nothing and adds 0.",
+        rise="The phase takes time: its rise over a while, divided by that while, is its share.",
+    ),
+    Metric(
+        "esper.phase.inside_ms",
+        "ms",
+        "The part of esper.phase_ms that lay inside steps, and is therefore also part of their latency, by phase.",
+        kind="counter",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+    ),
+    Metric(
+        "esper.phase.length_ms",
+        "ms",
+        "Length of a phase, from its start to the time of the point, with everything inside it.",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+        misleads="Nested phases overlap: add up esper.phase_ms instead.",
+    ),
+    Metric(
+        "esper.phase.own_ms",
+        "ms",
+        "What a phase has added to esper.phase_ms.",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+    ),
+    Metric(
+        "esper.phase.number",
+        "count",
+        "Number of a phase within (attempt, rank): 1, 2, ... without holes, over all names.",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+    ),
+    Metric(
+        "esper.phase.step",
+        "count",
+        "The step inside which a phase lay.",
+        level="session",
+        split_by="phase",
+        present="With the points of phases inside steps.",
+    ),
+)
+
 METRICS: tuple[Metric, ...] = (
     *STEP_METRICS,
     *SEED_METRICS,
@@ -694,6 +760,7 @@ METRICS: tuple[Metric, ...] = (
     SEED_RETIRED,
     *OWN_SEED,
     *SESSION,
+    *PHASES,
 )
 
 # The cells of a seed's row, in this order, everywhere.
