@@ -35,6 +35,7 @@ _PHASES_AFTER_S = 2.0  # a small request may overtake one with steps that was se
 _MS = 1_000_000
 _EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
 _ENDED = "esper.run.ended"
+_PHASE_MS = "esper.phase_ms"  # among the counts for readers; sent in a scope of its own
 
 _T = TypeVar("_T")
 
@@ -377,7 +378,8 @@ class StepExporter:
         self._advance(source, request.frames)  # first, so that an error below does not send delivered frames again
         source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
         self._note_phases(source, request.last_phase)
-        source.sent_unix_ns = max(source.sent_unix_ns, self._along_unix_ns if request.frames else 0)
+        newest_unix_ns = self._health_unix_ns if request.has_health else self._along_unix_ns
+        source.sent_unix_ns = max(source.sent_unix_ns, newest_unix_ns)
         last = settled + request.frames
         source.run = next(block.run for block in blocks if block.last >= last)
         self._guarded("noting an answer", self._note_answer, request, outcome)
@@ -531,7 +533,8 @@ class StepExporter:
         self._next_health_s = time.monotonic() + HEALTH_EVERY_S
         self._health_unix_ns = time_unix_ns = _end_of_ms(time_unix_ns)
         # Closing may begin while these counts are made: only the last ones say how the run ended.
-        counts = {key: count for key, count in self._health().items() if is_end or key[0] != _ENDED}
+        left_out = {_PHASE_MS} if is_end else {_PHASE_MS, _ENDED}
+        counts = {key: count for key, count in self._health().items() if key[0] not in left_out}
         for name, more in ((_EXPORTED, frames), (_QUEUE, -frames)):
             if name in counts:
                 counts[name] += more
@@ -557,6 +560,7 @@ class StepExporter:
                 return
         self._owes_health = False
         self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)))
+        self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
 
     def _say_goodbye(self) -> bool:
         """Sends the final counts, the outcome of the run, and the end of every series.

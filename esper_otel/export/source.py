@@ -148,14 +148,14 @@ class LiveSource:
         ring: Ring,
         encoder: Encoder,
         spool: Spool | None,
-        log: PhaseLog,
-        phase_file: PhaseFile | None,
-        run_of: Callable[[], Run | None],
+        log: PhaseLog | None = None,
+        phase_file: PhaseFile | None = None,
+        run_of: Callable[[], Run | None] = lambda: None,
     ) -> None:
         self.encoder = encoder
         self.sent_unix_ns = 0
-        self.start_unix_ns = log.start_unix_ns
-        self._log = log
+        self._log = log or PhaseLog()
+        self.start_unix_ns = self._log.start_unix_ns
         self._phase_file = phase_file
         self._run_of = run_of
         self.streams = Streams()

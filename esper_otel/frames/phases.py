@@ -104,6 +104,11 @@ class PhaseLog:
                 found.append(phase)
         return found
 
+    def totals(self) -> dict[str, float]:
+        """Returns the own times of all phases so far, in milliseconds by name."""
+        with self._lock:
+            return {name: phase.total_ms for name, phase in self._newest.items()}
+
     @property
     def count(self) -> int:
         """How many phases wait."""

@@ -12,6 +12,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import Message
 
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
 from esper_otel.pull.client import (
     RETRY_S,
@@ -25,8 +26,16 @@ from esper_otel.pull.client import (
     run_infos,
     run_outcome,
 )
-from esper_otel.pull.messages import PullResponse, RanksRequest, RanksResponse, RunsRequest, RunsResponse
-from esper_otel.pull.views import RunRanks, run_ranks
+from esper_otel.pull.messages import (
+    HoursRequest,
+    HoursResponse,
+    PullResponse,
+    RanksRequest,
+    RanksResponse,
+    RunsRequest,
+    RunsResponse,
+)
+from esper_otel.pull.views import RunRanks, run_hours, run_ranks
 
 __all__ = ["RunInfo", "TamiyoClient"]
 
@@ -57,6 +66,7 @@ class TamiyoClient:
         self._runs = self._channel.unary_unary(*method("Runs"), RunsResponse.FromString)
         self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
         self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
+        self._hours = self._channel.unary_unary(*method("Hours"), HoursResponse.FromString)
 
     async def runs(self, run_id: str = "") -> list[RunInfo]:
         """Returns the runs that the gateway knows. See ``esper_otel.TamiyoClient.runs``."""
@@ -78,6 +88,10 @@ class TamiyoClient:
     async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """Compares the ranks of a run. See ``esper_otel.TamiyoClient.ranks``."""
         return run_ranks(await self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
+
+    async def hours(self, run_id: str) -> RunHours:
+        """Returns where the hours of a run went. See ``esper_otel.TamiyoClient.hours``."""
+        return run_hours(await self._call(self._hours, HoursRequest(run_id=run_id), 0.0))
 
     async def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended. See ``esper_otel.TamiyoClient.ended``."""

@@ -15,11 +15,14 @@ from google.protobuf.message import DecodeError, Message
 from esper_otel.addresses import is_on_this_machine
 from esper_otel.bearer import read_tokens, reason_of
 from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import (
     SERVICE,
+    HoursRequest,
+    HoursResponse,
     PullRequest,
     PullResponse,
     RanksRequest,
@@ -28,7 +31,7 @@ from esper_otel.pull.messages import (
     RunsRequest,
     RunsResponse,
 )
-from esper_otel.pull.views import RunRanks, run_ranks
+from esper_otel.pull.views import RunRanks, run_hours, run_ranks
 
 RETRY_S = 0.1
 _WARNINGS = Warnings()
@@ -200,6 +203,7 @@ class TamiyoClient:
         self._runs = self._channel.unary_unary(*method("Runs"), RunsResponse.FromString)
         self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
         self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
+        self._hours = self._channel.unary_unary(*method("Hours"), HoursResponse.FromString)
 
     def runs(self, run_id: str = "") -> list[RunInfo]:
         """Returns the runs that the gateway knows, one entry per writer.
@@ -247,6 +251,15 @@ class TamiyoClient:
             GatewayError: the gateway refused, or did not answer in time.
         """
         return run_ranks(self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
+
+    def hours(self, run_id: str) -> RunHours:
+        """Returns where the hours of a run went, over all its attempts: which part of its wall time was what.
+
+        Raises:
+            UnknownRun: nothing of the run is stored.
+            GatewayError: the gateway refused, or did not answer in time.
+        """
+        return run_hours(self._call(self._hours, HoursRequest(run_id=run_id), 0.0))
 
     def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended, over all attempts and ranks; None while a rank may be running.

@@ -1,10 +1,12 @@
-"""Views: a gateway's comparison of a run's ranks, as plain values."""
+"""Views: a gateway's comparison of a run's ranks, and where its hours went, as plain values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper_otel.pull.messages import Rank, RanksResponse
+from esper_otel.hours.bar import Bar, PhaseInfo, RunHours
+from esper_otel.pull.messages import Bar as BarMessage
+from esper_otel.pull.messages import HoursResponse, Rank, RanksResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +95,26 @@ def _rank_info(row: Rank) -> RankInfo:
 def _number(message: Rank | RanksResponse, name: str) -> float | None:
     number: float | None = getattr(message, name) if message.HasField(name) else None
     return number
+
+
+def run_hours(response: HoursResponse) -> RunHours:
+    """Converts the response to an ``Hours`` call."""
+    phases = [
+        PhaseInfo(
+            phase.name,
+            phase.rank,
+            phase.attempt,
+            phase.start_unix_ns,
+            phase.end_unix_ns,
+            phase.own_ms,
+            phase.number,
+            phase.step if phase.HasField("step") else None,
+        )
+        for phase in response.phases
+    ]
+    return RunHours(_bar(response.run), {each.rank: _bar(each.bar) for each in response.ranks}, tuple(phases))
+
+
+def _bar(message: BarMessage) -> Bar:
+    parts = {part.name: part.spent_ms for part in message.parts}
+    return Bar(message.start_unix_ns, message.end_unix_ns, parts, message.attempts)

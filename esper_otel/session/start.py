@@ -382,6 +382,8 @@ class _Session:
             ("esper.buffer.bytes", ""): publisher.ring.size,
             ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
         }
+        for name, total_ms in self._recorder.phases.log.totals().items():
+            counts["esper.phase_ms", name] = total_ms
         if self._mistakes is not None:
             counts["esper.mistakes", ""] = self._mistakes.count
         if exporter is not None:

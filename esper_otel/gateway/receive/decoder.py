@@ -32,6 +32,7 @@ from esper_otel.gateway.receive.request import (
     DecodedRequest,
     Malformed,
     Marker,
+    PhasePoint,
     PointBlock,
     PointSender,
     RejectedPoints,
@@ -39,7 +40,7 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.gateway.receive.template import Part, Templates, parts_of
-from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, SEED, SESSION
+from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
 from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
@@ -91,6 +92,7 @@ class Decoder:
         divided: list[RequestPart] = []
         markers: dict[Marker, None] = {}
         ended: dict[RunEnd, None] = {}
+        phases: list[PhasePoint] = []
         rejected = RejectedPoints()
         for is_read, some in groupby(zip(parts, of_parts, strict=True), lambda each: each[1] is not None):
             if is_read:
@@ -105,12 +107,20 @@ class Decoder:
             blocks += decoded.blocks
             markers |= dict.fromkeys(decoded.markers)
             ended |= dict.fromkeys(decoded.ended)
+            phases += decoded.phases
             points += decoded.points
             rejected.merge(decoded)
         if points > self._limits.points or _are_mixed(blocks):
             return None
         return DecodedRequest(
-            tuple(blocks), tuple(markers), tuple(ended), points, rejected.counts, rejected.metrics, tuple(divided)
+            tuple(blocks),
+            tuple(markers),
+            tuple(ended),
+            points,
+            rejected.counts,
+            rejected.metrics,
+            tuple(divided),
+            tuple(phases),
         )
 
 
@@ -161,7 +171,7 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
         return DecodedRequest((), (), (), raw.points, rejected.counts, rejected.metrics)
     labels = _Labels.of(list(raw.labels))
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
-    is_health = np.array([metric.scope == HEALTH for metric in raw.metrics])
+    is_health = np.array([metric.scope in (HEALTH, PHASES) for metric in raw.metrics])
     verdict = _verdict(columns, labels, levels)
     if verdict.any():
         pairs = columns.metric.astype(np.int64) * len(_REASONS) + verdict
@@ -174,13 +184,14 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
     beside = taken & (is_end | (levels == SESSION)[columns.metric] | is_health[columns.metric])
     markers: tuple[Marker, ...] = ()
     ended: tuple[RunEnd, ...] = ()
+    phases: tuple[PhasePoint, ...] = ()
     if beside.any():
-        markers, ended = _beside(raw, columns, labels, np.flatnonzero(beside))
+        markers, ended, phases = _beside(raw, columns, labels, np.flatnonzero(beside))
         taken &= ~beside
     if not taken.all():
         columns = PointColumns(*(column[taken] for column in columns))
     blocks = _blocks(raw, columns, labels)
-    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics)
+    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics, phases=phases)
 
 
 def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -205,13 +216,14 @@ def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint
 
 def _beside(
     raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]
-) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...]]:
-    """Returns what does not belong to frames: the ends of seeds' streams, and the ends of runs.
+) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...], tuple[PhasePoint, ...]]:
+    """Returns what does not belong to frames: the ends of seeds' streams, the ends of runs, and phases.
 
     The stream ends from our own exporter are meant for databases and ignored here: its frames list the live seeds.
     """
     markers: dict[Marker, None] = {}
     ended: dict[RunEnd, None] = {}
+    phases: list[PhasePoint] = []
     for place in places.tolist():
         metric = raw.metrics[columns.metric[place]]
         label = labels.all[columns.label[place]]
@@ -221,7 +233,10 @@ def _beside(
                 markers[Marker(sender, metric.name, label.seed, int(columns.times[place]))] = None
         elif metric.name == "esper.run.ended" and columns.values[place] > 0:
             ended[RunEnd(sender, label.outcome)] = None
-    return tuple(markers), tuple(ended)
+        elif metric.scope == PHASES and label.phase:
+            time_unix_ns, value = int(columns.times[place]), float(columns.values[place])
+            phases.append(PhasePoint(sender, metric.name, label.phase, time_unix_ns, value))
+    return tuple(markers), tuple(ended), tuple(phases)
 
 
 def _owner(sender: PointSender, label: Label) -> PointSender:

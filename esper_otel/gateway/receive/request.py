@@ -148,6 +148,16 @@ class RunEnd(NamedTuple):
     outcome: str
 
 
+class PhasePoint(NamedTuple):
+    """A point of one of the metrics of phases: what it says of the phase that ended at its time."""
+
+    sender: PointSender
+    metric: str
+    phase: str
+    time_unix_ns: int
+    value: float
+
+
 class RequestPart(NamedTuple):
     """A part of a request's bytes, which is a request by itself; without a sender, anything may be in it."""
 
@@ -167,6 +177,7 @@ class DecodedRequest(NamedTuple):
         rejected: number of rejected points, by reason.
         metrics: by reason, number of rejected points by metric (the first few metrics only).
         parts: what it consists of, if it can be divided.
+        phases: points of phases.
     """
 
     blocks: tuple[PointBlock, ...]
@@ -176,6 +187,7 @@ class DecodedRequest(NamedTuple):
     rejected: Mapping[str, int]
     metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})
     parts: tuple[RequestPart, ...] = ()
+    phases: tuple[PhasePoint, ...] = ()
 
     def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:
         """Returns the parts of the request's bytes that may be needed for waiting points.
