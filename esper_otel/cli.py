@@ -75,6 +75,11 @@ _COMMANDS = {
         "show what happened in a run: one page and tables, from a black box or a gateway",
         "esper-otel report /tmp/esper-otel-1000/digits-7-0-1790000000000-KeyError.esper.jsonl.gz",
     ),
+    "compare": _Command(
+        "esper_otel.compare.command",
+        "compare two runs, and fail if one has become worse: a gate for continuous integration",
+        'esper-otel compare digits-8 digits-7 --fail-if "step_latency_ms.p50 > 1.05x"',
+    ),
     "run": _Command(
         "esper_otel.integrations.command",
         "run an unmodified training script and send the metrics that can be measured from outside",

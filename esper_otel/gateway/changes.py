@@ -1,4 +1,4 @@
-"""Changes: which runs have received something since the live page last asked."""
+"""Changes: which runs have received something since a reader last asked."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ class ChangedRuns:
     def __init__(self) -> None:
         self._runs: set[str] = set()
         self._are_all = False
+        self._followers: list[ChangedRuns] = []
+
+    def follower(self) -> ChangedRuns:
+        """Returns an object for a further reader, which hears of the same changes."""
+        made = ChangedRuns()
+        self._followers.append(made)
+        return made
 
     def note(self, run_ids: Iterable[str]) -> None:
         """Records that these runs have changed."""
+        run_ids = tuple(run_ids) if self._followers else run_ids
+        for follower in self._followers:
+            follower.note(run_ids)
         self._runs.update(run_ids)
         if len(self._runs) > _MOST:
             self._runs.clear()

@@ -16,6 +16,8 @@ from typing import TypedDict
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.notify.notifier import Notifier
+from esper_otel.gateway.notify.webhook import targets_of
 from esper_otel.gateway.oona_source import GatewaySource
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.security import Certificates, Tokens, check_exposure, is_loopback
@@ -74,6 +76,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_packet_arguments(parser)
     parser.set_defaults(idle_s=math.inf)
+    _add_listeners(parser)
+
+
+def _add_listeners(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for those who hear of runs without asking: people and the Esper bus."""
+    told = parser.add_argument_group("who is told")
+    told.add_argument(
+        *("--notify",),
+        action="append",
+        default=[],
+        metavar="URL",
+        help="webhook for urgent signals, ends of runs, and runs that fall silent: JSON; slack+URL and "
+        "alertmanager+URL for their forms; may be repeated",
+    )
+    told.add_argument(
+        *("--notify-file",),
+        type=Path,
+        metavar="FILE",
+        help="file with such URLs, one per line; every user of the machine could see an argument",
+    )
     oona = parser.add_argument_group("the Esper bus")
     oona.add_argument("--oona", metavar="URL", help="publish the packets on this Redis: redis://HOST:PORT/0")
     oona.add_argument(
@@ -164,9 +186,11 @@ async def _serve(options: argparse.Namespace) -> int:
     ports = ports_of(options)
     kept = "memory" if options.store is None else str(options.store)
     password = _password_of(options)
+    targets = targets_of(options.notify, options.notify_file)
     core = core_of(options)
     async with Gateway(core, ports) as gateway:
         sparing = asyncio.create_task(_spare_stored())
+        notifier = Notifier(core, targets, core.notices) if targets else None
         publisher = None
         if options.oona is not None:
             publisher = Publisher(GatewaySource(core), options.oona, password=password)
@@ -175,6 +199,8 @@ async def _serve(options: argparse.Namespace) -> int:
             await until_told(gateway, f"steps are kept in {kept}", as_json=options.json, idle_s=options.idle_s)
         finally:
             sparing.cancel()
+            if notifier is not None:
+                await notifier.close(2.0)
             if publisher is not None:
                 await asyncio.to_thread(publisher.close, 2.0)
     counted = (

@@ -145,6 +145,7 @@ class Core:
         self._hours = Hours(store, store.folder if isinstance(store, FileStore) else None, self._warnings)
         self.changed = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
+        self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason

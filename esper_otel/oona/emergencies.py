@@ -66,13 +66,10 @@ class Emergencies:
         time_s = state.timestamp_ns / 1e9
         sender = Sender(packets.rank, packets.attempt, packets.writer)
         urgent = set()
-        found: list[Signal] = []
         for packet in packets.telemetry:
-            if packet.packet_id == events_id:
-                found += _of_events(packets, packet)
-            elif self._has_begun(packet, sender, packets.step, time_s):
+            if packet.packet_id != events_id and self._has_begun(packet, sender, packets.step, time_s):
                 urgent.add(packet.packet_id)
-        changes = self._episodes.note(packets.step, found, time_s=time_s, sender=sender)
+        changes = self._episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
         if any(change.kind != "left" and change.episode.level in _URGENT for change in changes):
             urgent.update((state.packet_id, events_id))
         return frozenset(urgent)
@@ -96,11 +93,12 @@ def _key(packets: Packets) -> _Key:
     return packets.attempt, packets.writer, packets.state.packet_id, packets.revision
 
 
-def _of_events(packets: Packets, packet: messages.TelemetryPacket) -> list[Signal]:
-    """Returns the risk signals of a step's packet of events, and its other events that are urgent."""
+def urgent_signals(packets: Packets) -> list[Signal]:
+    """Returns the risk signals of a step, and its other events that are urgent, as signals."""
     found = list(signals_of(packets))
     names = {signal.name for signal in found}
-    for event in packet.events:
+    events_id = f"{packets.state.packet_id}-events"
+    for event in (each for packet in packets.telemetry if packet.packet_id == events_id for each in packet.events):
         priority = priority_of(event)
         if event.description not in names and priority >= messages.MessagePriority.MESSAGE_PRIORITY_HIGH:
             is_high = priority == messages.MessagePriority.MESSAGE_PRIORITY_HIGH

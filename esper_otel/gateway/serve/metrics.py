@@ -44,6 +44,12 @@ _GAUGES = (
     _Own("unsaved_steps", "gauge", "Steps that have not been stored yet."),
 )
 
+_NOTICES = (
+    _Own("sent", "counter", "Notices that a webhook has taken."),
+    _Own("dropped", "counter", "Notices that were dropped: refused for good, or too many waited."),
+    _Own("failures", "counter", "Requests to a webhook that failed or were refused."),
+)
+
 
 def prometheus_text(core: Core) -> str:
     """Returns every metric with its help and type; counters start at 0."""
@@ -71,6 +77,9 @@ def prometheus_text(core: Core) -> str:
             name = f"esper_gateway_oona_{own.name}_total"
             count = core.publisher.counts[own.name]
             lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {count}"]
+    for own in _NOTICES:
+        name = f"esper_gateway_notices_{own.name}_total"
+        lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {core.notices[own.name]}"]
     for name, text, reasons, counted in (
         ("rejected_points", "Points refused permanently, by reason.", REASONS, core.rejected),
         ("refused_requests", "Requests refused permanently, by reason.", REFUSED, core.refused),

@@ -1,0 +1,1 @@
+"""The command ``compare``: a gate between two runs, for continuous integration."""

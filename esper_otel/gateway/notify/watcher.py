@@ -1,0 +1,204 @@
+"""Watches the runs of a gateway, and makes notices of what begins, gets worse, and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from esper_otel.errors import GatewayError
+from esper_otel.frames.frame import FINE
+from esper_otel.gateway.changes import ChangedRuns
+from esper_otel.gateway.items import RunState
+from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, SILENT, Notice
+from esper_otel.gateway.notify.webhook import Webhook
+from esper_otel.gateway.store.base import StoredPage
+from esper_otel.leyline.episodes import Change, Episode, Episodes, Sender
+from esper_otel.leyline.packets import Page
+from esper_otel.log import Warnings
+from esper_otel.oona.emergencies import urgent_signals
+from esper_otel.text import printable
+
+_EVERY_S = 1.0
+_ALL_EVERY_S = 5.0  # a run that falls silent says nothing
+_AT_ONCE = 256
+_MOST_RUNS = 10_000
+_URGENT = ("HIGH", "CRITICAL")
+
+
+class KnownRun(Protocol):
+    """What is known of a run; see ``core``."""
+
+    @property
+    def states(self) -> Sequence[RunState]:
+        """The state of each writer, in order."""
+
+    @property
+    def outcome(self) -> str | None:
+        """How the whole run ended; None while it has not."""
+
+
+class Runs(Protocol):
+    """Where runs are known; see ``core``."""
+
+    changed: ChangedRuns
+
+    def known_runs(self) -> set[str]:
+        """Returns the ids of all runs."""
+
+    def state_of(self, run_id: str) -> KnownRun:
+        """Returns what is known of a run."""
+
+    def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
+        """Returns the stored entries after a cursor."""
+
+    def last_number(self, run_id: str, rank: int) -> int:
+        """Returns the number of the newest entry of a rank; 0 if there is none."""
+
+    async def packets(self, run_id: str, cursor: str, most: int) -> Page:
+        """Returns the steps after a cursor."""
+
+
+class _Followed:
+    """A run that is watched."""
+
+    __slots__ = ("announced", "cursor", "episodes", "state")
+
+    def __init__(self, cursor: str, state: str) -> None:
+        self.cursor = cursor
+        self.state = state
+        self.episodes = Episodes()
+        self.announced: dict[int, None] = {}
+
+
+class Watcher:
+    """Makes notices of risk signals of level HIGH and CRITICAL, of ends of runs, and of runs that fall silent.
+
+    Nothing is said about what was stored before the watcher began; a signal that still goes on then is said once more.
+
+    Args:
+        runs: the runs.
+        webhooks: where notices go.
+    """
+
+    def __init__(self, runs: Runs, webhooks: Iterable[Webhook]) -> None:
+        self._runs = runs
+        self._webhooks = tuple(webhooks)
+        self._changed = runs.changed.follower()
+        self._followed: dict[str, _Followed] = {}
+        self._all_s = -math.inf
+        self._warnings = Warnings()
+        for run_id in runs.known_runs():
+            self._followed[run_id] = _Followed(self._newest(run_id), _state(runs.state_of(run_id)))
+
+    async def run(self) -> None:
+        """Watches until it is cancelled."""
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            try:
+                await self.look()
+            except Exception as error:  # noqa: BLE001 - the gateway must go on
+                self._warnings.say("watching", "watching runs failed (%s)", type(error).__name__, exc_info=error)
+
+    async def look(self) -> None:
+        """Looks at the runs that have changed since the last call, and every five seconds at all."""
+        changed, known = self._changed.taken(), self._runs.known_runs()
+        now_s = time.monotonic()
+        if changed is None or now_s - self._all_s >= _ALL_EVERY_S:
+            self._all_s, changed = now_s, known
+            self._followed = {run_id: each for run_id, each in self._followed.items() if run_id in known}
+        for run_id in sorted(changed & known):
+            if run_id not in self._followed and len(self._followed) >= _MOST_RUNS:
+                self._warnings.say("too many", "more than %d runs: no notices are made for the others", _MOST_RUNS)
+                continue
+            await self._look_at(run_id, self._followed.setdefault(run_id, _Followed("", "")))
+            await asyncio.sleep(0)
+
+    async def _look_at(self, run_id: str, followed: _Followed) -> None:
+        while page := await self._page(run_id, followed):
+            for packets in page:
+                sender = Sender(packets.rank, packets.attempt, packets.writer)
+                time_s = packets.state.timestamp_ns / 1e9
+                changes = followed.episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
+                self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)))
+            followed.cursor = page.cursor
+        before, followed.state = followed.state, _state(self._runs.state_of(run_id))
+        now_ms = time.time_ns() // 1_000_000
+        if followed.state not in {before, "", SILENT}:  # how it ended
+            self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
+            self._put([_end(run_id, followed.state, now_ms)])
+        elif followed.state == SILENT and before == "":
+            self._put([Notice(SILENT, run_id, now_ms, f"run {printable(run_id)} has sent nothing for a minute")])
+        if before == SILENT and followed.state != SILENT:
+            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} sends again")])
+
+    async def _page(self, run_id: str, followed: _Followed) -> Page | None:
+        try:
+            return await self._runs.packets(run_id, followed.cursor, _AT_ONCE)
+        except GatewayError:  # dropped, or its store was replaced
+            followed.cursor = ""
+            return None
+
+    def _signals(self, run_id: str, followed: _Followed, changes: Iterable[Change], time_ms: int) -> Iterable[Notice]:
+        for kind, episode in changes:
+            is_known = episode.number in followed.announced
+            if kind == "left" and is_known:
+                del followed.announced[episode.number]
+                yield _of_signal(run_id, LEFT, episode, time_ms)
+            elif kind != "left" and episode.level in _URGENT:
+                followed.announced[episode.number] = None
+                yield _of_signal(run_id, ESCALATED if is_known else ENTERED, episode, time_ms)
+
+    def _put(self, notices: Iterable[Notice]) -> None:
+        some = list(notices)
+        for webhook in self._webhooks if some else ():
+            webhook.put(some)
+
+    def _newest(self, run_id: str) -> str:
+        """Returns the cursor after the newest step that is stored."""
+        try:
+            life = self._runs.entries(run_id, "", 1).cursor.rpartition(":")[0]
+        except GatewayError:
+            return ""
+        ranks = {state.origin.rank for state in self._runs.state_of(run_id).states}
+        return f"{life}:{max((self._runs.last_number(run_id, rank) for rank in ranks), default=0)}"
+
+
+def _state(known: KnownRun) -> str:
+    """Returns how a run ended, ``run_silent``, or nothing."""
+    if known.outcome is not None:
+        return known.outcome
+    unended = [state for state in known.states if state.ended is None]
+    return SILENT if unended and all(state.is_silent for state in unended) else ""
+
+
+def _end(run_id: str, outcome: str, time_ms: int) -> Notice:
+    how = "has completed" if outcome == "completed" else f"has ended: {outcome}"
+    failed = "" if outcome in FINE else " (failed)"
+    return Notice(ENDED, run_id, time_ms, f"run {printable(run_id)} {how}{failed}", reason=outcome)
+
+
+def _of_signal(run_id: str, event: str, episode: Episode, time_ms: int) -> Notice:
+    sender = episode.sender
+    rank = f", rank {sender.rank}" if sender.rank else ""
+    reason = f": {episode.reason}" if episode.reason else ""
+    what = {
+        ENTERED: f"{episode.name} began in step {episode.first}{reason}",
+        ESCALATED: f"{episode.name} is worse, step {episode.worst_step}{reason}",
+        LEFT: f"{episode} is over",
+    }[event]
+    step = episode.last if event == LEFT else episode.first if event == ENTERED else episode.worst_step
+    return Notice(
+        *(
+            event,
+            run_id,
+            time_ms,
+            f"run {printable(run_id)}{rank}: {episode.level} {what}",
+            sender.rank,
+            sender.attempt,
+            step,
+        ),
+        *(episode.name, episode.level, episode.worst, episode.reason),
+    )

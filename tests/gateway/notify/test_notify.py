@@ -1,0 +1,180 @@
+"""``--notify``: a real gateway, real runs, and a webhook that is away, busy, or refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from gateways import RunningGateway
+from programs import until
+
+import esper_otel
+from esper_otel.cli import main
+from esper_otel.errors import ConfigurationError
+from esper_otel.gateway.notify.notice import ENDED, ENTERED, ESCALATED, LEFT, Alerts, Notice, as_slack
+from esper_otel.gateway.notify.webhook import Target, Webhook
+from esper_otel.settings import EsperSettings
+
+
+class Hook:
+    """A webhook on loopback. ``answers`` are the next statuses; afterwards 200."""
+
+    def __init__(self) -> None:
+        self.answers: list[int] = []
+        self.taken: list[Any] = []
+        self.seen = 0
+
+    def notices(self, run_id: str) -> list[dict[str, Any]]:
+        return [each for body in self.taken for each in body["notices"] if each["run_id"] == run_id]
+
+    @contextmanager
+    def listening(self) -> Iterator[str]:
+        hook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                hook.seen += 1
+                status = hook.answers.pop(0) if hook.answers else 200
+                if status == 200:
+                    hook.taken.append(body)
+                self.send_response(status)
+                if status == 503:
+                    self.send_header("Retry-After", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/T000/secret"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+def train(run_id: str, *losses: float, fails: bool = False) -> None:
+    with esper_otel.start(run_id=run_id, settings=EsperSettings(export_every_s=0)) as telemetry:
+        for loss in losses:
+            telemetry.record_step({"loss": loss}, epoch=0)
+        if fails:
+            raise RuntimeError
+
+
+def test_people_hear_of_what_begins_and_of_how_runs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = Hook()
+    hook.answers = [503, 302]  # busy once, then a redirect, which is not followed: it would carry the notices elsewhere
+    with hook.listening() as url:
+        file = tmp_path / "urls"
+        file.write_text(f"{url}\n\n")
+        with RunningGateway("--notify-file", str(file), "--store", str(tmp_path / "s")) as gateway:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+            train("lost", 1.0)
+            until("the redirect was answered", lambda: hook.seen >= 2)
+            train("good", 1.0, 0.9, math.nan, *[0.8] * 12)
+            with pytest.raises(RuntimeError):
+                train("bad", 1.0, fails=True)
+            until("all is told", lambda: hook.notices("bad") and any(n["event"] == ENDED for n in hook.notices("good")))
+            text = requests.get(f"http://{gateway.http}/metrics", timeout=30).text
+        assert "secret" not in gateway.said
+        begin, over, end = hook.notices("good")
+        assert (begin["event"], begin["signal"], begin["step"], begin["rank"]) == (ENTERED, "loss_nonfinite", 3, 0)
+        assert begin["level"] == "CRITICAL"
+        assert begin["text"].startswith("run good: CRITICAL loss_nonfinite began in step 3")
+        assert over["event"] == LEFT
+        assert (end["event"], end["reason"], end["text"]) == (ENDED, "completed", "run good has completed")
+        [failed] = hook.notices("bad")
+        assert failed["text"] == "run bad has ended: RuntimeError (failed)"
+        assert not hook.notices("lost")  # refused for good: counted and said
+        assert hook.taken[0]["dropped"] == 1
+        assert "\nesper_gateway_notices_dropped_total 1\n" in text
+        assert "\nesper_gateway_notices_sent_total 4\n" in text
+        before = len(hook.taken)
+        with RunningGateway("--notify", url, "--store", str(tmp_path / "s")) as gateway:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+            train("next", 1.0)
+            until("the next run is told", lambda: len(hook.taken) > before)
+        told = {each["run_id"] for body in hook.taken[before:] for each in body["notices"]}
+        assert told == {"next"}  # what was stored before is not told again
+
+
+def notice(event: str, level: str = "HIGH", text: str = "t", run_id: str = "r") -> Notice:
+    return Notice(event, run_id, 1_790_000_000_000, text, 1, 1, 7, "hook_budget", level, 2.0)
+
+
+def test_too_many_notices_are_bounded_and_said() -> None:
+    hook, counts = Hook(), Counter[str]()
+    with hook.listening() as url:
+
+        async def flood() -> None:
+            webhook = Webhook(Target.of(url, "--notify"), counts, every_s=0.0)
+            for at in range(1500):
+                webhook.put([notice(ENTERED, run_id=str(at))])
+            await webhook.close(30.0)
+
+        asyncio.run(flood())
+    found = [each["run_id"] for body in hook.taken for each in body["notices"]]
+    assert found == [str(at) for at in range(500, 1500)]  # the newest, in order
+    assert [body["dropped"] for body in hook.taken] == [500, *[0] * 9]
+    assert counts == {"sent": 1000, "dropped": 500}
+
+
+def test_alertmanager_is_told_what_goes_on_and_what_is_over() -> None:
+    """An escalated alert keeps the labels that identify it, so that its end is the end of the one that began."""
+    alerts = Alerts()
+    [begun] = alerts.of([notice(ENTERED)])
+    [worse] = alerts.of([notice(ESCALATED, "CRITICAL", "worse")])
+    assert begun["labels"] == worse["labels"]
+    assert begun["labels"] == {
+        "alertname": "EsperSignal",
+        "run_id": "r",
+        "signal": "hook_budget",
+        "rank": "1",
+        "severity": "warning",
+    }
+    assert worse["annotations"] == {"summary": "worse"}
+    assert alerts.active() == [worse]
+    [over] = alerts.of([notice(LEFT, "CRITICAL")])
+    assert over["labels"] == begun["labels"]
+    assert over["endsAt"] == "2026-09-21T14:13:20.000Z"
+    assert not alerts.active()
+    assert not alerts.of([Notice(ENDED, "r", 0, "t", reason="completed")])
+    assert len(alerts.of([Notice(ENDED, "r", 0, "t", reason="RuntimeError")])) == 1
+
+
+def test_text_from_outside_is_escaped_for_slack() -> None:
+    assert as_slack([notice(ENTERED, text="<!channel> & \x1b[31m")], 3) == {
+        "text": "&lt;!channel&gt; &amp; \\x1b[31m\n3 earlier notices were dropped"
+    }
+
+
+@pytest.mark.parametrize("url", ["ftp://secret", "hooks/secret", "slack+secret", "http://", "http://x:99999999/secret"])
+def test_a_target_that_cannot_be_used_is_refused_without_its_secret(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["gateway", "--notify", url, "--grpc", "127.0.0.1:0", "--http", "none"]) == 2
+    said = capsys.readouterr().err
+    assert "--notify: give http://... or https://..." in said
+    assert "secret" not in said
+
+
+def test_targets() -> None:
+    assert Target.of("slack+https://hooks/x", "o") == Target("https://hooks/x", "slack")
+    assert Target.of("alertmanager+http://am:9093/", "o").url == "http://am:9093/api/v2/alerts"
+    assert Target.of("https://example/a+b", "o") == Target("https://example/a+b", "")
+    with pytest.raises(ConfigurationError, match="--notify-file"):
+        Target.of("nothing", "--notify-file f")
