@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -108,6 +109,17 @@ class _Batches:
             earlier.add(mean)
 
 
+def _weakly(loop: Loop) -> Callable[[], int | None]:
+    """Returns what says which step the loop is in, without keeping the loop alive."""
+    reference = weakref.ref(loop)
+
+    def inside() -> int | None:
+        found = reference()
+        return None if found is None else found.step_inside()
+
+    return inside
+
+
 class Loop:
     """Turns the events of a loop into recorded steps. Threads: the training thread.
 
@@ -121,12 +133,16 @@ class Loop:
 
     Attributes:
         has_stepped: whether the optimizer has stepped since the last recorded step.
+        phases: times the session's phases.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
+        self.phases = telemetry._recorder.phases  # noqa: SLF001 - same package
+        self.phases.inside = _weakly(self)
         self.has_stepped: bool = False
         self._asked_s: float | None = None
+        self._asked_mark_s = 0.0
         self._earlier: _Batches | None = None
         self._now = _Batches()
 
@@ -140,9 +156,14 @@ class Loop:
         """Whether a batch has arrived since the last recorded step."""
         return self._now.began_s is not None
 
+    def step_inside(self) -> int | None:
+        """Returns the number of the step that is in progress; None between steps."""
+        return self.phases.next_step if self._now.began_s is not None and self._now.over_s is None else None
+
     def wait(self) -> None:
         """The loop requests a batch. If the optimizer has stepped, the step is over; ``put`` still applies to it."""
         self._asked_s = time.perf_counter()
+        self._asked_mark_s = self.phases.mark() if self.phases.has_any else 0.0
         if self.has_stepped and self._now.over_s is None:
             self._now.over_s = self._asked_s
 
@@ -150,6 +171,8 @@ class Loop:
         """The batch has arrived. It begins a step unless one is in progress."""
         now_s = time.perf_counter()
         waited_s = 0.0 if self._asked_s is None else now_s - self._asked_s
+        if waited_s and self.phases.has_any:
+            waited_s = self.phases.waited(waited_s, self._asked_mark_s)
         self._asked_s = None
         if self._now.began_s is not None and not self.has_stepped:
             self._set_aside()

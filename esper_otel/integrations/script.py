@@ -38,6 +38,7 @@ def attach(log: str) -> None:
     script = Script()
     sys.meta_path.insert(0, _OnImport("torch", script.follow))
     sys.meta_path.insert(0, _OnImport("accelerate.data_loader", script.follow_accelerate))
+    sys.meta_path.insert(0, _OnImport("accelerate.accelerator", script.follow_saves))
     atexit.register(script.say_if_idle)
 
 
@@ -116,6 +117,13 @@ class Script:
             follow_accelerate()
 
     @_harmless
+    def follow_saves(self) -> None:
+        """Times the checkpoints that Accelerate saves."""
+        from esper_otel.integrations.saves import follow_accelerate_saves
+
+        follow_accelerate_saves()
+
+    @_harmless
     def say_if_idle(self) -> None:
         """Logs why nothing was recorded."""
         if self._steps is None:
@@ -174,6 +182,7 @@ class Script:
         """Returns the steps. The first call, at the first batch or step, starts the session."""
         if self._steps is None:
             from esper_otel.integrations.loop import Loop
+            from esper_otel.integrations.saves import follow_saves
             from esper_otel.integrations.steps import Steps
             from esper_otel.session.start import start
 
@@ -181,6 +190,7 @@ class Script:
             logger.disabled = False  # the script's logging.config may have disabled all loggers that it does not name
             self._telemetry = start()
             self._steps = Steps(Loop(self._telemetry), self._feed)
+            follow_saves(self._steps.loop.phases)
             atexit.register(self._finish)
         return self._steps
 

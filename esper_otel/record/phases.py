@@ -89,6 +89,7 @@ class Phases:
 
     Attributes:
         log: the log.
+        has_any: whether a phase has ever begun.
         follows_steps: whether ``step_opens`` and ``step_ended`` are to be called.
         closed_s: seconds that the recording thread has spent in phases that have ended, each moment counted once.
         inside: returns the number of the step that a loop is in without having opened it; see ``Loop``.
@@ -97,6 +98,7 @@ class Phases:
     def __init__(self, log: PhaseLog, clock: Clock, recorder: Recorder, began_unix_ns: int | None) -> None:
         self.log = log
         self.closed_s: float = 0.0
+        self.has_any: bool = False
         self.follows_steps: bool = True  # until the first step, for start-up; then only inside phases
         self.inside: Callable[[], int | None] = lambda: None
         self._clock = clock
@@ -110,12 +112,13 @@ class Phases:
         self._beside: dict[int, list[_Open]] = {}
 
     @property
-    def has_any(self) -> bool:
-        """Whether a phase has begun."""
-        return bool(self._open) or self.closed_s > 0.0
+    def next_step(self) -> int:
+        """The number that the next step gets, unless it is given another one."""
+        return self._recorder.highest_step + 1
 
     def enter(self, name: str, owner: object) -> None:
         """Begins a phase."""
+        self.has_any = True
         thread, start_ns = threading.get_ident(), self._clock.now_ns()
         if thread != self._thread:
             self._beside.setdefault(thread, []).append(_Open(name, owner, start_ns, None))
@@ -183,20 +186,25 @@ class Phases:
         self._step_in = None
         around.inner_ns += max((ended_s or opened_s) - opened_s, 0.0) * 1e9
 
-    def waited(self, seconds: float, closed_s: float) -> float:
+    def mark(self) -> float:
+        """Returns how long the recording thread has been in phases, in seconds; for ``waited``."""
+        open_ns = self._clock.now_ns() - self._open[0].start_ns if self._open else 0
+        return self.closed_s + open_ns / 1e9
+
+    def waited(self, seconds: float, mark_s: float) -> float:
         """Returns how much of a wait for input that has just ended is the next step's, in seconds.
 
         Args:
             seconds: the length of the wait.
-            closed_s: ``closed_s`` when it began. Phases inside the wait are not part of it.
+            mark_s: ``mark()`` when it began. Phases inside the wait are not part of it.
         """
         if threading.get_ident() != self._thread:
             return seconds
-        seconds = max(seconds - (self.closed_s - closed_s), 0.0)
-        if self._open:
-            if any(each.name in _WITHOUT_TRAINING for each in self._open):
-                return 0.0
-            self._open[-1].inner_ns += seconds * 1e9
+        if not self._open or self._clock.now_ns() - self._open[0].start_ns < seconds * 1e9:
+            return max(seconds - (self.mark() - mark_s), 0.0)
+        if any(each.name in _WITHOUT_TRAINING for each in self._open):
+            return 0.0
+        self._open[-1].inner_ns += seconds * 1e9
         return seconds
 
     def _started_up(self, before_ns: float) -> None:

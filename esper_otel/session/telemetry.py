@@ -56,15 +56,16 @@ class _Waits:
 
     def asks(self, taker: object) -> None:
         """See ``Listener``."""
-        self._asked_s[id(taker)] = time.perf_counter(), self._phases.closed_s
+        phases = self._phases
+        self._asked_s[id(taker)] = time.perf_counter(), phases.mark() if phases.has_any else 0.0
 
     def gets(self, taker: object, _batch: object) -> None:
         """See ``Listener``."""
         now_s = time.perf_counter()
-        asked_s, closed_s = self._asked_s.pop(id(taker), (now_s, self._phases.closed_s))
+        asked_s, mark_s = self._asked_s.pop(id(taker), (now_s, 0.0))
         if threading.get_ident() == self._thread:
-            waited_s = self._phases.waited(now_s - asked_s, closed_s) if self._phases.has_any else now_s - asked_s
-            self._waited(waited_s * 1e3)
+            waited_s = now_s - asked_s
+            self._waited((self._phases.waited(waited_s, mark_s) if self._phases.has_any else waited_s) * 1e3)
 
     def gets_nothing(self, taker: object) -> None:
         """See ``Listener``."""
