@@ -27,6 +27,12 @@ def title(part: str) -> str:
     return part.replace("_", " ")
 
 
+def said(bar: Bar) -> str:
+    """Returns the wall time and the productive share."""
+    attempts = "1 attempt" if bar.attempts == 1 else f"{bar.attempts} attempts"
+    return f"{duration(bar.wall_ms)} in {attempts}, {bar.share(PRODUCTIVE):.1%} productive"
+
+
 def hours_lines(hours: RunHours) -> Iterator[str]:
     """Yields the bar of the run and, if there are several ranks, of each rank."""
     yield from bar_lines(hours.run)
@@ -38,8 +44,7 @@ def hours_lines(hours: RunHours) -> Iterator[str]:
 
 def bar_lines(bar: Bar) -> Iterator[str]:
     """Yields the wall time and the productive share, then a line for each part."""
-    attempts = "1 attempt" if bar.attempts == 1 else f"{bar.attempts} attempts"
-    yield f"{duration(bar.wall_ms)} in {attempts}, {bar.share(PRODUCTIVE):.1%} productive"
+    yield said(bar)
     longest = max(map(len, bar.parts), default=0)
     for part, spent_ms in bar.parts.items():
         share = bar.share(part)

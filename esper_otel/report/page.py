@@ -11,6 +11,7 @@ from typing import Any
 
 from esper_otel.charts.document import Page, document
 from esper_otel.charts.groups import described
+from esper_otel.charts.hours import hours_html
 from esper_otel.charts.thinned import Step, Thinned
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
@@ -47,6 +48,9 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     above = [f"<h1>{_shown(' and '.join(names))}</h1>", *map(_about, both, names if other else [""])]
     for each, name in zip(both, names, strict=True):
         above.append(_answers(name if other else "", findings(each)))
+        if each.hours is not None and each.hours.run.parts:
+            of_name = f"<h2>{_shown(name)}</h2>" if other else ""
+            above.append(f"<section>{of_name}{hours_html(each.hours)}</section>")
     if other is not None:
         above.append(_answers(f"{names[0]} and {names[1]}", compared(recording, other)))
     below = []

@@ -6,7 +6,7 @@ import math
 import time
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.frames import black_box as blackbox
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.parts.senders import is_valid
@@ -96,6 +97,7 @@ class Recording:
         source: identifies the recording uniquely; usable as a file name.
         device: type of the device that trains, such as ``cuda``; empty if it is not known.
         about: what else is known of the run, as pairs of a name and a text: its host, revision, settings, attempts.
+        hours: where the hours of the run went; None if that is not known, as in a black box.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Recording:
     source: str
     device: str = ""
     about: tuple[tuple[str, str], ...] = ()
+    hours: RunHours | None = field(default=None, compare=False)
 
     @property
     def title(self) -> str:
@@ -205,7 +208,16 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
     return Recording(
         *(_clean_text(run_id), rank, attempt, outcome, tuple(rows), source, device),
         about=tuple((name, _clean_text(text)) for name, text in about),
+        hours=_hours(client, run_id),
     )
+
+
+def _hours(client: TamiyoClient, run_id: str) -> RunHours | None:
+    """Returns where the hours of the run went; None if the gateway cannot say, as one of an older version."""
+    try:
+        return client.hours(run_id)
+    except GatewayError:
+        return None
 
 
 def _attempt(run: RunInfo) -> str:
