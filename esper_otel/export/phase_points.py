@@ -13,11 +13,11 @@ from esper_otel.schema import Metric
 PHASE_SCOPE = "esper_otel.phases"
 _MOST_PHASES = 1_000
 _MOST_BYTES = 400_000  # of the 4 MiB of a request; see ``encode``
-_POINT_BYTES, _POINTS = 64, 6
+_POINT_BYTES, _POINTS = 64, 7
 
 
 def phase_scope(phases: Sequence[Phase], catalogue: Mapping[str, Metric], start_unix_ns: int) -> ScopeMetrics:
-    """Returns the points of phases: for each, up to six, at the time of its end.
+    """Returns the points of phases: for each, up to seven, at the time of its end.
 
     Args:
         phases: the phases, oldest first, at least one.
@@ -45,6 +45,7 @@ def _numbers(phases: Iterable[Phase]) -> dict[str, list[tuple[Phase, float]]]:
             "esper.phase.inside_ms": phase.inside_ms,
             "esper.phase.length_ms": phase.length_ms,
             "esper.phase.own_ms": phase.own_ms,
+            "esper.phase.step_ms": None if phase.step is None else phase.own_ms,
             "esper.phase.number": phase.number,
             "esper.phase.step": phase.step,
         }

@@ -734,6 +734,14 @@ PHASES: tuple[Metric, ...] = (
         present="With each point of esper.phase_ms.",
     ),
     Metric(
+        "esper.phase.step_ms",
+        "ms",
+        "The esper.phase.own_ms of a phase that lay inside a step, and is therefore also part of its latency.",
+        level="session",
+        split_by="phase",
+        present="With the points of phases inside steps.",
+    ),
+    Metric(
         "esper.phase.number",
         "count",
         "Number of a phase within (attempt, rank): 1, 2, ... without holes, over all names.",
