@@ -78,6 +78,7 @@ MAY_IMPORT = {
 OWNERS = {
     "torch": ("record/", "derive/", "probes/cuda.py", "demo/", "integrations/"),
     "pynvml": ("probes/nvml.py",),
+    "amdsmi": ("probes/amd.py",),
     "psutil": ("probes/machine.py",),
     "sklearn": ("demo/",),
     "rich": ("schema/command.py", "demo/"),

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from gateways import RunningGateway
 from programs import Redis
 
 from esper_otel.cli import _COMMANDS, build_parser
+from esper_otel.probes.installed import GROUP, installed_probes
+from esper_otel.probes.probe import names_of
 from esper_otel.testing import MemoryCollector, Point
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +139,15 @@ def test_phases_arrive_with_their_times(ran: Ran) -> None:
     program = [point for point in ran[1].points() if point.name == "esper.phase.number"]
     names = [point.attributes["phase"] for point in program if point.resource["esper.run.id"] == "digits-7"]
     assert [name for name in names if name != "start_up"] == ["evaluation", "checkpoint"] * 2
+
+
+def test_the_probe_of_the_guide_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the entry point that the guide shows."""
+    (tmp_path / "acme_probe.py").write_text(EXAMPLES["probe"], encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    [line] = re.findall(r'^acme = "(.*)"$', PAGES["docs/how-to/own-metrics.md"], re.MULTILINE)
+    [probe] = installed_probes(lambda: "xpu:0", found=[EntryPoint("acme", line, GROUP)])
+    assert probe.sample().keys() == set(names_of(probe))
 
 
 def test_the_packets_are_printed_as_the_readme_says(ran: Ran) -> None:

@@ -45,6 +45,9 @@ class InstrumentedSession(Protocol):
     def newest_frame(self) -> Frame | None:
         """Returns the newest frame; None before the first frame, when the newest is stale, and in a forked child."""
 
+    def probed(self) -> Mapping[str, float]:
+        """Returns the probes' fresh readings, which are not all in every frame."""
+
     def counts(self) -> Mapping[tuple[str, str], float]:
         """Returns the session's own metrics by name and part; the part is empty for a metric that is not split."""
 
@@ -166,7 +169,7 @@ class Instruments:
                 unshown += 1
             else:
                 seeds.setdefault(part, []).append(({**attributes, "seed_id": seed_id}, cells))
-        values = {**frame.values(), "esper.seeds.digest": digest_of(frame.live.ids)}
+        values = {**source.probed(), **frame.values(), "esper.seeds.digest": digest_of(frame.live.ids)}
         return _Reading(values, seeds, {**counts, _UNSHOWN: unshown}, attributes)
 
     def _look_ahead(self) -> None:

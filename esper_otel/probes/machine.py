@@ -79,7 +79,7 @@ class HostCpu:
         """See ``Probe``. Nothing to release."""
 
     def _moment(self) -> _Moment:
-        psutil = _psutil()
+        psutil = loaded_psutil()
         times = psutil.cpu_times(percpu=True)
         allowed = frozenset(cpu for cpu in self._allowed() if cpu < len(times)) or frozenset(range(len(times)))
         quota = cpu_quota(self._root)
@@ -111,7 +111,7 @@ class HostMemory:
             raise NotYet("the training device is not known yet")
         if name.partition(":")[0] != "cpu":
             raise ProbeUnavailable(f"training runs on {name}: host memory is not device memory")
-        host = _psutil().virtual_memory()
+        host = loaded_psutil().virtual_memory()
         limits = memory_limits(self._root)
         return {
             "esper.device.memory_total_gb": min([host.total, *(limit.total for limit in limits)]) / _GIB,
@@ -122,7 +122,12 @@ class HostMemory:
         """See ``Probe``. Nothing to release."""
 
 
-def _psutil() -> ModuleType:
+def loaded_psutil() -> ModuleType:
+    """Returns psutil.
+
+    Raises:
+        ProbeUnavailable: it is not installed.
+    """
     try:
         import psutil
     except ImportError as error:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from esper_otel.errors import ProbeUnavailable
 from esper_otel.log import Warnings, logger
 from esper_otel.native import threads
-from esper_otel.probes.probe import NotYet, Probe
+from esper_otel.probes.probe import NotYet, OtherHardware, Probe, names_of
 
 _FRESH_PERIODS = 3
 _LONGEST_PAUSE_S = 60.0
@@ -18,26 +18,56 @@ _FOREVER_S = float("inf")
 
 
 class _Answer(NamedTuple):
-    """The last result of a probe: readings, or the reason why there are none."""
+    """The last result of a probe: readings, or the reason why there are none.
+
+    ``is_elsewhere``: the machine has no such hardware, so that the reason of another probe says more.
+    """
 
     readings: Mapping[str, float]
     at_s: float
     reason: str = ""
     is_failure: bool = False
+    is_elsewhere: bool = False
+    news: _News | None = None
 
 
-class _Shown(NamedTuple):
-    """The readings that are fresh until ``until_s``."""
+class _News:
+    """Readings that are handed out only once."""
 
-    readings: Mapping[str, float]
-    until_s: float
+    __slots__ = ("is_taken", "readings")
+
+    def __init__(self, readings: Mapping[str, float]) -> None:
+        self.readings = readings
+        self.is_taken = False
+
+
+class _Shown:
+    """The readings that are fresh until ``until_s``, and the news among the answers, until they are taken."""
+
+    __slots__ = ("news", "readings", "until_s")
+
+    def __init__(self, readings: Mapping[str, float], until_s: float, news: tuple[_News, ...] = ()) -> None:
+        self.readings = readings
+        self.until_s = until_s
+        self.news = news
+
+    def taken(self) -> Mapping[str, float]:
+        """Returns the readings with the news, which are then no longer new."""
+        news, self.news = self.news, ()
+        found = dict(self.readings)
+        for each in news:
+            if not each.is_taken:
+                each.is_taken = True
+                found.update(each.readings)
+        return found
 
 
 class Sampler:
     """Samples each probe on a thread of its own, so that a probe that hangs does not delay the others.
 
     A probe that fails is sampled less and less often, down to once a minute, and at the normal rate again when it
-    works. Readings older than three periods are left out.
+    works. Readings older than three periods are left out. Those of a probe with ``once`` are in the first readings
+    after each sample and in no others.
 
     Threads: ``readings`` and ``absent`` may be called from any thread. They take no lock, because a forked child lacks
     the sampler's threads that would release it. While nothing has expired, ``readings`` only compares two times.
@@ -88,18 +118,26 @@ class Sampler:
     def readings(self, now_s: float) -> Mapping[str, float]:
         """Returns the readings that are fresh at ``now_s`` of the clock; the same object until the next sample."""
         shown = self._shown
-        return shown.readings if now_s < shown.until_s else self._fresh(now_s).readings
+        if now_s >= shown.until_s:
+            shown = self._fresh(now_s)
+        return shown.taken() if shown.news else shown.readings
+
+    def latest(self) -> dict[str, float]:
+        """Returns all fresh readings, those that ``readings`` hands out once included, without taking them."""
+        now_s = self._clock()
+        fresh = [answer.readings for answer in self._answers if self._is_fresh(answer, now_s)]
+        return {name: value for readings in fresh for name, value in readings.items()}
 
     def absent(self) -> dict[str, str]:
         """Returns the reason for each metric of the probes that has no fresh reading."""
         now_s = self._clock()
-        shown = self.readings(now_s)
-        return {
-            name: self._reason(place, now_s)
-            for place, probe in enumerate(self._probes)
-            for name in probe.gives
-            if name not in shown
-        }
+        there = self.latest()
+        found: dict[str, str] = {}
+        for place, probe in enumerate(self._probes):
+            for name in names_of(probe):
+                if name not in there and not (name in found and self._answers[place].is_elsewhere):
+                    found[name] = self._reason(place, now_s)
+        return found
 
     def _reason(self, place: int, now_s: float) -> str:
         began_s, answer, longest_s = self._began_s[place], self._answers[place], _FRESH_PERIODS * self._period_s
@@ -109,15 +147,22 @@ class Sampler:
             return answer.reason
         return f"the last sample is more than {longest_s:g} s old"
 
+    def _is_fresh(self, answer: _Answer, now_s: float) -> bool:
+        return bool(answer.readings) and now_s < answer.at_s + _FRESH_PERIODS * self._period_s
+
     def _fresh(self, now_s: float) -> _Shown:
         readings: dict[str, float] = {}
+        news: list[_News] = []
         until_s = _FOREVER_S
         for answer in self._answers:
-            stale_at_s = answer.at_s + _FRESH_PERIODS * self._period_s
-            if answer.readings and now_s < stale_at_s:
+            if not self._is_fresh(answer, now_s):
+                continue
+            if answer.news is None:
                 readings.update(answer.readings)
-                until_s = min(until_s, stale_at_s)
-        return _Shown(readings, until_s)
+                until_s = min(until_s, answer.at_s + _FRESH_PERIODS * self._period_s)
+            elif not answer.news.is_taken:
+                news.append(answer.news)
+        return _Shown(readings, until_s, tuple(news))
 
     # -- on the probes' threads ------------------------------------------------------------------------------
 
@@ -137,20 +182,22 @@ class Sampler:
         try:
             probe.close()
         except Exception as error:  # noqa: BLE001 - a driver may raise anything; the probe is not used any more
-            logger.debug("closing the probe of %s: %s: %s", ", ".join(probe.gives), type(error).__name__, error)
+            logger.debug("closing the probe of %s: %s: %s", ", ".join(names_of(probe)), type(error).__name__, error)
 
     def _asked(self, probe: Probe) -> _Answer:
         try:
-            return _Answer(dict(probe.sample()), self._clock())
+            readings = dict(probe.sample())
+            return _Answer(readings, self._clock(), news=_News(readings) if getattr(probe, "once", False) else None)
         except NotYet as error:
             return _Answer({}, self._clock(), str(error))
         except ProbeUnavailable as error:
-            return _Answer({}, self._clock(), str(error), is_failure=True)
+            is_elsewhere = isinstance(error, OtherHardware)
+            return _Answer({}, self._clock(), str(error), is_failure=True, is_elsewhere=is_elsewhere)
         except Exception as error:  # noqa: BLE001 - a driver may raise anything; the thread must go on
             return _Answer({}, self._clock(), f"{type(error).__name__}: {error}; trying again", is_failure=True)
 
     def _tell(self, probe: Probe, before: _Answer, now: _Answer) -> None:
-        names = ", ".join(probe.gives)
+        names = ", ".join(names_of(probe))
         if now.reason == before.reason:
             return
         if not now.reason:

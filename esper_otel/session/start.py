@@ -35,6 +35,7 @@ from esper_otel.leyline.risk import configured
 from esper_otel.log import Warnings, announce
 from esper_otel.native import threads
 from esper_otel.probes import host_and_device_probes
+from esper_otel.probes.probe import Probe
 from esper_otel.probes.sampler import Sampler
 from esper_otel.record.clock import Clock
 from esper_otel.record.device import device_name
@@ -178,7 +179,8 @@ class _Session:
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
         run, self._agreement = _identified(identity)
-        names, processors = _declared(metrics, processors, enriched=self._enriched)
+        probes = host_and_device_probes(self._device) if self._enriched else []
+        names, processors = _declared(metrics, processors, probes, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
         exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
@@ -188,9 +190,7 @@ class _Session:
 
         self._resource_of = resources()
         self._deriver = Deriver(processors, self._fault)
-        self._sampler = (
-            Sampler(host_and_device_probes(self._device), period_s=settings.probe_period_s) if self._enriched else None
-        )
+        self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
         self._publisher = FramePublisher(
             run,
             names,
@@ -353,6 +353,10 @@ class _Session:
         self._recorder.fault(where, error)
 
     # -- read by instruments -----------------------------------------------------------------------------
+
+    def probed(self) -> Mapping[str, float]:
+        """See ``InstrumentedSession``."""
+        return {} if self._sampler is None else self._sampler.latest()
 
     def newest_frame(self) -> Frame | None:
         """Returns the newest frame; None if it is more than 5 minutes old or in a forked child."""
@@ -565,12 +569,15 @@ def _gradient_math() -> Any:
 
 
 def _declared(
-    metrics: Sequence[Metric], processors: Sequence[Processor], *, enriched: bool
+    metrics: Sequence[Metric], processors: Sequence[Processor], probes: Sequence[Probe], *, enriched: bool
 ) -> tuple[Names, tuple[Processor, ...]]:
     """Returns the session's names and the processors that give at least one recorded metric."""
     catalogue = Names(enriched=enriched).entries
     given = [entry for processor in processors for entry in getattr(processor, "gives", ())]
-    brought = {entry.name: entry for entry in given if isinstance(entry, Metric) and entry.name not in catalogue}
+    measured = [entry for probe in probes for entry in probe.gives]
+    brought = {
+        entry.name: entry for entry in (*given, *measured) if isinstance(entry, Metric) and entry.name not in catalogue
+    }
     names = Names((*metrics, *(entry for entry in brought.values() if entry not in metrics)), enriched=enriched)
     taken = {entry if isinstance(entry, str) else entry.name for entry in given}
     chosen = (Dynamics(without=taken | names.left_out), *processors)

@@ -11,7 +11,7 @@ import pytest
 from patience import patience
 
 from esper_otel.errors import ProbeUnavailable
-from esper_otel.probes.probe import NotYet, Probe
+from esper_otel.probes.probe import NotYet, OtherHardware, Probe
 from esper_otel.probes.sampler import Sampler
 
 
@@ -287,3 +287,36 @@ def test_no_thread_is_left_after_many_sessions() -> None:
         sampler.start()
         sampler.stop(5.0)
         assert threading.active_count() == before
+
+
+def test_readings_of_some_probes_are_handed_out_once(running: Callable[..., Sampler]) -> None:
+    """In the first step after each sample, also when another probe samples meanwhile; readers see the latest."""
+    usual = Scripted("usual", {"usual": 1.0})
+    seldom = Scripted("seldom", *({"seldom": float(number)} for number in range(1, 6)))
+    seldom.once = True  # type: ignore[attr-defined]
+    sampler = running(usual, seldom, period_s=0.02)
+    seen: list[float] = []
+
+    def is_over() -> bool:
+        found = sampler.readings(time.monotonic())
+        seen.extend(value for name, value in found.items() if name == "seldom")
+        if seen and seldom.samples:
+            assert sampler.latest().get("seldom", 1.0) in {1.0, 2.0, 3.0, 4.0, 5.0}
+        return len(seen) >= 5
+
+    assert eventually(is_over)
+    assert seen[:5] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    sampler.stop(5.0)
+    sampler.readings(time.monotonic())
+    assert "seldom" not in sampler.readings(time.monotonic())
+    assert sampler.latest() in ({"usual": 1.0, "seldom": 5.0}, {})  # {}: the machine has paused
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_of_two_reasons_the_one_that_knows_is_shown(turn: int, running: Callable[..., Sampler]) -> None:
+    probes = [
+        Scripted("gpu_util_percent", ProbeUnavailable("the driver is not loaded")),
+        Scripted("gpu_util_percent", OtherHardware("not an AMD GPU")),
+    ]
+    sampler = running(*probes[::turn])
+    assert eventually(lambda: sampler.absent() == {"gpu_util_percent": "the driver is not loaded"})
