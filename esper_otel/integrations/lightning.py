@@ -82,6 +82,7 @@ class EsperCallback(Callback):
         self._resumed: Mapping[str, Any] | None = None
         self._hook: Any = None
         self._saving: Listening | None = None
+        self._loop: Loop | None = None
         self._begin(None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,6 +103,8 @@ class EsperCallback(Callback):
 
     def _begin(self, loop: Loop | None, trainer: Any = None) -> None:
         """Clears the state of an earlier fit."""
+        if self._loop is not None:
+            self._loop.parts.close()
         self._loop = loop
         self._trainer = trainer
         self._losses: list[Tensor] = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esper_otel.derive.gradients import gradient_norm
 from esper_otel.errors import MistakeError
+from esper_otel.integrations.parts import StepParts
 from esper_otel.record.device import scalar
 from esper_otel.session.telemetry import Telemetry
 
@@ -134,6 +135,7 @@ class Loop:
     Attributes:
         has_stepped: whether the optimizer has stepped since the last recorded step.
         phases: times the session's phases.
+        parts: tells forward, backward and optimizer apart.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
@@ -145,6 +147,7 @@ class Loop:
         self._asked_mark_s = 0.0
         self._earlier: _Batches | None = None
         self._now = _Batches()
+        self.parts = StepParts(telemetry._recorder.timer)  # noqa: SLF001 - same package
 
     @property
     def has_earlier(self) -> bool:
@@ -162,6 +165,7 @@ class Loop:
 
     def wait(self) -> None:
         """The loop requests a batch. If the optimizer has stepped, the step is over; ``put`` still applies to it."""
+        self.parts.over()
         self._asked_s = time.perf_counter()
         self._asked_mark_s = self.phases.mark() if self.phases.has_any else 0.0
         if self.has_stepped and self._now.over_s is None:
@@ -185,6 +189,7 @@ class Loop:
             part.waited_inside_s += waited_s
         if samples is not None:
             self.count(samples)
+        self.parts.batch()
 
     def count(self, samples: int) -> None:
         """Adds samples to the current step."""
@@ -255,6 +260,7 @@ class Loop:
 
     def stop_at(self, over_s: float) -> None:
         """The current step ended at ``over_s``."""
+        self.parts.over()
         if self._now.over_s is None:
             self._now.over_s = over_s
 
@@ -267,6 +273,11 @@ class Loop:
         if self.has_stepped:
             whole, asked_s = self._whole(), self._asked_s
             values = whole.all_values()
+            host_ms, device = self.parts.take()
+            if whole.began_s is not None:
+                values |= host_ms
+                if device:
+                    self._telemetry._recorder.next_step.add_parts(device)  # noqa: SLF001 - same package
             samples = whole.samples if whole.began_s is None else None
             self.forget()
             self._asked_s = asked_s
@@ -276,6 +287,7 @@ class Loop:
         """Another step with the same batch has begun. The wait and the samples were recorded with the previous step."""
         if self._now.began_s is None:
             self._now.began_s = since_s
+            self.parts.batch()
 
     def fail(self, *, epoch: int, global_step: int | None = None) -> None:
         """Records the current step as failed, with its values so far."""
@@ -300,6 +312,7 @@ class Loop:
 
     def forget(self) -> None:
         """Discards all batches and values since the last recorded step."""
+        self.parts.take()
         self.has_stepped = False
         self._asked_s = self._earlier = None
         self._now = _Batches()

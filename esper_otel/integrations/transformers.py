@@ -62,6 +62,7 @@ class EsperCallback(TrainerCallback):
         check_results(self._validation)
         self._arguments = arguments
         self._unfinished: str | None = None
+        self._loop: Loop | None = None
         self._begin(None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,6 +74,8 @@ class EsperCallback(TrainerCallback):
 
     def _begin(self, loop: Loop | None) -> None:
         """Clears the state of an earlier training."""
+        if self._loop is not None:
+            self._loop.parts.close()
         self._loop = loop
         self._state: Any = None
         self._listening: list[Listening] = []

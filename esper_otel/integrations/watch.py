@@ -191,6 +191,7 @@ class WatchedLoop:
         _live.discard(self)
         unfollow(self.feed)
         unfollow_saves(self.loop.phases)
+        self.loop.parts.close()
         with suppress(ValueError):
             self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - same package
         for hook in self._hooks:

@@ -11,8 +11,10 @@ from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame, SeedTable
 from esper_otel.frames.phases import PhaseLog
 from esper_otel.record.clock import Clock
 from esper_otel.record.frame_publisher import Draft, FramePublisher
+from esper_otel.record.names import PARTS
 from esper_otel.record.next_step import NextStep
 from esper_otel.record.open_step import OpenStep
+from esper_otel.record.parts import Timer, timer_for
 from esper_otel.record.phases import Phases
 from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
@@ -39,6 +41,7 @@ _KNOWN_AFTERWARDS = (
     "kasmina.apply_ms",
     "kasmina.finalize_ms",
     "samples_per_s",
+    *PARTS.values(),
 )
 
 
@@ -226,8 +229,9 @@ class Recorder:
         ended: tuple[str, ...] = (),
     ) -> None:
         context = None
-        if self.next_step.is_anything and (self.next_step.context or self.next_step.tensors):
-            held, context = self.next_step.take_context(held)
+        coming = self.next_step
+        if coming.is_anything and (coming.context or coming.tensors or coming.parts):
+            held, context = coming.take_context(held)
         if self.names.left_out:
             values = self.names.kept(values)
         probed = self._probed()
@@ -251,6 +255,11 @@ class Recorder:
         else:
             return {}
         return {"samples_per_s": samples * 1e3 / cycle_ms} if cycle_ms > 0.0 and "samples_per_s" not in given else {}
+
+    def timer(self) -> Timer:
+        """Returns what measures parts of a step on the device that trains."""
+        run = self.publisher.run
+        return timer_for(run.device_id or run.device_type, enriched=not self.names.left_out)
 
     def waited(self, milliseconds: float) -> None:
         """Adds to the next step's ``input_wait_ms``."""

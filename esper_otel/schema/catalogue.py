@@ -483,6 +483,43 @@ OWN_STEP: tuple[Metric, ...] = (
         key="optimizer_lr",
         present="When recorded: now.put(optimizer_lr=...).",
     ),
+    *(
+        Metric(
+            f"esper.{part}_ms",
+            "ms",
+            description,
+            key="",
+            source="On the CPU the host's clock; on CUDA two events on the current stream, resolved later. "
+            "If it is entered several times, the times add up.",
+            present=f'With now.part("{part}"), and in steps of watch, esper-otel run and the callbacks where it can be '
+            "told; on CUDA unless tolaria_step_enrichment_enabled is False.",
+            misleads=misleads,
+            window="The step.",
+            error=_MICRO,
+            cost="On the CPU two readings of a clock; on CUDA two events, without waiting.",
+            rise=rise,
+        )
+        for part, description, misleads, rise in (
+            (
+                "forward",
+                "Part of the step latency: the forward pass.",
+                "Told without a call, it lasts from the batch's arrival until backward() begins, with the loss.",
+                "The model, the loss or moving the batch takes longer.",
+            ),
+            (
+                "backward",
+                "Part of the step latency: the backward pass.",
+                "With several ranks it contains the exchange of gradients, and the wait for the slowest rank.",
+                "The backward pass takes longer, or another rank does.",
+            ),
+            (
+                "optimizer",
+                "Part of the step latency: the optimizer's step.",
+                "A closure that the optimizer calls is in it, without what is told as forward and backward.",
+                "The optimizer's step takes longer.",
+            ),
+        )
+    ),
     Metric(
         "esper.optimizer.index",
         "1",
