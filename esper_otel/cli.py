@@ -136,7 +136,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
-    parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_CommandParser)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, command in _COMMANDS.items():
         of_command = parsers.add_parser(
@@ -150,6 +150,16 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             with _hint_when_missing(command.extra):
                 _module(name).add_arguments(of_command)
     return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of a command: for an option that the command does not have, it prints the usage of the command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
 
 
 def _module(name: str) -> Any:

@@ -239,6 +239,11 @@ class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds 
     def __eq__(self, other: object) -> bool:
         return self.__dict__ == other.__dict__ if isinstance(other, _Settings) else NotImplemented
 
+    def changed(self) -> dict[str, str]:
+        """Returns the settings that differ from those we ship. Paths are left out: they concern this machine only."""
+        values = {name: (self.__dict__[name], each.shipped) for name, each in type(self).settings.items()}
+        return {name: str(now) for name, (now, was) in values.items() if now != was and not isinstance(now, Path)}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
 
@@ -269,6 +274,12 @@ class EsperSettings(_Settings):
         default=256 * 1024 * 1024,
         read=_integer(1024 * 1024),
         meaning="Memory for frames kept for export and pull(), in bytes; beyond it the oldest are dropped and counted.",
+    )
+    close_timeout_s: float = _setting(
+        default=60.0,
+        read=_number(0, 86_400),
+        meaning="Maximum time for sending the remaining steps at the end, in seconds, while the endpoint takes them; "
+        "after 5 s in which it takes none, and after a signal that ends the process, the rest is counted as dropped.",
     )
     spool_dir: Path | None = _setting(
         default=None,

@@ -8,6 +8,8 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -85,6 +87,22 @@ class Browser:
         while not self.value(expression):
             assert time.monotonic() < deadline_s, f"{expression} is not so: {self.value('document.body.innerText')}"
             time.sleep(0.05)
+
+    @contextmanager
+    def as_a_phone(self) -> Iterator[None]:
+        """A screen of 390 by 844 pixels that is touched."""
+        self._call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+        self._call("Emulation.setTouchEmulationEnabled", enabled=True)
+        yield
+        self._call("Emulation.setTouchEmulationEnabled", enabled=False)
+        self._call("Emulation.clearDeviceMetricsOverride")
+
+    def touch(self, element: str) -> None:
+        """Touches the middle of what a JavaScript expression gives."""
+        box = self.value(f"(({element}).getBoundingClientRect().toJSON())")
+        point = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        self._call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[point])
+        self._call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def _end(self) -> None:
         if hasattr(self, "_session"):

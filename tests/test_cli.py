@@ -52,6 +52,15 @@ def test_schema_has_a_line_per_metric_uncut_when_it_is_piped(capsys: Capture) ->
         assert (" gated " in line) is metric.gated
 
 
+@pytest.mark.parametrize("arguments", [["report", "something", "--nope"], ["schema", "--nope"]])
+def test_a_wrong_option_is_answered_with_the_usage_of_the_command(arguments: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: esper-otel {arguments[0]} ")
+    assert said.endswith(f"esper-otel {arguments[0]}: error: unrecognized arguments: --nope\n")
+
+
 # -- demo ------------------------------------------------------------------------------------------------
 
 

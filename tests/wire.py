@@ -87,4 +87,12 @@ def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
         )
     # A request may have several blocks of one sender.
     points = {sender: sorted(of_sender, key=lambda point: point[0]) for sender, of_sender in senders.items()}
-    return points, decoded.markers, decoded.ended, decoded.points, dict(decoded.rejected), decoded.metrics
+    return (
+        points,
+        decoded.markers,
+        decoded.ended,
+        decoded.points,
+        dict(decoded.rejected),
+        decoded.metrics,
+        {*decoded.cut},
+    )

@@ -214,6 +214,14 @@ PIPELINE = [
         "Too many seeds: retire those that are over.",
     ),
     Alert(
+        "EsperGatewayTooLate",
+        "max by (job, instance) (delta(esper_gateway_too_late_steps[5m])) > 0",
+        "warn",
+        "{{ $value | humanize }} steps came to the esper gateway {{ $labels.instance }} twice, or too late to be taken",
+        "Two processes may number the steps of one run: see esper-otel pull. Otherwise a collector delivers very late: give "
+        "the gateway a longer --hold, and a larger limit kept_bytes.",
+    ),
+    Alert(
         "EsperGatewayRefusing",
         "sum by (job, instance, reason) (increase(esper_gateway_refused_requests_total[5m])) > 0",
         "high",

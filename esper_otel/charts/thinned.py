@@ -65,10 +65,19 @@ class Thinned:
         self._metrics: dict[str, Floats] = {}
         self._segments: list[dict[str, Any]] = []
         self._latest = -1
+        self._attempt = 1
         self.steps: int = 0
 
-    def add(self, steps: Iterable[Step]) -> None:
-        """Adds steps in the order of their times. A step whose number is lower begins a segment."""
+    def add(self, steps: Iterable[Step], attempt: int = 1) -> None:
+        """Adds steps in the order of their times. A new attempt begins a segment, and a step whose number is lower.
+
+        Args:
+            steps: the steps.
+            attempt: the number of the attempt that they belong to: 1, 2, ...
+        """
+        is_new, self._attempt = attempt != self._attempt, attempt
+        if is_new and self._segments:
+            self._latest = _LAST_STEP
         some: list[Step] = []
         for step in steps:
             if step.step < _LAST_STEP:
@@ -85,9 +94,9 @@ class Thinned:
         heads = np.empty((6, len(some)))
         for place, step in enumerate(some):
             if step.step <= self._latest or not self._segments:
-                self._segments.append(
-                    {"number": 1, "why": "back" if self._segments else "start", "first_step": step.step}
-                )
+                is_known = any(segment["number"] == self._attempt for segment in self._segments)
+                why = "back" if is_known else "resumed" if self._segments else "start"
+                self._segments.append({"number": self._attempt, "why": why, "first_step": step.step})
             self._latest = step.step
             heads[:, place] = len(self._segments) - 1, step.step, step.step, 1, step.epoch, step.unix_s
         before = self._heads.shape[1]

@@ -30,6 +30,7 @@ _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 5.0  # short, so that the end of an outage or a corrected token is noticed soon
 _LONGEST_ASKED_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
+_GOODBYE_S = 1.0  # what is left of the time to close, or a fifth of it, is for the end of the run
 HEALTH_EVERY_S = 10.0
 _PHASES_AFTER_S = 2.0  # a small request may overtake one with steps that was sent just before
 _MS = 1_000_000
@@ -105,7 +106,7 @@ class StepExporter:
         self._along_unix_ns = 0
         self._at_once = _FRAMES_AT_ONCE
         self._failures = 0
-        self._has_said_goodbye = False
+        self._has_said_goodbye = self._has_said_waiting = False
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._health_unix_ns = 0
@@ -113,6 +114,8 @@ class StepExporter:
         self._goodbye: tuple[int, ScopeMetrics] | None = None
         self._owes_health = False
         self._deadline_s: float | None = None
+        self._patience_s = self._goodbye_s = 0.0
+        self._latest_s = float("-inf")
         self._wake = Bell()
         self._closing = threads().Event()
         self._thread = threads().Thread(target=self._work, name="esper-otel-export", daemon=True)
@@ -167,15 +170,38 @@ class StepExporter:
         self._wake.set()
 
     def join(self, deadline_s: float) -> None:
-        """Waits for the thread to end, at most until ``deadline_s`` of ``time.monotonic``."""
-        self._thread.join(max(deadline_s - time.monotonic(), 0.0))
+        """Waits for the thread to end, at most until ``deadline_s`` of ``time.monotonic`` or what it has become."""
+        is_first = True
+        while (left_s := max(deadline_s, self._deadline_s or 0.0) - time.monotonic()) > 0 and self._thread.is_alive():
+            if not is_first:
+                self._say_how_many_wait()
+            is_first = False
+            self._thread.join(left_s)
 
-    def close(self, deadline_s: float, outcome: str) -> None:
-        """Sends the remaining frames and the outcome of the run, then stops, by ``deadline_s`` of ``time.monotonic``.
+    def _say_how_many_wait(self) -> None:
+        left_s = self._latest_s - time.monotonic()
+        if self.waiting and not self._has_said_waiting:
+            self._has_said_waiting = True
+            announce(
+                "closing", f"sending the last {self.waiting} steps, for {left_s:.0f} s at most; Ctrl-C gives them up"
+            )
 
-        Frames that could not be sent stay in the spool; without a spool they are counted as dropped.
+    def close(self, deadline_s: float, outcome: str, latest_s: float = float("-inf")) -> None:
+        """Sends the remaining frames and the outcome of the run, then stops.
+
+        Frames that could not be sent stay in the spool; without a spool they are counted as dropped, and the outcome
+        is sent without them.
+
+        Args:
+            deadline_s: when to stop, as a time of ``time.monotonic``. Each time the endpoint takes frames, it is moved
+                so that as much time is left as now,
+            outcome: how the run ended.
+            latest_s: but never beyond this time.
         """
         self.outcome = outcome
+        self._patience_s = max(deadline_s - time.monotonic(), 0.0)
+        self._goodbye_s = min(_GOODBYE_S, self._patience_s / 5)
+        self._latest_s = latest_s
         self._deadline_s = deadline_s
         self._closing.set()
         self._wake.set()
@@ -212,9 +238,10 @@ class StepExporter:
             (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
             pause_s = self._send_guarded()
-        while time.monotonic() < self._deadline_s and self._send_guarded() is not None:
-            time.sleep(min(_PAUSE_WHILE_CLOSING_S, max(self._deadline_s - time.monotonic(), 0.0)))
+        while (left_s := self._left_for_frames_s()) > 0 and self._send_guarded() is not None:
+            time.sleep(min(_PAUSE_WHILE_CLOSING_S, left_s))
         try:
+            self._give_up_frames()
             self._has_said_goodbye = self._say_goodbye()
         except Exception as error:  # noqa: BLE001 - the frames are delivered; the end of the run is not
             self._report(f"{type(error).__name__}: {error}", error=error)
@@ -305,6 +332,8 @@ class StepExporter:
         """
         due = self._live.cursor + self._live.waiting
         while True:
+            if self._left_for_frames_s() <= 0:
+                return 0.0
             blocks, gone = source.after(self._at_once)
             if gone:
                 self.dropped[source.lost] += gone
@@ -314,7 +343,9 @@ class StepExporter:
             blocks = before_a_return(blocks)
             settled = blocks[0].first - 1
             for request in self._requests(source, blocks):
-                pause_s = self._settled(source, request, self._sent(request.body), blocks, settled)
+                pause_s = self._settled(
+                    source, request, self._sent(request.body, self._left_for_frames_s()), blocks, settled
+                )
                 if pause_s is not None:
                     return pause_s
                 settled += request.frames
@@ -339,9 +370,25 @@ class StepExporter:
         else:
             self._at_once = _FRAMES_AT_ONCE
 
-    def _sent(self, body: bytes) -> Outcome:
-        ends_s = self._deadline_s
-        left_s = self._timeout_s if ends_s is None else min(self._timeout_s, max(ends_s - time.monotonic(), 0.05))
+    def _left_for_frames_s(self) -> float:
+        """Returns how much time there is for frames; while the session lives, as much as for a request."""
+        if self._deadline_s is None:
+            return self._timeout_s
+        return self._deadline_s - self._goodbye_s - time.monotonic()
+
+    def _left_s(self) -> float:
+        """Returns how much time there is for what is sent after the frames."""
+        return self._timeout_s if self._deadline_s is None else self._deadline_s - time.monotonic()
+
+    def _give_up_frames(self) -> None:
+        """Counts the frames that can neither be sent in time nor kept, so that the counts sent last have them."""
+        count = self.waiting
+        if count and self._spool is None and self._live.run is not None:
+            self._advance(self._live, count)
+            self.dropped["not sent before close"] += count
+
+    def _sent(self, body: bytes, left_s: float) -> Outcome:
+        left_s = min(self._timeout_s, max(left_s, 0.05))
         started_s = time.monotonic()
         outcome = self._sender.send(body, left_s)
         self._last_sent_s = time.monotonic()
@@ -390,6 +437,9 @@ class StepExporter:
 
     def _advance(self, source: FrameSource, count: int) -> None:
         """Moves past settled frames, even if the disk cannot record that."""
+        if self._deadline_s is not None and source is self._live:  # the endpoint takes frames, if slowly
+            patient_s = min(time.monotonic() + self._patience_s, self._latest_s)
+            self._deadline_s = max(self._deadline_s, patient_s)
         try:
             source.advance(count)
         except OSError as error:
@@ -417,7 +467,7 @@ class StepExporter:
     def _send_beside(self, source: FrameSource) -> float | None:
         """Sends the requests after the last frame. Returns how long to pause before trying again, None when done."""
         while source.beside:
-            outcome = self._sent(source.beside[0])
+            outcome = self._sent(source.beside[0], self._left_s())
             if self._is_to_be_repeated(outcome):
                 return self._pause(outcome)
             if outcome.result is not Result.DELIVERED:
@@ -559,13 +609,14 @@ class StepExporter:
             if time_unix_ns <= max(last_unix_ns, self._health_unix_ns):
                 return
         self._owes_health = False
-        self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)))
+        self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)), self._left_s())
         self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
 
     def _say_goodbye(self) -> bool:
         """Sends the final counts, the outcome of the run, and the end of every series.
 
-        They are sent only if all frames have been delivered. Returns whether everything was delivered.
+        Frames that are kept in a spool are sent before them, by a later session. Returns whether everything that could
+        be sent was delivered.
         """
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:

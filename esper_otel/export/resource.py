@@ -7,7 +7,7 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -20,6 +20,8 @@ DEFAULT_SERVICE_NAME = "esper-tolaria"
 # Sent even when they are 0; the others are left out while they are unknown.
 _ALWAYS = ("esper.run.id", "esper.rank", "esper.world_size")
 
+_NO_SETTINGS: Mapping[str, str] = {}
+
 # Never sent, since command lines may contain paths and secrets; a detector that the user enabled may add them.
 _NEVER = ("process.command_args", "process.command_line")
 
@@ -29,8 +31,11 @@ def resource_for(run: Run) -> Resource:
     return resources()(run)
 
 
-def resources() -> Callable[[Run], Resource]:
+def resources(settings: Mapping[str, str] = _NO_SETTINGS) -> Callable[[Run], Resource]:
     """Detects the process's attributes now and returns a function that makes the Resource of a run from them.
+
+    Args:
+        settings: the session's settings that differ from the defaults; sent as one text, ``esper.settings``.
 
     ``service.instance.id`` and the ``esper.*`` attributes that the run sets always override other values, because
     receivers use them to reassemble frames and packets. For all other attributes, ``OTEL_SERVICE_NAME``,
@@ -47,12 +52,18 @@ def resources() -> Callable[[Run], Resource]:
     for name in _NEVER:
         found.pop(name, None)
     of_process = {**_process(), **found}
+    about_settings = {"esper.settings": settings_text(settings)} if settings else {}
 
     def of_run(run: Run) -> Resource:
-        attributes: dict[str, AnyValue] = {**of_process, **_identity(run)}
+        attributes: dict[str, AnyValue] = {**of_process, **_identity(run), **about_settings}
         return Resource({name: _valid_text(value) for name, value in attributes.items()}, detected.schema_url)
 
     return of_run
+
+
+def settings_text(settings: Mapping[str, str]) -> str:
+    """Returns settings as one text, in the order of their names."""
+    return ", ".join(f"{name} = {value}" for name, value in sorted(settings.items()))
 
 
 def _identity(run: Run) -> dict[str, str | int]:

@@ -121,14 +121,8 @@ class BlackBox:
             "written_unix_s": round(time.time(), 3),
             "host": str(about.get("host.name", "")),
             "revision": str(about.get("vcs.ref.head.revision", "")),
-            "settings": _changed(self._settings),
+            "settings": self._settings.changed(),
         }
-
-
-def _changed(settings: EsperSettings) -> dict[str, str]:
-    """The settings that differ from those we ship; paths are nobody's business who gets the file."""
-    values = {name: (getattr(settings, name), each.shipped) for name, each in type(settings).settings.items()}
-    return {name: str(v) for name, (v, shipped) in values.items() if v != shipped and not isinstance(v, Path)}
 
 
 def file_stem(run_id: str, *others: object) -> str:

@@ -369,6 +369,7 @@ class Core:
         known = set(writers)
         for item, is_first in store.newest(writers):
             self._restored([(item, is_first)], {}, now_s=now_s, tenant=store.tenant(item.origin.run_id))
+            self._ranks.note([item])
         for origin, frame in store.first_frames(writers).items():
             self._restored([], {}, {origin: frame}, now_s=now_s)
         for place in store.places():
@@ -406,7 +407,8 @@ class Core:
     def _restored(self, *what: Any, now_s: float, tenant: str = "") -> None:
         """Passes stored state to the assembler; state that it cannot use is counted and skipped."""
         try:
-            self._assembler.restore(*what, now_s=now_s, tenant=tenant)
+            is_torn = self._store.is_torn if isinstance(self._store, FileStore) else _is_never
+            self._assembler.restore(*what, now_s=now_s, tenant=tenant, is_torn=is_torn)
         except Exception as error:  # noqa: BLE001 - as above
             self._fault("going on from a stored step", error)
 
@@ -570,7 +572,7 @@ class Core:
         check_puller(request.run_id, grant)
         view = await in_turns(self._ranks.viewing(request.run_id, request.steps))
         if view is None:
-            raise UnknownRun(f"no step of run {request.run_id!r} has arrived since this gateway was started")
+            raise UnknownRun(f"no newest steps of run {request.run_id!r} are here")
         return view
 
     async def hours(self, request: HoursRequest, grant: Grant | None = None) -> HoursResponse:
@@ -591,7 +593,7 @@ class Core:
         return await in_turns(self._hours.reading(run_id))
 
     def recent_steps(self, run_id: str) -> RecentSteps | None:
-        """Returns the newest steps of a run's ranks; None if none has arrived since this gateway was started."""
+        """Returns the newest steps of a run's ranks; None if none of them is known."""
         return self._ranks.recent(run_id)
 
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
@@ -682,6 +684,10 @@ class Core:
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
+
+
+def _is_never(_run_id: str) -> bool:
+    return False
 
 
 def _reason(rejected: Mapping[str, int], whose: Mapping[str, Iterable[str]]) -> str:

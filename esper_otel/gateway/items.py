@@ -58,6 +58,9 @@ class Place(NamedTuple):
         holes: ranges of missing numbers, each from the first to before the second; only the newest if there are many.
         ends: stream ends of a plain sender, those to come and the newest of those that have come: times, seeds and
             columns; only some if there are very many.
+        host: name of its host; empty if it is not known.
+        revision: revision of its code; empty if it is not known.
+        settings: its settings that differ from the defaults, as text; empty if it has none.
     """
 
     origin: Origin
@@ -68,6 +71,9 @@ class Place(NamedTuple):
     says_epoch: bool
     holes: tuple[tuple[int, int], ...]
     ends: tuple[tuple[int, str, int], ...] = ()
+    host: str = ""
+    revision: str = ""
+    settings: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,7 @@ class RunState:
         is_silent: whether it has sent nothing for so long that it may be dead.
         host: name of its host; empty if it is not known.
         revision: revision of its code; empty if it is not known.
+        settings: its settings that differ from the defaults, as text; empty if it has none.
         last_loss: the loss of the newest step, which may be NaN; None if it has none.
         writers: number of live processes that claim this (run, attempt, rank).
         missing: frames that were skipped, between others that have arrived, and have not arrived since.
@@ -117,4 +124,5 @@ class RunState:
     is_silent: bool = False
     host: str = ""
     revision: str = ""
+    settings: str = ""
     last_loss: float | None = None

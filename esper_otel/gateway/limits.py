@@ -49,6 +49,7 @@ class Limits:
         points: points of one request.
         attributes: attributes of one point, or of one Resource.
         text_bytes: length of an id or a name, in UTF-8.
+        metrics: metrics of one step, without those of seeds.
         seeds: live seeds of one rank at a time.
         runs: ranks known at a time, over all runs; a further rank is asked to retry.
         patient_s: how long a whole request is refused, to be retried, because there is no room for one of several ranks
@@ -63,6 +64,7 @@ class Limits:
     points: int = 200_000
     attributes: int = MOST_ATTRIBUTES
     text_bytes: int = MOST_TEXT_BYTES
+    metrics: int = 20_000
     seeds: int = MOST_SEEDS
     runs: int = 1_000
     patient_s: float = 60.0

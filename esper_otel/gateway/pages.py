@@ -296,4 +296,7 @@ def run_message(state: RunState, stored: int, run_ended: str | None) -> Run:
         too_late=state.too_late,
         unseen=state.unseen,
         run_ended=run_ended,
+        host=state.host,
+        revision=state.revision,
+        settings=state.settings,
     )

@@ -73,7 +73,7 @@ class Watch(Loader[Batch]):
         """See ``Telemetry.validation``."""
         self._watching.telemetry.validation(loss=loss, accuracy=accuracy, **others)
 
-    def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
+    def close(self, timeout_s: float | None = None, outcome: str | None = None) -> None:
         """Records the last step and ends the session. Called automatically at interpreter exit."""
         self._watching.telemetry.close(timeout_s, outcome)
 

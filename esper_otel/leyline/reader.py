@@ -42,11 +42,7 @@ _INSTRUMENTS = (
 # Our exporter states these two of each frame; no instrument does.
 _OF_EXPORTER = (FRAME_SEQUENCE.name, FRAME_POINTS.name)
 
-# The SDK merges all attribute sets above its limit into one point that has only this attribute.
-_OVERFLOW = "otel.metric.overflow"
-
 _TOO_MANY_SEEDS = f"more than {senders.MOST_SEEDS:,} seeds at once"
-_TOO_MANY_SETS = "more attribute sets than the SDK's limit"
 
 
 class LeylineMetricReader(MetricReader):
@@ -198,8 +194,6 @@ def _label(attributes: Mapping[str, object], *, is_of_seed: bool) -> senders.Lab
     """Returns the meaning of a point's attributes."""
     if len(attributes) > senders.MOST_ATTRIBUTES:
         return senders.Label(fault=senders.INVALID_TEXT)
-    if is_of_seed and attributes.get(_OVERFLOW) is True:
-        return senders.Label(fault=_TOO_MANY_SETS)
     label = senders.label_of_texts({key: senders.text_of(value) for key, value in attributes.items()})
     return senders.Label(fault=senders.NO_SEED) if is_of_seed and not (label.seed or label.fault) else label
 
@@ -233,7 +227,7 @@ class _Followed:
         if surplus := {*new[max(senders.MOST_SEEDS - len(live.ids), 0) :]}:
             part = part.without(lambda _, seed: seed in surplus)
             refused[_TOO_MANY_SEEDS] += len(numbers) - len(part.numbers)
-        is_whole = not refused.keys() & {_TOO_MANY_SEEDS, _TOO_MANY_SETS} and self._habits.is_complete(part)
+        is_whole = not refused.keys() & {_TOO_MANY_SEEDS, senders.TOO_MANY_SETS} and self._habits.is_complete(part)
         step, ends = self._maker.guessed_step(time_unix_ns), self._maker.silent(time_unix_ns, part)
         given = FrameInput(part, run, 0, step, is_whole, ends)
         frame, is_complete = self._maker.made(time_unix_ns, given, live, self._maker.loss)

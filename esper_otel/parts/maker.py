@@ -20,7 +20,7 @@ from esper_otel.schema import FRAME_POINTS
 # How many dead seeds are kept with the live ones before all dead seeds are forgotten at once.
 _SPARE = 100
 
-_ALL = -1
+WHOLE_LIFE = -1  # in place of a column
 
 
 class StreamEnd(NamedTuple):
@@ -93,7 +93,7 @@ class FrameMaker:
         if self._habits.counts or shape.digest is not None or shape.ids == self.live.table.ids:
             return set()
         return {
-            StreamEnd(time_unix_ns, seed, _ALL)
+            StreamEnd(time_unix_ns, seed, WHOLE_LIFE)
             for seed in silent_of(self.live.ids, {*shape.ids}, self._seen, time_unix_ns)
         }
 

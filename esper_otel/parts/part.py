@@ -134,6 +134,45 @@ class PartShape:
             np.concatenate((self.cell_places, more.cell_places + count)),
         )
 
+    def selected(self, keep: npt.NDArray[np.bool_]) -> PartShape:
+        """Returns the shape of some of the streams, in much less time than ``of`` would take.
+
+        Args:
+            keep: for each stream, whether to keep it.
+        """
+        streams = tuple(itertools.compress(self.streams, keep.tolist()))
+        if self.has_repeats:
+            return PartShape.of(streams)
+        places = np.cumsum(keep) - 1
+
+        def place(number: int | None) -> int | None:
+            return None if number is None or not keep[number] else int(places[number])
+
+        retired = self.retired
+        if retired:
+            retired = tuple(sorted(seed for name, seed in streams if name == SEED_RETIRED.name))
+        of_names, of_cells = keep[self.name_places], keep[self.cell_places]
+        row, column = np.divmod(self.cells[of_cells], self.columns)
+        rows, new_row = np.unique(row, return_inverse=True)
+        columns = NARROW if column.max(initial=0) < NARROW else WIDTH
+        return PartShape(
+            streams,
+            has_repeats=False,
+            sequence=place(self.sequence),
+            points=place(self.points),
+            step=place(self.step),
+            epoch=place(self.epoch),
+            live=place(self.live),
+            digest=place(self.digest),
+            retired=retired,
+            names=tuple(itertools.compress(self.names, of_names.tolist())),
+            name_places=places[self.name_places[of_names]],
+            ids=tuple(self.ids[number] for number in rows.tolist()),
+            columns=columns,
+            cells=new_row * columns + column,
+            cell_places=places[self.cell_places[of_cells]],
+        )
+
 
 class Part(NamedTuple):
     """Values of one frame.
@@ -170,10 +209,8 @@ class Part(NamedTuple):
 
     def without(self, is_gone: Callable[[str, str], bool]) -> Part:
         """Returns the part without the streams for which ``is_gone(metric, seed)`` is true."""
-        keep = [place for place, stream in enumerate(self.shape.streams) if not is_gone(*stream)]
-        if len(keep) == len(self.numbers):
-            return self
-        return Part(PartShape.of([self.shape.streams[place] for place in keep]), self.numbers[keep])
+        keep = np.fromiter((not is_gone(*stream) for stream in self.shape.streams), np.bool_, len(self.numbers))
+        return self if keep.all() else Part(self.shape.selected(keep), self.numbers[keep])
 
 
 def part_of(frame: Frame, *, complete: bool) -> Part:

@@ -21,6 +21,10 @@ MOST_SEEDS = 20_000
 
 INVALID_TEXT = "text too long or with control characters"
 NO_SEED = "seed metric without seed_id"
+TOO_MANY_SETS = "more attribute sets than the sender's SDK keeps apart"
+
+# The SDK merges all attribute sets above its limit into one point that has only this attribute.
+_OVERFLOW = "otel.metric.overflow"
 
 # Resource attributes that may contain a run's id, in order of preference.
 _RUN_ID_SOURCES = ("esper.run.id", "service.instance.id", "service.name")
@@ -60,6 +64,8 @@ class Label(NamedTuple):
 def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Label:
     """Returns the meaning of a point's attributes."""
     rest = dict(texts)
+    if _OVERFLOW in rest:
+        return Label(fault=TOO_MANY_SETS)
     seed, run_id, outcome = rest.pop("seed_id", ""), rest.pop("esper.run.id", ""), rest.pop("outcome", "")
     rank, phase = rest.pop("esper.rank", ""), rest.get("phase", "")
     if not all(is_valid(text, most_bytes) for text in (seed, run_id, outcome, phase)):

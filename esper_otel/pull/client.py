@@ -74,6 +74,9 @@ class RunInfo:
         too_late: steps that were repeated, or arrived after their place had been forgotten.
         unseen: steps before the first one that arrived: late, lost, or sent to another gateway.
         run_ended: how the whole run ended; see ``TamiyoClient.ended``.
+        host: name of its host; empty if it is not known.
+        revision: revision of its code; empty if it is not known.
+        settings: its settings that differ from the defaults, as text; empty if there are none or they are not known.
     """
 
     run_id: str
@@ -96,6 +99,9 @@ class RunInfo:
     too_late: int
     unseen: int
     run_ended: str | None
+    host: str = ""
+    revision: str = ""
+    settings: str = ""
 
 
 class Target(NamedTuple):
@@ -247,7 +253,7 @@ class TamiyoClient:
         """Compares the ranks of a run over its newest ``steps`` steps, up to 256.
 
         Raises:
-            UnknownRun: no step of the run has arrived since the gateway was started.
+            UnknownRun: the gateway does not know the run's newest steps.
             GatewayError: the gateway refused, or did not answer in time.
         """
         return run_ranks(self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))

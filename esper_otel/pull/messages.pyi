@@ -41,6 +41,9 @@ class Run(Message):
     too_late: int
     run_ended: str
     unseen: int
+    host: str
+    revision: str
+    settings: str
     def __init__(
         self,
         *,
@@ -64,6 +67,9 @@ class Run(Message):
         too_late: int = ...,
         run_ended: str | None = ...,
         unseen: int = ...,
+        host: str = ...,
+        revision: str = ...,
+        settings: str = ...,
     ) -> None: ...
 
 class PullRequest(Message):

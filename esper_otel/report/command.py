@@ -58,6 +58,8 @@ def main(options: argparse.Namespace) -> int:
     for path, write in tables:
         if path is not None:
             _written(path, partial(write, recording))
+            if recording.earlier:
+                _say(f"{path} has the newest attempt; the page has all {len(recording.earlier) + 1}")
     for each in _found(recording, other):
         _say(each.question)
         for line in (each.answer, *each.lines):

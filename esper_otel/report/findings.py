@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
-from esper_otel.frames.frame import FINE
+from esper_otel.frames.frame import FINE, FLOAT32_BOUND
 from esper_otel.frames.numbers import finite
 from esper_otel.hours.text import bar_lines
 from esper_otel.leyline import messages
@@ -68,6 +68,7 @@ def findings(recording: Recording) -> list[Finding]:
         _raised(recording),
         _learning(recording),
         _slowest(recording),
+        *_slow_rank(recording),
         *_hours(recording),
         _seed(recording, bad),
     ]
@@ -117,6 +118,8 @@ def first_bad(recording: Recording) -> tuple[int, str] | None:
     for place, (row, raised) in enumerate(zip(recording.rows, _signals(recording), strict=True)):
         values = row.values
         loss = values.get("loss")
+        if loss is not None and math.isfinite(loss) and abs(loss) >= FLOAT32_BOUND:
+            return place, f"the loss is {loss:g}, which is too large for a packet"
         if loss is not None and not math.isfinite(loss):
             others = [name for name, value in values.items() if not math.isfinite(value) and name != "loss"]
             return place, f"the loss is {loss:g}" + (
@@ -179,7 +182,10 @@ def _packet(values: Mapping[str, float], device: str) -> messages.SystemStatePac
 
 def _end(recording: Recording) -> Finding:
     first, last = recording.rows[0], recording.rows[-1]
-    what = f"Steps {first.step} to {last.step} were recorded, over {last.unix_s - first.unix_s:.3g} s."
+    of_rank = f" of rank {recording.rank} of {recording.world_size}" if recording.world_size > 1 else ""
+    what = f"Steps {first.step} to {last.step}{of_rank} were recorded, over {last.unix_s - first.unix_s:.3g} s."
+    if recording.earlier:
+        what = f"It was resumed: this is attempt {len(recording.earlier) + 1}, and the charts have those before. {what}"
     if not recording.ended:
         return Finding("How did it end?", f"{what} It is not known whether the run has ended.")
     return Finding(
@@ -274,6 +280,25 @@ def _slowest(recording: Recording) -> Finding:
         f"{sum(parts.values()):.4g} ms, mostly {worst}.",
         phase == "input wait" and share > 0.3,
         row.step,
+    )
+
+
+def _slow_rank(recording: Recording) -> Iterator[Finding]:
+    ranks = recording.ranks
+    if ranks is None or not ranks.steps:
+        return
+    question = "Which rank slows down the others?"
+    over = f"over steps {ranks.first_step} to {ranks.last_step} of all ranks that are known ({len(ranks.ranks)})"
+    slowest = next((each for each in ranks.ranks if each.rank == ranks.slowest_rank), None)
+    others = [each.cycle_ms for each in ranks.ranks if each is not slowest and each.cycle_ms is not None]
+    if slowest is None or slowest.cycle_ms is None or not others:
+        yield Finding(question, f"None, {over}.")
+        return
+    yield Finding(
+        question,
+        f"Rank {slowest.rank}, most of all in {ranks.slowest_by}: a step and its wait take {slowest.cycle_ms:.4g} ms, "
+        f"and {_mean(others):.4g} ms on the others, {over}.",
+        is_bad=True,
     )
 
 

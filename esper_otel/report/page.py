@@ -15,7 +15,7 @@ from esper_otel.charts.hours import hours_html
 from esper_otel.charts.thinned import Step, Thinned
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
-from esper_otel.report.recording import Recording, names_of
+from esper_otel.report.recording import EarlierAttempt, Recording, names_of
 from esper_otel.schema import Stage
 from esper_otel.text import printable
 
@@ -47,13 +47,12 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     names = [recording.title] if other is None else list(names_of(recording, other))
     above = [f"<h1>{_shown(' and '.join(names))}</h1>", *map(_about, both, names if other else [""])]
     for each, name in zip(both, names, strict=True):
-        above.append(_answers(name if other else "", findings(each)))
-        if each.hours is not None and each.hours.run.parts:
-            of_name = f"<h2>{_shown(name)}</h2>" if other else ""
-            above.append(f"<section>{of_name}{hours_html(each.hours)}</section>")
-    if other is not None:
-        above.append(_answers(f"{names[0]} and {names[1]}", compared(recording, other)))
+        above.append(_answers(name if other else "", findings(each)) + _hours(each))
     below = []
+    if other is not None:  # the comparison comes first: with what is found in each run, the charts would be far below
+        of_each, above = above[-2:], above[:-2]
+        above.append(_answers(f"{names[0]} and {names[1]}", compared(recording, other)))
+        below += of_each
     lives = _lives(recording)
     for each, name in zip(both, names, strict=True):
         of_name = f" of {name}" if other else ""
@@ -94,7 +93,8 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
     metrics: dict[str, None] = {}
     for place, each in enumerate(both):
         thinned = Thinned(_MOST_BUCKETS)
-        thinned.add(Step(row.step, row.epoch, row.unix_s, row.values) for row in each.rows)
+        for number, (_, rows) in enumerate((*each.earlier, EarlierAttempt(each.attempt, each.rows)), 1):
+            thinned.add((Step(row.step, row.epoch, row.unix_s, row.values) for row in rows), number)
         series = thinned.series()
         metrics |= dict.fromkeys(name for name in series["metrics"] if name not in _NOT_DRAWN)
         runs.append({"id": str(place), "name": printable(names[place], _MOST_SHOWN), "series": series})
@@ -129,11 +129,18 @@ def _bars(recording: Recording, changes: Sequence[tuple[int, float]]) -> Iterato
 
 
 def _about(recording: Recording, name: str) -> str:
-    parts = [name, _dates(recording), f"attempt {recording.attempt}, rank {recording.rank}"]
+    parts = [name, _dates(recording), _which(recording)]
     parts += [f"{what} {text}" for what, text in recording.about]
     if recording.ended:
         parts.append(f"ended: {recording.ended}")
     return f'<p class="sub">{_shown("; ".join(filter(None, parts)))}</p>'
+
+
+def _which(recording: Recording) -> str:
+    """Returns which attempt and which rank it is."""
+    known = len(recording.earlier) + 1
+    attempt = f"attempt {recording.attempt}" + (f", the newest of {known}" if known > 1 else "")
+    return f"{attempt}, rank {recording.rank}" + (f" of {recording.world_size}" if recording.world_size > 1 else "")
 
 
 def _dates(recording: Recording) -> str:
@@ -145,6 +152,11 @@ def _dates(recording: Recording) -> str:
         return ""
     end = "%H:%M:%S" if first.date() == last.date() else "%Y-%m-%d %H:%M:%S"
     return f"{first:%Y-%m-%d %H:%M:%S} to {last:{end}} UTC"
+
+
+def _hours(recording: Recording) -> str:
+    """Returns where the hours of the run went, if that is known."""
+    return "" if recording.hours is None else f"<section>{hours_html(recording.hours)}</section>"
 
 
 def _answers(about: str, found: Iterable[Finding]) -> str:

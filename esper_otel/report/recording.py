@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.frames import black_box as blackbox
@@ -19,6 +19,7 @@ from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.parts.senders import is_valid
 from esper_otel.pull.client import RunInfo, TamiyoClient
+from esper_otel.pull.views import RunRanks
 from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 from esper_otel.text import printable
 
@@ -84,6 +85,18 @@ def _shared(names: tuple[Name, ...]) -> tuple[Name, ...]:
     return names
 
 
+class EarlierAttempt(NamedTuple):
+    """An attempt of a rank that was followed by another one.
+
+    Attributes:
+        attempt: which start of the run.
+        rows: its steps, in the order of their times.
+    """
+
+    attempt: int
+    rows: tuple[Row, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """Steps of one rank, in the order of their times.
@@ -97,6 +110,9 @@ class Recording:
         source: identifies the recording uniquely; usable as a file name.
         device: type of the device that trains, such as ``cuda``; empty if it is not known.
         about: what else is known of the run, as pairs of a name and a text: its host, revision, settings, attempts.
+        world_size: number of ranks of the run.
+        earlier: the attempts before, oldest first, if they are known.
+        ranks: a comparison of the run's ranks, if there are several and it is known.
         hours: where the hours of the run went; None if that is not known, as in a black box.
     """
 
@@ -108,6 +124,9 @@ class Recording:
     source: str
     device: str = ""
     about: tuple[tuple[str, str], ...] = ()
+    world_size: int = 1
+    earlier: tuple[EarlierAttempt, ...] = ()
+    ranks: RunRanks | None = None
     hours: RunHours | None = field(default=None, compare=False)
 
     @property
@@ -145,6 +164,7 @@ def of_file(path: Path) -> Recording:
             device,
         ),
         about=_about(head),
+        world_size=_world_size(head.get("world_size")),
     )
 
 
@@ -155,10 +175,12 @@ def _about(head: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     if isinstance(settings, dict) and settings:
         texts.append(("settings", ", ".join(f"{name} = {value}" for name, value in sorted(settings.items()))))
     found = [(name, text) for name, text in texts if isinstance(text, str) and text]
-    world_size = head.get("world_size")
-    if type(world_size) is int and 1 < world_size < 2**31:
-        found.append(("ranks", str(world_size)))
     return tuple((name, _clean_text(text)) for name, text in found)
+
+
+def _world_size(said: object) -> int:
+    """Returns a number of ranks that a file states; 1 if it is none."""
+    return said if type(said) is int and 1 < said < 2**31 else 1
 
 
 @lru_cache(maxsize=4096)
@@ -176,38 +198,35 @@ def _clean_seeds(seeds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str
 
 
 def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
-    """Reads all steps of a run's newest attempt from a gateway.
+    """Reads all steps of a rank from a gateway: those of the newest attempt, and of the attempts before.
 
     Raises:
         GatewayError: the run is unknown, the gateway cannot be reached, or the run is too large.
         ConfigurationError: the rank has no steps.
     """
-    found: dict[int, Row] = {}
-    attempt, device = -1, ""
+    found: dict[int, dict[int, Row]] = {}
+    device = ""
     for packets in _pulled(client, run_id, rank):
-        if packets.attempt > attempt:
-            attempt = packets.attempt
-            found.clear()
-        if packets.attempt == attempt:
-            found[packets.state.timestamp_ns] = _row(packets)  # a later revision replaces an earlier one
-            device = packets.state.hardware_context.device_type or device
+        # a later revision replaces an earlier one
+        found.setdefault(packets.attempt, {})[packets.state.timestamp_ns] = _row(packets)
+        device = packets.state.hardware_context.device_type or device
     if not found:
         raise ConfigurationError(f"run {run_id!r} has no steps of rank {rank}")
-    of_rank = [run for run in client.runs() if (run.run_id, run.rank) == (run_id, rank)]
-    mine = [run for run in of_rank if run.attempt == attempt]
-    ended = [run.ended or run.run_ended or "" for run in mine]
-    about = [("experiment", mine[0].experiment)] if mine and mine[0].experiment else []
-    if mine and mine[0].world_size > 1:
-        about.append(("ranks", str(mine[0].world_size)))
-    if len(of_rank) > 1:
-        before = [run for run in sorted(of_rank, key=lambda run: run.attempt) if run.attempt != attempt]
-        about.append(("earlier attempts", "; ".join(map(_attempt, before[-_MOST_ATTEMPTS:]))))
-    rows = [row for _, row in sorted(found.items())]
+    *before, (attempt, rows) = [
+        EarlierAttempt(attempt, tuple(row for _, row in sorted(rows.items())))
+        for attempt, rows in sorted(found.items())
+    ]
+    of_rank = [run for run in client.runs(run_id) if run.rank == rank]
+    mine = next((run for run in of_rank if run.attempt == attempt), None)
+    world_size = 1 if mine is None else mine.world_size
+    outcome = "" if mine is None else mine.ended or mine.run_ended or ""
     source = blackbox.file_stem(run_id, rank, attempt)
-    outcome = _clean_text(ended[0]) if ended else ""
     return Recording(
-        *(_clean_text(run_id), rank, attempt, outcome, tuple(rows), source, device),
-        about=tuple((name, _clean_text(text)) for name, text in about),
+        *(_clean_text(run_id), rank, attempt, _clean_text(outcome), rows, source, device),
+        about=tuple((name, _clean_text(text)) for name, text in _known(mine, of_rank)),
+        world_size=world_size,
+        earlier=tuple(before),
+        ranks=_ranks(client, run_id) if world_size > 1 else None,
         hours=_hours(client, run_id),
     )
 
@@ -216,6 +235,26 @@ def _hours(client: TamiyoClient, run_id: str) -> RunHours | None:
     """Returns where the hours of the run went; None if the gateway cannot say, as one of an older version."""
     try:
         return client.hours(run_id)
+    except GatewayError:
+        return None
+
+
+def _known(mine: RunInfo | None, of_rank: Sequence[RunInfo]) -> Iterator[tuple[str, str]]:
+    """Yields what a gateway knows of a writer, as pairs of a name and a text."""
+    if mine is None:
+        return
+    for name in ("experiment", "host", "revision", "settings"):
+        if getattr(mine, name):
+            yield name, getattr(mine, name)
+    before = [run for run in sorted(of_rank, key=lambda run: run.attempt) if run.attempt != mine.attempt]
+    if before:
+        yield "earlier attempts", "; ".join(map(_attempt, before[-_MOST_ATTEMPTS:]))
+
+
+def _ranks(client: TamiyoClient, run_id: str) -> RunRanks | None:
+    """Returns the gateway's comparison of the ranks; None if it has none."""
+    try:
+        return client.ranks(run_id)
     except GatewayError:
         return None
 

@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
-from esper_otel.session.raised import RaisedByMain, main_module, status_of, status_raised
+from esper_otel.session.raised import (
+    RaisedByMain,
+    RaisedInFunction,
+    main_module,
+    status_in_flight,
+    status_of,
+    status_raised,
+)
 
 _TIMEOUT_S = 5.0
 _AGAIN_S = 0.002
@@ -30,8 +37,8 @@ class LiveSession(Protocol):
     def interrupted(self) -> None:
         """Sends pending data at once instead of in the next period, because the process has been told to end."""
 
-    def close(self, timeout_s: float, outcome: str) -> None:
-        """Flushes and ends the session within about ``timeout_s``."""
+    def close(self, timeout_s: float | None, outcome: str) -> None:
+        """Flushes and ends the session within about ``timeout_s``; without it, see ``Telemetry.close``."""
 
 
 _live: weakref.WeakSet[LiveSession] = weakref.WeakSet()
@@ -162,25 +169,28 @@ def _close_beside(outcome: str) -> None:
 
 
 def _close_all(outcome: str) -> None:
+    """Closes all sessions within a few seconds: who sends a signal often follows it with one that kills."""
     deadline_s = time.monotonic() + _TIMEOUT_S
     for session in list(_live):
         session.close(max(deadline_s - time.monotonic(), 0.0), outcome)
 
 
 def _at_exit() -> None:
-    _close_all(outcome_of_process())
+    outcome = outcome_of_process()
+    for session in list(_live):
+        session.close(None, outcome)
     _exits.forget()
 
 
 def outcome_of_process() -> str:
     """Returns how the program ended, for callbacks at interpreter exit. Python does not give them the exit status.
 
-    - ``completed``: the main program ran to its end, called ``sys.exit`` (``exit``, ``quit``) with status 0, or its
-      main module raised ``SystemExit`` with status 0, as in ``raise SystemExit(main())``.
+    - ``completed``: the main program ran to its end, called ``sys.exit`` (``exit``, ``quit``) with status 0, or raised
+      ``SystemExit`` with status 0.
     - The name of the uncaught exception, if there was one.
     - ``SystemExit``: the program ended in one of these ways with another status.
-    - ``exit``: the program ended in a way that hides the status, such as ``raise SystemExit`` inside a function. A
-      notebook or a prompt always does: its exceptions and interrupts end a cell.
+    - ``exit``: the program ended in a way that hides the status: ``raise SystemExit`` inside a function of a module
+      that ``python -m`` runs, or a notebook or a prompt, whose exceptions and interrupts end a cell.
     """
     if is_interactive():
         return "exit"
@@ -231,6 +241,7 @@ class _Exits:
         self._module: FrameType | None = None
         self._last: _ExitCall | None = None
         self._replaced: list[tuple[Any, str, Any, Any]] = []
+        self._in_function = RaisedInFunction(self._left_by_exception)
 
     def watch(self) -> None:
         """Finds the main program and wraps ``sys.exit`` so that calls of it are recorded."""
@@ -238,6 +249,7 @@ class _Exits:
             self._root = _main_program()
         if self._module is None:
             self._follow_main()
+        self._in_function.follow()
         if not self._replaced:
             self._replace(sys, "exit", 0)
             quitter = type(getattr(builtins, "exit", None))  # set by the site module; absent with python -S
@@ -250,6 +262,7 @@ class _Exits:
             if getattr(owner, name) is ours:
                 setattr(owner, name, original)
         self._replaced = []
+        self._in_function.forget()
         self._root = self._module = self._last = None
 
     def _follow_main(self) -> None:
@@ -263,6 +276,14 @@ class _Exits:
     def _raised(self, status: int) -> None:
         if self._module is not None:
             self._note(self._module, status)
+
+    def _left_by_exception(self) -> None:
+        """The main program is over. Unless it has run to its end, an exception that left it is still in flight."""
+        is_printed = getattr(sys, "last_value", None) is not None  # it is no ``SystemExit``
+        if self._module is not None and not (is_printed or self.has_run_to_end()) and self.status() is None:
+            status = status_in_flight(self._module)
+            if status is not None:
+                self._note(self._module, status)
 
     def _note(self, frame: FrameType, status: int) -> None:
         self._last = _ExitCall(frame, frame.f_lasti, status, getattr(sys, "last_value", None))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import dis
+import gc
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
+from io import TextIOWrapper
+from types import FrameType, TracebackType
 from typing import Any
 
 # Instructions that neither load a value nor call anything.
@@ -129,3 +131,61 @@ def _next_raise(module: FrameType) -> int | None:
         if "BACKWARD" in each.opname or "RETURN" in each.opname:
             break
     return None
+
+
+class RaisedInFunction:
+    """Learns the status of a ``SystemExit`` that was raised in a function of a script.
+
+    Nothing is left of it when Python calls what is registered with atexit. Before that, Python flushes its two output
+    streams while the exception is still in flight. Nothing of Python runs then, so the exception is looked for among
+    the objects that refer to the main module's frame.
+
+    Threads: any may call ``follow`` and ``forget``; the rest happens in the main thread.
+
+    Args:
+        called: called when the streams are flushed by the interpreter itself.
+    """
+
+    def __init__(self, called: Callable[[], None]) -> None:
+        self._called = called
+        self._streams: list[tuple[Any, Any]] = []
+
+    def follow(self) -> None:
+        """Wraps ``flush`` of the output streams."""
+        if self._streams:
+            return
+        for stream in (sys.stderr, sys.stdout):
+            if type(stream) is TextIOWrapper and "flush" not in vars(stream):  # else it is not Python's own
+                self._wrap(stream)
+
+    def _wrap(self, stream: Any) -> None:
+        original, called = stream.flush, self._called
+
+        def flush() -> None:
+            if sys._getframe().f_back is None:  # noqa: SLF001 - a documented function
+                called()
+            original()
+
+        stream.flush = flush
+        self._streams.append((stream, flush))
+
+    def forget(self) -> None:
+        """Restores the streams, except one that other code has changed since."""
+        for stream, flush in self._streams:
+            if vars(stream).get("flush") is flush:
+                del stream.flush
+        self._streams = []
+
+
+def status_in_flight(module: FrameType) -> int | None:
+    """Returns the status of the ``SystemExit`` that is leaving the main module; None if that is not certain.
+
+    Until somebody catches it, Python 3.11 keeps an exception and its traceback apart.
+    """
+    traces = [each for each in gc.get_referrers(module) if isinstance(each, TracebackType)]
+    if not traces:
+        return None
+    errors = [each for each in gc.get_objects() if issubclass(type(each), SystemExit)]
+    leaving = [each for each in errors if each.__traceback__ is None or each.__traceback__ in traces]
+    found = {status_of(each.code) for each in leaving}
+    return found.pop() if len(found) == 1 else None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from signal import Signals
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
     from esper_otel.session.show import Figure
 
+_READERS_S = 1.0  # for the SDK's readers, however long closing has taken before
 _STALE_AFTER_NS = 300 * 1_000_000_000
 _NO_RUN_ID = (
     "the %d ranks have no common run id, so each is a run of its own, this one %s: call "
@@ -175,6 +177,7 @@ class _Session:
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
         self.rules = configured(settings.risk_thresholds)
+        self._close_timeout_s = settings.close_timeout_s
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
@@ -188,7 +191,7 @@ class _Session:
             self._check_run_id(run)
         endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
 
-        self._resource_of = resources()
+        self._resource_of = resources(settings.changed())
         self._deriver = Deriver(processors, self._fault)
         self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
         self._publisher = FramePublisher(
@@ -463,8 +466,8 @@ class _Session:
         if self._exporter is not None and os.getpid() == self._process_id:
             self._exporter.join(deadline_s)
 
-    def close(self, deadline_s: float, outcome: str) -> None:
-        """Flushes and stops everything by about ``deadline_s``; does nothing in a forked child."""
+    def close(self, deadline_s: float, outcome: str, *, is_patient: bool) -> None:
+        """See ``Wiring.close``; does nothing in a forked child."""
         if os.getpid() != self._process_id:
             return
         with ExitStack() as ending:  # runs the callbacks from last to first, even if one raises
@@ -474,21 +477,24 @@ class _Session:
                 ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
             ending.callback(self._instruments.detach, self)
             if self._provider is not None:
-                ending.callback(self._ended, "the readers", self._stop_readers, deadline_s)
+                least_s = _READERS_S if is_patient else 0.1
+                ending.callback(self._ended, "the readers", self._stop_readers, deadline_s, least_s)
             if self._exporter is not None:
-                ending.callback(self._ended, "the export", self._close_exporter, self._exporter, deadline_s, outcome)
+                patience_s = self._close_timeout_s if is_patient else 0.0
+                close = partial(self._close_exporter, self._exporter, deadline_s, outcome, patience_s)
+                ending.callback(self._ended, "the export", close)
             ending.callback(self._ended, "the black box", self._black_box.ended, outcome)
             for figure in self._figures:
                 ending.callback(self._ended, "the notebook's figure", figure.end)
 
     @staticmethod
-    def _close_exporter(exporter: StepExporter, deadline_s: float, outcome: str) -> None:
-        waited_s = 0.0
+    def _close_exporter(exporter: StepExporter, deadline_s: float, outcome: str, patience_s: float) -> None:
+        waited_s, latest_s = 0.0, time.monotonic() + patience_s
         try:
             if outcome not in Signals.__members__:
                 waited_s = wait_for_page()
         finally:
-            exporter.close(deadline_s + waited_s, outcome)
+            exporter.close(deadline_s + waited_s, outcome, latest_s + waited_s)
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
         """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""
@@ -502,9 +508,9 @@ class _Session:
         has_lost = has_lost or (self._mistakes is not None and self._mistakes.count > 0)
         announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
 
-    def _stop_readers(self, deadline_s: float) -> None:
+    def _stop_readers(self, deadline_s: float, least_s: float) -> None:
         if self._provider is not None:
-            self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), 0.1) * 1e3)
+            self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), least_s) * 1e3)
 
     def _stop_probes(self, deadline_s: float) -> None:
         if self._sampler is not None:

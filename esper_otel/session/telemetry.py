@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Batch = TypeVar("Batch")
 
+_PATIENCE_S = 5.0
 _STATE_VERSION = 1
 _RESULTS = ("accuracy", "loss")
 _STATE_KEYS = frozenset({"version", "global_step", "last_finite_loss", "isolation_violations", "derive"})
@@ -107,8 +108,11 @@ class Wiring(Protocol):
     def join(self, deadline_s: float) -> None:
         """Waits until a ``close`` in another thread is done, at most until ``deadline_s``."""
 
-    def close(self, deadline_s: float, outcome: str) -> None:
-        """Flushes and stops everything by ``deadline_s``, a time of ``time.monotonic``."""
+    def close(self, deadline_s: float, outcome: str, *, is_patient: bool) -> None:
+        """Flushes and stops everything by about ``deadline_s``, a time of ``time.monotonic``.
+
+        If it is patient, it goes on while the endpoint takes steps, at most for the setting ``close_timeout_s``.
+        """
 
 
 class Telemetry:
@@ -366,16 +370,17 @@ class Telemetry:
 
     # -- the end -----------------------------------------------------------------------------------------
 
-    def close(self, timeout_s: float = 5.0, outcome: str | None = None) -> None:
-        """Sends the remaining steps and ends the session within about ``timeout_s``. Packets can still be pulled.
+    def close(self, timeout_s: float | None = None, outcome: str | None = None) -> None:
+        """Sends the remaining steps and how the run ended, then ends the session. Packets can still be pulled.
 
         If a call from another thread or a signal handler is in progress, waits for it.
 
         Args:
-            timeout_s: how long to wait for the endpoint, in seconds.
+            timeout_s: how long this may take, in seconds. Without it, closing goes on as long as the endpoint takes
+                steps, at most for the setting ``close_timeout_s``, and stops when it has taken none for 5 s.
             outcome: how the run ended, as sent in ``esper.run.ended``; by default ``completed``.
         """
-        deadline_s = time.monotonic() + max(timeout_s, 0.0)
+        deadline_s = time.monotonic() + (_PATIENCE_S if timeout_s is None else max(timeout_s, 0.0))
         if self._is_closed:
             self._wiring.join(deadline_s)
             return
@@ -389,7 +394,7 @@ class Telemetry:
         try:
             self._recorder.publisher.settle(deadline_s)
         finally:  # Ctrl-C only cuts short the wait for a device; closing continues
-            self._wiring.close(deadline_s, outcome or "completed")
+            self._wiring.close(deadline_s, outcome or "completed", is_patient=timeout_s is None)
 
     def before_close(self, end: Callable[[str | None], None]) -> None:
         """Sets a function to call with the outcome before the session ends, to record a last open step."""

@@ -186,6 +186,7 @@ SERIES_OF_PIPELINE = {
     "EsperGatewayNotStoring": "esper_gateway_store_failures_total",
     "EsperGatewayRejecting": 'esper_gateway_rejected_points_total{reason="no time"}',
     "EsperGatewayOverLimit": 'esper_gateway_rejected_points_total{reason="too many runs"}',
+    "EsperGatewayTooLate": "esper_gateway_too_late_steps",
     "EsperGatewayRefusing": 'esper_gateway_refused_requests_total{reason="malformed"}',
     "EsperGatewayDeferring": 'esper_gateway_deferred_requests_total{reason="too many runs"}',
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -154,3 +155,32 @@ def test_steps_published_while_a_period_is_sent_wait_for_the_next(monkeypatch: p
             periods_s = [later - sooner for sooner, later in pairwise(times_s[:8])]
         assert min(periods_s) >= 0.2
         assert collector.frames_received == step
+
+
+@pytest.mark.parametrize(("close_timeout_s", "is_whole"), [("60", True), ("1", False)])
+def test_closing_goes_on_while_steps_are_taken_and_the_end_of_the_run_is_sent(
+    close_timeout_s: str, monkeypatch: pytest.MonkeyPatch, *, is_whole: bool
+) -> None:
+    """Beyond the limit, what is left is given up, and the last counts say how much."""
+    monkeypatch.setattr(exporter, "_FRAMES_AT_ONCE", 10)
+    monkeypatch.setattr("esper_otel.session.telemetry._PATIENCE_S", 1.5)
+    monkeypatch.setenv("ESPER_CLOSE_TIMEOUT_S", close_timeout_s)
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")
+    with MemoryCollector(answer=lambda _: time.sleep(0.2)) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        telemetry = esper_otel.start(run_id="slow")
+        for _ in range(150):
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+        telemetry.close()
+        points = in_order(list(collector.requests))
+    [ended] = [point for point in points if point.name == "esper.run.ended"]
+    assert ended.attributes["outcome"] == "completed"
+    dropped = [point.value for point in points if point.name == "esper.frames.dropped"]
+    health = telemetry.health()
+    assert (health["exported"] == 150) is is_whole
+    assert (dropped[-1:] or [0]) == [health["dropped"]] == [150 - collector.frames_received + unanswered(health)]
+
+
+def unanswered(health: Mapping[str, Any]) -> int:
+    """The steps of a request that was taken, but not acknowledged in time: they are counted as dropped."""
+    return 10 if "no answer" in str(health["last_error"]) else 0

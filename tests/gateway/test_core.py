@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
@@ -19,10 +21,12 @@ from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import NO_SEEDS, Frame
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.pages import MadeSteps
 from esper_otel.gateway.store.base import StoreFull, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.gateway.turns import finished
 from esper_otel.leyline import SystemStatePacket
 from esper_otel.pull.messages import PullRequest, Step
 
@@ -363,3 +367,32 @@ def test_a_step_that_two_pullers_make_at_the_same_time_is_counted_once() -> None
         steps.put(("run", "life", 1), bytes(100))
     assert steps.get(("run", "life", 1)) == bytes(100)
     assert steps.used < 500
+
+
+def test_what_is_known_of_a_writer_is_known_after_a_restart(tmp_path: Path) -> None:
+    """Its host, revision and settings, and the newest steps of its ranks; one silent for long is silent at once."""
+    about = {"host.name": "gpu-3", "vcs.ref.head.revision": "0b1c2d3e", "esper.settings": "export_every_s = 5.0"}
+    core = Core(FileStore(tmp_path), hold_s=HOLD_S)
+    core.start = lambda: None  # type: ignore[method-assign] # nothing runs in an event loop
+    for body in bodies(history(5)):
+        request = ExportMetricsServiceRequest.FromString(body)
+        for name, text in about.items():
+            request.resource_metrics[0].resource.attributes.add(key=name).value.string_value = text
+        core.receive(request.SerializeToString())
+    core.close()
+    core = Core(FileStore(tmp_path), hold_s=HOLD_S)
+    [state] = core.state_of(RUN.run_id).states
+    assert (state.host, state.revision, state.settings) == tuple(about.values())
+    recent = core.recent_steps(RUN.run_id)
+    assert recent is not None
+    assert sorted(recent.steps[0].tolist())[:5] == [1, 2, 3, 4, 5]
+    later = [lambda after_s=s: state.last_received_unix_ns + after_s * 10**9 for s in (59, 61)]
+    rows = [row_of(RunTable(core, clock_ns)) for clock_ns in later]
+    assert [(row["state"], row["host"]) for row in rows] == [("live", "gpu-3"), ("silent", "gpu-3")]
+    core.close()
+
+
+def row_of(table: RunTable) -> Any:
+    finished(table.refreshing())
+    [row] = json.loads(finished(table.answer("")))["runs"]
+    return row

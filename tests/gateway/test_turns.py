@@ -31,7 +31,7 @@ from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.views import TURN_S, Views
 from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
-from esper_otel.gateway.receive.request import TOO_SPARSE
+from esper_otel.gateway.receive.request import TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_SPARSE
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
@@ -550,6 +550,31 @@ def test_a_late_point_of_a_very_large_step_is_taken_in_a_short_turn(turns: list[
         assert await core.take(plain([("loss", "", 0, 1.0), (ALPHA, "seed-7", 0, 0.25)])) == (0, "")
         await all_released(core)
         assert core.counts["corrections"] >= 1  # more, if the second half came too late
+        core.close()
+
+    run_in_short_turns(scenario, turns)
+
+
+def test_more_seeds_or_metrics_than_a_step_may_have_are_left_out_in_a_short_turn(turns: list[float]) -> None:
+    """0.35 s for 200,000 points, of which some were too many; 0.2 s for a step of 150,000 metrics."""
+    seeds = plain([(metric.name, f"seed-{seed}", 0, 0.5) for metric in SEED_CELLS[:6] for seed in range(30_000)])
+    message = ExportMetricsServiceRequest()
+    of_scope = message.resource_metrics.add().scope_metrics.add()
+    of_scope.scope.name = "esper_otel"
+    for number in range(150_000):
+        of_scope.metrics.add(name=f"own-{number}").gauge.data_points.add(time_unix_nano=TIME_UNIX_NS, as_double=0.5)
+    metrics = message.SerializeToString()
+
+    async def scenario() -> None:
+        core = Core(MemoryStore(), hold_s=0.1)
+        core.start()
+        turns.clear()
+        assert await core.take(seeds) == (60_000, f"60000 {TOO_MANY_SEEDS}")
+        assert await core.take(metrics) == (130_000, f"130000 {TOO_MANY_METRICS}")
+        await all_released(core)
+        (step,) = (await core.pull(PullRequest(run_id="unknown"))).steps
+        assert 20_000 <= len(step.names) < 20_010
+        assert not step.complete
         core.close()
 
     run_in_short_turns(scenario, turns)

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint as NumberDataPointMessage
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import (
     Gauge,
@@ -44,6 +47,7 @@ from esper_otel.leyline.risk import signals, with_signals
 from esper_otel.parts import senders
 
 RESOURCE: Mapping[str, str | int] = {"esper.run.id": "theirs", "esper.run.attempt": 7, "service.name": "a program"}
+FOLDED = "otel.metric.overflow"
 HOSTILE: tuple[Any, ...] = ("", "x" * 257, "line\nbreak", "\x7f", "é" * 129, True, ("a", "b"))
 ODD: tuple[Any, ...] = ("é" * 128, " ", "x" * 256, 7, 1.5, "ends with \u2028")
 
@@ -162,7 +166,10 @@ class Behind:
 
     def items(self, data: MetricsData) -> list[Item]:
         """What these readings become, with corrections of earlier steps."""
-        body = encode_metrics(data).SerializeToString()
+        return self.items_of(encode_metrics(data).SerializeToString())
+
+    def items_of(self, body: bytes) -> list[Item]:
+        """What a request becomes, likewise."""
         self._now_s += 10.0
         decoded = self._decoder.decode(body)
         self._assembler.take(decoded, now_s=self._now_s, received_unix_ns=1)
@@ -191,18 +198,39 @@ def test_more_seeds_than_are_taken_are_left_out_with_a_word(
 
 
 def test_seeds_that_the_sdk_folds_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    """A view of the program's own may tell fewer apart than the reader asks for."""
-    reader = LeylineMetricReader()
+    """A view of the program's own may tell fewer apart than the reader asks for: the packets are not complete."""
+    reader, behind = LeylineMetricReader(), Behind()
     views = [View(instrument_name="*", aggregation_cardinality_limit=10)]
-    provider = MeterProvider(metric_readers=[reader], shutdown_on_exit=False, views=views)
+    readers = (reader, behind.reader)
+    provider = MeterProvider(readers, Resource(RESOURCE), shutdown_on_exit=False, views=views)
     gauge = provider.get_meter("theirs").create_gauge("kasmina.seed.alpha")
     for seed in range(20):
         gauge.set(0.5, {"seed_id": f"seed-{seed}"})
-    mine = reader.pull()
+    mine, theirs = reader.pull(), behind.pull()
     assert mine is not None
     assert not mine.complete
+    assert without_time(mine) == without_time(theirs)
     assert "attribute sets" in caplog.text
     provider.shutdown()
+
+
+def test_a_step_whose_values_the_sdk_folded_stays_incomplete() -> None:
+    """Whichever of its points comes first, and whatever comes later."""
+    for order in ((0, 1, 2), (1, 0, 2), (1, 2, 0)):
+        gateway, message, points = Behind(), ExportMetricsServiceRequest(), []
+        for seed in ("a", "", "b"):
+            point = NumberDataPointMessage(time_unix_nano=frame_examples.TIME_UNIX_NS, as_double=0.5)
+            key, value = ("seed_id", AnyValue(string_value=seed)) if seed else (FOLDED, AnyValue(bool_value=True))
+            point.attributes.add(key=key).value.CopyFrom(value)
+            points.append(point)
+        items: list[Item] = []
+        for place in order:
+            message.Clear()
+            gauge = message.resource_metrics.add().scope_metrics.add().metrics.add(name="kasmina.seed.alpha").gauge
+            gauge.data_points.add().CopyFrom(points[place])
+            items += gateway.items_of(message.SerializeToString())
+        assert {*items[-1].frame.live.ids} == {"a", "b"}
+        assert not items[-1].complete
 
 
 def test_the_instruments_of_a_session_say_who_lives() -> None:

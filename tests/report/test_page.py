@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from gateways import RunningGateway
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.pull.client import TamiyoClient
-from esper_otel.report.findings import compared
+from esper_otel.pull.views import RankInfo, RunRanks
+from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import is_page, page
 from esper_otel.report.recording import Recording, Row, of_file, of_gateway
 
@@ -80,16 +82,48 @@ def test_a_run_from_a_gateway_has_the_names_of_the_live_page(monkeypatch: pytest
     """Packets have other keys for some values, and repeat the loss. The validation loss says which run is better."""
     with RunningGateway() as gateway:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
-        for run_id, loss in (("one", 0.5), ("two", 0.25)):
-            with esper_otel.start(run_id=run_id, settings=EsperSettings(probe_period_s=3600)) as telemetry:
+        for run_id, attempt, loss in (("one", 1, 0.5), ("two", 1, 0.125), ("two", 2, 0.25)):
+            settings = EsperSettings(probe_period_s=3600)
+            monkeypatch.setenv("ESPER_RUN_ATTEMPT", str(attempt))
+            with esper_otel.start(run_id=run_id, world_size=2, rank=1, settings=settings) as telemetry:
                 for _ in range(4):
                     telemetry.validation(loss=loss)
                     with telemetry.step(epoch=0) as now:
                         now.put(loss=1.0, optimizer_lr=0.1)
         with TamiyoClient(gateway.grpc) as client:
-            one, two = (of_gateway(client, run_id, 0) for run_id in ("one", "two"))
+            one, two = (of_gateway(client, run_id, 1) for run_id in ("one", "two"))
+    resumed = page(two)
+    [run] = data_of(resumed)["runs"]
+    assert [(each["number"], each["why"]) for each in run["series"]["segments"]] == [(1, "start"), (2, "resumed")]
+    assert run["series"]["columns"]["step"] == [1, 2, 3, 4] * 2
+    assert run["series"]["columns"]["is_again"] == [1] * 4 + [0] * 4
+    assert run["series"]["metrics"]["esper.validation.loss"]["last"] == [0.125] * 4 + [0.25] * 4
+    for words in (
+        f"host {socket.gethostname()}",
+        "settings black_box_frames = 0, probe_period_s = 3600.0",
+        "revision ",
+    ):
+        assert words in resumed
+    assert "attempt 2, the newest of 2, rank 1 of 2" in resumed
+    assert "this is attempt 2, and the charts have those before. Steps 1 to 4 of rank 1 of 2 were" in resumed
     drawn = {metric["name"] for metric in data_of(page(one, two))["metrics"]}
     assert {"loss", "esper.validation.loss", "esper.optimizer.lr"} <= drawn
     assert not drawn & {"training_loss", "esper.training.loss", "validation_loss", "optimizer_lr"}
     [found] = compared(one, two)
     assert "esper.validation.loss at the end: 0.5, compared with 0.25 (worse)" in found.answer
+
+
+def test_a_loss_that_is_too_large_for_a_packet_has_gone_wrong() -> None:
+    """It is a signal, too: nothing says that every loss is finite."""
+    [first_bad] = [each for each in findings(recording("large", loss=1e308)) if "wrong first" in each.question]
+    assert first_bad.answer == "Step 1 (epoch 0): the loss is 1e+308, which is too large for a packet."
+
+
+def test_the_slow_rank_is_named_with_the_ranks_that_wait_for_it() -> None:
+    ranks = tuple(RankInfo(rank, 20.0, 2.0, 22.0 + 8 * (rank == 3), 4.0) for rank in range(4))
+    compared_ranks = RunRanks(1, 4, 50, 1, 50, ranks, 8.0, 8.0, 3, "input_wait_ms")
+    [found] = [each for each in findings(replace(recording("ranks"), ranks=compared_ranks)) if "rank" in each.question]
+    assert found.answer == (
+        "Rank 3, most of all in input_wait_ms: a step and its wait take 30 ms, and 22 ms on the others, over steps "
+        "1 to 50 of all ranks that are known (4)."
+    )

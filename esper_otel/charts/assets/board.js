@@ -9,6 +9,7 @@ Esper.element = (name, properties = {}, ...children) => {
 
 Esper.GROUPS = { learning: "Learning", time: "Time", throughput: "Throughput", machine: "Machine", seeds: "Seeds", other: "Your own", ranks: "Ranks" };
 const MOST_ROWS = 14; // of the read-out
+const MOST_NAMES = 12; // of the legend
 
 class Board {
   // place: the element it fills; changed: called when the view changes, to keep it in the URL or to load detail;
@@ -41,6 +42,7 @@ class Board {
     this.theme();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { this.theme(); this.rebuildAll(); });
     addEventListener("beforeprint", () => this.showAll());
+    addEventListener("pointerdown", (event) => { if (event.pointerType === "touch" && !event.target.closest(".chart")) this.point(null); });
   }
 
   theme() {
@@ -233,12 +235,20 @@ class Board {
       const width = Math.max(...thinned.map(([, series]) => series.width));
       said.push(`thinned: a point stands for up to ${width.toLocaleString("en")} steps, its band for their smallest and largest value${this.hasDetail ? "; zoom in for every step" : ""}`);
     }
-    if (this.isNaming && this.runs.length > 1) {
-      this.names ??= this.bar.insertBefore(Esper.element("span"), this.said);
-      Esper.legend(this.names, this.runs.map((run) => [run.id === this.view.base ? `${run.name} (dashed)` : run.name, run.color]));
-    }
+    this.sayNames();
     this.said.textContent = said.join("; ");
     this.said.classList.toggle("bad", this.faults.size > 0);
+  }
+
+  // Which color is which run's, when there are several.
+  sayNames() {
+    const runs = this.isNaming && this.runs.length > 1 ? this.shown() : [];
+    this.names ??= this.bar.appendChild(Esper.element("span"));
+    const entries = runs.slice(0, MOST_NAMES).map((run) => [run.id === this.view.base ? `${run.name} (dashed)` : run.name, run.color]);
+    Esper.legend(this.names, entries);
+    if (runs.length > MOST_NAMES) this.names.append(`and ${runs.length - MOST_NAMES} more`);
+    this.names.classList.add("names");
+    this.names.hidden = !runs.length;
   }
 
   // -- the axis that all charts share ----------------------------------------------------------------------

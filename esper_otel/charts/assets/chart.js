@@ -6,7 +6,11 @@ Esper.PHASE_COLORS = { "input wait": "#e0702d", hook: "#c04dd0", finalize: "#1a9
 Esper.STAGE_COLORS = ["#c7d0d9", "#6e7079", "#8ab8ff", "#3274d9", "#ff9830", "#b877d9", "#e0c52a", "#37872d", "#c4162a", "#8f3bb8", "#96d98d", "#7d7d82"];
 Esper.AXES = { step: "step", epoch: "epoch", wall: "local time", since: "time since the start" };
 
-const ODD = { nan: [0.5, "x", "NaN"], up: [0.95, "triangle", "+Inf"], down: [0.05, "inverted_triangle", "-Inf"] };
+// Of values that have no place on the axis: where the mark is, the mark, and what it says.
+const ODD = {
+  nan: [0.5, "x", "✕ NaN"], up: [0.95, "triangle", "▲ +Inf"], down: [0.05, "inverted_triangle", "▼ -Inf"],
+  large: [0.95, "triangle", "▲ above 1e300"], small: [0.05, "inverted_triangle", "▼ below -1e300"],
+};
 const FEW = 60; // a curve with fewer points shows them
 const MOST_ODD = 500; // marks of values that are not finite, for each run
 const LEFT = 62; // the same for all charts, so that equal steps stand below each other
@@ -25,8 +29,9 @@ class Chart {
     this.place.append(this.cursor);
     this.element.append(this.caption, this.place, this.note);
     this.element.addEventListener("keydown", (event) => this.key(event));
-    this.element.addEventListener("pointerleave", () => board.point(null));
-    this.element.addEventListener("blur", () => board.point(null));
+    // A finger leaves when it is lifted: what it has pointed at stays until it touches something else.
+    this.element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") board.point(null); });
+    this.element.addEventListener("blur", () => { if (!board.isTouch) board.point(null); });
   }
 
   // Builds the figure; the sources of its curves are filled by `draw`.
@@ -65,7 +70,8 @@ class Chart {
     this.renderers = [];
     this.draw(this);
     this.figure.on_event("mousemove", (event) => this.board.point(event.x, this));
-    this.figure.on_event("mouseleave", () => this.board.point(null));
+    this.figure.on_event("tap", (event) => this.board.point(event.x, this));
+    this.figure.on_event("mouseleave", () => { if (!this.board.isTouch) this.board.point(null); });
     this.figure.on_event("doubletap", () => this.board.zoom(null));
     this.document = new Bokeh.Document();
     this.document.add_root(this.figure);
@@ -237,7 +243,7 @@ Esper.lines = (name) => (chart) => {
     resumed.push(`┊ ${mark.text}`);
   }
   const odd = { x: [], y: [], marker: [], color: [] };
-  const counts = { nan: 0, up: 0, down: 0 };
+  const counts = Object.fromEntries(Object.keys(ODD).map((kind) => [kind, 0]));
   const first = {};
   for (const [run, curve] of all) {
     for (const [, kind, step] of curve.odd) {
@@ -257,7 +263,14 @@ Esper.lines = (name) => (chart) => {
   keys.add("odd");
   chart.fill("odd", odd, (source) =>
     figure.scatter({ field: "x" }, { field: "y" }, { source, y_range_name: "edge", marker: { field: "marker" }, size: 9, line_width: 2, line_color: { field: "color" }, fill_color: { field: "color" } }));
-  const said = Object.entries(counts).filter(([, count]) => count).map(([kind, count]) => `${{ nan: "✕", up: "▲", down: "▼" }[kind]} ${ODD[kind][2]} ${count > 1 ? `at ${count} places, first ` : ""}in step ${first[kind].toLocaleString("en")}`);
+  const said = Object.entries(counts).filter(([, count]) => count).map(([kind, count]) => `${ODD[kind][2]} ${count > 1 ? `at ${count} places, first ` : ""}in step ${first[kind].toLocaleString("en")}`);
+  const isBlank = all.length > 0 && !all.some(([, curve]) => curve.y.some(Number.isFinite) || curve.againY.length);
+  if (isBlank) said.unshift("no value that can be drawn:");
+  if (isBlank || chart.sources.has("blank")) { // without any value, Bokeh has no axes
+    keys.add("blank");
+    chart.fill("blank", isBlank ? { x: board.range(), y: [0, 1] } : { x: [], y: [] }, (source) => figure.line({ field: "x" }, { field: "y" }, { source, line_alpha: 0 }));
+    figure.yaxes[0].major_label_text_alpha = isBlank ? 0 : 1;
+  }
   if (view.log && all.some(([, curve]) => curve.y.some((value) => value <= 0))) resumed.unshift("values of 0 and below have no place on a log scale");
   chart.note.textContent = [...said, ...resumed.slice(0, 3)].join("   ");
   chart.note.classList.toggle("bad", said.length > 0);
@@ -269,16 +282,20 @@ function seams(series, mode) {
   if (series.segments.length < 2) return [];
   const xs = Esper.xs(series, mode);
   const found = [];
-  let before = null;
+  const { is_again: again, segment: segments, first_step: first } = series.columns;
+  let before = segments[0];
+  let isFirst = true; // whether all rows before were done again
   for (let row = 0; row < xs.length; row++) {
-    if (series.columns.is_again[row]) continue;
-    const segment = series.columns.segment[row];
-    if (before !== null && segment !== before) {
+    if (again[row]) continue;
+    const segment = segments[row];
+    if (segment !== before) {
       const { number, why } = series.segments[segment];
-      const step = series.columns.first_step[row].toLocaleString("en");
-      found.push({ x: xs[row], text: why === "back" ? `went back, and on from step ${step}` : `attempt ${number} from step ${step}` });
+      const step = first[row].toLocaleString("en");
+      const how = isFirst ? `again from step ${step} (dotted: before)` : `from step ${step}`;
+      found.push({ x: xs[row], text: why === "back" ? `went back, and on ${how}` : `attempt ${number} ${how}` });
     }
     before = segment;
+    isFirst = false;
   }
   return found;
 }
@@ -317,7 +334,7 @@ Esper.legend = (element, entries) => {
   element.replaceChildren(...entries.map(([name, color]) => {
     const mark = Esper.element("i");
     mark.style.background = color;
-    return Esper.element("span", {}, mark, name);
+    return Esper.element("span", { title: name }, mark, name);
   }));
 };
 
@@ -346,7 +363,7 @@ Esper.heat = (give) => (chart) => {
     const made = figure.quad({ left: { field: "left" }, right: { field: "right" }, bottom: { field: "bottom" }, top: { field: "top" }, source, line_color: null, fill_color: { field: "value", transform: chart.mapper } });
     figure.yaxes[0].ticker = new (Bokeh.Models.get("BasicTicker"))({ min_interval: 1, num_minor_ticks: 0 });
     figure.yaxes[0].axis_label = "rank";
-    figure.add_layout(new Bokeh.ColorBar({ color_mapper: chart.mapper, width: 8, padding: 4, title: found.unit, major_label_text_color: chart.board.colors.ink, title_text_color: chart.board.colors.dim, background_fill_color: null, major_tick_line_color: null, title_text_font_size: "11px", title_text_font_style: "normal" }), "right");
+    figure.add_layout(new Bokeh.ColorBar({ color_mapper: chart.mapper, width: 8, padding: 4, major_label_text_color: chart.board.colors.ink, background_fill_color: null, major_tick_line_color: null }), "right");
     return made;
   });
 };

@@ -15,6 +15,9 @@ Esper.MEANS = {
 Esper.PHASES = ["input wait", "hook", "finalize", "rest"];
 const PHASE_METRICS = ["input_wait_ms", "hook_latency_ms", "kasmina.finalize_ms"];
 
+// A name as it can be shown: characters that are invisible, or that turn the direction of a text, as their numbers.
+Esper.printable = (text) => String(text).replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu, (each) => `\\u${each.codePointAt(0).toString(16).padStart(4, "0")}`);
+
 Esper.number = (value) => {
   if (value === undefined || value === null) return "–";
   if (Number.isNaN(value)) return "NaN";
@@ -125,6 +128,9 @@ Esper.extent = (lists) => {
   return low <= high ? [low, high] : null;
 };
 
+// The largest value that is drawn: with larger ones an axis has no ends that a number can express.
+const MOST = 1e300;
+
 // -- curves ------------------------------------------------------------------------------------------------
 
 // What is drawn of one metric of one run. A missing value is left out and the curve goes on; NaN interrupts it.
@@ -146,8 +152,9 @@ Esper.curve = (series, name, { x: mode, smooth }) => {
       if (down) found.odd.push([at, "down", first ?? series.columns.step[row]]);
     }
     const value = main[row];
-    if (value === null || value === undefined) {
-      if (!strange) continue;
+    if (Math.abs(value) > MOST) found.odd.push([xs[row], value > 0 ? "large" : "small", series.columns.step[row]]);
+    if (value === null || value === undefined || Math.abs(value) > MOST) {
+      if (!strange && (value === null || value === undefined)) continue;
       if (!again[row]) { found.x.push(xs[row]); found.y.push(NaN); }
     } else if (again[row]) {
       found.againX.push(xs[row]);
@@ -159,8 +166,8 @@ Esper.curve = (series, name, { x: mode, smooth }) => {
     }
     if (values.min && value !== null && value !== undefined && !again[row]) {
       found.bandX.push(xs[row]);
-      found.low.push(values.min[row] ?? NaN);
-      found.high.push(values.max[row] ?? NaN);
+      found.low.push(drawn(values.min[row]));
+      found.high.push(drawn(values.max[row]));
     }
   }
   if (!found.isThinned) found.bandX = found.low = found.high = [];
@@ -170,6 +177,8 @@ Esper.curve = (series, name, { x: mode, smooth }) => {
   }
   return found;
 };
+
+const drawn = (value) => (Math.abs(value) <= MOST ? value : NaN);
 
 // An exponential moving average without the bias of its start. Values that are not finite stay where they are.
 function smoothed(values, weight) {
@@ -191,7 +200,7 @@ Esper.meanOf = (series, name, mode) => {
   const widths = series.metrics[width] && (series.metrics[width].mean || series.metrics[width].last);
   const found = { x: [], y: [], low: [], high: [] };
   for (let row = 0; row < xs.length; row++) {
-    if (!Number.isFinite(means[row]) || series.columns.is_again[row]) continue;
+    if (!(Math.abs(means[row]) <= MOST) || series.columns.is_again[row]) continue;
     const half = widths && Number.isFinite(widths[row]) ? of(widths[row]) : 0;
     found.x.push(xs[row]);
     found.y.push(means[row]);
@@ -212,7 +221,7 @@ Esper.phases = (series, mode) => {
   for (const phase of recorded) found[phase] = [];
   for (let row = 0; row < all.length; row++) {
     if (series.columns.is_again[row]) continue;
-    const parts = lists.map((list) => (list && Number.isFinite(list[row]) ? list[row] : 0));
+    const parts = lists.map((list) => (list && Math.abs(list[row]) <= MOST ? list[row] : 0));
     if (whole && !Number.isFinite(whole[row]) && !parts.some(Boolean)) continue;
     found.x.push(all[row]);
     recorded.forEach((phase) => {

@@ -8,7 +8,8 @@ import secrets
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,8 @@ COMPLETED, ENDED, FAILED, KILLED = "completed", "ended", "failed", "killed"
 _SIGNALS = {each.name for each in signal.Signals}
 # How often all runs are compared with those that are known, since a run that falls silent or is dropped says nothing.
 _ALL_EVERY_S = 5.0
+# A writer that has sent nothing for so long is silent, even if the gateway has not run for as long.
+_SILENT_NS = 60 * 10**9
 _MOST_ROWS = 1_000
 _MOST_ATTEMPTS, _MOST_RANKS = 50, 1_024
 
@@ -76,10 +79,12 @@ class RunTable:
 
     Args:
         runs: where they are known.
+        clock_ns: returns the time in Unix nanoseconds.
     """
 
-    def __init__(self, runs: Runs) -> None:
+    def __init__(self, runs: Runs, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._runs = runs
+        self._clock_ns = clock_ns
         self._life = secrets.token_hex(4)
         self._version = 0
         self._rows: OrderedDict[str, _Row] = OrderedDict()  # the longest unchanged first
@@ -163,7 +168,8 @@ class RunTable:
             del self._found[origin]
 
     def _row(self, run_id: str, known: Known) -> dict[str, Any]:
-        states = [self._complete(state) for state in known.states]
+        now_ns = self._clock_ns()
+        states = [_as_of(now_ns, self._complete(state)) for state in known.states]
         newest: dict[int, RunState] = {}
         for state in states:
             newest[state.origin.rank] = state
@@ -179,6 +185,7 @@ class RunTable:
             "experiment": _said(state.experiment for state in ranks),
             "host": _said(state.host for state in ranks),
             "revision": _said(state.revision for state in ranks),
+            "settings": _said(state.settings for state in ranks),
             "start_ms": _ms(min((state.first_time_unix_ns for state in states if state.first_time_unix_ns), default=0)),
             "last_ms": _ms(max(state.last_time_unix_ns for state in states)),
             "received_ms": _ms(max(state.last_received_unix_ns for state in states)),
@@ -246,6 +253,12 @@ class RunTable:
             is_silent=True,
             last_loss=item.frame.values().get("loss"),
         )
+
+
+def _as_of(now_ns: int, state: RunState) -> RunState:
+    """Returns the state; silent if nothing has arrived for long, although the gateway has not run for as long."""
+    is_old = 0 < state.last_received_unix_ns < now_ns - _SILENT_NS
+    return replace(state, is_silent=True) if is_old and not state.is_silent else state
 
 
 def state_of(outcome: str) -> str:

@@ -109,6 +109,11 @@ class Assembler:
         request = RequestWriters(tenant)
         for block in decoded.blocks:
             yield from self._take_block(block, request, now_s, received_unix_ns, rejected)
+        for sender, time_unix_ns in decoded.cut:
+            yield
+            track = self._track(sender, request, now_s)
+            if track is not None:
+                track.cut(time_unix_ns, now_s)
         for marker in decoded.markers:
             yield
             track = self._track(marker.sender, request, now_s)
@@ -246,6 +251,7 @@ class Assembler:
         *,
         now_s: float,
         tenant: str = "",
+        is_torn: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """Restores the state from before a restart of the gateway.
 
@@ -257,11 +263,12 @@ class Assembler:
             places: the positions of the writers.
             now_s: the monotonic clock.
             tenant: the tenant whose share of the room the writers use.
+            is_torn: whether stored frames of a run were lost between others.
         """
         for item, is_first in items:
             track = self._runs.restored(item.origin, tenant)
             track.received_s = now_s
-            track.restore(item, is_first=is_first)
+            track.restore(item, is_first=is_first, is_torn=is_torn(item.origin.run_id))
             self._keep(track, item.frame.time_unix_ns)
             if track.is_changed:
                 self._touched[track] = None  # a kill came before it was made again

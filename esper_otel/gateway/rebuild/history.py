@@ -20,7 +20,7 @@ from esper_otel.gateway.rebuild.queue import SEQUENCE_LIMIT, ReadyFrame
 from esper_otel.gateway.receive.request import Marker
 from esper_otel.gateway.turns import Turn
 from esper_otel.parts.habits import Habits
-from esper_otel.parts.maker import FrameInput, FrameMaker, StreamEnd, loss_of
+from esper_otel.parts.maker import WHOLE_LIFE, FrameInput, FrameMaker, StreamEnd, loss_of
 from esper_otel.parts.part import SEED_COLUMNS, Part, is_equal, merged, part_of
 from esper_otel.schema import SEED_FIELDS, SEED_RETIRED
 
@@ -45,6 +45,7 @@ class ReleasedFrame(FrameInput):
         loss_before: the last finite loss before it.
         frame: the frame.
         revision: how many times it was made.
+        is_cut: whether values of it were rejected, so that it never is complete.
     """
 
     received_unix_ns: int
@@ -52,6 +53,7 @@ class ReleasedFrame(FrameInput):
     loss_before: float | None
     frame: Frame | None = None
     revision: int = 0
+    is_cut: bool = False
 
     def retire_by_ends(self) -> None:
         """Lets its ends say that seeds have died, and not its part: a frame before it may prove that they came back."""
@@ -125,6 +127,11 @@ class History:
     def __contains__(self, time_unix_ns: int) -> bool:
         return time_unix_ns in self._kept
 
+    def parts_at(self, time_unix_ns: int) -> tuple[Part, ...]:
+        """Returns what the frame at this time was made from; nothing if it is not kept."""
+        kept = self._kept.get(time_unix_ns)
+        return () if kept is None else (kept.part,)
+
     def is_out_of_step(self, sequence: int, time_unix_ns: int) -> bool:
         """Returns whether a lower number has a later time, which means that another process numbers its frames too."""
         oldest = next(iter(self._kept), None)
@@ -148,6 +155,7 @@ class History:
             waiting.received_unix_ns,
             maker.live.table,
             maker.loss,
+            is_cut=waiting.is_cut,
         )
         if time_unix_ns < self.newest_unix_ns:
             return self._inserted(time_unix_ns, kept)
@@ -169,12 +177,20 @@ class History:
         self.differing += joined.differing
         self._maker.note_seen(part.shape.ids, time_unix_ns)
         kept.part, kept.received_unix_ns = joined.part, received_unix_ns
-        kept.complete = kept.complete or self._habits.is_complete(joined.part)
+        kept.complete = kept.complete or (not kept.is_cut and self._habits.is_complete(joined.part))
         number = whole(joined.part.number(joined.part.shape.sequence), SEQUENCE_LIMIT)
         if not kept.sequence and number and number not in self._times:
-            kept.sequence, kept.complete = number, self._habits.is_complete(joined.part)
+            kept.sequence, kept.complete = number, not kept.is_cut and self._habits.is_complete(joined.part)
             self._keep(time_unix_ns, kept)
         self._note_changed(time_unix_ns, itself=True)
+
+    def cut(self, time_unix_ns: int) -> None:
+        """Marks a released frame as incomplete: it lacks values that its sender could not tell apart."""
+        kept = self._kept[time_unix_ns]
+        kept.is_cut = True
+        if kept.complete:
+            kept.complete = False
+            self._note_changed(time_unix_ns, itself=True)
 
     def end(self, marker: Marker) -> bool:
         """Ends a stream; returns whether its end is still to come."""
@@ -246,13 +262,15 @@ class History:
         kept = self._kept.get(time_unix_ns)
         return 0 if kept is None else kept.size()
 
-    def restore(self, item: Item, *, is_first: bool = False) -> None:
+    def restore(self, item: Item, *, is_first: bool = False, is_torn: bool = False) -> None:
         """Restores a frame that was released before a restart, after the frames restored before it.
 
         Args:
             item: the frame's newest revision.
             is_first: whether it is the writer's very first frame. If not, and it is restored first, the state before it
                 is unknown.
+            is_torn: whether frames between this one and the one before it may be lost: then a plain sender's seed that
+                is not live any more has died in one of those, and does not come back.
         """
         frame = item.frame
         is_cut_off = not (self._kept or is_first)
@@ -261,13 +279,17 @@ class History:
             self._maker.note_live(frame.live.ids, frame.time_unix_ns)
         part = part_of(frame, complete=item.complete)
         is_whole = item.complete or (self._habits.is_complete(part) if self._habits.counts else _lacks_lives(frame))
+        ends = set[StreamEnd]() if is_cut_off or self._habits.counts else _ended(self.live, frame)
+        if is_torn and not (is_cut_off or self._habits.counts):
+            gone = {*self.live.ids}.difference(frame.live.ids, frame.retired)
+            ends |= {StreamEnd(frame.time_unix_ns, seed, WHOLE_LIFE) for seed in gone}
         kept = ReleasedFrame(
             part,
             frame.run,
             frame.sequence,
             frame.global_step,
             is_whole,
-            set() if is_cut_off or self._habits.counts else _ended(self.live, frame),
+            ends,
             item.received_unix_ns,
             frame.live if is_cut_off else self.live,
             self._maker.loss,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from esper_otel.frames.frame import GUESSED_STEP, Frame
@@ -10,7 +10,7 @@ from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.rebuild.history import History
 from esper_otel.gateway.rebuild.queue import Queue, ReadyFrame, WaitingFrame
-from esper_otel.gateway.receive.request import TOO_MANY_SEEDS, TOO_SPARSE, Marker, PointSender
+from esper_otel.gateway.receive.request import TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_SPARSE, Marker, PointSender
 from esper_otel.gateway.turns import ENDLESS, Turn
 from esper_otel.parts.habits import Habits
 from esper_otel.parts.part import MergedParts, Part, PartShape
@@ -18,6 +18,9 @@ from esper_otel.schema import FRAME_POINTS
 
 # A budget for rows in tables of live seeds, about 100 bytes each: its maximum, and what refills it.
 _MOST_ROWS, _ROWS_PER_S, _ROWS_PER_POINT = 2_000_000.0, 200_000.0, 64
+
+# How many frames may be known to be cut before their first part arrives.
+_MOST_CUT = 100
 
 # How many dead seeds may be known before they are removed.
 _SPARE = 1_000
@@ -50,8 +53,10 @@ class Track:
         self._known_last, self._is_counted = 0, False
         self._rows, self._rows_s = _MOST_ROWS, 0.0
         self._ids: tuple[str, ...] = ()
+        self._cut: deque[int] = deque(maxlen=_MOST_CUT)  # times of cut frames of which nothing has arrived yet
         self._outcome: str | None = None
         self._sender: PointSender | None = None
+        self._stored = ("", "", "")  # host, revision and settings from before a restart
         self._first_step: int | None = None
         self._first_step_unix_ns = self._first_unix_ns = 0
         self._last_step: int | None = None
@@ -87,6 +92,7 @@ class Track:
         self._history.earn(len(part.numbers), now_s)
         number = part.number(part.shape.sequence)
         waiting = self._queue.get(time_unix_ns)
+        part = self._within_metrics(part, time_unix_ns, waiting, rejected)
         known = self._history.number_at(time_unix_ns) if waiting is None else waiting.sequence
         if known and number is not None and number != known:
             # A component on the way gave two frames the same time: these values are not from the first frame.
@@ -104,7 +110,7 @@ class Track:
         was_numbered = waiting.sequence is not None
         waiting.add(part)
         waiting.differing += of_frame.differing
-        waiting.is_cut |= part is not of_frame.part
+        waiting.is_cut |= part is not of_frame.part or time_unix_ns in self._cut
         waiting.last_s, waiting.received_unix_ns = now_s, received_unix_ns
         if not was_numbered:
             return self.put(time_unix_ns, waiting)
@@ -158,6 +164,17 @@ class Track:
             self._history.uncount()
             self._note_change(now_s)
 
+    def cut(self, time_unix_ns: int, now_s: float) -> None:
+        """Records that the frame at this time lacks values that its sender could not tell apart."""
+        waiting = self._queue.get(time_unix_ns)
+        if waiting is not None:
+            waiting.is_cut = True
+        elif time_unix_ns in self._history:
+            self._history.cut(time_unix_ns)
+            self._note_change(now_s)
+        else:
+            self._cut.append(time_unix_ns)
+
     def end_stream(self, marker: Marker, now_s: float) -> bool:
         """Ends a stream of a seed; returns whether this must be stored for a restart."""
         is_to_come = self._history.end(marker)
@@ -194,6 +211,20 @@ class Track:
         too_many = {*surplus}
         smaller = part.without(lambda _, seed: seed in too_many)
         rejected[TOO_MANY_SEEDS] += len(part.numbers) - len(smaller.numbers)
+        return smaller
+
+    def _within_metrics(
+        self, part: Part, time_unix_ns: int, waiting: WaitingFrame | None, rejected: Counter[str]
+    ) -> Part:
+        """Returns the part without the metrics that would be too many for one frame, which is made in one turn."""
+        parts = self._history.parts_at(time_unix_ns) if waiting is None else waiting.parts
+        if sum(len(each.shape.names) for each in (*parts, part)) <= self._limits.metrics:
+            return part
+        known = {name for each in parts for name in each.shape.names}
+        new = [name for name in part.shape.names if name not in known]
+        surplus = {*new[max(self._limits.metrics - len(known), 0) :]}
+        smaller = part.without(lambda name, seed: not seed and name in surplus)
+        rejected[TOO_MANY_METRICS] += len(part.numbers) - len(smaller.numbers)
         return smaller
 
     def _count_known(self) -> None:
@@ -322,6 +353,7 @@ class Track:
     def restore_place(self, place: Place) -> None:
         """Restores the position from before a restart; call it after its frames were restored."""
         self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
+        self._stored = place.host, place.revision, place.settings
         self._queue.restore_place(place)
         self._history.note_habits()
         self._history.restore_ends(place.ends)
@@ -331,14 +363,21 @@ class Track:
         queue, habits = self._queue, self._habits
         skipped = queue.skipped
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
-        return Place(self.origin, *of_frames, skipped.holes, () if habits.counts else self._history.ends_to_come())
+        ends = () if habits.counts else self._history.ends_to_come()
+        return Place(self.origin, *of_frames, skipped.holes, ends, *self._about)
 
-    def restore(self, item: Item, *, is_first: bool) -> None:
+    @property
+    def _about(self) -> tuple[str, str, str]:
+        """Host, revision and settings of the writer."""
+        sender = self._sender
+        return self._stored if sender is None else (sender.host, sender.revision, sender.settings)
+
+    def restore(self, item: Item, *, is_first: bool, is_torn: bool = False) -> None:
         """Restores a frame that was released before a restart, after the frames restored before it."""
         self._queue.restore(item.frame.sequence)
         self._habits.is_known = True
         self._habits.counts = self._habits.counts or item.frame.sequence > 0 or FRAME_POINTS.name in item.frame.names
-        self._history.restore(item, is_first=is_first)
+        self._history.restore(item, is_first=is_first, is_torn=is_torn)
         self._note_change(self.received_s)
         self._received_unix_ns = item.received_unix_ns
         self._note_item(item)
@@ -351,6 +390,7 @@ class Track:
         """Returns the writer's state, without comparison with other writers."""
         last = self._last
         sender = self._sender
+        host, revision, settings = self._about
         run = None if last is None else last.frame.run
         return RunState(
             self.origin,
@@ -369,8 +409,9 @@ class Track:
             too_late=self._too_late,
             first_time_unix_ns=self._first_unix_ns,
             is_silent=is_silent,
-            host=sender.host if sender else "",
-            revision=sender.revision if sender else "",
+            host=host,
+            revision=revision,
+            settings=settings,
             last_loss=None if last is None else _loss(last.frame),
         )
 

@@ -11,7 +11,8 @@ from esper_otel.gateway.receive.request import INVALID_TEXT, TOO_MANY_ATTRIBUTES
 from esper_otel.parts.senders import Label, label_of_texts, run_of_texts, text_of
 from esper_otel.text import printable
 
-_HOST, _REVISION = "host.name", "vcs.ref.head.revision"
+_HOST, _REVISION, _SETTINGS = "host.name", "vcs.ref.head.revision", "esper.settings"
+_MOST_SETTINGS = 1_000  # characters
 _PROCESS = ("service.instance.id", _HOST, "process.pid")
 
 PLAIN = Label()
@@ -36,7 +37,7 @@ def sender_of(attributes: Sequence[KeyValue], limits: Limits) -> PointSender | s
         return INVALID_TEXT
     process = printable(" ".join(filter(None, map(texts.get, _PROCESS))), 3 * limits.text_bytes)
     host, revision = (printable(texts.get(name, ""), limits.text_bytes) for name in (_HOST, _REVISION))
-    return PointSender(run, process, host, revision)
+    return PointSender(run, process, host, revision, printable(texts.get(_SETTINGS, ""), _MOST_SETTINGS))
 
 
 def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:

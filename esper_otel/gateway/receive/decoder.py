@@ -28,7 +28,9 @@ from esper_otel.gateway.receive.request import (
     NO_TIME,
     NO_VALUE,
     TOO_MANY_ATTRIBUTES,
+    TOO_MANY_SETS,
     WRONG_TIME,
+    CutFrame,
     DecodedRequest,
     Malformed,
     Marker,
@@ -49,7 +51,7 @@ __all__ = ["Decoder", "Malformed", "decode_plain"]
 _POINT_BYTES = 20
 
 # A verdict is an index into this tuple; 0 means that the point is accepted.
-_REASONS = ("", NO_TIME, WRONG_TIME, INVALID_TEXT, TOO_MANY_ATTRIBUTES, NO_SEED, NO_VALUE)
+_REASONS = ("", NO_TIME, WRONG_TIME, INVALID_TEXT, TOO_MANY_ATTRIBUTES, NO_SEED, NO_VALUE, TOO_MANY_SETS)
 
 
 class Decoder:
@@ -93,6 +95,7 @@ class Decoder:
         markers: dict[Marker, None] = {}
         ended: dict[RunEnd, None] = {}
         phases: list[PhasePoint] = []
+        cut: dict[CutFrame, None] = {}
         rejected = RejectedPoints()
         for is_read, some in groupby(zip(parts, of_parts, strict=True), lambda each: each[1] is not None):
             if is_read:
@@ -108,18 +111,20 @@ class Decoder:
             markers |= dict.fromkeys(decoded.markers)
             ended |= dict.fromkeys(decoded.ended)
             phases += decoded.phases
+            cut |= dict.fromkeys(decoded.cut)
             points += decoded.points
             rejected.merge(decoded)
         if points > self._limits.points or _are_mixed(blocks):
             return None
+        beside = tuple(markers), tuple(ended)
         return DecodedRequest(
             tuple(blocks),
-            tuple(markers),
-            tuple(ended),
+            *beside,
             points,
             rejected.counts,
             rejected.metrics,
             tuple(divided),
+            tuple(cut),
             tuple(phases),
         )
 
@@ -173,7 +178,9 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
     is_health = np.array([metric.scope in (HEALTH, PHASES) for metric in raw.metrics])
     verdict = _verdict(columns, labels, levels)
+    cut: tuple[CutFrame, ...] = ()
     if verdict.any():
+        cut = _cut(raw, columns, labels, np.flatnonzero(verdict == _REASONS.index(TOO_MANY_SETS)))
         pairs = columns.metric.astype(np.int64) * len(_REASONS) + verdict
         for pair, count in zip(*(each.tolist() for each in np.unique(pairs, return_counts=True)), strict=True):
             metric, reason = divmod(pair, len(_REASONS))
@@ -191,7 +198,16 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
     if not taken.all():
         columns = PointColumns(*(column[taken] for column in columns))
     blocks = _blocks(raw, columns, labels)
-    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics, phases=phases)
+    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics, cut=cut, phases=phases)
+
+
+def _cut(raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]) -> tuple[CutFrame, ...]:
+    """Returns the frames of the points at these places."""
+    found: dict[CutFrame, None] = {}
+    for place in places.tolist():
+        sender = _owner(raw.metrics[columns.metric[place]].sender, labels.all[columns.label[place]])
+        found[CutFrame(sender, int(columns.times[place]))] = None
+    return tuple(found)
 
 
 def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

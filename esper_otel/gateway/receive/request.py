@@ -24,14 +24,16 @@ NO_TIME = "no time"
 WRONG_TIME = "time before 2000 or after 2100"
 NO_SEED = senders.NO_SEED
 INVALID_TEXT = senders.INVALID_TEXT
+TOO_MANY_SETS = senders.TOO_MANY_SETS
 TOO_MANY_ATTRIBUTES = "too many attributes"
 TOO_MANY_POINTS = "too many points in the request"
 TOO_MANY_SEEDS = "too many seeds"
+TOO_MANY_METRICS = "too many metrics in a step"
 TOO_SPARSE = "too many live seeds for steps of so few points: send all seed values of a step with the same time"
 TOO_MANY_RUNS = "too many runs"
 REASONS = (
     *(NO_NAME, UNKNOWN_METRIC, NOT_A_NUMBER, DELTA, NO_VALUE, NO_TIME, WRONG_TIME, NO_SEED, INVALID_TEXT),
-    *(TOO_MANY_ATTRIBUTES, TOO_MANY_POINTS, TOO_MANY_SEEDS, TOO_MANY_RUNS),
+    *(TOO_MANY_ATTRIBUTES, TOO_MANY_POINTS, TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_MANY_RUNS, TOO_MANY_SETS),
 )
 
 
@@ -88,12 +90,14 @@ class PointSender(NamedTuple):
         process: instance, host and process id; tells apart two processes that claim the same rank.
         host: name of the host; empty if it is not given.
         revision: revision of the code; empty if it is not given.
+        settings: the session's settings that differ from the defaults, as text; empty if they are not given.
     """
 
     run: Run
     process: str = ""
     host: str = ""
     revision: str = ""
+    settings: str = ""
 
 
 class PointBlock(NamedTuple):
@@ -158,6 +162,13 @@ class PhasePoint(NamedTuple):
     value: float
 
 
+class CutFrame(NamedTuple):
+    """A frame that lacks values: its sender's SDK could not tell them apart any more."""
+
+    sender: PointSender
+    time_unix_ns: int
+
+
 class RequestPart(NamedTuple):
     """A part of a request's bytes, which is a request by itself; without a sender, anything may be in it."""
 
@@ -177,6 +188,7 @@ class DecodedRequest(NamedTuple):
         rejected: number of rejected points, by reason.
         metrics: by reason, number of rejected points by metric (the first few metrics only).
         parts: what it consists of, if it can be divided.
+        cut: frames that lack values.
         phases: points of phases.
     """
 
@@ -187,6 +199,7 @@ class DecodedRequest(NamedTuple):
     rejected: Mapping[str, int]
     metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})
     parts: tuple[RequestPart, ...] = ()
+    cut: tuple[CutFrame, ...] = ()
     phases: tuple[PhasePoint, ...] = ()
 
     def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ _BACKLOG = 256
 _IDENTITY_AND_GZIP = 0b101
 _IDLE_MS = 300_000
 _GRACE_S = 1.0
+_ANOTHER = "give another port, or port 0 for a free one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,9 @@ class Gateway:
         except RuntimeError:
             port = 0
         if not port:
-            raise ConfigurationError(f"--grpc {address}: the port is taken, or it is not an address of this machine")
+            raise ConfigurationError(
+                f"--grpc {address}: the port is taken, or it is not an address of this machine: {_ANOTHER}"
+            )
         return port
 
     # -- HTTP --------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ class Gateway:
         try:
             listening = await _listening(host.strip("[]"), int(number))
         except OSError as error:
-            raise ConfigurationError(f"--http {address}: {error.strerror or error}") from None
+            raise ConfigurationError(f"--http {address}: {_why_not_open(error)}") from None
         context = None if self._certificates is None else self._certificates.context
         served = self._runner.server
         assert served is not None
@@ -189,6 +193,17 @@ class Gateway:
 
     def _refuse(self, error: Exception) -> None:
         self._core.note_fault(fault_of(error, self._warnings))
+
+
+def _why_not_open(error: OSError) -> str:
+    """Returns why a port cannot be opened, and what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return f"another program listens on this port: {_ANOTHER}"
+    if error.errno == errno.EACCES:
+        return f"this user may not open this port: {_ANOTHER}"
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return "this is not an address of this machine: give 127.0.0.1, or 0.0.0.0 for all of its addresses"
+    return error.strerror or str(error)
 
 
 async def _listening(host: str, port: int) -> list[socket.socket]:

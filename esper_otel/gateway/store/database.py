@@ -20,7 +20,7 @@ FILE = "steps.sqlite3"
 _LOCK = "lock"
 _SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
 _FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
-_VERSION = 6
+_VERSION = 7
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
 # ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
 _SCHEMA = """
@@ -47,6 +47,7 @@ CREATE TABLE bodies (
 CREATE TABLE places (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, next INTEGER, lowest INTEGER, missing INTEGER,
     says_step INTEGER, says_epoch INTEGER, holes TEXT, ends TEXT NOT NULL DEFAULT '[]',
+    host TEXT NOT NULL DEFAULT '', revision TEXT NOT NULL DEFAULT '', settings TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (run, rank, attempt, writer)
 ) WITHOUT ROWID;
 CREATE TABLE age (seconds REAL);
@@ -64,6 +65,7 @@ _TABLES = {
     "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},
     "places": {
         *("run", "rank", "attempt", "writer", "next", "lowest", "missing", "says_step", "says_epoch", "holes", "ends"),
+        *("host", "revision", "settings"),
     },
     "age": {"seconds"},
 }

@@ -30,6 +30,7 @@ from esper_otel.gateway.store.ledger import Ledger, use_of
 
 _RECALLED = 256  # frames of a writer that are restored
 _PIECE = 512  # entries
+_FREED_AT_ONCE, _FREED_WHEN_IDLE = 2, 32  # pieces of forgotten runs
 _RANGE_BYTES = 150  # of a hole, or of the end of a stream
 
 
@@ -44,6 +45,11 @@ class _Row:
 
     def __len__(self) -> int:
         return self.last - self._first
+
+    @property
+    def pieces(self) -> list[object]:
+        """The entries, in pieces that can be freed one by one."""
+        return [*self._pieces]
 
     def append(self, entry: StoredFrame) -> None:
         """Adds an entry at the next position."""
@@ -135,6 +141,7 @@ class MemoryStore:
         self._clock = clock
         self._shelves: dict[str, _Shelf] = {}
         self._ledger = Ledger()
+        self._forgotten: list[object] = []  # freed piece by piece, since freeing very many entries takes long
         self.dropped = 0
         self.damaged: Counter[str] = Counter()
 
@@ -155,6 +162,7 @@ class MemoryStore:
     ) -> None:
         """Stores frames and outcomes. See ``Store``."""
         now_s = self._clock()
+        del self._forgotten[-_FREED_AT_ONCE:]
         for run_id, some in groupby(items, lambda item: item.origin.run_id):
             shelf = self._shelves.get(run_id)
             if shelf is None:
@@ -239,6 +247,7 @@ class MemoryStore:
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for too long. See ``Store``."""
+        del self._forgotten[-_FREED_WHEN_IDLE:]
         oldest_s = self._clock() - self._limits.idle_s
         gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
@@ -270,7 +279,10 @@ class MemoryStore:
             self._forget(run_id)
 
     def _forget(self, run_id: str) -> None:
-        self.dropped += len(self._shelves.pop(run_id).sizes)
+        shelf = self._shelves.pop(run_id)
+        self.dropped += len(shelf.sizes)
+        for row in (shelf.all, *shelf.ranks.values()):
+            self._forgotten += row.pieces[1:]
         self._ledger.forget(run_id)
 
     def _drop(self, shelf: _Shelf) -> None:

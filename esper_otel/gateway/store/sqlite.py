@@ -56,6 +56,7 @@ _MOST_DECODED_BYTES = 16 * 1024 * 1024
 _OF_WRITER = "run = ? AND rank = ? AND attempt = ? AND writer = ?"
 _RESTORED, _MOST_RESTORED, _RESTORED_IN_ALL = 256, 4_096, 65_536
 _AT_ONCE = 64
+_SWEPT_AT_ONCE, _SWEPT_WHEN_IDLE = 500, 4_000
 _NO_BODY = 2**62
 _AGE_EVERY_S = 60.0
 _MOST_AGE_S = 1e10
@@ -74,6 +75,7 @@ class _KnownRun:
         self.last = 0
         self.frame_bytes = 0
         self.added_s = 0.0
+        self.is_torn = False  # whether entries were lost that were not the oldest ones
         self.ranks: dict[int, int] = {}
         self.moved: set[int] = set()  # ranks that have new entries in this transaction
         self.losses: dict[Origin, float | None] = {}
@@ -122,6 +124,9 @@ class FileStore:
         self._runs: dict[str, _KnownRun] = {}
         self._ledger = Ledger()
         self._bodies: list[int] = []
+        self._last_key = 0
+        self._dropped: list[int] = []  # keys of runs that this transaction drops
+        self._left: list[int] = []  # keys of dropped runs of which entries are left in the file
         self._decoded: OrderedDict[int, _DecodedBlock] = OrderedDict()
         self._decoded_bytes = 0
         self._last_block = 0
@@ -174,8 +179,10 @@ class FileStore:
         if not (new.items or new.ended or new.places) and kept is None and bodies == self._bodies:
             return
         changed: dict[str, _KnownRun | None] = {}
+        self._dropped = []
         try:
             with transaction(self._connection) as connection:
+                self._sweep(connection, _SWEPT_AT_ONCE)
                 if bodies != self._bodies:
                     connection.execute("DELETE FROM bodies WHERE number < ?", (first_kept or _NO_BODY,))
                 if kept is not None:
@@ -190,6 +197,7 @@ class FileStore:
                 self._note(run_id, self._runs.get(run_id))
             raise
         self._bodies = bodies
+        self._left += self._dropped
         for run_id, run in changed.items():
             if run is None:
                 self._runs.pop(run_id, None)
@@ -295,6 +303,7 @@ class FileStore:
 
     def _remove(self, run_id: str, run: _KnownRun, row: tuple[Any, ...], error: DamagedFrame) -> None:
         """Removes a damaged row; if its block is damaged, all rows of that block. They are put aside."""
+        run.is_torn = True
         position, block = row[0], row[-2]
         where, of_rows, aside = "run = ? AND position = ?", (run.key, position), repr(row).encode()
         if block not in self._decoded:
@@ -352,11 +361,16 @@ class FileStore:
             with transaction(self._connection) as connection:
                 connection.execute("UPDATE age SET seconds = ?", (self._age_s(),))
             self._age_noted_s = self._age_s()
+        if self._left:
+            with transaction(self._connection) as connection:
+                self._sweep(connection, _SWEPT_WHEN_IDLE)
         gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
             run = self._runs[run_id]
+            self._dropped = []
             with transaction(self._connection) as connection:
-                _delete_run(connection, run)
+                self._delete(connection, run)
+            self._left += self._dropped
             del self._runs[run_id]
             self._note(run_id, None)
             self.dropped += run.counts.total()
@@ -390,6 +404,10 @@ class FileStore:
                     before_unix_ns = entry.item.frame.time_unix_ns
                     yield entry.item, is_first
                 is_first = False
+
+    def is_torn(self, run_id: str) -> bool:
+        """Whether entries of the run were lost to damage, with entries before and after them left."""
+        return run_id in self._runs and self._runs[run_id].is_torn
 
     def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
         """Returns the newest frames of a writer, and its position. See ``Store``."""
@@ -449,8 +467,8 @@ class FileStore:
         names = {run.key: run_id for run_id, run in self._runs.items()}
         with reading():
             rows = self._connection.execute(
-                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends "
-                "FROM places"
+                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "
+                "host, revision, settings FROM places"
             ).fetchall()
         found = []
         for key, *row in rows:
@@ -541,6 +559,7 @@ class FileStore:
             aside = moved_aside(self._path)
             self._connection = opened(self._path, read_only=False)
             self._runs, self._ledger, self._bodies, self._received = {}, Ledger(), [], {}
+            self._left, self._last_key = [], 0
             self._decoded.clear()
             self._decoded_bytes = self._last_block = 0
             self._load()
@@ -562,6 +581,7 @@ class FileStore:
                 self._clean(connection)
         rows = self._connection.execute("SELECT id, run_id, life, last, added_s, tenant FROM runs").fetchall()
         for key, run_id, life, last, added_s, tenant in rows:
+            self._last_key = max(self._last_key, key)
             if is_run((key, run_id, life, last, tenant)):
                 run = self._runs[run_id] = _KnownRun(key, life, tenant)
                 run.last = last
@@ -606,6 +626,7 @@ class FileStore:
             firsts[run_id] = min(firsts.get(run_id, first), first)
         for run_id, run in self._runs.items():
             run.first = firsts.get(run_id, run.last + 1)
+            run.is_torn = run.counts.total() <= run.last - run.first
         for key, attempt, rank, writer, outcome in self._connection.execute(
             f"SELECT run, attempt, rank, writer, outcome FROM ends WHERE NOT ({DAMAGED['ends']})"  # noqa: S608
         ):
@@ -675,9 +696,10 @@ class FileStore:
             run = self._copied(run_id, changed)
             if run is None:
                 life, tenant = secrets.token_hex(4), new.tenants.get(run_id, "")
-                row = (run_id, life, tenant)
-                key = connection.execute("INSERT INTO runs (run_id, life, tenant) VALUES (?, ?, ?)", row).lastrowid
-                run = changed[run_id] = _KnownRun(key or 0, life, tenant)
+                self._last_key += 1  # SQLite would give the key of a dropped run again, of which entries may be left
+                row = (self._last_key, run_id, life, tenant)
+                connection.execute("INSERT INTO runs (id, run_id, life, tenant) VALUES (?, ?, ?, ?)", row)
+                run = changed[run_id] = _KnownRun(self._last_key, life, tenant)
             block = blocks.get(origin)
             if block is None or block.is_full:
                 self._last_block += 1
@@ -736,8 +758,9 @@ class FileStore:
             run = self._copied(run_id, changed)
             if run is not None:
                 holes, ends = (json.dumps(each) if each else "[]" for each in (place.holes, place.ends))
-                rows.append((run.key, rank, attempt, writer, *place[1:-2], holes, ends))
-        connection.executemany("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                about = (place.host, place.revision, place.settings)
+                rows.append((run.key, rank, attempt, writer, *place[1:6], holes, ends, *about))
+        connection.executemany("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _copied(self, run_id: str, changed: dict[str, _KnownRun | None]) -> _KnownRun | None:
         """Returns a copy of a run's state for a transaction to change; None when nothing of the run is stored."""
@@ -773,7 +796,11 @@ class FileStore:
             run = self._copied(run_id, changed)
             assert run is not None
             most = len(run.counts) - surplus if is_only else 0
-            count += self._shrink(connection, run_id, run, changed, lambda run: len(run.counts) > most)  # noqa: B023
+            count += self._shrink(
+                *(connection, run_id, run, changed),
+                lambda run: len(run.counts) > most,  # noqa: B023
+                is_all=not is_only,
+            )
         return count
 
     def _shrink(
@@ -783,9 +810,13 @@ class FileStore:
         run: _KnownRun,
         changed: dict[str, _KnownRun | None],
         is_too_large: Callable[[_KnownRun], bool],
+        *,
+        is_all: bool = False,
     ) -> int:
         """Drops the oldest entries of a run while it is too large; drops the run itself when none are left."""
         count = 0
+        if is_all:
+            count, run.first = run.counts.total(), run.last + 1
         while run.first <= run.last and is_too_large(run):
             rows = connection.execute(
                 f"SELECT position, attempt, rank, writer, {_SHARE} FROM items "  # noqa: S608
@@ -804,10 +835,30 @@ class FileStore:
             connection.execute("DELETE FROM items WHERE run = ? AND position < ?", (run.key, run.first))
             connection.execute("DELETE FROM blocks WHERE run = ? AND last < ?", (run.key, run.first))
         if run.first > run.last:
-            _delete_run(connection, run)
+            self._delete(connection, run)
             changed[run_id] = None
         self._note(run_id, changed[run_id])
         return count
+
+    def _delete(self, connection: sqlite3.Connection, run: _KnownRun) -> None:
+        """Deletes a run. Its entries are left to ``_sweep``, since there may be very many, or to the next start."""
+        for table in ("ranks", "ends", "places"):
+            connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
+        connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
+        self._dropped.append(run.key)
+
+    def _sweep(self, connection: sqlite3.Connection, most: int) -> None:
+        """Deletes up to this many entries, and as many blocks, of runs that were dropped."""
+        if not self._left:
+            return
+        key = self._left[-1]
+        count = 0
+        for table in ("items", "blocks"):
+            some = f"SELECT rowid FROM {table} WHERE run = ? LIMIT ?"  # noqa: S608
+            of_run = (key, most)
+            count += connection.execute(f"DELETE FROM {table} WHERE rowid IN ({some})", of_run).rowcount  # noqa: S608
+        if not count:
+            self._left.pop()
 
     def _drop(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> None:
         """Counts an entry of this writer as dropped; after its last one, forgets everything about the writer."""
@@ -858,9 +909,3 @@ class _NewBlock:
     @property
     def is_full(self) -> bool:
         return len(self.frames) >= _MOST_FRAMES or self._bytes >= _MOST_BLOCK_BYTES
-
-
-def _delete_run(connection: sqlite3.Connection, run: _KnownRun) -> None:
-    for table in ("items", "blocks", "ranks", "ends", "places"):
-        connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
-    connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))

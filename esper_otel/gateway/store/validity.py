@@ -74,7 +74,7 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
     Raises:
         ValueError, TypeError, RecursionError: the row is not valid.
     """
-    attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes, ends = row
+    attempt, rank, writer, next_number, lowest, missing, says_step, says_epoch, holes, ends, *about = row
     bounds = (
         (attempt, 63),
         (rank, 31),
@@ -83,7 +83,9 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
         (missing, 54),
     )  # they must not grow past 63 bits
     numbers = [(number, bits) for number, bits in bounds if number is not None]
-    if type(writer) is not str or any(type(number) is not int or not 0 <= number < 2**bits for number, bits in numbers):
+    if any(type(text) is not str for text in (writer, *about)) or any(
+        type(number) is not int or not 0 <= number < 2**bits for number, bits in numbers
+    ):
         raise ValueError("not the place of a writer")
     found = json.loads(holes)
     before = 0
@@ -98,7 +100,7 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
         raise ValueError("ends of streams that cannot be")
     origin = Origin(run_id, attempt, rank, writer)
     says = bool(says_step), bool(says_epoch)
-    return Place(origin, next_number, lowest, missing, *says, tuple(map(tuple, found)), to_come)
+    return Place(origin, next_number, lowest, missing, *says, tuple(map(tuple, found)), to_come, *about)
 
 
 def _is_end(end: tuple[Any, Any, Any]) -> bool:

@@ -129,7 +129,7 @@ class Told:
 def state(attempt: int = 1, rank: int = 0, last: int | None = 5, **more: Any) -> RunState:
     time_ns = 0 if last is None else TIME_UNIX_NS + last + 1_000 * attempt
     origin = Origin("run", attempt, rank)
-    return RunState(origin, 1, "", last and 1, last, time_ns, 1, first_time_unix_ns=time_ns, **more)
+    return RunState(origin, 1, "", last and 1, last, time_ns, TIME_UNIX_NS, first_time_unix_ns=time_ns, **more)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def state(attempt: int = 1, rank: int = 0, last: int | None = 5, **more: Any) ->
     ],
 )
 def test_states(states: Sequence[RunState], of_run: str, of_attempts: list[str]) -> None:
-    (row,) = ask(RunTable(Told(states)))["runs"]
+    (row,) = ask(RunTable(Told(states), lambda: TIME_UNIX_NS))["runs"]
     assert row["state"] == of_run
     assert [attempt["state"] for attempt in row["attempts"]] == of_attempts
 

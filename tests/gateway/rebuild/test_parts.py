@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,3 +46,18 @@ def test_large_parts_are_merged_as_small_ones_are(two: list[dict[tuple[str, str]
 
 def _by_stream(part: Part) -> dict[tuple[str, str], bytes]:
     return {stream: number.tobytes() for stream, number in zip(part.shape.streams, part.numbers, strict=True)}
+
+
+@given(_values, st.data())
+def test_what_is_left_of_a_shape_is_what_those_streams_make(
+    values: dict[tuple[str, str], float], data: st.DataObject
+) -> None:
+    shape = PartShape.of(list(values))
+    keep = np.array(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))), np.bool_)
+    left = [stream for stream, is_kept in zip(values, keep.tolist(), strict=True) if is_kept]
+    one, other = shape.selected(keep), PartShape.of(left)
+    for field in dataclasses.fields(PartShape):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, np.ndarray):
+            mine, theirs = (each.tolist() for each in (mine, theirs))
+        assert mine == theirs, field.name

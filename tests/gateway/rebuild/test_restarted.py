@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.rebuild.history import History
 from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.schema import SEED_RETIRED
 
 pytestmark = pytest.mark.lengthy
 
@@ -108,6 +110,25 @@ def test_an_ended_stream_stays_ended_when_an_earlier_step_is_put_right_after_a_r
         assert [[*dict(item.frame.live.rows())["a"]] for item in items] == [["alpha", "layer_depth"]] * 2 + [
             ["alpha"]
         ] * 3
+
+
+@pytest.mark.parametrize("is_found", [False, True], ids=["lost before the start", "found by it"])
+def test_a_damaged_step_that_retired_a_seed_does_not_bring_it_back(tmp_path: Path, *, is_found: bool) -> None:
+    """Nothing but that step says of a plain sender's seed that it has died."""
+    a, b = (ALPHA, "a"), (ALPHA, "b")
+    died = (SEED_RETIRED.name, "b")
+    items = newest(tmp_path, said(0, a, b), said(2, a, died), said(3, a), said(4, a))
+    assert [item.frame.retired for item in items] == [(), ("b",), (), ()]
+    with sqlite3.connect(tmp_path / "steps.sqlite3") as file:
+        if is_found:
+            file.execute(
+                "UPDATE blocks SET frames = zeroblob(50) WHERE id = (SELECT block FROM items WHERE position = 2)"
+            )
+        else:
+            file.execute("DELETE FROM items WHERE position = 2")
+    items = newest(tmp_path, said(0, loss=0.5), said(5, a))
+    assert [item.frame.live.ids for item in items] == [("a", "b"), ("a",), ("a",), ("a",)]
+    assert [item.frame.retired for item in items] == [(), ("b",), (), ()]
 
 
 def test_an_end_that_is_to_come_comes_after_a_restart(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from browser import Browser
-from made_up_gateway import MadeUpGateway, MadeUpRun
+from made_up_gateway import START_MS, MadeUpGateway, MadeUpRun
 
 STATUS = "document.getElementById('connection').textContent"
 DRAWN = "[...board.charts.values()].filter((chart) => chart.plot).length"
@@ -137,6 +140,107 @@ def test_states_are_told_apart(browser: Browser) -> None:
         ]
         browser.until(f"{tile('slowest rank')} === '1, by 4 ms'")
         assert browser.uncaught == []
+
+
+class Odd(MadeUpRun):
+    """A run with other losses."""
+
+    loss = math.nan
+
+    def series(self, first: int, last: int, buckets: int) -> dict[str, Any]:
+        found = super().series(first, last, buckets)
+        steps = found["columns"]["step"]
+        losses = found["metrics"]["loss"]
+        if math.isfinite(self.loss):
+            losses["last"] = [self.loss if step % 2 else -self.loss for step in steps]
+        else:
+            losses |= {"last": [None] * len(steps), "odd": [[row, 1, 0, 0, row + 1] for row in range(len(steps))]}
+        return found
+
+
+class AgainFromTheFirst(MadeUpRun):
+    """Its second attempt does all steps again."""
+
+    def series(self, first: int, last: int, buckets: int) -> dict[str, Any]:
+        found = super().series(first, last, buckets)
+        columns = found["columns"]
+        columns |= {name: 2 * columns[name] for name in columns}
+        count = len(columns["step"]) // 2
+        columns |= {"segment": [0] * count + [1] * count, "is_again": [1] * count + [0] * count}
+        for values in found["metrics"].values():
+            values["last"] *= 2
+        return found
+
+
+def test_what_cannot_be_drawn_is_said_and_names_are_shown_as_they_are(browser: Browser) -> None:
+    """NaN alone, values at the end of what a number expresses, characters that turn a text, a run called 0.5."""
+    huge, turned = Odd("huge", 30), "evil-\u202egnp.exe"
+    huge.loss = 1e308
+    names = ["huge", "0.5", turned]
+    with MadeUpGateway(huge, Odd("0.5", 30), MadeUpRun(turned, 30)) as gateway:
+        browser.open(f"{gateway.url}?{urlencode({'run': names[:2], 'colors': '3,1'}, doseq=True)}")
+        browser.until(f"{chart('loss')}?.plot != null && {STATUS} === ''")
+        note = browser.value(f"{chart('loss')}.note.textContent")
+        assert note == (
+            "no value that can be drawn:   ✕ NaN at 30 places, first in step 1   "
+            "▲ above 1e300 at 15 places, first in step 1   ▼ below -1e300 at 15 places, first in step 2"
+        )
+        assert (
+            browser.value(f"[{chart('loss')}.figure.y_range.start, {chart('loss')}.figure.y_range.end]") != [None] * 2
+        )
+        assert browser.value("[runs.chosen, runs.chosen.map(slotOf)]") == [["huge", "0.5"], [3, 1]]
+        browser.value(f"choose({json.dumps(names)})")
+        browser.until("document.querySelector('.names').textContent.includes('gnp')")
+        legend = browser.value("[...document.querySelectorAll('.names span')].map((name) => name.textContent)")
+        assert legend == ["huge", "0.5", "evil-\\u202egnp.exe"]
+        assert "\u202e" not in browser.value("document.body.innerText + document.title")
+        browser.until("new URLSearchParams(location.search).getAll('run').length === 3")
+        assert browser.value("new URLSearchParams(location.search).get('colors')") == "3,1,0"
+        assert browser.uncaught == []
+
+
+def test_a_run_that_was_begun_again_shows_its_seam_and_its_attempts(browser: Browser) -> None:
+    run = AgainFromTheFirst("again", 40)
+    run.segments = [{"number": n, "why": why, "first_step": 1} for n, why in ((1, "start"), (2, "resumed"))]
+    attempt = {"outcome": None, "first_step": 1, "last_step": 40, "resumed": False}
+    run.info = {"attempt_count": 2, "settings": "export_every_s = 5.0", "attempts": []}
+    for number, state in ((1, "killed"), (2, "live")):
+        run.info["attempts"].append({**attempt, "attempt": 10 * number, "number": number, "state": state})
+    run.episodes = [{"text": "hook_budget, step 30", "level": "HIGH", "reason": "above 50", "route": "PAUSE"}]
+    run.episodes = [{**run.episodes[0], "attempt": number, "is_open": False} for number in (10, 20)]
+    with MadeUpGateway(run) as gateway:
+        browser.open(gateway.url)
+        browser.until(f"{chart('loss')}?.plot != null && document.querySelector('#episodes li') !== null")
+        assert browser.value(f"{chart('loss')}.note.textContent") == "┊ attempt 2 again from step 1 (dotted: before)"
+        assert browser.value(f"{chart('loss')}.spans.length") == 1
+        signals = browser.value("[...document.querySelectorAll('#episodes li')].map((li) => li.textContent)")
+        assert signals == [f"HIGH attempt {n}: hook_budget, step 30 (above 50) → PAUSE" for n in (2, 1)]
+        about = browser.value("document.getElementById('about').textContent")
+        assert about.startswith("attempt 2: 1 killed, steps 1 to 40; 2 live, steps 1 to 40 · ")
+        assert about.endswith("host gpu-3 · revision 0b1c2d3e4f · settings export_every_s = 5.0")
+        assert browser.uncaught == []
+
+
+def test_steps_quicker_than_a_millisecond_do_not_make_a_run_longer(browser: Browser) -> None:
+    """Their times are 1 ms apart, and so ahead of the clock."""
+    run = MadeUpRun("quick", 2_000)
+    run.info = {"state": "completed", "last_ms": START_MS + 2_000, "received_ms": START_MS + 400}
+    with MadeUpGateway(run) as gateway:
+        browser.open(gateway.url)
+        browser.until(f"{tile('duration')} === '0.4 s'")
+
+
+def test_a_finger_shows_the_values_at_a_step_until_it_touches_something_else(browser: Browser) -> None:
+    with MadeUpGateway(MadeUpRun("run", 300)) as gateway, browser.as_a_phone():
+        browser.open(gateway.url)
+        browser.until(f"{chart('loss')}?.plot != null && {STATUS} === ''")
+        browser.value(f"{chart('loss')}.element.scrollIntoView({{block: 'center'}}); 0")
+        browser.touch(f"{chart('loss')}.place")
+        browser.until("!board.readout.hidden && board.readout.textContent.includes('run')")
+        assert browser.value("getComputedStyle(document.querySelector('.bar .drag')).display") == "none"
+        browser.touch("document.querySelector('.learning summary small')")
+        browser.until("board.readout.hidden")
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(browser: Browser) -> None:

@@ -441,7 +441,8 @@ def test_what_cannot_be_served_is_said_before_anything_listens(options: list[str
 def test_a_port_that_is_taken_is_said(shared: RunningGateway) -> None:
     """Two gateways on one port would share the steps between them."""
     for option, address in (("--grpc", shared.grpc), ("--http", shared.http)):
-        with pytest.raises(AssertionError, match=option), RunningGateway(option, address):
+        said = rf"{option} {address}: .*port.*: give another port, or port 0 for a free one"
+        with pytest.raises(AssertionError, match=said), RunningGateway(option, address):
             pass
 
 

@@ -265,7 +265,7 @@ def test_a_store_of_another_version_is_refused_by_name_and_left_as_it_is(tmp_pat
     connection.close()
     before = path.read_bytes()
     for read_only in (False, True):
-        with pytest.raises(ConfigurationError, match=r"steps.sqlite3 has version 5, not 6: .* give another folder"):
+        with pytest.raises(ConfigurationError, match=r"steps.sqlite3 has version 5, not 7: .* give another folder"):
             FileStore(tmp_path, read_only=read_only)
     assert path.read_bytes() == before
 
@@ -377,3 +377,42 @@ def test_a_failed_write_leaves_nothing_half_done(tmp_path: Path) -> None:
     assert steps_of(store) == [1, 2]
     assert [*store.bodies()] == []
     store.close()
+
+
+def test_a_large_run_that_is_dropped_leaves_the_file_a_few_entries_at_a_time(tmp_path: Path) -> None:
+    """A run of a million steps took seconds of one turn. Its key is not given to another run meanwhile."""
+    limits = StoreLimits(writers=1)
+    store = FileStore(tmp_path, limits)
+    store.add([item(step, "old") for step in range(1, 2_001)])
+    store.add([item(1, "new")])
+    assert store.counts() == {Origin("new", 1, 0): 1}
+    assert (store.dropped, steps_of(store, "new")) == (2_000, [1])
+
+    def rows() -> list[int]:
+        with sqlite3.connect(tmp_path / "steps.sqlite3") as file:
+            return [file.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("items", "blocks")]
+
+    assert rows()[0] == 2_001
+    store.add([item(2, "new")])
+    assert 1_000 < rows()[0] < 2_001
+    store.close()
+    store = FileStore(tmp_path, limits)  # the next start takes out the rest
+    assert rows() == [2, 2]
+    store.add([item(step, "old", 1) for step in range(1, 601)])
+    for _ in range(3):
+        store.expire()
+    assert rows()[0] == sum(store.counts().values()) == 600
+    store.close()
+
+
+def test_a_large_run_that_is_dropped_leaves_memory_in_pieces() -> None:
+    store = MemoryStore(StoreLimits(writers=1))
+    store.add([item(step, "old") for step in range(1, 6_001)])
+    store.add([item(1, "new")])
+    assert (store.counts(), store.dropped) == ({Origin("new", 1, 0): 1}, 6_000)
+    left = len(store._forgotten)
+    assert left > 10
+    store.add([item(2, "new")])
+    assert 0 < len(store._forgotten) < left
+    store.expire()
+    assert not store._forgotten

@@ -15,7 +15,7 @@ const faults = new Map(); // what could not be shown -> why
 const data = new Map(); // run -> {key, cursor, series, isBehind, isStale, metrics}
 const side = { signals: {}, seeds: {}, ranks: {}, most: MOST_SEEDS, version: 0 }; // of the run in focus
 
-const board = new Esper.Board($("board"), { view: readAddress(), changed: changedView });
+const board = new Esper.Board($("board"), { view: readAddress(), changed: changedView, isNaming: true });
 board.hasDetail = true;
 
 // -- asking ------------------------------------------------------------------------------------------------
@@ -231,20 +231,24 @@ function lost() {
   return now - gateway.askedMs > SLOW_MS ? `the gateway does not answer (${since})` : "";
 }
 
+function some(names) {
+  return `${names.slice(0, 3).map(Esper.printable).join(", ")}${names.length > 3 ? ` and ${names.length - 3} more` : ""}`;
+}
+
 function status() {
   const said = [lost(), ...[...faults].map(([what, why]) => `${what} cannot be shown: ${why}`)];
   const unknown = gateway.hasAnswered && runs.infos.size ? runs.chosen.filter((name) => !runs.infos.has(name)) : [];
-  if (unknown.length) said.push(`this gateway does not have ${unknown.length > 1 ? "the runs" : "the run"} ${unknown.slice(0, 3).join(", ")}${unknown.length > 3 ? ` and ${unknown.length - 3} more` : ""}`);
+  if (unknown.length) said.push(`this gateway does not have ${unknown.length > 1 ? "the runs" : "the run"} ${some(unknown)}`);
   const behind = shownNames().filter((name) => data.get(name)?.isBehind);
-  if (behind.length) said.push(`catching up with ${behind.slice(0, 3).join(", ")}${behind.length > 3 ? ` and ${behind.length - 3} more` : ""}`);
+  if (behind.length) said.push(`catching up with ${some(behind)}`);
   $("connection").textContent = said.filter(Boolean).join("; ");
   const live = [...runs.infos.values()].filter((run) => run.state === "live").length;
   $("count").textContent = runs.infos.size ? `${runs.infos.size.toLocaleString("en")} ${runs.infos.size === 1 ? "run" : "runs"}, ${live} live` : "";
-  document.title = runs.chosen.length === 1 && runs.infos.has(runs.chosen[0]) ? `${runs.chosen[0]} · ${runs.infos.get(runs.chosen[0]).state} · Esper` : "Esper";
+  document.title = runs.chosen.length === 1 && runs.infos.has(runs.chosen[0]) ? `${Esper.printable(runs.chosen[0])} · ${runs.infos.get(runs.chosen[0]).state} · Esper` : "Esper";
 }
 
 function pick(select, values, value) {
-  if ([...select.options].map((option) => option.value).join("\0") !== values.join("\0")) select.replaceChildren(...values.map((each) => new Option(each, each)));
+  if ([...select.options].map((option) => option.value).join("\0") !== values.join("\0")) select.replaceChildren(...values.map((each) => new Option(Esper.printable(each), each)));
   select.value = value;
 }
 
@@ -254,12 +258,11 @@ function drawNow() {
   $("now").hidden = !run;
   if (!run) return;
   $("rank-label").hidden = run.rank_count < 2;
+  drawAbout(run);
   pick($("rank"), run.ranks.map((each) => String(each.rank)), String(runs.rank));
-  const resumed = run.attempt_count > 1 ? `attempt ${run.attempt_count}: ${run.attempts.slice(-6).map((each) => `${each.number} ${each.state}${each.outcome && each.outcome !== each.state ? ` (${each.outcome})` : ""}, steps ${each.first_step ?? "–"} to ${each.last_step ?? "–"}${each.resumed ? ", resumed" : ""}`).join("; ")}` : "";
-  $("attempts").textContent = resumed;
   const found = data.get(run.run_id);
   const series = found?.series;
-  const age = run.last_ms === null ? NaN : Date.now() + runs.clockMs - run.last_ms;
+  const age = run.last_ms === null ? NaN : Date.now() + runs.clockMs - lastOf(run);
   const last = (name) => {
     const values = series?.metrics[name];
     if (!values) return undefined;
@@ -288,17 +291,35 @@ function drawNow() {
   $("tiles").replaceChildren(...tiles.map(([name, value, tone]) => Esper.element("div", { className: `tile ${tone || ""}` }, name, Esper.element("b", { textContent: value }))));
 }
 
+// What is known of the run besides its values: attempts, host, revision, settings.
+function drawAbout(run) {
+  const attempts = run.attempts.slice(-6).map((each) => {
+    const how = each.outcome && each.outcome !== each.state ? ` (${each.outcome})` : "";
+    return `${each.number} ${each.state}${how}, steps ${each.first_step ?? "–"} to ${each.last_step ?? "–"}${each.resumed ? ", resumed" : ""}`;
+  });
+  const said = [
+    run.attempt_count > 1 ? `attempt ${run.attempt_count}: ${attempts.join("; ")}` : "",
+    run.experiment && `experiment ${run.experiment}`, run.host && `host ${run.host}`,
+    run.revision && `revision ${run.revision.slice(0, 10)}`, run.settings && `settings ${run.settings}`,
+  ];
+  const text = Esper.printable(said.filter(Boolean).join(" · "));
+  if ($("about").textContent !== text) $("about").textContent = text;
+}
+
 function drawSignals() {
   const episodes = side.signals.episodes || [];
   $("signals").hidden = !episodes.length;
   $("signals-said").textContent = `${episodes.length.toLocaleString("en")}, newest first${side.signals.left_out ? `, ${side.signals.left_out.toLocaleString("en")} older ones left out` : ""}`;
-  const isOver = !GOING.includes(runs.infos.get(runs.focus)?.state);
-  const text = JSON.stringify([isOver, episodes]);
+  const run = runs.infos.get(runs.focus);
+  const isOver = !GOING.includes(run?.state);
+  const numbers = new Map(run?.attempt_count > 1 ? run.attempts.map((each) => [each.attempt, each.number]) : []);
+  const text = JSON.stringify([isOver, episodes, [...numbers]]);
   if (drawSignals.text === text) return;
   drawSignals.text = text;
   $("episodes").replaceChildren(...[...episodes].reverse().slice(0, 100).map((each) => {
     const text = isOver ? each.text.replace(/, goes on$/, ", until the end") : each.text;
-    return Esper.element("li", {}, Esper.element("b", { className: each.level === "HIGH" ? "bad" : each.level === "WARN" ? "warn" : "", textContent: each.level }), ` ${text} (${each.reason}) → ${each.route}`);
+    const attempt = numbers.has(each.attempt) ? `attempt ${numbers.get(each.attempt)}: ` : "";
+    return Esper.element("li", {}, Esper.element("b", { className: each.level === "HIGH" ? "bad" : each.level === "WARN" ? "warn" : "", textContent: each.level }), ` ${attempt}${text} (${each.reason}) → ${each.route}`);
   }));
 }
 
@@ -308,7 +329,7 @@ function drawBoard() {
   for (const name of runs.chosen) {
     const found = data.get(name);
     if (!found?.series) continue;
-    shown.push({ id: name, name, color: colorOf(name), isHidden: runs.hidden.has(name), series: found.series, detail: found.detail });
+    shown.push({ id: name, name: Esper.printable(name), color: colorOf(name), isHidden: runs.hidden.has(name), series: found.series, detail: found.detail });
     for (const metric of found.metrics) if (!metrics.has(metric.name)) metrics.set(metric.name, metric);
   }
   board.focus = runs.focus;

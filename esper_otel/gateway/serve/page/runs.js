@@ -25,7 +25,13 @@ function stateOf(run) {
 
 function durationOf(run) {
   if (run.start_ms === null) return NaN;
-  return (run.state === "live" ? Date.now() + runs.clockMs : run.last_ms ?? run.start_ms) - run.start_ms;
+  return (run.state === "live" ? Date.now() + runs.clockMs : lastOf(run) ?? run.start_ms) - run.start_ms;
+}
+
+// When the last step was. Steps that are quicker than 1 ms have times 1 ms apart, which run ahead of the clock.
+function lastOf(run) {
+  const isQuick = run.last_ms - run.start_ms <= 1.2 * run.steps_stored;
+  return isQuick && run.received_ms ? Math.min(run.last_ms, run.received_ms) : run.last_ms;
 }
 
 // What is chosen. `slots` keeps the color of a run, whether or not it is shown at the moment.
@@ -34,14 +40,18 @@ const runs = {
   sort: "start", isUp: false, search: "", most: AT_FIRST, rows: new Map(),
 };
 
-function colorOf(name) {
+function slotOf(name) {
   if (!runs.slots.has(name)) {
     const taken = new Set(runs.slots.values());
     let slot = 0;
     while (taken.has(slot)) slot++;
     runs.slots.set(name, slot);
   }
-  return Esper.COLORS[runs.slots.get(name) % Esper.COLORS.length];
+  return runs.slots.get(name);
+}
+
+function colorOf(name) {
+  return Esper.COLORS[slotOf(name) % Esper.COLORS.length];
 }
 
 function newestRun() {
@@ -63,12 +73,13 @@ function choose(names) {
 
 function readAddress() {
   const asked = new URLSearchParams(location.search);
-  for (const each of asked.getAll("run")) {
-    const [, slot, name] = /^(\d{1,4})\.(.*)$/s.exec(each) || [null, null, each];
-    if (runs.chosen.includes(name)) continue;
-    if (slot !== null && ![...runs.slots.values()].includes(Number(slot))) runs.slots.set(name, Number(slot));
+  const slots = (asked.get("colors") || "").split(",");
+  asked.getAll("run").forEach((name, place) => {
+    if (runs.chosen.includes(name)) return;
+    const slot = /^\d{1,4}$/.test(slots[place]) ? Number(slots[place]) : -1;
+    if (slot >= 0 && ![...runs.slots.values()].includes(slot)) runs.slots.set(name, slot);
     runs.chosen.push(name);
-  }
+  });
   runs.isExplicit = runs.chosen.length > 0;
   for (const name of asked.getAll("hide")) runs.hidden.add(name);
   runs.focus = asked.get("focus") || runs.chosen[0] || "";
@@ -88,7 +99,11 @@ function readAddress() {
 
 function writeAddress(view) {
   const said = new URLSearchParams();
-  if (runs.isExplicit) for (const name of runs.chosen) said.append("run", `${runs.slots.get(name) ?? 0}.${name}`);
+  if (runs.isExplicit) {
+    for (const name of runs.chosen) said.append("run", name);
+    const slots = runs.chosen.map(slotOf);
+    if (slots.some((slot, place) => slot !== place)) said.set("colors", slots.join());
+  }
   for (const name of runs.hidden) if (runs.chosen.includes(name)) said.append("hide", name);
   const put = (name, value, otherwise) => { if (value !== otherwise && value !== "") said.set(name, value); };
   put("focus", runs.isExplicit ? runs.focus : "", runs.chosen[0] || "");
@@ -174,12 +189,12 @@ function rowOf(run, isChosen) {
   const name = run.run_id;
   const box = Esper.element("input", { type: "checkbox", checked: isChosen });
   box.dataset.act = `choose ${name}`;
-  box.setAttribute("aria-label", `show ${name} in the charts`);
+  box.setAttribute("aria-label", `show ${Esper.printable(name)} in the charts`);
   box.addEventListener("change", () => choose(box.checked ? [...runs.chosen, name] : runs.chosen.filter((each) => each !== name)));
   const swatch = Esper.element("i", { className: "swatch" });
   if (isChosen) swatch.style.background = colorOf(name);
   const cells = COLUMNS.map(([title, value, text, isNumber]) => {
-    const words = String((text || value)(run) || "–");
+    const words = Esper.printable((text || value)(run) || "–");
     if (title === "run") {
       const button = Esper.element("button", { type: "button", textContent: words, title: `show only ${words}` });
       button.dataset.act = `only ${name}`;
