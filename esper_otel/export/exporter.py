@@ -546,7 +546,7 @@ class StepExporter:
                 break
             along, end_unix_ns = self._along_with(source, waiting)
             assert along.scope is not None
-            outcome = self._sent(source.encoder.alone(run, along.scope))
+            outcome = self._sent(source.encoder.alone(run, along.scope), self._left_s())
             if self._is_to_be_repeated(outcome):
                 return self._pause(outcome)
             is_refused = outcome.result is not Result.DELIVERED

@@ -20,6 +20,21 @@ from esper_otel.record.values import CopyTime
 _BETWEEN = "between"
 
 
+def _uncompiled() -> tuple[Callable[[Any], Any], Callable[[Any], None]] | None:
+    """Returns PyTorch's switch of torch.compile's tracing, and what exempts a function from it; None without them.
+
+    ``torch.compiler.disable`` would import the compiler, which takes a second.
+    """
+    try:
+        frames: Any = torch._C._dynamo.eval_frame  # noqa: SLF001 - there is nothing public, see above
+        if hasattr(frames, "skip_code"):
+            return frames.set_eval_frame, frames.skip_code
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)  # noqa: SLF001
+        return frames.set_eval_frame, lambda code: frames.set_code_exec_strategy(code, skip)
+    except (AttributeError, TypeError):
+        return None
+
+
 class StepParts:
     """The parts of the steps of one loop, from the moments at which they change. Threads: the training thread.
 
@@ -125,9 +140,10 @@ class _Changes:
                 register_optimizer_step_pre_hook(lambda *_: self._tell(StepParts.optimizer_begins)),
                 register_optimizer_step_post_hook(lambda *_: self._tell(StepParts.optimizer_ends)),
             ]
-        if self._replaced is None:
+        uncompiled = _uncompiled()
+        if self._replaced is None and uncompiled is not None:
             original = torch.autograd.backward
-            self._replaced = original, self._around(original)
+            self._replaced = original, self._around(original, *uncompiled)
             torch.autograd.backward = self._replaced[1]
 
     def remove(self, parts: StepParts) -> None:
@@ -141,17 +157,23 @@ class _Changes:
             torch.autograd.backward = self._replaced[0]
             self._replaced = None
 
-    def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _around(
+        self, original: Callable[..., Any], set_eval_frame: Callable[[Any], Any], skip: Callable[[Any], None]
+    ) -> Callable[..., Any]:
         @functools.wraps(original)
         def backward(*arguments: Any, **named: Any) -> Any:
-            if not self._followers or torch.compiler.is_compiling():
-                return original(*arguments, **named)
+            compiler = set_eval_frame(None)  # torch.compile must not compile what follows
             self._tell(StepParts.backward_begins)
+            set_eval_frame(compiler)
             try:
                 return original(*arguments, **named)
             finally:
+                compiler = set_eval_frame(None)
                 self._tell(StepParts.backward_ends)
+                set_eval_frame(compiler)
 
+        ours: Any = backward
+        skip(ours.__code__)
         return backward
 
     def _tell(self, change: Callable[[StepParts], None]) -> None:
