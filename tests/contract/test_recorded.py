@@ -24,6 +24,8 @@ from esper_otel import Metric, Stage, schema
 from esper_otel.export.encode import Encoder
 from esper_otel.frames.ring import blocks_of
 
+pytestmark = pytest.mark.own_code
+
 RECORDED = Path(__file__).with_name("recorded.json.gz")
 _START_NS = 1_790_000_000_000_000_000
 _OWN = Metric("own.share", "ratio", "a share of the user's own")

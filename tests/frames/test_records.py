@@ -84,7 +84,7 @@ def test_a_file_cut_exactly_before_its_first_step_is_torn() -> None:
     assert (len(stored.resources), stored.is_torn) == (1, True)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(histories(max_size=4), st.data())
 def test_a_damaged_file_gives_only_what_was_written(frames: list[Frame], data: st.DataObject) -> None:
     """A wrong number is worse than none; steps whose names or seeds were lost are lost, not renamed."""

@@ -24,6 +24,8 @@ from esper_otel.frames.layout import Layout
 from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.ring import Ring, blocks_of
 
+pytestmark = pytest.mark.own_code
+
 RUN = Run("run", 1)
 LOSS = Layout((), (), (), ("loss",))
 ROW = LOSS.size + 4  # and its place

@@ -85,7 +85,7 @@ class _PageData:
             compared = await self._core.ranks(RanksRequest(run_id=run_id))
             recent = self._core.recent_steps(run_id)
             assert recent is not None  # otherwise there would be no comparison
-            return json.dumps(await in_turns(heat_map(recent, compared), TURN_S), allow_nan=False)
+            return await in_turns(heat_map(recent, compared), TURN_S)
 
     async def hours(self, request: web.Request) -> str:
         run_id = _run(request)
