@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.hours.account import Account, PhaseTimes, StepTimes, account_of
-from esper_otel.hours.bar import bar_of_rank, bar_of_run
+from esper_otel.hours.bar import PhaseInfo, RunHours, bar_of_rank, bar_of_run
 from esper_otel.hours.text import bar_lines
+from esper_otel.pull.views import merged_hours
 
 _MS = 1_000_000
 START_UNIX_NS = 1_800_000_000 * 10**9
@@ -194,3 +195,20 @@ def test_the_text_has_each_part_with_its_share() -> None:
         ["productive", "93.8%", "3.8", "s", "#" * 28],
         ["input", "wait", "6.2%", "250", "ms", "#" * 2],
     ]
+
+
+def test_of_several_gateways_each_rank_is_of_the_one_that_knows_most() -> None:
+    """Senders may have changed from one gateway to the other."""
+
+    def hours(rank: int, steps: int, *phases: PhaseInfo) -> RunHours:
+        times = [StepTimes(step, START_UNIX_NS + step * 10 * _MS, 0.0, 10.0, 0.0) for step in range(steps)]
+        bar = bar_of_rank([account_of(times)])
+        return RunHours(bar, {rank: bar}, phases)
+
+    one, other = (PhaseInfo("checkpoint", 0, 1, 0, end, 1.0, end, None) for end in (5, 7))
+    few, more, second = hours(0, 3, one), hours(0, 9, other, one), hours(1, 5)
+    found = merged_hours([few, second, more])
+    assert found.ranks == {0: more.run, 1: second.run}
+    assert found.run == bar_of_run([more.run, second.run])
+    assert found.phases == (one, other)
+    assert merged_hours([few]) is few
