@@ -63,7 +63,7 @@ class PhaseLog:
     """
 
     def __init__(self, start_unix_ns: int = 0, most: int = _MOST_WAITING) -> None:
-        self.start_unix_ns = start_unix_ns
+        self.start_unix_ns: int = start_unix_ns
         self.added: Callable[[Phase], None] | None = None
         self.last: int = 0
         self.dropped: int = 0

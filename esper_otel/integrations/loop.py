@@ -14,6 +14,7 @@ from esper_otel.derive.gradients import gradient_norm
 from esper_otel.errors import MistakeError
 from esper_otel.integrations.parts import StepParts
 from esper_otel.record.device import scalar
+from esper_otel.record.phases import Phases
 from esper_otel.session.telemetry import Telemetry
 
 # For these metrics, a step has the last value; for others, the mean over its batches.
@@ -140,14 +141,14 @@ class Loop:
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
-        self.phases = telemetry._recorder.phases  # noqa: SLF001 - same package
+        self.phases: Phases = telemetry._recorder.phases  # noqa: SLF001 - same package
         self.phases.inside = _weakly(self)
         self.has_stepped: bool = False
         self._asked_s: float | None = None
         self._asked_mark_s = 0.0
         self._earlier: _Batches | None = None
         self._now = _Batches()
-        self.parts = StepParts(telemetry._recorder.timer)  # noqa: SLF001 - same package
+        self.parts: StepParts = StepParts(telemetry._recorder.timer)  # noqa: SLF001 - same package
 
     @property
     def has_earlier(self) -> bool:

@@ -91,7 +91,7 @@ class Recorder:
         self._to_state = to_state
         self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
-        self.phases = Phases(PhaseLog(began_unix_ns or clock.now_ns()), clock, self, began_unix_ns)
+        self.phases: Phases = Phases(PhaseLog(began_unix_ns or clock.now_ns()), clock, self, began_unix_ns)
         self.next_step.is_anything = True  # so that the first step ends start-up
 
     @property
