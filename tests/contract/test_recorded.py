@@ -60,6 +60,8 @@ def steps() -> Iterator[tuple[dict[str, float], dict[str, dict[str, float]], tup
 class Probes:
     """A machine that never changes."""
 
+    shown: tuple[Mapping[str, float], float] = ({}, 0.0)
+
     def readings(self, now_s: float) -> Mapping[str, float]:
         return {"cpu_util_percent": 25.0, "memory_gb": 1.5}
 
