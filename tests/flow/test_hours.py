@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from gateways import RunningGateway
+from patience import patience
 
 import esper_otel
 from esper_otel import EsperSettings, TamiyoClient
@@ -112,9 +113,10 @@ class Trained:
 
 def assert_right(trained: Trained, parts: Mapping[str, float], wall_ms: float) -> None:
     assert sum(parts.values()) == pytest.approx(wall_ms, rel=0.01)
-    assert wall_ms == pytest.approx((trained.ended_ns - trained.began_ns) / 1e6, rel=0.01, abs=50)
+    least_ms = patience(0.05) * 1e3  # a busy machine may stop a program between two readings of its clock
+    assert wall_ms == pytest.approx((trained.ended_ns - trained.began_ns) / 1e6, rel=0.01, abs=least_ms)
     for part in {*parts, *trained.spent}:
-        assert parts.get(part, 0.0) == pytest.approx(trained.spent[part], rel=0.02, abs=50), part
+        assert parts.get(part, 0.0) == pytest.approx(trained.spent[part], rel=0.02, abs=least_ms), part
 
 
 def test_three_attempts_two_of_them_killed_add_up(tmp_path: Path) -> None:
