@@ -80,6 +80,11 @@ _COMMANDS = {
         "compare two runs, and fail if one has become worse: a gate for continuous integration",
         'esper-otel compare digits-8 digits-7 --fail-if "step_latency_ms.p50 > 1.05x"',
     ),
+    "files": _Command(
+        "esper_otel.files.command",
+        "write rules, dashboards and collector configurations of this version, with thresholds of your own",
+        "esper-otel files ./monitoring --threshold hook_budget=80",
+    ),
     "run": _Command(
         "esper_otel.integrations.command",
         "run an unmodified training script and send the metrics that can be measured from outside",

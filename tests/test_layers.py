@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "charts": {"schema"},
     "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
+    "files": {"text", "_version", "schema", "leyline"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
     "send": {*BASE, "schema", "frames", "settings", "export"},
     "testing": {"schema", "export"},

@@ -261,6 +261,7 @@ def test_the_readme_shows_each_metric_and_setting_it_names_as_it_is_spelt() -> N
         "esper.rank",
         "esper.world_size",
         "esper.leyline.v1",
+        "esper.settings",
     }
     named = {name for page in PAGES.values() for name in re.findall(r"`(esper\.[a-z0-9_.]+)`", page)}
     assert named <= known

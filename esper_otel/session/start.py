@@ -241,8 +241,7 @@ class _Session:
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder()
-        is_muted = self._resource_of(run).attributes.get("esper.alerts") == "off"
-        self._for_alerts = for_alerts(settings.risk_thresholds, is_muted=is_muted)
+        self._for_alerts = for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
@@ -517,9 +516,11 @@ class _Session:
         if self._exporter is not None and os.getpid() == self._process_id:
             self._exporter.wake()
 
-    def join(self, deadline_s: float) -> None:
+    def join(self, deadline_s: float, *, is_patient: bool) -> None:
         """See ``Wiring.join``."""
         if self._exporter is not None and os.getpid() == self._process_id:
+            if not is_patient:
+                self._exporter.hurry(deadline_s)
             self._exporter.join(deadline_s)
 
     def close(self, deadline_s: float, outcome: str, *, is_patient: bool) -> None:
@@ -643,13 +644,13 @@ def _gradient_math() -> Any:
     return importlib.import_module("esper_otel.derive.gradients")
 
 
-def for_alerts(thresholds: Mapping[str, float], *, is_muted: bool) -> dict[tuple[str, str], float]:
+def for_alerts(thresholds: Mapping[str, float], attributes: Mapping[str, object]) -> dict[tuple[str, str], float]:
     """Returns what the rules for Prometheus must know of a run: its own thresholds, and whether it is muted.
 
     A disabled signal has the threshold 1e308, because not every receiver takes infinity.
     """
     own = {("esper.risk.threshold", name): min(value, 1e308) for name, value in thresholds.items()}
-    return own | ({("esper.alerts.muted", ""): 1.0} if is_muted else {})
+    return own | ({("esper.alerts.muted", ""): 1.0} if attributes.get("esper.alerts") == "off" else {})
 
 
 def _declared(
