@@ -172,8 +172,7 @@ class _Session:
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
         self.rules = configured(settings.risk_thresholds)
-        self._close_timeout_s = settings.close_timeout_s
-        self._enriched = settings.tolaria_step_enrichment_enabled
+        self._close_timeout_s, self._enriched = settings.close_timeout_s, settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
         run, self._agreement = _identified(identity)
