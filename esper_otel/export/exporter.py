@@ -20,6 +20,7 @@ from esper_otel.frames.block import Block
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
 from esper_otel.native import Bell, threads
+from esper_otel.untraced import untraced
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0
@@ -101,7 +102,7 @@ class StepExporter:
         self._latest_s = float("-inf")
         self._wake = Bell()
         self._closing = threads().Event()
-        self._thread = threads().Thread(target=self._work, name="esper-otel-export", daemon=True)
+        self._thread = threads().Thread(target=self._work_untraced, name="esper-otel-export", daemon=True)
         self.rejected_points = 0
         self.recovered = 0
         self.retries = 0
@@ -211,6 +212,10 @@ class StepExporter:
             self.dropped["not sent before close"] += waiting - self.kept
 
     # -- the thread --------------------------------------------------------------------------------------
+
+    def _work_untraced(self) -> None:
+        with untraced():  # all of the thread, so that its warnings are not sent over OTLP either
+            self._work()
 
     def _work(self) -> None:
         self._adopt()
