@@ -133,7 +133,7 @@ def _print_page(
         time.sleep(_AGAIN_S)
         return cursor, 0
     if page.gap:
-        _say(f"{page.gap} steps were dropped before they could be pulled")
+        _say(f"{page.gap} steps before the next one were dropped, or have not arrived")
     for packets in page:
         write(packets)
     sys.stdout.flush()
