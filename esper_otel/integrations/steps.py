@@ -139,6 +139,8 @@ class Steps:
         except Exception:  # noqa: BLE001 - never the script's concern
             logger.exception("before an optimizer's step")
             return None
+        finally:
+            self.loop.parts.optimizer_begins()  # after our own work
 
     def _before_step(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         index = self._index_of(optimizer)
