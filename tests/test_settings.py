@@ -29,7 +29,6 @@ SHIPPED: dict[str, object] = {
     "black_box_dir": None,
     "buffer_bytes": 268_435_456,
     "spool_dir": None,
-    "close_timeout_s": 60.0,
     "spool_bytes": 1_073_741_824,
     "probe_period_s": 1.0,
     "flush_signals": "",
