@@ -13,12 +13,14 @@ from typing import Any, Self
 
 import grpc
 
+from esper_otel.gateway.core import Core
 from esper_otel.pull.messages import (
     SERVICE,
     PullRequest,
     PullResponse,
     RunsRequest,
     RunsResponse,
+    Step,
 )
 
 TIMEOUT_S = 120.0
@@ -90,6 +92,16 @@ def pull(channel: grpc.Channel, run_id: str, cursor: str = "", token: str | None
     call = channel.unary_unary(f"/{SERVICE}/Pull", PullRequest.SerializeToString, PullResponse.FromString)
     asked = PullRequest(run_id=run_id, cursor=cursor, **request)
     return call(asked, timeout=TIMEOUT_S, metadata=_headers(token))
+
+
+async def pulled(core: Core, run_id: str, most: int = 1_000) -> list[Step]:
+    """All steps of a run, page by page: a page ends before a gap, too."""
+    steps: list[Step] = []
+    cursor = ""
+    while (page := await core.pull(PullRequest(run_id=run_id, cursor=cursor, max_packets=most))).steps:
+        steps += page.steps
+        cursor = page.cursor
+    return steps
 
 
 def runs(channel: grpc.Channel, token: str | None = None) -> list[Any]:
