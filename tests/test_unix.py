@@ -100,7 +100,7 @@ def test_a_run_is_recorded_where_unix_is_missing(monkeypatch: pytest.MonkeyPatch
 import esper_otel
 from esper_otel.errors import ConfigurationError
 
-for name, value in (("spool_dir", sys.argv[1]), ("flush_signals", ("SIGUSR1",))):
+for name, value in (("spool_dir", sys.argv[1]), ("flush_signals", "SIGUSR1")):
     try:
         esper_otel.start(settings=esper_otel.EsperSettings(**{{name: value}}))
     except ConfigurationError as error:
