@@ -137,6 +137,13 @@ def test_own_metrics_and_processors_arrive_like_ours(ran: Ran) -> None:
     assert points["perplexity"].unit == "1"
 
 
+def test_phases_arrive_with_their_times(ran: Ran) -> None:
+    """Start-up by itself, the others as the program names them."""
+    program = [point for point in ran[1].points() if point.name == "esper.phase.number"]
+    names = [point.attributes["phase"] for point in program if point.resource["esper.run.id"] == "digits-7"]
+    assert [name for name in names if name != "start_up"] == ["evaluation", "checkpoint"] * 2
+
+
 def test_the_probe_of_the_guide_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the entry point that the guide shows."""
     (tmp_path / "acme_probe.py").write_text(EXAMPLES["probe"], encoding="utf-8")
@@ -234,7 +241,7 @@ def test_every_command_exists(command: str) -> None:
         of_ours = arguments[arguments.index("esper-otel") + 1 :]
         build_parser(of_ours).parse_args(of_ours)
     else:
-        assert program in {"git", "cd", "."}
+        assert program in {"git", "cd", ".", "opentelemetry-instrument"}
         assert "://" not in command  # no address is invented
 
 
@@ -259,7 +266,9 @@ def test_the_readme_shows_each_metric_and_setting_it_names_as_it_is_spelt() -> N
         "esper.run.id",
         "esper.run.attempt",
         "esper.rank",
+        "esper.world_size",
         "esper.leyline.v1",
+        "esper.settings",
     }
     named = {name for page in PAGES.values() for name in re.findall(r"`(esper\.[a-z0-9_.]+)`", page)}
     assert named <= known

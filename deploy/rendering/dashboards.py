@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grafana_foundation_sdk.builders import (
+    barchart,
     common,
     dashboard,
+    heatmap,
     prometheus,
     stat,
     statetimeline,
@@ -17,7 +19,13 @@ from grafana_foundation_sdk.builders import (
     xychart,
 )
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import DataSourceRef, LegendDisplayMode, LegendPlacement, StackingMode
+from grafana_foundation_sdk.models.common import (
+    DataSourceRef,
+    LegendDisplayMode,
+    LegendPlacement,
+    StackingMode,
+    VizOrientation,
+)
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DashboardLinkType,
@@ -31,8 +39,8 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableRefresh,
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
-from names import CATALOGUE, Naming
 
+from esper_otel.files.selectors import CATALOGUE, Naming
 from esper_otel.schema import Stage
 
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -59,7 +67,7 @@ _COLORS = {
     Stage.RESETTING: "#96d98d",
     Stage.TERMINATED: "#3d3d42",
 }
-Kind = Literal["stat", "lines", "stack", "stages", "table", "points"]
+Kind = Literal["stat", "lines", "stack", "stages", "table", "points", "bars", "heat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,7 @@ def _panel(shown: Shown) -> Any:
         panel = panel.unit(shown.unit)
     for number, query in enumerate(shown.queries):
         target = prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(chr(65 + number))
-        if shown.kind in {"table", "points"}:
+        if shown.kind in {"table", "points", "bars"}:
             target = target.format(PromQueryFormat.TABLE)
         panel = panel.with_target(target.instant() if query.instant else target.range())
     if shown.limits:
@@ -242,12 +250,39 @@ def _points(shown: Shown) -> Any:
     return panel
 
 
-_KINDS = {"stat": _stat, "lines": _lines, "stack": _stack, "stages": _stages, "table": _table, "points": _points}
+def _bars(shown: Shown) -> Any:
+    """A bar of 100 % for each rank; its parts are the queries, in their order."""
+    merged = DataTransformerConfig(id_val="merge", options={})
+    names = {f"Value #{chr(65 + number)}": name for number, name in enumerate(shown.columns)}
+    organized = DataTransformerConfig(
+        id_val="organize", options={"renameByName": names, "excludeByName": {"Time": True, "run_id": True}}
+    )
+    legend = common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
+    panel = barchart.Panel().x_field("rank").orientation(VizOrientation.HORIZONTAL).stacking(StackingMode.PERCENT)
+    panel = panel.legend(legend.show_legend(True)).fill_opacity(80).line_width(0)
+    return panel.with_transformation(merged).with_transformation(organized)
+
+
+def _heat(_shown: Shown) -> Any:
+    """A row for each series."""
+    return heatmap.Panel().calculate(calculate=False)
+
+
+_KINDS = {
+    "heat": _heat,
+    "stat": _stat,
+    "lines": _lines,
+    "stack": _stack,
+    "stages": _stages,
+    "table": _table,
+    "points": _points,
+    "bars": _bars,
+}
 
 
 def boards(naming: Naming) -> list[Board]:
     """Every dashboard."""
-    return [_run(naming), _seeds(naming), _compare(naming), _health(naming)]
+    return [_run(naming), _ranks(naming), _seeds(naming), _compare(naming), _health(naming)]
 
 
 def _who(naming: Naming, run: str = "$run", rank: str = "$rank", operator: str = "=~") -> str:
@@ -277,6 +312,52 @@ def _lines_of(naming: Naming, *metrics: str, legend: str = "") -> list[Query]:
 
 def _described(metric: str) -> str:
     return CATALOGUE[metric].description
+
+
+_PHASES = ("start_up", "checkpoint", "evaluation")
+
+
+def _hours(naming: Naming, who: str) -> Shown:
+    """Where the time range that is chosen went: sums over the steps and phases in it, which are single samples."""
+
+    def of_steps(metric: str) -> str:
+        return f"sum by (run_id, rank) ({naming.select(metric, who, over='$__range', function='sum_over_time')})"
+
+    def of_phases(metric: str, phases: str = "") -> str:
+        matchers = f"{who}, {phases}" if phases else who
+        return f"sum by (run_id, rank) ({naming.select(metric, matchers, over='$__range', function='sum_over_time')})"
+
+    base = of_steps("step_latency_ms")
+
+    def known(expression: str) -> str:
+        return f"(({expression}) or on (run_id, rank) 0 * ({base}))"
+
+    hooks = f"{known(of_steps('hook_latency_ms'))} + on (run_id, rank) {known(of_steps('kasmina.finalize_ms'))}"
+    inside = known(of_phases("esper.phase.step_ms"))  # also in the latency of their steps
+    others = "|".join(_PHASES)
+    parts = {
+        "productive": f"clamp_min(({base}) - on (run_id, rank) ({hooks}) - on (run_id, rank) {inside}, 0)",
+        "input wait": known(of_steps("input_wait_ms")),
+        "hooks": hooks,
+        **{phase.replace("_", " "): known(of_phases("esper.phase.own_ms", f'phase="{phase}"')) for phase in _PHASES},
+        "other phases": known(of_phases("esper.phase.own_ms", f'phase!~"{others}"')),
+    }
+    spent = " + on (run_id, rank) ".join(f"({each})" for each in parts.values())
+    parts["not known"] = f"clamp_min($__range_ms - on (run_id, rank) ({spent}), 0)".replace(
+        "$__range_ms", f"(0 * ({base}) + $__range_ms)"
+    )
+    return Shown(
+        "Where the hours went",
+        "Shares of the time range that is chosen, of each rank. What is not known lies between steps and phases: before "
+        "the run, after it, or between two attempts. Steps done again after a resume are in the productive part; "
+        "the gateway's page and report tell them apart. It needs every step as a sample, as OTLP sends them.",
+        "bars",
+        [Query(each, instant=True) for each in parts.values()],
+        "ms",
+        24,
+        6,
+        columns=tuple(parts),
+    )
 
 
 def _run(naming: Naming) -> Board:
@@ -417,6 +498,7 @@ def _run(naming: Naming) -> Board:
             height=9,
         ),
     )
+    board.show(_hours(naming, who))
     board.row("Machine")
     board.show(
         Shown(
@@ -442,6 +524,119 @@ def _run(naming: Naming) -> Board:
         ),
     )
     _mark_stages(board, naming)
+    return board
+
+
+def _ranks(naming: Naming) -> Board:
+    board = Board(naming, "ranks", "Esper / Ranks", "Which rank holds up the others, and by how much?")
+    _choose(board, naming)
+    who = _who(naming)
+
+    def mean(metric: str) -> str:
+        return f"avg by (run_id, rank) ({naming.select(metric, who, over='1m', function='avg_over_time')})"
+
+    step, nothing = mean("step_latency_ms"), f"{mean('step_latency_ms')} * 0"
+    wait = f"({mean('input_wait_ms')} or {nothing})"
+    cycle = f"({step} + {wait})"
+    own = f"({wait} + ({mean('hook_latency_ms')} or {nothing}) + ({mean('kasmina.finalize_ms')} or {nothing}))"
+    board.show(
+        Shown(
+            "Slowest rank by its cycle",
+            "By how much the longest cycle (input wait and step, over a minute) is above the median of the run. Of ranks that run "
+            "independently, this is the one that holds up the run.",
+            "stat",
+            [
+                Query(
+                    f"topk(1, {cycle} - on (run_id) group_left quantile by (run_id) (0.5, {cycle}))",
+                    "rank {{rank}}",
+                    instant=True,
+                )
+            ],
+            "ms",
+            width=6,
+            height=6,
+        ),
+        Shown(
+            "Slowest rank by its own time",
+            "The same for the time that does not depend on other ranks: input wait, hook, finalizing. In lock-step, with a "
+            "collective in each step, all cycles are equal and this one tells the ranks apart.",
+            "stat",
+            [
+                Query(
+                    f"topk(1, {own} - on (run_id) group_left quantile by (run_id) (0.5, {own}))",
+                    "rank {{rank}}",
+                    instant=True,
+                )
+            ],
+            "ms",
+            width=6,
+            height=6,
+        ),
+        Shown(
+            "Spread",
+            "Longest minus shortest over the ranks. What cannot be told: a rank that is slow inside its step, before the "
+            "collective, looks like those that wait for it, because all of them measure the same step.",
+            "lines",
+            [
+                Query(f"max by (run_id) ({cycle}) - min by (run_id) ({cycle})", "cycle"),
+                Query(f"max by (run_id) ({wait}) - min by (run_id) ({wait})", "input wait"),
+                Query(f"max by (run_id) ({own}) - min by (run_id) ({own})", "own time"),
+            ],
+            "ms",
+            width=12,
+            height=6,
+        ),
+        Shown(
+            "Cycle by rank",
+            "Input wait and step, over a minute, a row for each rank.",
+            "heat",
+            [Query(f"sum by (rank) ({cycle})", "{{rank}}")],
+            "ms",
+            width=12,
+            height=9,
+        ),
+        Shown(
+            "Own time by rank",
+            "Input wait, hook and finalizing, over a minute, a row for each rank.",
+            "heat",
+            [Query(f"sum by (rank) ({own})", "{{rank}}")],
+            "ms",
+            width=12,
+            height=9,
+        ),
+        Shown(
+            "Input wait",
+            "The rank that waits for its data while the others wait for it.",
+            "lines",
+            _lines_of(naming, "input_wait_ms", legend="rank {{rank}}"),
+            "ms",
+            width=12,
+        ),
+        Shown(
+            "Step",
+            "With a collective in the step, all ranks have the same.",
+            "lines",
+            _lines_of(naming, "step_latency_ms", legend="rank {{rank}}"),
+            "ms",
+            width=12,
+        ),
+        Shown(
+            "GPU",
+            "Lower than that of the others: the rank waits, or its clocks are throttled.",
+            "lines",
+            _lines_of(naming, "gpu_util_percent", legend="rank {{rank}}"),
+            "percent",
+            width=12,
+        ),
+        Shown(
+            "Memory of the processes",
+            "A rank that swaps is slow.",
+            "lines",
+            _lines_of(naming, "esper.memory.process_gb", legend="rank {{rank}}"),
+            "decgbytes",
+            width=12,
+        ),
+    )
     return board
 
 

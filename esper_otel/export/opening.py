@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 
 from opentelemetry.sdk.resources import Resource
@@ -9,14 +11,33 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
+from esper_otel.export.phase_file import PhaseFile
 from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
+from esper_otel.export.variables import Variables
 from esper_otel.frames.frame import Run
+from esper_otel.frames.phases import PhaseLog
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import Metric
 from esper_otel.settings import EsperSettings
+
+_LONGEST_S = 3600.0
+
+
+def _every_s(settings: EsperSettings) -> float:
+    """Returns the shortest time between two requests: ours, if it is set, or else ``OTEL_METRIC_EXPORT_INTERVAL``."""
+    if settings.is_given("export_every_s"):
+        return settings.export_every_s
+    every_ms = Variables(os.environ).number(
+        "OTEL_METRIC_EXPORT_INTERVAL",
+        default=settings.export_every_s * 1e3,
+        lowest=math.ulp(0.0),
+        highest=2**31 - 1,
+        unit="a number of milliseconds above 0",
+    )
+    return min(every_ms / 1e3, _LONGEST_S)
 
 
 def open_exporter(
@@ -26,6 +47,8 @@ def open_exporter(
     catalogue: Mapping[str, Metric],
     resource_of: Callable[[Run], Resource],
     *,
+    phases: PhaseLog,
+    run_of: Callable[[], Run],
     prepare: Callable[[], None],
     health: Callable[[], Mapping[tuple[str, str], float]],
     idle_ns: Callable[[int], int | None],
@@ -41,6 +64,9 @@ def open_exporter(
     if directory is not None:
         most_bytes = settings.spool_bytes
         spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
+    phase_file = None
+    if spool is not None:
+        phase_file = PhaseFile(spool.folder, phases.start_unix_ns, run_of, resource_of, warnings)
 
     def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
         return Encoder(metrics, resources)
@@ -59,7 +85,7 @@ def open_exporter(
         ring,
         encoder_of(catalogue, resource_of),
         open_sender(endpoint, settings.token_file),
-        every_s=settings.export_every_s,
+        every_s=_every_s(settings),
         timeout_s=endpoint.timeout_s,
         prepare=prepared,
         health=health,
@@ -68,4 +94,7 @@ def open_exporter(
         warnings=warnings,
         spool=spool,
         leftovers=leftovers,
+        phases=phases,
+        phase_file=phase_file,
+        run_of=run_of,
     )

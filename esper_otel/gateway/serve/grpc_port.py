@@ -18,14 +18,21 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.pages import Bounds
-from esper_otel.gateway.receive.inflate import inflated
+from esper_otel.gateway.receive.inflate import ENCODINGS, check_encoding, encoding_of, inflated
 from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
 from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
 from esper_otel.gateway.turns import in_turns
 from esper_otel.log import Warnings
-from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest, RunsRequest
+from esper_otel.pull.messages import (
+    SERVICE,
+    HoursRequest,
+    PullRequest,
+    PullResponse,
+    RanksRequest,
+    RunsRequest,
+)
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 
@@ -36,7 +43,6 @@ _SLOWEST_S = 60.0
 _PAUSE_S = 0.002
 _MOST_PULLS = 1_000
 _MOST_WATCHES = 200
-_GZIP_MAGIC = b"\x1f\x8b"  # a protobuf request never begins with these bytes
 
 _END: Any = grpc.aio.EOF  # type: ignore[attr-defined] # the stubs lack it
 
@@ -94,7 +100,14 @@ class Rpc:
             return grpc.stream_unary_rpc_method_handler(partial(self._followed, method), *coding)
 
         stream = grpc.stream_stream_rpc_method_handler
-        found = {SERVICE: {"Runs": unary(self._runs), "Pull": unary(self._pull), "Ranks": unary(self._ranks)}}
+        found = {
+            SERVICE: {
+                "Runs": unary(self._runs),
+                "Pull": unary(self._pull),
+                "Ranks": unary(self._ranks),
+                "Hours": unary(self._hours),
+            }
+        }
         if receives:
             found[OTLP_SERVICE] = {"Export": unary(self._export)}
         services = (*found, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -123,7 +136,9 @@ class Rpc:
             grant, owner = self._granted(self._send_tokens, context)
             async with self._turns.turn(owner):
                 body = await self._body(context, self._turns)
-                answer = await self._core.take(body, is_gzip=body.startswith(_GZIP_MAGIC), grant=grant)
+                encoding = encoding_of(body)
+                check_encoding(encoding)
+                answer = await self._core.take(body, encoding=encoding, grant=grant)
         except Exception as error:  # noqa: BLE001 - any error is reported to the sender as OTLP specifies
             await self._abort(error, context, is_sender=True)
         if not answer.rejected and not answer.reason:
@@ -146,6 +161,13 @@ class Rpc:
         async def answered(grant: Grant | None, answer: Holding) -> bytes:
             request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
             return (await self._core.ranks(request, grant)).SerializeToString()
+
+        return await self._pulled(context, answered)
+
+    async def _hours(self, _: Any, context: _Context) -> bytes:
+        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+            request = await self._message(HoursRequest.FromString, context, answer.owner, self._turns)
+            return (await self._core.hours(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
@@ -243,7 +265,8 @@ class Rpc:
         async with turns.turn(owner):
             body = await self._body(context, turns)
         try:
-            return parse(inflated(body) if body.startswith(_GZIP_MAGIC) else body)
+            encoding = encoding_of(body)
+            return parse(inflated(body, encoding=encoding) if encoding in ENCODINGS else body)
         except DecodeError as error:
             raise Malformed(f"not a valid request: {error}") from None
 
