@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,15 +33,19 @@ class RunningGateway:
     Args:
         options: further ones of the command line.
         descriptors: how many files it may open; None: as many as we.
+        program: what Python runs.
     """
 
-    def __init__(self, *options: str, descriptors: int | None = None) -> None:
+    def __init__(
+        self, *options: str, descriptors: int | None = None, program: Sequence[str] = ("-m", "esper_otel")
+    ) -> None:
         self._options = options
+        self._program = program
         self._descriptors = descriptors
         self.said = ""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "esper_otel", "gateway", "--json"]
+        command = [sys.executable, *self._program, "gateway", "--json"]
         for port in ("--grpc", "--http"):
             if port not in self._options:
                 command += [port, "127.0.0.1:0"]
