@@ -18,21 +18,23 @@ pytestmark = pytest.mark.own_code
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
-BASE = {"text", "log", "native", "varint", "untraced"}
+BASE = {"text", "log", "native", "unix", "untraced", "varint"}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
     "_version": set[str](),
     "settings": {"errors"},
-    "bearer": {"errors", "log"},
+    "bearer": {"errors", "log", "unix"},
     "varint": set[str](),
     "native": set[str](),
+    "unix": set[str](),
     "addresses": set[str](),
     "captures": set[str](),
     "local_ports": set[str](),
     "untraced": set[str](),
     "log": {"text", "untraced"},
     "schema": set[str](),
+    "hours": set[str](),
     "frames": {*BASE, "schema"},
     "derive": {"schema", "frames"},
     "record": {*BASE, "schema", "frames", "captures"},
@@ -44,18 +46,19 @@ MAY_IMPORT = {
         *(*BASE, "schema", "frames", "settings", "_version"),
         *("record", "derive", "probes", "export", "leyline", "local_ports", "charts"),
     },
-    "pull": {*BASE, "leyline", "addresses", "bearer", "local_ports"},
+    "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
     "integrations": {*BASE, "derive", "record", "session"},
     # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
     "gateway": {
-        *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+        *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     "gateway/command": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve", "gateway/kafka/work"},
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
+    "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
@@ -67,11 +70,11 @@ MAY_IMPORT = {
     "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
     "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
-        *(*BASE, "schema", "frames", "leyline", "pull", "charts"),
+        *(*BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),
         *("gateway", "gateway/receive", "gateway/store", "gateway/page_data"),
     },
-    "charts": {"schema"},
-    "report": {*BASE, "schema", "frames", "parts", "leyline", "pull", "charts", "local_ports"},
+    "charts": {"schema", "hours"},
+    "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},

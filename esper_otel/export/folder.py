@@ -7,7 +7,6 @@ through a link, so nobody can substitute another folder or file.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -18,12 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from esper_otel import unix
 from esper_otel.frames.records import MAGIC_BYTES, is_of_another_version
 from esper_otel.log import Warnings
 
 SUFFIX = ".frames"
 OUTCOME = "outcome"
 MARKER = "esper-otel-spool"
+PHASES = "phases"
 _ACKNOWLEDGED = "acknowledged"
 _MARKER_TEXT = b"esper_otel spool 1\nSteps that an endpoint has not acknowledged. The next session here sends them.\n"
 _SEQUENCE = struct.Struct("<Q")
@@ -34,8 +35,7 @@ _MOST_OUTCOME_BYTES = 1_000
 _MOST_SHOWN = 3
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
-_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|\d{{8}}\{SUFFIX}")
-_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
+_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|{PHASES}|\d{{8}}\{SUFFIX}")
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
 # sessions within one process. This table holds the folders that sessions of this process own, by device and inode.
@@ -54,6 +54,7 @@ class Folder:
     Attributes:
         path: the folder's path, for messages.
         acknowledged: sequence of the last frame that is no longer needed.
+        acknowledged_phases: the same of phases.
     """
 
     def __init__(self, path: Path, descriptor: int, lock: int) -> None:
@@ -66,9 +67,8 @@ class Folder:
             os.close(lock)
             raise
         self._identity = _identity(os.fstat(descriptor))
-        noted = os.pread(self._state, _SEQUENCE.size, 0)
-        sequence: int = _SEQUENCE.unpack(noted)[0] if len(noted) == _SEQUENCE.size else 0
-        self.acknowledged = sequence if sequence < _MOST_SEQUENCE else 0  # a larger one is damage
+        self.acknowledged = self._noted(0)
+        self.acknowledged_phases = self._noted(_SEQUENCE.size)
 
     @classmethod
     def create(cls, directory: Path) -> Folder:
@@ -113,6 +113,17 @@ class Folder:
         if sequence > self.acknowledged:
             os.pwrite(self._state, _SEQUENCE.pack(sequence), 0)
             self.acknowledged = sequence
+
+    def acknowledge_phases(self, number: int) -> None:
+        """Records that the phases up to this one are no longer needed."""
+        if number > self.acknowledged_phases:
+            os.pwrite(self._state, _SEQUENCE.pack(number), _SEQUENCE.size)
+            self.acknowledged_phases = number
+
+    def _noted(self, place: int) -> int:
+        noted = os.pread(self._state, _SEQUENCE.size, place)
+        sequence: int = _SEQUENCE.unpack(noted)[0] if len(noted) == _SEQUENCE.size else 0
+        return sequence if sequence < _MOST_SEQUENCE else 0  # a larger one is damage
 
     def segments(self) -> list[str]:
         """Returns the names of the files that contain frames, oldest first."""
@@ -197,7 +208,7 @@ class Folder:
 
     def _open(self, name: str, flags: int) -> int:
         """Opens a file of the folder; refuses anything but a plain file without further hard links."""
-        file = os.open(name, flags & ~os.O_TRUNC | _FILE_FLAGS, 0o600, dir_fd=self._descriptor)
+        file = os.open(name, flags & ~os.O_TRUNC | unix.FILE, 0o600, dir_fd=self._descriptor)
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             os.close(file)
@@ -235,8 +246,7 @@ def abandoned(directory: Path, warnings: Warnings) -> Iterator[Folder]:
 
 def _opened(path: Path | str, parent: int | None = None, *, follow: bool = False) -> int:
     """Returns a descriptor of a folder; links are followed only in a path that the user gave."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    return os.open(path, flags, dir_fd=parent)
+    return os.open(path, os.O_RDONLY | (unix.FOLDER if follow else unix.FOLDER_ITSELF), dir_fd=parent)
 
 
 @contextmanager
@@ -275,10 +285,10 @@ def _locked(descriptor: int, name: str, flags: int = 0) -> int:
         BlockingIOError: another process has locked the file.
         FileNotFoundError: the file does not exist, or the process that had locked it deleted it.
     """
-    lock = os.open(name, os.O_RDWR | flags | _FILE_FLAGS, 0o600, dir_fd=descriptor)
+    lock = os.open(name, os.O_RDWR | flags | unix.FILE, 0o600, dir_fd=descriptor)
     try:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unix.lock_for_process(lock)
         except PermissionError as error:  # POSIX allows it in place of BlockingIOError
             raise BlockingIOError(*error.args) from error
         if not os.fstat(lock).st_nlink:
@@ -296,7 +306,7 @@ def _check(descriptor: int) -> None:
         NotOurs: others may have made or changed it, it has no marker, or another version has written its frames.
     """
     found = os.fstat(descriptor)
-    if found.st_uid != os.geteuid():
+    if found.st_uid != unix.user_id():
         raise NotOurs(f"it belongs to user {found.st_uid}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NotOurs("others may write to it")
@@ -317,7 +327,7 @@ def _check(descriptor: int) -> None:
 
 
 def _beginning(descriptor: int, name: str, size: int) -> bytes:
-    file = os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=descriptor)
+    file = os.open(name, os.O_RDONLY | unix.FILE, dir_fd=descriptor)
     try:
         return os.read(file, size)
     finally:
