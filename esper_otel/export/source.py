@@ -20,7 +20,7 @@ from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
 from esper_otel.frames.frame import Run
-from esper_otel.frames.records import StoredContext, chunks_in
+from esper_otel.frames.records import Damage, StoredContext, chunks_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
@@ -218,7 +218,7 @@ class LeftoverSource:
         self.folder.delete(name)
 
     def _encoder(self) -> Encoder:
-        return self._encoder_of(self._catalogue, self._stored.resources.__getitem__)
+        return self._encoder_of(self._catalogue, lambda run: Resource(*self._stored.resources[run]))
 
     def after(self, limit: int) -> tuple[list[Block], int]:
         """See ``FrameSource.after``."""
@@ -252,6 +252,11 @@ class LeftoverSource:
     def skipped(self) -> int:
         """How many records could not be used."""
         return self._stored.skipped
+
+    @property
+    def damage(self) -> Sequence[Damage]:
+        """The parts of its files that could not be used, up to a limit."""
+        return self._stored.damage
 
     def _is_next(self, chunk: Chunk) -> bool:
         """Whether it has frames that follow those read."""

@@ -148,34 +148,23 @@ class Chunk:
     def frame(self, row: int, live: SeedTable) -> Frame:
         """Returns a view of one row, given the live seeds after it."""
         offset = self.offsets[row]
-        step, epoch, time_unix_ns, _, _, number, seeds, _ = HEAD.unpack_from(self.buffer, offset)
+        *_, number, seeds, _ = HEAD.unpack_from(self.buffer, offset)
         layout = self.layouts[number]
-        numbers = self._doubles(offset + HEAD.size, layout.width).tolist()
-        context, probed, recorded = layout.bounds
-        return Frame(
-            self.run,
-            self.first + row,
-            step,
-            epoch,
-            time_unix_ns,
-            layout.recorded,
-            tuple(numbers[recorded:]),
-            dict(zip(layout.context, numbers[context:probed], strict=True)) if context < probed else NO_READINGS,
-            self._table(offset + layout.size, seeds),
-            live,
-            self.retired.get(row, ()),
-            dict(zip(layout.derived, numbers, strict=False)) if context else NO_READINGS,
-            dict(zip(layout.probed, numbers[probed:recorded], strict=True)) if probed < recorded else NO_READINGS,
-        )
+        table = self._table(offset + layout.size, seeds)
+        return frame_of(self.run, self.first + row, self.buffer, offset, layout, table, live, self.retired.get(row, ()))
 
-    def _doubles(self, offset: int, count: int) -> npt.NDArray[np.float64]:
-        values = np.frombuffer(self.buffer, np.float64, count, offset)
-        values.flags.writeable = False
-        return values
+    def live_count(self, row: int) -> int:
+        """Returns how many seeds are alive after a row."""
+        count: int = HEAD.unpack_from(self.buffer, self.offsets[row])[4]
+        return count
+
+    def row_size(self, row: int) -> int:
+        """Returns how many bytes a row takes."""
+        return (self.offsets[row + 1] if row + 1 < self.rows else self.end) - self.offsets[row]
 
     def _table(self, offset: int, number: int) -> SeedTable:
         ids, columns = self.seeds[number], self.widths[number]
-        return SeedTable(ids, self._doubles(offset, len(ids) * columns).reshape(-1, columns)) if ids else NO_SEEDS
+        return table_of(self.buffer, offset, ids, columns)
 
     def recorded_seeds(self, row: int) -> tuple[SeedTable, bool]:
         """Returns the seeds recorded in a row, and whether these are all live seeds with all their known cells."""
@@ -285,6 +274,47 @@ class Chunk:
             into = [position[seed_id] for seed_id in of_table]
             cells[rows[:, None], into, :columns] = recorded.reshape(len(rows), len(of_table), columns)
         return ids, cells
+
+
+def frame_of(
+    run: Run,
+    sequence: int,
+    content: bytes | bytearray,
+    offset: int,
+    layout: Layout,
+    seeds: SeedTable,
+    live: SeedTable,
+    retired: tuple[str, ...],
+) -> Frame:
+    """Returns the frame of a row that begins at an offset of some bytes."""
+    step, epoch, time_unix_ns, *_ = HEAD.unpack_from(content, offset)
+    numbers = np.frombuffer(content, np.float64, layout.width, offset + HEAD.size).tolist()
+    context, probed, recorded = layout.bounds
+    return Frame(
+        run,
+        sequence,
+        step,
+        epoch,
+        time_unix_ns,
+        layout.recorded,
+        tuple(numbers[recorded:]),
+        dict(zip(layout.context, numbers[context:probed], strict=True)) if context < probed else NO_READINGS,
+        seeds,
+        live,
+        retired,
+        dict(zip(layout.derived, numbers, strict=False)) if context else NO_READINGS,
+        dict(zip(layout.probed, numbers[probed:recorded], strict=True)) if probed < recorded else NO_READINGS,
+    )
+
+
+def table_of(content: bytes | bytearray, offset: int, ids: tuple[str, ...], columns: int) -> SeedTable:
+    """Returns the table of seeds whose cells begin at an offset of some bytes."""
+    if not ids:
+        return NO_SEEDS
+    cells = np.frombuffer(content, np.float64, len(ids) * columns, offset)
+    if cells.flags.writeable:
+        cells.flags.writeable = False
+    return SeedTable(ids, cells.reshape(-1, columns))
 
 
 _NONE_RETIRED: Mapping[int, tuple[str, ...]] = MappingProxyType({})

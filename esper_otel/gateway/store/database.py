@@ -20,7 +20,7 @@ FILE = "steps.sqlite3"
 _LOCK = "lock"
 _SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
 _FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
-_VERSION = 7
+_VERSION = 8
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
 # ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
 _SCHEMA = """
