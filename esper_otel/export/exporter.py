@@ -103,10 +103,10 @@ class StepExporter:
         self._wake = Bell()
         self._closing = threads().Event()
         self._thread = threads().Thread(target=self._work, name="esper-otel-export", daemon=True)
-        self.rejected_points = 0
-        self.recovered = 0
-        self.retries = 0
-        self.kept = 0
+        self.rejected_points: int = 0
+        self.recovered: int = 0
+        self.retries: int = 0
+        self.kept: int = 0
         self.outcome: str | None = None
         self.dropped: Counter[str] = Counter()
         self.errors_unix_s: dict[str, float] = {}

@@ -68,7 +68,7 @@ class Folder:
         self._identity = _identity(os.fstat(descriptor))
         noted = os.pread(self._state, _SEQUENCE.size, 0)
         sequence: int = _SEQUENCE.unpack(noted)[0] if len(noted) == _SEQUENCE.size else 0
-        self.acknowledged = sequence if sequence < _MOST_SEQUENCE else 0  # a larger one is damage
+        self.acknowledged: int = sequence if sequence < _MOST_SEQUENCE else 0  # a larger one is damage
 
     @classmethod
     def create(cls, directory: Path) -> Folder:

@@ -129,7 +129,7 @@ class OwnProvider(MeterProvider):
             shutdown_on_exit=False,
             views=[View(instrument_name=name, aggregation_cardinality_limit=SEED_IDS + 1) for name in _OF_SEEDS],
         )
-        self.said = tuple(reader.said for reader in readers if hasattr(reader, "said"))
+        self.said: tuple[str, ...] = tuple(reader.said for reader in readers if hasattr(reader, "said"))
 
 
 def _reader(name: str) -> MetricReader | None:

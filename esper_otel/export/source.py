@@ -127,12 +127,12 @@ class LiveSource:
 
     def __init__(self, ring: Ring, encoder: Encoder, spool: Spool | None) -> None:
         self.encoder = encoder
-        self.streams = Streams()
+        self.streams: Streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
         self.delivered = 0
         self.has_said_goodbye = False
-        self.cursor = 0
+        self.cursor: int = 0
         self._ring = ring
         self._spool = spool
 
@@ -185,16 +185,16 @@ class LeftoverSource:
     def __init__(self, folder: Folder, encoder_of: EncoderOf, fault: Fault) -> None:
         self.folder = folder
         self._fault = fault
-        self.streams = Streams()
+        self.streams: Streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
         self.delivered = 0
-        self.has_said_goodbye = False
-        self.deleted = 0
+        self.has_said_goodbye: bool = False
+        self.deleted: int = 0
         self._stored = StoredContext()
         self._catalogue = {metric.name: metric for metric in METRICS}
         self._encoder_of = encoder_of
-        self.encoder = self._encoder()
+        self.encoder: Encoder = self._encoder()
         self._names = deque(folder.segments())
         self._reading: Iterator[Chunk] = iter(())
         self._chunks: deque[Chunk] = deque()

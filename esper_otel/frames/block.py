@@ -73,10 +73,10 @@ class Chunk:
     )
 
     def __init__(self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS) -> None:
-        self.run = run
-        self.first = first
+        self.run: Run = run
+        self.first: int = first
         self.capacity: int = -(-capacity // 8) * 8
-        self.live = live
+        self.live: SeedTable = live
         self.buffer: bytearray = bytearray(self.capacity)
         self._offsets = bytearray(4 * (self.capacity // HEAD.size))
         self.offsets: memoryview[int] = memoryview(self._offsets).cast("I")

@@ -22,7 +22,7 @@ class Quarantine:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FOLDER
+        self.path: Path = folder / FOLDER
         self._files = self._bytes = -1  # not known yet
 
     def put(self, kind: str, content: bytes) -> str:

@@ -64,7 +64,7 @@ class ReleasedFrame(FrameInput):
             if seed in self.part.shape.retired and all((seed, SEED_FIELDS.index(field)) in ended for field in cells)
         }
         if dead:
-            self.part = self.part.without(lambda name, seed: name == SEED_RETIRED.name and seed in dead)
+            self.part: Part = self.part.without(lambda name, seed: name == SEED_RETIRED.name and seed in dead)
 
     def size(self) -> int:
         """Returns its approximate memory in bytes."""

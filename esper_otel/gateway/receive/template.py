@@ -224,8 +224,8 @@ class Template:
         self._block = block._replace(kind=object())
         self._changes = block.times[1:] != block.times[:-1]
         self.owner = owner
-        self.points = len(numbers.times)
-        self.size = len(rest) + 5 * len(self._fixed) + 150 * self.points
+        self.points: int = len(numbers.times)
+        self.size: int = len(rest) + 5 * len(self._fixed) + 150 * self.points
 
     def fitting(self, rows: Bytes) -> npt.NDArray[np.bool_]:
         """Returns which of the parts, one per row, differ from the template only in their numbers."""

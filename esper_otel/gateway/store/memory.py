@@ -142,7 +142,7 @@ class MemoryStore:
         self._shelves: dict[str, _Shelf] = {}
         self._ledger = Ledger()
         self._forgotten: list[object] = []  # freed piece by piece, since freeing very many entries takes long
-        self.dropped = 0
+        self.dropped: int = 0
         self.damaged: Counter[str] = Counter()
 
     @property

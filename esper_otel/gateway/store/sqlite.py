@@ -133,7 +133,7 @@ class FileStore:
         self._last_block = 0
         self._received: dict[Origin, int] = {}  # when each writer was last received from before this start
         self._age_before_s = self._age_noted_s = 0.0
-        self.dropped = 0
+        self.dropped: int = 0
         self.damaged: Counter[str] = Counter()
         self._lock = None if read_only else locked(Path(folder))
         try:
