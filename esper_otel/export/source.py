@@ -130,8 +130,8 @@ class LiveSource:
         self.streams: Streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
-        self.delivered = 0
-        self.has_said_goodbye = False
+        self.delivered: int = 0
+        self.has_said_goodbye: bool = False
         self.cursor: int = 0
         self._ring = ring
         self._spool = spool
@@ -188,7 +188,7 @@ class LeftoverSource:
         self.streams: Streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
-        self.delivered = 0
+        self.delivered: int = 0
         self.has_said_goodbye: bool = False
         self.deleted: int = 0
         self._stored = StoredContext()
