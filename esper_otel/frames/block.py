@@ -13,7 +13,7 @@ import numpy.typing as npt
 from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_READINGS, NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import HEAD, HEAD_WORDS, NUMBERS, NUMBERS_PLACE, WHOLE, Layout
 
-# Cells of a block's array at most, for each cell that was recorded, and beside these.
+# Cells of a block's array at most, for each cell that was recorded, and in addition to these.
 _CELLS_FOR_EACH = 4
 _FEW_CELLS = 40_000
 _MOST_CELLS = 400_000  # where there is more than one row
@@ -21,8 +21,8 @@ _MOST_CELLS = 400_000  # where there is more than one row
 _NO_IDS = ((), NARROW)
 _MOST_KNOWN_IDS = 64
 
-# Memory of a chunk's objects beside its rows, in bytes, measured on Python 3.11 with tracemalloc: the chunk with its
-# lists, dicts and the headers of its buffers; a layout with its struct, dict and arrays, and for each of its names;
+# Memory of a chunk's objects in addition to its rows, in bytes, measured on Python 3.11 with tracemalloc: a chunk with
+# its lists, dicts and the headers of its buffers; a layout with its struct, dict and arrays, and for each of its names;
 # a tuple of ids; a place in a list.
 _CHUNK_BYTES = 3_000
 _LAYOUT_BYTES = 1_200
@@ -37,7 +37,7 @@ class Chunk:
     """Memory for consecutive rows of one run. One writer; readers use the rows that it had when they looked.
 
     Rows may have different layouts and seeds. A row is the beginning (``HEAD``), the values of its layout, and the
-    cells of its seeds, all of them doubles or as long as one. Seed ids, layouts and retired seeds stand beside.
+    cells of its seeds, all of them doubles or as long as one. The chunk has seed ids, layouts and retired seeds.
 
     Args:
         run: the run of all its rows.
@@ -55,9 +55,9 @@ class Chunk:
     """
 
     __slots__ = (
-        "_beside",
         "_numbers",
         "_offsets",
+        "_other_bytes",
         "buffer",
         "capacity",
         "end",
@@ -87,12 +87,12 @@ class Chunk:
         self.widths: list[int] = [NARROW]
         self.retired: dict[int, tuple[str, ...]] = {}
         self._numbers: dict[tuple[tuple[str, ...], int], int] = {_NO_IDS: 0}
-        self._beside = _CHUNK_BYTES + live.cells.nbytes
+        self._other_bytes = _CHUNK_BYTES + live.cells.nbytes
 
     @property
     def size(self) -> int:
         """How many bytes it holds on to; memory that no row has used yet does not count."""
-        return self.end + 4 * self.rows + self._beside
+        return self.end + 4 * self.rows + self._other_bytes
 
     @property
     def last(self) -> int:
@@ -104,7 +104,7 @@ class Chunk:
         is_new = layout.chunk is None  # counted once, where it was first used
         number = len(self.layouts)
         self.layouts.append(layout)
-        self._beside += _PLACE_BYTES + (_LAYOUT_BYTES + _NAME_BYTES * layout.width if is_new else 0)
+        self._other_bytes += _PLACE_BYTES + (_LAYOUT_BYTES + _NAME_BYTES * layout.width if is_new else 0)
         layout.number = number
         layout.chunk = self  # the last thing: an interrupt before it has no effect
 
@@ -118,14 +118,14 @@ class Chunk:
             number = len(self.widths)
             self.seeds[number:] = [ids]  # an interrupt may have left ids without a width
             self.widths.append(columns)
-            self._beside += _IDS_BYTES + 8 * len(ids)
+            self._other_bytes += _IDS_BYTES + 8 * len(ids)
             self._numbers[key] = number
         return number
 
     def retire(self, row: int, ids: tuple[str, ...]) -> None:
         """Notes the seeds that are retired before a row."""
         self.retired[row] = ids
-        self._beside += _IDS_BYTES + 8 * len(ids)
+        self._other_bytes += _IDS_BYTES + 8 * len(ids)
 
     def take_back(self, row: int) -> None:
         """Removes the newest row: its writer was interrupted before the ring counted it."""

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from esper_otel.frames.block import Chunk, frame_of, table_of
 from esper_otel.frames.digest import DIGEST_LIMIT, digest_of
@@ -51,7 +51,6 @@ _OURS = frozenset(metric.name for metric in METRICS)
 _FAULTS = (ValueError, TypeError, LookupError, struct.error, RecursionError)  # of content that we did not write
 
 _Ids: TypeAlias = tuple[tuple[str, ...], int]  # ids of seeds, and how many columns their cells have
-_Parsed = TypeVar("_Parsed")
 
 
 def is_of_another_version(beginning: bytes) -> bool:
@@ -180,11 +179,11 @@ class RecordWriter:
         seeds, live = frame.seeds, frame.live
         before: list[bytes] = []
         layout = _layout_of(tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
-        beside = (*frame.derived.values(), *frame.context.values(), *frame.probed.values())
+        others = (*frame.derived.values(), *frame.context.values(), *frame.probed.values())
         is_whole = live.cells is seeds.cells and live.ids == seeds.ids
         row = bytearray(layout.size)
         head = (frame.global_step, frame.epoch, frame.time_unix_ns, digest_of(live.ids), len(live.ids))
-        layout.pack_into(row, 0, *head, 0, 0, WHOLE if is_whole else 0, *beside, *frame.numbers)
+        layout.pack_into(row, 0, *head, 0, 0, WHOLE if is_whole else 0, *others, *frame.numbers)
         if not is_whole and not (live.cells is self._live.cells and live.ids == self._live.ids):
             width = live.cells.shape[1]
             of_live = (self._numbers.get((live.ids, width)) or self._told((live.ids, width), before)) if live.ids else 0
@@ -311,7 +310,7 @@ def frames_in(content: bytes) -> list[Frame]:
     return frames
 
 
-class _Known:
+class _References:
     """What rows of a file refer to, by its number, and the live seeds before the next row.
 
     Args:
@@ -328,7 +327,7 @@ class _Known:
         self.live = NO_SEEDS
 
 
-class _Row(NamedTuple):
+class _StoredRow(NamedTuple):
     """A row with what it refers to, and where its bytes are; without tables of seeds if it will be sent."""
 
     run: Run
@@ -342,9 +341,9 @@ class _Row(NamedTuple):
     live: SeedTable
 
 
-def _rows_in(content: bytes, stored: StoredContext, *, is_sent: bool) -> Iterator[_Row]:
+def _rows_in(content: bytes, stored: StoredContext, *, is_sent: bool) -> Iterator[_StoredRow]:
     """Yields the rows of a file, with the checks of what will be sent if they are."""
-    known, stored.about = _Known(content, is_sent=is_sent), {}
+    known, stored.about = _References(content, is_sent=is_sent), {}
     for start, end in _records(content, stored):
         kind = content[start : start + 1]
         try:
@@ -386,7 +385,7 @@ def _records(content: bytes, stored: StoredContext) -> Iterator[tuple[int, int]]
     stored.is_torn = whole < size
 
 
-def _row(start: int, end: int, known: _Known) -> _Row:
+def _row(start: int, end: int, known: _References) -> _StoredRow:
     """Returns a row; raises when what it refers to has been lost, or when we did not write it."""
     content = known.content
     sequence, of_run, of_layout, of_seeds, retired_bytes = _FIELDS.unpack_from(content, start)
@@ -409,10 +408,10 @@ def _row(start: int, end: int, known: _Known) -> _Row:
     table = NO_SEEDS if known.is_sent else table_of(content, start + layout.size, ids, columns)
     if flags == WHOLE:
         known.live = table
-    return _Row(known.runs[of_run], sequence, layout, seeds, retired, start, end, table, known.live)
+    return _StoredRow(known.runs[of_run], sequence, layout, seeds, retired, start, end, table, known.live)
 
 
-def _learn(kind: bytes, start: int, end: int, known: _Known, stored: StoredContext) -> None:
+def _learn(kind: bytes, start: int, end: int, known: _References, stored: StoredContext) -> None:
     """Notes what later rows refer to; raises when it is not what we write."""
     if kind == _ABOUT:
         about = _json(known.content[start:end])
