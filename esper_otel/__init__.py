@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from esper_otel.integrations.watch import watch
     from esper_otel.leyline.packets import Packets, Page
     from esper_otel.leyline.reader import LeylineMetricReader
-    from esper_otel.pull.client import RunInfo, TamiyoClient
+    from esper_otel.pull.client import TamiyoClient
+    from esper_otel.pull.infos import RunInfo
     from esper_otel.pull.views import RankInfo, RunRanks
     from esper_otel.record.step import Step
     from esper_otel.schema import Metric, Stage
@@ -83,7 +84,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "esper_otel.pull.client": ("RunInfo", "TamiyoClient"),
+    "esper_otel.pull.client": ("TamiyoClient",),
+    "esper_otel.pull.infos": ("RunInfo",),
     "esper_otel.pull.views": ("RankInfo", "RunRanks"),
     "esper_otel.derive.gradients": ("gradient_conflict_rate",),
     "esper_otel.derive.processor": ("Processor",),

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 
 import pytest
+import warm
 from browser import CHROMIUM, Browser
 from dealing import dealt
 from hypothesis import HealthCheck, settings
@@ -23,8 +24,12 @@ _FOREIGN_NAMES = {
 }
 _THREAD_END_TIMEOUT_S = 60.0
 
-# How long an example takes, or the making of one, says on a busy machine nothing about us.
-_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# For PyTorch, here and in what a test starts: models as small as those of tests only wait for more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes, or the making of one, says on a busy machine nothing about us. A test that needs more
+# examples than these says how many; `make fuzz` looks at thousands.
+_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
 settings.register_profile("steady", _STEADY)
 settings.register_profile("fuzz", _STEADY, max_examples=2_000)
 # The same examples each time: newer versions of Hypothesis do this by themselves.
@@ -74,14 +79,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that have PyTorch already: see ``warm``. Test processes that run side by side share its server."""
+    if not hasattr(config, "workerinput"):
+        warm.serve_tests()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test that needs a program may have to build it, for minutes; long tests come first in each process."""
+    """The first test that needs a program may have to build it, for minutes; what takes long comes first."""
     for item in items:
         if item.get_closest_marker("collector") is not None:
             item.add_marker(pytest.mark.timeout(900))
-    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-        items[:] = dealt(items, int(workers))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = dealt(items)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

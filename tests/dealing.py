@@ -1,44 +1,30 @@
-"""In which order tests are dealt to processes that run side by side: each begins with its share of what takes long."""
+"""In which order files of tests are given to processes that run side by side: first what takes long."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, zip_longest
 
 import pytest
 
 
-def dealt(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
+def dealt(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """The tests in an order in which nothing long is left for the end.
 
-    ``--dist worksteal`` gives each process an equal part of the list, and then takes from the ends of longer parts for
-    those that have no more: short tests have to stand there. While one process waits, another had better compute:
-    every second one begins with the tests that wait for the collector, the others with those that take long themselves.
+    ``--dist loadfile`` gives each process the next file when it has almost done its last one, so that what the tests of
+    a file share is made once. While one process waits, another had better compute: files that wait for the collector
+    take turns with those that take long themselves. Short ones come last.
 
     Args:
-        items: as collected. Those of one file and kind stay together, in their order.
-        workers: the number of processes.
+        items: as collected. Those of one file stay together, in their order.
     """
-    waiting, lengthy, short = (
-        [list(group) for _, group in groupby(of_kind, key=lambda item: item.location[0])]
-        for of_kind in (
-            [item for item in items if _kind(item) == "collector"],
-            [item for item in items if _kind(item) == "lengthy"],
-            [item for item in items if not _kind(item)],
-        )
-    )
-    hands: list[list[pytest.Item]] = []
-    rest = list(chain.from_iterable(short))
-    for number in range(workers):
-        first, second = (waiting, lengthy) if number % 2 else (lengthy, waiting)
-        hands.append([*chain.from_iterable(first[number::workers]), *chain.from_iterable(second[number::workers])])
-    for number, hand in enumerate(hands):
-        left = len(rest) + sum(map(len, hands[number:]))
-        filled = max(left // (workers - number) - len(hand), 0)
-        hand.extend(rest[:filled])
-        del rest[:filled]
-    return [*chain.from_iterable(hands), *rest]
+    files = [list(group) for _, group in groupby(items, key=lambda item: item.location[0])]
+    waiting, lengthy, short = ([file for file in files if _kind(file) == kind] for kind in ("collector", "lengthy", ""))
+    turns = chain.from_iterable(zip_longest(waiting, lengthy, fillvalue=[]))
+    return [*chain.from_iterable(turns), *chain.from_iterable(short)]
 
 
-def _kind(item: pytest.Item) -> str:
-    return next((kind for kind in ("collector", "lengthy") if item.get_closest_marker(kind) is not None), "")
+def _kind(items: Sequence[pytest.Item]) -> str:
+    """Of a file: what it has a test of."""
+    marked = (kind for kind in ("collector", "lengthy") if any(item.get_closest_marker(kind) for item in items))
+    return next(marked, "")

@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from types import TracebackType
 from typing import Any, Self
 
@@ -70,6 +72,17 @@ class RunningGateway:
     def channel(self) -> grpc.Channel:
         """In plain text."""
         return grpc.insecure_channel(self.grpc)
+
+
+def post(http: str, body: bytes) -> tuple[int, bytes]:
+    """Sends a request to the HTTP port; its status and its answer."""
+    request = urllib.request.Request(f"http://{http}/v1/metrics", body, {"content-type": "application/x-protobuf"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
 
 
 def pull(channel: grpc.Channel, run_id: str, cursor: str = "", token: str | None = None, **request: Any) -> Any:

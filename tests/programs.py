@@ -48,8 +48,11 @@ def built(what: str) -> Path:
     return Path(done.stdout.splitlines()[-1])
 
 
-# Below those that the system gives to whoever asks for any, and of each test process its own.
-_PORTS = count(20_000 + 3_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+# Below those that the system gives to whoever asks for any, and of each test process its own, also where the tests of
+# another clone run at the same time.
+_PORTS = count(
+    20_000 + 3_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) + os.getpid() % 29 * 100
+)
 
 
 def free_port() -> int:

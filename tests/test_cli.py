@@ -14,6 +14,8 @@ from esper_otel import ConfigurationError
 from esper_otel.cli import main
 from esper_otel.schema import METRICS
 
+pytestmark = pytest.mark.own_code
+
 Capture = pytest.CaptureFixture[str]
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import esper_otel
 
+pytestmark = pytest.mark.own_code
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(esper_otel.__file__).parent
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

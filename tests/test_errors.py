@@ -11,6 +11,8 @@ from esper_otel.errors import UnknownMetric
 from esper_otel.record.names import Names
 from esper_otel.schema import METRICS, SEED_FIELDS, STEP_METRICS
 
+pytestmark = pytest.mark.own_code
+
 DECLARE = "declare your own with start(metrics=[esper_otel.Metric("
 NAMES = Names()
 

@@ -13,6 +13,8 @@ import pytest
 
 import esper_otel
 
+pytestmark = pytest.mark.own_code
+
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.

@@ -14,6 +14,8 @@ import pytest
 import esper_otel
 from esper_otel import errors
 
+pytestmark = pytest.mark.own_code
+
 PACKAGE = Path(esper_otel.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "names.md").read_text(encoding="utf-8")
 DOCUMENTED = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)

@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from gateways import RunningGateway
+from frame_examples import RUN, TIME_UNIX_NS, make_frame
+from gateways import RunningGateway, post
 from programs import Redis
+from wire import bodies
 
 from esper_otel.cli import _COMMANDS, build_parser
 from esper_otel.probes.installed import GROUP, installed_probes
@@ -35,7 +38,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test waits for all programs
 PROGRAM = re.compile(r"<!-- example: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 EXAMPLES = {name: text for page in PAGES.values() for name, text in PROGRAM.findall(page)}
 # Programs that need a gateway or Redis; a test of its own runs each. The test of all others runs the rest.
-WITH_A_SERVER = {"gateway", "oona"}
+WITH_A_SERVER = {"several", "gateway", "oona"}
 # Signals that a busy machine may cause.
 _OF_TIME = ("hook_budget", "step_latency_high")
 COMMANDS = sorted(
@@ -171,6 +174,23 @@ def test_the_packets_of_another_machine_are_printed_as_the_tutorial_says(tmp_pat
         script.write_text(EXAMPLES["gateway"].replace("127.0.0.1:4327", gateway.grpc), encoding="utf-8")
         done = subprocess.run([sys.executable, str(script)], check=True, timeout=110, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[('digits-7', 1, 'completed')]", "1 1 True 0.41999998688697815"]
+
+
+def test_a_run_at_two_gateways_is_pulled_as_the_guide_says(tmp_path: Path) -> None:
+    """The first three steps are at one of them, later ones at the other."""
+    with RunningGateway() as first, RunningGateway("--hold", "0.1") as second:
+        for number, gateway in enumerate((first, second)):
+            times = ((step, TIME_UNIX_NS + step * 10**6) for step in range(3 * number + 1, 3 * number + 4))
+            run = replace(RUN, run_id="digits-7")
+            for body in bodies(make_frame(run=run, sequence=n, global_step=n, time_unix_ns=at) for n, at in times):
+                post(gateway.http, body)
+        program = EXAMPLES["several"].replace("127.0.0.1:4327", first.grpc).replace("127.0.0.1:5327", second.grpc)
+        (tmp_path / "controller.py").write_text(program.replace("client.ended", "not client.ended"), encoding="utf-8")
+        command = [sys.executable, str(tmp_path / "controller.py")]
+        done = subprocess.run(command, check=True, timeout=110, capture_output=True, text=True)
+    pages = [line.partition(" ") for line in done.stdout.splitlines()]
+    assert [step for _, _, steps in pages for step in json.loads(steps)] == [1, 2, 3, 4, 5, 6]
+    assert {gap for gap, _, _ in pages} == {"0"}
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="Redis is not installed")

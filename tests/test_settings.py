@@ -15,6 +15,8 @@ import esper_otel
 from esper_otel import ConfigurationError, EsperSettings
 from esper_otel.settings import unknown_variables
 
+pytestmark = pytest.mark.own_code
+
 FLAG = "tolaria_step_enrichment_enabled"
 VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
 SHIPPED = {

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from esper_otel.varint import field_head, read_varint, varint
 
+pytestmark = pytest.mark.own_code
+
 
 @given(st.integers(1, 2**64 - 1), st.binary(max_size=3), st.binary(max_size=3))
 def test_a_number_is_written_and_read_as_by_protobuf(number: int, before: bytes, after: bytes) -> None:

@@ -34,7 +34,9 @@ class Naming:
         """The matcher that leaves out what ``esper-otel check`` sends."""
         return f'run_id!~"{CHECK_PATTERN}"' if self.has_labels else f'instance!~"{CHECK_PATTERN}/[0-9]+"'
 
-    def select(self, metric: str, matchers: str = "", over: str = "", function: str = "") -> str:
+    def select(
+        self, metric: str, matchers: str = "", over: str = "", function: str = "", *, offset: str = "", first: str = ""
+    ) -> str:
         """Series with ``run_id`` and ``rank``.
 
         Args:
@@ -42,9 +44,12 @@ class Naming:
             matchers: of labels, such as ``run_id="digits-7"``; on ``instance`` when series have no run.
             over: a range, such as ``5m``.
             function: what is applied to the range, such as ``max_over_time``.
+            offset: how long before, such as ``5m``.
+            first: the function's first argument, if the range is its second.
         """
         text = self.name(metric) + (f"{{{matchers}}}" if matchers else "") + (f"[{over}]" if over else "")
-        return self.labelled(f"{function}({text})" if function else text)
+        text += f" offset {offset}" if offset else ""
+        return self.labelled(f"{function}({f'{first}, ' if first else ''}{text})" if function else text)
 
     def labelled(self, expression: str) -> str:
         """An instant expression, with ``run_id`` and ``rank``."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from names import BY_KEY, Naming
 
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
 
 _BY = "(run_id, rank)"
+THRESHOLD = "esper.risk.threshold"
 _HEADER = """\
 # Rendered by `make docs`; change deploy/rendering/rules.py instead.
 """
@@ -27,6 +29,36 @@ _TO_DO = {
     "grad_conflict_high": "Tasks or seeds pull against each other: see which seed on the Seeds dashboard.",
     "device_pressure_high": "The GPU is busy and its memory full: a smaller batch, or fewer seeds.",
     "cpu_pressure_high": "The CPU is the bottleneck: fewer loader workers, or more cores.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What is usual for a run, by its last hour, and how far above it a value alarms.
+
+    Attributes:
+        share: a quantile of the hour.
+        times: a value alarms above this multiple of the quantile.
+        has_floor: whether it must be above the table's threshold as well.
+        function: what is compared: the mean or the largest value of the last minute.
+        pending: for how long it must hold.
+    """
+
+    share: float
+    times: float
+    has_floor: bool = True
+    function: str = "max_over_time"
+    pending: str = "0s"
+
+
+# Fixed thresholds of these signals fit one model only: losses and gradients have a scale of their own, and a large model
+# has slow steps. A threshold that the run sets itself is used as it is.
+_USUAL = {
+    "loss_spike": Usual(0.99, 3.0),
+    "loss_warning": Usual(0.99, 2.0),
+    "loss_volatility_high": Usual(0.99, 2.0),
+    "grad_variance_high": Usual(0.99, 3.0),
+    "step_latency_high": Usual(0.5, 1.5, has_floor=False, function="avg_over_time", pending="2m"),
 }
 
 
@@ -54,17 +86,26 @@ class Alert:
 _WHO = "{{ $labels.run_id }} (rank {{ $labels.rank }})"
 
 
-def risks(naming: Naming) -> list[Alert]:
-    """An alert for each row of the table of risks."""
-    return [_risk(rule, naming) for rule in RULES]
+def risks(naming: Naming, rules: Sequence[Rule] = RULES) -> list[Alert]:
+    """An alert for each row of the table of risks.
+
+    Args:
+        naming: how metrics are asked for.
+        rules: the table; a rule with another threshold than the default has that one, whatever is usual for a run.
+    """
+    return [_audible(_risk(rule, naming, rules), naming) for rule in rules]
 
 
-def _risk(rule: Rule, naming: Naming) -> Alert:
+def _audible(alert: Alert, naming: Naming) -> Alert:
+    """Leaves out runs that do not want to be heard."""
+    muted = naming.select("esper.alerts.muted", naming.runs, over="6h", function="max_over_time")
+    return replace(alert, expression=f"({alert.expression}) unless on {_BY} (max by {_BY} ({muted}) > 0)")
+
+
+def _risk(rule: Rule, naming: Naming, rules: Sequence[Rule]) -> Alert:
     name = "Esper" + "".join(word.capitalize() for word in rule.name.split("_"))
-    metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
-    compare = ">=" if rule.is_inclusive else ">"
-    high = naming.select(metric, naming.runs, over="1m", function="max_over_time")
-    expression = f"max by {_BY} ({high}) {compare} {rule.threshold:g}"
+    usual = None if rule not in RULES else _USUAL.get(rule.name)
+    expression = _beyond(rule, usual, naming)
     if rule.and_below is not None:
         other, limit = rule.and_below
         low = naming.select(BY_KEY[other].name, naming.runs, over="1m", function="min_over_time")
@@ -72,14 +113,32 @@ def _risk(rule: Rule, naming: Naming) -> Alert:
     if rule.only_note_on_cpu:  # such a run has no metric of a GPU
         trains_on_gpu = naming.select("gpu_mem_used_gb", naming.runs, over="1m", function="max_over_time")
         expression += f" and on {_BY} max by {_BY} ({trains_on_gpu})"
-    above = RULES[: RULES.index(rule)]
-    for silencing in above:
+    for silencing in rules[: list(rules).index(rule)]:
         if silencing.name == rule.unless or silencing.metric == rule.metric:
-            expression += f" unless on {_BY} ({_risk(silencing, naming).expression})"
+            expression += f" unless on {_BY} ({_risk(silencing, naming, rules).expression})"
     what = "the loss rose by" if rule.metric == LOSS_STEP else f"{rule.metric} is"
     bound = f"{'at least' if rule.is_inclusive else 'above'} {rule.threshold:g}"
-    summary = f"{what} {{{{ $value | humanize }}}} in {_WHO}: {bound}"
-    return Alert(name, expression, rule.level.lower(), summary, _TO_DO[rule.name])
+    if usual is not None:
+        bound = f"far above what is usual for it{f', and {bound}' if usual.has_floor else ''}"
+    summary = f"{what} {{{{ $value | humanize }}}} in {_WHO}: {bound}, or above the run's own threshold"
+    pending = "0s" if usual is None else usual.pending
+    return Alert(name, expression, rule.level.lower(), summary, _TO_DO[rule.name], pending)
+
+
+def _beyond(rule: Rule, usual: Usual | None, naming: Naming) -> str:
+    """The runs whose metric is beyond its threshold: the run's own, or else what is usual for it, or the table's."""
+    metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
+    compare = ">=" if rule.is_inclusive else ">"
+    function = "max_over_time" if usual is None else usual.function
+    value = f"max by {_BY} ({naming.select(metric, naming.runs, over='1m', function=function)})"
+    own = naming.select(THRESHOLD, f'{naming.runs},signal="{rule.name}"', over="5m", function="last_over_time")
+    own = f"max by {_BY} ({own})"
+    limit = f"{rule.threshold:g}"
+    if usual is not None:
+        past = naming.select(*(metric, naming.runs, "1h", "quantile_over_time"), offset="2m", first=f"{usual.share:g}")
+        limit = f"{usual.times:g} * max by {_BY} ({past})"
+        limit = f"clamp_min({limit}, {rule.threshold:g})" if usual.has_floor else f"({limit})"
+    return f"({value} {compare} {own} or ({value} unless {own}) {compare} {limit})"
 
 
 def recorded(naming: Naming) -> list[tuple[str, str]]:
@@ -88,6 +147,7 @@ def recorded(naming: Naming) -> list[tuple[str, str]]:
     ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')}{{{naming.runs}}})")
     wait = naming.select("input_wait_ms", naming.runs, over="5m", function="avg_over_time")
     step_ms = naming.select("step_latency_ms", naming.runs, over="5m", function="avg_over_time")
+    cycle, own = _against_median("esper:cycle_ms:avg5m"), _against_median("esper:own_ms:avg5m")
     return [
         ("esper:last_step:timestamp_seconds", f"max by {_BY} ({step})"),
         ("esper:ended:timestamp_seconds", f"max by {_BY} ({ended})"),
@@ -99,7 +159,33 @@ def recorded(naming: Naming) -> list[tuple[str, str]]:
             "esper:samples_per_s:avg5m",
             f"avg by {_BY} ({naming.select('samples_per_s', naming.runs, over='5m', function='avg_over_time')})",
         ),
+        # Of ranks that run independently, the slow one has the longest cycle. In lock-step all cycles are equal, and the
+        # slow one has the most time of its own.
+        (
+            "esper:cycle_ms:avg5m",
+            f"sum by {_BY} ({step_ms}) + on {_BY} (sum by {_BY} ({wait}) or sum by {_BY} ({step_ms}) * 0)",
+        ),
+        ("esper:own_ms:avg5m", _sum_of_parts(naming)),
+        (
+            "esper:rank_behind:ratio5m",
+            f"({cycle} > {own} or {own}) / on (run_id) group_left quantile by (run_id) (0.5, esper:cycle_ms:avg5m)",
+        ),
     ]
+
+
+def _against_median(record: str) -> str:
+    """By how much each rank is above the median of its run."""
+    return f"({record} - on (run_id) group_left quantile by (run_id) (0.5, {record}))"
+
+
+def _sum_of_parts(naming: Naming) -> str:
+    """The measured time of a rank's own work: what is not recorded counts as nothing."""
+    parts = [
+        f"sum by {_BY} ({naming.select(name, naming.runs, over='5m', function='avg_over_time')})"
+        for name in ("input_wait_ms", "hook_latency_ms", "kasmina.finalize_ms")
+    ]
+    step = f"sum by {_BY} ({naming.select('step_latency_ms', naming.runs, over='5m', function='avg_over_time')}) * 0"
+    return " + ".join(f"({part} or {step})" for part in parts)
 
 
 def others(naming: Naming) -> list[Alert]:
@@ -111,7 +197,13 @@ def others(naming: Naming) -> list[Alert]:
     dropped = f"{naming.name('esper.frames.dropped')}{{{naming.runs}}}"
     grown = naming.labelled(f"increase({dropped}[10m])")
     new = naming.labelled(f"({dropped} unless {dropped} offset 10m)")
-    return [
+    not_finite = f"max by {_BY} ({total}) * 0 != 0"
+    nonfinite = naming.select("esper.values.nonfinite", naming.runs, over="10m", function="increase")
+    rss = "esper.memory.process_gb"
+    growth = {over: naming.select(rss, naming.runs, over=over, function="deriv") for over in ("10m", "30m")}
+    host_free = naming.select("esper.memory.host_available_gb", naming.runs, over="5m", function="min_over_time")
+    before = naming.select(rss, naming.runs, offset="30m")
+    found = [
         Alert(
             "EsperRunStuck",
             f"time() - {last} > 300 unless on {_BY} ({ended} >= on {_BY} {last})",
@@ -122,11 +214,36 @@ def others(naming: Naming) -> list[Alert]:
         ),
         Alert(
             "EsperLossNotFinite",
-            f"max by {_BY} ({total}) * 0 != 0",
+            not_finite,
             "high",
             f"the loss of {_WHO} is NaN or infinite",
             "Stop it and go back to a checkpoint; look for the first such step (esper.values.nonfinite), its batch and its "
             "gradient norm before that.",
+        ),
+        Alert(
+            "EsperValuesNotFinite",
+            f"max by {_BY} ({nonfinite}) > 2 unless on {_BY} ({not_finite})",
+            "warn",
+            f"{_WHO} has recorded {{{{ $value | humanize }}}} values that are NaN or infinite",
+            "See which metric it is: the loss, where the backend drops NaN; a gradient norm, where mixed precision skips steps.",
+        ),
+        Alert(
+            "EsperMemoryGrowing",
+            f"max by {_BY} ({growth['30m']}) * 21600 > max by {_BY} ({host_free}) "
+            f"and max by {_BY} ({growth['10m']}) > 0.5 * max by {_BY} ({growth['30m']}) and on {_BY} max by {_BY} ({before})",
+            "warn",
+            f"at this rate, {_WHO} uses up the memory of its host within six hours",
+            "Tensors that are kept with their graph (loss without .item()), a growing list, or loader workers: compare "
+            "esper.memory.process_gb with the step at which it began to grow.",
+            "5m",
+        ),
+        Alert(
+            "EsperRankSlow",
+            "esper:rank_behind:ratio5m > 0.2 and on (run_id) count by (run_id) (esper:cycle_ms:avg5m) > 1",
+            "warn",
+            f"{_WHO} is slower than the median of its run by {{{{ $value | humanizePercentage }}}} of a cycle",
+            "See the dashboard Ranks, and compare its host, its input wait and its GPU's clocks with those of the others.",
+            "10m",
         ),
         Alert(
             "EsperThroughputDrop",
@@ -160,10 +277,11 @@ def others(naming: Naming) -> list[Alert]:
             "The endpoint has been away for longer than the buffer lasts: see the collector; set ESPER_SPOOL_DIR.",
         ),
     ]
+    return [_audible(alert, naming) for alert in found]
 
 
 # Reasons of the gateway that say that a run of ours needs more than it may have.
-_OVER_LIMIT = "too many (points|runs|seeds).*"
+_OVER_LIMIT = "too many (attributes|live seeds|metrics|points|runs|seeds).*"
 
 PIPELINE = [
     Alert(
@@ -210,8 +328,8 @@ PIPELINE = [
         f'(increase(esper_gateway_rejected_points_total{{reason=~"{_OVER_LIMIT}"}}[5m])) > 0',
         "high",
         "the esper gateway {{ $labels.instance }} loses points of runs: {{ $labels.reason }}",
-        "Too many runs: send some of them to another gateway. Too many points: let the collector send smaller batches. "
-        "Too many seeds: retire those that are over.",
+        "Too many runs: send some of them to another gateway, or raise --limit runs. Too many points: let the collector "
+        "send smaller batches. Too many seeds: retire those that are over. Its log names the limit.",
     ),
     Alert(
         "EsperGatewayTooLate",
@@ -233,8 +351,8 @@ PIPELINE = [
         "sum by (job, instance, reason) (increase(esper_gateway_deferred_requests_total[1m])) > 0",
         "warn",
         "the esper gateway {{ $labels.instance }} asks senders to come again: {{ $labels.reason }}",
-        "They keep the data. Too many runs: end those that are over, or send some to another gateway before their buffers "
-        "are full.",
+        "They keep the data. Too many runs: raise --limit runs, or send some to another gateway before their buffers are "
+        "full.",
         "2m",
     ),
 ]
@@ -257,12 +375,16 @@ def _alert(alert: Alert) -> list[str]:
     ]
 
 
-def rendered(naming: Naming) -> str:
-    """The file of rules."""
+def rendered(naming: Naming, rules: Sequence[Rule] = RULES) -> str:
+    """The file of rules; see ``risks``."""
     lines = [_HEADER + "groups:", "  - name: esper-recorded", "    rules:"]
     for name, expression in recorded(naming):
         lines += [f"      - record: {name}", f"        expr: {_quoted(expression)}"]
-    for group, alerts in (("esper-risks", risks(naming)), ("esper-runs", others(naming)), ("esper-pipeline", PIPELINE)):
+    for group, alerts in (
+        ("esper-risks", risks(naming, rules)),
+        ("esper-runs", others(naming)),
+        ("esper-pipeline", PIPELINE),
+    ):
         lines += [f"  - name: {group}", "    rules:"]
         for alert in alerts:
             lines += _alert(alert)

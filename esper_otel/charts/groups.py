@@ -21,6 +21,14 @@ _BY_WORDS = (
     (TIME, re.compile(r"_(ms|us|ns|s|sec|seconds)$|(^|[._/-])(time|latency|duration|wait)([._/-]|$)")),
     (SEEDS, re.compile(r"(^|[._/-])seeds?([._/-]|$)")),
 )
+# And its unit: a gateway is told the names of metrics, not their units.
+_UNITS_BY_ENDING = (
+    ("rate", re.compile(r"per_s(ec|econd)?$")),
+    ("ms", re.compile(r"_(ms|millis|milliseconds)$")),
+    ("s", re.compile(r"_(s|sec|secs|seconds)$")),
+    ("%", re.compile(r"_(percent|pct)$")),
+    ("bytes", re.compile(r"_bytes$")),
+)
 
 
 class Described(NamedTuple):
@@ -28,7 +36,7 @@ class Described(NamedTuple):
 
     Attributes:
         name: its name.
-        unit: its unit; empty if it is not known.
+        unit: its unit; of a user's own metric, what its name ends with; empty if it is not known.
         description: what it means; empty if it is not known.
         group: the group of charts.
         level: ``step``, or ``seed``: values over all live seeds of a step.
@@ -53,7 +61,8 @@ def _described(name: str) -> Described:
     metric = _BY_NAME.get(name)
     if metric is None:
         group = next((group for group, words in _BY_WORDS if words.search(name.lower())), LEARNING)
-        return Described(name, "", "", group, "step", "user")
+        unit = next((unit for unit, ending in _UNITS_BY_ENDING if ending.search(name.lower())), "")
+        return Described(name, unit, "", group, "step", "user")
     source = "schema" if name in _ASKED_FOR else "ours"
     return Described(name, metric.unit, metric.description, _group(metric), metric.level, source)
 

@@ -61,7 +61,9 @@ class Deriver:
     A processor that raises keeps its old state and has no readings in that step, and ``fault`` is called.
 
     Attributes:
-        reads_probes: whether ``commit`` and ``peek`` also need the readings of the probes. Only a user's processors do.
+        needs_all: whether the loss and the gradient norm are not enough: a user's processors may read any value, and
+            the readings of the probes.
+        states: the processors' states; never changed in place, so a caller can go back to earlier ones.
     """
 
     def __init__(self, processors: Sequence[Processor], fault: Callable[[str, Exception], None]) -> None:
@@ -69,10 +71,11 @@ class Deriver:
             processor if type(processor) is Dynamics else _Guarded(processor, fault) for processor in processors
         )
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
-        self._states: list[Any] = [processor.initial() for processor in self._processors]
-        self.reads_probes: bool = not all(type(processor) is Dynamics for processor in processors)
+        self.states: tuple[Any, ...] = tuple(processor.initial() for processor in self._processors)
         # Most runs have only the built-in processor. It needs neither a loop nor a guard: numbers never make it raise.
-        self._alone = processors[0] if len(processors) == 1 and type(processors[0]) is Dynamics else None
+        alone = processors[0] if len(processors) == 1 else None
+        self._step = alone.step if isinstance(alone, Dynamics) else None
+        self.needs_all: bool = self._step is None
         self._fault = fault
         given_before: set[str] = set()
         self._chained = False
@@ -82,21 +85,23 @@ class Deriver:
 
     def commit(self, given: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Advances to the next step and returns names and numbers of the derived metrics."""
-        if self._alone is None:
-            derived = self._advance(self._states, given)
-            return tuple(derived), tuple(derived.values())
-        before = self._states[0]
-        after = self._alone.advance(before, given)
-        if after is before:
-            return (), ()
-        self._states[0] = after
-        return self._alone.derived(after)
+        self.states, derived = self._advance(given)
+        return tuple(derived), tuple(derived.values())
+
+    def commit_trends(self, loss: float, norm: float) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Does the same unless ``needs_all``, given the two inputs; NaN stands for a missing one."""
+        if self._step is None:
+            raise TypeError("processors that need all values of the step")
+        state, names, numbers = self._step(self.states[0], loss, norm)
+        self.states = (state,)
+        return names, numbers
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
         """Returns what ``commit`` would, by name, without advancing."""
-        return self._advance(self._states.copy(), given)
+        return self._advance(given)[1]
 
-    def _advance(self, states: list[Any], given: Mapping[str, float]) -> Mapping[str, float]:
+    def _advance(self, given: Mapping[str, float]) -> tuple[tuple[Any, ...], Mapping[str, float]]:
+        states = [*self.states]
         derived: dict[str, float] = {}
         for place, (processor, advance) in enumerate(self._advances):
             before = states[place]
@@ -112,7 +117,7 @@ class Deriver:
             derived.update(readings)
             if self._chained:  # values given by the caller take precedence
                 given = {**readings, **given}
-        return derived
+        return tuple(states), derived
 
     def _keys(self) -> list[str]:
         # The key is the list of metrics given: it does not depend on the processor's class or its place in the list.
@@ -120,7 +125,7 @@ class Deriver:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states, keyed by each processor's metrics: plain values for ``torch.load(weights_only=True)``."""
-        return dict(zip(self._keys(), self._states, strict=True))
+        return dict(zip(self._keys(), self.states, strict=True))
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Restores the states from ``state_dict()``. A processor without a state there starts afresh.
@@ -130,10 +135,10 @@ class Deriver:
         """
         if not isinstance(states, Mapping):
             raise ConfigurationError(f"derive state in the checkpoint is a {type(states).__name__}, not a mapping")
-        self._states = [
+        self.states = tuple(
             _frozen(states[key]) if key in states else processor.initial()
             for key, processor in zip(self._keys(), self._processors, strict=True)
-        ]
+        )
 
 
 def _frozen(state: Any) -> Any:

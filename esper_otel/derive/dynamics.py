@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
+from math import dist, fsum, sqrt
 from typing import TypeAlias
 
 from esper_otel.errors import InvalidValue
@@ -11,13 +11,11 @@ from esper_otel.errors import InvalidValue
 SMOOTHING = 0.2
 WINDOW = 9  # 2 / SMOOTHING - 1: the span over which a rolling window is as old on average as the EWMA
 
-_LOSS, _GRADIENT = 1, 2
+_LOSS, _GRADIENT, _BOTH = 1, 2, 3
 _NAN = float("nan")
 
-_EWMA = ("loss_ewma",)
-_AND_DELTA = (*_EWMA, "loss_delta")
-_AND_VOLATILITY = (*_AND_DELTA, "loss_volatility")
-_OF_NORM = ("grad_norm_ewma", "grad_var")
+_OF_LOSS = ("loss_ewma", "loss_delta", "loss_volatility")
+_OF_BOTH = (*_OF_LOSS, "grad_norm_ewma", "grad_var")
 
 # The state: which of the two series has a value in this step; the loss's EWMA and window of last values; the norm's
 # EWMA and variance. The window ends with the last loss and is empty before the first loss. The variance is negative
@@ -56,9 +54,11 @@ class Dynamics:
             raise InvalidValue("window", f"{window!r} is below 2: a deviation needs two values")
         every = ("loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma", "grad_var")
         self.gives: tuple[str, ...] = tuple(name for name in every if name not in without)
-        self._without = tuple(without)
+        self._without = frozenset(without)
         self._smoothing = smoothing
         self._window = window
+        self._rest = 1.0 - smoothing
+        self._root = sqrt(window)
 
     def initial(self) -> State:
         """Returns the state before the first finite values."""
@@ -93,36 +93,65 @@ class Dynamics:
 
     def readings(self, state: State) -> dict[str, float]:
         """Returns the metrics of the step that led to ``state``."""
-        return dict(zip(*self.derived(state), strict=True))
-
-    def derived(self, state: State) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """Returns the same as ``readings``, as names and numbers."""
-        moved, loss_ewma, window, norm_ewma, variance = state
-        names: tuple[str, ...] = ()
-        numbers: tuple[float, ...] = ()
+        moved, ewma, window, norm_ewma, variance = state
+        readings: dict[str, float] = {}
         if moved & _LOSS:
-            names, numbers = _EWMA, (loss_ewma,)
+            readings["loss_ewma"] = ewma
             if len(window) > 1:
+                readings["loss_delta"] = window[-1] - window[-2]
                 volatility = _deviation(window)
-                if volatility is None:
-                    names, numbers = _AND_DELTA, (loss_ewma, window[-1] - window[-2])
-                else:
-                    names, numbers = _AND_VOLATILITY, (loss_ewma, window[-1] - window[-2], volatility)
+                if volatility is not None:
+                    readings["loss_volatility"] = volatility
         if moved & _GRADIENT:
-            names += _OF_NORM
-            numbers += (norm_ewma, variance)
-        if self._without:
-            kept = [(name, number) for name, number in zip(names, numbers, strict=True) if name not in self._without]
-            names, numbers = tuple(name for name, _ in kept), tuple(number for _, number in kept)
-        return names, numbers
+            readings |= {"grad_norm_ewma": norm_ewma, "grad_var": variance}
+        return {name: reading for name, reading in readings.items() if name not in self._without}
+
+    def step(self, state: State, loss: float, norm: float) -> tuple[State, tuple[str, ...], tuple[float, ...]]:
+        """Returns the state, names and numbers of ``advance`` and ``readings`` in one, for the training loop.
+
+        Args:
+            state: the state before the step; the same object is returned if the step has neither input.
+            loss: the step's loss; NaN if it is missing.
+            norm: its gradient norm; NaN if it is missing.
+        """
+        _, ewma, window, norm_ewma, variance = state
+        count, smoothing = self._window, self._smoothing
+        if len(window) == count and not self._without:
+            # The usual case. Results that are all finite follow from finite inputs: there is nothing else to check.
+            delta = loss - window[-1]
+            window = window[1:] + (loss,)  # noqa: RUF005 - unpacking takes twice as long
+            try:
+                center = fsum(window) / count
+                deviation = dist(window, (center,) * count) / self._root
+            except (OverflowError, ValueError):  # infinities, or losses whose sum is one
+                return self._step(state, loss, norm)
+            ewma += smoothing * (loss - ewma)
+            if norm != norm:  # noqa: PLR0124 - NaN
+                if (ewma + delta + deviation) * 0.0 == 0.0:
+                    return (_LOSS, ewma, window, norm_ewma, variance), _OF_LOSS, (ewma, delta, deviation)
+            elif variance >= 0.0:
+                away = norm - norm_ewma
+                change = smoothing * away
+                norm_ewma += change
+                variance = self._rest * (variance + change * away)
+                if (ewma + delta + deviation + norm_ewma + variance) * 0.0 == 0.0:
+                    state = (_BOTH, ewma, window, norm_ewma, variance)
+                    return state, _OF_BOTH, (ewma, delta, deviation, norm_ewma, variance)
+        return self._step(state, loss, norm)
+
+    def _step(self, state: State, loss: float, norm: float) -> tuple[State, tuple[str, ...], tuple[float, ...]]:
+        """Does the same for any input."""
+        after = self.advance(state, {"loss": loss, "gradient_norm": norm})
+        readings = {} if after is state else self.readings(after)
+        return after, tuple(readings), tuple(readings.values())
 
 
 def _deviation(window: tuple[float, ...]) -> float | None:
     """Returns the population standard deviation; None if it is beyond the range of a double."""
     count = len(window)
     try:
-        center = math.fsum(window) / count
+        center = fsum(window) / count
     except OverflowError:  # the sum of finite losses is infinite
         return None
-    deviation = math.dist(window, (center,) * count) / math.sqrt(count)
-    return deviation if math.isfinite(deviation) else None
+    deviation = dist(window, (center,) * count) / sqrt(count)
+    return deviation if deviation - deviation == 0.0 else None

@@ -166,9 +166,7 @@ class StepExporter:
         left_s = self._latest_s - time.monotonic()
         if self.waiting and not self._has_said_waiting:
             self._has_said_waiting = True
-            announce(
-                "closing", f"sending the last {self.waiting} steps, for {left_s:.0f} s at most; Ctrl-C gives them up"
-            )
+            announce("closing", f"steps left to send: {self.waiting}, for {left_s:.0f} s at most; Ctrl-C gives them up")
 
     def close(self, deadline_s: float, outcome: str, latest_s: float = float("-inf")) -> None:
         """Sends the remaining frames and the outcome of the run, then stops.

@@ -113,7 +113,8 @@ class BlackBox:
         except Exception as error:  # noqa: BLE001 - the run has ended, or goes on, as it would without us
             self._warnings.say("black box", "the black box could not be written: %s", error)
         else:
-            announce("black box", f"{reason}; the last {len(rows)} steps are in {path}: esper-otel report {path}")
+            what = f"last {len(rows)} steps are" if len(rows) > 1 else "last step is"
+            announce("black box", f"{reason}; the {what} in {path}: esper-otel report {path}")
 
     def _head(self, run: Run, reason: str) -> dict[str, object]:
         about = self._about()

@@ -174,6 +174,44 @@ class Chunk:
 
     def block(self, start: int, stop: int) -> Block:
         """Returns rows as arrays: from ``start`` to before ``stop``, or fewer where seeds differ too much in them."""
+        return self._uniform(start, stop) or self._mixed(start, stop)
+
+    def _uniform(self, start: int, stop: int) -> Block | None:
+        """Returns rows that all have the layout and the seeds of the first one, as views; None if there are others."""
+        place = self.offsets[start]
+        number, of_seeds = NUMBERS.unpack_from(self.buffer, place + NUMBERS_PLACE)
+        layout, ids, width = self.layouts[number], self.seeds[of_seeds], self.widths[of_seeds]
+        cells = len(ids) * width
+        size = layout.size + 8 * cells
+        count = min(stop - start, max(_MOST_CELLS // max(cells, 1), 1))
+        places = np.frombuffer(self._offsets, np.uint32, count, 4 * start)
+        if not (np.diff(places) == size).all():
+            return None
+        halves = np.ndarray((count, size // 4), np.uint32, self.buffer, place, (size, 4))
+        if not ((halves[:, 9] == number) & (halves[:, 10] == of_seeds)).all():
+            return None
+        words = np.ndarray((count, size // 8), np.uint64, self.buffer, place, (size, 8))
+        words.flags.writeable = halves.flags.writeable = False
+        rows = words.view(np.float64)
+        values = rows[:, HEAD_WORDS : layout.size // 8]
+        if len(layout.columns) < layout.width:  # a name occurs more than once
+            values = values[:, layout.columns]
+        of_cells = rows[:, layout.size // 8 :].reshape(count, len(ids), width)
+        heads = (words[:, 0], words[:, 1], words[:, 2], words[:, 3], halves[:, 8])
+        retired = self._retired(start, start + count)
+        recorded = frozenset(layout.recorded)
+        return Block(
+            self.run, self.first + start, *heads, recorded, tuple(layout.places), values, ids, of_cells, retired
+        )
+
+    def _retired(self, start: int, stop: int) -> Mapping[int, tuple[str, ...]]:
+        """Returns the seeds that were retired before these rows, by the place among them."""
+        if not self.retired:
+            return _NONE_RETIRED
+        return {row - start: ids for row, ids in self.retired.copy().items() if start <= row < stop}
+
+    def _mixed(self, start: int, stop: int) -> Block:
+        """Returns rows that differ, side by side in new arrays."""
         places = np.frombuffer(self._offsets, np.uint32, stop - start, 4 * start).astype(np.intp) >> 3
         halves = np.frombuffer(self.buffer, np.uint32)
         of_seeds = halves[2 * places + 10]
@@ -181,30 +219,12 @@ class Chunk:
         places, of_seeds, of_layouts = places[:count], of_seeds[:count], halves[2 * places[:count] + 9]
         # np.unique would import numpy.ma, in whatever thread this is: a child forked meanwhile could import no more.
         numbers = np.flatnonzero(np.bincount(of_layouts)).tolist()
-        layouts = [self.layouts[number] for number in numbers]
         words = np.frombuffer(self.buffer, np.uint64)
-        if len(layouts) == len(seeds) == 1:
-            columns = self._columns_of(layouts[0], seeds[0], int(places[0]), count)
-        else:
-            columns = self._gathered(words, places, of_layouts, numbers, of_seeds, seeds)
-        stop = start + count
-        retired = _NONE_RETIRED
-        if self.retired:
-            retired = {row - start: ids for row, ids in self.retired.copy().items() if start <= row < stop}
+        columns = self._gathered(words, places, of_layouts, numbers, of_seeds, seeds)
         heads = (words[places], words[places + 1], words[places + 2], words[places + 3], halves[2 * places + 8])
-        recorded = frozenset[str]().union(*(layout.recorded for layout in layouts))
+        recorded = frozenset[str]().union(*(self.layouts[number].recorded for number in numbers))
+        retired = self._retired(start, start + count)
         return Block(self.run, self.first + start, *heads, recorded, *columns, retired)
-
-    def _columns_of(self, layout: Layout, seeds: int, place: int, count: int) -> _Columns:
-        """Returns names, values, ids and cells of rows that have all these in common, as views of the rows."""
-        ids, width = self.seeds[seeds], self.widths[seeds]
-        size = layout.size + 8 * len(ids) * width
-        rows = np.ndarray((count, size // 8), np.float64, self.buffer, 8 * place, (size, 8))
-        rows.flags.writeable = False
-        values = rows[:, HEAD_WORDS : layout.size // 8]
-        if len(layout.columns) < layout.width:  # a name occurs more than once
-            values = values[:, layout.columns]
-        return tuple(layout.places), values, ids, rows[:, layout.size // 8 :].reshape(count, len(ids), width)
 
     def _gathered(
         self,
@@ -215,7 +235,7 @@ class Chunk:
         of_seeds: npt.NDArray[np.uint32],
         seeds: Sequence[int],
     ) -> _Columns:
-        """Returns the same of rows that differ, side by side in new arrays.
+        """Returns names, values, ids and cells of rows that differ.
 
         Args:
             words: the chunk.

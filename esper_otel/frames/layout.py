@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 # The beginning of a row, 48 bytes: step number, epoch, time, digest of the live seeds, number of live seeds, numbers
 # of the layout and of the seed ids within the chunk, flags.
-HEAD = struct.Struct("<QQQQIIII")
+HEAD = struct.Struct("@QQQQIIII")
 HEAD_WORDS = HEAD.size // 8
 
 # The numbers of layout and seed ids in it, and where they are.
-NUMBERS, NUMBERS_PLACE = struct.Struct("<II"), 36
+NUMBERS, NUMBERS_PLACE = struct.Struct("@II"), 36
 
 # Flag of a row whose recorded cells are those of every live seed.
 WHOLE = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +162,15 @@ class LiveSeeds:
         self._settled: _SettledRows | None = None
         self._before: SeedStep | None = None  # the step to find out from what later ones may have in common with it
 
+    @property
+    def state(self) -> Any:
+        """All that changes with a step; never changed in place. Assigning an earlier one undoes the steps since."""
+        return self.table, self.ids, self._resumed_violations, self._settled, self._before
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.table, self.ids, self._resumed_violations, self._settled, self._before = state
+
     def begin(self, table: SeedTable) -> None:
         """Makes these the live seeds, whatever was live before."""
         if table.ids is not self.table.ids:
@@ -278,8 +287,8 @@ class LiveSeeds:
             self.table = SeedTable(tuple(self.table.ids[row] for row in keep), self.table.cells[keep])
             self.ids = {seed_id: row for row, seed_id in enumerate(self.table.ids)}
             self._settled = self._before = None
-            for seed_id in ended:
-                self._resumed_violations.pop(seed_id, None)
+            resumed = self._resumed_violations
+            self._resumed_violations = {seed_id: resumed[seed_id] for seed_id in resumed if seed_id not in gone}
         return ended
 
     def violations(self) -> dict[str, float]:

@@ -44,9 +44,8 @@ class Ring:
         self.last: int = 0
         self.dropping: Callable[[], None] | None = None
         # The last row that changed the live seeds, these seeds after it, and before it: the latter are still live if
-        # the row was not added. One object, since readers need all three.
-        self._live: tuple[int, SeedTable, SeedTable] = (0, NO_SEEDS, NO_SEEDS)
-        self._living: tuple[tuple[str, ...], int] = ((), 0)
+        # the row was not added. Then the digest of these seeds. One object, since they must agree.
+        self._live: tuple[int, SeedTable, SeedTable, int] = (0, NO_SEEDS, NO_SEEDS, 0)
         self._replayed: tuple[int, SeedTable] = (0, NO_SEEDS)  # the live seeds after a row that was read
 
     @property
@@ -88,42 +87,37 @@ class Ring:
         chunk, sequence = self._chunk, self.last + 1
         if chunk is not None and chunk.first + chunk.rows != sequence:
             chunk.take_back(sequence - chunk.first)
-        recorded = seeds.ids
-        size = layout.size + seeds.cells.nbytes if recorded else layout.size
+        has_seeds = seeds is not NO_SEEDS and bool(seeds.ids)
+        size = layout.size + seeds.cells.nbytes if has_seeds else layout.size
         if chunk is None or chunk.end + size > chunk.capacity or chunk.run is not run:
             chunk = self._begin(run, size)
-        ids, digest = self._living
-        if live.ids is not ids:
-            digest ^= digest_of(_changed(ids, live.ids))
-            ids = live.ids
-            self._living = ids, digest
+        since, table, before, digest = self._live
+        if live is not table:
+            if live.ids is not table.ids:
+                digest ^= digest_of(_changed(table.ids, live.ids))
+            self._live = sequence, live, (before if since == sequence else table), digest
         if layout.chunk is not chunk:
             chunk.learn(layout)
-        end = chunk.end
-        after = end + size
+        end, row = chunk.end, chunk.rows
         number = flags = 0
-        if recorded:
-            number = chunk.seeds_number(recorded, seeds.cells.shape[1])
+        if has_seeds:
+            number = chunk.seeds_number(seeds.ids, seeds.cells.shape[1])
             flags = WHOLE if live.cells is seeds.cells else 0
         layout.pack_into(
-            chunk.buffer, end, step, epoch, time_unix_ns, digest, len(ids), layout.number, number, flags, *numbers
+            chunk.buffer, end, step, epoch, time_unix_ns, digest, len(live.ids), layout.number, number, flags, *numbers
         )
-        if number:
-            chunk.buffer[end + layout.size : after] = seeds.cells.tobytes()
-        row = chunk.rows
+        if has_seeds:
+            chunk.buffer[end + layout.size : end + size] = seeds.cells.tobytes()
         chunk.offsets[row] = end
         chunk.rows = row + 1  # from here on, there is something to take back after an interrupt
-        chunk.end = after
+        chunk.end = end + size
         if retired:
             chunk.retire(row, retired)
-        if live is not self._live[1]:
-            since, table, before = self._live
-            self._live = sequence, live, (before if since == sequence else table)
         self.last = sequence
 
     def _begin(self, run: Run, size: int) -> Chunk:
         """Begins a chunk in which a row of this size fits."""
-        since, live, before = self._live
+        since, live, before, _ = self._live
         chunk = Chunk(run, self.last + 1, max(self._chunk_bytes, size), live if since <= self.last else before)
         chunks = [each for each in self._chunks if each.rows]  # without one that an interrupt left empty
         held = sum(map(_size, chunks))
@@ -148,7 +142,7 @@ class Ring:
     def newest(self) -> Frame | None:
         """Returns the newest row."""
         last = self.last  # read before the live seeds, which may become those of a later row
-        since, live, before = self._live
+        since, live, before, _ = self._live
         frame = self.row(last, live if since <= last else before) if since <= last + 1 else None
         if frame is None:  # the writer has gone on
             frames, _ = self.after(self.last - 1, 1)

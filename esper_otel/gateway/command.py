@@ -9,19 +9,23 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
+from difflib import get_close_matches
 from logging import WARNING
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.core import Core
+from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.notify.notifier import Notifier
 from esper_otel.gateway.notify.webhook import targets_of
 from esper_otel.gateway.oona_source import GatewaySource
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.security import Certificates, Tokens, check_exposure, is_loopback
-from esper_otel.gateway.serve.connections import allow_descriptors
+from esper_otel.gateway.serve.connections import MOST_CONNECTIONS, allow_connections
 from esper_otel.gateway.serve.ports import Gateway, Ports
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
@@ -31,6 +35,7 @@ from esper_otel.log import announce
 from esper_otel.oona.publisher import PASSWORD_VARIABLE, Publisher
 
 _MIB = 1024 * 1024
+_LARGEST_LIMIT, _LONG = 2**40, 1e6
 _SEARCH_ALL_EVERY_S = 3600
 # The interval after which Python switches threads. With the default of 5 ms, the event loop would wait that long after
 # each system call while gRPC's thread is flooded with requests.
@@ -73,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.05,
         metavar="S",
         help="seconds to wait after a plain sender's last point (%(default)g)",
+    )
+    how.add_argument(
+        *("--limit",),
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"limit on senders: {', '.join(limit_names())}; docs/reference/limits.md says what each one bounds",
     )
     add_packet_arguments(parser)
     parser.set_defaults(idle_s=math.inf)
@@ -176,7 +188,8 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
 
 def main(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then returns 0."""
-    allow_descriptors()
+    _, limits = limits_of(options.limit)
+    allow_connections({"http": limits["http_connections"], "grpc": limits["grpc_connections"]})
     sys.setswitchinterval(_SWITCH_S)
     quiet_grpc()
     return asyncio.run(_serve(options))
@@ -317,19 +330,74 @@ def core_of(options: argparse.Namespace) -> Core:
     """
     for name in ("hold", "linger", "keep_steps", "keep_run_mib", "keep_mib", "keep_hours"):
         _check_number(options, name)
-    limits = StoreLimits(
+    limits, others = limits_of(options.limit)
+    of_store = StoreLimits(
         steps=max(options.keep_steps, 1),
         run_bytes=options.keep_run_mib * _MIB,
         all_bytes=options.keep_mib * _MIB,
         idle_s=options.keep_hours * 3600,
+        writers=others["stored_writers"],
     )
-    store = MemoryStore(limits) if options.store is None else FileStore(options.store, limits)
+    store = MemoryStore(of_store) if options.store is None else FileStore(options.store, of_store)
     return Core(
         store,
+        limits=limits,
         hold_s=options.hold,
         linger_s=options.linger,
         **packet_options(options),
     )
+
+
+def limit_names() -> list[str]:
+    """Returns the names that --limit accepts, each with its default."""
+    defaults = {**asdict(Limits()), **_OTHER_LIMITS}
+    return [f"{name}={value:g}" if value < _LONG else f"{name}={value:.0f}" for name, value in defaults.items()]
+
+
+def limits_of(given: Iterable[str]) -> tuple[Limits, OtherLimits]:
+    """Returns the limits on senders, and the others.
+
+    Raises:
+        ConfigurationError: a text is not NAME=VALUE, its name is not a limit, or its value cannot be one.
+    """
+    known: dict[str, Any] = {**asdict(Limits()), **_OTHER_LIMITS}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in known:
+            hint = get_close_matches(name, known, 1)
+            did_you_mean = f"; did you mean {hint[0]!r}?" if hint else ""
+            raise ConfigurationError(
+                f"--limit {text}: there is no limit {name!r}, only {', '.join(known)}{did_you_mean}"
+            )
+        kind = type(known[name])
+        try:
+            known[name] = kind(value)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number of seconds"
+            raise ConfigurationError(f"--limit {text}: give {what}, such as {name}={known[name]:.0f}") from None
+        if not 1 <= known[name] <= _LARGEST_LIMIT:
+            raise ConfigurationError(f"--limit {text}: give a value from 1 to {_LARGEST_LIMIT}")
+    others: OtherLimits = {
+        "stored_writers": known.pop("stored_writers"),
+        "http_connections": known.pop("http_connections"),
+        "grpc_connections": known.pop("grpc_connections"),
+    }
+    return Limits(**known), others
+
+
+class OtherLimits(TypedDict):
+    """Limits of the store and of the ports."""
+
+    stored_writers: int
+    http_connections: int
+    grpc_connections: int
+
+
+_OTHER_LIMITS: OtherLimits = {
+    "stored_writers": StoreLimits().writers,
+    "http_connections": MOST_CONNECTIONS["http"],
+    "grpc_connections": MOST_CONNECTIONS["grpc"],
+}
 
 
 class PacketOptions(TypedDict):

@@ -33,7 +33,7 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.reading import Reader
-from esper_otel.gateway.receive.request import OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import Damaged
@@ -215,7 +215,10 @@ class Core:
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
             runs = ", ".join(map(repr, taken.waits_for[:_MOST_RUNS_NAMED]))
-            message = f"there is no room for run {runs} now: too many writers are active; a silent one will make room"
+            message = (
+                f"there is no room for run {runs} now: {self._limits.runs} ranks are active (--limit runs=...); "
+                "one that has been silent for a minute will make room"
+            )
             self._warnings.say("crowded", "%s; its sender is asked to retry", message)
             raise Crowded(message)
         self.counts["requests"] += 1
@@ -232,7 +235,10 @@ class Core:
             for pair in ((why, metric) for why, of_reason in metrics.items() for metric in of_reason):
                 is_known = pair in self.rejected_metrics or len(self.rejected_metrics) < _MOST_REJECTED_METRICS
                 self.rejected_metrics[pair if is_known else (pair[0], OTHER_METRICS)] += metrics[pair[0]][pair[1]]
-            self._warnings.say("rejected", "points were rejected: %s", reason)
+            named = {OF_REASONS[why] for why in rejected if why in OF_REASONS}
+            hints = [f"--limit {name}={getattr(self._limits, name)}" for name in sorted(named)]
+            hint = f"; {', '.join(hints)} can be raised" if hints else ""
+            self._warnings.say("rejected", "points were rejected: %s%s", reason, hint)
         return Answer(sum(rejected.values()), reason)
 
     def note_fault(self, fault: Fault) -> None:
@@ -372,6 +378,7 @@ class Core:
         left = store.body_sizes()
         self._bodies = deque(body for body in self._bodies if body[0] in left)
         self._body_bytes = sum(left.values())
+        self._ended_s = dict.fromkeys(self._ended_s, now_s)  # as old as the bodies that they are in
         self._is_restoring = False
 
     def _take_again(self, store: FileStore, kept: KeptRequest, now_s: float) -> None:

@@ -36,6 +36,8 @@ class Item(NamedTuple):
         revision: 1, or higher for a later correction of the step.
         complete: whether it contains every point of the step.
         received_unix_ns: when its last point arrived.
+        missed: how many frames directly before it had not arrived when it was first released. They are late, lost, or
+            were sent to another gateway.
     """
 
     origin: Origin
@@ -43,6 +45,7 @@ class Item(NamedTuple):
     revision: int
     complete: bool
     received_unix_ns: int
+    missed: int = 0
 
 
 class Place(NamedTuple):

@@ -51,7 +51,8 @@ class Limits:
         text_bytes: length of an id or a name, in UTF-8.
         metrics: metrics of one step, without those of seeds.
         seeds: live seeds of one rank at a time.
-        runs: ranks known at a time, over all runs; a further rank is asked to retry.
+        runs: ranks known at a time, over all runs; a further rank is asked to retry. More take more memory, and time of
+            the event loop: about 10 kB and 20 us each.
         patient_s: how long a whole request is refused, to be retried, because there is no room for one of several ranks
             in it; after that, only the points of that rank are refused, for good.
         waiting: frames of one rank that wait for points, or for frames before them.

@@ -50,7 +50,7 @@ class PulledPage(NamedTuple):
         body: a serialized PullResponse.
         steps: number of steps in it.
         cursor: the cursor for the next page.
-        gap: number of steps that were dropped before the first one.
+        gap: number of steps before the first one that were dropped or have not arrived.
     """
 
     body: bytes
@@ -124,6 +124,7 @@ async def page(
 
     while True:
         few = min(most - len(shown), fetched)
+        before = cursor
         try:
             found = store.after(request.run_id, cursor, rank, few)
         except (UnknownRun, StaleCursor):  # dropped meanwhile: the next pull will report it
@@ -137,6 +138,11 @@ async def page(
         life = found.cursor.partition(":")[0]
         some: deque[bytes] = deque()
         for place, entry in enumerate(found.entries):
+            if entry.item.missed and shown:  # the gap is before the first step of a page
+                if place:
+                    cursor = store.after(request.run_id, before, rank, place).cursor
+                return answered()
+            gap += entry.item.missed
             if not some:
                 some = await _made(found.entries[place:], request.run_id, life, made, steps, bounds)
             step = some.popleft()

@@ -33,7 +33,7 @@ _WAIT, _LATENCY = 0, len(_OWN)
 _NOISE_SHARE = 0.05
 _NOISE_MS = 1.0
 NO_STEP = 2**64 - 1
-_AT_ONCE = 128  # ranks
+_AT_ONCE = 32  # ranks
 _WIDEST = 2**16
 
 Steps = npt.NDArray[np.uint64]

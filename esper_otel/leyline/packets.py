@@ -42,6 +42,7 @@ class Packets:
         names: metrics that were recorded or derived in the step, including those whose value was not finite.
         writer: distinguishes live processes with the same run, attempt and rank; empty for the first process, and in
             packets pulled in the training process.
+        number: the step's number among all steps of its process: 1, 2, ... without a hole; 0 if it is not known.
     """
 
     state: messages.SystemStatePacket
@@ -55,6 +56,7 @@ class Packets:
     age_s: float = field(compare=False)
     names: frozenset[str]
     writer: str = ""
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Page(Sequence[Packets]):
     Attributes:
         packets: the packets.
         cursor: the position at which the next pull continues.
-        gap: number of steps that were lost before the first one.
+        gap: number of steps before the first one that this puller does not get: they were dropped, or have not arrived.
     """
 
     packets: tuple[Packets, ...]
@@ -125,6 +127,7 @@ def packets(
         complete=complete,
         age_s=(now_unix_ns - frame.time_unix_ns) / 1e9,
         names=_names(tuple(values), seed_names),
+        number=frame.sequence,
     )
 
 

@@ -41,27 +41,6 @@ class _News:
         self.is_taken = False
 
 
-class _Shown:
-    """The readings that are fresh until ``until_s``, and the news among the answers, until they are taken."""
-
-    __slots__ = ("news", "readings", "until_s")
-
-    def __init__(self, readings: Mapping[str, float], until_s: float, news: tuple[_News, ...] = ()) -> None:
-        self.readings = readings
-        self.until_s = until_s
-        self.news = news
-
-    def taken(self) -> Mapping[str, float]:
-        """Returns the readings with the news, which are then no longer new."""
-        news, self.news = self.news, ()
-        found = dict(self.readings)
-        for each in news:
-            if not each.is_taken:
-                each.is_taken = True
-                found.update(each.readings)
-        return found
-
-
 class Sampler:
     """Samples each probe on a thread of its own, so that a probe that hangs does not delay the others.
 
@@ -70,13 +49,17 @@ class Sampler:
     after each sample and in no others.
 
     Threads: ``readings`` and ``absent`` may be called from any thread. They take no lock, because a forked child lacks
-    the sampler's threads that would release it. While nothing has expired, ``readings`` only compares two times.
+    the sampler's threads that would release it.
 
     Args:
         probes: the probes to sample.
         period_s: time between two samples of a probe.
         clock: returns the seconds of a clock that never goes back.
         wait: waits for an event, for at most a number of seconds; returns whether it is set.
+
+    Attributes:
+        shown: the newest readings, the same object until the next sample, and until when they may be used as they are.
+            The time is in the past while there are readings to hand out once; ``readings`` then hands them out.
     """
 
     def __init__(
@@ -94,7 +77,7 @@ class Sampler:
         self._warnings = Warnings(clock)
         self._answers = [_Answer({}, clock(), "not sampled yet") for _ in self._probes]
         self._began_s: list[float | None] = [None for _ in self._probes]  # start of the sample in progress
-        self._shown = _Shown({}, _FOREVER_S)
+        self.shown: tuple[Mapping[str, float], float] = ({}, _FOREVER_S)
         self._publishing = threads().Lock()
         self._ending = threads().Event()
         self._threads = [
@@ -117,10 +100,20 @@ class Sampler:
 
     def readings(self, now_s: float) -> Mapping[str, float]:
         """Returns the readings that are fresh at ``now_s`` of the clock; the same object until the next sample."""
-        shown = self._shown
-        if now_s >= shown.until_s:
-            shown = self._fresh(now_s)
-        return shown.taken() if shown.news else shown.readings
+        shown = self.shown
+        if now_s < shown[1]:
+            return shown[0]
+        readings, until_s, news = self._fresh(now_s)
+        # Without a lock: a sample that is published between these lines is shown with the next one, within a period.
+        if self.shown is shown:
+            self.shown = (readings, until_s)
+        if not news:
+            return readings
+        found = dict(readings)
+        for each in news:
+            each.is_taken = True
+            found.update(each.readings)
+        return found
 
     def latest(self) -> dict[str, float]:
         """Returns all fresh readings, those that ``readings`` hands out once included, without taking them."""
@@ -150,7 +143,7 @@ class Sampler:
     def _is_fresh(self, answer: _Answer, now_s: float) -> bool:
         return bool(answer.readings) and now_s < answer.at_s + _FRESH_PERIODS * self._period_s
 
-    def _fresh(self, now_s: float) -> _Shown:
+    def _fresh(self, now_s: float) -> tuple[Mapping[str, float], float, list[_News]]:
         readings: dict[str, float] = {}
         news: list[_News] = []
         until_s = _FOREVER_S
@@ -162,7 +155,7 @@ class Sampler:
                 until_s = min(until_s, answer.at_s + _FRESH_PERIODS * self._period_s)
             elif not answer.news.is_taken:
                 news.append(answer.news)
-        return _Shown(readings, until_s, tuple(news))
+        return readings, until_s, news
 
     # -- on the probes' threads ------------------------------------------------------------------------------
 
@@ -176,7 +169,8 @@ class Sampler:
             with self._publishing:
                 self._answers[place] = answer
                 self._began_s[place] = None
-                self._shown = self._fresh(answer.at_s)
+                readings, until_s, news = self._fresh(answer.at_s)
+                self.shown = (readings, -_FOREVER_S if news else until_s)
             failing_s = max(2 * failing_s, self._period_s) if answer.is_failure else 0.0
             pause_s = min(failing_s, max(_LONGEST_PAUSE_S, self._period_s)) or self._period_s
         try:

@@ -12,20 +12,27 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import Message
 
+from esper_otel.errors import GatewayError, GatewayUnavailable, UnknownRun
 from esper_otel.leyline.packets import Page
 from esper_otel.pull.client import (
+    ANSWERS,
+    DEFAULT_PACKETS,
     RETRY_S,
-    RunInfo,
     Target,
     may_retry,
     method,
+    newest_ranks,
     page_of,
     pull_request,
+    raise_of,
     raise_translated,
-    run_infos,
-    run_outcome,
+    request_after,
+    targets_of,
+    translated,
 )
-from esper_otel.pull.messages import PullResponse, RanksRequest, RanksResponse, RunsRequest, RunsResponse
+from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
+from esper_otel.pull.messages import PullRequest, RanksRequest, RunsRequest
+from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
 from esper_otel.pull.views import RunRanks, run_ranks
 
 __all__ = ["RunInfo", "TamiyoClient"]
@@ -47,20 +54,13 @@ class TamiyoClient:
         key_file: Path | str | None = None,
         timeout_s: float = 10.0,
     ) -> None:
-        self._target = Target.of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
-        address, credentials, options = self._target.address, self._target.credentials, self._target.options
-        self._channel = (
-            grpc.aio.insecure_channel(address, options)
-            if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options)
-        )
-        self._runs = self._channel.unary_unary(*method("Runs"), RunsResponse.FromString)
-        self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
-        self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
+        targets = targets_of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
+        self._gateways = {each.address: _Gateway(each) for each in targets}
+        self._several = SeveralGateways(tuple(self._gateways), timeout_s) if len(targets) > 1 else None
 
     async def runs(self, run_id: str = "") -> list[RunInfo]:
         """Returns the runs that the gateway knows. See ``esper_otel.TamiyoClient.runs``."""
-        return run_infos(await self._call(self._runs, RunsRequest(run_id=run_id), 0.0))
+        return merged_runs(map(run_infos, await self._of_all("Runs", RunsRequest(run_id=run_id))))
 
     async def pull(
         self,
@@ -73,19 +73,30 @@ class TamiyoClient:
     ) -> Page:
         """Returns the steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
         request = pull_request(run_id, cursor, rank, max_packets, wait_s)
-        return page_of(run_id, await self._call(self._pull, request, wait_s))
+        if self._several is None:
+            [gateway] = self._gateways.values()
+            return page_of(run_id, await gateway.call("Pull", request, wait_s))
+        pulling = self._several.pulling(run_id, request.cursor, rank, request.max_packets or DEFAULT_PACKETS, wait_s)
+        ask = next(pulling)
+        while True:
+            answers = await self._answers(request, ask)
+            try:
+                ask = pulling.send(answers)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
 
     async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """Compares the ranks of a run. See ``esper_otel.TamiyoClient.ranks``."""
-        return run_ranks(await self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
+        return newest_ranks(map(run_ranks, await self._of_all("Ranks", RanksRequest(run_id=run_id, steps=steps))))
 
     async def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended. See ``esper_otel.TamiyoClient.ended``."""
         return run_outcome(await self.runs(run_id), run_id)
 
     async def close(self) -> None:
-        """Closes the connection."""
-        await self._channel.close(None)
+        """Closes the connections."""
+        for gateway in self._gateways.values():
+            await gateway.channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -95,17 +106,87 @@ class TamiyoClient:
     ) -> None:
         await self.close()
 
-    async def _call(self, call: Callable[..., Any], request: Message, wait_s: float) -> Any:
+    async def _of_all(self, name: str, request: Message) -> list[Any]:
+        """Returns the answers of the gateways that have one.
+
+        Raises:
+            GatewayError: none of them has.
+        """
+        is_only = len(self._gateways) == 1
+        found: list[Any] = []
+        errors: list[GatewayError] = []
+        calls = [gateway.call(name, request, 0.0, is_only=is_only) for gateway in self._gateways.values()]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(answer, (UnknownRun, GatewayUnavailable)):
+                errors.append(answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found.append(answer)
+        return found or raise_of(errors)
+
+    async def _answers(self, request: PullRequest, ask: Ask) -> dict[str, Answer]:
+        """Asks several gateways at once; does not wait for all of them if they wait for steps and one has some."""
+        await asyncio.sleep(ask.pause_s)
+        deadline_s = time.monotonic() + ask.timeout_s
+        calls: dict[asyncio.Future[Answer], str] = {}
+        for address, cursor in ask.cursors.items():
+            pull = self._gateways[address].pull(request_after(request, cursor, ask.wait_s), ask.timeout_s)
+            calls[asyncio.ensure_future(pull)] = address
+        answers: dict[str, Answer] = {}
+        open_calls = set(calls)
+        try:
+            while open_calls and (left_s := deadline_s - time.monotonic()) > 0:
+                done, open_calls = await asyncio.wait(open_calls, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                answers |= {calls[call]: call.result() for call in done}
+                if ask.wait_s and any(isinstance(answer, Page) and answer.packets for answer in answers.values()):
+                    break
+        finally:
+            for call in open_calls:
+                call.cancel()
+            await asyncio.gather(*open_calls, return_exceptions=True)
+        if not ask.wait_s:
+            for address in (calls[call] for call in open_calls):
+                answers[address] = NoAnswer(f"gateway {address}: no answer within {ask.timeout_s:g} s")
+        return answers
+
+
+class _Gateway:
+    """The connection to one gateway."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.channel = (
+            grpc.aio.insecure_channel(target.address, target.options)
+            if target.credentials is None
+            else grpc.aio.secure_channel(target.address, target.credentials, target.options)
+        )
+        self._calls: dict[str, Callable[..., Any]] = {
+            name: self.channel.unary_unary(*method(name), kind.FromString) for name, kind in ANSWERS.items()
+        }
+
+    async def call(self, name: str, request: Message, wait_s: float, *, is_only: bool = True) -> Any:
+        """Calls a method; if the gateway is unavailable and there is no other, retries until the time is over."""
         deadline_s = time.monotonic() + self._target.timeout_s + wait_s
         while True:
             try:
-                return await call(
+                return await self._calls[name](
                     request,
                     timeout=deadline_s - time.monotonic(),
                     metadata=self._target.metadata(),
-                    wait_for_ready=True,  # otherwise a channel that failed once may not reconnect while calls come
+                    wait_for_ready=is_only,  # otherwise a channel that failed once may not reconnect while calls come
                 )
             except grpc.RpcError as error:
-                if not may_retry(error, deadline_s):
+                if not (is_only and may_retry(error, deadline_s)):
                     raise_translated(error, self._target)
             await asyncio.sleep(RETRY_S)
+
+    async def pull(self, request: PullRequest, timeout_s: float) -> Answer:
+        """Pulls once; an error is an answer, too."""
+        try:
+            response = await self._calls["Pull"](request, timeout=timeout_s, metadata=self._target.metadata())
+            return page_of(request.run_id, response)
+        except grpc.RpcError as error:
+            return translated(error, self._target)
+        except GatewayError as error:
+            return error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
@@ -18,19 +18,22 @@ from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailab
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 from esper_otel.log import Warnings
+from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import (
     SERVICE,
     PullRequest,
     PullResponse,
     RanksRequest,
     RanksResponse,
-    Run,
     RunsRequest,
     RunsResponse,
 )
+from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
 from esper_otel.pull.views import RunRanks, run_ranks
 
 RETRY_S = 0.1
+DEFAULT_PACKETS = 64
+ANSWERS: dict[str, Any] = {"Runs": RunsResponse, "Pull": PullResponse, "Ranks": RanksResponse}
 _WARNINGS = Warnings()
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has up to about 16 MiB, or a single larger step
@@ -44,61 +47,6 @@ _ERRORS: dict[grpc.StatusCode, type[GatewayError]] = {
     grpc.StatusCode.UNAVAILABLE: GatewayUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: GatewayUnavailable,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class RunInfo:
-    """One writer of a run: a process of one attempt, as the gateway knows it.
-
-    Attributes:
-        run_id: the run's name.
-        attempt: number of this start of the run.
-        rank: rank of the process within the run.
-        writer: tells two live processes of the same (run, attempt, rank) apart; empty for the first one.
-        world_size: number of processes of the run; 0 if the writer has sent nothing since the gateway was started.
-        experiment: name of the experiment.
-        first_step: the first step released; None before the first release.
-        last_step: the newest step released; None before the first release.
-        last_time_unix_ns: time of the newest step.
-        last_received_unix_ns: when something last arrived from this writer.
-        ended: ``completed``, an exception's type, or a signal's name; None while it runs or is silent.
-        resumed: whether an earlier attempt of its rank is known, or one of another rank that was over when it began.
-        writers: number of live processes that claim this (run, attempt, rank).
-        missing: steps that have not arrived although earlier and later ones have.
-        incomplete: steps released without some of their points.
-        stored: steps that can be pulled.
-        differing: points that arrived twice with different values.
-        too_late: steps that were repeated, or arrived after their place had been forgotten.
-        unseen: steps before the first one that arrived: late, lost, or sent to another gateway.
-        run_ended: how the whole run ended; see ``TamiyoClient.ended``.
-        host: name of its host; empty if it is not known.
-        revision: revision of its code; empty if it is not known.
-        settings: its settings that differ from the defaults, as text; empty if there are none or they are not known.
-    """
-
-    run_id: str
-    attempt: int
-    rank: int
-    writer: str
-    world_size: int
-    experiment: str
-    first_step: int | None
-    last_step: int | None
-    last_time_unix_ns: int
-    last_received_unix_ns: int
-    ended: str | None
-    resumed: bool
-    writers: int
-    missing: int
-    incomplete: int
-    stored: int
-    differing: int
-    too_late: int
-    unseen: int
-    run_ended: str | None
-    host: str = ""
-    revision: str = ""
-    settings: str = ""
 
 
 class Target(NamedTuple):
@@ -174,8 +122,11 @@ class TamiyoClient:
 
     If the gateway is unavailable, a call is retried until ``timeout_s`` has passed. The client is thread-safe.
 
+    With several gateways, ``TamiyoClient("a:4327,b:4327")``, a run is found on those that have its steps, and each step
+    is returned once. Steps at a gateway that does not answer count in ``gap``, and are returned when it answers again.
+
     Args:
-        target: host:port, or https://host:port.
+        target: host:port, or https://host:port; several with commas between them.
         token_file: file with the bearer token; it is read at each call, so that the token can be replaced.
         ca_file: PEM file of the authority that signed the gateway's certificate; enables TLS.
         certificate_file: the client's own certificate, for mutual TLS.
@@ -196,16 +147,10 @@ class TamiyoClient:
         key_file: Path | str | None = None,
         timeout_s: float = 10.0,
     ) -> None:
-        self._target = Target.of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
-        address, credentials, options = self._target.address, self._target.credentials, self._target.options
-        self._channel = (
-            grpc.insecure_channel(address, options)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options)
-        )
-        self._runs = self._channel.unary_unary(*method("Runs"), RunsResponse.FromString)
-        self._pull = self._channel.unary_unary(*method("Pull"), PullResponse.FromString)
-        self._ranks = self._channel.unary_unary(*method("Ranks"), RanksResponse.FromString)
+        targets = targets_of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
+        self._gateways = {each.address: _Gateway(each) for each in targets}
+        self._timeout_s = timeout_s
+        self._several = SeveralGateways(tuple(self._gateways), timeout_s) if len(targets) > 1 else None
 
     def runs(self, run_id: str = "") -> list[RunInfo]:
         """Returns the runs that the gateway knows, one entry per writer.
@@ -216,7 +161,7 @@ class TamiyoClient:
         Raises:
             GatewayError: the gateway refused, or did not answer in time.
         """
-        return run_infos(self._call(self._runs, RunsRequest(run_id=run_id), 0.0))
+        return merged_runs(map(run_infos, self._of_all("Runs", RunsRequest(run_id=run_id))))
 
     def pull(
         self,
@@ -243,7 +188,17 @@ class TamiyoClient:
             GatewayError: the gateway refused for another reason.
         """
         request = pull_request(run_id, cursor, rank, max_packets, wait_s)
-        return page_of(run_id, self._call(self._pull, request, wait_s))
+        if self._several is None:
+            [gateway] = self._gateways.values()
+            return page_of(run_id, gateway.call("Pull", request, wait_s))
+        pulling = self._several.pulling(run_id, request.cursor, rank, request.max_packets or DEFAULT_PACKETS, wait_s)
+        ask = next(pulling)
+        while True:
+            answers = self._answers(request, ask)
+            try:
+                ask = pulling.send(answers)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
 
     def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """Compares the ranks of a run over its newest ``steps`` steps, up to 256.
@@ -252,7 +207,7 @@ class TamiyoClient:
             UnknownRun: the gateway does not know the run's newest steps.
             GatewayError: the gateway refused, or did not answer in time.
         """
-        return run_ranks(self._call(self._ranks, RanksRequest(run_id=run_id, steps=steps), 0.0))
+        return newest_ranks(map(run_ranks, self._of_all("Ranks", RanksRequest(run_id=run_id, steps=steps))))
 
     def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended, over all attempts and ranks; None while a rank may be running.
@@ -269,8 +224,9 @@ class TamiyoClient:
         return run_outcome(self.runs(run_id), run_id)
 
     def close(self) -> None:
-        """Closes the connection."""
-        self._channel.close()
+        """Closes the connections."""
+        for gateway in self._gateways.values():
+            gateway.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -280,20 +236,86 @@ class TamiyoClient:
     ) -> None:
         self.close()
 
-    def _call(self, call: Callable[..., Any], request: Message, wait_s: float) -> Any:
+    def _of_all(self, name: str, request: Message) -> list[Any]:
+        """Returns the answers of the gateways that have one.
+
+        Raises:
+            GatewayError: none of them has.
+        """
+        found: list[Any] = []
+        errors: list[GatewayError] = []
+        for gateway in self._gateways.values():
+            try:
+                found.append(gateway.call(name, request, 0.0, is_only=len(self._gateways) == 1))
+            except (UnknownRun, GatewayUnavailable) as error:
+                errors.append(error)
+        return found or raise_of(errors)
+
+    def _answers(self, request: PullRequest, ask: Ask) -> dict[str, Answer]:
+        """Asks several gateways at once; does not wait for all of them if they wait for steps and one has some."""
+        time.sleep(ask.pause_s)
+        deadline_s = time.monotonic() + ask.timeout_s
+        calls, heard = {}, threading.Semaphore(0)
+        for address, cursor in ask.cursors.items():
+            calls[address] = self._gateways[address].begin(request_after(request, cursor, ask.wait_s), ask.timeout_s)
+            calls[address].add_done_callback(lambda _: heard.release())
+        answers: dict[str, Answer] = {}
+        while len(answers) < len(calls) and heard.acquire(timeout=max(deadline_s - time.monotonic(), 0.0)):
+            for address, call in calls.items():
+                if address not in answers and call.done():
+                    answers[address] = self._gateways[address].answer(request.run_id, call)
+            if ask.wait_s and any(isinstance(answer, Page) and answer.packets for answer in answers.values()):
+                break
+        for address, call in calls.items():
+            if address not in answers:
+                call.cancel()
+                if not ask.wait_s:
+                    answers[address] = NoAnswer(f"gateway {address}: no answer within {ask.timeout_s:g} s")
+        return answers
+
+
+class _Gateway:
+    """The connection to one gateway."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.channel = (
+            grpc.insecure_channel(target.address, target.options)
+            if target.credentials is None
+            else grpc.secure_channel(target.address, target.credentials, target.options)
+        )
+        self._calls = {name: self.channel.unary_unary(*method(name), kind.FromString) for name, kind in ANSWERS.items()}
+
+    def call(self, name: str, request: Message, wait_s: float, *, is_only: bool = True) -> Any:
+        """Calls a method; if the gateway is unavailable and there is no other, retries until the time is over."""
         deadline_s = time.monotonic() + self._target.timeout_s + wait_s
         while True:
             try:
-                return call(
+                return self._calls[name](
                     request,
                     timeout=deadline_s - time.monotonic(),
                     metadata=self._target.metadata(),
-                    wait_for_ready=True,  # otherwise a channel that failed once may not reconnect while calls come
+                    wait_for_ready=is_only,  # otherwise a channel that failed once may not reconnect while calls come
                 )
             except grpc.RpcError as error:
-                if not may_retry(error, deadline_s):
+                if not (is_only and may_retry(error, deadline_s)):
                     raise_translated(error, self._target)
             time.sleep(RETRY_S)
+
+    def begin(self, request: Message, timeout_s: float) -> Any:
+        """Begins a pull, and returns it as a future."""
+        return self._calls["Pull"].future(request, timeout=timeout_s, metadata=self._target.metadata())
+
+    def answer(self, run_id: str, call: Any) -> Answer:
+        """Returns the outcome of a pull that is done."""
+        try:
+            return page_of(run_id, call.result())
+        except grpc.RpcError as error:
+            return translated(error, self._target)
+        except GatewayError as error:
+            return error
+        except grpc.FutureCancelledError:
+            return GatewayUnavailable(f"gateway {self._target.address}: the call was cancelled")
 
 
 def method(name: str) -> tuple[str, Callable[[Any], bytes]]:
@@ -306,14 +328,49 @@ def may_retry(error: Any, deadline_s: float) -> bool:
     return error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() + RETRY_S < deadline_s
 
 
+def targets_of(targets: str, *arguments: Any) -> list[Target]:
+    """Returns the gateways that a client's arguments name: addresses with commas between them, see ``Target.of``.
+
+    Raises:
+        ConfigurationError: the arguments cannot be used, or an address is given twice.
+    """
+    found = [Target.of(each.strip(), *arguments) for each in targets.split(",")]
+    if len({each.address for each in found}) < len(found):
+        raise ConfigurationError(f"target {targets!r}: an address is given twice")
+    return found
+
+
+def request_after(request: PullRequest, cursor: str, wait_s: float) -> PullRequest:
+    """Returns a pull after another cursor, which waits as long as this."""
+    changed = PullRequest.FromString(request.SerializeToString())
+    changed.cursor, changed.wait_s = cursor, wait_s
+    return changed
+
+
+def newest_ranks(of_gateways: Iterable[RunRanks]) -> RunRanks:
+    """Returns the comparison that has the newest step."""
+    return max(of_gateways, key=lambda ranks: (ranks.attempt, ranks.last_step))
+
+
+def raise_of(errors: Sequence[GatewayError]) -> NoReturn:
+    """Raises the error of several gateways, none of which has an answer."""
+    [error, *others] = sorted(errors, key=lambda each: isinstance(each, UnknownRun))
+    raise type(error)("; ".join(map(str, (error, *others)))) from error
+
+
 def raise_translated(error: Any, target: Target) -> NoReturn:
     """Raises the matching error of this package for an error of gRPC."""
+    raise translated(error, target) from error
+
+
+def translated(error: Any, target: Target) -> GatewayError:
+    """Returns the matching error of this package for an error of gRPC."""
     kind = _ERRORS.get(error.code(), GatewayError)
     reason = f"{error.code().name}: {error.details()}"
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         how = "without TLS" if target.credentials is None else "over TLS"
         reason = f"no gateway answered there, {how}, within {target.timeout_s:g} s"
-    raise kind(f"gateway {target.address}: {reason}") from error
+    return kind(f"gateway {target.address}: {reason}")
 
 
 def pull_request(run_id: str, cursor: str | None, rank: int | None, max_packets: int, wait_s: float) -> PullRequest:
@@ -357,25 +414,8 @@ def _page_of(run_id: str, response: PullResponse) -> Page:
             age_s=step.age_s,
             names=frozenset(step.names),
             writer=step.writer,
+            number=step.number,
         )
         for step in response.steps
     )
     return Page(steps, response.cursor, response.gap)
-
-
-def run_infos(response: RunsResponse) -> list[RunInfo]:
-    """Converts the response to a ``Runs`` call."""
-    return [_run_info(run) for run in response.runs]
-
-
-def run_outcome(runs: Iterable[RunInfo], run_id: str) -> str | None:
-    """Returns how the whole run ended, from a gateway's list of runs."""
-    return next((run.run_ended for run in runs if run.run_id == run_id), None)
-
-
-def _run_info(run: Run) -> RunInfo:
-    said = {name: getattr(run, name) for name in RunInfo.__slots__}
-    for name in ("first_step", "last_step", "ended", "run_ended"):
-        if not run.HasField(name):
-            said[name] = None
-    return RunInfo(**said)

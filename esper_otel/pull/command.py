@@ -19,7 +19,8 @@ from google.protobuf.message import Message
 from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.leyline.packets import Packets
 from esper_otel.local_ports import gateway_here
-from esper_otel.pull.client import RunInfo, TamiyoClient
+from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.infos import RunInfo
 from esper_otel.pull.messages import step_message
 from esper_otel.pull.views import RunRanks
 from esper_otel.text import printable
@@ -38,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         metavar="ADDRESS",
-        help="the gateway (127.0.0.1:4327; if nobody listens there, 127.0.0.1:4317, where esper-otel ui listens)",
+        help="the gateway, or several with commas between them (127.0.0.1:4327; if nobody listens there, "
+        "127.0.0.1:4317, where esper-otel ui listens)",
     )
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token")
     parser.add_argument(

@@ -42,6 +42,7 @@ Step = _classes["Step"]
 # Field numbers of Step and PullResponse, as tags: numbers, and fields that hold bytes, texts or messages.
 _STATE, _TELEMETRY, _ATTEMPT, _RANK, _STEP, _REVISION, _COMPLETE = 0x0A, 0x12, 0x18, 0x20, b"\x28", 0x30, 0x38
 _NAME, _WRITER = 0x4A, 0x52
+_NUMBER = b"\x58"
 _AGE_S, _AGE_BYTES = b"\x41", 9
 _STEPS, _CURSOR, _GAP = b"\x0a", 0x12, 0x18
 _DOUBLE = struct.Struct("<d")
@@ -58,6 +59,8 @@ def _step(packets: Packets) -> bytes:
     parts += [_field(_TELEMETRY, packet.SerializeToString()) for packet in packets.telemetry]
     if packets.step:
         parts += (_STEP, varint(packets.step))
+    if packets.number:
+        parts += (_NUMBER, varint(packets.number))
     parts.append(
         _beside(packets.attempt, packets.rank, packets.revision, packets.complete, packets.names, packets.writer)
     )
@@ -81,7 +84,7 @@ def page_bytes(steps: Iterable[tuple[bytes, float]], cursor: str, gap: int) -> b
     Args:
         steps: steps as ``step_bytes`` returns them, each with its age in seconds.
         cursor: the cursor for the next pull.
-        gap: number of steps that were dropped before the first one.
+        gap: number of steps before the first one that were dropped or have not arrived.
     """
     parts: list[bytes] = []
     for step, age_s in steps:

@@ -104,6 +104,7 @@ class Step(Message):
     complete: bool
     age_s: float
     writer: str
+    number: int
     @property
     def telemetry(self) -> RepeatedScalarFieldContainer[bytes]: ...
     @property
@@ -121,6 +122,7 @@ class Step(Message):
         age_s: float = ...,
         names: Iterable[str] = ...,
         writer: str = ...,
+        number: int = ...,
     ) -> None: ...
 
 class RanksRequest(Message):

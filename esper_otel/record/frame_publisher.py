@@ -27,6 +27,7 @@ from esper_otel.record import device
 from esper_otel.record.arrivals import Arrivals
 from esper_otel.record.names import Names
 from esper_otel.record.seeds import merged_tables, one_cell
+from esper_otel.record.signature import Signature, Signatures
 from esper_otel.record.tally import Tally
 from esper_otel.record.values import CONTEXT, VIOLATIONS, DeviceValues
 
@@ -36,12 +37,26 @@ _DEVICE_POLL_S = 0.001
 _DRAINING_TIMEOUT_S = 1.0
 
 _NAN = float("nan")
-
-# Layouts by the names recorded, then by the names derived.
-_Layouts: TypeAlias = dict[tuple[str, ...], dict[tuple[str, ...], Layout]]
+_NOTHING: tuple[tuple[str, ...], tuple[float, ...]] = ((), ())
+_NO_ENDS: tuple[tuple[str, ...], float | None] = ((), None)
 
 # Layouts kept; a script that makes names up in every step has others each time.
 _MOST_LAYOUTS = 4_000
+
+# Layouts by what was recorded, then by the names derived.
+_Layouts: TypeAlias = dict[Signature, dict[tuple[str, ...], Layout]]
+
+_LOWEST, _HIGHEST = -FLOAT32_BOUND, FLOAT32_BOUND  # a loss beyond these is not finite as a float32
+
+
+# What is the same in many steps: the values that stay in every frame, the readings of the probes, the numbers of both,
+# and the layouts of steps that have these names of both. A plain tuple is unpacked quickest.
+_Surroundings: TypeAlias = tuple[Mapping[str, float], Mapping[str, float], tuple[float, ...], _Layouts]
+
+# What a step changes before its row is added, as it was before: the sequence number of the row, the processors' states,
+# the last finite loss, and the live seeds, or None if the step does not change them. Then what the next step takes over
+# if there is no row: the seeds whose lives end before the step, and the values that stay from it on.
+_Before: TypeAlias = tuple[int, Any, float | None, Any, Sequence[str], Mapping[str, float] | None]
 
 
 class Draft(NamedTuple):
@@ -55,7 +70,6 @@ class Draft(NamedTuple):
         table: the seed rows recorded in it.
         failed: whether the step raised an exception.
         retired: seeds whose lives end before this step.
-        ended: seeds whose lives ended when the controller requested this step's state.
         context: values that stay in every frame from this one on.
         probed: readings from the probes.
     """
@@ -67,7 +81,6 @@ class Draft(NamedTuple):
     table: SeedTable = NO_SEEDS
     failed: bool = False
     retired: Sequence[str] = ()
-    ended: tuple[str, ...] = ()
     context: Mapping[str, float] | None = None
     probed: Mapping[str, float] = NO_READINGS
 
@@ -76,13 +89,19 @@ class Deriving(Protocol):
     """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
     Attributes:
-        reads_probes: whether the deriver also needs the readings of the probes.
+        needs_all: whether ``commit`` must be called, with all values of a step and the readings of the probes, because
+            the loss and the gradient norm are not enough.
+        states: what it knows of the steps before; never changed in place.
     """
 
-    reads_probes: bool
+    needs_all: bool
+    states: Any
 
     def commit(self, given: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Returns names and numbers of the derived metrics and advances to the next step."""
+
+    def commit_trends(self, loss: float, norm: float) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Does the same, given the loss and the gradient norm; NaN stands for a missing one."""
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
         """Returns what ``commit`` would, by name, without advancing."""
@@ -123,22 +142,22 @@ class FramePublisher:
         self.counters: Counters = Counters()
         self.warnings = warnings
         self.tally: Tally = Tally(ring, names, warnings, self.fault)
-        self.live: LiveSeeds = LiveSeeds()
+        self._live: LiveSeeds = LiveSeeds()
         self.last_finite_loss: float | None = None
         self.published: Callable[[], None] | None = None  # called after each step
         self.alarmed: Callable[[], None] | None = None  # called after a loss that is not finite
         self.waiting: deque[tuple[Draft, DeviceValues | None]] = deque()
         self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
+        self._is_unsettled = True  # the device may be unknown, or ``settle_run`` not yet called
+        self.signatures: Signatures = Signatures()
         self._deriving = deriving
-        self._context = dict(context)
-        self._probed: Mapping[str, float] = NO_READINGS
-        # Values of the context and of probes, and the layouts of steps that have these.
-        self._beside: tuple[float, ...] = ()
-        self._layouts: _Layouts = {}
-        self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], _Layouts] = {}
         self._count = 0
-        self._surround(None, NO_READINGS)
+        self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], _Layouts] = {}
+        self._surroundings = self._surrounded(context, NO_READINGS)
+        self._before: _Before | None = None  # while a step is being published, or after Ctrl-C has stopped that
+        self._owed: tuple[Sequence[str], Mapping[str, float] | None] | None = None  # retired seeds and context
+        self._first: tuple[int, Draft] | None = None  # of the waiting steps, the one that is being published
         self._draining = threads().Lock()
 
     def publish_later(self, draft: Draft, held: DeviceValues | None) -> None:
@@ -198,12 +217,18 @@ class FramePublisher:
     def _publish_first(self, held: DeviceValues | None) -> None:
         """Publishes the first waiting step. If that fails, drops it, so that later steps are still published."""
         draft, _ = self.waiting[0]
+        if self._first is not None and self._first[1] is draft and self._first[0] <= self.ring.last:
+            self.waiting.popleft()  # Ctrl-C came after it had been published
+            return
         try:
-            self.publish(*(draft if held is None else self._with_arrived(draft, held)))
+            if held is not None:
+                draft = self._with_arrived(draft, held)
+                self.waiting[0] = draft, None  # if Ctrl-C comes now, it is published later
+            self._first = self.ring.last + 1, draft
+            self._publish_draft(draft)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not hold up later steps
             self.fault("publishing a step", error)
-        finally:
-            self.waiting.popleft()  # not earlier: a step that ends meanwhile must queue after it
+        self.waiting.popleft()  # not earlier: a step that ends meanwhile must queue after it
 
     def fault(self, where: str, error: Exception) -> None:
         """Counts and logs a fault of the telemetry; training continues."""
@@ -231,6 +256,17 @@ class FramePublisher:
             values.setdefault("h2d_copy_ms", copy_ms)
         return draft._replace(values=self.names.kept(values), context=context, table=table)
 
+    def _publish_draft(self, draft: Draft) -> None:
+        step, epoch, time_unix_ns, values, table, failed, retired, context, probed = draft
+        recorded, numbers = self.signatures.of(tuple(values)), tuple(values.values())
+        self.publish(step, epoch, time_unix_ns, recorded, numbers, table, failed, retired, context, probed)
+
+    @property
+    def live(self) -> LiveSeeds:
+        """The live seeds, after the last step that was published."""
+        self._go_back()
+        return self._live
+
     def is_settled(self, table: SeedTable) -> bool:
         """Whether every cell of the table is already known to be valid. Belongs to the recording thread.
 
@@ -243,75 +279,114 @@ class FramePublisher:
         step: int,
         epoch: int,
         time_unix_ns: int,
-        values: Mapping[str, float],
+        recorded: Signature,
+        numbers: tuple[float, ...],
         table: SeedTable = NO_SEEDS,
         failed: bool = False,
         retired: Sequence[str] = (),
-        ended: tuple[str, ...] = (),
         context: Mapping[str, float] | None = None,
         probed: Mapping[str, float] = NO_READINGS,
     ) -> None:
-        """Publishes a step at once; allowed only while no earlier step waits. For the arguments see ``Draft``."""
-        live, violations = self.live, None
-        if retired or ended:
-            ended = (*ended, *live.retire(retired))
-        if table.ids:
-            table, violations = self._stepped(table)
-        deriving = self._deriving
-        derived: tuple[str, ...] = ()
-        numbers: tuple[float, ...] = ()
-        if failed:
-            self.counters.failed += 1
+        """Publishes a step at once; allowed only while no earlier step waits.
+
+        Ctrl-C may interrupt it anywhere: what it has changed stands if the row is in the ring, and is undone otherwise.
+        For the arguments see ``Draft``; ``recorded`` and ``numbers`` are the names and values recorded in the step.
+        """
+        if self._before is not None or self._owed is not None:
+            retired, context = self._recovered(retired, context)
+        ring, deriving, live = self.ring, self._deriving, self._live
+        has_seeds = table is not NO_SEEDS or bool(retired)
+        seeds = live.state if has_seeds else None
+        self._before = (ring.last + 1, deriving.states, self.last_finite_loss, seeds, retired, context)
+        self._owed = None
+        ended, violations = _NO_ENDS
+        if has_seeds:
+            ended = live.retire(retired)
+            if table.ids:
+                table, violations = self._stepped(table)
+        loss = _NAN if recorded.loss < 0 else numbers[recorded.loss]
+        if failed or deriving.needs_all:
+            self.counters.failed += failed
+            derived, computed = _NOTHING if failed else deriving.commit({**probed, **recorded.dict_of(numbers)})
         else:
-            derived, numbers = deriving.commit({**probed, **values} if deriving.reads_probes else values)
-        if not self.run.device_type or self.settle_run is not None:
+            derived, computed = deriving.commit_trends(loss, _NAN if recorded.norm < 0 else numbers[recorded.norm])
+        if self._is_unsettled:
             self._settle_run()
-        loss = values.get("loss", _NAN)
-        has_loss = -FLOAT32_BOUND < loss < FLOAT32_BOUND
+        has_loss = _LOWEST < loss < _HIGHEST
         if has_loss:
             self.last_finite_loss = loss
         if not has_loss or violations is not None or failed or self.counters.backwards:
-            values = {**values, **self._notes(violations, has_loss=has_loss, failed=failed)}
-        if context or probed is not self._probed:
-            self._surround(context, probed)
-        names = tuple(values)
-        layouts = self._layouts.get(names)
-        layout = None if layouts is None else layouts.get(derived)
-        if layout is None:
-            layout = self._compiled(derived, names)
-        numbers += self._beside + tuple(values.values())
-        self.ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, live.table, ended)
+            notes = self._notes(violations, has_loss=has_loss, failed=failed)
+            recorded, numbers = self.signatures.of((*recorded.names, *notes)), (*numbers, *notes.values())
+        _, before, beside, layouts = self._surroundings
+        if context or probed is not before:
+            _, _, beside, layouts = self._surround(context, probed)
+        try:
+            layout = layouts[recorded][derived]
+        except KeyError:
+            layout = self._compiled(derived, recorded)
+        numbers = computed + beside + numbers
+        ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, live.table, ended)
+        self._before = None
         if self.published is not None:
             self.published()
-        if not has_loss and self.alarmed is not None and "loss" in values:
+        if not has_loss and recorded.loss >= 0 and self.alarmed is not None:
             self.alarmed()
 
-    def _surround(self, context: Mapping[str, float] | None, probed: Mapping[str, float]) -> None:
-        """Takes the values that are the same in many steps: the context and the readings of probes."""
-        if context:
-            self._context = {**self._context, **context}
-            self.counters.nonfinite += sum(value - value != 0.0 for value in context.values())
-        self._probed = probed
-        self._beside = (*self._context.values(), *probed.values())
-        self._layouts = self._all_layouts.setdefault((tuple(self._context), tuple(probed)), {})
+    def _go_back(self) -> None:
+        """Undoes what a step has changed that Ctrl-C has stopped, unless its row is in the ring."""
+        before = self._before
+        if before is None:
+            return
+        sequence, states, last_finite_loss, seeds, retired, context = before
+        if sequence > self.ring.last:
+            if retired or context:
+                self._owed = retired, context
+            self._deriving.states = states
+            self.last_finite_loss = last_finite_loss
+            if seeds is not None:
+                self._live.state = seeds
+        self._before = None
 
-    def _compiled(self, derived: tuple[str, ...], recorded: tuple[str, ...]) -> Layout:
+    def _recovered(
+        self, retired: Sequence[str], context: Mapping[str, float] | None
+    ) -> tuple[Sequence[str], Mapping[str, float] | None]:
+        """Undoes a step that was not published, and adds what it should have ended or set for all later ones."""
+        self._go_back()
+        earlier, values = self._owed or ((), None)
+        return tuple(dict.fromkeys((*earlier, *retired))), {**(values or {}), **(context or {})}
+
+    def _surround(self, context: Mapping[str, float] | None, probed: Mapping[str, float]) -> _Surroundings:
+        """Takes the values that are the same in many steps: the context and the readings of probes."""
+        before = self._surroundings[0]
+        self._surroundings = around = self._surrounded({**before, **context} if context else before, probed)
+        if context:
+            self.counters.nonfinite += sum(value - value != 0.0 for value in context.values())
+        return around
+
+    def _surrounded(self, context: Mapping[str, float], probed: Mapping[str, float]) -> _Surroundings:
+        layouts = self._all_layouts.setdefault((tuple(context), tuple(probed)), {})
+        return context, probed, (*context.values(), *probed.values()), layouts
+
+    def _compiled(self, derived: tuple[str, ...], recorded: Signature) -> Layout:
         """Compiles the layout of a step, and keeps it for those that have the same names."""
         self._count += 1
         if self._count > _MOST_LAYOUTS:
             self._all_layouts, self._count = {}, 0
-            self._surround(None, self._probed)
-        layout = Layout(derived, tuple(self._context), tuple(self._probed), recorded)
-        self._layouts.setdefault(recorded, {})[derived] = layout
+            self._surround(None, self._surroundings[1])
+        context, probed, _, layouts = self._surroundings
+        layout = Layout(derived, tuple(context), tuple(probed), recorded.names)
+        layouts.setdefault(recorded, {})[derived] = layout
         return layout
 
     def _stepped(self, table: SeedTable) -> tuple[SeedTable, float | None]:
         """Commits a step's seed rows. Returns the rows that count as recorded and the number of new violations."""
-        settled = self.live.settled(table)
+        live = self._live
+        settled = live.settled(table)
         if settled is not None:
-            return settled, self.live.settled_violations
-        seeds = self.live.step(table)
-        self.live.commit(seeds)
+            return settled, live.settled_violations
+        seeds = live.step(table)
+        live.commit(seeds)
         if seeds.nonfinite:
             self.counters.nonfinite += seeds.nonfinite
         if seeds.out_of_range:
@@ -339,11 +414,17 @@ class FramePublisher:
     def preview(self, draft: Draft) -> Frame:
         """Returns the frame that the step would have if it ended now; commits nothing."""
         self.drain(wait=True)
-        step, epoch, time_unix_ns, values, table, *_, context, probed = draft
-        seeds = self.live.step(table)
-        derived = self._deriving.peek({**probed, **values} if self._deriving.reads_probes else values)
-        has_loss = -FLOAT32_BOUND < values.get("loss", _NAN) < FLOAT32_BOUND
+        step, epoch, time_unix_ns, values, table, _, retired, context, probed = draft
+        live = self.live
+        retired, context = self._recovered(retired, context)
+        self._before = (self.ring.last + 1, self._deriving.states, self.last_finite_loss, live.state, (), None)
+        live.retire(retired)
+        seeds = live.step(table)
+        self._go_back()
+        derived = self._deriving.peek({**probed, **values} if self._deriving.needs_all else values)
+        has_loss = _LOWEST < values.get("loss", _NAN) < _HIGHEST
         values = {**values, **self._notes(seeds.violations, has_loss=has_loss)}
+        staying = self._surroundings[0]
         return Frame(
             self.run,
             self.ring.last + 1,
@@ -352,7 +433,7 @@ class FramePublisher:
             time_unix_ns,
             tuple(values),
             tuple(values.values()),
-            {**self._context, **context} if context else self._context,
+            {**staying, **context} if context else staying,
             seeds.recorded,
             seeds.live,
             (),
@@ -376,6 +457,7 @@ class FramePublisher:
             self.run = settle(self.run)
         if not self.run.device_type:
             self.settle_on_cpu()
+        self._is_unsettled = not self.run.device_type
 
     def settle_on_cpu(self) -> None:
         """Sets the training device to the CPU if torch is imported and CUDA has not been initialised."""

@@ -23,7 +23,6 @@ class OpenStep:
     """
 
     __slots__ = (
-        "_ended",
         "_failed",
         "_held",
         "_known",
@@ -58,7 +57,6 @@ class OpenStep:
         self._held: DeviceValues | None = None
         self._retired: Sequence[str] = ()  # before the step
         self._retiring: list[str] = []  # after it
-        self._ended: tuple[str, ...] = ()
         self._waited_ms: float | None = None
         self._failed = False
         self._started_s = 0.0

@@ -14,6 +14,7 @@ from esper_otel.record.next_step import NextStep
 from esper_otel.record.open_step import OpenStep
 from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
+from esper_otel.record.signature import Signature
 from esper_otel.record.values import (
     CONTEXT,
     UINT32_MAX,
@@ -46,8 +47,12 @@ _NOBODY: Sequence[str] = ()
 class Probing(Protocol):
     """The interface that recording requires of the probes."""
 
+    @property
+    def shown(self) -> tuple[Mapping[str, float], float]:
+        """The newest readings, and until when they are fresh: a time of ``time.monotonic``."""
+
     def readings(self, now_s: float) -> Mapping[str, float]:
-        """Returns the readings that are still fresh at ``now_s``, a time of ``time.monotonic``."""
+        """Returns the readings that are still fresh at ``now_s``."""
 
 
 class Recorder:
@@ -81,6 +86,7 @@ class Recorder:
         self._to_state = to_state
         self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
+        self._recorded = publisher.signatures.of(())  # of the last step recorded in one call
 
     # -- steps -------------------------------------------------------------------------------------------
 
@@ -88,11 +94,17 @@ class Recorder:
         """Opens a step: gives it its number and its time."""
         if self.open_step is not None and self._still_open():
             raise WrongState(f"step {self.open_step.global_step} is still open: one step at a time")
-        step.global_step = self._numbered(step._numbered)
+        number = step._numbered
+        if number is None:
+            self.highest_step = number = self.highest_step + 1
+        else:
+            self._note_number(number)
+        step.global_step = number
         step.time_unix_ns = self.clock.stamp()
-        if self.next_step.is_anything:
-            step._waited_ms, step._table, step._retired = self.next_step.take()
-        step._retiring = self.next_step.retiring
+        following = self.next_step
+        if following.is_anything:
+            step._waited_ms, step._table, step._retired = following.take()
+        step._retiring = following.retiring
         self.open_step = step
         step._known = self.publisher.live.ids
 
@@ -107,10 +119,8 @@ class Recorder:
             self.finish(step, time.perf_counter())
         return False
 
-    def _numbered(self, given: int | None) -> int:
-        if given is None:
-            self.highest_step += 1
-            return self.highest_step
+    def _note_number(self, given: int) -> None:
+        """Takes a number that the trainer has given to a step."""
         if given > self.highest_step:
             self.highest_step = given
         else:
@@ -118,7 +128,6 @@ class Recorder:
             self.publisher.warnings.say(
                 "backwards", "step %d is not above %d, the highest step so far; kept as given", given, self.highest_step
             )
-        return given
 
     def finish(self, step: OpenStep, now_s: float) -> None:
         """Hands a step that has ended to the publisher. Never raises; faults are counted and logged."""
@@ -145,16 +154,17 @@ class Recorder:
                     values.setdefault("samples_per_s", step._samples * 1e3 / cycle_ms)
             self._last_end_s = now_s
             table = step._all_rows() if step._rows or step._table is not None else NO_SEEDS
+            recorded, numbers = self.publisher.signatures.read(values)
             self._publish(
                 step._held,
                 step.global_step,
                 step.epoch,
                 step.time_unix_ns,
-                values,
+                recorded,
+                numbers,
                 table,
                 step._failed,
                 step._retired,
-                step._ended,
             )
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
@@ -163,35 +173,61 @@ class Recorder:
         """Records a whole step in one call, with values that the trainer has measured itself."""
         if self.open_step is not None and self._still_open():
             raise WrongState("record_step() inside an open step: use now.put() there")
-        if values.__class__ is not dict and not isinstance(values, Mapping):
-            raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")
         if epoch.__class__ is not int or not 0 <= epoch <= UINT32_MAX:
             epoch = whole("epoch", epoch, UINT32_MAX)
-        held = None
-        given: Mapping[str, Any] = values
-        if not self.names.recordable.issuperset(given):
-            given = self.names.resolved(given)
-        # Only floats are recorded without conversion. Counting compares classes by identity, without hashing them.
-        if [*map(type, given.values())].count(float) != len(given):
-            given, tensors = read(given)
-            held = self._held_of(tensors)
+        # Most steps have the names of the one before, and floats.
+        recorded, held = self._recorded, None
+        is_usual = values.__class__ is dict and len(values) == recorded.count
+        try:
+            numbers = recorded.numbers_of(values) if is_usual else ()
+        except KeyError:
+            is_usual = False
+        if not is_usual or [*map(type, numbers)] != recorded.floats:
+            recorded, numbers, held = self._converted(values)
         if global_step is not None:
             global_step = whole("global_step", global_step, UINT64_MAX)
         if samples is not None:
             samples = whole("samples", samples, UINT64_MAX)
         try:
             table, retired = NO_SEEDS, _NOBODY
-            if self.next_step.is_anything:
-                waited_ms, recorded, retired = self.next_step.take()
-                table = recorded or NO_SEEDS
-                if waited_ms is not None:
-                    given = {"input_wait_ms": waited_ms, **given}
-            if samples is not None:
-                given = {**given, **self._rate(samples, given)}
-            step = self._numbered(global_step)
-            self._publish(held, step, epoch, self.clock.stamp(), given, table, False, retired)
+            if samples is not None or self.next_step.is_anything:
+                waited_ms, rows, retired = self.next_step.take()
+                table = rows or NO_SEEDS
+                recorded, numbers = self._timed(recorded, numbers, waited_ms, samples)
+            if global_step is None:
+                self.highest_step = global_step = self.highest_step + 1
+            else:
+                self._note_number(global_step)
+            self._publish(held, global_step, epoch, self.clock.stamp(), recorded, numbers, table, False, retired)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
+
+    def _converted(self, values: Mapping[str, Any]) -> tuple[Signature, tuple[float, ...], DeviceValues | None]:
+        """Returns names, numbers and what is still on a device, of values of any names and types."""
+        if not isinstance(values, Mapping):
+            raise InvalidValue("record_step", f"takes a mapping of names to values, not {type(values).__name__}")
+        if not self.names.recordable.issuperset(values):
+            values = self.names.resolved(values)
+        # Counting compares classes by identity, without hashing them.
+        held = None
+        if [*map(type, values.values())].count(float) != len(values):
+            values, tensors = read(values)
+            held = self._held_of(tensors)
+        recorded = self.publisher.signatures.of(tuple(values))
+        if not self.names.left_out and held is None:
+            self._recorded = recorded
+        return recorded, tuple(values.values()), held
+
+    def _timed(
+        self, recorded: Signature, numbers: tuple[float, ...], waited_ms: float | None, samples: int | None
+    ) -> tuple[Signature, tuple[float, ...]]:
+        """Adds the time waited for input and the rate of samples to names and numbers, unless they were given."""
+        given = recorded.dict_of(numbers)
+        if waited_ms is not None:
+            given = {"input_wait_ms": waited_ms, **given}
+        if samples is not None:
+            given |= self._rate(samples, given)
+        return self.publisher.signatures.read(given)
 
     def _publish(
         self,
@@ -199,26 +235,32 @@ class Recorder:
         step: int,
         epoch: int,
         time_unix_ns: int,
-        values: Mapping[str, float],
+        recorded: Signature,
+        numbers: tuple[float, ...],
         table: SeedTable,
         failed: bool = False,
         retired: Sequence[str] = (),
-        ended: tuple[str, ...] = (),
     ) -> None:
-        context = None
+        context, publisher = None, self.publisher
         if self.next_step.is_anything and (self.next_step.context or self.next_step.tensors):
             held, context = self.next_step.take_context(held)
         if self.names.left_out:
-            values = self.names.kept(values)
+            values = self.names.kept(recorded.dict_of(numbers))
+            recorded, numbers = publisher.signatures.read(values)
         probed = self._probed()
-        if held is None and not self.publisher.waiting:
-            self.publisher.publish(step, epoch, time_unix_ns, values, table, failed, retired, ended, context, probed)
-        else:  # a copy of the values, since the caller may change them before the step is published
-            draft = Draft(step, epoch, time_unix_ns, {**values}, table, failed, retired, ended, context, probed)
-            self.publisher.publish_later(draft, held)
+        if held is None and not publisher.waiting:
+            publisher.publish(step, epoch, time_unix_ns, recorded, numbers, table, failed, retired, context, probed)
+        else:
+            values = recorded.dict_of(numbers)
+            draft = Draft(step, epoch, time_unix_ns, values, table, failed, retired, context, probed)
+            publisher.publish_later(draft, held)
 
     def _probed(self) -> Mapping[str, float]:
-        return NO_READINGS if self._probing is None else self._probing.readings(time.monotonic())
+        if self._probing is None:
+            return NO_READINGS
+        readings, until_s = self._probing.shown
+        now_s = time.monotonic()
+        return readings if now_s < until_s else self._probing.readings(now_s)
 
     def _rate(self, samples: int, given: Mapping[str, float]) -> dict[str, float]:
         """Returns ``samples_per_s`` for ``record_step``, unless it was given or the step's duration is unknown."""
@@ -272,9 +314,6 @@ class Recorder:
         """Returns the packet of an open step; see ``Step.state``."""
         publisher = self.publisher
         publisher.drain(wait=True)
-        if step._retired:
-            step._ended += publisher.live.retire(step._retired)
-            step._retired = ()
         if self.next_step.tensors:
             step._hold(self.next_step.tensors)
             self.next_step.tensors = {}
@@ -297,6 +336,7 @@ class Recorder:
                     step.time_unix_ns,
                     self.names.kept(values),
                     step._all_rows(),
+                    retired=step._retired,
                     context=self.next_step.context,
                     probed=self._probed(),
                 )

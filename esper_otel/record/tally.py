@@ -17,6 +17,7 @@ from esper_otel.record.names import Names
 _EVERY_S = 0.5
 _AT_ONCE = 4_096
 _TURN_S = 1.0
+_GREATEST = np.finfo(np.float64).max
 
 
 class Tally:
@@ -79,14 +80,24 @@ class Tally:
             self._turn.release()
 
     def _count(self, block: Block) -> None:
-        recorded = [column for column, name in enumerate(block.names) if name in block.recorded]
-        values = block.values[:, recorded]
+        names, values = self._suspects(block)
+        if not names:
+            return
         odd = ~np.isfinite(values) & (values.view(np.uint64) != ABSENT_BITS)
         self.nonfinite += int(np.count_nonzero(odd))
-        for name, outside in self._outside([block.names[column] for column in recorded], values):
+        for name, outside in self._outside(names, values):
             self.out_of_range += len(outside)
             hint = "; give a share of 1, not a percentage" if name == "accuracy" else ""
             self._warnings.say(f"range {name}", "%s = %g is out of range; kept as given%s", name, outside[0], hint)
+
+    def _suspects(self, block: Block) -> tuple[list[str], Any]:
+        """Returns names and columns of recorded values that are not all finite and in range."""
+        with np.errstate(invalid="ignore"):  # the least of numbers with a NaN among them is NaN, which is not in range
+            least, most = block.values.min(axis=0), block.values.max(axis=0)
+            low, high = self._names.lowest(block.names), self._names.highest(block.names)
+            is_good = (least >= low.clip(-_GREATEST)) & (most <= high.clip(None, _GREATEST))
+        suspects = [column for column in np.flatnonzero(~is_good).tolist() if block.names[column] in block.recorded]
+        return [block.names[column] for column in suspects], block.values[:, suspects]
 
     def _outside(self, names: list[str], values: Any) -> Iterator[tuple[str, Any]]:
         """Yields the values that are out of range, by name."""

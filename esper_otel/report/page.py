@@ -44,14 +44,16 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     """
     both = [recording] if other is None else [recording, other]
     names = [recording.title] if other is None else list(names_of(recording, other))
-    above = [f"<h1>{_shown(' and '.join(names))}</h1>", *map(_about, both, names if other else [""])]
+    above = [f"<h1>{_shown(' and '.join(names))}</h1>"]
+    of_each: list[str] = []
     for each, name in zip(both, names, strict=True):
-        above.append(_answers(name if other else "", findings(each)))
-    below = []
-    if other is not None:  # the comparison comes first: with what is found in each run, the charts would be far below
-        of_each, above = above[-2:], above[:-2]
-        above.append(_answers(f"{names[0]} and {names[1]}", compared(recording, other)))
-        below += of_each
+        head = f"<h2>{_shown(name)}</h2>" if other else ""
+        of_each.append(f"<section>{head}{_about(each)}{_answers(findings(each))}</section>")
+    if other is None:
+        above += of_each
+    else:  # the comparison comes first: with what is found in each run, the charts would be far below
+        above.append(f"<section>{_answers(compared(recording, other))}</section>")
+    below = [] if other is None else of_each
     lives = _lives(recording)
     for each, name in zip(both, names, strict=True):
         of_name = f" of {name}" if other else ""
@@ -127,8 +129,8 @@ def _bars(recording: Recording, changes: Sequence[tuple[int, float]]) -> Iterato
 # -- what stands above and below ---------------------------------------------------------------------------
 
 
-def _about(recording: Recording, name: str) -> str:
-    parts = [name, _dates(recording), _which(recording)]
+def _about(recording: Recording) -> str:
+    parts = [_dates(recording), _which(recording)]
     parts += [f"{what} {text}" for what, text in recording.about]
     if recording.ended:
         parts.append(f"ended: {recording.ended}")
@@ -153,13 +155,12 @@ def _dates(recording: Recording) -> str:
     return f"{first:%Y-%m-%d %H:%M:%S} to {last:{end}} UTC"
 
 
-def _answers(about: str, found: Iterable[Finding]) -> str:
+def _answers(found: Iterable[Finding]) -> str:
     rows = []
     for each in found:
         answer = "<br>".join(map(_shown, (each.answer, *each.lines)))
         rows.append(f"<dt>{_shown(each.question)}</dt><dd{' class=bad' if each.is_bad else ''}>{answer}</dd>")
-    head = f"<h2>{_shown(about)}</h2>" if about else ""
-    return f"<section>{head}<dl>{''.join(rows)}</dl></section>"
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 def _lives(recording: Recording) -> Lives:

@@ -18,7 +18,8 @@ from esper_otel.frames.frame import Frame
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.parts.senders import is_valid
-from esper_otel.pull.client import RunInfo, TamiyoClient
+from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.infos import RunInfo
 from esper_otel.pull.views import RunRanks
 from esper_otel.schema import METRICS, SEED_CELLS, STEP_METRICS
 from esper_otel.text import printable

@@ -697,6 +697,21 @@ SESSION: tuple[Metric, ...] = (
         level="session",
         present="With ESPER_ON_MISTAKE=warn; otherwise mistakes are raised.",
     ),
+    Metric(
+        "esper.risk.threshold",
+        "1",
+        "Threshold of a risk signal that the run has set itself, by signal; 1e308 if it has disabled the signal.",
+        level="session",
+        split_by="signal",
+        present="For the signals in ESPER_RISK_THRESHOLDS.",
+    ),
+    Metric(
+        "esper.alerts.muted",
+        "flag",
+        "1 when the rules for Prometheus shall raise no alert for the run.",
+        level="session",
+        present="When the Resource has the attribute esper.alerts=off.",
+    ),
     Metric("esper.frames.recorded", "count", "Frames published.", kind="counter", level="session"),
     Metric(
         "esper.frames.exported",

@@ -201,6 +201,8 @@ class _Session:
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder()
+        is_muted = self._resource_of(run).attributes.get("esper.alerts") == "off"
+        self._for_alerts = for_alerts(settings.risk_thresholds, is_muted=is_muted)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
@@ -382,6 +384,7 @@ class _Session:
         }
         if self._mistakes is not None:
             counts["esper.mistakes", ""] = self._mistakes.count
+        counts.update(self._for_alerts)
         if exporter is not None:
             counts["esper.frames.exported", ""] = exporter.exported
             counts["esper.export.queue", ""] = exporter.waiting
@@ -553,6 +556,15 @@ def _close_earlier(rank: int) -> None:
 
 def _gradient_math() -> Any:
     return importlib.import_module("esper_otel.derive.gradients")
+
+
+def for_alerts(thresholds: Mapping[str, float], *, is_muted: bool) -> dict[tuple[str, str], float]:
+    """Returns what the rules for Prometheus must know of a run: its own thresholds, and whether it is muted.
+
+    A disabled signal has the threshold 1e308, because not every receiver takes infinity.
+    """
+    own = {("esper.risk.threshold", name): min(value, 1e308) for name, value in thresholds.items()}
+    return own | ({("esper.alerts.muted", ""): 1.0} if is_muted else {})
 
 
 def _declared(

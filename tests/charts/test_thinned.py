@@ -7,6 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper_otel.charts.groups import described
 from esper_otel.charts.thinned import Step, Thinned
 
 VALUES = st.one_of(st.none(), st.floats(width=32), st.sampled_from([math.nan, math.inf, -math.inf]))
@@ -54,3 +55,9 @@ def test_a_metric_that_comes_late_is_missing_before() -> None:
     thinned.add([Step(2, 0, 2.0, {"b": 2.0})])
     metrics = thinned.series()["metrics"]
     assert (metrics["a"]["last"], metrics["b"]["last"]) == ([1.0, None], [None, 2.0])
+
+
+def test_a_metric_of_the_users_own_has_the_unit_that_its_name_ends_with() -> None:
+    names = ("tokens_per_s", "wait_ms", "sync_s", "cache_bytes", "hit_percent", "bonus")
+    units = {each.name: each.unit for each in described(names)}
+    assert units == dict(zip(names, ("rate", "ms", "s", "bytes", "%", ""), strict=True))

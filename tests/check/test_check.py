@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -33,6 +34,8 @@ from esper_otel.export.resource import resource_for
 from esper_otel.frames.ring import blocks_of
 from esper_otel.schema import METRICS, SEED_CELLS, SEED_FIELDS, is_check
 from esper_otel.testing import MemoryCollector
+
+pytestmark = pytest.mark.own_code
 
 E = "OTEL_EXPORTER_OTLP_"
 PROTOCOLS = ["grpc", "http/protobuf"]
@@ -347,8 +350,12 @@ def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> Non
     with MemoryCollector() as collector:
         command = [sys.executable, "-m", "esper_otel", "check", "--through", "--gateway", "127.0.0.1:1"]
         checking = subprocess.Popen(command, env={**os.environ, **at(collector, "grpc")}, stdout=subprocess.DEVNULL)
-        until("the run of two ranks came", lambda: collector.frames_received > 2)
+
+        def ranks(name: str) -> set[Any]:
+            of_two = (each for each in collector.points() if str(each.resource.get("esper.world_size")) == "2")
+            return {each.resource["esper.rank"] for each in of_two if each.name == name}
+
+        until("the run of two ranks came", lambda: ranks("loss") == {0, 1})
         checking.send_signal(number)
-        assert checking.wait(20) == 128 + number
-        points = [point for point in collector.points() if str(point.resource.get("esper.world_size")) == "2"]
-    assert {point.resource["esper.rank"] for point in points if point.name == "esper.run.ended"} == {0, 1}
+        assert checking.wait(120) == 128 + number
+        assert ranks("esper.run.ended") == {0, 1}

@@ -41,6 +41,9 @@ HEALTHY = {
     "gpu_mem_used_gb": "30+0x360",
     "cpu_util_percent": "50+0x360",
     "esper.frames.dropped": "0+0x360",
+    "esper.values.nonfinite": "0+0x360",
+    "esper.memory.process_gb": "4+0.001x360",
+    "esper.memory.host_available_gb": "100-0.001x360",
 }
 AN_HOUR_THEN = "{before}+0x240 {then}+0x120"
 
@@ -51,6 +54,7 @@ class Case(NamedTuple):
     series: dict[str, str]
     at: str
     fires: set[str]
+    other_ranks: int = 0  # which are healthy
 
 
 def cases() -> dict[str, Case]:
@@ -58,15 +62,25 @@ def cases() -> dict[str, Case]:
     found = {}
     for rule, alert in zip(RULES, risks(OURS), strict=True):
         metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
-        beyond = rule.threshold * 1.001 + 0.001
         usual = rule.threshold / 2
+        beyond = rule.threshold * 1.6 + 0.001  # above three times what is usual for it
         series = {metric: f"{usual}+0x40 {beyond} {usual}+0x318"}
+        if alert.pending != "0s":
+            series = {metric: f"{usual}+0x20 {2 * usual}+0x340"}
         if rule.and_below is not None:
             series[BY_KEY[rule.and_below[0]].name] = "0.1+0x360"
         fires = {alert.name} | ({"EsperGpuMemoryNearlyFull"} if rule.and_below is not None else set())
         found[alert.name] = Case(series, "10m30s", fires)
     found["EsperRunStuck"] = Case(dict.fromkeys(HEALTHY, "1+0x200") | {"loss": "1+0x200"}, "70m", {"EsperRunStuck"})
     found["EsperLossNotFinite"] = Case({"loss": "1+0x40 NaN 1+0x318"}, "10m30s", {"EsperLossNotFinite"})
+    found["EsperValuesNotFinite"] = Case(  # the backend drops NaN
+        {"esper.values.nonfinite": "0+0x40 4+4x320"}, "30m", {"EsperValuesNotFinite"}
+    )
+    found["EsperMemoryGrowing"] = Case(  # 1 MB a step, 5 steps a second
+        {"esper.memory.process_gb": "4+0.075x360", "esper.memory.host_available_gb": "60-0.075x360"},
+        *("60m", {"EsperMemoryGrowing"}),
+    )
+    found["EsperRankSlow"] = Case({"step_latency_ms": "150+0x360"}, "30m", {"EsperRankSlow"}, 2)
     found["EsperThroughputDrop"] = Case(
         {"samples_per_s": AN_HOUR_THEN.format(before=1000, then=500)}, "72m", {"EsperThroughputDrop"}
     )
@@ -82,14 +96,16 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def series_of(naming: Naming, values: dict[str, str], run_id: str = "digits-7") -> list[dict[str, str]]:
-    """Input series of one run and rank."""
-    labels = f'run_id="{run_id}",rank="0",' if naming.has_labels else ""
+def series_of(
+    naming: Naming, values: dict[str, str], run_id: str = "digits-7", rank: int = 0, more: str = ""
+) -> list[dict[str, str]]:
+    """Input series of one run and rank; ``more`` are further labels."""
+    labels = f'run_id="{run_id}",rank="{rank}",' if naming.has_labels else ""
     found = []
     for metric, text in values.items():
-        more = ',reason="buffer full"' if metric == "esper.frames.dropped" else ""
-        name = naming.name(metric)
-        found.append({"series": f'{name}{{{labels}instance="{run_id}/0",job="esper-tolaria"{more}}}', "values": text})
+        reason = ',reason="buffer full"' if metric == "esper.frames.dropped" else ""
+        name = f'{naming.name(metric)}{{{labels}instance="{run_id}/{rank}",job="esper-tolaria"{reason}{more}}}'
+        found.append({"series": name, "values": text})
     return found
 
 
@@ -106,10 +122,11 @@ def run(naming: Naming, folder: Path, tests: list[dict[str, Any]]) -> None:
 
 def expecting(case: Case, naming: Naming, more: list[dict[str, str]] | None = None) -> dict[str, Any]:
     """A test of promtool's: exactly these alerts fire."""
+    more = [*(more or []), *(each for n in range(case.other_ranks) for each in series_of(naming, HEALTHY, rank=n + 1))]
     samples = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in sorted(case.fires)]
     return {
         "interval": "15s",
-        "input_series": [*series_of(naming, case.series), *(more or [])],
+        "input_series": [*series_of(naming, case.series), *more],
         "promql_expr_test": [
             {
                 "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
@@ -154,6 +171,40 @@ def test_a_busy_cpu_alarms_nobody_where_it_trains(naming: Naming, tmp_path: Path
         *(naming, tmp_path),
         [expecting(Case(busy, "70m", set()), naming), expecting(Case(busy | of_gpu, "70m", fires), naming)],
     )
+
+
+def test_large_steps_alarm_nobody_but_steps_that_grow_do(naming: Naming, tmp_path: Path) -> None:
+    """Steps of 2 s are what is usual for this run; a loss of 10 with its noise is, too."""
+    large = HEALTHY | {"step_latency_ms": "2000+0x360", "loss_volatility": "0.6+0x360", "grad_var": "40+0x360"}
+    grown = large | {"step_latency_ms": "2000+0x200 3500+0x160"}
+    tests = [expecting(Case(large, at, set()), naming) for at in ("5m", "70m")]
+    run(naming, tmp_path, [*tests, expecting(Case(grown, "55m", {"EsperStepLatencyHigh"}), naming)])
+
+
+def test_a_run_has_its_own_thresholds_and_can_be_muted(naming: Naming, tmp_path: Path) -> None:
+    slow = HEALTHY | {"hook_latency_ms": "90+0x360", "step_latency_ms": "200+0x360"}
+    fires = {"EsperHookBudget"}
+
+    def own(signal: str, value: str) -> list[dict[str, str]]:
+        return series_of(naming, {"esper.risk.threshold": f"{value}+0x360"}, more=f',signal="{signal}"')
+
+    muted = slow | {"esper.alerts.muted": "1+0x360"}
+    tests = [
+        expecting(Case(slow, "30m", fires), naming),
+        expecting(Case(slow, "30m", set()), naming, own("hook_budget", "100")),
+        expecting(Case(slow, "30m", set()), naming, own("hook_budget", "1e308")),
+        expecting(Case(slow, "30m", fires), naming, own("hook_budget", "80")),
+        expecting(Case(slow, "30m", {*fires, "EsperStepLatencyHigh"}), naming, own("step_latency_high", "150")),
+        expecting(Case(muted, "30m", set()), naming),
+        expecting(Case(muted | {"loss": "1+0x40 NaN 1+0x318"}, "10m30s", set()), naming),
+    ]
+    run(naming, tmp_path, tests)
+
+
+def test_ranks_in_lock_step_are_told_apart_by_their_own_time(naming: Naming, tmp_path: Path) -> None:
+    """All cycles are equal, because the others wait within their steps."""
+    waits = HEALTHY | {"input_wait_ms": "40+0x360", "step_latency_ms": "65+0x360"}
+    run(naming, tmp_path, [expecting(Case(waits, "30m", {"EsperRankSlow", "EsperInputBound"}, 2), naming)])
 
 
 def test_a_run_that_has_ended_or_goes_on_is_not_stuck(naming: Naming, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from esper_otel import Metric, Stage, schema
 from esper_otel.export.encode import Encoder
 from esper_otel.frames.ring import blocks_of
 
+pytestmark = pytest.mark.own_code
+
 RECORDED = Path(__file__).with_name("recorded.json.gz")
 _START_NS = 1_790_000_000_000_000_000
 _OWN = Metric("own.share", "ratio", "a share of the user's own")
@@ -57,6 +59,8 @@ def steps() -> Iterator[tuple[dict[str, float], dict[str, dict[str, float]], tup
 
 class Probes:
     """A machine that never changes."""
+
+    shown: tuple[Mapping[str, float], float] = ({}, 0.0)
 
     def readings(self, now_s: float) -> Mapping[str, float]:
         return {"cpu_util_percent": 25.0, "memory_gb": 1.5}

@@ -9,6 +9,8 @@ from esper_otel.demo.pace import Pace
 from esper_otel.demo.tamiyo import Action, Tamiyo
 from esper_otel.leyline import SystemStatePacket
 
+pytestmark = pytest.mark.own_code
+
 PACE = Pace(between=5, training=4, blending=6, shadowing=2, probation=3, embargo=7, risk_tolerance=0.9)
 
 

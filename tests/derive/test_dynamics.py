@@ -155,3 +155,26 @@ def test_a_window_of_one_is_a_mistake() -> None:
     """A deviation needs two values."""
     with pytest.raises(InvalidValue, match="window"):
         Dynamics(window=1)
+
+
+inputs = st.one_of(
+    st.just(math.nan),
+    st.floats(-1e3, 1e3),
+    st.sampled_from([math.inf, -math.inf, 1e308, -1e308, 1.7e308, -1.7e308, 5e-324, 0.0, -0.0]),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(inputs, inputs), max_size=40), st.integers(2, 4), st.sampled_from([(), ("loss_delta",)]))
+def test_one_call_gives_what_the_two_of_a_processor_give(
+    series: Sequence[tuple[float, float]], window: int, without: Sequence[str]
+) -> None:
+    """The training loop's short way, against the one that considers everything: to the bit."""
+    processor = Dynamics(window=window, without=without)
+    state = processor.initial()
+    for loss, norm in series:
+        expected = processor.advance(state, {"loss": loss, "gradient_norm": norm})
+        readings = {} if expected is state else processor.readings(expected)
+        state, names, numbers = processor.step(state, loss, norm)
+        assert repr(state) == repr(expected)
+        assert list(map(repr, zip(names, numbers, strict=True))) == list(map(repr, readings.items()))

@@ -20,6 +20,8 @@ from esper_otel.export.token import NAME, Headers, read_one
 from esper_otel.export.transport import Result, open_sender
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 
 class Clock:
     """Stands still until it is set."""

@@ -14,6 +14,8 @@ from esper_otel import Telemetry
 from esper_otel.errors import WrongState
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:

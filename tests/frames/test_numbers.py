@@ -14,6 +14,8 @@ from esper_otel.frames.frame import FLOAT32_BOUND
 from esper_otel.frames.numbers import finite, finite_cells, whole
 from esper_otel.leyline import SeedState
 
+pytestmark = pytest.mark.own_code
+
 NEAR_THE_BOUND = [FLOAT32_BOUND, math.nextafter(FLOAT32_BOUND, 0), math.nextafter(FLOAT32_BOUND, math.inf)]
 doubles = st.floats() | st.sampled_from([*NEAR_THE_BOUND, *(-bound for bound in NEAR_THE_BOUND)])
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import gc
 import struct
-import sys
 import threading
 import tracemalloc
-from collections.abc import Callable, Mapping
-from types import FrameType
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from frame_examples import append, frames, lives, make_frame, rows_of, said_by, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import interrupted
 
 from esper_otel.frames import block as block_module
 from esper_otel.frames import ring as ring_module
@@ -23,6 +21,8 @@ from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
 from esper_otel.frames.live_seeds import LiveSeeds
 from esper_otel.frames.ring import Ring, blocks_of
+
+pytestmark = pytest.mark.own_code
 
 RUN = Run("run", 1)
 LOSS = Layout((), (), (), ("loss",))
@@ -181,29 +181,7 @@ def test_a_reader_beside_a_fast_writer_misses_nothing_it_is_not_told_of() -> Non
     assert not faults
 
 
-def interrupted(call: Callable[[], object], at: int) -> bool:
-    """Calls a function, with a Ctrl-C before the bytecode with this number in the ring; returns whether it came."""
-    left = at
-
-    def trace(frame: FrameType, _event: str, _arg: object) -> Callable[..., Any] | None:
-        nonlocal left
-        if frame.f_code.co_filename not in (ring_module.__file__, block_module.__file__):
-            return None
-        frame.f_trace_opcodes = True
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+_FILES = (ring_module.__file__, block_module.__file__)
 
 
 def step_after(some: list[Frame], run: Run, rows: Mapping[str, Mapping[str, float]], *retired: str) -> Frame:
@@ -251,7 +229,7 @@ def test_an_append_that_is_interrupted_anywhere_adds_its_row_or_nothing(number: 
         ring, expected = Ring(2**20), until.copy()
         for each in until:
             append(ring, each)
-        is_interrupted = interrupted(lambda ring=ring: append(ring, step), at)  # type: ignore[misc]
+        is_interrupted = interrupted(lambda ring=ring: append(ring, step), at, _FILES)  # type: ignore[misc]
         if ring.last == number:
             expected.append(step)
         check(ring, expected, 2)

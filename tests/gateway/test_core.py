@@ -15,7 +15,7 @@ import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import cpu_patience
-from wire import bodies, encoder
+from wire import bodies, body_of, encoder
 
 from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import NO_SEEDS, Frame
@@ -29,6 +29,8 @@ from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import finished
 from esper_otel.leyline import SystemStatePacket
 from esper_otel.pull.messages import PullRequest, Step
+
+pytestmark = pytest.mark.own_code
 
 HOLD_S = 0.3
 
@@ -266,6 +268,24 @@ def test_an_end_that_overtakes_the_steps_is_not_lost_by_a_restart(tmp_path: Path
         store = FileStore(tmp_path)
         assert list(store.bodies()) == []  # nothing waits any more
         store.close()
+
+    asyncio.run(live())
+
+
+def test_an_end_without_a_step_outlives_two_restarts(tmp_path: Path) -> None:
+    """The first one took it into memory, and the next request of another run took it out of the file."""
+    outcome = {("esper.run.ended", "ValueError"): 1.0}
+    end = encoder().health(RUN, outcome, start_unix_ns=TIME_UNIX_NS, time_unix_ns=TIME_UNIX_NS + 10**9)
+
+    async def live() -> None:
+        for some in ([end], [body_of("other")], [body_of("other", step=2)], bodies(history(1))):
+            core = Core(FileStore(tmp_path))
+            core.start()
+            for body in some:
+                core.receive(body)
+            said = {run.run_id: run.ended for run in core.runs().runs}
+            core.close()
+        assert said[RUN.run_id] == "ValueError"
 
     asyncio.run(live())
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import warm
+from later import needs
 from patience import patience
 
 from esper_otel.testing import MemoryCollector
 
-pytestmark = pytest.mark.lengthy
-
 pytest.importorskip("torch")
-pytest.importorskip("accelerate")
+needs("accelerate")
 
 TWINS = Path(__file__).parent / "loader_twins.py"
 # Those whose loaders are PyTorch's: others are not followed by `esper-otel run`.
@@ -36,18 +36,17 @@ class Done(NamedTuple):
     counted: dict[str, dict[str, Any]]  # by the script, and what was recorded: by way and case
 
 
-def started(folder: Path, ways: str, *names: str, **environment: str) -> tuple[subprocess.Popen[str], Path]:
+def started(folder: Path, ways: str, *names: str, **environment: str) -> tuple[warm.Process, Path]:
     counted = folder / f"{ways}-{environment.get('RANK', '')}.json"
-    command = [sys.executable, str(TWINS), str(counted), "without" if ways == "run" else ways, *names]
+    command = [str(TWINS), str(counted), "without" if ways == "run" else ways, *names]
     if ways == "run":
-        command[1:1] = ["-m", "esper_otel", "run"]
+        command = ["-m", "esper_otel", "run", *command]
     environment = {**os.environ, "OTEL_METRICS_EXPORTER": "none", "ESPER_BLACK_BOX_FRAMES": "0", **environment}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True), counted
+    return warm.started(*command, env=environment), counted
 
 
-def ended(process: subprocess.Popen[str], counted: Path) -> Done:
-    output, errors = process.communicate(timeout=300)
+def ended(process: warm.Process, counted: Path) -> Done:
+    output, errors = process.communicate()
     said: dict[str, list[str]] = {}
     for line in output.splitlines():
         if " " in line:

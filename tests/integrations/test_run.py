@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 
 from esper_otel.testing import MemoryCollector
 
@@ -67,15 +68,17 @@ def environ(collector: MemoryCollector, **more: str) -> dict[str, str]:
     return {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.grpc_endpoint, **more}
 
 
-def run(collector: MemoryCollector, *command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+def run(collector: MemoryCollector, *command: str | Path, **more: str) -> warm.Done:
+    return warm.run(*command, env=environ(collector, **more))
+
+
+def run_by_python(collector: MemoryCollector, *command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """By the interpreter itself: nothing is imported before the script."""
     words = [sys.executable, *command]
     return subprocess.run(words, capture_output=True, text=True, check=False, env=environ(collector, **more))
 
 
-def followed(
-    collector: MemoryCollector, script: Path, *arguments: str, **more: str
-) -> subprocess.CompletedProcess[str]:
-    return run(collector, "-m", "esper_otel", "run", "--run-id", "scripted", script, *arguments, **more)
+FOLLOWED = ("-m", "esper_otel", "run", "--run-id", "scripted")
 
 
 def values(collector: MemoryCollector, name: str) -> list[float]:
@@ -100,8 +103,8 @@ def check(collector: MemoryCollector, steps: int, failed: int, outcome: str) -> 
 
 def test_output_traceback_and_exit_status_of_one_that_fails_are_the_same(script: Path) -> None:
     with MemoryCollector() as collector:
-        without = run(collector, script, "fail", PYTHONPATH="/nowhere")
-        ours = followed(collector, script, "fail", PYTHONPATH="/nowhere")
+        without = run_by_python(collector, script, "fail", PYTHONPATH="/nowhere")
+        ours = run_by_python(collector, *FOLLOWED, script, "fail", PYTHONPATH="/nowhere")
         assert (ours.stdout, ours.stderr, ours.returncode) == (without.stdout, without.stderr, 1)
         check(collector, steps=6, failed=1, outcome="KeyError")
 
@@ -138,7 +141,7 @@ def test_the_status_of_a_main_function_is_known(tmp_path: Path, status: int, out
 def test_a_script_without_loaders_has_the_time_from_step_to_step(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(FULL_BATCHES, encoding="utf-8")
     with MemoryCollector() as collector:
-        ours = followed(collector, tmp_path / "train.py")
+        ours = run(collector, *FOLLOWED, tmp_path / "train.py")
         assert (ours.stdout, ours.stderr, ours.returncode) == ("", "", 0)
         assert len(values(collector, "gradient_norm")) == 5
         assert len(values(collector, "step_latency_ms")) == 4
@@ -173,26 +176,19 @@ def test_steps_without_torch_optim_are_explained_once_in_the_log(tmp_path: Path)
 
 def test_a_signal_ends_it_as_before_and_the_steps_are_there(script: Path) -> None:
     with MemoryCollector() as collector:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "esper_otel", "run", script, "wait"],
-            env=environ(collector),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stderr is not None
+        process = warm.started("-m", "esper_otel", "run", script, "wait", env=environ(collector))
         process.stderr.readline()
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=300)
+        process.communicate()
         assert process.returncode == -signal.SIGTERM
         assert values(collector, "esper.global_step") == [*range(1, 9)]
 
 
 def test_a_script_that_is_not_there_is_said_by_python(tmp_path: Path) -> None:
     with MemoryCollector() as collector:
-        without = run(collector, tmp_path / "nothing.py")
-        ours = followed(collector, tmp_path / "nothing.py")
+        without = run_by_python(collector, tmp_path / "nothing.py")
+        ours = run_by_python(collector, *FOLLOWED, tmp_path / "nothing.py")
         assert (ours.stderr, ours.returncode) == (without.stderr, 2)
 
 
@@ -200,7 +196,7 @@ def test_a_script_in_which_nothing_steps_is_explained_in_the_log(tmp_path: Path)
     (tmp_path / "launcher.py").write_text("print('hello')", encoding="utf-8")
     log = tmp_path / "log"
     with MemoryCollector() as collector:
-        done = run(collector, "-m", "esper_otel", "run", "--log", log, tmp_path / "launcher.py")
+        done = run_by_python(collector, "-m", "esper_otel", "run", "--log", log, tmp_path / "launcher.py")
     assert (done.stdout, done.stderr, done.returncode) == ("hello\n", "", 0)
     assert "torchrun --no-python esper-otel run SCRIPT" in log.read_text(encoding="utf-8")
 

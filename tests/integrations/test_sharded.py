@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.lengthy
+import warm
 
 torch = pytest.importorskip("torch")
 
@@ -54,21 +51,8 @@ def test_a_rank_that_watches_alone_leaves_the_norm_out_and_says_why(tmp_path: Pa
         free.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     environment = {**os.environ, "OTEL_METRICS_EXPORTER": "none", "OMP_NUM_THREADS": "1", **group}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script],
-            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        (watched, errors), (other, others) = (rank.communicate(timeout=300) for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
+    ranks = [warm.started(script, env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    (watched, errors), (other, others) = (rank.communicate() for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], (errors, others)
     recorded, weights = watched.splitlines()
     assert recorded == str([(True, False)] * 4)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import warm
 
 from esper_otel.testing import MemoryCollector
 
@@ -28,17 +27,14 @@ class Done(NamedTuple):
     counted: dict[str, dict[str, Any]]
 
 
-def started(folder: Path, way: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(TWINS), str(folder / f"{way}.json"), way]
-    if way == "run":
-        command[1:1] = ["-m", "esper_otel", "run"]
+def started(folder: Path, way: str, **environment: str) -> warm.Process:
+    command = [*(["-m", "esper_otel", "run"] if way == "run" else []), str(TWINS), str(folder / f"{way}.json"), way]
     environment = {**os.environ, "OTEL_METRICS_EXPORTER": "none", "ESPER_BLACK_BOX_FRAMES": "0", **environment}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return warm.started(*command, env=environment)
 
 
-def ended(process: subprocess.Popen[str], folder: Path, way: str) -> Done:
-    output, errors = process.communicate(timeout=300)
+def ended(process: warm.Process, folder: Path, way: str) -> Done:
+    output, errors = process.communicate()
     others = [line for line in errors.splitlines() if not line.startswith("esper_otel ")]
     return Done(output, others, process.returncode, json.loads((folder / f"{way}.json").read_text(encoding="utf-8")))
 

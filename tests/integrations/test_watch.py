@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from programs import until
 
 import esper_otel
@@ -379,9 +378,7 @@ def test_an_exception_ends_the_run_as_it_does_without_us(tmp_path: Path) -> None
     """The traceback and the exit status are the script's; the step under way is there, marked as failed."""
     here = Path(__file__).parent
     paths = [str(here), str(here.parent)]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(paths=paths)], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    done = warm.run("-c", SCRIPT.format(paths=paths), cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.rstrip().splitlines()[-1].startswith("esper_otel closed: run dies KeyError, frames recorded 3")
     assert "KeyError: 'in the middle'" in done.stderr

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from esper_otel.leyline.episodes import QUIET_S, QUIET_STEPS, Episode, Episodes, Sender
 from esper_otel.leyline.risk import Signal
 
+pytestmark = pytest.mark.own_code
+
 NAMES = ("hook_budget", "loss_warning", "cpu_pressure_high")
 
 

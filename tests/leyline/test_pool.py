@@ -11,6 +11,8 @@ import pytest
 
 from esper_otel import leyline
 
+pytestmark = pytest.mark.own_code
+
 PROTO = (Path(leyline.__file__).parent / "leyline.proto").read_text()
 
 ROUND_TRIP = """

@@ -15,6 +15,8 @@ from esper_otel import ConfigurationError, EsperSettings, Packets, Stage, Teleme
 from esper_otel.leyline import HealthStatus, MessagePriority, SystemStatePacket, TelemetryLevel
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, configured, signals, signals_of, with_signals
 
+pytestmark = pytest.mark.own_code
+
 BY_NAME = {rule.name: rule for rule in RULES}
 HIGH = {
     *("loss_spike", "hook_budget", "step_latency_high", "isolation_violations"),

@@ -15,6 +15,8 @@ from esper_otel.frames.numbers import finite, whole
 from esper_otel.leyline import SeedState, state
 from esper_otel.schema import SEED_FIELDS, Stage
 
+pytestmark = pytest.mark.own_code
+
 
 def seed_state(**cells: float) -> SeedState:
     """The state of a live seed with these cells, of which the step itself recorded none."""

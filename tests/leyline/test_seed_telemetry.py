@@ -15,6 +15,8 @@ from esper_otel.frames.frame import ABSENT, is_absent
 from esper_otel.leyline import HealthStatus, TelemetryLevel, TelemetryPacket, packets
 from esper_otel.schema import SEED_METRICS, Stage
 
+pytestmark = pytest.mark.own_code
+
 Rows = Mapping[str, Mapping[str, float]]
 
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline import MetricPoint, SeedState, SystemStatePacket, TelemetryPacket
 from esper_otel.leyline.stencil import Stencil
+
+pytestmark = pytest.mark.own_code
 
 COLUMNS = 3
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)

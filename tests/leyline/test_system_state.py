@@ -14,6 +14,8 @@ from esper_otel.frames.frame import NO_SEEDS, Frame, Run
 from esper_otel.leyline import SystemStatePacket, state
 from esper_otel.schema import METRICS, STEP_METRICS
 
+pytestmark = pytest.mark.own_code
+
 BARE: dict[str, Any] = {"recorded": {}, "context": {}, "seeds": NO_SEEDS, "live": NO_SEEDS}
 CUDA = replace(RUN, device_type="cuda", device_id="cuda:1", compute_capability=90)
 RANK_3 = replace(RUN, rank=3, world_size=4)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from esper_otel.record.clock import Clock
 
+pytestmark = pytest.mark.own_code
+
 MS = 1_000_000
 S = 1_000 * MS
 

@@ -13,6 +13,8 @@ from esper_otel import EsperSettings
 from esper_otel.record.tally import Tally
 from esper_otel.schema import STEP_METRICS
 
+pytestmark = pytest.mark.own_code
+
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import is_page, page
 from esper_otel.report.recording import Recording, Row, of_file, of_gateway
 
+pytestmark = pytest.mark.own_code
+
 
 def data_of(html: str) -> dict[str, Any]:
     """What the charts draw."""

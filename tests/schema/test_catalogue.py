@@ -21,6 +21,8 @@ from esper_otel.schema import (
     Stage,
 )
 
+pytestmark = pytest.mark.own_code
+
 # name, unit, gated, needs: as the request has them, in its order.
 REQUESTED_STEP = [
     ("loss", "loss", False, ()),

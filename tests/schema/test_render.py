@@ -19,6 +19,8 @@ from esper_otel.schema import METRICS, SEED_METRICS, STEP_METRICS
 from esper_otel.schema.render import markdown_table, metrics_markdown, request_tables, schema_json, schema_rows
 from esper_otel.settings import EsperSettings
 
+pytestmark = pytest.mark.own_code
+
 
 def test_the_rendered_documents_are_current() -> None:
     """Documentation cannot drift from what is sent. Repair: make docs."""

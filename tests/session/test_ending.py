@@ -16,6 +16,8 @@ from patience import patience
 
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 BEGIN = """
 import os, signal, sys, time
 import esper_otel

@@ -20,6 +20,8 @@ from programs import free_port, until
 from esper_otel import local_ports
 from esper_otel.local_ports import gateway_here, is_free, page_at
 
+pytestmark = pytest.mark.own_code
+
 # A network of its own, in which the default ports are free: others on this machine may use them.
 NETWORK = ("unshare", "--map-root-user", "--net")
 UP = """

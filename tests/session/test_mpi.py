@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.own_code
+
 # It starts ranks as mpirun does, each by a shell, and names them as one of its makers does.
 LAUNCHER = """
 import json, os, subprocess, sys

@@ -14,6 +14,8 @@ import esper_otel
 from esper_otel.errors import ConfigurationError
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 BEGIN = """
 import os, resource, signal, sys, threading, time
 import esper_otel

@@ -27,11 +27,30 @@ class Chart {
     this.cursor = Esper.element("i", { className: "cursor", hidden: true });
     this.note = Esper.element("small", { className: "note" });
     this.place.append(this.cursor);
-    this.element.append(this.caption, this.place, this.note);
+    this.acts = Esper.element("span", { className: "acts" });
+    this.act("⤢", `make ${title} larger or smaller`, () => this.enlarge());
+    if (draw.metric) this.act("CSV", `save ${title} as a table`, () => Esper.save(`${title.replace(/[^\w.-]+/g, "_")}.csv`, Esper.csv(draw.metric, board)));
+    this.element.append(this.caption, this.acts, this.place, this.note);
     this.element.addEventListener("keydown", (event) => this.key(event));
     // A finger leaves when it is lifted: what it has pointed at stays until it touches something else.
     this.element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") board.point(null); });
     this.element.addEventListener("blur", () => { if (!board.isTouch) board.point(null); });
+  }
+
+  act(text, title, work) {
+    const button = Esper.element("button", { type: "button", textContent: text, title });
+    button.setAttribute("aria-label", title);
+    button.addEventListener("click", work);
+    this.acts.append(button);
+  }
+
+  // Makes the chart as wide as the page, and higher; and back.
+  enlarge() {
+    const isLarge = this.element.classList.toggle("large");
+    this.place.style.height = `${isLarge ? Math.max(this.height, Math.min(520, innerHeight - 140)) : this.height}px`;
+    this.names = undefined; // the bars of seeds set their height themselves
+    this.board.rebuild(this);
+    if (isLarge) this.element.scrollIntoView({ block: "nearest" });
   }
 
   // Builds the figure; the sources of its curves are filled by `draw`.
@@ -181,7 +200,9 @@ Esper.Chart = Chart;
 // -- what charts draw --------------------------------------------------------------------------------------
 
 // The curves of a metric, for every run that is shown.
-Esper.lines = (name) => (chart) => {
+Esper.lines = (name) => Object.assign((chart) => lines(name, chart), { metric: name });
+
+function lines(name, chart) {
   const { board, figure } = chart;
   const { view } = board;
   const keys = new Set();
@@ -275,7 +296,7 @@ Esper.lines = (name) => (chart) => {
   chart.note.textContent = [...said, ...resumed.slice(0, 3)].join("   ");
   chart.note.classList.toggle("bad", said.length > 0);
   if (!chart.keepOnly(keys)) board.rebuild(chart);
-};
+}
 
 // Where an attempt resumed, or the numbers of the steps went back, and what to say of it.
 function seams(series, mode) {

@@ -191,6 +191,34 @@ function smoothed(values, weight) {
   });
 }
 
+// What a chart shows of a metric, as a table: a line for each point of each run.
+Esper.csv = (name, board) => {
+  const cell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const plain = (text) => cell(/^[=+\-@\t\uff1d\uff0b\uff0d\uff20]/.test(text) ? `'${text}` : text); // no formula
+  const lines = [["run", "attempt", "first_step", "last_step", "epoch", "time", plain(name), "min", "max"].join(",")];
+  for (const run of board.shown()) {
+    const series = board.seriesOf(run);
+    const values = series?.metrics[name];
+    if (!values) continue;
+    const { columns, segments } = series;
+    const odd = new Map(values.odd.map(([row, nan, up]) => [row, nan ? "NaN" : up ? "Infinity" : "-Infinity"]));
+    columns.step.forEach((step, row) => {
+      const value = (values.mean || values.last)[row] ?? odd.get(row);
+      if (value === undefined || value === null) return;
+      const [low, high] = [values.min?.[row] ?? "", values.max?.[row] ?? ""];
+      lines.push([plain(run.name), segments[columns.segment[row]].number, columns.first_step[row], step, columns.epoch[row], new Date(columns.time_ms[row]).toISOString(), value, low, high].join(","));
+    });
+  }
+  return `${lines.join("\n")}\n`;
+};
+
+// Gives a text to the browser's downloads.
+Esper.save = (name, text) => {
+  const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  Esper.element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+};
+
 // The moving average that was recorded with a metric, and its band; null when it was not recorded.
 Esper.meanOf = (series, name, mode) => {
   const [mean, width, of] = Esper.MEANS[name] || [];

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,10 @@ from esper_otel.schema import SEED_CELLS
 
 _OF_SEEDS = {metric.name for metric in SEED_CELLS}
 
+_AT_ONCE = 1_000  # numbers that become text in one part
+
 Answer = Generator[None, None, str]  # an answer that is made in parts
+_Lists = Iterator[tuple[str, list[Any]]]
 
 
 class Wanted(NamedTuple):
@@ -58,19 +61,15 @@ def series(view: View, wanted: Wanted) -> Answer:
     if is_known and width == str(shown_width):
         keep = _first_changed(shown, int(version))
     parts = list(_left_out(shown, keep))
-    columns = _columns(view, parts)
     yield
-    made: dict[str, Any] = {}
-    for name, column in names.items():
-        made[name] = _metric(table, parts, column, keep, is_of_seeds=name in _OF_SEEDS)
-        yield
+    columns = yield from _text(_columns(view, parts))
     texts = []
-    for name, each in made.items():
-        texts.append(f"{json.dumps(name)}: {json.dumps(each)}")
-        yield
+    for name, column in names.items():
+        text = yield from _text(_metric(table, parts, column, keep, is_of_seeds=name in _OF_SEEDS))
+        texts.append(f"{json.dumps(name)}: {text}")
     cursor = f"{table.life}:{shown_width}:{view.version}:{total}"
-    rest = {"cursor": cursor, "keep": keep, "width": shown_width, "is_thinned": shown_width > 1, "columns": columns}
-    return f'{_object({**head, **rest})[:-1]}, "metrics": {{{", ".join(texts)}}}}}'
+    rest = {"cursor": cursor, "keep": keep, "width": shown_width, "is_thinned": shown_width > 1}
+    return f'{_object({**head, **rest})[:-1]}, "columns": {columns}, "metrics": {{{", ".join(texts)}}}}}'
 
 
 def metrics(view: View, since: str) -> Answer:
@@ -191,45 +190,56 @@ def _left_out(shown: Sequence[Rows], keep: int) -> Generator[tuple[Rows, int], N
         keep = max(keep - count, 0)
 
 
-def _columns(view: View, parts: Sequence[tuple[Rows, int]]) -> dict[str, list[Any]]:
+def _text(lists: Iterable[tuple[str, list[Any]]]) -> Answer:
+    """Returns named lists as a JSON object, made in parts."""
+    texts = []
+    for name, values in lists:
+        pieces = []
+        for start in range(0, len(values), _AT_ONCE):
+            pieces.append(json.dumps(values[start : start + _AT_ONCE], allow_nan=False)[1:-1])
+            yield
+        texts.append(f'"{name}": [{", ".join(pieces)}]')
+    return f"{{{', '.join(texts)}}}"
+
+
+def _columns(view: View, parts: Sequence[tuple[Rows, int]]) -> _Lists:
+    """Yields what rows have besides metrics: a name and a list each."""
     start_ns = min((each.first_unix_ns for each in view.segments.all), default=0)
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("segment", "step", "first_step", "steps", "epoch", "time_ms", "elapsed_s", "is_again")
-    }
+
+    def of(field: str) -> list[int]:
+        return [value for rows, first in parts for value in getattr(rows.heads, field)[first:].tolist()]
+
+    yield "segment", [rows.segment for rows, first in parts for _ in range(len(rows.starts) - first)]
+    yield "step", of("last_step")
+    yield "first_step", of("first_step")
+    yield "steps", of("size")
+    yield "epoch", of("epoch")
+    times = np.concatenate([rows.heads.time[first:] for rows, first in parts]) if parts else np.empty(0, np.int64)
+    yield "time_ms", (times // 10**6).tolist()
+    yield "elapsed_s", ((times - start_ns) // 10**6 / 1e3).tolist()
+    is_again: list[int] = []
     for rows, first in parts:
-        heads, again_from = rows.heads, view.segments.all[rows.segment].again_from
-        times = heads.time[first:]
-        begins = heads.first_step[first:]
-        columns["segment"] += [rows.segment] * len(times)
-        columns["step"] += heads.last_step[first:].tolist()
-        columns["first_step"] += begins.tolist()
-        columns["steps"] += heads.size[first:].tolist()
-        columns["epoch"] += heads.epoch[first:].tolist()
-        columns["time_ms"] += (times // 10**6).tolist()
-        columns["elapsed_s"] += ((times - start_ns) // 10**6 / 1e3).tolist()
-        is_again = np.zeros(len(times), np.int64) if again_from is None else (begins >= again_from).astype(np.int64)
-        columns["is_again"] += is_again.tolist()
-    return columns
+        again_from, begins = view.segments.all[rows.segment].again_from, rows.heads.first_step[first:]
+        is_again += [0] * len(begins) if again_from is None else (begins >= again_from).astype(np.int64).tolist()
+    yield "is_again", is_again
 
 
-def _metric(
-    table: Table, parts: Sequence[tuple[Rows, int]], column: int, keep: int, *, is_of_seeds: bool
-) -> dict[str, list[Any]]:
+def _metric(table: Table, parts: Sequence[tuple[Rows, int]], column: int, keep: int, *, is_of_seeds: bool) -> _Lists:
+    """Yields what rows have of a metric: a name and a list each."""
     is_single = not is_of_seeds and all((rows.heads.size[first:] == 1).all() for rows, first in parts)
-    made: dict[str, list[Any]] = {name: [] for name in (("last",) if is_single else ("last", "min", "max", "mean"))}
+    values = [table.values(rows, column, first) for rows, first in parts]
+    yield "last", [number for each in values for number in _numbers(each.last)]
+    if not is_single:
+        yield "min", [number for each in values for number in _numbers(each.low)]
+        yield "max", [number for each in values for number in _numbers(each.high)]
+        with np.errstate(all="ignore"):
+            means = [each.total / each.finite for each in values]  # without finite values 0 / 0, which is NaN
+        yield "mean", [number for each in means for number in _numbers(each)]
     odd: list[list[int]] = []
-    row = keep
-    for rows, first in parts:
-        values = table.values(rows, column, first)
-        made["last"] += _numbers(values.last)
-        if not is_single:
-            made["min"] += _numbers(values.low)
-            made["max"] += _numbers(values.high)
-            with np.errstate(all="ignore"):
-                made["mean"] += _numbers(values.total / values.finite)  # without finite values 0 / 0, which is NaN
-        odd += _odd(values, row)
-        row += len(values.last)
-    return {**made, "odd": odd}
+    for each in values:
+        odd += _odd(each, keep)
+        keep += len(each.last)
+    yield "odd", odd
 
 
 def _odd(values: Values, row: int) -> list[list[int]]:
@@ -242,9 +252,11 @@ def _odd(values: Values, row: int) -> list[list[int]]:
 
 
 def _numbers(values: Floats | npt.NDArray[Any]) -> list[float | None]:
-    if np.isfinite(values).all():
-        return values.tolist()  # type: ignore[no-any-return]
-    return [value if -math.inf < value < math.inf else None for value in values.tolist()]
+    is_finite = np.isfinite(values)
+    numbers: list[float | None] = values.tolist()
+    for place in np.flatnonzero(~is_finite).tolist():
+        numbers[place] = None
+    return numbers
 
 
 def _number(value: float) -> float | None:

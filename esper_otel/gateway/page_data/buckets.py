@@ -22,6 +22,7 @@ _FEWEST_ROWS, _FEWEST_COLUMNS = 16, 8
 # Room for all rows that a table may have, and for those added before it is made coarser. Zeros take memory only where
 # something is written.
 _MOST_ROWS = 2**14 + 2**9
+_COPIED_ROWS = 2**10
 _EVERY = slice(None)
 
 
@@ -315,7 +316,7 @@ class Buckets:
         count, first = int(is_new.sum()), self.count
         self.count += count
         if self.count > self._values.last.shape[1]:
-            self._grow(max(min(4 * self._values.last.shape[1], _MOST_ROWS), self.count))
+            self._grow(self._more_rows())
         new = slice(first, self.count)
         keys = heads.keys[is_new]
         is_in_order = self._order is None and (not first or keys[0] > self._heads.keys[first - 1])
@@ -326,6 +327,11 @@ class Buckets:
         rows = rows.copy()
         rows[is_new] = np.arange(first, self.count)
         return rows
+
+    def _more_rows(self) -> int:
+        """Returns for how many buckets to make room. From some on it is for all, since copying them takes longer."""
+        rows = 4 * self._values.last.shape[1]
+        return max(rows if rows <= _COPIED_ROWS else _MOST_ROWS, self.count)
 
     def _grow(self, rows: int) -> None:
         self._heads = Heads(*(_lengthened(each, rows) for each in self._heads))

@@ -57,7 +57,8 @@ class Columns:
             whole.append((slice(start, start + len(rows)), columns, values.T))
             start += len(rows)
         of_seeds = list(self._of_seeds(frames))
-        there = np.unique(np.concatenate([columns for _, columns, *_ in (*whole, *of_seeds)]))
+        # The distinct ones, in order. np.unique would import numpy.ma first, which takes 20 ms.
+        there = np.flatnonzero(np.bincount(np.concatenate([columns for _, columns, *_ in (*whole, *of_seeds)])))
         last = np.full((len(there), len(frames)), np.nan)
         low, high = np.full_like(last, np.inf), np.full_like(last, -np.inf)
         odd = np.zeros((3, *last.shape), np.uint32)

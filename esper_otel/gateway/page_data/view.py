@@ -22,7 +22,7 @@ from esper_otel.leyline.risk import Rule
 
 # Steps that are fetched at once: as many as are added in about this time, and not so few that it costs much more. Of
 # steps with seeds, at least one and as many as have this many cells.
-_FEWEST, _MOST_FETCHED, _ADDING_S, _CELLS = 32, 256, 0.001, 20_000
+_AT_FIRST, _FEWEST, _MOST_FETCHED, _ADDING_S, _CELLS = 2, 16, 256, 0.002, 20_000
 # The detail of at most so many steps is read from the store, and so many details are kept.
 _MOST_DETAIL, _MOST_DETAILS = 2**16, 4
 _MOST_UNNUMBERED = 100_000
@@ -87,7 +87,7 @@ class View:
         self.gap: int = 0
         self._details: list[Table] = []
         self._cursor = ""
-        self._fetched = _FEWEST
+        self._fetched = _AT_FIRST
         self._is_stale = False
         self._newest_unix_ns: dict[int, int] = {}
 
@@ -122,6 +122,7 @@ class View:
         """
         is_new = False
         while True:
+            begun_s = time.thread_time()
             try:
                 found = self._source.entries(self._run_id, self._cursor, self._fetched, self._rank)
             except StaleCursor:
@@ -138,7 +139,7 @@ class View:
             if not is_new:
                 self.version += 1
                 is_new = True
-            yield from self._take(found.entries)
+            yield from self._take(found.entries, begun_s)
             yield True
         for table in self._tables:
             if table.dirty:
@@ -177,8 +178,8 @@ class View:
 
     # -- reading -----------------------------------------------------------------------------------------
 
-    def _take(self, entries: Sequence[StoredFrame]) -> _Reading:
-        begun_s = time.thread_time()
+    def _take(self, entries: Sequence[StoredFrame], begun_s: float) -> _Reading:
+        """Adds entries that are new, and decides by how long it took since ``begun_s`` how many are fetched next."""
         again = [segment.again_from for segment in self.segments.all]
         for (origin, is_correction), some in groupby(entries, _writer):
             usable = self._usable(list(some), is_correction=is_correction)

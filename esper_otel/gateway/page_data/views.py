@@ -10,7 +10,7 @@ from esper_otel.errors import UnknownRun
 from esper_otel.gateway.page_data.view import Source, View
 from esper_otel.gateway.turns import Turn, in_turns, pause
 
-TURN_S = 0.002  # short, since requests of trainers and controllers may wait for several turns
+TURN_S = 0.001  # short, since requests of trainers and controllers may wait for several turns
 # How long one request reads what is stored; the next request goes on. Then the page can show how far it is.
 _READING_S = 0.2
 _UNWATCHED_S = 120.0

@@ -45,6 +45,7 @@ class ReleasedFrame(FrameInput):
         loss_before: the last finite loss before it.
         frame: the frame.
         revision: how many times it was made.
+        missed: see ``Item``.
         is_cut: whether values of it were rejected, so that it never is complete.
     """
 
@@ -53,6 +54,7 @@ class ReleasedFrame(FrameInput):
     loss_before: float | None
     frame: Frame | None = None
     revision: int = 0
+    missed: int = 0
     is_cut: bool = False
 
     def retire_by_ends(self) -> None:
@@ -141,7 +143,7 @@ class History:
 
     def release(self, ready: ReadyFrame) -> list[Item]:
         """Makes a frame; returns its item. ``corrections`` makes a frame that is older than the newest one."""
-        time_unix_ns, waiting, complete = ready
+        time_unix_ns, waiting, complete, missed = ready
         part = waiting.joined()
         maker = self._maker
         self.differing += waiting.differing
@@ -155,6 +157,7 @@ class History:
             waiting.received_unix_ns,
             maker.live.table,
             maker.loss,
+            missed=missed,
             is_cut=waiting.is_cut,
         )
         if time_unix_ns < self.newest_unix_ns:
@@ -413,7 +416,8 @@ class History:
     def _made(self, time_unix_ns: int, kept: ReleasedFrame, live: LiveSeeds, loss: float | None) -> Item:
         kept.frame, is_complete = self._maker.made(time_unix_ns, kept, live, loss, kept.frame)
         kept.revision += 1
-        return Item(self._origin, kept.frame, kept.revision, is_complete, kept.received_unix_ns)
+        missed = kept.missed if kept.revision == 1 else 0
+        return Item(self._origin, kept.frame, kept.revision, is_complete, kept.received_unix_ns, missed)
 
     def _ends_until(self, time_unix_ns: int) -> set[StreamEnd]:
         """Removes and returns the stream ends up to this time."""

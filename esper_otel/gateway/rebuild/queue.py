@@ -88,11 +88,12 @@ class WaitingFrame:
 
 
 class ReadyFrame(NamedTuple):
-    """A frame that is ready to be released."""
+    """A frame that is ready to be released; see ``Item`` for ``missed``."""
 
     time_unix_ns: int
     waiting: WaitingFrame
     complete: bool
+    missed: int = 0
 
 
 class SkippedNumbers:
@@ -205,6 +206,7 @@ class Queue:
         self._unnumbered: dict[int, None] = {}
         self._released: list[int] = []  # numbers, sorted
         self._hole: tuple[int | None, float] | None = None
+        self._missed = 0  # numbers that were skipped directly before the next one
         self.next: int | None = None
         self.skipped: SkippedNumbers = SkippedNumbers()
         self.due_s: float | None = None
@@ -372,6 +374,7 @@ class Queue:
     def _skip_to(self, lowest: int) -> None:
         """Skips the numbers before this one; their frames are late if they still arrive."""
         first = self.next
+        count = self.skipped.count + self.skipped.unseen
         if first is None:
             self.skipped.lowest = lowest
         passed = bisect_left(self._released, lowest)
@@ -385,6 +388,7 @@ class Queue:
         del self._released[:passed]
         if first is not None and first < lowest:
             self.skipped.add(first, lowest)
+        self._missed += self.skipped.count + self.skipped.unseen - count
         self.next = lowest
 
     def _hole_since_s(self) -> float:
@@ -397,9 +401,11 @@ class Queue:
         waiting = self._frames[time_unix_ns]
         self.pop(time_unix_ns)
         self._habits.is_known = True
+        missed = 0
         if waiting.sequence is not None and waiting.sequence == self.next:
             self.next += 1
+            missed, self._missed = self._missed, 0
             self._pass_released()
         elif waiting.sequence is not None:
             self.skipped.remove(waiting.sequence)
-        return ReadyFrame(time_unix_ns, waiting, complete and not waiting.is_cut)
+        return ReadyFrame(time_unix_ns, waiting, complete and not waiting.is_cut, missed)

@@ -11,7 +11,7 @@ import socket
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -22,7 +22,8 @@ from esper_otel.log import Warnings
 SILENT_S = 10.0  # time limit for a TLS handshake, the HTTP/2 settings, and the head of a request
 
 _SPARE = 128  # descriptors for everything except connections
-_MOST = {"http": 500, "grpc": 2_000}
+MOST_CONNECTIONS = {"http": 500, "grpc": 2_000}
+_most = dict(MOST_CONNECTIONS)
 _BACKLOG = 256
 _UNPROVEN_S = 2.0
 _LOOK_EVERY_S = 0.25
@@ -38,14 +39,18 @@ def most_connections(port: str) -> int:
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return _MOST[port]
-    return max(min(_MOST[port], (soft - _SPARE) // 2), 8)
+        return _most[port]
+    return max(min(_most[port], (soft - _SPARE) // 2), 8)
 
 
-def allow_descriptors() -> None:
-    """Raises the process's limit of open files to the number that the connections need, if the system allows it."""
+def allow_connections(most: Mapping[str, int] = MOST_CONNECTIONS) -> None:
+    """Sets how many connections this process accepts on each port, and raises its limit of open files accordingly.
+
+    If the system does not allow that many files, fewer connections are accepted.
+    """
+    _most.update(most)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * max(_MOST.values()) + _SPARE
+    wanted = 2 * max(_most.values()) + _SPARE
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):

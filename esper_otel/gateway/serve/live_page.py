@@ -18,7 +18,6 @@ which no step is stored with 404.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
@@ -82,7 +81,7 @@ class _PageData:
             compared = await self._core.ranks(RanksRequest(run_id=run_id))
             recent = self._core.recent_steps(run_id)
             assert recent is not None  # otherwise there would be no comparison
-            return json.dumps(await in_turns(heat_map(recent, compared), TURN_S), allow_nan=False)
+            return await in_turns(heat_map(recent, compared), TURN_S)
 
     def of_rank(self, made: Callable[[View, Query], Answer]) -> _Answerer:
         """Returns what answers a request for a rank from its view."""

@@ -22,7 +22,7 @@ _COUNTERS = (
     _Own("incomplete_steps", "counter", "Steps released without some of their points."),
     _Own("corrections", "counter", "Steps released again with points that arrived late."),
     _Own("pulled_steps", "counter", "Steps sent to pullers."),
-    _Own("gap_steps", "counter", "Steps that were dropped from the store before a puller requested them."),
+    _Own("gap_steps", "counter", "Steps that pullers did not get: dropped from the store, or not arrived."),
     _Own("dropped_steps", "counter", "Steps dropped from the store because of its limits or their age."),
     _Own("faults", "counter", "Internal errors of the gateway; see its log."),
     _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to retry."),

@@ -32,7 +32,8 @@ CREATE TABLE blocks (id INTEGER PRIMARY KEY, run INTEGER, last INTEGER, count IN
 CREATE INDEX blocks_by_last ON blocks (run, last);
 CREATE TABLE items (
     run INTEGER, position INTEGER, rank INTEGER, number INTEGER, attempt INTEGER, writer TEXT, revision INTEGER,
-    complete INTEGER, received INTEGER, loss_before REAL, time INTEGER, block INTEGER, place INTEGER
+    complete INTEGER, received INTEGER, loss_before REAL, time INTEGER, block INTEGER, place INTEGER,
+    missed INTEGER
 );
 CREATE UNIQUE INDEX items_by_position ON items (run, position);
 CREATE UNIQUE INDEX items_by_number ON items (run, rank, number);
@@ -59,7 +60,7 @@ _TABLES = {
     "blocks": {"id", "run", "last", "count", "frames"},
     "items": {
         *("run", "position", "rank", "number", "attempt", "writer", "revision", "complete"),
-        *("received", "loss_before", "time", "block", "place"),
+        *("received", "loss_before", "time", "block", "place", "missed"),
     },
     "ends": {"run", "rank", "attempt", "writer", "outcome"},
     "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},

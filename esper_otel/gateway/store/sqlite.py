@@ -46,7 +46,7 @@ from esper_otel.gateway.store.memory import loss_of
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
-_COLUMNS = "position, number, attempt, rank, writer, revision, complete, received, loss_before, block, place"
+_COLUMNS = "position, number, attempt, rank, writer, revision, complete, received, loss_before, missed, block, place"
 # A frame's share of its block.
 _SHARE = "(SELECT length(frames) / max(count, 1) FROM blocks WHERE id = block)"
 _ROW_BYTES = 150
@@ -266,14 +266,14 @@ class FileStore:
 
     def _entry(self, run_id: str, run: _KnownRun, row: tuple[Any, ...]) -> StoredFrame | None:
         """Returns the entry in a row. A damaged row or block is removed, and None returned."""
-        position, number, attempt, rank, writer, revision, complete, received, loss_before, block, place = row
+        position, number, attempt, rank, writer, revision, complete, received, loss_before, missed, block, place = row
         try:
             frame = self._frame(block, place)
         except DamagedRecord as error:
             if not self._read_only:
                 self._remove(run_id, run, row, error)
             return None
-        item = Item(Origin(run_id, attempt, rank, writer), frame, revision, bool(complete), received)
+        item = Item(Origin(run_id, attempt, rank, writer), frame, revision, bool(complete), received, missed)
         return StoredFrame(position, number, item, loss_before)
 
     def _frame(self, block: int, place: int) -> Frame:
@@ -708,7 +708,7 @@ class FileStore:
                 (
                     *(run.key, run.last, rank, run.ranks[rank], attempt, writer, item.revision, item.complete),
                     *(item.received_unix_ns, self._loss_before(connection, run, origin)),
-                    *(min(item.frame.time_unix_ns, _LARGEST_INTEGER), block.id, block.count),
+                    *(min(item.frame.time_unix_ns, _LARGEST_INTEGER), block.id, block.count, item.missed),
                 )
             )
             block.add(item.frame, run.last)
@@ -720,7 +720,7 @@ class FileStore:
             encoded.append((block.id, block.run.key, block.last, block.count, b"".join(block.records)))
             block.run.frame_bytes += block.count * (block.size // block.count + _ROW_BYTES)
         connection.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?, ?)", encoded)
-        connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _loss_before(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> float | None:
         """Returns the loss of the writer's previous step, read from the file for the first step since the start."""

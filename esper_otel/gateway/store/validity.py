@@ -34,7 +34,7 @@ DAMAGED = {
                 _whole("received", bits=63),
                 "typeof(loss_before) NOT IN ('real', 'integer', 'null')",
             ),
-            *(_whole("block"), _whole("place", bits=32)),
+            *(_whole("block"), _whole("place", bits=32), _whole("missed")),
         )
     ),
     "blocks": " OR ".join(

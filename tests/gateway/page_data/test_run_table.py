@@ -21,6 +21,8 @@ from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.turns import finished
 from esper_otel.schema import new_check_id
 
+pytestmark = pytest.mark.own_code
+
 
 class Counted(Core):
     """Counts how often it was asked for the state of a run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from page_client import BEGIN_NS, Made, Page, item
 
+from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import table
+from esper_otel.gateway.page_data.answers import Wanted, series
+from esper_otel.gateway.page_data.table import Range
+from esper_otel.gateway.page_data.view import View
 from esper_otel.gateway.store.memory import MemoryStore
+
+pytestmark = pytest.mark.own_code
 
 ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -133,3 +140,24 @@ def test_no_value_is_hidden_and_what_is_new_is_enough(
         assert len(new.columns["step"]) <= max(most, len(new.answer["segments"]))
 
     asyncio.run(scenario())
+
+
+def test_a_large_answer_is_made_in_small_parts() -> None:
+    """So that the event loop has turns for others: none makes more than a thousand numbers into text."""
+    store = MemoryStore()
+    values = {f"metric-{number}": number / 3 for number in range(10)}
+    store.add([item(Made(1, step, BEGIN_NS + step * 10**6, values)) for step in range(1, 4_001)])
+    view = View(Core(store), "run", 0)
+    for _ in view.following():
+        pass
+    parts = 0
+    making = series(view, Wanted((), Range(), 4_000, ""))
+    while True:
+        try:
+            next(making)
+        except StopIteration as end:
+            answer = json.loads(end.value)
+            break
+        parts += 1
+    assert len(answer["columns"]["step"]) == 4_000
+    assert parts >= 4 * (len(answer["columns"]) + len(values))

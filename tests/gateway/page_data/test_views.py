@@ -25,6 +25,8 @@ from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import in_turns
 from esper_otel.schema import Stage
 
+pytestmark = pytest.mark.own_code
+
 
 def add(store: Store, first: int, last: int, run_id: str = "run", **more: float) -> None:
     steps = range(first, last + 1)

@@ -236,7 +236,7 @@ def test_a_late_beginning_of_many_steps_takes_no_time() -> None:
     assert made <= 1500 + 500
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 30), unique=True, min_size=1, max_size=30), st.data())
 def test_holes_are_those_of_a_set(numbers: list[int], data: st.DataObject) -> None:
     """The slow way: a set of the numbers that have come."""

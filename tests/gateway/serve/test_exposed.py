@@ -22,6 +22,8 @@ from esper_otel.gateway import command
 from esper_otel.gateway.security import Tokens
 from esper_otel.gateway.serve.http_port import is_own_host
 
+pytestmark = pytest.mark.own_code
+
 SECRET = "a-secret-token"
 NAME = "gateway.corp.example"
 

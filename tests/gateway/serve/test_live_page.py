@@ -16,6 +16,8 @@ from gateways import RunningGateway
 import esper_otel
 from esper_otel import EsperSettings, Stage
 
+pytestmark = pytest.mark.own_code
+
 TIMEOUT_S = 20
 
 

@@ -243,6 +243,28 @@ def test_a_finger_shows_the_values_at_a_step_until_it_touches_something_else(bro
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_a_chart_becomes_large_and_gives_its_table(browser: Browser) -> None:
+    run = MadeUpRun("=run, of mine", 30)
+    run.odd["loss"] = [[7, 1, 0, 0]]
+    with MadeUpGateway(run) as gateway:
+        browser.open(gateway.url)
+        browser.until(f"{chart('loss')}?.plot != null")
+        size = f"(({{width, height}}) => [width, height])({chart('loss')}.place.getBoundingClientRect())"
+        width, height = browser.value(size)
+        browser.value(f"{chart('loss')}.acts.querySelector('button').click(); 0")
+        browser.until(f"{chart('loss')}.plot != null && {chart('loss')}.plot.bbox.width > {2 * width}")
+        assert browser.value(size)[1] > 1.5 * height
+        browser.value(f"{chart('loss')}.acts.querySelector('button').click(); 0")
+        browser.until(f"{chart('loss')}.plot != null && {chart('loss')}.plot.bbox.width === {width}")
+        head, *lines = browser.value("Esper.csv('loss', board)").splitlines()
+        assert head == "run,attempt,first_step,last_step,epoch,time,loss,min,max"
+        assert len(lines) == 30
+        assert lines[6].startswith('"\'=run, of mine",1,7,7,0,20')
+        assert lines[6].endswith("Z,NaN,,")
+        assert float(lines[7].split(",")[7]) == run.value("loss", 8)
+        assert browser.uncaught == []
+
+
 def test_what_fails_is_said_and_the_rest_goes_on(browser: Browser) -> None:
     """A part of the page, an answer, a gateway that is gone and comes back."""
     run = MadeUpRun("run", 10)

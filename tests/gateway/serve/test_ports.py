@@ -395,12 +395,12 @@ def test_tls_with_clients_certificates_and_a_new_certificate_on_the_way(tmp_path
 
 
 def test_sigterm_ends_it_at_once_also_with_a_puller_waiting() -> None:
-    """A deployment must not wait for the longest poll."""
+    """A deployment must not wait for the longest poll, of a minute."""
     with RunningGateway() as gateway, gateway.channel() as channel:
         export(channel, body_of("run"))
         cursor = pull(channel, "run").cursor
         answers: list[Any] = []
-        waiting = threading.Thread(target=lambda: answers.append(pull(channel, "run", cursor, wait_s=15.0)))
+        waiting = threading.Thread(target=lambda: answers.append(pull(channel, "run", cursor, wait_s=60.0)))
         waiting.start()
         while "esper_gateway_waiting_pulls 1" not in requests.get(f"http://{gateway.http}/metrics", timeout=300).text:
             time.sleep(0.01)

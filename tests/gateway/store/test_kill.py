@@ -51,10 +51,9 @@ class Controller(threading.Thread):
                 return
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_nothing_is_missing_and_nothing_comes_twice(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_missing_and_nothing_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 of the gateway at random moments under load; packets are equal to those pulled in process."""
-    luck = random.Random(seed)
+    luck = random.Random(0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

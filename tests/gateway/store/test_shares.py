@@ -21,6 +21,8 @@ from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.text import printable
 
+pytestmark = pytest.mark.own_code
+
 HONEST, ROGUE = Grant("team-", "run=team-"), Grant("rogue-", "run=rogue-")
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
 
+pytestmark = pytest.mark.own_code
+
 OWNERS = st.sampled_from("abc")
 
 

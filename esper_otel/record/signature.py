@@ -1,0 +1,68 @@
+"""Signatures: the names of a step's recorded values, with what follows from these and need not be found out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+
+# A script that makes names up in every step has others each time.
+_MOST_KNOWN = 4_000
+
+
+class Signature:
+    """The names of the values recorded in a step, in their order. Compared by identity; see ``Signatures``.
+
+    Attributes:
+        names: the names.
+        count: how many there are.
+        floats: the types of values that need no conversion.
+        loss: the place of the loss; -1 if there is none.
+        norm: the place of the gradient norm; -1 if there is none.
+        numbers_of: returns the values of a dict with these names, in this order; raises KeyError if it lacks one.
+    """
+
+    __slots__ = ("count", "floats", "loss", "names", "norm", "numbers_of")
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.count: int = len(names)
+        self.floats: list[type] = [float] * len(names)
+        self.loss: int = names.index("loss") if "loss" in names else -1
+        self.norm: int = names.index("gradient_norm") if "gradient_norm" in names else -1
+        self.numbers_of: Callable[[Mapping[str, float]], tuple[float, ...]] = (
+            itemgetter(*names) if len(names) > 1 else lambda values: tuple(values[name] for name in names)
+        )
+
+    def dict_of(self, numbers: tuple[float, ...]) -> dict[str, float]:
+        """Returns the values by name."""
+        return dict(zip(self.names, numbers, strict=True))
+
+
+class Signatures:
+    """Finds the signature of names; the same object as long as it is known. Threads: the publisher's."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], Signature] = {}
+        self._last = self.of(())
+
+    def of(self, names: tuple[str, ...]) -> Signature:
+        """Returns the signature of these names."""
+        signature = self._known.get(names)
+        if signature is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known = {}
+            self._known[names] = signature = Signature(names)
+        return signature
+
+    def read(self, values: Mapping[str, float]) -> tuple[Signature, tuple[float, ...]]:
+        """Returns the names of a step's values, in any order, and the values in this order."""
+        last = self._last
+        if values.__class__ is dict and len(values) == last.count:  # most steps have the same names as the one before
+            try:
+                numbers = last.numbers_of(values)
+            except KeyError:
+                pass
+            else:
+                return last, numbers
+        self._last = last = self.of(tuple(values))
+        return last, tuple(values.values())
