@@ -110,7 +110,7 @@ constraints: $(UV) ## take the newest versions, and the oldest, into the two con
 	@echo "# Versions that make and CI install. Written by 'make constraints'." > constraints.txt
 	@printf 'uv\nhatchling\n' | $(RESOLVE) --universal pyproject.toml - >> constraints.txt
 	@echo "# The oldest versions that pyproject.toml allows. Written by 'make constraints'." > constraints-lowest.txt
-	@$(LOWER_BOUNDS) | $(RESOLVE) pyproject.toml - >> constraints-lowest.txt
+	@$(LOWER_BOUNDS) | $(RESOLVE) --extra contrib pyproject.toml - >> constraints-lowest.txt
 
 build: $(UV) ## build the wheel and the source distribution into dist
 	@rm -rf dist
@@ -147,5 +147,5 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(UV)
 		echo "the oldest versions have no wheels for $$($(RUN) -V): make clean, then make PYTHON=python3.11 ..." >&2; \
 		exit 1; }
 	@$(RUN) -m venv --without-pip $(LOWEST)
-	@$(UV) pip install --python $(LOWEST)/bin/python --constraint constraints-lowest.txt $(BUILD_WITH) --editable '.[dev]'
+	@$(UV) pip install --python $(LOWEST)/bin/python --constraint constraints-lowest.txt $(BUILD_WITH) --editable '.[dev,contrib]'
 	@touch $@

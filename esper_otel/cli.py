@@ -80,10 +80,20 @@ _COMMANDS = {
         "compare two runs, and fail if one has become worse: a gate for continuous integration",
         'esper-otel compare digits-8 digits-7 --fail-if "step_latency_ms.p50 > 1.05x"',
     ),
+    "files": _Command(
+        "esper_otel.files.command",
+        "write rules, dashboards and collector configurations of this version, with thresholds of your own",
+        "esper-otel files ./monitoring --threshold hook_budget=80",
+    ),
     "run": _Command(
         "esper_otel.integrations.command",
         "run an unmodified training script and send the metrics that can be measured from outside",
         "esper-otel run --run-id digits-7 train.py --epochs 3",
+    ),
+    "send": _Command(
+        "esper_otel.send.command",
+        "deliver what sessions have left in a spool, or in files, to the endpoint set in the environment",
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 esper-otel send ./steps",
     ),
     "schema": _Command(
         "esper_otel.schema.command",

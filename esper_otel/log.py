@@ -6,10 +6,11 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from esper_otel.text import printable
+from esper_otel.untraced import is_untraced
 
 logger: logging.Logger = logging.getLogger("esper_otel")
 
@@ -39,12 +40,38 @@ def _is_shown(level: int) -> bool:
     """Whether any handler shows records of this level from our logger."""
     if not logger.isEnabledFor(level):
         return False
+    return any(each.level <= level and not isinstance(each, logging.NullHandler) for each in _handlers())
+
+
+def _handlers() -> Iterator[logging.Handler]:
+    """Yields the handlers that records of our logger reach."""
     source: logging.Logger | None = logger
     while source is not None:
-        if any(each.level <= level and not isinstance(each, logging.NullHandler) for each in source.handlers):
-            return True
+        yield from source.handlers
         source = source.parent if source.propagate else None
-    return False
+
+
+class _NotIntoOtlp(logging.Filter):
+    """Keeps messages about sending away from handlers that send logs over OTLP, where each would cause more sending.
+
+    Only messages of threads whose requests are not traced; see ``esper_otel/untraced.py``. All other handlers get them.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See ``logging.Filter``."""
+        if not is_untraced():
+            return True
+        handlers = list(_handlers())
+        others = [each for each in handlers if not type(each).__module__.startswith("opentelemetry.")]
+        if len(others) == len(handlers):
+            return True
+        for each in others or filter(None, [logging.lastResort]):
+            if record.levelno >= each.level:
+                each.handle(record)
+        return False
+
+
+logger.addFilter(_NotIntoOtlp())
 
 
 def _is_silenced(level: int) -> bool:

@@ -216,7 +216,14 @@ class _DefaultsByAssignment(type):
         return cls.settings[name]
 
 
-class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
+class _Given:
+    """Which settings were given. Apart, so that it is not a setting, and neither compared nor shown."""
+
+    __slots__ = ("_given",)
+    _given: frozenset[str]
+
+
+class _Settings(_Given, metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
     """Behaviour common to all settings. Separate from the class below so that type checkers know its arguments."""
 
     def __init__(self, **values: Any) -> None:
@@ -227,8 +234,22 @@ class _Settings(metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds 
         given = {name: setting.default for name, setting in settings.items()}
         names = {_variable(name): name for name in settings}
         # Names are not case-sensitive; an empty variable counts as not set.
-        given |= {names[key.upper()]: text for key, text in os.environ.items() if text and key.upper() in names}
+        of_environment = {names[key.upper()]: text for key, text in os.environ.items() if text and key.upper() in names}
+        given |= of_environment
+        changed = {name for name, setting in settings.items() if setting.default != setting.shipped}
         self.__dict__.update(_checked(settings, given | values))
+        object.__setattr__(self, "_given", frozenset({*changed, *of_environment, *values}))
+
+    def is_given(self, name: str) -> bool:
+        """Whether the setting was given, by an argument, the environment or an assignment to the class."""
+        return name in self._given
+
+    def __getstate__(self) -> tuple[dict[str, Any], frozenset[str]]:
+        return self.__dict__, self._given
+
+    def __setstate__(self, state: tuple[dict[str, Any], frozenset[str]]) -> None:
+        self.__dict__.update(state[0])
+        object.__setattr__(self, "_given", state[1])
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"setting {name}: an instance is frozen; make another, or assign to {type(self).__name__}")
@@ -274,6 +295,12 @@ class EsperSettings(_Settings):
         default=256 * 1024 * 1024,
         read=_integer(1024 * 1024),
         meaning="Memory for frames kept for export and pull(), in bytes; beyond it the oldest are dropped and counted.",
+    )
+    export_file: Path | None = _setting(
+        default=None,
+        read=_path,
+        meaning="Directory for files of OTLP JSON lines, which are written instead of sending; `esper-otel send` "
+        "delivers them later, from another machine, too.",
     )
     close_timeout_s: float = _setting(
         default=60.0,
@@ -343,6 +370,31 @@ class EsperSettings(_Settings):
         meaning="True opens the live page for this session, as `start(ui=True)` does: unless it is already open, "
         "`esper-otel ui` is started in a process of its own.",
     )
+
+
+def settings_of_environment(ignored: Callable[[str], None]) -> EsperSettings:
+    """Returns the settings; with ``ESPER_ON_MISTAKE=warn`` a wrong one has its default, and is only reported.
+
+    Args:
+        ignored: called with the message about each wrong setting.
+
+    Raises:
+        ConfigurationError: a setting is wrong, and a mistake raises.
+    """
+    try:
+        return EsperSettings()
+    except ConfigurationError:
+        given = {key.upper().removeprefix(PREFIX).lower(): text for key, text in os.environ.items() if text}
+        if given.get("on_mistake") != "warn":
+            raise
+    defaults = {}
+    for name, setting in EsperSettings.settings.items():
+        try:
+            _checked({name: setting}, {name: given.get(name, setting.default)})
+        except ConfigurationError as error:
+            ignored(f"{error}; the default is {setting.default}")
+            defaults[name] = setting.default
+    return EsperSettings(**defaults)
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -8,10 +8,12 @@ import sys
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import esper_otel
 from esper_otel import Stage
+from esper_otel.cli import main as main_of_commands
 from esper_otel.testing import MemoryCollector
 
 PACKAGED = (
@@ -28,6 +30,11 @@ def main() -> None:
     assert find_spec("torch") is None, "this environment is to have no torch"
     for name in PACKAGED:
         assert resources.files(esper_otel).joinpath(name).is_file(), f"{name} is not in the wheel"
+
+    with TemporaryDirectory() as folder:
+        assert main_of_commands(["files", "--threshold", "hook_budget=80", folder]) == 0
+        assert (Path(folder) / "grafana/dashboards/run.json").is_file()
+        assert "> 80" in (Path(folder) / "prometheus/rules/esper.yml").read_text(encoding="utf-8")
 
     with MemoryCollector() as collector:
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.grpc_endpoint

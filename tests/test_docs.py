@@ -27,6 +27,8 @@ FOREIGN = {
     *("Gauge.set", "force_flush()", "torch.dot", "promote_scope_metadata"),
     *("step_latency_ms_milliseconds", "gpu_mem_used_gb_GB", "loss_loss", "os._exit", "compute_loss"),
     *("OTEL_EXPORTER_OTLP_CLIENT_KEY", "OTEL_EXPORTER_OTLP_COMPRESSION"),
+    *("memory_limiter", "otlp_http", "otlp_grpc", "Instrumentation", "spec.python.image"),
+    "FILE.sent",  # next to each file that was sent
     *("dist/", "train.py", "rates.py"),  # made by readers who follow the pages
 }
 # What the pages call an object of ours.

@@ -60,7 +60,8 @@ def test_every_setting_is_documented() -> None:
 def test_every_dependency_is_pinned_within_its_range() -> None:
     """What make and CI install is what pyproject.toml allows. Repair: make constraints."""
     pinned = pins("constraints.txt")
-    for requirement in DECLARED:
+    contrib = PROJECT["optional-dependencies"]["contrib"]  # of the oldest versions only
+    for requirement in (each for each in DECLARED if str(each) not in map(str, map(Requirement, contrib))):
         assert requirement.name in pinned, f"{requirement.name}: make constraints"
         for version in pinned[requirement.name]:
             assert version in requirement.specifier, f"{requirement}: make constraints"

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.own_code
 
 FLAG = "tolaria_step_enrichment_enabled"
 VARIABLE = "ESPER_TOLARIA_STEP_ENRICHMENT_ENABLED"
-SHIPPED = {
+SHIPPED: dict[str, object] = {
     "tolaria_step_enrichment_enabled": True,
     "export_every_s": 1.0,
+    "export_file": None,
     "export_ranks": "all",
     "black_box_frames": 256,
     "black_box_dir": None,
@@ -280,3 +281,21 @@ def test_no_variable_that_something_reads_is_told(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(f"ESPER_{name}", "1")
     monkeypatch.setenv("ESPER_FROBNICATE", "")
     assert unknown_variables() == []
+
+
+def test_what_was_given_is_known_also_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting of OpenTelemetry takes effect only where ours is not given, even if ours has its default."""
+    assert not EsperSettings().is_given("export_every_s")
+    assert EsperSettings(export_every_s=1.0).is_given("export_every_s")
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "1")
+    settings = EsperSettings()
+    for each in (settings, copy.copy(settings), pickle.loads(pickle.dumps(settings))):
+        assert each.is_given("export_every_s")
+        assert not each.is_given("spool_dir")
+        assert each == settings
+    monkeypatch.delenv("ESPER_EXPORT_EVERY_S")
+    EsperSettings.export_every_s = 2.0
+    try:
+        assert EsperSettings().is_given("export_every_s")
+    finally:
+        del EsperSettings.export_every_s

@@ -395,7 +395,8 @@ def test_waiting_ends_when_the_predicate_holds_or_time_is_up() -> None:
     ("send", "status"),
     [
         (lambda collector: post(collector, path="/v1/traces"), 404),
-        (lambda collector: post(collector, b"{}", Content_Type="application/json"), 415),
+        (lambda collector: post(collector, b"{}", Content_Type="text/plain"), 415),
+        (lambda collector: post(collector, b"{", Content_Type="application/json"), 400),
         (lambda collector: post(collector, b"\xff\xff"), 400),
         (lambda collector: post(collector, b"no gzip", Content_Encoding="gzip"), 400),
         (lambda collector: post(collector, gzip.compress(IGNORED)[:-4], Content_Encoding="gzip"), 400),
@@ -403,7 +404,7 @@ def test_waiting_ends_when_the_predicate_holds_or_time_is_up() -> None:
         (lambda collector: post(collector, b"", Content_Length=str(21 * 2**20)), 413),
         (lambda collector: post(collector, b"", Content_Length="many"), 413),
     ],
-    ids=["path", "json", "no protobuf", "no gzip", "cut gzip", "gzip bomb", "too large", "no number"],
+    ids=["path", "text", "no json", "no protobuf", "no gzip", "cut gzip", "gzip bomb", "too large", "no number"],
 )
 def test_what_is_no_otlp_is_refused_and_not_kept(
     send: Callable[[MemoryCollector], tuple[int, bytes, http.client.HTTPMessage]], status: int

@@ -45,7 +45,12 @@ def by_python(*command: str | Path, cwd: Path, env: dict[str, str]) -> warm.Done
 @pytest.mark.parametrize("way", ["script", "module", "text"])
 def test_a_program_sees_what_it_sees_under_python(tmp_path: Path, way: str) -> None:
     (tmp_path / "looks.py").write_text(LOOKS, encoding="utf-8")
-    begin = {"script": [tmp_path / "looks.py"], "module": ["-m", "looks"], "text": ["-c", LOOKS]}[way]
+    ways: dict[str, list[str | Path]] = {
+        "script": [tmp_path / "looks.py"],
+        "module": ["-m", "looks"],
+        "text": ["-c", LOOKS],
+    }
+    begin = ways[way]
     environ = {**os.environ, "PYTHONPATH": f"/nowhere{os.pathsep}{tmp_path}", "OF_THE_TEST": "yes"}
     done = warm.run(*begin, "one", "two", cwd=tmp_path, env=environ)
     assert done == by_python(*begin, "one", "two", cwd=tmp_path, env=environ)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from grafana_foundation_sdk.builders import (
     common,
     dashboard,
+    heatmap,
     prometheus,
     stat,
     statetimeline,
@@ -31,8 +32,8 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableRefresh,
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
-from names import CATALOGUE, Naming
 
+from esper_otel.files.selectors import CATALOGUE, Naming
 from esper_otel.schema import Stage
 
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -59,7 +60,7 @@ _COLORS = {
     Stage.RESETTING: "#96d98d",
     Stage.TERMINATED: "#3d3d42",
 }
-Kind = Literal["stat", "lines", "stack", "stages", "table", "points"]
+Kind = Literal["stat", "lines", "stack", "stages", "table", "points", "heat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +243,25 @@ def _points(shown: Shown) -> Any:
     return panel
 
 
-_KINDS = {"stat": _stat, "lines": _lines, "stack": _stack, "stages": _stages, "table": _table, "points": _points}
+def _heat(_shown: Shown) -> Any:
+    """A row for each series."""
+    return heatmap.Panel().calculate(calculate=False)
+
+
+_KINDS = {
+    "heat": _heat,
+    "stat": _stat,
+    "lines": _lines,
+    "stack": _stack,
+    "stages": _stages,
+    "table": _table,
+    "points": _points,
+}
 
 
 def boards(naming: Naming) -> list[Board]:
     """Every dashboard."""
-    return [_run(naming), _seeds(naming), _compare(naming), _health(naming)]
+    return [_run(naming), _ranks(naming), _seeds(naming), _compare(naming), _health(naming)]
 
 
 def _who(naming: Naming, run: str = "$run", rank: str = "$rank", operator: str = "=~") -> str:
@@ -442,6 +456,119 @@ def _run(naming: Naming) -> Board:
         ),
     )
     _mark_stages(board, naming)
+    return board
+
+
+def _ranks(naming: Naming) -> Board:
+    board = Board(naming, "ranks", "Esper / Ranks", "Which rank holds up the others, and by how much?")
+    _choose(board, naming)
+    who = _who(naming)
+
+    def mean(metric: str) -> str:
+        return f"avg by (run_id, rank) ({naming.select(metric, who, over='1m', function='avg_over_time')})"
+
+    step, nothing = mean("step_latency_ms"), f"{mean('step_latency_ms')} * 0"
+    wait = f"({mean('input_wait_ms')} or {nothing})"
+    cycle = f"({step} + {wait})"
+    own = f"({wait} + ({mean('hook_latency_ms')} or {nothing}) + ({mean('kasmina.finalize_ms')} or {nothing}))"
+    board.show(
+        Shown(
+            "Slowest rank by its cycle",
+            "By how much the longest cycle (input wait and step, over a minute) is above the median of the run. Of ranks that run "
+            "independently, this is the one that holds up the run.",
+            "stat",
+            [
+                Query(
+                    f"topk(1, {cycle} - on (run_id) group_left quantile by (run_id) (0.5, {cycle}))",
+                    "rank {{rank}}",
+                    instant=True,
+                )
+            ],
+            "ms",
+            width=6,
+            height=6,
+        ),
+        Shown(
+            "Slowest rank by its own time",
+            "The same for the time that does not depend on other ranks: input wait, hook, finalizing. In lock-step, with a "
+            "collective in each step, all cycles are equal and this one tells the ranks apart.",
+            "stat",
+            [
+                Query(
+                    f"topk(1, {own} - on (run_id) group_left quantile by (run_id) (0.5, {own}))",
+                    "rank {{rank}}",
+                    instant=True,
+                )
+            ],
+            "ms",
+            width=6,
+            height=6,
+        ),
+        Shown(
+            "Spread",
+            "Longest minus shortest over the ranks. What cannot be told: a rank that is slow inside its step, before the "
+            "collective, looks like those that wait for it, because all of them measure the same step.",
+            "lines",
+            [
+                Query(f"max by (run_id) ({cycle}) - min by (run_id) ({cycle})", "cycle"),
+                Query(f"max by (run_id) ({wait}) - min by (run_id) ({wait})", "input wait"),
+                Query(f"max by (run_id) ({own}) - min by (run_id) ({own})", "own time"),
+            ],
+            "ms",
+            width=12,
+            height=6,
+        ),
+        Shown(
+            "Cycle by rank",
+            "Input wait and step, over a minute, a row for each rank.",
+            "heat",
+            [Query(f"sum by (rank) ({cycle})", "{{rank}}")],
+            "ms",
+            width=12,
+            height=9,
+        ),
+        Shown(
+            "Own time by rank",
+            "Input wait, hook and finalizing, over a minute, a row for each rank.",
+            "heat",
+            [Query(f"sum by (rank) ({own})", "{{rank}}")],
+            "ms",
+            width=12,
+            height=9,
+        ),
+        Shown(
+            "Input wait",
+            "The rank that waits for its data while the others wait for it.",
+            "lines",
+            _lines_of(naming, "input_wait_ms", legend="rank {{rank}}"),
+            "ms",
+            width=12,
+        ),
+        Shown(
+            "Step",
+            "With a collective in the step, all ranks have the same.",
+            "lines",
+            _lines_of(naming, "step_latency_ms", legend="rank {{rank}}"),
+            "ms",
+            width=12,
+        ),
+        Shown(
+            "GPU",
+            "Lower than that of the others: the rank waits, or its clocks are throttled.",
+            "lines",
+            _lines_of(naming, "gpu_util_percent", legend="rank {{rank}}"),
+            "percent",
+            width=12,
+        ),
+        Shown(
+            "Memory of the processes",
+            "A rank that swaps is slow.",
+            "lines",
+            _lines_of(naming, "esper.memory.process_gb", legend="rank {{rank}}"),
+            "decgbytes",
+            width=12,
+        ),
+    )
     return board
 
 

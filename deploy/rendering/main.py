@@ -9,8 +9,9 @@ from pathlib import Path
 import pages
 from dashboards import boards
 from helm import values
-from names import OURS, STOCK
-from rules import rendered
+
+from esper_otel.files.rules import rendered
+from esper_otel.files.selectors import OURS, STOCK
 
 _ROOT = Path(__file__).parents[2]
 

@@ -55,12 +55,18 @@ def gradient_norm(
     Raises:
         InvalidValue: the argument has no parameters, or ``scaler`` is not a gradient scaler.
     """
-    gradients = _gradients_of(model_or_parameters)
+    norm = norm_of(_gradients_of(model_or_parameters))
+    if norm is None:
+        return None
+    return norm if scaler is None else norm / _scale(scaler, norm.device if isinstance(norm, Tensor) else None)
+
+
+def norm_of(gradients: list[Tensor]) -> float | Tensor | None:
+    """Returns the same of gradients."""
     if not gradients:
         return None
     with torch.no_grad():
-        norm = _total_norm(gradients)
-    return norm if scaler is None else norm / _scale(scaler, norm.device if isinstance(norm, Tensor) else None)
+        return _total_norm(gradients)
 
 
 def _gradients_of(given: object) -> list[Tensor]:

@@ -20,23 +20,28 @@ from esper_otel.addresses import is_on_this_machine
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.variables import Variables, warn
 
-Protocol = Literal["grpc", "http/protobuf"]
+Protocol = Literal["grpc", "http/protobuf", "http/json", "file"]
 Compression = Literal["none", "gzip", "deflate"]
 
 USER_AGENT = f"esper_otel/{__version__}"
 
 _GENERAL = "OTEL_EXPORTER_OTLP_"
 _METRICS = "OTEL_EXPORTER_OTLP_METRICS_"
-_DEFAULT_ENDPOINT = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
+_DEFAULT_ENDPOINT = {
+    "grpc": "http://localhost:4317",
+    **dict.fromkeys(("http/protobuf", "http/json"), "http://localhost:4318"),
+}
 _DEFAULT_TIMEOUT_S = 10.0
 _LONGEST_TIMEOUT_S = 86_400.0  # much longer time-outs overflow in gRPC and in Python's locks
-_COMPRESSIONS = {"grpc": ("none", "gzip"), "http/protobuf": ("none", "gzip", "deflate")}
+# What differs between gRPC and both forms of HTTP stands by this key.
+_TRANSPORT = {"grpc": "grpc", "http/protobuf": "http", "http/json": "http"}
+_COMPRESSIONS = {"grpc": ("none", "gzip"), "http": ("none", "gzip", "deflate")}
 _PROVIDER = {
     "grpc": (
         "OTEL_PYTHON_EXPORTER_OTLP_GRPC_METRICS_CREDENTIAL_PROVIDER",
         "OTEL_PYTHON_EXPORTER_OTLP_GRPC_CREDENTIAL_PROVIDER",
     ),
-    "http/protobuf": (  # in the official exporter's order: the general one wins
+    "http": (  # in the official exporter's order: the general one wins
         "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
         "OTEL_PYTHON_EXPORTER_OTLP_HTTP_METRICS_CREDENTIAL_PROVIDER",
     ),
@@ -48,8 +53,8 @@ _GRPC_NAME = re.compile(rf"({'|'.join(GRPC_NAMES)})(?!//$)\S+")
 _GRPC_DEFAULT_PORT = 443  # gRPC's default port, also without TLS
 
 # Characters that are sent unchanged. For others gRPC aborts the call, and requests raises an error showing the value.
-_HEADER_NAME = {"grpc": re.compile(r"[0-9a-z_.-]+(?<!-bin)"), "http/protobuf": re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")}
-_HEADER_VALUE = {"grpc": re.compile(r"[\x20-\x7e]*"), "http/protobuf": re.compile(r"[\t\x20-\x7e\xa0-\xff]*")}
+_HEADER_NAME = {"grpc": re.compile(r"[0-9a-z_.-]+(?<!-bin)"), "http": re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")}
+_HEADER_VALUE = {"grpc": re.compile(r"[\x20-\x7e]*"), "http": re.compile(r"[\t\x20-\x7e\xa0-\xff]*")}
 # Entries that ``parse_env_headers`` accepts; it would log any other entry, secrets included, and leave it out.
 _HEADER_ENTRY = re.compile(
     r"[\x21\x23-\x27\x2a\x2b\x2d\x2e\x30-\x39\x41-\x5a\x5e-\x7a\x7c\x7e]+[ \t]*"
@@ -63,7 +68,7 @@ class Endpoint:
     """An OTLP endpoint and all settings for sending to it.
 
     Attributes:
-        protocol: ``grpc`` or ``http/protobuf``.
+        protocol: ``grpc``, ``http/protobuf`` or ``http/json``; ``file`` for the setting ``export_file``.
         target: the address for messages: ``host:port``, or the URL without credentials.
         address: the address to connect to: ``host:port`` or a gRPC name (``unix:///path``); for HTTP the whole URL.
         is_insecure: whether it is sent as plain text, without TLS.
@@ -127,7 +132,7 @@ def endpoint_from_environment(
         client_certificate=client_certificate,
         compression=_compression(variables, chosen),
         timeout_s=_timeout_s(variables),
-        credential_provider=variables.text(*_PROVIDER[chosen])[1] or None,
+        credential_provider=variables.text(*_PROVIDER[_TRANSPORT[chosen]])[1] or None,
     )
 
 
@@ -141,13 +146,7 @@ def _names(name: str) -> tuple[str, str]:
 
 
 def _protocol(variables: Variables) -> str:
-    return variables.choice(
-        *_names("PROTOCOL"),
-        known=_DEFAULT_ENDPOINT,
-        default="grpc",
-        replaced={"http/json": "http/protobuf"},  # OTLP/HTTP endpoints accept both at the same path
-        scope="",
-    )
+    return variables.choice(*_names("PROTOCOL"), known=_DEFAULT_ENDPOINT, default="grpc", scope="")
 
 
 def _grpc(variables: Variables) -> tuple[str, str, bool]:
@@ -211,6 +210,7 @@ def _is_insecure(variables: Variables, scheme: str) -> bool:
 
 def _headers(variables: Variables, protocol: str) -> tuple[tuple[str, str], ...]:
     variable, text = variables.text(*_names("HEADERS"))
+    transport = _TRANSPORT[protocol]
     headers: dict[str, str] = {}
     for number, part in enumerate(text.split(","), 1):
         if not part.strip():
@@ -218,7 +218,7 @@ def _headers(variables: Variables, protocol: str) -> tuple[tuple[str, str], ...]
         if not _HEADER_ENTRY.fullmatch(part.strip()):
             raise ConfigurationError(f"{variable}: entry {number} is not name=value; {_HEADER_FORM}")
         [(name, value)] = parse_env_headers(part, liberal=True).items()
-        if not _HEADER_NAME[protocol].fullmatch(name) or not _HEADER_VALUE[protocol].fullmatch(value):
+        if not _HEADER_NAME[transport].fullmatch(name) or not _HEADER_VALUE[transport].fullmatch(value):
             raise ConfigurationError(
                 f"{variable}: entry {number} holds, decoded, characters that {protocol} cannot carry in a header"
             )
@@ -270,9 +270,8 @@ def _file(variables: Variables, name: str) -> Path | None:
 
 
 def _compression(variables: Variables, protocol: str) -> Compression:
-    text = variables.choice(
-        *_names("COMPRESSION"), known=_COMPRESSIONS[protocol], default="none", replaced={}, scope=f" over {protocol}"
-    )
+    known = _COMPRESSIONS[_TRANSPORT[protocol]]
+    text = variables.choice(*_names("COMPRESSION"), known=known, default="none", scope=f" over {protocol}")
     return cast("Compression", text)
 
 

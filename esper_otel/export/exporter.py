@@ -21,6 +21,7 @@ from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
 from esper_otel.native import Bell, threads
+from esper_otel.untraced import untraced
 
 _FRAMES_AT_ONCE = 1_000
 _FIRST_PAUSE_S = 1.0
@@ -102,7 +103,7 @@ class StepExporter:
         self._latest_s = float("-inf")
         self._wake = Bell()
         self._closing = threads().Event()
-        self._thread = threads().Thread(target=self._work, name="esper-otel-export", daemon=True)
+        self._thread = threads().Thread(target=self._work_untraced, name="esper-otel-export", daemon=True)
         self.rejected_points: int = 0
         self.recovered: int = 0
         self.retries: int = 0
@@ -162,6 +163,12 @@ class StepExporter:
             is_first = False
             self._thread.join(left_s)
 
+    def hurry(self, deadline_s: float) -> None:
+        """Brings forward the end of closing, as when a signal arrives meanwhile: by ``deadline_s`` at the latest."""
+        self._latest_s = min(self._latest_s, deadline_s)
+        if self._deadline_s is not None:
+            self._deadline_s = min(self._deadline_s, deadline_s)
+
     def _say_how_many_wait(self) -> None:
         left_s = self._latest_s - time.monotonic()
         if self.waiting and not self._has_said_waiting:
@@ -206,6 +213,10 @@ class StepExporter:
             self.dropped["not sent before close"] += waiting - self.kept
 
     # -- the thread --------------------------------------------------------------------------------------
+
+    def _work_untraced(self) -> None:
+        with untraced():  # all of the thread, so that its warnings are not sent over OTLP either
+            self._work()
 
     def _work(self) -> None:
         self._adopt()

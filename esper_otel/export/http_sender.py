@@ -1,4 +1,4 @@
-"""Sends OTLP over HTTP with protobuf bodies."""
+"""Sends OTLP over HTTP, as protobuf or as JSON."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from esper_otel.errors import ConfigurationError
 from esper_otel.export.credentials import provided
 from esper_otel.export.endpoint import USER_AGENT, Endpoint
 from esper_otel.export.failure import meaning
+from esper_otel.export.otlp_json import answer_of_json, json_of, message_of_json
 from esper_otel.export.outcome import CLOSED, MAX_ANSWER_BYTES, Outcome, Result, delivered, hint_s, one_line
 from esper_otel.export.proxies import proxy_of, way_of
 from esper_otel.export.token import Headers
 from esper_otel.native import has_greenlet_sockets, threads
+from esper_otel.untraced import untraced
 
 _OTHER_PATH = ": it takes no OTLP metrics at this path (usual is /v1/metrics)"
 _STATUS = {
@@ -76,6 +78,8 @@ class HttpSender:
     def send(self, body: bytes, timeout_s: float) -> Outcome:
         """See ``Sender``."""
         deadline_s = time.monotonic() + timeout_s
+        if self._endpoint.protocol == "http/json":
+            body = json_of(body)
         if self._endpoint.compression == "gzip":
             body = gzip.compress(body, 1)
         elif self._endpoint.compression == "deflate":
@@ -117,7 +121,8 @@ class HttpSender:
                 request, self._request = self._request, None
             if request is None:
                 break
-            outcome = self._exchanged(request)
+            with untraced():  # here too: this thread has a context of its own
+                outcome = self._exchanged(request)
             with self._changed:
                 self._outcome, self._is_busy = outcome, False
                 self._changed.notify_all()
@@ -145,9 +150,10 @@ class HttpSender:
         """
         status, target = response.status_code, self._endpoint.target
         is_page = response.headers.get("Content-Type", "").startswith("text/html")
+        is_json = response.headers.get("Content-Type", "").startswith("application/json")
         if 200 <= status < 300 and not is_page:
-            return delivered(answer, self._headers.said)
-        said = "" if is_page else self._headers.said(_message(answer))
+            return delivered(answer_of_json(answer) if is_json else answer, self._headers.said)
+        said = "" if is_page else self._headers.said(_message(answer, is_json=is_json))
         if status == 400 and re.search("to an https server|to https port", said.lower()):  # Go's servers, nginx
             return Outcome(Result.TEMPORARY, f"{target} speaks TLS: give https://")
         usual = (Result.REFUSED, "") if status >= 400 else (Result.TEMPORARY, _OTHER_PATH)  # redirects, and web pages
@@ -191,7 +197,8 @@ def _session(endpoint: Endpoint, connection: list[Any]) -> requests.Session:
 
 def _settings(endpoint: Endpoint) -> dict[str, Any]:
     """Returns the arguments for each request; REQUESTS_CA_BUNDLE would override them as attributes of the session."""
-    headers = {"User-Agent": USER_AGENT, "Content-Type": "application/x-protobuf"}
+    form = "json" if endpoint.protocol == "http/json" else "x-protobuf"
+    headers = {"User-Agent": USER_AGENT, "Content-Type": f"application/{form}"}
     if endpoint.compression != "none":
         headers["Content-Encoding"] = endpoint.compression
     settings: dict[str, Any] = {"headers": headers, "allow_redirects": False, "stream": True}
@@ -219,8 +226,10 @@ def _of_exception(error: Exception, endpoint: Endpoint) -> str:
     return meaning(said, endpoint) or f"{endpoint.target}: {one_line(said) or type(error).__name__}"
 
 
-def _message(answer: bytes) -> str:
+def _message(answer: bytes, *, is_json: bool) -> str:
     """Returns the message of a google.rpc.Status, or the body as text if it is not one."""
+    if is_json:
+        return message_of_json(answer)
     try:
         return str(Status.FromString(answer).message)
     except DecodeError:

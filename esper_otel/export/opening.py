@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 
 from opentelemetry.sdk.resources import Resource
@@ -12,11 +14,28 @@ from esper_otel.export.exporter import StepExporter
 from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
+from esper_otel.export.variables import Variables
 from esper_otel.frames.frame import Run
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import Metric
 from esper_otel.settings import EsperSettings
+
+_LONGEST_S = 3600.0
+
+
+def _every_s(settings: EsperSettings) -> float:
+    """Returns the shortest time between two requests: ours, if it is set, or else ``OTEL_METRIC_EXPORT_INTERVAL``."""
+    if settings.is_given("export_every_s"):
+        return settings.export_every_s
+    every_ms = Variables(os.environ).number(
+        "OTEL_METRIC_EXPORT_INTERVAL",
+        default=settings.export_every_s * 1e3,
+        lowest=math.ulp(0.0),
+        highest=2**31 - 1,
+        unit="a number of milliseconds above 0",
+    )
+    return min(every_ms / 1e3, _LONGEST_S)
 
 
 def open_exporter(
@@ -59,7 +78,7 @@ def open_exporter(
         ring,
         encoder_of(catalogue, resource_of),
         open_sender(endpoint, settings.token_file),
-        every_s=settings.export_every_s,
+        every_s=_every_s(settings),
         timeout_s=endpoint.timeout_s,
         prepare=prepared,
         health=health,

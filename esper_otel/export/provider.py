@@ -14,6 +14,7 @@ from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.cardinality import SEED_IDS
+from esper_otel.export.config_file import VARIABLE as CONFIG_FILE
 from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
@@ -65,14 +66,19 @@ def _named(variables: Variables) -> Exporters:
     _, setting = variables.text(_EXPORTERS)
     names = _known(variables, setting) or ["otlp"]
     if names == ["none"]:
-        return Exporters(False, None, (), f"{_EXPORTERS}=none")
+        return Exporters(False, None, (), _why_off(variables, "none"))
     protocols = [_PROTOCOLS[name] for name in names if name in _PROTOCOLS]
     return Exporters(
         bool(protocols),
         protocols[0] if protocols else None,
         tuple(dict.fromkeys(name for name in names if name not in _PROTOCOLS)),
-        "" if protocols else f"{_EXPORTERS}={setting}",
+        "" if protocols else _why_off(variables, setting),
     )
+
+
+def _why_off(variables: Variables, setting: str) -> str:
+    _, file = variables.text(CONFIG_FILE)
+    return f"{CONFIG_FILE}={file!r} has no OTLP exporter of metrics" if file else f"{_EXPORTERS}={setting}"
 
 
 def _known(variables: Variables, setting: str) -> list[str]:
@@ -127,9 +133,16 @@ class OwnProvider(MeterProvider):
             resource=resource,
             exemplar_filter=AlwaysOffExemplarFilter(),  # observable instruments have no exemplars
             shutdown_on_exit=False,
-            views=[View(instrument_name=name, aggregation_cardinality_limit=SEED_IDS + 1) for name in _OF_SEEDS],
+            views=[_room_for_seeds(name) for name in _OF_SEEDS],
         )
         self.said: tuple[str, ...] = tuple(reader.said for reader in readers if hasattr(reader, "said"))
+
+
+def _room_for_seeds(names: str) -> View:
+    try:
+        return View(instrument_name=names, aggregation_cardinality_limit=SEED_IDS + 1)
+    except TypeError:  # the SDK before 1.45.2 has no limits
+        return View(instrument_name=names)
 
 
 def _reader(name: str) -> MetricReader | None:

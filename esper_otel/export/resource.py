@@ -13,6 +13,7 @@ from pathlib import Path
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.util.types import AnyValue
 
+from esper_otel.export.config_file import configured_resource
 from esper_otel.frames.frame import RUN_FIELDS, Run
 
 DEFAULT_SERVICE_NAME = "esper-tolaria"
@@ -31,20 +32,27 @@ def resource_for(run: Run) -> Resource:
     return resources()(run)
 
 
-def resources(settings: Mapping[str, str] = _NO_SETTINGS) -> Callable[[Run], Resource]:
+def resources(
+    settings: Mapping[str, str] = _NO_SETTINGS, environ: Mapping[str, str] = os.environ
+) -> Callable[[Run], Resource]:
     """Detects the process's attributes now and returns a function that makes the Resource of a run from them.
 
     Args:
         settings: the session's settings that differ from the defaults; sent as one text, ``esper.settings``.
+        environ: where the name of a configuration file is looked for.
 
     ``service.instance.id`` and the ``esper.*`` attributes that the run sets always override other values, because
     receivers use them to reassemble frames and packets. For all other attributes, ``OTEL_SERVICE_NAME``,
-    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` take precedence.
+    ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_EXPERIMENTAL_RESOURCE_DETECTORS`` take precedence, or the ``resource`` of
+    ``OTEL_CONFIG_FILE``, which replaces them.
 
     Detection takes about a millisecond, plus the time of detectors that the user enabled. The SDK runs detectors in
     threads, which cannot be started while the interpreter shuts down; so detection is done when a session starts.
+
+    Raises:
+        ConfigurationError: ``OTEL_CONFIG_FILE`` names a file that cannot be used.
     """
-    detected = Resource.create()
+    detected = configured_resource(environ) or Resource.create()
     found = dict(detected.attributes)
     # The SDK sets this name, as specified, when no service name is configured.
     if str(found[SERVICE_NAME]).startswith("unknown_service"):

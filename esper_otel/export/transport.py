@@ -11,6 +11,7 @@ from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.outcome import Outcome, Result
 from esper_otel.export.token import Headers
 from esper_otel.log import logger
+from esper_otel.untraced import untraced
 
 __all__ = ["Outcome", "Result", "Sender", "open_sender"]
 
@@ -55,6 +56,10 @@ def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
         from esper_otel.export.grpc_sender import GrpcSender
 
         return GrpcSender(endpoint, headers)
+    if endpoint.protocol == "file":
+        from esper_otel.export.file_sender import FileSender
+
+        return FileSender(Path(endpoint.address))
     from esper_otel.export.http_sender import HttpSender
 
     return HttpSender(endpoint, headers)
@@ -76,10 +81,11 @@ class _Steady:
         if os.getpid() != self._process_id:
             return _FORKED
         deadline_s = time.monotonic() + timeout_s
-        outcome = self._sender.send(body, timeout_s)
-        left_s = deadline_s - time.monotonic()
-        if outcome.result is Result.UNAUTHENTICATED and left_s > 0.0 and self._headers.renewed():
-            outcome = self._sender.send(body, left_s)
+        with untraced():
+            outcome = self._sender.send(body, timeout_s)
+            left_s = deadline_s - time.monotonic()
+            if outcome.result is Result.UNAUTHENTICATED and left_s > 0.0 and self._headers.renewed():
+                outcome = self._sender.send(body, left_s)
         return outcome
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+from esper_otel.export.config_file import configured
 from esper_otel.log import announce
 
 
@@ -25,10 +26,14 @@ class Variables:
     Args:
         environ: the environment.
         ignored: called with a message for each ignored value: variable, value, fault, and the default.
+
+    Raises:
+        ConfigurationError: ``OTEL_CONFIG_FILE`` names a file that cannot be used. The variables are those that it
+            stands for; see ``export/config_file.py``.
     """
 
     def __init__(self, environ: Mapping[str, str], ignored: Callable[[str], None] = warn) -> None:
-        self._environ = environ
+        self._environ = configured(environ)
         self.ignored = ignored
 
     def text(self, *names: str) -> tuple[str, str]:
@@ -64,15 +69,12 @@ class Variables:
             self.ignore(name, text, f"is not {unit}", default=f"{default:g}")
         return default
 
-    def choice(self, *names: str, known: Iterable[str], default: str, replaced: Mapping[str, str], scope: str) -> str:
-        """Returns one of the known words, in lower case, or the replacement of another; the default if not set."""
+    def choice(self, *names: str, known: Iterable[str], default: str, scope: str) -> str:
+        """Returns one of the known words, in lower case; the default if not set."""
         for name, text in self._set(names):
             word = text.lower()
             if word in known:
                 return word
-            if word in replaced:
-                self.ignored(f"{name}={text!r} is not supported yet: {replaced[word]} takes its place")
-                return replaced[word]
             fault = f"is not supported{scope}: set it to one of {', '.join(known)}"
             self.ignore(name, text, fault, default=default)
         return default

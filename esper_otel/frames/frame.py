@@ -159,6 +159,7 @@ SAID_BESIDE = frozenset({"esper.seeds.digest", "esper.frame.points"})
 
 # The last finite loss; equal to the loss in a frame whose loss is finite.
 LAST_LOSS = "esper.training.loss"
+VALIDATION_LOSS = "esper.validation.loss"
 
 # What rounds to infinity in the packets' float32 begins here: the largest float32 and half a unit in its last place.
 FLOAT32_BOUND = float(2**128 - 2**103)

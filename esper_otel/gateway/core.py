@@ -32,6 +32,7 @@ from esper_otel.gateway.pages import (
 from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
+from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.reading import Reader
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
@@ -155,7 +156,7 @@ class Core:
     # -- receiving ---------------------------------------------------------------------------------------
 
     async def take(
-        self, body: bytes, *, is_json: bool = False, is_gzip: bool = False, grant: Grant | None = None
+        self, body: bytes, *, is_json: bool = False, encoding: str = IDENTITY, grant: Grant | None = None
     ) -> Answer:
         """Accepts a request; its content is stored when this returns. A long request is handled in several turns.
 
@@ -166,7 +167,7 @@ class Core:
             Crowded: there is no room for one of its writers; the points of the others are stored. The sender may retry.
         """
         self._save_unsaved()
-        async with self._reader.reading(body, is_json=is_json, is_gzip=is_gzip) as (content, decoded):
+        async with self._reader.reading(body, is_json=is_json, encoding=encoding) as (content, decoded):
             taking, kept = self._begin(content, decoded, is_json=is_json, grant=grant)
             turn = Turn()
             try:

@@ -11,7 +11,7 @@ from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as ab
 
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.limits import Crowded
-from esper_otel.gateway.receive.request import Malformed, TooLarge
+from esper_otel.gateway.receive.request import Malformed, TooLarge, Unsupported
 from esper_otel.gateway.security import BadRequest, NotAllowed, Refused
 from esper_otel.gateway.store.base import StoreFull
 from esper_otel.log import Warnings
@@ -29,10 +29,6 @@ DEFERRED = ("busy", "not stored", "too many runs")
 
 class Busy(Exception):
     """More data is in flight than there is room for."""
-
-
-class Unsupported(Exception):
-    """The content type or the encoding is not supported."""
 
 
 class Fault(NamedTuple):

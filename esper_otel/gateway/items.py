@@ -64,6 +64,7 @@ class Place(NamedTuple):
         host: name of its host; empty if it is not known.
         revision: revision of its code; empty if it is not known.
         settings: its settings that differ from the defaults, as text; empty if it has none.
+        validation_loss: the newest validation loss; None if none is known, or it is NaN.
     """
 
     origin: Origin
@@ -77,6 +78,7 @@ class Place(NamedTuple):
     host: str = ""
     revision: str = ""
     settings: str = ""
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class RunState:
         revision: revision of its code; empty if it is not known.
         settings: its settings that differ from the defaults, as text; empty if it has none.
         last_loss: the loss of the newest step, which may be NaN; None if it has none.
+        validation_loss: the newest validation loss, which may be NaN; None if none is known.
         writers: number of live processes that claim this (run, attempt, rank).
         missing: frames that were skipped, between others that have arrived, and have not arrived since.
         unseen: frames before the first one that arrived: late, lost, or sent to another gateway.
@@ -129,3 +132,4 @@ class RunState:
     revision: str = ""
     settings: str = ""
     last_loss: float | None = None
+    validation_loss: float | None = None

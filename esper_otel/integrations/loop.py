@@ -188,7 +188,10 @@ class Loop:
             of: the model or the parameters whose gradients are used.
             scale: the factor by which the gradients are still scaled.
         """
-        norm = gradient_norm(of)
+        self.norm(gradient_norm(of), scale)
+
+    def norm(self, norm: float | Tensor | None, scale: float | Tensor | None = None) -> None:
+        """Records this norm of the gradients; None if there are no gradients."""
         if norm is not None:
             self._now.values["gradient_norm"] = norm if scale is None else norm / scale
 

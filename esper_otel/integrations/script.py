@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +15,17 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from esper_otel.errors import EsperOtelError
 from esper_otel.log import logger
-from esper_otel.session.ending import follow_exits
+from esper_otel.session.ending import follow_exits, live_sessions
 
 if TYPE_CHECKING:
     from esper_otel.integrations.loader import Feed
     from esper_otel.integrations.steps import Steps
     from esper_otel.session.telemetry import Telemetry
+
+# The process whose steps are recorded, for the instrumentor of processes that it starts.
+FOLLOWED = "ESPER_OTEL_FOLLOWED"
 
 
 def attach(log: str) -> None:
@@ -34,11 +39,29 @@ def attach(log: str) -> None:
     logger.addHandler(logging.NullHandler())
     if log:
         logger.addHandler(logging.FileHandler(log))
-    follow_exits()
-    script = Script()
-    sys.meta_path.insert(0, _OnImport("torch", script.follow))
-    sys.meta_path.insert(0, _OnImport("accelerate.data_loader", script.follow_accelerate))
-    atexit.register(script.say_if_idle)
+    atexit.register(follow_process().say_if_idle)
+
+
+def follow_process() -> Script:
+    """Follows this process's optimizers and loaders from the import of torch on. Later calls return the same object."""
+    if not _following:
+        follow_exits()
+        script = Script()
+        _following.append(script)
+        _on_import("torch", script.follow)
+        _on_import("accelerate.data_loader", script.follow_accelerate)
+    return _following[0]
+
+
+_following: list[Script] = []
+
+
+def _on_import(name: str, then: Callable[[], None]) -> None:
+    """Calls the function when the module is imported; at once if it has been."""
+    if name in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _OnImport(name, then))
 
 
 class _OnImport(MetaPathFinder):
@@ -94,6 +117,8 @@ class Script:
         self._steps: Steps | None = None
         self._feed: Feed | None = None
         self._last_end_s: float | None = None
+        self._hooks: list[Any] = []
+        self._is_idle = False
 
     @_harmless
     def follow(self) -> None:
@@ -102,8 +127,12 @@ class Script:
 
         from esper_otel.integrations.loader import Feed, follow
 
-        register_optimizer_step_pre_hook(self._before_step)
-        register_optimizer_step_post_hook(lambda *_: self._after_step())
+        if self._is_idle:
+            return
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(lambda *_: self._after_step()),
+        ]
         self._feed = Feed(self)
         follow(self._feed)
 
@@ -114,6 +143,25 @@ class Script:
             from esper_otel.integrations.loader import follow_accelerate
 
             follow_accelerate()
+
+    @_harmless
+    def unfollow(self) -> None:
+        """Removes what ``follow`` has installed, and ends the session."""
+        self._stand_aside()
+        if self._steps is not None:
+            self._finish()
+            atexit.unregister(self._finish)
+        _following.clear()
+
+    def _stand_aside(self) -> None:
+        """Follows nothing any more."""
+        self._is_idle = True
+        for hook in self._hooks:
+            hook.remove()
+        if self._feed is not None:
+            from esper_otel.integrations.loader import unfollow
+
+            unfollow(self._feed)
 
     @_harmless
     def say_if_idle(self) -> None:
@@ -128,33 +176,40 @@ class Script:
 
     def wait(self) -> None:
         """Ends a step in which the optimizer has stepped."""
-        self._started().wait()
+        if steps := self._started():
+            steps.wait()
 
     def batch(self, samples: int | None = None) -> None:
         """See ``loader.Waiting``."""
-        self._started().batch(samples)
+        if steps := self._started():
+            steps.batch(samples)
 
     def no_batch(self) -> None:
         """See ``loader.Waiting``."""
-        self._started().loop.no_batch()
+        if steps := self._started():
+            steps.loop.no_batch()
 
     def discard(self) -> None:
         """See ``loader.Waiting``."""
-        self._started().loop.discard()
+        if steps := self._started():
+            steps.loop.discard()
 
     def discard_last(self) -> None:
         """See ``loader.Waiting``."""
-        self._started().loop.discard_last()
+        if steps := self._started():
+            steps.loop.discard_last()
 
     def stop(self) -> None:
         """See ``loader.Waiting``."""
-        self._started().loop.stop()
+        if steps := self._started():
+            steps.loop.stop()
 
     # -- the optimizers and the end ------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         try:
-            return self._started().before(optimizer, arguments, named)
+            steps = self._started()
+            return steps.before(optimizer, arguments, named) if steps else None
         except Exception:  # noqa: BLE001 - logged with its traceback
             logger.exception("esper-otel run: before a step")
             return None
@@ -162,6 +217,8 @@ class Script:
     @_harmless
     def _after_step(self) -> None:
         steps = self._started()
+        if steps is None:
+            return
         steps.after()
         if self._feed is None or not self._feed.is_heard:
             now_s, before_s = time.perf_counter(), self._last_end_s
@@ -170,25 +227,42 @@ class Script:
                 steps.loop.put({"step_latency_ms": (now_s - before_s) * 1e3})
             steps.end()
 
-    def _started(self) -> Steps:
-        """Returns the steps. The first call, at the first batch or step, starts the session."""
-        if self._steps is None:
-            from esper_otel.integrations.loop import Loop
-            from esper_otel.integrations.steps import Steps
-            from esper_otel.session.start import start
+    def _started(self) -> Steps | None:
+        """Returns the steps. The first call, at the first batch or step, starts the session.
 
-            assert self._feed is not None
+        Returns None if the script records itself, or if the settings are wrong; nothing is followed from then on.
+        """
+        if self._steps is None and not self._is_idle:
             logger.disabled = False  # the script's logging.config may have disabled all loggers that it does not name
-            self._telemetry = start()
-            self._steps = Steps(Loop(self._telemetry), self._feed)
-            atexit.register(self._finish)
+            if live_sessions():
+                logger.info("the script has a session of its own, so its loaders and optimizers are not followed")
+                self._stand_aside()
+                return None
+            try:
+                self._start()
+            except EsperOtelError as error:
+                logger.warning("nothing is recorded: %s", error)
+                self._stand_aside()
         return self._steps
+
+    def _start(self) -> None:
+        from esper_otel.integrations.loop import Loop
+        from esper_otel.integrations.steps import Steps
+        from esper_otel.session.start import start
+
+        assert self._feed is not None
+        self._telemetry = start()
+        self._steps = Steps(Loop(self._telemetry), self._feed)
+        os.environ[FOLLOWED] = str(os.getpid())
+        atexit.register(self._finish)
 
     @_harmless
     def _finish(self) -> None:
         from esper_otel.session.start import has_died
 
-        steps = self._started()
+        steps = self._steps
+        if steps is None:
+            return
         steps.say_if_unseen()
         if not has_died():
             steps.finish(is_well=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esper_otel.derive.gradients import norm_of
 from esper_otel.integrations.loader import Feed
 from esper_otel.integrations.loop import Loop
 from esper_otel.log import logger
 
+_PLAIN = {Tensor}
 _MANY = 100
 _SOME = 10
 _UNSEEN = (
@@ -30,8 +32,43 @@ _SHARDED = (
     "gradient_norm is left out: the gradients are FSDP2 shards (DTensor), and computing their norm needs all ranks; "
     "record it on all of them: now.put(gradient_norm=esper_otel.gradient_norm(model))"
 )
-# A parameter and its gradient; empty if no parameter has a gradient.
-Gradient: TypeAlias = tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | tuple[()]
+
+
+class _Gradient:
+    """A gradient at the end of a batch, which finds out whether the next batch adds to it or begins anew.
+
+    It looks just before a backward pass adds to the gradient. A gradient that is as it was counts, even if the sum
+    is another tensor (``create_graph=True``). One that has been replaced or set to zero was dropped.
+    """
+
+    def __init__(self, parameter: Tensor, gradient: Tensor) -> None:
+        self._parameter = weakref.ref(parameter)
+        self._gradient = weakref.ref(gradient)
+        self._version = gradient._version  # noqa: SLF001 - how often it was changed in place
+        self._is_added_to: bool | None = None
+        self._hook: Any = None
+        if parameter.requires_grad:
+            self._hook = parameter.register_hook(self._before_adding)  # type: ignore[no-untyped-call] # torch's
+
+    def _before_adding(self, _more: Tensor) -> None:
+        if self._is_added_to is None:
+            gradient = self._same()
+            self._is_added_to = gradient is not None and gradient._version == self._version  # noqa: SLF001
+
+    def _same(self) -> Tensor | None:
+        parameter, gradient = self._parameter(), self._gradient()
+        return gradient if parameter is not None and parameter.grad is gradient else None
+
+    def is_dropped(self) -> bool:
+        """Whether the gradient does not count any more. A parameter that is gone is no evidence of that."""
+        if self._parameter() is None:
+            return False
+        return self._same() is None if self._is_added_to is None else not self._is_added_to
+
+    def release(self) -> None:
+        """Removes what was added to the parameter."""
+        if self._hook is not None:
+            self._hook.remove()
 
 
 class Steps:
@@ -63,7 +100,8 @@ class Steps:
         self._known: list[weakref.ref[Any]] = [weakref.ref(each) for each in optimizers]
         self._last_index = 0  # of the optimizer that stepped last
         self._stepped_s: float | None = None
-        self._before: Gradient | None = None
+        self._before: _Gradient | None = None
+        self._had_none = False  # whether no parameter had a gradient at the end of the last batch
         self._batches = 0
         self._others = 0
         self._has_said = False
@@ -76,7 +114,7 @@ class Steps:
         self._stepped_s = None
         if not self.loop.has_stepped and self.loop.is_in_batch:
             self._drop_if_dropped()
-            self._before = self._gradient() if self._feed.has_worked else None
+            self._note_gradient()
         self.loop.wait()
 
     def batch(self, samples: int | None = None) -> None:
@@ -124,12 +162,13 @@ class Steps:
         if torch.compiler.is_compiling():
             return
         self.count += 1
-        self._before = None
+        self._forget_gradient()
         self._stepped_s = time.perf_counter()
         self.loop.stepped()
 
     def finish(self, *, is_well: bool) -> None:
         """The run ends: records the current step, or values put without an optimizer step."""
+        self._forget_gradient()
         if not is_well:
             self.loop.fail(epoch=self._feed.epoch)
         elif self.loop.has_stepped:
@@ -192,10 +231,11 @@ class Steps:
     def _note(self, optimizer: Any) -> None:
         self._drop_if_dropped()
         model = self._model() if len(self._known) == 1 else None
-        parameters = _parameters(optimizer) if model is None else list(model.parameters())
-        if not any(hasattr(each.grad, "device_mesh") for each in parameters):
+        parameters = _parameters(optimizer) if model is None else model.parameters()
+        gradients = [gradient for each in parameters if (gradient := each.grad) is not None]
+        if {*map(type, gradients)} <= _PLAIN or not any(hasattr(each, "device_mesh") for each in gradients):
             # With a GradScaler, a fused optimizer divides by the scale itself.
-            self.loop.gradients(parameters, getattr(optimizer, "grad_scale", None))
+            self.loop.norm(norm_of(gradients), getattr(optimizer, "grad_scale", None))
         elif not self._is_sharded:
             self._is_sharded = True
             logger.warning(_SHARDED)
@@ -207,30 +247,41 @@ class Steps:
             if (one := known()) is not None and (one is optimizer or one.param_groups is groups):
                 return index
         if self._model() is None:
-            self._before = None  # the gradient noted before belongs to another optimizer
+            self._forget_gradient()  # it belongs to another optimizer
         # An optimizer that is gone, as in a sweep, no longer counts.
         self._known = [known for known in self._known if known() is not None] + [weakref.ref(optimizer)]
         return len(self._known) - 1
 
     def _drop_if_dropped(self) -> None:
-        """Skips earlier batches whose gradients were dropped. An accumulated gradient remains the same tensor."""
-        if not self.loop.has_earlier or self._before is None:
+        """Skips earlier batches whose gradients were dropped, not accumulated."""
+        if not self.loop.has_earlier:
             return
-        if self._before:
-            parameter, gradient = self._before[0](), self._before[1]()
-            is_dropped = parameter is not None and (gradient is None or parameter.grad is not gradient)
+        if self._before is not None:
+            is_dropped = self._before.is_dropped()
         else:
-            is_dropped = bool(self._gradient())
+            is_dropped = self._had_none and self._gradient() is not None
         if is_dropped:
-            self._before = None
+            self._forget_gradient()
             self.loop.skip(epoch=self._feed.epoch)
 
-    def _gradient(self) -> Gradient | None:
-        """Returns a gradient that remains the same tensor while gradients accumulate; None if that is uncertain."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None  # code that shards or reduces gradients may keep them elsewhere
+    def _forget_gradient(self) -> None:
+        if self._before is not None:
+            self._before.release()
+        self._before, self._had_none = None, False
+
+    def _note_gradient(self) -> None:
+        """Notes a gradient, to find out later whether the next batch adds to it; nothing if that is uncertain."""
+        self._forget_gradient()
+        if not self._feed.has_worked or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return  # code that shards or reduces gradients may keep them elsewhere
         if len(self._known) > 1:
-            return None  # one optimizer's gradients may be dropped while another's accumulate
+            return  # one optimizer's gradients may be dropped while another's accumulate
+        found = self._gradient()
+        self._had_none = found is None
+        self._before = None if found is None else _Gradient(*found)
+
+    def _gradient(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the first parameter with a gradient, and this gradient."""
         model = self._model()
         known = (each() for each in self._known)
         parameters: Iterable[Tensor] = (
@@ -240,8 +291,8 @@ class Steps:
         )
         for parameter in parameters:
             if (gradient := parameter.grad) is not None:
-                return weakref.ref(parameter), weakref.ref(gradient)
-        return ()
+                return parameter, gradient
+        return None
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:

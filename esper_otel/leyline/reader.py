@@ -72,7 +72,10 @@ class LeylineMetricReader(MetricReader):
     """
 
     def __init__(self, *, latency_budget_ms: float = 10.0) -> None:
-        super().__init__(cardinality_limits=dict.fromkeys(_INSTRUMENTS, _MOST_IDS))
+        try:
+            super().__init__(cardinality_limits=dict.fromkeys(_INSTRUMENTS, _MOST_IDS))
+        except TypeError:  # the SDK before 1.45.2 has no limits
+            super().__init__()
         self._latency_budget_ms = latency_budget_ms
         self._attempt = time.time_ns() // 1_000_000
         self._followed: _Followed | None = None

@@ -157,6 +157,43 @@ class GpuTemperature(_OnGpu):
         return int(nvml.nvmlDeviceGetTemperatureV(handle, sensor))
 
 
+class _Description(_OnGpu):
+    """Describes the GPU. See ``_OnGpu``."""
+
+    def _read(self, nvml: Any, handle: Any) -> Mapping[str, Any]:
+        return {
+            "hw.type": "gpu",
+            "hw.vendor": "NVIDIA",
+            "hw.id": _text(nvml.nvmlDeviceGetUUID(handle)),
+            "hw.model": _text(nvml.nvmlDeviceGetName(handle)),
+            "hw.driver_version": _text(nvml.nvmlSystemGetDriverVersion()),
+        }
+
+
+def gpu_attributes(environ: Mapping[str, str] = os.environ, nvml: Any = None) -> Mapping[str, str]:
+    """Returns the attributes of this process's GPU, by OpenTelemetry's conventions for hardware. Does not start CUDA.
+
+    The GPU is that of ``LOCAL_RANK``, or the first visible one. Without NVML, or if the GPU is uncertain, returns
+    nothing.
+    """
+    local = environ.get("LOCAL_RANK", "")
+    index = int(local) if local.isdecimal() else 0
+    device = f"cuda:{index}"
+    found = _Description(
+        lambda: device, index_of=lambda _: index, identify=lambda _: (None, None), nvml=nvml, environ=environ
+    )
+    try:
+        return {name: str(text) for name, text in found.sample().items()}
+    except ProbeUnavailable:
+        return {}
+    finally:
+        found.close()
+
+
+def _text(text: Any) -> str:
+    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+
+
 def _is_mig(nvml: Any, handle: Any) -> bool:
     """Whether this is a MIG instance, or a GPU split into them, in which case training runs on one of its instances."""
     with contextlib.suppress(nvml.NVMLError):  # the driver or the GPU does not support MIG

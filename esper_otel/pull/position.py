@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 from esper_otel.errors import StaleCursor
 
+# The least step that a sender did not state; see pull.proto.
+GUESSED_STEP = 2**63
 _MARK = "m1:"
 _MOST_BYTES = 16 * 1024 * 1024
 # Ranges of numbers that a puller has of one writer. Beyond it the oldest two become one: what is missing between them
@@ -66,6 +68,7 @@ class Position:
         numbers: by writer, the numbers of its steps that the puller has.
         steps: by writer of a plain sender, which numbers no steps: the last global step.
         is_inherited: whether it goes on from a single gateway's cursor: which numbers the puller has is then not known.
+        had: by gateway, which steps after its cursor the puller has already, as far as ``numbers`` do not say so.
         again: gateways that are read from the beginning, each with a writer of which the puller has steps already.
     """
 
@@ -75,6 +78,7 @@ class Position:
         self.numbers: dict[Writer, NumberSet] = {}
         self.steps: dict[Writer, int] = {}
         self.is_inherited: bool = False
+        self.had: dict[str, set[StepKey]] = {}
         self.again: set[tuple[str, Writer]] = set()
 
     @classmethod
@@ -94,6 +98,8 @@ class Position:
             position.numbers = {(a, r, w): NumberSet(ranges) for a, r, w, ranges in known["numbers"]}
             position.steps = {(a, r, w): step for a, r, w, step in known["steps"]}
             position.is_inherited = known["inherited"] is True
+            for address, a, r, w, *rest in known["had"]:
+                position.had.setdefault(address, set()).add(StepKey((a, r, w), *rest))
             position.again = {(address, (a, r, w)) for address, a, r, w in known["again"]}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, binascii.Error, zlib.error):
             raise StaleCursor(f"cursor {cursor[:80]!r} was not issued by a client of several gateways") from None
@@ -109,18 +115,26 @@ class Position:
             "inherited": self.is_inherited,
             "numbers": [[*writer, numbers.ranges] for writer, numbers in self.numbers.items()],
             "steps": [[*writer, step] for writer, step in self.steps.items()],
+            "had": [[address, *step.writer, *step[1:]] for address, steps in self.had.items() for step in steps],
             "again": [[address, *writer] for address, writer in sorted(self.again)],
         }
         packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 1)
         return _MARK + base64.urlsafe_b64encode(packed).decode()
 
+    def move(self, address: str, cursor: str) -> None:
+        """Goes on at a gateway after this cursor: nothing is known of the steps after it."""
+        self.cursors[address] = cursor
+        self.had.pop(address, None)
+
     def begin_anew(self, address: str) -> None:
         """Reads a gateway from its beginning: what it had is gone, and it has begun anew."""
-        self.cursors[address] = ""
+        self.move(address, "")
         self.again |= {(address, writer) for writer in (*self.numbers, *self.steps)}
 
     def has(self, step: StepKey, address: str) -> bool:
         """Whether the puller has a step already, in its first revision or because a gateway is read again."""
+        if step in self.had.get(address, ()):
+            return True
         is_again = (address, step.writer) in self.again
         if step.number:
             return (step.revision == 1 or is_again) and step.number in self.numbers.get(step.writer, ())
@@ -135,12 +149,14 @@ class Position:
         if step.number:
             known = self.numbers.get(step.writer)
             return max(step.number - 1 - (0 if known is None else known.last), 0) if self.knows(step) else 0
-        if (address, step.writer) in self.again and step.writer in self.steps:
+        if (address, step.writer) in self.again and step.writer in self.steps and step.step < GUESSED_STEP:
             return max(step.step - 1 - self.steps[step.writer], 0)
         return 0
 
     def add(self, step: StepKey, address: str) -> None:
         """Records that the puller gets a step."""
+        if not step.number or step.revision > 1:
+            self.had.setdefault(address, set()).add(step)
         if step.number:
             if step.writer not in self.numbers:
                 self.numbers[step.writer] = NumberSet(
@@ -150,7 +166,7 @@ class Position:
             if step.number not in known:
                 known.add(step.number)
                 self.again.discard((address, step.writer))
-        elif step.step > self.steps.get(step.writer, -1):
+        elif self.steps.get(step.writer, -1) < step.step < GUESSED_STEP:
             self.steps[step.writer] = step.step
             self.again.discard((address, step.writer))
 

@@ -12,7 +12,6 @@ from esper_otel.leyline.packets import Packets, Page
 from esper_otel.pull.infos import RunInfo
 from esper_otel.pull.position import Position, StepKey
 
-_GUESSED_STEP = 2**63  # and above: see pull.proto
 _PAUSE_S = 0.1
 _AWAY_S = 1.0  # a gateway that did not answer, or did not know the run, is left alone for so long
 _ANSWER_S, _SLOW_S = 3.0, 15.0  # how long the others wait for one of them, and how long it is left alone then
@@ -150,7 +149,7 @@ def joined(pages: Mapping[str, Page], position: Position, most: int, *, are_all:
     for address, page in pages.items():
         if address not in left and page.cursor != position.cursors[address]:
             gap += gaps.get(address, 0)
-            position.cursors[address] = page.cursor
+            position.move(address, page.cursor)
             has_moved = True
     return Page(tuple(taken), position.text(), gap), has_moved
 
@@ -188,8 +187,7 @@ def _taken(
 
 def key_of(step: Packets) -> StepKey:
     """Returns what tells a step from others."""
-    number = step.step if step.step < _GUESSED_STEP else -1
-    return StepKey((step.attempt, step.rank, step.writer), step.number, number, step.revision)
+    return StepKey((step.attempt, step.rank, step.writer), step.number, step.step, step.revision)
 
 
 def merged_runs(of_gateways: Iterable[Iterable[RunInfo]]) -> list[RunInfo]:

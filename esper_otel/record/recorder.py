@@ -42,6 +42,7 @@ _KNOWN_AFTERWARDS = (
 
 
 _NOBODY: Sequence[str] = ()
+_NO_PROBES: tuple[Mapping[str, float], float] = (NO_READINGS, float("inf"))
 
 
 class Probing(Protocol):
@@ -83,6 +84,7 @@ class Recorder:
         self.gradient_math = gradient_math
         self.mistakes = mistakes
         self._probing = probing
+        self._leaves_out = bool(self.names.left_out)
         self._to_state = to_state
         self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
@@ -214,7 +216,7 @@ class Recorder:
             values, tensors = read(values)
             held = self._held_of(tensors)
         recorded = self.publisher.signatures.of(tuple(values))
-        if not self.names.left_out and held is None:
+        if not self._leaves_out and held is None:
             self._recorded = recorded
         return recorded, tuple(values.values()), held
 
@@ -241,13 +243,15 @@ class Recorder:
         failed: bool = False,
         retired: Sequence[str] = (),
     ) -> None:
-        context, publisher = None, self.publisher
-        if self.next_step.is_anything and (self.next_step.context or self.next_step.tensors):
-            held, context = self.next_step.take_context(held)
-        if self.names.left_out:
+        context, publisher, following = None, self.publisher, self.next_step
+        if following.is_anything and (following.context or following.tensors):
+            held, context = following.take_context(held)
+        if self._leaves_out:
             values = self.names.kept(recorded.dict_of(numbers))
             recorded, numbers = publisher.signatures.read(values)
-        probed = self._probed()
+        probed, until_s = _NO_PROBES if self._probing is None else self._probing.shown
+        if until_s <= time.monotonic():
+            probed = self._probed()
         if held is None and not publisher.waiting:
             publisher.publish(step, epoch, time_unix_ns, recorded, numbers, table, failed, retired, context, probed)
         else:
@@ -256,11 +260,7 @@ class Recorder:
             publisher.publish_later(draft, held)
 
     def _probed(self) -> Mapping[str, float]:
-        if self._probing is None:
-            return NO_READINGS
-        readings, until_s = self._probing.shown
-        now_s = time.monotonic()
-        return readings if now_s < until_s else self._probing.readings(now_s)
+        return NO_READINGS if self._probing is None else self._probing.readings(time.monotonic())
 
     def _rate(self, samples: int, given: Mapping[str, float]) -> dict[str, float]:
         """Returns ``samples_per_s`` for ``record_step``, unless it was given or the step's duration is unknown."""

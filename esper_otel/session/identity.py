@@ -59,7 +59,7 @@ def identify(
     if not 0 <= rank < max(world_size, 1):
         raise ConfigurationError(f"rank {rank} is not below world_size {world_size}: give start(rank=, world_size=)")
     if run_id is None:
-        run_id = _run_id_of_launcher(environ)
+        run_id = run_id_of_environment(environ)
     if run_id is not None:
         run_id = _text("run_id", run_id)
     else:
@@ -159,7 +159,8 @@ def _common_run_id(world_size: int, environ: Mapping[str, str]) -> str:
     return run_id or ""
 
 
-def _run_id_of_launcher(environ: Mapping[str, str]) -> str | None:
+def run_id_of_environment(environ: Mapping[str, str]) -> str | None:
+    """Returns the run id that the user or the launcher has set; None if there is none."""
     if environ.get("ESPER_RUN_ID") is not None:
         return environ["ESPER_RUN_ID"]
     torchelastic = environ.get("TORCHELASTIC_RUN_ID", "")

@@ -59,7 +59,7 @@ def say_if_nobody_listens(endpoint: Endpoint | None) -> bool:
     Returns:
         Whether it said that.
     """
-    if endpoint is None or is_endpoint_named() or not is_free(_port_of(endpoint)):
+    if endpoint is None or endpoint.protocol == "file" or is_endpoint_named() or not is_free(_port_of(endpoint)):
         return False
     message = (
         f"nothing listens on {endpoint.target}, so no curve is shown yet: type 'esper-otel ui' in another terminal, "
@@ -82,7 +82,7 @@ def open_page(endpoint: Endpoint | None, *, waits: bool = False) -> bool:
     Returns:
         Whether a process has been started, in which the page will listen.
     """
-    if endpoint is None:
+    if endpoint is None or endpoint.protocol == "file":
         _say_unopened("this session sends no steps over OTLP")
     elif is_endpoint_named():
         _say_unopened(f"OTEL_EXPORTER_OTLP_ENDPOINT is set, and steps go to {endpoint.target}: look at them there")

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from signal import Signals
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opentelemetry.metrics import MeterProvider
 
@@ -19,12 +19,13 @@ from esper_otel import leyline
 from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
-from esper_otel.errors import ConfigurationError, InvalidCatalogue
+from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalogue, InvalidName
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
+from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import open_exporter
-from esper_otel.export.provider import OwnProvider, exporters_for
+from esper_otel.export.provider import Exporters, OwnProvider, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import warn as ignored
@@ -50,13 +51,14 @@ from esper_otel.session.identity import Agreement, agreement_for, identify, new_
 from esper_otel.session.live_page import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
-from esper_otel.settings import EsperSettings, signal_names, unknown_variables
+from esper_otel.settings import EsperSettings, settings_of_environment, signal_names, unknown_variables
 
 if TYPE_CHECKING:
     import torch
 
     from esper_otel.session.show import Figure
 
+_T = TypeVar("_T")
 _READERS_S = 1.0  # for the SDK's readers, however long closing has taken before
 _STALE_AFTER_NS = 300 * 1_000_000_000
 _NO_RUN_ID = (
@@ -113,7 +115,8 @@ def start(
 
     Raises:
         MistakeError: an argument is invalid.
-        ConfigurationError: a setting or environment variable is invalid.
+        ConfigurationError: a setting or environment variable is invalid. With ``ESPER_ON_MISTAKE=warn`` that is a
+            warning: the setting has its default, and without a usable endpoint steps are recorded and not sent.
     """
     session = _Session(
         settings=_settings_of_environment() if settings is None else settings,
@@ -138,20 +141,58 @@ def check_environment() -> None:
         ConfigurationError: a setting or environment variable is invalid.
     """
     settings = _settings_of_environment()
-    configured(settings.risk_thresholds)
-    exporters = exporters_for(has_provider=False, export_steps=None)
-    endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
-    if endpoint is not None:
-        open_sender(endpoint, settings.token_file).close()
+    endpoint = _spared(settings, lambda: _checked_endpoint(settings), lambda _: None)
     rank = 0 if os.environ.get("RANK", "0") == "0" else 1
     show_the_way(endpoint, rank, wants_page=settings.ui, waits=True)
+
+
+def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
+    configured(settings.risk_thresholds)
+    exporters = exporters_for(has_provider=False, export_steps=None)
+    endpoint = _endpoint(settings, exporters)
+    if endpoint is not None:
+        open_sender(endpoint, settings.token_file).close()
+    return endpoint
+
+
+def _endpoint(settings: EsperSettings, exporters: Exporters) -> Endpoint | None:
+    """Returns where steps are sent, or the directory that they are written to; None if they are not."""
+    if not exporters.steps:
+        return None
+    if settings.export_file is not None:
+        return file_endpoint(settings.export_file)
+    return endpoint_from_environment(protocol=exporters.protocol)
+
+
+def _spared(
+    settings: EsperSettings,
+    work: Callable[[], _T],
+    otherwise: Callable[[EsperOtelError], _T],
+    *,
+    faults: tuple[type[EsperOtelError], ...] = (ConfigurationError,),
+) -> _T:
+    """Returns what the work returns. A setting that it cannot use raises, or with ``on_mistake=warn`` is reported.
+
+    Args:
+        settings: the settings that can be read.
+        work: may raise.
+        otherwise: is called instead, with the error.
+        faults: what a wrong setting raises.
+    """
+    try:
+        return work()
+    except faults as error:
+        if settings.on_mistake == "raise":
+            raise
+        ignored(str(error))
+        return otherwise(error)
 
 
 def _settings_of_environment() -> EsperSettings:
     """Returns the settings; warns of variables that look like settings and are not."""
     for message in unknown_variables():
         ignored(message)
-    return EsperSettings()
+    return settings_of_environment(ignored)
 
 
 class _Session:
@@ -171,22 +212,21 @@ class _Session:
         ui: bool | None,
     ) -> None:
         self.latency_budget_ms = settings.kernel_latency_budget_ms
-        self.rules = configured(settings.risk_thresholds)
+        self.rules = _spared(settings, lambda: configured(settings.risk_thresholds), lambda _: configured({}))
         self._close_timeout_s = settings.close_timeout_s
         self._enriched = settings.tolaria_step_enrichment_enabled
         self._warnings = Warnings()
         self._mistakes = Mistakes() if settings.on_mistake == "warn" else None
-        run, self._agreement = _identified(identity)
+        run, self._agreement = _identified_or_spared(settings, identity)
         probes = host_and_device_probes(self._device) if self._enriched else []
         names, processors = _declared(metrics, processors, probes, enriched=self._enriched)
         is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
-        exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
-        if has_provider or exporters.readers:
-            self._check_run_id(run)
-        endpoint = endpoint_from_environment(protocol=exporters.protocol) if exporters.steps else None
-
-        self._resource_of = resources(settings.changed())
+        exporters, endpoint = self._ways_out(
+            settings, run, has_provider=has_provider, export_steps=export_steps, is_silent=is_silent
+        )
+        changed = settings.changed()
+        self._resource_of = _spared(settings, lambda: resources(changed), lambda _: resources(changed, {}))
         self._deriver = Deriver(processors, self._fault)
         self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
         self._publisher = FramePublisher(
@@ -201,15 +241,14 @@ class _Session:
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder()
-        is_muted = self._resource_of(run).attributes.get("esper.alerts") == "off"
-        self._for_alerts = for_alerts(settings.risk_thresholds, is_muted=is_muted)
+        self._for_alerts = for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
         self.attributes: Mapping[str, str | int] = (
             {} if meter_provider is None else {"esper.run.id": run.run_id, "esper.rank": run.rank}
         )
-        self._exporter = self._step_exporter(endpoint, settings) if endpoint is not None else None
+        self._exporter = None if endpoint is None else self._step_exporter(endpoint, settings)
         # Opened after everything that may raise, so that a failed start leaves no port open.
         certain = self._resource_of(self._certain(run))
         self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
@@ -221,6 +260,19 @@ class _Session:
         announce("started", self._describe(endpoint, exporters.off, unfollowed))
         if show_the_way(endpoint, run.rank, wants_page=settings.ui if ui is None else ui):
             self._warnings.hold("export", LONGEST_WAIT_S)
+
+    def _ways_out(
+        self, settings: EsperSettings, run: Run, *, has_provider: bool, export_steps: bool | None, is_silent: bool
+    ) -> tuple[Exporters, Endpoint | None]:
+        """Returns the exporters, and the endpoint to which steps are sent, if they are."""
+
+        def found() -> tuple[Exporters, Endpoint | None]:
+            exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
+            if has_provider or exporters.readers:
+                self._check_run_id(run)
+            return exporters, _endpoint(settings, exporters)
+
+        return _spared(settings, found, lambda error: (Exporters(False, None, (), str(error)), None))
 
     def _opened_recorder(self) -> Recorder:
         return Recorder(
@@ -272,7 +324,16 @@ class _Session:
             self._exporter.start()
         return unfollowed
 
-    def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
+    def _step_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter | None:
+        """Returns the exporter; with ``on_mistake=warn`` without the spool, or None, if it cannot be opened."""
+        without = EsperSettings(**{**vars(settings), "spool_dir": None})
+        return _spared(
+            settings,
+            lambda: self._opened_exporter(endpoint, settings),
+            lambda _: _spared(settings, lambda: self._opened_exporter(endpoint, without), lambda _: None),
+        )
+
+    def _opened_exporter(self, endpoint: Endpoint, settings: EsperSettings) -> StepExporter:
         publisher = self._publisher
         exporter = open_exporter(
             endpoint,
@@ -329,9 +390,11 @@ class _Session:
         name = "its ranks agree on the run id at the first step" if is_open else f"run {run.run_id}"
         parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
-            f"sending every step to {endpoint.target} over {endpoint.protocol}"
-            if endpoint is not None
-            else f"steps are not sent ({off})"
+            f"steps are not sent ({off})"
+            if endpoint is None
+            else f"writing every step to files in {endpoint.target}"
+            if endpoint.protocol == "file"
+            else f"sending every step to {endpoint.target} over {endpoint.protocol}"
         )
         parts += () if self._provider is None else self._provider.said
         if not self._enriched:
@@ -453,9 +516,11 @@ class _Session:
         if self._exporter is not None and os.getpid() == self._process_id:
             self._exporter.wake()
 
-    def join(self, deadline_s: float) -> None:
+    def join(self, deadline_s: float, *, is_patient: bool) -> None:
         """See ``Wiring.join``."""
         if self._exporter is not None and os.getpid() == self._process_id:
+            if not is_patient:
+                self._exporter.hurry(deadline_s)
             self._exporter.join(deadline_s)
 
     def close(self, deadline_s: float, outcome: str, *, is_patient: bool) -> None:
@@ -533,12 +598,33 @@ def has_died() -> bool:
     return not ended_well(outcome_of_process())
 
 
-def _identified(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
+def _identified_or_spared(settings: EsperSettings, identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
+    faults = _of_identity(identity)
+    return _spared(settings, lambda: _identified(identity), lambda _: _identified_anyhow(identity), faults=faults)
+
+
+def _of_identity(identity: Mapping[str, Any]) -> tuple[type[EsperOtelError], ...]:
+    """Returns what a wrong variable raises: an invalid name, too, if none is an argument."""
+    is_of_variable = identity["run_id"] is None and identity["experiment"] is None
+    return (ConfigurationError, InvalidName) if is_of_variable else (ConfigurationError,)
+
+
+def _identified_anyhow(identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
+    """Returns an identity without variables that cannot be used: a run of its own, if need be with a single rank."""
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("ESPER_RUN_")}
+    own = {**identity, "run_id": identity["run_id"] or new_run_id()}
+    for each in (identity, own):
+        with suppress(ConfigurationError):
+            return _identified(each, environ)
+    return _identified({**own, "rank": 0, "world_size": 1}, environ)
+
+
+def _identified(identity: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> tuple[Run, Agreement | None]:
     """Returns this process's identity and, if the ranks cannot agree on all of it yet, how to agree later."""
-    run = identify(**identity)
+    run = identify(**identity, environ=environ)
     if is_interactive():
         _close_earlier(run.rank)
-    agreement = agreement_for(run)
+    agreement = agreement_for(run, environ)
     if agreement is not None and agreement.lacks_run_id:
         return replace(run, run_id=new_run_id()), agreement
     attempt = None if agreement is None else agreement.by_store()
@@ -558,13 +644,13 @@ def _gradient_math() -> Any:
     return importlib.import_module("esper_otel.derive.gradients")
 
 
-def for_alerts(thresholds: Mapping[str, float], *, is_muted: bool) -> dict[tuple[str, str], float]:
+def for_alerts(thresholds: Mapping[str, float], attributes: Mapping[str, object]) -> dict[tuple[str, str], float]:
     """Returns what the rules for Prometheus must know of a run: its own thresholds, and whether it is muted.
 
     A disabled signal has the threshold 1e308, because not every receiver takes infinity.
     """
     own = {("esper.risk.threshold", name): min(value, 1e308) for name, value in thresholds.items()}
-    return own | ({("esper.alerts.muted", ""): 1.0} if is_muted else {})
+    return own | ({("esper.alerts.muted", ""): 1.0} if attributes.get("esper.alerts") == "off" else {})
 
 
 def _declared(

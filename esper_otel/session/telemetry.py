@@ -101,8 +101,8 @@ class Wiring(Protocol):
     def interrupted(self) -> None:
         """See ``Telemetry.interrupted``."""
 
-    def join(self, deadline_s: float) -> None:
-        """Waits until a ``close`` in another thread is done, at most until ``deadline_s``."""
+    def join(self, deadline_s: float, *, is_patient: bool) -> None:
+        """Waits until a ``close`` in another thread is done, which ends by ``deadline_s`` unless it is patient."""
 
     def close(self, deadline_s: float, outcome: str, *, is_patient: bool) -> None:
         """Flushes and stops everything by about ``deadline_s``, a time of ``time.monotonic``.
@@ -352,7 +352,8 @@ class Telemetry:
     def close(self, timeout_s: float | None = None, outcome: str | None = None) -> None:
         """Sends the remaining steps and how the run ended, then ends the session. Packets can still be pulled.
 
-        If a call from another thread or a signal handler is in progress, waits for it.
+        If a call from another thread or a signal handler is in progress, waits for it; a ``timeout_s`` then holds for
+        that call, too.
 
         Args:
             timeout_s: how long this may take, in seconds. Without it, closing goes on as long as the endpoint takes
@@ -361,7 +362,7 @@ class Telemetry:
         """
         deadline_s = time.monotonic() + (_PATIENCE_S if timeout_s is None else max(timeout_s, 0.0))
         if self._is_closed:
-            self._wiring.join(deadline_s)
+            self._wiring.join(deadline_s, is_patient=timeout_s is None)
             return
         while self._before_close:
             try:

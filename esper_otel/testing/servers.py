@@ -18,7 +18,8 @@ from socketserver import ThreadingTCPServer
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError
+from google.protobuf.json_format import MessageToJson, Parse, ParseError
+from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
 from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as above
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
@@ -169,6 +170,9 @@ class HttpServer(ThreadingTCPServer):
             super().handle_error(request, client_address)
 
 
+_PROTOBUF, _JSON = "application/x-protobuf", "application/json"
+
+
 class _Exchange(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body are sent in one packet
@@ -185,7 +189,7 @@ class _Exchange(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND)
         elif not self.server.door.admits({name.lower(): text for name, text in self.headers.items()}):
             self._refuse(HTTPStatus.UNAUTHORIZED)
-        elif self.headers.get("Content-Type") != "application/x-protobuf":
+        elif self.headers.get("Content-Type") not in {_PROTOBUF, _JSON}:
             self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         else:
             self._export(body)
@@ -194,13 +198,16 @@ class _Exchange(BaseHTTPRequestHandler):
         try:
             if self.headers.get("Content-Encoding") == "gzip":
                 body = _inflated(body)
-            request = ExportMetricsServiceRequest.FromString(body)
-        except (zlib.error, DecodeError):
+            if self._is_json():
+                request = Parse(body, ExportMetricsServiceRequest())
+            else:
+                request = ExportMetricsServiceRequest.FromString(body)
+        except (zlib.error, DecodeError, ParseError, UnicodeDecodeError):
             self._refuse(HTTPStatus.BAD_REQUEST)
             return
         answer = self.server.door.receive(request)
         if isinstance(answer, ExportMetricsServiceResponse):
-            self._reply(HTTPStatus.OK, answer.SerializeToString())
+            self._reply(HTTPStatus.OK, answer)
         elif isinstance(answer, int):
             self._refuse(answer)
         elif answer is None:
@@ -210,11 +217,15 @@ class _Exchange(BaseHTTPRequestHandler):
 
     def _refuse(self, status: int) -> None:
         # In OTLP/HTTP, error responses contain a google.rpc.Status.
-        self._reply(status, Status(message="refused").SerializeToString(), self.server.door.retry_after_s)
+        self._reply(status, Status(message="refused"), self.server.door.retry_after_s)
 
-    def _reply(self, status: int, body: bytes, retry_after_s: float | None = None) -> None:
+    def _is_json(self) -> bool:
+        return self.headers.get("Content-Type") == _JSON
+
+    def _reply(self, status: int, answer: Message, retry_after_s: float | None = None) -> None:
+        body = MessageToJson(answer).encode() if self._is_json() else answer.SerializeToString()
         self.send_response(status)
-        self.send_header("Content-Type", "application/x-protobuf")
+        self.send_header("Content-Type", _JSON if self._is_json() else _PROTOBUF)
         self.send_header("Content-Length", str(len(body)))
         if retry_after_s is not None:
             self.send_header("Retry-After", str(round(retry_after_s)))

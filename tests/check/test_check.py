@@ -91,7 +91,7 @@ def test_the_report_is_json_that_a_program_reads() -> None:
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({f"{E}PROTOCOL": "http/json"}, "OTEL_EXPORTER_OTLP_PROTOCOL"),
+        ({f"{E}PROTOCOL": "thrift"}, "OTEL_EXPORTER_OTLP_PROTOCOL"),
         ({"OTEL_METRICS_EXPORTER": "none"}, "steps are not sent: OTEL_METRICS_EXPORTER=none"),
         ({"OTEL_SDK_DISABLED": "true"}, "steps are not sent: OTEL_SDK_DISABLED=true"),
         ({"OTEL_METRICS_EXPORTER": "nonsense"}, "OTEL_METRICS_EXPORTER"),
@@ -336,7 +336,7 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with RunningGateway("--ui") as gateway:
         monkeypatch.setenv(f"{E}ENDPOINT", f"http://{gateway.grpc}")
         assert run_check().ok
-        assert [stage.ok for stage in run_through(ReadBack(None, gateway.grpc))] == [True]
+        assert [stage.ok for stage in run_through(ReadBack(None, gateway.grpc))] == [True, None]
         with TamiyoClient(gateway.grpc) as client:
             assert client.runs() == []
         assert requests.get(f"http://{gateway.http}/page/runs", timeout=300).json()["runs"] == []

@@ -13,9 +13,8 @@ from programs import ROOT, built
 
 sys.path.insert(0, str(ROOT / "deploy" / "rendering"))
 
-from names import BY_KEY, OURS, STOCK, Naming
-from rules import PIPELINE, Alert, others, risks
-
+from esper_otel.files.rules import PIPELINE, Alert, others, risks
+from esper_otel.files.selectors import BY_KEY, OURS, STOCK, Naming
 from esper_otel.leyline.risk import LOSS_STEP, RULES
 from esper_otel.schema import new_check_id
 

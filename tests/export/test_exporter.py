@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -179,6 +180,25 @@ def test_closing_goes_on_while_steps_are_taken_and_the_end_of_the_run_is_sent(
     health = telemetry.health()
     assert (health["exported"] == 150) is is_whole
     assert (dropped[-1:] or [0]) == [health["dropped"]] == [150 - collector.frames_received + unanswered(health)]
+
+
+def test_who_closes_again_with_a_limit_brings_the_end_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal does that arrives meanwhile. The end of the run is sent even so."""
+    monkeypatch.setattr(exporter, "_FRAMES_AT_ONCE", 10)
+    monkeypatch.setenv("ESPER_EXPORT_EVERY_S", "60")
+    with MemoryCollector(answer=lambda _: time.sleep(0.2)) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        telemetry = esper_otel.start(run_id="slow")
+        for _ in range(3_000):
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+        closing = threading.Thread(target=telemetry.close)
+        closing.start()
+        assert collector.wait_for(lambda so_far: bool(so_far.requests))
+        telemetry.close(timeout_s=1.0, outcome="SIGTERM")
+        closing.join()
+        [ended] = [point for point in collector.points() if point.name == "esper.run.ended" and not point.flags]
+    assert ended.attributes["outcome"] == "completed"
+    assert collector.frames_received < 2_000
 
 
 def unanswered(health: Mapping[str, Any]) -> int:

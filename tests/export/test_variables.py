@@ -72,11 +72,9 @@ ROWS = [
     Row(EXPORTER, "none,nonsense", "steps", True, "'none' cannot be combined"),
     Row(f"{E}PROTOCOL", "", "protocol", "grpc"),
     Row(f"{E}PROTOCOL", "HTTP/Protobuf", "protocol", "http/protobuf"),
-    Row(
-        f"{E}PROTOCOL", "http/json", "protocol", "http/protobuf", "is not supported yet: http/protobuf takes its place"
-    ),
-    Row(f"{M}PROTOCOL", "http/json", "target", "http://localhost:4318/v1/metrics", "is not supported yet"),
-    Row(f"{E}PROTOCOL", "thrift", "protocol", "grpc", "set it to one of grpc, http/protobuf; .* the default is grpc"),
+    Row(f"{E}PROTOCOL", "http/json", "protocol", "http/json"),
+    Row(f"{M}PROTOCOL", "HTTP/JSON", "target", "http://localhost:4318/v1/metrics"),
+    Row(f"{E}PROTOCOL", "thrift", "protocol", "grpc", "one of grpc, http/protobuf, http/json; .* the default is grpc"),
     Row(f"{M}PROTOCOL", "thrift", "protocol", "http/protobuf", "is not supported", HTTP),
     Row(f"{M}PROTOCOL", "", "protocol", "http/protobuf", "", HTTP),
     Row(f"{E}ENDPOINT", "", "target", "localhost:4317"),
@@ -215,8 +213,11 @@ def test_a_session_starts_and_its_steps_arrive(
             telemetry.record_step({"loss": 1.0}, epoch=0)
         assert collector.frames_received == 1
     ignored = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert len(ignored) == len(environ.keys() - {"OTEL_METRICS_EXEMPLAR_FILTER"})
-    assert "over http/protobuf" in caplog.text or not is_http
+    assert {record.getMessage().split("=")[0].split(": ")[-1] for record in ignored} == environ.keys() - {
+        "OTEL_METRICS_EXEMPLAR_FILTER",
+        f"{E}PROTOCOL",
+    }
+    assert "over http/json" in caplog.text or not is_http
 
 
 def test_the_switch_is_judged_where_a_provider_is_given_too(
@@ -249,10 +250,10 @@ def followed(tmp_path: Path, environ: dict[str, str]) -> subprocess.CompletedPro
 
 def test_run_warns_as_start_does_and_goes_on(tmp_path: Path) -> None:
     """The script's own streams are left alone, so that it is said before the script begins."""
-    done = followed(tmp_path, {f"{E}PROTOCOL": "http/json", f"{E}TIMEOUT": "0"})
+    done = followed(tmp_path, {f"{E}PROTOCOL": "thrift", f"{E}TIMEOUT": "0"})
     assert (done.returncode, done.stdout) == (0, "trained\n")
     first, second, *_ = done.stderr.splitlines()  # then that nothing listens
-    assert first.startswith("esper_otel setting ignored: OTEL_EXPORTER_OTLP_PROTOCOL='http/json'")
+    assert first.startswith("esper_otel setting ignored: OTEL_EXPORTER_OTLP_PROTOCOL='thrift'")
     assert second.startswith("esper_otel setting ignored: OTEL_EXPORTER_OTLP_TIMEOUT='0'")
 
 

@@ -18,7 +18,7 @@ from patience import cpu_patience
 from wire import bodies, body_of, encoder
 
 from esper_otel.errors import UnknownRun
-from esper_otel.frames.frame import NO_SEEDS, Frame
+from esper_otel.frames.frame import NO_SEEDS, VALIDATION_LOSS, Frame
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data.run_table import RunTable
@@ -394,7 +394,11 @@ def test_what_is_known_of_a_writer_is_known_after_a_restart(tmp_path: Path) -> N
     about = {"host.name": "gpu-3", "vcs.ref.head.revision": "0b1c2d3e", "esper.settings": "export_every_s = 5.0"}
     core = Core(FileStore(tmp_path), hold_s=HOLD_S)
     core.start = lambda: None  # type: ignore[method-assign] # nothing runs in an event loop
-    for body in bodies(history(5)):
+    steps = history(400)
+    steps[7] = make_frame(
+        sequence=8, global_step=8, time_unix_ns=steps[7].time_unix_ns, recorded={"loss": 1.0, VALIDATION_LOSS: 0.25}
+    )
+    for body in bodies(steps):
         request = ExportMetricsServiceRequest.FromString(body)
         for name, text in about.items():
             request.resource_metrics[0].resource.attributes.add(key=name).value.string_value = text
@@ -405,7 +409,9 @@ def test_what_is_known_of_a_writer_is_known_after_a_restart(tmp_path: Path) -> N
     assert (state.host, state.revision, state.settings) == tuple(about.values())
     recent = core.recent_steps(RUN.run_id)
     assert recent is not None
-    assert sorted(recent.steps[0].tolist())[:5] == [1, 2, 3, 4, 5]
+    assert 400 in recent.steps[0]
+    assert 8 not in recent.steps[0]  # long before the newest steps
+    assert state.validation_loss == 0.25
     later = [lambda after_s=s: state.last_received_unix_ns + after_s * 10**9 for s in (59, 61)]
     rows = [row_of(RunTable(core, clock_ns)) for clock_ns in later]
     assert [(row["state"], row["host"]) for row in rows] == [("live", "gpu-3"), ("silent", "gpu-3")]

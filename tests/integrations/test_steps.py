@@ -69,6 +69,50 @@ def test_a_skipped_step_is_a_failed_row_of_its_own() -> None:
     assert health["recorded"] == 4
 
 
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("is_set_to_none", [False, True])
+def test_a_step_is_skipped_however_the_gradients_are_cleared(*, is_set_to_none: bool, clips: bool) -> None:
+    """Gradients that are set to zero remain the same tensors; so do those that accumulate."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader())
+    for number, (inputs,) in enumerate(watched):
+        optimizer.zero_grad(set_to_none=is_set_to_none)
+        model(inputs).sum().backward()
+        if clips:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        watched.put(accuracy=number / 4)
+        if number != 1:
+            optimizer.step()
+    assert [row["accuracy"] for row in rows(watched)] == [0.0, 0.25, 0.5, 0.75]
+    assert watched.telemetry.health()["failed"] == 1
+    assert not any(each._backward_hooks for each in model.parameters())  # nothing of ours is left on them
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("is_set_to_none", [False, True])
+@pytest.mark.parametrize("creates_graph", [False, True])
+@pytest.mark.parametrize("clears_first", [False, True])
+def test_gradients_that_accumulate_are_of_one_step(
+    *, is_set_to_none: bool, creates_graph: bool, clears_first: bool
+) -> None:
+    """Two backward passes a batch, clipped before the step. With ``create_graph`` each sum is another tensor."""
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader())
+    for number, (inputs,) in enumerate(watched):
+        if clears_first and number % 2 == 0:
+            optimizer.zero_grad(set_to_none=is_set_to_none)
+        for _ in range(2):
+            model(inputs).square().sum().backward(create_graph=creates_graph)
+        watched.put(accuracy=number / 4)
+        if number % 2:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if not clears_first:
+                optimizer.zero_grad(set_to_none=is_set_to_none)
+    assert [row["accuracy"] for row in rows(watched)] == [0.125, 0.625]
+    assert watched.telemetry.health()["failed"] == 0
+
+
 def test_batches_that_were_taken_together_are_of_one_step() -> None:
     """As a support set and a query set: the first of them has no gradients of its own, in no step."""
     model, optimizer = setting()

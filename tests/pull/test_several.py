@@ -178,6 +178,19 @@ def test_a_plain_sender_goes_on_by_its_steps_at_a_gateway_that_is_read_anew() ->
     assert ([step.step for step in third], third.gap) == ([60], 2)
 
 
+def test_steps_of_a_page_that_was_taken_in_part_come_once() -> None:
+    """Those of a plain sender, and corrections, whose numbers are known already."""
+    corrected = tuple(replace(step, revision=2) for step in numbered(1, 2, rank=1))
+    pages = {"a": Page((*plain(10, 20, 30), *corrected), "a::5"), "b": Page(numbered(1, 2, rank=2), "b::2")}
+    position, found = Position.of("", None, ("a", "b")), []
+    while len(page := joined(pages, position, 2, are_all=True)[0]):
+        found += [(step.rank, step.step, step.revision) for step in page]
+        position = Position.of(page.cursor, None, ("a", "b"))
+        pages = {address: page for address, page in pages.items() if not position.cursors[address]}
+    plain_steps = [(0, 10, 1), (0, 20, 1), (0, 30, 1)]
+    assert sorted(found) == [*plain_steps, (1, 1, 2), (1, 2, 2), (2, 1, 1), (2, 2, 1)]
+
+
 def numbered(*numbers: int, rank: int = 0) -> tuple[Packets, ...]:
     run = replace(RUN, run_id=RUN_ID, rank=rank)
     return tuple(

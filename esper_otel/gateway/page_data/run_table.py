@@ -176,6 +176,7 @@ class RunTable:
         ranks = [newest[rank] for rank in sorted(newest)]
         first = ranks[0]
         told = next((state for state in ranks if state.last_loss is not None), first)
+        validated = next((state for state in ranks if state.validation_loss is not None), first)
         steps = [state.last_step for state in ranks if state.last_step is not None]
         attempts = _attempts(states, known.outcome)
         return {
@@ -193,6 +194,8 @@ class RunTable:
             "last_step": max(steps, default=None),
             "last_loss": _number(told.last_loss),
             "last_loss_is": _odd(told.last_loss),
+            "validation_loss": _number(validated.validation_loss),
+            "validation_loss_is": _odd(validated.validation_loss),
             "steps_stored": known.stored,
             "world_size": max(state.world_size for state in states),
             "missing": sum(state.missing for state in states),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 
-from esper_otel.frames.frame import GUESSED_STEP, Frame
+from esper_otel.frames.frame import GUESSED_STEP, VALIDATION_LOSS, Frame
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Limits, SharedPlaces
 from esper_otel.gateway.rebuild.history import History
@@ -56,6 +56,7 @@ class Track:
         self._cut: deque[int] = deque(maxlen=_MOST_CUT)  # times of cut frames of which nothing has arrived yet
         self._outcome: str | None = None
         self._sender: PointSender | None = None
+        self._validation_loss: float | None = None
         self._stored = ("", "", "")  # host, revision and settings from before a restart
         self._first_step: int | None = None
         self._first_step_unix_ns = self._first_unix_ns = 0
@@ -323,6 +324,8 @@ class Track:
         is_last = self._last is None or time_unix_ns >= self._last.frame.time_unix_ns
         if is_last:
             self._last = item
+            if VALIDATION_LOSS in item.frame.names:
+                self._validation_loss = _value(item.frame, VALIDATION_LOSS)
         if step < GUESSED_STEP:
             if self._first_step is None or time_unix_ns <= self._first_step_unix_ns:
                 self._first_step, self._first_step_unix_ns = step, time_unix_ns
@@ -354,6 +357,8 @@ class Track:
         """Restores the position from before a restart; call it after its frames were restored."""
         self._habits.says_step, self._habits.says_epoch = place.says_step, place.says_epoch
         self._stored = place.host, place.revision, place.settings
+        if self._validation_loss is None:
+            self._validation_loss = place.validation_loss
         self._queue.restore_place(place)
         self._history.note_habits()
         self._history.restore_ends(place.ends)
@@ -364,7 +369,7 @@ class Track:
         skipped = queue.skipped
         of_frames = (queue.next, skipped.lowest, skipped.count, habits.says_step, habits.says_epoch)
         ends = () if habits.counts else self._history.ends_to_come()
-        return Place(self.origin, *of_frames, skipped.holes, ends, *self._about)
+        return Place(self.origin, *of_frames, skipped.holes, ends, *self._about, self._validation_loss)
 
     @property
     def _about(self) -> tuple[str, str, str]:
@@ -412,9 +417,10 @@ class Track:
             host=host,
             revision=revision,
             settings=settings,
-            last_loss=None if last is None else _loss(last.frame),
+            last_loss=None if last is None else _value(last.frame, "loss"),
+            validation_loss=self._validation_loss,
         )
 
 
-def _loss(frame: Frame) -> float | None:
-    return frame.numbers[frame.names.index("loss")] if "loss" in frame.names else None
+def _value(frame: Frame, name: str) -> float | None:
+    return frame.numbers[frame.names.index(name)] if name in frame.names else None

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.decoder import Decoder
-from esper_otel.gateway.receive.inflate import inflated
+from esper_otel.gateway.receive.inflate import IDENTITY, inflated
 from esper_otel.gateway.receive.request import DecodedRequest, Malformed, PointBlock, TooLarge
 
 # A body of up to this size is decoded within a few milliseconds, whatever its content. JSON is slower than protobuf.
 _SMALL, _SMALL_JSON = 32 * 1024, 8 * 1024
-# A gzip body of up to this size is unpacked at once, to see whether its content is small.
-_SMALL_GZIP = 4 * 1024
+# A compressed body of up to this size is unpacked at once, to see whether its content is small.
+_SMALL_COMPRESSED = 4 * 1024
 
 
 class Reader:
@@ -44,28 +44,27 @@ class Reader:
 
     @asynccontextmanager
     async def reading(
-        self, body: bytes, *, is_json: bool, is_gzip: bool
+        self, body: bytes, *, is_json: bool, encoding: str
     ) -> AsyncIterator[tuple[bytes, DecodedRequest]]:
         """Yields the unpacked body and the decoded request. While the block of a large one runs, other large ones wait.
 
         Raises:
             Malformed, TooLarge: the request cannot be accepted.
         """
-        if is_gzip and len(body) <= _SMALL_GZIP:
-            body, is_gzip = inflated(body), False
-        if len(body) <= (_SMALL_JSON if is_json else _SMALL) and not is_gzip:
+        if len(body) <= _SMALL_COMPRESSED:
+            body, encoding = inflated(body, encoding=encoding), IDENTITY
+        if len(body) <= (_SMALL_JSON if is_json else _SMALL) and encoding == IDENTITY:
             yield body, self.read(body, is_json=is_json)
             return
         async with self._is_free:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "esper-otel-decode")
             loop = asyncio.get_running_loop()
-            yield await loop.run_in_executor(self._thread, self._read_large, body, is_json, is_gzip)
+            yield await loop.run_in_executor(self._thread, self._read_large, body, is_json, encoding)
 
-    def _read_large(self, body: bytes, is_json: bool, is_gzip: bool) -> tuple[bytes, DecodedRequest]:
+    def _read_large(self, body: bytes, is_json: bool, encoding: str) -> tuple[bytes, DecodedRequest]:
         try:
-            if is_gzip:
-                body = inflated(body)
+            body = inflated(body, encoding=encoding)
             decoded = self._other.decode_json(body) if is_json else self._other.decode(body)
             for block in decoded.blocks:
                 self._prepare(block)

@@ -89,6 +89,10 @@ class TooLarge(EsperOtelError):
     """The request is larger, or would cost more to decode, than is allowed."""
 
 
+class Unsupported(EsperOtelError):
+    """The content type or the compression of the request is not supported."""
+
+
 class PointSender(NamedTuple):
     """The sender of points, from the attributes of the Resource or of the point itself.
 

@@ -18,7 +18,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.pages import Bounds
-from esper_otel.gateway.receive.inflate import inflated
+from esper_otel.gateway.receive.inflate import ENCODINGS, check_encoding, encoding_of, inflated
 from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
@@ -36,7 +36,6 @@ _SLOWEST_S = 60.0
 _PAUSE_S = 0.002
 _MOST_PULLS = 1_000
 _MOST_WATCHES = 200
-_GZIP_MAGIC = b"\x1f\x8b"  # a protobuf request never begins with these bytes
 
 _END: Any = grpc.aio.EOF  # type: ignore[attr-defined] # the stubs lack it
 
@@ -123,7 +122,9 @@ class Rpc:
             grant, owner = self._granted(self._send_tokens, context)
             async with self._turns.turn(owner):
                 body = await self._body(context, self._turns)
-                answer = await self._core.take(body, is_gzip=body.startswith(_GZIP_MAGIC), grant=grant)
+                encoding = encoding_of(body)
+                check_encoding(encoding)
+                answer = await self._core.take(body, encoding=encoding, grant=grant)
         except Exception as error:  # noqa: BLE001 - any error is reported to the sender as OTLP specifies
             await self._abort(error, context, is_sender=True)
         if not answer.rejected and not answer.reason:
@@ -243,7 +244,8 @@ class Rpc:
         async with turns.turn(owner):
             body = await self._body(context, turns)
         try:
-            return parse(inflated(body) if body.startswith(_GZIP_MAGIC) else body)
+            encoding = encoding_of(body)
+            return parse(inflated(body, encoding=encoding) if encoding in ENCODINGS else body)
         except DecodeError as error:
             raise Malformed(f"not a valid request: {error}") from None
 

@@ -14,10 +14,10 @@ from google.protobuf.message import Message
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.faults import Busy, Unsupported, fault_of
+from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.quiet import SeldomLog
-from esper_otel.gateway.receive.inflate import MAX_REQUEST_BYTES
-from esper_otel.gateway.receive.request import TooLarge
+from esper_otel.gateway.receive.inflate import GZIP, IDENTITY, MAX_REQUEST_BYTES, check_encoding
+from esper_otel.gateway.receive.request import TooLarge, Unsupported
 from esper_otel.gateway.security import Tokens
 from esper_otel.gateway.serve.connections import HttpAcceptor
 from esper_otel.gateway.serve.in_flight import Room
@@ -156,6 +156,9 @@ def _text(answer: Callable[[], tuple[int, str]]) -> Callable[[web.Request], Awai
     return handler
 
 
+_SYNONYMS = {"": IDENTITY, "none": IDENTITY, "x-gzip": GZIP, "zlib": "deflate"}  # zlib is the Collector's word for it
+
+
 class _Receiving:
     """Receives OTLP over HTTP: reads the body within limits and passes it to the core."""
 
@@ -170,13 +173,13 @@ class _Receiving:
         is_json = request.content_type == _JSON
         if not is_json and request.content_type != _PROTOBUF:
             return self._unsupported(f"the body must be {_PROTOBUF} or {_JSON}")
-        encoding = request.headers.get("content-encoding", "identity").lower()
-        if encoding not in {"identity", "gzip"}:
-            return self._unsupported("content-encoding must be gzip or identity")
+        encoding = request.headers.get("content-encoding", IDENTITY).strip().lower()
+        encoding = _SYNONYMS.get(encoding, encoding)
         try:
+            check_encoding(encoding)
             grant = None if self._tokens is None else self._tokens.grant(request.headers.get("authorization"))
             async with self._body(request) as body:
-                answer = await self._core.take(body, is_json=is_json, is_gzip=encoding == "gzip", grant=grant)
+                answer = await self._core.take(body, is_json=is_json, encoding=encoding, grant=grant)
         except Exception as error:  # noqa: BLE001 - any error is reported to the sender as OTLP specifies
             fault = fault_of(error, self._warnings)
             self._core.note_fault(fault)

@@ -27,7 +27,8 @@ __all__ = ["OTLP_SERVICE", "Gateway", "Ports"]
 _MOST_UNREAD_BYTES = 64 * 1024 * 1024
 _UNREAD_S = 0.25  # how long an unread answer is safe at the limit; otherwise _SLOWEST_S of the ports applies
 _BACKLOG = 256
-_IDENTITY_AND_GZIP = 0b101
+# gRPC itself knows identity, deflate and gzip. It passes on messages of any compression; see ``receive/inflate.py``.
+_ALGORITHMS = 0b111
 _IDLE_MS = 300_000
 _GRACE_S = 1.0
 _ANOTHER = "give another port, or port 0 for a free one"
@@ -135,7 +136,7 @@ class Gateway:
                 ("grpc.max_send_message_length", -1),  # the size of pages is limited elsewhere
                 # Requests are decompressed by this gateway, within limits and when their turn has come.
                 ("grpc.per_message_decompression", 0),
-                ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_AND_GZIP),
+                ("grpc.compression_enabled_algorithms_bitset", _ALGORITHMS),
                 ("grpc.http2.bdp_probe", 0),  # keeps gRPC from buffering messages that no method reads yet
                 ("grpc.so_reuseport", 0),  # a second gateway on the same port is a mistake
                 ("grpc.max_concurrent_streams", 200),

@@ -49,6 +49,7 @@ CREATE TABLE places (
     run INTEGER, rank INTEGER, attempt INTEGER, writer TEXT, next INTEGER, lowest INTEGER, missing INTEGER,
     says_step INTEGER, says_epoch INTEGER, holes TEXT, ends TEXT NOT NULL DEFAULT '[]',
     host TEXT NOT NULL DEFAULT '', revision TEXT NOT NULL DEFAULT '', settings TEXT NOT NULL DEFAULT '',
+    validation_loss REAL,
     PRIMARY KEY (run, rank, attempt, writer)
 ) WITHOUT ROWID;
 CREATE TABLE age (seconds REAL);
@@ -66,7 +67,7 @@ _TABLES = {
     "bodies": {"number", "is_json", "received", "body", "tenant", "tries"},
     "places": {
         *("run", "rank", "attempt", "writer", "next", "lowest", "missing", "says_step", "says_epoch", "holes", "ends"),
-        *("host", "revision", "settings"),
+        *("host", "revision", "settings", "validation_loss"),
     },
     "age": {"seconds"},
 }

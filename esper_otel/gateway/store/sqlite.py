@@ -464,7 +464,7 @@ class FileStore:
         with reading():
             rows = self._connection.execute(
                 "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "
-                "host, revision, settings FROM places"
+                "host, revision, settings, validation_loss FROM places"
             ).fetchall()
         found = []
         for key, *row in rows:
@@ -753,9 +753,11 @@ class FileStore:
             run = self._copied(run_id, changed)
             if run is not None:
                 holes, ends = (json.dumps(each) if each else "[]" for each in (place.holes, place.ends))
-                about = (place.host, place.revision, place.settings)
+                about = (place.host, place.revision, place.settings, place.validation_loss)
                 rows.append((run.key, rank, attempt, writer, *place[1:6], holes, ends, *about))
-        connection.executemany("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.executemany(
+            "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+        )
 
     def _copied(self, run_id: str, changed: dict[str, _KnownRun | None]) -> _KnownRun | None:
         """Returns a copy of a run's state for a transaction to change; None when nothing of the run is stored."""

@@ -83,10 +83,13 @@ def place_of(run_id: str, row: tuple[Any, ...]) -> Place:
         (missing, 54),
     )  # they must not grow past 63 bits
     numbers = [(number, bits) for number, bits in bounds if number is not None]
-    if any(type(text) is not str for text in (writer, *about)) or any(
+    host, revision, settings, validation_loss = about
+    if any(type(text) is not str for text in (writer, host, revision, settings)) or any(
         type(number) is not int or not 0 <= number < 2**bits for number, bits in numbers
     ):
         raise ValueError("not the place of a writer")
+    if type(validation_loss) not in {float, type(None)}:
+        raise ValueError("a validation loss that is not a number")
     found = json.loads(holes)
     before = 0
     for first, behind in found:

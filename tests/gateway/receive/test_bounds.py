@@ -6,12 +6,15 @@ import gzip
 import json
 import os
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from backports import zstd
 from frame_examples import RUN, TIME_UNIX_NS, frames, histories, make_frame
 from gateways import RunningGateway
 from google.protobuf.message import Message
@@ -19,16 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import cpu_patience
-from wire import bodies, said
+from wire import bodies, encoder, said
 
 from esper_otel.frames.frame import Frame
+from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.rebuild.shapes import PartShapes
 from esper_otel.gateway.receive import bounds, inflate
 from esper_otel.gateway.receive.bounds import check_json, check_parts, pieces
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.envelope import field
-from esper_otel.gateway.receive.inflate import inflated
-from esper_otel.gateway.receive.request import Malformed, TooLarge
+from esper_otel.gateway.receive.inflate import check_encoding, encoding_of, inflated
+from esper_otel.gateway.receive.request import Malformed, TooLarge, Unsupported
 from esper_otel.parts.part import Part, PartShape, merged
 
 pytestmark = pytest.mark.lengthy
@@ -212,7 +216,7 @@ def test_an_error_of_json_is_short() -> None:
         assert len(str(refused.value)) < 300
 
 
-# -- gzip ------------------------------------------------------------------------------------------------
+# -- compression ------------------------------------------------------------------------------------------------
 
 
 def test_many_members_cost_no_more_than_their_bytes() -> None:
@@ -250,3 +254,49 @@ def test_steps_that_are_all_the_same_can_be_unpacked() -> None:
     (body,) = bodies([make_frame()])
     many = body * (16 * MIB // len(body))
     assert inflated(gzip.compress(many, 9)) == many
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "zstd": zstd.compress,
+}
+
+
+@pytest.mark.parametrize("encoding", PACKED)
+def test_every_compression_is_unpacked_within_the_same_bounds(encoding: str) -> None:
+    packed = PACKED[encoding]
+    content = os.urandom(200_000) + b"x" * MIB
+    assert inflated(packed(content), encoding=encoding) == content
+    assert inflated(packed(content) + packed(b"y"), encoding=encoding) == content + b"y"
+    assert inflated(b"", encoding=encoding) == b""
+    assert encoding_of(packed(content)) == encoding
+    with pytest.raises(Malformed, match="cut short"):
+        inflated(packed(content)[:-1], encoding=encoding)
+    with pytest.raises(Malformed, match=f"not {encoding}"):
+        inflated(b"xxxxxxxxxx", encoding=encoding)
+    bomb = packed(bytes(64 * MIB))
+    tracemalloc.start()
+    with pytest.raises(TooLarge, match=rf"more than {MIB + 200 * len(bomb)} bytes when unpacked, from {len(bomb)}"):
+        inflated(bomb, encoding=encoding)
+    assert tracemalloc.get_traced_memory()[1] < 2 * (MIB + 200 * len(bomb)) + MIB
+    tracemalloc.stop()
+    steps = [make_frame(sequence=number, time_unix_ns=number * 10**6) for number in range(1, 4_001)]
+    for request in encoder("").requests(blocks_of(steps)):  # values all the same: nothing honest is packed better
+        assert inflated(packed(request.body), encoding=encoding) == request.body
+
+
+def test_zstd_with_a_huge_window_is_refused_before_it_has_memory() -> None:
+    """A frame that wants 1 GiB of memory, which its sender need not have."""
+    huge, far = zstd.CompressionParameter.window_log, zstd.CompressionParameter.enable_long_distance_matching
+    options = {int(huge): 30, int(far): 1}
+    compressor = zstd.ZstdCompressor(options=options)
+    body = compressor.compress(os.urandom(1_000)) + compressor.flush()
+    with pytest.raises(Malformed, match="not zstd"):
+        inflated(body, encoding="zstd")
+
+
+def test_compressions_that_are_not_supported_are_named() -> None:
+    assert encoding_of(b"\xff\x06\x00\x00sNaPpY....") == "snappy"
+    with pytest.raises(Unsupported, match="compression snappy is not supported: set it to zstd, gzip, deflate or none"):
+        check_encoding("snappy")

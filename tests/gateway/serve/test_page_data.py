@@ -72,6 +72,7 @@ def test_a_run_has_a_row_with_all_that_is_known_of_it(gateway: RunningGateway) -
     row = rows["resumed"]
     assert (row["first_step"], row["last_step"], row["steps_stored"]) == (1, 100, 120)
     assert row["last_loss"] == pytest.approx(0.02)
+    assert (row["validation_loss"], row["validation_loss_is"]) == (0.5, "")
     assert [(each["state"], each["outcome"], each["resumed"]) for each in row["attempts"]] == [
         ("killed", "SIGTERM", False),
         ("completed", "completed", True),

@@ -78,6 +78,12 @@ def test_runs_are_compared_and_the_address_brings_the_view_back(browser: Browser
         rows = browser.value("[...document.querySelectorAll('.readout td')].map((cell) => cell.textContent)")
         assert {"run-5", "run-7"} <= set(rows)
         assert "step 2," in browser.value("document.querySelector('.readout').textContent")
+        heads = "[...document.querySelectorAll('#table th button')].map((head) => head.textContent)"
+        assert "validation loss" not in browser.value(heads)
+        runs[5].info = {"validation_loss": 0.5, "validation_loss_is": ""}
+        runs[5].steps += 1
+        browser.until("document.querySelector('.chosen td:nth-child(8)')?.textContent === '0.5'")
+        assert "validation loss" in browser.value(heads)
         browser.value("document.getElementById('search').value = 'run-1'")
         browser.value("document.getElementById('search').dispatchEvent(new Event('input'))")
         names = browser.value("[...document.querySelectorAll('#table td.run')].map((cell) => cell.textContent)")

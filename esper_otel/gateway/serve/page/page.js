@@ -279,7 +279,7 @@ function drawNow() {
     [isOver ? "duration" : "age of the last step", isOver ? Esper.duration(durationOf(run)) : Esper.duration(age), !isOver && age > 60_000 ? "warn" : ""],
     ["loss", run.last_loss_is || Esper.number(run.last_loss), run.last_loss_is ? "bad" : ""],
   ];
-  if (last("esper.validation.loss") !== undefined) tiles.push(["validation loss", Esper.number(last("esper.validation.loss")), ""]);
+  if (run.validation_loss_is || (run.validation_loss ?? null) !== null) tiles.push(["validation loss", run.validation_loss_is || Esper.number(run.validation_loss), run.validation_loss_is ? "bad" : ""]);
   if (last("samples_per_s") !== undefined) tiles.push(["samples a second", Esper.number(last("samples_per_s")), ""]);
   if (side.seeds.byId) tiles.push(["live seeds", [...side.seeds.byId.values()].filter((seed) => seed.retired_step === null).length.toLocaleString("en"), ""]);
   tiles.push([isOver ? "signals at the end" : "signals now", open.length ? open.at(-1).name : "none", open.some((episode) => episode.level === "HIGH") ? "bad" : open.some((episode) => episode.level === "WARN") ? "warn" : "good"]);

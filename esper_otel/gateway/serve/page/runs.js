@@ -12,12 +12,19 @@ const COLUMNS = [
   ["duration", durationOf, (run) => Esper.duration(durationOf(run)), true],
   ["last step", (run) => run.last_step ?? -1, (run) => (run.last_step === null ? "–" : run.last_step.toLocaleString("en")), true],
   ["last loss", (run) => run.last_loss ?? Infinity, (run) => run.last_loss_is || Esper.number(run.last_loss), true],
+  ["validation loss", (run) => run.validation_loss ?? Infinity, (run) => run.validation_loss_is || Esper.number(run.validation_loss), true],
   ["experiment", (run) => run.experiment || ""],
   ["host", (run) => run.host || ""],
   ["revision", (run) => run.revision || "", (run) => (run.revision || "–").slice(0, 10)],
   ["ranks", (run) => Math.max(run.rank_count, run.world_size || 0), undefined, true],
   ["attempts", (run) => run.attempt_count, undefined, true],
 ];
+
+// The columns that some run has a value for.
+function columns() {
+  const isValidated = [...runs.infos.values()].some((run) => (run.validation_loss ?? null) !== null || run.validation_loss_is);
+  return isValidated ? COLUMNS : COLUMNS.filter(([name]) => name !== "validation loss");
+}
 
 function stateOf(run) {
   return run.outcome && !["completed", run.state].includes(run.outcome) ? `${run.state} (${run.outcome})` : run.state;
@@ -130,11 +137,12 @@ function writeAddress(view) {
 // -- the table ---------------------------------------------------------------------------------------------
 
 function head() {
-  const cells = COLUMNS.map(([name, , , isNumber]) => {
+  head.columns = columns().length;
+  const cells = columns().map(([name, , , isNumber]) => {
     const isSorted = runs.sort === name;
     const button = Esper.element("button", { type: "button", textContent: `${name}${isSorted ? (runs.isUp ? " ▲" : " ▼") : ""}` });
     button.addEventListener("click", () => {
-      runs.isUp = isSorted ? !runs.isUp : name === "run" || name === "last loss";
+      runs.isUp = isSorted ? !runs.isUp : ["run", "last loss", "validation loss"].includes(name);
       runs.sort = name;
       head();
       drawTable(true);
@@ -161,6 +169,10 @@ function found() {
 
 // Draws the rows that are shown; a row that has not changed stays as it is.
 function drawTable(isWhole = false) {
+  if (head.columns !== columns().length) {
+    head();
+    isWhole = true;
+  }
   const all = found();
   const shown = all.slice(0, runs.most);
   if (isWhole) runs.rows.clear();
@@ -193,7 +205,7 @@ function rowOf(run, isChosen) {
   box.addEventListener("change", () => choose(box.checked ? [...runs.chosen, name] : runs.chosen.filter((each) => each !== name)));
   const swatch = Esper.element("i", { className: "swatch" });
   if (isChosen) swatch.style.background = colorOf(name);
-  const cells = COLUMNS.map(([title, value, text, isNumber]) => {
+  const cells = columns().map(([title, value, text, isNumber]) => {
     const words = Esper.printable((text || value)(run) || "–");
     if (title === "run") {
       const button = Esper.element("button", { type: "button", textContent: words, title: `show only ${words}` });
@@ -201,7 +213,7 @@ function rowOf(run, isChosen) {
       button.addEventListener("click", () => choose([name]));
       return Esper.element("td", { className: "run", title: words }, button);
     }
-    const tone = title === "state" ? TONES[run.state] || "" : title === "last loss" && run.last_loss_is ? "bad" : "";
+    const tone = title === "state" ? TONES[run.state] || "" : (title === "last loss" && run.last_loss_is) || (title === "validation loss" && run.validation_loss_is) ? "bad" : "";
     return Esper.element("td", { className: `${isNumber ? "number" : ""} ${tone}`, textContent: words, title: words });
   });
   const acts = Esper.element("td", { className: "acts" });

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from names import BY_KEY, Naming
-
+from esper_otel.files.selectors import BY_KEY, Naming
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
 
 _BY = "(run_id, rank)"
 THRESHOLD = "esper.risk.threshold"
 _HEADER = """\
-# Rendered by `make docs`; change deploy/rendering/rules.py instead.
+# Rendered by `make docs`; change esper_otel/files/rules.py instead.
 """
 
 # What to do about a risk, by the name of its signal.
@@ -91,9 +91,10 @@ def risks(naming: Naming, rules: Sequence[Rule] = RULES) -> list[Alert]:
 
     Args:
         naming: how metrics are asked for.
-        rules: the table; a rule with another threshold than the default has that one, whatever is usual for a run.
+        rules: the table; a rule with another threshold than the default has that one, whatever is usual for a run, and
+            with infinity no alert.
     """
-    return [_audible(_risk(rule, naming, rules), naming) for rule in rules]
+    return [_audible(_risk(rule, naming, rules), naming) for rule in rules if rule.threshold < math.inf]
 
 
 def _audible(alert: Alert, naming: Naming) -> Alert:
@@ -189,21 +190,21 @@ def _sum_of_parts(naming: Naming) -> str:
 
 
 def others(naming: Naming) -> list[Alert]:
-    """What people ask for beside the risks."""
+    """Alerts that people ask for in addition to the risks."""
+    return [_audible(alert, naming) for alert in (*_on_learning(naming), *_on_speed(), *_on_memory(naming))]
+
+
+def _on_learning(naming: Naming) -> list[Alert]:
+    """Runs that no longer learn, or of which that cannot be told."""
     last = "max_over_time(esper:last_step:timestamp_seconds[6h])"
     ended = "max_over_time(esper:ended:timestamp_seconds[6h])"
     total = naming.select("loss", naming.runs, over="1m", function="sum_over_time")
-    free, used = naming.select("gpu_mem_free_gb", naming.runs), naming.select("gpu_mem_used_gb", naming.runs)
+    not_finite = f"max by {_BY} ({total}) * 0 != 0"
+    nonfinite = naming.select("esper.values.nonfinite", naming.runs, over="10m", function="increase")
     dropped = f"{naming.name('esper.frames.dropped')}{{{naming.runs}}}"
     grown = naming.labelled(f"increase({dropped}[10m])")
     new = naming.labelled(f"({dropped} unless {dropped} offset 10m)")
-    not_finite = f"max by {_BY} ({total}) * 0 != 0"
-    nonfinite = naming.select("esper.values.nonfinite", naming.runs, over="10m", function="increase")
-    rss = "esper.memory.process_gb"
-    growth = {over: naming.select(rss, naming.runs, over=over, function="deriv") for over in ("10m", "30m")}
-    host_free = naming.select("esper.memory.host_available_gb", naming.runs, over="5m", function="min_over_time")
-    before = naming.select(rss, naming.runs, offset="30m")
-    found = [
+    return [
         Alert(
             "EsperRunStuck",
             f"time() - {last} > 300 unless on {_BY} ({ended} >= on {_BY} {last})",
@@ -228,15 +229,18 @@ def others(naming: Naming) -> list[Alert]:
             "See which metric it is: the loss, where the backend drops NaN; a gradient norm, where mixed precision skips steps.",
         ),
         Alert(
-            "EsperMemoryGrowing",
-            f"max by {_BY} ({growth['30m']}) * 21600 > max by {_BY} ({host_free}) "
-            f"and max by {_BY} ({growth['10m']}) > 0.5 * max by {_BY} ({growth['30m']}) and on {_BY} max by {_BY} ({before})",
-            "warn",
-            f"at this rate, {_WHO} uses up the memory of its host within six hours",
-            "Tensors that are kept with their graph (loss without .item()), a growing list, or loader workers: compare "
-            "esper.memory.process_gb with the step at which it began to grow.",
-            "5m",
+            "EsperTelemetryDropping",
+            f"max by (run_id, rank, reason) ({grown} > 0 or {new} > 0)",
+            "high",
+            f"{_WHO} dropped {{{{ $value | humanize }}}} steps of telemetry: {{{{ $labels.reason }}}}",
+            "The endpoint has been away for longer than the buffer lasts: see the collector; set ESPER_SPOOL_DIR.",
         ),
+    ]
+
+
+def _on_speed() -> list[Alert]:
+    """Runs that are slower than they could be."""
+    return [
         Alert(
             "EsperRankSlow",
             "esper:rank_behind:ratio5m > 0.2 and on (run_id) count by (run_id) (esper:cycle_ms:avg5m) > 1",
@@ -261,6 +265,27 @@ def others(naming: Naming) -> list[Alert]:
             "More loader workers, prefetching, a faster disk, or less work per sample on the CPU.",
             "5m",
         ),
+    ]
+
+
+def _on_memory(naming: Naming) -> list[Alert]:
+    """Runs that are about to run out of memory."""
+    free, used = naming.select("gpu_mem_free_gb", naming.runs), naming.select("gpu_mem_used_gb", naming.runs)
+    rss = "esper.memory.process_gb"
+    growth = {over: naming.select(rss, naming.runs, over=over, function="deriv") for over in ("10m", "30m")}
+    host_free = naming.select("esper.memory.host_available_gb", naming.runs, over="5m", function="min_over_time")
+    before = naming.select(rss, naming.runs, offset="30m")
+    return [
+        Alert(
+            "EsperMemoryGrowing",
+            f"max by {_BY} ({growth['30m']}) * 21600 > max by {_BY} ({host_free}) "
+            f"and max by {_BY} ({growth['10m']}) > 0.5 * max by {_BY} ({growth['30m']}) and on {_BY} max by {_BY} ({before})",
+            "warn",
+            f"at this rate, {_WHO} uses up the memory of its host within six hours",
+            "Tensors that are kept with their graph (loss without .item()), a growing list, or loader workers: compare "
+            "esper.memory.process_gb with the step at which it began to grow.",
+            "5m",
+        ),
         Alert(
             "EsperGpuMemoryNearlyFull",
             f"min by {_BY} ({free} / ({free} + {used})) < 0.05",
@@ -269,15 +294,7 @@ def others(naming: Naming) -> list[Alert]:
             "A smaller batch, activation checkpointing, or fewer seeds: the next allocation may fail.",
             "2m",
         ),
-        Alert(
-            "EsperTelemetryDropping",
-            f"max by (run_id, rank, reason) ({grown} > 0 or {new} > 0)",
-            "high",
-            f"{_WHO} dropped {{{{ $value | humanize }}}} steps of telemetry: {{{{ $labels.reason }}}}",
-            "The endpoint has been away for longer than the buffer lasts: see the collector; set ESPER_SPOOL_DIR.",
-        ),
     ]
-    return [_audible(alert, naming) for alert in found]
 
 
 # Reasons of the gateway that say that a run of ours needs more than it may have.

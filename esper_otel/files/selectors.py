@@ -1,4 +1,4 @@
-"""Selectors: how a metric of the catalogue is asked for, on a Prometheus with our configuration or with its own defaults."""
+"""Selectors: how a metric is asked for, on a Prometheus with our configuration or with its own defaults."""
 
 from __future__ import annotations
 

@@ -1,0 +1,108 @@
+"""Writes OTLP requests to files instead of sending them: JSON lines, as the Collector's ``otlpjsonfile`` reads them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import time
+from pathlib import Path
+
+from esper_otel.errors import ConfigurationError
+from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.otlp_json import json_of
+from esper_otel.export.outcome import CLOSED, Outcome, Result
+from esper_otel.native import threads
+
+SUFFIX = ".jsonl"
+MOST_BYTES = 64 * 1024 * 1024  # of one file; then the next one begins
+_PRIVATE = 0o700  # metrics may be confidential
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def file_endpoint(directory: Path) -> Endpoint:
+    """Returns the endpoint that stands for files in a directory."""
+    path = str(directory.absolute())
+    return Endpoint(protocol="file", target=path, address=path, is_insecure=False)
+
+
+class FileSender:
+    """Writes requests to files in a directory: see ``Sender``.
+
+    Each line is one ExportMetricsServiceRequest. A session has files of its own, named by its start and numbered; a
+    file is closed when the next line would make it larger than 64 MiB. A line is written by a single call, so a process
+    that is killed leaves whole lines, and what a full disk cut short is removed again and retried later.
+
+    Args:
+        directory: where the files are; made if it does not exist.
+        most_bytes: size of a file.
+
+    Raises:
+        ConfigurationError: nothing can be written there.
+    """
+
+    def __init__(self, directory: Path, *, most_bytes: int = MOST_BYTES) -> None:
+        self._directory = directory
+        self._most_bytes = most_bytes
+        self._session = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"  # names sort by age
+        self._number = 0
+        self._size = 0
+        self._file: int | None = None
+        self._is_closed = False
+        self._writing = threads().Lock()
+        try:
+            directory.mkdir(_PRIVATE, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"setting export_file = {directory}: {error.strerror or error}") from None
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ConfigurationError(f"setting export_file = {directory}: this process may not write there")
+
+    def send(self, body: bytes, timeout_s: float) -> Outcome:
+        """See ``Sender``."""
+        del timeout_s
+        line = json_of(body) + b"\n"
+        with self._writing:
+            if self._is_closed:
+                return CLOSED
+            try:
+                self._write(line)
+            except OSError as error:
+                return Outcome(Result.TEMPORARY, f"{self._directory}: {error.strerror or error}")
+        return Outcome(Result.DELIVERED)
+
+    def close(self) -> None:
+        """See ``Sender``."""
+        with self._writing:
+            self._is_closed = True
+            self._end()
+
+    def _write(self, line: bytes) -> None:
+        if self._file is None or (self._size and self._size + len(line) > self._most_bytes):
+            self._end()
+            name = f"{self._session}-{self._number:06d}{SUFFIX}"
+            self._file = os.open(self._directory / name, _FLAGS, 0o600)
+            self._number, self._size = self._number + 1, 0
+        try:
+            written = os.write(self._file, line)
+        except OSError:
+            self._cut()
+            raise
+        if written < len(line):
+            self._cut()
+            raise OSError(errno.ENOSPC, "the disk is full: a line could be written only in part")
+        self._size += len(line)
+
+    def _cut(self) -> None:
+        """Removes what was written of a line in part."""
+        if self._file is not None:
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+
+    def _end(self) -> None:
+        """Closes the file, with its content on the disk."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)

@@ -1,0 +1,120 @@
+"""The command ``esper-otel files``: writes rules, dashboards and collector configurations of the installed version."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from esper_otel._version import __version__
+from esper_otel.errors import ConfigurationError
+from esper_otel.files.rules import rendered
+from esper_otel.files.selectors import OURS, STOCK
+from esper_otel.leyline.risk import configured
+from esper_otel.text import printable
+
+# In a wheel they are below this folder, in a source tree in their own places.
+_PACKED = Path(__file__).with_name("packed")
+_SOURCES = {"collector-config": "collector-config", "prometheus": "deploy/prometheus", "grafana": "deploy/grafana"}
+_RECORD = ".esper-otel-files"
+_MOST_OF_A_RECORD = 1_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``esper-otel files``."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; it is created if it is not there")
+    parser.add_argument(
+        *("--threshold",),
+        action="append",
+        default=[],
+        metavar="SIGNAL=VALUE",
+        help="threshold of a risk signal in the rules; inf leaves its alert out",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite files that have been changed or are not ours")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Writes the files. Returns 1 if some were left alone because somebody has changed them."""
+    wanted = contents(dict(map(_threshold, options.threshold)))
+    folder: Path = options.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _recorded(folder)
+        left = [name for name in wanted if not options.force and not _is_ours(folder / name, before.get(name))]
+        for name, content in wanted.items():
+            if name not in left:
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        record = {name: _digest(content) for name, content in wanted.items() if name not in left}
+        text = json.dumps({"version": __version__, "files": {**before, **record}}, indent=1, sort_keys=True)
+        (folder / _RECORD).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
+    sys.stdout.write(f"{len(wanted) - len(left)} files of esper_otel {__version__} are in {printable(folder)}\n")
+    for name in left:
+        sys.stdout.write(f"left alone, because it was changed or is not from this command: {name} (--force)\n")
+    return 1 if left else 0
+
+
+def contents(thresholds: Mapping[str, float]) -> dict[str, bytes]:
+    """Returns the content of each file by its path.
+
+    Args:
+        thresholds: thresholds of risk signals that differ from the table, by name of the signal.
+
+    Raises:
+        ConfigurationError: no signal has this name.
+    """
+    found = dict(_shipped())
+    rules = configured(thresholds)
+    for naming in (OURS, STOCK):
+        path = Path("prometheus", naming.folder, "rules", "esper.yml").as_posix()
+        found[path] = rendered(naming, rules).encode()
+    return found
+
+
+def _shipped() -> Iterator[tuple[str, bytes]]:
+    root = Path(__file__).parents[2]
+    for name, source in _SOURCES.items():
+        folder = _PACKED / name if _PACKED.is_dir() else root / source
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                yield f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes()
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """Returns the digests of the files that this command has written before."""
+    try:
+        with (folder / _RECORD).open("rb") as file:
+            said = json.loads(file.read(_MOST_OF_A_RECORD))
+        return {str(name): str(digest) for name, digest in said["files"].items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ConfigurationError(f"{folder / _RECORD} is damaged: remove it, or give another folder") from None
+
+
+def _is_ours(path: Path, digest: str | None) -> bool:
+    """Whether a file may be written: it is not there, or is as this command has left it."""
+    if path.is_symlink():
+        return False
+    try:
+        return _digest(path.read_bytes()) == digest
+    except FileNotFoundError:
+        return True
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ConfigurationError(f"--threshold {text}: give SIGNAL=VALUE, such as hook_budget=80") from None

@@ -1,0 +1,1 @@
+"""Delivers later, from this or another machine, what sessions have left in files."""

@@ -1,0 +1,85 @@
+"""The command ``esper-otel send``, which delivers spools and files of OTLP JSON lines to the configured endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from esper_otel.errors import ConfigurationError
+from esper_otel.log import Warnings
+from esper_otel.settings import EsperSettings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``esper-otel send``."""
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="DIR|FILE", help="a spool, a directory of files, or files (.jsonl)"
+    )
+    parser.add_argument(
+        "--within", type=_seconds, default=float("inf"), metavar="S", help="seconds to try for (default: no limit)"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Delivers everything; returns 1 if something is left, was refused or could not be read, else 0.
+
+    Raises:
+        ConfigurationError: a path does not exist or has nothing to send, or the endpoint cannot be used.
+    """
+    from esper_otel.export.endpoint import endpoint_from_environment
+    from esper_otel.export.folder import MARKER
+    from esper_otel.export.provider import exporters_from_environment
+    from esper_otel.export.transport import open_sender
+    from esper_otel.send.delivery import Delivery, send_spool
+
+    endpoint = endpoint_from_environment(protocol=exporters_from_environment().protocol)
+    settings, warnings = EsperSettings(), Warnings()
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _leave)
+    deadline_s = time.monotonic() + options.within
+    is_whole = True
+    spools = [path for path in options.paths if any(path.glob(f"*/{MARKER}"))]
+    files = list(_files_of([path for path in options.paths if path not in spools]))
+    sender = open_sender(endpoint, settings.token_file)
+    try:
+        delivery = Delivery(sender, endpoint, deadline_s)
+        for file in files:
+            is_whole &= delivery.deliver(file)
+    finally:
+        sender.close()
+    for path in spools:  # these are newer than what was written to files
+        is_whole &= send_spool(path, open_sender(endpoint, settings.token_file), endpoint, deadline_s, warnings)
+    return 0 if is_whole else 1
+
+
+def _files_of(paths: Iterable[Path]) -> Iterable[Path]:
+    """Yields the files, oldest first in a directory."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(path.glob("*.jsonl"))
+            if not found:
+                raise ConfigurationError(f"{path} holds neither a spool nor files *.jsonl")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise ConfigurationError(f"{path}: there is no such file or directory")
+
+
+def _leave(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return seconds

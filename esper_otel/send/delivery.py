@@ -1,0 +1,148 @@
+"""Delivers files and spools, with retries, until everything is acknowledged or the time is over."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from esper_otel.errors import ConfigurationError
+from esper_otel.export.encode import Encoder
+from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.exporter import StepExporter
+from esper_otel.export.outcome import Outcome, Result
+from esper_otel.export.resource import resource_for
+from esper_otel.export.source import leftovers_in
+from esper_otel.export.transport import Sender
+from esper_otel.frames.ring import Ring
+from esper_otel.log import Warnings, logger
+from esper_otel.schema import METRICS
+from esper_otel.send.lines import Line, Progress, has_more, lines_of
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_NOTE_EVERY_S = 1.0
+_LONGEST_S = 365 * 86_400.0  # of a thread's wait
+_MEBI = 1024 * 1024
+
+
+class Delivery:
+    """Delivers files of OTLP JSON lines.
+
+    Args:
+        sender: sends the requests.
+        endpoint: where to.
+        deadline_s: when to give up, of ``time.monotonic``.
+    """
+
+    def __init__(self, sender: Sender, endpoint: Endpoint, deadline_s: float) -> None:
+        self._sender = sender
+        self._endpoint = endpoint
+        self._deadline_s = deadline_s
+        self._sent = self._refused = self._unreadable = 0
+
+    def deliver(self, path: Path) -> bool:
+        """Delivers the rest of a file, and says what became of it. Returns whether all of it is delivered.
+
+        Raises:
+            ConfigurationError: the file cannot be read.
+        """
+        self._sent = self._refused = self._unreadable = 0
+        try:
+            progress = Progress(path, self._endpoint.target)
+            is_over = self._deliver(path, progress)
+            is_torn = is_over and has_more(path, progress.offset)
+        except OSError as error:
+            raise ConfigurationError(f"{path}: {error.strerror or error}") from None
+        parts = [f"{self._sent} requests delivered to {self._endpoint.target}"]
+        parts += [f"{self._refused} refused for good"] * bool(self._refused)
+        parts += [f"{self._unreadable} lines that are not OTLP metrics were left out"] * bool(self._unreadable)
+        parts += ["the last line has no end: its process writes it now, or was killed"] * is_torn
+        parts += ["the rest is for the next call"] * (not is_over)
+        sys.stdout.write(f"{path}: {', '.join(parts)}\n")
+        return is_over and not self._refused and not self._unreadable
+
+    def _deliver(self, path: Path, progress: Progress) -> bool:
+        noted_s, offset = time.monotonic(), progress.offset
+        try:
+            for line in lines_of(path, progress.offset):
+                if not self._is_settled(line):
+                    return False
+                offset = line.end
+                if time.monotonic() - noted_s > _NOTE_EVERY_S:
+                    progress.note(offset)
+                    noted_s = time.monotonic()
+        finally:  # after a Ctrl-C as well
+            if offset != progress.offset:
+                progress.note(offset)
+        return True
+
+    def _is_settled(self, line: Line) -> bool:
+        """Sends a line until the endpoint takes it or refuses it for good. Returns False when the time is over."""
+        if line.body is None:
+            self._unreadable += 1
+            return True
+        outcome, pause_s = self._exchanged(line.body), _FIRST_PAUSE_S
+        while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
+            pause_s = outcome.retry_after_s or pause_s
+            if time.monotonic() + pause_s > self._deadline_s:
+                logger.warning("%s", outcome.reason)
+                return False
+            self._warnings.say("send", "%s; trying again", outcome.reason)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            outcome = self._exchanged(line.body)
+        if outcome.result is Result.DELIVERED:
+            self._sent += 1
+        else:
+            self._refused += 1
+            self._warnings.say("refused", "%s", outcome.reason)
+        return True
+
+    _warnings = Warnings()
+
+    def _exchanged(self, body: bytes) -> Outcome:
+        left_s = max(self._deadline_s - time.monotonic(), 0.1)
+        return self._sender.send(body, min(self._endpoint.timeout_s, left_s))
+
+
+def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: float, warnings: Warnings) -> bool:
+    """Delivers what sessions have left in a spool, as the next session there would. Returns whether nothing is left.
+
+    Folders of sessions that are alive are left alone.
+
+    Args:
+        directory: the setting ``spool_dir`` of those sessions.
+        sender: sends the requests; closed at the end.
+        endpoint: where to.
+        deadline_s: when to give up, of ``time.monotonic``.
+        warnings: where failures are reported.
+    """
+    faults: list[str] = []
+
+    def fault(where: str, error: Exception) -> None:
+        faults.append(where)
+        warnings.say(f"fault {where}", "%s: %s", where, error, exc_info=error)
+
+    catalogue = {metric.name: metric for metric in METRICS}
+    leftovers = leftovers_in(directory, Encoder, fault, most_bytes=sys.maxsize, warnings=warnings)
+    exporter = StepExporter(
+        Ring(_MEBI),
+        Encoder(catalogue, resource_for),
+        sender,
+        every_s=0.0,
+        timeout_s=endpoint.timeout_s,
+        prepare=lambda: None,
+        health=dict,
+        idle_ns=lambda _: None,
+        fault=fault,
+        warnings=warnings,
+        leftovers=lambda: leftovers,
+    )
+    exporter.start()
+    exporter.close(min(deadline_s, time.monotonic() + _LONGEST_S), "completed")
+    left = sum(1 for leftover in leftovers if leftover.folder.path.exists())
+    parts = [f"{exporter.recovered} steps delivered to {endpoint.target}"]
+    parts += [f"{count} steps lost: {reason}" for reason, count in exporter.dropped.items()]
+    parts += [f"{left} sessions are not delivered yet"] * bool(left)
+    sys.stdout.write(f"{directory}: {', '.join(parts)}\n")
+    return not left and not exporter.dropped and not faults

@@ -1,0 +1,263 @@
+"""Steps that are written to files, carried over and sent later are those that a live session would have sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateways import RunningGateway
+
+import esper_otel
+from esper_otel import ConfigurationError, EsperSettings, Stage, TamiyoClient
+from esper_otel.cli import main
+from esper_otel.export.endpoint import endpoint_from_environment
+from esper_otel.export.file_sender import FileSender
+from esper_otel.export.transport import Result, open_sender
+from esper_otel.send.lines import NOTES, Progress, lines_of
+from esper_otel.testing import MemoryCollector
+
+STEPS = 120
+# Records, and is killed in the middle of it; with "end" it ends by itself.
+TRAIN = """
+import math, os, signal, sys
+import esper_otel
+from esper_otel import Stage
+telemetry = esper_otel.start(run_id=sys.argv[1])
+for step in range(int(sys.argv[2])):
+    with telemetry.step(epoch=step // 50) as now:
+        now.put(loss=math.nan if step % 17 == 5 else 2.0 / (step + 1))
+        now.seed("stays", stage=Stage.BLENDING, alpha=step / 7)
+        if 20 <= step < 60:
+            now.seed("goes", stage=Stage.TRAINING, alpha=0.5)
+    while step == 80 and "end" not in sys.argv and telemetry.health()["exported"] < 40:
+        pass
+    if step == 60:
+        telemetry.retire_seed("goes")
+if "end" not in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+telemetry.close()
+"""
+NOWHERE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://192.0.2.1:4317"}  # no route from behind the air gap
+
+
+def trained(run_id: str, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", TRAIN, run_id, str(STEPS), *more]
+    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
+
+
+def sent(gateway: RunningGateway, *paths: Path, **options: Any) -> subprocess.Popen[str]:
+    environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}"}
+    command = [sys.executable, "-m", "esper_otel", "send", *map(str, paths)]
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def steps_at(gateway: RunningGateway, run_id: str) -> list[Any]:
+    """Every step of a run: its number, epoch, values and seeds, without what differs from run to run."""
+    found: dict[int, tuple[Any, ...]] = {}
+    cursor = None
+    with TamiyoClient(gateway.grpc) as client:
+        while page := client.pull(run_id, cursor, max_packets=1000):
+            cursor = page.cursor
+            for each in page:
+                seeds = [(s.seed_id, str(s)) for s in each.state.seed_states]
+                values = {name: repr(each.state.training_metrics.get(name)) for name in ("loss", "loss_delta")}
+                found[each.step] = (each.step, each.state.current_epoch, each.complete, seeds, values)
+        [run] = client.runs(run_id)
+    return [*(found[step] for step in sorted(found)), run.missing]
+
+
+def test_a_run_in_files_is_equal_to_one_that_was_sent_live(tmp_path: Path) -> None:
+    """Killed while it is recorded, carried elsewhere, killed while it is delivered, and delivered twice."""
+    files, spool, elsewhere = tmp_path / "files", tmp_path / "spool", tmp_path / "elsewhere"
+    spool.mkdir()
+    written = {
+        "ESPER_EXPORT_FILE": str(files),
+        "ESPER_SPOOL_DIR": str(spool),
+        "ESPER_EXPORT_EVERY_S": "0.05",
+        **NOWHERE,
+    }
+    killed = trained("carried", **written)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with RunningGateway() as gateway:
+        assert trained("live", "end", OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{gateway.grpc}").returncode == 0
+        elsewhere.mkdir()
+        shutil.move(files, elsewhere / "files")
+        shutil.move(spool, elsewhere / "spool")
+        first = sent(gateway, elsewhere / "files", elsewhere / "spool")
+        assert first.stdout is not None
+        first.stdout.readline()  # a file is delivered
+        first.kill()
+        first.communicate()
+        paths = [elsewhere / "files", *([elsewhere / "spool"] if any((elsewhere / "spool").iterdir()) else [])]
+        last = sent(gateway, *paths)
+        said, errors = last.communicate(timeout=120)
+        assert last.returncode == 0, (said, errors)
+        assert steps_at(gateway, "carried") == steps_at(gateway, "live")
+        for notes in elsewhere.glob(f"files/*{NOTES}"):
+            notes.unlink()
+        again = sent(gateway, elsewhere / "files")
+        again.communicate(timeout=120)
+        assert again.returncode == 0
+        assert steps_at(gateway, "carried") == steps_at(gateway, "live")
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a session with five steps, each in a line of its own."""
+    monkeypatch.setenv("ESPER_EXPORT_FILE", str(tmp_path / "files"))
+    with esper_otel.start(run_id="written", settings=EsperSettings(export_every_s=0)) as telemetry:
+        for step in range(5):
+            telemetry.record_step({"loss": float(step)}, epoch=0)
+            while telemetry.health()["exported"] != step + 1:
+                pass
+    monkeypatch.delenv("ESPER_EXPORT_FILE")
+    [path] = (tmp_path / "files").iterdir()
+    return path
+
+
+def losses(collector: MemoryCollector) -> list[float | None]:
+    return [point.value for point in collector.points() if point.name == "loss" and not point.flags]
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with MemoryCollector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        yield collector
+
+
+def test_each_line_is_a_request_in_otlps_json(written: Path) -> None:
+    """What the Collector's receiver ``otlpjsonfile`` reads. Ends of series stand in the scope of the series."""
+    scopes: dict[bool, set[str]] = {False: set(), True: set()}
+    for text in written.read_text(encoding="utf-8").splitlines():
+        [of_resource] = json.loads(text)["resourceMetrics"]
+        attributes = {each["key"]: each["value"] for each in of_resource["resource"]["attributes"]}
+        assert attributes["esper.run.id"] == {"stringValue": "written"}
+        for scope in of_resource["scopeMetrics"]:
+            for metric in scope["metrics"]:
+                if metric["name"] == "loss":
+                    for point in metric["gauge"]["dataPoints"]:
+                        assert isinstance(point["timeUnixNano"], str)
+                        assert ("asDouble" in point) != bool(point.get("flags"))
+                        scopes[bool(point.get("flags"))].add(json.dumps(scope["scope"]))
+    assert scopes[False] == scopes[True] != set()
+    assert written.stat().st_mode & 0o077 == 0
+
+
+def test_delivery_goes_on_where_it_was(
+    written: Path, collector: MemoryCollector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By endpoint; what a process writes at the moment has no end yet, and comes with the next call."""
+    whole = written.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    written.write_bytes(b"".join(lines[:2]) + lines[2][:-20])
+    assert main(["send", str(written)]) == 0
+    assert "2 requests delivered" in (said := capsys.readouterr().out)
+    assert "the last line has no end" in said
+    written.write_bytes(whole)
+    assert main(["send", str(written.parent)]) == 0
+    assert f"{len(lines) - 2} requests delivered" in capsys.readouterr().out
+    assert losses(collector) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert main(["send", str(written)]) == 0
+    assert "0 requests delivered" in capsys.readouterr().out
+    with MemoryCollector() as other, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", other.grpc_endpoint)
+        assert main(["send", str(written)]) == 0
+        assert losses(other) == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_what_is_not_otlp_is_left_out_and_said(
+    written: Path, collector: MemoryCollector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written.write_bytes(b'{"resourceLogs": []}\n\xff\n[1]\n\n' + written.read_bytes())
+    assert main(["send", str(written)]) == 1
+    assert "3 lines that are not OTLP metrics were left out" in capsys.readouterr().out
+    assert losses(collector) == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_an_endpoint_that_is_away_leaves_the_rest_for_later(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    assert main(["send", "--within", "0.2", str(written)]) == 1
+    assert "the rest is for the next call" in capsys.readouterr().out
+
+
+def test_notes_that_are_damaged_or_cannot_be_written_cost_a_repetition(
+    written: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = written.with_name(written.name + NOTES)
+    for text in ("nonsense", "[]", '{"here": -1}', '{"here": "far"}', f'{{"here": {10**12}}}'):
+        notes.write_text(text, encoding="utf-8")
+        assert Progress(written, "here").offset == 0
+
+    def full(*_arguments: Any, **_named: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    progress = Progress(written, "here")
+    monkeypatch.setattr(Path, "write_text", full)
+    progress.note(5)
+    progress.note(6)
+    assert progress.offset == 6
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("path", ["no/such", "."])
+def test_a_path_with_nothing_to_send_is_a_mistake(tmp_path: Path, path: str, collector: MemoryCollector) -> None:
+    assert main(["send", str(tmp_path / path)]) == 2
+
+
+# -- the files ---------------------------------------------------------------------------------------------
+
+
+def body_of_a_step() -> bytes:
+    with MemoryCollector() as collector, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        with esper_otel.start(run_id="one") as telemetry, telemetry.step(epoch=0) as now:
+            now.put(loss=1.0)
+            now.seed("a", stage=Stage.TRAINING)
+        return collector.requests[0].SerializeToString()
+
+
+def test_files_rotate_and_a_full_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = body_of_a_step()
+    sender = FileSender(tmp_path / "new" / "files", most_bytes=15_000)
+    try:
+        for _ in range(10):
+            assert sender.send(body, 1.0).result is Result.DELIVERED
+        monkeypatch.setattr("os.write", lambda file, line: os.pwrite(file, line[:100], 0) and 100)
+        outcome = sender.send(body, 1.0)
+        assert outcome.result is Result.TEMPORARY
+        assert "the disk is full" in outcome.reason
+        monkeypatch.undo()
+        assert sender.send(body, 1.0).result is Result.DELIVERED
+    finally:
+        sender.close()
+    assert sender.send(body, 1.0).result is Result.TEMPORARY
+    files = sorted((tmp_path / "new" / "files").iterdir())
+    assert len(files) > 2
+    assert all(file.stat().st_size <= 15_000 for file in files)
+    assert [line.body for file in files for line in lines_of(file, 0)].count(body) >= 10
+
+
+def test_a_directory_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="export_file"):
+        esper_otel.start(settings=EsperSettings(export_file=tmp_path / "file"))
+
+
+def test_the_setting_needs_no_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of another place do not matter."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "ftp://nonsense")
+    with pytest.raises(ConfigurationError):
+        open_sender(endpoint_from_environment())
+    with esper_otel.start(settings=EsperSettings(export_file=tmp_path)) as telemetry:
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+    assert telemetry.health()["exported"] == 1
