@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UnknownRun,
         WrongState,
     )
+    from esper_otel.hours.bar import Bar, PhaseInfo, RunHours
     from esper_otel.integrations.watch import watch
     from esper_otel.leyline.packets import Packets, Page
     from esper_otel.leyline.reader import LeylineMetricReader
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "Bar",
     "ConfigurationError",
     "EsperOtelError",
     "EsperSettings",
@@ -65,8 +67,10 @@ __all__ = [
     "MistakeError",
     "Packets",
     "Page",
+    "PhaseInfo",
     "Processor",
     "RankInfo",
+    "RunHours",
     "RunInfo",
     "RunRanks",
     "Stage",
@@ -104,6 +108,7 @@ _HOMES = {
         "UnknownRun",
         "WrongState",
     ),
+    "esper_otel.hours.bar": ("Bar", "PhaseInfo", "RunHours"),
     "esper_otel.integrations.watch": ("watch",),
     "esper_otel.leyline.packets": ("Packets", "Page"),
     "esper_otel.leyline.reader": ("LeylineMetricReader",),

@@ -137,6 +137,13 @@ def test_own_metrics_and_processors_arrive_like_ours(ran: Ran) -> None:
     assert points["perplexity"].unit == "1"
 
 
+def test_phases_arrive_with_their_times(ran: Ran) -> None:
+    """Start-up by itself, the others as the program names them."""
+    program = [point for point in ran[1].points() if point.name == "esper.phase.number"]
+    names = [point.attributes["phase"] for point in program if point.resource["esper.run.id"] == "digits-7"]
+    assert [name for name in names if name != "start_up"] == ["evaluation", "checkpoint"] * 2
+
+
 def test_the_probe_of_the_guide_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the entry point that the guide shows."""
     (tmp_path / "acme_probe.py").write_text(EXAMPLES["probe"], encoding="utf-8")

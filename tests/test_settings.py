@@ -23,6 +23,7 @@ SHIPPED: dict[str, object] = {
     "tolaria_step_enrichment_enabled": True,
     "export_every_s": 1.0,
     "export_file": None,
+    "close_timeout_s": 60.0,
     "export_ranks": "all",
     "black_box_frames": 256,
     "black_box_dir": None,

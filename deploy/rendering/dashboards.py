@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grafana_foundation_sdk.builders import (
+    barchart,
     common,
     dashboard,
     heatmap,
@@ -18,7 +19,13 @@ from grafana_foundation_sdk.builders import (
     xychart,
 )
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import DataSourceRef, LegendDisplayMode, LegendPlacement, StackingMode
+from grafana_foundation_sdk.models.common import (
+    DataSourceRef,
+    LegendDisplayMode,
+    LegendPlacement,
+    StackingMode,
+    VizOrientation,
+)
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DashboardLinkType,
@@ -60,7 +67,7 @@ _COLORS = {
     Stage.RESETTING: "#96d98d",
     Stage.TERMINATED: "#3d3d42",
 }
-Kind = Literal["stat", "lines", "stack", "stages", "table", "points", "heat"]
+Kind = Literal["stat", "lines", "stack", "stages", "table", "points", "bars", "heat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +179,7 @@ def _panel(shown: Shown) -> Any:
         panel = panel.unit(shown.unit)
     for number, query in enumerate(shown.queries):
         target = prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(chr(65 + number))
-        if shown.kind in {"table", "points"}:
+        if shown.kind in {"table", "points", "bars"}:
             target = target.format(PromQueryFormat.TABLE)
         panel = panel.with_target(target.instant() if query.instant else target.range())
     if shown.limits:
@@ -243,6 +250,19 @@ def _points(shown: Shown) -> Any:
     return panel
 
 
+def _bars(shown: Shown) -> Any:
+    """A bar of 100 % for each rank; its parts are the queries, in their order."""
+    merged = DataTransformerConfig(id_val="merge", options={})
+    names = {f"Value #{chr(65 + number)}": name for number, name in enumerate(shown.columns)}
+    organized = DataTransformerConfig(
+        id_val="organize", options={"renameByName": names, "excludeByName": {"Time": True, "run_id": True}}
+    )
+    legend = common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM)
+    panel = barchart.Panel().x_field("rank").orientation(VizOrientation.HORIZONTAL).stacking(StackingMode.PERCENT)
+    panel = panel.legend(legend.show_legend(True)).fill_opacity(80).line_width(0)
+    return panel.with_transformation(merged).with_transformation(organized)
+
+
 def _heat(_shown: Shown) -> Any:
     """A row for each series."""
     return heatmap.Panel().calculate(calculate=False)
@@ -256,6 +276,7 @@ _KINDS = {
     "stages": _stages,
     "table": _table,
     "points": _points,
+    "bars": _bars,
 }
 
 
@@ -291,6 +312,52 @@ def _lines_of(naming: Naming, *metrics: str, legend: str = "") -> list[Query]:
 
 def _described(metric: str) -> str:
     return CATALOGUE[metric].description
+
+
+_PHASES = ("start_up", "checkpoint", "evaluation")
+
+
+def _hours(naming: Naming, who: str) -> Shown:
+    """Where the time range that is chosen went: sums over the steps and phases in it, which are single samples."""
+
+    def of_steps(metric: str) -> str:
+        return f"sum by (run_id, rank) ({naming.select(metric, who, over='$__range', function='sum_over_time')})"
+
+    def of_phases(metric: str, phases: str = "") -> str:
+        matchers = f"{who}, {phases}" if phases else who
+        return f"sum by (run_id, rank) ({naming.select(metric, matchers, over='$__range', function='sum_over_time')})"
+
+    base = of_steps("step_latency_ms")
+
+    def known(expression: str) -> str:
+        return f"(({expression}) or on (run_id, rank) 0 * ({base}))"
+
+    hooks = f"{known(of_steps('hook_latency_ms'))} + on (run_id, rank) {known(of_steps('kasmina.finalize_ms'))}"
+    inside = known(of_phases("esper.phase.step_ms"))  # also in the latency of their steps
+    others = "|".join(_PHASES)
+    parts = {
+        "productive": f"clamp_min(({base}) - on (run_id, rank) ({hooks}) - on (run_id, rank) {inside}, 0)",
+        "input wait": known(of_steps("input_wait_ms")),
+        "hooks": hooks,
+        **{phase.replace("_", " "): known(of_phases("esper.phase.own_ms", f'phase="{phase}"')) for phase in _PHASES},
+        "other phases": known(of_phases("esper.phase.own_ms", f'phase!~"{others}"')),
+    }
+    spent = " + on (run_id, rank) ".join(f"({each})" for each in parts.values())
+    parts["not known"] = f"clamp_min($__range_ms - on (run_id, rank) ({spent}), 0)".replace(
+        "$__range_ms", f"(0 * ({base}) + $__range_ms)"
+    )
+    return Shown(
+        "Where the hours went",
+        "Shares of the time range that is chosen, of each rank. What is not known lies between steps and phases: before "
+        "the run, after it, or between two attempts. Steps done again after a resume are in the productive part; "
+        "the gateway's page and report tell them apart. It needs every step as a sample, as OTLP sends them.",
+        "bars",
+        [Query(each, instant=True) for each in parts.values()],
+        "ms",
+        24,
+        6,
+        columns=tuple(parts),
+    )
 
 
 def _run(naming: Naming) -> Board:
@@ -431,6 +498,7 @@ def _run(naming: Naming) -> Board:
             height=9,
         ),
     )
+    board.show(_hours(naming, who))
     board.row("Machine")
     board.show(
         Shown(

@@ -13,31 +13,27 @@ import numpy as np
 import numpy.typing as npt
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
-    AGGREGATION_TEMPORALITY_CUMULATIVE,
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
     Gauge,
     NumberDataPoint,
     ResourceMetrics,
     ScopeMetrics,
-    Sum,
 )
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as MetricMessage
 from opentelemetry.sdk.metrics.export import MetricsData
 from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetrics
 from opentelemetry.sdk.resources import Resource
 
-from esper_otel._version import __version__
 from esper_otel.export.blocks import Points, points_of
 from esper_otel.export.gauge_points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
+from esper_otel.export.scopes import attribute, set_scope, stream
 from esper_otel.export.streams import Stream
 from esper_otel.frames.block import Block
 from esper_otel.frames.frame import WIDTH, Run
 from esper_otel.schema import SEED_CELLS, SEED_RETIRED, Metric
 from esper_otel.varint import field_head
 
-SCHEMA_VERSION = "1"
 FRAME_SCOPE = "esper_otel"
 HEALTH_SCOPE = "esper_otel.health"
 
@@ -64,6 +60,7 @@ class Request(NamedTuple):
         names: names of the step metrics in it.
         has_health: whether it also contains the session's own metrics.
         is_goodbye: whether it ends every series.
+        last_phase: number of the last phase in it; 0 without one.
     """
 
     body: bytes
@@ -72,10 +69,26 @@ class Request(NamedTuple):
     names: frozenset[str]
     has_health: bool = False
     is_goodbye: bool = False
+    last_phase: int = 0
 
 
 def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> None:
     """The default for ``BesideFrames.health_of``: no health is sent."""
+
+
+def _no_phases(_time_unix_ns: int) -> PhasesAlong:
+    """The default for ``BesideFrames.phases_of``: no phase is sent."""
+    return NO_PHASES
+
+
+class PhasesAlong(NamedTuple):
+    """Phases to send with a request, and the number of the last one; None and 0 without any."""
+
+    scope: ScopeMetrics | None
+    last: int
+
+
+NO_PHASES = PhasesAlong(None, 0)
 
 
 class BesideFrames(NamedTuple):
@@ -87,11 +100,13 @@ class BesideFrames(NamedTuple):
             request's last point, the number of frames that end in it, and whether the request ends every series.
         all_ended: returns every series of the run, including those of the given step metrics. It is called after the
             last frame of a run, and the series end one millisecond after that frame. None when more frames follow.
+        phases_of: returns the phases to send with a request whose last point has the given time.
     """
 
     ended: Mapping[int, Sequence[Stream]] = MappingProxyType({})
     health_of: Callable[[int, int, bool], ScopeMetrics | None] = _no_health
     all_ended: Callable[[Iterable[str]], Iterable[Stream]] | None = None
+    phases_of: Callable[[int], PhasesAlong] = _no_phases
 
 
 _NOTHING_ALONG = BesideFrames()
@@ -170,6 +185,11 @@ class Encoder:
             for name, metric in catalogue.items()
         }
 
+    @property
+    def catalogue(self) -> Mapping[str, Metric]:
+        """The metrics that may be sent, by name."""
+        return self._catalogue
+
     def shrink(self, max_points: int) -> bool:
         """Limits later requests to ``max_points`` points. Returns False when that is too few for one seed's cells."""
         if max_points < len(SEED_CELLS):
@@ -192,7 +212,7 @@ class Encoder:
         names: set[str] = set()
         for part in self._parts(blocks, along.ended):
             if parts and not self._fits(points + part.points, size + part.size):
-                yield self._request(parts, _health(parts, along, is_end=False))
+                yield self._request(parts, _health(parts, along, is_end=False), _phases(parts, along))
                 parts, points, size = [], 0, 0
             parts.append(part)
             names.update(part.names)
@@ -206,7 +226,7 @@ class Encoder:
                 parts += goodbye
             is_goodbye = parts[-1] is not last
             health = _health(parts, along, is_end=is_goodbye)
-            yield self._request(parts, health)._replace(is_goodbye=is_goodbye)
+            yield self._request(parts, health, _phases(parts, along))._replace(is_goodbye=is_goodbye)
 
     def _fits(self, points: int, size: int) -> bool:
         return points <= self._max_points and size <= _MAX_POINTS_BYTES
@@ -289,13 +309,15 @@ class Encoder:
         yield from pieces[:-1]
         yield pieces[-1]._replace(ends=1)
 
-    def _request(self, parts: Sequence[_Piece], health: ScopeMetrics | None = None) -> Request:
+    def _request(
+        self, parts: Sequence[_Piece], health: ScopeMetrics | None = None, phases: PhasesAlong = NO_PHASES
+    ) -> Request:
         wire: list[bytes] = []
         for run, following in groupby(parts, lambda part: part.run):
             of_run = list(following)
             points = self._points(of_run)
             scope = ScopeMetrics()
-            _set_scope(scope, FRAME_SCOPE)
+            set_scope(scope, FRAME_SCOPE)
             scoped = [scope.SerializeToString()]
             for name in self._catalogue:
                 if name in points:
@@ -303,12 +325,14 @@ class Encoder:
             for part in of_run:
                 scoped += part.markers
             scopes = _field(_RESOURCE_SCOPE_METRICS, scoped)
-            if health is not None and of_run[-1] is parts[-1]:
-                scopes += _field(_RESOURCE_SCOPE_METRICS, [health.SerializeToString()])
+            if of_run[-1] is parts[-1]:
+                for beside in filter(None, (health, phases.scope)):
+                    scopes += _field(_RESOURCE_SCOPE_METRICS, [beside.SerializeToString()])
             wire += _field(_REQUEST_RESOURCE_METRICS, [self._origin_of(run).SerializeToString(), *scopes])
         names = frozenset(name for part in parts for name in part.names)
         count = sum(part.points for part in parts)
-        return Request(b"".join(wire), count, _frames_in(parts), names, has_health=health is not None)
+        has_health = health is not None
+        return Request(b"".join(wire), count, _frames_in(parts), names, has_health=has_health, last_phase=phases.last)
 
     @staticmethod
     def _points(parts: Sequence[_Piece]) -> dict[str, list[bytes]]:
@@ -353,19 +377,19 @@ class Encoder:
             time_unix_ns: the time of the points.
         """
         scope = ScopeMetrics()
-        _set_scope(scope, HEALTH_SCOPE)
+        set_scope(scope, HEALTH_SCOPE)
         by_name: dict[str, list[tuple[str, float]]] = {}
         for (name, reason), number in values.items():
             by_name.setdefault(name, []).append((reason, number))
         for name, by_reason in by_name.items():
             metric = self._catalogue[name]
-            points = _stream(scope, metric).data_points
+            points = stream(scope, metric).data_points
             for reason, number in by_reason:
                 point = points.add(time_unix_nano=time_unix_ns, as_double=number)
                 if metric.kind == "counter":
                     point.start_time_unix_nano = start_unix_ns
                 if reason:
-                    point.attributes.append(_attribute(metric.split_by, reason))
+                    point.attributes.append(attribute(metric.split_by, reason))
         return scope
 
     def stale(
@@ -396,7 +420,7 @@ class Encoder:
             point = NumberDataPoint(
                 time_unix_nano=time_unix_ns,
                 flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
-                attributes=[_attribute(*attribute) for attribute in attributes.items()],
+                attributes=[attribute(key, text) for key, text in attributes.items()],
             )
             gauge = _field(_METRIC_GAUGE, [Gauge(data_points=[point]).SerializeToString()])
             marker = b"".join(_field(_SCOPE_METRICS, [self._heads[name], *gauge]))
@@ -445,6 +469,11 @@ def _health(parts: Sequence[_Piece], along: BesideFrames, *, is_end: bool) -> Sc
     return along.health_of(int(parts[-1].times[-1]), _frames_in(parts), is_end)
 
 
+def _phases(parts: Sequence[_Piece], along: BesideFrames) -> PhasesAlong:
+    """Returns the phases to send with these pieces: those that ended before their last frame."""
+    return along.phases_of(int(parts[-1].times[-1])) if _frames_in(parts) else NO_PHASES
+
+
 def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -> _Piece:
     """Makes a piece that holds only markers."""
     nothing = ((), _NO_VALUES, _NONE_THERE, (), _NO_CELLS, _NONE_PRESENT)
@@ -457,22 +486,3 @@ def _field(number: int, content: Sequence[bytes]) -> list[bytes]:
 
 
 _head = lru_cache(maxsize=1024)(field_head)
-
-
-def _set_scope(scope: ScopeMetrics, name: str) -> None:
-    scope.scope.name = name
-    scope.scope.version = __version__
-    scope.scope.attributes.append(_attribute("esper.schema.version", SCHEMA_VERSION))
-
-
-def _stream(scope: ScopeMetrics, metric: Metric) -> Gauge | Sum:
-    added = scope.metrics.add(name=metric.name, unit=metric.unit, description=metric.description)
-    if metric.kind == "gauge":
-        return added.gauge
-    added.sum.is_monotonic = True
-    added.sum.aggregation_temporality = AGGREGATION_TEMPORALITY_CUMULATIVE
-    return added.sum
-
-
-def _attribute(key: str, text: str) -> KeyValue:
-    return KeyValue(key=key, value=AnyValue(string_value=text))

@@ -11,12 +11,16 @@ from typing import Any, TypeVar
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
-from esper_otel.export.encode import BesideFrames, Encoder, Request
+from esper_otel.export.encode import NO_PHASES, BesideFrames, Encoder, PhasesAlong, Request
+from esper_otel.export.phase_file import PhaseFile
+from esper_otel.export.phase_points import in_one_request, phase_scope
 from esper_otel.export.source import FrameSource, LeftoverSource, LiveSource, put_goodbye
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
+from esper_otel.frames.frame import Run
+from esper_otel.frames.phases import Phase, PhaseLog
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
@@ -30,9 +34,11 @@ _LONGEST_ASKED_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
 _GOODBYE_S = 1.0  # what is left of the time to close, or a fifth of it, is for the end of the run
 HEALTH_EVERY_S = 10.0
+_PHASES_AFTER_S = 2.0  # a small request may overtake one with steps that was sent just before
 _MS = 1_000_000
 _EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
 _ENDED = "esper.run.ended"
+_PHASE_MS = "esper.phase_ms"  # among the counts for readers; sent in a scope of its own
 
 _T = TypeVar("_T")
 
@@ -59,6 +65,9 @@ class StepExporter:
         warnings: where failures are reported.
         spool: keeps frames on disk that must outlive the process.
         leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
+        phases: the phases, which are sent with the frames.
+        phase_file: keeps phases on disk that must outlive the process.
+        run_of: returns the session's run, for phases without any step.
     """
 
     def __init__(
@@ -76,6 +85,9 @@ class StepExporter:
         warnings: Warnings,
         spool: Spool | None = None,
         leftovers: Callable[[], Iterable[LeftoverSource]] = tuple,
+        phases: PhaseLog | None = None,
+        phase_file: PhaseFile | None = None,
+        run_of: Callable[[], Run | None] = lambda: None,
     ) -> None:
         self._sender = sender
         self._idle_ns = idle_ns
@@ -88,7 +100,12 @@ class StepExporter:
         self._spool = spool
         self._leftovers_of = leftovers
         self._leftovers: deque[LeftoverSource] = deque()
-        self._live = LiveSource(ring, encoder, spool)
+        self._phase_file = phase_file
+        self._log = phases or PhaseLog()
+        if phase_file is not None:
+            self._log.added = phase_file.write
+        self._live = LiveSource(ring, encoder, spool, self._log, phase_file, run_of)
+        self._along_unix_ns = 0
         self._at_once = _FRAMES_AT_ONCE
         self._failures = 0
         self._has_said_goodbye = self._has_said_waiting = False
@@ -203,10 +220,15 @@ class StepExporter:
         self._sender.close()
         self._thread.join(0.5)
         waiting = self.waiting
+        if self._phase_file is not None:
+            self._guarded("closing the file of phases", self._phase_file.close)
         if self._spool is not None:
             self._guarded("writing the last steps to the spool", partial(self._spool.tend, now=True))
             self.kept = min(waiting, max(self._spool.last - self._live.cursor, 0))
-            self._spool.close(outcome, is_delivered=self._has_said_goodbye and not waiting)
+            is_delivered = self._has_said_goodbye and not waiting and not self._live.waiting_phases
+            self._spool.close(outcome, is_delivered=is_delivered)
+        else:
+            self._log.drop(self._log.last)
         for leftover in self._leftovers:
             leftover.folder.release()
         if waiting > self.kept:
@@ -260,7 +282,10 @@ class StepExporter:
         if pause_s is not None:
             return pause_s
         self._failures = 0
-        return (self._every_s or HEALTH_EVERY_S) if self._deadline_s is None else None
+        if self._deadline_s is not None:
+            return None
+        pause_s = self._every_s or HEALTH_EVERY_S
+        return min(pause_s, _PHASES_AFTER_S) if self._live.waiting_phases else pause_s
 
     def _adopt(self) -> None:
         try:
@@ -278,6 +303,8 @@ class StepExporter:
                 return pause_s
             self._leftovers.popleft()
         pause_s = self._deliver(self._live)
+        if pause_s is None and self._live.waiting_phases:
+            pause_s = self._send_live_phases()
         if pause_s is None:
             self._guarded("sending health", self._send_health)
         return pause_s
@@ -286,6 +313,8 @@ class StepExporter:
         path = leftover.folder.path
         try:
             pause_s = self._deliver(leftover)
+            if pause_s is None:
+                pause_s = self._send_phases(leftover, None)
             if pause_s is None and not leftover.has_said_goodbye:
                 self._guarded("ending the series of an earlier session", leftover.say_goodbye)
                 pause_s = self._send_beside(leftover)
@@ -411,6 +440,7 @@ class StepExporter:
             self._report(outcome.reason, outcome.result)
             self.dropped[outcome.result.value] += request.frames
             self._owes_health = self._owes_health or request.has_health
+            self._note_phases(source, request.last_phase, is_refused=True)
             self._advance(source, request.frames)
             return None
         self._failures = 0
@@ -419,6 +449,9 @@ class StepExporter:
             self.recovered += request.frames
         self._advance(source, request.frames)  # first, so that an error below does not send delivered frames again
         source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
+        self._note_phases(source, request.last_phase)
+        newest_unix_ns = self._health_unix_ns if request.has_health else self._along_unix_ns
+        source.sent_unix_ns = max(source.sent_unix_ns, newest_unix_ns)
         last = settled + request.frames
         source.run = next(block.run for block in blocks if block.last >= last)
         self._guarded("noting an answer", self._note_answer, request, outcome)
@@ -490,7 +523,65 @@ class StepExporter:
             self._given("noting the series sent", {}, source.streams.note, blocks),
             partial(self._given, "saying the counts", None, partial(self._health_of, source)),
             all_ended if is_over and source.are_last(blocks) else None,
+            partial(self._given, "sending phases", NO_PHASES, self._phases_of, source),
         )
+
+    # -- phases ------------------------------------------------------------------------------------------
+
+    def _phases_of(self, source: FrameSource, time_unix_ns: int) -> PhasesAlong:
+        """Returns the phases to send with frames up to this time."""
+        self._along_unix_ns = time_unix_ns
+        waiting = source.phases(time_unix_ns)
+        return self._along_with(source, waiting)[0] if waiting else NO_PHASES
+
+    def _along_with(self, source: FrameSource, waiting: Sequence[Phase]) -> tuple[PhasesAlong, int]:
+        """Returns the first of these phases, as many as fit into one request, and the end of the last one."""
+        some = in_one_request(waiting, source.sent_unix_ns)
+        scope = phase_scope(some, source.encoder.catalogue, source.start_unix_ns)
+        return PhasesAlong(scope, some[-1].number), max(phase.end_unix_ns for phase in some)
+
+    def _note_phases(self, source: FrameSource, number: int, *, is_refused: bool = False) -> None:
+        """Moves past the phases of a request that the endpoint has taken, or refused for good."""
+        if not number:
+            return
+        if is_refused:
+            self._log.dropped += sum(phase.number <= number for phase in source.phases(None))
+        try:
+            source.phases_delivered(number)
+        except OSError as error:
+            self._warnings.say("spool", "the spool cannot record which phases were sent: %s", error)
+
+    def _send_live_phases(self) -> float | None:
+        """Sends phases that no frame carries: at the end, or if none follows for a while, as in a long evaluation.
+
+        They are not sent while a step is open, whose frame would be older.
+        """
+        if self._deadline_s is not None:
+            return self._send_phases(self._live, None)
+        if self._live.run is None or time.monotonic() < self._last_sent_s + _PHASES_AFTER_S:
+            return None
+        until_unix_ns = self._idle_ns(max(self._live.streams.last_unix_ns, 0))
+        return None if until_unix_ns is None else self._send_phases(self._live, until_unix_ns)
+
+    def _send_phases(self, source: FrameSource, until_unix_ns: int | None) -> float | None:
+        """Sends phases alone. Returns how long to pause before trying again, None when done."""
+        while waiting := source.phases(until_unix_ns):
+            run = source.phases_run
+            if run is None:
+                break
+            along, end_unix_ns = self._along_with(source, waiting)
+            assert along.scope is not None
+            outcome = self._sent(source.encoder.alone(run, along.scope), self._left_s())
+            if self._is_to_be_repeated(outcome):
+                return self._pause(outcome)
+            is_refused = outcome.result is not Result.DELIVERED
+            if is_refused:
+                self._report(outcome.reason, outcome.result)
+            self._note_phases(source, along.last, is_refused=is_refused)
+            source.sent_unix_ns = max(source.sent_unix_ns, end_unix_ns)
+        return None
+
+    # -- health ------------------------------------------------------------------------------------------
 
     def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:
         """Returns the session's own metrics if they are due, as they will be once the request's frames are accepted.
@@ -517,7 +608,8 @@ class StepExporter:
         self._next_health_s = time.monotonic() + HEALTH_EVERY_S
         self._health_unix_ns = time_unix_ns = _end_of_ms(time_unix_ns)
         # Closing may begin while these counts are made: only the last ones say how the run ended.
-        counts = {key: count for key, count in self._health().items() if is_end or key[0] != _ENDED}
+        left_out = {_PHASE_MS} if is_end else {_PHASE_MS, _ENDED}
+        counts = {key: count for key, count in self._health().items() if key[0] not in left_out}
         for name, more in ((_EXPORTED, frames), (_QUEUE, -frames)):
             if name in counts:
                 counts[name] += more
@@ -543,6 +635,7 @@ class StepExporter:
                 return
         self._owes_health = False
         self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)), self._left_s())
+        self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
 
     def _say_goodbye(self) -> bool:
         """Sends the final counts, the outcome of the run, and the end of every series.
@@ -555,7 +648,7 @@ class StepExporter:
             return False
         if live.run is None or live.has_said_goodbye:
             return True  # nothing was ever sent, or this went with the last frames
-        time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns) + _MS
+        time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns, live.sent_unix_ns) + _MS
         health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)
         while time.monotonic() < self._deadline_s:

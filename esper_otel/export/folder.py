@@ -24,6 +24,7 @@ from esper_otel.log import Warnings
 SUFFIX = ".frames"
 OUTCOME = "outcome"
 MARKER = "esper-otel-spool"
+PHASES = "phases"
 _ACKNOWLEDGED = "acknowledged"
 _MARKER_TEXT = b"esper_otel spool 1\nSteps that an endpoint has not acknowledged. The next session here sends them.\n"
 _SEQUENCE = struct.Struct("<Q")
@@ -34,7 +35,7 @@ _MOST_OUTCOME_BYTES = 1_000
 _MOST_SHOWN = 3
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
-_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|\d{{8}}\{SUFFIX}")
+_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|{PHASES}|\d{{8}}\{SUFFIX}")
 _FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
@@ -54,6 +55,7 @@ class Folder:
     Attributes:
         path: the folder's path, for messages.
         acknowledged: sequence of the last frame that is no longer needed.
+        acknowledged_phases: the same of phases.
     """
 
     def __init__(self, path: Path, descriptor: int, lock: int) -> None:
@@ -66,9 +68,8 @@ class Folder:
             os.close(lock)
             raise
         self._identity = _identity(os.fstat(descriptor))
-        noted = os.pread(self._state, _SEQUENCE.size, 0)
-        sequence: int = _SEQUENCE.unpack(noted)[0] if len(noted) == _SEQUENCE.size else 0
-        self.acknowledged: int = sequence if sequence < _MOST_SEQUENCE else 0  # a larger one is damage
+        self.acknowledged: int = self._noted(0)
+        self.acknowledged_phases: int = self._noted(_SEQUENCE.size)
 
     @classmethod
     def create(cls, directory: Path) -> Folder:
@@ -113,6 +114,17 @@ class Folder:
         if sequence > self.acknowledged:
             os.pwrite(self._state, _SEQUENCE.pack(sequence), 0)
             self.acknowledged = sequence
+
+    def acknowledge_phases(self, number: int) -> None:
+        """Records that the phases up to this one are no longer needed."""
+        if number > self.acknowledged_phases:
+            os.pwrite(self._state, _SEQUENCE.pack(number), _SEQUENCE.size)
+            self.acknowledged_phases = number
+
+    def _noted(self, place: int) -> int:
+        noted = os.pread(self._state, _SEQUENCE.size, place)
+        sequence: int = _SEQUENCE.unpack(noted)[0] if len(noted) == _SEQUENCE.size else 0
+        return sequence if sequence < _MOST_SEQUENCE else 0  # a larger one is damage
 
     def segments(self) -> list[str]:
         """Returns the names of the files that contain frames, oldest first."""

@@ -11,11 +11,13 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
+from esper_otel.export.phase_file import PhaseFile
 from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import Variables
 from esper_otel.frames.frame import Run
+from esper_otel.frames.phases import PhaseLog
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import Metric
@@ -45,6 +47,8 @@ def open_exporter(
     catalogue: Mapping[str, Metric],
     resource_of: Callable[[Run], Resource],
     *,
+    phases: PhaseLog,
+    run_of: Callable[[], Run],
     prepare: Callable[[], None],
     health: Callable[[], Mapping[tuple[str, str], float]],
     idle_ns: Callable[[int], int | None],
@@ -60,6 +64,9 @@ def open_exporter(
     if directory is not None:
         most_bytes = settings.spool_bytes
         spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
+    phase_file = None
+    if spool is not None:
+        phase_file = PhaseFile(spool.folder, phases.start_unix_ns, run_of, resource_of, warnings)
 
     def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
         return Encoder(metrics, resources)
@@ -87,4 +94,7 @@ def open_exporter(
         warnings=warnings,
         spool=spool,
         leftovers=leftovers,
+        phases=phases,
+        phase_file=phase_file,
+        run_of=run_of,
     )

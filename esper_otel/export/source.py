@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -16,11 +17,13 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import MAX_POINTS, Encoder
 from esper_otel.export.folder import Folder, abandoned
+from esper_otel.export.phase_file import PhaseFile, stored_phases
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
 from esper_otel.frames.frame import Run
-from esper_otel.frames.records import Damage, StoredContext, chunks_in
+from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.records import Damage, StoredContext, StoredResource, chunks_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
@@ -28,6 +31,7 @@ from esper_otel.schema import METRICS, Metric
 _MS = 1_000_000
 _MOST_MISSING = 2**32  # frames in one gap; a larger gap is a damaged number and does not count as lost frames
 KILLED = "killed"
+_PHASES_AT_ONCE = 1_000
 
 # Makes an encoder from a catalogue and a function that returns a run's Resource.
 EncoderOf = Callable[[Mapping[str, Metric], Callable[[Run], Resource]], Encoder]
@@ -47,6 +51,8 @@ class FrameSource(Protocol):
         lost: the reason to count for frames that were gone before they could be sent.
         delivered: how many frames the endpoint accepted.
         has_said_goodbye: whether the ends of all series have been sent or are queued in ``beside``.
+        sent_unix_ns: the newest time of what was sent, other than health.
+        start_unix_ns: when the totals of the phases were 0.
     """
 
     encoder: Encoder
@@ -56,6 +62,18 @@ class FrameSource(Protocol):
     lost: str
     delivered: int
     has_said_goodbye: bool
+    sent_unix_ns: int
+    start_unix_ns: int
+
+    def phases(self, until_unix_ns: int | None) -> list[Phase]:
+        """Returns phases that wait, oldest first, up to the first that ended after a time; None: all."""
+
+    def phases_delivered(self, number: int) -> None:
+        """Moves past the phases up to this number."""
+
+    @property
+    def phases_run(self) -> Run | None:
+        """The run of the phases."""
 
     def after(self, limit: int) -> tuple[list[Block], int]:
         """Returns the next frames, and how many frames before them are gone.
@@ -125,8 +143,21 @@ class LiveSource:
 
     lost = "buffer full"
 
-    def __init__(self, ring: Ring, encoder: Encoder, spool: Spool | None) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        encoder: Encoder,
+        spool: Spool | None,
+        log: PhaseLog | None = None,
+        phase_file: PhaseFile | None = None,
+        run_of: Callable[[], Run | None] = lambda: None,
+    ) -> None:
         self.encoder = encoder
+        self.sent_unix_ns: int = 0
+        self._log = log or PhaseLog()
+        self.start_unix_ns: int = self._log.start_unix_ns
+        self._phase_file = phase_file
+        self._run_of = run_of
         self.streams: Streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
@@ -140,6 +171,26 @@ class LiveSource:
     def waiting(self) -> int:
         """How many frames are not settled yet."""
         return self._ring.last - self.cursor
+
+    @property
+    def waiting_phases(self) -> int:
+        """How many phases are not settled yet."""
+        return self._log.count
+
+    def phases(self, until_unix_ns: int | None) -> list[Phase]:
+        """See ``FrameSource.phases``."""
+        return self._log.waiting(until_unix_ns, _PHASES_AT_ONCE)
+
+    def phases_delivered(self, number: int) -> None:
+        """See ``FrameSource.phases_delivered``."""
+        if self._phase_file is not None:
+            self._phase_file.acknowledge(number)
+        self._log.delivered(number)
+
+    @property
+    def phases_run(self) -> Run | None:
+        """See ``FrameSource.phases_run``."""
+        return self.run or self._run_of()
 
     def after(self, limit: int) -> tuple[list[Block], int]:
         """See ``FrameSource.after``."""
@@ -192,6 +243,12 @@ class LeftoverSource:
         self.has_said_goodbye: bool = False
         self.deleted: int = 0
         self._stored = StoredContext()
+        self._phases = stored_phases(folder)
+        if self._phases.run is not None and self._phases.resource is not None:
+            resource = self._phases.resource
+            self._stored.resources[self._phases.run] = StoredResource(resource.attributes, resource.schema_url)
+        self.sent_unix_ns: int = 0
+        self.start_unix_ns: int = self._phases.start_unix_ns
         self._catalogue = {metric.name: metric for metric in METRICS}
         self._encoder_of = encoder_of
         self.encoder: Encoder = self._encoder()
@@ -201,6 +258,22 @@ class LeftoverSource:
         self._delivered = folder.acknowledged  # the last frame that the session that wrote it has delivered
         self._cursor = self._last = self._delivered
         self._missing = 0
+
+    def phases(self, until_unix_ns: int | None) -> list[Phase]:
+        """See ``FrameSource.phases``."""
+        some = islice(self._phases.phases, _PHASES_AT_ONCE)
+        return list(takewhile(lambda phase: until_unix_ns is None or phase.end_unix_ns <= until_unix_ns, some))
+
+    def phases_delivered(self, number: int) -> None:
+        """See ``FrameSource.phases_delivered``."""
+        while self._phases.phases and self._phases.phases[0].number <= number:
+            self._phases.phases.popleft()
+        self.folder.acknowledge_phases(number)
+
+    @property
+    def phases_run(self) -> Run | None:
+        """See ``FrameSource.phases_run``."""
+        return self.run or self._phases.run
 
     @property
     def size(self) -> int:
@@ -314,7 +387,7 @@ class LeftoverSource:
         self.has_said_goodbye = True
         if self.run is None:
             return
-        health, time_unix_ns = None, self.streams.last_unix_ns + _MS
+        health, time_unix_ns = None, max(self.streams.last_unix_ns, self.sent_unix_ns) + _MS
         try:
             health = self.health(time_unix_ns)
         except Exception as error:  # noqa: BLE001 - the series must still be ended

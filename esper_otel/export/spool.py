@@ -93,6 +93,11 @@ class Spool:
             ) from error
 
     @property
+    def folder(self) -> Folder:
+        """The session's folder, for what else is kept in it."""
+        return self._folder
+
+    @property
     def path(self) -> Path:
         """The session's folder."""
         return self._folder.path

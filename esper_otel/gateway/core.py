@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.faults import CREDENTIALS, Fault
+from esper_otel.gateway.hours.answer import hours_message
+from esper_otel.gateway.hours.hours import Hours
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
@@ -40,12 +42,15 @@ from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRe
 from esper_otel.gateway.store.database import Damaged
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
 from esper_otel.oona.publisher import Publisher
 from esper_otel.pull.messages import (
+    HoursRequest,
+    HoursResponse,
     PullRequest,
     PullResponse,
     RanksRequest,
@@ -135,8 +140,10 @@ class Core:
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._releasing_s = _RELEASING_S
+        self._summing: asyncio.Task[None] | None = None
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
+        self._hours = Hours(store, store.folder if isinstance(store, FileStore) else None, self._warnings)
         self.changed: ChangedRuns = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.notices: Counter[str] = Counter()  # of those whom --notify tells
@@ -212,6 +219,8 @@ class Core:
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
+        if decoded.phases:
+            self._hours.take(decoded.phases)
         body = decoded.needed(kept.body, self._assembler.waiting())
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
@@ -290,10 +299,15 @@ class Core:
         self.changed.note(item.origin.run_id for item in saved)
         self.changed.note(origin.run_id for origin in ended)
         self._ended = {origin: outcome for origin, outcome in self._ended.items() if origin not in ended}
-        try:
-            self._ranks.note(saved)
-        except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must hear of it
-            self._fault("comparing ranks", error)
+        self._note_saved(saved)
+
+    def _note_saved(self, saved: Sequence[Item]) -> None:
+        """Counts frames that were stored, and wakes those who wait for them."""
+        for what, note in (("comparing ranks", self._ranks.note), ("summing up hours", self._hours.note)):
+            try:
+                note(saved)
+            except Exception as error:  # noqa: BLE001 - the steps are stored: their sender and pullers must hear of it
+                self._fault(what, error)
         for item in saved:
             self.counts["steps"] += 1
             self.counts["incomplete_steps"] += not item.complete
@@ -449,8 +463,19 @@ class Core:
             self._warnings.say("store", "%s; runs that are too old are kept", error)
         for run_id in gone:
             self._warnings.say("expired", "run %s has sent nothing for too long: its steps were dropped", run_id)
+        if self._summing is None:
+            self._summing = asyncio.ensure_future(self._sum_up())
         again_s = _TIDY_AGAIN_S if len(gone) >= EXPIRED_AT_ONCE else _TIDY_EVERY_S
         self._tidying = asyncio.get_running_loop().call_later(again_s, self._tidy)
+
+    async def _sum_up(self) -> None:
+        """Brings the hours of the runs that have changed up to date, in turns."""
+        try:
+            await in_turns(self._hours.tidying())
+        except Exception as error:  # noqa: BLE001 - they are brought up to date when somebody asks for them
+            self._fault("summing up hours", error)
+        finally:
+            self._summing = None
 
     def close(self) -> None:
         """Answers waiting pullers and closes the store."""
@@ -460,7 +485,10 @@ class Core:
             self._tidying.cancel()
         self.end_waiting()
         self._is_closed = True
+        if self._summing is not None:
+            self._summing.cancel()
         self._reader.close()
+        self._hours.close()
         self._store.close()
 
     def end_waiting(self) -> None:
@@ -554,6 +582,23 @@ class Core:
         if view is None:
             raise UnknownRun(f"no newest steps of run {request.run_id!r} are here")
         return view
+
+    async def hours(self, request: HoursRequest, grant: Grant | None = None) -> HoursResponse:
+        """Says where the hours of a run went.
+
+        Raises:
+            BadRequest, NotAllowed, UnknownRun: there is nothing to show.
+        """
+        check_puller(request.run_id, grant)
+        return hours_message(await self.run_hours(request.run_id))
+
+    async def run_hours(self, run_id: str) -> RunHours:
+        """Does the same, as plain values.
+
+        Raises:
+            UnknownRun: nothing of the run is here.
+        """
+        return await in_turns(self._hours.reading(run_id))
 
     def recent_steps(self, run_id: str) -> RecentSteps | None:
         """Returns the newest steps of a run's ranks; None if none of them is known."""

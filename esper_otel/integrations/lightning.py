@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from esper_otel.errors import InvalidValue
+from esper_otel.integrations.listening import Listening, timed
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
 from esper_otel.record.mistakes import Mistakes, spares_mistakes
@@ -46,7 +47,9 @@ class EsperCallback(Callback):
     - ``gradient_norm`` is the norm over the optimizer's parameters before its step, unscaled and before clipping.
       ``optimizer_lr`` is the learning rate of this step.
     - ``input_wait_ms`` is the time between the hooks of two batches: the loader, the move to the device, and
-      Lightning's own work. Time spent in validation is not included.
+      Lightning's own work. Time spent in validation and in saving checkpoints is not included.
+    - Validations are phases named ``evaluation``, and ``trainer.save_checkpoint``, which Lightning's own checkpoints
+      use, is a phase named ``checkpoint``.
     - Steps are numbered by ``trainer.global_step``. A run resumed from a checkpoint continues the numbers, and also
       the averages, which are stored in the checkpoint.
     - A copy or a pickle of the callback has no session; it starts one when it trains.
@@ -78,6 +81,8 @@ class EsperCallback(Callback):
         self._arguments = arguments
         self._resumed: Mapping[str, Any] | None = None
         self._hook: Any = None
+        self._saving: Listening | None = None
+        self._loop: Loop | None = None
         self._begin(None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,6 +95,7 @@ class EsperCallback(Callback):
             "_losses": [],
             "_later": {},
             "_hook": None,
+            "_saving": None,
         }
         if self.telemetry is not None and not self._is_ours:
             idle["_arguments"] = {"run_id": self.telemetry.run_id}
@@ -97,6 +103,8 @@ class EsperCallback(Callback):
 
     def _begin(self, loop: Loop | None, trainer: Any = None) -> None:
         """Clears the state of an earlier fit."""
+        if self._loop is not None:
+            self._loop.parts.close()
         self._loop = loop
         self._trainer = trainer
         self._losses: list[Tensor] = []
@@ -107,6 +115,11 @@ class EsperCallback(Callback):
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
+        if self._saving is not None:
+            self._saving.end()
+        self._saving = None
+        if loop is not None:
+            self._saving = timed(trainer, "save_checkpoint", loop.phases, "checkpoint")
 
     @spares_mistakes(_mistakes_of)
     def put(self, **values: Scalar | None) -> None:
@@ -211,9 +224,17 @@ class EsperCallback(Callback):
         self._is_shared = False
         self._running.wait()
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begins the phase ``evaluation``."""
+        del trainer, pl_module
+        if self._loop is not None:
+            self._loop.phases.enter("evaluation", self)
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Records the validation's results and restarts timing the wait for the next batch."""
         del pl_module
+        if self._loop is not None:
+            self._loop.phases.leave(self)
         if trainer.sanity_checking or self.telemetry is None or self._loop is None:
             return
         found = trainer.callback_metrics
@@ -272,6 +293,7 @@ class EsperCallback(Callback):
         """Ends the current fit, if there is one."""
         if self._loop is None:
             return
+        self._loop.phases.leave(self)  # a validation that was interrupted
         self._begin(None)
         if self.telemetry is not None and self._is_ours:
             self.telemetry.close(outcome=outcome)

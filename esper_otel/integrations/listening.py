@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+from esper_otel.record.phases import Phases
+
 _MARK = "_esper_listening"
 
 
@@ -80,6 +82,29 @@ class Listening:
 
         setattr(listening, _MARK, self)
         return listening
+
+
+def timed(owner: object, name: str, phases: Phases, phase: str, then: Callable[[], None] | None = None) -> Listening:
+    """Times the calls of an object's method as a phase.
+
+    Args:
+        owner: the object.
+        name: the name of the method.
+        phases: times the phases.
+        phase: the name of the phase.
+        then: called after each of them.
+    """
+    key = object()
+
+    def begin(*_arguments: Any, **_named: Any) -> None:
+        phases.enter(phase, key)
+
+    def end(_outcome: object) -> None:
+        phases.leave(key)
+        if then is not None:
+            then()
+
+    return Listening(owner, name, end, begin, end)
 
 
 def _harmless(hear: Callable[..., None] | None, *given: Any, **named: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from esper_otel.derive.gradients import gradient_norm
 from esper_otel.errors import MistakeError
+from esper_otel.integrations.parts import StepParts
 from esper_otel.record.device import scalar
+from esper_otel.record.phases import Phases
 from esper_otel.session.telemetry import Telemetry
 
 # For these metrics, a step has the last value; for others, the mean over its batches.
@@ -108,6 +111,17 @@ class _Batches:
             earlier.add(mean)
 
 
+def _weakly(loop: Loop) -> Callable[[], int | None]:
+    """Returns what says which step the loop is in, without keeping the loop alive."""
+    reference = weakref.ref(loop)
+
+    def inside() -> int | None:
+        found = reference()
+        return None if found is None else found.step_inside()
+
+    return inside
+
+
 class Loop:
     """Turns the events of a loop into recorded steps. Threads: the training thread.
 
@@ -121,14 +135,20 @@ class Loop:
 
     Attributes:
         has_stepped: whether the optimizer has stepped since the last recorded step.
+        phases: times the session's phases.
+        parts: tells forward, backward and optimizer apart.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
+        self.phases: Phases = telemetry._recorder.phases  # noqa: SLF001 - same package
+        self.phases.inside = _weakly(self)
         self.has_stepped: bool = False
         self._asked_s: float | None = None
+        self._asked_mark_s = 0.0
         self._earlier: _Batches | None = None
         self._now = _Batches()
+        self.parts: StepParts = StepParts(telemetry._recorder.timer)  # noqa: SLF001 - same package
 
     @property
     def has_earlier(self) -> bool:
@@ -140,9 +160,15 @@ class Loop:
         """Whether a batch has arrived since the last recorded step."""
         return self._now.began_s is not None
 
+    def step_inside(self) -> int | None:
+        """Returns the number of the step that is in progress; None between steps."""
+        return self.phases.next_step if self._now.began_s is not None and self._now.over_s is None else None
+
     def wait(self) -> None:
         """The loop requests a batch. If the optimizer has stepped, the step is over; ``put`` still applies to it."""
+        self.parts.over()
         self._asked_s = time.perf_counter()
+        self._asked_mark_s = self.phases.mark() if self.phases.has_any else 0.0
         if self.has_stepped and self._now.over_s is None:
             self._now.over_s = self._asked_s
 
@@ -150,6 +176,8 @@ class Loop:
         """The batch has arrived. It begins a step unless one is in progress."""
         now_s = time.perf_counter()
         waited_s = 0.0 if self._asked_s is None else now_s - self._asked_s
+        if waited_s and self.phases.has_any:
+            waited_s = self.phases.waited(waited_s, self._asked_mark_s)
         self._asked_s = None
         if self._now.began_s is not None and not self.has_stepped:
             self._set_aside()
@@ -162,6 +190,7 @@ class Loop:
             part.waited_inside_s += waited_s
         if samples is not None:
             self.count(samples)
+        self.parts.batch()
 
     def count(self, samples: int) -> None:
         """Adds samples to the current step."""
@@ -235,6 +264,7 @@ class Loop:
 
     def stop_at(self, over_s: float) -> None:
         """The current step ended at ``over_s``."""
+        self.parts.over()
         if self._now.over_s is None:
             self._now.over_s = over_s
 
@@ -247,6 +277,11 @@ class Loop:
         if self.has_stepped:
             whole, asked_s = self._whole(), self._asked_s
             values = whole.all_values()
+            host_ms, device = self.parts.take()
+            if whole.began_s is not None:
+                values |= host_ms
+                if device:
+                    self._telemetry._recorder.next_step.add_parts(device)  # noqa: SLF001 - same package
             samples = whole.samples if whole.began_s is None else None
             self.forget()
             self._asked_s = asked_s
@@ -256,6 +291,7 @@ class Loop:
         """Another step with the same batch has begun. The wait and the samples were recorded with the previous step."""
         if self._now.began_s is None:
             self._now.began_s = since_s
+            self.parts.batch()
 
     def fail(self, *, epoch: int, global_step: int | None = None) -> None:
         """Records the current step as failed, with its values so far."""
@@ -280,6 +316,7 @@ class Loop:
 
     def forget(self) -> None:
         """Discards all batches and values since the last recorded step."""
+        self.parts.take()
         self.has_stepped = False
         self._asked_s = self._earlier = None
         self._now = _Batches()

@@ -50,6 +50,7 @@ def follow_process() -> Script:
         _following.append(script)
         _on_import("torch", script.follow)
         _on_import("accelerate.data_loader", script.follow_accelerate)
+        _on_import("accelerate.accelerator", script.follow_saves)
     return _following[0]
 
 
@@ -145,12 +146,23 @@ class Script:
             follow_accelerate()
 
     @_harmless
+    def follow_saves(self) -> None:
+        """Times the checkpoints that Accelerate saves."""
+        from esper_otel.integrations.saves import follow_accelerate_saves
+
+        follow_accelerate_saves()
+
+    @_harmless
     def unfollow(self) -> None:
         """Removes what ``follow`` has installed, and ends the session."""
         self._stand_aside()
         if self._steps is not None:
+            from esper_otel.integrations.saves import unfollow_saves
+
             self._finish()
             atexit.unregister(self._finish)
+            unfollow_saves(self._steps.loop.phases)
+            self._steps.loop.parts.close()
         _following.clear()
 
     def _stand_aside(self) -> None:
@@ -247,12 +259,14 @@ class Script:
 
     def _start(self) -> None:
         from esper_otel.integrations.loop import Loop
+        from esper_otel.integrations.saves import follow_saves
         from esper_otel.integrations.steps import Steps
         from esper_otel.session.start import start
 
         assert self._feed is not None
         self._telemetry = start()
         self._steps = Steps(Loop(self._telemetry), self._feed)
+        follow_saves(self._steps.loop.phases)
         os.environ[FOLLOWED] = str(os.getpid())
         atexit.register(self._finish)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from esper_otel.derive.gradients import norm_of
 from esper_otel.integrations.loader import Feed
 from esper_otel.integrations.loop import Loop
+from esper_otel.integrations.parameters import Parameters
 from esper_otel.log import logger
 
 _PLAIN = {Tensor}
@@ -102,6 +103,7 @@ class Steps:
         self._stepped_s: float | None = None
         self._before: _Gradient | None = None
         self._had_none = False  # whether no parameter had a gradient at the end of the last batch
+        self._parameters = Parameters()
         self._batches = 0
         self._others = 0
         self._has_said = False
@@ -137,6 +139,8 @@ class Steps:
         except Exception:  # noqa: BLE001 - never the script's concern
             logger.exception("before an optimizer's step")
             return None
+        finally:
+            self.loop.parts.optimizer_begins()  # after our own work
 
     def _before_step(self, optimizer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         index = self._index_of(optimizer)
@@ -231,7 +235,7 @@ class Steps:
     def _note(self, optimizer: Any) -> None:
         self._drop_if_dropped()
         model = self._model() if len(self._known) == 1 else None
-        parameters = _parameters(optimizer) if model is None else model.parameters()
+        parameters = _parameters(optimizer) if model is None else self._parameters.of(model)
         gradients = [gradient for each in parameters if (gradient := each.grad) is not None]
         if {*map(type, gradients)} <= _PLAIN or not any(hasattr(each, "device_mesh") for each in gradients):
             # With a GradScaler, a fused optimizer divides by the scale itself.
@@ -295,5 +299,5 @@ class Steps:
         return None
 
 
-def _parameters(optimizer: Any) -> list[Tensor]:
+def _parameters(optimizer: Any) -> Sequence[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from esper_otel.errors import InvalidValue
-from esper_otel.integrations.listening import Listening
+from esper_otel.integrations.listening import Listening, timed
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
 from esper_otel.integrations.watch import unwrapped
@@ -39,6 +39,7 @@ class EsperCallback(TrainerCallback):
     - ``gradient_norm`` is the norm that the Trainer computes before clipping. If it computes none, the callback does.
     - ``input_wait_ms`` starts when the previous step has ended, with its logging, saving and evaluating. The Trainer
       fetches all batches of a step at once.
+    - ``trainer.evaluate`` is a phase named ``evaluation``, and saving a checkpoint one named ``checkpoint``.
     - Steps are numbered by ``state.global_step``. A run resumed from a checkpoint continues the numbers, and also the
       averages, which are stored in the checkpoint's folder as ``esper_otel.json``.
     - A copy or a pickle of the callback has no session; it starts one when it trains.
@@ -61,6 +62,7 @@ class EsperCallback(TrainerCallback):
         check_results(self._validation)
         self._arguments = arguments
         self._unfinished: str | None = None
+        self._loop: Loop | None = None
         self._begin(None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,6 +74,8 @@ class EsperCallback(TrainerCallback):
 
     def _begin(self, loop: Loop | None) -> None:
         """Clears the state of an earlier training."""
+        if self._loop is not None:
+            self._loop.parts.close()
         self._loop = loop
         self._state: Any = None
         self._listening: list[Listening] = []
@@ -95,7 +99,8 @@ class EsperCallback(TrainerCallback):
         trainer, checkpoint = _training(sys._getframe())  # noqa: SLF001 - no event provides them
         if checkpoint is not None and state.global_step:
             self._load(Path(checkpoint) / _STATE_FILE)
-        self._begin(Loop(self.telemetry))
+        loop = Loop(self.telemetry)
+        self._begin(loop)
         self._state = state
         if trainer is not None:
             self._listening = [
@@ -105,6 +110,8 @@ class EsperCallback(TrainerCallback):
                 Listening(trainer, "get_batch_samples", raised=self._failed),
                 Listening(trainer, "_maybe_log_save_evaluate", raised=self._failed),
                 Listening(trainer.callback_handler, "call_event", raised=self._failed),
+                timed(trainer, "evaluate", loop.phases, "evaluation", self._wait),
+                timed(trainer, "_save_checkpoint", loop.phases, "checkpoint", self._wait),
             ]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:

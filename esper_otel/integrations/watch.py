@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loader import Feed, follow, unfollow
 from esper_otel.integrations.loop import Loop
+from esper_otel.integrations.saves import follow_saves, unfollow_saves
 from esper_otel.integrations.steps import Steps
 from esper_otel.record.loaders import Loader, following, is_stand_in, of
 from esper_otel.record.mistakes import Mistakes, spares_mistakes
@@ -115,6 +116,7 @@ class WatchedLoop:
         self._hooks.append(register_optimizer_step_post_hook(self._beside))
         if (dataset := getattr(loader, "dataset", None)) is not None:  # other loaders may wrap this one
             follow(self.feed, _is_of(_weak(dataset)))
+        follow_saves(self.loop.phases)
         telemetry.before_close(self.finish)
         if is_ours:
             telemetry.close_when(lambda: self.is_abandoned)
@@ -188,6 +190,8 @@ class WatchedLoop:
         self._is_over = True
         _live.discard(self)
         unfollow(self.feed)
+        unfollow_saves(self.loop.phases)
+        self.loop.parts.close()
         with suppress(ValueError):
             self.telemetry._before_close.remove(self.finish)  # noqa: SLF001 - same package
         for hook in self._hooks:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from esper_otel.schema import METRICS
 
-# Kinds of scopes: those of other senders, the frames of our exporter, and the metrics on its own health.
-OTHERS, FRAMES, HEALTH = range(3)
-_SCOPES = {"esper_otel": FRAMES, "esper_otel.health": HEALTH}
+# Kinds of scopes: those of other senders, the frames of our exporter, the metrics on its own health, and phases.
+OTHERS, FRAMES, HEALTH, PHASES = range(4)
+_SCOPES = {"esper_otel": FRAMES, "esper_otel.health": HEALTH, "esper_otel.phases": PHASES}
 
 # Levels of metrics.
 STEP, SEED, SESSION = range(3)

@@ -41,6 +41,7 @@ class Label(NamedTuple):
         run_id: the run given by the point itself, or empty.
         rank: the rank given by the point itself, or -1.
         outcome: how a run ended.
+        phase: name of a phase.
         further: number of unknown attributes.
         fault: why points with these attributes are rejected; empty if they are accepted.
     """
@@ -49,6 +50,7 @@ class Label(NamedTuple):
     run_id: str = ""
     rank: int = -1
     outcome: str = ""
+    phase: str = ""
     further: int = 0
     fault: str = ""
 
@@ -65,10 +67,10 @@ def label_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) 
     if _OVERFLOW in rest:
         return Label(fault=TOO_MANY_SETS)
     seed, run_id, outcome = rest.pop("seed_id", ""), rest.pop("esper.run.id", ""), rest.pop("outcome", "")
-    rank = rest.pop("esper.rank", "")
-    if not all(is_valid(text, most_bytes) for text in (seed, run_id, outcome)):
+    rank, phase = rest.pop("esper.rank", ""), rest.get("phase", "")
+    if not all(is_valid(text, most_bytes) for text in (seed, run_id, outcome, phase)):
         return Label(fault=INVALID_TEXT)
-    return Label(seed, run_id, _whole(rank, -1, _LARGEST_RANK), outcome, len(rest))
+    return Label(seed, run_id, _whole(rank, -1, _LARGEST_RANK), outcome, phase, len(rest))
 
 
 def run_of_texts(texts: Mapping[str, str], most_bytes: int = MOST_TEXT_BYTES) -> Run | None:

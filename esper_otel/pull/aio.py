@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 
 from esper_otel.errors import GatewayError, GatewayUnavailable, UnknownRun
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
 from esper_otel.pull.client import (
     ANSWERS,
@@ -31,9 +32,9 @@ from esper_otel.pull.client import (
     translated,
 )
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
-from esper_otel.pull.messages import PullRequest, RanksRequest, RunsRequest
+from esper_otel.pull.messages import HoursRequest, PullRequest, RanksRequest, RunsRequest
 from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
-from esper_otel.pull.views import RunRanks, run_ranks
+from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
 
 __all__ = ["RunInfo", "TamiyoClient"]
 
@@ -88,6 +89,10 @@ class TamiyoClient:
     async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """Compares the ranks of a run. See ``esper_otel.TamiyoClient.ranks``."""
         return newest_ranks(map(run_ranks, await self._of_all("Ranks", RanksRequest(run_id=run_id, steps=steps))))
+
+    async def hours(self, run_id: str) -> RunHours:
+        """Returns where the hours of a run went. See ``esper_otel.TamiyoClient.hours``."""
+        return merged_hours(map(run_hours, await self._of_all("Hours", HoursRequest(run_id=run_id))))
 
     async def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended. See ``esper_otel.TamiyoClient.ended``."""

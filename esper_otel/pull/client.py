@@ -15,12 +15,15 @@ from google.protobuf.message import DecodeError, Message
 from esper_otel.addresses import is_on_this_machine
 from esper_otel.bearer import read_tokens, reason_of
 from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 from esper_otel.log import Warnings
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import (
     SERVICE,
+    HoursRequest,
+    HoursResponse,
     PullRequest,
     PullResponse,
     RanksRequest,
@@ -29,11 +32,11 @@ from esper_otel.pull.messages import (
     RunsResponse,
 )
 from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
-from esper_otel.pull.views import RunRanks, run_ranks
+from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
 
 RETRY_S = 0.1
 DEFAULT_PACKETS = 64
-ANSWERS: dict[str, Any] = {"Runs": RunsResponse, "Pull": PullResponse, "Ranks": RanksResponse}
+ANSWERS: dict[str, Any] = {"Runs": RunsResponse, "Pull": PullResponse, "Ranks": RanksResponse, "Hours": HoursResponse}
 _WARNINGS = Warnings()
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has up to about 16 MiB, or a single larger step
@@ -208,6 +211,15 @@ class TamiyoClient:
             GatewayError: the gateway refused, or did not answer in time.
         """
         return newest_ranks(map(run_ranks, self._of_all("Ranks", RanksRequest(run_id=run_id, steps=steps))))
+
+    def hours(self, run_id: str) -> RunHours:
+        """Returns where the hours of a run went, over all its attempts: which part of its wall time was what.
+
+        Raises:
+            UnknownRun: nothing of the run is stored.
+            GatewayError: the gateway refused, or did not answer in time.
+        """
+        return merged_hours(map(run_hours, self._of_all("Hours", HoursRequest(run_id=run_id))))
 
     def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended, over all attempts and ranks; None while a rank may be running.

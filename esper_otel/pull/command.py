@@ -17,6 +17,8 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.hours.bar import RunHours
+from esper_otel.hours.text import hours_as_json, hours_lines
 from esper_otel.leyline.packets import Packets
 from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import TamiyoClient
@@ -52,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cursor", metavar="TEXT", help="start after this cursor (at the oldest step stored)")
     parser.add_argument("--follow", action="store_true", help="wait for further steps, until Ctrl-C")
     parser.add_argument("--ranks", action="store_true", help="compare the run's ranks, instead of printing packets")
+    parser.add_argument(
+        "--hours", action="store_true", help="print where the hours of the run went, instead of packets"
+    )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="one JSON object per line")
     shape.add_argument(
@@ -74,6 +79,9 @@ def main(options: argparse.Namespace) -> int:
             return 0
         if options.ranks:
             _write_ranks(client.ranks(options.run_id), as_json=options.json)
+            return 0
+        if options.hours:
+            _write_hours(client.hours(options.run_id), as_json=options.json)
             return 0
         write = _write_json if options.json else _write_binary if options.binary else _write_text
         cursor = options.cursor or ""
@@ -125,7 +133,7 @@ def _print_page(
         time.sleep(_AGAIN_S)
         return cursor, 0
     if page.gap:
-        _say(f"{page.gap} steps were dropped before they could be pulled")
+        _say(f"{page.gap} steps before the next one were dropped, or have not arrived")
     for packets in page:
         write(packets)
     sys.stdout.flush()
@@ -194,6 +202,14 @@ def _write_ranks(found: RunRanks, *, as_json: bool) -> None:
         _write_line(f"rank {row.rank}  {'  '.join(times)}{mark}")
     spreads = f"step {_in_ms(found.step_latency_spread_ms)}, input wait {_in_ms(found.input_wait_spread_ms)}"
     _write_line(f"spread over the ranks: {spreads}")
+
+
+def _write_hours(found: RunHours, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(hours_as_json(found)) + "\n")
+        return
+    for line in hours_lines(found):
+        _write_line(line)
 
 
 def _in_ms(value: float | None) -> str:

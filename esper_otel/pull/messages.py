@@ -28,6 +28,9 @@ _classes = {
 }
 
 SERVICE = f"{_file.package}.{_file.service[0].name}"
+Bar = _classes["Bar"]
+HoursRequest = _classes["HoursRequest"]
+HoursResponse = _classes["HoursResponse"]
 PullRequest = _classes["PullRequest"]
 PullResponse = _classes["PullResponse"]
 Rank = _classes["Rank"]

@@ -151,3 +151,41 @@ class Rank(Message):
     cycle_ms: float
     own_ms: float
     def __init__(self, *, rank: int = ...) -> None: ...
+
+class HoursRequest(Message):
+    run_id: str
+    def __init__(self, *, run_id: str = ...) -> None: ...
+
+class HoursResponse(Message):
+    @property
+    def run(self) -> Bar: ...
+    @property
+    def ranks(self) -> RepeatedCompositeFieldContainer[RankHours]: ...
+    @property
+    def phases(self) -> RepeatedCompositeFieldContainer[Phase]: ...
+
+class RankHours(Message):
+    rank: int
+    @property
+    def bar(self) -> Bar: ...
+
+class Bar(Message):
+    start_unix_ns: int
+    end_unix_ns: int
+    attempts: int
+    @property
+    def parts(self) -> RepeatedCompositeFieldContainer[Part]: ...
+
+class Part(Message):
+    name: str
+    spent_ms: float
+
+class Phase(Message):
+    name: str
+    rank: int
+    attempt: int
+    start_unix_ns: int
+    end_unix_ns: int
+    own_ms: float
+    number: int
+    step: int

@@ -1,10 +1,15 @@
-"""Views: a gateway's comparison of a run's ranks, as plain values."""
+"""Views: a gateway's comparison of a run's ranks, and where its hours went, as plain values."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from esper_otel.pull.messages import Rank, RanksResponse
+from esper_otel.hours.bar import BETWEEN, UNKNOWN, Bar, PhaseInfo, RunHours, bar_of_run
+from esper_otel.pull.messages import Bar as BarMessage
+from esper_otel.pull.messages import HoursResponse, Rank, RanksResponse
+
+MOST_PHASES = 1_000  # of a run, that a gateway returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +98,43 @@ def _rank_info(row: Rank) -> RankInfo:
 def _number(message: Rank | RanksResponse, name: str) -> float | None:
     number: float | None = getattr(message, name) if message.HasField(name) else None
     return number
+
+
+def run_hours(response: HoursResponse) -> RunHours:
+    """Converts the response to an ``Hours`` call."""
+    phases = [
+        PhaseInfo(
+            phase.name,
+            phase.rank,
+            phase.attempt,
+            phase.start_unix_ns,
+            phase.end_unix_ns,
+            phase.own_ms,
+            phase.number,
+            phase.step if phase.HasField("step") else None,
+        )
+        for phase in response.phases
+    ]
+    return RunHours(_bar(response.run), {each.rank: _bar(each.bar) for each in response.ranks}, tuple(phases))
+
+
+def merged_hours(answers: Iterable[RunHours]) -> RunHours:
+    """Returns the hours of a run of which several gateways have parts: each rank's of the one that knows most of it."""
+    found = list(answers)
+    if len(found) == 1:
+        return found[0]
+    ranks: dict[int, Bar] = {}
+    for rank in sorted({rank for hours in found for rank in hours.ranks}):
+        ranks[rank] = max((hours.ranks[rank] for hours in found if rank in hours.ranks), key=_known_ms)
+    phases = {(each.rank, each.attempt, each.name, each.end_unix_ns): each for hours in found for each in hours.phases}
+    newest = sorted(phases.values(), key=lambda each: each.end_unix_ns)[-MOST_PHASES:]
+    return RunHours(bar_of_run(ranks.values()), ranks, tuple(newest))
+
+
+def _known_ms(bar: Bar) -> float:
+    return bar.wall_ms - bar.parts.get(UNKNOWN, 0.0) - bar.parts.get(BETWEEN, 0.0)
+
+
+def _bar(message: BarMessage) -> Bar:
+    parts = {part.name: part.spent_ms for part in message.parts}
+    return Bar(message.start_unix_ns, message.end_unix_ns, parts, message.attempts)

@@ -254,6 +254,8 @@ class FramePublisher:
         copy_ms = held.copy_ms()
         if copy_ms is not None:
             values.setdefault("h2d_copy_ms", copy_ms)
+        if held.parts:
+            values = {**held.parts_ms(), **values}
         return draft._replace(values=self.names.kept(values), context=context, table=table)
 
     def _publish_draft(self, draft: Draft) -> None:

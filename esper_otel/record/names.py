@@ -11,9 +11,12 @@ from esper_otel.errors import InvalidCatalogue, InvalidValue, UnknownMetric
 from esper_otel.record.values import RATIOS
 from esper_otel.schema import METRICS, OWN_STEP, STEP_METRICS, Metric
 
+# Metrics of the parts of a step, by the name of the part.
+PARTS = {part: f"esper.{part}_ms" for part in ("forward", "backward", "optimizer")}
+
 # Units of values that cannot be negative. Metrics declared by the user are not checked.
 _NONNEGATIVE = frozenset({"ratio", "grad", "grad^2", "rate", "ms", "GB", "%", "count"})
-_RECORDABLE_OWN = ("esper.optimizer.lr", "esper.optimizer.index")
+_RECORDABLE_OWN = ("esper.optimizer.lr", "esper.optimizer.index", *PARTS.values())
 
 
 class Names:

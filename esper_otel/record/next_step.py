@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from esper_otel.frames.frame import SeedTable
 from esper_otel.record.seeds import merged_tables
-from esper_otel.record.values import DeviceValues, Target
+from esper_otel.record.values import CopyTime, DeviceValues, Target
 
 
 class Beginning(NamedTuple):
@@ -28,10 +28,11 @@ class NextStep:
     """Collects values for the next step. Threads: the recording thread.
 
     Attributes:
-        is_anything: False only if nothing has been collected, including context.
+        is_anything: False only if nothing has been collected, including context, and no phase follows the steps.
         retiring: seeds whose lives end with the open step.
         context: values that stay in every frame from the next one on.
         tensors: context values that are still on a device.
+        parts: durations of the step's parts that a device reports later, by metric.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class NextStep:
         self.retiring: list[str] = []
         self.context: dict[str, float] = {}
         self.tensors: dict[Target, Any] = {}
+        self.parts: list[tuple[str, CopyTime]] = []
         self._waited_ms: float | None = None
         self._table: SeedTable | None = None
 
@@ -71,12 +73,21 @@ class NextStep:
         taken = Beginning(self._waited_ms, self._table, self.retiring)
         self._waited_ms = self._table = None
         self.retiring = []
-        self.is_anything = bool(self.context or self.tensors)
+        self.is_anything = bool(self.context or self.tensors or self.parts)
         return taken
+
+    def add_parts(self, parts: Sequence[tuple[str, CopyTime]]) -> None:
+        """Adds durations of the step's parts that a device reports later."""
+        self.parts += parts
+        self.is_anything = True
 
     def take_context(self, held: DeviceValues | None) -> tuple[DeviceValues | None, Mapping[str, float]]:
         """Returns and clears the context. Its tensors are added to ``held``, which is created if needed."""
         context, self.context = self.context, {}
+        if self.parts:
+            held = held or DeviceValues()
+            held.parts += self.parts
+            self.parts = []
         if self.tensors:
             held = held or DeviceValues()
             held.tensors.update(self.tensors)

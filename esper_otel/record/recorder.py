@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame, SeedTable
+from esper_otel.frames.phases import PhaseLog
 from esper_otel.record.clock import Clock
 from esper_otel.record.frame_publisher import Draft, FramePublisher
+from esper_otel.record.names import PARTS
 from esper_otel.record.next_step import NextStep
 from esper_otel.record.open_step import OpenStep
+from esper_otel.record.parts import Timer, timer_for
+from esper_otel.record.phases import Phases
 from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
 from esper_otel.record.signature import Signature
@@ -38,6 +42,7 @@ _KNOWN_AFTERWARDS = (
     "kasmina.apply_ms",
     "kasmina.finalize_ms",
     "samples_per_s",
+    *PARTS.values(),
 )
 
 
@@ -63,6 +68,10 @@ class Recorder:
 
     Attributes:
         mistakes: notes the mistakes of the program; None if they are raised.
+        phases: times phases, such as checkpoints.
+
+    Args:
+        began_unix_ns: when start-up began, which ends with the first step; None if it is not to be recorded.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class Recorder:
         to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
         mistakes: Mistakes | None = None,
+        began_unix_ns: int | None = None,
     ) -> None:
         self.publisher = publisher
         self.names: Names = publisher.names
@@ -89,6 +99,13 @@ class Recorder:
         self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
         self._recorded = publisher.signatures.of(())  # of the last step recorded in one call
+        self.phases: Phases = Phases(PhaseLog(began_unix_ns or clock.now_ns()), clock, self, began_unix_ns)
+        self.next_step.is_anything = True  # so that the first step ends start-up
+
+    @property
+    def last_end_s(self) -> float | None:
+        """When the last step ended, on the clock of ``time.perf_counter``."""
+        return self._last_end_s
 
     # -- steps -------------------------------------------------------------------------------------------
 
@@ -106,6 +123,9 @@ class Recorder:
         following = self.next_step
         if following.is_anything:
             step._waited_ms, step._table, step._retired = following.take()
+            if self.phases.follows_steps:
+                self.phases.step_opens(step._waited_ms)
+                following.is_anything |= self.phases.follows_steps
         step._retiring = following.retiring
         self.open_step = step
         step._known = self.publisher.live.ids
@@ -196,6 +216,10 @@ class Recorder:
                 waited_ms, rows, retired = self.next_step.take()
                 table = rows or NO_SEEDS
                 recorded, numbers = self._timed(recorded, numbers, waited_ms, samples)
+                if self.phases.follows_steps:
+                    given = recorded.dict_of(numbers)
+                    self.phases.step_recorded(given.get("input_wait_ms"), given.get("step_latency_ms"))
+                    self.next_step.is_anything |= self.phases.follows_steps
             if global_step is None:
                 self.highest_step = global_step = self.highest_step + 1
             else:
@@ -244,7 +268,7 @@ class Recorder:
         retired: Sequence[str] = (),
     ) -> None:
         context, publisher, following = None, self.publisher, self.next_step
-        if following.is_anything and (following.context or following.tensors):
+        if following.is_anything and (following.context or following.tensors or following.parts):
             held, context = following.take_context(held)
         if self._leaves_out:
             values = self.names.kept(recorded.dict_of(numbers))
@@ -273,6 +297,11 @@ class Recorder:
         else:
             return {}
         return {"samples_per_s": samples * 1e3 / cycle_ms} if cycle_ms > 0.0 and "samples_per_s" not in given else {}
+
+    def timer(self) -> Timer:
+        """Returns what measures parts of a step on the device that trains."""
+        run = self.publisher.run
+        return timer_for(run.device_id or run.device_type, enriched=not self.names.left_out)
 
     def waited(self, milliseconds: float) -> None:
         """Adds to the next step's ``input_wait_ms``."""

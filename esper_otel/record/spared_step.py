@@ -83,6 +83,14 @@ class SparedStep(Step):
         """See ``Step.kernel``; with a wrong id nothing is recorded."""
         return super().kernel(seed_id) if self._mistakes.spared(checked_seed_id, seed_id) else TimedOnce(lambda _: None)
 
+    def part(self, name: Any) -> Any:
+        """See ``Step.part``; with a wrong name nothing is recorded."""
+        try:
+            return super().part(name)
+        except Exception as error:  # noqa: BLE001 - see Mistakes.spared
+            self._mistakes.note(error)
+            return TimedOnce(lambda _: None)
+
     def seed(self, seed_id: Any = None, *arguments: Any, **cells: Any) -> None:
         """See ``Step.seed``; wrong cells are left out."""
         if self._is_refused:

@@ -14,7 +14,9 @@ from esper_otel.captures import check_no_capture
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frames.frame import ABSENT
 from esper_otel.record.device import move
+from esper_otel.record.names import PARTS
 from esper_otel.record.open_step import OpenStep
+from esper_otel.record.parts import HOST, TimedPart
 from esper_otel.record.seeds import (
     REQUESTED,
     ROW,
@@ -25,7 +27,7 @@ from esper_otel.record.seeds import (
     more_cells,
 )
 from esper_otel.record.timed import Timed, TimedOnce
-from esper_otel.record.values import ROW_TYPES, DeviceValues, Target, read, read_row
+from esper_otel.record.values import ROW_TYPES, CopyTime, DeviceValues, Target, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
 
 if TYPE_CHECKING:
@@ -141,6 +143,26 @@ class Step(OpenStep):
     def finalize(self) -> Timed:
         """Times ``kasmina.finalize_ms``: Kasmina's work at the end of the step."""
         return Timed(self._timings, "kasmina.finalize_ms")
+
+    def part(self, name: str) -> Timed | TimedPart:
+        """Times a part of the step: ``with now.part("forward"):``, ``"backward"`` or ``"optimizer"``.
+
+        Recorded as ``esper.forward_ms`` and so on. Does not wait for a GPU, whose own times are used.
+
+        Raises:
+            InvalidValue: it is another name.
+        """
+        metric = PARTS.get(name)
+        if metric is None:
+            raise InvalidValue("part", f"{name!r} is not one of {', '.join(PARTS)}")
+        timer = self._recorder.timer()
+        return Timed(self._timings, metric) if timer is HOST else TimedPart(self, metric, timer)
+
+    def _hold_part(self, metric: str, timing: CopyTime) -> None:
+        """Keeps the duration of a part that a device reports later."""
+        if self._held is None:
+            self._held = DeviceValues()
+        self._held.parts.append((metric, timing))
 
     def kernel(self, seed_id: str) -> TimedOnce:
         """Times the seed's ``last_kernel_latency_ms``."""

@@ -106,6 +106,7 @@ class DeviceValues:
     def __init__(self) -> None:
         self.tensors: dict[Target, Tensor] = {}
         self.copies: list[CopyTime] = []
+        self.parts: list[tuple[str, CopyTime]] = []  # of the step, by metric
         self._targets: tuple[Target, ...] = ()
         self._pending: Any = None
 
@@ -123,13 +124,15 @@ class DeviceValues:
 
     def done(self) -> bool:
         """Whether everything has arrived; never waits."""
-        return (self._pending is None or self._pending.done()) and all(copy.done() for copy in self.copies)
+        if self._pending is not None and not self._pending.done():
+            return False
+        return all(copy.done() for copy in self.copies) and all(time.done() for _, time in self.parts)
 
     def wait(self) -> None:
         """Waits until everything has arrived."""
         self.wait_for_values()
-        for copy in self.copies:
-            copy.wait()
+        for time in (*self.copies, *(time for _, time in self.parts)):
+            time.wait()
 
     def wait_for_values(self) -> None:
         """Waits for the sealed values, not for the timings of copies."""
@@ -153,6 +156,15 @@ class DeviceValues:
         """Milliseconds of the step's host-to-device copies; None if there were none or CUDA could not report them."""
         times = [time for time in (copy.milliseconds() for copy in self.copies) if time is not None]
         return sum(times) if times else None
+
+    def parts_ms(self) -> dict[str, float]:
+        """Returns the durations of the step's parts by metric, without those that CUDA could not report."""
+        found: dict[str, float] = {}
+        for name, time in self.parts:
+            spent_ms = time.milliseconds()
+            if spent_ms is not None:
+                found[name] = found.get(name, 0.0) + spent_ms
+        return found
 
 
 def whole(name: str, value: object, highest: int) -> int:

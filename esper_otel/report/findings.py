@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from esper_otel.frames.frame import FINE, FLOAT32_BOUND
 from esper_otel.frames.numbers import finite
+from esper_otel.hours.text import bar_lines
 from esper_otel.leyline import messages
 from esper_otel.leyline.episodes import Episode, Episodes
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, signals
@@ -56,7 +57,8 @@ class Finding(NamedTuple):
 def findings(recording: Recording) -> list[Finding]:
     """Returns findings about the end, what went wrong, signals, the loss, the time, and the seeds, in this order.
 
-    If the recording is of a file that could not be read in full, this comes first.
+    The hours are about the whole run, everything else about the recorded attempt. If the
+    recording is of a file that could not be read in full, this comes first.
     """
     unread = [Finding("Was everything read?", recording.unread, True)] if recording.unread else []
     if not recording.rows:
@@ -70,8 +72,18 @@ def findings(recording: Recording) -> list[Finding]:
         _learning(recording),
         _slowest(recording),
         *_slow_rank(recording),
+        *_hours(recording),
         _seed(recording, bad),
     ]
+
+
+def _hours(recording: Recording) -> list[Finding]:
+    """Returns which part of the run's wall time was what, over all its attempts, if that is known."""
+    hours = recording.hours
+    if hours is None or not hours.run.parts:
+        return []
+    answer, *lines = bar_lines(hours.run)
+    return [Finding("Where did the hours go?", f"{answer}.", lines=tuple(lines))]
 
 
 def episodes(recording: Recording) -> tuple[Episode, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from esper_otel.charts.document import Page, document
 from esper_otel.charts.groups import described
+from esper_otel.charts.hours import hours_html
 from esper_otel.charts.thinned import Step, Thinned
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
@@ -48,7 +49,7 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     of_each: list[str] = []
     for each, name in zip(both, names, strict=True):
         head = f"<h2>{_shown(name)}</h2>" if other else ""
-        of_each.append(f"<section>{head}{_about(each)}{_answers(findings(each))}</section>")
+        of_each.append(f"<section>{head}{_about(each)}{_answers(findings(each))}{_hours(each)}</section>")
     if other is None:
         above += of_each
     else:  # the comparison comes first: with what is found in each run, the charts would be far below
@@ -153,6 +154,11 @@ def _dates(recording: Recording) -> str:
         return ""
     end = "%H:%M:%S" if first.date() == last.date() else "%Y-%m-%d %H:%M:%S"
     return f"{first:%Y-%m-%d %H:%M:%S} to {last:{end}} UTC"
+
+
+def _hours(recording: Recording) -> str:
+    """Returns where the hours of the run went, if that is known."""
+    return "" if recording.hours is None else f"<section>{hours_html(recording.hours)}</section>"
 
 
 def _answers(found: Iterable[Finding]) -> str:

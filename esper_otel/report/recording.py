@@ -6,7 +6,7 @@ import math
 import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.frames import black_box
 from esper_otel.frames.frame import Frame
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
 from esper_otel.parts.senders import is_valid
@@ -114,6 +115,7 @@ class Recording:
         world_size: number of ranks of the run.
         earlier: the attempts before, oldest first, if they are known.
         ranks: a comparison of the run's ranks, if there are several and it is known.
+        hours: where the hours of the run went; None if that is not known, as in a black box.
         unread: what could not be read of it; empty if everything could.
     """
 
@@ -128,6 +130,7 @@ class Recording:
     world_size: int = 1
     earlier: tuple[EarlierAttempt, ...] = ()
     ranks: RunRanks | None = None
+    hours: RunHours | None = field(default=None, compare=False)
     unread: str = ""
 
     @property
@@ -234,7 +237,16 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         world_size=world_size,
         earlier=tuple(before),
         ranks=_ranks(client, run_id) if world_size > 1 else None,
+        hours=_hours(client, run_id),
     )
+
+
+def _hours(client: TamiyoClient, run_id: str) -> RunHours | None:
+    """Returns where the hours of the run went; None if the gateway cannot say, as one of an older version."""
+    try:
+        return client.hours(run_id)
+    except GatewayError:
+        return None
 
 
 def _known(mine: RunInfo | None, of_rank: Sequence[RunInfo]) -> Iterator[tuple[str, str]]:

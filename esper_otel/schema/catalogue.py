@@ -483,6 +483,43 @@ OWN_STEP: tuple[Metric, ...] = (
         key="optimizer_lr",
         present="When recorded: now.put(optimizer_lr=...).",
     ),
+    *(
+        Metric(
+            f"esper.{part}_ms",
+            "ms",
+            description,
+            key="",
+            source="On the CPU the host's clock; on CUDA two events on the current stream, resolved later. "
+            "If it is entered several times, the times add up.",
+            present=f'With now.part("{part}"), and in steps of watch, esper-otel run and the callbacks where it can be '
+            "told; on CUDA unless tolaria_step_enrichment_enabled is False.",
+            misleads=misleads,
+            window="The step.",
+            error=_MICRO,
+            cost="On the CPU two readings of a clock; on CUDA two events, without waiting.",
+            rise=rise,
+        )
+        for part, description, misleads, rise in (
+            (
+                "forward",
+                "Part of the step latency: the forward pass.",
+                "Told without a call, it lasts from the batch's arrival until backward() begins, with the loss.",
+                "The model, the loss or moving the batch takes longer.",
+            ),
+            (
+                "backward",
+                "Part of the step latency: the backward pass.",
+                "With several ranks it contains the exchange of gradients, and the wait for the slowest rank.",
+                "The backward pass takes longer, or another rank does.",
+            ),
+            (
+                "optimizer",
+                "Part of the step latency: the optimizer's step.",
+                "A closure that the optimizer calls is in it, without what is told as forward and backward.",
+                "The optimizer's step takes longer.",
+            ),
+        )
+    ),
     Metric(
         "esper.optimizer.index",
         "1",
@@ -698,6 +735,13 @@ SESSION: tuple[Metric, ...] = (
         present="With ESPER_ON_MISTAKE=warn; otherwise mistakes are raised.",
     ),
     Metric(
+        "esper.phases.dropped",
+        "count",
+        "Phases that were dropped before the endpoint had them, because very many waited.",
+        kind="counter",
+        level="session",
+    ),
+    Metric(
         "esper.risk.threshold",
         "1",
         "Threshold of a risk signal that the run has set itself, by signal; 1e308 if it has disabled the signal.",
@@ -776,6 +820,73 @@ SESSION: tuple[Metric, ...] = (
     ),
 )
 
+# In a scope of their own, each point at the end of a phase. Only the step exporter sends them.
+PHASES: tuple[Metric, ...] = (
+    Metric(
+        "esper.phase_ms",
+        "ms",
+        "Time for which phases held up training, since the attempt began, by phase.",
+        kind="counter",
+        level="session",
+        split_by="phase",
+        source="Monotonic clock; without the phases, steps and waits for input inside a phase, so that no moment "
+        "counts twice. Beyond 64 names, further ones are counted as other.",
+        present="A point at the end of each phase.",
+        misleads="What runs on another thread, such as saving in the background, holds up nothing and adds 0.",
+        rise="The phase takes time: its rise over a while, divided by that while, is its share.",
+    ),
+    Metric(
+        "esper.phase.inside_ms",
+        "ms",
+        "The part of esper.phase_ms that lay inside steps, and is therefore also part of their latency, by phase.",
+        kind="counter",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+    ),
+    Metric(
+        "esper.phase.length_ms",
+        "ms",
+        "Length of a phase, from its start to the time of the point, with everything inside it.",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+        misleads="Nested phases overlap: add up esper.phase_ms instead.",
+    ),
+    Metric(
+        "esper.phase.own_ms",
+        "ms",
+        "What a phase has added to esper.phase_ms.",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+    ),
+    Metric(
+        "esper.phase.step_ms",
+        "ms",
+        "The esper.phase.own_ms of a phase that lay inside a step, and is therefore also part of its latency.",
+        level="session",
+        split_by="phase",
+        present="With the points of phases inside steps.",
+    ),
+    Metric(
+        "esper.phase.number",
+        "count",
+        "Number of a phase within (attempt, rank): 1, 2, ... without holes, over all names.",
+        level="session",
+        split_by="phase",
+        present="With each point of esper.phase_ms.",
+    ),
+    Metric(
+        "esper.phase.step",
+        "count",
+        "The step inside which a phase lay.",
+        level="session",
+        split_by="phase",
+        present="With the points of phases inside steps.",
+    ),
+)
+
 METRICS: tuple[Metric, ...] = (
     *STEP_METRICS,
     *SEED_METRICS,
@@ -785,6 +896,7 @@ METRICS: tuple[Metric, ...] = (
     SEED_RETIRED,
     *OWN_SEED,
     *SESSION,
+    *PHASES,
 )
 
 # The cells of a seed's row, in this order, everywhere.

@@ -12,6 +12,7 @@ from esper_otel.schema.catalogue import (
     METRICS,
     OWN_SEED,
     OWN_STEP,
+    PHASES,
     SEED_METRICS,
     SEED_RETIRED,
     SESSION,
@@ -62,6 +63,11 @@ _SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
         "The telemetry's own health",
         "One series per session. These metrics are not in frames or packets.",
         SESSION,
+    ),
+    (
+        "Phases",
+        "Points at the end of each phase, with the attribute `phase`. These metrics are not in frames or packets.",
+        PHASES,
     ),
 )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from esper_otel.errors import InvalidName, InvalidValue, WrongState
 from esper_otel.record.mistakes import Mistakes
+from esper_otel.record.phases import PhaseScope
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.spared_step import SparedStep
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, read, whole
@@ -110,6 +111,14 @@ class SparedTelemetry(Telemetry):
         except Exception as error:  # noqa: BLE001 - see Mistakes.spared
             given = {name: value for name, value in results.items() if value is not None}
             self._mistakes.record_parts(error, lambda part: validation(**part), given)
+
+    def phase(self, *arguments: Any, **named: Any) -> PhaseScope:
+        """See ``Telemetry.phase``; with a wrong name nothing is timed."""
+        try:
+            return super().phase(*arguments, **named)
+        except Exception as error:  # noqa: BLE001 - see Mistakes.spared
+            self._mistakes.note(error)
+            return PhaseScope(None, "")
 
     def close(self, *arguments: Any, **named: Any) -> None:
         """See ``Telemetry.close``; wrong arguments are ignored."""

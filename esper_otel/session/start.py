@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import time
@@ -43,6 +44,7 @@ from esper_otel.record.device import device_name
 from esper_otel.record.frame_publisher import FramePublisher
 from esper_otel.record.mistakes import Mistakes
 from esper_otel.record.names import Names
+from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
@@ -71,6 +73,9 @@ _NO_ATTEMPT = (
     "torch.distributed.init_process_group before the first step, or set ESPER_RUN_ATTEMPT to the same whole number on "
     "every rank, and to a larger one at each launch"
 )
+
+
+_sessions = itertools.count()
 
 
 def start(
@@ -282,6 +287,7 @@ class _Session:
             to_state=leyline.state,
             gradient_math=_gradient_math,
             mistakes=self._mistakes,
+            began_unix_ns=_began_unix_ns(),
         )
 
     def _check_run_id(self, run: Run) -> None:
@@ -341,6 +347,8 @@ class _Session:
             publisher.ring,
             publisher.names.entries,
             self._resource_of,
+            phases=self._recorder.phases.log,
+            run_of=lambda: publisher.run,
             prepare=self._prepare_export,
             health=self.counts,
             idle_ns=self._recorder.clock.idle_ns,
@@ -441,10 +449,13 @@ class _Session:
             ("esper.values.out_of_range", ""): counters.out_of_range + publisher.tally.out_of_range,
             ("esper.clock.jumps", ""): self._recorder.clock.jumps,
             ("esper.errors.internal", ""): counters.faults,
+            ("esper.phases.dropped", ""): self._recorder.phases.log.dropped,
             ("esper.frames.recorded", ""): publisher.ring.last,
             ("esper.buffer.bytes", ""): publisher.ring.size,
             ("esper.pull.lag", ""): publisher.ring.last - self.telemetry.pulled,
         }
+        for name, total_ms in self._recorder.phases.log.totals().items():
+            counts["esper.phase_ms", name] = total_ms
         if self._mistakes is not None:
             counts["esper.mistakes", ""] = self._mistakes.count
         counts.update(self._for_alerts)
@@ -638,6 +649,14 @@ def _close_earlier(rank: int) -> None:
             run_id = session.run_id
             session.close(outcome="exit")
             announce("notebook", f"run {run_id} was still open and is closed now, because a new session starts")
+
+
+def _began_unix_ns() -> int:
+    """Returns when start-up began: with the process for its first session, else now, as at a prompt."""
+    now_unix_ns = time.time_ns()
+    if is_interactive() or next(_sessions):
+        return now_unix_ns
+    return process_start_unix_ns(now_unix_ns) or now_unix_ns
 
 
 def _gradient_math() -> Any:

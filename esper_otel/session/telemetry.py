@@ -14,6 +14,7 @@ from esper_otel.leyline import Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
 from esper_otel.record.loaders import Loader, following
 from esper_otel.record.mistakes import Mistakes
+from esper_otel.record.phases import Phases, PhaseScope, checked_phase_name
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
@@ -48,21 +49,24 @@ def check_results(names: Iterable[str]) -> None:
 class _Waits:
     """Times how long a loop waits for each batch. Prefetching by another thread does not count as waiting."""
 
-    def __init__(self, waited: Callable[[float], None]) -> None:
+    def __init__(self, waited: Callable[[float], None], phases: Phases) -> None:
         self._waited = waited
+        self._phases = phases
         self._thread = threading.get_ident()
-        self._asked_s: dict[int, float] = {}
+        self._asked_s: dict[int, tuple[float, float]] = {}
 
     def asks(self, taker: object) -> None:
         """See ``Listener``."""
-        self._asked_s[id(taker)] = time.perf_counter()
+        phases = self._phases
+        self._asked_s[id(taker)] = time.perf_counter(), phases.mark() if phases.has_any else 0.0
 
     def gets(self, taker: object, _batch: object) -> None:
         """See ``Listener``."""
         now_s = time.perf_counter()
-        asked_s = self._asked_s.pop(id(taker), now_s)
+        asked_s, mark_s = self._asked_s.pop(id(taker), (now_s, 0.0))
         if threading.get_ident() == self._thread:
-            self._waited((now_s - asked_s) * 1e3)
+            waited_s = now_s - asked_s
+            self._waited((self._phases.waited(waited_s, mark_s) if self._phases.has_any else waited_s) * 1e3)
 
     def gets_nothing(self, taker: object) -> None:
         """See ``Listener``."""
@@ -197,7 +201,24 @@ class Telemetry:
 
         The returned object otherwise behaves like the loader. Only waits of the calling thread are counted.
         """
-        return following(Loader, loader, _Waits(self._recorder.waited))
+        return following(Loader, loader, _Waits(self._recorder.waited, self._recorder.phases))
+
+    def phase(self, name: str) -> PhaseScope:
+        """Times a phase: ``with telemetry.phase("checkpoint"):``, or ``@telemetry.phase("evaluation")`` on a function.
+
+        Usual names are ``checkpoint``, ``evaluation``, ``data``, ``compile`` and ``idle``; any other name is good, too.
+        It may lie between steps, inside one, or around several. A moment counts for the innermost phase or step. The
+        phase is sent when it ends, as surely as a step. Start-up is recorded without a call.
+
+        Args:
+            name: its name; beyond 64 names, further ones are counted as ``other``.
+
+        Raises:
+            InvalidName: the name is empty, longer than 256 bytes, has control characters or is reserved.
+            WrongState: the session is closed.
+        """
+        self._check_open()
+        return PhaseScope(self._recorder.phases, checked_phase_name(name))
 
     def seeds(self, ids: Sequence[str], **columns: object) -> None:
         """Records rows of many seeds at once, for the open step or, if none is open, for the next one.

@@ -160,6 +160,36 @@ def recording() -> list[Row]:
     return rows
 
 
+def inside_steps() -> list[Row]:
+    """What parts of a step and phases add, by the host's clock; means of CPU of the whole process, in turns."""
+    os.environ["OTEL_METRICS_EXPORTER"] = "none"
+    with esper_otel.start(device="cpu") as telemetry:
+
+        def step() -> None:
+            with telemetry.step(epoch=0) as now:
+                now.put(loss=0.5)
+
+        def parts() -> None:
+            with telemetry.step(epoch=0) as now:
+                for part in ("forward", "backward", "optimizer"):
+                    with now.part(part):
+                        pass
+                now.put(loss=0.5)
+
+        def phase() -> None:
+            with telemetry.phase("checkpoint"):
+                pass
+            step()
+
+        rows = []
+        for what, work, most_us in (("three parts of a step", parts, 15.0), ("a phase between steps", phase, 60.0)):
+            with_it_s, without_s = least(work, step, 2_000)
+            spent_us = (with_it_s - without_s) * 1e6
+            ours = f"{spent_us:,.1f} µs more a step"
+            rows.append(Row(what, ours, "", "", f"at most {most_us:g} µs", spent_us <= most_us))
+        return rows
+
+
 def pausing() -> list[Row]:
     """What recording adds to the longest step, to collections and to memory."""
     ours, control = measured_pauses()
@@ -520,6 +550,7 @@ def table(rows: list[Row]) -> str:
 
 SECTIONS = (
     recording,
+    inside_steps,
     pausing,
     exporting,
     other_gauges,

@@ -56,6 +56,8 @@ def train(run_id: str) -> None:
         if step == 50:
             for telemetry in sessions:
                 telemetry.validation(loss=0.25, accuracy=0.75)
+                with telemetry.phase("checkpoint"):
+                    time.sleep(0.2)
         time.sleep(0.05)
     SESSIONS.extend(sessions)
 
@@ -125,7 +127,8 @@ def panels(naming: Naming) -> list[tuple[str, dict[str, Any]]]:
 
 def filled(expression: str) -> str:
     """An expression as Grafana sends it, with everything chosen."""
-    for name, value in {"run": RUN, "rank": ".*", "seed": ".*", "__range": "600s"}.items():
+    values = {"run": RUN, "rank": ".*", "seed": ".*", "__range_ms": "600000", "__range": "600s"}
+    for name, value in values.items():
         expression = expression.replace(f"${name}", value)
     assert not re.search(r"\$[a-z_]", expression), expression
     return expression
@@ -180,6 +183,24 @@ def test_values_are_right_and_not_only_there(stack: Stack) -> None:
     rest = 25.0 - 5.0 - 3 * 0.5
     assert last("Where a step's time goes", 4) == {rest}
     assert all(0 <= age_s < patience(60) for age_s in last("Age of the last step"))
+
+
+def test_the_hours_add_up_to_the_time_range(stack: Stack) -> None:
+    """Of each rank: its steps, its phases, and what lies between them."""
+    (panel,) = [panel for _, panel in panels(stack.naming) if panel["title"] == "Where the hours went"]
+    names = panel["transformations"][1]["options"]["renameByName"]
+    parts: dict[str, dict[str, float]] = {"0": {}, "1": {}}
+    for target in panel["targets"]:
+        for series in stack.prometheus.query(filled(target["expr"])):
+            parts[series["metric"]["rank"]][names[f"Value #{target['refId']}"]] = float(series["value"][1])
+    for of_rank in parts.values():
+        assert sum(of_rank.values()) == pytest.approx(600_000.0)
+        assert of_rank["input wait"] == pytest.approx(STEPS * 5.0)
+        assert of_rank["hooks"] == pytest.approx(STEPS * 2 * 0.5)
+        assert of_rank["productive"] == pytest.approx(STEPS * (20.0 - 2 * 0.5))
+        assert 200.0 <= of_rank["checkpoint"] < 1_000.0
+        assert of_rank["evaluation"] == of_rank["other phases"] == 0.0
+        assert of_rank["start up"] > 0.0
 
 
 def test_variables_find_the_run_its_ranks_and_seeds(stack: Stack) -> None:

@@ -8,7 +8,7 @@ import secrets
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
@@ -174,9 +174,6 @@ class RunTable:
         for state in states:
             newest[state.origin.rank] = state
         ranks = [newest[rank] for rank in sorted(newest)]
-        first = ranks[0]
-        told = next((state for state in ranks if state.last_loss is not None), first)
-        validated = next((state for state in ranks if state.validation_loss is not None), first)
         steps = [state.last_step for state in ranks if state.last_step is not None]
         attempts = _attempts(states, known.outcome)
         return {
@@ -192,10 +189,8 @@ class RunTable:
             "received_ms": _ms(max(state.last_received_unix_ns for state in states)),
             "first_step": min((state.first_step for state in states if state.first_step is not None), default=None),
             "last_step": max(steps, default=None),
-            "last_loss": _number(told.last_loss),
-            "last_loss_is": _odd(told.last_loss),
-            "validation_loss": _number(validated.validation_loss),
-            "validation_loss_is": _odd(validated.validation_loss),
+            **_value("last_loss", ranks),
+            **_value("validation_loss", ranks),
             "steps_stored": known.stored,
             "world_size": max(state.world_size for state in states),
             "missing": sum(state.missing for state in states),
@@ -325,6 +320,12 @@ def _attempts(states: Sequence[RunState], outcome: str | None) -> list[dict[str,
             }
         )
     return found
+
+
+def _value(name: str, ranks: Iterable[RunState]) -> dict[str, Any]:
+    """Returns a value of the first rank that has it, and its kind if it is not finite."""
+    value = next((found for state in ranks if (found := getattr(state, name)) is not None), None)
+    return {name: _number(value), f"{name}_is": _odd(value)}
 
 
 def _said(texts: Any) -> str:

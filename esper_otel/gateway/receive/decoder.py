@@ -34,6 +34,7 @@ from esper_otel.gateway.receive.request import (
     DecodedRequest,
     Malformed,
     Marker,
+    PhasePoint,
     PointBlock,
     PointSender,
     RejectedPoints,
@@ -41,7 +42,7 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.gateway.receive.template import ResourcePart, Templates, parts_of
-from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, SEED, SESSION
+from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
 from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
@@ -93,6 +94,7 @@ class Decoder:
         divided: list[RequestPart] = []
         markers: dict[Marker, None] = {}
         ended: dict[RunEnd, None] = {}
+        phases: list[PhasePoint] = []
         cut: dict[CutFrame, None] = {}
         rejected = RejectedPoints()
         for is_read, some in groupby(zip(parts, of_parts, strict=True), lambda each: each[1] is not None):
@@ -108,6 +110,7 @@ class Decoder:
             blocks += decoded.blocks
             markers |= dict.fromkeys(decoded.markers)
             ended |= dict.fromkeys(decoded.ended)
+            phases += decoded.phases
             cut |= dict.fromkeys(decoded.cut)
             points += decoded.points
             rejected.merge(decoded)
@@ -115,7 +118,14 @@ class Decoder:
             return None
         beside = tuple(markers), tuple(ended)
         return DecodedRequest(
-            tuple(blocks), *beside, points, rejected.counts, rejected.metrics, tuple(divided), tuple(cut)
+            tuple(blocks),
+            *beside,
+            points,
+            rejected.counts,
+            rejected.metrics,
+            tuple(divided),
+            tuple(cut),
+            tuple(phases),
         )
 
 
@@ -166,7 +176,7 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
         return DecodedRequest((), (), (), raw.points, rejected.counts, rejected.metrics)
     labels = _Labels.of(list(raw.labels))
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
-    is_health = np.array([metric.scope == HEALTH for metric in raw.metrics])
+    is_health = np.array([metric.scope in (HEALTH, PHASES) for metric in raw.metrics])
     verdict = _verdict(columns, labels, levels)
     cut: tuple[CutFrame, ...] = ()
     if verdict.any():
@@ -181,13 +191,14 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
     beside = taken & (is_end | (levels == SESSION)[columns.metric] | is_health[columns.metric])
     markers: tuple[Marker, ...] = ()
     ended: tuple[RunEnd, ...] = ()
+    phases: tuple[PhasePoint, ...] = ()
     if beside.any():
-        markers, ended = _beside(raw, columns, labels, np.flatnonzero(beside))
+        markers, ended, phases = _beside(raw, columns, labels, np.flatnonzero(beside))
         taken &= ~beside
     if not taken.all():
         columns = PointColumns(*(column[taken] for column in columns))
     blocks = _blocks(raw, columns, labels)
-    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics, cut=cut)
+    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics, cut=cut, phases=phases)
 
 
 def _cut(raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]) -> tuple[CutFrame, ...]:
@@ -221,13 +232,14 @@ def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint
 
 def _beside(
     raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]
-) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...]]:
-    """Returns what does not belong to frames: the ends of seeds' streams, and the ends of runs.
+) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...], tuple[PhasePoint, ...]]:
+    """Returns what does not belong to frames: the ends of seeds' streams, the ends of runs, and phases.
 
     The stream ends from our own exporter are meant for databases and ignored here: its frames list the live seeds.
     """
     markers: dict[Marker, None] = {}
     ended: dict[RunEnd, None] = {}
+    phases: list[PhasePoint] = []
     for place in places.tolist():
         metric = raw.metrics[columns.metric[place]]
         label = labels.all[columns.label[place]]
@@ -237,7 +249,10 @@ def _beside(
                 markers[Marker(sender, metric.name, label.seed, int(columns.times[place]))] = None
         elif metric.name == "esper.run.ended" and columns.values[place] > 0:
             ended[RunEnd(sender, label.outcome)] = None
-    return tuple(markers), tuple(ended)
+        elif metric.scope == PHASES and label.phase:
+            time_unix_ns, value = int(columns.times[place]), float(columns.values[place])
+            phases.append(PhasePoint(sender, metric.name, label.phase, time_unix_ns, value))
+    return tuple(markers), tuple(ended), tuple(phases)
 
 
 def _owner(sender: PointSender, label: Label) -> PointSender:

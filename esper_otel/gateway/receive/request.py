@@ -164,6 +164,16 @@ class RunEnd(NamedTuple):
     outcome: str
 
 
+class PhasePoint(NamedTuple):
+    """A point of one of the metrics of phases: what it says of the phase that ended at its time."""
+
+    sender: PointSender
+    metric: str
+    phase: str
+    time_unix_ns: int
+    value: float
+
+
 class CutFrame(NamedTuple):
     """A frame that lacks values: its sender's SDK could not tell them apart any more."""
 
@@ -191,6 +201,7 @@ class DecodedRequest(NamedTuple):
         metrics: by reason, number of rejected points by metric (the first few metrics only).
         parts: what it consists of, if it can be divided.
         cut: frames that lack values.
+        phases: points of phases.
     """
 
     blocks: tuple[PointBlock, ...]
@@ -201,6 +212,7 @@ class DecodedRequest(NamedTuple):
     metrics: Mapping[str, Mapping[str, int]] = MappingProxyType({})
     parts: tuple[RequestPart, ...] = ()
     cut: tuple[CutFrame, ...] = ()
+    phases: tuple[PhasePoint, ...] = ()
 
     def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:
         """Returns the parts of the request's bytes that may be needed for waiting points.

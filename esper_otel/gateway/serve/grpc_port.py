@@ -25,7 +25,14 @@ from esper_otel.gateway.serve.connections import Guard
 from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
 from esper_otel.gateway.turns import in_turns
 from esper_otel.log import Warnings
-from esper_otel.pull.messages import SERVICE, PullRequest, PullResponse, RanksRequest, RunsRequest
+from esper_otel.pull.messages import (
+    SERVICE,
+    HoursRequest,
+    PullRequest,
+    PullResponse,
+    RanksRequest,
+    RunsRequest,
+)
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 
@@ -93,7 +100,14 @@ class Rpc:
             return grpc.stream_unary_rpc_method_handler(partial(self._followed, method), *coding)
 
         stream = grpc.stream_stream_rpc_method_handler
-        found = {SERVICE: {"Runs": unary(self._runs), "Pull": unary(self._pull), "Ranks": unary(self._ranks)}}
+        found = {
+            SERVICE: {
+                "Runs": unary(self._runs),
+                "Pull": unary(self._pull),
+                "Ranks": unary(self._ranks),
+                "Hours": unary(self._hours),
+            }
+        }
         if receives:
             found[OTLP_SERVICE] = {"Export": unary(self._export)}
         services = (*found, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -147,6 +161,13 @@ class Rpc:
         async def answered(grant: Grant | None, answer: Holding) -> bytes:
             request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
             return (await self._core.ranks(request, grant)).SerializeToString()
+
+        return await self._pulled(context, answered)
+
+    async def _hours(self, _: Any, context: _Context) -> bytes:
+        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+            request = await self._message(HoursRequest.FromString, context, answer.owner, self._turns)
+            return (await self._core.hours(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 

@@ -10,6 +10,7 @@ as ``since`` with otherwise the same question, it makes the next answer contain 
 - ``/page/seeds?run=&rank=``: stages as intervals of steps, and samples of alpha.
 - ``/page/signals?run=&rank=``: risk signals as episodes.
 - ``/page/ranks?run=``: the durations of the newest steps of each rank. It has no cursor.
+- ``/page/hours?run=``: where the hours of the run went, as HTML. It has no cursor.
 
 An unknown cursor is no error: the answer then contains everything. Wrong arguments are answered with 400, and runs of
 which no step is stored with 404.
@@ -18,10 +19,12 @@ which no step is stored with 404.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
+from esper_otel.charts.hours import hours_html
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import answers
@@ -53,6 +56,7 @@ def add_page(app: web.Application, core: Core) -> None:
         ("seeds", data.of_rank(lambda view, query: answers.seeds(view, query.get("since", "")))),
         ("signals", data.of_rank(lambda view, query: answers.signals(view, query.get("since", "")))),
         ("ranks", data.ranks),
+        ("hours", data.hours),
     ):
         app.router.add_get(f"/page/{name}", _handler(answer))
 
@@ -82,6 +86,11 @@ class _PageData:
             recent = self._core.recent_steps(run_id)
             assert recent is not None  # otherwise there would be no comparison
             return await in_turns(heat_map(recent, compared), TURN_S)
+
+    async def hours(self, request: web.Request) -> str:
+        run_id = _run(request)
+        async with self._one_by_one:
+            return json.dumps({"html": hours_html(await self._core.run_hours(run_id))})
 
     def of_rank(self, made: Callable[[View, Query], Answer]) -> _Answerer:
         """Returns what answers a request for a rank from its view."""

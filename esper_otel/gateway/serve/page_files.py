@@ -10,6 +10,7 @@ from aiohttp import web
 
 from esper_otel.charts import files
 
+_SCRIPTS = ("runs.js", "page.js", "hours.js")
 _LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 # Bokeh puts style sheets into its elements while it draws; this lets in those, and no others.
 _NONCE = secrets.token_urlsafe(16)
@@ -30,14 +31,14 @@ def add_files(app: web.Application) -> None:
         ConfigurationError: Bokeh is not installed.
     """
     charts = files.scripts(needed_by="the page (--ui)")
-    names = [*charts, "runs.js", "page.js"]
+    names = [*charts, *_SCRIPTS]
     tags = "\n".join(f'<script src="/page/{name}" nonce="{_NONCE}" defer></script>' for name in names)
     for name, text in charts.items():
         app.router.add_get(f"/page/{name}", _file(text, "text/javascript"))
     app.router.add_get(f"/page/{files.STYLE}", _file(files.style(), "text/css"))
     app.router.add_get("/", _file(_own("index.html").replace("<!-- scripts -->", tags), "text/html"))
     app.router.add_get("/page/page.css", _file(_own("page.css"), "text/css"))
-    for name in ("runs.js", "page.js"):
+    for name in _SCRIPTS:
         app.router.add_get(f"/page/{name}", _file(_own(name), "text/javascript"))
 
 

@@ -146,6 +146,11 @@ class FileStore:
             raise
 
     @property
+    def folder(self) -> Path:
+        """The store's folder."""
+        return self._path.parent
+
+    @property
     def size(self) -> int:
         """Approximate size of the entries in bytes."""
         return self._ledger.size

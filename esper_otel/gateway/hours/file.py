@@ -1,0 +1,213 @@
+"""Keeps phases, and sums over steps, in an SQLite file next to that of the steps, or in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esper_otel.gateway.store.base import StoreFull
+from esper_otel.hours.account import Account, PhaseTimes
+from esper_otel.log import Warnings
+
+FILE = "hours.sqlite3"
+_MOST_PHASES = 20_000  # of a run; the oldest are dropped first, but never the newest of a name, which has the totals
+_FEWER = 15_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS phases (
+    run TEXT, rank INTEGER, attempt INTEGER, name TEXT, ended INTEGER,
+    total REAL, inside REAL, length REAL, own REAL, number INTEGER, step INTEGER,
+    PRIMARY KEY (run, rank, attempt, name, ended)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS accounts (
+    run TEXT PRIMARY KEY, cursor TEXT, accounts TEXT
+) WITHOUT ROWID;
+"""
+_INSERT = """
+INSERT INTO phases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET
+    total = coalesce(excluded.total, total), inside = coalesce(excluded.inside, inside),
+    length = coalesce(excluded.length, length), own = coalesce(excluded.own, own),
+    number = coalesce(excluded.number, number), step = coalesce(excluded.step, step)
+"""
+# The oldest phases of a run, without the newest of each rank, attempt and name.
+_DELETE = """
+DELETE FROM phases WHERE run = ?1 AND ended IN (SELECT ended FROM phases WHERE run = ?1 ORDER BY ended LIMIT ?2)
+AND EXISTS (
+    SELECT 1 FROM phases AS later WHERE later.run = phases.run AND later.rank = phases.rank
+    AND later.attempt = phases.attempt AND later.name = phases.name AND later.ended > phases.ended
+)
+"""
+
+
+class Writer(NamedTuple):
+    """One process of a run: a rank of an attempt."""
+
+    rank: int
+    attempt: int
+
+
+class ReceivedPhase(NamedTuple):
+    """A phase, or a part of one, of a process."""
+
+    run_id: str
+    writer: Writer
+    phase: PhaseTimes
+
+
+class StoredAccounts(NamedTuple):
+    """The sums over a run's steps up to a cursor of the store of steps."""
+
+    cursor: str
+    accounts: dict[Writer, Account]
+
+
+class HoursFile:
+    """Phases and sums by run. Threads: one at a time.
+
+    A file that cannot be read is renamed and a new one begun, since steps are more important than their sums.
+
+    Args:
+        folder: the folder of the store; None keeps everything in memory.
+        warnings: where damage is reported.
+    """
+
+    def __init__(self, folder: Path | None, warnings: Warnings) -> None:
+        self._path = None if folder is None else folder / FILE
+        self._warnings = warnings
+        self._counts: dict[str, int] = {}
+        try:
+            self._connection = self._opened()
+        except sqlite3.Error as error:
+            self._connection = self._anew(error)
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._path is not None:
+            with suppress(FileExistsError):  # SQLite would create it readable by others
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        connection = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level=None)
+        connection.execute("PRAGMA trusted_schema = OFF")
+        if self._path is not None:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+        connection.executescript(_SCHEMA)
+        found = connection.execute("SELECT run, count(*) FROM phases GROUP BY run")
+        self._counts = {str(run): count for run, count in found}
+        return connection
+
+    def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
+        """Begins a new file; the old one is kept under a name with the time."""
+        self._counts = {}
+        if self._path is not None and self._path.exists():
+            aside = self._path.with_name(f"{FILE}.damaged-{time.time_ns()}")
+            self._path.rename(aside)
+            for suffix in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    self._path.with_name(FILE + suffix).unlink()
+            self._warnings.say("damaged hours", "the file of phases was damaged (%s): it is now %s", error, aside)
+        return self._opened()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            with suppress(sqlite3.Error):
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+                self._connection.close()
+                self._connection = self._anew(error)
+            if isinstance(error, sqlite3.Error):
+                raise StoreFull(f"phases cannot be written: {error}") from error
+            raise
+
+    def add(self, phases: Iterable[ReceivedPhase]) -> None:
+        """Stores phases; one that is stored already is completed, not repeated.
+
+        Raises:
+            StoreFull: nothing was stored.
+        """
+        rows = [(run_id, *writer, *phase) for run_id, writer, phase in phases]
+        if not rows:
+            return
+        with self._transaction() as connection:
+            connection.executemany(_INSERT, rows)
+        for run_id in {row[0] for row in rows}:
+            self._counts[run_id] = self._counts.get(run_id, 0) + len(rows)
+            if self._counts[run_id] > _MOST_PHASES:
+                self._shrink(run_id)
+
+    def _shrink(self, run_id: str) -> None:
+        count = "SELECT count(*) FROM phases WHERE run = ?"
+        (stored,) = self._connection.execute(count, (run_id,)).fetchone()
+        if stored > _MOST_PHASES:
+            with self._transaction() as connection:
+                connection.execute(_DELETE, (run_id, stored - _FEWER))
+            (stored,) = self._connection.execute(count, (run_id,)).fetchone()
+        self._counts[run_id] = stored
+
+    def phases(self, run_id: str) -> list[tuple[Writer, PhaseTimes]]:
+        """Returns the phases of a run, by rank and attempt; rows that a gateway cannot have written are left out."""
+        rows = self._connection.execute("SELECT * FROM phases WHERE run = ?", (run_id,)).fetchall()
+        return [(Writer(*row[1:3]), PhaseTimes(*row[3:])) for row in rows if _is_phase(row[1:])]
+
+    def accounts(self, run_id: str) -> StoredAccounts | None:
+        """Returns the sums over the steps of a run, as they were when they were stored last."""
+        row = self._connection.execute("SELECT cursor, accounts FROM accounts WHERE run = ?", (run_id,)).fetchone()
+        if row is None:
+            return None
+        try:
+            said = json.loads(row[1])
+            found = {Writer(int(rank), int(attempt)): Account.from_json(each) for rank, attempt, each in said}
+            return StoredAccounts(str(row[0]), found)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self._warnings.say("damaged hours", "the sums over the steps of run %s cannot be used: %s", run_id, error)
+            return None
+
+    def put_accounts(self, run_id: str, stored: StoredAccounts) -> None:
+        """Stores the sums over the steps of a run.
+
+        Raises:
+            StoreFull: they were not stored.
+        """
+        said = [(*writer, account.as_json()) for writer, account in stored.accounts.items()]
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO accounts VALUES (?, ?, ?)", (run_id, stored.cursor, json.dumps(said))
+            )
+
+    def run_ids(self) -> set[str]:
+        """Returns the runs of which something is stored."""
+        found = self._connection.execute("SELECT run FROM accounts UNION SELECT run FROM phases").fetchall()
+        return {str(run) for (run,) in found}
+
+    def forget(self, run_ids: Sequence[str]) -> None:
+        """Deletes everything about these runs.
+
+        Raises:
+            StoreFull: nothing was deleted.
+        """
+        with self._transaction() as connection:
+            for table in ("phases", "accounts"):
+                connection.executemany(f"DELETE FROM {table} WHERE run = ?", [(run_id,) for run_id in run_ids])  # noqa: S608
+        for run_id in run_ids:
+            self._counts.pop(run_id, None)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._connection.close()
+
+
+def _is_phase(row: tuple[Any, ...]) -> bool:
+    rank, attempt, name, ended, *numbers, number, step = row
+    whole = (rank, attempt, ended, *(each for each in (number, step) if each is not None))
+    are_numbers = all(each is None or (type(each) is float and 0.0 <= each < 1e15) for each in numbers)
+    return type(name) is str and are_numbers and all(type(each) is int and 0 <= each < 2**63 for each in whole)

@@ -1,0 +1,211 @@
+"""Hours at a gateway: phases in any form and order, sums that outlive the steps, and a damaged file."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wire import encoder
+
+from esper_otel import UnknownRun
+from esper_otel.export.phase_points import phase_scope
+from esper_otel.frames.frame import Frame, Run
+from esper_otel.frames.phases import Phase
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.hours import hours as module
+from esper_otel.gateway.hours.file import FILE, HoursFile, ReceivedPhase, Writer
+from esper_otel.gateway.receive.decoder import Decoder, decode_plain
+from esper_otel.gateway.store.base import StoreLimits
+from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.gateway.store.sqlite import FileStore
+from esper_otel.hours.account import PhaseTimes
+from esper_otel.hours.bar import RunHours
+from esper_otel.log import Warnings
+from esper_otel.schema import METRICS
+
+START_NS = 1_800_000_000 * 10**9
+CATALOGUE = {metric.name: metric for metric in METRICS}
+
+
+def frames(first: int, last: int, attempt: int = 1, rank: int = 0) -> list[Frame]:
+    """Steps of 8 ms with a wait of 2 ms, each 10 ms after the one before."""
+    run, before = Run("run", attempt, rank), 0 if attempt == 1 else 40  # steps before the attempt
+    names, numbers = ("input_wait_ms", "step_latency_ms"), (2.0, 8.0)
+    return [
+        Frame(run, step - before, step, 0, START_NS + (step + 1_000 * attempt) * 10**7, names, numbers, {})
+        for step in range(first, last + 1)
+    ]
+
+
+def body(of: Iterable[Frame]) -> list[bytes]:
+    from esper_otel.frames.ring import blocks_of
+
+    return [request.body for request in encoder().requests(blocks_of(of))]
+
+
+def phase(number: int, name: str, end_ms: int, own_ms: float, step: int | None = None, total_ms: float = 0.0) -> Phase:
+    end = START_NS + end_ms * 10**6
+    total_ms = total_ms or own_ms
+    return Phase(number, name, end - round(own_ms * 10**6), end, own_ms, step, total_ms, total_ms if step else 0.0)
+
+
+def phase_body(*phases: Phase, attempt: int = 1) -> bytes:
+    return encoder().alone(Run("run", attempt), phase_scope(phases, CATALOGUE, START_NS))
+
+
+def hours(core: Core, run_id: str = "run") -> RunHours:
+    return asyncio.run(core.run_hours(run_id))
+
+
+def receive(core: Core, *bodies: bytes) -> None:
+    async def run() -> None:
+        for each in bodies:
+            assert core.receive(each).rejected == 0
+
+    asyncio.run(run())
+
+
+@pytest.fixture(params=["memory", "file"])
+def core(request: pytest.FixtureRequest, tmp_path: Path) -> Core:
+    return Core(MemoryStore() if request.param == "memory" else FileStore(tmp_path))
+
+
+def test_steps_and_phases_make_the_bar(core: Core) -> None:
+    """The phase inside a step is taken from it; steps of the second attempt that the first had done are done again."""
+    receive(core, *body(frames(1, 50)), phase_body(phase(1, "checkpoint", 10_208, 4.0, step=20)))
+    receive(core, *body(frames(41, 60, attempt=2)))
+    found = hours(core)
+    assert found.run.attempts == 2
+    assert found.run.parts["checkpoint"] == pytest.approx(4.0)
+    assert found.run.parts["redone"] == pytest.approx(10 * 10.0)
+    assert found.run.parts["productive"] == pytest.approx((50 + 10) * 8.0 - 4.0)
+    assert found.run.parts["between_attempts"] == pytest.approx((2_041 - 1_051) * 10.0, abs=10.0)
+    assert sum(found.run.parts.values()) == pytest.approx(found.run.wall_ms)
+    core.close()
+
+
+def test_phases_may_be_torn_apart_repeated_and_turned_around(core: Core) -> None:
+    """A collector may do so, or a trainer that was killed before it knew that they had arrived."""
+    whole = phase_body(phase(1, "evaluation", 10_700, 30.0), phase(2, "evaluation", 10_800, 40.0, total_ms=70.0))
+    receive(core, *body(frames(1, 50)), whole)
+    expected = hours(core)
+    message = encoder().alone(Run("run", 1), phase_scope([], CATALOGUE, 0))
+    assert message
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+    request = ExportMetricsServiceRequest.FromString(whole)
+    for metric in reversed(request.resource_metrics[0].scope_metrics[0].metrics):
+        points = metric.WhichOneof("data")
+        for index in (1, 0):
+            part = ExportMetricsServiceRequest()
+            part.CopyFrom(request)
+            scope = part.resource_metrics[0].scope_metrics[0]
+            point = getattr(metric, points).data_points[index]
+            del scope.metrics[:]
+            added = scope.metrics.add()
+            added.CopyFrom(metric)
+            data = getattr(added, points)
+            del data.data_points[:]
+            data.data_points.append(point)
+            receive(core, part.SerializeToString())
+            assert hours(core) == expected
+    core.close()
+    torn = Core(MemoryStore())
+    receive(torn, *body(frames(1, 50)))
+    for metric in request.resource_metrics[0].scope_metrics[0].metrics:
+        part = ExportMetricsServiceRequest()
+        part.CopyFrom(request)
+        scope = part.resource_metrics[0].scope_metrics[0]
+        del scope.metrics[:]
+        scope.metrics.append(metric)
+        receive(torn, part.SerializeToString())
+    assert hours(torn) == expected
+    torn.close()
+
+
+def test_both_decoders_read_phases_and_make_no_step_of_them() -> None:
+    """Values that no phase can have are left out."""
+    content = phase_body(phase(1, "checkpoint", 100, 5.0, step=7), phase(2, "säve", 200, 6.0))
+    fast, plain = Decoder().decode(content), decode_plain(content)
+    assert sorted(fast.phases) == sorted(plain.phases)
+    assert (fast.blocks, fast.points, fast.rejected) == ((), 12, {})
+    [first, second] = sorted(module.received_phases(fast.phases), key=lambda each: each.phase.number or 0)
+    assert first.writer == second.writer == Writer(0, 1)
+    assert first.phase == PhaseTimes("checkpoint", START_NS + 100 * 10**6, 5.0, 5.0, 5.0, 5.0, 1, 7)
+    assert second.phase == PhaseTimes("säve", START_NS + 200 * 10**6, 6.0, 0.0, 6.0, 6.0, 2, None)
+    bad = [point._replace(value=value) for point in fast.phases for value in (-1.0, float("nan"), 1e300)]
+    assert module.received_phases(bad) == []
+
+
+def test_a_restart_reads_the_steps_that_are_stored(tmp_path: Path) -> None:
+    core = Core(FileStore(tmp_path))
+    receive(core, *body(frames(1, 300)), phase_body(phase(1, "evaluation", 14_000, 30.0)))
+    before = hours(core)
+    core._store.close()  # as a kill would: nothing is stored in addition
+    again = Core(FileStore(tmp_path))
+    assert hours(again) == before
+    receive(again, *body(frames(301, 310)))
+    assert hours(again).run.parts["productive"] == pytest.approx(310 * 8.0)
+    again.close()
+
+
+def test_sums_outlive_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store keeps only the newest; steps that were dropped still count, once."""
+    monkeypatch.setattr(module, "_STORED_EVERY", 1)
+    limits = StoreLimits(steps=100)
+    core = Core(FileStore(tmp_path, limits))
+    for first in range(1, 1_000, 50):
+        receive(core, *body(frames(first, first + 49))[:1])
+        for _ in core._hours.tidying():
+            pass
+    whole = hours(core)
+    assert whole.run.parts["productive"] == pytest.approx(1_000 * 8.0)
+    core.close()
+    again = Core(FileStore(tmp_path, limits))
+    assert hours(again) == whole
+    again.close()
+
+
+def test_a_run_that_is_dropped_is_forgotten(tmp_path: Path) -> None:
+    clock = [0.0]
+    core = Core(FileStore(tmp_path, StoreLimits(idle_s=10.0), clock=lambda: clock[0]))
+    receive(core, *body(frames(1, 5)), phase_body(phase(1, "evaluation", 14_000, 30.0)))
+    assert hours(core).phases
+    clock[0] = 100.0
+    assert core._store.expire() == ["run"]
+    for _ in core._hours.tidying():
+        pass
+    with pytest.raises(UnknownRun):
+        hours(core)
+    core.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database" * 1_000])
+def test_a_damaged_file_is_put_aside_and_steps_are_read_again(tmp_path: Path, content: bytes) -> None:
+    core = Core(FileStore(tmp_path))
+    receive(core, *body(frames(1, 50)))
+    before = hours(core)
+    core.close()
+    (tmp_path / FILE).write_bytes(content)
+    again = Core(FileStore(tmp_path))
+    assert hours(again) == before
+    again.close()
+    assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == bool(content)
+
+
+def test_very_many_phases_leave_room_and_keep_their_totals(monkeypatch: pytest.MonkeyPatch) -> None:
+    from esper_otel.gateway.hours import file
+
+    monkeypatch.setattr(file, "_MOST_PHASES", 100)
+    monkeypatch.setattr(file, "_FEWER", 50)
+    kept = HoursFile(None, Warnings())
+    for number in range(1, 1_000):
+        times: Any = PhaseTimes("once" if number == 1 else "often", number, float(number), 0.0, 1.0, 1.0, number, None)
+        kept.add([ReceivedPhase("run", Writer(0, 1), times)])
+    found = [each for _, each in kept.phases("run")]
+    assert 50 <= len(found) <= 101
+    assert {each.name: each.total_ms for each in found} == {"once": 1.0, "often": 999.0}
+    kept.close()

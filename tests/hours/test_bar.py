@@ -1,0 +1,214 @@
+"""The bar: from any timeline of steps, phases and restarts, parts that are right and add up to the wall time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_otel.hours.account import Account, PhaseTimes, StepTimes, account_of
+from esper_otel.hours.bar import PhaseInfo, RunHours, bar_of_rank, bar_of_run
+from esper_otel.hours.text import bar_lines
+from esper_otel.pull.views import merged_hours
+
+_MS = 1_000_000
+START_UNIX_NS = 1_800_000_000 * 10**9
+
+
+class Cycle(NamedTuple):
+    """A step with what came before it; in milliseconds."""
+
+    waited: int
+    hooks: int
+    rest: int
+    inside: int  # a checkpoint inside the step
+    phase: str  # before the step
+    phase_ms: int
+    nested_ms: int  # a checkpoint inside that phase
+    nothing_ms: int  # before the step, in no phase
+
+
+class Attempt(NamedTuple):
+    idle_ms: int  # since the attempt before
+    start_up_ms: int
+    back: int  # how many steps are done again
+    cycles: list[Cycle]
+
+
+TIME = st.integers(0, 2_000)
+CYCLES = st.builds(
+    Cycle,
+    TIME,
+    TIME,
+    TIME,
+    st.sampled_from([0, 0, 300]),
+    st.sampled_from(["evaluation", "data"]),
+    *[st.sampled_from([0, 0, 0, 700])] * 2,
+    st.sampled_from([0, 0, 90]),
+)
+ATTEMPTS = st.lists(
+    st.builds(Attempt, TIME, st.integers(1, 5_000), st.integers(0, 5), st.lists(CYCLES, min_size=1, max_size=12)),
+    min_size=1,
+    max_size=3,
+)
+
+
+class Timeline:
+    """What a trainer sends of such attempts, and what is true."""
+
+    def __init__(self, attempts: list[Attempt]) -> None:
+        self.now_ms = 0
+        self.truth = Counter[str]()
+        self.highest = 0
+        self.accounts = [self._account(attempt, is_first=not place) for place, attempt in enumerate(attempts)]
+
+    def _spend(self, part: str, milliseconds: int) -> None:
+        self.truth[part] += milliseconds
+        self.now_ms += milliseconds
+
+    def _end(self, name: str, length: int, own: int, step: int | None = None) -> None:
+        self.totals[name] += own
+        self.insides[name] += own if step is not None else 0
+        ended = START_UNIX_NS + self.now_ms * _MS
+        number = len(self.phases) + 1
+        self.phases.append(PhaseTimes(name, ended, self.totals[name], self.insides[name], length, own, number, step))
+
+    def _account(self, attempt: Attempt, *, is_first: bool) -> Account:
+        self.totals, self.insides = Counter[str](), Counter[str]()
+        self.phases: list[PhaseTimes] = []
+        steps = []
+        self._spend("between_attempts", 0 if is_first else attempt.idle_ms)
+        self._spend("start_up", attempt.start_up_ms)
+        begun_ms, own_ms = self.now_ms - attempt.start_up_ms, attempt.start_up_ms
+        reached, step = self.highest, max(self.highest - attempt.back, 0)
+        for each in attempt.cycles:
+            step += 1
+            self._spend("unknown" if steps else "start_up", each.nothing_ms)
+            own_ms += each.nothing_ms
+            if each.phase_ms:
+                self._spend(each.phase, each.phase_ms)
+                if each.nested_ms:
+                    self._spend("checkpoint", each.nested_ms)
+                    self._end("checkpoint", each.nested_ms, each.nested_ms)
+                self._end(each.phase, each.phase_ms + each.nested_ms, each.phase_ms)
+            if not steps:  # it lasts until the first step, with the phases in it
+                self._end("start_up", self.now_ms - begun_ms, own_ms)
+            is_again = step <= reached
+            self._spend("redone" if is_again else "input_wait", each.waited)
+            opened = START_UNIX_NS + self.now_ms * _MS
+            self._spend("redone" if is_again else "hooks", each.hooks)
+            self._spend("redone" if is_again else "productive", each.rest)
+            if each.inside:
+                self._spend("checkpoint", each.inside)
+                self._end("checkpoint", each.inside, each.inside, step)
+            latency = each.hooks + each.rest + each.inside
+            steps.append(StepTimes(step, opened, float(each.waited), float(latency), float(each.hooks)))
+            self.highest = max(self.highest, step)
+        return account_of(steps, self.phases)
+
+
+def assert_true(timeline: Timeline, parts: dict[str, float], wall_ms: float) -> None:
+    assert wall_ms == pytest.approx(timeline.now_ms, rel=0.01)
+    assert sum(parts.values()) == pytest.approx(wall_ms, rel=1e-6, abs=1e-3)
+    for part in {*parts, *timeline.truth}:
+        assert parts.get(part, 0.0) == pytest.approx(timeline.truth[part], rel=0.02, abs=1e-3), part
+
+
+@given(ATTEMPTS)
+def test_each_part_is_right_and_all_add_up_to_the_wall_time(attempts: list[Attempt]) -> None:
+    """Over attempts that were killed and resumed further back."""
+    timeline = Timeline(attempts)
+    bar = bar_of_rank(timeline.accounts)
+    assert_true(timeline, dict(bar.parts), bar.wall_ms)
+    assert bar.attempts == len(attempts)
+
+
+@given(ATTEMPTS)
+def test_phases_may_come_again_and_in_any_order(attempts: list[Attempt]) -> None:
+    timeline = Timeline(attempts)
+    for account, once in zip(timeline.accounts, Timeline(attempts).accounts, strict=True):
+        for phase in reversed(timeline.phases if account is timeline.accounts[-1] else []):
+            account.add_phase(phase)
+        assert account == once
+
+
+@given(ATTEMPTS)
+def test_an_account_is_the_same_after_it_was_stored(attempts: list[Attempt]) -> None:
+    for account in Timeline(attempts).accounts:
+        said = json.loads(json.dumps(account.as_json()))
+        assert Account.from_json(said).as_json() == account.as_json()
+
+
+def test_steps_done_again_are_known_to_a_few_percent_in_a_long_run() -> None:
+    """Only some sums are kept of a hundred thousand steps."""
+    first = account_of(StepTimes(step, START_UNIX_NS + step * 10 * _MS, 1.0, 9.0, 1.0) for step in range(100_000))
+    again = account_of(
+        StepTimes(step, START_UNIX_NS + (step + 10_000) * 10 * _MS, 1.0, 9.0, 1.0) for step in range(93_210, 200_000)
+    )
+    assert len(again.knots) < 500
+    parts = bar_of_rank([first, again]).parts
+    assert parts["redone"] == pytest.approx((100_000 - 93_210) * 10.0, rel=0.001)
+    assert parts["between_attempts"] == pytest.approx(3_210 * 10.0, abs=20.0)
+
+
+def test_steps_without_durations_take_what_is_left() -> None:
+    """Without enrichment there is no step latency: the time between two steps is the best estimate."""
+    steps = [StepTimes(step, START_UNIX_NS + step * 100 * _MS, 0.0, None, 20.0) for step in range(11)]
+    phase = PhaseTimes("evaluation", START_UNIX_NS + 640 * _MS, 30.0, 0.0, 30.0, 30.0, 1, None)
+    parts = bar_of_rank([account_of(steps, [phase])]).parts
+    assert parts["evaluation"] == 30.0
+    assert sum(parts.values()) == pytest.approx(1_000.0)
+    assert parts["hooks"] == pytest.approx(220.0)
+    assert parts["productive"] == pytest.approx(750.0)
+
+
+def test_steps_that_a_trainer_has_measured_end_at_their_time() -> None:
+    """``record_step`` stamps a step when it is over. The end of start-up tells the two apart."""
+    start_up = PhaseTimes("start_up", START_UNIX_NS + 500 * _MS, 500.0, 0.0, 500.0, 500.0, 1, None)
+    ended = [StepTimes(step, START_UNIX_NS + (500 + step * 1_000) * _MS, 100.0, 900.0, 0.0) for step in (1, 2)]
+    opened = [StepTimes(step, START_UNIX_NS + (-400 + step * 1_000) * _MS, 100.0, 900.0, 0.0) for step in (1, 2)]
+    for steps in (ended, opened):
+        bar = bar_of_rank([account_of(steps, [start_up])])
+        assert bar.wall_ms == 2_500.0
+        assert dict(bar.parts) == {"productive": 1_800.0, "input_wait": 200.0, "start_up": 500.0}
+
+
+def test_a_run_is_the_mean_of_its_ranks() -> None:
+    def rank(start_ms: int, waited: float, latency: float) -> Account:
+        return account_of([StepTimes(1, START_UNIX_NS + start_ms * _MS, waited, latency, 0.0)])
+
+    bars = [bar_of_rank([rank(200, 200.0, 800.0)]), bar_of_rank([rank(400, 200.0, 600.0)])]
+    run = bar_of_run(bars)
+    assert run.wall_ms == 1_000.0
+    assert dict(run.parts) == {"productive": 700.0, "input_wait": 200.0, "unknown": 100.0}
+    assert bar_of_run([]).parts == bar_of_rank([Account()]).parts == {}
+
+
+def test_the_text_has_each_part_with_its_share() -> None:
+    bar = bar_of_rank([account_of([StepTimes(1, START_UNIX_NS, 250.0, 3_750.0, 0.0)])])
+    assert [line.split() for line in bar_lines(bar)] == [
+        ["4.0", "s", "in", "1", "attempt,", "93.8%", "productive"],
+        ["productive", "93.8%", "3.8", "s", "#" * 28],
+        ["input", "wait", "6.2%", "250", "ms", "#" * 2],
+    ]
+
+
+def test_of_several_gateways_each_rank_is_of_the_one_that_knows_most() -> None:
+    """Senders may have changed from one gateway to the other."""
+
+    def hours(rank: int, steps: int, *phases: PhaseInfo) -> RunHours:
+        times = [StepTimes(step, START_UNIX_NS + step * 10 * _MS, 0.0, 10.0, 0.0) for step in range(steps)]
+        bar = bar_of_rank([account_of(times)])
+        return RunHours(bar, {rank: bar}, phases)
+
+    one, other = (PhaseInfo("checkpoint", 0, 1, 0, end, 1.0, end, None) for end in (5, 7))
+    few, more, second = hours(0, 3, one), hours(0, 9, other, one), hours(1, 5)
+    found = merged_hours([few, second, more])
+    assert found.ranks == {0: more.run, 1: second.run}
+    assert found.run == bar_of_run([more.run, second.run])
+    assert found.phases == (one, other)
+    assert merged_hours([few]) is few
