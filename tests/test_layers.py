@@ -18,15 +18,16 @@ pytestmark = pytest.mark.own_code
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
-BASE = {"text", "log", "native", "varint", "untraced"}
+BASE = {"text", "log", "native", "unix", "untraced", "varint"}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
     "_version": set[str](),
     "settings": {"errors"},
-    "bearer": {"errors", "log"},
+    "bearer": {"errors", "log", "unix"},
     "varint": set[str](),
     "native": set[str](),
+    "unix": set[str](),
     "addresses": set[str](),
     "captures": set[str](),
     "local_ports": set[str](),

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.frames.frame import FINE, Frame, Run
 from esper_otel.frames.ring import Ring
@@ -135,9 +136,12 @@ def file_stem(run_id: str, *others: object) -> str:
 
 def _folder_of_ours() -> Path:
     """A folder for temporary files that no other user can have created, and that no other user can read."""
-    folder = Path(tempfile.gettempdir()) / f"esper-otel-{os.getuid()}"
+    user = unix.user_id()
+    if user is None:  # as on Windows, where each user has a folder for temporary files
+        return Path(tempfile.gettempdir()) / "esper-otel"
+    folder = Path(tempfile.gettempdir()) / f"esper-otel-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+    if folder.is_symlink() or folder.stat().st_uid != user:
         raise PermissionError(f"{folder} is not ours; set ESPER_BLACK_BOX_DIR")
     return folder
 
@@ -220,7 +224,7 @@ def _not_one(path: Path, lines: int, error: Exception) -> ConfigurationError:
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Opens a regular file, unpacked. Opening a pipe does not wait for its writer."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | unix.AT_ONCE)
     with os.fdopen(descriptor, "rb") as raw:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):

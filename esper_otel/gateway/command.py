@@ -242,7 +242,10 @@ async def until_told(gateway: Gateway, what: str, *, as_json: bool, idle_s: floa
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, over.set)
+        try:
+            loop.add_signal_handler(number, over.set)
+        except NotImplementedError:  # as on Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(over.set))
     addresses = {"grpc": gateway.grpc_address, "http": gateway.http_address}
     if as_json:
         sys.stdout.write(json.dumps(addresses) + "\n")

@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from esper_otel import unix
+
 FOLDER = "damaged"
 MOST_FILES = 1_000
 MOST_BYTES = 64 * 1024 * 1024
@@ -37,7 +39,7 @@ class Quarantine:
             if self._files >= MOST_FILES or self._bytes + len(content) > MOST_BYTES:
                 return ""
             name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{kind}-{secrets.token_hex(4)}"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE
             with os.fdopen(os.open(name, flags, 0o600, dir_fd=descriptor), "wb") as file:
                 file.write(content)
         except OSError:
@@ -52,9 +54,9 @@ class Quarantine:
         """Opens the folder, and makes it if needed; raises OSError also when others may write to it."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(self.path, os.O_RDONLY | unix.FOLDER_ITSELF)
         found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if found.st_uid != unix.user_id() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             os.close(descriptor)
             raise OSError(f"{self.path} belongs to another user, or others can write to it")
         return descriptor
