@@ -34,7 +34,9 @@ FOREIGN = {
 }
 # The names of these are put together.
 GATEWAY_COUNTERS = {
-    f"esper_gateway_{room}_{own.name}_total" for room, group in (("oona", _OONA), ("notices", _NOTICES)) for own in group
+    f"esper_gateway_{room}_{own.name}_total"
+    for room, group in (("oona", _OONA), ("notices", _NOTICES))
+    for own in group
 }
 # What the pages call an object of ours.
 OBJECTS = {"telemetry": "Telemetry", "now": "Step", "loader": "Watch", "callback": "EsperCallback"}
