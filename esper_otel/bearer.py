@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
+from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.log import Warnings
 
@@ -66,7 +67,7 @@ def _token(number: int, words: list[bytes]) -> Token:
 
 def _without_waiting(path: str, flags: int) -> int:
     """Opens without blocking: opening a named pipe would wait for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | unix.AT_ONCE)
 
 
 def reason_of(error: OSError | ValueError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import select
+import selectors
 import socket
 
 GRPC_PORT = 4317
@@ -12,7 +12,7 @@ HTTP_PORT = 4318
 GATEWAY_PORT = 4327
 
 _LOOPBACK = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
-_WAIT_MS = 50  # the answer of the machine itself; it is there at once
+_WAIT_S = 0.05  # the answer of the machine itself; it is there at once
 _ANSWER_S = 1.0
 _MOST_BYTES = 65_536
 _OURS = b"esper_gateway_"
@@ -45,9 +45,9 @@ def _is_refused(family: socket.AddressFamily, host: str, port: int) -> bool:
             probe.setblocking(False)
             if probe.connect_ex((host, port)) == 0:
                 return False
-            waiting = select.poll()
-            waiting.register(probe, select.POLLOUT)
-            waiting.poll(_WAIT_MS)
+            with selectors.DefaultSelector() as waiting:
+                waiting.register(probe, selectors.EVENT_WRITE)
+                waiting.select(_WAIT_S)
             return probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
     except OSError:  # there is no such address here
         return True

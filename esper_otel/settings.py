@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature
@@ -156,6 +157,8 @@ def signal_names(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in _FLUSH_SIGNALS:
             raise ValueError(f"{name!r} is not one of {', '.join(_FLUSH_SIGNALS)}; separate several by commas")
+        if name not in signal.Signals.__members__:
+            raise ValueError(f"this system has no signal {name}")
     return names
 
 

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
+from esper_otel.gateway.core import Core
 from esper_otel.pull.messages import (
     SERVICE,
     PullRequest,
     PullResponse,
     RunsRequest,
     RunsResponse,
+    Step,
 )
 
 TIMEOUT_S = 120.0
@@ -30,15 +33,19 @@ class RunningGateway:
     Args:
         options: further ones of the command line.
         descriptors: how many files it may open; None: as many as we.
+        program: what Python runs.
     """
 
-    def __init__(self, *options: str, descriptors: int | None = None) -> None:
+    def __init__(
+        self, *options: str, descriptors: int | None = None, program: Sequence[str] = ("-m", "esper_otel")
+    ) -> None:
         self._options = options
+        self._program = program
         self._descriptors = descriptors
         self.said = ""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "esper_otel", "gateway", "--json"]
+        command = self.command()
         for port in ("--grpc", "--http"):
             if port not in self._options:
                 command += [port, "127.0.0.1:0"]
@@ -57,6 +64,10 @@ class RunningGateway:
         self.http: str = addresses["http"]
         return self
 
+    def command(self) -> list[str]:
+        """What is run."""
+        return [sys.executable, *self._program, "gateway", "--json"]
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -64,10 +75,17 @@ class RunningGateway:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Ends it by a signal; returns its exit status."""
-        self.process.send_signal(number)
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        if self.process.stdout is not None and not self.process.stdout.closed:
+            self.said_at_last()
+        return self.process.returncode
+
+    def said_at_last(self) -> str:
+        """Waits until it ends by itself; returns what it wrote to standard error."""
         _, said = self.process.communicate(timeout=TIMEOUT_S)
         self.said += said
-        return self.process.returncode
+        return self.said
 
     def channel(self) -> grpc.Channel:
         """In plain text."""
@@ -90,6 +108,16 @@ def pull(channel: grpc.Channel, run_id: str, cursor: str = "", token: str | None
     call = channel.unary_unary(f"/{SERVICE}/Pull", PullRequest.SerializeToString, PullResponse.FromString)
     asked = PullRequest(run_id=run_id, cursor=cursor, **request)
     return call(asked, timeout=TIMEOUT_S, metadata=_headers(token))
+
+
+async def pulled(core: Core, run_id: str, most: int = 1_000) -> list[Step]:
+    """All steps of a run, page by page: a page ends before a gap, too."""
+    steps: list[Step] = []
+    cursor = ""
+    while (page := await core.pull(PullRequest(run_id=run_id, cursor=cursor, max_packets=most))).steps:
+        steps += page.steps
+        cursor = page.cursor
+    return steps
 
 
 def runs(channel: grpc.Channel, token: str | None = None) -> list[Any]:

@@ -18,15 +18,16 @@ pytestmark = pytest.mark.own_code
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
-BASE = {"text", "log", "native", "varint", "untraced"}
+BASE = {"text", "log", "native", "unix", "untraced", "varint"}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
     "_version": set[str](),
     "settings": {"errors"},
-    "bearer": {"errors", "log"},
+    "bearer": {"errors", "log", "unix"},
     "varint": set[str](),
     "native": set[str](),
+    "unix": set[str](),
     "addresses": set[str](),
     "captures": set[str](),
     "local_ports": set[str](),
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "log": {"text", "untraced"},
     "schema": set[str](),
     "hours": set[str](),
-    "frames": {*BASE, "schema"},
+    "frames": {*BASE, "schema", "_version"},
     "derive": {"schema", "frames"},
     "record": {*BASE, "schema", "frames", "captures"},
     "probes": {*BASE, "schema", "captures"},
@@ -53,13 +54,20 @@ MAY_IMPORT = {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
         *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
-    "gateway/command": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve"},
+    "gateway/command": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve", "gateway/kafka/work"},
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
+    "gateway/kafka": {
+        *(*BASE, "frames", "leyline", "pull", "gateway"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+    },
+    # A member and a server: the processes, with their ports.
+    "gateway/kafka/work": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
     "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
         *(*BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),
@@ -93,7 +101,7 @@ OWNERS = {
     ),
     "opentelemetry": ("export/", "untraced.py", "leyline/reader.py", "session/start.py"),
     "opentelemetry.instrumentation": ("integrations/instrumentor.py",),
-    "opentelemetry.sdk": ("export/", "leyline/reader.py", "frames/records.py", "session/detector.py"),
+    "opentelemetry.sdk": ("export/", "leyline/reader.py", "session/detector.py"),
     "opentelemetry.exporter": ("export/",),
     "opentelemetry.proto": ("export/", "send/", "testing/", "check/", "gateway/"),
     "google.protobuf": ("leyline/", "send/", "export/", "testing/", "gateway/", "pull/"),
@@ -108,6 +116,7 @@ OWNERS = {
     "urllib3": ("export/",),
     "prometheus_client": ("export/",),
     "redis": ("oona/publisher.py",),
+    "confluent_kafka": ("gateway/kafka/",),
     "pyarrow": ("report/table.py", "compare/readings.py"),
     "IPython": ("session/show.py",),
     "lightning": ("integrations/lightning.py",),

@@ -8,6 +8,7 @@ import secrets
 import time
 from pathlib import Path
 
+from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.otlp_json import json_of
@@ -17,7 +18,7 @@ from esper_otel.native import threads
 SUFFIX = ".jsonl"
 MOST_BYTES = 64 * 1024 * 1024  # of one file; then the next one begins
 _PRIVATE = 0o700  # metrics may be confidential
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE
 
 
 def file_endpoint(directory: Path) -> Endpoint:

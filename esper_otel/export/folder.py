@@ -7,7 +7,6 @@ through a link, so nobody can substitute another folder or file.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from esper_otel import unix
 from esper_otel.frames.records import MAGIC_BYTES, is_of_another_version
 from esper_otel.log import Warnings
 
@@ -36,7 +36,6 @@ _MOST_SHOWN = 3
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
 _OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|{PHASES}|\d{{8}}\{SUFFIX}")
-_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
 # sessions within one process. This table holds the folders that sessions of this process own, by device and inode.
@@ -68,8 +67,8 @@ class Folder:
             os.close(lock)
             raise
         self._identity = _identity(os.fstat(descriptor))
-        self.acknowledged = self._noted(0)
-        self.acknowledged_phases = self._noted(_SEQUENCE.size)
+        self.acknowledged: int = self._noted(0)
+        self.acknowledged_phases: int = self._noted(_SEQUENCE.size)
 
     @classmethod
     def create(cls, directory: Path) -> Folder:
@@ -209,7 +208,7 @@ class Folder:
 
     def _open(self, name: str, flags: int) -> int:
         """Opens a file of the folder; refuses anything but a plain file without further hard links."""
-        file = os.open(name, flags & ~os.O_TRUNC | _FILE_FLAGS, 0o600, dir_fd=self._descriptor)
+        file = os.open(name, flags & ~os.O_TRUNC | unix.FILE, 0o600, dir_fd=self._descriptor)
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             os.close(file)
@@ -247,8 +246,7 @@ def abandoned(directory: Path, warnings: Warnings) -> Iterator[Folder]:
 
 def _opened(path: Path | str, parent: int | None = None, *, follow: bool = False) -> int:
     """Returns a descriptor of a folder; links are followed only in a path that the user gave."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    return os.open(path, flags, dir_fd=parent)
+    return os.open(path, os.O_RDONLY | (unix.FOLDER if follow else unix.FOLDER_ITSELF), dir_fd=parent)
 
 
 @contextmanager
@@ -287,10 +285,10 @@ def _locked(descriptor: int, name: str, flags: int = 0) -> int:
         BlockingIOError: another process has locked the file.
         FileNotFoundError: the file does not exist, or the process that had locked it deleted it.
     """
-    lock = os.open(name, os.O_RDWR | flags | _FILE_FLAGS, 0o600, dir_fd=descriptor)
+    lock = os.open(name, os.O_RDWR | flags | unix.FILE, 0o600, dir_fd=descriptor)
     try:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unix.lock_for_process(lock)
         except PermissionError as error:  # POSIX allows it in place of BlockingIOError
             raise BlockingIOError(*error.args) from error
         if not os.fstat(lock).st_nlink:
@@ -308,7 +306,7 @@ def _check(descriptor: int) -> None:
         NotOurs: others may have made or changed it, it has no marker, or another version has written its frames.
     """
     found = os.fstat(descriptor)
-    if found.st_uid != os.geteuid():
+    if found.st_uid != unix.user_id():
         raise NotOurs(f"it belongs to user {found.st_uid}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NotOurs("others may write to it")
@@ -329,7 +327,7 @@ def _check(descriptor: int) -> None:
 
 
 def _beginning(descriptor: int, name: str, size: int) -> bytes:
-    file = os.open(name, os.O_RDONLY | _FILE_FLAGS, dir_fd=descriptor)
+    file = os.open(name, os.O_RDONLY | unix.FILE, dir_fd=descriptor)
     try:
         return os.read(file, size)
     finally:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from types import TracebackType
 
+from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.native import threads
 
@@ -121,4 +122,4 @@ def _after_fork_in_child() -> None:
     _forking.release()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+unix.at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import socketserver
 import threading
@@ -16,6 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from esper_otel import unix
 from esper_otel.export.variables import Variables
 
 _HOST = "OTEL_EXPORTER_PROMETHEUS_HOST"
@@ -46,7 +46,7 @@ class ScrapeReader(PrometheusMetricReader):
         self._thread = threading.Thread(target=self._serve, name="esper-otel-scrape", daemon=True)
         self._thread.start()
         shown = f"[{host}]" if ":" in host else host
-        self.said = f"scraped at http://{shown}:{self._server.server_port}/metrics"
+        self.said: str = f"scraped at http://{shown}:{self._server.server_port}/metrics"
         if why:
             self.said += f" ({_PORT}={port}: {why})"
         _open.add(self._server)
@@ -120,4 +120,4 @@ def _let_go() -> None:
         server.socket.close()
 
 
-os.register_at_fork(after_in_child=_let_go)
+unix.at_fork(after_in_child=_let_go)

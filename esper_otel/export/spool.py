@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from opentelemetry.sdk.resources import Resource
 
+from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.folder import SUFFIX, Folder
 from esper_otel.frames.block import Block, Chunk
@@ -82,6 +83,7 @@ class Spool:
         self._number = 0
         self._chunk: Chunk | None = None  # the rows read last, and those of the files that follow
         self._chunks: Iterator[Chunk] = iter(())
+        unix.demand("setting spool_dir (or ESPER_SPOOL_DIR)", "without it, steps wait in memory")
         try:
             directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
             self._folder = Folder.create(directory)
@@ -127,7 +129,7 @@ class Spool:
         """Writes the row after the last one written, which this chunk has."""
         is_written = False
         try:
-            record = self._writer.record(chunk, self._last + 1 - chunk.first)
+            record = self._writer.row(chunk, self._last + 1 - chunk.first)
             if self._file is None or os.write(self._file, record) != len(record):
                 raise OSError("short write: only part of the step was written")  # noqa: TRY301 - handled below
             is_written = True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 
+from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway import command
 from esper_otel.local_ports import GRPC_PORT, HTTP_PORT, page_at
@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
         announce("live page", f"open {page} in a browser; the page was already there")
         return 0
     if math.isfinite(options.idle_minutes):  # a training on this machine has started it, and goes first
-        os.nice(_NICENESS)
+        unix.be_nice(_NICENESS)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     store = [] if options.store is None else ["--store", str(options.store)]

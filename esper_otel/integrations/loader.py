@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 import threading
 import weakref
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import dataloader
 
+from esper_otel import unix
 from esper_otel.integrations.samples import samples_of
 from esper_otel.log import logger
 from esper_otel.record.loaders import Listener, is_stand_in, taking
@@ -337,7 +337,7 @@ class _LoaderHooks:
 
 
 _everywhere = _LoaderHooks()
-os.register_at_fork(after_in_child=_everywhere.forget)  # loaders in a worker are not those of the training loop
+unix.at_fork(after_in_child=_everywhere.forget)  # loaders in a worker are not those of the training loop
 
 
 def follow(listener: Listener, of: Callable[[Any], bool] = lambda _dataset: True) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from esper_otel import unix
 from esper_otel.record.names import PARTS
 from esper_otel.record.parts import NOTHING, Timer
 from esper_otel.record.values import CopyTime
@@ -187,4 +187,4 @@ class _Changes:
 
 
 _changes = _Changes()
-os.register_at_fork(after_in_child=_changes.forget)
+unix.at_fork(after_in_child=_changes.forget)

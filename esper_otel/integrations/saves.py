@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from esper_otel import unix
 from esper_otel.record.phases import Phases
 
 _NAMES = ("save_state", "save_model")
@@ -64,7 +64,7 @@ class _Saves:
 
 
 _saves = _Saves()
-os.register_at_fork(after_in_child=_saves.forget)
+unix.at_fork(after_in_child=_saves.forget)
 
 
 def follow_saves(phases: Phases) -> None:

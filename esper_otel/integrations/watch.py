@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import IterableDataset
 
+from esper_otel import unix
 from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loader import Feed, follow, unfollow
 from esper_otel.integrations.loop import Loop
@@ -204,7 +204,7 @@ class WatchedLoop:
 
 
 _live: set[WatchedLoop] = set()
-os.register_at_fork(after_in_child=_live.clear)
+unix.at_fork(after_in_child=_live.clear)
 
 
 def _weak(value: object) -> Callable[[], object]:

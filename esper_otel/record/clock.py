@@ -13,7 +13,9 @@ _AHEAD_NS = 300 * 1_000_000_000
 
 
 # Nanoseconds of a monotonic clock. It includes time spent in suspend if the system has such a clock.
-steady_ns: Callable[[], int] = partial(time.clock_gettime_ns, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+steady_ns: Callable[[], int] = (
+    partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic_ns
+)
 
 
 class Clock:

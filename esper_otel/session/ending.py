@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
+from esper_otel import unix
 from esper_otel.session.raised import (
     RaisedByMain,
     RaisedInFunction,
@@ -42,7 +43,7 @@ class LiveSession(Protocol):
 
 
 _live: weakref.WeakSet[LiveSession] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_live.clear)  # a DataLoader worker inherits the handlers, not the sessions
+unix.at_fork(after_in_child=_live.clear)  # a DataLoader worker inherits the handlers, not the sessions
 
 
 def watch(session: LiveSession, names: Iterable[str] = ()) -> list[str]:
@@ -130,7 +131,8 @@ class _SignalHandler:
         A thread is the second choice: it mostly runs while our code writes to disk, and then the signal is too early
         again.
         """
-        if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not any(signal.getitimer(signal.ITIMER_REAL)):
+        is_free = hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+        if is_free and not any(signal.getitimer(signal.ITIMER_REAL)):
             signal.signal(signal.SIGALRM, lambda _alarm, frame: self._alarmed(number, frame))
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
         else:

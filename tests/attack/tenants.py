@@ -50,9 +50,11 @@ def _crowding(target: Target) -> None:
             at = now + place * 1_000_000
             points += [Point("loss", 1.0, at), Point("esper.global_step", float(place), at)]
         target.post(body("honest-large", points), token="honest-token")
+    before = 0
     for _ in target.rounds(0.1):  # the first step waits for an epoch that does not come
         if (before := _stored(target)) == _STEPS:
             break
+    target.hold(holds=before == _STEPS, otherwise=f"of {_STEPS} honest steps {before} were stored in time")
     for number in target.rounds(0.05):
         at = time.time_ns()
         points = [Point("kasmina.seed.alpha", 0.5, at + place * 1_000, f"s{place % 40}") for place in range(400)]

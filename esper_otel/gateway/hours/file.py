@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esper_otel import unix
 from esper_otel.gateway.store.base import StoreFull
 from esper_otel.hours.account import Account, PhaseTimes
 from esper_otel.log import Warnings
@@ -89,7 +90,7 @@ class HoursFile:
     def _opened(self) -> sqlite3.Connection:
         if self._path is not None:
             with suppress(FileExistsError):  # SQLite would create it readable by others
-                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE, 0o600))
         connection = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level=None)
         connection.execute("PRAGMA trusted_schema = OFF")
         if self._path is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import os
-import resource
 import socket
 import ssl
 import time
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from esper_otel import unix
 from esper_otel.gateway.faults import Busy
 from esper_otel.log import Warnings
 
@@ -37,10 +38,8 @@ def most_connections(port: str) -> int:
     Args:
         port: ``http`` or ``grpc``.
     """
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return _most[port]
-    return max(min(_most[port], (soft - _SPARE) // 2), 8)
+    soft, _ = unix.open_files()
+    return _most[port] if math.isinf(soft) else max(min(_most[port], (int(soft) - _SPARE) // 2), 8)
 
 
 def allow_connections(most: Mapping[str, int] = MOST_CONNECTIONS) -> None:
@@ -49,12 +48,11 @@ def allow_connections(most: Mapping[str, int] = MOST_CONNECTIONS) -> None:
     If the system does not allow that many files, fewer connections are accepted.
     """
     _most.update(most)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * max(_most.values()) + _SPARE
-    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    soft, hard = unix.open_files()
+    wanted = int(min(2 * max(_most.values()) + _SPARE, hard))
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            unix.allow_open_files(wanted)
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import sqlite3
@@ -13,14 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.store.base import StoreFull
 
 FILE = "steps.sqlite3"
 _LOCK = "lock"
 _SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
-_FILE_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe in place of a file must not block
-_VERSION = 7
+_VERSION = 8
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
 # ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
 _SCHEMA = """
@@ -128,9 +127,10 @@ def locked(folder: Path) -> IO[bytes]:
     Raises:
         ConfigurationError: another gateway uses the folder, it cannot be made, or a file in it is not a store's.
     """
+    unix.demand(f"--store {folder}", "without --store, the gateway keeps steps in memory")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | _FILE_FLAGS, 0o600)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | unix.FILE, 0o600)
     except OSError as error:
         what = "its file lock is a link" if (folder / _LOCK).is_symlink() else error
         raise ConfigurationError(f"--store {folder}: {what}") from error
@@ -138,7 +138,7 @@ def locked(folder: Path) -> IO[bytes]:
     try:
         for name in (_LOCK, *(FILE + suffix for suffix in _SUFFIXES)):
             _check_ours(folder / name)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unix.lock_for_descriptor(lock.fileno())
     except BlockingIOError:
         lock.close()
         raise ConfigurationError(f"--store {folder}: another gateway is using it") from None
@@ -160,7 +160,7 @@ def _check_ours(path: Path) -> None:
         return
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         raise ConfigurationError(f"{path} is a link, a pipe or a folder, not a file of a store: move it away")
-    if found.st_uid != os.geteuid():
+    if found.st_uid != unix.user_id():
         raise ConfigurationError(f"{path} belongs to user {found.st_uid}, not to the user that runs this gateway")
 
 
@@ -176,7 +176,7 @@ def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
         raise ConfigurationError(f"{path} not found: give the --store directory of a gateway")
     if not read_only:  # created here, since SQLite would create it readable by others
         with suppress(FileExistsError):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE_FLAGS, 0o600))
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE, 0o600))
     where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
     connection = sqlite3.connect(where, uri=True, isolation_level=None, timeout=1.0)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame
+from gateways import pulled
 from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped] # has .pyi, no py.typed
 from wire import bodies, body_of
 
@@ -23,7 +24,6 @@ from esper_otel.gateway.store.base import Store
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.log import Warnings
-from esper_otel.pull.messages import PullRequest
 
 pytestmark = pytest.mark.lengthy
 
@@ -44,8 +44,7 @@ class Small(Core):
             return None
 
     async def all_pulled(self, run_id: str) -> list[tuple[int, int]]:
-        response = await self.pull(PullRequest(run_id=run_id))
-        return [(step.step, step.revision) for step in response.steps]
+        return [(step.step, step.revision) for step in await pulled(self, run_id)]
 
 
 def test_a_writer_too_many_is_taken_when_another_has_been_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +98,7 @@ def test_a_collectors_requests_are_not_held_up_for_ever(monkeypatch: pytest.Monk
         assert answer.rejected > 0
         assert answer.reason == f"{answer.rejected} too many runs ('c')"
         assert core.rejected[TOO_MANY_RUNS] == 10 * answer.rejected
-        assert await core.all_pulled("a") == [(step, 1) for step in range(1, 65)]
+        assert await core.all_pulled("a") == [(step, 1) for step in range(1, 71)]
         assert core.send("c", step=71) is None  # alone it holds nobody up
 
     asyncio.run(live())

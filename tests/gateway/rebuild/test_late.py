@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
+from gateways import pulled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_assembler import HOLD_S, MS, Gateway, living
@@ -24,7 +25,7 @@ from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.rebuild.queue import SkippedNumbers
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.store.sqlite import FileStore
-from esper_otel.pull.messages import PullRequest, Run
+from esper_otel.pull.messages import Run
 
 pytestmark = pytest.mark.lengthy
 
@@ -108,7 +109,7 @@ def _cut(frames: list[Frame], luck: random.Random) -> list[list[Frame]]:
 
 async def _seen(core: Core) -> tuple[set[int], Run]:
     """The numbers of the steps that are pulled, each once in each revision, and what is known of their writer."""
-    steps = (await core.pull(PullRequest(run_id=RUN.run_id, max_packets=1000))).steps
+    steps = await pulled(core, RUN.run_id)
     assert all(step.complete for step in steps)
     assert len({(step.step, step.revision) for step in steps}) == len(steps)
     [run] = core.runs().runs
@@ -150,7 +151,7 @@ def test_a_late_step_that_is_too_old_to_be_put_in_changes_no_other(tmp_path: Pat
         core.close()
         core = Core(FileStore(tmp_path), hold_s=0.0)
         core.receive(b"".join(bodies(late)))
-        steps = (await core.pull(PullRequest(run_id=RUN.run_id, max_packets=1000))).steps
+        steps = await pulled(core, RUN.run_id)
         assert sorted((step.step, step.revision) for step in steps) == [(number, 1) for number in range(1, 401)]
         core.close()
 
@@ -168,8 +169,8 @@ def test_no_number_of_a_frame_stops_the_store(tmp_path: Path, number: int) -> No
         core.close()
         core = Core(FileStore(tmp_path), hold_s=0.0)
         core.receive(b"".join(bodies([living(1, start=2)[0]._replace(run=replace(RUN, run_id="another"))])))
-        assert len((await core.pull(PullRequest(run_id="another"))).steps) == 1
-        assert len((await core.pull(PullRequest(run_id=RUN.run_id))).steps) == 2
+        assert len(await pulled(core, "another")) == 1
+        assert len(await pulled(core, RUN.run_id)) == 2
         core.close()
 
     asyncio.run(live())

@@ -1,4 +1,4 @@
-"""Keeps rows that could not be read in a folder of limited size next to the store, so that they can be examined."""
+"""Keeps what could not be read of a store or a spool in a folder of limited size, so that it can be examined."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from esper_otel import unix
+
 FOLDER = "damaged"
 MOST_FILES = 1_000
 MOST_BYTES = 64 * 1024 * 1024
@@ -18,11 +20,11 @@ class Quarantine:
     """Keeps damaged data in files up to a limit; once the limit is reached, further data is not kept.
 
     Args:
-        folder: the store's folder.
+        folder: the folder of the store, or the spool directory; the data is kept in a folder in it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FOLDER
+        self.path: Path = folder / FOLDER
         self._files = self._bytes = -1  # not known yet
 
     def put(self, kind: str, content: bytes) -> str:
@@ -37,7 +39,7 @@ class Quarantine:
             if self._files >= MOST_FILES or self._bytes + len(content) > MOST_BYTES:
                 return ""
             name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{kind}-{secrets.token_hex(4)}"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE
             with os.fdopen(os.open(name, flags, 0o600, dir_fd=descriptor), "wb") as file:
                 file.write(content)
         except OSError:
@@ -52,15 +54,15 @@ class Quarantine:
         """Opens the folder, and makes it if needed; raises OSError also when others may write to it."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(self.path, os.O_RDONLY | unix.FOLDER_ITSELF)
         found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if found.st_uid != unix.user_id() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             os.close(descriptor)
             raise OSError(f"{self.path} belongs to another user, or others can write to it")
         return descriptor
 
     def _look(self, descriptor: int) -> None:
-        """Counts the files from earlier runs of the gateway."""
+        """Counts the files of earlier processes."""
         with os.scandir(descriptor) as found:
             sizes = [each.stat(follow_symlinks=False).st_size for each in found]
         self._files, self._bytes = len(sizes), sum(sizes)
