@@ -212,6 +212,7 @@ def test_an_optimizer_after_one_that_is_gone_is_not_the_second_of_several() -> N
         steps.end()
         del model, optimizer
         gc.collect()
+    steps.loop.parts.close()
     telemetry.close()
     found = [packet.names for packet in telemetry.pull(max_packets=10)]
     assert ["gradient_norm" in names for names in found] == [True] * 3
@@ -238,6 +239,7 @@ def test_an_optimizer_that_is_new_gets_all_batches_of_its_first_step() -> None:
         steps.end()
         del model, optimizer
         gc.collect()
+    steps.loop.parts.close()
     telemetry.close()
     found = [packet.state.training_metrics for packet in telemetry.pull(max_packets=10)]
     spent_s = [(row["step_latency_ms"] + row["input_wait_ms"]) / 1e3 for row in found]
@@ -382,6 +384,7 @@ def test_sam_is_not_two_optimizers_for_run() -> None:
     steps.end()
     for hook in hooks:
         hook.remove()
+    steps.loop.parts.close()
     telemetry.close()
     found = list(telemetry.pull(max_packets=10))
     assert [packet.state.training_metrics["gradient_norm"] for packet in found] == pytest.approx(norms)
