@@ -185,7 +185,7 @@ class Chunk:
         size = layout.size + 8 * cells
         count = min(stop - start, max(_MOST_CELLS // max(cells, 1), 1))
         places = np.frombuffer(self._offsets, np.uint32, count, 4 * start)
-        if not (np.diff(places) == size).all():
+        if not (np.diff(places) == size).all() or place + count * size > len(self.buffer):  # the last may be shorter
             return None
         halves = np.ndarray((count, size // 4), np.uint32, self.buffer, place, (size, 4))
         if not ((halves[:, 9] == number) & (halves[:, 10] == of_seeds)).all():

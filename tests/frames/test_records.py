@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from esper_otel.export.resource import resource_for
 from esper_otel.frames import records
-from esper_otel.frames.frame import ABSENT_BITS, Frame, SeedTable
+from esper_otel.frames.frame import ABSENT_BITS, NO_SEEDS, Frame, SeedTable
 from esper_otel.frames.records import DamagedRecord, RecordWriter, StoredContext, chunks_in, frames_in
 from esper_otel.schema import METRICS, Metric
 
@@ -52,6 +52,13 @@ def read(content: bytes, stored: StoredContext | None = None) -> list[object]:
 def test_steps_come_back_bit_for_bit(frames: list[Frame]) -> None:
     """NaN, infinities, absent cells, and a device that becomes known on the way."""
     assert read(b"".join(written(frames))) == list(map(said_by, frames))
+
+
+def test_a_last_step_without_the_seeds_of_the_first_comes_back() -> None:
+    """Its row ends with the buffer: an array of rows as long as the first one's does not fit."""
+    first, last = (make_frame(sequence=number, global_step=number) for number in (1, 2))
+    history = [first, last._replace(seeds=NO_SEEDS, live=NO_SEEDS)]
+    assert read(b"".join(written(history))) == list(map(said_by, history))
 
 
 def test_many_steps_come_back_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
