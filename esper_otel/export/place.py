@@ -102,13 +102,13 @@ def container_id(root: Path = Path("/")) -> str:
     runtime has made.
     """
     for line in _lines(root / "proc/self/cgroup"):
-        found = _CONTAINER.findall(line.rpartition(":")[2].rpartition("/")[2])
+        found = _CONTAINER.search(line.rpartition(":")[2].rpartition("/")[2])
         if found:
-            return found[-1]
+            return found[0]
     for line in _lines(root / "proc/self/mountinfo"):
         fields = line.split()
         if len(fields) > 4 and fields[4] in {"/etc/hostname", "/etc/resolv.conf"} and "containers/" in fields[3]:
-            found = _CONTAINER.findall(fields[3])
+            found = _CONTAINER.search(fields[3])
             if found:
                 return found[0]
     return ""

@@ -15,7 +15,7 @@ BATCH, LENGTH, WIDTH, LAYERS, VOCABULARY = 2, 16, 32, 2, 64
 TOKENS = BATCH * LENGTH
 
 
-class Block(nn.Module):  # type: ignore[name-defined]
+class Block(nn.Module):  # type: ignore[misc, name-defined]
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -27,7 +27,7 @@ class Block(nn.Module):  # type: ignore[name-defined]
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
-class Transformer(nn.Module):  # type: ignore[name-defined]
+class Transformer(nn.Module):  # type: ignore[misc, name-defined]
     def __init__(self, *, checkpoints: bool = False) -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
