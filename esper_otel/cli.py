@@ -53,6 +53,12 @@ _COMMANDS = {
         "esper-otel gateway --store ./steps",
         extra="gateway",
     ),
+    "serve": _Command(
+        "esper_otel.gateway.kafka.command",
+        "let controllers pull Leyline packets from a tier on Kafka; any number of these may run",
+        "esper-otel serve --kafka kafka-1:9092,kafka-2:9092",
+        extra="kafka",
+    ),
     "ui": _Command(
         "esper_otel.gateway.ui",
         "show the runs of this machine on a live page in the browser; nothing needs to be set",
@@ -105,6 +111,12 @@ _COMMANDS = {
 _PACKAGES = {
     "demo": {"torch": "torch", "sklearn": "scikit-learn"},
     "gateway": {
+        "aiohttp": "aiohttp",
+        "grpc_health": "grpcio-health-checking",
+        "grpc_reflection": "grpcio-reflection",
+    },
+    "kafka": {
+        "confluent_kafka": "confluent-kafka",
         "aiohttp": "aiohttp",
         "grpc_health": "grpcio-health-checking",
         "grpc_reflection": "grpcio-reflection",
@@ -174,7 +186,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 def _module(name: str) -> Any:
     command = _COMMANDS[name]
-    if command.extra == "gateway":
+    if command.extra in {"gateway", "kafka"}:
         # gRPC reads this variable when it is loaded. Without it, a server logs every failed handshake of any client.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     return import_module(command.module)

@@ -45,7 +45,7 @@ class RunningGateway:
         self.said = ""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, *self._program, "gateway", "--json"]
+        command = self.command()
         for port in ("--grpc", "--http"):
             if port not in self._options:
                 command += [port, "127.0.0.1:0"]
@@ -64,6 +64,10 @@ class RunningGateway:
         self.http: str = addresses["http"]
         return self
 
+    def command(self) -> list[str]:
+        """What is run."""
+        return [sys.executable, *self._program, "gateway", "--json"]
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -71,10 +75,17 @@ class RunningGateway:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Ends it by a signal; returns its exit status."""
-        self.process.send_signal(number)
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        if self.process.stdout is not None and not self.process.stdout.closed:
+            self.said_at_last()
+        return self.process.returncode
+
+    def said_at_last(self) -> str:
+        """Waits until it ends by itself; returns what it wrote to standard error."""
         _, said = self.process.communicate(timeout=TIMEOUT_S)
         self.said += said
-        return self.process.returncode
+        return self.said
 
     def channel(self) -> grpc.Channel:
         """In plain text."""

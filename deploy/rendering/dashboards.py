@@ -860,4 +860,31 @@ def _health(naming: Naming) -> Board:
             ],
         ),
     )
+    board.row("Scale: a tier on Kafka")
+    board.show(
+        Shown(
+            "Requests behind",
+            "Requests that members have not read yet. Grows for long: start further members.",
+            "lines",
+            [Query("sum by (instance) (esper_gateway_kafka_lag_records)", "{{instance}}")],
+        ),
+        Shown(
+            "Steps of members",
+            "Steps a second that each member puts together.",
+            "lines",
+            [Query("sum by (instance) (rate(esper_gateway_steps_total[1m]))", "{{instance}}")],
+        ),
+        Shown(
+            "What members left out or did again",
+            "Aborted transactions are done again. Poisoned, too large and expired records are left out: should stay 0.",
+            "lines",
+            [
+                Query(
+                    f"sum by (instance) (rate(esper_gateway_kafka_{name}_total[5m]))",
+                    f"{name.replace('_', ' ')} {{{{instance}}}}",
+                )
+                for name in ("aborts", "poisoned", "too_large", "expired_records")
+            ],
+        ),
+    )
     return board

@@ -372,6 +372,29 @@ PIPELINE = [
         "full.",
         "2m",
     ),
+    Alert(
+        "EsperTierLagging",
+        "sum by (job) (esper_gateway_kafka_lag_records) > 10000",
+        "warn",
+        "the members of {{ $labels.job }} are {{ $value | humanize }} requests behind",
+        "Start further members, up to one for each partition; see whether one of them begins anew again and again.",
+        "5m",
+    ),
+    Alert(
+        "EsperTierAborting",
+        "sum by (job, instance) (increase(esper_gateway_kafka_aborts_total[10m])) > 3",
+        "warn",
+        "the member {{ $labels.instance }} aborts transactions",
+        "Its log says why. Nothing is lost: its requests are read again. Brokers that are slow or change often cause it.",
+    ),
+    Alert(
+        "EsperTierLosing",
+        'sum by (job, instance) (increase({__name__=~"esper_gateway_kafka_(poisoned|too_large|expired_records)_total"}[10m])) > 0',
+        "high",
+        "the member {{ $labels.instance }} leaves out records: it cannot read them, they are too large, or they expired unread",
+        "Its log names each. Records that cannot be read are in the topic esper.dead; too large: raise max.message.bytes; "
+        "expired: start further members, or keep requests for longer.",
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from difflib import get_close_matches
+from importlib import import_module
 from logging import WARNING
 from pathlib import Path
 from typing import Any, TypedDict
@@ -88,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_packet_arguments(parser)
     parser.set_defaults(idle_s=math.inf)
+    member = add_kafka_arguments(parser)
+    member.add_argument(
+        "--member", metavar="NAME", help="the name of this member, which it keeps over restarts (the host's name)"
+    )
     _add_listeners(parser)
 
 
@@ -118,6 +123,37 @@ def _add_listeners(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kafka_arguments(parser: argparse.ArgumentParser, *, is_needed: bool = False) -> argparse._ArgumentGroup:
+    """Adds the options that control how Kafka is reached; returns their group.
+
+    Args:
+        parser: the parser that the options are added to.
+        is_needed: whether ``--kafka`` must be given.
+    """
+    kafka = parser.add_argument_group("a tier on Kafka, for runs of very many ranks")
+    kafka.add_argument(
+        *("--kafka",),
+        required=is_needed,
+        metavar="HOST:PORT,...",
+        help="the brokers"
+        if is_needed
+        else "take part in a tier on these brokers: requests come from Kafka, not from a port",
+    )
+    kafka.add_argument(
+        *("--kafka-topics",),
+        default="esper",
+        metavar="PREFIX",
+        help="what the names of the topics begin with (%(default)s)",
+    )
+    kafka.add_argument(
+        *("--kafka-config",),
+        type=Path,
+        metavar="FILE",
+        help="further properties of librdkafka as NAME=VALUE lines, such as security.protocol and sasl.password",
+    )
+    return kafka
+
+
 def add_packet_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that control how packets are made."""
     made = parser.add_argument_group("how packets are made")
@@ -137,13 +173,17 @@ def add_packet_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = True) -> None:
+def add_access_arguments(
+    parser: argparse.ArgumentParser, *, receives: bool = True, has_http: bool | None = None
+) -> None:
     """Adds the options that control where a gateway listens, and who has access.
 
     Args:
         parser: the parser that the options are added to.
-        receives: whether the gateway accepts OTLP; if not, it has no HTTP port and no options for senders.
+        receives: whether the gateway accepts OTLP; if not, it has no options for senders.
+        has_http: whether it has an HTTP port; None: if it receives.
     """
+    has_http = receives if has_http is None else has_http
     where = parser.add_argument_group("where it listens (port 0: any free port; none: do not listen)")
     where.add_argument(
         *("--grpc",),
@@ -151,12 +191,12 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
         metavar="HOST:PORT",
         help=f"{'OTLP, ' if receives else ''}pulls, health, reflection (%(default)s)",
     )
-    if receives:
+    if has_http:
         where.add_argument(
             *("--http",),
             default="127.0.0.1:4328",
             metavar="HOST:PORT",
-            help="OTLP, /healthz, /readyz, /metrics (%(default)s)",
+            help=f"{'OTLP, ' if receives else ''}/healthz, /readyz, /metrics (%(default)s)",
         )
         where.add_argument(
             *("--http-name",),
@@ -178,8 +218,9 @@ def add_access_arguments(parser: argparse.ArgumentParser, *, receives: bool = Tr
     if receives:
         who.add_argument("--send-tokens", type=Path, metavar="FILE", help=tokens.format("senders"))
     who.add_argument("--pull-tokens", type=Path, metavar="FILE", help=tokens.format("pullers"))
-    parser.set_defaults(**{} if receives else {"http": "none", "http_name": [], "send_tokens": None, "ui": False})
-    if receives:
+    parser.set_defaults(**{} if receives else {"send_tokens": None})
+    parser.set_defaults(**{} if has_http else {"http": "none", "http_name": [], "ui": False})
+    if has_http:
         where.add_argument("--ui", action="store_true", help="serve a live page of the runs at /, on this machine only")
     parser.add_argument(
         "--json", action="store_true", help="print the addresses as JSON, in the first line of standard output"
@@ -190,9 +231,27 @@ def main(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then returns 0."""
     _, limits = limits_of(options.limit)
     allow_connections({"http": limits["http_connections"], "grpc": limits["grpc_connections"]})
+    if options.kafka is not None:
+        return _work(options)
     sys.setswitchinterval(_SWITCH_S)
     quiet_grpc()
     return asyncio.run(_serve(options))
+
+
+def _work(options: argparse.Namespace) -> int:
+    """Works as a member of a tier on Kafka until SIGTERM or SIGINT, then returns 0.
+
+    Raises:
+        ConfigurationError: confluent-kafka is not installed, or an option cannot be used.
+    """
+    try:
+        module = import_module("esper_otel.gateway.kafka.work")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "confluent_kafka":
+            raise
+        raise ConfigurationError('--kafka needs confluent-kafka: pip install "esper-otel[kafka]"') from None
+    status: int = module.main(options)
+    return status
 
 
 async def _serve(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
@@ -93,6 +93,19 @@ class KnownRun(NamedTuple):
     outcome: str | None
 
 
+class States(Protocol):
+    """Where the states of writers are known."""
+
+    def runs(self, now_s: float) -> list[RunState]:
+        """Returns the state of each writer."""
+
+    def states_of(self, run_id: str, now_s: float) -> list[RunState]:
+        """Returns the state of each known writer of a run."""
+
+    def run_ids(self) -> set[str]:
+        """Returns the ids of the runs whose writers are known."""
+
+
 class Core:
     """Accepts requests, assembles and stores frames, and serves them to pullers.
 
@@ -125,6 +138,7 @@ class Core:
         self._clock_ns = clock_ns
         self._limits = limits or Limits()
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
+        self._states: States = self._assembler  # where the states of writers are known
         self._reader = Reader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
@@ -312,7 +326,11 @@ class Core:
             self.counts["steps"] += 1
             self.counts["incomplete_steps"] += not item.complete
             self.counts["corrections"] += item.revision > 1
-        for run_id in {item.origin.run_id for item in saved}:
+        self.wake({item.origin.run_id for item in saved})
+
+    def wake(self, run_ids: Iterable[str]) -> None:
+        """Lets pullers that wait for a step of these runs look again."""
+        for run_id in run_ids:
             for waiter in self._waiters.pop(run_id, ()):
                 if not waiter.done():
                     waiter.set_result(None)
@@ -511,7 +529,7 @@ class Core:
 
         There may be very many.
         """
-        known = {state.origin: state for state in self._assembler.runs(time.monotonic())}
+        known = {state.origin: state for state in self._states.runs(time.monotonic())}
         yield
         stored, ends = self._store.counts(), self._store.outcomes()
         yield
@@ -534,11 +552,11 @@ class Core:
 
     def known_runs(self) -> set[str]:
         """Returns the ids of all runs that are known, without runs from a check."""
-        return {run_id for run_id in {*self._store.run_ids(), *self._assembler.run_ids()} if not is_check(run_id)}
+        return {run_id for run_id in {*self._store.run_ids(), *self._states.run_ids()} if not is_check(run_id)}
 
     def state_of(self, run_id: str) -> KnownRun:
         """Returns what is known of a run."""
-        states = self._assembler.states_of(run_id, time.monotonic())
+        states = self._states.states_of(run_id, time.monotonic())
         stored, ends = self._store.counts(run_id), self._store.outcomes(run_id)
         known = {state.origin for state in states}
         states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
@@ -558,6 +576,7 @@ class Core:
         check_puller(request.run_id, grant)
         if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_packets > MOST_PACKETS:
             raise BadRequest(f"max_packets must be at most {MOST_PACKETS}, wait_s from 0 to {_MOST_WAIT_S:g}")
+        self._check_shard(request)
         deadline_s = time.monotonic() + request.wait_s
         while True:
             try:
@@ -570,6 +589,11 @@ class Core:
                     return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
+
+    def _check_shard(self, request: PullRequest) -> None:
+        """Raises BadRequest for a part of a run: only servers on Kafka have parts."""
+        if request.shard or request.shards:
+            raise BadRequest("shards are parts of a run on Kafka; this gateway has whole runs: pull by rank instead")
 
     async def ranks(self, request: RanksRequest, grant: Grant | None = None) -> RanksResponse:
         """Compares a run's ranks.
@@ -660,7 +684,7 @@ class Core:
 
     def gauges(self) -> Mapping[str, float]:
         """Returns the current values of the gateway's gauges."""
-        runs = [run for run in self._assembler.runs(time.monotonic()) if not is_check(run.origin.run_id)]
+        runs = [run for run in self._states.runs(time.monotonic()) if not is_check(run.origin.run_id)]
         return {
             "runs": len({state.origin.run_id for state in runs}),
             "writers": len(runs),

@@ -7,13 +7,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Origin, RunState
-from esper_otel.gateway.store.base import Store, StoredFrame
+from esper_otel.gateway.store.base import StoredFrame, StoredPage
 from esper_otel.gateway.turns import Turn, pause
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
@@ -90,8 +90,15 @@ class MadeSteps:
             self.used -= len(self._steps.popitem(last=False)[1]) + _STEP_BYTES
 
 
+class Entries(Protocol):
+    """Where pages read entries: a store, or what was fetched from elsewhere."""
+
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
+        """Returns the entries after a cursor. See ``Store``."""
+
+
 async def page(
-    store: Store,
+    store: Entries,
     request: PullRequest,
     made: Callable[[StoredFrame], bytes],
     steps: MadeSteps,
@@ -151,8 +158,8 @@ async def page(
             if not has_room and not shown:
                 raise Busy("too many answers that are not read yet")
             if not has_room or (size > _PAGE_BYTES and shown):
-                number = entry.position if rank is None else entry.number
-                cursor = found.cursor.rpartition(":")[0] + f":{number - 1}"
+                if place:
+                    cursor = store.after(request.run_id, before, rank, place).cursor
                 return answered()
             shown.append((step, entry.item.frame.time_unix_ns))
         cursor = found.cursor
@@ -184,7 +191,7 @@ async def _made(
 
 
 async def packets_after(
-    store: Store,
+    store: Entries,
     run_id: str,
     cursor: str,
     most: int,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.frames.frame import GUESSED_STEP
-from esper_otel.gateway.items import Item
+from esper_otel.frames.frame import GUESSED_STEP, Frame
+from esper_otel.gateway.items import Item, Origin, RunState
 from esper_otel.gateway.turns import finished
 from esper_otel.pull.messages import Rank, RanksResponse
 
@@ -57,9 +57,36 @@ class Ranks:
             is_new = [run.note(item) for item in some]
             if any(is_new):
                 self._runs.move_to_end(run_id)
-            self._steps += run.size - before
-            while len(self._runs) > 1 and (len(self._runs) > _MOST_RUNS or self._steps > _MOST_STEPS):
-                self._steps -= self._runs.popitem(last=False)[1].size
+            self._shrink(run.size - before)
+
+    def note_durations(self, state: RunState, steps: Steps, times: Times) -> None:
+        """Adds the durations of a writer's newest steps, as ``durations_of`` returns them, but for those it has.
+
+        Args:
+            state: the writer.
+            steps: numbers of the steps, shape (steps,).
+            times: their durations, shape (steps, kinds).
+        """
+        run_id = state.origin.run_id
+        before = self._runs[run_id].size if run_id in self._runs else 0
+        run = self._runs.setdefault(run_id, _RunSteps())
+        for step, of_step in zip(steps.tolist(), times.tolist(), strict=True):
+            if step > run.last_of(state.origin):
+                head = _StepHead(state.world_size, state.first_time_unix_ns, state.last_time_unix_ns, step)
+                run.put(state.origin, head, of_step)
+        self._runs.move_to_end(run_id)
+        self._shrink(run.size - before)
+
+    def forget(self, run_id: str) -> None:
+        """Forgets a run."""
+        run = self._runs.pop(run_id, None)
+        self._steps -= 0 if run is None else run.size
+
+    def _shrink(self, added: int) -> None:
+        """Counts memory that was added, and forgets the runs that were added to longest ago if there is too much."""
+        self._steps += added
+        while len(self._runs) > 1 and (len(self._runs) > _MOST_RUNS or self._steps > _MOST_STEPS):
+            self._steps -= self._runs.popitem(last=False)[1].size
 
     def view(self, run_id: str, steps: int) -> RanksResponse | None:
         """Compares the newest attempt's ranks over its newest steps; returns None if no step of the run is known."""
@@ -119,6 +146,28 @@ class _RankSteps:
         self.count, self.last = 0, -1
 
 
+class _StepHead(NamedTuple):
+    """A step of a rank, without its durations.
+
+    Attributes:
+        world_size: number of processes of the run.
+        first_unix_ns: a time that a step of the rank has, this one or an earlier one.
+        last_unix_ns: likewise, this one or a later one.
+        step: its number.
+    """
+
+    world_size: int
+    first_unix_ns: int
+    last_unix_ns: int
+    step: int
+
+
+def durations_of(frame: Frame) -> list[float]:
+    """Returns the durations of a step that are compared, in milliseconds; NaN where there is none."""
+    numbers = frame.numbers
+    return [np.nan if place is None else numbers[place] for place in _places(frame.names)]
+
+
 class _RunSteps:
     """The ranks of one run."""
 
@@ -134,7 +183,18 @@ class _RunSteps:
 
     def note(self, item: Item) -> bool:
         """Adds a frame; returns whether it belongs to the newest attempt of its rank."""
-        attempt, rank, frame = item.origin.attempt, item.origin.rank, item.frame
+        frame = item.frame
+        head = _StepHead(frame.run.world_size, frame.time_unix_ns, frame.time_unix_ns, frame.global_step)
+        return self.put(item.origin, head, durations_of(frame))
+
+    def last_of(self, origin: Origin) -> int:
+        """Returns the largest number of a step that is known of a rank in an attempt; -1 if there is none."""
+        of_rank = self._ranks.get(origin.rank)
+        return -1 if of_rank is None or of_rank.attempt != origin.attempt else of_rank.last
+
+    def put(self, origin: Origin, head: _StepHead, durations: Sequence[float]) -> bool:
+        """Adds a step; returns whether it belongs to the newest attempt of its rank."""
+        attempt, rank = origin.attempt, origin.rank
         of_rank = self._ranks.get(rank)
         if of_rank is None:
             of_rank = self._ranks[rank] = _RankSteps(self._new_row(), attempt)
@@ -144,10 +204,10 @@ class _RunSteps:
         elif of_rank.attempt > attempt:
             return False
         self._ranks.move_to_end(rank)
-        time_unix_ns, step = frame.time_unix_ns, frame.global_step
-        of_rank.world_size = frame.run.world_size
-        of_rank.first_unix_ns = min(of_rank.first_unix_ns or time_unix_ns, time_unix_ns)
-        of_rank.last_unix_ns = max(of_rank.last_unix_ns, time_unix_ns)
+        step = head.step
+        of_rank.world_size = head.world_size
+        of_rank.first_unix_ns = min(of_rank.first_unix_ns or head.first_unix_ns, head.first_unix_ns)
+        of_rank.last_unix_ns = max(of_rank.last_unix_ns, head.last_unix_ns)
         if step >= GUESSED_STEP:
             return True  # the number is guessed, so it matches no step of another rank
         row, width = of_rank.row, self._steps.shape[1]
@@ -159,8 +219,7 @@ class _RunSteps:
             of_rank.count += 1
             of_rank.last = max(of_rank.last, step)
             self._steps[row, slot] = step
-        numbers = frame.numbers
-        self._times[row, slot] = [np.nan if place is None else numbers[place] for place in _places(frame.names)]
+        self._times[row, slot] = durations
         return True
 
     def _clear(self, row: int) -> None:

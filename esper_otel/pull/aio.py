@@ -12,7 +12,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf.message import Message
 
-from esper_otel.errors import GatewayError, GatewayUnavailable, UnknownRun
+from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, UnknownRun
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
 from esper_otel.pull.client import (
@@ -69,11 +69,14 @@ class TamiyoClient:
         cursor: str | None = None,
         *,
         rank: int | None = None,
+        shard: tuple[int, int] | None = None,
         max_packets: int = 64,
         wait_s: float = 0.0,
     ) -> Page:
         """Returns the steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
-        request = pull_request(run_id, cursor, rank, max_packets, wait_s)
+        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard)
+        if shard is not None and self._several is not None:
+            raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
         if self._several is None:
             [gateway] = self._gateways.values()
             return page_of(run_id, await gateway.call("Pull", request, wait_s))

@@ -35,6 +35,7 @@ from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merg
 from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
 
 RETRY_S = 0.1
+_MOST_SHARDS = 1_000
 DEFAULT_PACKETS = 64
 ANSWERS: dict[str, Any] = {"Runs": RunsResponse, "Pull": PullResponse, "Ranks": RanksResponse, "Hours": HoursResponse}
 _WARNINGS = Warnings()
@@ -172,6 +173,7 @@ class TamiyoClient:
         cursor: str | None = None,
         *,
         rank: int | None = None,
+        shard: tuple[int, int] | None = None,
         max_packets: int = 64,
         wait_s: float = 0.0,
     ) -> Page:
@@ -179,8 +181,11 @@ class TamiyoClient:
 
         Args:
             run_id: the run.
-            cursor: ``Page.cursor`` of an earlier pull with the same rank; None begins with the oldest step stored.
+            cursor: ``Page.cursor`` of an earlier pull with the same rank and shard; None begins with the oldest step
+                stored.
             rank: return only this rank's steps; None returns those of all ranks, in order of release.
+            shard: ``(i, n)`` returns part ``i`` of ``n``, from 0 on, for controllers that share a large run. Each rank
+                is in one part. Only servers of a tier on Kafka have parts.
             max_packets: the maximum number of steps to return, up to 1000.
             wait_s: seconds to wait if there is no step yet, up to 60.
 
@@ -190,7 +195,9 @@ class TamiyoClient:
             GatewayUnavailable: the gateway did not answer in time.
             GatewayError: the gateway refused for another reason.
         """
-        request = pull_request(run_id, cursor, rank, max_packets, wait_s)
+        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard)
+        if shard is not None and self._several is not None:
+            raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
         if self._several is None:
             [gateway] = self._gateways.values()
             return page_of(run_id, gateway.call("Pull", request, wait_s))
@@ -385,7 +392,14 @@ def translated(error: Any, target: Target) -> GatewayError:
     return kind(f"gateway {target.address}: {reason}")
 
 
-def pull_request(run_id: str, cursor: str | None, rank: int | None, max_packets: int, wait_s: float) -> PullRequest:
+def pull_request(
+    run_id: str,
+    cursor: str | None,
+    rank: int | None,
+    max_packets: int,
+    wait_s: float,
+    shard: tuple[int, int] | None = None,
+) -> PullRequest:
     """Makes the request of a pull.
 
     Raises:
@@ -395,8 +409,12 @@ def pull_request(run_id: str, cursor: str | None, rank: int | None, max_packets:
         request = PullRequest(run_id=run_id, cursor=cursor or "", max_packets=max_packets, wait_s=wait_s)
         if rank is not None:
             request.rank = rank
+        if shard is not None:
+            request.shard, request.shards = shard
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"pull: {error}") from error
+    if shard is not None and (rank is not None or not request.shard < request.shards <= _MOST_SHARDS):
+        raise ConfigurationError(f"pull: shard={shard}: give (i, n) with i from 0 to n - 1, n up to 1000, and no rank")
     return request
 
 

@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cert-file", type=Path, metavar="FILE", help="the puller's own certificate, for mutual TLS")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="key of that certificate")
     parser.add_argument("--rank", type=_rank, metavar="N", help="one rank only (all)")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="part I of N, from 0 on, of a run on Kafka that controllers share",
+    )
     parser.add_argument("--cursor", metavar="TEXT", help="start after this cursor (at the oldest step stored)")
     parser.add_argument("--follow", action="store_true", help="wait for further steps, until Ctrl-C")
     parser.add_argument("--ranks", action="store_true", help="compare the run's ranks, instead of printing packets")
@@ -120,7 +126,9 @@ def _print_page(
     """Prints a page; returns the cursor to continue from, and the number of steps."""
     wait_s = _WAIT_S if options.follow else 0.0
     try:
-        page = client.pull(options.run_id, cursor, rank=options.rank, max_packets=_MOST, wait_s=wait_s)
+        page = client.pull(
+            options.run_id, cursor, rank=options.rank, shard=options.shard, max_packets=_MOST, wait_s=wait_s
+        )
     except StaleCursor as error:
         if not options.follow or cursor == options.cursor:
             raise
@@ -235,6 +243,13 @@ def as_json(packets: Packets) -> dict[str, Any]:
 
 def _as_dict(packet: Message) -> dict[str, Any]:
     return MessageToDict(packet, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part, such as 0/4")
+    return int(part), int(parts)
 
 
 def _rank(text: str) -> int:

@@ -78,6 +78,8 @@ class PullRequest(Message):
     rank: int
     max_packets: int
     wait_s: float
+    shard: int
+    shards: int
     def __init__(
         self,
         *,
@@ -86,6 +88,8 @@ class PullRequest(Message):
         rank: int | None = ...,
         max_packets: int = ...,
         wait_s: float = ...,
+        shard: int = ...,
+        shards: int = ...,
     ) -> None: ...
 
 class PullResponse(Message):

@@ -16,6 +16,7 @@ from programs import CONFIG, ROOT, built
 pytestmark = pytest.mark.collector
 
 SHIPPED = [("agent.yaml",), ("agent.yaml", "to-gateway.yaml"), ("gateway.yaml",)]
+SHIPPED += [("gateway.yaml", "to-kafka.yaml"), ("gateway.yaml", "to-kafka.yaml", "to-kafka-plain.yaml")]
 # What a component is called in a configuration, by its module's name.
 TYPES = {
     "otlpreceiver": "otlp",
@@ -23,6 +24,7 @@ TYPES = {
     "transformprocessor": "transform",
     "otlpexporter": "otlp_grpc",
     "otlphttpexporter": "otlp_http",
+    "kafkaexporter": "kafka",
     "loadbalancingexporter": "load_balancing",
     "prometheusexporter": "prometheus",
     "prometheusremotewriteexporter": "prometheus_remote_write",
@@ -38,6 +40,7 @@ def secrets(folder: Path) -> Mapping[str, str]:
     pair = authority.pair("tls")
     pair.certificate.rename(folder / "tls.crt")
     authority.certificate.rename(folder / "ca.crt")
+    (folder / "kafka-ca.crt").write_bytes((folder / "ca.crt").read_bytes())
     for name in ("agents.tokens", "esper-gateway.token", "prometheus.token", "token"):
         (folder / name).write_text("token\n", encoding="utf-8")
     return {

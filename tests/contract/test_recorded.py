@@ -28,6 +28,7 @@ pytestmark = pytest.mark.own_code
 
 RECORDED = Path(__file__).with_name("recorded.json.gz")
 _START_NS = 1_790_000_000_000_000_000
+_TICK_NS = 20_000_000
 _OWN = Metric("own.share", "ratio", "a share of the user's own")
 
 
@@ -67,19 +68,20 @@ class Probes:
 
 
 def session(patched: pytest.MonkeyPatch) -> Any:
-    """A session whose clock moves on by 20 ms each time that it is read, after all steps."""
+    """A session, after all steps; its clock moves on by 20 ms with each step."""
     import esper_otel
     from esper_otel.record import clock
 
-    ticks = iter(range(0, 10**15, 20_000_000))
+    elapsed_ns = 0
     patched.setattr(time, "time_ns", lambda: _START_NS)
-    patched.setattr(clock.Clock.__init__, "__kwdefaults__", {"wall_ns": time.time_ns, "steady_ns": lambda: next(ticks)})
+    patched.setattr(clock.Clock.__init__, "__kwdefaults__", {"wall_ns": time.time_ns, "steady_ns": lambda: elapsed_ns})
     settings = {"OTEL_METRICS_EXPORTER": "none", "ESPER_BLACK_BOX_FRAMES": "0", "ESPER_RUN_ATTEMPT": "3"}
     for name, value in settings.items():
         patched.setenv(name, value)
     telemetry = esper_otel.start(run_id="recorded", experiment="contract", metrics=[_OWN], device="cpu", epochs=4)
     telemetry._recorder._probing = Probes()
     for number, (values, rows, retired) in enumerate(steps()):
+        elapsed_ns += _TICK_NS
         if number == 16:
             telemetry.validation(loss=0.5, accuracy=0.75)
         for seed_id in retired:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class Trained:
     """What the attempts of a rank have spent, by their own account, in milliseconds."""
 
     def __init__(self, spool: Path, rank: int = 0) -> None:
-        self.spent = Counter[str]()
+        self.spent: defaultdict[str, float] = defaultdict(float)
         self.spool, self.rank = spool, rank
         self.began_ns = self.ended_ns = 0
 
@@ -167,7 +167,7 @@ def test_sent_again_nothing_counts_twice(tmp_path: Path, capsys: pytest.CaptureF
 def resend(collector: MemoryCollector, gateway: RunningGateway) -> None:
     """Sends everything that a collector has received, the last request first."""
     with gateway.channel() as channel:
-        export = channel.unary_unary("/opentelemetry.proto.collector.metrics.v1.MetricsService/Export")
+        export = channel.unary_unary("/opentelemetry.proto.collector.metrics.v1.MetricsService/Export", None, None)
         for request in reversed(collector.requests):
             export(request.SerializeToString(), timeout=60)
 

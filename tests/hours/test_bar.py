@@ -80,7 +80,7 @@ class Timeline:
     def _account(self, attempt: Attempt, *, is_first: bool) -> Account:
         self.totals, self.insides = Counter[str](), Counter[str]()
         self.phases: list[PhaseTimes] = []
-        steps = []
+        steps: list[StepTimes] = []
         self._spend("between_attempts", 0 if is_first else attempt.idle_ms)
         self._spend("start_up", attempt.start_up_ms)
         begun_ms, own_ms = self.now_ms - attempt.start_up_ms, attempt.start_up_ms

@@ -54,12 +54,13 @@ class HttpPort:
         self._answers = answers
         self._warnings = warnings
 
-    def application(self, hosts: Collection[str] | None, *, has_page: bool) -> web.Application:
+    def application(self, hosts: Collection[str] | None, *, has_page: bool, receives: bool = True) -> web.Application:
         """Makes the application that serves the paths.
 
         Args:
             hosts: accepted Host names in addition to the usual ones; None skips the check, since TLS verifies the name.
             has_page: whether to serve the live page at ``/``.
+            receives: whether OTLP is accepted.
         """
         core = self._core
 
@@ -70,8 +71,8 @@ class HttpPort:
             return await self._sent(request, handler)
 
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[bounded])
-        receiving = _Receiving(core, self._send_tokens, self._warnings)
-        app.router.add_post("/v1/metrics", receiving.metrics)
+        if receives:
+            app.router.add_post("/v1/metrics", _Receiving(core, self._send_tokens, self._warnings).metrics)
         app.router.add_get("/healthz", _text(lambda: (200, "ok\n")))
         ready = _text(lambda: (200, "ok\n") if core.is_ready else (503, "nothing can be stored\n"))
         app.router.add_get("/readyz", ready)

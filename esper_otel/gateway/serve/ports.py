@@ -63,7 +63,7 @@ class Gateway:
     Args:
         core: processes the requests.
         ports: where it listens.
-        receives: whether the gRPC port accepts OTLP.
+        receives: whether the ports accept OTLP.
 
     Attributes:
         grpc_address: ``host:port`` of the gRPC port, when it is open.
@@ -178,7 +178,7 @@ class Gateway:
     async def _open_http(self, address: str) -> None:
         port = HttpPort(self._core, self._ports.send_tokens, self._answers, self._warnings)
         hosts = None if self._certificates is not None else self._ports.hosts
-        app = port.application(hosts, has_page=self._ports.has_page)
+        app = port.application(hosts, has_page=self._ports.has_page, receives=self._receives)
         self._runner = runner_of(app, self._warnings, shutdown_timeout=_GRACE_S)
         await self._runner.setup()
         host, _, number = address.rpartition(":")

@@ -138,7 +138,7 @@ def locked(folder: Path) -> IO[bytes]:
     try:
         for name in (_LOCK, *(FILE + suffix for suffix in _SUFFIXES)):
             _check_ours(folder / name)
-        unix.lock_for_descriptor(lock)
+        unix.lock_for_descriptor(lock.fileno())
     except BlockingIOError:
         lock.close()
         raise ConfigurationError(f"--store {folder}: another gateway is using it") from None

@@ -99,6 +99,7 @@ def test_phases_may_be_torn_apart_repeated_and_turned_around(core: Core) -> None
     request = ExportMetricsServiceRequest.FromString(whole)
     for metric in reversed(request.resource_metrics[0].scope_metrics[0].metrics):
         points = metric.WhichOneof("data")
+        assert points
         for index in (1, 0):
             part = ExportMetricsServiceRequest()
             part.CopyFrom(request)

@@ -457,7 +457,7 @@ def checked() -> Iterator[dict[str, Checked]]:
                     "OTEL_EXPORTER_OTLP_ENDPOINT": between.address,
                     "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
                 }
-                [stage] = run_through(ReadBack(None, gateway.grpc, timeout_s=patience(8.0)), environ=environ)
+                [stage, *_] = run_through(ReadBack(None, gateway.grpc, timeout_s=patience(8.0)), environ=environ)
                 between.flush()
                 return Checked(stage, between.bodies)
 

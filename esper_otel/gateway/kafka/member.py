@@ -1,0 +1,491 @@
+"""Member: one of a group that share the partitions of ``esper.otlp``, and make frames of what is in them.
+
+A member reads some requests, puts frames together, and commits in one transaction the frames, the states of their
+writers and the offsets up to which the requests are used up. Whatever ends it, another member goes on from there: no
+step is lost, and none is there twice.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from esper_otel.errors import EsperOtelError
+from esper_otel.gateway.kafka.connection import (
+    MOST_RECORD_BYTES,
+    REFUSALS,
+    SESSION_MS,
+    BrokerFault,
+    Connection,
+    MemberEnds,
+    meaning,
+)
+from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
+from esper_otel.gateway.kafka.shard import Committed, Poisoned, Received, Shard
+from esper_otel.gateway.kafka.tail import TailReader, value_of
+from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
+from esper_otel.gateway.limits import Limits
+from esper_otel.log import Warnings, announce
+
+# How long requests are collected before they are used: each time costs a transaction.
+_COLLECT_S = 0.03
+_MOST_RECORDS = 2_000
+_MOST_IDLE_S = 0.5
+_STATES_EVERY_S = 5.0
+_TIDY_EVERY_S = 60.0
+_LAG_EVERY_S = 1.0
+_AGAIN_S = 1.0
+_TRANSACTION_S = 30.0
+_WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
+_HEARTBEATS = 5  # within a session
+
+
+@dataclass(frozen=True, slots=True)
+class MemberOptions:
+    """How a member works.
+
+    Attributes:
+        name: its own name in the group; after a restart under the same name it goes on with the same partitions.
+        limits: limits on senders; for members, there is room for more ranks in any case.
+        hold_s: how long a frame waits for points, or for frames before it.
+        linger_s: how long a frame without a point count waits for further points.
+        idle_s: after so long without a step, a writer is forgotten.
+    """
+
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    hold_s: float = 2.0
+    linger_s: float = 0.05
+    idle_s: float = 24 * 3600.0
+
+
+class _BeginAnew(Exception):
+    """The transaction failed, or partitions were lost: what was not committed is read again."""
+
+
+class Member:
+    """Works until it is told to stop. Threads: ``run`` blocks one; everything else may be called from others.
+
+    Args:
+        connection: the way to the brokers.
+        tier: the topics.
+        options: how it works.
+
+    Attributes:
+        counts: what it has done, by name.
+        rejected: points that were refused for good, by reason.
+    """
+
+    def __init__(self, connection: Connection, tier: Tier, options: MemberOptions) -> None:
+        self._connection, self._tier, self._options = connection, tier, options
+        self._limits = replace(
+            options.limits,
+            runs=max(_WRITERS, options.limits.runs),
+            kept_bytes=_KEPT_BYTES // tier.partitions,
+            waiting_points=_WAITING_POINTS // tier.partitions,
+        )
+        self._stop = threading.Event()
+        self._shards: dict[int, Shard] = {}
+        self._states_s = self._tidied_s = time.monotonic()
+        self._cycle_s = -math.inf
+        self._warnings = Warnings()
+        self._has_joined = False
+        self._lag, self._lag_s = 0, 0.0
+        self._is_leaving = False
+        self._fault: EsperOtelError | KafkaException | None = None
+        self._ended_counts: Counter[str] = Counter()
+        self._ended_rejected: Counter[str] = Counter()
+        self._own: Counter[str] = Counter()
+
+    # -- its life ----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Works until ``stop``.
+
+        Raises:
+            BrokerFault: it cannot go on; the message says what to do.
+            ConfigurationError: the topics have changed.
+        """
+        while not self._stop.is_set():
+            try:
+                self._live()
+            except (MemberEnds, UnknownForm):
+                raise
+            except (_BeginAnew, BrokerFault) as reason:
+                self._begin_anew(str(reason))
+            except KafkaException as error:
+                fault = error.args[0]
+                if fault.code() in REFUSALS:
+                    raise MemberEnds(f"Kafka at {self._connection.brokers}: {meaning(fault)}") from None
+                self._begin_anew(meaning(fault))
+
+    def _begin_anew(self, reason: str) -> None:
+        self._own["restarts"] += 1
+        self._warnings.say("anew", "%s; the member goes on from what is committed", reason)
+        self._stop.wait(_AGAIN_S)
+
+    def stop(self) -> None:
+        """Lets ``run`` end, after the transaction it is in."""
+        self._stop.set()
+
+    def _live(self) -> None:
+        """Joins the group and works; ends when it is told to, or by an exception."""
+        self._drop(self._shards)
+        self._is_leaving, self._fault = False, None
+        name, topics = self._options.name, self._tier.topics
+        self._tail = TailReader(self._connection)
+        self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}")
+        self._consumer: Consumer = self._connection.consumer(
+            **{
+                "group.id": group_of(self._tier),
+                "group.instance.id": name,
+                "session.timeout.ms": SESSION_MS,
+                "heartbeat.interval.ms": SESSION_MS // _HEARTBEATS,
+                "partition.assignment.strategy": "cooperative-sticky",
+            }
+        )
+        try:
+            self._producer.init_transactions(_TRANSACTION_S)
+            self._begin_tier()
+            self._consumer.subscribe(
+                [topics.otlp], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
+            )
+            while not self._stop.is_set():
+                self._cycle()
+            if self._shards:
+                self._write([], [], of_all=True)
+        finally:
+            self._is_leaving = True
+            self._drop(self._shards)
+            self._has_joined = False
+            self._consumer.close()
+            self._tail.close()
+
+    def _begin_tier(self) -> None:
+        """Compares the tier with what was kept of it, and keeps it if it is new."""
+        kept = None
+        for message in self._tail.read(self._tier.topics.runs, 0):
+            if message.key() == TIER_KEY:
+                kept = value_of(message)
+        check_unchanged(self._tier, kept)
+        if kept is None:
+            self._producer.begin_transaction()
+            self._producer.produce(self._tier.topics.runs, tier_bytes(self._tier), TIER_KEY, partition=0)
+            self._producer.commit_transaction(_TRANSACTION_S)
+
+    # -- partitions --------------------------------------------------------------------------------------
+
+    def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if self._is_leaving:
+            return
+        self._has_joined = True
+        try:
+            for place in consumer.committed(partitions, _TRANSACTION_S):
+                self._shards[place.partition] = self._restored(consumer, place)
+            consumer.incremental_assign(partitions)
+        except (EsperOtelError, KafkaException) as error:  # librdkafka's own code lies between here and _cycle
+            self._fault = error
+            return
+        if partitions:
+            announce("kafka member", f"works on partitions {', '.join(map(str, sorted(self._shards)))}")
+
+    def _restored(self, consumer: Consumer, place: TopicPartition) -> Shard:
+        """Returns a shard with the state that the topics have, and sets nothing else."""
+        partition, topics, options = place.partition, self._tier.topics, self._options
+        shard = Shard(partition, limits=self._limits, hold_s=options.hold_s, linger_s=options.linger_s)
+        states = {}
+        for message in self._tail.read(topics.runs, partition):
+            key, value = message.key(), value_of(message)
+            if key == TIER_KEY or key is None:
+                continue
+            if value:
+                states[key] = state_of(key, value)
+            else:
+                states.pop(key, None)
+        committed = Committed.of(place.offset, place.metadata or "")
+        first = OFFSET_BEGINNING if committed is None else committed.first
+        shard.buried = [] if committed is None else list(committed.buried)
+        blocks = []
+        begins = None
+        for message in self._tail.read(topics.frames, partition, first):
+            begins = message.offset() if begins is None else begins
+            blocks.append(block_of(message.key() or b"", value_of(message)))
+        end = self._tail.end
+        shard.restore(states.values(), blocks, (end if begins is None else begins, end), time.monotonic())
+        if place.offset >= 0:
+            low, _ = consumer.get_watermark_offsets(TopicPartition(topics.otlp, partition), timeout=_TRANSACTION_S)
+            if low > place.offset:
+                self._own["expired_records"] += low - place.offset
+                self._warnings.say(
+                    f"expired {partition}",
+                    "%d records of %s expired before a member read them",
+                    low - place.offset,
+                    topics.otlp,
+                )
+        return shard
+
+    def _revoked(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._drop([place.partition for place in partitions])
+
+    def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._own["lost_sessions"] += 1
+        self._revoked(consumer, partitions)
+
+    def _drop(self, partitions: Sequence[int] | Mapping[int, Shard]) -> None:
+        for partition in list(partitions):
+            shard = self._shards.pop(partition, None)
+            if shard is not None:
+                self._ended_counts.update(shard.counts)
+                self._ended_rejected.update(shard.rejected)
+
+    # -- work --------------------------------------------------------------------------------------------
+
+    def _cycle(self) -> None:
+        """Uses what has arrived within a short time, in one transaction."""
+        messages = self._consumer.consume(_MOST_RECORDS, self._patience_s())
+        self._check_name()
+        if self._fault is not None:
+            raise self._fault
+        self._cycle_s = now_s = time.monotonic()
+        records: dict[int, list[Received]] = {}
+        for message in messages:
+            error = message.error()
+            if error is None:
+                _, time_ms = message.timestamp()
+                received = Received(message.offset() or 0, max(time_ms, 0) * 10**6, message.key(), value_of(message))
+                records.setdefault(message.partition() or 0, []).append(received)
+            else:
+                self._check(error)
+        poisoned: list[tuple[int, Poisoned]] = []
+        for partition, some in records.items():
+            poisoned += [(partition, each) for each in self._shards[partition].take(some, now_s)]
+        of_all = now_s - self._states_s > _STATES_EVERY_S
+        is_due = any(due_s is not None and due_s <= now_s for due_s in self._due())
+        if records or is_due or of_all:
+            self._write(list(records) if not (is_due or of_all) else list(self._shards), poisoned, of_all=of_all)
+        if now_s > self._lag_s:
+            self._lag_s = now_s + _LAG_EVERY_S
+            self._note_lag()
+        if now_s - self._tidied_s > _TIDY_EVERY_S:
+            self._tidied_s = now_s
+            self._tidy()
+
+    def _patience_s(self) -> float:
+        """Returns how long to wait for requests: while frames wait, no longer than until one is due."""
+        now_s = time.monotonic()
+        due_s = min((due_s for due_s in self._due() if due_s is not None), default=now_s + _COLLECT_S)
+        return min(max(due_s - now_s, 0.001), _COLLECT_S)
+
+    def _due(self) -> list[float | None]:
+        return [shard.due() for shard in self._shards.values()]
+
+    def _check(self, error: KafkaError) -> None:
+        """Raises if an error of the consumer means that it cannot go on."""
+        self._connection.note_name(error)
+        self._check_name()
+        if error.code() in REFUSALS:
+            raise MemberEnds(f"Kafka at {self._connection.brokers}: {meaning(error)}")
+        if error.fatal() or error.code() == KafkaError._FATAL:  # noqa: SLF001 - public, but for its name
+            raise _BeginAnew(meaning(error))
+        self._warnings.say(f"consumer {error.name()}", "%s", meaning(error))
+
+    def _check_name(self) -> None:
+        """Raises if another member has this one's name."""
+        if self._connection.is_name_taken:
+            raise MemberEnds(
+                f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
+            )
+
+    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, Poisoned]], *, of_all: bool) -> None:
+        """Writes frames, states and offsets in one transaction."""
+        producer, topics = self._producer, self._tier.topics
+        now_s = time.monotonic()
+        records: list[tuple[str, int, bytes, bytes, Callable[..., None] | None]] = []
+        offsets: list[TopicPartition] = []
+        for partition in partitions or list(self._shards):
+            shard = self._shards.get(partition)
+            if shard is None:
+                continue
+            records += [
+                (topics.frames, partition, key_of(block.origin), block_bytes(block), _noting(shard))
+                for block in shard.release(now_s)
+            ]
+            records += [
+                (topics.runs, partition, key_of(known.state.origin), state_bytes(known), None)
+                for known in shard.states(of_all=of_all)
+            ]
+            committed = shard.committed()
+            if committed is not None and committed != shard.written:
+                shard.written = committed
+                offsets.append(TopicPartition(topics.otlp, partition, committed.offset, committed.metadata))
+        if of_all:
+            self._states_s = now_s
+        if not (records or offsets or poisoned):
+            return
+        try:
+            producer.begin_transaction()
+            for topic, partition, key, value, noting in records:
+                self._produce(topic, partition, key, value, noting)
+            for partition, each in poisoned:
+                self._bury(partition, each)
+            if offsets:
+                producer.send_offsets_to_transaction(offsets, self._consumer.consumer_group_metadata(), _TRANSACTION_S)
+            self._commit()
+        except (KafkaException, BufferError) as error:
+            self._failed(error)
+        self._own["transactions"] += 1
+
+    def _failed(self, error: KafkaException | BufferError) -> NoReturn:
+        """Aborts the transaction after an error."""
+        self._abort()
+        until_s = time.monotonic() + 2 * SESSION_MS / _HEARTBEATS / 1000
+        if isinstance(error, KafkaException) and error.args[0].fatal():
+            while time.monotonic() < until_s:  # has another one its name, or was it only silent for too long?
+                message = self._consumer.poll(0.1)
+                fault = None if message is None else message.error()
+                if fault is not None:
+                    self._connection.note_name(fault)
+                self._check_name()
+        if isinstance(error, KafkaException) and error.args[0].code() in REFUSALS:
+            raise MemberEnds(f"Kafka at {self._connection.brokers}: {_text(error)}") from None
+        raise _BeginAnew(f"a transaction failed: {_text(error)}") from None
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                self._producer.commit_transaction(_TRANSACTION_S)
+            except KafkaException as error:
+                if not error.args[0].retriable():
+                    raise
+            else:
+                return
+
+    def _produce(
+        self, topic: str, partition: int, key: bytes, value: bytes, noting: Callable[..., None] | None, **headers: Any
+    ) -> None:
+        while True:
+            try:
+                self._producer.produce(topic, value, key, partition=partition, on_delivery=noting, **headers)
+            except BufferError:
+                self._producer.poll(0.1)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                    raise
+                self._own["too_large"] += 1
+                message = "a record for %s of %d bytes is larger than %d: it is left out, and pullers see a gap"
+                self._warnings.say("too large", message, topic, len(value), MOST_RECORD_BYTES)
+                return
+            else:
+                return
+
+    def _bury(self, partition: int, poisoned: Poisoned) -> None:
+        """Keeps a record that cannot be used in the topic for such records."""
+        self._own["poisoned"] += 1
+        record, topics = poisoned.record, self._tier.topics
+        message = "record %d of %s, partition %d, cannot be used: %s; it is kept in %s"
+        self._warnings.say("poisoned", message, record.offset, topics.otlp, partition, poisoned.reason, topics.dead)
+        headers = [
+            ("esper.topic", topics.otlp.encode()),
+            ("esper.partition", f"{partition}".encode()),
+            ("esper.offset", f"{record.offset}".encode()),
+            ("esper.reason", poisoned.reason.encode(errors="replace")),
+        ]
+        self._produce(topics.dead, -1, record.key or b"", record.value, None, headers=headers)
+
+    def _abort(self) -> None:
+        self._own["aborts"] += 1
+        try:
+            self._producer.abort_transaction(_TRANSACTION_S)
+        except KafkaException as error:
+            self._warnings.say(
+                "abort", "a transaction could not be ended: %s; the brokers end it", meaning(error.args[0])
+            )
+
+    def _tidy(self) -> None:
+        """Forgets writers that have been silent for very long, also in the topic of states."""
+        oldest_unix_ns = time.time_ns() - int(self._options.idle_s * 1e9)
+        gone = [
+            (partition, origin) for partition, shard in self._shards.items() for origin in shard.idle(oldest_unix_ns)
+        ]
+        if not gone:
+            return
+        try:
+            self._producer.begin_transaction()
+            for partition, origin in gone:
+                self._producer.produce(self._tier.topics.runs, None, key_of(origin), partition=partition)
+            self._commit()
+        except (KafkaException, BufferError) as error:
+            self._failed(error)
+
+    # -- state -------------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has joined the group and has been at work lately."""
+        return self._has_joined and time.monotonic() - self._cycle_s < 30.0
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What it has done, by name."""
+        total = self._ended_counts + self._own
+        for shard in list(self._shards.values()):
+            total.update(shard.counts)
+        return total
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Points that were refused for good, by reason."""
+        total = Counter(self._ended_rejected)
+        for shard in list(self._shards.values()):
+            total.update(shard.rejected)
+        return total
+
+    def gauges(self) -> dict[str, float]:
+        """Returns its current values, by name."""
+        shards = list(self._shards.values())
+        return {
+            "partitions": len(shards),
+            "writers": sum(shard.writers for shard in shards),
+            "missing_steps": sum(shard.missing() for shard in shards),
+            "lag_records": self._lag,
+        }
+
+    def _note_lag(self) -> None:
+        """Notes how many records have not been read yet."""
+        lag = 0
+        for partition in list(self._shards):
+            place = TopicPartition(self._tier.topics.otlp, partition)
+            try:
+                _, high = self._consumer.get_watermark_offsets(place, cached=True)
+                (at,) = self._consumer.position([place])
+            except (KafkaException, RuntimeError):
+                continue
+            if at.offset >= 0 and high >= 0:
+                lag += max(high - at.offset, 0)
+        self._lag = lag
+
+
+def group_of(tier: Tier) -> str:
+    """Returns the name of the consumer group of a tier's members."""
+    return f"{tier.topics.otlp.rpartition('.')[0]}-gateway"
+
+
+def _noting(shard: Shard) -> Callable[[Any, Any], None]:
+    """Returns what notes where the topic of frames ends."""
+
+    def note(error: Any, message: Any) -> None:
+        if error is None:
+            shard.end = max(shard.end, message.offset() + 1)
+
+    return note
+
+
+def _text(error: Exception) -> str:
+    return meaning(error.args[0]) if isinstance(error, KafkaException) else str(error)

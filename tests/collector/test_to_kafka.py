@@ -1,0 +1,48 @@
+"""The collector's exporter in front of a tier on Kafka: a process is a key and a partition, and its steps arrive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from programs import Collector, until
+from tiers import Puller, Tier, broker
+
+import esper_otel
+from esper_otel import EsperSettings
+
+__all__ = ["broker"]
+pytestmark = pytest.mark.collector
+
+
+def test_steps_reach_pullers_through_the_collector(
+    broker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the shipped files."""
+    tier = Tier(broker)
+    configs = ("agent.yaml", "to-kafka.yaml", "to-kafka-plain.yaml")
+    collector = Collector(tmp_path, *configs, ESPER_KAFKA=broker, ESPER_KAFKA_TOPICS=tier.prefix)
+    with collector, tier.member("one"), tier.server() as server:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{collector.grpc}")
+        for rank in range(3):
+            fast = EsperSettings(export_every_s=0.05)
+            with esper_otel.start(run_id="through", rank=rank, world_size=3, settings=fast) as telemetry:
+                for step in range(1, 31):
+                    with telemetry.step(epoch=0) as now:
+                        now.put(loss=rank * 1e6 + step)
+        puller = Puller("through", [server])
+        puller.pull(90)
+        assert puller.losses == {rank: [rank * 1e6 + step for step in range(1, 31)] for rank in range(3)}
+        until("the end", lambda: _ended(server.grpc) == "completed")
+    places: dict[int, set[tuple[bytes, int]]] = {}
+    for record in tier.records("otlp"):
+        (of_process,) = ExportMetricsServiceRequest.FromString(record.value()).resource_metrics
+        rank = next(each.value.int_value for each in of_process.resource.attributes if each.key == "esper.rank")
+        places.setdefault(rank, set()).add((record.key(), record.partition()))
+    assert [len(each) for each in places.values()] == [1, 1, 1]
+
+
+def _ended(address: str) -> str | None:
+    with esper_otel.TamiyoClient(address) as client:
+        return client.ended("through")

@@ -1,0 +1,202 @@
+"""A shard in a simulated log: wherever a member dies, the next one makes what has not been made, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
+from wire import encoder
+
+from esper_otel import StaleCursor
+from esper_otel.frames.encoded import frames_to_bytes
+from esper_otel.frames.frame import Frame
+from esper_otel.frames.ring import blocks_of
+from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
+from esper_otel.gateway.kafka.records import (
+    Block,
+    Released,
+    UnknownForm,
+    block_bytes,
+    block_of,
+    key_of,
+    merged_state,
+    state_bytes,
+    state_of,
+)
+from esper_otel.gateway.kafka.shard import Committed, Received, Shard
+from esper_otel.gateway.limits import Limits
+from esper_otel.schema import Stage
+
+STEPS, RANKS = 24, 3
+
+
+class Log:
+    """What the topics have of one partition, and the member that works on it."""
+
+    def __init__(self, requests: list[bytes]) -> None:
+        self.requests = requests
+        self.frames: list[tuple[bytes, bytes]] = []
+        self.states: dict[bytes, bytes] = {}
+        self.committed: Committed | None = None
+        self.now_s = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """A member takes the partition over."""
+        self.shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
+        self.read, first, _ = self.committed or Committed(0, 0)
+        blocks = [block_of(*record) for record in self.frames[first:]]
+        states = [state_of(*record) for record in self.states.items()]
+        self.shard.restore(states, blocks, (first, len(self.frames)), self.now_s)
+
+    def work(self, count: int, *, of_all: bool, dies: bool, waits_s: float = 0.01) -> None:
+        """Takes some records; if it dies before the end of the transaction, nothing of it is there."""
+        self.now_s += waits_s
+        some = range(self.read, min(self.read + count, len(self.requests)))
+        records = [Received(offset, TIME_UNIX_NS + offset, b"", self.requests[offset]) for offset in some]
+        assert not self.shard.take(records, self.now_s)
+        self.read += len(records)
+        blocks = [(key_of(block.origin), block_bytes(block)) for block in self.shard.release(self.now_s)]
+        states = {key_of(each.state.origin): state_bytes(each) for each in self.shard.states(of_all=of_all)}
+        committed = self.shard.committed()
+        if dies:
+            self.begin()
+            return
+        self.frames += blocks
+        self.states |= states
+        self.committed = committed or self.committed
+        self.shard.end = len(self.frames)
+
+    def items(self) -> list[Item]:
+        """All frames, in order."""
+        return [released.item for record in self.frames for released in block_of(*record).frames]
+
+
+def step_of(rank: int, step: int) -> Frame:
+    seeds = seed_table({"seed-1": {"stage": Stage.TRAINING, "alpha": step / 100}}) if step % 3 else seed_table({})
+    run = replace(RUN, rank=rank)
+    times = {"sequence": step, "global_step": step, "time_unix_ns": TIME_UNIX_NS + step * 10**6}
+    return make_frame(run=run, **times, recorded={"loss": rank * 1e6 + step}, seeds=seeds, live=seeds)
+
+
+def requests(seed: int) -> list[bytes]:
+    """Those of all ranks: some late, some twice."""
+    chance = random.Random(seed)
+    encoders = [encoder(f"process-{rank}") for rank in range(RANKS)]
+    made = []
+    for step in range(1, STEPS + 1):
+        for rank in range(RANKS):
+            body = b"".join(each.body for each in encoders[rank].requests(blocks_of([step_of(rank, step)])))
+            at = step * RANKS + rank
+            made.append((at + chance.choice((0, 0, 0, 4)), body))
+            if chance.random() < 0.1:
+                made.append((at + 3, body))
+    return [body for _, body in sorted(made, key=lambda each: each[0])]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_step_is_there_once_whenever_members_die(seed: int) -> None:
+    """Compared with a member that does not die: the same frames, with the same numbers, in order for each rank."""
+    log, calm = Log(requests(seed)), Log(requests(seed))
+    chance = random.Random(seed)
+    while calm.read < len(calm.requests):
+        calm.work(4, of_all=False, dies=False)
+    calm.work(0, of_all=True, dies=False, waits_s=5)
+    deaths = 0
+    while log.read < len(log.requests):
+        dies = chance.random() < 0.3
+        log.work(chance.randint(0, 6), of_all=chance.random() < 0.3, dies=dies)
+        deaths += dies
+        if chance.random() < 0.2:  # between two transactions
+            log.begin()
+    log.work(0, of_all=True, dies=False, waits_s=5)
+    assert deaths
+    for rank in range(RANKS):
+        frames, expected = ([item.frame for item in each.items() if item.origin.rank == rank] for each in (log, calm))
+        assert [frame.sequence for frame in frames] == [*range(1, STEPS + 1)]
+        assert frames_to_bytes(frames) == frames_to_bytes(expected)
+    numbers = [number for record in log.frames for number in _numbers(block_of(*record))]
+    assert numbers == [*range(1, STEPS * RANKS + 1)]
+    assert {state_of(*record).state.missing for record in log.states.items()} == {0}
+    assert {state_of(*record).counts.writer for record in log.states.items()} == {STEPS}
+
+
+def _numbers(block: Block) -> range:
+    return range(block.of_run, block.of_run + len(block.frames))
+
+
+def test_a_poisoned_record_costs_no_other() -> None:
+    log = Log(requests(1)[:6])
+    good = [Received(offset, 1, b"", body) for offset, body in enumerate(log.requests)]
+    bad = Received(6, 1, b"key", b"\x0a\xff\xff")
+    poisoned = log.shard.take([*good[:3], bad, *good[3:]], 1.0)
+    assert [each.record for each in poisoned] == [bad]
+    assert "Malformed" in poisoned[0].reason
+    assert sum(len(block.frames) for block in log.shard.release(9.0)) == len({*log.requests})
+    committed = Committed(5, 3, (6,))
+    assert Committed.of(5, committed.metadata) == committed
+    assert Committed.of(5, "by another program") is None
+    next_one = Log(log.requests).shard
+    next_one.buried = [6]
+    assert next_one.take([bad], 1.0) == []
+
+
+def test_records_say_what_they_are() -> None:
+    """Each byte that is missing, and a newer version, is noticed."""
+    origin = Origin("run", 2, 3, "writer")
+    place = Place(
+        origin,
+        8,
+        1,
+        2,
+        says_step=True,
+        says_epoch=False,
+        holes=((3, 5),),
+        ends=((9, "seed", 1),),
+        host="h",
+        validation_loss=0.5,
+    )
+    frame = step_of(1, 7)
+    block = Block(
+        [Released(Item(origin, frame, 2, True, 11), 0.5), Released(Item(origin, frame, 1, False, 12, 3), None)],
+        4,
+        5,
+        place,
+    )
+    value = block_bytes(block)
+    assert block_bytes(block_of(key_of(origin), value)) == value
+    assert [each.item[2:] for each in block_of(key_of(origin), value).frames] == [(2, True, 11, 0), (1, False, 12, 3)]
+    assert block_of(key_of(origin), value).place == place
+    for length in range(len(value)):
+        with pytest.raises(UnknownForm):
+            block_of(key_of(origin), value[:length])
+    with pytest.raises(UnknownForm, match="a newer esper-otel has written it"):
+        block_of(key_of(origin), b"\x02" + value[1:])
+    with pytest.raises(UnknownForm, match="not the key of a writer"):
+        block_of(b'["run"]', value)
+
+
+def test_counts_go_on_after_a_takeover() -> None:
+    origin = Origin("run", 0, 0)
+    before = RunState(origin, 1, "", 3, 9, 0, 0, differing=2, too_late=1, incomplete=4, first_time_unix_ns=5)
+    after = merged_state(RunState(origin, 1, "", 8, 12, 0, 0, too_late=1, incomplete=1, first_time_unix_ns=7), before)
+    assert (after.first_step, after.last_step, after.first_time_unix_ns) == (3, 12, 5)
+    assert (after.differing, after.too_late, after.incomplete) == (2, 2, 4)
+
+
+def test_cursors_name_topics_ranks_and_places() -> None:
+    stands = {3: Stand(17, 2, 40), 11: Stand(0, 0, 0)}
+    for wanted in (Wanted(), Wanted(5), Wanted(None, 1, 4)):
+        text = cursor_text("Abc9", wanted, stands)
+        assert cursor_stands(text, "Abc9", wanted) == stands
+        assert cursor_stands("", "Abc9", wanted) == {}
+        with pytest.raises(StaleCursor, match="earlier topics"):
+            cursor_stands(text, "Other", wanted)
+        with pytest.raises(StaleCursor, match="this cursor came from pulling"):
+            cursor_stands(text, "Abc9", Wanted(6))
+    for wrong in ("693e60af::50", "k1-Abc9::3.1", "k1-Abc9::3.1.2.3,,", "x" * 300_000):
+        with pytest.raises(StaleCursor, match="was not issued by this gateway"):
+            cursor_stands(wrong, "Abc9", Wanted())
