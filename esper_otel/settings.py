@@ -20,6 +20,8 @@ PREFIX = "ESPER_"
 # Variables that name a run, and the beginnings of those that other programs of a deployment read.
 _NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT")
 _OF_OTHERS = ("GATEWAY", "GRAFANA", "LEYLINE_", "OONA_", "OTEL", "PROMETHEUS_", "TIER", "TOOLS_")
+# "tf32" is float32 whose products the tensor cores compute.
+COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "float16", "float8")
 _BOOLEANS = {
     **dict.fromkeys(("1", "on", "t", "true", "y", "yes"), True),
     **dict.fromkeys(("0", "off", "f", "false", "n", "no"), False),
@@ -99,6 +101,16 @@ def _positive(value: Any) -> float:
     if number <= 0:
         raise ValueError("Input should be greater than 0")
     return number
+
+
+def _positive_or_none(value: Any) -> float | None:
+    return None if value is None else _positive(value)
+
+
+def _dtype(value: Any) -> str:
+    if value not in ("", *COMPUTE_DTYPES):
+        raise ValueError(f"Input should be one of {', '.join(COMPUTE_DTYPES)}")
+    return str(value)
 
 
 def _path(value: Any) -> Path | None:
@@ -337,6 +349,17 @@ class EsperSettings(_Settings):
         default=1.0,
         read=_number(0.01, 3600),
         meaning="Time between two samples of a hardware probe, in seconds.",
+    )
+    peak_tflops: float | None = _setting(
+        default=None,
+        read=_positive_or_none,
+        meaning="Highest rate of the training device in TFLOP/s, for `esper.mfu`; by default from the table of "
+        "[throughput](throughput.md).",
+    )
+    compute_dtype: str = _setting(
+        default="",
+        read=_dtype,
+        meaning="Dtype of the matrix products, for that table: `float32`, `tf32`, `bfloat16`, `float16` or `float8`.",
     )
     flush_signals: str = _setting(
         default="",

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from hypothesis import strategies as st
 
+from esper_otel.frames import records
 from esper_otel.frames.block import Block, Chunk
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_SEEDS, WIDTH, Frame, Run, SeedTable
 from esper_otel.frames.layout import Layout
 from esper_otel.frames.live_seeds import LiveSeeds
-from esper_otel.frames.records import RecordWriter
+from esper_otel.frames.records import RecordWriter, StoredContext
 from esper_otel.frames.ring import Ring
 from esper_otel.schema import OWN_STEP, SEED_FIELDS, STEP_METRICS, Stage
 
@@ -81,7 +82,23 @@ def records_of(writer: RecordWriter, frames: Sequence[Frame]) -> list[bytes]:
     ring.last = frames[0].sequence - 1 if frames else 0
     for frame in frames:
         append(ring, frame)
-    return [writer.record(chunk, row) for chunk in ring._chunks for row in range(chunk.rows)]
+    return [writer.row(chunk, row) for chunk in ring._chunks for row in range(chunk.rows)]
+
+
+def taken_apart(content: bytes) -> list[bytes]:
+    """The contents of the records of a file, or of a block of a store."""
+    return [content[start:end] for start, end in records._records(content, StoredContext())]
+
+
+def sealed(contents: Sequence[bytes]) -> bytes:
+    """Records with these contents and right checksums: what another program could write."""
+    return b"".join(map(records._record, contents))
+
+
+def block_of(frames: Sequence[Frame]) -> bytes:
+    """A block of a gateway's store with these frames."""
+    writer = RecordWriter()
+    return b"".join(map(writer.frame, frames))
 
 
 def rows_in(chunk: Chunk) -> list[object]:

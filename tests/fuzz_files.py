@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import gzip
 import io
 import json
 import logging
@@ -23,15 +22,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from frame_examples import make_frame, records_of, seed_table
+from frame_examples import make_frame, records_of, sealed, seed_table, taken_apart
 from fuzz_stores import fuzz_store
+from opentelemetry.sdk.resources import Resource
 
 from esper_otel.cli import main
 from esper_otel.export.encode import BesideFrames, Encoder
 from esper_otel.export.resource import resources
 from esper_otel.export.streams import Streams
-from esper_otel.frames import black_box as blackbox
-from esper_otel.frames import records
+from esper_otel.frames import black_box, records
 from esper_otel.frames.layout import HEAD
 from esper_otel.frames.records import RecordWriter, StoredContext, chunks_in
 from esper_otel.schema import METRICS, Metric, Stage
@@ -85,15 +84,15 @@ ATTRIBUTES = {
 
 
 def honest_box() -> list[Any]:
-    """A head and rows, as a session writes them."""
-    head = {"esper_otel": 1, "run_id": "run", "attempt": 1, "rank": 0, "world_size": 2, "experiment": "e"}
+    """What a box is about, and its steps."""
+    head = {"esper_otel": "0.1.0", "run_id": "run", "attempt": 1, "rank": 0, "world_size": 2, "experiment": "e"}
     rows = [
         {
             "step": step,
             "epoch": step // 8,
             "time_unix_ns": 1_790_000_000_000_000_000 + step,
             "values": {"loss": 1 / step, "gradient_norm": 1.0, "input_wait_ms": 2.0, "step_latency_ms": 9.0, "own": 1.0}
-            | ({"loss": "NaN", "hook_latency_ms": "Infinity"} if step == 20 else {}),
+            | ({"loss": float("nan"), "hook_latency_ms": float("inf")} if step == 20 else {}),
             "seeds": {"seed-1": {"stage": 1.0 + step // 10, "alpha": 0.5, "last_kernel_latency_ms": 20.0}},
             "retired": ["seed-2"] if step == 7 else [],
         }
@@ -136,25 +135,33 @@ def mutated_bytes(luck: random.Random, content: bytes) -> bytes:
     return bytes(body)
 
 
-def box_bytes(lines: list[Any]) -> bytes:
-    """A box with these lines."""
-    return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode(), 1)
+def box_bytes(box: list[Any]) -> bytes:
+    """A box with this content: what it is about, and steps."""
+    frames = [
+        make_frame(
+            sequence=sequence,
+            global_step=row["step"],
+            epoch=row["epoch"],
+            time_unix_ns=row["time_unix_ns"],
+            recorded=row["values"],
+            seeds=(seeds := seed_table(row["seeds"])),
+            live=seeds,
+            retired=tuple(row["retired"]),
+        )
+        for sequence, row in enumerate(box[1:], 1)
+    ]
+    about = [b"H" + json.dumps(box[0]).encode()] if box else []
+    return sealed(about) + b"".join(records_of(RecordWriter(), frames))
 
 
 def hostile_box(luck: random.Random) -> bytes:
     """A box that somebody has made, or damaged."""
-    lines: list[Any] = honest_box()
+    contents = taken_apart(box_bytes(honest_box()))
     for _ in range(luck.randint(1, 3)):
-        place = 0 if luck.random() < 0.3 else luck.randrange(len(lines))
-        lines[place] = changed(luck, lines[place])
-    content = box_bytes(lines)
-    match luck.randrange(8):
-        case 0:
-            return mutated_bytes(luck, content)
-        case 1:
-            return gzip.compress(mutated_bytes(luck, gzip.decompress(content)), 1)
-        case _:
-            return content
+        place = 0 if luck.random() < 0.3 else luck.randrange(len(contents))
+        contents[place] = hostile_record(luck, contents[place])
+    content = sealed(contents)
+    return content if luck.randrange(4) else mutated_bytes(luck, content)
 
 
 class _Page(HTMLParser):
@@ -191,7 +198,7 @@ def _is_number(cell: str) -> bool:
 
 def fuzz_boxes(luck: random.Random, folder: Path) -> None:
     """One box, and what its report says."""
-    box = folder / f"box{blackbox.SUFFIX}"
+    box = folder / f"box{black_box.SUFFIX}"
     box.write_bytes(hostile_box(luck))
     vs = ["--vs", str(box)] if luck.random() < 0.3 else []
     with tempfile.TemporaryDirectory(dir=folder) as empty:
@@ -209,14 +216,14 @@ def honest_records() -> list[bytes]:
         make_frame(sequence=3, time_unix_ns=1_790_000_000_002_000_000, seeds=seeds, live=seeds, retired=("seed-3",)),
         make_frame(sequence=4, time_unix_ns=1_790_000_000_003_000_000, live=seeds),
     ]
-    return list(records._records(b"".join(records_of(writer, made)), StoredContext()))
+    return taken_apart(b"".join(records_of(writer, made)))
 
 
 def hostile_record(luck: random.Random, record: bytes) -> bytes:
     """A record's content, with one part of it changed in a way that a checksum does not tell."""
-    kind = luck.choice([b"R", b"L", b"S", b"F", b"?", b""]) if luck.random() < 0.1 else record[:1]
+    kind = luck.choice([b"H", b"R", b"L", b"S", b"F", b"A", b"?", b""]) if luck.random() < 0.1 else record[:1]
     body = record[1:]
-    if record[:1] == b"F":
+    if record[:1] == b"F" and len(body) >= records._FIELDS.size + HEAD.size:
         fields, place = records._FIELDS, records._FIELDS.size
         numbers = list(fields.unpack_from(body))
         for _ in range(luck.randint(0, 2)):
@@ -226,7 +233,9 @@ def hostile_record(luck: random.Random, record: bytes) -> bytes:
         head[luck.randrange(4)] = luck.choice([0, 1, 5, 2**48, 2**53, 2**63, 2**64 - 1, 1_790_000_000_000_000_000])
         body = fields.pack(*numbers) + HEAD.pack(*head) + body[place + HEAD.size :]
     elif luck.random() < 0.8:
-        body = body[:4] + json.dumps(changed(luck, json.loads(body[4:]))).encode()
+        start = 0 if record[:1] == b"H" else 4
+        with contextlib.suppress(ValueError):  # it is not whole any more
+            body = body[:start] + json.dumps(changed(luck, json.loads(body[start:]))).encode()
     return kind + (mutated_bytes(luck, body) if luck.random() < 0.3 else body)
 
 
@@ -237,11 +246,11 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     hostile = [hostile_record(luck, luck.choice(contents)) for _ in range(luck.randint(1, 3))]
     contents[place : place + luck.randint(0, 1)] = hostile
     stored = StoredContext()
-    content = b"".join(map(records._record, contents))
+    content = sealed(contents)
     chunks = list(chunks_in(mutated_bytes(luck, content) if luck.random() < 0.3 else content, stored))
     chunks.sort(key=lambda chunk: chunk.first)
     catalogue = {metric.name: metric for metric in (*METRICS, *stored.metrics.values())}
-    encoder = Encoder(catalogue, stored.resources.__getitem__)
+    encoder = Encoder(catalogue, lambda run: Resource(*stored.resources[run]))
     streams = Streams()
     for chunk in chunks:
         for row in range(chunk.rows):

@@ -14,13 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, block_of, make_frame, sealed, seed_table, taken_apart
 from patience import patience
-from stored_blocks import sealed, taken_apart
 from wire import bodies
 
 from esper_otel.errors import ConfigurationError, GatewayError, StaleCursor, UnknownRun
-from esper_otel.frames.encoded import frames_to_bytes
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.serve.metrics import prometheus_text
 from esper_otel.gateway.store.base import KeptRequest
@@ -98,14 +96,16 @@ def _change_cells(luck: random.Random, connection: sqlite3.Connection, table: st
 
 def _change_frame(luck: random.Random, connection: sqlite3.Connection, changed: Callable[..., Any]) -> None:
     """Texts that another program wrote, or bytes that nobody did."""
-    texts, frames = taken_apart(frames_to_bytes([make_frame(live=seed_table({"seed-1": {"alpha": 0.5}}))]))
-    place = luck.randrange(len(texts))
-    texts[place] = json.dumps(changed(luck, json.loads(texts[place]))).encode()
-    if luck.random() < 0.3:
-        broken = bytearray(frames)
+    contents = taken_apart(block_of([make_frame(live=seed_table({"seed-1": {"alpha": 0.5}}))]))
+    place = luck.randrange(len(contents))
+    content = contents[place]
+    if content[:1] in b"RLS" and luck.random() < 0.8:
+        contents[place] = content[:5] + json.dumps(changed(luck, json.loads(content[5:]))).encode()
+    else:
+        broken = bytearray(content)
         broken[luck.randrange(len(broken))] = luck.randrange(256)
-        frames = bytes(broken)
-    connection.execute("UPDATE blocks SET frames = ? WHERE id = ?", (sealed(texts, frames), luck.randint(1, 24)))
+        contents[place] = bytes(broken)
+    connection.execute("UPDATE blocks SET frames = ? WHERE id = ?", (sealed(contents), luck.randint(1, 24)))
 
 
 def _change_schema(luck: random.Random, connection: sqlite3.Connection, table: str) -> None:

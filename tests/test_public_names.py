@@ -28,11 +28,19 @@ def test_the_public_names_are_those_that_are_documented() -> None:
     assert list(esper_otel.__all__) == sorted(esper_otel.__all__)
 
 
-def test_every_public_name_is_on_the_page_of_the_docstrings() -> None:
-    """Sphinx fails for a name that is gone; this test fails for one that is new."""
+def test_the_page_of_the_docstrings_has_exactly_the_public_names() -> None:
+    """Those of docs/names.md, no more and no fewer."""
     page = (PACKAGE.parent / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\.\. auto\w+:: ([\w.]+)", page, re.MULTILINE)
-    assert {*esper_otel.__all__} - {"__version__"} <= {*shown}
+    shown = {name.removeprefix("esper_otel.") for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", page, re.MULTILINE)}
+    rows = re.findall(r"^\| `esper_otel\.([\w.]+)` \| (.*) \|$", PAGE, re.MULTILINE)
+    # The exceptions are esper_otel's own names; messages and the catalogue have pages of their own.
+    of_modules = {
+        f"{module}.{name}"
+        for module, text in rows
+        for name in re.findall(r"`(\w+)(?:\(\))?`", text)
+        if module not in {"errors", "leyline", "schema"}
+    }
+    assert shown == {*esper_otel.__all__} - {"__version__"} | of_modules
 
 
 def test_every_public_name_is_there_and_shown_to_editors() -> None:
@@ -89,11 +97,6 @@ def test_a_name_that_is_not_there_is_an_error_of_type_checkers(tmp_path: Path) -
     assert all(name in text for name, (_, text) in zip(("strat2", "TamiyoClinet", "Pakcet"), found, strict=True))
 
 
-# Where the classes are that a public name leads to.
-_REACHED = ("settings.py", "errors.py")
-_REACHED_FOLDERS = ("derive", "frames", "integrations", "leyline", "oona", "pull", "record", "schema", "session")
-
-
 def attributes_without_type(function: ast.FunctionDef) -> Iterator[str]:
     """The public attributes that ``__init__`` sets to something whose type each checker infers by its own rules."""
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
@@ -106,12 +109,10 @@ def attributes_without_type(function: ast.FunctionDef) -> Iterator[str]:
                 yield target.attr
 
 
-def test_every_attribute_that_a_user_can_reach_has_a_type() -> None:
-    """So that two type checkers see the same; ``pyright --verifytypes esper_otel --ignoreexternal`` says more."""
-    files = [PACKAGE / name for name in _REACHED]
-    files += [path for folder in _REACHED_FOLDERS for path in (PACKAGE / folder).glob("*.py")]
+def test_every_public_attribute_has_a_type() -> None:
+    """So that two type checkers see the same. ``make policy`` has pyright verify the types of all names."""
     faults = []
-    for path in files:
+    for path in sorted(PACKAGE.rglob("*.py")):
         for owner in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(owner, ast.ClassDef) or owner.name.startswith("_"):
                 continue

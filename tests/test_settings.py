@@ -31,6 +31,8 @@ SHIPPED: dict[str, object] = {
     "spool_dir": None,
     "spool_bytes": 1_073_741_824,
     "probe_period_s": 1.0,
+    "peak_tflops": None,
+    "compute_dtype": "",
     "flush_signals": "",
     "token_file": None,
     "kernel_latency_budget_ms": 10.0,

@@ -7,9 +7,11 @@ from pathlib import Path
 from command_line import command_line_page
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.export.place import KUBERNETES, RANKS, SLURM
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
+from esper_otel.record.peak import PEAKS
 from esper_otel.schema.render import markdown_table, metrics_markdown, request_tables
-from esper_otel.settings import PREFIX, EsperSettings
+from esper_otel.settings import COMPUTE_DTYPES, PREFIX, EsperSettings
 
 
 def settings_table() -> str:
@@ -53,10 +55,38 @@ def _route(rule: Rule) -> str:
     return f"{rule.route}, unless a signal above it has decided" if is_conditional else rule.route
 
 
+def attributes_table() -> str:
+    """The table of attributes that are read from the environment: name, meaning, variables."""
+    return markdown_table(
+        ("attribute", "meaning", "variables"),
+        (
+            (f"`{each.name}`", each.meaning, ", ".join(f"`{name}`" for name in each.variables))
+            for each in (*SLURM, *KUBERNETES, *RANKS)
+        ),
+    )
+
+
+def peaks_table() -> str:
+    """The table of devices: its names, rates by dtype, and where the vendor states them."""
+    return markdown_table(
+        ("device", *COMPUTE_DTYPES, "source"),
+        (
+            (
+                ", ".join(f"`{name}`" for name in row.names),
+                *(f"{row.tflops[each]:g}" if each in row.tflops else "" for each in COMPUTE_DTYPES),
+                row.source,
+            )
+            for row in PEAKS
+        ),
+    )
+
+
 # In docs/reference: the page, the name of its markers, and what stands between them.
 TABLES = {
     "metrics.md": ("metrics", request_tables),
     "settings.md": ("settings", settings_table),
+    "attributes.md": ("attributes", attributes_table),
+    "throughput.md": ("peaks", peaks_table),
     "signals.md": ("risks", risks_table),
 }
 

@@ -55,7 +55,7 @@ class PageReceiver(Receiver):
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_ours = False
+        self.is_ours: bool = False
         command = [sys.executable, "-m", "esper_otel", "gateway", "--ui", "--json"]
         command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own command

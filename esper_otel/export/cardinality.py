@@ -60,8 +60,8 @@ class SeedParts:
     def __init__(self, limit: int) -> None:
         # The SDK may reserve one attribute set of the limit for the overflow point.
         self._in_each = max(limit - 1, 1)
-        self.parts = -(-SEED_IDS // self._in_each) if limit >= _DEFAULT else 1
-        self.size = self._in_each * self.parts
+        self.parts: int = -(-SEED_IDS // self._in_each) if limit >= _DEFAULT else 1
+        self.size: int = self._in_each * self.parts
         self._known: dict[Hashable, int] = {}
 
     @property

@@ -21,6 +21,7 @@ from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
 from esper_otel.frames.frame import Run
 from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
 from esper_otel.native import Bell, threads
@@ -120,10 +121,10 @@ class StepExporter:
         self._wake = Bell()
         self._closing = threads().Event()
         self._thread = threads().Thread(target=self._work_untraced, name="esper-otel-export", daemon=True)
-        self.rejected_points = 0
-        self.recovered = 0
-        self.retries = 0
-        self.kept = 0
+        self.rejected_points: int = 0
+        self.recovered: int = 0
+        self.retries: int = 0
+        self.kept: int = 0
         self.outcome: str | None = None
         self.dropped: Counter[str] = Counter()
         self.errors_unix_s: dict[str, float] = {}
@@ -323,8 +324,7 @@ class StepExporter:
             leftover.folder.release()
             self._warnings.say("spool", "%s cannot be sent and is left alone: %s", path, error, exc_info=error)
             return None
-        if leftover.skipped:
-            self._warnings.say("spool records", "in %s %d records could not be used", path, leftover.skipped)
+        self._put_aside(leftover)
         try:
             leftover.folder.remove()
         except OSError as error:
@@ -332,6 +332,22 @@ class StepExporter:
         if leftover.delivered:
             announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}")
         return None
+
+    def _put_aside(self, leftover: LeftoverSource) -> None:
+        """Keeps what could not be used of a folder, before the folder is deleted."""
+        path, damage = leftover.folder.path, leftover.damage
+        if not damage and not leftover.skipped:
+            return
+        aside = Quarantine(path.parent)
+        name = aside.put("records", b"".join(each.content for each in damage)) if damage else ""
+        self._warnings.say(
+            "spool records",
+            "in %s %d records could not be used%s; %s",
+            path,
+            max(leftover.skipped, len(damage)),
+            f" (the first at {damage[0]})" if damage else "",
+            f"their bytes are kept in {aside.path / name}" if name else "they are not kept",
+        )
 
     def _deliver(self, source: FrameSource) -> float | None:
         """Sends the source's frames. Returns how long to pause before the next attempt; None when none is left.

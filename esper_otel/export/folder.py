@@ -67,8 +67,8 @@ class Folder:
             os.close(lock)
             raise
         self._identity = _identity(os.fstat(descriptor))
-        self.acknowledged = self._noted(0)
-        self.acknowledged_phases = self._noted(_SEQUENCE.size)
+        self.acknowledged: int = self._noted(0)
+        self.acknowledged_phases: int = self._noted(_SEQUENCE.size)
 
     @classmethod
     def create(cls, directory: Path) -> Folder:

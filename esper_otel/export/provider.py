@@ -135,7 +135,7 @@ class OwnProvider(MeterProvider):
             shutdown_on_exit=False,
             views=[_room_for_seeds(name) for name in _OF_SEEDS],
         )
-        self.said = tuple(reader.said for reader in readers if hasattr(reader, "said"))
+        self.said: tuple[str, ...] = tuple(reader.said for reader in readers if hasattr(reader, "said"))
 
 
 def _room_for_seeds(names: str) -> View:

@@ -14,6 +14,7 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.util.types import AnyValue
 
 from esper_otel.export.config_file import configured_resource
+from esper_otel.export.place import place
 from esper_otel.frames.frame import RUN_FIELDS, Run
 
 DEFAULT_SERVICE_NAME = "esper-tolaria"
@@ -39,7 +40,7 @@ def resources(
 
     Args:
         settings: the session's settings that differ from the defaults; sent as one text, ``esper.settings``.
-        environ: where the name of a configuration file is looked for.
+        environ: where the name of a configuration file, and the variables of the launcher, are looked for.
 
     ``service.instance.id`` and the ``esper.*`` attributes that the run sets always override other values, because
     receivers use them to reassemble frames and packets. For all other attributes, ``OTEL_SERVICE_NAME``,
@@ -59,7 +60,7 @@ def resources(
         found[SERVICE_NAME] = DEFAULT_SERVICE_NAME
     for name in _NEVER:
         found.pop(name, None)
-    of_process = {**_process(), **found}
+    of_process = {**_process(), **place(environ), **found}
     about_settings = {"esper.settings": settings_text(settings)} if settings else {}
 
     def of_run(run: Run) -> Resource:

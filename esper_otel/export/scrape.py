@@ -46,7 +46,7 @@ class ScrapeReader(PrometheusMetricReader):
         self._thread = threading.Thread(target=self._serve, name="esper-otel-scrape", daemon=True)
         self._thread.start()
         shown = f"[{host}]" if ":" in host else host
-        self.said = f"scraped at http://{shown}:{self._server.server_port}/metrics"
+        self.said: str = f"scraped at http://{shown}:{self._server.server_port}/metrics"
         if why:
             self.said += f" ({_PORT}={port}: {why})"
         _open.add(self._server)

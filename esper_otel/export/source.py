@@ -23,7 +23,7 @@ from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
 from esper_otel.frames.frame import Run
 from esper_otel.frames.phases import Phase, PhaseLog
-from esper_otel.frames.records import StoredContext, chunks_in
+from esper_otel.frames.records import Damage, StoredContext, StoredResource, chunks_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS, Metric
@@ -153,17 +153,17 @@ class LiveSource:
         run_of: Callable[[], Run | None] = lambda: None,
     ) -> None:
         self.encoder = encoder
-        self.sent_unix_ns = 0
+        self.sent_unix_ns: int = 0
         self._log = log or PhaseLog()
-        self.start_unix_ns = self._log.start_unix_ns
+        self.start_unix_ns: int = self._log.start_unix_ns
         self._phase_file = phase_file
         self._run_of = run_of
-        self.streams = Streams()
+        self.streams: Streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
-        self.delivered = 0
-        self.has_said_goodbye = False
-        self.cursor = 0
+        self.delivered: int = 0
+        self.has_said_goodbye: bool = False
+        self.cursor: int = 0
         self._ring = ring
         self._spool = spool
 
@@ -236,21 +236,22 @@ class LeftoverSource:
     def __init__(self, folder: Folder, encoder_of: EncoderOf, fault: Fault) -> None:
         self.folder = folder
         self._fault = fault
-        self.streams = Streams()
+        self.streams: Streams = Streams()
         self.run: Run | None = None
         self.beside: deque[bytes] = deque()
-        self.delivered = 0
-        self.has_said_goodbye = False
-        self.deleted = 0
+        self.delivered: int = 0
+        self.has_said_goodbye: bool = False
+        self.deleted: int = 0
         self._stored = StoredContext()
         self._phases = stored_phases(folder)
         if self._phases.run is not None and self._phases.resource is not None:
-            self._stored.resources[self._phases.run] = self._phases.resource
-        self.sent_unix_ns = 0
-        self.start_unix_ns = self._phases.start_unix_ns
+            resource = self._phases.resource
+            self._stored.resources[self._phases.run] = StoredResource(resource.attributes, resource.schema_url)
+        self.sent_unix_ns: int = 0
+        self.start_unix_ns: int = self._phases.start_unix_ns
         self._catalogue = {metric.name: metric for metric in METRICS}
         self._encoder_of = encoder_of
-        self.encoder = self._encoder()
+        self.encoder: Encoder = self._encoder()
         self._names = deque(folder.segments())
         self._reading: Iterator[Chunk] = iter(())
         self._chunks: deque[Chunk] = deque()
@@ -290,7 +291,7 @@ class LeftoverSource:
         self.folder.delete(name)
 
     def _encoder(self) -> Encoder:
-        return self._encoder_of(self._catalogue, self._stored.resources.__getitem__)
+        return self._encoder_of(self._catalogue, lambda run: Resource(*self._stored.resources[run]))
 
     def after(self, limit: int) -> tuple[list[Block], int]:
         """See ``FrameSource.after``."""
@@ -324,6 +325,11 @@ class LeftoverSource:
     def skipped(self) -> int:
         """How many records could not be used."""
         return self._stored.skipped
+
+    @property
+    def damage(self) -> Sequence[Damage]:
+        """The parts of its files that could not be used, up to a limit."""
+        return self._stored.damage
 
     def _is_next(self, chunk: Chunk) -> bool:
         """Whether it has frames that follow those read."""

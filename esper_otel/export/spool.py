@@ -129,7 +129,7 @@ class Spool:
         """Writes the row after the last one written, which this chunk has."""
         is_written = False
         try:
-            record = self._writer.record(chunk, self._last + 1 - chunk.first)
+            record = self._writer.row(chunk, self._last + 1 - chunk.first)
             if self._file is None or os.write(self._file, record) != len(record):
                 raise OSError("short write: only part of the step was written")  # noqa: TRY301 - handled below
             is_written = True

@@ -36,7 +36,7 @@ class Streams:
         self._seeds: dict[str, npt.NDArray[np.bool_]] = {}
         self._ids: tuple[str, ...] = ()
         self._sent: npt.NDArray[np.bool_] = np.empty((0, WIDTH), np.bool_)
-        self.last_unix_ns = 0
+        self.last_unix_ns: int = 0
 
     def named(self, names: Iterable[str]) -> None:
         """Records that the series of these step metrics were sent."""

@@ -38,7 +38,7 @@ class Headers:
     def __init__(self, endpoint: Endpoint, token_file: Path | None) -> None:
         self._file = None if token_file is None else TokenFile(token_file, NAME, read_one)
         self._fixed = tuple(each for each in endpoint.headers if token_file is None or each[0] != "authorization")
-        self.variable = "OTEL_EXPORTER_OTLP_HEADERS" if token_file is None else _VARIABLE
+        self.variable: str = "OTEL_EXPORTER_OTLP_HEADERS" if token_file is None else _VARIABLE
 
     @property
     def has_secret(self) -> bool:

@@ -1,25 +1,35 @@
-"""Black box: the last steps of a run in a file, when it goes wrong; ``esper-otel report FILE`` reads it."""
+"""Black box: the last steps of a run in a file, when it goes wrong; ``esper-otel report FILE`` reads it.
+
+The file consists of the records of ``frames/records.py``. The first one is a line of JSON that says which run it is and
+why the file was written, so that ``head -n 1 FILE`` shows it.
+"""
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
 import os
 import re
 import stat
 import tempfile
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from esper_otel import unix
+from esper_otel._version import __version__
 from esper_otel.errors import ConfigurationError
-from esper_otel.frames.frame import FINE, Frame, Run
+from esper_otel.frames.block import Chunk
+from esper_otel.frames.frame import FINE, NO_SEEDS, Frame, Run
+from esper_otel.frames.records import (
+    MAGIC_BYTES,
+    MOST_BYTES,
+    Damage,
+    RecordWriter,
+    StoredContext,
+    chunks_in,
+    is_of_another_version,
+)
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
 from esper_otel.text import printable
@@ -27,21 +37,17 @@ from esper_otel.text import printable
 if TYPE_CHECKING:
     from esper_otel.settings import EsperSettings
 
-VERSION = 1
-SUFFIX = ".esper.jsonl.gz"
+SUFFIX = ".esper.steps"
 
-_MOST_BYTES = 64 * 1024 * 1024
+_MOST_ROW_BYTES = 64 * 1024 * 1024
 _MOST_OF_A_NAME = 200  # bytes: file systems take 255, and suffixes follow
 _WRITING_S = 1.0
-_NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
-_WORDS = {"NaN": math.nan} | {word: number for number, word in _NAMES.items()}
 
-# What a file of ours has at most, for reading.
-_MOST_OF_A_LINE = 32 * 1024 * 1024
-_MOST_READ = _MOST_BYTES + _MOST_OF_A_LINE
+# What a file of ours has at most, for reading: its rows, and the names and ids that they refer to.
+_MOST_FILE_BYTES = _MOST_ROW_BYTES + MOST_BYTES
 _MOST_FRAMES = 100_000  # what black_box_frames may be
 _MOST_BITS = 128
-_MOST_PARTS = 1_000_000  # of a line: a step with as many seeds
+_GZIP = b"\x1f\x8b"
 
 
 class BlackBox:
@@ -52,7 +58,7 @@ class BlackBox:
         run: whose they are, as it is known when they are written.
         settings: how many are written at most, and where to.
         about: attributes of the process, of which host and revision are written.
-        warnings: says where a file is, and why one could not be written.
+        warnings: where it is logged that a file could not be written.
     """
 
     def __init__(
@@ -93,26 +99,28 @@ class BlackBox:
         path = Path(f"{file_stem(run.run_id, run.rank, run.attempt, reason)}{SUFFIX}")
         try:
             path = (self._folder or _folder_of_ours()) / path
-            frames, _ = self._ring.after(self._ring.last - self._frames, self._frames)
+            rows = _newest(self._ring, self._frames)
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f"{path.name}.{os.getpid()}.new")
             private = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             try:
-                with os.fdopen(private, "wb") as raw, gzip.open(raw, "wt", encoding="utf-8", compresslevel=1) as file:
-                    file.writelines(_lines(self._head(run, reason), frames))
+                with os.fdopen(private, "wb") as file:
+                    records = RecordWriter()
+                    file.write(records.about(self._head(run, reason)))
+                    file.writelines(records.row(chunk, row) for chunk, row in rows)
                 new.replace(path)
             finally:
                 new.unlink(missing_ok=True)  # what a full disk has taken of it
         except Exception as error:  # noqa: BLE001 - the run has ended, or goes on, as it would without us
             self._warnings.say("black box", "the black box could not be written: %s", error)
         else:
-            what = f"last {len(frames)} steps are" if len(frames) > 1 else "last step is"
+            what = f"last {len(rows)} steps are" if len(rows) > 1 else "last step is"
             announce("black box", f"{reason}; the {what} in {path}: esper-otel report {path}")
 
     def _head(self, run: Run, reason: str) -> dict[str, object]:
         about = self._about()
         return {
-            "esper_otel": VERSION,
+            "esper_otel": __version__,
             "run_id": run.run_id,
             "attempt": run.attempt,
             "rank": run.rank,
@@ -146,164 +154,95 @@ def _folder_of_ours() -> Path:
     return folder
 
 
-def _lines(head: Mapping[str, object], frames: list[Frame]) -> Iterator[str]:
-    size, lines = 0, []
-    for frame in reversed(frames):  # of very many seeds only the newest steps fit
-        line = json.dumps(_row(frame), allow_nan=False) + "\n"
-        if len(line) > _MOST_OF_A_LINE:
+def _newest(ring: Ring, count: int) -> list[tuple[Chunk, int]]:
+    """Returns the newest rows of a ring, oldest first; of very many seeds only as many rows as a file may have."""
+    rows: list[tuple[Chunk, int]] = []
+    size, sequence = 0, ring.last
+    while len(rows) < count:
+        chunk = ring.chunk_of(sequence)
+        if chunk is None or sequence < chunk.first:
             break
-        lines.append(line)
-        size += len(line)
-        if size > _MOST_BYTES:
+        size += chunk.row_size(sequence - chunk.first)
+        if size > _MOST_ROW_BYTES:
             break
-    yield json.dumps(head) + "\n"
-    yield from reversed(lines)
+        rows.append((chunk, sequence - chunk.first))
+        sequence -= 1
+    return rows[::-1]
 
 
-def _row(frame: Frame) -> dict[str, Any]:
-    return {
-        "step": frame.global_step,
-        "epoch": frame.epoch,
-        "time_unix_ns": frame.time_unix_ns,
-        "values": _plain(frame.values()),
-        "seeds": {seed_id: _plain(cells) for seed_id, cells in frame.seeds.rows()},
-        "retired": list(frame.retired),
-    }
+class BoxContent(NamedTuple):
+    """The content of a black box.
+
+    Attributes:
+        about: the run, and why the file was written.
+        frames: the steps, oldest first. Their live seeds are not known, only how many there are.
+        damage: the parts of the file that could not be read.
+        is_torn: whether the file ends in the middle of a step.
+    """
+
+    about: Mapping[str, Any]
+    frames: Sequence[Frame]
+    damage: Sequence[Damage]
+    is_torn: bool
 
 
-def _plain(values: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN and no infinity: they are words, since missing is something else."""
-    return {name: v if math.isfinite(v) else _NAMES.get(v, "NaN") for name, v in values.items()}
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a file holds: its head, and a row for each step, with NaN and infinity as numbers again.
+def read(path: Path) -> BoxContent:
+    """Reads a file. It may come from anybody: its size and all that is used of it are checked.
 
     Raises:
-        ConfigurationError: it is not a black box, or cannot be read.
+        ConfigurationError: it is not a black box, cannot be read, or was written by another version.
     """
-    head, *rows = contents(path)
-    return head, rows
-
-
-def contents(path: Path) -> Iterator[dict[str, Any]]:
-    """The same, one after another. The file may come from anybody: its size and all that is used of it are checked.
-
-    Raises:
-        ConfigurationError: it is not a black box, or cannot be read.
-    """
-    lines = 0
     try:
-        with _opened(path) as file:
-            for line in _bounded(file):
-                lines += 1
-                said = json.loads(line.decode())
-                yield _checked_head(said) if lines == 1 else _checked_row(said)
-    except _LaterFormat:
-        raise ConfigurationError(f"{path} was written by a later version of esper_otel") from None
+        content = _content(path)
+        beginning = content[:MAGIC_BYTES]
+        if is_of_another_version(beginning) or beginning.startswith(_GZIP):
+            raise ConfigurationError(
+                f"{path} was written by another version of esper_otel: read it with the report of that one"
+            )
+        stored = StoredContext()
+        frames = list(_frames(content, stored))
+        return BoxContent(_checked(stored.about), frames, stored.damage, stored.is_torn)
     except OSError as error:
-        if error.strerror:
-            raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-        raise _not_one(path, lines, error) from None
-    except (EOFError, zlib.error, ValueError, OverflowError, RecursionError) as error:
-        raise _not_one(path, lines, error) from None
-    if not lines:
-        raise _not_one(path, lines, EOFError("it is empty"))
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not a black box of esper_otel: {printable(error)}") from None
 
 
-class _LaterFormat(Exception):
-    """The file has another format than this version knows."""
-
-
-def _not_one(path: Path, lines: int, error: Exception) -> ConfigurationError:
-    where = f"line {lines}: " if lines else ""
-    why = "it is nested too deeply" if isinstance(error, RecursionError) else printable(error) or type(error).__name__
-    return ConfigurationError(f"{path} is not a black box of esper_otel: {where}{why}")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a regular file, unpacked. Opening a pipe does not wait for its writer."""
+def _content(path: Path) -> bytes:
+    """Reads a regular file of limited size. Opening a pipe does not wait for its writer."""
     descriptor = os.open(path, os.O_RDONLY | unix.AT_ONCE)
-    with os.fdopen(descriptor, "rb") as raw:
+    with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is not a plain file")
-        if found.st_size > _MOST_READ:
+        if found.st_size > _MOST_FILE_BYTES:
             raise ValueError(f"it has {found.st_size} bytes, more than esper_otel writes")
-        with gzip.open(raw, "rb") as file:
-            yield cast("IO[bytes]", file)
+        return file.read(found.st_size)
 
 
-def _bounded(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines, as many and as long as we write them. What a line takes in memory follows from its bytes."""
-    size = 0
-    for number in range(_MOST_FRAMES + 2):
-        line = file.readline(_MOST_OF_A_LINE + 1)
-        if not line:
-            return
-        size += len(line)
-        if number > _MOST_FRAMES or len(line) > _MOST_OF_A_LINE or size > _MOST_READ:
+def _frames(content: bytes, stored: StoredContext) -> Iterator[Frame]:
+    count = 0
+    for chunk in chunks_in(content, stored):
+        count += chunk.rows
+        if count > _MOST_FRAMES:
             raise ValueError("it holds more than esper_otel writes")
-        if line.count(b"{") + line.count(b"[") > _MOST_PARTS:
-            raise ValueError("a line has too many parts")
-        yield line
+        for row in range(chunk.rows):
+            frame = chunk.frame(row, NO_SEEDS)
+            yield frame._replace(context={"esper.seeds": float(chunk.live_count(row)), **frame.context})
 
 
-def _checked_head(said: object) -> dict[str, Any]:
-    head = _mapping(said, "the first line")
-    version = _whole(head, "esper_otel")
-    if version > VERSION:
-        raise _LaterFormat
-    if version < VERSION:
-        raise ValueError(f"'esper_otel' is {version}")
-    numbers = {name: _whole(head, name) for name in ("attempt", "rank")}
-    texts = {name: _text(head, name) for name in ("run_id", "reason")}
-    return head | numbers | texts
-
-
-def _checked_row(said: object) -> dict[str, Any]:
-    row = _mapping(said, "the line")
-    seeds = _mapping(row.get("seeds"), "'seeds'").items()
-    return row | {
-        "step": _whole(row, "step", 2**64),
-        "epoch": _whole(row, "epoch"),
-        "time_unix_ns": _whole(row, "time_unix_ns"),
-        "values": _numbers(row.get("values"), "'values'"),
-        "seeds": {seed_id: _numbers(cells, f"seed {printable(seed_id, 80)!r}") for seed_id, cells in seeds},
-    }
-
-
-def _mapping(said: object, what: str) -> dict[str, Any]:
-    if not isinstance(said, dict):
-        raise ValueError(f"{what} is not an object with names and values")  # noqa: TRY004 - a fault of the file
-    return said
-
-
-def _whole(said: dict[str, Any], name: str, most: int = 2**63) -> int:
-    value = said.get(name)
-    if type(value) is not int or not 0 <= value < most:
-        raise ValueError(f"{name!r} is {_briefly(value)}, not a whole number from 0 to below 2^{most.bit_length() - 1}")
-    return value
-
-
-def _text(said: dict[str, Any], name: str) -> str:
-    value = said.get(name)
-    if not isinstance(value, str):
-        raise ValueError(f"{name!r} is {_briefly(value)}, not text")  # noqa: TRY004 - a fault of the file
-    return value
-
-
-def _numbers(said: object, what: str) -> dict[str, float]:
-    return {name: _number(value, name) for name, value in _mapping(said, what).items()}
-
-
-def _number(value: object, name: str) -> float:
-    if isinstance(value, int | float):
-        return float(value)
-    if isinstance(value, str) and value in _WORDS:
-        return _WORDS[value]
-    raise ValueError(f"{printable(name, 80)!r} is {_briefly(value)}, not a number")
+def _checked(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Checks what must be known of the run."""
+    if not about:
+        raise ValueError("it does not begin with what it is about")
+    for name in ("attempt", "rank"):
+        value = about.get(name)
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{name!r} is {_briefly(value)}, not a whole number from 0 to below 2^63")
+    for name in ("run_id", "reason"):
+        if not isinstance(about.get(name), str):
+            raise ValueError(f"{name!r} is {_briefly(about.get(name))}, not text")  # noqa: TRY004 - a fault of the file
+    return about
 
 
 def _briefly(value: object) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from esper_otel.frames.frame import ABSENT, ABSENT_BITS, NARROW, NO_READINGS, NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import HEAD, HEAD_WORDS, NUMBERS, NUMBERS_PLACE, WHOLE, Layout
 
-# Cells of a block's array at most, for each cell that was recorded, and beside these.
+# Cells of a block's array at most, for each cell that was recorded, and in addition to these.
 _CELLS_FOR_EACH = 4
 _FEW_CELLS = 40_000
 _MOST_CELLS = 400_000  # where there is more than one row
@@ -21,8 +21,8 @@ _MOST_CELLS = 400_000  # where there is more than one row
 _NO_IDS = ((), NARROW)
 _MOST_KNOWN_IDS = 64
 
-# Memory of a chunk's objects beside its rows, in bytes, measured on Python 3.11 with tracemalloc: the chunk with its
-# lists, dicts and the headers of its buffers; a layout with its struct, dict and arrays, and for each of its names;
+# Memory of a chunk's objects in addition to its rows, in bytes, measured on Python 3.11 with tracemalloc: a chunk with
+# its lists, dicts and the headers of its buffers; a layout with its struct, dict and arrays, and for each of its names;
 # a tuple of ids; a place in a list.
 _CHUNK_BYTES = 3_000
 _LAYOUT_BYTES = 1_200
@@ -37,7 +37,7 @@ class Chunk:
     """Memory for consecutive rows of one run. One writer; readers use the rows that it had when they looked.
 
     Rows may have different layouts and seeds. A row is the beginning (``HEAD``), the values of its layout, and the
-    cells of its seeds, all of them doubles or as long as one. Seed ids, layouts and retired seeds stand beside.
+    cells of its seeds, all of them doubles or as long as one. The chunk has seed ids, layouts and retired seeds.
 
     Args:
         run: the run of all its rows.
@@ -55,9 +55,9 @@ class Chunk:
     """
 
     __slots__ = (
-        "_beside",
         "_numbers",
         "_offsets",
+        "_other_bytes",
         "buffer",
         "capacity",
         "end",
@@ -73,10 +73,10 @@ class Chunk:
     )
 
     def __init__(self, run: Run, first: int, capacity: int, live: SeedTable = NO_SEEDS) -> None:
-        self.run = run
-        self.first = first
+        self.run: Run = run
+        self.first: int = first
         self.capacity: int = -(-capacity // 8) * 8
-        self.live = live
+        self.live: SeedTable = live
         self.buffer: bytearray = bytearray(self.capacity)
         self._offsets = bytearray(4 * (self.capacity // HEAD.size))
         self.offsets: memoryview[int] = memoryview(self._offsets).cast("I")
@@ -87,12 +87,12 @@ class Chunk:
         self.widths: list[int] = [NARROW]
         self.retired: dict[int, tuple[str, ...]] = {}
         self._numbers: dict[tuple[tuple[str, ...], int], int] = {_NO_IDS: 0}
-        self._beside = _CHUNK_BYTES + live.cells.nbytes
+        self._other_bytes = _CHUNK_BYTES + live.cells.nbytes
 
     @property
     def size(self) -> int:
         """How many bytes it holds on to; memory that no row has used yet does not count."""
-        return self.end + 4 * self.rows + self._beside
+        return self.end + 4 * self.rows + self._other_bytes
 
     @property
     def last(self) -> int:
@@ -104,7 +104,7 @@ class Chunk:
         is_new = layout.chunk is None  # counted once, where it was first used
         number = len(self.layouts)
         self.layouts.append(layout)
-        self._beside += _PLACE_BYTES + (_LAYOUT_BYTES + _NAME_BYTES * layout.width if is_new else 0)
+        self._other_bytes += _PLACE_BYTES + (_LAYOUT_BYTES + _NAME_BYTES * layout.width if is_new else 0)
         layout.number = number
         layout.chunk = self  # the last thing: an interrupt before it has no effect
 
@@ -118,14 +118,14 @@ class Chunk:
             number = len(self.widths)
             self.seeds[number:] = [ids]  # an interrupt may have left ids without a width
             self.widths.append(columns)
-            self._beside += _IDS_BYTES + 8 * len(ids)
+            self._other_bytes += _IDS_BYTES + 8 * len(ids)
             self._numbers[key] = number
         return number
 
     def retire(self, row: int, ids: tuple[str, ...]) -> None:
         """Notes the seeds that are retired before a row."""
         self.retired[row] = ids
-        self._beside += _IDS_BYTES + 8 * len(ids)
+        self._other_bytes += _IDS_BYTES + 8 * len(ids)
 
     def take_back(self, row: int) -> None:
         """Removes the newest row: its writer was interrupted before the ring counted it."""
@@ -148,34 +148,23 @@ class Chunk:
     def frame(self, row: int, live: SeedTable) -> Frame:
         """Returns a view of one row, given the live seeds after it."""
         offset = self.offsets[row]
-        step, epoch, time_unix_ns, _, _, number, seeds, _ = HEAD.unpack_from(self.buffer, offset)
+        *_, number, seeds, _ = HEAD.unpack_from(self.buffer, offset)
         layout = self.layouts[number]
-        numbers = self._doubles(offset + HEAD.size, layout.width).tolist()
-        context, probed, recorded = layout.bounds
-        return Frame(
-            self.run,
-            self.first + row,
-            step,
-            epoch,
-            time_unix_ns,
-            layout.recorded,
-            tuple(numbers[recorded:]),
-            dict(zip(layout.context, numbers[context:probed], strict=True)) if context < probed else NO_READINGS,
-            self._table(offset + layout.size, seeds),
-            live,
-            self.retired.get(row, ()),
-            dict(zip(layout.derived, numbers, strict=False)) if context else NO_READINGS,
-            dict(zip(layout.probed, numbers[probed:recorded], strict=True)) if probed < recorded else NO_READINGS,
-        )
+        table = self._table(offset + layout.size, seeds)
+        return frame_of(self.run, self.first + row, self.buffer, offset, layout, table, live, self.retired.get(row, ()))
 
-    def _doubles(self, offset: int, count: int) -> npt.NDArray[np.float64]:
-        values = np.frombuffer(self.buffer, np.float64, count, offset)
-        values.flags.writeable = False
-        return values
+    def live_count(self, row: int) -> int:
+        """Returns how many seeds are alive after a row."""
+        count: int = HEAD.unpack_from(self.buffer, self.offsets[row])[4]
+        return count
+
+    def row_size(self, row: int) -> int:
+        """Returns how many bytes a row takes."""
+        return (self.offsets[row + 1] if row + 1 < self.rows else self.end) - self.offsets[row]
 
     def _table(self, offset: int, number: int) -> SeedTable:
         ids, columns = self.seeds[number], self.widths[number]
-        return SeedTable(ids, self._doubles(offset, len(ids) * columns).reshape(-1, columns)) if ids else NO_SEEDS
+        return table_of(self.buffer, offset, ids, columns)
 
     def recorded_seeds(self, row: int) -> tuple[SeedTable, bool]:
         """Returns the seeds recorded in a row, and whether these are all live seeds with all their known cells."""
@@ -305,6 +294,47 @@ class Chunk:
             into = [position[seed_id] for seed_id in of_table]
             cells[rows[:, None], into, :columns] = recorded.reshape(len(rows), len(of_table), columns)
         return ids, cells
+
+
+def frame_of(
+    run: Run,
+    sequence: int,
+    content: bytes | bytearray,
+    offset: int,
+    layout: Layout,
+    seeds: SeedTable,
+    live: SeedTable,
+    retired: tuple[str, ...],
+) -> Frame:
+    """Returns the frame of a row that begins at an offset of some bytes."""
+    step, epoch, time_unix_ns, *_ = HEAD.unpack_from(content, offset)
+    numbers = np.frombuffer(content, np.float64, layout.width, offset + HEAD.size).tolist()
+    context, probed, recorded = layout.bounds
+    return Frame(
+        run,
+        sequence,
+        step,
+        epoch,
+        time_unix_ns,
+        layout.recorded,
+        tuple(numbers[recorded:]),
+        dict(zip(layout.context, numbers[context:probed], strict=True)) if context < probed else NO_READINGS,
+        seeds,
+        live,
+        retired,
+        dict(zip(layout.derived, numbers, strict=False)) if context else NO_READINGS,
+        dict(zip(layout.probed, numbers[probed:recorded], strict=True)) if probed < recorded else NO_READINGS,
+    )
+
+
+def table_of(content: bytes | bytearray, offset: int, ids: tuple[str, ...], columns: int) -> SeedTable:
+    """Returns the table of seeds whose cells begin at an offset of some bytes."""
+    if not ids:
+        return NO_SEEDS
+    cells = np.frombuffer(content, np.float64, len(ids) * columns, offset)
+    if cells.flags.writeable:
+        cells.flags.writeable = False
+    return SeedTable(ids, cells.reshape(-1, columns))
 
 
 _NONE_RETIRED: Mapping[int, tuple[str, ...]] = MappingProxyType({})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +52,20 @@ class Layout:
         self.number: int = 0  # in ``chunk``, the one that it was written to last
         self.chunk: object = None
 
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The names by where their values are from, in the order of the arguments."""
+        return self.derived, self.context, self.probed, self.recorded
+
+    @cached_property
+    def text(self) -> bytes:
+        """The names as JSON, for files: the groups, and no metrics of the user's own."""
+        return json.dumps([self.groups, []]).encode()
+
     @cached_property
     def places(self) -> Mapping[str, int]:
         """Where the value of each name is in a row."""
-        names = (*self.derived, *self.context, *self.probed, *self.recorded)
-        return {name: place for place, name in enumerate(names)}
+        return {name: place for place, name in enumerate(chain.from_iterable(self.groups))}
 
     @cached_property
     def columns(self) -> npt.NDArray[np.intp]:

@@ -247,10 +247,10 @@ def blocks_of(frames: Iterable[Frame]) -> Iterator[Block]:
         ring = Ring(_UNBOUNDED)
         run, ring.last = alike[0].run, alike[0].sequence - 1
         for frame in alike:
-            beside = (frame.derived, frame.context, frame.probed)
+            others = (frame.derived, frame.context, frame.probed)
             names = (tuple(frame.derived), tuple(frame.context), tuple(frame.probed), frame.names)
             layout = layouts.get(names) or layouts.setdefault(names, Layout(*names))
-            numbers = (*(value for values in beside for value in values.values()), *frame.numbers)
+            numbers = (*(value for values in others for value in values.values()), *frame.numbers)
             head = (run, frame.global_step, frame.epoch, frame.time_unix_ns)
             ring.append(*head, layout, numbers, frame.seeds, frame.live, frame.retired)
         cursor = alike[0].sequence - 1

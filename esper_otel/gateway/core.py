@@ -158,7 +158,7 @@ class Core:
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         self._hours = Hours(store, store.folder if isinstance(store, FileStore) else None, self._warnings)
-        self.changed = ChangedRuns()
+        self.changed: ChangedRuns = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()

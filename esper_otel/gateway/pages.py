@@ -71,7 +71,7 @@ class MadeSteps:
 
     def __init__(self, most_bytes: int = 64 * 1024 * 1024) -> None:
         self.most = most_bytes
-        self.used = 0
+        self.used: int = 0
         self._steps: OrderedDict[tuple[str, str, int], bytes] = OrderedDict()
 
     def get(self, key: tuple[str, str, int]) -> bytes | None:

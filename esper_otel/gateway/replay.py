@@ -155,7 +155,7 @@ class Shelf:
     def __init__(self) -> None:
         self.dropped: int = 0
         self.damaged: Counter[str] = Counter()
-        self.size = 0
+        self.size: int = 0
         self._run_id = ""
         self._all: list[StoredFrame] = []
         self._of_rank: dict[int, list[StoredFrame]] = {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from esper_otel.frames.frame import SeedTable
 from esper_otel.record.seeds import NO_IDS, merged_tables, table_of_rows
 from esper_otel.record.values import DeviceValues, Target
+from esper_otel.record.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,19 +31,19 @@ class OpenStep:
         "_retired",
         "_retiring",
         "_rows",
-        "_samples",
         "_started_s",
         "_table",
         "_timings",
         "_values",
         "_waited_ms",
+        "_work",
         "epoch",
         "global_step",
         "time_unix_ns",
     )
 
-    def __init__(self, global_step: int | None, epoch: int, samples: int | None) -> None:
-        self._samples = samples
+    def __init__(self, global_step: int | None, epoch: int, work: int | Work | None) -> None:
+        self._work = work
         self.epoch: int = epoch
         self._numbered = global_step
         self.global_step: int = 0  # numbered when it opens

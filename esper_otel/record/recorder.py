@@ -15,6 +15,7 @@ from esper_otel.record.names import PARTS
 from esper_otel.record.next_step import NextStep
 from esper_otel.record.open_step import OpenStep
 from esper_otel.record.parts import Timer, timer_for
+from esper_otel.record.peak import Peak
 from esper_otel.record.phases import Phases
 from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
@@ -28,6 +29,7 @@ from esper_otel.record.values import (
     read,
     whole,
 )
+from esper_otel.record.work import Work
 
 if TYPE_CHECKING:
     from esper_otel.leyline.messages import SystemStatePacket
@@ -69,6 +71,7 @@ class Recorder:
     Attributes:
         mistakes: notes the mistakes of the program; None if they are raised.
         phases: times phases, such as checkpoints.
+        peak: the highest rate of the training device, for ``esper.mfu``.
 
     Args:
         began_unix_ns: when start-up began, which ends with the first step; None if it is not to be recorded.
@@ -82,6 +85,7 @@ class Recorder:
         probing: Probing | None,
         to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
+        peak: Peak,
         mistakes: Mistakes | None = None,
         began_unix_ns: int | None = None,
     ) -> None:
@@ -92,6 +96,7 @@ class Recorder:
         self.open_step: OpenStep | None = None
         self.next_step: NextStep = NextStep()
         self.gradient_math = gradient_math
+        self.peak = peak
         self.mistakes = mistakes
         self._probing = probing
         self._leaves_out = bool(self.names.left_out)
@@ -165,7 +170,7 @@ class Recorder:
             waited_ms = step._waited_ms
             if waited_ms is not None:
                 values.setdefault("input_wait_ms", waited_ms)
-            if step._samples is not None:
+            if step._work is not None:
                 if waited_ms is not None:
                     cycle_ms = waited_ms + spent_ms
                 elif self._last_end_s is not None:
@@ -173,7 +178,8 @@ class Recorder:
                 else:
                     cycle_ms = spent_ms
                 if cycle_ms > 0.0:
-                    values.setdefault("samples_per_s", step._samples * 1e3 / cycle_ms)
+                    for name, rate in self._rates(step._work, cycle_ms).items():
+                        values.setdefault(name, rate)
             self._last_end_s = now_s
             table = step._all_rows() if step._rows or step._table is not None else NO_SEEDS
             recorded, numbers = self.publisher.signatures.read(values)
@@ -191,7 +197,9 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
-    def record_step(self, values: Mapping[str, Any], epoch: int, global_step: int | None, samples: int | None) -> None:
+    def record_step(
+        self, values: Mapping[str, Any], epoch: int, global_step: int | None, work: int | Work | None
+    ) -> None:
         """Records a whole step in one call, with values that the trainer has measured itself."""
         if self.open_step is not None and self._still_open():
             raise WrongState("record_step() inside an open step: use now.put() there")
@@ -208,14 +216,12 @@ class Recorder:
             recorded, numbers, held = self._converted(values)
         if global_step is not None:
             global_step = whole("global_step", global_step, UINT64_MAX)
-        if samples is not None:
-            samples = whole("samples", samples, UINT64_MAX)
         try:
             table, retired = NO_SEEDS, _NOBODY
-            if samples is not None or self.next_step.is_anything:
+            if work is not None or self.next_step.is_anything:
                 waited_ms, rows, retired = self.next_step.take()
                 table = rows or NO_SEEDS
-                recorded, numbers = self._timed(recorded, numbers, waited_ms, samples)
+                recorded, numbers = self._timed(recorded, numbers, waited_ms, work)
                 if self.phases.follows_steps:
                     given = recorded.dict_of(numbers)
                     self.phases.step_recorded(given.get("input_wait_ms"), given.get("step_latency_ms"))
@@ -245,14 +251,14 @@ class Recorder:
         return recorded, tuple(values.values()), held
 
     def _timed(
-        self, recorded: Signature, numbers: tuple[float, ...], waited_ms: float | None, samples: int | None
+        self, recorded: Signature, numbers: tuple[float, ...], waited_ms: float | None, work: int | Work | None
     ) -> tuple[Signature, tuple[float, ...]]:
-        """Adds the time waited for input and the rate of samples to names and numbers, unless they were given."""
+        """Adds the time waited for input and the rates of the work to names and numbers, unless they were given."""
         given = recorded.dict_of(numbers)
         if waited_ms is not None:
             given = {"input_wait_ms": waited_ms, **given}
-        if samples is not None:
-            given |= self._rate(samples, given)
+        if work is not None:
+            given = {**self._rates_of(work, given), **given}
         return self.publisher.signatures.read(given)
 
     def _publish(
@@ -286,8 +292,8 @@ class Recorder:
     def _probed(self) -> Mapping[str, float]:
         return NO_READINGS if self._probing is None else self._probing.readings(time.monotonic())
 
-    def _rate(self, samples: int, given: Mapping[str, float]) -> dict[str, float]:
-        """Returns ``samples_per_s`` for ``record_step``, unless it was given or the step's duration is unknown."""
+    def _rates_of(self, work: int | Work, given: Mapping[str, float]) -> Mapping[str, float]:
+        """Returns the rates of the work for ``record_step``; none if the step's duration is unknown."""
         now_s = time.perf_counter()
         before, self._last_end_s = self._last_end_s, now_s
         if "step_latency_ms" in given:
@@ -296,7 +302,13 @@ class Recorder:
             cycle_ms = (now_s - before) * 1e3
         else:
             return {}
-        return {"samples_per_s": samples * 1e3 / cycle_ms} if cycle_ms > 0.0 and "samples_per_s" not in given else {}
+        return self._rates(work, cycle_ms) if cycle_ms > 0.0 else {}
+
+    def _rates(self, work: int | Work, cycle_ms: float) -> Mapping[str, float]:
+        """Returns the rates of the work, by metric."""
+        if not isinstance(work, Work):
+            return {"samples_per_s": work * 1e3 / cycle_ms}
+        return work.rates(cycle_ms, None if work.flops is None else self.peak.tflops())
 
     def timer(self) -> Timer:
         """Returns what measures parts of a step on the device that trains."""

@@ -24,7 +24,7 @@ class Signature:
     __slots__ = ("count", "floats", "loss", "names", "norm", "numbers_of")
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+        self.names: tuple[str, ...] = names
         self.count: int = len(names)
         self.floats: list[type] = [float] * len(names)
         self.loss: int = names.index("loss") if "loss" in names else -1

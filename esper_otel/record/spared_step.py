@@ -12,6 +12,7 @@ from esper_otel.record.recorder import Recorder
 from esper_otel.record.seeds import checked_seed_id
 from esper_otel.record.step import Step
 from esper_otel.record.timed import TimedOnce
+from esper_otel.record.work import Work
 
 
 class SparedStep(Step):
@@ -25,7 +26,7 @@ class SparedStep(Step):
         recorder: records the step.
         mistakes: notes the mistakes.
         refusal: why the step cannot be opened; None if it can.
-        numbers: global step, epoch and samples.
+        numbers: global step, epoch and work.
     """
 
     __slots__ = ("_is_refused", "_mistakes", "_refusal")
@@ -35,7 +36,7 @@ class SparedStep(Step):
         recorder: Recorder,
         mistakes: Mistakes,
         refusal: WrongState | None,
-        numbers: tuple[int | None, int, int | None],
+        numbers: tuple[int | None, int, int | Work | None],
     ) -> None:
         super().__init__(recorder, *numbers)
         self._mistakes = mistakes

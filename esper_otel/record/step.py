@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from esper_otel.record.recorder import Recorder
     from esper_otel.record.seeds import MoreOfASeed
     from esper_otel.record.values import Scalar
+    from esper_otel.record.work import Work
 
     Sources: TypeAlias = Mapping[str, Tensor | Sequence[Tensor | None]] | Sequence[Tensor | Sequence[Tensor | None]]
 
@@ -57,8 +58,8 @@ class Step(OpenStep):
 
     __slots__ = ("_recorder",)
 
-    def __init__(self, recorder: Recorder, global_step: int | None, epoch: int, samples: int | None) -> None:
-        super().__init__(global_step, epoch, samples)
+    def __init__(self, recorder: Recorder, global_step: int | None, epoch: int, work: int | Work | None) -> None:
+        super().__init__(global_step, epoch, work)
         self._recorder = recorder
 
     def __enter__(self) -> Step:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.frames.black_box import SUFFIX
 from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import TamiyoClient
 from esper_otel.report.findings import Finding, compared, findings
@@ -101,7 +102,7 @@ def _recording(what: str, options: argparse.Namespace) -> Recording:
         kind = 0
     if kind and not stat.S_ISDIR(kind):  # a folder's name may also be the id of a run
         return of_file(path)
-    if path.suffix == ".gz":
+    if path.name.endswith(SUFFIX):
         raise ConfigurationError(f"there is no file {what}")
     if not what.isprintable():
         raise ConfigurationError(f"there is no file {what}, and this cannot be the id of a run")

@@ -57,12 +57,15 @@ class Finding(NamedTuple):
 def findings(recording: Recording) -> list[Finding]:
     """Returns findings about the end, what went wrong, signals, the loss, the time, and the seeds, in this order.
 
-    The hours are about the whole run, everything else about the recorded attempt.
+    The hours are about the whole run, everything else about the recorded attempt. If the
+    recording is of a file that could not be read in full, this comes first.
     """
+    unread = [Finding("Was everything read?", recording.unread, True)] if recording.unread else []
     if not recording.rows:
-        return [Finding("What was recorded?", "No step was recorded.", True)]
+        return [*unread, Finding("What was recorded?", "No step was recorded.", True)]
     bad = first_bad(recording)
     return [
+        *unread,
         _end(recording),
         _first_bad(recording, bad),
         _raised(recording),

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from esper_otel.errors import ConfigurationError, GatewayError
-from esper_otel.frames import black_box as blackbox
+from esper_otel.frames import black_box
+from esper_otel.frames.frame import Frame
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets
@@ -115,6 +116,7 @@ class Recording:
         earlier: the attempts before, oldest first, if they are known.
         ranks: a comparison of the run's ranks, if there are several and it is known.
         hours: where the hours of the run went; None if that is not known, as in a black box.
+        unread: what could not be read of it; empty if everything could.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Recording:
     earlier: tuple[EarlierAttempt, ...] = ()
     ranks: RunRanks | None = None
     hours: RunHours | None = field(default=None, compare=False)
+    unread: str = ""
 
     @property
     def title(self) -> str:
@@ -146,31 +149,37 @@ def of_file(path: Path) -> Recording:
     Raises:
         ConfigurationError: the file cannot be read.
     """
-    content = blackbox.contents(path)
-    head = next(content)
+    content = black_box.read(path)
+    about = content.about
     rows = tuple(
-        Row(row["step"], row["epoch"], row["time_unix_ns"] / 1e9, _clean(row["values"]), _clean_seeds(row["seeds"]))
-        for row in content
+        Row(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, _clean(frame.values()), _seeds_of(frame))
+        for frame in content.frames
     )
-    source = _clean_text(path.name.removesuffix(blackbox.SUFFIX))
-    device = str(head.get("device", "")).partition(":")[0]
+    source = _clean_text(path.name.removesuffix(black_box.SUFFIX))
+    device = str(about.get("device", "")).partition(":")[0]
+    name, reason = _clean_text(about["run_id"]), _clean_text(about["reason"])
     return Recording(
-        *(
-            _clean_text(head["run_id"]),
-            head["rank"],
-            head["attempt"],
-            _clean_text(head["reason"]),
-            rows,
-            source,
-            device,
-        ),
-        about=_about(head),
-        world_size=_world_size(head.get("world_size")),
+        *(name, about["rank"], about["attempt"], reason, rows, source, device),
+        about=_about(about),
+        unread=_unread(content),
+        world_size=_world_size(about.get("world_size")),
     )
+
+
+def _seeds_of(frame: Frame) -> dict[str, dict[str, float]]:
+    return _clean_seeds(dict(frame.seeds.rows()))
+
+
+def _unread(content: black_box.BoxContent) -> str:
+    """Returns what could not be read of a black box; empty if everything could."""
+    if content.damage:
+        more = f", and {len(content.damage) - 1} more" if len(content.damage) > 1 else ""
+        return f"The file is damaged, and some steps may be missing ({printable(content.damage[0])}{more})."
+    return "The file ends in the middle of a step." if content.is_torn else ""
 
 
 def _about(head: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
-    """Returns what the head of a black box says of the run. Older versions wrote less, and anybody may write a file."""
+    """Returns what a black box says of the run; anybody may have written the file."""
     texts = [(name, head.get(name)) for name in ("experiment", "host", "device", "revision")]
     settings = head.get("settings")
     if isinstance(settings, dict) and settings:
@@ -221,7 +230,7 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
     mine = next((run for run in of_rank if run.attempt == attempt), None)
     world_size = 1 if mine is None else mine.world_size
     outcome = "" if mine is None else mine.ended or mine.run_ended or ""
-    source = blackbox.file_stem(run_id, rank, attempt)
+    source = black_box.file_stem(run_id, rank, attempt)
     return Recording(
         *(_clean_text(run_id), rank, attempt, _clean_text(outcome), rows, source, device),
         about=tuple((name, _clean_text(text)) for name, text in _known(mine, of_rank)),

@@ -34,14 +34,21 @@ _OF_NAME = {
     "grad_var": "needs a finite gradient_norm",
 }
 
+_OF_WORK = {
+    "esper.tokens_per_s": "not recorded: telemetry.step(tokens=...)",
+    "esper.tflops_per_s": "not recorded: telemetry.step(flops=...)",
+    "esper.mfu": "needs esper.tflops_per_s: telemetry.step(flops=...)",
+}
 
-def reasons(frame: Frame | None, *, left_out: Set[str], probes: Mapping[str, str]) -> dict[str, str]:
-    """Returns why metrics of the original request are missing from ``frame``, by metric name.
+
+def reasons(frame: Frame | None, *, left_out: Set[str], probes: Mapping[str, str], peak: str = "") -> dict[str, str]:
+    """Returns why metrics of the original request and rates of work are missing from ``frame``, by metric name.
 
     Args:
         frame: the newest frame. A seed metric counts as present if any live seed has a known value of it.
         left_out: names of gated metrics that are off.
         probes: reasons given by the hardware probes.
+        peak: why the highest rate of the training device is unknown; empty if it is known.
     """
     if frame is None:
         return {metric.name: "no step was recorded" for metric in (*STEP_METRICS, *SEED_METRICS)}
@@ -51,6 +58,9 @@ def reasons(frame: Frame | None, *, left_out: Set[str], probes: Mapping[str, str
         for metric in STEP_METRICS
         if metric.name not in values
     }
+    for name, how in _OF_WORK.items():
+        if name not in values:
+            absent[name] = peak if name == "esper.mfu" and "esper.tflops_per_s" in values and peak else how
     missing = is_absent(frame.live.cells)
     for column, metric in enumerate(SEED_METRICS):  # the first of the seed cells
         if missing[:, column].all():

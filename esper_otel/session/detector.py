@@ -8,20 +8,9 @@ from collections.abc import Mapping
 from opentelemetry.sdk.resources import Resource, ResourceDetector
 
 from esper_otel.errors import EsperOtelError
+from esper_otel.export.place import SLURM, attributes_of
 from esper_otel.probes.nvml import gpu_attributes
 from esper_otel.session.identity import identify, run_id_of_environment
-
-_OF_SLURM = {
-    "slurm.cluster.name": "SLURM_CLUSTER_NAME",
-    "slurm.job.id": "SLURM_JOB_ID",
-    "slurm.job.name": "SLURM_JOB_NAME",
-    "slurm.job.partition": "SLURM_JOB_PARTITION",
-    "slurm.array.job.id": "SLURM_ARRAY_JOB_ID",
-    "slurm.array.task.id": "SLURM_ARRAY_TASK_ID",
-    "slurm.step.id": "SLURM_STEP_ID",
-    "slurm.restart.count": "SLURM_RESTART_COUNT",
-    "slurm.node.name": "SLURMD_NODENAME",
-}
 
 
 class EsperResourceDetector(ResourceDetector):
@@ -33,12 +22,7 @@ class EsperResourceDetector(ResourceDetector):
 
     def detect(self) -> Resource:
         """See ``ResourceDetector``."""
-        return Resource({**_of_run(os.environ), **slurm_attributes(os.environ), **gpu_attributes()})
-
-
-def slurm_attributes(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the attributes of the Slurm job that this process belongs to, if any."""
-    return {name: environ[variable] for name, variable in _OF_SLURM.items() if environ.get(variable)}
+        return Resource({**_of_run(os.environ), **attributes_of(SLURM, os.environ), **gpu_attributes()})
 
 
 def _of_run(environ: Mapping[str, str]) -> dict[str, str | int]:

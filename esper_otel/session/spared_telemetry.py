@@ -11,9 +11,10 @@ from esper_otel.record.phases import PhaseScope
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.spared_step import SparedStep
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, read, whole
+from esper_otel.record.work import Work, work_of
 from esper_otel.session.telemetry import Telemetry, Wiring
 
-_OF_A_STEP = ("epoch", "global_step", "samples")
+_OF_A_STEP = ("epoch", "global_step", "samples", "tokens", "flops")
 
 
 def telemetry_of(recorder: Recorder, wiring: Wiring) -> Telemetry:
@@ -60,8 +61,9 @@ class SparedTelemetry(Telemetry):
             return
         given = values.items() if isinstance(values, Mapping) else ()
         good = {name: value for name, value in given if self._mistakes.spared(self._check, name, value)}
-        global_step, epoch, samples = self._numbers("record_step()", arguments, named)
-        self._mistakes.spared(record, good, epoch=epoch, global_step=global_step, samples=samples)
+        global_step, epoch, work = self._numbers("record_step()", arguments, named)
+        done = work._asdict() if isinstance(work, Work) else {"samples": work}
+        self._mistakes.spared(record, good, epoch=epoch, global_step=global_step, **done)
 
     def _check(self, name: str, value: object) -> None:
         """Raises what recording the value would raise."""
@@ -69,14 +71,14 @@ class SparedTelemetry(Telemetry):
 
     def _numbers(
         self, call: str, arguments: tuple[object, ...], named: Mapping[str, Any]
-    ) -> tuple[int | None, int, int | None]:
-        """Returns global step, epoch and samples; notes what is wrong with them and with further arguments."""
+    ) -> tuple[int | None, int, int | Work | None]:
+        """Returns global step, epoch and work; notes what is wrong with them and with further arguments."""
         for name in named.keys() - {*_OF_A_STEP}:
             self._mistakes.note(InvalidValue(name, f"is not an argument of {call}; known: {', '.join(_OF_A_STEP)}"))
         if arguments:
-            self._mistakes.note(InvalidValue(call, "takes epoch=, samples= and global_step= by name"))
+            self._mistakes.note(InvalidValue(call, f"takes its arguments by name: {', '.join(_OF_A_STEP)}"))
         found: dict[str, int | None] = {}
-        for name, highest in (("global_step", UINT64_MAX), ("epoch", UINT32_MAX), ("samples", UINT64_MAX)):
+        for name, highest in (("global_step", UINT64_MAX), ("epoch", UINT32_MAX)):
             given = named.get(name)
             try:
                 found[name] = None if given is None and name != "epoch" else whole(name, given, highest)
@@ -84,7 +86,12 @@ class SparedTelemetry(Telemetry):
                 self._mistakes.note(error)
         epoch = found.get("epoch")
         self._epoch = self._epoch if epoch is None else epoch
-        return found.get("global_step"), self._epoch, found.get("samples")
+        done: dict[str, Any] = {}
+        for name in ("samples", "tokens", "flops"):
+            one = {"samples": None, "tokens": None, "flops": None, name: named.get(name)}
+            if self._mistakes.spared(work_of, **one):
+                done[name] = one[name]
+        return found.get("global_step"), self._epoch, work_of(*map(done.get, ("samples", "tokens", "flops")))
 
     def seeds(self, ids: Any = (), *arguments: Any, **columns: Any) -> None:
         """See ``Telemetry.seeds``; wrong columns are left out."""

@@ -44,6 +44,7 @@ from esper_otel.record.device import device_name
 from esper_otel.record.frame_publisher import FramePublisher
 from esper_otel.record.mistakes import Mistakes
 from esper_otel.record.names import Names
+from esper_otel.record.peak import Peak
 from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
@@ -245,7 +246,7 @@ class _Session:
         self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
-        self._recorder = self._opened_recorder()
+        self._recorder = self._opened_recorder(settings)
         self._for_alerts = for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
@@ -279,13 +280,15 @@ class _Session:
 
         return _spared(settings, found, lambda error: (Exporters(False, None, (), str(error)), None))
 
-    def _opened_recorder(self) -> Recorder:
+    def _opened_recorder(self, settings: EsperSettings) -> Recorder:
+        publisher = self._publisher
         return Recorder(
-            self._publisher,
+            publisher,
             clock=Clock(),
             probing=self._sampler,
             to_state=leyline.state,
             gradient_math=_gradient_math,
+            peak=Peak(settings.peak_tflops, settings.compute_dtype, lambda: publisher.run.device_id),
             mistakes=self._mistakes,
             began_unix_ns=_began_unix_ns(),
         )
@@ -504,6 +507,7 @@ class _Session:
             self._publisher.ring.newest(),
             left_out=self._publisher.names.left_out,
             probes={} if self._sampler is None else self._sampler.absent(),
+            peak=self._recorder.peak.reason,
         )
 
     def derive_state(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from esper_otel.record.phases import Phases, PhaseScope, checked_phase_name
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
+from esper_otel.record.work import Work, work_of
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
@@ -152,7 +153,15 @@ class Telemetry:
 
     # -- recording ---------------------------------------------------------------------------------------
 
-    def step(self, *, epoch: int, samples: int | None = None, global_step: int | None = None) -> Step:
+    def step(
+        self,
+        *,
+        epoch: int,
+        samples: int | None = None,
+        global_step: int | None = None,
+        tokens: int | None = None,
+        flops: float | None = None,
+    ) -> Step:
         """Opens one training step: ``with telemetry.step(epoch=..., samples=len(targets)) as now``.
 
         If the block raises, the step is published with the values recorded so far, and the exception propagates.
@@ -161,18 +170,26 @@ class Telemetry:
             epoch: the epoch that the step belongs to.
             samples: number of training samples in the step, from which ``samples_per_s`` is computed.
             global_step: the step's number; by default the highest so far plus 1, starting at 1.
+            tokens: number of tokens in the step, from which ``esper.tokens_per_s`` is computed.
+            flops: floating-point operations of the step on this rank, forward and backward, such as those of
+                ``esper_otel.flops(model, batch)``; from them follow ``esper.tflops_per_s`` and ``esper.mfu``.
 
         Raises:
-            InvalidValue: an argument is not a whole number of at least 0.
+            InvalidValue: an argument is not a whole number of at least 0, or flops is not a finite one.
             WrongState: another step is open (raised on entering), or the session is closed.
         """
         if self._is_closed:
             self._check_open()
+        work: int | Work | None = samples
+        if tokens is not None or flops is not None:
+            work = work_of(samples, tokens, flops)
+        elif samples is not None:
+            work = whole("samples", samples, UINT64_MAX)
         return Step(
             self._recorder,
             None if global_step is None else whole("global_step", global_step, UINT64_MAX),
             epoch if epoch.__class__ is int and 0 <= epoch <= UINT32_MAX else whole("epoch", epoch, UINT32_MAX),
-            None if samples is None else whole("samples", samples, UINT64_MAX),
+            work,
         )
 
     def record_step(
@@ -182,10 +199,12 @@ class Telemetry:
         epoch: int,
         global_step: int | None = None,
         samples: int | None = None,
+        tokens: int | None = None,
+        flops: float | None = None,
     ) -> None:
         """Records a whole step that the trainer has measured itself. The keys are names from the catalogue.
 
-        Derived metrics that are not given are computed.
+        Derived metrics that are not given are computed. ``samples``, ``tokens`` and ``flops`` are those of ``step``.
 
         Raises:
             UnknownMetric: a name is not declared; the message suggests the nearest one.
@@ -194,7 +213,7 @@ class Telemetry:
         """
         if self._is_closed:
             self._check_open()
-        self._recorder.record_step(values, epoch, global_step, samples)
+        self._recorder.record_step(values, epoch, global_step, work_of(samples, tokens, flops))
 
     def batches(self, loader: Iterable[Batch]) -> Loader[Batch]:
         """Wraps a loader to time ``input_wait_ms``: the wait for a batch counts for the step that follows.

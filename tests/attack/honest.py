@@ -17,6 +17,8 @@ import urllib.request
 from collections import Counter
 from typing import Any
 
+from patience import patience
+
 import esper_otel
 from esper_otel import EsperSettings, GatewayError, Stage, StaleCursor, TamiyoClient
 
@@ -25,7 +27,7 @@ SEEDS = 4
 _HEALTH_EVERY_S = 0.2
 _HEALTH_TIMEOUT_S = 5.0
 _CATCH_UP_S = 5.0
-_LAST_S = 20.0
+_LAST_S = 20.0  # on a quiet machine
 
 
 class Honest:
@@ -70,8 +72,8 @@ class Honest:
     def finish(self) -> dict[str, Any]:
         """Ends the run, and says what became of each step."""
         self._over.set()
-        self._trainer.join(_LAST_S + 5)
-        deadline_s = time.monotonic() + _LAST_S
+        self._trainer.join(patience(_LAST_S) + 5)
+        deadline_s = time.monotonic() + patience(_LAST_S)
         while time.monotonic() < deadline_s and not self._ended.keys() <= self._came.keys():
             time.sleep(0.02)
         self._pulled.set()
@@ -92,7 +94,7 @@ class Honest:
                         now.seed(f"seed-{number}", stage=Stage.TRAINING, alpha=step / 100_000)
                 self._ended[step] = time.monotonic()
                 time.sleep(max(begun_s + step / PER_S - time.monotonic(), 0.0))
-            telemetry.close(timeout_s=_LAST_S)
+            telemetry.close(timeout_s=patience(_LAST_S))
 
     def _pull(self) -> None:
         cursor = None

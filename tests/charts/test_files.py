@@ -23,8 +23,8 @@ def test_without_bokeh_a_report_still_has_its_findings_and_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("box.esper.jsonl.gz").write_bytes(box_bytes(honest_box()))
-    assert main(["report", "box.esper.jsonl.gz", "--csv", "t.csv"]) == 2
+    Path("box.esper.steps").write_bytes(box_bytes(honest_box()))
+    assert main(["report", "box.esper.steps", "--csv", "t.csv"]) == 2
     said = capsys.readouterr()
     assert "How did it end?" in said.out
     assert INSTALL in said.err
@@ -42,8 +42,8 @@ def test_the_size_of_a_report_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("box.esper.jsonl.gz").write_bytes(box_bytes(honest_box()))
-    assert main(["report", "box.esper.jsonl.gz"]) == 0
+    Path("box.esper.steps").write_bytes(box_bytes(honest_box()))
+    assert main(["report", "box.esper.steps"]) == 0
     [page] = tmp_path.glob("*.html")
     assert f"the page is {page.name} ({page.stat().st_size / 1e6:.1f} MB, works offline)" in capsys.readouterr().out
     assert page.stat().st_size < 2_000_000

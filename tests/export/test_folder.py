@@ -102,7 +102,7 @@ def test_a_folder_of_another_version_is_left_alone_and_named(
     tmp_path: Path, left: Path, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """That version can send its steps; this one can read none of them, and deletes none."""
-    (left / f"0000000{number}.frames").write_bytes(segment().replace(b"\xe5\x9e\x0f2", b"\xe5\x9e\x0f1"))
+    (left / f"0000000{number}.frames").write_bytes(segment().replace(b"\xe5\x9e\x0f3", b"\xe5\x9e\x0f2"))
     before = contents(left)
     for _ in range(2):
         caplog.clear()

@@ -53,6 +53,6 @@ def test_a_step_waits_for_no_endpoint(protocol: str, hang: bool) -> None:
         )
         assert done.returncode == 0, done.stderr
         health = json.loads(done.stdout)
-        assert health["longest_s"] < 2.0
+        assert health["longest_s"] < 8.0, "nowhere near the 10 s that a request may take"
         assert (health["exported"], health["dropped"]) == ((0, 100) if hang else (100, 0))
         assert collector.frames_received == (0 if hang else 100)

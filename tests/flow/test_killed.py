@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from frame_examples import sealed, taken_apart
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
 import esper_otel
@@ -19,7 +20,6 @@ from esper_otel import EsperSettings
 from esper_otel.export.folder import Folder
 from esper_otel.frames import records
 from esper_otel.frames.layout import HEAD
-from esper_otel.frames.records import StoredContext
 from esper_otel.testing import MemoryCollector
 
 pytestmark = pytest.mark.lengthy
@@ -234,7 +234,7 @@ def test_a_spool_that_was_cut_short_or_damaged_gives_what_is_whole(nowhere: Path
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not a spool", os.urandom(5_000), b"\xe5\x9e\x0f1" * 1_000],
+    [b"", b"not a spool", os.urandom(5_000), b"\xe5\x9e\x0f3" * 1_000],
     ids=["empty", "text", "random", "only heads"],
 )
 def test_a_file_that_holds_no_frame_is_no_trouble(nowhere: Path, collector: MemoryCollector, content: bytes) -> None:
@@ -255,7 +255,7 @@ def test_records_that_somebody_else_has_made_are_skipped_and_counted(
     """With right checksums, between those of a killed trainer: all of its steps arrive, and the folder goes."""
     recorded = trained("killed", 20, KILL)
     [path] = nowhere.rglob("*.frames")
-    contents = list(records._records(path.read_bytes(), StoredContext()))
+    contents = taken_apart(path.read_bytes())
     run = json.dumps([{"run_id": ["x"], "attempt": 1}, {}, ""]).encode()
     empty = HEAD.pack(1, 0, 1, 0, 0, 0, 0, 0)
 
@@ -280,12 +280,17 @@ def test_records_that_somebody_else_has_made_are_skipped_and_counted(
     ]
     layout = b"L\x64\0\0\0[[[],[],[],[]],[]]"  # the only one that can be used
     mixed = [*contents[:6], layout, *hostile, *contents[6:]]
-    path.write_bytes(b"".join(map(records._record, mixed)))
+    path.write_bytes(sealed(mixed))
     telemetry = sent_by_next_start(collector)
     assert_exact(collector, "killed", recorded)
     assert telemetry.health()["dropped"] == sum(record[:1] == b"F" for record in hostile)
-    assert f"{len(hostile)} records could not be used" in caplog.text
+    assert f"{len(hostile)} records could not be used (the first at byte " in caplog.text
     assert not path.parent.exists()
+    [aside] = (nowhere / "damaged").iterdir()
+    assert str(aside) in caplog.text
+    assert aside.stat().st_mode & 0o777 == 0o600
+    assert sealed(hostile[:1]) in aside.read_bytes()
+    assert aside.read_bytes().endswith(sealed(hostile[-1:]))
 
 
 FULL = """

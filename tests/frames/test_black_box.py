@@ -27,7 +27,7 @@ from programs import until
 import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage
 from esper_otel.cli import main
-from esper_otel.frames import black_box as blackbox
+from esper_otel.frames import black_box
 from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import page
 from esper_otel.report.recording import Recording, Row, of_file
@@ -62,7 +62,7 @@ def diverging(run_id: str, *, steps: int = STEPS, nan_at: int | None = STEPS, ra
 
 
 def only(folder: Path) -> Path:
-    [path] = until("it is written", lambda: list(folder.glob(f"*{blackbox.SUFFIX}")))
+    [path] = until("it is written", lambda: list(folder.glob(f"*{black_box.SUFFIX}")))
     return Path(path)
 
 
@@ -78,13 +78,16 @@ def test_a_loss_that_is_nan_is_written_with_the_steps_before_it(folder: Path, ca
         telemetry.record_step({"loss": math.nan}, epoch=0)
     assert only(folder) == path
     assert path.stat().st_mode & 0o777 == 0o600
-    head, rows = blackbox.read(path)
-    assert (head["run_id"], head["rank"], head["reason"]) == ("a/b c", 0, "loss not finite")
-    assert [row["step"] for row in rows] == [*range(STEPS - 255, STEPS + 1)]
-    assert math.isnan(rows[-1]["values"]["loss"])
-    assert rows[0]["values"]["accuracy"] == math.inf
-    assert "gradient_norm" not in rows[0]["values"]
-    assert rows[-1]["seeds"] == {"seed-1": {"alpha": 1.0}}
+    about, frames, damage, is_torn = black_box.read(path)
+    assert (damage, is_torn) == ([], False)
+    assert (about["run_id"], about["rank"], about["reason"]) == ("a/b c", 0, "loss not finite")
+    assert [frame.global_step for frame in frames] == [*range(STEPS - 255, STEPS + 1)]
+    assert math.isnan(frames[-1].values()["loss"])
+    assert frames[0].values()["accuracy"] == math.inf
+    assert "gradient_norm" not in frames[0].values()
+    assert dict(frames[-1].seeds.rows()) == {"seed-1": {"alpha": 1.0}}
+    assert {frame.values()["esper.seeds"] for frame in frames} == {1.0}
+    assert json.loads(path.read_bytes().partition(b"\n")[0].partition(b"{")[2].join((b"{", b""))) == about
     assert str(path) in caplog.text
 
 
@@ -104,8 +107,8 @@ def test_an_exception_and_sigterm_are_written_and_a_good_end_is_not(
         assert not folder.exists()
         return
     path = only(folder)
-    head, rows = blackbox.read(path)
-    assert (head["reason"], len(rows)) == (reason, 256)
+    content = black_box.read(path)
+    assert (content.about["reason"], len(content.frames)) == (reason, 256)
     assert f"esper_otel black box: {reason}; the last 256 steps are in {path}" in done.stderr
 
 
@@ -146,7 +149,7 @@ def answers(recording: Recording) -> dict[str, str]:
 def test_the_report_says_what_went_wrong_where_the_time_goes_and_which_seed(folder: Path) -> None:
     with pytest.raises(KeyError):
         diverging("wrong", raises=True)
-    until("both are written", lambda: len(list(folder.glob(f"*{blackbox.SUFFIX}"))) == 2)
+    until("both are written", lambda: len(list(folder.glob(f"*{black_box.SUFFIX}"))) == 2)
     found = answers(of_file(next(folder.glob("*KeyError*"))))
     assert found["How did it end?"].endswith("The run ended: KeyError.")
     assert f"Step {STEPS} (epoch 3): the loss is nan." in found["Which step went wrong first?"]
@@ -168,7 +171,7 @@ def test_the_command_writes_a_page_and_tables(
     diverging("<one>")
     first = only(folder)
     diverging("two", nan_at=290)
-    [second] = until("the other is written", lambda: list(folder.glob(f"*two*{blackbox.SUFFIX}")))
+    [second] = until("the other is written", lambda: list(folder.glob(f"*two*{black_box.SUFFIX}")))
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(first), "--vs", str(second), "--csv", "t.csv", "--parquet", "t.parquet"]) == 0
     out = capsys.readouterr().out
@@ -234,15 +237,15 @@ def test_a_report_from_a_gateway_tells_infinity_from_nan_and_one_rank_from_anoth
     assert (step["accuracy"], step["tokens_per_s"], seed["seed.alpha"]) == ("-inf", "inf", "-inf")
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", b"\x1f\x8b broken"])
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\xe5\x9e\x0f3 broken"])
 def test_what_is_no_black_box_is_said(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / f"x{blackbox.SUFFIX}"
+    path = tmp_path / f"x{black_box.SUFFIX}"
     path.write_bytes(content)
     assert main(["report", str(path)]) == 2
     assert "is not a black box of esper_otel" in capsys.readouterr().err
     with pytest.raises(ConfigurationError):
-        blackbox.read(path)
-    assert main(["report", str(tmp_path / "missing.gz")]) == 2
+        black_box.read(path)
+    assert main(["report", str(tmp_path / "missing.esper.steps")]) == 2
     assert os.environ["ESPER_BLACK_BOX_FRAMES"] == "0"
 
 
@@ -430,7 +433,7 @@ def test_the_page_of_another_rank_attempt_or_black_box_is_never_overwritten(
         diverging("run", nan_at=None, raises=True)
     with esper_otel.start(run_id="run", rank=1, world_size=2) as telemetry:
         telemetry.record_step({"loss": math.nan}, epoch=0)
-        boxes = until("all are written", lambda: len(found := list(folder.glob(f"*{blackbox.SUFFIX}"))) == 3 and found)
+        boxes = until("all are written", lambda: len(found := list(folder.glob(f"*{black_box.SUFFIX}"))) == 3 and found)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         for path in (first, *sorted({*boxes} - {first})):
@@ -443,7 +446,7 @@ def test_the_page_of_another_rank_attempt_or_black_box_is_never_overwritten(
 
 def test_a_long_run_id_leaves_room_for_rank_and_reason_in_the_files_name() -> None:
     """Else the black boxes of two ranks would be one file."""
-    names = {blackbox.file_stem("ü" * 250, rank, 1, "KeyError") for rank in (0, 1)}
+    names = {black_box.file_stem("ü" * 250, rank, 1, "KeyError") for rank in (0, 1)}
     assert len(names) == 2
     assert all(len(name.encode()) < 220 and name.endswith("-1-KeyError") for name in names)
 

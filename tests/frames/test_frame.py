@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from frame_examples import append, frames, histories, make_frame, records_of, rows_in, seed_table
+from frame_examples import append, block_of, frames, histories, make_frame, records_of, rows_in, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import plain, rows
@@ -12,11 +12,9 @@ from rows import plain, rows
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
-from esper_otel.frames.black_box import _row
-from esper_otel.frames.encoded import frames_from_bytes, frames_to_bytes
 from esper_otel.frames.frame import NARROW, WIDTH, Frame, SeedTable, alike
 from esper_otel.frames.live_seeds import LiveSeeds
-from esper_otel.frames.records import RecordWriter, StoredContext, chunks_in
+from esper_otel.frames.records import RecordWriter, StoredContext, chunks_in, frames_in
 from esper_otel.frames.ring import Ring, blocks_of
 from esper_otel.gateway.rebuild.history import _is_same
 from esper_otel.leyline import packets
@@ -56,14 +54,14 @@ def spooled(history: Sequence[Frame]) -> list[object]:
 
 
 def stored(history: Sequence[Frame]) -> list[object]:
-    return [repr(plain(table)) for f in frames_from_bytes(frames_to_bytes(history)) for table in f[8:10]]
+    return [repr(plain(table)) for f in frames_in(block_of(history)) for table in f[8:10]]
 
 
 def as_rows(history: Sequence[Frame]) -> list[object]:
     ring = Ring(2**20)
     for frame in history:
         append(ring, frame)
-    return [repr(_row(frame)) for frame in ring.after(0, 1_000)[0]]
+    return [repr((frame.values(), dict(frame.seeds.rows()))) for frame in ring.after(0, 1_000)[0]]
 
 
 def pulled(history: Sequence[Frame]) -> list[object]:

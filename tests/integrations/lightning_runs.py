@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import patience
 
 from esper_otel.integrations.lightning import EsperCallback
 
@@ -87,9 +88,11 @@ class Quasi(Module):
 class Slow(Two):
     """The work before its second optimizer's step takes long."""
 
+    pause_s = patience(0.01)
+
     def manual_backward(self, loss: Any) -> None:
         if len(self.losses) % 2:
-            time.sleep(0.01)
+            time.sleep(self.pause_s)
         super().manual_backward(loss)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import esper_otel
-from esper_otel.session.detector import EsperResourceDetector, slurm_attributes
+from esper_otel.export.place import SLURM, attributes_of
+from esper_otel.session.detector import EsperResourceDetector
 from esper_otel.testing import MemoryCollector
 
 pytest.importorskip("torch")
@@ -198,4 +199,4 @@ def test_a_detector_generates_no_run_id_and_raises_nothing(monkeypatch: pytest.M
     assert found["esper.rank"] == 0
     monkeypatch.setenv("RANK", "first")
     assert "esper.rank" not in EsperResourceDetector().detect().attributes
-    assert slurm_attributes({}) == {}
+    assert attributes_of(SLURM, {}) == {}

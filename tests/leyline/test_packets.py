@@ -213,11 +213,12 @@ def test_no_packet_ever_holds_a_number_that_is_not_finite(frame: Frame, values: 
     assert all(math.isfinite(number) for number in numbers_of(result))
 
 
-# Where a metric without a key in the map goes. These say how the packets are made, count what they list, or whose step
-# it was, which the contract has no place for.
+# Where a metric without a key in the map goes. These say how the packets are made, count what they list, or are for
+# people: whose step it was, its parts and memory, which the contract has no place for.
 _ELSEWHERE = {
     *("esper.step.failed", "esper.steps.backwards", "esper.global_step", "esper.epoch", "esper.seeds"),
-    "esper.optimizer.index",
+    *("esper.optimizer.index", "esper.forward_ms", "esper.backward_ms", "esper.optimizer_ms"),
+    *(metric.name for metric in METRICS if metric.name.startswith("esper.memory.")),
 }
 _FIELDS = {"esper.validation.accuracy"} | {metric.name for metric in METRICS if metric.name.startswith("esper.device.")}
 

@@ -45,7 +45,7 @@ def test_host_settings_and_date_of_a_black_box_are_shown(tmp_path: Path, monkeyp
             now.put(loss=1.0)
         raise KeyError
     deadline_s = time.monotonic() + 20
-    while not (boxes := list(tmp_path.glob("*.gz"))):  # close() waits for it for a second only
+    while not (boxes := list(tmp_path.glob("*.esper.steps"))):  # close() waits for it for a second only
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     [box] = boxes

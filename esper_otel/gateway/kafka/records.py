@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.errors import EsperOtelError
-from esper_otel.frames.encoded import DamagedFrame, frames_from_bytes, frames_to_bytes
 from esper_otel.frames.frame import Frame
+from esper_otel.frames.records import DamagedRecord, RecordWriter, frames_in
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 
 VERSION = 1
@@ -95,7 +95,8 @@ def block_bytes(block: Block) -> bytes:
     parts = [_HEAD.pack(VERSION, len(block.frames), block.of_run, block.of_rank, len(place)), place]
     for item, loss in block.frames:
         parts.append(_ITEM.pack(item.revision, item.complete, *item[4:6], nan if loss is None else loss))
-    parts.append(frames_to_bytes([item.frame for item, _ in block.frames]))
+    writer = RecordWriter()
+    parts += [writer.frame(item.frame) for item, _ in block.frames]
     return b"".join(parts)
 
 
@@ -112,8 +113,8 @@ def block_of(key: bytes, value: bytes) -> Block:
         start = _HEAD.size + length
         place = _place_of(origin, value[_HEAD.size : start])
         of_items = [_ITEM.unpack_from(value, start + number * _ITEM.size) for number in range(count)]
-        frames = frames_from_bytes(value[start + count * _ITEM.size :])
-    except (struct.error, DamagedFrame, ValueError, TypeError, RecursionError) as error:
+        frames = frames_in(value[start + count * _ITEM.size :])
+    except (struct.error, DamagedRecord, ValueError, TypeError, RecursionError) as error:
         raise UnknownForm(f"not a record of frames: {error}") from None
     if len(frames) != count or not count:
         raise UnknownForm(f"not a record of frames: {len(frames)} frames instead of {count}")

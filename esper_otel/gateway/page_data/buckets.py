@@ -170,7 +170,7 @@ class Buckets:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         self._heads = Heads(*(np.zeros(_FEWEST_ROWS, np.int64) for _ in Heads._fields))
         self._values = _room(_FEWEST_COLUMNS, _FEWEST_ROWS)
         self._order: npt.NDArray[np.intp] | None = None  # None: by key as they are

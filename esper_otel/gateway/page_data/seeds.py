@@ -46,7 +46,7 @@ class SeedTimelines:
     """
 
     def __init__(self) -> None:
-        self.left_out = 0
+        self.left_out: int = 0
         self._seeds: dict[tuple[int, str], Seed] = {}
         self._unknown: set[tuple[int, str]] = set()
         self._segment = -1

@@ -46,7 +46,7 @@ class SignalEpisodes:
     """
 
     def __init__(self, rules: tuple[Rule, ...]) -> None:
-        self.changed = 0
+        self.changed: int = 0
         self._rules = rules
         self._episodes = Episodes(most=_MOST)
         self._metrics = {"loss_delta", *(rule.metric for rule in rules)}

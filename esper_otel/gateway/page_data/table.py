@@ -64,11 +64,11 @@ class Table:
 
     def __init__(self, covers: Range) -> None:
         self.covers = covers
-        self.life = secrets.token_hex(4)
-        self.width = 1
+        self.life: str = secrets.token_hex(4)
+        self.width: int = 1
         self.segments: list[Buckets] = []
         self.dirty: set[Dirty] = set()
-        self.used_s = 0.0
+        self.used_s: float = 0.0
 
     @property
     def rows(self) -> int:

@@ -72,19 +72,19 @@ class View:
         self._source = source
         self._run_id = run_id
         self._rank = rank
-        self.used_s = time.monotonic()
+        self.used_s: float = time.monotonic()
         self._unnumbered: set[tuple[Origin, int]] = set()
         self._begin()
 
     def _begin(self) -> None:
-        self.life = secrets.token_hex(4)
-        self.version = 0
-        self.whole = Table(Range())
-        self.columns = Columns()
-        self.segments = Segments()
-        self.seeds = SeedTimelines()
-        self.episodes = SignalEpisodes(self._source.rules)
-        self.gap = 0
+        self.life: str = secrets.token_hex(4)
+        self.version: int = 0
+        self.whole: Table = Table(Range())
+        self.columns: Columns = Columns()
+        self.segments: Segments = Segments()
+        self.seeds: SeedTimelines = SeedTimelines()
+        self.episodes: SignalEpisodes = SignalEpisodes(self._source.rules)
+        self.gap: int = 0
         self._details: list[Table] = []
         self._cursor = ""
         self._fetched = _AT_FIRST

@@ -27,7 +27,7 @@ class RequestWriters:
     def __init__(self, tenant: str = "") -> None:
         self.tenant = tenant
         self.crowded: dict[tuple[str, int, int], None] = {}
-        self.has_others = False
+        self.has_others: bool = False
 
     @property
     def runs(self) -> tuple[str, ...]:

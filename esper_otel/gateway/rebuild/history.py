@@ -66,7 +66,7 @@ class ReleasedFrame(FrameInput):
             if seed in self.part.shape.retired and all((seed, SEED_FIELDS.index(field)) in ended for field in cells)
         }
         if dead:
-            self.part = self.part.without(lambda name, seed: name == SEED_RETIRED.name and seed in dead)
+            self.part: Part = self.part.without(lambda name, seed: name == SEED_RETIRED.name and seed in dead)
 
     def size(self) -> int:
         """Returns its approximate memory in bytes."""
@@ -300,7 +300,7 @@ class History:
             item.revision,
         )
         self._keep(frame.time_unix_ns, kept)
-        if not is_cut_off and _is_stale(frame, self.live, can_end=not self._habits.counts):
+        if not is_cut_off and _has_unstated_change(frame, self.live, can_end=not self._habits.counts):
             self._note_changed(frame.time_unix_ns)
         self._maker.live = _living(frame.live)
         self._after(frame)
@@ -468,7 +468,7 @@ def _ended(before: SeedTable, frame: Frame) -> set[StreamEnd]:
     return {StreamEnd(frame.time_unix_ns, before.ids[row], column) for row, column in np.argwhere(gone).tolist()}
 
 
-def _is_stale(frame: Frame, before: SeedTable, *, can_end: bool) -> bool:
+def _has_unstated_change(frame: Frame, before: SeedTable, *, can_end: bool) -> bool:
     """Returns whether a frame differs from the one before it in something that it does not state itself.
 
     Args:

@@ -81,9 +81,9 @@ class RawPoints:
         self.limits = limits
         self.metrics: list[MetricPoints] = []
         self.labels: dict[Label, int] = {PLAIN: 0}
-        self.rejected = RejectedPoints()
-        self.points = 0
-        self.taken = 0
+        self.rejected: RejectedPoints = RejectedPoints()
+        self.points: int = 0
+        self.taken: int = 0
         self._parts = 0
 
     def note_parts(self, count: int) -> None:

@@ -41,7 +41,7 @@ from esper_otel.gateway.receive.request import (
     RequestPart,
     RunEnd,
 )
-from esper_otel.gateway.receive.template import Part, Templates, parts_of
+from esper_otel.gateway.receive.template import ResourcePart, Templates, parts_of
 from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
 from esper_otel.parts.senders import Label
 
@@ -85,7 +85,7 @@ class Decoder:
     def _decode(self, body: bytes) -> DecodedRequest:
         return _judged(*self._fast.columns(body))
 
-    def _in_parts(self, body: bytes, parts: list[Part]) -> DecodedRequest | None:
+    def _in_parts(self, body: bytes, parts: list[ResourcePart]) -> DecodedRequest | None:
         """Decodes with templates what fits them, and the rest in between; None if that is of no use here."""
         of_parts, points = self._templates.blocks(body, parts)
         if 2 * of_parts.count(None) > len(parts):

@@ -50,7 +50,7 @@ def _envelope() -> Any:
     return GetMessageClass(pool.FindMessageTypeByName(name))
 
 
-Envelope = _envelope()
+Envelope: Any = _envelope()
 
 
 def read_resource(resource: bytes) -> resource_pb2.Resource:

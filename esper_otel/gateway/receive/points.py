@@ -104,7 +104,7 @@ def _repeats(payload: bytes, start: int, size: int, head: int) -> int:
     return room if same.all() else int(same.argmin())
 
 
-class Layout(NamedTuple):
+class PointLayout(NamedTuple):
     """The positions of the parts of a record.
 
     Attributes:
@@ -120,7 +120,7 @@ class Layout(NamedTuple):
     labels: slice
 
 
-def layout_of(record: bytes) -> Layout | None:
+def layout_of(record: bytes) -> PointLayout | None:
     """Returns the layout of a record, or None if it contains something unusual."""
     head = 2 if record[1] < 0x80 else 3
     fixed, places = list(range(head)), dict[int, int]()
@@ -151,7 +151,7 @@ def layout_of(record: bytes) -> Layout | None:
             return None
     if position != end or (_DOUBLE in places and _INTEGER in places):
         return None
-    return Layout(fixed, _fields(places, end), _holding(places, flags), slice(attributes_start, attributes_end))
+    return PointLayout(fixed, _fields(places, end), _holding(places, flags), slice(attributes_start, attributes_end))
 
 
 def _fields(places: dict[int, int], size: int) -> np.dtype[np.void]:
@@ -209,7 +209,7 @@ def read(records: Bytes, label: Callable[[bytes], int]) -> tuple[list[RecordColu
     return read_so_far, places
 
 
-def _columns(records: Bytes, layout: Layout, places: Places, label: Callable[[bytes], int]) -> RecordColumns:
+def _columns(records: Bytes, layout: PointLayout, places: Places, label: Callable[[bytes], int]) -> RecordColumns:
     fields = records.view(layout.fields)[:, 0]
     names = layout.fields.names or ()
     labels = None

@@ -42,7 +42,7 @@ _TIME_SHIFT_NS = 7_000_000
 Bytes = npt.NDArray[np.uint8]
 
 
-class Part(NamedTuple):
+class ResourcePart(NamedTuple):
     """A ResourceMetrics of a request, as ranges of its bytes.
 
     Attributes:
@@ -58,9 +58,9 @@ class Part(NamedTuple):
     rest: slice | None
 
 
-def parts_of(body: bytes) -> list[Part] | None:
+def parts_of(body: bytes) -> list[ResourcePart] | None:
     """Returns the parts of a request; None if it has very many small ones, or something else is in it."""
-    parts: list[Part] = []
+    parts: list[ResourcePart] = []
     position, end = 0, len(body)
     try:
         while position < end:
@@ -70,7 +70,7 @@ def parts_of(body: bytes) -> list[Part] | None:
             after = inside + length
             if after > end:
                 return None
-            parts.append(Part(position, after, *_divided(body, inside, after)))
+            parts.append(ResourcePart(position, after, *_divided(body, inside, after)))
             position = after
     except IndexError:
         return None
@@ -224,8 +224,8 @@ class Template:
         self._block = block._replace(kind=object())
         self._changes = block.times[1:] != block.times[:-1]
         self.owner = owner
-        self.points = len(numbers.times)
-        self.size = len(rest) + 5 * len(self._fixed) + 150 * self.points
+        self.points: int = len(numbers.times)
+        self.size: int = len(rest) + 5 * len(self._fixed) + 150 * self.points
 
     def fitting(self, rows: Bytes) -> npt.NDArray[np.bool_]:
         """Returns which of the parts, one per row, differ from the template only in their numbers."""
@@ -283,7 +283,7 @@ class Templates:
         self._credit = _MOST_CREDIT
         self._stranger = secrets.token_hex(16)
 
-    def blocks(self, body: bytes, parts: Sequence[Part]) -> tuple[list[PointBlock | None], int]:
+    def blocks(self, body: bytes, parts: Sequence[ResourcePart]) -> tuple[list[PointBlock | None], int]:
         """Returns the block of each part, None for parts that no template reads; and the number of points in all."""
         found: list[PointBlock | None] = [None] * len(parts)
         of_length: dict[int, list[int]] = {}
@@ -335,7 +335,7 @@ class Templates:
         self,
         template: Template,
         body: bytes,
-        parts: Sequence[Part],
+        parts: Sequence[ResourcePart],
         numbers: list[int],
         rows: Bytes,
         some: npt.NDArray[np.intp],

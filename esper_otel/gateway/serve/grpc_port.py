@@ -210,7 +210,7 @@ class Rpc:
             request = await self._message(
                 health_pb2.HealthCheckRequest.FromString, context, context.peer(), self._strangers
             )
-        except Exception as error:  # noqa: BLE001 - whoever asks is told
+        except Exception as error:  # noqa: BLE001 - the caller gets the error
             await self._abort(error, context)
         return await self.health.Check(request, context)
 
@@ -224,7 +224,7 @@ class Rpc:
                     await self.health.Watch(request, context)
         except TimeoutError:
             await self._abort(Busy("too many watches at once"), context)
-        except Exception as error:  # noqa: BLE001 - whoever asks is told
+        except Exception as error:  # noqa: BLE001 - the caller gets the error
             await self._abort(error, context)
 
     async def _reflect(self, _: Any, context: _Context) -> AsyncIterator[Any]:
@@ -246,7 +246,7 @@ class Rpc:
                         yield response
         except TimeoutError:
             await self._abort(Busy("too many watches at once, or the call took more than a minute"), context)
-        except Exception as error:  # noqa: BLE001 - whoever asks is told
+        except Exception as error:  # noqa: BLE001 - the caller gets the error
             await self._abort(error, context)
 
     # -- common to all methods ---------------------------------------------------------------------------

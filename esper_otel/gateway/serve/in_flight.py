@@ -29,7 +29,7 @@ class Holding:
         self._room = room
         self.give_way = give_way
         self.owner = owner
-        self.size = 0
+        self.size: int = 0
         self.since_s: float = time.monotonic()
 
     def resize(self, size: int) -> None:

@@ -19,7 +19,7 @@ from esper_otel.gateway.store.base import StoreFull
 FILE = "steps.sqlite3"
 _LOCK = "lock"
 _SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
-_VERSION = 7
+_VERSION = 8
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
 # ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
 _SCHEMA = """

@@ -39,8 +39,8 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.size = 0
-        self.writers = 0
+        self.size: int = 0
+        self.writers: int = 0
         self._runs: dict[str, _Use] = {}
         self._tenants: dict[str, _Tenant] = {}
 

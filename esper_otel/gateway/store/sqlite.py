@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esper_otel.errors import ConfigurationError, UnknownRun
-from esper_otel.frames.encoded import DamagedFrame, frames_from_bytes, frames_to_bytes, stored_time
 from esper_otel.frames.frame import Frame
+from esper_otel.frames.quarantine import Quarantine
+from esper_otel.frames.records import DamagedRecord, RecordWriter, frames_in
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
     EXPIRED_AT_ONCE,
@@ -42,7 +43,6 @@ from esper_otel.gateway.store.base import (
 from esper_otel.gateway.store.database import FILE, Damaged, locked, moved_aside, opened, reading, transaction
 from esper_otel.gateway.store.ledger import Ledger, use_of
 from esper_otel.gateway.store.memory import loss_of
-from esper_otel.gateway.store.quarantine import Quarantine
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
@@ -58,6 +58,7 @@ _RESTORED, _MOST_RESTORED, _RESTORED_IN_ALL = 256, 4_096, 65_536
 _AT_ONCE = 64
 _SWEPT_AT_ONCE, _SWEPT_WHEN_IDLE = 500, 4_000
 _NO_BODY = 2**62
+_LARGEST_INTEGER = 2**63 - 1  # that SQLite has
 _AGE_EVERY_S = 60.0
 _MOST_AGE_S = 1e10
 _MOST_TRIES = 3
@@ -132,7 +133,7 @@ class FileStore:
         self._last_block = 0
         self._received: dict[Origin, int] = {}  # when each writer was last received from before this start
         self._age_before_s = self._age_noted_s = 0.0
-        self.dropped = 0
+        self.dropped: int = 0
         self.damaged: Counter[str] = Counter()
         self._lock = None if read_only else locked(Path(folder))
         try:
@@ -273,7 +274,7 @@ class FileStore:
         position, number, attempt, rank, writer, revision, complete, received, loss_before, missed, block, place = row
         try:
             frame = self._frame(block, place)
-        except DamagedFrame as error:
+        except DamagedRecord as error:
             if not self._read_only:
                 self._remove(run_id, run, row, error)
             return None
@@ -284,24 +285,24 @@ class FileStore:
         """Returns a frame of a block.
 
         Raises:
-            DamagedFrame: the block is damaged, or has no such frame.
+            DamagedRecord: the block is damaged, or has no such frame.
         """
         known = self._decoded.get(block)
         if known is None:
             row = self._connection.execute("SELECT frames FROM blocks WHERE id = ?", (block,)).fetchone()
             if row is None or type(row[0]) is not bytes:
-                raise DamagedFrame("not bytes")
-            known = self._decoded[block] = _DecodedBlock(frames_from_bytes(row[0]), len(row[0]))
+                raise DamagedRecord("not bytes")
+            known = self._decoded[block] = _DecodedBlock(frames_in(row[0]), len(row[0]))
             self._decoded_bytes += known.size
             while self._decoded_bytes > _MOST_DECODED_BYTES and len(self._decoded) > 1:
                 self._decoded_bytes -= self._decoded.popitem(last=False)[1].size
         else:
             self._decoded.move_to_end(block)
         if not 0 <= place < len(known.frames):
-            raise DamagedFrame(f"its block has no frame {place}")
+            raise DamagedRecord(f"its block has no frame {place}")
         return known.frames[place]
 
-    def _remove(self, run_id: str, run: _KnownRun, row: tuple[Any, ...], error: DamagedFrame) -> None:
+    def _remove(self, run_id: str, run: _KnownRun, row: tuple[Any, ...], error: DamagedRecord) -> None:
         """Removes a damaged row; if its block is damaged, all rows of that block. They are put aside."""
         run.is_torn = True
         position, block = row[0], row[-2]
@@ -712,7 +713,7 @@ class FileStore:
                 (
                     *(run.key, run.last, rank, run.ranks[rank], attempt, writer, item.revision, item.complete),
                     *(item.received_unix_ns, self._loss_before(connection, run, origin)),
-                    *(stored_time(item.frame.time_unix_ns), block.id, len(block.frames), item.missed),
+                    *(min(item.frame.time_unix_ns, _LARGEST_INTEGER), block.id, block.count, item.missed),
                 )
             )
             block.add(item.frame, run.last)
@@ -721,9 +722,8 @@ class FileStore:
             run.added_s = self._age_s()
         encoded = []
         for block in full:
-            content, count = frames_to_bytes(block.frames), len(block.frames)
-            encoded.append((block.id, block.run.key, block.last, count, content))
-            block.run.frame_bytes += count * (len(content) // count + _ROW_BYTES)
+            encoded.append((block.id, block.run.key, block.last, block.count, b"".join(block.records)))
+            block.run.frame_bytes += block.count * (block.size // block.count + _ROW_BYTES)
         connection.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?, ?)", encoded)
         connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
@@ -734,7 +734,7 @@ class FileStore:
             row = connection.execute(
                 "SELECT block, place FROM items WHERE run = ? AND position = ?", (run.key, position)
             ).fetchone()
-            with suppress(DamagedFrame):  # it is put aside when it is pulled
+            with suppress(DamagedRecord):  # it is put aside when it is pulled
                 run.losses[origin] = None if row is None else loss_of(self._frame(*row))
         return run.losses.get(origin)
 
@@ -899,15 +899,17 @@ class _NewBlock:
     def __init__(self, block: int, run: _KnownRun) -> None:
         self.id = block
         self.run = run
-        self.frames: list[Frame] = []
-        self.last = 0
-        self._bytes = 0
+        self.records: list[bytes] = []
+        self.count = self.size = self.last = 0
+        self._writer = RecordWriter()
 
     def add(self, frame: Frame, position: int) -> None:
-        self.frames.append(frame)
+        record = self._writer.frame(frame)
+        self.records.append(record)
+        self.count += 1
+        self.size += len(record)
         self.last = position
-        self._bytes += 8 * len(frame.numbers) + frame.seeds.cells.nbytes + frame.live.cells.nbytes
 
     @property
     def is_full(self) -> bool:
-        return len(self.frames) >= _MOST_FRAMES or self._bytes >= _MOST_BLOCK_BYTES
+        return self.count >= _MOST_FRAMES or self.size >= _MOST_BLOCK_BYTES

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from esper_otel.frames.encoded import MOST_BYTES
 from esper_otel.frames.frame import WIDTH
+from esper_otel.frames.records import MOST_BYTES
 from esper_otel.gateway.items import MOST_ENDS, Origin, Place
 from esper_otel.parts.senders import is_valid
 

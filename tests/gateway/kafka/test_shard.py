@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from wire import encoder
 
 from esper_otel import StaleCursor
-from esper_otel.frames.encoded import frames_to_bytes
 from esper_otel.frames.frame import Frame
+from esper_otel.frames.records import RecordWriter
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
@@ -75,6 +76,12 @@ class Log:
         return [released.item for record in self.frames for released in block_of(*record).frames]
 
 
+def written(frames: Sequence[Frame]) -> list[bytes]:
+    """All of the frames, bit for bit."""
+    writer = RecordWriter()
+    return [writer.frame(frame) for frame in frames]
+
+
 def step_of(rank: int, step: int) -> Frame:
     seeds = seed_table({"seed-1": {"stage": Stage.TRAINING, "alpha": step / 100}}) if step % 3 else seed_table({})
     run = replace(RUN, rank=rank)
@@ -117,7 +124,7 @@ def test_every_step_is_there_once_whenever_members_die(seed: int) -> None:
     for rank in range(RANKS):
         frames, expected = ([item.frame for item in each.items() if item.origin.rank == rank] for each in (log, calm))
         assert [frame.sequence for frame in frames] == [*range(1, STEPS + 1)]
-        assert frames_to_bytes(frames) == frames_to_bytes(expected)
+        assert written(frames) == written(expected)
     numbers = [number for record in log.frames for number in _numbers(block_of(*record))]
     assert numbers == [*range(1, STEPS * RANKS + 1)]
     assert {state_of(*record).state.missing for record in log.states.items()} == {0}

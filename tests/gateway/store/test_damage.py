@@ -7,10 +7,8 @@ import os
 import random
 import sqlite3
 import stat
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -18,22 +16,22 @@ from typing import Any
 
 import pytest
 import requests
-from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
+from frame_examples import RUN, TIME_UNIX_NS, block_of, make_frame, sealed, seed_table, taken_apart
 from gateways import RunningGateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_blocks import sealed, taken_apart
 from test_stores import item, steps_of
 from wire import bodies
 
 from esper_otel.errors import ConfigurationError, UnknownRun
-from esper_otel.frames.encoded import DamagedFrame, frames_from_bytes, frames_to_bytes
+from esper_otel.frames.layout import HEAD
+from esper_otel.frames.quarantine import Quarantine
+from esper_otel.frames.records import _FIELDS, DamagedRecord, frames_in
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.receive.decoder import Decoder
 from esper_otel.gateway.receive.request import DecodedRequest
 from esper_otel.gateway.serve.metrics import prometheus_text
 from esper_otel.gateway.store.base import KeptRequest
-from esper_otel.gateway.store.quarantine import Quarantine
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.messages import PullRequest
 
@@ -87,57 +85,69 @@ def filled(folder: Path, count: int = 6) -> None:
     asyncio.run(of())
 
 
-def block(old: bytes = b"", new: bytes = b"", frames: bytes | None = None, count: int = 1) -> bytes:
-    """A block in which a text is another, or the frames are."""
-    texts, honest = taken_apart(frames_to_bytes([make_frame(live=seed_table({"seed-1": {"alpha": 0.5}}))]))
-    changed = [new if old and old in text else text for text in texts]
-    return sealed(changed, honest if frames is None else frames, count)
+SEEN = seed_table({"seed-1": {"alpha": 0.5}})
+HONEST = block_of([make_frame(seeds=SEEN, live=seed_table({"seed-1": {"alpha": 0.5}, "seed-2": {"alpha": 0.1}}))])
 
 
-def with_head(**fields: int) -> bytes:
-    """A block whose frame has another head."""
-    names = (
-        "sequence",
-        "step",
-        "epoch",
-        "time",
-        "run",
-        "names",
-        "context",
-        "ids",
-        "live",
-        "retired",
-        "columns",
-        "of_live",
-    )
-    _, frames = taken_apart(block())
-    form = struct.Struct("<4Q6I2B")
-    head = dict(zip(names, form.unpack_from(frames), strict=True)) | fields
-    return block(frames=form.pack(*head.values()) + frames[form.size :])
+def block(kind: bytes, old: bytes = b"", new: bytes | None = None, **fields: int) -> bytes:
+    """A block in which the first record of a kind is left out, or has other content; a row may have other numbers."""
+    contents = taken_apart(HONEST)
+    place = next(place for place, content in enumerate(contents) if content[:1] == kind)
+    if fields:
+        contents[place] = row_with(contents[place], **fields)
+    elif new is None:
+        del contents[place]
+    else:
+        assert old in contents[place]
+        contents[place] = contents[place].replace(old, new)
+    return sealed(contents)
+
+
+def row_with(content: bytes, **fields: int) -> bytes:
+    """The row with other numbers in its record, or in its head."""
+    of_record = ("sequence", "run", "layout", "seeds", "retired")
+    of_head = ("step", "epoch", "time", "digest", "lives", "of_layout", "of_seeds", "flags")
+    start = 1 + _FIELDS.size
+    record = dict(zip(of_record, _FIELDS.unpack_from(content, 1), strict=True))
+    head = dict(zip(of_head, HEAD.unpack_from(content, start), strict=True))
+    (record if {*fields} <= {*of_record} else head).update(fields)
+    packed = _FIELDS.pack(*record.values()) + HEAD.pack(*head.values())
+    return content[:1] + packed + content[start + HEAD.size :]
 
 
 BLOCKS: dict[str, Any] = {
     "nothing": b"",
     "short": b"\x01",
-    "another checksum": block()[:-1] + bytes([block()[-1] ^ 1]),
-    "no JSON": block(b"loss", b"{{{{{"),
-    "no list": block(b"loss", b"{}"),
-    "deep": block(b"loss", b"[" * 200_000),
+    "another checksum": HONEST[:-1] + bytes([HONEST[-1] ^ 1]),
+    "another version": HONEST.replace(HONEST[:4], HONEST[:3] + b"2"),
+    "cut short": HONEST[:-9],
     "text": "a text",
     "number": 7,
     "null": None,
-    "no frames": block(frames=b"", count=0),
-    "more frames than there are": block(count=7),
-    "bytes after the last frame": block(frames=taken_apart(block())[1] + b"\0"),
-    "a frame of a number that none has": with_head(sequence=2**60),
-    "a run that is not there": with_head(run=77),
-    "values without names": block(b"loss", b"[]"),
-    "half a character": block(b"loss", b'["\\ud800"]'),
-    "seeds that are numbers": block(b"seed-1", b"[1, 2]"),
-    "columns of nothing": with_head(columns=0, of_live=0),
-    "more columns than cells": with_head(columns=19, of_live=77),
-    "a run that is a list": block(b"run_id", b"[]"),
-    "a run of numbers": block(b"run_id", b'{"run_id": 1, "attempt": 1}'),
+    "no frames": sealed(taken_apart(HONEST)[:-1]),
+    "bytes after the last frame": HONEST + b"\0",
+    "bytes before the first frame": b"\0" + HONEST,
+    "the same numbers twice": HONEST + HONEST,
+    "no JSON": block(b"L", b"[[", b"{{"),
+    "no list": block(b"L", b'["loss"]', b"{}"),
+    "deep": block(b"L", b'["loss"]', b"[" * 200_000),
+    "values without names": block(b"L", b'["loss"]', b"[]"),
+    "half a character": block(b"L", b'"loss"', b'"\\ud800"'),
+    "a name that is there twice": block(b"L", b'["loss"]', b'["loss", "loss"]'),
+    "seeds that are numbers": block(b"S", b'"seed-1"', b"1"),
+    "columns of nothing": block(b"S", b"10]", b"0]"),
+    "more columns than cells": block(b"S", b"10]", b"19]"),
+    "a run that is a list": block(b"R", b"{}", b"[]"),
+    "a run of numbers": block(b"R", b'"digits-7"', b"1"),
+    "no run": block(b"R"),
+    "no live seeds' ids": block(b"S"),
+    "live cells that are too few": block(b"A", b"\x9a\x99\x99\x99", b""),
+    "a kind that is not known": block(b"A", b"A", b"Z"),
+    "a number that no step has": block(b"F", sequence=2**63),
+    "a run that is not there": block(b"F", run=77),
+    "retired seeds without an end": block(b"F", retired=2**32 - 1),
+    "a flag that is not known": block(b"F", flags=7),
+    "a digest that no step has": block(b"F", digest=2**48),
 }
 
 
@@ -334,17 +344,18 @@ def test_bytes_changed_anywhere_keep_no_gateway_from_starting(tmp_path: Path) ->
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.binary(max_size=60), st.integers(0, 200))
-def test_any_bytes_are_a_frame_or_damaged(changed: bytes, place: int) -> None:
+@given(st.integers(0, 10), st.binary(max_size=60), st.integers(0, 300))
+def test_any_bytes_are_a_frame_or_damaged(number: int, changed: bytes, place: int) -> None:
     """Also if the checksum is right."""
-    content = bytearray(frames_to_bytes([make_frame(), make_frame(live=seed_table({"seed-1": {"alpha": 0.5}}))]))
-    content[place + 4 : place + 4 + len(changed)] = changed
-    content[:4] = struct.pack("<I", zlib.crc32(content[4:]))
+    contents = taken_apart(block_of([make_frame(), make_frame(live=SEEN)]))
+    content = bytearray(contents[number % len(contents)])
+    content[place : place + len(changed)] = changed
+    contents[number % len(contents)] = bytes(content)
     try:
-        frames = frames_from_bytes(bytes(content))
-    except DamagedFrame:
+        frames = frames_in(sealed(contents))
+    except DamagedRecord:
         return
-    frames_to_bytes(frames)
+    block_of(frames)
     for frame in frames:
         frame.values()
 
@@ -402,11 +413,11 @@ def test_a_request_that_ends_the_process_does_not_end_it_for_ever(tmp_path: Path
 
 
 def test_what_is_put_aside_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esper_otel.gateway.store.quarantine.MOST_FILES", 3)
+    monkeypatch.setattr("esper_otel.frames.quarantine.MOST_FILES", 3)
     aside = Quarantine(tmp_path)
     assert [bool(aside.put("frame", b"x")) for _ in range(5)] == [True] * 3 + [False] * 2
     assert not Quarantine(tmp_path).put("frame", b"x")
-    monkeypatch.setattr("esper_otel.gateway.store.quarantine.MOST_BYTES", 10)
+    monkeypatch.setattr("esper_otel.frames.quarantine.MOST_BYTES", 10)
     assert not Quarantine(tmp_path / "other").put("frame", bytes(11))
 
 

@@ -1,4 +1,4 @@
-"""Keeps rows that could not be read in a folder of limited size next to the store, so that they can be examined."""
+"""Keeps what could not be read of a store or a spool in a folder of limited size, so that it can be examined."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Quarantine:
     """Keeps damaged data in files up to a limit; once the limit is reached, further data is not kept.
 
     Args:
-        folder: the store's folder.
+        folder: the folder of the store, or the spool directory; the data is kept in a folder in it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FOLDER
+        self.path: Path = folder / FOLDER
         self._files = self._bytes = -1  # not known yet
 
     def put(self, kind: str, content: bytes) -> str:
@@ -62,7 +62,7 @@ class Quarantine:
         return descriptor
 
     def _look(self, descriptor: int) -> None:
-        """Counts the files from earlier runs of the gateway."""
+        """Counts the files of earlier processes."""
         with os.scandir(descriptor) as found:
             sizes = [each.stat(follow_symlinks=False).st_size for each in found]
         self._files, self._bytes = len(sizes), sum(sizes)
