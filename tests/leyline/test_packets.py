@@ -218,6 +218,7 @@ def test_no_packet_ever_holds_a_number_that_is_not_finite(frame: Frame, values: 
 _ELSEWHERE = {
     *("esper.step.failed", "esper.steps.backwards", "esper.global_step", "esper.epoch", "esper.seeds"),
     *("esper.optimizer.index", "esper.forward_ms", "esper.backward_ms", "esper.optimizer_ms"),
+    *("esper.tokens_per_s", "esper.tflops_per_s", "esper.mfu"),
     *(metric.name for metric in METRICS if metric.name.startswith("esper.memory.")),
 }
 _FIELDS = {"esper.validation.accuracy"} | {metric.name for metric in METRICS if metric.name.startswith("esper.device.")}
