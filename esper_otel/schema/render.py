@@ -53,7 +53,7 @@ _SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
         "Further metrics, per step",
         (
             "Further values, in a packet in separate fields or in `training_metrics` under the key given here. "
-            "Packets have no place for the parts of a step, the optimizer's index and `esper.memory.*`."
+            "Packets have no place for the parts of a step, throughput, the optimizer's index and `esper.memory.*`."
         ),
         (*OWN_STEP, FRAME_SEQUENCE, FRAME_POINTS, SEED_RETIRED),
     ),
