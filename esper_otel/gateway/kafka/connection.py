@@ -52,11 +52,12 @@ class Connection:
     """
 
     def __init__(self, brokers: str, properties: Mapping[str, str], readers: str = "esper-readers") -> None:
-        self.brokers, self._readers = brokers, readers
+        self.brokers: str = brokers
+        self._readers = readers
         self._properties = dict(properties)
         self._warnings = Warnings()
         self._last = ""
-        self.is_name_taken = False
+        self.is_name_taken: bool = False
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Connection:

@@ -429,7 +429,7 @@ class ViewedRank:
 
     def __init__(self, core: TierCore, run_id: str, rank: int) -> None:
         self.store: MemoryStore = MemoryStore(StoreLimits(run_bytes=_VIEW_BYTES, all_bytes=_VIEW_BYTES))
-        self.used_s = time.monotonic()
+        self.used_s: float = time.monotonic()
         self._core, self._run_id, self._rank = core, run_id, rank
         self._reading = asyncio.get_running_loop().create_task(self._read())
 

@@ -24,15 +24,19 @@ class Record:
         time_ms: when the broker received it.
         origin: the writer; None for a record that is none of ours.
         size: about how much memory it takes, in bytes.
+        fault: why it is none of ours, or why its frames cannot be read; empty if neither is known.
     """
 
-    __slots__ = ("__dict__", "_key", "_value", "offset", "origin", "partition", "size", "time_ms")
+    __slots__ = ("__dict__", "_key", "_value", "fault", "offset", "origin", "partition", "size", "time_ms")
 
     def __init__(self, partition: int, offset: int, time_ms: int, key: bytes, value: bytes) -> None:
-        self.partition, self.offset, self.time_ms = partition, offset, time_ms
+        self.partition: int = partition
+        self.offset: int = offset
+        self.time_ms: int = time_ms
         self._key, self._value = key, value
-        self.size = 2 * len(value) + _RECORD_BYTES
+        self.size: int = 2 * len(value) + _RECORD_BYTES
         self.origin: Origin | None = None
+        self.fault: str = ""
         try:
             self.origin = origin_of(key)
         except UnknownForm:

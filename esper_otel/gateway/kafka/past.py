@@ -60,7 +60,7 @@ class PastReader:
         self._ahead: dict[int, Stand] = dict(stands)
         self._ended: set[int] = set()
         self._paused: set[int] = set()
-        self.used_s = time.monotonic()
+        self.used_s: float = time.monotonic()
         places = [TopicPartition(self._topic, partition, stand.offset) for partition, stand in stands.items()]
         self._consumer.assign(places)
 

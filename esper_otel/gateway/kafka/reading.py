@@ -45,7 +45,7 @@ class _Reader:
         self._warnings = Warnings()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"esper-otel-{name}", daemon=True)
-        self.faults = 0
+        self.faults: int = 0
 
     def start(self) -> None:
         """Starts reading."""
@@ -85,8 +85,12 @@ class _Reader:
         return [first, *self._consumer.consume(_AT_ONCE, 0)]
 
     def _say(self, error: KafkaError) -> None:
+        self._warn(f"reading {error.name()}", meaning(error))
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Counts a fault and logs it."""
         self.faults += 1
-        self._warnings.say(f"reading {error.name()}", "%s", meaning(error))
+        self._warnings.say(kind, "%s", message)
 
 
 class StateReader(_Reader):
@@ -140,8 +144,7 @@ class StateReader(_Reader):
         try:
             return NewState(message.partition() or 0, origin_of(key), state_of(key, value) if value else None)
         except UnknownForm as error:
-            self.faults += 1
-            self._warnings.say("states", "%s: %s", self._tier.topics.runs, error)
+            self._warn("states", f"{self._tier.topics.runs}: {error}")
             return None
 
     def _first_offsets(self) -> dict[int, int]:
@@ -164,9 +167,10 @@ class Tail:
     """
 
     def __init__(self, first: int) -> None:
-        self.first = self.end = first
-        self.used_s = time.monotonic()
-        self.size = 0
+        self.first: int = first
+        self.end: int = first
+        self.used_s: float = time.monotonic()
+        self.size: int = 0
         self._records: deque[Record] = deque()
         self._runs: dict[str, deque[Record]] = {}
 

@@ -149,7 +149,8 @@ class Shard:
 
     def __init__(self, partition: int, *, limits: Limits, hold_s: float, linger_s: float) -> None:
         self.partition = partition
-        self.end = self.checked = 0
+        self.end: int = 0
+        self.checked: int = 0
         self.written: Committed | None = None
         self.buried: list[int] = []
         self.counts: Counter[str] = Counter()

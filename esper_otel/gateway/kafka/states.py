@@ -37,7 +37,7 @@ class KnownStates:
     def __init__(self, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._clock_ns = clock_ns
         self._runs: dict[str, dict[WriterKey, WriterState]] = {}
-        self.ranks = Ranks()
+        self.ranks: Ranks = Ranks()
         self.lows: dict[int, int] = {}
 
     def note(self, partition: int, known: WriterState) -> None:

@@ -25,7 +25,7 @@ class TailReader:
     def __init__(self, connection: Connection) -> None:
         self._committed: Consumer = connection.consumer(**{"enable.partition.eof": True})
         self._all: Consumer = connection.consumer(**{"isolation.level": "read_uncommitted"})
-        self.end = 0
+        self.end: int = 0
 
     def read(self, topic: str, partition: int, offset: int = OFFSET_BEGINNING) -> Iterator[Message]:
         """Yields the records of a partition from an offset on, up to the end that it has now; sets ``end``.
