@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import esper_otel
 from esper_otel.errors import InvalidValue
 
 torch = pytest.importorskip("torch")
+flop_counter: Any = import_module("torch.utils.flop_counter")
+checkpoint: Any = import_module("torch.utils.checkpoint").checkpoint
 nn = torch.nn
 BATCH, LENGTH, WIDTH, LAYERS, VOCABULARY = 2, 16, 32, 2, 64
 TOKENS = BATCH * LENGTH
@@ -38,7 +41,7 @@ class Transformer(nn.Module):  # type: ignore[misc, name-defined]
     def forward(self, ids: Any) -> Any:
         x = self.dropout(self.embedding(ids))
         for block in self.blocks:
-            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
         return {"logits": self.head(x)}
 
 
@@ -59,16 +62,17 @@ def test_a_transformer_has_six_operations_a_parameter_and_token_and_those_of_att
 
 def test_the_count_is_that_of_pytorch_for_a_step_with_backward() -> None:
     model, batch = Transformer(), ids()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         model(batch)["logits"].sum().backward()
     assert esper_otel.flops(model, (batch,)) == esper_otel.flops(model, {"ids": batch}) == counter.get_total_flops()
     assert esper_otel.flops(model, batch, backward=False) == by_hand() // 3
 
 
+@pytest.mark.filterwarnings("ignore:.*autocast:FutureWarning")  # PyTorch 2.4 about itself
 def test_recomputation_for_checkpoints_does_not_count() -> None:
     """MFU is about the model's operations, not about those of the machine."""
     model, batch = Transformer(checkpoints=True), ids()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         model(batch)["logits"].sum().backward()
     assert esper_otel.flops(model, batch) == by_hand() < counter.get_total_flops()
 

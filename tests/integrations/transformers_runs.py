@@ -5,16 +5,27 @@ from __future__ import annotations
 import copy
 import pickle
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from opentelemetry.metrics import get_meter_provider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import get_tracer_provider
 
 from esper_otel.integrations.transformers import EsperCallback
 
 __all__ = ["Accelerator", "CallbackHandler", "EsperCallback", "Trainer"]
 
 transformers: Any = import_module("transformers")
+# Some versions start exporters to localhost when this module is imported; their threads would outlive these tests.
+if find_spec("transformers.utils.metrics") is not None:
+    import_module("transformers.utils.metrics")
+    for _provider in (get_meter_provider(), get_tracer_provider()):
+        if isinstance(_provider, MeterProvider | TracerProvider):
+            _provider.shutdown()
 Accelerator: Any = import_module("accelerate").Accelerator
 CallbackHandler: Any = transformers.trainer_callback.CallbackHandler
 Trainer: Any = transformers.Trainer
