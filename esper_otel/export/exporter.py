@@ -549,7 +549,7 @@ class StepExporter:
         try:
             source.phases_delivered(number)
         except OSError as error:
-            self._warnings.say("spool", "the spool cannot record which phases were sent: %s", error)
+            self._warnings.say("spool", "the spool cannot record which phases were sent (%s): after a kill they are sent again", error)
 
     def _send_live_phases(self) -> float | None:
         """Sends phases that no frame carries: at the end, or if none follows for a while, as in a long evaluation.
@@ -569,6 +569,8 @@ class StepExporter:
             run = source.phases_run
             if run is None:
                 break
+            if self._left_s() <= 0:
+                return 0.0
             along, end_unix_ns = self._along_with(source, waiting)
             assert along.scope is not None
             outcome = self._sent(source.encoder.alone(run, along.scope), self._left_s())

@@ -183,9 +183,11 @@ class LiveSource:
 
     def phases_delivered(self, number: int) -> None:
         """See ``FrameSource.phases_delivered``."""
-        if self._phase_file is not None:
-            self._phase_file.acknowledge(number)
-        self._log.delivered(number)
+        try:
+            if self._phase_file is not None:
+                self._phase_file.acknowledge(number)
+        finally:
+            self._log.delivered(number)  # even if the disk fails, so that delivered phases are not sent again
 
     @property
     def phases_run(self) -> Run | None:

@@ -17,6 +17,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 import esper_otel
 from esper_otel import EsperSettings
+from esper_otel.export.folder import Folder
 from esper_otel.export.phase_points import in_one_request
 from esper_otel.frames.phases import Phase
 from esper_otel.testing import MemoryCollector
@@ -157,3 +158,19 @@ def test_a_request_has_no_more_phases_than_fit_and_late_ones_are_moved() -> None
     assert 100 < len(some) < 250
     assert [phase.end_unix_ns for phase in some[:60:49]] == [51, 51]
     assert some[100] == phases[100]
+
+
+def test_a_full_disk_sends_no_phase_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_folder: Folder, _number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Folder, "acknowledge_phases", fail)
+    monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
+    with MemoryCollector() as collector:
+        use(monkeypatch, collector)
+        with (
+            esper_otel.start(run_id="phases", settings=EsperSettings(close_timeout_s=2.0)) as telemetry,
+            telemetry.phase("evaluation"),
+        ):
+            pass
+        assert numbers(collector) == [1]
