@@ -549,7 +549,9 @@ class StepExporter:
         try:
             source.phases_delivered(number)
         except OSError as error:
-            self._warnings.say("spool", "the spool cannot record which phases were sent (%s): after a kill they are sent again", error)
+            self._warnings.say(
+                "spool", "the spool cannot record which phases were sent (%s): after a kill they are sent again", error
+            )
 
     def _send_live_phases(self) -> float | None:
         """Sends phases that no frame carries: at the end, or if none follows for a while, as in a long evaluation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -74,6 +75,7 @@ class PhaseLog:
 
     def add(self, name: str, start_unix_ns: int, end_unix_ns: int, own_ms: float, step: int | None) -> Phase:
         """Adds a phase that has ended; after 64 names, further ones are counted as ``other``."""
+        own_ms = own_ms if 0.0 <= own_ms < math.inf else 0.0  # one NaN would make the total NaN for good
         with self._lock:
             if name not in self._newest and len(self._newest) >= MOST_NAMES:
                 name = OTHER

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MAX_NAME_BYTES = 256
 _MS = 1_000_000
+_LONGEST_MS = 1e12  # 31 years
 
 # Names of the other parts of a run's time; a phase of such a name could not be told from the part.
 RESERVED = frozenset({"productive", "input_wait", "hooks", "redone", "between_attempts", "unknown"})
@@ -167,16 +168,16 @@ class Phases:
         """A step has been opened, after a wait for input."""
         self._note_step()
         if self._began_unix_ns is not None:
-            self._started_up((waited_ms or 0.0) * _MS)
+            self._started_up(_ns(waited_ms))
         if self._open:
             self._step_in = self._open[-1], time.perf_counter()
 
     def step_recorded(self, waited_ms: float | None, spent_ms: float | None) -> None:
         """A whole step has been recorded, which ends now."""
         if self._began_unix_ns is not None:
-            self._started_up(((waited_ms or 0.0) + (spent_ms or 0.0)) * _MS)
+            self._started_up(_ns(waited_ms) + _ns(spent_ms))
         if self._open and self._open[-1].step is None:
-            self._open[-1].inner_ns += (spent_ms or 0.0) * _MS
+            self._open[-1].inner_ns += _ns(spent_ms)
 
     def _note_step(self) -> None:
         """Takes the time of the last step that was opened inside a phase from that phase, once the step has ended."""
@@ -218,6 +219,11 @@ class Phases:
         inner_ns = self._outside_ns + (max(end_ns - self._open[0].start_ns, 0) if self._open else 0)
         own_ms = max(end_ns - began_ns - inner_ns, 0) / _MS
         self.log.add(START_UP, began_ns, end_ns, own_ms, None)
+
+
+def _ns(milliseconds: float | None) -> float:
+    """Returns a trainer's duration in nanoseconds; 0 for one that cannot be, such as NaN or a negative one."""
+    return milliseconds * _MS if milliseconds is not None and 0.0 <= milliseconds <= _LONGEST_MS else 0.0
 
 
 def process_start_unix_ns(now_unix_ns: int) -> int | None:

@@ -269,3 +269,23 @@ def test_the_start_of_the_process_is_known_on_linux() -> None:
     before = time.time_ns()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert before - 50 * 10**6 < int(done.stdout) < time.time_ns()
+
+
+@pytest.mark.parametrize("wrong_ms", [float("nan"), float("inf"), -1e9, 1e300])
+def test_a_duration_that_cannot_be_costs_neither_its_step_nor_the_totals(
+    telemetry: Telemetry, clock: Time, wrong_ms: float
+) -> None:
+    clock.spend(500)
+    telemetry.record_step({"step_latency_ms": wrong_ms}, epoch=0)
+    with telemetry.phase("epoch"):
+        clock.spend(30)
+        telemetry.record_step({"step_latency_ms": wrong_ms}, epoch=0)
+    assert own(telemetry) == {"start_up": 500.0, "epoch": 30.0}
+    assert telemetry._recorder.publisher.ring.last == 2
+
+
+def test_one_wrong_own_time_does_not_spoil_the_total() -> None:
+    log = PhaseLog()
+    for own_ms in (2.0, float("nan"), float("-inf"), -3.0):
+        log.add("data", 0, 1, own_ms, None)
+    assert log.totals() == {"data": 2.0}
