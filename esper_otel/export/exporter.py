@@ -450,8 +450,8 @@ class StepExporter:
         self._advance(source, request.frames)  # first, so that an error below does not send delivered frames again
         source.has_said_goodbye = source.has_said_goodbye or request.is_goodbye
         self._note_phases(source, request.last_phase)
-        newest_unix_ns = self._health_unix_ns if request.has_health else self._along_unix_ns
-        source.sent_unix_ns = max(source.sent_unix_ns, newest_unix_ns)
+        health_unix_ns = self._health_unix_ns if request.has_health else 0
+        source.sent_unix_ns = max(source.sent_unix_ns, health_unix_ns, self._along_unix_ns)
         last = settled + request.frames
         source.run = next(block.run for block in blocks if block.last >= last)
         self._guarded("noting an answer", self._note_answer, request, outcome)
@@ -532,10 +532,14 @@ class StepExporter:
         """Returns the phases to send with frames up to this time."""
         self._along_unix_ns = time_unix_ns
         waiting = source.phases(time_unix_ns)
-        return self._along_with(source, waiting)[0] if waiting else NO_PHASES
+        if not waiting:
+            return NO_PHASES
+        along, end_unix_ns = self._along_with(source, waiting)
+        self._along_unix_ns = max(time_unix_ns, end_unix_ns)  # late phases are moved, maybe beyond the frames
+        return along
 
     def _along_with(self, source: FrameSource, waiting: Sequence[Phase]) -> tuple[PhasesAlong, int]:
-        """Returns the first of these phases, as many as fit into one request, and the end of the last one."""
+        """Returns the first of these phases, as many as fit into one request, and the newest end of them."""
         some = in_one_request(waiting, source.sent_unix_ns)
         scope = phase_scope(some, source.encoder.catalogue, source.start_unix_ns)
         return PhasesAlong(scope, some[-1].number), max(phase.end_unix_ns for phase in some)

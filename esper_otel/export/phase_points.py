@@ -14,6 +14,7 @@ PHASE_SCOPE = "esper_otel.phases"
 _MOST_PHASES = 1_000
 _MOST_BYTES = 400_000  # of the 4 MiB of a request; see ``encode``
 _POINT_BYTES, _POINTS = 64, 7
+_MS = 1_000_000
 
 
 def phase_scope(phases: Sequence[Phase], catalogue: Mapping[str, Metric], start_unix_ns: int) -> ScopeMetrics:
@@ -59,20 +60,24 @@ def in_one_request(phases: Iterable[Phase], after_unix_ns: int) -> list[Phase]:
     """Returns the first phases, as many as one request may have in addition to steps.
 
     A phase that ended before what was sent last is moved to after it: no point may be older than one of an earlier
-    request. That happens to phases on other threads, and to phases beyond this limit.
+    request. That happens to phases on other threads, and to phases beyond this limit. Of two phases of one name, the
+    later one still ends in a later millisecond: a database would keep one of the two.
 
     Args:
         phases: the phases, oldest first.
         after_unix_ns: the newest time that was sent.
     """
     found: list[Phase] = []
-    size = 0
+    size, ends = 0, dict[str, int]()
     for phase in phases:
         size += _POINTS * (_POINT_BYTES + len(phase.name.encode()))
         if found and (size > _MOST_BYTES or len(found) == _MOST_PHASES):
             break
-        late_ns = max(after_unix_ns + 1 - phase.end_unix_ns, 0)
-        found.append(
-            phase._replace(start_unix_ns=phase.start_unix_ns + late_ns, end_unix_ns=phase.end_unix_ns + late_ns)
-        )
+        end_unix_ns = max(phase.end_unix_ns, after_unix_ns + 1)
+        before_unix_ns = ends.get(phase.name)
+        if before_unix_ns is not None:
+            end_unix_ns = max(end_unix_ns, (before_unix_ns // _MS + 1) * _MS)
+        ends[phase.name] = end_unix_ns
+        late_ns = end_unix_ns - phase.end_unix_ns
+        found.append(phase._replace(start_unix_ns=phase.start_unix_ns + late_ns, end_unix_ns=end_unix_ns))
     return found

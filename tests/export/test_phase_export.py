@@ -153,11 +153,34 @@ def test_a_session_without_any_step_sends_its_phases(monkeypatch: pytest.MonkeyP
 
 
 def test_a_request_has_no_more_phases_than_fit_and_late_ones_are_moved() -> None:
-    phases = [Phase(number, "x" * 256, 0, number, 0.0, None, 0.0, 0.0) for number in range(1, 1_001)]
-    some = in_one_request(phases, after_unix_ns=50)
+    ms = 10**6
+    phases = [Phase(number, "x" * 256, 0, number * ms, 0.0, None, 0.0, 0.0) for number in range(1, 1_001)]
+    some = in_one_request(phases, after_unix_ns=5 * ms)
     assert 100 < len(some) < 250
-    assert [phase.end_unix_ns for phase in some[:60:49]] == [51, 51]
-    assert some[100] == phases[100]
+    assert [phase.end_unix_ns for phase in some[:3]] == [5 * ms + 1, 6 * ms, 7 * ms]
+    assert [phase.length_ms for phase in some] == [phase.length_ms for phase in phases[: len(some)]]
+    assert in_one_request(phases[100:], after_unix_ns=5 * ms)[0] == phases[100]
+
+
+def test_late_phases_of_one_name_all_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of another thread that ended while the request before was on its way: each at a time of its own."""
+    with MemoryCollector() as collector:
+        use(monkeypatch, collector)
+        with esper_otel.start(run_id="phases", settings=EsperSettings(export_every_s=0.05)) as telemetry:
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+            while telemetry.health()["queue"]:
+                time.sleep(0.01)
+            log = telemetry._recorder.phases.log
+            for number in range(1, 6):
+                log.add("data", number * 10**9, number * 10**9 + 5, 1.0, None)
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+            while telemetry.health()["queue"] or log.count:
+                time.sleep(0.01)
+            for number in range(6, 9):
+                log.add("data", number * 10**9, number * 10**9 + 5, 1.0, None)
+    ended = [p.time_unix_ns for p in phase_points(collector) if p.name == "esper.phase.number" and p.value != 1]
+    assert len(ended) == 8
+    assert ended == sorted(set(ended))
 
 
 def test_a_full_disk_sends_no_phase_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
