@@ -208,10 +208,19 @@ class Phases:
         self._open[-1].inner_ns += seconds * 1e9
         return seconds
 
+    def _record_on(self, thread: int) -> None:
+        """Makes a thread the recording one. Phases that are open on the one before are from now on beside the steps."""
+        if thread == self._thread:
+            return
+        if self._open:
+            self._beside[self._thread] = self._open
+        self._open = self._beside.pop(thread, [])
+        self._thread = thread
+
     def _started_up(self, before_ns: float) -> None:
         """Records start-up, which has ended ``before_ns`` ago: its first step, or the wait for its input, began."""
         began_ns, self._began_unix_ns = self._began_unix_ns, None
-        self._thread = threading.get_ident()
+        self._record_on(threading.get_ident())
         self.follows_steps = bool(self._open)
         end_ns = self._clock.now_ns() - int(before_ns)
         if began_ns is None or end_ns <= began_ns:

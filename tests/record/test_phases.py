@@ -289,3 +289,29 @@ def test_one_wrong_own_time_does_not_spoil_the_total() -> None:
     for own_ms in (2.0, float("nan"), float("-inf"), -3.0):
         log.add("data", 0, 1, own_ms, None)
     assert log.totals() == {"data": 2.0}
+
+
+def test_phases_that_are_open_when_another_thread_begins_the_steps_end_as_usual(
+    telemetry: Telemetry, clock: Time
+) -> None:
+    """As if a trainer runs in a thread, and the main thread waits for it."""
+
+    def train() -> None:
+        with telemetry.phase("epoch"):
+            clock.spend(5)
+            step(telemetry, clock, 10)
+            clock.spend(3)
+
+    with telemetry.phase("fit"):
+        clock.spend(100)
+        training = threading.Thread(target=train)
+        training.start()
+        training.join()
+    with telemetry.phase("after"):
+        clock.spend(1)
+    found = {phase.name: (phase.length_ms, round(phase.own_ms, 3)) for phase in phases(telemetry)}
+    assert found["epoch"] == (18.0, 8.0)
+    assert found["fit"] == (118.0, 0.0)
+    assert found["after"] == (1.0, 0.0)
+    assert not telemetry._recorder.phases._open
+    assert not telemetry._recorder.phases._beside
