@@ -220,6 +220,7 @@ class StepExporter:
         self._sender.close()
         self._thread.join(0.5)
         waiting = self.waiting
+        self._log.end()
         if self._phase_file is not None:
             self._guarded("closing the file of phases", self._phase_file.close)
         if self._spool is not None:

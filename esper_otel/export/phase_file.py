@@ -47,11 +47,14 @@ class PhaseFile:
         self._resource_of = resource_of
         self._warnings = warnings
         self._file: int | None = None
+        self._is_closed = False
         self._run: Run | None = None
         self._size = self._last = self._acknowledged = 0
 
     def write(self, phase: Phase) -> None:
         """Writes a phase that has just ended. Never raises: it is still in the log if the disk cannot be written."""
+        if self._is_closed:  # the folder may be another session's by now
+            return
         try:
             if self._file is None:
                 self._file = self._folder.append_to(PHASES)
@@ -81,10 +84,12 @@ class PhaseFile:
     def acknowledge(self, number: int) -> None:
         """Records that phases up to this one are no longer needed."""
         self._acknowledged = number
-        self._folder.acknowledge_phases(number)
+        if not self._is_closed:
+            self._folder.acknowledge_phases(number)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; from now on nothing is written to the folder."""
+        self._is_closed = True
         file, self._file = self._file, None
         if file is not None:
             os.close(file)

@@ -69,32 +69,52 @@ class PhaseLog:
         self.last: int = 0
         self.dropped: int = 0
         self._most = most
-        self._lock = threads().Lock()
+        self._lock = threads().RLock()
+        self._given: deque[tuple[str, int, int, float, int | None]] = deque()
+        self._is_adding = self._is_over = False
         self._waiting: deque[Phase] = deque()
         self._newest: dict[str, Phase] = {}
 
-    def add(self, name: str, start_unix_ns: int, end_unix_ns: int, own_ms: float, step: int | None) -> Phase:
+    def add(self, name: str, start_unix_ns: int, end_unix_ns: int, own_ms: float, step: int | None) -> None:
         """Adds a phase that has ended; after 64 names, further ones are counted as ``other``."""
-        own_ms = own_ms if 0.0 <= own_ms < math.inf else 0.0  # one NaN would make the total NaN for good
         with self._lock:
-            if name not in self._newest and len(self._newest) >= MOST_NAMES:
-                name = OTHER
-            before = self._newest.get(name)
-            total_ms, inside_ms = (before.total_ms, before.inside_ms) if before is not None else (0.0, 0.0)
-            if before is not None and end_unix_ns // _MS <= before.end_unix_ns // _MS:
-                shift_ns = (before.end_unix_ns // _MS + 1) * _MS - end_unix_ns
-                start_unix_ns, end_unix_ns = start_unix_ns + shift_ns, end_unix_ns + shift_ns
-            inside_ms += 0.0 if step is None else own_ms
-            phase = Phase(self.last + 1, name, start_unix_ns, end_unix_ns, own_ms, step, total_ms + own_ms, inside_ms)
-            self._newest[name] = phase
-            self._waiting.append(phase)
-            self.last += 1
-            if len(self._waiting) > self._most:
-                self._waiting.popleft()
-                self.dropped += 1
-            if self.added is not None:
-                self.added(phase)
-            return phase
+            self._given.append((name, start_unix_ns, end_unix_ns, own_ms, step))
+            if self._is_adding:  # a signal handler, amid the call below on this thread, which then adds this one, too
+                return
+            self._is_adding = True
+            try:
+                while self._given:
+                    self._add(*self._given.popleft())
+            finally:
+                self._is_adding = False
+
+    def _add(self, name: str, start_unix_ns: int, end_unix_ns: int, own_ms: float, step: int | None) -> None:
+        own_ms = own_ms if 0.0 <= own_ms < math.inf else 0.0  # one NaN would make the total NaN for good
+        if name not in self._newest and len(self._newest) >= MOST_NAMES:
+            name = OTHER
+        before = self._newest.get(name)
+        total_ms, inside_ms = (before.total_ms, before.inside_ms) if before is not None else (0.0, 0.0)
+        if before is not None and end_unix_ns // _MS <= before.end_unix_ns // _MS:
+            shift_ns = (before.end_unix_ns // _MS + 1) * _MS - end_unix_ns
+            start_unix_ns, end_unix_ns = start_unix_ns + shift_ns, end_unix_ns + shift_ns
+        inside_ms += 0.0 if step is None else own_ms
+        phase = Phase(self.last + 1, name, start_unix_ns, end_unix_ns, own_ms, step, total_ms + own_ms, inside_ms)
+        self._newest[name] = phase
+        self.last += 1
+        if self._is_over:
+            self.dropped += 1
+            return
+        self._waiting.append(phase)
+        if len(self._waiting) > self._most:
+            self._waiting.popleft()
+            self.dropped += 1
+        if self.added is not None:
+            self.added(phase)
+
+    def end(self) -> None:
+        """Drops and counts the phases that end from now on, since nothing sends them or writes them to the disk."""
+        with self._lock:
+            self._is_over, self.added = True, None
 
     def waiting(self, until_unix_ns: int | None, most: int) -> list[Phase]:
         """Returns the oldest phases that wait, up to the first that ended after ``until_unix_ns``; None: all."""
@@ -109,7 +129,7 @@ class PhaseLog:
     def totals(self) -> dict[str, float]:
         """Returns the own times of all phases so far, in milliseconds by name."""
         with self._lock:
-            return {name: phase.total_ms for name, phase in self._newest.items()}
+            return {name: phase.total_ms for name, phase in self._newest.copy().items()}
 
     @property
     def count(self) -> int:

@@ -197,3 +197,28 @@ def test_a_full_disk_sends_no_phase_twice(tmp_path: Path, monkeypatch: pytest.Mo
         ):
             pass
         assert numbers(collector) == [1]
+
+
+def test_a_phase_that_ends_after_close_is_counted_and_touches_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then, the number of the folder's descriptor may be that of any other file of the process."""
+    opened: list[str] = []
+    append_to = Folder.append_to
+
+    def noted(folder: Folder, name: str) -> int:
+        opened.append(name)
+        return append_to(folder, name)
+
+    monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
+    with MemoryCollector() as collector:
+        use(monkeypatch, collector)
+        telemetry = esper_otel.start(run_id="phases")
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        log = telemetry._recorder.phases.log
+        with telemetry.phase("idle"):
+            telemetry.close()
+            before = log.dropped
+            monkeypatch.setattr(Folder, "append_to", noted)
+        assert log.dropped == before + 1
+    assert opened == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -250,14 +251,18 @@ def test_the_log_keeps_the_newest_and_counts_the_others() -> None:
 def test_two_phases_of_a_name_never_end_in_one_millisecond() -> None:
     """A database would keep one of the two points."""
     log = PhaseLog()
-    ends = [log.add("data", 0, number, 1.0, None).end_unix_ns for number in range(4)]
+    for number in range(4):
+        log.add("data", 0, number, 1.0, None)
+    ends = [phase.end_unix_ns for phase in log.waiting(None, 9)]
     assert [end // 10**6 for end in ends] == [0, 1, 2, 3]
     assert ends[0] == 0
 
 
 def test_phases_are_read_back_from_lines_and_damage_is_skipped() -> None:
     log = PhaseLog()
-    written = [log.add("säve", number * 10**9, number * 10**9 + 5, 0.25, number or None) for number in range(4)]
+    for number in range(4):
+        log.add("säve", number * 10**9, number * 10**9 + 5, 0.25, number or None)
+    written = log.waiting(None, 9)
     lines = [line_of(phase) for phase in written]
     content = b"{}\n" + lines[0] + b"[1, 2\n" + lines[1] + b'["a", 3, 4]\n' + b"".join(lines[1:]) + lines[3][:20]
     assert list(phases_in(content, 1)) == written[1:]
@@ -315,3 +320,32 @@ def test_phases_that_are_open_when_another_thread_begins_the_steps_end_as_usual(
     assert found["after"] == (1.0, 0.0)
     assert not telemetry._recorder.phases._open
     assert not telemetry._recorder.phases._beside
+
+
+def test_a_signal_handler_may_end_a_phase_while_one_is_written(telemetry: Telemetry, clock: Time) -> None:
+    """It runs on the thread that writes, at any point: neither blocked, nor with a number that is taken."""
+    handled: list[int] = []
+
+    def handle(_number: int, _frame: object) -> None:
+        handled.append(1)
+        with telemetry.phase("checkpoint"):
+            pass
+
+    def write(_phase: Phase) -> None:
+        if not handled:
+            signal.raise_signal(signal.SIGUSR1)
+
+    step(telemetry, clock, 1)
+    telemetry._recorder.phases.log.added = write
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        ending = telemetry._recorder.phases.log._lock
+        assert ending.acquire(blocking=False)
+        assert ending.acquire(blocking=False), "not reentrant: what follows would block for ever"
+        ending.release()
+        ending.release()
+        with telemetry.phase("data"):
+            clock.spend(2)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [(phase.number, phase.name) for phase in phases(telemetry)] == [(1, "data"), (2, "checkpoint")]
