@@ -35,7 +35,7 @@ _MOST_OUTCOME_BYTES = 1_000
 _MOST_SHOWN = 3
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
-_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|{PHASES}|\d{{8}}\{SUFFIX}")
+_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|({_NEW})?{PHASES}|\d{{8}}\{SUFFIX}")
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
 # sessions within one process. This table holds the folders that sessions of this process own, by device and inode.
@@ -136,6 +136,24 @@ class Folder:
             OSError: the file cannot be created, or exists already.
         """
         return self._open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+
+    def renew(self, name: str, content: bytes) -> int:
+        """Replaces a file at once, so that a kill leaves the old or the new one; returns a descriptor for appending.
+
+        Raises:
+            OSError: the new file cannot be written; the old one stays.
+        """
+        file = self._open(_NEW + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        try:
+            if os.write(file, content) != len(content):
+                raise OSError("short write: only part of the new file was written")  # noqa: TRY301 - handled below
+            os.rename(_NEW + name, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        except BaseException:
+            os.close(file)
+            with suppress(OSError):
+                os.unlink(_NEW + name, dir_fd=self._descriptor)
+            raise
+        return file
 
     def read(self, name: str) -> bytes:
         """Returns a file's content.

@@ -66,7 +66,7 @@ def open_exporter(
         spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
     phase_file = None
     if spool is not None:
-        phase_file = PhaseFile(spool.folder, phases.start_unix_ns, run_of, resource_of, warnings)
+        phase_file = PhaseFile(spool.folder, phases, run_of, resource_of, warnings)
 
     def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
         return Encoder(metrics, resources)

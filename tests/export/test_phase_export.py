@@ -18,6 +18,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.export.folder import Folder
+from esper_otel.export.phase_file import stored_phases
 from esper_otel.export.phase_points import in_one_request
 from esper_otel.frames.phases import Phase
 from esper_otel.testing import MemoryCollector
@@ -222,3 +223,30 @@ def test_a_phase_that_ends_after_close_is_counted_and_touches_no_file(
             monkeypatch.setattr(Folder, "append_to", noted)
         assert log.dropped == before + 1
     assert opened == []
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_the_file_of_phases_keeps_only_those_that_wait(
+    is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if some always wait; if the disk has no space for a second file, the old one is continued."""
+
+    def fail(_folder: Folder, _name: str, _content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("esper_otel.export.phase_file._RENEW_BYTES", 10_000)
+    if is_full:
+        monkeypatch.setattr(Folder, "renew", fail)
+    monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    with esper_otel.start(run_id="phases", settings=EsperSettings(close_timeout_s=0.1)) as telemetry:
+        log = telemetry._recorder.phases.log
+        for number in range(1, 1001):
+            log.add("data", number * 10**9, number * 10**9 + 5, 1.0, None)
+            log.delivered(number - 5)
+        (file,) = tmp_path.glob("*/phases")
+        assert (file.stat().st_size < 12_000) is not is_full
+        assert list(tmp_path.glob("*/new-*")) == []
+        stored = stored_phases(log.added.__self__._folder)  # type: ignore[union-attr]
+        assert list(stored.phases)[-5:] == log.waiting(None, 9)
+        assert (stored.run.run_id, stored.start_unix_ns) == ("phases", log.start_unix_ns)  # type: ignore[union-attr]
