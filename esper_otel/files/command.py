@@ -52,8 +52,8 @@ def main(options: argparse.Namespace) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
         record = {name: _digest(content) for name, content in wanted.items() if name not in left}
-        content = {"version": __version__, "thresholds": thresholds, "files": {**before, **record}}
-        text = json.dumps(content, indent=1, sort_keys=True)
+        said = {"version": __version__, "thresholds": thresholds, "files": {**before, **record}}
+        text = json.dumps(said, indent=1, sort_keys=True)
         (folder / _RECORD).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
