@@ -79,13 +79,13 @@ class Condition:
         """Returns the verdict and its reason.
 
         A ratio fails the run if it is beyond the limit and the interval says that this is not noise: "no change" lies
-        outside of it (or the limit itself, if it demands an improvement). A statistic of the run that is NaN always
-        fails it, since a NaN must not pass a gate unnoticed.
+        outside of it (or the limit itself, if it demands an improvement). A value of the run that is NaN always fails
+        it, since a NaN must not pass a gate unnoticed; for ``last``, one among the last steps.
         """
         fewest = self.statistic.fewest
         steps = change.steps if self.is_ratio else change.steps[:1]
-        if math.isnan(change.run) and change.steps[0]:
-            return Verdict.FAILED, "not a number"
+        if change.nans:
+            return Verdict.FAILED, f"{change.nans} values are not a number"
         if min(steps) < fewest:
             return Verdict.NONE, f"{min(steps)} steps, needs {fewest}"
         if not self.is_ratio:

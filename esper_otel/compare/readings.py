@@ -110,9 +110,11 @@ def _of_store(folder: Path, run_id: str, rank: int) -> Readings:
         raise ConfigurationError(
             f"no step of rank {rank} of run {run_id!r} is in {folder}; runs there: {', '.join(known) or 'none'}"
         )
+    newest = max(frame.run.attempt for frame in found.values())  # as from a gateway
     steps = _Steps()
     for _, frame in sorted(found.items()):
-        steps.add(frame.values())
+        if frame.run.attempt == newest:
+            steps.add(frame.values())
     return steps.readings(f"{folder}:{run_id}")
 
 

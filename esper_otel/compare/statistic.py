@@ -126,6 +126,7 @@ class Change:
         ratio: the one divided by the other; None where that says nothing: the baseline is not above zero or not finite.
         interval: bounds of the ratio at 99 % confidence; None if there are too few steps or values that are not finite.
         steps: steps with the metric, in the run and in the baseline.
+        nans: values of the run that are NaN, among those that the statistic looks at.
     """
 
     run: float
@@ -133,6 +134,7 @@ class Change:
     ratio: float | None
     interval: tuple[float, float] | None
     steps: tuple[int, int]
+    nans: int = 0
 
 
 def change(statistic: Statistic, run: Values, baseline: Values) -> Change:
@@ -143,7 +145,8 @@ def change(statistic: Statistic, run: Values, baseline: Values) -> Change:
     steps = (len(run), len(baseline))
     is_known = is_ratio and math.isfinite(of_run) and statistic.has_interval and min(steps) >= statistic.fewest
     interval = _interval(statistic, run, baseline) if is_known else None
-    return Change(of_run, of_baseline, ratio, interval, steps)
+    looked_at = statistic.of_interest(run) if statistic.share is None else run
+    return Change(of_run, of_baseline, ratio, interval, steps, int(np.isnan(looked_at).sum()))
 
 
 def _interval(statistic: Statistic, run: Values, baseline: Values) -> tuple[float, float] | None:

@@ -6,8 +6,11 @@ https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,16 @@ from esper_otel.errors import ConfigurationError
 VARIABLE = "OTEL_CONFIG_FILE"
 _PREFIX = "OTEL_EXPORTER_OTLP_METRICS_"
 _INTERVAL = "OTEL_METRIC_EXPORT_INTERVAL"
+_QUOTED = re.compile(r"""'(?:<[a-z ]+>|.)'|(['"].*)""", re.DOTALL)
+_PLUGIN = re.compile(r"(?:Failed to load plugin|Plugin) '([^']*)'")
+# Errors of OpenTelemetry's package that have nothing of the file's content.
+_WITHOUT_VALUES = (
+    "Configuration file is empty",
+    "Configuration must be a mapping",
+    "Configuration path is not a file",
+    "Unsupported file format",
+    "Unsupported file_format",
+)
 
 
 def configured(environ: Mapping[str, str] = os.environ) -> Mapping[str, str]:
@@ -55,9 +68,11 @@ def configured_resource(environ: Mapping[str, str] = os.environ) -> Resource | N
         from opentelemetry.configuration._resource import create_resource
 
         resource: Resource = create_resource(config.resource)
-    except Exception as error:
-        raise _unusable(path, error) from error
-    return resource
+    except Exception as error:  # noqa: BLE001 - as in _parsed
+        reason = _reason(error)
+    else:
+        return resource
+    raise _unusable(path, reason)
 
 
 def _loaded(path: str) -> Any:
@@ -77,13 +92,55 @@ def _parsed(path: str, _changed_ns: int, _size: int, _environ: tuple[tuple[str, 
         missing = f"the package that reads it is not installed ({error}): pip install opentelemetry-configuration"
         raise ConfigurationError(f"{VARIABLE} is set, but {missing}") from None
     try:
-        return load_config_file(path)
-    except Exception as error:
-        raise _unusable(path, error) from error
+        with _silence():
+            return load_config_file(path)
+    except Exception as error:  # noqa: BLE001 - of the package, whose text may have a token of the file
+        reason = _reason(error)
+    raise _unusable(path, reason)  # here, so that the package's error is not its context
 
 
-def _unusable(path: str, error: Exception) -> ConfigurationError:
-    return ConfigurationError(f"{VARIABLE}={path!r}: {str(error) or type(error).__name__}")
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps the package from logging lines of the file, and values of its variables, which may be tokens."""
+    logger = logging.getLogger("opentelemetry.configuration")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """Returns why the file cannot be used, and where, without any of its values."""
+    each: Any = error
+    while each is not None:
+        if getattr(each, "problem_mark", None) is not None:  # YAML
+            mark = each.problem_mark
+            return f"line {mark.line + 1}, column {mark.column + 1}: {_without_values(each.problem or 'not YAML')}"
+        if hasattr(each, "absolute_path"):  # the schema
+            path = " -> ".join(map(str, each.absolute_path)) or "the top"
+            wanted = f" {each.validator_value}" if each.validator in {"type", "required"} else ""
+            return f"at {path}, it does not match the schema: {each.validator}{wanted}"
+        if hasattr(each, "lineno") and hasattr(each, "colno"):  # JSON
+            return f"line {each.lineno}, column {each.colno}: {_without_values(each.msg)}"
+        each = each.__cause__ or each.__context__
+    named = _PLUGIN.match(str(error))
+    if named is not None:
+        return f"plugin {named[1]!r} is not installed, or fails"
+    text = _without_values(str(error))
+    if text.startswith(_WITHOUT_VALUES):
+        return text
+    return f"OpenTelemetry's package cannot use it: {type(error).__name__}"
+
+
+def _without_values(text: str) -> str:
+    """Returns a text up to the first part in quotes, other than single characters and kinds of tokens."""
+    return _QUOTED.sub(lambda found: "" if found[1] else found[0], text).rstrip()
+
+
+def _unusable(path: str, reason: str) -> ConfigurationError:
+    return ConfigurationError(f"{VARIABLE}={path!r}: {reason}")
 
 
 def _variables_of(config: Any) -> Iterator[tuple[str, str]]:

@@ -217,7 +217,7 @@ class StepExporter:
             self._end(outcome)
 
     def _end(self, outcome: str) -> None:
-        self._sender.close()
+        self._guarded("closing the sender", self._sender.close)
         self._thread.join(0.5)
         waiting = self.waiting
         self._log.end()

@@ -17,6 +17,7 @@ from esper_otel.native import threads
 
 SUFFIX = ".jsonl"
 MOST_BYTES = 64 * 1024 * 1024  # of one file; then the next one begins
+_CLOSE_S = 2.0  # as long may the disk take for the last lines
 _PRIVATE = 0o700  # metrics may be confidential
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE
 
@@ -72,10 +73,34 @@ class FileSender:
         return Outcome(Result.DELIVERED)
 
     def close(self) -> None:
-        """See ``Sender``."""
-        with self._writing:
-            self._is_closed = True
-            self._end()
+        """See ``Sender``. A disk that does not answer is left to a thread that ends with the process.
+
+        Raises:
+            OSError: the last lines may not be on the disk.
+        """
+        self._is_closed = True
+        errors: list[OSError] = []
+
+        def end(wait_s: float = -1) -> None:
+            if self._writing.acquire(timeout=wait_s):
+                try:
+                    self._end()
+                except OSError as error:
+                    errors.append(error)
+                finally:
+                    self._writing.release()
+
+        ending = threads().Thread(target=end, name="esper-otel-file", daemon=True)
+        try:
+            ending.start()
+        except RuntimeError:  # the interpreter is ending, and starts no more threads
+            end(_CLOSE_S)
+        else:
+            ending.join(_CLOSE_S)
+            if ending.is_alive():
+                raise TimeoutError(errno.ETIMEDOUT, f"{self._directory} has not answered for {_CLOSE_S:g} s")
+        if errors:
+            raise errors[0]
 
     def _write(self, line: bytes) -> None:
         if self._file is None or (self._size and self._size + len(line) > self._most_bytes):

@@ -31,18 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SIGNAL=VALUE",
-        help="threshold of a risk signal in the rules; inf leaves its alert out",
+        help="threshold of a risk signal in the rules; inf leaves its alert out; by default those of the last call",
     )
     parser.add_argument("--force", action="store_true", help="overwrite files that have been changed or are not ours")
 
 
 def main(options: argparse.Namespace) -> int:
     """Writes the files. Returns 1 if some were left alone because somebody has changed them."""
-    wanted = contents(dict(map(_threshold, options.threshold)))
+    given = dict(map(_threshold, options.threshold))
     folder: Path = options.folder
     try:
+        before, thresholds = _recorded(folder)
+        thresholds = given or thresholds
+        wanted = contents(thresholds)
         folder.mkdir(parents=True, exist_ok=True)
-        before = _recorded(folder)
         left = [name for name in wanted if not options.force and not _is_ours(folder / name, before.get(name))]
         for name, content in wanted.items():
             if name not in left:
@@ -50,11 +52,15 @@ def main(options: argparse.Namespace) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
         record = {name: _digest(content) for name, content in wanted.items() if name not in left}
-        text = json.dumps({"version": __version__, "files": {**before, **record}}, indent=1, sort_keys=True)
+        said = {"version": __version__, "thresholds": thresholds, "files": {**before, **record}}
+        text = json.dumps(said, indent=1, sort_keys=True)
         (folder / _RECORD).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
     sys.stdout.write(f"{len(wanted) - len(left)} files of esper_otel {__version__} are in {printable(folder)}\n")
+    if thresholds:
+        listed = ", ".join(f"{name} = {value:g}" for name, value in sorted(thresholds.items()))
+        sys.stdout.write(f"thresholds in the rules: {listed}\n")
     for name in left:
         sys.stdout.write(f"left alone, because it was changed or is not from this command: {name} (--force)\n")
     return 1 if left else 0
@@ -86,14 +92,15 @@ def _shipped() -> Iterator[tuple[str, bytes]]:
                 yield f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes()
 
 
-def _recorded(folder: Path) -> dict[str, str]:
-    """Returns the digests of the files that this command has written before."""
+def _recorded(folder: Path) -> tuple[dict[str, str], dict[str, float]]:
+    """Returns the digests of the files that this command has written before, and the thresholds in them."""
     try:
         with (folder / _RECORD).open("rb") as file:
             said = json.loads(file.read(_MOST_OF_A_RECORD))
-        return {str(name): str(digest) for name, digest in said["files"].items()}
-    except FileNotFoundError:
-        return {}
+        thresholds = {str(name): float(value) for name, value in said["thresholds"].items()}
+        return {str(name): str(digest) for name, digest in said["files"].items()}, thresholds
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, {}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ConfigurationError(f"{folder / _RECORD} is damaged: remove it, or give another folder") from None
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from esper_otel.errors import unknown
+from esper_otel.errors import ConfigurationError, unknown
 from esper_otel.leyline import messages
 from esper_otel.leyline.events import SOURCE, add_event, conclude
 from esper_otel.leyline.packets import Packets
@@ -110,12 +110,14 @@ def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
     """Returns the table with other thresholds, given by signal name; infinity disables a signal.
 
     Raises:
-        ConfigurationError: no signal has this name.
+        ConfigurationError: no signal has this name, or a threshold is NaN.
     """
     names = [rule.name for rule in RULES]
     for name in thresholds:
         if name not in names:
             raise unknown("signal", name, names)
+        if math.isnan(thresholds[name]):
+            raise ConfigurationError(f"the threshold of {name!r} is not a number; inf disables the signal")
     return tuple(replace(rule, threshold=thresholds.get(rule.name, rule.threshold)) for rule in RULES)
 
 

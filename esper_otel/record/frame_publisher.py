@@ -265,8 +265,12 @@ class FramePublisher:
 
     @property
     def live(self) -> LiveSeeds:
-        """The live seeds, after the last step that was published."""
-        self._go_back()
+        """The live seeds, after the last step that was published.
+
+        While a step waits, another thread may be publishing it: what that has changed so far is not undone.
+        """
+        if not self.waiting:
+            self._go_back()
         return self._live
 
     def is_settled(self, table: SeedTable) -> bool:

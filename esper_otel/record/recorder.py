@@ -60,7 +60,10 @@ class Probing(Protocol):
         """The newest readings, and until when they are fresh: a time of ``time.monotonic``."""
 
     def readings(self, now_s: float) -> Mapping[str, float]:
-        """Returns the readings that are still fresh at ``now_s``."""
+        """Returns the readings that are still fresh at ``now_s``; some are handed out only once."""
+
+    def latest(self) -> Mapping[str, float]:
+        """Returns all fresh readings, and hands none out."""
 
 
 class Recorder:
@@ -379,7 +382,7 @@ class Recorder:
                     step._all_rows(),
                     retired=step._retired,
                     context=self.next_step.context,
-                    probed=self._probed(),
+                    probed=NO_READINGS if self._probing is None else self._probing.latest(),
                 )
             )
         )

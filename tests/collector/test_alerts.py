@@ -33,6 +33,7 @@ SOONER = {
     "2m": "1s",
     "1m": "1s",
     "[1h] offset 10m": "[10s] offset 5s",
+    "[1h] offset 2m": "[10s] offset 8s",
     "[10m]": "[10s]",
     "offset 10m": "offset 10s",
     "> 300": "> 5",
@@ -68,7 +69,7 @@ def step(telemetry: Telemetry, **values: float) -> None:
 
 
 def test_alerts_fire_when_a_run_goes_wrong_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN, a hook beyond its budget, a loss that jumps; each with the run's name and what to do."""
+    """NaN, a hook beyond its budget; each with the run's name and what to do."""
     with RunningGateway() as gateway:
         agent = Collector(tmp_path / "agent", ESPER_GATEWAY=gateway.grpc)
         targets = {8888: f"127.0.0.1:{agent.metrics_port}", 4328: gateway.http}
@@ -94,7 +95,8 @@ def test_alerts_fire_when_a_run_goes_wrong_and_not_before(tmp_path: Path, monkey
                 assert firing() == set()
                 step(telemetry, loss=2.0, hook_latency_ms=75.0)
                 step(telemetry, loss=math.nan, hook_latency_ms=2.0)
-                expected = {"EsperLossSpike", "EsperHookBudget", "EsperLossNotFinite", "EsperLossVolatilityHigh"}
+                # What is usual for a run is not known in its first two minutes.
+                expected = {"EsperHookBudget", "EsperLossNotFinite"}
                 until("the alerts fire", lambda: firing() >= expected)
                 assert firing() == expected
 
@@ -134,6 +136,8 @@ RUNS: dict[str, tuple[dict[str, float], set[str]]] = {
     "stuck": ({}, {"EsperRunStuck"}),
     "dropping": ({}, {"EsperTelemetryDropping"}),
 }
+# Runs that are compared with their own past: they go wrong after 15 seconds.
+LATER = {"spike", "warning", "slow", "volatile", "variance"}
 PIPELINE = {
     "EsperCollectorDropping",
     "EsperCollectorQueueFilling",
@@ -162,8 +166,8 @@ def trained(sessions: dict[str, Telemetry]) -> Iterator[None]:
         violations = 0
         while not over.wait(0.1):
             for run_id, telemetry in sessions.items():
-                values = HEALTHY | RUNS[run_id][0]
                 since_s = time.monotonic() - started_s
+                values = HEALTHY | ({} if run_id in LATER and since_s < 15 else RUNS[run_id][0])
                 if run_id == "slower" and since_s > 15:
                     values["samples_per_s"] = 500.0
                 if run_id == "stuck" and since_s > 3:

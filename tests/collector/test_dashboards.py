@@ -150,7 +150,7 @@ def test_every_panel_returns_what_was_recorded(stack: Stack) -> None:
                 continue
             found = stack.prometheus.get("query_range", query=expression, start=now_s - 30, end=now_s, step=1)["result"]
             where = f"{title} / {panel['title']}: {expression}"
-            if panel["title"] in NOT_HERE:
+            if panel["title"] in NOT_HERE or "esper_gateway_kafka" in expression:  # of a tier on Kafka
                 continue
             if "send_failed" in expression:
                 continue  # there when it has failed

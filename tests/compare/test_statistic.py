@@ -82,7 +82,7 @@ def test_nan_is_a_value_and_not_missing() -> None:
     assert math.isnan(Statistic.of("last")(values))
     assert math.isnan(Statistic.of("mean")(values))
     assert Statistic.of("p50")(values) == 499  # an order exists for the others only
-    for text in ("loss.last > 1.02x", "loss.last < 0.5x", "loss.mean > 1e9"):
+    for text in ("loss.last > 1.02x", "loss.last < 0.5x", "loss.mean > 1e9", "loss.p50 > 9x", "loss.max > 1e9"):
         condition = Condition.of(text)
         assert condition.judge(change(condition.statistic, values, np.arange(1000.0)))[0] is Verdict.FAILED
     condition = Condition.of("loss.last > 1.02x")

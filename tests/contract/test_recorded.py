@@ -66,6 +66,9 @@ class Probes:
     def readings(self, now_s: float) -> Mapping[str, float]:
         return {"cpu_util_percent": 25.0, "memory_gb": 1.5}
 
+    def latest(self) -> Mapping[str, float]:
+        return self.readings(0.0)
+
 
 def session(patched: pytest.MonkeyPatch) -> Any:
     """A session, after all steps; its clock moves on by 20 ms with each step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,9 @@ meter_provider:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("file_format: '1.0'\nmeter_provider: 3\n", "meter_provider|3"),
-        ("file_format: [", "otel.yaml"),
+        (HEAD + "meter_provider: 3\n", "at meter_provider, it does not match the schema: type object"),
+        ("file_format: [", "line 1, column 15: expected the node content, but found '<stream end>'"),
+        ("", "Configuration file is empty"),
         (HEAD + "resource: {detection/development: {detectors: [{nonsense: {}}]}}\n", "nonsense"),
     ],
 )
@@ -167,6 +169,30 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(named: Any, content: str,
     named("console: {}").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigurationError, match=rf"OTEL_CONFIG_FILE=.*({said})"):
         esper_otel.start()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEAD + "meter_provider:\n  readers: {name: t0ken\n",
+        HEAD + "meter_provider: t0ken\n",
+        HEAD + "meter_provider: ${HELD}\n",
+        HEAD + "meter_provider: *t0ken\n",
+        HEAD + "meter_provider: !t0ken {}\n",
+        "file_format: t0ken\n",
+        HEAD + 'resource: {attributes: [{name: a, value: "t0ken", type: int}]}\n',
+    ],
+)
+def test_no_value_of_the_file_is_said_or_logged(
+    named: Any, content: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token in a line with a typing error, or in a variable that the file names."""
+    monkeypatch.setenv("HELD", "t0ken")
+    named("console: {}").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigurationError) as raised:
+        configured_resource()
+    assert "t0ken" not in "".join(traceback.format_exception(raised.value)) + caplog.text
+    assert raised.value.__context__ is None
 
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(named: Any, monkeypatch: pytest.MonkeyPatch) -> None:

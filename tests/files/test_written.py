@@ -52,7 +52,9 @@ def test_changed_files_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is not from this command: collector-config/gateway.yaml" in out
     assert agent.read_text(encoding="utf-8") == precious.read_text(encoding="utf-8").replace("precious", "mine")
     assert main(["files", str(tmp_path), "--threshold", "hook_budget=80"]) == 1  # its own file follows
+    assert main(["files", str(tmp_path)]) == 1  # the thresholds stay
     assert "> 80" in alerts(rules)["EsperHookBudget"]
+    assert "thresholds in the rules: hook_budget = 80" in capsys.readouterr().out
     rules.write_text("changed\n", encoding="utf-8")
     assert main(["files", str(tmp_path)]) == 1
     assert rules.read_text(encoding="utf-8") == "changed\n"
@@ -65,6 +67,7 @@ def test_changed_files_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["--threshold", "hook_budgt=80"], "unknown signal 'hook_budgt': did you mean 'hook_budget'?"),
         (["--threshold", "hook_budget"], "give SIGNAL=VALUE"),
+        (["--threshold", "hook_budget=nan"], "the threshold of 'hook_budget' is not a number"),
     ],
 )
 def test_mistakes_are_named(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from patience import patience
 from programs import until
 
 import esper_otel
+from esper_otel import EsperSettings
 from esper_otel.record.frame_publisher import Draft
 from esper_otel.record.values import DeviceValues
 
@@ -54,3 +56,36 @@ def test_what_never_comes_holds_up_neither_the_end_nor_the_process() -> None:
     assert time.monotonic() - started_s < patience(3.0)
     assert publisher.ring.last == 1
     assert until("ended", lambda: not publisher._arrivals._thread.is_alive())
+
+
+def test_a_step_that_another_thread_publishes_is_not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training thread looks at the live seeds while the row is on its way to the ring."""
+    with esper_otel.start(run_id="run") as telemetry:
+        publisher = telemetry._recorder.publisher
+        append = publisher.ring.append
+
+        def looked_at(*arguments: Any, **named: Any) -> Any:
+            assert not publisher.live.ids
+            return append(*arguments, **named)
+
+        for step, loss in enumerate((1.0, 100.0, 1.0), start=1):
+            monkeypatch.setattr(publisher.ring, "append", looked_at if step == 2 else append)
+            publisher.publish_later(draft(step)._replace(values={"loss": loss}), None)
+        newest = publisher.ring.newest()
+        assert newest is not None
+        assert newest.derived["loss_delta"] == -99.0
+        assert newest.derived["loss_ewma"] > 2.0
+
+
+def test_a_preview_takes_no_readings_that_are_handed_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that decides inside each step must not cost the steps their memory readings."""
+    settings = EsperSettings(probe_period_s=0.01)
+    with esper_otel.start(run_id="run", settings=settings) as telemetry:
+
+        def has_readings() -> bool:
+            with telemetry.step(epoch=0) as now:
+                now.put(loss=1.0)
+                now.state()
+            return any("esper.memory.process_gb" in packets.names for packets in telemetry.pull())
+
+        assert until("a step has them", has_readings)

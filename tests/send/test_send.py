@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from gateways import RunningGateway
 import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage, TamiyoClient
 from esper_otel.cli import main
+from esper_otel.export import file_sender
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.file_sender import FileSender
 from esper_otel.export.transport import Result, open_sender
@@ -245,6 +248,65 @@ def test_files_rotate_and_a_full_disk_is_tried_again(tmp_path: Path, monkeypatch
     assert len(files) > 2
     assert all(file.stat().st_size <= 15_000 for file in files)
     assert [line.body for file in files for line in lines_of(file, 0)].count(body) >= 10
+
+
+@pytest.mark.parametrize("name", ["os.write", "os.fsync"])
+def test_a_disk_that_does_not_answer_does_not_hold_up_the_end(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network's file system whose server is gone."""
+    monkeypatch.setattr(file_sender, "_CLOSE_S", 0.05)
+    call: Any = getattr(os, name.removeprefix("os."))
+    asked, answers = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        asked.set()
+        answers.wait()
+        return call(*arguments)
+
+    body = body_of_a_step()
+    said: list[str] = []
+
+    def close() -> None:
+        try:
+            sender.close()
+        except TimeoutError as error:
+            said.append(str(error))
+
+    sender = FileSender(tmp_path)
+    assert sender.send(body, 1.0).result is Result.DELIVERED
+    monkeypatch.setattr(name, held)
+    writing = threading.Thread(target=sender.send, args=(body, 1.0))
+    closing = threading.Thread(target=close)
+    try:
+        if name == "os.write":
+            writing.start()
+            assert asked.wait(30)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()
+        assert "has not answered" in said[0]
+    finally:
+        answers.set()
+        closing.join()
+        if writing.ident is not None:
+            writing.join()
+
+
+def test_a_disk_that_fails_at_the_end_leaves_the_rest_of_the_end_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: int) -> None:
+        if os.path.samestat(os.fstat(file), next((tmp_path / "files").iterdir()).stat()):
+            raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr("os.fsync", fail)
+    settings = EsperSettings(export_file=tmp_path / "files", spool_dir=tmp_path / "spool")
+    with esper_otel.start(run_id="one", settings=settings) as telemetry:
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+    assert telemetry.health()["exported"] == 1
+    assert telemetry.health()["faults"] == 1
+    assert not [folder for folder in (tmp_path / "spool").iterdir() if folder.is_dir()]  # closed, and taken as sent
 
 
 def test_a_directory_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from esper_otel.log import Warnings
 FILE = "hours.sqlite3"
 _MOST_PHASES = 20_000  # of a run; the oldest are dropped first, but never the newest of a name, which has the totals
 _FEWER = 15_000
+_MOST_NEWEST = 100_000  # of a run, with those that have the totals: then the oldest attempts' are dropped as well
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS phases (
     run TEXT, rank INTEGER, attempt INTEGER, name TEXT, ended INTEGER,
@@ -42,6 +43,12 @@ DELETE FROM phases WHERE run = ?1 AND ended IN (SELECT ended FROM phases WHERE r
 AND EXISTS (
     SELECT 1 FROM phases AS later WHERE later.run = phases.run AND later.rank = phases.rank
     AND later.attempt = phases.attempt AND later.name = phases.name AND later.ended > phases.ended
+)
+"""
+# The phases of the oldest attempts of a run, whatever they have.
+_DELETE_NEWEST = """
+DELETE FROM phases WHERE (run, rank, attempt, name, ended) IN (
+    SELECT run, rank, attempt, name, ended FROM phases WHERE run = ?1 ORDER BY attempt, ended LIMIT ?2
 )
 """
 
@@ -75,13 +82,18 @@ class HoursFile:
 
     Args:
         folder: the folder of the store; None keeps everything in memory.
-        warnings: where damage is reported.
+        warnings: where damage, and what is dropped, are reported.
+
+    Attributes:
+        dropped_totals: phases dropped although they had the totals of a rank, attempt and name.
     """
 
     def __init__(self, folder: Path | None, warnings: Warnings) -> None:
         self._path = None if folder is None else folder / FILE
         self._warnings = warnings
         self._counts: dict[str, int] = {}
+        self._shrink_at: dict[str, int] = {}  # above _MOST_PHASES where those with totals are more than that
+        self.dropped_totals = 0
         try:
             self._connection = self._opened()
         except sqlite3.Error as error:
@@ -103,7 +115,7 @@ class HoursFile:
 
     def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
         """Begins a new file; the old one is kept under a name with the time."""
-        self._counts = {}
+        self._counts, self._shrink_at = {}, {}
         if self._path is not None and self._path.exists():
             aside = self._path.with_name(f"{FILE}.damaged-{time.time_ns()}")
             self._path.rename(aside)
@@ -143,17 +155,33 @@ class HoursFile:
             connection.executemany(_INSERT, rows)
         for run_id in {row[0] for row in rows}:
             self._counts[run_id] = self._counts.get(run_id, 0) + len(rows)
-            if self._counts[run_id] > _MOST_PHASES:
+            if self._counts[run_id] > self._shrink_at.get(run_id, _MOST_PHASES):
                 self._shrink(run_id)
 
     def _shrink(self, run_id: str) -> None:
-        count = "SELECT count(*) FROM phases WHERE run = ?"
-        (stored,) = self._connection.execute(count, (run_id,)).fetchone()
+        stored = self._stored(run_id)
         if stored > _MOST_PHASES:
             with self._transaction() as connection:
                 connection.execute(_DELETE, (run_id, stored - _FEWER))
-            (stored,) = self._connection.execute(count, (run_id,)).fetchone()
+            stored = self._stored(run_id)
+        if stored > _MOST_NEWEST:
+            with self._transaction() as connection:
+                dropped = connection.execute(_DELETE_NEWEST, (run_id, stored - _MOST_NEWEST)).rowcount
+            self.dropped_totals += dropped
+            self._warnings.say(
+                f"totals {run_id}",
+                "run %s has more than %d ranks, attempts and names of phases: dropped those of the oldest attempts, %d",
+                run_id,
+                _MOST_NEWEST,
+                dropped,
+            )
+            stored = self._stored(run_id)
         self._counts[run_id] = stored
+        self._shrink_at[run_id] = max(_MOST_PHASES, stored + _MOST_PHASES - _FEWER)
+
+    def _stored(self, run_id: str) -> int:
+        (stored,) = self._connection.execute("SELECT count(*) FROM phases WHERE run = ?", (run_id,)).fetchone()
+        return int(stored)
 
     def phases(self, run_id: str) -> list[tuple[Writer, PhaseTimes]]:
         """Returns the phases of a run, by rank and attempt; rows that a gateway cannot have written are left out."""
@@ -201,6 +229,7 @@ class HoursFile:
                 connection.executemany(f"DELETE FROM {table} WHERE run = ?", [(run_id,) for run_id in run_ids])  # noqa: S608
         for run_id in run_ids:
             self._counts.pop(run_id, None)
+            self._shrink_at.pop(run_id, None)
 
     def close(self) -> None:
         """Closes the file."""

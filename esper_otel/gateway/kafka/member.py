@@ -265,7 +265,9 @@ class Member:
                 self._check(error)
         poisoned: list[tuple[int, Poisoned]] = []
         for partition, some in records.items():
-            poisoned += [(partition, each) for each in self._shards[partition].take(some, now_s)]
+            shard = self._shards.get(partition)
+            if shard is not None:  # otherwise it was revoked meanwhile, and its next member reads them
+                poisoned += [(partition, each) for each in shard.take(some, now_s)]
         of_all = now_s - self._states_s > _STATES_EVERY_S
         is_due = any(due_s is not None and due_s <= now_s for due_s in self._due())
         if records or is_due or of_all:
@@ -358,11 +360,14 @@ class Member:
         raise _BeginAnew(f"a transaction failed: {_text(error)}") from None
 
     def _commit(self) -> None:
+        """Commits the transaction, however long the brokers are away; while stopping, no longer than it may take."""
+        until_s = time.monotonic() + _TRANSACTION_S
         while True:
             try:
                 self._producer.commit_transaction(_TRANSACTION_S)
             except KafkaException as error:
-                if not error.args[0].retriable():
+                is_over = self._stop.is_set() and time.monotonic() >= until_s
+                if is_over or not error.args[0].retriable():
                     raise
             else:
                 return

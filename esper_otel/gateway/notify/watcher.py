@@ -108,7 +108,8 @@ class Watcher:
         now_s = time.monotonic()
         if changed is None or now_s - self._all_s >= _ALL_EVERY_S:
             self._all_s, changed = now_s, known
-            self._followed = {run_id: each for run_id, each in self._followed.items() if run_id in known}
+            for run_id in self._followed.keys() - known:
+                self._forget(run_id, self._followed.pop(run_id))
         for run_id in sorted(changed & known):
             if run_id not in self._followed and len(self._followed) >= _MOST_RUNS:
                 self._warnings.say("too many", "more than %d runs: no notices are made for the others", _MOST_RUNS)
@@ -126,13 +127,21 @@ class Watcher:
             followed.cursor = page.cursor
         before, followed.state = followed.state, _state(self._runs.state_of(run_id))
         now_ms = time.time_ns() // 1_000_000
+        if before == SILENT and followed.state != SILENT:
+            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} sends again")])
         if followed.state not in {before, "", SILENT}:  # how it ended
             self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
             self._put([_end(run_id, followed.state, now_ms)])
         elif followed.state == SILENT and before == "":
             self._put([Notice(SILENT, run_id, now_ms, f"run {printable(run_id)} has sent nothing for a minute")])
-        if before == SILENT and followed.state != SILENT:
-            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} sends again")])
+
+    def _forget(self, run_id: str, followed: _Followed) -> None:
+        """Ends what was told of a run that the gateway has dropped, so that no alert of it is repeated for ever."""
+        now_ms = time.time_ns() // 1_000_000
+        self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
+        if followed.state == SILENT:
+            text = f"run {printable(run_id)} has been silent for so long that its steps were dropped"
+            self._put([Notice(BACK, run_id, now_ms, text)])
 
     async def _page(self, run_id: str, followed: _Followed) -> Page | None:
         try:

@@ -210,3 +210,23 @@ def test_very_many_phases_leave_room_and_keep_their_totals(monkeypatch: pytest.M
     assert 50 <= len(found) <= 101
     assert {each.name: each.total_ms for each in found} == {"once": 1.0, "often": 999.0}
     kept.close()
+
+
+def test_phases_that_have_totals_are_bounded_and_tried_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name of each rank and attempt once: no phase is older than another of its name."""
+    from esper_otel.gateway.hours import file
+
+    for name, most in (("_MOST_PHASES", 100), ("_FEWER", 50), ("_MOST_NEWEST", 300)):
+        monkeypatch.setattr(file, name, most)
+    kept = HoursFile(None, Warnings())
+    statements: list[str] = []
+    kept._connection.set_trace_callback(statements.append)
+    for number in range(1_000):
+        times = PhaseTimes(f"name {number % 10}", number, 1.0, 0.0, 1.0, 1.0, number, None)
+        kept.add([ReceivedPhase("run", Writer(number // 10 % 10, number // 100), times)])
+    found = kept.phases("run")
+    assert len(found) + kept.dropped_totals == 1_000
+    assert 300 <= len(found) <= 350
+    assert min(writer.attempt for writer, _ in found) == 6  # the oldest attempts went first
+    assert sum("DELETE" in each for each in statements) < 50
+    kept.close()

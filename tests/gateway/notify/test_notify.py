@@ -7,7 +7,7 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,8 +20,12 @@ from programs import until
 
 import esper_otel
 from esper_otel.cli import main
-from esper_otel.errors import ConfigurationError
+from esper_otel.errors import ConfigurationError, UnknownRun
+from esper_otel.gateway.changes import ChangedRuns
+from esper_otel.gateway.core import KnownRun
+from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.notify.notice import ENDED, ENTERED, ESCALATED, LEFT, Alerts, Notice, as_slack
+from esper_otel.gateway.notify.watcher import Watcher
 from esper_otel.gateway.notify.webhook import Target, Webhook
 from esper_otel.settings import EsperSettings
 
@@ -178,3 +182,57 @@ def test_targets() -> None:
     assert Target.of("https://example/a+b", "o") == Target("https://example/a+b", "")
     with pytest.raises(ConfigurationError, match="--notify-file"):
         Target.of("nothing", "--notify-file f")
+
+
+class Runs:
+    """One run that falls silent, and is then dropped, or ends."""
+
+    def __init__(self) -> None:
+        self.changed = ChangedRuns()
+        self.known = {"r"}
+        self.state = KnownRun([], 0, None)
+
+    def known_runs(self) -> set[str]:
+        return self.known
+
+    def state_of(self, run_id: str) -> KnownRun:
+        return self.state
+
+    def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> Any:
+        raise UnknownRun("none")
+
+    def last_number(self, run_id: str, rank: int) -> int:
+        return 0
+
+    async def packets(self, run_id: str, cursor: str, most: int) -> Any:
+        raise UnknownRun("none")
+
+
+class Told(Webhook):
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+
+    def put(self, notices: Iterable[Notice]) -> None:
+        self.notices += notices
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_silent_run_is_silent_no_more_before_it_ends_or_is_forgotten(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, told = Runs(), Told()
+    monkeypatch.setattr("esper_otel.gateway.notify.watcher._ALL_EVERY_S", 0.0)
+    silent = RunState(Origin("r", 1, 0, ""), 1, "", 1, 9, 1, 1, is_silent=True)
+
+    async def watch() -> None:
+        watcher = Watcher(runs, [told])
+        runs.state = KnownRun([silent], 9, None)
+        await watcher.look()
+        if ends:
+            runs.state = KnownRun([silent], 9, "KeyError")
+        else:
+            runs.known = set()
+        await watcher.look()
+
+    asyncio.run(watch())
+    assert [each.event for each in told.notices] == ["run_silent", "run_back", *(["run_ended"] if ends else [])]

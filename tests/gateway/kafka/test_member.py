@@ -1,0 +1,50 @@
+"""What a member does at moments that a real broker gives only by chance."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+
+from esper_otel.gateway.kafka import member as module
+from esper_otel.gateway.kafka.connection import Connection
+from esper_otel.gateway.kafka.member import Member, MemberOptions
+from esper_otel.gateway.kafka.topics import Tier, Topics
+
+
+@pytest.fixture
+def member() -> Any:
+    """A member that has not begun."""
+    return Member(Connection("nowhere:1", {}), Tier(Topics.of("esper"), 2, "one"), MemberOptions("one"))
+
+
+def test_records_of_a_partition_that_was_revoked_meanwhile_are_left_to_its_next_member(member: Any) -> None:
+    message = Mock()
+    message.error.return_value = None
+    message.timestamp.return_value = (1, 5)
+    message.offset.return_value, message.partition.return_value = 7, 1
+    message.key.return_value, message.value.return_value = b"key", b"value"
+    member._consumer, member._producer = Mock(), Mock()
+    member._consumer.consume.return_value = [message]
+    member._cycle()
+    member._producer.begin_transaction.assert_not_called()
+
+
+def test_a_commit_is_tried_until_the_member_is_to_stop(member: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The brokers are away: each try runs out of time."""
+    monkeypatch.setattr(module, "_TRANSACTION_S", 0.0)
+    tries: list[float] = []
+
+    def fail(timeout_s: float) -> None:
+        tries.append(timeout_s)
+        if len(tries) == 5:
+            member.stop()
+        assert len(tries) < 50
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no answer", retriable=True))
+
+    member._producer = Mock(commit_transaction=fail)
+    with pytest.raises(KafkaException, match="no answer"):
+        member._commit()
+    assert len(tries) == 5
