@@ -238,15 +238,16 @@ def test_the_file_of_phases_keeps_only_those_that_wait(
     if is_full:
         monkeypatch.setattr(Folder, "renew", fail)
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    with esper_otel.start(run_id="phases", settings=EsperSettings(close_timeout_s=0.1)) as telemetry:
-        log = telemetry._recorder.phases.log
-        for number in range(1, 1001):
-            log.add("data", number * 10**9, number * 10**9 + 5, 1.0, None)
-            log.delivered(number - 5)
-        (file,) = tmp_path.glob("*/phases")
-        assert (file.stat().st_size < 12_000) is not is_full
-        assert list(tmp_path.glob("*/new-*")) == []
-        stored = stored_phases(log.added.__self__._folder)  # type: ignore[union-attr]
-        assert list(stored.phases)[-5:] == log.waiting(None, 9)
-        assert (stored.run.run_id, stored.start_unix_ns) == ("phases", log.start_unix_ns)  # type: ignore[union-attr]
+    with MemoryCollector() as collector:
+        use(monkeypatch, collector)
+        with esper_otel.start(run_id="phases") as telemetry:  # sends no phase before its first step
+            log = telemetry._recorder.phases.log
+            for number in range(1, 1001):
+                log.add("data", number * 10**9, number * 10**9 + 5, 1.0, None)
+                log.delivered(number - 5)
+            (file,) = tmp_path.glob("*/phases")
+            assert (file.stat().st_size < 12_000) is not is_full
+            assert list(tmp_path.glob("*/new-*")) == []
+            stored = stored_phases(log.added.__self__._folder)  # type: ignore[union-attr]
+            assert list(stored.phases)[-5:] == log.waiting(None, 9)
+            assert (stored.run.run_id, stored.start_unix_ns) == ("phases", log.start_unix_ns)  # type: ignore[union-attr]
