@@ -10,8 +10,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import esper_otel
-from esper_otel import ConfigurationError
+from esper_otel import ConfigurationError, RunHours, TamiyoClient
 from esper_otel.cli import main
+from esper_otel.hours.bar import Bar, PhaseInfo, bar_of_run
+from esper_otel.hours.text import bar_lines
 from esper_otel.schema import METRICS
 
 pytestmark = pytest.mark.own_code
@@ -195,6 +197,51 @@ def test_a_wrong_command_line_exits_with_2_and_shows_the_usage(capsys: Capture, 
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("usage: esper-otel")
+
+
+@pytest.mark.parametrize("arguments", [["compare", "a", "b"], ["report", "a"], ["pull", "a"]])
+def test_a_rank_below_0_is_a_wrong_command_line(capsys: Capture, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--rank", "-1"])
+    assert "'-1' is not a whole number of at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--hours needs a RUN"),
+        (["run", "--follow"], "--hours cannot be combined with --follow"),
+        (["run", "--binary"], "--hours cannot be combined with --binary"),
+        (["run", "--ranks"], "--hours cannot be combined with --ranks"),
+        (["run", "--rank", "2"], "the run has no rank 2; it has 0, 1"),
+    ],
+)
+def test_what_means_nothing_with_hours_says_so(
+    two_ranks: RunHours, capsys: Capture, arguments: list[str], said: str
+) -> None:
+    assert main(["pull", *arguments, "--hours"]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
+
+
+def test_the_hours_of_one_rank_are_its_own(two_ranks: RunHours, capsys: Capture) -> None:
+    assert main(["pull", "run", "--hours", "--rank", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [*bar_lines(two_ranks.ranks[1])]
+    assert main(["pull", "run", "--hours", "--rank", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"], list(found["ranks"])) == (found["ranks"]["1"], ["1"])
+    assert [phase["rank"] for phase in found["phases"]] == [1]
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> RunHours:
+    """What the gateway says of a run of two ranks."""
+    bars = {rank: Bar(0, 10**9, {"productive": 500.0 + rank, "unknown": 500.0 - rank}, 1) for rank in range(2)}
+    phases = [PhaseInfo("checkpoint", rank, 1, 0, 10**6, 1.0, 1, None) for rank in range(2)]
+    hours = RunHours(bar_of_run(bars.values()), bars, phases)
+    monkeypatch.setattr(TamiyoClient, "hours", lambda _self, _run_id: hours)
+    return hours
 
 
 @pytest.mark.parametrize("option", ["--gateway", "--prometheus"])

@@ -26,6 +26,7 @@ from esper_otel.export.streams import Stream
 from esper_otel.export.transport import Outcome, Result, Sender, open_sender
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import blocks_of
+from esper_otel.leyline.risk import configured
 from esper_otel.schema import METRICS, SEED_CELLS, new_check_id
 from esper_otel.settings import EsperSettings
 
@@ -97,6 +98,7 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
     try:
         settings = EsperSettings()
         is_enriched = settings.tolaria_step_enrichment_enabled
+        configured(settings.risk_thresholds)
         exporters = exporters_from_environment(environ, ignored=_refuse)
         endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
         sender = open_sender(endpoint, settings.token_file) if exporters.steps else None

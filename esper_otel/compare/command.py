@@ -16,6 +16,7 @@ from esper_otel.compare.table import Comparison, Line, as_json, as_markdown, as_
 from esper_otel.errors import ConfigurationError, UnknownMetric
 from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.command import rank_number
 from esper_otel.schema import METRICS
 
 _UNITS = {metric.name: metric.unit for metric in METRICS}
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip", type=_steps, default=0, metavar="N", help="leave out the first N steps of each run (%(default)s)"
     )
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank of the runs (%(default)s)")
+    parser.add_argument("--rank", type=rank_number, default=0, metavar="N", help="rank of the runs (%(default)s)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a table in Markdown, for a pull request")
     form.add_argument("--json", action="store_true", help="print JSON")

@@ -16,7 +16,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from esper_otel.errors import GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.errors import ConfigurationError, GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.hours.bar import RunHours
 from esper_otel.hours.text import hours_as_json, hours_lines
 from esper_otel.leyline.packets import Packets
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cert-file", type=Path, metavar="FILE", help="the puller's own certificate, for mutual TLS")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="key of that certificate")
-    parser.add_argument("--rank", type=_rank, metavar="N", help="one rank only (all)")
+    parser.add_argument("--rank", type=rank_number, metavar="N", help="one rank only (all)")
     parser.add_argument(
         "--shard",
         type=_shard,
@@ -71,7 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the stored steps, and with --follow also new ones; the last cursor is written to standard error."""
+    """Prints the stored steps, and with --follow also new ones; the last cursor is written to standard error.
+
+    Raises:
+        ConfigurationError: options contradict each other, or there is no such rank.
+    """
+    if options.hours:
+        _check_hours(options)
     with TamiyoClient(
         options.target or gateway_here(),
         token_file=options.token_file,
@@ -87,7 +93,7 @@ def main(options: argparse.Namespace) -> int:
             _write_ranks(client.ranks(options.run_id), as_json=options.json)
             return 0
         if options.hours:
-            _write_hours(client.hours(options.run_id), as_json=options.json)
+            _write_hours(_of_rank(client.hours(options.run_id), options.rank), as_json=options.json)
             return 0
         write = _write_json if options.json else _write_binary if options.binary else _write_text
         cursor = options.cursor or ""
@@ -101,6 +107,26 @@ def main(options: argparse.Namespace) -> int:
         finally:
             if cursor:
                 _say(f"cursor {cursor}")
+
+
+def _check_hours(options: argparse.Namespace) -> None:
+    """Refuses options that mean nothing with --hours."""
+    if options.run_id is None:
+        raise ConfigurationError("--hours needs a RUN")
+    for name in ("follow", "binary", "ranks", "shard", "cursor"):
+        if getattr(options, name):
+            raise ConfigurationError(f"--hours cannot be combined with --{name}")
+
+
+def _of_rank(hours: RunHours, rank: int | None) -> RunHours:
+    """Returns the hours of one rank alone; all if it is None."""
+    if rank is None:
+        return hours
+    if rank not in hours.ranks:
+        known = ", ".join(map(str, hours.ranks))
+        raise ConfigurationError(f"the run has no rank {rank}; it has {known}")
+    bar = hours.ranks[rank]
+    return RunHours(bar, {rank: bar}, tuple(phase for phase in hours.phases if phase.rank == rank))
 
 
 class _Interrupt:
@@ -252,7 +278,8 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _rank(text: str) -> int:
+def rank_number(text: str) -> int:
+    """Reads a rank from the command line."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)

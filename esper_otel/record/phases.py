@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import threading
 import time
@@ -9,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ContextDecorator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.errors import InvalidName, InvalidValue
 from esper_otel.frames.phases import START_UP, PhaseLog
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _MAX_NAME_BYTES = 256
 _MS = 1_000_000
 _LONGEST_MS = 1e12  # 31 years
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # Names of the other parts of a run's time; a phase of such a name could not be told from the part.
 RESERVED = frozenset({"productive", "input_wait", "hooks", "redone", "between_attempts", "unknown"})
@@ -49,6 +52,28 @@ class PhaseScope(ContextDecorator):
     def __init__(self, phases: Phases | None, name: str) -> None:
         self._phases = phases
         self._name = name
+
+    def __call__(self, function: _F) -> _F:
+        """Returns the function so that each call is a phase; that of a coroutine function lasts until its result.
+
+        Raises:
+            InvalidValue: it is a generator function, whose code runs only while its values are asked for.
+        """
+        if self._phases is None:
+            return function
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            name = getattr(function, "__name__", function)
+            self._phases.refuse(InvalidValue("phase", f"{name} is a generator function; use `with` inside it"))
+            return function
+        if not inspect.iscoroutinefunction(function):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        async def timed(*arguments: Any, **named: Any) -> Any:
+            with self:
+                return await function(*arguments, **named)
+
+        return timed  # type: ignore[return-value]
 
     def __enter__(self) -> None:
         if self._phases is not None:
@@ -116,6 +141,12 @@ class Phases:
     def next_step(self) -> int:
         """The number that the next step gets, unless it is given another one."""
         return self._recorder.highest_step + 1
+
+    def refuse(self, error: InvalidValue) -> None:
+        """Raises a mistake, or notes it if the session spares the program."""
+        if self._recorder.mistakes is None:
+            raise error
+        self._recorder.mistakes.note(error)
 
     def enter(self, name: str, owner: object) -> None:
         """Begins a phase."""

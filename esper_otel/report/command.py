@@ -14,6 +14,7 @@ from esper_otel.errors import ConfigurationError
 from esper_otel.frames.black_box import SUFFIX
 from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.command import rank_number
 from esper_otel.report.findings import Finding, compared, findings
 from esper_otel.report.page import is_page, page
 from esper_otel.report.recording import Recording, names_of, of_file, of_gateway
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="overwrite existing files even if no report has written them"
     )
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank of the run (%(default)s)")
+    parser.add_argument("--rank", type=rank_number, default=0, metavar="N", help="rank of the run (%(default)s)")
     parser.add_argument(
         "--target",
         metavar="ADDRESS",

@@ -29,7 +29,7 @@ def main(options: argparse.Namespace) -> int:
     """Delivers everything; returns 1 if something is left, was refused or could not be read, else 0.
 
     Raises:
-        ConfigurationError: a path does not exist or has nothing to send, or the endpoint cannot be used.
+        ConfigurationError: a path does not exist or holds only other files, or the endpoint cannot be used.
     """
     from esper_otel.export.endpoint import endpoint_from_environment
     from esper_otel.export.folder import MARKER
@@ -58,11 +58,13 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _files_of(paths: Iterable[Path]) -> Iterable[Path]:
-    """Yields the files, oldest first in a directory."""
+    """Yields the files, oldest first in a directory. Says which directory is empty, as a spool is after a clean run."""
     for path in paths:
         if path.is_dir():
             found = sorted(path.glob("*.jsonl"))
-            if not found:
+            if not any(path.iterdir()):
+                sys.stdout.write(f"{path}: nothing to send\n")
+            elif not found:
                 raise ConfigurationError(f"{path} holds neither a spool nor files *.jsonl")
             yield from found
         elif path.exists():

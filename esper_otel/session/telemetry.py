@@ -227,7 +227,8 @@ class Telemetry:
 
         Usual names are ``checkpoint``, ``evaluation``, ``data``, ``compile`` and ``idle``; any other name is good, too.
         It may lie between steps, inside one, or around several. A moment counts for the innermost phase or step. The
-        phase is sent when it ends, as surely as a step. Start-up is recorded without a call.
+        phase is sent when it ends, as surely as a step. Start-up is recorded without a call. A generator function is
+        refused as a mistake: use ``with`` inside it.
 
         Args:
             name: its name; beyond 64 names, further ones are counted as ``other``.

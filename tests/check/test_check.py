@@ -79,6 +79,16 @@ def test_a_frame_that_arrives_is_ok_and_timed(protocol: str) -> None:
     assert "ok    frame" in report_text(result)
 
 
+def test_a_threshold_of_no_signal_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``start()`` refuses it."""
+    monkeypatch.setenv("ESPER_RISK_THRESHOLDS", '{"hook_bugdet": 80}')
+    with MemoryCollector() as collector:
+        name, words = fault(run_check(environ=at(collector, "grpc")))
+        assert collector.frames_received == 0
+    assert name == "settings"
+    assert "hook_bugdet" in words
+
+
 def test_the_report_is_json_that_a_program_reads() -> None:
     """For a launcher that checks before it starts a thousand ranks."""
     with MemoryCollector() as collector:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,6 +177,42 @@ def test_a_decorated_function_may_call_itself(telemetry: Telemetry, clock: Time)
     step(telemetry, clock, 1)
     assert evaluate(2) == 7
     assert own(telemetry) == {"evaluation": 6.0}
+
+
+def test_a_decorated_coroutine_function_is_timed_until_it_has_been_awaited(telemetry: Telemetry, clock: Time) -> None:
+    @telemetry.phase("checkpoint")
+    async def save(path: str) -> str:
+        clock.spend(2)
+        await asyncio.sleep(0)
+        clock.spend(3)
+        return path
+
+    step(telemetry, clock, 1)
+    assert save.__name__ == "save"
+    assert asyncio.run(save("here")) == "here"
+    assert own(telemetry) == {"checkpoint": 5.0}
+
+
+def numbers() -> Iterator[int]:
+    yield 1
+
+
+async def later_numbers() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("function", [numbers, later_numbers])
+def test_a_generator_function_cannot_be_decorated(telemetry: Telemetry, function: Callable[[], Any]) -> None:
+    with pytest.raises(InvalidValue, match=f"{function.__name__} is a generator function; use `with` inside it"):
+        telemetry.phase("data")(function)
+
+
+def test_a_generator_function_is_left_as_it_is_where_mistakes_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.setenv("ESPER_ON_MISTAKE", "warn")
+    with esper_otel.start(run_id="spared") as telemetry:
+        assert telemetry.phase("data")(numbers) is numbers
+        assert telemetry.health()["mistakes"] == 1
 
 
 def test_a_phase_that_raises_is_recorded_and_one_that_an_interrupt_left_open_ends_with_it(

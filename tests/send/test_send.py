@@ -213,8 +213,20 @@ def test_notes_that_are_damaged_or_cannot_be_written_cost_a_repetition(
 
 
 @pytest.mark.parametrize("path", ["no/such", "."])
-def test_a_path_with_nothing_to_send_is_a_mistake(tmp_path: Path, path: str, collector: MemoryCollector) -> None:
+def test_a_path_that_cannot_be_meant_is_a_mistake(tmp_path: Path, path: str, collector: MemoryCollector) -> None:
+    (tmp_path / "notes.txt").touch()
     assert main(["send", str(tmp_path / path)]) == 2
+
+
+def test_an_empty_directory_has_nothing_to_send_and_holds_nothing_up(
+    written: Path, tmp_path: Path, collector: MemoryCollector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The spool of a run that has ended well, next to its files."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    assert main(["send", str(written.parent), str(spool)]) == 0
+    assert f"{spool}: nothing to send\n" in capsys.readouterr().out
+    assert losses(collector) == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 # -- the files ---------------------------------------------------------------------------------------------
