@@ -93,7 +93,7 @@ class HoursFile:
         self._warnings = warnings
         self._counts: dict[str, int] = {}
         self._shrink_at: dict[str, int] = {}  # above _MOST_PHASES where those with totals are more than that
-        self.dropped_totals = 0
+        self.dropped_totals: int = 0
         try:
             self._connection = self._opened()
         except sqlite3.Error as error:
