@@ -97,6 +97,8 @@ asyncio.SelectorEventLoop.add_signal_handler = refuse
 def test_a_run_is_recorded_where_unix_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is sent, with its end, and a black box is written; what needs locks is refused in words that name them."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("ESPER_BLACK_BOX_DIR", raising=False)
+    monkeypatch.delenv("ESPER_BLACK_BOX_FRAMES", raising=False)
     script = f"""{HIDING}
 import esper_otel
 from esper_otel.errors import ConfigurationError

@@ -77,15 +77,18 @@ class BlackBox:
         self._folder = settings.black_box_dir
         self._warnings = warnings
         self._has_alarmed = False
+        self._alarm: threading.Thread | None = None
 
     def loss_is_not_finite(self) -> None:
         """The first such loss of a session: written by a thread, since training goes on."""
         if not self._has_alarmed and self._frames:
             self._has_alarmed = True
-            self._started("loss not finite")
+            self._alarm = self._started("loss not finite")
 
     def ended(self, outcome: str) -> None:
-        """The end of a session; written when it went wrong, and waited for a second at most."""
+        """The end of a session; written when it went wrong. What is being written is waited for a second at most."""
+        if self._alarm is not None:
+            self._alarm.join(_WRITING_S)
         if outcome not in FINE and self._frames and self._ring.last:
             self._started(outcome).join(_WRITING_S)
 

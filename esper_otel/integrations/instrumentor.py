@@ -37,7 +37,7 @@ class EsperInstrumentor(BaseInstrumentor):  # type: ignore[misc] # its package h
             return
         if logger.level == logging.NOTSET:
             logger.setLevel(_LEVELS.get(os.environ.get("OTEL_LOG_LEVEL", "").strip().lower(), logging.WARNING))
-        follow_process()
+        follow_process().marks_children = True
 
     def _uninstrument(self, **_options: Any) -> None:
         follow_process().unfollow()

@@ -111,9 +111,13 @@ class Script:
     A step lasts from a batch to the next request for one, with an optimizer step in between. Batches for validation
     are not part of it. Without a DataLoader, or if another thread takes its batches, a step lasts from the end of one
     optimizer step to the end of the next.
+
+    Attributes:
+        marks_children: whether processes that this one starts are marked as parts of what is recorded.
     """
 
     def __init__(self) -> None:
+        self.marks_children: bool = False
         self._telemetry: Telemetry | None = None
         self._steps: Steps | None = None
         self._feed: Feed | None = None
@@ -267,7 +271,8 @@ class Script:
         self._telemetry = start()
         self._steps = Steps(Loop(self._telemetry), self._feed)
         follow_saves(self._steps.loop.phases)
-        os.environ[FOLLOWED] = str(os.getpid())
+        if self.marks_children:
+            os.environ[FOLLOWED] = str(os.getpid())
         atexit.register(self._finish)
 
     @_harmless
