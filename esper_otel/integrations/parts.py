@@ -54,6 +54,7 @@ class StepParts:
         self._part = ""
         self._since: Any = None
         self._is_in_optimizer = False
+        self._depth = 0  # an optimizer's step may call that of its base class, and PyTorch's hooks run for both
         _changes.add(self)
 
     def batch(self) -> None:
@@ -61,6 +62,7 @@ class StepParts:
         self._timer = self._timer_of()
         self._thread = threading.get_ident()
         self._is_in_optimizer = False
+        self._depth = 0
         self._begin("forward")
 
     def over(self) -> None:
@@ -90,9 +92,20 @@ class StepParts:
             self._end(self._part)
             self._begin("optimizer" if self._is_in_optimizer else _BETWEEN)
 
+    def step_begins(self) -> None:
+        """PyTorch's hook before an optimizer's step."""
+        self._depth += 1
+        self.optimizer_begins()
+
+    def step_ends(self) -> None:
+        """PyTorch's hook after an optimizer's step."""
+        self._depth = max(self._depth - 1, 0)
+        if not self._depth:
+            self.optimizer_ends()
+
     def optimizer_begins(self) -> None:
         """An optimizer's step begins. Repeated when our own work before it is done, which is not part of it."""
-        if self._is_followed():
+        if self._is_followed() and self._depth <= 1:
             self._is_in_optimizer = True
             self._begin("optimizer")
 
@@ -137,8 +150,8 @@ class _Changes:
         self._followers.add(parts)
         if not self._hooks:
             self._hooks = [
-                register_optimizer_step_pre_hook(lambda *_: self._tell(StepParts.optimizer_begins)),
-                register_optimizer_step_post_hook(lambda *_: self._tell(StepParts.optimizer_ends)),
+                register_optimizer_step_pre_hook(lambda *_: self._tell(StepParts.step_begins)),
+                register_optimizer_step_post_hook(lambda *_: self._tell(StepParts.step_ends)),
             ]
         uncompiled = _uncompiled()
         if self._replaced is None and uncompiled is not None:

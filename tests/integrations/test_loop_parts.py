@@ -38,6 +38,10 @@ class Slow(torch.autograd.Function):  # type: ignore[misc, name-defined]
         return gradients
 
 
+# From now on PyTorch's hooks run for SGD's own step, too, when SlowSgd's calls it.
+torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
 class SlowSgd(torch.optim.SGD):  # type: ignore[misc, name-defined]
     def step(self, closure: Any = None) -> Any:
         if closure is not None:
