@@ -200,7 +200,8 @@ def _hint_when_missing(extra: str) -> Iterator[None]:
         package = _PACKAGES.get(extra, {}).get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        raise _MissingExtra(f'the {extra} needs {package}: pip install "esper-otel[{extra}]"') from None
+        what = "Kafka" if extra == "kafka" else f"the {extra}"
+        raise _MissingExtra(f'{what} needs {package}: pip install "esper-otel[{extra}]"') from None
 
 
 if __name__ == "__main__":

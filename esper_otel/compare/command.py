@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -14,9 +14,8 @@ from esper_otel.compare.readings import Readings, read
 from esper_otel.compare.statistic import Statistic, Values, change
 from esper_otel.compare.table import Comparison, Line, as_json, as_markdown, as_text
 from esper_otel.errors import ConfigurationError, UnknownMetric
-from esper_otel.local_ports import gateway_here
-from esper_otel.pull.client import TamiyoClient
 from esper_otel.pull.command import rank_number
+from esper_otel.report.command import add_gateway_arguments, gateway_client
 from esper_otel.schema import METRICS
 
 _UNITS = {metric.name: metric.unit for metric in METRICS}
@@ -43,19 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a table in Markdown, for a pull request")
     form.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--target",
-        metavar="ADDRESS",
-        help="the gateway (127.0.0.1:4327; if nobody listens there, 127.0.0.1:4317, where esper-otel ui listens)",
-    )
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the gateway's bearer token")
-    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="use TLS; PEM file that signed its certificate")
+    add_gateway_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Prints the comparison. Returns 1 if a condition is met, otherwise 0."""
     conditions = [Condition.of(text) for text in options.fail_if]
-    run, baseline = (read(what, options.rank, _client(options)) for what in (options.run, options.baseline))
+    run, baseline = (
+        read(what, options.rank, partial(gateway_client, options)) for what in (options.run, options.baseline)
+    )
     comparison = compared(run, baseline, conditions, options.skip)
     form = as_json if options.json else as_markdown if options.markdown else as_text
     encoding = sys.stdout.encoding or "utf-8"
@@ -100,12 +95,6 @@ def _judged(condition: Condition, run: Readings, baseline: Readings, skip: int) 
 
 def _unit(name: str) -> str:
     return _UNITS.get(name, "1")
-
-
-def _client(options: argparse.Namespace) -> Callable[[], TamiyoClient]:
-    return lambda: TamiyoClient(
-        options.target or gateway_here(), token_file=options.token_file, ca_file=options.ca_file, timeout_s=5.0
-    )
 
 
 def _steps(text: str) -> int:

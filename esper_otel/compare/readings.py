@@ -17,9 +17,9 @@ from esper_otel.frames.frame import Frame
 from esper_otel.gateway.store.database import FILE
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.client import TamiyoClient
-from esper_otel.report.recording import of_file, of_gateway
+from esper_otel.report.recording import Row, of_file, of_gateway
+from esper_otel.report.table import KEYS, SEED_PREFIX
 
-_KEYS = ("step", "epoch", "unix_s", "seed_id")
 _PAGE = 256
 _TABLES = (".parquet", ".csv")
 
@@ -86,10 +86,10 @@ class _Steps:
         return Readings(name, self.count, {each: np.array(values) for each, values in self._series.items()})
 
 
-def _of_rows(name: str, rows: Iterable[object]) -> Readings:
+def _of_rows(name: str, rows: Iterable[Row]) -> Readings:
     steps = _Steps()
     for row in rows:
-        steps.add(row.values)  # type: ignore[attr-defined]
+        steps.add(row.values)
     return steps.readings(name)
 
 
@@ -124,7 +124,7 @@ def _of_table(path: Path) -> Readings:
     except (OSError, ValueError, csv.Error) as error:  # those of pyarrow are ValueErrors or OSErrors
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
     if columns is None:
-        raise ConfigurationError(f"{path} is not a table of esper-otel report: its first columns are not {_KEYS}")
+        raise ConfigurationError(f"{path} is not a table of esper-otel report: its first columns are not {KEYS}")
     steps, series = columns
     return Readings(str(path), steps, series)
 
@@ -135,9 +135,9 @@ def _of_parquet(path: Path) -> tuple[int, dict[str, Values]] | None:
     except ImportError:
         raise ConfigurationError(f"{path} needs pyarrow: pip install 'esper-otel[parquet]'") from None
     names = parquet.read_schema(path).names
-    if tuple(names[: len(_KEYS)]) != _KEYS:
+    if tuple(names[: len(KEYS)]) != KEYS:
         return None
-    wanted = [name for name in names if name not in _KEYS and not name.startswith("seed.")]
+    wanted = [name for name in names if name not in KEYS and not name.startswith(SEED_PREFIX)]
     table = parquet.read_table(path, columns=["seed_id", *wanted])
     table = table.filter(compute.equal(table["seed_id"], ""))
     series = {name: table[name].drop_null().to_numpy().astype(np.float64) for name in wanted}
@@ -148,10 +148,10 @@ def _of_csv(path: Path) -> tuple[int, dict[str, Values]] | None:
     with path.open(encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
         names = next(lines, [])
-        if tuple(names[: len(_KEYS)]) != _KEYS:
+        if tuple(names[: len(KEYS)]) != KEYS:
             return None
         steps = _Steps()
-        wanted = [(at, name) for at, name in enumerate(names) if name not in _KEYS and not name.startswith("seed.")]
+        wanted = [(at, name) for at, name in enumerate(names) if name not in KEYS and not name.startswith(SEED_PREFIX)]
         for line in lines:
             if len(line) == len(names) and not line[3]:
                 steps.add({name: float(line[at]) for at, name in wanted if line[at]})

@@ -13,7 +13,7 @@ from esper_otel._version import __version__
 from esper_otel.errors import ConfigurationError
 from esper_otel.files.rules import rendered
 from esper_otel.files.selectors import OURS, STOCK
-from esper_otel.leyline.risk import configured
+from esper_otel.leyline.risk import configured, threshold_of
 from esper_otel.text import printable
 
 # In a wheel they are below this folder, in a source tree in their own places.
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Writes the files. Returns 1 if some were left alone because somebody has changed them."""
-    given = dict(map(_threshold, options.threshold))
+    given = dict(map(threshold_of, options.threshold))
     folder: Path = options.folder
     try:
         before, thresholds = _recorded(folder)
@@ -117,11 +117,3 @@ def _is_ours(path: Path, digest: str | None) -> bool:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _threshold(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise ConfigurationError(f"--threshold {text}: give SIGNAL=VALUE, such as hook_budget=80") from None

@@ -31,7 +31,7 @@ from esper_otel.gateway.serve.ports import Gateway, Ports
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
-from esper_otel.leyline.risk import Rule, configured
+from esper_otel.leyline.risk import Rule, configured, threshold_of
 from esper_otel.log import announce
 from esper_otel.oona.publisher import PASSWORD_VARIABLE, Publisher
 
@@ -477,18 +477,10 @@ def packet_options(options: argparse.Namespace) -> PacketOptions:
         UnknownMetric: a threshold names a signal that does not exist.
     """
     _check_number(options, "latency_budget_ms")
-    rules = configured(dict(map(_threshold, options.threshold)))
+    rules = configured(dict(map(threshold_of, options.threshold)))
     return {"rules": rules, "latency_budget_ms": options.latency_budget_ms}
 
 
 def _check_number(options: argparse.Namespace, name: str) -> None:
     if not 0 <= getattr(options, name) < float("inf"):
         raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number of at least 0")
-
-
-def _threshold(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise ConfigurationError(f"--threshold {text}: give SIGNAL=VALUE, such as hook_budget=80") from None

@@ -121,6 +121,19 @@ def configured(thresholds: Mapping[str, float]) -> tuple[Rule, ...]:
     return tuple(replace(rule, threshold=thresholds.get(rule.name, rule.threshold)) for rule in RULES)
 
 
+def threshold_of(option: str) -> tuple[str, float]:
+    """Reads the value of an option ``--threshold``: the name of a signal and its threshold, as ``hook_budget=80``.
+
+    Raises:
+        ConfigurationError: it has another form.
+    """
+    name, _, value = option.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ConfigurationError(f"--threshold {option}: give SIGNAL=VALUE, such as hook_budget=80") from None
+
+
 def signals(
     state: messages.SystemStatePacket, *, loss_before: float | None = None, rules: tuple[Rule, ...] = RULES
 ) -> tuple[Signal, ...]:

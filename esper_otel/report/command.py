@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="overwrite existing files even if no report has written them"
     )
     parser.add_argument("--rank", type=rank_number, default=0, metavar="N", help="rank of the run (%(default)s)")
+    add_gateway_arguments(parser)
+
+
+def add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which gateway is read."""
     parser.add_argument(
         "--target",
         metavar="ADDRESS",
@@ -45,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the gateway's bearer token")
     parser.add_argument("--ca-file", type=Path, metavar="FILE", help="use TLS; PEM file that signed its certificate")
+
+
+def gateway_client(options: argparse.Namespace) -> TamiyoClient:
+    """Connects with the gateway that the options name."""
+    target = options.target or gateway_here()
+    return TamiyoClient(target, token_file=options.token_file, ca_file=options.ca_file, timeout_s=5.0)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -107,8 +118,7 @@ def _recording(what: str, options: argparse.Namespace) -> Recording:
         raise ConfigurationError(f"there is no file {what}")
     if not what.isprintable():
         raise ConfigurationError(f"there is no file {what}, and this cannot be the id of a run")
-    target = options.target or gateway_here()
-    with TamiyoClient(target, token_file=options.token_file, ca_file=options.ca_file, timeout_s=5.0) as client:
+    with gateway_client(options) as client:
         return of_gateway(client, what, options.rank)
 
 

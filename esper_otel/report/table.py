@@ -10,11 +10,12 @@ from pathlib import Path
 from esper_otel.errors import ConfigurationError
 from esper_otel.report.recording import Recording
 
-_KEYS = ("step", "epoch", "unix_s", "seed_id")
+KEYS: tuple[str, ...] = ("step", "epoch", "unix_s", "seed_id")
+SEED_PREFIX: str = "seed."  # of the columns with the fields of seeds
 _AT_ONCE = 10_000
 _FEW_CELLS = 10_000_000
 _MOST_EMPTY = 100  # empty cells for each cell with a value
-_CSV_BEGINS = ",".join(_KEYS).encode()
+_CSV_BEGINS = ",".join(KEYS).encode()
 # Spreadsheets read text with one of these prefixes as a formula; the last four are full-width forms of the first four.
 _FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
@@ -27,8 +28,8 @@ class _Columns:
     def __init__(self, recording: Recording) -> None:
         steps = sorted({name for row in recording.rows for name in row.values})
         fields = sorted({field for row in recording.rows for cells in row.seeds.values() for field in cells})
-        self.of_seeds = {field: f"seed.{field}" for field in fields}
-        taken = {*_KEYS, *self.of_seeds.values()}
+        self.of_seeds = {field: f"{SEED_PREFIX}{field}" for field in fields}
+        taken = {*KEYS, *self.of_seeds.values()}
         self.of_steps: dict[str, str] = {}
         for name in steps:
             column = name
@@ -36,7 +37,7 @@ class _Columns:
                 column = f"metric.{column}"
             taken.add(column)
             self.of_steps[name] = column
-        self.names = [*_KEYS, *self.of_steps.values(), *self.of_seeds.values()]
+        self.names = [*KEYS, *self.of_steps.values(), *self.of_seeds.values()]
         rows = sum(1 + len(row.seeds) for row in recording.rows)
         there = sum(len(row.values) + sum(map(len, row.seeds.values())) for row in recording.rows)
         if rows * len(self.names) > _FEW_CELLS + _MOST_EMPTY * there:
@@ -66,7 +67,7 @@ def is_table(path: Path) -> bool:
     try:
         from pyarrow import parquet
 
-        return tuple(parquet.read_schema(path).names[: len(_KEYS)]) == _KEYS
+        return tuple(parquet.read_schema(path).names[: len(KEYS)]) == KEYS
     except Exception:  # noqa: BLE001 - a file that pyarrow cannot read was not written by this module
         return False
 

@@ -15,6 +15,7 @@ _FLOAT = "Rounding of float64; on a series without gaps it agrees with pandas to
 _CLOCK = "Two readings of a clock, less than a microsecond."
 _PUT = "On the CPU less than a microsecond; on CUDA one number is copied on the current stream, without waiting."
 _DERIVED_COST = "Less than a microsecond of arithmetic, when the step is recorded."
+_ONCE = "In the first step after each sample of the probe, about once a second."
 _PROBE = "None for the training thread: another thread takes the samples."
 _ROW = "One cell of the seed's row, less than a microsecond."
 _PAIRED = "Steps in which its input is missing or not finite have no value."
@@ -609,7 +610,7 @@ OWN_STEP: tuple[Metric, ...] = (
         key="",
         needs=(Need.PSUTIL,),
         misleads="Pages shared with other processes count in each of them.",
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
     Metric(
         "esper.memory.host_used_gb",
@@ -618,7 +619,7 @@ OWN_STEP: tuple[Metric, ...] = (
         gated=True,
         key="",
         needs=(Need.PSUTIL,),
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
     Metric(
         "esper.memory.host_available_gb",
@@ -628,7 +629,7 @@ OWN_STEP: tuple[Metric, ...] = (
         key="",
         needs=(Need.PSUTIL,),
         misleads="It includes page cache that can be dropped.",
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
     Metric(
         "esper.memory.swap_used_gb",
@@ -637,7 +638,7 @@ OWN_STEP: tuple[Metric, ...] = (
         gated=True,
         key="",
         needs=(Need.PSUTIL,),
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
     Metric(
         "esper.memory.torch_allocated_gb",
@@ -646,7 +647,7 @@ OWN_STEP: tuple[Metric, ...] = (
         gated=True,
         key="",
         source="torch.cuda.memory_stats(), or torch.mps.current_allocated_memory().",
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
     Metric(
         "esper.memory.torch_reserved_gb",
@@ -655,7 +656,7 @@ OWN_STEP: tuple[Metric, ...] = (
         gated=True,
         key="",
         source="torch.cuda.memory_stats(), or torch.mps.driver_allocated_memory().",
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
     Metric(
         "esper.memory.torch_peak_gb",
@@ -665,7 +666,7 @@ OWN_STEP: tuple[Metric, ...] = (
         key="",
         needs=(Need.CUDA,),
         source="torch.cuda.memory_stats(): since the start, or the program's own reset_peak_memory_stats().",
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
     Metric(
         "esper.memory.torch_retries",
@@ -675,7 +676,7 @@ OWN_STEP: tuple[Metric, ...] = (
         key="",
         needs=(Need.CUDA,),
         source="num_alloc_retries of torch.cuda.memory_stats(), since the start of the process.",
-        present="In the first step after each sample of the probe, about once a second.",
+        present=_ONCE,
     ),
 )
 

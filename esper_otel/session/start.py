@@ -247,7 +247,7 @@ class _Session:
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
-        self._for_alerts = for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
+        self._for_alerts = _for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
         # A provider given by the user has its own Resource, so the points themselves must carry the run's attributes.
@@ -667,7 +667,7 @@ def _gradient_math() -> Any:
     return importlib.import_module("esper_otel.derive.gradients")
 
 
-def for_alerts(thresholds: Mapping[str, float], attributes: Mapping[str, object]) -> dict[tuple[str, str], float]:
+def _for_alerts(thresholds: Mapping[str, float], attributes: Mapping[str, object]) -> dict[tuple[str, str], float]:
     """Returns what the rules for Prometheus must know of a run: its own thresholds, and whether it is muted.
 
     A disabled signal has the threshold 1e308, because not every receiver takes infinity.
