@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from esper_otel.gateway.notify.watcher import Runs, Watcher
+from esper_otel.gateway.notify.watcher import Watcher
 from esper_otel.gateway.notify.webhook import Target, Webhook
+
+if TYPE_CHECKING:
+    from esper_otel.gateway.core import Core
 
 
 class Notifier:
@@ -19,7 +23,7 @@ class Notifier:
         counts: ``sent`` and ``dropped`` notices, and ``failures``.
     """
 
-    def __init__(self, runs: Runs, targets: Sequence[Target], counts: Counter[str]) -> None:
+    def __init__(self, runs: Core, targets: Sequence[Target], counts: Counter[str]) -> None:
         self._webhooks = [Webhook(target, counts) for target in targets]
         self._watcher = Watcher(runs, self._webhooks)
         self._watching = asyncio.create_task(self._watcher.run())

@@ -5,60 +5,27 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from esper_otel.errors import GatewayError
 from esper_otel.frames.frame import FINE
-from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.items import RunState
 from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, SILENT, Notice
 from esper_otel.gateway.notify.webhook import Webhook
-from esper_otel.gateway.store.base import StoredPage
 from esper_otel.leyline.episodes import Change, Episode, Episodes, Sender
 from esper_otel.leyline.packets import Page
 from esper_otel.log import Warnings
 from esper_otel.oona.emergencies import urgent_signals
 from esper_otel.text import printable
 
+if TYPE_CHECKING:
+    from esper_otel.gateway.core import Core, KnownRun
+
 _EVERY_S = 1.0
 _ALL_EVERY_S = 5.0  # a run that falls silent says nothing
 _AT_ONCE = 256
 _MOST_RUNS = 10_000
 _URGENT = ("HIGH", "CRITICAL")
-
-
-class KnownRun(Protocol):
-    """What is known of a run; see ``core``."""
-
-    @property
-    def states(self) -> Sequence[RunState]:
-        """The state of each writer, in order."""
-
-    @property
-    def outcome(self) -> str | None:
-        """How the whole run ended; None while it has not."""
-
-
-class Runs(Protocol):
-    """Where runs are known; see ``core``."""
-
-    changed: ChangedRuns
-
-    def known_runs(self) -> set[str]:
-        """Returns the ids of all runs."""
-
-    def state_of(self, run_id: str) -> KnownRun:
-        """Returns what is known of a run."""
-
-    def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
-        """Returns the stored entries after a cursor."""
-
-    def last_number(self, run_id: str, rank: int) -> int:
-        """Returns the number of the newest entry of a rank; 0 if there is none."""
-
-    async def packets(self, run_id: str, cursor: str, most: int) -> Page:
-        """Returns the steps after a cursor."""
 
 
 class _Followed:
@@ -83,7 +50,7 @@ class Watcher:
         webhooks: where notices go.
     """
 
-    def __init__(self, runs: Runs, webhooks: Iterable[Webhook]) -> None:
+    def __init__(self, runs: Core, webhooks: Iterable[Webhook]) -> None:
         self._runs = runs
         self._webhooks = tuple(webhooks)
         self._changed = runs.changed.follower()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import requests
@@ -22,7 +22,7 @@ import esper_otel
 from esper_otel.cli import main
 from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.core import KnownRun
+from esper_otel.gateway.core import Core, KnownRun
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.notify.notice import ENDED, ENTERED, ESCALATED, LEFT, Alerts, Notice, as_slack
 from esper_otel.gateway.notify.watcher import Watcher
@@ -225,7 +225,7 @@ def test_a_silent_run_is_silent_no_more_before_it_ends_or_is_forgotten(
     silent = RunState(Origin("r", 1, 0, ""), 1, "", 1, 9, 1, 1, is_silent=True)
 
     async def watch() -> None:
-        watcher = Watcher(runs, [told])
+        watcher = Watcher(cast("Core", runs), [told])
         runs.state = KnownRun([silent], 9, None)
         await watcher.look()
         if ends:
