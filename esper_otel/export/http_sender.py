@@ -110,9 +110,10 @@ class HttpSender:
     def _cut(self) -> None:
         """Shuts down the connection, so that the sending thread stops waiting for it."""
         for connection in self._connection:
-            if isinstance(getattr(connection, "sock", None), socket.socket):
+            sock = getattr(connection, "sock", None)  # read once: the sending thread sets it to None when it is done
+            if isinstance(sock, socket.socket):
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _work(self) -> None:
         while True:

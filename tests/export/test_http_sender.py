@@ -301,3 +301,22 @@ def test_a_header_that_was_set_is_not_replaced_from_netrc(tmp_path: Path, monkey
     assert b"authorization: Bearer ours\r\n" in received[0]
     assert b"Basic" not in received[0]
     assert b"Authorization: Basic" in received[1]
+
+
+def test_a_connection_that_vanishes_while_it_is_cut_harms_nobody() -> None:
+    """The sending thread gives it up between two looks at it."""
+
+    class Vanishing:
+        def __init__(self, sock: socket.socket) -> None:
+            self._looks = [sock]
+
+        @property
+        def sock(self) -> socket.socket | None:
+            return self._looks.pop() if self._looks else None
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, MemoryCollector() as collector, opened(at(collector, "http/protobuf")) as sender:
+        inner: Any = sender
+        inner._sender._connection.append(Vanishing(ours))
+        inner._sender._cut()
+        assert theirs.recv(1) == b""
