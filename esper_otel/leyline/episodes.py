@@ -84,7 +84,7 @@ class Episode(NamedTuple):
         return f"{self.name}, {steps}{some}{worst}{', goes on' if self.goes_on else ''}"
 
 
-class Change(NamedTuple):
+class EpisodeChange(NamedTuple):
     """What a step has changed.
 
     Attributes:
@@ -127,7 +127,7 @@ class Episodes:
 
     def note(
         self, step: int, signals: Sequence[Signal], *, time_s: float, sender: Sender = _ONLY
-    ) -> tuple[Change, ...]:
+    ) -> tuple[EpisodeChange, ...]:
         """Takes a step and returns what it has changed. Give steps without signals too: they end episodes.
 
         Args:
@@ -136,7 +136,7 @@ class Episodes:
             time_s: the step's time in seconds.
             sender: where the step comes from.
         """
-        changes: list[Change] = []
+        changes: list[EpisodeChange] = []
         track = self._track(sender, changes)
         before = track.add(step, time_s, signals)
         is_late = track.is_late or sender.attempt < self._attempts.get(sender.rank, 0)
@@ -156,7 +156,7 @@ class Episodes:
                 else:
                     episode.take(step, time_s)
             if episode is not None and is_worse:
-                changes.append(Change("escalated", self._shown(episode)))
+                changes.append(EpisodeChange("escalated", self._shown(episode)))
         if before is None and len(track.open) > len(signals):
             names = {signal.name for signal in signals}
             for episode in [each for name, each in track.open.items() if name not in names]:
@@ -164,9 +164,9 @@ class Episodes:
                     self._leave(track, episode, changes)
         return tuple(changes)
 
-    def end(self) -> tuple[Change, ...]:
+    def end(self) -> tuple[EpisodeChange, ...]:
         """Ends the episodes that go on, because the run has ended. Returns them as ``left``."""
-        changes: list[Change] = []
+        changes: list[EpisodeChange] = []
         for track in self._tracks.values():
             self._end(track, changes)
         return tuple(changes)
@@ -180,7 +180,7 @@ class Episodes:
         track = self._tracks.get(sender)
         return track is not None and bool(track.open)
 
-    def _track(self, sender: Sender, changes: list[Change]) -> _Track:
+    def _track(self, sender: Sender, changes: list[EpisodeChange]) -> _Track:
         track = self._tracks.get(sender)
         if track is not None:
             self._tracks.move_to_end(sender)
@@ -199,26 +199,26 @@ class Episodes:
         return track
 
     def _enter(
-        self, track: _Track, sender: Sender, signal: Signal, step: int, time_s: float, changes: list[Change]
+        self, track: _Track, sender: Sender, signal: Signal, step: int, time_s: float, changes: list[EpisodeChange]
     ) -> None:
         self._count += 1
         episode = _Kept(self._count, sender, signal, step, time_s)
         if len(self._kept) >= self._most:
             self._drop()
         self._kept[episode.number] = track.open[signal.name] = episode
-        changes.append(Change("entered", self._shown(episode)))
+        changes.append(EpisodeChange("entered", self._shown(episode)))
         if track.is_late:
             episode.quiet = sum(each > step for each in track.steps)
             if episode.quiet >= QUIET_STEPS:
                 self._leave(track, episode, changes)
 
-    def _leave(self, track: _Track, episode: _Kept, changes: list[Change]) -> None:
+    def _leave(self, track: _Track, episode: _Kept, changes: list[EpisodeChange]) -> None:
         del track.open[episode.name]
         episode.is_open = False
         self._over[episode.number] = episode
-        changes.append(Change("left", self._shown(episode)))
+        changes.append(EpisodeChange("left", self._shown(episode)))
 
-    def _end(self, track: _Track, changes: list[Change]) -> None:
+    def _end(self, track: _Track, changes: list[EpisodeChange]) -> None:
         for episode in list(track.open.values()):
             self._leave(track, episode, changes)
 

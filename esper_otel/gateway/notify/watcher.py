@@ -12,7 +12,7 @@ from esper_otel.errors import GatewayError
 from esper_otel.frames.frame import FINE
 from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, SILENT, Notice
 from esper_otel.gateway.notify.webhook import Webhook
-from esper_otel.leyline.episodes import Change, Episode, Episodes, Sender
+from esper_otel.leyline.episodes import Episode, EpisodeChange, Episodes, Sender
 from esper_otel.leyline.packets import Page
 from esper_otel.log import Warnings
 from esper_otel.oona.emergencies import urgent_signals
@@ -117,7 +117,9 @@ class Watcher:
             followed.cursor = ""
             return None
 
-    def _signals(self, run_id: str, followed: _Followed, changes: Iterable[Change], time_ms: int) -> Iterable[Notice]:
+    def _signals(
+        self, run_id: str, followed: _Followed, changes: Iterable[EpisodeChange], time_ms: int
+    ) -> Iterable[Notice]:
         for kind, episode in changes:
             is_known = episode.number in followed.announced
             if kind == "left" and is_known:
