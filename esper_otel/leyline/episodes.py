@@ -26,7 +26,7 @@ _ROUTES = ("", "OPTIMIZER", "PAUSE")
 _SAMPLED = frozenset(rule.name for rule in RULES if rule.is_sampled)
 
 
-class Sender(NamedTuple):
+class StepSender(NamedTuple):
     """Where steps come from. Steps of different senders are never in the same episode.
 
     Attributes:
@@ -40,7 +40,7 @@ class Sender(NamedTuple):
     writer: str = ""
 
 
-_ONLY = Sender()
+_ONLY = StepSender()
 
 
 class Episode(NamedTuple):
@@ -63,7 +63,7 @@ class Episode(NamedTuple):
     """
 
     number: int
-    sender: Sender
+    sender: StepSender
     name: str
     level: str
     first: int
@@ -122,11 +122,11 @@ class Episodes:
         self._count = 0
         self._kept: dict[int, _Kept] = {}
         self._over: dict[int, _Kept] = {}  # those of them that are over
-        self._tracks: OrderedDict[Sender, _Track] = OrderedDict()
+        self._tracks: OrderedDict[StepSender, _Track] = OrderedDict()
         self._attempts: dict[int, int] = {}  # the highest of each rank
 
     def note(
-        self, step: int, signals: Sequence[Signal], *, time_s: float, sender: Sender = _ONLY
+        self, step: int, signals: Sequence[Signal], *, time_s: float, sender: StepSender = _ONLY
     ) -> tuple[EpisodeChange, ...]:
         """Takes a step and returns what it has changed. Give steps without signals too: they end episodes.
 
@@ -175,12 +175,12 @@ class Episodes:
         """Returns the episodes that are kept, in the order in which they entered."""
         return tuple(map(self._shown, self._kept.values()))
 
-    def follows(self, sender: Sender) -> bool:
+    def follows(self, sender: StepSender) -> bool:
         """Whether an episode of the sender goes on, so that its steps without signals matter."""
         track = self._tracks.get(sender)
         return track is not None and bool(track.open)
 
-    def _track(self, sender: Sender, changes: list[EpisodeChange]) -> _Track:
+    def _track(self, sender: StepSender, changes: list[EpisodeChange]) -> _Track:
         track = self._tracks.get(sender)
         if track is not None:
             self._tracks.move_to_end(sender)
@@ -199,7 +199,7 @@ class Episodes:
         return track
 
     def _enter(
-        self, track: _Track, sender: Sender, signal: Signal, step: int, time_s: float, changes: list[EpisodeChange]
+        self, track: _Track, sender: StepSender, signal: Signal, step: int, time_s: float, changes: list[EpisodeChange]
     ) -> None:
         self._count += 1
         episode = _Kept(self._count, sender, signal, step, time_s)
@@ -231,7 +231,7 @@ class Episodes:
         if track is not None and track.open.get(episode.name) is episode:
             del track.open[episode.name]
 
-    def _nearest(self, track: _Track, sender: Sender, name: str, step: int) -> _Kept | None:
+    def _nearest(self, track: _Track, sender: StepSender, name: str, step: int) -> _Kept | None:
         """Returns the episode to which a late step belongs; None if all of them are too far away."""
         mine = [each for each in self._kept.values() if each.sender == sender and each.name == name]
         nearest = min(mine, key=lambda each: track.between(step, each), default=None)
@@ -292,7 +292,7 @@ class _Kept:
         *("route", "sender", "time_s", "times", "worst", "worst_step"),
     )
 
-    def __init__(self, number: int, sender: Sender, signal: Signal, step: int, time_s: float) -> None:
+    def __init__(self, number: int, sender: StepSender, signal: Signal, step: int, time_s: float) -> None:
         self.number = number
         self.sender = sender
         self.name, self.level, _, self.reason, self.route, self.worst = signal

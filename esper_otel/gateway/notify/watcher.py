@@ -12,7 +12,7 @@ from esper_otel.errors import GatewayError
 from esper_otel.frames.frame import FINE
 from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, SILENT, Notice
 from esper_otel.gateway.notify.webhook import Webhook
-from esper_otel.leyline.episodes import Episode, EpisodeChange, Episodes, Sender
+from esper_otel.leyline.episodes import Episode, EpisodeChange, Episodes, StepSender
 from esper_otel.leyline.packets import Page
 from esper_otel.log import Warnings
 from esper_otel.oona.emergencies import urgent_signals
@@ -87,7 +87,7 @@ class Watcher:
     async def _look_at(self, run_id: str, followed: _Followed) -> None:
         while page := await self._page(run_id, followed):
             for packets in page:
-                sender = Sender(packets.rank, packets.attempt, packets.writer)
+                sender = StepSender(packets.rank, packets.attempt, packets.writer)
                 time_s = packets.state.timestamp_ns / 1e9
                 changes = followed.episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
                 self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)))
