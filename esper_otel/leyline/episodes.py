@@ -122,7 +122,7 @@ class Episodes:
         self._count = 0
         self._kept: dict[int, _Kept] = {}
         self._over: dict[int, _Kept] = {}  # those of them that are over
-        self._tracks: OrderedDict[StepSender, _Track] = OrderedDict()
+        self._tracks: OrderedDict[StepSender, _SenderHistory] = OrderedDict()
         self._attempts: dict[int, int] = {}  # the highest of each rank
 
     def note(
@@ -180,7 +180,7 @@ class Episodes:
         track = self._tracks.get(sender)
         return track is not None and bool(track.open)
 
-    def _track(self, sender: StepSender, changes: list[EpisodeChange]) -> _Track:
+    def _track(self, sender: StepSender, changes: list[EpisodeChange]) -> _SenderHistory:
         track = self._tracks.get(sender)
         if track is not None:
             self._tracks.move_to_end(sender)
@@ -190,7 +190,7 @@ class Episodes:
                 if other.rank == sender.rank and other.attempt < sender.attempt:
                     self._end(of_other, changes)
             self._attempts[sender.rank] = sender.attempt
-        track = self._tracks[sender] = _Track()
+        track = self._tracks[sender] = _SenderHistory()
         if len(self._tracks) > _MOST_SENDERS:
             self._end(self._tracks.popitem(last=False)[1], changes)
         if len(self._attempts) > 2 * _MOST_SENDERS:
@@ -199,7 +199,13 @@ class Episodes:
         return track
 
     def _enter(
-        self, track: _Track, sender: StepSender, signal: Signal, step: int, time_s: float, changes: list[EpisodeChange]
+        self,
+        track: _SenderHistory,
+        sender: StepSender,
+        signal: Signal,
+        step: int,
+        time_s: float,
+        changes: list[EpisodeChange],
     ) -> None:
         self._count += 1
         episode = _Kept(self._count, sender, signal, step, time_s)
@@ -212,13 +218,13 @@ class Episodes:
             if episode.quiet >= QUIET_STEPS:
                 self._leave(track, episode, changes)
 
-    def _leave(self, track: _Track, episode: _Kept, changes: list[EpisodeChange]) -> None:
+    def _leave(self, track: _SenderHistory, episode: _Kept, changes: list[EpisodeChange]) -> None:
         del track.open[episode.name]
         episode.is_open = False
         self._over[episode.number] = episode
         changes.append(EpisodeChange("left", self._shown(episode)))
 
-    def _end(self, track: _Track, changes: list[EpisodeChange]) -> None:
+    def _end(self, track: _SenderHistory, changes: list[EpisodeChange]) -> None:
         for episode in list(track.open.values()):
             self._leave(track, episode, changes)
 
@@ -231,7 +237,7 @@ class Episodes:
         if track is not None and track.open.get(episode.name) is episode:
             del track.open[episode.name]
 
-    def _nearest(self, track: _Track, sender: StepSender, name: str, step: int) -> _Kept | None:
+    def _nearest(self, track: _SenderHistory, sender: StepSender, name: str, step: int) -> _Kept | None:
         """Returns the episode to which a late step belongs; None if all of them are too far away."""
         mine = [each for each in self._kept.values() if each.sender == sender and each.name == name]
         nearest = min(mine, key=lambda each: track.between(step, each), default=None)
@@ -244,7 +250,7 @@ class Episodes:
         return episode.shown(goes_on=episode.is_open and is_newest)
 
 
-class _Track:
+class _SenderHistory:
     """What is known about a sender.
 
     Attributes:
