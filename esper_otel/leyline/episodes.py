@@ -120,8 +120,8 @@ class Episodes:
         self.dropped: int = 0
         self._most = max(most, 1)
         self._count = 0
-        self._kept: dict[int, _Kept] = {}
-        self._over: dict[int, _Kept] = {}  # those of them that are over
+        self._kept: dict[int, _GrowingEpisode] = {}
+        self._over: dict[int, _GrowingEpisode] = {}  # those of them that are over
         self._tracks: OrderedDict[StepSender, _SenderHistory] = OrderedDict()
         self._attempts: dict[int, int] = {}  # the highest of each rank
 
@@ -208,7 +208,7 @@ class Episodes:
         changes: list[EpisodeChange],
     ) -> None:
         self._count += 1
-        episode = _Kept(self._count, sender, signal, step, time_s)
+        episode = _GrowingEpisode(self._count, sender, signal, step, time_s)
         if len(self._kept) >= self._most:
             self._drop()
         self._kept[episode.number] = track.open[signal.name] = episode
@@ -218,7 +218,7 @@ class Episodes:
             if episode.quiet >= QUIET_STEPS:
                 self._leave(track, episode, changes)
 
-    def _leave(self, track: _SenderHistory, episode: _Kept, changes: list[EpisodeChange]) -> None:
+    def _leave(self, track: _SenderHistory, episode: _GrowingEpisode, changes: list[EpisodeChange]) -> None:
         del track.open[episode.name]
         episode.is_open = False
         self._over[episode.number] = episode
@@ -237,7 +237,7 @@ class Episodes:
         if track is not None and track.open.get(episode.name) is episode:
             del track.open[episode.name]
 
-    def _nearest(self, track: _SenderHistory, sender: StepSender, name: str, step: int) -> _Kept | None:
+    def _nearest(self, track: _SenderHistory, sender: StepSender, name: str, step: int) -> _GrowingEpisode | None:
         """Returns the episode to which a late step belongs; None if all of them are too far away."""
         mine = [each for each in self._kept.values() if each.sender == sender and each.name == name]
         nearest = min(mine, key=lambda each: track.between(step, each), default=None)
@@ -245,7 +245,7 @@ class Episodes:
             return nearest
         return None
 
-    def _shown(self, episode: _Kept) -> Episode:
+    def _shown(self, episode: _GrowingEpisode) -> Episode:
         is_newest = self._attempts.get(episode.sender.rank, 0) <= episode.sender.attempt
         return episode.shown(goes_on=episode.is_open and is_newest)
 
@@ -265,7 +265,7 @@ class _SenderHistory:
         self._newest = -1
         self._newest_s = -math.inf
         self.steps: dict[int, tuple[float, tuple[str, ...]]] = {}
-        self.open: dict[str, _Kept] = {}
+        self.open: dict[str, _GrowingEpisode] = {}
         self.is_late = False
 
     def add(self, step: int, time_s: float, signals: Sequence[Signal]) -> tuple[str, ...] | None:
@@ -283,14 +283,14 @@ class _SenderHistory:
             self._newest, self._newest_s = step, time_s
         return before if is_known else None
 
-    def between(self, step: int, episode: _Kept) -> int:
+    def between(self, step: int, episode: _GrowingEpisode) -> int:
         """Returns the number of remembered steps between a step and an episode; -1 if the step lies in the episode."""
         if episode.first <= step <= episode.last:
             return -1
         return sum(episode.last < each < step or step < each < episode.first for each in self.steps)
 
 
-class _Kept:
+class _GrowingEpisode:
     """An episode that may still change."""
 
     __slots__ = (
