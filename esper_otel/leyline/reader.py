@@ -78,7 +78,7 @@ class LeylineMetricReader(MetricReader):
             super().__init__()
         self._latency_budget_ms = latency_budget_ms
         self._attempt = time.time_ns() // 1_000_000
-        self._followed: _Followed | None = None
+        self._followed: _RankFrames | None = None
         self._pulling = threading.Lock()
         self._received: deque[MetricsData] = deque(maxlen=1)
         self._is_shut_down = False
@@ -120,7 +120,7 @@ class LeylineMetricReader(MetricReader):
         by_rank = {(run.run_id, run.rank): run for run in points}
         if self._followed is None or self._followed.rank not in by_rank:
             run = max(points, key=lambda run: len(points[run]))
-            self._followed = _Followed((run.run_id, run.rank))
+            self._followed = _RankFrames((run.run_id, run.rank))
         run = by_rank[self._followed.rank]
         frame, is_complete = self._followed.frame(run, points[run], refused)
         if refused and time.monotonic() >= self._next_warning_s:
@@ -208,7 +208,7 @@ def _number(point: NumberDataPoint) -> float:
         return math.inf if point.value > 0 else -math.inf
 
 
-class _Followed:
+class _RankFrames:
     """The run and rank whose readings become frames, and the state kept between two frames."""
 
     def __init__(self, rank: tuple[str, int]) -> None:
