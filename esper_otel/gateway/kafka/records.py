@@ -45,7 +45,7 @@ class Released(NamedTuple):
     loss_before: float | None
 
 
-class Block(NamedTuple):
+class FrameBatch(NamedTuple):
     """The frames of one record, all of one writer, in order of release.
 
     Attributes:
@@ -88,7 +88,7 @@ def origin_of(key: bytes) -> Origin:
     return Origin(run_id, attempt, rank, writer)
 
 
-def block_bytes(block: Block) -> bytes:
+def block_bytes(block: FrameBatch) -> bytes:
     """Returns a block as the value of a record."""
     place = _place_bytes(block.place)
     nan = math.nan
@@ -100,7 +100,7 @@ def block_bytes(block: Block) -> bytes:
     return b"".join(parts)
 
 
-def block_of(key: bytes, value: bytes) -> Block:
+def block_of(key: bytes, value: bytes) -> FrameBatch:
     """Returns the block in a record.
 
     Raises:
@@ -122,7 +122,7 @@ def block_of(key: bytes, value: bytes) -> Block:
         Released(Item(origin, frame, revision, complete, received, missed), None if math.isnan(loss) else loss)
         for frame, (revision, complete, received, missed, loss) in zip(frames, of_items, strict=True)
     ]
-    return Block(released, of_run, of_rank, place)
+    return FrameBatch(released, of_run, of_rank, place)
 
 
 class Counts(NamedTuple):
@@ -181,7 +181,7 @@ def state_bytes(known: WriterState) -> bytes:
     ).encode()
     newest = b""
     if known.newest is not None:
-        newest = block_bytes(Block([known.newest], 0, 0, known.place))
+        newest = block_bytes(FrameBatch([known.newest], 0, 0, known.place))
     place = _place_bytes(known.place)
     durations = known.durations.steps.astype(_STEP).tobytes() + known.durations.times.astype(_DURATION).tobytes()
     head = _LENGTHS.pack(VERSION, len(text), len(place), len(newest))

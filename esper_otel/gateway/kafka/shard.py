@@ -16,9 +16,9 @@ from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.records import (
     MOST_BYTES,
     MOST_FRAMES,
-    Block,
     Counts,
     Durations,
+    FrameBatch,
     Released,
     WriterState,
     merged_state,
@@ -205,7 +205,7 @@ class Shard:
 
     # -- out ---------------------------------------------------------------------------------------------
 
-    def release(self, now_s: float) -> list[Block]:
+    def release(self, now_s: float) -> list[FrameBatch]:
         """Releases the frames that are due, as blocks in order."""
         self._now_s = now_s
         items = self._assembler.release(now_s)
@@ -221,7 +221,7 @@ class Shard:
         self._changed |= {*ended}
         return blocks
 
-    def _blocks(self, items: Iterable[Item], places: Mapping[Origin, Place]) -> Iterator[Block]:
+    def _blocks(self, items: Iterable[Item], places: Mapping[Origin, Place]) -> Iterator[FrameBatch]:
         of_writers: dict[Origin, list[Item]] = {}
         for item in items:
             of_writers.setdefault(item.origin, []).append(item)
@@ -242,9 +242,9 @@ class Shard:
                 frames.append(released)
             yield self._numbered(frames, places[origin])
 
-    def _numbered(self, frames: Sequence[Released], place: Place) -> Block:
+    def _numbered(self, frames: Sequence[Released], place: Place) -> FrameBatch:
         run_id, _, rank, _ = place.origin
-        block = Block(frames, self._of_run[run_id] + 1, self._of_rank[run_id, rank] + 1, place)
+        block = FrameBatch(frames, self._of_run[run_id] + 1, self._of_rank[run_id, rank] + 1, place)
         self._of_run[run_id] += len(frames)
         self._of_rank[run_id, rank] += len(frames)
         return block
@@ -292,7 +292,7 @@ class Shard:
     # -- going on from where another member stopped --------------------------------------------------------
 
     def restore(
-        self, states: Iterable[WriterState], blocks: Sequence[Block], offsets: tuple[int, int], now_s: float
+        self, states: Iterable[WriterState], blocks: Sequence[FrameBatch], offsets: tuple[int, int], now_s: float
     ) -> None:
         """Restores the state from the topics.
 

@@ -17,7 +17,7 @@ from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.records import (
-    Block,
+    FrameBatch,
     Released,
     UnknownForm,
     block_bytes,
@@ -131,7 +131,7 @@ def test_every_step_is_there_once_whenever_members_die(seed: int) -> None:
     assert {state_of(*record).counts.writer for record in log.states.items()} == {STEPS}
 
 
-def _numbers(block: Block) -> range:
+def _numbers(block: FrameBatch) -> range:
     return range(block.of_run, block.of_run + len(block.frames))
 
 
@@ -167,7 +167,7 @@ def test_records_say_what_they_are() -> None:
         validation_loss=0.5,
     )
     frame = step_of(1, 7)
-    block = Block(
+    block = FrameBatch(
         [Released(Item(origin, frame, 2, True, 11), 0.5), Released(Item(origin, frame, 1, False, 12, 3), None)],
         4,
         5,
