@@ -38,7 +38,7 @@ class UnknownForm(EsperOtelError):
     """A record was written by a newer version of esper_otel, or by something else."""
 
 
-class Released(NamedTuple):
+class FrameWithLoss(NamedTuple):
     """A released frame, and the loss in the packet before it."""
 
     item: Item
@@ -55,7 +55,7 @@ class FrameBatch(NamedTuple):
         place: where the writer stood after the last of them.
     """
 
-    frames: Sequence[Released]
+    frames: Sequence[FrameWithLoss]
     of_run: int
     of_rank: int
     place: Place
@@ -119,7 +119,7 @@ def block_of(key: bytes, value: bytes) -> FrameBatch:
     if len(frames) != count or not count:
         raise UnknownForm(f"not a record of frames: {len(frames)} frames instead of {count}")
     released = [
-        Released(Item(origin, frame, revision, complete, received, missed), None if math.isnan(loss) else loss)
+        FrameWithLoss(Item(origin, frame, revision, complete, received, missed), None if math.isnan(loss) else loss)
         for frame, (revision, complete, received, missed, loss) in zip(frames, of_items, strict=True)
     ]
     return FrameBatch(released, of_run, of_rank, place)
@@ -166,7 +166,7 @@ class WriterState(NamedTuple):
 
     state: RunState
     place: Place
-    newest: Released | None
+    newest: FrameWithLoss | None
     counts: Counts
     since: int
     last: int

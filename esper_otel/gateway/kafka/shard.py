@@ -19,7 +19,7 @@ from esper_otel.gateway.kafka.records import (
     Counts,
     Durations,
     FrameBatch,
-    Released,
+    FrameWithLoss,
     WriterState,
     merged_state,
     size_of,
@@ -105,13 +105,13 @@ class _Memory:
         self.since = self.last = since
         self.count = 0
         self.loss: float | None = None
-        self.newest: Released | None = None
+        self.newest: FrameWithLoss | None = None
         self.place: Place | None = None
         self.before: RunState | None = None
         self.steps: deque[int] = deque(maxlen=_MOST_DURATIONS)
         self.durations: deque[Sequence[float]] = deque(maxlen=_MOST_DURATIONS)
 
-    def note(self, released: Released) -> None:
+    def note(self, released: FrameWithLoss) -> None:
         frame = released.item.frame
         self.count += 1
         self.loss = loss_of(frame)
@@ -227,10 +227,10 @@ class Shard:
             of_writers.setdefault(item.origin, []).append(item)
         for origin, some in of_writers.items():
             memory = self._memory(origin)
-            frames: list[Released] = []
+            frames: list[FrameWithLoss] = []
             size = 0
             for item in some:
-                released = Released(item, memory.loss)
+                released = FrameWithLoss(item, memory.loss)
                 memory.note(released)
                 self.counts["steps"] += 1
                 self.counts["incomplete_steps"] += not item.complete
@@ -242,7 +242,7 @@ class Shard:
                 frames.append(released)
             yield self._numbered(frames, places[origin])
 
-    def _numbered(self, frames: Sequence[Released], place: Place) -> FrameBatch:
+    def _numbered(self, frames: Sequence[FrameWithLoss], place: Place) -> FrameBatch:
         run_id, _, rank, _ = place.origin
         block = FrameBatch(frames, self._of_run[run_id] + 1, self._of_rank[run_id, rank] + 1, place)
         self._of_run[run_id] += len(frames)
@@ -311,7 +311,7 @@ class Shard:
             self._note_numbers(origin, known.counts.of_run, known.counts.of_rank)
         self._at_once.clear()
         self._changed.clear()
-        tails: dict[Origin, list[Released]] = {}
+        tails: dict[Origin, list[FrameWithLoss]] = {}
         for block in blocks:
             origin, memory = block.origin, self._memory(block.origin)
             written = 0 if origin not in self._restored else self._restored[origin].counts.of_rank
@@ -331,7 +331,7 @@ class Shard:
         self._of_run[run_id] = max(self._of_run[run_id], of_run)
         self._of_rank[run_id, rank] = max(self._of_rank[run_id, rank], of_rank)
 
-    def _restore_writer(self, origin: Origin, tail: Sequence[Released]) -> None:
+    def _restore_writer(self, origin: Origin, tail: Sequence[FrameWithLoss]) -> None:
         known = self._restored.pop(origin, None)
         before = [] if known is None or known.newest is None else [known.newest]
         newest = {released.item.frame.time_unix_ns: released.item for released in (*before, *tail)}

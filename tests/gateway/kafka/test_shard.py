@@ -18,7 +18,7 @@ from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.records import (
     FrameBatch,
-    Released,
+    FrameWithLoss,
     UnknownForm,
     block_bytes,
     block_of,
@@ -168,7 +168,10 @@ def test_records_say_what_they_are() -> None:
     )
     frame = step_of(1, 7)
     block = FrameBatch(
-        [Released(Item(origin, frame, 2, True, 11), 0.5), Released(Item(origin, frame, 1, False, 12, 3), None)],
+        [
+            FrameWithLoss(Item(origin, frame, 2, True, 11), 0.5),
+            FrameWithLoss(Item(origin, frame, 1, False, 12, 3), None),
+        ],
         4,
         5,
         place,
