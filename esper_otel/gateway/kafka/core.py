@@ -16,7 +16,7 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Item, Origin, Place
-from esper_otel.gateway.kafka.connection import Connection, meaning
+from esper_otel.gateway.kafka.connection import Brokers, meaning
 from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entries_of
 from esper_otel.gateway.kafka.past import PastReader, PastReaders
@@ -130,7 +130,7 @@ class TierCore(Core):
     """
 
     def __init__(
-        self, connection: Connection, tier: Tier, *, rules: tuple[Rule, ...] = RULES, latency_budget_ms: float = 10.0
+        self, connection: Brokers, tier: Tier, *, rules: tuple[Rule, ...] = RULES, latency_budget_ms: float = 10.0
     ) -> None:
         self._known = KnownStates()
         self._tails: dict[int, Tail] = {}

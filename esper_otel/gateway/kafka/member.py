@@ -23,7 +23,7 @@ from esper_otel.gateway.kafka.connection import (
     REFUSALS,
     SESSION_MS,
     BrokerFault,
-    Connection,
+    Brokers,
     MemberEnds,
     meaning,
 )
@@ -83,7 +83,7 @@ class Member:
         rejected: points that were refused for good, by reason.
     """
 
-    def __init__(self, connection: Connection, tier: Tier, options: MemberOptions) -> None:
+    def __init__(self, connection: Brokers, tier: Tier, options: MemberOptions) -> None:
         self._connection, self._tier, self._options = connection, tier, options
         self._limits = replace(
             options.limits,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.kafka.connection import Connection, meaning
+from esper_otel.gateway.kafka.connection import Brokers, meaning
 from esper_otel.gateway.kafka.entries import Record
 from esper_otel.gateway.kafka.records import UnknownForm, WriterState, origin_of, state_of
 from esper_otel.gateway.kafka.tail import value_of
@@ -40,7 +40,7 @@ class NewState(NamedTuple):
 class _Reader:
     """A thread with a consumer of its own."""
 
-    def __init__(self, connection: Connection, name: str, **properties: Any) -> None:
+    def __init__(self, connection: Brokers, name: str, **properties: Any) -> None:
         self._consumer: Consumer = connection.consumer(**properties)
         self._warnings = Warnings()
         self._stop = threading.Event()
@@ -105,7 +105,7 @@ class StateReader(_Reader):
 
     def __init__(
         self,
-        connection: Connection,
+        connection: Brokers,
         tier: Tier,
         found: Callable[[list[NewState], set[int]], None],
         lows: Callable[[dict[int, int]], None],
@@ -216,7 +216,7 @@ class TailReader(_Reader):
         found: called in the thread with new records.
     """
 
-    def __init__(self, connection: Connection, tier: Tier, found: Callable[[list[Record]], None]) -> None:
+    def __init__(self, connection: Brokers, tier: Tier, found: Callable[[list[Record]], None]) -> None:
         super().__init__(connection, "kafka-tail")
         self._topic, self._found = tier.topics.frames, found
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

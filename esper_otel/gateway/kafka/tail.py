@@ -8,7 +8,7 @@ from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from esper_otel.gateway.kafka.connection import REFUSALS, BrokerFault, Connection, MemberEnds, meaning
+from esper_otel.gateway.kafka.connection import REFUSALS, BrokerFault, Brokers, MemberEnds, meaning
 
 _AT_ONCE = 2_000
 _POLL_S = 0.2
@@ -22,7 +22,7 @@ class TailReader:
         connection: the way to the brokers.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Brokers) -> None:
         self._committed: Consumer = connection.consumer(**{"enable.partition.eof": True})
         self._all: Consumer = connection.consumer(**{"isolation.level": "read_uncommitted"})
         self.end: int = 0
