@@ -29,7 +29,7 @@ from esper_otel.gateway.kafka.connection import (
 )
 from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
 from esper_otel.gateway.kafka.shard import Committed, Poisoned, Received, Shard
-from esper_otel.gateway.kafka.tail import TailReader, value_of
+from esper_otel.gateway.kafka.tail import PartitionReader, value_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
 from esper_otel.log import Warnings, announce
@@ -140,7 +140,7 @@ class Member:
         self._drop(self._shards)
         self._is_leaving, self._fault = False, None
         name, topics = self._options.name, self._tier.topics
-        self._tail = TailReader(self._connection)
+        self._tail = PartitionReader(self._connection)
         self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}")
         self._consumer: Consumer = self._connection.consumer(
             **{

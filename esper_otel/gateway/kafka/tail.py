@@ -15,7 +15,7 @@ _POLL_S = 0.2
 _PATIENCE_S = 60.0
 
 
-class TailReader:
+class PartitionReader:
     """Reads partitions to their ends. Threads: one at a time; its calls wait for the brokers.
 
     Args:
