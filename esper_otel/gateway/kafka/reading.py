@@ -37,7 +37,7 @@ class NewState(NamedTuple):
     state: WriterState | None
 
 
-class _Reader:
+class _ReadingThread:
     """A thread with a consumer of its own."""
 
     def __init__(self, connection: Brokers, name: str, **properties: Any) -> None:
@@ -93,7 +93,7 @@ class _Reader:
         self._warnings.say(kind, "%s", message)
 
 
-class StateReader(_Reader):
+class StateReader(_ReadingThread):
     """Reads the topic of states, all of it, and then what is new.
 
     Args:
@@ -207,7 +207,7 @@ class Tail:
         return (record for record in reversed(later) if record.is_wanted(run_id, rank))
 
 
-class TailReader(_Reader):
+class TailReader(_ReadingThread):
     """Follows the ends of those partitions that somebody reads.
 
     Args:
