@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_text
+from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_text
 from esper_otel.gateway.kafka.records import FrameBatch, UnknownForm, block_of, origin_of
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 
@@ -116,7 +116,7 @@ class FetchedEntries:
     def __init__(
         self,
         generation: str,
-        wanted: Wanted,
+        wanted: PullSelection,
         stands: Mapping[int, Stand],
         entries: Sequence[Entry],
         final: Mapping[int, Stand],

@@ -15,7 +15,7 @@ from esper_otel.frames.frame import Frame
 from esper_otel.frames.records import RecordWriter
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.items import Item, Origin, Place, RunState
-from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
+from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.records import (
     FrameBatch,
     FrameWithLoss,
@@ -199,14 +199,14 @@ def test_counts_go_on_after_a_takeover() -> None:
 
 def test_cursors_name_topics_ranks_and_places() -> None:
     stands = {3: Stand(17, 2, 40), 11: Stand(0, 0, 0)}
-    for wanted in (Wanted(), Wanted(5), Wanted(None, 1, 4)):
+    for wanted in (PullSelection(), PullSelection(5), PullSelection(None, 1, 4)):
         text = cursor_text("Abc9", wanted, stands)
         assert cursor_stands(text, "Abc9", wanted) == stands
         assert cursor_stands("", "Abc9", wanted) == {}
         with pytest.raises(StaleCursor, match="earlier topics"):
             cursor_stands(text, "Other", wanted)
         with pytest.raises(StaleCursor, match="this cursor came from pulling"):
-            cursor_stands(text, "Abc9", Wanted(6))
+            cursor_stands(text, "Abc9", PullSelection(6))
     for wrong in ("693e60af::50", "k1-Abc9::3.1", "k1-Abc9::3.1.2.3,,", "x" * 300_000):
         with pytest.raises(StaleCursor, match="was not issued by this gateway"):
-            cursor_stands(wrong, "Abc9", Wanted())
+            cursor_stands(wrong, "Abc9", PullSelection())
