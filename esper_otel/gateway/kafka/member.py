@@ -28,7 +28,7 @@ from esper_otel.gateway.kafka.connection import (
     meaning,
 )
 from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
-from esper_otel.gateway.kafka.shard import Committed, Poisoned, Received, Shard
+from esper_otel.gateway.kafka.shard import Committed, Poisoned, RequestRecord, Shard
 from esper_otel.gateway.kafka.tail import PartitionReader, value_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
@@ -254,12 +254,14 @@ class Member:
         if self._fault is not None:
             raise self._fault
         self._cycle_s = now_s = time.monotonic()
-        records: dict[int, list[Received]] = {}
+        records: dict[int, list[RequestRecord]] = {}
         for message in messages:
             error = message.error()
             if error is None:
                 _, time_ms = message.timestamp()
-                received = Received(message.offset() or 0, max(time_ms, 0) * 10**6, message.key(), value_of(message))
+                received = RequestRecord(
+                    message.offset() or 0, max(time_ms, 0) * 10**6, message.key(), value_of(message)
+                )
                 records.setdefault(message.partition() or 0, []).append(received)
             else:
                 self._check(error)

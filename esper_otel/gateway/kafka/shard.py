@@ -37,7 +37,7 @@ _KINDS = 4
 _MOST_BURIED = 100
 
 
-class Received(NamedTuple):
+class RequestRecord(NamedTuple):
     """A record with a request.
 
     Attributes:
@@ -84,7 +84,7 @@ class Committed(NamedTuple):
 class Poisoned(NamedTuple):
     """A record that cannot be used, and why."""
 
-    record: Received
+    record: RequestRecord
     reason: str
 
 
@@ -169,7 +169,7 @@ class Shard:
 
     # -- in ----------------------------------------------------------------------------------------------
 
-    def take(self, records: Sequence[Received], now_s: float) -> list[Poisoned]:
+    def take(self, records: Sequence[RequestRecord], now_s: float) -> list[Poisoned]:
         """Adds records, in order; returns those that cannot be used."""
         poisoned: list[Poisoned] = []
         self._now_s = now_s
@@ -182,7 +182,7 @@ class Shard:
             self._next = records[-1].offset + 1
         return poisoned
 
-    def _take(self, group: Sequence[Received], now_s: float) -> list[Poisoned]:
+    def _take(self, group: Sequence[RequestRecord], now_s: float) -> list[Poisoned]:
         try:
             decoded = self._decoder.decode(b"".join(record.value for record in group))
             taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=group[-1].time_unix_ns)
@@ -391,9 +391,9 @@ class Shard:
         return sum(memory.place.missing for memory in self._writers.values() if memory.place is not None)
 
 
-def _joined(records: Sequence[Received]) -> Iterator[list[Received]]:
+def _joined(records: Sequence[RequestRecord]) -> Iterator[list[RequestRecord]]:
     """Yields the records in groups that are decoded together."""
-    group: list[Received] = []
+    group: list[RequestRecord] = []
     size = 0
     for record in records:
         if group and size + len(record.value) > _JOINED_BYTES:

@@ -27,7 +27,7 @@ from esper_otel.gateway.kafka.records import (
     state_bytes,
     state_of,
 )
-from esper_otel.gateway.kafka.shard import Committed, Received, Shard
+from esper_otel.gateway.kafka.shard import Committed, RequestRecord, Shard
 from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
 
@@ -57,7 +57,7 @@ class Log:
         """Takes some records; if it dies before the end of the transaction, nothing of it is there."""
         self.now_s += waits_s
         some = range(self.read, min(self.read + count, len(self.requests)))
-        records = [Received(offset, TIME_UNIX_NS + offset, b"", self.requests[offset]) for offset in some]
+        records = [RequestRecord(offset, TIME_UNIX_NS + offset, b"", self.requests[offset]) for offset in some]
         assert not self.shard.take(records, self.now_s)
         self.read += len(records)
         blocks = [(key_of(block.origin), block_bytes(block)) for block in self.shard.release(self.now_s)]
@@ -137,8 +137,8 @@ def _numbers(block: FrameBatch) -> range:
 
 def test_a_poisoned_record_costs_no_other() -> None:
     log = Log(requests(1)[:6])
-    good = [Received(offset, 1, b"", body) for offset, body in enumerate(log.requests)]
-    bad = Received(6, 1, b"key", b"\x0a\xff\xff")
+    good = [RequestRecord(offset, 1, b"", body) for offset, body in enumerate(log.requests)]
+    bad = RequestRecord(6, 1, b"key", b"\x0a\xff\xff")
     poisoned = log.shard.take([*good[:3], bad, *good[3:]], 1.0)
     assert [each.record for each in poisoned] == [bad]
     assert "Malformed" in poisoned[0].reason
