@@ -28,7 +28,7 @@ from esper_otel.gateway.kafka.connection import (
     meaning,
 )
 from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
-from esper_otel.gateway.kafka.shard import Committed, Poisoned, RequestRecord, Shard
+from esper_otel.gateway.kafka.shard import Commit, Poisoned, RequestRecord, Shard
 from esper_otel.gateway.kafka.tail import PartitionReader, value_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
@@ -209,7 +209,7 @@ class Member:
                 states[key] = state_of(key, value)
             else:
                 states.pop(key, None)
-        committed = Committed.of(place.offset, place.metadata or "")
+        committed = Commit.of(place.offset, place.metadata or "")
         first = OFFSET_BEGINNING if committed is None else committed.first
         shard.buried = [] if committed is None else list(committed.buried)
         blocks = []

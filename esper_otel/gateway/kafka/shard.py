@@ -53,7 +53,7 @@ class RequestRecord(NamedTuple):
     value: bytes
 
 
-class Committed(NamedTuple):
+class Commit(NamedTuple):
     """What is committed for a partition.
 
     Attributes:
@@ -73,7 +73,7 @@ class Committed(NamedTuple):
         return ",".join(map(str, (self.first, *self.buried)))
 
     @classmethod
-    def of(cls, offset: int, metadata: str) -> Committed | None:
+    def of(cls, offset: int, metadata: str) -> Commit | None:
         """Returns what was committed; None if that was not by a member."""
         numbers = metadata.split(",")
         if offset < 0 or not all(each.isdecimal() for each in numbers):
@@ -151,7 +151,7 @@ class Shard:
         self.partition = partition
         self.end: int = 0
         self.checked: int = 0
-        self.written: Committed | None = None
+        self.written: Commit | None = None
         self.buried: list[int] = []
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
@@ -275,7 +275,7 @@ class Shard:
         known = merged_state(state, memory.before if state is not memory.before else None)
         return WriterState(known, place, memory.newest, counts, memory.since, memory.last, durations)
 
-    def committed(self) -> Committed | None:
+    def committed(self) -> Commit | None:
         """Returns what to commit; None if nothing came."""
         since_s = self._assembler.since()
         while self._waiting and (since_s is None or self._waiting[0].received_s < since_s):
@@ -287,7 +287,7 @@ class Shard:
         else:
             offset, first = self._next, self.checked
         self.buried = [each for each in self.buried if each >= offset][-_MOST_BURIED:]
-        return Committed(offset, first, tuple(self.buried))
+        return Commit(offset, first, tuple(self.buried))
 
     # -- going on from where another member stopped --------------------------------------------------------
 

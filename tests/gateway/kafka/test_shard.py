@@ -27,7 +27,7 @@ from esper_otel.gateway.kafka.records import (
     state_bytes,
     state_of,
 )
-from esper_otel.gateway.kafka.shard import Committed, RequestRecord, Shard
+from esper_otel.gateway.kafka.shard import Commit, RequestRecord, Shard
 from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
 
@@ -41,14 +41,14 @@ class Log:
         self.requests = requests
         self.frames: list[tuple[bytes, bytes]] = []
         self.states: dict[bytes, bytes] = {}
-        self.committed: Committed | None = None
+        self.committed: Commit | None = None
         self.now_s = 0.0
         self.begin()
 
     def begin(self) -> None:
         """A member takes the partition over."""
         self.shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
-        self.read, first, _ = self.committed or Committed(0, 0)
+        self.read, first, _ = self.committed or Commit(0, 0)
         blocks = [block_of(*record) for record in self.frames[first:]]
         states = [state_of(*record) for record in self.states.items()]
         self.shard.restore(states, blocks, (first, len(self.frames)), self.now_s)
@@ -143,9 +143,9 @@ def test_a_poisoned_record_costs_no_other() -> None:
     assert [each.record for each in poisoned] == [bad]
     assert "Malformed" in poisoned[0].reason
     assert sum(len(block.frames) for block in log.shard.release(9.0)) == len({*log.requests})
-    committed = Committed(5, 3, (6,))
-    assert Committed.of(5, committed.metadata) == committed
-    assert Committed.of(5, "by another program") is None
+    committed = Commit(5, 3, (6,))
+    assert Commit.of(5, committed.metadata) == committed
+    assert Commit.of(5, "by another program") is None
     next_one = Log(log.requests).shard
     next_one.buried = [6]
     assert next_one.take([bad], 1.0) == []
