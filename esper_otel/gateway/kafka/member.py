@@ -28,7 +28,7 @@ from esper_otel.gateway.kafka.connection import (
     meaning,
 )
 from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
-from esper_otel.gateway.kafka.shard import Commit, Poisoned, RequestRecord, Shard
+from esper_otel.gateway.kafka.shard import BadRecord, Commit, RequestRecord, Shard
 from esper_otel.gateway.kafka.tail import PartitionReader, value_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
@@ -265,7 +265,7 @@ class Member:
                 records.setdefault(message.partition() or 0, []).append(received)
             else:
                 self._check(error)
-        poisoned: list[tuple[int, Poisoned]] = []
+        poisoned: list[tuple[int, BadRecord]] = []
         for partition, some in records.items():
             shard = self._shards.get(partition)
             if shard is not None:  # otherwise it was revoked meanwhile, and its next member reads them
@@ -307,7 +307,7 @@ class Member:
                 f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
             )
 
-    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, Poisoned]], *, of_all: bool) -> None:
+    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, BadRecord]], *, of_all: bool) -> None:
         """Writes frames, states and offsets in one transaction."""
         producer, topics = self._producer, self._tier.topics
         now_s = time.monotonic()
@@ -392,7 +392,7 @@ class Member:
             else:
                 return
 
-    def _bury(self, partition: int, poisoned: Poisoned) -> None:
+    def _bury(self, partition: int, poisoned: BadRecord) -> None:
         """Keeps a record that cannot be used in the topic for such records."""
         self._own["poisoned"] += 1
         record, topics = poisoned.record, self._tier.topics

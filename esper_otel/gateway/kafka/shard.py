@@ -81,7 +81,7 @@ class Commit(NamedTuple):
         return cls(offset, int(numbers[0]), tuple(map(int, numbers[1:])))
 
 
-class Poisoned(NamedTuple):
+class BadRecord(NamedTuple):
     """A record that cannot be used, and why."""
 
     record: RequestRecord
@@ -169,9 +169,9 @@ class Shard:
 
     # -- in ----------------------------------------------------------------------------------------------
 
-    def take(self, records: Sequence[RequestRecord], now_s: float) -> list[Poisoned]:
+    def take(self, records: Sequence[RequestRecord], now_s: float) -> list[BadRecord]:
         """Adds records, in order; returns those that cannot be used."""
-        poisoned: list[Poisoned] = []
+        poisoned: list[BadRecord] = []
         self._now_s = now_s
         for group in _joined(records):
             self._waiting.append(_Waiting(group[0].offset, now_s, self.end))
@@ -182,21 +182,21 @@ class Shard:
             self._next = records[-1].offset + 1
         return poisoned
 
-    def _take(self, group: Sequence[RequestRecord], now_s: float) -> list[Poisoned]:
+    def _take(self, group: Sequence[RequestRecord], now_s: float) -> list[BadRecord]:
         try:
             decoded = self._decoder.decode(b"".join(record.value for record in group))
             taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=group[-1].time_unix_ns)
         except Exception as error:  # noqa: BLE001 - it would fail again at each start: it is kept elsewhere
             if len(group) > 1:
                 return [poisoned for record in group for poisoned in self._take([record], now_s)]
-            return [Poisoned(group[0], f"{type(error).__name__}: {error}"[:500])]
+            return [BadRecord(group[0], f"{type(error).__name__}: {error}"[:500])]
         if taken.crowded and len(group) > 1:  # adding a request again changes nothing
             return [poisoned for record in group for poisoned in self._take([record], now_s)]
         self.counts["requests"] += len(group)
         self.counts["points"] += taken.accepted
         self.rejected.update(taken.rejected)
         if taken.crowded:
-            return [Poisoned(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
+            return [BadRecord(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
         return []
 
     def due(self) -> float | None:
