@@ -88,7 +88,7 @@ class BadRecord(NamedTuple):
     reason: str
 
 
-class _Waiting(NamedTuple):
+class _WaitingRecords(NamedTuple):
     """Records whose frames may not all be released, and where the topic of frames ended when they came."""
 
     offset: int
@@ -157,7 +157,7 @@ class Shard:
         self.rejected: Counter[str] = Counter()
         self._decoder = Decoder(limits)
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_WaitingRecords] = deque()
         self._next: int | None = None
         self._of_run: Counter[str] = Counter()
         self._of_rank: Counter[tuple[str, int]] = Counter()
@@ -174,7 +174,7 @@ class Shard:
         poisoned: list[BadRecord] = []
         self._now_s = now_s
         for group in _joined(records):
-            self._waiting.append(_Waiting(group[0].offset, now_s, self.end))
+            self._waiting.append(_WaitingRecords(group[0].offset, now_s, self.end))
             poisoned += self._take(group, now_s)
         poisoned = [each for each in poisoned if each.record.offset not in self.buried]  # by the member before
         self.buried += [each.record.offset for each in poisoned]
