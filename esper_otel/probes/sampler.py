@@ -28,10 +28,10 @@ class _ProbeResult(NamedTuple):
     reason: str = ""
     is_failure: bool = False
     is_elsewhere: bool = False
-    news: _News | None = None
+    news: _OneTimeReadings | None = None
 
 
-class _News:
+class _OneTimeReadings:
     """Readings that are handed out only once."""
 
     __slots__ = ("is_taken", "readings")
@@ -143,9 +143,9 @@ class Sampler:
     def _is_fresh(self, answer: _ProbeResult, now_s: float) -> bool:
         return bool(answer.readings) and now_s < answer.at_s + _FRESH_PERIODS * self._period_s
 
-    def _fresh(self, now_s: float) -> tuple[Mapping[str, float], float, list[_News]]:
+    def _fresh(self, now_s: float) -> tuple[Mapping[str, float], float, list[_OneTimeReadings]]:
         readings: dict[str, float] = {}
-        news: list[_News] = []
+        news: list[_OneTimeReadings] = []
         until_s = _FOREVER_S
         for answer in self._answers:
             if not self._is_fresh(answer, now_s):
@@ -182,7 +182,7 @@ class Sampler:
         try:
             readings = dict(probe.sample())
             return _ProbeResult(
-                readings, self._clock(), news=_News(readings) if getattr(probe, "once", False) else None
+                readings, self._clock(), news=_OneTimeReadings(readings) if getattr(probe, "once", False) else None
             )
         except NotYet as error:
             return _ProbeResult({}, self._clock(), str(error))
