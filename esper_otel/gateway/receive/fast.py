@@ -123,7 +123,7 @@ class _Places(dict[bytes, int]):
         return place
 
 
-class _Chunk(NamedTuple):
+class _EqualRecords(NamedTuple):
     """Consecutive records of equal length in one metric; ``first`` is the index of the first one among all points."""
 
     records: bytes
@@ -138,7 +138,7 @@ class _Request:
     def __init__(self, raw: RawPoints) -> None:
         self._raw = raw
         self._count = 0
-        self._chunks: dict[int, list[_Chunk]] = {}
+        self._chunks: dict[int, list[_EqualRecords]] = {}
         self._rows: list[tuple[int, Row]] = []
 
     def add(self, sender: PointSender | str, scope: int, name: str, kind: str, payload: bytes) -> None:
@@ -162,7 +162,7 @@ class _Request:
             return
         for start, size, count in found.runs:
             of_run = payload if size * count == len(payload) else payload[start : start + size * count]
-            self._chunks.setdefault(size, []).append(_Chunk(of_run, place, self._count, count))
+            self._chunks.setdefault(size, []).append(_EqualRecords(of_run, place, self._count, count))
             self._count += count
 
     def columns(self, places: _Places) -> PointColumns:
