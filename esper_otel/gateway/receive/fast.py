@@ -44,13 +44,13 @@ class FastDecoder:
             TooLarge: decoding it would cost too much.
         """
         raw = RawPoints(self._limits)
-        request = _Request(raw)
+        request = _RequestMetrics(raw)
         for piece in pieces(body, Envelope):
             if not self._read(piece, request, raw):
                 return plain_columns(body, self._limits)
         return raw, request.columns(_Places(self, raw))
 
-    def _read(self, body: bytes, request: _Request, raw: RawPoints) -> bool:
+    def _read(self, body: bytes, request: _RequestMetrics, raw: RawPoints) -> bool:
         """Adds the metrics of a request; returns False if the plain decoder must decode it."""
         try:
             envelope = Envelope.FromString(body)
@@ -132,7 +132,7 @@ class _EqualRecords(NamedTuple):
     points: int
 
 
-class _Request:
+class _RequestMetrics:
     """The metrics of one request: added one by one, then read together."""
 
     def __init__(self, raw: RawPoints) -> None:
