@@ -35,7 +35,7 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.inflate import IDENTITY
-from esper_otel.gateway.receive.reading import Reader
+from esper_otel.gateway.receive.reading import RequestReader
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
@@ -139,7 +139,7 @@ class Core:
         self._limits = limits or Limits()
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._states: States = self._assembler  # where the states of writers are known
-        self._reader = Reader(limits, self._assembler.prepare)
+        self._reader = RequestReader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
         self._unsaved: list[Item] = []
