@@ -23,7 +23,7 @@ _MOST_LAYOUTS = 256
 _Names = tuple[str, ...]
 
 
-class Columns:
+class MetricColumns:
     """Which column each metric has, in order of first appearance.
 
     Attributes:

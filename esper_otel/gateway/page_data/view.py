@@ -12,7 +12,7 @@ from esper_otel.errors import StaleCursor
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.page_data.buckets import Steps
-from esper_otel.gateway.page_data.columns import Columns
+from esper_otel.gateway.page_data.columns import MetricColumns
 from esper_otel.gateway.page_data.seeds import SeedTimelines
 from esper_otel.gateway.page_data.segments import Segments
 from esper_otel.gateway.page_data.signals import SignalEpisodes
@@ -80,7 +80,7 @@ class View:
         self.life: str = secrets.token_hex(4)
         self.version: int = 0
         self.whole: Table = Table(Range())
-        self.columns: Columns = Columns()
+        self.columns: MetricColumns = MetricColumns()
         self.segments: Segments = Segments()
         self.seeds: SeedTimelines = SeedTimelines()
         self.episodes: SignalEpisodes = SignalEpisodes(self._source.rules)
