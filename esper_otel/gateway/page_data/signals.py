@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.gateway.page_data.buckets import Floats, Steps
+from esper_otel.gateway.page_data.buckets import Floats, StepArrays
 from esper_otel.gateway.store.base import StoredFrame
 from esper_otel.leyline import messages
 from esper_otel.leyline.episodes import Episode, Episodes, StepSender
@@ -64,7 +64,7 @@ class SignalEpisodes:
         """Returns the newest episodes, oldest first."""
         return self._episodes.all()
 
-    def note(self, entries: Sequence[StoredFrame], new: Steps, names: Sequence[str], version: int) -> None:
+    def note(self, entries: Sequence[StoredFrame], new: StepArrays, names: Sequence[str], version: int) -> None:
         """Adds steps of one writer.
 
         Args:

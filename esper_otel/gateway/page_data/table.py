@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.gateway.page_data.buckets import Buckets, Heads, Steps, Values, reduced_heads
+from esper_otel.gateway.page_data.buckets import Buckets, Heads, StepArrays, Values, reduced_heads
 
 MOST_ROWS = 16_384
 # Rows of a table times its metrics: 36 bytes each, 56 if some values are not finite.
@@ -80,7 +80,7 @@ class Table:
         """For how many values there is memory."""
         return sum(buckets.cells for buckets in self.segments)
 
-    def add(self, segment: int, new: Steps, version: int, *, is_correction: bool = False) -> None:
+    def add(self, segment: int, new: StepArrays, version: int, *, is_correction: bool = False) -> None:
         """Adds steps to a segment.
 
         Args:
@@ -104,7 +104,7 @@ class Table:
         if len(new.steps):
             buckets.add(new, self.width, version)
 
-    def _without_replaced(self, segment: int, new: Steps, version: int) -> Steps:
+    def _without_replaced(self, segment: int, new: StepArrays, version: int) -> StepArrays:
         """Empties buckets whose only step is replaced, and notes the others; returns the steps to add."""
         buckets = self.segments[segment]
         keys = new.steps // self.width
@@ -145,7 +145,7 @@ class Table:
             found.append((dirty, Range(int(buckets.heads.lowest[row]), int(buckets.heads.highest[row]))))
         return found
 
-    def refill(self, dirty: Dirty, steps: list[Steps], version: int) -> None:
+    def refill(self, dirty: Dirty, steps: list[StepArrays], version: int) -> None:
         """Replaces what is in a dirty bucket by those of these steps that belong in it."""
         buckets = self.segments[dirty.segment]
         buckets.empty(buckets.find(np.array([dirty.key])))

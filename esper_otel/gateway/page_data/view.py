@@ -11,7 +11,7 @@ from typing import Protocol
 from esper_otel.errors import StaleCursor
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.page_data.buckets import Steps
+from esper_otel.gateway.page_data.buckets import StepArrays
 from esper_otel.gateway.page_data.columns import MetricColumns
 from esper_otel.gateway.page_data.seeds import SeedTimelines
 from esper_otel.gateway.page_data.segments import Segments
@@ -220,7 +220,7 @@ class View:
             and (not self._unnumbered or (entry.item.origin, entry.item.frame.time_unix_ns) not in self._unnumbered)
         ]
 
-    def _note(self, segment: int, new: Steps, entries: Sequence[StoredFrame]) -> None:
+    def _note(self, segment: int, new: StepArrays, entries: Sequence[StoredFrame]) -> None:
         """Adds steps to what is told in order of time; late ones are left out there."""
         is_newer = new.times > self._newest_unix_ns.get(segment, 0)
         if not is_newer.any():
@@ -234,7 +234,7 @@ class View:
 
     def _divided(
         self, origin: Origin, entries: Sequence[StoredFrame], *, is_known: bool
-    ) -> list[tuple[int, Steps, Sequence[StoredFrame]]]:
+    ) -> list[tuple[int, StepArrays, Sequence[StoredFrame]]]:
         """Returns entries of one writer by segment: its number, the steps as arrays and the entries."""
         if entries and entries[0].item.revision > 1:  # of several corrections of a step, the last one counts
             newest = {entry.item.frame.time_unix_ns: entry for entry in entries}
@@ -308,7 +308,7 @@ class View:
                     newest[key] = entry
             yield
         by_time = sorted(newest.values(), key=lambda entry: (entry.item.origin, entry.item.frame.time_unix_ns))
-        steps: dict[int, list[Steps]] = {}
+        steps: dict[int, list[StepArrays]] = {}
         for origin, some in groupby(by_time, lambda entry: entry.item.origin):
             for segment, new, _ in self._divided(origin, list(some), is_known=True):
                 steps.setdefault(segment, []).append(new)
