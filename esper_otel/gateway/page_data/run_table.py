@@ -66,7 +66,7 @@ class Runs(Protocol):
         """Returns the number of the newest entry of a rank."""
 
 
-class _Row(NamedTuple):
+class _TableRow(NamedTuple):
     """A row as text, the version in which it changed, and its state."""
 
     text: str
@@ -87,7 +87,7 @@ class RunTable:
         self._clock_ns = clock_ns
         self._life = secrets.token_hex(4)
         self._version = 0
-        self._rows: OrderedDict[str, _Row] = OrderedDict()  # the longest unchanged first
+        self._rows: OrderedDict[str, _TableRow] = OrderedDict()  # the longest unchanged first
         self._gone: OrderedDict[str, int] = OrderedDict()
         self._forgot = 0  # the newest version of which it is not known any more which runs went
         self._compared_s = -math.inf
@@ -154,7 +154,7 @@ class RunTable:
         if before is not None and before.text == text:
             return
         self._version += 1
-        self._rows[run_id] = _Row(text, self._version, row["state"])
+        self._rows[run_id] = _TableRow(text, self._version, row["state"])
         self._rows.move_to_end(run_id)
         self._gone.pop(run_id, None)
 
