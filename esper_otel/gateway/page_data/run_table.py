@@ -48,7 +48,7 @@ class Known(Protocol):
         """How the whole run ended; None while it has not."""
 
 
-class Runs(Protocol):
+class RunSource(Protocol):
     """Where runs are known; see ``core``."""
 
     changed: ChangedRuns
@@ -82,7 +82,7 @@ class RunTable:
         clock_ns: returns the time in Unix nanoseconds.
     """
 
-    def __init__(self, runs: Runs, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, runs: RunSource, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._runs = runs
         self._clock_ns = clock_ns
         self._life = secrets.token_hex(4)
