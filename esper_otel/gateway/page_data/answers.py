@@ -26,7 +26,7 @@ Answer = Generator[None, None, str]  # an answer that is made in parts
 _Lists = Iterator[tuple[str, list[Any]]]
 
 
-class Wanted(NamedTuple):
+class SeriesRequest(NamedTuple):
     """What a series is asked for.
 
     Attributes:
@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
     since: str
 
 
-def series(view: View, wanted: Wanted) -> Answer:
+def series(view: View, wanted: SeriesRequest) -> Answer:
     """Returns the curves of a rank."""
     table = yield from view.detail(wanted.steps, wanted.most)
     life, width, version, count = _cursor(wanted.since, 4)

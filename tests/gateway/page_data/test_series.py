@@ -15,7 +15,7 @@ from page_client import BEGIN_NS, Made, Page, item
 
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import table
-from esper_otel.gateway.page_data.answers import Wanted, series
+from esper_otel.gateway.page_data.answers import SeriesRequest, series
 from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.view import View
 from esper_otel.gateway.store.memory import MemoryStore
@@ -151,7 +151,7 @@ def test_a_large_answer_is_made_in_small_parts() -> None:
     for _ in view.following():
         pass
     parts = 0
-    making = series(view, Wanted((), Range(), 4_000, ""))
+    making = series(view, SeriesRequest((), Range(), 4_000, ""))
     while True:
         try:
             next(making)
