@@ -16,7 +16,7 @@ from esper_otel.gateway.page_data.columns import MetricColumns
 from esper_otel.gateway.page_data.seeds import SeedTimelines
 from esper_otel.gateway.page_data.segments import Segments
 from esper_otel.gateway.page_data.signals import SignalEpisodes
-from esper_otel.gateway.page_data.table import Dirty, Range, Table
+from esper_otel.gateway.page_data.table import DirtyBucket, Range, Table
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 from esper_otel.leyline.risk import Rule
 
@@ -293,7 +293,7 @@ class View:
             yield from self._refilling_some(table, {each for each, _ in together}, Range(together[0][1].first, until))
         table.dirty.clear()
 
-    def _refilling_some(self, table: Table, dirty: set[Dirty], where: Range) -> _Reading:
+    def _refilling_some(self, table: Table, dirty: set[DirtyBucket], where: Range) -> _Reading:
         newest: dict[tuple[Origin, int], StoredFrame] = {}
         width = table.width
         keys = {each.key for each in dirty}
