@@ -17,7 +17,7 @@ from esper_otel.frames.frame import Frame
 from esper_otel.gateway.store.database import FILE
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.client import TamiyoClient
-from esper_otel.report.recording import Row, of_file, of_gateway
+from esper_otel.report.recording import StepRow, of_file, of_gateway
 from esper_otel.report.table import KEYS, SEED_PREFIX
 
 _PAGE = 256
@@ -86,7 +86,7 @@ class _Steps:
         return Readings(name, self.count, {each: np.array(values) for each, values in self._series.items()})
 
 
-def _of_rows(name: str, rows: Iterable[Row]) -> Readings:
+def _of_rows(name: str, rows: Iterable[StepRow]) -> Readings:
     steps = _Steps()
     for row in rows:
         steps.add(row.values)
