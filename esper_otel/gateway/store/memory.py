@@ -34,7 +34,7 @@ _FREED_AT_ONCE, _FREED_WHEN_IDLE = 2, 32  # pieces of forgotten runs
 _RANGE_BYTES = 150  # of a hole, or of the end of a stream
 
 
-class _Entries:
+class _EntryPieces:
     """The entries of a run, or of one of its ranks, at consecutive positions; the oldest are dropped first."""
 
     def __init__(self) -> None:
@@ -85,8 +85,8 @@ class _Shelf:
     def __init__(self, tenant: str) -> None:
         self.life = secrets.token_hex(4)
         self.tenant = tenant
-        self.all = _Entries()
-        self.ranks: dict[int, _Entries] = {}
+        self.all = _EntryPieces()
+        self.ranks: dict[int, _EntryPieces] = {}
         self.sizes: deque[int] = deque()
         self.frame_bytes = 0
         self.losses: dict[Origin, float | None] = {}
@@ -103,7 +103,7 @@ class _Shelf:
         return RUN_BYTES + of_writers + self.frame_bytes + self.place_bytes
 
     def add(self, item: Item) -> None:
-        rank = self.ranks.setdefault(item.origin.rank, _Entries())
+        rank = self.ranks.setdefault(item.origin.rank, _EntryPieces())
         entry = StoredFrame(self.all.last + 1, rank.last + 1, item, self.losses.get(item.origin))
         self.losses[item.origin] = loss_of(item.frame)
         self.counts[item.origin] += 1
@@ -188,7 +188,7 @@ class MemoryStore:
         shelf = self._shelves.get(run_id)
         if shelf is None:
             raise UnknownRun(f"no step of run {run_id!r} is here")
-        row = shelf.all if rank is None else shelf.ranks.get(rank, _Entries())
+        row = shelf.all if rank is None else shelf.ranks.get(rank, _EntryPieces())
         place = cursor_place(cursor, shelf.life, rank, row.last)
         entries, gap = row.after(place, most)
         last = place + gap + len(entries)
