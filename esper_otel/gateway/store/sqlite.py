@@ -166,7 +166,7 @@ class FileStore:
         first_kept: int | None = None,
     ) -> None:
         """Stores frames, outcomes and a body, all or nothing. See ``Store``."""
-        new = _New(list(items), ended, list(places), tenants, kept, first_kept)
+        new = _NewData(list(items), ended, list(places), tenants, kept, first_kept)
         try:
             self._add(new)
         except Damaged as error:
@@ -174,7 +174,7 @@ class FileStore:
             with suppress(Damaged):  # if the new file is damaged as well, the next request creates another one
                 self._add(new)
 
-    def _add(self, new: _New) -> None:
+    def _add(self, new: _NewData) -> None:
         kept, first_kept = new.kept, new.first_kept
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
         if not (new.items or new.ended or new.places) and kept is None and bodies == self._bodies:
@@ -206,7 +206,7 @@ class FileStore:
                 self._runs[run_id] = run
         self.dropped += dropped
 
-    def _write(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _CachedRun | None]) -> int:
+    def _write(self, connection: sqlite3.Connection, new: _NewData, changed: dict[str, _CachedRun | None]) -> int:
         """Writes frames, outcomes and places of runs; returns how many entries were dropped."""
         self._insert(connection, new, changed)
         for origin, outcome in new.ended.items():
@@ -687,7 +687,7 @@ class FileStore:
 
     # -- writing -----------------------------------------------------------------------------------------
 
-    def _insert(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _CachedRun | None]) -> None:
+    def _insert(self, connection: sqlite3.Connection, new: _NewData, changed: dict[str, _CachedRun | None]) -> None:
         """Writes frames: consecutive ones of a writer as one block, and a row for each."""
         rows: list[tuple[Any, ...]] = []
         blocks: dict[Origin, _NewBlock] = {}
@@ -875,7 +875,7 @@ class FileStore:
                 connection.execute(f"DELETE FROM {table} WHERE {_OF_WRITER}", of_writer)  # noqa: S608
 
 
-class _New(NamedTuple):
+class _NewData(NamedTuple):
     """The data of one call of ``add``, stored in one transaction."""
 
     items: list[Item]
