@@ -39,7 +39,7 @@ from esper_otel.gateway.receive.reading import RequestReader
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
-from esper_otel.gateway.store.database import Damaged
+from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
 from esper_otel.hours.bar import RunHours
@@ -171,7 +171,7 @@ class Core:
         if isinstance(store, FileStore):
             try:
                 self._restore(store)
-            except Damaged as error:
+            except DamagedStore as error:
                 store.begin_anew(error)
 
     # -- receiving ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from esper_otel.gateway.store.base import (
     cursor_place,
     cursor_text,
 )
-from esper_otel.gateway.store.database import FILE, Damaged, locked, moved_aside, opened, reading, transaction
+from esper_otel.gateway.store.database import FILE, DamagedStore, locked, moved_aside, opened, reading, transaction
 from esper_otel.gateway.store.ledger import Ledger, use_of
 from esper_otel.gateway.store.memory import loss_of
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
@@ -138,7 +138,7 @@ class FileStore:
         self._lock = None if read_only else locked(Path(folder))
         try:
             self._open()
-        except (sqlite3.Error, Damaged, StoreFull) as error:
+        except (sqlite3.Error, DamagedStore, StoreFull) as error:
             self.close()
             raise ConfigurationError(f"{self._path} is not a store that this version can use: {error}") from error
         except BaseException:
@@ -169,9 +169,9 @@ class FileStore:
         new = _NewData(list(items), ended, list(places), tenants, kept, first_kept)
         try:
             self._add(new)
-        except Damaged as error:
+        except DamagedStore as error:
             self.begin_anew(error)
-            with suppress(Damaged):  # if the new file is damaged as well, the next request creates another one
+            with suppress(DamagedStore):  # if the new file is damaged as well, the next request creates another one
                 self._add(new)
 
     def _add(self, new: _NewData) -> None:
@@ -235,7 +235,7 @@ class FileStore:
         place = cursor_place(cursor, run.life, rank, newest)
         try:
             found = self._entries(run_id, run, rank, place, most)
-        except Damaged as error:
+        except DamagedStore as error:
             if self._read_only:
                 raise ConfigurationError(f"{self._path} is damaged: {error}") from error
             self.begin_anew(error)
@@ -352,7 +352,7 @@ class FileStore:
         """Drops runs that were idle for too long. See ``Store``."""
         try:
             return self._expired()
-        except Damaged as error:
+        except DamagedStore as error:
             self.begin_anew(error)
             return []
 
@@ -547,12 +547,12 @@ class FileStore:
             self._connection = opened(self._path, read_only=self._read_only)
             with reading():
                 self._load()
-        except Damaged as error:
+        except DamagedStore as error:
             if self._read_only:
                 raise
             self.begin_anew(error)
 
-    def begin_anew(self, damage: Damaged) -> None:
+    def begin_anew(self, damage: DamagedStore) -> None:
         """Renames the damaged file, without changing it, and creates a new one."""
         if hasattr(self, "_connection"):
             self._connection.close()
@@ -564,7 +564,7 @@ class FileStore:
             self._decoded.clear()
             self._decoded_bytes = self._last_block = 0
             self._load()
-        except (OSError, sqlite3.Error, Damaged) as error:
+        except (OSError, sqlite3.Error, DamagedStore) as error:
             raise StoreFull(f"the store is damaged ({damage}) and a new one cannot be created: {error}") from error
         self.damaged["store"] += 1
         self._warnings.say(
@@ -643,7 +643,7 @@ class FileStore:
                     connection.execute("REINDEX")
             except StoreFull as error:
                 if isinstance(error.__cause__, sqlite3.IntegrityError):  # two rows have the same number
-                    raise Damaged(f"{found}; {error}") from error
+                    raise DamagedStore(f"{found}; {error}") from error
                 self._warnings.say("damaged index", "the store's file is damaged (%s), and %s", found, error)
             else:
                 self.damaged["index"] += 1
