@@ -28,7 +28,7 @@ _MOST_RUNS = 10_000
 _URGENT = ("HIGH", "CRITICAL")
 
 
-class _Followed:
+class _WatchedRun:
     """A run that is watched."""
 
     __slots__ = ("announced", "cursor", "episodes", "state")
@@ -54,11 +54,11 @@ class Watcher:
         self._runs = runs
         self._webhooks = tuple(webhooks)
         self._changed = runs.changed.follower()
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, _WatchedRun] = {}
         self._all_s = -math.inf
         self._warnings = Warnings()
         for run_id in runs.known_runs():
-            self._followed[run_id] = _Followed(self._newest(run_id), _state(runs.state_of(run_id)))
+            self._followed[run_id] = _WatchedRun(self._newest(run_id), _state(runs.state_of(run_id)))
 
     async def run(self) -> None:
         """Watches until it is cancelled."""
@@ -81,10 +81,10 @@ class Watcher:
             if run_id not in self._followed and len(self._followed) >= _MOST_RUNS:
                 self._warnings.say("too many", "more than %d runs: no notices are made for the others", _MOST_RUNS)
                 continue
-            await self._look_at(run_id, self._followed.setdefault(run_id, _Followed("", "")))
+            await self._look_at(run_id, self._followed.setdefault(run_id, _WatchedRun("", "")))
             await asyncio.sleep(0)
 
-    async def _look_at(self, run_id: str, followed: _Followed) -> None:
+    async def _look_at(self, run_id: str, followed: _WatchedRun) -> None:
         while page := await self._page(run_id, followed):
             for packets in page:
                 sender = StepSender(packets.rank, packets.attempt, packets.writer)
@@ -102,7 +102,7 @@ class Watcher:
         elif followed.state == SILENT and before == "":
             self._put([Notice(SILENT, run_id, now_ms, f"run {printable(run_id)} has sent nothing for a minute")])
 
-    def _forget(self, run_id: str, followed: _Followed) -> None:
+    def _forget(self, run_id: str, followed: _WatchedRun) -> None:
         """Ends what was told of a run that the gateway has dropped, so that no alert of it is repeated for ever."""
         now_ms = time.time_ns() // 1_000_000
         self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
@@ -110,7 +110,7 @@ class Watcher:
             text = f"run {printable(run_id)} has been silent for so long that its steps were dropped"
             self._put([Notice(BACK, run_id, now_ms, text)])
 
-    async def _page(self, run_id: str, followed: _Followed) -> Page | None:
+    async def _page(self, run_id: str, followed: _WatchedRun) -> Page | None:
         try:
             return await self._runs.packets(run_id, followed.cursor, _AT_ONCE)
         except GatewayError:  # dropped, or its store was replaced
@@ -118,7 +118,7 @@ class Watcher:
             return None
 
     def _signals(
-        self, run_id: str, followed: _Followed, changes: Iterable[EpisodeChange], time_ms: int
+        self, run_id: str, followed: _WatchedRun, changes: Iterable[EpisodeChange], time_ms: int
     ) -> Iterable[Notice]:
         for kind, episode in changes:
             is_known = episode.number in followed.announced
