@@ -26,7 +26,7 @@ from esper_otel.gateway.core import Core, KnownRun
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.notify.notice import ENDED, ENTERED, ESCALATED, LEFT, Alerts, Notice, as_slack
 from esper_otel.gateway.notify.watcher import Watcher
-from esper_otel.gateway.notify.webhook import Target, Webhook
+from esper_otel.gateway.notify.webhook import Webhook, WebhookAddress
 from esper_otel.settings import EsperSettings
 
 
@@ -125,7 +125,7 @@ def test_too_many_notices_are_bounded_and_said() -> None:
     with hook.listening() as url:
 
         async def flood() -> None:
-            webhook = Webhook(Target.of(url, "--notify"), counts, every_s=0.0)
+            webhook = Webhook(WebhookAddress.of(url, "--notify"), counts, every_s=0.0)
             for at in range(1500):
                 webhook.put([notice(ENTERED, run_id=str(at))])
             await webhook.close(30.0)
@@ -177,11 +177,11 @@ def test_a_target_that_cannot_be_used_is_refused_without_its_secret(
 
 
 def test_targets() -> None:
-    assert Target.of("slack+https://hooks/x", "o") == Target("https://hooks/x", "slack")
-    assert Target.of("alertmanager+http://am:9093/", "o").url == "http://am:9093/api/v2/alerts"
-    assert Target.of("https://example/a+b", "o") == Target("https://example/a+b", "")
+    assert WebhookAddress.of("slack+https://hooks/x", "o") == WebhookAddress("https://hooks/x", "slack")
+    assert WebhookAddress.of("alertmanager+http://am:9093/", "o").url == "http://am:9093/api/v2/alerts"
+    assert WebhookAddress.of("https://example/a+b", "o") == WebhookAddress("https://example/a+b", "")
     with pytest.raises(ConfigurationError, match="--notify-file"):
-        Target.of("nothing", "--notify-file f")
+        WebhookAddress.of("nothing", "--notify-file f")
 
 
 class Runs:
