@@ -49,7 +49,7 @@ class Grant:
 EVERYTHING = Grant()
 
 
-class Refused(Exception):
+class TokenRefused(Exception):
     """A token is missing or unknown."""
 
 
@@ -85,7 +85,7 @@ class Tokens:
             if hmac.compare_digest(known, given):
                 found = grant
         if found is None or scheme.lower() != "bearer":
-            raise Refused("the bearer token is missing or unknown")
+            raise TokenRefused("the bearer token is missing or unknown")
         return found
 
 
