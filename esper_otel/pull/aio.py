@@ -19,7 +19,7 @@ from esper_otel.pull.client import (
     ANSWERS,
     DEFAULT_PACKETS,
     RETRY_S,
-    Target,
+    GatewayAddress,
     may_retry,
     method,
     newest_ranks,
@@ -162,7 +162,7 @@ class TamiyoClient:
 class _Gateway:
     """The connection to one gateway."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: GatewayAddress) -> None:
         self._target = target
         self.channel = (
             grpc.aio.insecure_channel(target.address, target.options)
