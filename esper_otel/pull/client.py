@@ -152,7 +152,7 @@ class TamiyoClient:
         timeout_s: float = 10.0,
     ) -> None:
         targets = targets_of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
-        self._gateways = {each.address: _Gateway(each) for each in targets}
+        self._gateways = {each.address: _GatewayChannel(each) for each in targets}
         self._timeout_s = timeout_s
         self._several = SeveralGateways(tuple(self._gateways), timeout_s) if len(targets) > 1 else None
 
@@ -293,7 +293,7 @@ class TamiyoClient:
         return answers
 
 
-class _Gateway:
+class _GatewayChannel:
     """The connection to one gateway."""
 
     def __init__(self, target: GatewayAddress) -> None:
