@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from esper_otel.leyline.messages import SystemStatePacket
     from esper_otel.record.recorder import Recorder
-    from esper_otel.record.seeds import MoreOfASeed
+    from esper_otel.record.seeds import FurtherSeedFields
     from esper_otel.record.values import Scalar
     from esper_otel.record.work import Work
 
@@ -224,7 +224,7 @@ class Step(OpenStep):
         isolation_dot: Scalar | None = ABSENT,
         isolation_host_norm: Scalar | None = ABSENT,
         isolation_seed_norm: Scalar | None = ABSENT,
-        **more: Unpack[MoreOfASeed],
+        **more: Unpack[FurtherSeedFields],
     ) -> None:
         """Records cells of one seed's row in this step. Calls for the same seed are merged; a cell's last value counts.
 
