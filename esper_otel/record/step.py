@@ -26,7 +26,7 @@ from esper_otel.record.seeds import (
     merged_row,
     more_cells,
 )
-from esper_otel.record.timed import Timed, TimedOnce
+from esper_otel.record.timed import StepTiming, TimedOnce
 from esper_otel.record.values import ROW_TYPES, CopyTime, DeviceValues, Target, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
 
@@ -129,23 +129,23 @@ class Step(OpenStep):
         self._recorder.publisher.saw(tuple(tensors.values()))
         self._hold(tensors)
 
-    def hook(self) -> Timed:
+    def hook(self) -> StepTiming:
         """Times ``hook_latency_ms``: the controller's evaluation and carrying out its commands."""
-        return Timed(self._timings, "hook_latency_ms")
+        return StepTiming(self._timings, "hook_latency_ms")
 
-    def tamiyo(self) -> Timed:
+    def tamiyo(self) -> StepTiming:
         """Times ``tamiyo_latency_ms``: the controller's evaluation."""
-        return Timed(self._timings, "tamiyo_latency_ms")
+        return StepTiming(self._timings, "tamiyo_latency_ms")
 
-    def apply(self) -> Timed:
+    def apply(self) -> StepTiming:
         """Times ``kasmina.apply_ms``: carrying out the controller's command."""
-        return Timed(self._timings, "kasmina.apply_ms")
+        return StepTiming(self._timings, "kasmina.apply_ms")
 
-    def finalize(self) -> Timed:
+    def finalize(self) -> StepTiming:
         """Times ``kasmina.finalize_ms``: Kasmina's work at the end of the step."""
-        return Timed(self._timings, "kasmina.finalize_ms")
+        return StepTiming(self._timings, "kasmina.finalize_ms")
 
-    def part(self, name: str) -> Timed | TimedPart:
+    def part(self, name: str) -> StepTiming | TimedPart:
         """Times a part of the step: ``with now.part("forward"):``, ``"backward"`` or ``"optimizer"``.
 
         Recorded as ``esper.forward_ms`` and so on. Does not wait for a GPU, whose own times are used.
@@ -157,7 +157,7 @@ class Step(OpenStep):
         if metric is None:
             raise InvalidValue("part", f"{name!r} is not one of {', '.join(PARTS)}")
         timer = self._recorder.timer()
-        return Timed(self._timings, metric) if timer is HOST else TimedPart(self, metric, timer)
+        return StepTiming(self._timings, metric) if timer is HOST else TimedPart(self, metric, timer)
 
     def _hold_part(self, metric: str, timing: CopyTime) -> None:
         """Keeps the duration of a part that a device reports later."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 
-class Timed:
+class StepTiming:
     """Adds the milliseconds between entering and leaving to one of a step's timings."""
 
     __slots__ = ("_name", "_started_s", "_timings")
