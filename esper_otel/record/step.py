@@ -26,7 +26,7 @@ from esper_otel.record.seeds import (
     merged_row,
     more_cells,
 )
-from esper_otel.record.timed import StepTiming, TimedOnce
+from esper_otel.record.timed import CallbackTiming, StepTiming
 from esper_otel.record.values import ROW_TYPES, CopyTime, DeviceValues, Target, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
 
@@ -165,10 +165,10 @@ class Step(OpenStep):
             self._held = DeviceValues()
         self._held.parts.append((metric, timing))
 
-    def kernel(self, seed_id: str) -> TimedOnce:
+    def kernel(self, seed_id: str) -> CallbackTiming:
         """Times the seed's ``last_kernel_latency_ms``."""
         seed_id = checked_seed_id(seed_id)
-        return TimedOnce(lambda spent_ms: self.seed(seed_id, last_kernel_latency_ms=spent_ms))
+        return CallbackTiming(lambda spent_ms: self.seed(seed_id, last_kernel_latency_ms=spent_ms))
 
     def to(self, device: Any, *items: Any) -> Any:
         """Moves tensors, or nested dicts, lists and tuples of them, to ``device``. Times ``h2d_copy_ms`` on CUDA.

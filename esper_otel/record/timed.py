@@ -26,7 +26,7 @@ class StepTiming:
         self._timings[self._name] = self._timings.get(self._name, 0.0) + spent_ms
 
 
-class TimedOnce:
+class CallbackTiming:
     """Passes the milliseconds between entering and leaving to a function."""
 
     __slots__ = ("_say", "_started_s")
