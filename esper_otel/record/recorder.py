@@ -52,7 +52,7 @@ _NOBODY: Sequence[str] = ()
 _NO_PROBES: tuple[Mapping[str, float], float] = (NO_READINGS, float("inf"))
 
 
-class Probing(Protocol):
+class ReadingSource(Protocol):
     """The interface that recording requires of the probes."""
 
     @property
@@ -85,7 +85,7 @@ class Recorder:
         publisher: FramePublisher,
         *,
         clock: Clock,
-        probing: Probing | None,
+        probing: ReadingSource | None,
         to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
         peak: Peak,
