@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from esper_otel.charts.document import Page, document
+from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
 from esper_otel.charts.hours import hours_html
 from esper_otel.charts.thinned import Step, Thinned
@@ -60,7 +60,7 @@ def page(recording: Recording, other: Recording | None = None) -> str:
         of_name = f" of {name}" if other else ""
         below += [_seeds(lives if each is recording else _lives(each), of_name), _last_steps(each, of_name)]
     return document(
-        Page(
+        PageContent(
             printable(recording.title, _MOST_SHOWN),
             _made_of(recording),
             ("".join(above), "".join(below)),

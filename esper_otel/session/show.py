@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from esper_otel.charts.document import Page, document
+from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
 from esper_otel.charts.thinned import Step, Thinned
 from esper_otel.errors import ConfigurationError
@@ -127,7 +127,7 @@ class Figure:
         """Returns the figure as a frame of its own, so that the notebook's styles and ours stay apart."""
         title = f"run {self._name}"
         above = f'<p class="sub"><b>{html.escape(title)}</b> <span id="said"></span></p>'
-        page = document(Page(title, "", (above, ""), self._data()), needed_by=_WHAT)
+        page = document(PageContent(title, "", (above, ""), self._data()), needed_by=_WHAT)
         return (
             f'<iframe id="esper-{self._id}" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
             f'title="{html.escape(title)}" style="width:100%;height:{_HEIGHT}px;border:0"></iframe>'
