@@ -11,7 +11,7 @@ from typing import Any
 
 from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
-from esper_otel.charts.thinned import Step, Thinned
+from esper_otel.charts.thinned import ChartStep, Thinned
 from esper_otel.errors import ConfigurationError
 from esper_otel.frames.ring import Ring
 from esper_otel.native import threads
@@ -94,14 +94,14 @@ class Figure:
             self._version += 1
         return self._position != before
 
-    def _new(self) -> Iterator[Step]:
+    def _new(self) -> Iterator[ChartStep]:
         for _ in range(_MOST_STEPS // _AT_ONCE):
             frames, gap = self._ring.after(self._position, _AT_ONCE)
             self._left_out += gap
             if not frames:
                 return
             for frame in frames:
-                yield Step(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, frame.values())
+                yield ChartStep(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, frame.values())
             self._position = frames[-1].sequence
 
     def _data(self) -> dict[str, Any]:
