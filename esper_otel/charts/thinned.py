@@ -48,7 +48,7 @@ class ChartStep(NamedTuple):
     values: Mapping[str, float]
 
 
-class Thinned:
+class ThinnedSteps:
     """The steps of one rank, in at most so many buckets; a bucket of width 1 is one step.
 
     Args:

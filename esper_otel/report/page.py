@@ -12,7 +12,7 @@ from typing import Any
 from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
 from esper_otel.charts.hours import hours_html
-from esper_otel.charts.thinned import ChartStep, Thinned
+from esper_otel.charts.thinned import ChartStep, ThinnedSteps
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
 from esper_otel.report.recording import EarlierAttempt, Recording, names_of
@@ -94,7 +94,7 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
     runs = []
     metrics: dict[str, None] = {}
     for place, each in enumerate(both):
-        thinned = Thinned(_MOST_BUCKETS)
+        thinned = ThinnedSteps(_MOST_BUCKETS)
         for number, (_, rows) in enumerate((*each.earlier, EarlierAttempt(each.attempt, each.rows)), 1):
             thinned.add((ChartStep(row.step, row.epoch, row.unix_s, row.values) for row in rows), number)
         series = thinned.series()

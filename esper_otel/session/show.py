@@ -11,7 +11,7 @@ from typing import Any
 
 from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
-from esper_otel.charts.thinned import ChartStep, Thinned
+from esper_otel.charts.thinned import ChartStep, ThinnedSteps
 from esper_otel.errors import ConfigurationError
 from esper_otel.frames.ring import Ring
 from esper_otel.native import threads
@@ -46,7 +46,7 @@ class Figure:
         self._entries = entries
         self._fault = fault
         self._id = secrets.token_hex(8)
-        self._thinned = Thinned(_MOST_BUCKETS)
+        self._thinned = ThinnedSteps(_MOST_BUCKETS)
         self._position = 0
         self._version = 0
         self._left_out = 0
