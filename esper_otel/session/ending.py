@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from esper_otel import unix
 from esper_otel.session.raised import (
-    RaisedByMain,
+    MainExitStatus,
     RaisedInFunction,
     main_module,
     status_in_flight,
@@ -273,7 +273,7 @@ class _Exits:
         for module, function in filter(None, map(main_module, sys._current_frames().values())):  # noqa: SLF001
             self._module = module
             if function is not None:
-                RaisedByMain(module, self._raised).follow(function)
+                MainExitStatus(module, self._raised).follow(function)
 
     def _raised(self, status: int) -> None:
         if self._module is not None:

@@ -64,7 +64,7 @@ def _instructions(module: FrameType) -> Iterator[dis.Instruction]:
     return (each for each in dis.get_instructions(module.f_code) if each.opname not in _NOISE)
 
 
-class RaisedByMain:
+class MainExitStatus:
     """Learns the status of ``raise SystemExit(main())``, of which nothing is left when Python ends.
 
     Python releases what a frame's ``f_trace`` refers to when its function returns. This object is all that refers to
