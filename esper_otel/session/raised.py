@@ -133,7 +133,7 @@ def _next_raise(module: FrameType) -> int | None:
     return None
 
 
-class RaisedInFunction:
+class FunctionExitStatus:
     """Learns the status of a ``SystemExit`` that was raised in a function of a script.
 
     Nothing is left of it when Python calls what is registered with atexit. Before that, Python flushes its two output
