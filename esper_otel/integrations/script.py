@@ -62,10 +62,10 @@ def _on_import(name: str, then: Callable[[], None]) -> None:
     if name in sys.modules:
         then()
     else:
-        sys.meta_path.insert(0, _OnImport(name, then))
+        sys.meta_path.insert(0, _ImportHook(name, then))
 
 
-class _OnImport(MetaPathFinder):
+class _ImportHook(MetaPathFinder):
     """Calls a function when a module has been imported."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
