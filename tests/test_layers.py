@@ -224,6 +224,25 @@ def test_no_function_is_longer_than_a_reader_can_hold() -> None:
     assert long == {}
 
 
+# Names that users write, so that the twins must have them: who moves from one to the other changes an import only.
+TWINS = {
+    "EsperCallback": "the callback of Lightning and that of transformers",
+    "TamiyoClient": "the client and that for asyncio",
+}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """One word, one meaning: who reads a name needs not know in which room it is used. An underscore does not count."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    shared = {name: where for name, where in homes.items() if len(where) > 1}
+    assert shared.keys() - TWINS.keys() == set(), shared
+    assert TWINS.keys() - shared.keys() == set(), "these are twins no more"
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -75,7 +75,7 @@ class Tokens:
         """Returns what the value of an ``authorization`` header allows, in constant time for any token.
 
         Raises:
-            Refused: the token is missing or unknown.
+            TokenRefused: the token is missing or unknown.
         """
         self._file.look()
         scheme, _, token = (authorization or "").partition(" ")

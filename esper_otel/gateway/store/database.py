@@ -102,7 +102,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
     Raises:
         StoreFull: the transaction could not be written.
-        Damaged: the file is damaged.
+        DamagedStore: the file is damaged.
     """
     try:
         connection.execute("BEGIN IMMEDIATE")
@@ -169,7 +169,7 @@ def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
 
     Raises:
         ConfigurationError: the file does not exist, or was written by another version or another program.
-        Damaged: it cannot be read as a store.
+        DamagedStore: it cannot be read as a store.
         sqlite3.Error: it cannot be opened.
     """
     if read_only and not path.is_file():
