@@ -17,7 +17,7 @@ from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.hours.answer import hours_message
 from esper_otel.gateway.hours.hours import Hours
-from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
     FREE,
@@ -77,20 +77,6 @@ class Answer(NamedTuple):
 
     rejected: int
     reason: str
-
-
-class KnownRun(NamedTuple):
-    """What is known of a run.
-
-    Attributes:
-        states: the state of each writer.
-        stored: how many of its steps are stored.
-        outcome: how the whole run ended; None while it has not.
-    """
-
-    states: Sequence[RunState]
-    stored: int
-    outcome: str | None
 
 
 class States(Protocol):
@@ -554,13 +540,13 @@ class Core:
         """Returns the ids of all runs that are known, without runs from a check."""
         return {run_id for run_id in {*self._store.run_ids(), *self._states.run_ids()} if not is_check(run_id)}
 
-    def state_of(self, run_id: str) -> KnownRun:
+    def state_of(self, run_id: str) -> RunStatus:
         """Returns what is known of a run."""
         states = self._states.states_of(run_id, time.monotonic())
         stored, ends = self._store.counts(run_id), self._store.outcomes(run_id)
         known = {state.origin for state in states}
         states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
-        return KnownRun(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
+        return RunStatus(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
         """Does the same as ``pulled``, and returns the page as a message."""

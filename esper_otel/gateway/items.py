@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,3 +134,17 @@ class RunState:
     settings: str = ""
     last_loss: float | None = None
     validation_loss: float | None = None
+
+
+class RunStatus(NamedTuple):
+    """What is known of a run.
+
+    Attributes:
+        states: the state of each writer, in order.
+        stored: how many of its steps are stored.
+        outcome: how the whole run ended; None while it has not.
+    """
+
+    states: Sequence[RunState]
+    stored: int
+    outcome: str | None

@@ -19,7 +19,8 @@ from esper_otel.oona.emergencies import urgent_signals
 from esper_otel.text import printable
 
 if TYPE_CHECKING:
-    from esper_otel.gateway.core import Core, KnownRun
+    from esper_otel.gateway.core import Core
+    from esper_otel.gateway.items import RunStatus
 
 _EVERY_S = 1.0
 _ALL_EVERY_S = 5.0  # a run that falls silent says nothing
@@ -144,7 +145,7 @@ class Watcher:
         return f"{life}:{max((self._runs.last_number(run_id, rank) for rank in ranks), default=0)}"
 
 
-def _state(known: KnownRun) -> str:
+def _state(known: RunStatus) -> str:
     """Returns how a run ended, ``run_silent``, or nothing."""
     if known.outcome is not None:
         return known.outcome

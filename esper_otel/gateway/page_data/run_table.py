@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.items import Origin, RunState, RunStatus
 from esper_otel.gateway.store.base import StoredPage
 
 LIVE, SILENT, WAITING = "live", "silent", "waiting"
@@ -32,22 +32,6 @@ _MOST_ROWS = 1_000
 _MOST_ATTEMPTS, _MOST_RANKS = 50, 1_024
 
 
-class Known(Protocol):
-    """What is known of a run; see ``core``."""
-
-    @property
-    def states(self) -> Sequence[RunState]:
-        """The state of each writer, in order."""
-
-    @property
-    def stored(self) -> int:
-        """How many of its steps are stored."""
-
-    @property
-    def outcome(self) -> str | None:
-        """How the whole run ended; None while it has not."""
-
-
 class RunSource(Protocol):
     """Where runs are known; see ``core``."""
 
@@ -56,7 +40,7 @@ class RunSource(Protocol):
     def known_runs(self) -> set[str]:
         """Returns the ids of all runs."""
 
-    def state_of(self, run_id: str) -> Known:
+    def state_of(self, run_id: str) -> RunStatus:
         """Returns what is known of a run."""
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
@@ -167,7 +151,7 @@ class RunTable:
         for origin in [origin for origin in self._found if origin.run_id == run_id]:
             del self._found[origin]
 
-    def _row(self, run_id: str, known: Known) -> dict[str, Any]:
+    def _row(self, run_id: str, known: RunStatus) -> dict[str, Any]:
         now_ns = self._clock_ns()
         states = [_as_of(now_ns, self._complete(state)) for state in known.states]
         newest: dict[int, RunState] = {}

@@ -22,8 +22,8 @@ import esper_otel
 from esper_otel.cli import main
 from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.core import Core, KnownRun
-from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.items import Origin, RunState, RunStatus
 from esper_otel.gateway.notify.notice import ENDED, ENTERED, ESCALATED, LEFT, Alerts, Notice, as_slack
 from esper_otel.gateway.notify.watcher import Watcher
 from esper_otel.gateway.notify.webhook import Webhook, WebhookAddress
@@ -190,12 +190,12 @@ class Runs:
     def __init__(self) -> None:
         self.changed = ChangedRuns()
         self.known = {"r"}
-        self.state = KnownRun([], 0, None)
+        self.state = RunStatus([], 0, None)
 
     def known_runs(self) -> set[str]:
         return self.known
 
-    def state_of(self, run_id: str) -> KnownRun:
+    def state_of(self, run_id: str) -> RunStatus:
         return self.state
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> Any:
@@ -226,10 +226,10 @@ def test_a_silent_run_is_silent_no_more_before_it_ends_or_is_forgotten(
 
     async def watch() -> None:
         watcher = Watcher(cast("Core", runs), [told])
-        runs.state = KnownRun([silent], 9, None)
+        runs.state = RunStatus([silent], 9, None)
         await watcher.look()
         if ends:
-            runs.state = KnownRun([silent], 9, "KeyError")
+            runs.state = RunStatus([silent], 9, "KeyError")
         else:
             runs.known = set()
         await watcher.look()
