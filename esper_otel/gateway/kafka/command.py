@@ -14,7 +14,7 @@ from esper_otel.gateway.command import (
     ports_of,
     until_told,
 )
-from esper_otel.gateway.kafka.connection import Brokers
+from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.core import TierCore
 from esper_otel.gateway.kafka.topics import tier_at
 from esper_otel.gateway.quiet import quiet_grpc

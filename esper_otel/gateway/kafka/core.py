@@ -16,7 +16,7 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Item, Origin, Place
-from esper_otel.gateway.kafka.connection import Brokers, meaning
+from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entries_of
 from esper_otel.gateway.kafka.past import PastReader, PastReaders

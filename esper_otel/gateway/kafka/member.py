@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from esper_otel.errors import EsperOtelError
-from esper_otel.gateway.kafka.connection import (
+from esper_otel.gateway.kafka.brokers import (
     MOST_RECORD_BYTES,
     REFUSALS,
     SESSION_MS,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from esper_otel.gateway.kafka.connection import Brokers
+from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.cursors import Stand
 from esper_otel.gateway.kafka.entries import Entry, entries_of
 from esper_otel.gateway.kafka.reading import record_of

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.kafka.connection import Brokers, meaning
+from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.entries import Record
 from esper_otel.gateway.kafka.records import UnknownForm, WriterState, origin_of, state_of
 from esper_otel.gateway.kafka.tail import value_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from esper_otel.gateway.kafka.connection import REFUSALS, BrokerFault, Brokers, MemberEnds, meaning
+from esper_otel.gateway.kafka.brokers import REFUSALS, BrokerFault, Brokers, MemberEnds, meaning
 
 _AT_ONCE = 2_000
 _POLL_S = 0.2

@@ -9,7 +9,7 @@ from confluent_kafka import TopicCollection
 from confluent_kafka.admin import AdminClient
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.kafka.connection import BrokerFault, Brokers
+from esper_otel.gateway.kafka.brokers import BrokerFault, Brokers
 
 _START_S = 10.0
 # The key of the record in which the number of partitions is kept; no key of a writer begins like this.

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.command import limits_of, ports_of
-from esper_otel.gateway.kafka.connection import Brokers
+from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.metrics import member_text
 from esper_otel.gateway.kafka.topics import tier_at

@@ -9,7 +9,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from esper_otel.gateway.kafka import member as module
-from esper_otel.gateway.kafka.connection import Brokers
+from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.topics import Tier, Topics
 
