@@ -20,8 +20,8 @@ from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entries_of
 from esper_otel.gateway.kafka.past import PastReader, PastReaders
-from esper_otel.gateway.kafka.reading import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.states import KnownStates
+from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topics import Tier
 from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
 from esper_otel.gateway.security import BadRequest

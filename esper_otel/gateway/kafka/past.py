@@ -13,7 +13,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.cursors import Stand
 from esper_otel.gateway.kafka.entries import Entry, entries_of
-from esper_otel.gateway.kafka.reading import record_of
+from esper_otel.gateway.kafka.topic_readers import record_of
 from esper_otel.gateway.kafka.topics import Tier
 
 _AT_ONCE = 1_000
