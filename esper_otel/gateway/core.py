@@ -35,8 +35,8 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.inflate import IDENTITY
-from esper_otel.gateway.receive.reading import RequestReader
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
