@@ -15,7 +15,7 @@ from esper_otel.gateway.command import (
     until_told,
 )
 from esper_otel.gateway.kafka.brokers import Brokers
-from esper_otel.gateway.kafka.core import TierCore
+from esper_otel.gateway.kafka.tier_core import TierCore
 from esper_otel.gateway.kafka.topics import tier_at
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.serve.connections import allow_connections
