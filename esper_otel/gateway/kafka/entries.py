@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_text
-from esper_otel.gateway.kafka.records import FrameBatch, UnknownForm, block_of, origin_of
+from esper_otel.gateway.kafka.topic_records import FrameBatch, UnknownForm, block_of, origin_of
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 
 _RECORD_BYTES = 500

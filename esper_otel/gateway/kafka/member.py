@@ -28,8 +28,8 @@ from esper_otel.gateway.kafka.brokers import (
     meaning,
 )
 from esper_otel.gateway.kafka.partition_reader import PartitionReader, value_of
-from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
 from esper_otel.gateway.kafka.shard import BadRecord, Commit, RequestRecord, Shard
+from esper_otel.gateway.kafka.topic_records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
 from esper_otel.log import Warnings, announce

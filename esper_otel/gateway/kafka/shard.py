@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.gateway.items import Item, Origin, Place, RunState
-from esper_otel.gateway.kafka.records import (
+from esper_otel.gateway.kafka.topic_records import (
     MOST_BYTES,
     MOST_FRAMES,
     Counts,

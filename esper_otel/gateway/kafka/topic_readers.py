@@ -19,7 +19,7 @@ from esper_otel.gateway.items import Origin
 from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.entries import Record
 from esper_otel.gateway.kafka.partition_reader import value_of
-from esper_otel.gateway.kafka.records import UnknownForm, WriterState, origin_of, state_of
+from esper_otel.gateway.kafka.topic_records import UnknownForm, WriterState, origin_of, state_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier
 from esper_otel.log import Warnings
 

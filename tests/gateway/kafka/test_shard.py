@@ -16,7 +16,8 @@ from esper_otel.frames.records import RecordWriter
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
-from esper_otel.gateway.kafka.records import (
+from esper_otel.gateway.kafka.shard import Commit, RequestRecord, Shard
+from esper_otel.gateway.kafka.topic_records import (
     FrameBatch,
     FrameWithLoss,
     UnknownForm,
@@ -27,7 +28,6 @@ from esper_otel.gateway.kafka.records import (
     state_bytes,
     state_of,
 )
-from esper_otel.gateway.kafka.shard import Commit, RequestRecord, Shard
 from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
 
