@@ -54,7 +54,15 @@ MAY_IMPORT = {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
         *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
-    "gateway/command": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve", "gateway/kafka/work"},
+    "gateway/command": {
+        *BASE,
+        "leyline",
+        "oona",
+        "gateway",
+        "gateway/store",
+        "gateway/serve",
+        "gateway/kafka/member_process",
+    },
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
@@ -66,7 +74,7 @@ MAY_IMPORT = {
         *("gateway/receive", "gateway/rebuild", "gateway/store"),
     },
     # A member and a server: the processes, with their ports.
-    "gateway/kafka/work": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
     "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
     "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
