@@ -11,9 +11,9 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive import points as records
 from esper_otel.gateway.receive.attributes import label_of, sender_of
 from esper_otel.gateway.receive.bounds import pieces
-from esper_otel.gateway.receive.columns import PointColumns, RawPoints, Row
 from esper_otel.gateway.receive.envelope import POINTS, Envelope, field, read_data, read_points, read_resource
 from esper_otel.gateway.receive.plain import is_delta, plain_columns, plain_row
+from esper_otel.gateway.receive.point_columns import PointColumns, RawPoints, Row
 from esper_otel.gateway.receive.request import Malformed, PointSender
 from esper_otel.parts.levels import scope_of
 from esper_otel.parts.senders import Label
