@@ -13,7 +13,7 @@ from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.page_data.buckets import StepArrays
 from esper_otel.gateway.page_data.metric_columns import MetricColumns
-from esper_otel.gateway.page_data.seeds import SeedTimelines
+from esper_otel.gateway.page_data.seed_timelines import SeedTimelines
 from esper_otel.gateway.page_data.segments import Segments
 from esper_otel.gateway.page_data.signals import SignalEpisodes
 from esper_otel.gateway.page_data.table import DirtyBucket, Range, Table
