@@ -25,9 +25,9 @@ from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.page_data import answers
-from esper_otel.gateway.page_data import table as table_module
+from esper_otel.gateway.page_data import bucket_table as table_module
 from esper_otel.gateway.page_data.answers import SeriesRequest, series
-from esper_otel.gateway.page_data.table import Range
+from esper_otel.gateway.page_data.bucket_table import Range
 from esper_otel.gateway.page_data.views import TURN_S, Views
 from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.charts.groups import described
+from esper_otel.gateway.page_data.bucket_table import Range, Rows, Table
 from esper_otel.gateway.page_data.buckets import NO_STEP, Floats, Values
 from esper_otel.gateway.page_data.seed_timelines import STAGES
 from esper_otel.gateway.page_data.seed_timelines import shown as shown_seed
-from esper_otel.gateway.page_data.table import Range, Rows, Table
 from esper_otel.gateway.page_data.view import View
 from esper_otel.schema import SEED_CELLS
 

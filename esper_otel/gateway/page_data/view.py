@@ -11,12 +11,12 @@ from typing import Protocol
 from esper_otel.errors import StaleCursor
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Origin
+from esper_otel.gateway.page_data.bucket_table import DirtyBucket, Range, Table
 from esper_otel.gateway.page_data.buckets import StepArrays
 from esper_otel.gateway.page_data.metric_columns import MetricColumns
 from esper_otel.gateway.page_data.seed_timelines import SeedTimelines
 from esper_otel.gateway.page_data.segments import Segments
 from esper_otel.gateway.page_data.signals import SignalEpisodes
-from esper_otel.gateway.page_data.table import DirtyBucket, Range, Table
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 from esper_otel.leyline.risk import Rule
 

@@ -29,9 +29,9 @@ from esper_otel.errors import UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import answers
 from esper_otel.gateway.page_data.answers import Answer, SeriesRequest
+from esper_otel.gateway.page_data.bucket_table import Range
 from esper_otel.gateway.page_data.heat_map import heat_map
 from esper_otel.gateway.page_data.run_table import RunTable
-from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.view import View
 from esper_otel.gateway.page_data.views import TURN_S, Views
 from esper_otel.gateway.security import BadRequest, check_puller

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from page_client import BEGIN_NS, Made, Page, item
 
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.page_data import table
+from esper_otel.gateway.page_data import bucket_table
 from esper_otel.gateway.page_data.answers import SeriesRequest, series
-from esper_otel.gateway.page_data.table import Range
+from esper_otel.gateway.page_data.bucket_table import Range
 from esper_otel.gateway.page_data.view import View
 from esper_otel.gateway.store.memory import MemoryStore
 
