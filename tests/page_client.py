@@ -12,7 +12,7 @@ from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.page_data.answers import SeriesRequest, series
 from esper_otel.gateway.page_data.bucket_table import Range
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.store.base import Store
 from esper_otel.gateway.turns import in_turns
 

@@ -28,7 +28,7 @@ from esper_otel.gateway.page_data import answers
 from esper_otel.gateway.page_data import bucket_table as table_module
 from esper_otel.gateway.page_data.answers import SeriesRequest, series
 from esper_otel.gateway.page_data.bucket_table import Range
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.request import TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_SPARSE

@@ -33,7 +33,7 @@ from esper_otel.gateway.page_data.bucket_table import Range
 from esper_otel.gateway.page_data.heat_map import heat_map
 from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.page_data.view import View
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.security import BadRequest, check_puller
 from esper_otel.gateway.serve.page_files import HEADERS, add_files, check_local
 from esper_otel.gateway.turns import in_turns

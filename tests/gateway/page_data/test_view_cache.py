@@ -15,10 +15,10 @@ from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.page_data import bucket_table, views
+from esper_otel.gateway.page_data import bucket_table, view_cache
 from esper_otel.gateway.page_data.answers import seeds
 from esper_otel.gateway.page_data.bucket_table import Range
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.store.base import Store, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
