@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.faults import CREDENTIALS, Fault
+from esper_otel.gateway.hours.accounts import Hours
 from esper_otel.gateway.hours.answer import hours_message
-from esper_otel.gateway.hours.hours import Hours
 from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (

@@ -15,7 +15,7 @@ from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.phases import Phase
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.hours import hours as module
+from esper_otel.gateway.hours import accounts as module
 from esper_otel.gateway.hours.file import FILE, AttemptRank, HoursFile, ReceivedPhase
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.store.base import StoreLimits
