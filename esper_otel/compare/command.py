@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 
+from esper_otel.compare.comparison import Comparison, TableLine, as_json, as_markdown, as_text
 from esper_otel.compare.condition import Condition, Verdict
 from esper_otel.compare.readings import Readings, read
 from esper_otel.compare.statistic import Statistic, Values, change
-from esper_otel.compare.table import Comparison, TableLine, as_json, as_markdown, as_text
 from esper_otel.errors import ConfigurationError, UnknownMetric
 from esper_otel.pull.command import rank_number
 from esper_otel.report.command import add_gateway_arguments, gateway_client
