@@ -16,7 +16,6 @@ from esper_otel.frames.frame import ABSENT
 from esper_otel.record.device import move
 from esper_otel.record.names import PARTS
 from esper_otel.record.open_step import OpenStep
-from esper_otel.record.parts import HOST, TimedPart
 from esper_otel.record.seeds import (
     REQUESTED,
     ROW,
@@ -26,6 +25,7 @@ from esper_otel.record.seeds import (
     merged_row,
     more_cells,
 )
+from esper_otel.record.step_parts import HOST, TimedPart
 from esper_otel.record.timed import CallbackTiming, StepTiming
 from esper_otel.record.values import ROW_TYPES, CopyTime, DeviceValues, Target, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
