@@ -20,7 +20,7 @@ from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
 from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.phase_log import Phase, PhaseLog
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.errors import InvalidName, InvalidValue
-from esper_otel.frames.phases import START_UP, PhaseLog
+from esper_otel.frames.phase_log import START_UP, PhaseLog
 from esper_otel.record.clock import Clock
 
 if TYPE_CHECKING:

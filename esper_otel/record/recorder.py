@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame, SeedTable
-from esper_otel.frames.phases import PhaseLog
+from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.record.clock import Clock
 from esper_otel.record.frame_publisher import Draft, FramePublisher
 from esper_otel.record.names import PARTS

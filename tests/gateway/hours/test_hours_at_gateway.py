@@ -13,7 +13,7 @@ from wire import encoder
 from esper_otel import UnknownRun
 from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.phases import Phase
+from esper_otel.frames.phase_log import Phase
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.hours import accounts as module
 from esper_otel.gateway.hours.file import FILE, AttemptRank, HoursFile, ReceivedPhase
