@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from esper_otel.frames.frame import FINE, FLOAT32_BOUND
 from esper_otel.frames.numbers import finite
-from esper_otel.hours.text import bar_lines
+from esper_otel.hours.output import bar_lines
 from esper_otel.leyline import messages
 from esper_otel.leyline.episodes import Episode, Episodes
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, signals
