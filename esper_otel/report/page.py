@@ -11,7 +11,7 @@ from typing import Any
 
 from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
-from esper_otel.charts.hours import hours_html
+from esper_otel.charts.hours_section import hours_html
 from esper_otel.charts.thinned import ChartStep, ThinnedSteps
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name

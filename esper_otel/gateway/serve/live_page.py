@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from esper_otel.charts.hours import hours_html
+from esper_otel.charts.hours_section import hours_html
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import answers
