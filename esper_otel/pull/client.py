@@ -348,7 +348,7 @@ def may_retry(error: Any, deadline_s: float) -> bool:
 
 
 def targets_of(targets: str, *arguments: Any) -> list[GatewayAddress]:
-    """Returns the gateways that a client's arguments name: addresses with commas between them, see ``GatewayAddress.of``.
+    """Returns the gateways that a client's arguments name: addresses with commas between them.
 
     Raises:
         ConfigurationError: the arguments cannot be used, or an address is given twice.

@@ -44,7 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     cuda = SimpleNamespace(is_initialized=lambda: True, Event=gpu.event, current_stream=lambda _device: None)
     monkeypatch.setitem(step_parts.sys.modules, "torch", SimpleNamespace(cuda=cuda))  # type: ignore[attr-defined]
-    monkeypatch.setattr(parts, "check_no_capture", lambda _what: None)
+    monkeypatch.setattr(step_parts, "check_no_capture", lambda _what: None)
     return gpu
 
 

@@ -1,4 +1,4 @@
-"""Hours: the accounts of the runs at a gateway, kept up to date as steps and phases arrive."""
+"""The accounts of the runs at a gateway, kept up to date as steps and phases arrive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connection: how the brokers are reached, and what is said when they refuse."""
+"""Brokers: how the brokers are reached, and what is said when they refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tail: reads a partition up to its end, for a member that takes it over and for servers."""
+"""Reads a partition up to its end, for a member that takes it over and for servers."""
 
 from __future__ import annotations
 

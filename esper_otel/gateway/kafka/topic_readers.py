@@ -1,4 +1,4 @@
-"""Reading: the topics as servers read them: states from the beginning, frames at their tails and in their past.
+"""The topics as servers read them: states from the beginning, frames at their tails and in their past.
 
 Calls of librdkafka wait, so each of these readers has a thread of its own; what they read is handed to the event loop.
 """

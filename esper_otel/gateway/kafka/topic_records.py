@@ -1,4 +1,4 @@
-"""Records: released frames and the states of writers as records of Kafka.
+"""Released frames and the states of writers as records of Kafka.
 
 Every value begins with the version of its form. A reader that meets a newer one says so and does not guess.
 """

@@ -1,4 +1,4 @@
-"""Table: the steps of one rank, or of a range of them, in buckets that become wider as steps are added."""
+"""The steps of one rank, or of a range of them, in buckets that become wider as steps are added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns: turns frames into arrays, with a column for each metric that a run has recorded."""
+"""Turns frames into arrays, with a column for each metric that a run has recorded."""
 
 from __future__ import annotations
 

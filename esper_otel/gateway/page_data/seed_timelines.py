@@ -1,4 +1,4 @@
-"""Seeds: the stages of each seed as intervals of steps, and its alpha at some of the steps."""
+"""The stages of each seed as intervals of steps, and its alpha at some of the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading: decodes small bodies at once, and large ones in a thread, one at a time."""
+"""Decodes small bodies at once, and large ones in a thread, one at a time."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_no_value_is_hidden_and_what_is_new_is_enough(
     monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, int, dict[str, float]]], rows: int, most: int
 ) -> None:
     """A page that asked after every few steps has what a new page gets, and both what a plain list has."""
-    monkeypatch.setattr(table, "MOST_ROWS", rows)
+    monkeypatch.setattr(bucket_table, "MOST_ROWS", rows)
     store = MemoryStore()
     kept: dict[tuple[int, int], Made] = {}
     revisions: dict[tuple[int, int], int] = {}
