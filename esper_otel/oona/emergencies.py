@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from esper_otel.leyline import messages
 from esper_otel.leyline.episodes import Episodes, StepSender
-from esper_otel.leyline.events import priority_of
 from esper_otel.leyline.packets import Packets
+from esper_otel.leyline.problems import priority_of
 from esper_otel.leyline.risk import Signal, signals_of
 
 # Identifies a step among those of a run: attempt, writer, id of the state packet, revision.
