@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from opentelemetry.sdk.resources import Resource
 
+from esper_otel.export.device_points import DevicePoint
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
@@ -54,6 +55,7 @@ def open_exporter(
     idle_ns: Callable[[int], int | None],
     fault: Callable[[str, Exception], None],
     warnings: Warnings,
+    device: Callable[[], Sequence[DevicePoint]] = tuple,
 ) -> StepExporter:
     """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
 
@@ -97,4 +99,5 @@ def open_exporter(
         phases=phases,
         phase_file=phase_file,
         run_of=run_of,
+        device=device,
     )

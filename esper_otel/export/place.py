@@ -61,6 +61,7 @@ RANKS: tuple[Attribute, ...] = (
 
 # Names of OpenTelemetry's registry of host architectures.
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64", "i686": "x86", "s390x": "s390x"}
+_MACHINE = re.compile(r"[0-9a-f]{32}")
 _CONTAINER = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -83,7 +84,7 @@ def place(environ: Mapping[str, str], root: Path = Path("/")) -> dict[str, str |
 
     Args:
         environ: the environment.
-        root: the folder that contains ``proc``.
+        root: the folder that contains ``etc`` and ``proc``.
     """
     is_in_pod = bool(environ.get("KUBERNETES_SERVICE_HOST"))
     machine = platform.machine()
@@ -91,6 +92,8 @@ def place(environ: Mapping[str, str], root: Path = Path("/")) -> dict[str, str |
     container = container_id(root)
     if container:
         host["container.id"] = container
+    elif not is_in_pod and (machine_id := _machine_id(root)):
+        host["host.id"] = machine_id
     pod = attributes_of(KUBERNETES, environ) if is_in_pod else {}
     return {**host, **attributes_of(SLURM, environ), **pod, **attributes_of(RANKS, environ)}
 
@@ -111,6 +114,17 @@ def container_id(root: Path = Path("/")) -> str:
             found = _CONTAINER.search(fields[3])
             if found:
                 return found[0]
+    return ""
+
+
+def _machine_id(root: Path) -> str:
+    """Returns the id of the machine; empty in a container, which may have one of its own."""
+    if (root / ".dockerenv").exists() or (root / "run/.containerenv").exists():
+        return ""
+    for name in ("etc/machine-id", "var/lib/dbus/machine-id"):
+        for line in _lines(root / name)[:1]:
+            if _MACHINE.fullmatch(line.strip()):
+                return line.strip()
     return ""
 
 
