@@ -223,6 +223,7 @@ class Core:
         taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
+        self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:

@@ -195,6 +195,7 @@ class Shard:
         self.counts["requests"] += len(group)
         self.counts["points"] += taken.accepted
         self.rejected.update(taken.rejected)
+        self._changed.update(taken.alive)
         if taken.crowded:
             return [Poisoned(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
         return []

@@ -202,6 +202,7 @@ class DecodedRequest(NamedTuple):
         parts: what it consists of, if it can be divided.
         cut: frames that lack values.
         phases: points of phases.
+        alive: senders of which nothing but counts, ends or phases is in the request: they live, even without steps.
     """
 
     blocks: tuple[PointBlock, ...]
@@ -213,6 +214,7 @@ class DecodedRequest(NamedTuple):
     parts: tuple[RequestPart, ...] = ()
     cut: tuple[CutFrame, ...] = ()
     phases: tuple[PhasePoint, ...] = ()
+    alive: tuple[PointSender, ...] = ()
 
     def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:
         """Returns the parts of the request's bytes that may be needed for waiting points.
