@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
-from esper_otel.export.encode import NO_PHASES, BesideFrames, Encoder, PhasesAlong, Request
+from esper_otel.export.encode import NO_PHASES, AccompanyingData, Encoder, PhasesAlong, Request
 from esper_otel.export.phase_file import PhaseFile
 from esper_otel.export.phase_points import in_one_request, phase_scope
 from esper_otel.export.source import FrameSource, LeftoverSource, LiveSource, put_goodbye
@@ -20,7 +20,7 @@ from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
 from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.phase_log import Phase, PhaseLog
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
@@ -517,11 +517,11 @@ class StepExporter:
 
     # -- data sent in addition to the frames -------------------------------------------------------------
 
-    def _along(self, source: FrameSource, blocks: Sequence[Block]) -> BesideFrames:
+    def _along(self, source: FrameSource, blocks: Sequence[Block]) -> AccompanyingData:
         """Collects the data to send with the frames of a source. An internal error in it does not delay the frames."""
         is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
-        return BesideFrames(
+        return AccompanyingData(
             self._given("noting the series sent", {}, source.streams.note, blocks),
             partial(self._given, "saying the counts", None, partial(self._health_of, source)),
             all_ended if is_over and source.are_last(blocks) else None,

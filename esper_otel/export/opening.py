@@ -17,7 +17,7 @@ from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import Variables
 from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import PhaseLog
+from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import Metric

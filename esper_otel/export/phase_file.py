@@ -15,7 +15,7 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.folder import PHASES, Folder
 from esper_otel.frames.frame import Run, checked_run
-from esper_otel.frames.phases import Phase, PhaseLog, line_of, phases_in
+from esper_otel.frames.phase_log import Phase, PhaseLog, line_of, phases_in
 from esper_otel.log import Warnings
 
 _RENEW_BYTES = 1024 * 1024

@@ -33,7 +33,7 @@ _TO_DO = {
 
 
 @dataclass(frozen=True, slots=True)
-class Usual:
+class UsualLevels:
     """What is usual for a run, by its last hour, and how far above it a value alarms.
 
     Attributes:
@@ -54,11 +54,11 @@ class Usual:
 # Fixed thresholds of these signals fit one model only: losses and gradients have a scale of their own, and a large model
 # has slow steps. A threshold that the run sets itself is used as it is.
 _USUAL = {
-    "loss_spike": Usual(0.99, 3.0),
-    "loss_warning": Usual(0.99, 2.0),
-    "loss_volatility_high": Usual(0.99, 2.0),
-    "grad_variance_high": Usual(0.99, 3.0),
-    "step_latency_high": Usual(0.5, 1.5, has_floor=False, function="avg_over_time", pending="2m"),
+    "loss_spike": UsualLevels(0.99, 3.0),
+    "loss_warning": UsualLevels(0.99, 2.0),
+    "loss_volatility_high": UsualLevels(0.99, 2.0),
+    "grad_variance_high": UsualLevels(0.99, 3.0),
+    "step_latency_high": UsualLevels(0.5, 1.5, has_floor=False, function="avg_over_time", pending="2m"),
 }
 
 
@@ -126,7 +126,7 @@ def _risk(rule: Rule, naming: Naming, rules: Sequence[Rule]) -> Alert:
     return Alert(name, expression, rule.level.lower(), summary, _TO_DO[rule.name], pending)
 
 
-def _beyond(rule: Rule, usual: Usual | None, naming: Naming) -> str:
+def _beyond(rule: Rule, usual: UsualLevels | None, naming: Naming) -> str:
     """The runs whose metric is beyond its threshold: the run's own, or else what is usual for it, or the table's."""
     metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
     compare = ">=" if rule.is_inclusive else ">"

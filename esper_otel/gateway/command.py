@@ -245,7 +245,7 @@ def _work(options: argparse.Namespace) -> int:
         ConfigurationError: confluent-kafka is not installed, or an option cannot be used.
     """
     try:
-        module = import_module("esper_otel.gateway.kafka.work")
+        module = import_module("esper_otel.gateway.kafka.member_process")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "confluent_kafka":
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -139,3 +140,17 @@ class RunState:
     def is_without_steps(self, now_unix_ns: int, for_ns: int) -> bool:
         """Returns whether it lives, but its newest step arrived longer ago than this, as in a long evaluation."""
         return not self.is_silent and 0 < self.step_received_unix_ns < now_unix_ns - for_ns
+
+
+class RunStatus(NamedTuple):
+    """What is known of a run.
+
+    Attributes:
+        states: the state of each writer, in order.
+        stored: how many of its steps are stored.
+        outcome: how the whole run ended; None while it has not.
+    """
+
+    states: Sequence[RunState]
+    stored: int
+    outcome: str | None

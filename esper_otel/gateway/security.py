@@ -49,7 +49,7 @@ class Grant:
 EVERYTHING = Grant()
 
 
-class Refused(Exception):
+class TokenRefused(Exception):
     """A token is missing or unknown."""
 
 
@@ -75,7 +75,7 @@ class Tokens:
         """Returns what the value of an ``authorization`` header allows, in constant time for any token.
 
         Raises:
-            Refused: the token is missing or unknown.
+            TokenRefused: the token is missing or unknown.
         """
         self._file.look()
         scheme, _, token = (authorization or "").partition(" ")
@@ -85,7 +85,7 @@ class Tokens:
             if hmac.compare_digest(known, given):
                 found = grant
         if found is None or scheme.lower() != "bearer":
-            raise Refused("the bearer token is missing or unknown")
+            raise TokenRefused("the bearer token is missing or unknown")
         return found
 
 

@@ -85,7 +85,7 @@ class Draft(NamedTuple):
     probed: Mapping[str, float] = NO_READINGS
 
 
-class Deriving(Protocol):
+class FrameDeriver(Protocol):
     """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
     Attributes:
@@ -131,7 +131,7 @@ class FramePublisher:
         names: Names,
         ring: Ring,
         *,
-        deriving: Deriving,
+        deriving: FrameDeriver,
         context: Mapping[str, float],
         warnings: Warnings,
     ) -> None:

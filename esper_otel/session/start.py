@@ -51,7 +51,7 @@ from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.live_page import LONGEST_WAIT_S, show_the_way, wait_for_page
+from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, settings_of_environment, signal_names, unknown_variables

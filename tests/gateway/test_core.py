@@ -20,7 +20,7 @@ from wire import CATALOGUE, bodies, body_of, counts_of, encoder
 from esper_otel.errors import UnknownRun
 from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import NO_SEEDS, VALIDATION_LOSS, Frame
-from esper_otel.frames.phases import Phase
+from esper_otel.frames.phase_log import Phase
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data.run_table import RunTable

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from esper_otel.hours.account import Account, PhaseTimes, StepTimes, account_of
 from esper_otel.hours.bar import PhaseInfo, RunHours, bar_of_rank, bar_of_run
-from esper_otel.hours.text import bar_lines
+from esper_otel.hours.output import bar_lines
 from esper_otel.pull.views import merged_hours
 
 _MS = 1_000_000

@@ -16,7 +16,7 @@ import pytest
 
 import esper_otel
 from esper_otel import InvalidName, InvalidValue, Telemetry, WrongState
-from esper_otel.frames.phases import MOST_NAMES, Phase, PhaseLog, line_of, phases_in
+from esper_otel.frames.phase_log import MOST_NAMES, Phase, PhaseLog, line_of, phases_in
 
 
 class Time:

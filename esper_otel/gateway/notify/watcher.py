@@ -12,14 +12,15 @@ from esper_otel.errors import GatewayError
 from esper_otel.frames.frame import FINE
 from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, NO_STEPS, SILENT, Notice
 from esper_otel.gateway.notify.webhook import Webhook
-from esper_otel.leyline.episodes import Change, Episode, Episodes, Sender
+from esper_otel.leyline.episodes import Episode, EpisodeChange, Episodes, StepSender
 from esper_otel.leyline.packets import Page
 from esper_otel.log import Warnings
 from esper_otel.oona.emergencies import urgent_signals
 from esper_otel.text import printable
 
 if TYPE_CHECKING:
-    from esper_otel.gateway.core import Core, KnownRun
+    from esper_otel.gateway.core import Core
+    from esper_otel.gateway.items import RunStatus
 
 _EVERY_S = 1.0
 _ALL_EVERY_S = 5.0  # a run that falls silent says nothing
@@ -30,7 +31,7 @@ _NO_STEPS_S = 300  # as the rule EsperRunWithoutSteps
 _QUIET = (SILENT, NO_STEPS)
 
 
-class _Followed:
+class _WatchedRun:
     """A run that is watched."""
 
     __slots__ = ("announced", "cursor", "episodes", "state")
@@ -56,11 +57,11 @@ class Watcher:
         self._runs = runs
         self._webhooks = tuple(webhooks)
         self._changed = runs.changed.follower()
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, _WatchedRun] = {}
         self._all_s = -math.inf
         self._warnings = Warnings()
         for run_id in runs.known_runs():
-            self._followed[run_id] = _Followed(self._newest(run_id), _state(runs.state_of(run_id)))
+            self._followed[run_id] = _WatchedRun(self._newest(run_id), _state(runs.state_of(run_id)))
 
     async def run(self) -> None:
         """Watches until it is cancelled."""
@@ -83,13 +84,13 @@ class Watcher:
             if run_id not in self._followed and len(self._followed) >= _MOST_RUNS:
                 self._warnings.say("too many", "more than %d runs: no notices are made for the others", _MOST_RUNS)
                 continue
-            await self._look_at(run_id, self._followed.setdefault(run_id, _Followed("", "")))
+            await self._look_at(run_id, self._followed.setdefault(run_id, _WatchedRun("", "")))
             await asyncio.sleep(0)
 
-    async def _look_at(self, run_id: str, followed: _Followed) -> None:
+    async def _look_at(self, run_id: str, followed: _WatchedRun) -> None:
         while page := await self._page(run_id, followed):
             for packets in page:
-                sender = Sender(packets.rank, packets.attempt, packets.writer)
+                sender = StepSender(packets.rank, packets.attempt, packets.writer)
                 time_s = packets.state.timestamp_ns / 1e9
                 changes = followed.episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
                 self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)))
@@ -105,7 +106,7 @@ class Watcher:
         elif followed.state != before and followed.state in _QUIET and before in {"", *_QUIET}:
             self._put([_quiet(run_id, followed.state, now_ms)])
 
-    def _forget(self, run_id: str, followed: _Followed) -> None:
+    def _forget(self, run_id: str, followed: _WatchedRun) -> None:
         """Ends what was told of a run that the gateway has dropped, so that no alert of it is repeated for ever."""
         now_ms = time.time_ns() // 1_000_000
         self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
@@ -113,14 +114,16 @@ class Watcher:
             text = f"run {printable(run_id)} has sent no step for so long that its steps were dropped"
             self._put([Notice(BACK, run_id, now_ms, text)])
 
-    async def _page(self, run_id: str, followed: _Followed) -> Page | None:
+    async def _page(self, run_id: str, followed: _WatchedRun) -> Page | None:
         try:
             return await self._runs.packets(run_id, followed.cursor, _AT_ONCE)
         except GatewayError:  # dropped, or its store was replaced
             followed.cursor = ""
             return None
 
-    def _signals(self, run_id: str, followed: _Followed, changes: Iterable[Change], time_ms: int) -> Iterable[Notice]:
+    def _signals(
+        self, run_id: str, followed: _WatchedRun, changes: Iterable[EpisodeChange], time_ms: int
+    ) -> Iterable[Notice]:
         for kind, episode in changes:
             is_known = episode.number in followed.announced
             if kind == "left" and is_known:
@@ -145,7 +148,7 @@ class Watcher:
         return f"{life}:{max((self._runs.last_number(run_id, rank) for rank in ranks), default=0)}"
 
 
-def _state(known: KnownRun) -> str:
+def _state(known: RunStatus) -> str:
     """Returns how a run ended, ``run_silent``, ``run_without_steps``, or nothing."""
     if known.outcome is not None:
         return known.outcome

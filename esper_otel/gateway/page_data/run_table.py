@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.items import Origin, RunState, RunStatus
 from esper_otel.gateway.store.base import StoredPage
 
 LIVE, SILENT, WAITING, NO_STEPS = "live", "silent", "waiting", "no steps"
@@ -33,23 +33,7 @@ _MOST_ROWS = 1_000
 _MOST_ATTEMPTS, _MOST_RANKS = 50, 1_024
 
 
-class Known(Protocol):
-    """What is known of a run; see ``core``."""
-
-    @property
-    def states(self) -> Sequence[RunState]:
-        """The state of each writer, in order."""
-
-    @property
-    def stored(self) -> int:
-        """How many of its steps are stored."""
-
-    @property
-    def outcome(self) -> str | None:
-        """How the whole run ended; None while it has not."""
-
-
-class Runs(Protocol):
+class RunSource(Protocol):
     """Where runs are known; see ``core``."""
 
     changed: ChangedRuns
@@ -57,7 +41,7 @@ class Runs(Protocol):
     def known_runs(self) -> set[str]:
         """Returns the ids of all runs."""
 
-    def state_of(self, run_id: str) -> Known:
+    def state_of(self, run_id: str) -> RunStatus:
         """Returns what is known of a run."""
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
@@ -67,7 +51,7 @@ class Runs(Protocol):
         """Returns the number of the newest entry of a rank."""
 
 
-class _Row(NamedTuple):
+class _TableRow(NamedTuple):
     """A row as text, the version in which it changed, and its state."""
 
     text: str
@@ -83,12 +67,12 @@ class RunTable:
         clock_ns: returns the time in Unix nanoseconds.
     """
 
-    def __init__(self, runs: Runs, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, runs: RunSource, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._runs = runs
         self._clock_ns = clock_ns
         self._life = secrets.token_hex(4)
         self._version = 0
-        self._rows: OrderedDict[str, _Row] = OrderedDict()  # the longest unchanged first
+        self._rows: OrderedDict[str, _TableRow] = OrderedDict()  # the longest unchanged first
         self._gone: OrderedDict[str, int] = OrderedDict()
         self._forgot = 0  # the newest version of which it is not known any more which runs went
         self._compared_s = -math.inf
@@ -155,7 +139,7 @@ class RunTable:
         if before is not None and before.text == text:
             return
         self._version += 1
-        self._rows[run_id] = _Row(text, self._version, row["state"])
+        self._rows[run_id] = _TableRow(text, self._version, row["state"])
         self._rows.move_to_end(run_id)
         self._gone.pop(run_id, None)
 
@@ -168,7 +152,7 @@ class RunTable:
         for origin in [origin for origin in self._found if origin.run_id == run_id]:
             del self._found[origin]
 
-    def _row(self, run_id: str, known: Known) -> dict[str, Any]:
+    def _row(self, run_id: str, known: RunStatus) -> dict[str, Any]:
         now_ns = self._clock_ns()
         states = [_as_of(now_ns, self._complete(state)) for state in known.states]
         newest: dict[int, RunState] = {}

@@ -39,7 +39,7 @@ class Acceptance(NamedTuple):
     alive: tuple[Origin, ...] = ()
 
 
-class _Unreleased(NamedTuple):
+class _WaitingPoints(NamedTuple):
     """Points of a writer that were still waiting after the last release."""
 
     since_s: float | None
@@ -77,7 +77,7 @@ class Assembler:
         self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s, recall=recall)
         self._shapes = PartShapes()
         self._touched: dict[Track, None] = {}
-        self._held: dict[Track, _Unreleased] = {}
+        self._held: dict[Track, _WaitingPoints] = {}
         self._kept: dict[str, deque[tuple[Track, int, int]]] = {}  # by tenant
         self._kept_bytes: Counter[str] = Counter()
         self._ended: dict[Origin, str] = {}
@@ -355,7 +355,7 @@ class Assembler:
         if items or track.due_s is None:
             self._held.pop(track, None)
         if track.due_s is not None:
-            self._held[track] = _Unreleased(
+            self._held[track] = _WaitingPoints(
                 track.since_s, track.waiting_points
             )  # after the others, if frames of it were released
         return items

@@ -12,15 +12,15 @@ import numpy.typing as npt
 
 from esper_otel.frames.frame import ABSENT_BITS
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.receive.columns import (
+from esper_otel.gateway.receive.fast import FastDecoder
+from esper_otel.gateway.receive.otlp_json import protobuf_of_json
+from esper_otel.gateway.receive.plain import plain_columns
+from esper_otel.gateway.receive.point_columns import (
     AN_END,
     NOTHING,
     PointColumns,
     RawPoints,
 )
-from esper_otel.gateway.receive.fast import FastDecoder
-from esper_otel.gateway.receive.otlp_json import protobuf_of_json
-from esper_otel.gateway.receive.plain import plain_columns
 from esper_otel.gateway.receive.request import (
     EARLIEST_UNIX_NS,
     INVALID_TEXT,

@@ -1,4 +1,4 @@
-"""Connection: how the brokers are reached, and what is said when they refuse."""
+"""Brokers: how the brokers are reached, and what is said when they refuse."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MemberEnds(BrokerFault):
     """A member cannot go on, also not after a while; the message says what to do."""
 
 
-class Connection:
+class Brokers:
     """The way to the brokers.
 
     Args:
@@ -60,7 +60,7 @@ class Connection:
         self.is_name_taken: bool = False
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Connection:
+    def of(cls, options: argparse.Namespace) -> Brokers:
         """Makes a connection from the command line.
 
         Raises:
