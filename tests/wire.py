@@ -61,6 +61,13 @@ def counts_of(run: Run = RUN, time_unix_ns: int = TIME_UNIX_NS, process: str = "
     return made.alone(run, made.health_scope(values, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns))
 
 
+def end_of(run: Run = RUN, outcome: str = "RuntimeError") -> bytes:
+    """A request that says how a run has ended, and nothing else."""
+    made = encoder()
+    values = {("esper.run.ended", outcome): 1.0}
+    return made.alone(run, made.health_scope(values, start_unix_ns=TIME_UNIX_NS, time_unix_ns=TIME_UNIX_NS))
+
+
 def as_collector(message: Any) -> bytes:
     """Serializes a message as the collector does: its fields in descending order."""
     parts = []

@@ -19,7 +19,7 @@ from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
-from esper_otel.frames.frame import Run
+from esper_otel.frames.frame import FINE, Run
 from esper_otel.frames.phase_log import Phase, PhaseLog
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
@@ -67,7 +67,7 @@ class StepExporter:
         leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
         phases: the phases, which are sent with the frames.
         phase_file: keeps phases on disk that must outlive the process.
-        run_of: returns the session's run, for phases without any step.
+        run_of: returns the session's run once it is closing, for phases and an end without any step.
     """
 
     def __init__(
@@ -664,8 +664,12 @@ class StepExporter:
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:
             return False
-        if live.run is None or live.has_said_goodbye:
-            return True  # nothing was ever sent, or this went with the last frames
+        if live.has_said_goodbye:
+            return True  # it went with the last frames
+        if live.run is None:
+            if self.outcome in FINE and not live.sent_unix_ns:
+                return True  # nothing was ever sent, and nothing went wrong: no run for anybody to see
+            live.run, live.sent_unix_ns = live.phases_run, max(live.sent_unix_ns, time.time_ns())
         time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns, live.sent_unix_ns) + _MS
         health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)

@@ -15,7 +15,7 @@ import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import cpu_patience
-from wire import CATALOGUE, bodies, body_of, counts_of, encoder
+from wire import CATALOGUE, bodies, body_of, counts_of, encoder, end_of
 
 from esper_otel.errors import UnknownRun
 from esper_otel.export.phase_points import phase_scope
@@ -437,3 +437,18 @@ def test_a_token_for_one_run_does_not_send_counts_or_phases_of_another() -> None
         with pytest.raises(NotAllowed, match="not for run 'other'"):
             core.receive(body, grant=Grant("digits"))
     core.close()
+
+
+def test_a_run_that_failed_before_its_first_step_makes_no_other_request_be_kept(tmp_path: Path) -> None:
+    """Its end waits for a step for ten minutes, and is known after a restart; the others' bytes are of no use."""
+    store = FileStore(tmp_path)
+    core = Core(store)
+    core.receive(end_of(replace(RUN, run_id="early")))
+    for body in bodies(history(5)):
+        core.receive(body)
+    assert len(store.body_sizes()) == 1
+    core.close()
+    again = Core(FileStore(tmp_path))
+    assert again.state_of("early").outcome == "RuntimeError"
+    assert again.state_of(RUN.run_id).stored == 5
+    again.close()

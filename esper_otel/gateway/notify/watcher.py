@@ -95,14 +95,15 @@ class Watcher:
                 changes = followed.episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
                 self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)))
             followed.cursor = page.cursor
-        before, followed.state = followed.state, _state(self._runs.state_of(run_id))
+        known = self._runs.state_of(run_id)
+        before, followed.state = followed.state, _state(known)
         now_ms = time.time_ns() // 1_000_000
         if before in _QUIET and followed.state not in _QUIET:
             does = "sends again" if before == SILENT else "takes steps again"
             self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} {does}")])
         if followed.state not in {before, "", *_QUIET}:  # how it ended
             self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
-            self._put([_end(run_id, followed.state, now_ms)])
+            self._put([_end(run_id, known, now_ms)])
         elif followed.state != before and followed.state in _QUIET and before in {"", *_QUIET}:
             self._put([_quiet(run_id, followed.state, now_ms)])
 
@@ -166,10 +167,12 @@ def _quiet(run_id: str, state: str, now_ms: int) -> Notice:
     return Notice(state, run_id, now_ms, f"run {printable(run_id)} {what}")
 
 
-def _end(run_id: str, outcome: str, time_ms: int) -> Notice:
+def _end(run_id: str, known: RunStatus, time_ms: int) -> Notice:
+    outcome = known.outcome or ""
     how = "has completed" if outcome == "completed" else f"has ended: {outcome}"
     failed = "" if outcome in FINE else " (failed)"
-    return Notice(ENDED, run_id, time_ms, f"run {printable(run_id)} {how}{failed}", reason=outcome)
+    early = "" if any(state.last_time_unix_ns for state in known.states) or known.stored else " before its first step"
+    return Notice(ENDED, run_id, time_ms, f"run {printable(run_id)} {how}{failed}{early}", reason=outcome)
 
 
 def _of_signal(run_id: str, event: str, episode: Episode, time_ms: int) -> Notice:

@@ -224,7 +224,9 @@ class DecodedRequest(NamedTuple):
             waiting: run id, attempt and rank of the senders that have waiting points.
         """
         if not self.parts:
-            return body
+            senders = (block.sender.run for block in self.blocks)
+            has_waiting = any((run.run_id, run.attempt, run.rank) in waiting for run in senders)
+            return body if has_waiting or self.markers or self.ended or self.cut else b""
         return b"".join(
             body[start:end]
             for start, end, sender in self.parts

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
-from wire import counts_of, encoder
+from wire import counts_of, encoder, end_of
 
 from esper_otel import StaleCursor
 from esper_otel.frames.frame import Frame
@@ -200,6 +200,22 @@ def test_a_writer_without_steps_is_known_to_live_after_a_takeover() -> None:
         [state] = [state_of(*record).state for record in log.states.items()]
         assert (state.last_received_unix_ns, state.step_received_unix_ns) == (TIME_UNIX_NS + at, TIME_UNIX_NS)
         log.begin()
+
+
+def test_a_run_that_failed_before_its_first_step_is_known_until_it_is_old() -> None:
+    """To the next member, too; it has no frame whose age could be asked for."""
+    log = Log([end_of()])
+    log.work(1, of_all=False, dies=False)
+    [state] = [state_of(*record).state for record in log.states.items()]
+    assert (state.origin[:3], state.ended) == ((RUN.run_id, RUN.attempt, RUN.rank), "RuntimeError")
+    for _ in range(2):
+        log.work(0, of_all=True, dies=False)
+        assert not log.shard.idle(TIME_UNIX_NS)
+        log.begin()
+    log.now_s += 1e6
+    log.work(0, of_all=True, dies=False)
+    assert log.shard.idle(TIME_UNIX_NS + 1) == [state.origin]
+    assert not log.shard.writers
 
 
 def test_counts_go_on_after_a_takeover() -> None:

@@ -274,7 +274,7 @@ function drawNow() {
   const step = run.last_step === null ? "none" : run.last_step.toLocaleString("en");
   const state = lost() ? "not known" : STATES[run.state] || run.state;
   const tiles = [
-    ["state", run.outcome && ["failed", "killed", "ended"].includes(run.state) ? `${state}: ${run.outcome}` : state, lost() ? "bad" : TONES[run.state]],
+    ["state", run.outcome && ["failed", "killed", "ended"].includes(run.state) ? `${state}${run.start_ms === null ? " before its first step" : ""}: ${run.outcome}` : state, lost() ? "bad" : TONES[run.state]],
     ["step", found?.isBehind ? `${series.read.toLocaleString("en")} of ${series.stored.toLocaleString("en")}, catching up` : step, found?.isBehind ? "warn" : ""],
     [isOver ? "duration" : "age of the last step", isOver ? Esper.duration(durationOf(run)) : Esper.duration(age), !isOver && age > 60_000 ? "warn" : ""],
     ["loss", run.last_loss_is || Esper.number(run.last_loss), run.last_loss_is ? "bad" : ""],

@@ -27,7 +27,8 @@ function columns() {
 }
 
 function stateOf(run) {
-  return run.outcome && !["completed", run.state].includes(run.outcome) ? `${run.state} (${run.outcome})` : run.state;
+  const early = run.outcome && run.start_ms === null ? " before its first step" : "";
+  return (run.outcome && !["completed", run.state].includes(run.outcome) ? `${run.state} (${run.outcome})` : run.state) + early;
 }
 
 function durationOf(run) {
