@@ -6,6 +6,7 @@ import ast
 import functools
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -265,6 +266,23 @@ def test_no_two_classes_share_a_name() -> None:
     shared = {name: where for name, where in homes.items() if len(where) > 1}
     assert shared.keys() - TWINS.keys() == set(), shared
     assert TWINS.keys() - shared.keys() == set(), "these are twins no more"
+
+
+# Modules of several rooms that have one name because they have one job.
+ONE_JOB = {
+    "__init__": "the face of a room",
+    "aio": "the client for asyncio, and its public face",
+    "command": "a command of the command line",
+    "messages": "the classes of a contract's messages",
+    "metrics": "a process's own metrics, in Prometheus' text format",
+    "otlp_json": "OTLP in JSON, written and read",
+}
+
+
+def test_modules_of_one_name_have_one_job() -> None:
+    """Who looks for a module by its name finds one, or several that do the same in their rooms."""
+    counts = Counter(path.stem for path in FILES)
+    assert {name for name, count in counts.items() if count > 1} == ONE_JOB.keys()
 
 
 @pytest.mark.parametrize(
