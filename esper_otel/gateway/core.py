@@ -209,6 +209,7 @@ class Core:
         taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
+        self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
@@ -569,12 +570,19 @@ class Core:
                 found = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
+                    self._check_has_steps(request.run_id)
                     raise
             else:
                 if found.steps or found.gap or time.monotonic() >= deadline_s:
                     return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
+
+    def _check_has_steps(self, run_id: str) -> None:
+        """Raises UnknownRun with the outcome of a run that has ended before its first step."""
+        outcome = None if is_check(run_id) else outcomes(self._states.states_of(run_id, time.monotonic())).get(run_id)
+        if outcome is not None:
+            raise UnknownRun(f"run {run_id!r} has ended ({outcome}) before its first step")
 
     def _check_shard(self, request: PullRequest) -> None:
         """Raises BadRequest for a part of a run: only servers on Kafka have parts."""

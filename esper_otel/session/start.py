@@ -352,6 +352,7 @@ class _Session:
             self._resource_of,
             phases=self._recorder.phases.log,
             run_of=lambda: publisher.run,
+            settled_run=publisher.settled_run,
             prepare=self._prepare_export,
             health=self.counts,
             idle_ns=self._recorder.clock.idle_ns,
