@@ -46,9 +46,6 @@ class Grant:
         return run_id.startswith(self.prefix)
 
 
-EVERYTHING = Grant()
-
-
 class TokenRefused(Exception):
     """A token is missing or unknown."""
 
