@@ -50,6 +50,7 @@ def open_exporter(
     *,
     phases: PhaseLog,
     run_of: Callable[[], Run],
+    settled_run: Callable[[], Run],
     prepare: Callable[[], None],
     health: Callable[[], Mapping[tuple[str, str], float]],
     idle_ns: Callable[[int], int | None],
@@ -58,6 +59,9 @@ def open_exporter(
     device: Callable[[], Sequence[DevicePoint]] = tuple,
 ) -> StepExporter:
     """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
+
+    ``run_of`` returns the run as it is known now, for the file of phases; ``settled_run`` the run that its ranks agree
+    on, and is called if the session closes without any step.
 
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
@@ -98,6 +102,6 @@ def open_exporter(
         leftovers=leftovers,
         phases=phases,
         phase_file=phase_file,
-        run_of=run_of,
+        run_of=settled_run,
         device=device,
     )

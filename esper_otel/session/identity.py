@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esper_otel.errors import ConfigurationError, InvalidName, InvalidValue
 from esper_otel.frames.frame import Run
 from esper_otel.native import threads
 from esper_otel.session import mpi
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
 _MAX_BYTES = 256
-_MOST_DIMENSIONS = 8
-_MOST_PLACE = 2**31
-_DIMENSION = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _MOST_ATTEMPT = 2**63
 _AGREEING_S = 5.0
 _RUN_ID = "%Y%m%d-%H%M%S-"
@@ -51,7 +45,9 @@ def identify(
       those that ``mpirun`` started on one host generate the same. If there is no store yet, but ``MASTER_ADDR`` and
       ``MASTER_PORT`` say that there will be one, the id is empty: the ranks agree on it at the first step.
     - rank and world size: the argument; ``RANK`` and ``WORLD_SIZE``; the variables of ``mpirun`` (Open MPI, MVAPICH2,
-      MPICH, Intel MPI); in a task of ``srun``, ``SLURM_PROCID`` and ``SLURM_NTASKS``; or rank 0 of 1.
+      MPICH, Intel MPI); in a task of ``srun``, ``SLURM_PROCID`` and ``SLURM_NTASKS``; or rank 0 of 1. If neither
+      arguments nor ``RANK`` and ``WORLD_SIZE`` say it, a larger group of ``torch.distributed`` is right (see
+      ``of_group``).
     - attempt: ``ESPER_RUN_ATTEMPT``, or the current Unix milliseconds. The ranks of a run have different attempts
       until they have agreed on one (see ``Agreement``); under ``srun``, and under ``mpirun`` on one host, they use a
       number of the launch until then.
@@ -61,8 +57,11 @@ def identify(
         ConfigurationError: a variable is not a whole number, or several ranks have no common run id.
     """
     of_rank, of_world_size = _variables_of_launcher(environ)
+    given = rank, world_size
     rank = _whole("rank", rank, environ, ("RANK", of_rank), 0)
     world_size = _whole("world_size", world_size, environ, ("WORLD_SIZE", of_world_size), 1)
+    if not is_told(given, environ):
+        rank, world_size = of_group(world_size) or (rank, world_size)
     if not 0 <= rank < max(world_size, 1):
         raise ConfigurationError(f"rank {rank} is not below world_size {world_size}: give start(rank=, world_size=)")
     if run_id is None:
@@ -83,51 +82,26 @@ def identify(
     )
 
 
-def place_in_mesh(
-    given: Mapping[str, int] | DeviceMesh | None, environ: Mapping[str, str] = os.environ
-) -> dict[str, int]:
-    """Returns this process's place along each parallel dimension: from the argument, or else ``ESPER_PARALLEL``.
+def is_told(given: tuple[int | None, int | None], environ: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether rank or world size are given as arguments, or by the variables that torchrun sets."""
+    return given != (None, None) or any(environ.get(name) for name in ("RANK", "WORLD_SIZE"))
 
-    Args:
-        given: places by the name of the dimension, or a mesh of PyTorch with named dimensions, of which this process's
-            coordinate is taken; nothing if it is not in the mesh.
-        environ: the environment; the variable is like ``dp=3,tp=0``.
 
-    Raises:
-        InvalidValue: the argument is something else.
-        ConfigurationError: the variable is something else.
+def of_group(world_size: int) -> tuple[int, int] | None:
+    """Returns rank and size of the default group of ``torch.distributed``; None if it has no more ranks than known.
+
+    A script that starts its ranks itself, such as by ``torch.multiprocessing.spawn``, sets no variables, and gives the
+    rank to ``init_process_group``. Slurm knows only the process that the script was at first. A smaller group is of
+    trainings that were launched together, and tells nothing.
     """
-    if given is None:
-        text = environ.get("ESPER_PARALLEL", "")
-        try:
-            pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-            return _checked_places({name.strip(): int(number) for name, _, number in pairs}, len(pairs))
-        except ValueError as error:
-            raise ConfigurationError(f"ESPER_PARALLEL={text!r} is not like dp=3,tp=0: {error}") from None
-    names = getattr(given, "mesh_dim_names", None)
-    places: Any = given
-    if not isinstance(given, Mapping):
-        if not names:
-            raise InvalidValue(
-                "parallel", f"{given!r} is neither places by name nor a mesh with names of its dimensions"
-            )
-        places = dict(zip(names, given.get_coordinate() or (), strict=False))
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
     try:
-        return _checked_places(places, len(places))
-    except ValueError as error:
-        raise InvalidValue("parallel", f"{places!r}: {error}; give places such as {{'dp': 3, 'tp': 0}}") from None
-
-
-def _checked_places(places: Mapping[Any, Any], count: int) -> dict[str, int]:
-    """Returns the places; raises ValueError if one cannot be an attribute."""
-    for name, number in places.items():
-        if not isinstance(name, str) or not _DIMENSION.fullmatch(name):
-            raise ValueError(f"{name!r} is not a name of at most 32 lower-case letters, digits and _")
-        if type(number) is not int or not 0 <= number < _MOST_PLACE:
-            raise ValueError(f"{name} = {number!r} is not a whole number from 0 on")
-    if count > _MOST_DIMENSIONS or count != len(places):
-        raise ValueError(f"more than {_MOST_DIMENSIONS} dimensions, or one of them twice")
-    return dict(places)
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            return None
+        rank, size = int(distributed.get_rank()), int(distributed.get_world_size())
+    except Exception:  # noqa: BLE001 - a group that is being destroyed must not end a user's training
+        return None
+    return (rank, size) if size > world_size and 0 <= rank < size else None
 
 
 def new_run_id() -> str:
@@ -193,6 +167,21 @@ class Agreement:
         """Returns the attempt given by the launcher's variables; None if they hold no number that all ranks share."""
         launch = _launch(self._environ)
         return None if launch is None else launch + self._number - 1
+
+
+def joined(run: Run, rank: int, world_size: int, *, is_named: bool) -> tuple[Run, Agreement | None]:
+    """Returns the run of a rank that turned out to have mates, and how they agree on the rest.
+
+    Args:
+        run: the run as this process has known it so far.
+        rank: its rank.
+        world_size: number of ranks.
+        is_named: whether its id was given, and not generated by this process.
+    """
+    run = replace(run, rank=rank, world_size=world_size)
+    if not is_named:
+        _number_of("run_id")
+    return run, agreement_for(run if is_named else replace(run, run_id=""))
 
 
 def agreement_for(run: Run, environ: Mapping[str, str] = os.environ) -> Agreement | None:
