@@ -261,7 +261,7 @@ def test_every_make_target_and_command_that_the_text_names_exists() -> None:
 def test_the_readme_shows_each_metric_and_setting_it_names_as_it_is_spelt() -> None:
     """`esper.*` names in running text are those of metrics, attributes and events, in every page."""
     from esper_otel.schema import METRICS
-    from esper_otel.schema.attributes import ATTRIBUTES
+    from esper_otel.schema.attribute_catalogue import ATTRIBUTES
     from esper_otel.schema.events import COMMON_ATTRIBUTES, EVENTS
 
     of_resource = {each.name for each in ATTRIBUTES}

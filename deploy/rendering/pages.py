@@ -9,7 +9,7 @@ from command_line import command_line_page
 from esper_otel.errors import ConfigurationError
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
 from esper_otel.record.peak import PEAKS
-from esper_otel.schema.attributes import ATTRIBUTES
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES
 from esper_otel.schema.events import COMMON_ATTRIBUTES, EVENTS, EventAttribute
 from esper_otel.schema.render import markdown_table, metrics_markdown, request_tables
 from esper_otel.settings import COMPUTE_DTYPES, PREFIX, EsperSettings

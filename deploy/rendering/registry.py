@@ -13,7 +13,7 @@ import yaml
 
 from esper_otel.export.scopes import SCHEMA_URL, SCHEMA_VERSION
 from esper_otel.schema import DEVICE_INFO, METRICS, Metric
-from esper_otel.schema.attributes import ATTRIBUTES, Attribute, Place
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES, Attribute, Carrier
 from esper_otel.schema.events import COMMON_ATTRIBUTES, EVENTS, EventAttribute
 
 _HEADER = "# Rendered by `make docs` from esper_otel/schema/; change that instead.\n"
@@ -90,8 +90,8 @@ def _of_events() -> Iterator[EventAttribute]:
 def _entities() -> Iterator[dict[str, Any]]:
     """A rank of a run, and its device."""
     for name, brief, place in (
-        (_RUN, "One rank of one attempt of a training run.", Place.RESOURCE),
-        (_DEVICE, "The device that a rank trains on.", Place.DEVICE),
+        (_RUN, "One rank of one attempt of a training run.", Carrier.RESOURCE),
+        (_DEVICE, "The device that a rank trains on.", Carrier.DEVICE),
     ):
         refs = [each for each in ATTRIBUTES if place in each.places]
         yield {
@@ -110,7 +110,7 @@ def _entities() -> Iterator[dict[str, Any]]:
 def _metric(metric: Metric) -> dict[str, Any]:
     names = [metric.split_by] if metric.split_by else []
     if metric is DEVICE_INFO:
-        names = [_id(each) for each in ATTRIBUTES if Place.DEVICE in each.places]
+        names = [_id(each) for each in ATTRIBUTES if Carrier.DEVICE in each.places]
     found = {
         "id": f"metric.{metric.name}",
         "type": "metric",

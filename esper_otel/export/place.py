@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from esper_otel.schema.attributes import KUBERNETES, RANKS, SLURM, Attribute
+from esper_otel.schema.attribute_catalogue import KUBERNETES, RANKS, SLURM, Attribute
 
 # Names of OpenTelemetry's registry of host architectures.
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64", "i686": "x86", "s390x": "s390x"}

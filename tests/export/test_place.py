@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from esper_otel.export.place import container_id, place
-from esper_otel.schema.attributes import ATTRIBUTES, Place
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES, Carrier
 from esper_otel.testing import MemoryCollector
 
 ID = "0123456789abcdef" * 4
@@ -63,7 +63,7 @@ def test_the_resource_says_where_the_process_runs() -> None:
     }
     assert {name: found.get(name) for name in expected} == expected
     assert {"host.name", "host.arch"} <= found.keys()
-    types = {each.name: {"string": str, "int": int}[each.type] for each in ATTRIBUTES if Place.RESOURCE in each.places}
+    types = {each.name: {"string": str, "int": int}[each.type] for each in ATTRIBUTES if Carrier.RESOURCE in each.places}
     chosen = {name: "esper.parallel.*" if name.startswith("esper.parallel.") else name for name in found}
     assert {name: types.get(chosen[name]) for name in found} == {name: type(value) for name, value in found.items()}
 

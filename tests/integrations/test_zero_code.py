@@ -13,7 +13,7 @@ import pytest
 
 import esper_otel
 from esper_otel.export.place import attributes_of
-from esper_otel.schema.attributes import SLURM
+from esper_otel.schema.attribute_catalogue import SLURM
 from esper_otel.session.detector import EsperResourceDetector
 from esper_otel.testing import MemoryCollector
 

@@ -15,7 +15,7 @@ from esper_otel.probes import description
 from esper_otel.probes.description import INFO, DeviceDescription, described_by_torch
 from esper_otel.probes.nvml import GpuDescription, gpu_attributes
 from esper_otel.probes.probe import NotYet
-from esper_otel.schema.attributes import ATTRIBUTES, Place
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES, Carrier
 
 GPU = SimpleNamespace(uuid="GPU-aaaa-1111", bus_id=b"00000000:65:00.0", index=3)
 
@@ -98,7 +98,7 @@ def test_a_gpu_is_described_as_dcgm_spells_it(is_split: bool, uuid: str, ids: Ma
     probe = DeviceDescription(lambda: "cuda:0", by_nvml=gpu_description(driver, uuid), index_of=lambda _: 0)
     assert probe.sample() == {INFO: 1.0}
     assert probe.attributes == {"esper.device.id": "cuda:0", **OF_GPU, **ids}
-    assert probe.attributes.keys() <= {each.name for each in ATTRIBUTES if Place.DEVICE in each.places}
+    assert probe.attributes.keys() <= {each.name for each in ATTRIBUTES if Carrier.DEVICE in each.places}
     probe.sample()
     assert driver.calls == 1  # asked once: nothing of this changes
     probe.close()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "deploy" / "rendering"))
 from registry import registry
 
 from esper_otel.schema import METRICS
-from esper_otel.schema.attributes import ATTRIBUTES
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES
 from esper_otel.schema.events import EVENTS
 
 pytestmark = pytest.mark.own_code

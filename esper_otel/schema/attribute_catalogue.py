@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 
-class Place(StrEnum):
+class Carrier(StrEnum):
     """What has an attribute."""
 
     RESOURCE = "Resource"
@@ -33,7 +33,7 @@ class Attribute(NamedTuple):
     source: str = ""
     variables: tuple[str, ...] = ()
     type: Literal["string", "int"] = "string"
-    places: tuple[Place, ...] = (Place.RESOURCE,)
+    places: tuple[Carrier, ...] = (Carrier.RESOURCE,)
     example: str = ""
 
     @property
@@ -42,9 +42,9 @@ class Attribute(NamedTuple):
         return "." in self.name and not self.name.startswith(("esper.", "slurm."))
 
 
-_DEVICE = (Place.DEVICE,)
-_BOTH = (Place.RESOURCE, Place.DEVICE)
-_POINT = (Place.POINT,)
+_DEVICE = (Carrier.DEVICE,)
+_BOTH = (Carrier.RESOURCE, Carrier.DEVICE)
+_POINT = (Carrier.POINT,)
 
 RUN: tuple[Attribute, ...] = (
     Attribute("service.name", "The kind of program.", "`OTEL_SERVICE_NAME`, or `esper-tolaria`"),
@@ -136,7 +136,7 @@ POINTS: tuple[Attribute, ...] = (
     Attribute("reason", "Why, for counts that are split by it.", "session", places=_POINT, example="buffer full"),
     Attribute("signal", "The risk signal.", "settings", places=_POINT, example="hook_budget"),
     Attribute("outcome", "How the run has ended.", "session", places=_POINT, example="completed"),
-    Attribute("esper.schema.version", "Version of our names.", "package", places=(Place.SCOPE,), example="1"),
+    Attribute("esper.schema.version", "Version of our names.", "package", places=(Carrier.SCOPE,), example="1"),
 )
 
 ATTRIBUTES: tuple[Attribute, ...] = (*RUN, *PROCESS, *SLURM, *KUBERNETES, *RANKS, *DEVICE, *POINTS)
