@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
 from esper_otel.export.encode import NO_PHASES, BesideFrames, Encoder, PhasesAlong, Request
-from esper_otel.export.phase_file import PhaseFile
+from esper_otel.export.journal_file import JournalFile
 from esper_otel.export.phase_points import in_one_request, phase_scope
 from esper_otel.export.source import FrameSource, LeftoverSource, LiveSource, put_goodbye
 from esper_otel.export.spool import Spool
@@ -86,7 +86,7 @@ class StepExporter:
         spool: Spool | None = None,
         leftovers: Callable[[], Iterable[LeftoverSource]] = tuple,
         phases: PhaseLog | None = None,
-        phase_file: PhaseFile | None = None,
+        phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
     ) -> None:
         self._sender = sender

@@ -11,7 +11,8 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.exporter import StepExporter
-from esper_otel.export.phase_file import PhaseFile
+from esper_otel.export.folder import PHASES
+from esper_otel.export.journal_file import JournalFile
 from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
@@ -66,7 +67,7 @@ def open_exporter(
         spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
     phase_file = None
     if spool is not None:
-        phase_file = PhaseFile(spool.folder, phases, run_of, resource_of, warnings)
+        phase_file = JournalFile(spool.folder, PHASES, phases, run_of, resource_of, warnings)
 
     def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
         return Encoder(metrics, resources)

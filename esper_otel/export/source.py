@@ -16,13 +16,13 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import MAX_POINTS, Encoder
-from esper_otel.export.folder import Folder, abandoned
-from esper_otel.export.phase_file import PhaseFile, stored_phases
+from esper_otel.export.folder import PHASES, Folder, abandoned
+from esper_otel.export.journal_file import JournalFile, stored_entries
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
 from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.phases import Phase, PhaseLog, checked_phase
 from esper_otel.frames.records import Damage, StoredContext, StoredResource, chunks_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
@@ -149,7 +149,7 @@ class LiveSource:
         encoder: Encoder,
         spool: Spool | None,
         log: PhaseLog | None = None,
-        phase_file: PhaseFile | None = None,
+        phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
     ) -> None:
         self.encoder = encoder
@@ -245,7 +245,8 @@ class LeftoverSource:
         self.has_said_goodbye: bool = False
         self.deleted: int = 0
         self._stored = StoredContext()
-        self._phases = stored_phases(folder)
+        self._phases = stored_entries(folder, PHASES, checked_phase, folder.acknowledged_entries[PHASES])
+        self._waiting_phases = deque(self._phases.entries)
         if self._phases.run is not None and self._phases.resource is not None:
             resource = self._phases.resource
             self._stored.resources[self._phases.run] = StoredResource(resource.attributes, resource.schema_url)
@@ -263,14 +264,14 @@ class LeftoverSource:
 
     def phases(self, until_unix_ns: int | None) -> list[Phase]:
         """See ``FrameSource.phases``."""
-        some = islice(self._phases.phases, _PHASES_AT_ONCE)
+        some = islice(self._waiting_phases, _PHASES_AT_ONCE)
         return list(takewhile(lambda phase: until_unix_ns is None or phase.end_unix_ns <= until_unix_ns, some))
 
     def phases_delivered(self, number: int) -> None:
         """See ``FrameSource.phases_delivered``."""
-        while self._phases.phases and self._phases.phases[0].number <= number:
-            self._phases.phases.popleft()
-        self.folder.acknowledge_phases(number)
+        while self._waiting_phases and self._waiting_phases[0].number <= number:
+            self._waiting_phases.popleft()
+        self.folder.acknowledge_entries(PHASES, number)
 
     @property
     def phases_run(self) -> Run | None:

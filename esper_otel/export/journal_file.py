@@ -1,34 +1,33 @@
-"""Keeps a session's phases in its folder of the spool until they are acknowledged."""
+"""Keeps a session's phases and events in its folder of the spool until they are acknowledged."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import sys
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple
 
 from opentelemetry.sdk.resources import Resource
 
-from esper_otel.export.folder import PHASES, Folder
+from esper_otel.export.folder import Folder
 from esper_otel.frames.frame import Run, checked_run
-from esper_otel.frames.phases import Phase, PhaseLog, line_of, phases_in
+from esper_otel.frames.journal import EntryT, Journal, entries_in, line_of
 from esper_otel.log import Warnings
 
 _RENEW_BYTES = 1024 * 1024
 
 
-class PhaseFile:
-    """A file with a line of JSON for each phase, and one for the run before the first phase of it.
+class JournalFile(Generic[EntryT]):
+    """A file with a line of JSON for each entry, and one for the run before the first entry of it.
 
-    Threads: ``write`` is called with the lock of the log of phases held, ``acknowledge`` by the exporter.
+    Threads: ``write`` is called with the lock of the journal held, ``acknowledge`` by the thread that sends.
 
     Args:
         folder: the session's folder.
-        log: the session's phases.
+        name: the file, one of ``JOURNALS``.
+        journal: the session's journal.
         run_of: returns the session's run, as it is known now.
         resource_of: returns a run's Resource.
         warnings: where failures are reported.
@@ -37,13 +36,15 @@ class PhaseFile:
     def __init__(
         self,
         folder: Folder,
-        log: PhaseLog,
+        name: str,
+        journal: Journal[EntryT, Any],
         run_of: Callable[[], Run],
         resource_of: Callable[[Run], Resource],
         warnings: Warnings,
     ) -> None:
         self._folder = folder
-        self._log = log
+        self._name = name
+        self._journal = journal
         self._run_of = run_of
         self._resource_of = resource_of
         self._warnings = warnings
@@ -53,33 +54,38 @@ class PhaseFile:
         self._size = 0
         self._most_bytes = _RENEW_BYTES
 
-    def write(self, phase: Phase) -> None:
-        """Writes a phase that has just ended. Never raises: it is still in the log if the disk cannot be written."""
+    def write(self, entries: Sequence[EntryT]) -> None:
+        """Writes new entries. Never raises: they are still in the journal if the disk cannot be written."""
         if self._is_closed:  # the folder may be another session's by now
             return
         try:
             if self._file is None:
-                self._file = self._folder.append_to(PHASES)
+                self._file = self._folder.append_to(self._name)
             run = self._run_of()
             if self._size > self._most_bytes and self._renewed(run):
                 return
-            line = line_of(phase) if run is self._run else self._line_of(run) + line_of(phase)
-            if os.write(self._file, line) != len(line):
+            lines = b"".join(map(line_of, entries))
+            if run is not self._run:
+                lines = self._line_of(run) + lines
+            if os.write(self._file, lines) != len(lines):
                 os.write(self._file, b"\n")  # the next line is not a part of this one
-                raise OSError("short write: only part of the phase was written")  # noqa: TRY301 - handled below
-            self._run, self._size = run, self._size + len(line)
+                raise OSError(f"short write: only part of the {self._name} was written")  # noqa: TRY301 - handled below
+            self._run, self._size = run, self._size + len(lines)
         except Exception as error:  # noqa: BLE001 - see above
             path = self._folder.path
-            self._warnings.say("spool", "phases cannot be written to %s (%s); they are kept in memory", path, error)
+            self._warnings.say(
+                "spool", "%s cannot be written to %s (%s); they are kept in memory", self._name, path, error
+            )
 
     def _renewed(self, run: Run) -> bool:
-        """Leaves only the phases that still wait in the file, the newest one among them; False if the disk is full."""
-        content = self._line_of(run) + b"".join(map(line_of, self._log.waiting(None, sys.maxsize)))
-        self._most_bytes = max(_RENEW_BYTES, 2 * self._size)  # not again for each phase, if that fails
+        """Leaves only what is still needed in the file, the newest entry included; False if the disk is full."""
+        content = self._line_of(run) + b"".join(map(line_of, self._journal.to_store()))
+        self._most_bytes = max(_RENEW_BYTES, 2 * self._size)  # not again for each entry, if that fails
         try:
-            file = self._folder.renew(PHASES, content)
+            file = self._folder.renew(self._name, content)
         except OSError as error:
-            self._warnings.say("spool", "the file of phases in %s cannot be renewed: %s", self._folder.path, error)
+            path = self._folder.path
+            self._warnings.say("spool", "the file of %s in %s cannot be renewed: %s", self._name, path, error)
             return False
         if self._file is not None:
             os.close(self._file)
@@ -90,7 +96,7 @@ class PhaseFile:
     def _line_of(self, run: Run) -> bytes:
         resource = self._resource_of(run)
         said = {
-            "start_unix_ns": self._log.start_unix_ns,
+            "start_unix_ns": self._journal.start_unix_ns,
             "run": dataclasses.asdict(run),
             "attributes": dict(resource.attributes),
             "schema_url": resource.schema_url,
@@ -98,9 +104,9 @@ class PhaseFile:
         return json.dumps(said, default=str).encode() + b"\n"
 
     def acknowledge(self, number: int) -> None:
-        """Records that phases up to this one are no longer needed."""
+        """Records that entries up to this one are no longer needed."""
         if not self._is_closed:
-            self._folder.acknowledge_phases(number)
+            self._folder.acknowledge_entries(self._name, number)
 
     def close(self) -> None:
         """Closes the file; from now on nothing is written to the folder."""
@@ -110,22 +116,22 @@ class PhaseFile:
             os.close(file)
 
 
-class StoredPhases(NamedTuple):
-    """The phases in a folder that were not acknowledged, and what they belong to; None if that is not known."""
+class StoredEntries(NamedTuple, Generic[EntryT]):
+    """The entries in a file of a folder, and what they belong to; None if that is not known."""
 
-    phases: deque[Phase]
+    entries: Sequence[EntryT]
     run: Run | None = None
     resource: Resource | None = None
     start_unix_ns: int = 0
 
 
-def stored_phases(folder: Folder) -> StoredPhases:
-    """Reads the phases in a folder."""
+def stored_entries(folder: Folder, name: str, checked: Callable[[object], EntryT], after: int) -> StoredEntries[EntryT]:
+    """Reads the entries in a folder with a number above ``after``; see ``entries_in`` for ``checked``."""
     try:
-        content = folder.read(PHASES)
-    except OSError:  # no phase was written
-        return StoredPhases(deque())
-    stored = StoredPhases(deque(phases_in(content, folder.acknowledged_phases)))
+        content = folder.read(name)
+    except OSError:  # none was written
+        return StoredEntries[EntryT](())
+    stored = StoredEntries(list(entries_in(content, checked, after)))
     for line in content.splitlines():
         if line.startswith(b"{"):
             with suppress(ValueError, TypeError, KeyError, AttributeError):
