@@ -30,20 +30,25 @@ class Outcome(NamedTuple):
         result: the result, which decides what happens to the data.
         reason: the reason in words. Empty after full success, unless the endpoint added a remark.
         retry_after_s: how long the endpoint asks to wait before a retry; None when it does not ask.
-        rejected_points: points that the endpoint rejected from a request that it otherwise accepted.
+        rejected_points: points, or log records, that the endpoint rejected from a request that it otherwise accepted.
+        is_missing: whether the endpoint is there, but does not take this kind of telemetry.
     """
 
     result: Result
     reason: str = ""
     retry_after_s: float | None = None
     rejected_points: int = 0
+    is_missing: bool = False
 
 
 CLOSED = Outcome(Result.TEMPORARY, "the session was closed before the endpoint answered")
 
 
 def delivered(body: bytes, said: Callable[[str], str]) -> Outcome:
-    """Returns the outcome in the body of a successful answer; ``said`` cleans the endpoint's text for display."""
+    """Returns the outcome in the body of a successful answer; ``said`` cleans the endpoint's text for display.
+
+    An ExportLogsServiceResponse has the same fields under other names.
+    """
     try:
         partial = ExportMetricsServiceResponse.FromString(body).partial_success
     except DecodeError:  # the status was a success, so the request was accepted

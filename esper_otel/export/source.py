@@ -21,7 +21,7 @@ from esper_otel.export.journal_file import JournalFile, stored_entries
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
-from esper_otel.frames.frame import Run
+from esper_otel.frames.frame import KILLED, Run
 from esper_otel.frames.phases import Phase, PhaseLog, checked_phase
 from esper_otel.frames.records import Damage, StoredContext, StoredResource, chunks_in
 from esper_otel.frames.ring import Ring
@@ -30,7 +30,6 @@ from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000
 _MOST_MISSING = 2**32  # frames in one gap; a larger gap is a damaged number and does not count as lost frames
-KILLED = "killed"
 _PHASES_AT_ONCE = 1_000
 
 # Makes an encoder from a catalogue and a function that returns a run's Resource.
