@@ -25,13 +25,13 @@ _NO_EXCEPTIONS = FINE | {KILLED, "SystemExit"}
 
 def run_started(run: Run, time_unix_ns: int) -> Happening:
     """A session has started."""
-    body = f"Run {run.run_id} has started: rank {run.rank} of {run.world_size}."
+    body = f"The run has started: rank {run.rank} of {run.world_size}."
     return Happening(RUN_STARTED, Severity.INFO, time_unix_ns, body)
 
 
-def run_resumed(run: Run, time_unix_ns: int, step: int, epoch: int, sequence: int) -> Happening:
+def run_resumed(time_unix_ns: int, step: int, epoch: int, sequence: int) -> Happening:
     """The session's first step goes on after those of an earlier attempt."""
-    body = f"Run {run.run_id} goes on with step {step}."
+    body = f"The run goes on with step {step}."
     return Happening(RUN_RESUMED, Severity.INFO, time_unix_ns, body, step, epoch, {}, sequence)
 
 

@@ -118,7 +118,7 @@ class EventReader:
     def _resume(self, block: Block) -> Iterator[Happening]:
         step = int(block.steps[0])
         if block.first == 1 and step > 1 and not self.log.has_resumed:
-            yield run_resumed(block.run, int(block.times[0]), step, int(block.epochs[0]), 1)
+            yield run_resumed(int(block.times[0]), step, int(block.epochs[0]), 1)
 
     # -- seeds -------------------------------------------------------------------------------------------
 

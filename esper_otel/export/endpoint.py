@@ -100,6 +100,13 @@ class Endpoint:
         """Whether the endpoint is on this machine, judged by its address alone, without a name lookup."""
         return is_on_this_machine(self.address)
 
+    @property
+    def host(self) -> str:
+        """The host in its address; the whole address if that is not of the form host:port."""
+        if _GRPC_NAME.fullmatch(self.address):
+            return self.address
+        return urlsplit(self.address if "://" in self.address else f"//{self.address}").hostname or self.address
+
 
 class _OfSignal(Variables):
     """Variables of which each has a name of its own for the signal."""

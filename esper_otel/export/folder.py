@@ -185,6 +185,11 @@ class Folder:
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._descriptor)
 
+    def delete_frames(self) -> None:
+        """Deletes all files of frames."""
+        for name in self.segments():
+            self.delete(name)
+
     def note_outcome(self, outcome: str) -> None:
         """Stores how the run ended, for the later session that sends the frames."""
         file = self._open(OUTCOME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

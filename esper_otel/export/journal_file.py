@@ -31,6 +31,7 @@ class JournalFile(Generic[EntryT]):
         run_of: returns the session's run, as it is known now.
         resource_of: returns a run's Resource.
         warnings: where failures are reported.
+        is_there: whether the file exists, of an earlier session; what the journal has is then in it.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class JournalFile(Generic[EntryT]):
         run_of: Callable[[], Run],
         resource_of: Callable[[Run], Resource],
         warnings: Warnings,
+        *,
+        is_there: bool = False,
     ) -> None:
         self._folder = folder
         self._name = name
@@ -49,6 +52,7 @@ class JournalFile(Generic[EntryT]):
         self._resource_of = resource_of
         self._warnings = warnings
         self._file: int | None = None
+        self._is_there = is_there
         self._is_closed = False
         self._run: Run | None = None
         self._size = 0
@@ -59,11 +63,11 @@ class JournalFile(Generic[EntryT]):
         if self._is_closed:  # the folder may be another session's by now
             return
         try:
+            run = self._run_of()
+            if (self._size > self._most_bytes or self._is_there) and self._renewed(run):
+                return
             if self._file is None:
                 self._file = self._folder.append_to(self._name)
-            run = self._run_of()
-            if self._size > self._most_bytes and self._renewed(run):
-                return
             lines = b"".join(map(line_of, entries))
             if run is not self._run:
                 lines = self._line_of(run) + lines
@@ -89,6 +93,7 @@ class JournalFile(Generic[EntryT]):
             return False
         if self._file is not None:
             os.close(self._file)
+        self._is_there = False
         self._file, self._run, self._size = file, run, len(content)
         self._most_bytes = max(_RENEW_BYTES, 2 * self._size)
         return True

@@ -16,6 +16,7 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import MAX_POINTS, Encoder
+from esper_otel.export.event_source import EventSource, ReaderOf, left_in, waiting_in
 from esper_otel.export.folder import PHASES, Folder, abandoned
 from esper_otel.export.journal_file import JournalFile, stored_entries
 from esper_otel.export.spool import Spool
@@ -31,6 +32,7 @@ from esper_otel.schema import METRICS, Metric
 _MS = 1_000_000
 _MOST_MISSING = 2**32  # frames in one gap; a larger gap is a damaged number and does not count as lost frames
 _PHASES_AT_ONCE = 1_000
+_NO_EVENTS = "%d events that an earlier session left in %s are dropped: OTEL_LOGS_EXPORTER does not name otlp"
 
 # Makes an encoder from a catalogue and a function that returns a run's Resource.
 EncoderOf = Callable[[Mapping[str, Metric], Callable[[Run], Resource]], Encoder]
@@ -52,6 +54,7 @@ class FrameSource(Protocol):
         has_said_goodbye: whether the ends of all series have been sent or are queued in ``beside``.
         sent_unix_ns: the newest time of what was sent, other than health.
         start_unix_ns: when the totals of the phases were 0.
+        events: what happens in the run; None if events are not sent, or the session has noted none.
     """
 
     encoder: Encoder
@@ -63,6 +66,7 @@ class FrameSource(Protocol):
     has_said_goodbye: bool
     sent_unix_ns: int
     start_unix_ns: int
+    events: EventSource | None
 
     def phases(self, until_unix_ns: int | None) -> list[Phase]:
         """Returns phases that wait, oldest first, up to the first that ended after a time; None: all."""
@@ -150,8 +154,10 @@ class LiveSource:
         log: PhaseLog | None = None,
         phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
+        events: EventSource | None = None,
     ) -> None:
         self.encoder = encoder
+        self.events: EventSource | None = events
         self.sent_unix_ns: int = 0
         self._log = log or PhaseLog()
         self.start_unix_ns: int = self._log.start_unix_ns
@@ -230,12 +236,14 @@ class LeftoverSource:
         folder: the folder.
         encoder_of: makes an encoder for the metrics found in the folder.
         fault: called with internal errors.
+        events: what has happened in the run, if it is to be sent.
     """
 
     lost = "spool damaged"
 
-    def __init__(self, folder: Folder, encoder_of: EncoderOf, fault: Fault) -> None:
+    def __init__(self, folder: Folder, encoder_of: EncoderOf, fault: Fault, events: EventSource | None = None) -> None:
         self.folder = folder
+        self.events: EventSource | None = events
         self._fault = fault
         self.streams: Streams = Streams()
         self.run: Run | None = None
@@ -398,13 +406,26 @@ class LeftoverSource:
 
 
 def leftovers_in(
-    directory: Path, encoder_of: EncoderOf, fault: Fault, *, most_bytes: int, warnings: Warnings
+    directory: Path,
+    encoder_of: EncoderOf,
+    fault: Fault,
+    *,
+    most_bytes: int,
+    warnings: Warnings,
+    reader_of: ReaderOf | None = None,
 ) -> list[LeftoverSource]:
     """Takes over the folders that earlier sessions left in a spool directory, oldest first.
 
-    The oldest files are deleted until all folders together take at most ``most_bytes``.
+    The oldest files are deleted until all folders together take at most ``most_bytes``. ``reader_of`` makes readers of
+    their events; None if these are not to be sent.
     """
-    leftovers = [LeftoverSource(folder, encoder_of, fault) for folder in abandoned(directory, warnings)]
+    leftovers = []
+    for folder in abandoned(directory, warnings):
+        events = None if reader_of is None else left_in(folder, reader_of, warnings)
+        leftovers.append(LeftoverSource(folder, encoder_of, fault, events))
+        count = 0 if reader_of is not None else waiting_in(folder)
+        if count:
+            warnings.say("spool events", _NO_EVENTS, count, folder.path)
     sizes = [leftover.size for leftover in leftovers]
     while sum(sizes) > most_bytes:
         number = next(number for number, size in enumerate(sizes) if size)

@@ -79,6 +79,7 @@ class EventLog(Journal[Event, Happening]):
         delivered: the number up to which these are no longer needed.
 
     Attributes:
+        now_ns: returns Unix time in nanoseconds, by the clock of the session.
         sequence: the frames up to this one have been read.
         is_over: whether the end of the run is among the events.
         has_resumed: whether a resume is.
@@ -94,7 +95,7 @@ class EventLog(Journal[Event, Happening]):
         delivered: int = 0,
     ) -> None:
         super().__init__(start_unix_ns, most)
-        self._now_ns = now_ns
+        self.now_ns: Callable[[], int] = now_ns
         self.sequence: int = 0
         self.is_over: bool = False
         self._resumed: Event | None = None
@@ -113,7 +114,7 @@ class EventLog(Journal[Event, Happening]):
     def _entry(self, number: int, given: Happening) -> Event:
         name, severity, time_unix_ns, body, step, epoch, attributes, sequence = given
         event = Event(
-            *(number, self._now_ns(), name, int(severity), time_unix_ns, body, step, epoch),
+            *(number, self.now_ns(), name, int(severity), time_unix_ns, body, step, epoch),
             dict(attributes),
             sequence,
         )
