@@ -13,7 +13,7 @@ from esper_otel.frames.block import Block
 from esper_otel.frames.events import Attribute, Event, EventLog, Happening
 from esper_otel.frames.frame import ABSENT_BITS, COLUMN, FLOAT32_BOUND, LAST_LOSS, Frame
 from esper_otel.leyline import state
-from esper_otel.leyline.episodes import Change, Episodes, Sender
+from esper_otel.leyline.episodes import EpisodeChange, Episodes, StepSender
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, signals
 from esper_otel.schema import METRICS, Stage
 from esper_otel.schema.events import (
@@ -34,7 +34,7 @@ _STAGE = COLUMN["stage"]
 _SEVERITIES = {"NOTE": Severity.INFO, "WARN": Severity.WARN, "HIGH": Severity.WARN, "CRITICAL": Severity.ERROR}
 _LOSS, _LOSS_DELTA = "loss", "loss_delta"
 _NAMES = {metric.key: metric.name for metric in METRICS if metric.level == "step" and metric.key}
-_SENDER = Sender()
+_SENDER = StepSender()
 # Values of packets are float32: what is below a threshold by less than this share of it may be above it there.
 _ROUNDING = 1e-6
 
@@ -223,7 +223,9 @@ def _frame_of(block: Block, row: int) -> Frame:
     return Frame(block.run, block.first + row, *head, names, numbers, {})
 
 
-def _of_change(change: Change, time_unix_ns: int, step: int | None, epoch: int | None, sequence: int) -> Happening:
+def _of_change(
+    change: EpisodeChange, time_unix_ns: int, step: int | None, epoch: int | None, sequence: int
+) -> Happening:
     episode, has_entered = change.episode, change.kind == "entered"
     attributes: dict[str, Attribute] = {
         SIGNAL_NAME.name: episode.name,

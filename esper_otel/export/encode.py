@@ -70,11 +70,11 @@ class Request(NamedTuple):
 
 
 def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> None:
-    """The default for ``BesideFrames.health_of``: no health is sent."""
+    """The default for ``AccompanyingData.health_of``: no health is sent."""
 
 
 def _no_phases(_time_unix_ns: int) -> PhasesAlong:
-    """The default for ``BesideFrames.phases_of``: no phase is sent."""
+    """The default for ``AccompanyingData.phases_of``: no phase is sent."""
     return NO_PHASES
 
 
@@ -88,7 +88,7 @@ class PhasesAlong(NamedTuple):
 NO_PHASES = PhasesAlong(None, 0)
 
 
-class BesideFrames(NamedTuple):
+class AccompanyingData(NamedTuple):
     """Data that is sent in the same requests as the frames, since a collector might reorder separate requests.
 
     Attributes:
@@ -106,7 +106,7 @@ class BesideFrames(NamedTuple):
     phases_of: Callable[[int], PhasesAlong] = _no_phases
 
 
-_NOTHING_ALONG = BesideFrames()
+_NOTHING_ALONG = AccompanyingData()
 
 
 _NONE_RETIRED: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -182,6 +182,10 @@ class Encoder:
             for name, metric in catalogue.items()
         }
 
+    def resource(self, run: Run) -> Resource:
+        """Returns a run's Resource."""
+        return self._resource(run)
+
     @property
     def catalogue(self) -> Mapping[str, Metric]:
         """The metrics that may be sent, by name."""
@@ -194,7 +198,7 @@ class Encoder:
         self._max_points = max_points
         return True
 
-    def requests(self, blocks: Iterable[Block], along: BesideFrames = _NOTHING_ALONG) -> Iterator[Request]:
+    def requests(self, blocks: Iterable[Block], along: AccompanyingData = _NOTHING_ALONG) -> Iterator[Request]:
         """Yields the frames of blocks as requests; each request is encoded when the iterator reaches it.
 
         A frame is split only when it does not fit into one request. Each of its points still has the frame's time, and
@@ -460,12 +464,12 @@ def _frames_in(parts: Sequence[_Piece]) -> int:
     return sum(part.ends for part in parts)
 
 
-def _health(parts: Sequence[_Piece], along: BesideFrames, *, is_end: bool) -> ScopeMetrics | None:
+def _health(parts: Sequence[_Piece], along: AccompanyingData, *, is_end: bool) -> ScopeMetrics | None:
     """Returns the session's own metrics to send with these pieces, if any."""
     return along.health_of(int(parts[-1].times[-1]), _frames_in(parts), is_end)
 
 
-def _phases(parts: Sequence[_Piece], along: BesideFrames) -> PhasesAlong:
+def _phases(parts: Sequence[_Piece], along: AccompanyingData) -> PhasesAlong:
     """Returns the phases to send with these pieces: those that ended before their last frame."""
     return along.phases_of(int(parts[-1].times[-1])) if _frames_in(parts) else NO_PHASES
 

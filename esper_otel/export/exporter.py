@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
 from esper_otel.export import outcome as outcomes
-from esper_otel.export.encode import NO_PHASES, BesideFrames, Encoder, PhasesAlong, Request
+from esper_otel.export.encode import NO_PHASES, AccompanyingData, Encoder, PhasesAlong, Request
 from esper_otel.export.event_exporter import EventExporter
 from esper_otel.export.journal_file import JournalFile
 from esper_otel.export.phase_points import in_one_request, phase_scope
@@ -20,8 +20,8 @@ from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
-from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.frame import FINE, Run
+from esper_otel.frames.phase_log import Phase, PhaseLog
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
@@ -65,7 +65,7 @@ class StepExporter:
         leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
         phases: the phases, which are sent with the frames.
         phase_file: keeps phases on disk that must outlive the process.
-        run_of: returns the session's run, for phases without any step.
+        run_of: returns the session's run once it is closing, for phases and an end without any step.
         events: sends what happens in the run, after the steps; None if events are not sent.
     """
 
@@ -115,6 +115,7 @@ class StepExporter:
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._health_unix_ns = 0
+        self._said: ScopeMetrics | None = None  # the counts of that time
         self._last_sent_s = float("-inf")
         self._goodbye: tuple[int, ScopeMetrics] | None = None
         self._owes_health = False
@@ -298,6 +299,8 @@ class StepExporter:
         """Sends all waiting frames. Returns the longest pause before the next call; None once closing is complete."""
         try:
             self._prepare()
+            if self._events is not None:
+                self._events.release(0)
             pause_s = self._send_waiting()
         except Exception as error:  # noqa: BLE001 - the thread must live as long as the session
             self._report(f"{type(error).__name__}: {error}", error=error)
@@ -545,11 +548,11 @@ class StepExporter:
 
     # -- data sent in addition to the frames -------------------------------------------------------------
 
-    def _along(self, source: FrameSource, blocks: Sequence[Block]) -> BesideFrames:
+    def _along(self, source: FrameSource, blocks: Sequence[Block]) -> AccompanyingData:
         """Collects the data to send with the frames of a source. An internal error in it does not delay the frames."""
         is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
-        return BesideFrames(
+        return AccompanyingData(
             self._given("noting the series sent", {}, source.streams.note, blocks),
             partial(self._given, "saying the counts", None, partial(self._health_of, source)),
             all_ended if is_over and source.are_last(blocks) else None,
@@ -637,6 +640,8 @@ class StepExporter:
         """Leaves the folder of an earlier session to the exporter of events, if there are any."""
         if leftover.events is None or self._events is None:
             return False
+        if leftover.run is not None:  # the session may have noted its first events before the ranks agreed on its name
+            leftover.events.resource = partial(leftover.encoder.resource, leftover.run)
         unix_ns = max(leftover.streams.last_unix_ns, leftover.sent_unix_ns, 0)
         leftover.events.reader.end(leftover.outcome, unix_ns)
         leftover.folder.delete_frames()  # so that the end of the run is not sent again if its events have to wait
@@ -650,6 +655,9 @@ class StepExporter:
         With steps in a spool that were not sent, more may have happened.
         """
         is_next = self._spool is not None and (self.waiting or not self._has_said_goodbye)
+        run = self._live.phases_run
+        if events.live is not None and run is not None:
+            events.live.resource = partial(self._live.encoder.resource, run)
         if events.live is not None and not is_next:
             events.live.reader.end(outcome, events.live.log.now_ns(), self._exit_status)
         return events.close(self._deadline_s or 0.0)
@@ -687,27 +695,35 @@ class StepExporter:
             if name in counts:
                 counts[name] += more
         start_unix_ns = self._started_unix_ns
-        return self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        self._said = self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        return self._said
 
     def _send_health(self) -> None:
         """Sends the session's own metrics in a separate request, in the two cases where no frames can carry them.
 
         The first case: the endpoint refused a request that contained them. If it refuses all frames, the counts are
         the only sign of that. The second: no steps are recorded for a while, for example during validation. They are
-        then sent at intervals, but not soon after frames, which a small request may overtake on the way, and not while
-        a step is open, since its frame would be older than the counts.
+        then sent at intervals, but not soon after frames, which a small request may overtake on the way. While a step
+        is open, its frame would be older than new counts: the counts of what was sent last are sent again, as a sign
+        that the process lives.
         """
         run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
         if run is None or self._deadline_s is not None:
             return
-        time_unix_ns = last_unix_ns
+        time_unix_ns, said = last_unix_ns, None
         if not self._owes_health:
-            is_due = time.monotonic() >= max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S)
-            time_unix_ns = (self._idle_ns(last_unix_ns) if is_due else None) or 0
-            if time_unix_ns <= max(last_unix_ns, self._health_unix_ns):
+            if time.monotonic() < max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S):
+                return
+            idle_unix_ns = self._idle_ns(last_unix_ns)
+            if idle_unix_ns is None:
+                time_unix_ns = max(last_unix_ns, self._live.sent_unix_ns)
+                said = self._said if _end_of_ms(time_unix_ns) <= self._health_unix_ns else None
+            elif idle_unix_ns > max(last_unix_ns, self._health_unix_ns):
+                time_unix_ns = idle_unix_ns
+            else:
                 return
         self._owes_health = False
-        self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)), self._left_s())
+        self._sent(self._live.encoder.alone(run, said or self._health_at(time_unix_ns)), self._left_s())
         self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
 
     def _say_goodbye(self) -> bool:
@@ -719,8 +735,12 @@ class StepExporter:
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:
             return False
-        if live.run is None or live.has_said_goodbye:
-            return True  # nothing was ever sent, or this went with the last frames
+        if live.has_said_goodbye:
+            return True  # it went with the last frames
+        if live.run is None:
+            if self.outcome in FINE and not live.sent_unix_ns:
+                return True  # nothing was ever sent, and nothing went wrong: no run for anybody to see
+            live.run, live.sent_unix_ns = live.phases_run, max(live.sent_unix_ns, time.time_ns())
         time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns, live.sent_unix_ns) + _MS
         health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)

@@ -23,7 +23,7 @@ from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import Variables
 from esper_otel.frames.events import EventLog
 from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import PhaseLog
+from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import Metric
@@ -39,7 +39,7 @@ class EventWiring(NamedTuple):
         endpoint: where logs are sent.
         log: the session's events.
         reader_of: makes readers of frames.
-        run_of: returns the session's run; None while its name or attempt may change.
+        run_of: returns the session's run; None before its first step, since its name may change until then.
     """
 
     endpoint: Endpoint
@@ -71,6 +71,7 @@ def open_exporter(
     *,
     phases: PhaseLog,
     run_of: Callable[[], Run],
+    settled_run: Callable[[], Run],
     prepare: Callable[[], None],
     health: Callable[[], Mapping[tuple[str, str], float]],
     idle_ns: Callable[[int], int | None],
@@ -78,7 +79,11 @@ def open_exporter(
     warnings: Warnings,
     events: EventWiring | None = None,
 ) -> StepExporter:
-    """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
+    """Creates the exporter without starting it. See ``StepExporter`` for the other arguments.
+
+    Args:
+        run_of: returns the run as it is known now, for the file of phases.
+        settled_run: returns the run that its ranks agree on; called if the session closes without any step.
 
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
@@ -132,7 +137,7 @@ def open_exporter(
         leftovers=leftovers,
         phases=phases,
         phase_file=phase_file,
-        run_of=run_of,
+        run_of=settled_run,
         events=None if events is None else live_events(),
     )
 

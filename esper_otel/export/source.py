@@ -23,7 +23,7 @@ from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
 from esper_otel.frames.frame import KILLED, Run
-from esper_otel.frames.phases import Phase, PhaseLog, checked_phase
+from esper_otel.frames.phase_log import Phase, PhaseLog, checked_phase
 from esper_otel.frames.records import Damage, StoredContext, StoredResource, chunks_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings

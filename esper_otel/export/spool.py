@@ -27,7 +27,7 @@ _RETRY_S = 10.0
 _PRIVATE = 0o700  # metrics may be confidential
 
 
-class _Segment(NamedTuple):
+class _SpoolFile(NamedTuple):
     """A complete file: its name, its size, and the sequences of its first and last row."""
 
     name: str
@@ -79,7 +79,7 @@ class Spool:
         self._retry_at_s = 0.0
         self._name = ""
         self._size = self._first = self._last = 0
-        self._complete: list[_Segment] = []
+        self._complete: list[_SpoolFile] = []
         self._number = 0
         self._chunk: Chunk | None = None  # the rows read last, and those of the files that follow
         self._chunks: Iterator[Chunk] = iter(())
@@ -177,7 +177,7 @@ class Spool:
 
     def _renew(self) -> None:
         if self._size:
-            self._complete.append(_Segment(self._name, self._size, self._first, self._last))
+            self._complete.append(_SpoolFile(self._name, self._size, self._first, self._last))
         else:
             self._folder.delete(self._name)
         if self._file is not None:
@@ -216,7 +216,7 @@ class Spool:
         return chunk.block(start, min(start + limit, chunk.rows))
 
     def _chunks_after(self, sequence: int) -> Iterator[Chunk]:
-        for segment in [*self._complete, _Segment(self._name, self._size, self._first, self._last)]:
+        for segment in [*self._complete, _SpoolFile(self._name, self._size, self._first, self._last)]:
             if segment.last <= sequence:
                 continue
             try:

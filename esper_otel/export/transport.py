@@ -48,7 +48,7 @@ def open_sender(endpoint: Endpoint, token_file: Path | None = None) -> Sender:
             headers.variable,
             endpoint.target,
         )
-    return _Steady(_of_protocol(endpoint, headers), headers)
+    return _SteadySender(_of_protocol(endpoint, headers), headers)
 
 
 def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
@@ -65,7 +65,7 @@ def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
     return HttpSender(endpoint, headers)
 
 
-class _Steady:
+class _SteadySender:
     """Wraps the sender of either protocol: sends nothing in a forked child, and retries once with a renewed token.
 
     A child shares its parent's connection and must neither use nor close it; the parent's threads do not exist there.

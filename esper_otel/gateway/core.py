@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.faults import CREDENTIALS, Fault
+from esper_otel.gateway.hours.accounts import Hours
 from esper_otel.gateway.hours.answer import hours_message
-from esper_otel.gateway.hours.hours import Hours
-from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
     FREE,
@@ -35,11 +35,11 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.inflate import IDENTITY
-from esper_otel.gateway.receive.reading import Reader
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
-from esper_otel.gateway.store.database import Damaged
+from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
 from esper_otel.hours.bar import RunHours
@@ -77,20 +77,6 @@ class Answer(NamedTuple):
 
     rejected: int
     reason: str
-
-
-class KnownRun(NamedTuple):
-    """What is known of a run.
-
-    Attributes:
-        states: the state of each writer.
-        stored: how many of its steps are stored.
-        outcome: how the whole run ended; None while it has not.
-    """
-
-    states: Sequence[RunState]
-    stored: int
-    outcome: str | None
 
 
 class States(Protocol):
@@ -139,7 +125,7 @@ class Core:
         self._limits = limits or Limits()
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._states: States = self._assembler  # where the states of writers are known
-        self._reader = Reader(limits, self._assembler.prepare)
+        self._reader = RequestReader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
         self._unsaved: list[Item] = []
@@ -171,7 +157,7 @@ class Core:
         if isinstance(store, FileStore):
             try:
                 self._restore(store)
-            except Damaged as error:
+            except DamagedStore as error:
                 store.begin_anew(error)
 
     # -- receiving ---------------------------------------------------------------------------------------
@@ -223,6 +209,7 @@ class Core:
         taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
+        self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
@@ -554,13 +541,13 @@ class Core:
         """Returns the ids of all runs that are known, without runs from a check."""
         return {run_id for run_id in {*self._store.run_ids(), *self._states.run_ids()} if not is_check(run_id)}
 
-    def state_of(self, run_id: str) -> KnownRun:
+    def state_of(self, run_id: str) -> RunStatus:
         """Returns what is known of a run."""
         states = self._states.states_of(run_id, time.monotonic())
         stored, ends = self._store.counts(run_id), self._store.outcomes(run_id)
         known = {state.origin for state in states}
         states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
-        return KnownRun(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
+        return RunStatus(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
         """Does the same as ``pulled``, and returns the page as a message."""
@@ -583,12 +570,19 @@ class Core:
                 found = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
+                    self._check_has_steps(request.run_id)
                     raise
             else:
                 if found.steps or found.gap or time.monotonic() >= deadline_s:
                     return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
+
+    def _check_has_steps(self, run_id: str) -> None:
+        """Raises UnknownRun with the outcome of a run that has ended before its first step."""
+        outcome = None if is_check(run_id) else outcomes(self._states.states_of(run_id, time.monotonic())).get(run_id)
+        if outcome is not None:
+            raise UnknownRun(f"run {run_id!r} has ended ({outcome}) before its first step")
 
     def _check_shard(self, request: PullRequest) -> None:
         """Raises BadRequest for a part of a run: only servers on Kafka have parts."""

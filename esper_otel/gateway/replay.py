@@ -129,7 +129,7 @@ class Player:
         self._speed = speed
         self._begin_ns = events[0].item.frame.time_unix_ns if events else 0
         self._started_s = time.monotonic()
-        self._shelf = Shelf()
+        self._shelf = ReplayStore()
         self.core: Core = Core(self._shelf, clock_ns=self._now_ns, **made)
 
     def _now_ns(self) -> int:
@@ -149,7 +149,7 @@ class Player:
         self.core.end(self._ended)
 
 
-class Shelf:
+class ReplayStore:
     """A ``Store`` of the steps of one run, with holes where steps were lost."""
 
     def __init__(self) -> None:

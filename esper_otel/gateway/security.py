@@ -46,10 +46,7 @@ class Grant:
         return run_id.startswith(self.prefix)
 
 
-EVERYTHING = Grant()
-
-
-class Refused(Exception):
+class TokenRefused(Exception):
     """A token is missing or unknown."""
 
 
@@ -75,7 +72,7 @@ class Tokens:
         """Returns what the value of an ``authorization`` header allows, in constant time for any token.
 
         Raises:
-            Refused: the token is missing or unknown.
+            TokenRefused: the token is missing or unknown.
         """
         self._file.look()
         scheme, _, token = (authorization or "").partition(" ")
@@ -85,7 +82,7 @@ class Tokens:
             if hmac.compare_digest(known, given):
                 found = grant
         if found is None or scheme.lower() != "bearer":
-            raise Refused("the bearer token is missing or unknown")
+            raise TokenRefused("the bearer token is missing or unknown")
         return found
 
 
@@ -235,6 +232,7 @@ def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
     senders = {block.sender for block in decoded.blocks}
     senders |= {marker.sender for marker in decoded.markers}
     senders |= {ended.sender for ended in decoded.ended}
+    senders |= {*decoded.alive}  # of counts and phases, too
     for sender in senders:
         if not grant.allows(sender.run.run_id):
             raise NotAllowed(f"this token is not for run {sender.run.run_id!r}")

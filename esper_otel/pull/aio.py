@@ -19,7 +19,7 @@ from esper_otel.pull.client import (
     ANSWERS,
     DEFAULT_PACKETS,
     RETRY_S,
-    Target,
+    GatewayAddress,
     may_retry,
     method,
     newest_ranks,
@@ -56,7 +56,7 @@ class TamiyoClient:
         timeout_s: float = 10.0,
     ) -> None:
         targets = targets_of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
-        self._gateways = {each.address: _Gateway(each) for each in targets}
+        self._gateways = {each.address: _AsyncGatewayChannel(each) for each in targets}
         self._several = SeveralGateways(tuple(self._gateways), timeout_s) if len(targets) > 1 else None
 
     async def runs(self, run_id: str = "") -> list[RunInfo]:
@@ -159,10 +159,10 @@ class TamiyoClient:
         return answers
 
 
-class _Gateway:
+class _AsyncGatewayChannel:
     """The connection to one gateway."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: GatewayAddress) -> None:
         self._target = target
         self.channel = (
             grpc.aio.insecure_channel(target.address, target.options)

@@ -53,7 +53,7 @@ _ERRORS: dict[grpc.StatusCode, type[GatewayError]] = {
 }
 
 
-class Target(NamedTuple):
+class GatewayAddress(NamedTuple):
     """The address and credentials of a gateway, shared by both clients."""
 
     address: str
@@ -70,7 +70,7 @@ class Target(NamedTuple):
         certificate_file: Path | str | None,
         key_file: Path | str | None,
         timeout_s: float,
-    ) -> Target:
+    ) -> GatewayAddress:
         """Checks a client's arguments and makes a target from them.
 
         Raises:
@@ -152,7 +152,7 @@ class TamiyoClient:
         timeout_s: float = 10.0,
     ) -> None:
         targets = targets_of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
-        self._gateways = {each.address: _Gateway(each) for each in targets}
+        self._gateways = {each.address: _GatewayChannel(each) for each in targets}
         self._timeout_s = timeout_s
         self._several = SeveralGateways(tuple(self._gateways), timeout_s) if len(targets) > 1 else None
 
@@ -293,10 +293,10 @@ class TamiyoClient:
         return answers
 
 
-class _Gateway:
+class _GatewayChannel:
     """The connection to one gateway."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: GatewayAddress) -> None:
         self._target = target
         self.channel = (
             grpc.insecure_channel(target.address, target.options)
@@ -347,13 +347,13 @@ def may_retry(error: Any, deadline_s: float) -> bool:
     return error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() + RETRY_S < deadline_s
 
 
-def targets_of(targets: str, *arguments: Any) -> list[Target]:
-    """Returns the gateways that a client's arguments name: addresses with commas between them, see ``Target.of``.
+def targets_of(targets: str, *arguments: Any) -> list[GatewayAddress]:
+    """Returns the gateways that a client's arguments name: addresses with commas between them.
 
     Raises:
         ConfigurationError: the arguments cannot be used, or an address is given twice.
     """
-    found = [Target.of(each.strip(), *arguments) for each in targets.split(",")]
+    found = [GatewayAddress.of(each.strip(), *arguments) for each in targets.split(",")]
     if len({each.address for each in found}) < len(found):
         raise ConfigurationError(f"target {targets!r}: an address is given twice")
     return found
@@ -377,12 +377,12 @@ def raise_of(errors: Sequence[GatewayError]) -> NoReturn:
     raise type(error)("; ".join(map(str, (error, *others)))) from error
 
 
-def raise_translated(error: Any, target: Target) -> NoReturn:
+def raise_translated(error: Any, target: GatewayAddress) -> NoReturn:
     """Raises the matching error of this package for an error of gRPC."""
     raise translated(error, target) from error
 
 
-def translated(error: Any, target: Target) -> GatewayError:
+def translated(error: Any, target: GatewayAddress) -> GatewayError:
     """Returns the matching error of this package for an error of gRPC."""
     kind = _ERRORS.get(error.code(), GatewayError)
     reason = f"{error.code().name}: {error.details()}"

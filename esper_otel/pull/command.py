@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from esper_otel.errors import ConfigurationError, GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.hours.bar import RunHours
-from esper_otel.hours.text import hours_as_json, hours_lines
+from esper_otel.hours.output import hours_as_json, hours_lines
 from esper_otel.leyline.packets import Packets
 from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import TamiyoClient

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.errors import InvalidName, InvalidValue
-from esper_otel.frames.phases import START_UP, PhaseLog
+from esper_otel.frames.phase_log import START_UP, PhaseLog
 from esper_otel.record.clock import Clock
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class PhaseScope(ContextDecorator):
             self._phases.leave(self)
 
 
-class _Open:
+class _OpenPhase:
     """A phase that has not ended."""
 
     __slots__ = ("inner_ns", "name", "owner", "start_ns", "step")
@@ -134,10 +134,10 @@ class Phases:
         self._began_unix_ns = began_unix_ns
         self._thread = threading.get_ident()
         self._process_id = os.getpid()
-        self._open: list[_Open] = []
+        self._open: list[_OpenPhase] = []
         self._outside_ns = 0  # like ``closed_s``, but only phases outside steps
-        self._step_in: tuple[_Open, float] | None = None  # the phase that a step was opened in, and when
-        self._beside: dict[int, list[_Open]] = {}
+        self._step_in: tuple[_OpenPhase, float] | None = None  # the phase that a step was opened in, and when
+        self._beside: dict[int, list[_OpenPhase]] = {}
 
     @property
     def next_step(self) -> int:
@@ -155,12 +155,12 @@ class Phases:
         self.has_any = True
         thread, start_ns = threading.get_ident(), self._clock.now_ns()
         if thread != self._thread:
-            self._beside.setdefault(thread, []).append(_Open(name, owner, start_ns, None))
+            self._beside.setdefault(thread, []).append(_OpenPhase(name, owner, start_ns, None))
             return
         step = self._recorder.open_step
         number = self.inside() if step is None else step.global_step
         self._note_step()
-        self._open.append(_Open(name, owner, start_ns, number))
+        self._open.append(_OpenPhase(name, owner, start_ns, number))
         if step is None:
             self.follows_steps = self._recorder.next_step.is_anything = True
 
@@ -183,7 +183,7 @@ class Phases:
             del self._beside[thread]
         self.follows_steps = bool(self._open) or self._began_unix_ns is not None
 
-    def _close(self, over: _Open, end_ns: int, *, is_beside: bool) -> None:
+    def _close(self, over: _OpenPhase, end_ns: int, *, is_beside: bool) -> None:
         length_ns = end_ns - over.start_ns
         own_ms = 0.0 if is_beside else max(length_ns - over.inner_ns, 0.0) / _MS
         if not is_beside:

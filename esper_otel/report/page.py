@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from esper_otel.charts.document import Page, document
+from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
-from esper_otel.charts.hours import hours_html
-from esper_otel.charts.thinned import Step, Thinned
+from esper_otel.charts.hours_section import hours_html
+from esper_otel.charts.thinned import ChartStep, ThinnedSteps
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
 from esper_otel.report.recording import EarlierAttempt, Recording, names_of
@@ -60,7 +60,7 @@ def page(recording: Recording, other: Recording | None = None) -> str:
         of_name = f" of {name}" if other else ""
         below += [_seeds(lives if each is recording else _lives(each), of_name), _last_steps(each, of_name)]
     return document(
-        Page(
+        PageContent(
             printable(recording.title, _MOST_SHOWN),
             _made_of(recording),
             ("".join(above), "".join(below)),
@@ -94,9 +94,9 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
     runs = []
     metrics: dict[str, None] = {}
     for place, each in enumerate(both):
-        thinned = Thinned(_MOST_BUCKETS)
+        thinned = ThinnedSteps(_MOST_BUCKETS)
         for number, (_, rows) in enumerate((*each.earlier, EarlierAttempt(each.attempt, each.rows)), 1):
-            thinned.add((Step(row.step, row.epoch, row.unix_s, row.values) for row in rows), number)
+            thinned.add((ChartStep(row.step, row.epoch, row.unix_s, row.values) for row in rows), number)
         series = thinned.series()
         metrics |= dict.fromkeys(name for name in series["metrics"] if name not in _NOT_DRAWN)
         runs.append({"id": str(place), "name": printable(names[place], _MOST_SHOWN), "series": series})

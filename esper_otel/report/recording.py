@@ -40,7 +40,7 @@ _MOST_ATTEMPTS = 20
 Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
 
 
-class Row:
+class StepRow:
     """One step, stored compactly, since a run may have a million.
 
     Args:
@@ -96,7 +96,7 @@ class EarlierAttempt(NamedTuple):
     """
 
     attempt: int
-    rows: tuple[Row, ...]
+    rows: tuple[StepRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Recording:
     rank: int
     attempt: int
     ended: str
-    rows: tuple[Row, ...]
+    rows: tuple[StepRow, ...]
     source: str
     device: str = ""
     about: tuple[tuple[str, str], ...] = ()
@@ -152,7 +152,7 @@ def of_file(path: Path) -> Recording:
     content = black_box.read(path)
     about = content.about
     rows = tuple(
-        Row(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, _clean(frame.values()), _seeds_of(frame))
+        StepRow(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, _clean(frame.values()), _seeds_of(frame))
         for frame in content.frames
     )
     source = _clean_text(path.name.removesuffix(black_box.SUFFIX))
@@ -214,7 +214,7 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         GatewayError: the run is unknown, the gateway cannot be reached, or the run is too large.
         ConfigurationError: the rank has no steps.
     """
-    found: dict[int, dict[int, Row]] = {}
+    found: dict[int, dict[int, StepRow]] = {}
     device = ""
     for packets in _pulled(client, run_id, rank):
         # a later revision replaces an earlier one
@@ -308,7 +308,7 @@ def names_of(one: Recording, other: Recording) -> tuple[str, str]:
     return f"{one.title}, the first", f"{other.title}, the second"
 
 
-def _row(packets: Packets) -> Row:
+def _row(packets: Packets) -> StepRow:
     state = packets.state
     values = {_BY_KEY.get(name, name): value for name, value in state.training_metrics.items()}
     values |= dict.fromkeys((packets.names - _NOT_IN_PACKETS) - values.keys(), math.nan)
@@ -319,7 +319,7 @@ def _row(packets: Packets) -> Row:
                 seeds.setdefault(point.attributes.get("seed_id", ""), {})[_FIELDS[point.name]] = point.value
         for event in packet.events:
             _add_event(event, values, seeds)
-    return Row(packets.step, state.current_epoch, state.timestamp_ns / 1e9, _clean(values), _clean_seeds(seeds))
+    return StepRow(packets.step, state.current_epoch, state.timestamp_ns / 1e9, _clean(values), _clean_seeds(seeds))
 
 
 def _add_event(event: messages.TelemetryEvent, values: dict[str, float], seeds: dict[str, dict[str, float]]) -> None:

@@ -17,7 +17,7 @@ from esper_otel.export.transport import Sender
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, logger
 from esper_otel.schema import METRICS
-from esper_otel.send.lines import Line, Progress, has_more, lines_of
+from esper_otel.send.lines import Progress, RequestLine, has_more, lines_of
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _NOTE_EVERY_S = 1.0
@@ -76,7 +76,7 @@ class Delivery:
                 progress.note(offset)
         return True
 
-    def _is_settled(self, line: Line) -> bool:
+    def _is_settled(self, line: RequestLine) -> bool:
         """Sends a line until the endpoint takes it or refuses it for good. Returns False when the time is over."""
         if line.body is None:
             self._unreadable += 1

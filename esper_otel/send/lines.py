@@ -18,7 +18,7 @@ NOTES = ".sent"
 _UNREAD = "exemplars"
 
 
-class Line(NamedTuple):
+class RequestLine(NamedTuple):
     """A line of a file.
 
     Attributes:
@@ -30,7 +30,7 @@ class Line(NamedTuple):
     body: bytes | None
 
 
-def lines_of(path: Path, start: int) -> Iterator[Line]:
+def lines_of(path: Path, start: int) -> Iterator[RequestLine]:
     """Yields the lines from an offset on. A last line without its end is left out: its writer has not finished it."""
     with path.open("rb") as file:
         file.seek(start)
@@ -39,7 +39,7 @@ def lines_of(path: Path, start: int) -> Iterator[Line]:
                 return
             start += len(text)
             if text.strip():
-                yield Line(start, _body_of(text))
+                yield RequestLine(start, _body_of(text))
 
 
 def has_more(path: Path, start: int) -> bool:

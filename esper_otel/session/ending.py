@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 from esper_otel import unix
 from esper_otel.session.raised import (
-    RaisedByMain,
-    RaisedInFunction,
+    FunctionExitStatus,
+    MainExitStatus,
     main_module,
     status_in_flight,
     status_of,
@@ -255,7 +255,7 @@ class _Exits:
         self._module: FrameType | None = None
         self._last: _ExitCall | None = None
         self._replaced: list[tuple[Any, str, Any, Any]] = []
-        self._in_function = RaisedInFunction(self._left_by_exception)
+        self._in_function = FunctionExitStatus(self._left_by_exception)
 
     def watch(self) -> None:
         """Finds the main program and wraps ``sys.exit`` so that calls of it are recorded."""
@@ -285,7 +285,7 @@ class _Exits:
         for module, function in filter(None, map(main_module, sys._current_frames().values())):  # noqa: SLF001
             self._module = module
             if function is not None:
-                RaisedByMain(module, self._raised).follow(function)
+                MainExitStatus(module, self._raised).follow(function)
 
     def _raised(self, status: int) -> None:
         if self._module is not None:

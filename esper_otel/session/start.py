@@ -53,7 +53,7 @@ from esper_otel.session.absence import reasons
 from esper_otel.session.ending import exit_status, forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.events import Events
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.live_page import LONGEST_WAIT_S, show_the_way, wait_for_page
+from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, settings_of_environment, signal_names, unknown_variables
@@ -375,6 +375,7 @@ class _Session:
             self._resource_of,
             phases=self._recorder.phases.log,
             run_of=lambda: publisher.run,
+            settled_run=publisher.settled_run,
             prepare=self._prepare_export,
             health=self.counts,
             idle_ns=self._recorder.clock.idle_ns,
@@ -390,7 +391,7 @@ class _Session:
         rules = self.rules
 
         def run_of() -> Run | None:
-            return publisher.run if self._agreement is None or publisher.ring.last else None
+            return publisher.run if publisher.ring.last else None
 
         return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), run_of)
 

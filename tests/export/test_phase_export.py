@@ -20,7 +20,7 @@ from esper_otel import EsperSettings
 from esper_otel.export.folder import PHASES, Folder
 from esper_otel.export.journal_file import stored_entries
 from esper_otel.export.phase_points import in_one_request
-from esper_otel.frames.phases import Phase, checked_phase
+from esper_otel.frames.phase_log import Phase, checked_phase
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import Point, points_of
 

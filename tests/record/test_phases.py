@@ -17,7 +17,7 @@ import pytest
 import esper_otel
 from esper_otel import InvalidName, InvalidValue, Telemetry, WrongState
 from esper_otel.frames.journal import entries_in, line_of
-from esper_otel.frames.phases import MOST_NAMES, Phase, PhaseLog, checked_phase
+from esper_otel.frames.phase_log import MOST_NAMES, Phase, PhaseLog, checked_phase
 
 
 class Time:

@@ -53,7 +53,7 @@ DELETE FROM phases WHERE (run, rank, attempt, name, ended) IN (
 """
 
 
-class Writer(NamedTuple):
+class AttemptRank(NamedTuple):
     """One process of a run: a rank of an attempt."""
 
     rank: int
@@ -64,7 +64,7 @@ class ReceivedPhase(NamedTuple):
     """A phase, or a part of one, of a process."""
 
     run_id: str
-    writer: Writer
+    writer: AttemptRank
     phase: PhaseTimes
 
 
@@ -72,7 +72,7 @@ class StoredAccounts(NamedTuple):
     """The sums over a run's steps up to a cursor of the store of steps."""
 
     cursor: str
-    accounts: dict[Writer, Account]
+    accounts: dict[AttemptRank, Account]
 
 
 class HoursFile:
@@ -183,10 +183,10 @@ class HoursFile:
         (stored,) = self._connection.execute("SELECT count(*) FROM phases WHERE run = ?", (run_id,)).fetchone()
         return int(stored)
 
-    def phases(self, run_id: str) -> list[tuple[Writer, PhaseTimes]]:
+    def phases(self, run_id: str) -> list[tuple[AttemptRank, PhaseTimes]]:
         """Returns the phases of a run, by rank and attempt; rows that a gateway cannot have written are left out."""
         rows = self._connection.execute("SELECT * FROM phases WHERE run = ?", (run_id,)).fetchall()
-        return [(Writer(*row[1:3]), PhaseTimes(*row[3:])) for row in rows if _is_phase(row[1:])]
+        return [(AttemptRank(*row[1:3]), PhaseTimes(*row[3:])) for row in rows if _is_phase(row[1:])]
 
     def accounts(self, run_id: str) -> StoredAccounts | None:
         """Returns the sums over the steps of a run, as they were when they were stored last."""
@@ -195,7 +195,7 @@ class HoursFile:
             return None
         try:
             said = json.loads(row[1])
-            found = {Writer(int(rank), int(attempt)): Account.from_json(each) for rank, attempt, each in said}
+            found = {AttemptRank(int(rank), int(attempt)): Account.from_json(each) for rank, attempt, each in said}
             return StoredAccounts(str(row[0]), found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             self._warnings.say("damaged hours", "the sums over the steps of run %s cannot be used: %s", run_id, error)

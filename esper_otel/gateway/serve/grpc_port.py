@@ -22,7 +22,7 @@ from esper_otel.gateway.receive.inflate import ENCODINGS, check_encoding, encodi
 from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
-from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
+from esper_otel.gateway.serve.in_flight import Room, RoomShare, Turns
 from esper_otel.gateway.turns import in_turns
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import (
@@ -151,28 +151,28 @@ class Rpc:
     # -- pulling -----------------------------------------------------------------------------------------
 
     async def _runs(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
             return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _ranks(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
             return (await self._core.ranks(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _hours(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(HoursRequest.FromString, context, answer.owner, self._turns)
             return (await self._core.hours(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _pull(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(PullRequest.FromString, context, answer.owner, self._turns)
             limit = asyncio.timeout(None)
             bounds = Bounds(partial(self._steps.turn, answer.owner), answer.has_room)
@@ -185,7 +185,9 @@ class Rpc:
 
         return await self._pulled(context, answered)
 
-    async def _pulled(self, context: _Context, answered: Callable[[Grant | None, Holding], Awaitable[bytes]]) -> bytes:
+    async def _pulled(
+        self, context: _Context, answered: Callable[[Grant | None, RoomShare], Awaitable[bytes]]
+    ) -> bytes:
         """Makes an answer, which counts against the limit of unread answers until the client has read it."""
         try:
             grant, owner = self._granted(self._pull_tokens, context)

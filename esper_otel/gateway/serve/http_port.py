@@ -72,7 +72,7 @@ class HttpPort:
 
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[bounded])
         if receives:
-            app.router.add_post("/v1/metrics", _Receiving(core, self._send_tokens, self._warnings).metrics)
+            app.router.add_post("/v1/metrics", _OtlpHandler(core, self._send_tokens, self._warnings).metrics)
         app.router.add_get("/healthz", _text(lambda: (200, "ok\n")))
         ready = _text(lambda: (200, "ok\n") if core.is_ready else (503, "nothing can be stored\n"))
         app.router.add_get("/readyz", ready)
@@ -160,7 +160,7 @@ def _text(answer: Callable[[], tuple[int, str]]) -> Callable[[web.Request], Awai
 _SYNONYMS = {"": IDENTITY, "none": IDENTITY, "x-gzip": GZIP, "zlib": "deflate"}  # zlib is the Collector's word for it
 
 
-class _Receiving:
+class _OtlpHandler:
     """Receives OTLP over HTTP: reads the body within limits and passes it to the core."""
 
     def __init__(self, core: Core, tokens: Tokens | None, warnings: Warnings) -> None:

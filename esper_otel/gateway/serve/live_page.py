@@ -24,16 +24,16 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from esper_otel.charts.hours import hours_html
+from esper_otel.charts.hours_section import hours_html
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import answers
-from esper_otel.gateway.page_data.answers import Answer, Wanted
+from esper_otel.gateway.page_data.answers import Answer, SeriesRequest
+from esper_otel.gateway.page_data.bucket_table import Range
 from esper_otel.gateway.page_data.heat_map import heat_map
 from esper_otel.gateway.page_data.run_table import RunTable
-from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.view import View
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.security import BadRequest, check_puller
 from esper_otel.gateway.serve.page_files import HEADERS, add_files, check_local
 from esper_otel.gateway.turns import in_turns
@@ -132,7 +132,7 @@ def _run(request: web.Request) -> str:
     return run_id
 
 
-def _wanted(query: Query) -> Wanted:
+def _wanted(query: Query) -> SeriesRequest:
     names = tuple(filter(None, query.get("metrics", "").split(",")))[:_MOST_METRICS]
     first, last = _whole(query, "from", 0, _MOST_STEP), _whole(query, "to", 0, _MOST_STEP)
     steps = Range(*(() if first is None else (first,)))
@@ -141,7 +141,7 @@ def _wanted(query: Query) -> Wanted:
     if steps.first > steps.last:
         raise BadRequest("from must not be above to")
     most = _whole(query, "buckets", _FEWEST_ROWS, _MOST_ROWS + 1)
-    return Wanted(names, steps, most or _ROWS, query.get("since", ""))
+    return SeriesRequest(names, steps, most or _ROWS, query.get("since", ""))
 
 
 def _whole(query: Query, name: str, least: int, limit: int) -> int | None:

@@ -34,7 +34,7 @@ _FREED_AT_ONCE, _FREED_WHEN_IDLE = 2, 32  # pieces of forgotten runs
 _RANGE_BYTES = 150  # of a hole, or of the end of a stream
 
 
-class _Entries:
+class _EntryPieces:
     """The entries of a run, or of one of its ranks, at consecutive positions; the oldest are dropped first."""
 
     def __init__(self) -> None:
@@ -79,14 +79,14 @@ class _Entries:
         return self._pieces[piece][index % _PIECE - (0 if piece else self._first % _PIECE)]
 
 
-class _Shelf:
+class _StoredRun:
     """The stored data of one run."""
 
     def __init__(self, tenant: str) -> None:
         self.life = secrets.token_hex(4)
         self.tenant = tenant
-        self.all = _Entries()
-        self.ranks: dict[int, _Entries] = {}
+        self.all = _EntryPieces()
+        self.ranks: dict[int, _EntryPieces] = {}
         self.sizes: deque[int] = deque()
         self.frame_bytes = 0
         self.losses: dict[Origin, float | None] = {}
@@ -103,7 +103,7 @@ class _Shelf:
         return RUN_BYTES + of_writers + self.frame_bytes + self.place_bytes
 
     def add(self, item: Item) -> None:
-        rank = self.ranks.setdefault(item.origin.rank, _Entries())
+        rank = self.ranks.setdefault(item.origin.rank, _EntryPieces())
         entry = StoredFrame(self.all.last + 1, rank.last + 1, item, self.losses.get(item.origin))
         self.losses[item.origin] = loss_of(item.frame)
         self.counts[item.origin] += 1
@@ -139,7 +139,7 @@ class MemoryStore:
     def __init__(self, limits: StoreLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits or StoreLimits()
         self._clock = clock
-        self._shelves: dict[str, _Shelf] = {}
+        self._shelves: dict[str, _StoredRun] = {}
         self._ledger = Ledger()
         self._forgotten: list[object] = []  # freed piece by piece, since freeing very many entries takes long
         self.dropped: int = 0
@@ -166,7 +166,7 @@ class MemoryStore:
         for run_id, some in groupby(items, lambda item: item.origin.run_id):
             shelf = self._shelves.get(run_id)
             if shelf is None:
-                shelf = self._shelves[run_id] = _Shelf(tenants.get(run_id, ""))
+                shelf = self._shelves[run_id] = _StoredRun(tenants.get(run_id, ""))
             shelf.added_s = now_s
             for item in some:
                 shelf.add(item)
@@ -188,7 +188,7 @@ class MemoryStore:
         shelf = self._shelves.get(run_id)
         if shelf is None:
             raise UnknownRun(f"no step of run {run_id!r} is here")
-        row = shelf.all if rank is None else shelf.ranks.get(rank, _Entries())
+        row = shelf.all if rank is None else shelf.ranks.get(rank, _EntryPieces())
         place = cursor_place(cursor, shelf.life, rank, row.last)
         entries, gap = row.after(place, most)
         last = place + gap + len(entries)
@@ -216,7 +216,7 @@ class MemoryStore:
         """Returns how the stored runs ended. See ``Store``."""
         return {origin: outcome for shelf in self._of(run_id) for origin, outcome in shelf.outcomes.items()}
 
-    def _of(self, run_id: str | None) -> Iterable[_Shelf]:
+    def _of(self, run_id: str | None) -> Iterable[_StoredRun]:
         if run_id is None:
             return self._shelves.values()
         return [self._shelves[run_id]] if run_id in self._shelves else []
@@ -271,7 +271,7 @@ class MemoryStore:
             else:
                 self._forget(run_id)
 
-    def _note(self, run_id: str, shelf: _Shelf, *, has_news: bool = False) -> None:
+    def _note(self, run_id: str, shelf: _StoredRun, *, has_news: bool = False) -> None:
         """Updates the ledger for a run; forgets a run without entries."""
         if shelf.sizes:
             self._ledger.note(run_id, shelf.tenant, shelf.size, len(shelf.counts), has_news=has_news)
@@ -285,7 +285,7 @@ class MemoryStore:
             self._forgotten += row.pieces[1:]
         self._ledger.forget(run_id)
 
-    def _drop(self, shelf: _Shelf) -> None:
+    def _drop(self, shelf: _StoredRun) -> None:
         shelf.drop_oldest()
         self.dropped += 1
 

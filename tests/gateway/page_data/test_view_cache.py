@@ -15,10 +15,10 @@ from esper_otel.errors import UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.page_data import table, views
+from esper_otel.gateway.page_data import bucket_table, view_cache
 from esper_otel.gateway.page_data.answers import seeds
-from esper_otel.gateway.page_data.table import Range
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.bucket_table import Range
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.store.base import Store, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
@@ -38,7 +38,7 @@ def test_the_full_detail_of_a_part_is_read_from_the_store(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table of all steps is coarse; what is zoomed into is not, and goes on when further steps arrive."""
-    monkeypatch.setattr(table, "MOST_ROWS", 64)
+    monkeypatch.setattr(bucket_table, "MOST_ROWS", 64)
     store: Store = MemoryStore() if kind == "memory" else FileStore(tmp_path)
     add(store, 1, 2_000)
 
@@ -62,7 +62,7 @@ def test_the_full_detail_of_a_part_is_read_from_the_store(
 
 
 def test_what_the_store_has_dropped_is_still_shown_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "MOST_ROWS", 64)
+    monkeypatch.setattr(bucket_table, "MOST_ROWS", 64)
     store = MemoryStore(StoreLimits(steps=1_000))
     add(store, 1, 1_000)
 
@@ -123,7 +123,7 @@ def test_a_step_that_gets_another_number_is_not_shown_twice() -> None:
 
 
 def test_views_are_dropped_when_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "_UNWATCHED_S", 0.02)
+    monkeypatch.setattr(view_cache, "_UNWATCHED_S", 0.02)
     store = MemoryStore()
     add(store, 1, 10)
 
@@ -144,8 +144,8 @@ def test_views_are_dropped_when_nobody_looks(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_many_views_share_a_limit_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The larger ones become coarser; all are still there, and nothing is hidden."""
-    monkeypatch.setattr(views, "_MOST_CELLS", 20_000)
-    monkeypatch.setattr(views, "_FEWEST_ROWS", 64)
+    monkeypatch.setattr(view_cache, "_MOST_CELLS", 20_000)
+    monkeypatch.setattr(view_cache, "_FEWEST_ROWS", 64)
     store = MemoryStore()
     for run in range(6):
         add(store, 1, 1_000, f"run-{run}", spike=1.0)

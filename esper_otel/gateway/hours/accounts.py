@@ -1,4 +1,4 @@
-"""Hours: the accounts of the runs at a gateway, kept up to date as steps and phases arrive."""
+"""The accounts of the runs at a gateway, kept up to date as steps and phases arrive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP, Frame
 from esper_otel.frames.numbers import finite
-from esper_otel.gateway.hours.file import HoursFile, ReceivedPhase, StoredAccounts, Writer
+from esper_otel.gateway.hours.file import AttemptRank, HoursFile, ReceivedPhase, StoredAccounts
 from esper_otel.gateway.items import Item
 from esper_otel.gateway.receive.request import PhasePoint
 from esper_otel.gateway.store.base import Store, StoreFull
@@ -60,7 +60,7 @@ class _RunAccounts:
     def add(self, item: Item) -> None:
         """Adds a released step; a correction of a step that was added, or a repeated one, is left out."""
         origin, frame = item.origin, item.frame
-        account = self.accounts.setdefault(Writer(origin.rank, origin.attempt), Account())
+        account = self.accounts.setdefault(AttemptRank(origin.rank, origin.attempt), Account())
         last = account.last
         if last is None or frame.time_unix_ns > last.time_unix_ns:
             account.add_step(step_times(frame))
@@ -128,7 +128,7 @@ class Hours:
             yield
         return RunHours(bar_of_run(ranks.values()), ranks, _infos(phases))
 
-    def _read(self, run_id: str) -> Generator[None, None, dict[Writer, Account]]:
+    def _read(self, run_id: str) -> Generator[None, None, dict[AttemptRank, Account]]:
         """Adds the steps that were stored since the last call."""
         run = self._runs.get(run_id)
         if run is None:
@@ -193,7 +193,7 @@ class Hours:
         self._file.close()
 
 
-def _infos(phases: Iterable[tuple[Writer, PhaseTimes]]) -> list[PhaseInfo]:
+def _infos(phases: Iterable[tuple[AttemptRank, PhaseTimes]]) -> list[PhaseInfo]:
     """Returns the newest phases of which everything is known."""
     found = [
         PhaseInfo(
@@ -214,12 +214,12 @@ def _infos(phases: Iterable[tuple[Writer, PhaseTimes]]) -> list[PhaseInfo]:
 
 def received_phases(points: Iterable[PhasePoint]) -> list[ReceivedPhase]:
     """Joins the points of each phase; values that no phase can have are left out."""
-    joined: dict[tuple[str, Writer, str, int], dict[str, float]] = {}
+    joined: dict[tuple[str, AttemptRank, str, int], dict[str, float]] = {}
     for point in points:
         name = _FIELDS.get(point.metric)
         if name is not None and 0.0 <= point.value < 2**53:
             run = point.sender.run
-            key = run.run_id, Writer(run.rank, run.attempt), point.phase, point.time_unix_ns
+            key = run.run_id, AttemptRank(run.rank, run.attempt), point.phase, point.time_unix_ns
             joined.setdefault(key, {})[name] = point.value
     return [
         ReceivedPhase(run_id, writer, _phase(name, ended, numbers))

@@ -1,4 +1,4 @@
-"""Seeds: the stages of each seed as intervals of steps, and its alpha at some of the steps."""
+"""The stages of each seed as intervals of steps, and its alpha at some of the steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NO_STAGE = -1
 
 
 @dataclass(slots=True)
-class Seed:
+class SeedTimeline:
     """One seed in one segment of a curve.
 
     Attributes:
@@ -47,11 +47,11 @@ class SeedTimelines:
 
     def __init__(self) -> None:
         self.left_out: int = 0
-        self._seeds: dict[tuple[int, str], Seed] = {}
+        self._seeds: dict[tuple[int, str], SeedTimeline] = {}
         self._unknown: set[tuple[int, str]] = set()
         self._segment = -1
         self._ids: tuple[str, ...] = ()
-        self._live: list[Seed | None] = []
+        self._live: list[SeedTimeline | None] = []
         self._stages: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._last_step = 0
         self._steps, self._every = 0, 1
@@ -76,7 +76,7 @@ class SeedTimelines:
                 self._sample(frame, version)
             self._steps += 1
 
-    def changed(self, since: int) -> list[Seed]:
+    def changed(self, since: int) -> list[SeedTimeline]:
         """Returns the seeds that have changed after a version, in order of appearance."""
         return [seed for seed in self._seeds.values() if seed.changed > since]
 
@@ -97,7 +97,7 @@ class SeedTimelines:
         self._stages = np.array([before.get(seed_id, _NO_STAGE) for seed_id in ids], np.int64)
         self._last_step = step
 
-    def _seed(self, segment: int, seed_id: str) -> Seed | None:
+    def _seed(self, segment: int, seed_id: str) -> SeedTimeline | None:
         key = (segment, seed_id)
         seed = self._seeds.get(key)
         if seed is None:
@@ -106,7 +106,7 @@ class SeedTimelines:
                     self._unknown.add(key)
                     self.left_out += 1
                 return None
-            seed = self._seeds[key] = Seed(segment, seed_id)
+            seed = self._seeds[key] = SeedTimeline(segment, seed_id)
         return seed
 
     def _begin_stages(self, stages: npt.NDArray[np.int64], step: int, version: int) -> None:
@@ -137,7 +137,7 @@ class SeedTimelines:
                 del seed.alpha[1::2]
 
 
-def shown(seed: Seed) -> dict[str, Any]:
+def shown(seed: SeedTimeline) -> dict[str, Any]:
     """Returns a seed in the form that the page reads; repeated values of alpha are left out."""
     values = [value for _, value in seed.alpha]
     last = len(values) - 1

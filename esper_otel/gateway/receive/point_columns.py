@@ -1,4 +1,4 @@
-"""Columns: the points of one request in columns, before they are checked."""
+"""The points of one request in columns, before they are checked."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TableLine:
     """One line of a comparison.
 
     Attributes:
@@ -53,7 +53,7 @@ class Comparison:
 
     run: str
     baseline: str
-    lines: tuple[Line, ...]
+    lines: tuple[TableLine, ...]
 
     @property
     def verdict(self) -> Verdict:
@@ -99,7 +99,7 @@ def as_json(comparison: Comparison) -> str:
     return json.dumps(content, indent=2, allow_nan=False)
 
 
-def _as_object(line: Line) -> dict[str, object]:
+def _as_object(line: TableLine) -> dict[str, object]:
     change = line.change
     return {
         "metric": line.metric,
@@ -122,7 +122,7 @@ def _number(value: float | None) -> float | str | None:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: TableLine) -> tuple[str, ...]:
     change = line.change
     unit = "" if line.unit == "1" else f" {line.unit}"
     interval = "" if change.interval is None else "{:.4f} to {:.4f}".format(*change.interval)

@@ -1,4 +1,4 @@
-"""Columns: turns frames into arrays, with a column for each metric that a run has recorded."""
+"""Turns frames into arrays, with a column for each metric that a run has recorded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.frames.frame import LAST_LOSS, Frame, is_absent
-from esper_otel.gateway.page_data.buckets import Counts, Floats, Steps
+from esper_otel.gateway.page_data.buckets import Counts, Floats, StepArrays
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS
 
 # No metrics of the training: numbers of the frame itself, and a loss that repeats the last finite one.
@@ -23,7 +23,7 @@ _MOST_LAYOUTS = 256
 _Names = tuple[str, ...]
 
 
-class Columns:
+class MetricColumns:
     """Which column each metric has, in order of first appearance.
 
     Attributes:
@@ -41,7 +41,7 @@ class Columns:
         """How many metrics there was no room for."""
         return len(self._left_out)
 
-    def steps_of(self, frames: Sequence[Frame], numbers: Sequence[int]) -> Steps:
+    def steps_of(self, frames: Sequence[Frame], numbers: Sequence[int]) -> StepArrays:
         """Returns frames as arrays.
 
         Args:
@@ -78,7 +78,7 @@ class Columns:
         heads = np.array([(frame.global_step, frame.epoch % 2**63, frame.time_unix_ns) for frame in frames], np.int64)
         steps, epochs, times = heads.T
         positions = np.array(numbers, np.int64)
-        return Steps(steps, epochs, times, positions, there, last, low, high, odd if odd.any() else None)
+        return StepArrays(steps, epochs, times, positions, there, last, low, high, odd if odd.any() else None)
 
     def column(self, name: str) -> int | None:
         """Returns the metric's column, a new one if it has none; None if there is no room, or if it is no metric."""

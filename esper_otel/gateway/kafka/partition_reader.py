@@ -1,4 +1,4 @@
-"""Tail: reads a partition up to its end, for a member that takes it over and for servers."""
+"""Reads a partition up to its end, for a member that takes it over and for servers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from esper_otel.gateway.kafka.connection import REFUSALS, BrokerFault, Connection, MemberEnds, meaning
+from esper_otel.gateway.kafka.brokers import REFUSALS, BrokerFault, Brokers, MemberEnds, meaning
 
 _AT_ONCE = 2_000
 _POLL_S = 0.2
 _PATIENCE_S = 60.0
 
 
-class TailReader:
+class PartitionReader:
     """Reads partitions to their ends. Threads: one at a time; its calls wait for the brokers.
 
     Args:
         connection: the way to the brokers.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Brokers) -> None:
         self._committed: Consumer = connection.consumer(**{"enable.partition.eof": True})
         self._all: Consumer = connection.consumer(**{"isolation.level": "read_uncommitted"})
         self.end: int = 0

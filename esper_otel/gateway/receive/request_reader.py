@@ -1,4 +1,4 @@
-"""Reading: decodes small bodies at once, and large ones in a thread, one at a time."""
+"""Decodes small bodies at once, and large ones in a thread, one at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALL, _SMALL_JSON = 32 * 1024, 8 * 1024
 _SMALL_COMPRESSED = 4 * 1024
 
 
-class Reader:
+class RequestReader:
     """Decodes requests.
 
     Threads: it is used from the thread of one event loop, and starts one of its own.

@@ -1,4 +1,4 @@
-"""Records: released frames and the states of writers as records of Kafka.
+"""Released frames and the states of writers as records of Kafka.
 
 Every value begins with the version of its form. A reader that meets a newer one says so and does not guess.
 """
@@ -38,14 +38,14 @@ class UnknownForm(EsperOtelError):
     """A record was written by a newer version of esper_otel, or by something else."""
 
 
-class Released(NamedTuple):
+class FrameWithLoss(NamedTuple):
     """A released frame, and the loss in the packet before it."""
 
     item: Item
     loss_before: float | None
 
 
-class Block(NamedTuple):
+class FrameBatch(NamedTuple):
     """The frames of one record, all of one writer, in order of release.
 
     Attributes:
@@ -55,7 +55,7 @@ class Block(NamedTuple):
         place: where the writer stood after the last of them.
     """
 
-    frames: Sequence[Released]
+    frames: Sequence[FrameWithLoss]
     of_run: int
     of_rank: int
     place: Place
@@ -88,7 +88,7 @@ def origin_of(key: bytes) -> Origin:
     return Origin(run_id, attempt, rank, writer)
 
 
-def block_bytes(block: Block) -> bytes:
+def block_bytes(block: FrameBatch) -> bytes:
     """Returns a block as the value of a record."""
     place = _place_bytes(block.place)
     nan = math.nan
@@ -100,7 +100,7 @@ def block_bytes(block: Block) -> bytes:
     return b"".join(parts)
 
 
-def block_of(key: bytes, value: bytes) -> Block:
+def block_of(key: bytes, value: bytes) -> FrameBatch:
     """Returns the block in a record.
 
     Raises:
@@ -119,10 +119,10 @@ def block_of(key: bytes, value: bytes) -> Block:
     if len(frames) != count or not count:
         raise UnknownForm(f"not a record of frames: {len(frames)} frames instead of {count}")
     released = [
-        Released(Item(origin, frame, revision, complete, received, missed), None if math.isnan(loss) else loss)
+        FrameWithLoss(Item(origin, frame, revision, complete, received, missed), None if math.isnan(loss) else loss)
         for frame, (revision, complete, received, missed, loss) in zip(frames, of_items, strict=True)
     ]
-    return Block(released, of_run, of_rank, place)
+    return FrameBatch(released, of_run, of_rank, place)
 
 
 class Counts(NamedTuple):
@@ -166,7 +166,7 @@ class WriterState(NamedTuple):
 
     state: RunState
     place: Place
-    newest: Released | None
+    newest: FrameWithLoss | None
     counts: Counts
     since: int
     last: int
@@ -181,7 +181,7 @@ def state_bytes(known: WriterState) -> bytes:
     ).encode()
     newest = b""
     if known.newest is not None:
-        newest = block_bytes(Block([known.newest], 0, 0, known.place))
+        newest = block_bytes(FrameBatch([known.newest], 0, 0, known.place))
     place = _place_bytes(known.place)
     durations = known.durations.steps.astype(_STEP).tobytes() + known.durations.times.astype(_DURATION).tobytes()
     head = _LENGTHS.pack(VERSION, len(text), len(place), len(newest))
@@ -269,6 +269,7 @@ def merged_state(state: RunState, before: RunState | None) -> RunState:
         host=state.host or before.host,
         revision=state.revision or before.revision,
         ended=state.ended,
+        last_received_unix_ns=max(state.last_received_unix_ns, before.last_received_unix_ns),
     )
 
 

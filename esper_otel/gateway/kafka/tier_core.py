@@ -16,12 +16,12 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.items import Item, Origin, Place
-from esper_otel.gateway.kafka.connection import Connection, meaning
-from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
+from esper_otel.gateway.kafka.brokers import Brokers, meaning
+from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entries_of
 from esper_otel.gateway.kafka.past import PastReader, PastReaders
-from esper_otel.gateway.kafka.reading import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.states import KnownStates
+from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topics import Tier
 from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
 from esper_otel.gateway.security import BadRequest
@@ -130,7 +130,7 @@ class TierCore(Core):
     """
 
     def __init__(
-        self, connection: Connection, tier: Tier, *, rules: tuple[Rule, ...] = RULES, latency_budget_ms: float = 10.0
+        self, connection: Brokers, tier: Tier, *, rules: tuple[Rule, ...] = RULES, latency_budget_ms: float = 10.0
     ) -> None:
         self._known = KnownStates()
         self._tails: dict[int, Tail] = {}
@@ -251,7 +251,7 @@ class TierCore(Core):
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
         """Returns the steps after a cursor, for a reader in this process. See ``Core``."""
-        fetched = await self.fetch(run_id, cursor, Wanted(), most)
+        fetched = await self.fetch(run_id, cursor, PullSelection(), most)
         made = partial(packets_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
         found = await packets_after(fetched, run_id, fetched.first, most, made, self._clock_ns)
         self.counts["pulled_steps"] += len(found)
@@ -267,7 +267,7 @@ class TierCore(Core):
         """Waits until something new of a run arrives, at most so long."""
         await super()._news(run_id, time.monotonic() + within_s)
 
-    async def fetch(self, run_id: str, cursor: str, wanted: Wanted, most: int) -> FetchedEntries:
+    async def fetch(self, run_id: str, cursor: str, wanted: PullSelection, most: int) -> FetchedEntries:
         """Reads up to ``most`` entries after a cursor.
 
         Raises:
@@ -322,7 +322,7 @@ class TierCore(Core):
             waiting.set_result(None)
 
     def _newest(
-        self, run_id: str, wanted: Wanted, stands: Mapping[int, Stand], tails: Mapping[int, Tail], most: int
+        self, run_id: str, wanted: PullSelection, stands: Mapping[int, Stand], tails: Mapping[int, Tail], most: int
     ) -> FetchedEntries:
         """Returns entries from the tails, in order of their times."""
         later = dict(stands)
@@ -345,7 +345,7 @@ class TierCore(Core):
     async def _from_past(
         self,
         run_id: str,
-        wanted: Wanted,
+        wanted: PullSelection,
         stands: Mapping[int, Stand],
         behind: Mapping[int, Stand],
         tails: Mapping[int, Tail],
@@ -434,7 +434,7 @@ class ViewedRank:
         self._reading = asyncio.get_running_loop().create_task(self._read())
 
     async def _read(self) -> None:
-        cursor, wanted = "", Wanted(self._rank)
+        cursor, wanted = "", PullSelection(self._rank)
         while True:
             found: Sequence[StoredFrame] = ()
             with suppress(UnknownRun, StaleCursor, Busy):
@@ -453,6 +453,6 @@ class ViewedRank:
         self._reading.cancel()
 
 
-def _wanted(request: PullRequest) -> Wanted:
+def _wanted(request: PullRequest) -> PullSelection:
     rank = request.rank if request.HasField("rank") else None
-    return Wanted(rank, request.shard, request.shards)
+    return PullSelection(rank, request.shard, request.shards)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from esper_otel import unix
 from esper_otel.record.names import PARTS
-from esper_otel.record.parts import NOTHING, Timer
+from esper_otel.record.step_parts import NOTHING, Timer
 from esper_otel.record.values import CopyTime
 
 # The time after a backward pass or an optimizer's step: the next forward pass if a backward pass follows, else nothing.

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from esper_otel.errors import ProbeUnavailable
-from esper_otel.probes.memory import ProcessMemory, TorchMemory
+from esper_otel.probes.memory_use import ProcessMemory, TorchMemory
 from esper_otel.probes.probe import NotYet
 
 GIB = 1024**3

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.command import limits_of, ports_of
-from esper_otel.gateway.kafka.connection import Connection
+from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.metrics import member_text
 from esper_otel.gateway.kafka.topics import tier_at
@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
         raise ConfigurationError("--ui does not go with --kafka: esper-otel serve --ui has the page")
     options.grpc = "none"
     ports = ports_of(options)
-    connection = Connection.of(options)
+    connection = Brokers.of(options)
     tier = tier_at(connection, options.kafka_topics, is_member=True)
     name = options.member or socket.gethostname()
     member = Member(

@@ -1,4 +1,4 @@
-"""Reading: the topics as servers read them: states from the beginning, frames at their tails and in their past.
+"""The topics as servers read them: states from the beginning, frames at their tails and in their past.
 
 Calls of librdkafka wait, so each of these readers has a thread of its own; what they read is handed to the event loop.
 """
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.kafka.connection import Connection, meaning
+from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.entries import Record
-from esper_otel.gateway.kafka.records import UnknownForm, WriterState, origin_of, state_of
-from esper_otel.gateway.kafka.tail import value_of
+from esper_otel.gateway.kafka.partition_reader import value_of
+from esper_otel.gateway.kafka.topic_records import UnknownForm, WriterState, origin_of, state_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier
 from esper_otel.log import Warnings
 
@@ -37,10 +37,10 @@ class NewState(NamedTuple):
     state: WriterState | None
 
 
-class _Reader:
+class _ReadingThread:
     """A thread with a consumer of its own."""
 
-    def __init__(self, connection: Connection, name: str, **properties: Any) -> None:
+    def __init__(self, connection: Brokers, name: str, **properties: Any) -> None:
         self._consumer: Consumer = connection.consumer(**properties)
         self._warnings = Warnings()
         self._stop = threading.Event()
@@ -93,7 +93,7 @@ class _Reader:
         self._warnings.say(kind, "%s", message)
 
 
-class StateReader(_Reader):
+class StateReader(_ReadingThread):
     """Reads the topic of states, all of it, and then what is new.
 
     Args:
@@ -105,7 +105,7 @@ class StateReader(_Reader):
 
     def __init__(
         self,
-        connection: Connection,
+        connection: Brokers,
         tier: Tier,
         found: Callable[[list[NewState], set[int]], None],
         lows: Callable[[dict[int, int]], None],
@@ -207,7 +207,7 @@ class Tail:
         return (record for record in reversed(later) if record.is_wanted(run_id, rank))
 
 
-class TailReader(_Reader):
+class TailReader(_ReadingThread):
     """Follows the ends of those partitions that somebody reads.
 
     Args:
@@ -216,7 +216,7 @@ class TailReader(_Reader):
         found: called in the thread with new records.
     """
 
-    def __init__(self, connection: Connection, tier: Tier, found: Callable[[list[Record]], None]) -> None:
+    def __init__(self, connection: Brokers, tier: Tier, found: Callable[[list[Record]], None]) -> None:
         super().__init__(connection, "kafka-tail")
         self._topic, self._found = tier.topics.frames, found
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

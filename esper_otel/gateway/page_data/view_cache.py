@@ -1,4 +1,4 @@
-"""Views: those of the ranks that somebody looks at, within a limit of memory."""
+"""Keeps the views of the ranks that somebody looks at, within a limit of memory."""
 
 from __future__ import annotations
 

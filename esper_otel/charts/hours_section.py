@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from esper_otel.hours.bar import PRODUCTIVE, Bar, RunHours
-from esper_otel.hours.text import duration, said, title
+from esper_otel.hours.output import duration, said, title
 
 # Colours as attributes of SVG, since the pages' policy allows no style in HTML. They suit a light and a dark page.
 _COLOURS = {

@@ -1,4 +1,4 @@
-"""Table: the steps of one rank, or of a range of them, in buckets that become wider as steps are added."""
+"""The steps of one rank, or of a range of them, in buckets that become wider as steps are added."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.gateway.page_data.buckets import Buckets, Heads, Steps, Values, reduced_heads
+from esper_otel.gateway.page_data.buckets import Buckets, Heads, StepArrays, Values, reduced_heads
 
 MOST_ROWS = 16_384
 # Rows of a table times its metrics: 36 bytes each, 56 if some values are not finite.
@@ -24,7 +24,7 @@ class Range(NamedTuple):
     last: int = _LAST
 
 
-class Dirty(NamedTuple):
+class DirtyBucket(NamedTuple):
     """A bucket that has to be filled again, because one of its steps was corrected."""
 
     segment: int
@@ -67,7 +67,7 @@ class Table:
         self.life: str = secrets.token_hex(4)
         self.width: int = 1
         self.segments: list[Buckets] = []
-        self.dirty: set[Dirty] = set()
+        self.dirty: set[DirtyBucket] = set()
         self.used_s: float = 0.0
 
     @property
@@ -80,7 +80,7 @@ class Table:
         """For how many values there is memory."""
         return sum(buckets.cells for buckets in self.segments)
 
-    def add(self, segment: int, new: Steps, version: int, *, is_correction: bool = False) -> None:
+    def add(self, segment: int, new: StepArrays, version: int, *, is_correction: bool = False) -> None:
         """Adds steps to a segment.
 
         Args:
@@ -104,7 +104,7 @@ class Table:
         if len(new.steps):
             buckets.add(new, self.width, version)
 
-    def _without_replaced(self, segment: int, new: Steps, version: int) -> Steps:
+    def _without_replaced(self, segment: int, new: StepArrays, version: int) -> StepArrays:
         """Empties buckets whose only step is replaced, and notes the others; returns the steps to add."""
         buckets = self.segments[segment]
         keys = new.steps // self.width
@@ -114,7 +114,7 @@ class Table:
         if single.any():
             buckets.empty(rows[single])
         many = known & ~single
-        self.dirty.update(Dirty(segment, key) for key in keys[many].tolist())
+        self.dirty.update(DirtyBucket(segment, key) for key in keys[many].tolist())
         heads = buckets.heads
         np.minimum.at(heads.lowest, rows[many], new.numbers[many])
         np.maximum.at(heads.highest, rows[many], new.numbers[many])
@@ -134,9 +134,9 @@ class Table:
             wider.append(coarse)
         self.segments = wider
         self.width *= 2
-        self.dirty = {Dirty(segment, key >> 1) for segment, key in self.dirty}
+        self.dirty = {DirtyBucket(segment, key >> 1) for segment, key in self.dirty}
 
-    def dirty_ranges(self) -> list[tuple[Dirty, Range]]:
+    def dirty_ranges(self) -> list[tuple[DirtyBucket, Range]]:
         """Returns the dirty buckets, each with the positions in the store where its steps are."""
         found = []
         for dirty in self.dirty:
@@ -145,7 +145,7 @@ class Table:
             found.append((dirty, Range(int(buckets.heads.lowest[row]), int(buckets.heads.highest[row]))))
         return found
 
-    def refill(self, dirty: Dirty, steps: list[Steps], version: int) -> None:
+    def refill(self, dirty: DirtyBucket, steps: list[StepArrays], version: int) -> None:
         """Replaces what is in a dirty bucket by those of these steps that belong in it."""
         buckets = self.segments[dirty.segment]
         buckets.empty(buckets.find(np.array([dirty.key])))
