@@ -23,6 +23,7 @@ class Board {
     this.focus = "";
     this.events = []; // {step, text, tone} of the run `eventsOf`
     this.eventsOf = "";
+    this.eventsVersion = 0;
     this.charts = new Map();
     this.sections = new Map();
     this.faults = new Map();
@@ -113,6 +114,12 @@ class Board {
 
   seriesOf(run) {
     return this.view.range && run.detail ? run.detail : run.series;
+  }
+
+  // Sets the events of a run, to be drawn when that run is in focus.
+  setEvents(run, events) {
+    Object.assign(this, { events, eventsOf: run });
+    this.eventsVersion++;
   }
 
   // The events of the run in focus, each with its place on the axis.
@@ -207,7 +214,7 @@ class Board {
   // Draws anew if anything has changed: the curves, the smoothing, or what the extra charts show (`extraVersion`).
   update() {
     this.say();
-    const mark = [this.view.smooth, this.focus, this.extraVersion, ...this.shown().map((run) => `${run.id} ${this.seriesOf(run)?.version} ${this.seriesOf(run) === run.detail && run.detail?.key}`)].join("\0");
+    const mark = [this.view.smooth, this.focus, this.extraVersion, this.eventsVersion, ...this.shown().map((run) => `${run.id} ${this.seriesOf(run)?.version} ${this.seriesOf(run) === run.detail && run.detail?.key}`)].join("\0");
     if (mark === this.drawn) return;
     this.drawn = mark;
     for (const chart of this.charts.values()) chart.update();

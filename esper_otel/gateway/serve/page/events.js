@@ -2,7 +2,7 @@
 "use strict";
 
 const EVENTS_EVERY_MS = 2000;
-const happened = { key: "", cursor: "", version: 0, isAsking: false };
+const happened = { key: "", cursor: "", isAsking: false };
 
 async function lookAtEvents() {
   if (document.hidden || happened.isAsking || !runs.infos.has(runs.focus)) return;
@@ -25,12 +25,11 @@ async function lookAtEvents() {
 
 function showEvents(change, { html, marks }) {
   const isOpen = happened.key === change.key && $("events").querySelector("details")?.open;
-  Object.assign(happened, change, { version: happened.version + 1 });
+  Object.assign(happened, change);
   $("events").innerHTML = html;
   $("events").hidden = !html;
   if (isOpen && html) $("events").querySelector("details").open = true;
-  board.events = marks;
-  board.eventsOf = runs.focus;
+  board.setEvents(runs.focus, marks);
   show();
 }
 

@@ -333,7 +333,7 @@ function drawBoard() {
     for (const metric of found.metrics) if (!metrics.has(metric.name)) metrics.set(metric.name, metric);
   }
   board.focus = runs.focus;
-  board.extraVersion = `${side.key} ${side.version} ${happened.version}`;
+  board.extraVersion = `${side.key} ${side.version}`;
   extras();
   board.show(shown, [...metrics.values()]);
 }
