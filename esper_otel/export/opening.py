@@ -56,11 +56,10 @@ def open_exporter(
     fault: Callable[[str, Exception], None],
     warnings: Warnings,
 ) -> StepExporter:
-    """Creates the exporter without starting it. See ``StepExporter`` for the other arguments.
+    """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
 
-    Args:
-        run_of: returns the run as it is known now, for the file of phases.
-        settled_run: returns the run that its ranks agree on; called if the session closes without any step.
+    ``run_of`` returns the run as it is known now, for the file of phases; ``settled_run`` the run that its ranks agree
+    on, and is called if the session closes without any step.
 
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
