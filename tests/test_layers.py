@@ -55,7 +55,7 @@ MAY_IMPORT = {
     # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
     "gateway": {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     "gateway/command": {
         *BASE,
@@ -70,10 +70,11 @@ MAY_IMPORT = {
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
-        *(*BASE, "frames", "leyline", "pull", "gateway"),
+        *(*BASE, "schema", "frames", "leyline", "pull", "gateway"),
         *("gateway/receive", "gateway/rebuild", "gateway/store"),
     },
     # A member and a server: the processes, with their ports.
