@@ -19,7 +19,7 @@ from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
-from esper_otel.frames.frame import Run
+from esper_otel.frames.frame import FINE, Run
 from esper_otel.frames.phase_log import Phase, PhaseLog
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
@@ -67,7 +67,7 @@ class StepExporter:
         leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
         phases: the phases, which are sent with the frames.
         phase_file: keeps phases on disk that must outlive the process.
-        run_of: returns the session's run, for phases without any step.
+        run_of: returns the session's run once it is closing, for phases and an end without any step.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class StepExporter:
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._health_unix_ns = 0
+        self._said: ScopeMetrics | None = None  # the counts of that time
         self._last_sent_s = float("-inf")
         self._goodbye: tuple[int, ScopeMetrics] | None = None
         self._owes_health = False
@@ -623,27 +624,35 @@ class StepExporter:
             if name in counts:
                 counts[name] += more
         start_unix_ns = self._started_unix_ns
-        return self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        self._said = self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        return self._said
 
     def _send_health(self) -> None:
         """Sends the session's own metrics in a separate request, in the two cases where no frames can carry them.
 
         The first case: the endpoint refused a request that contained them. If it refuses all frames, the counts are
         the only sign of that. The second: no steps are recorded for a while, for example during validation. They are
-        then sent at intervals, but not soon after frames, which a small request may overtake on the way, and not while
-        a step is open, since its frame would be older than the counts.
+        then sent at intervals, but not soon after frames, which a small request may overtake on the way. While a step
+        is open, its frame would be older than new counts: the counts of what was sent last are sent again, as a sign
+        that the process lives.
         """
         run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
         if run is None or self._deadline_s is not None:
             return
-        time_unix_ns = last_unix_ns
+        time_unix_ns, said = last_unix_ns, None
         if not self._owes_health:
-            is_due = time.monotonic() >= max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S)
-            time_unix_ns = (self._idle_ns(last_unix_ns) if is_due else None) or 0
-            if time_unix_ns <= max(last_unix_ns, self._health_unix_ns):
+            if time.monotonic() < max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S):
+                return
+            idle_unix_ns = self._idle_ns(last_unix_ns)
+            if idle_unix_ns is None:
+                time_unix_ns = max(last_unix_ns, self._live.sent_unix_ns)
+                said = self._said if _end_of_ms(time_unix_ns) <= self._health_unix_ns else None
+            elif idle_unix_ns > max(last_unix_ns, self._health_unix_ns):
+                time_unix_ns = idle_unix_ns
+            else:
                 return
         self._owes_health = False
-        self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)), self._left_s())
+        self._sent(self._live.encoder.alone(run, said or self._health_at(time_unix_ns)), self._left_s())
         self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
 
     def _say_goodbye(self) -> bool:
@@ -655,8 +664,12 @@ class StepExporter:
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:
             return False
-        if live.run is None or live.has_said_goodbye:
-            return True  # nothing was ever sent, or this went with the last frames
+        if live.has_said_goodbye:
+            return True  # it went with the last frames
+        if live.run is None:
+            if self.outcome in FINE and not live.sent_unix_ns:
+                return True  # nothing was ever sent, and nothing went wrong: no run for anybody to see
+            live.run, live.sent_unix_ns = live.phases_run, max(live.sent_unix_ns, time.time_ns())
         time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns, live.sent_unix_ns) + _MS
         health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)

@@ -49,6 +49,7 @@ def open_exporter(
     *,
     phases: PhaseLog,
     run_of: Callable[[], Run],
+    settled_run: Callable[[], Run],
     prepare: Callable[[], None],
     health: Callable[[], Mapping[tuple[str, str], float]],
     idle_ns: Callable[[int], int | None],
@@ -56,6 +57,9 @@ def open_exporter(
     warnings: Warnings,
 ) -> StepExporter:
     """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
+
+    ``run_of`` returns the run as it is known now, for the file of phases; ``settled_run`` the run that its ranks agree
+    on, and is called if the session closes without any step.
 
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
@@ -96,5 +100,5 @@ def open_exporter(
         leftovers=leftovers,
         phases=phases,
         phase_file=phase_file,
-        run_of=run_of,
+        run_of=settled_run,
     )

@@ -38,7 +38,7 @@ from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
-from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
@@ -209,6 +209,7 @@ class Core:
         taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
+        self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
@@ -432,7 +433,7 @@ class Core:
             self._fault("going on from stored steps", error)
             return
         outcome = self._store.outcomes().get(origin) if items else None
-        ended = NOTHING_ENDED if outcome is None else {origin: outcome}
+        ended = {} if outcome is None else {origin: outcome}
         if items:
             now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
             self._restored(items, ended, {}, places, now_s=now_s, tenant=tenant)
@@ -450,7 +451,7 @@ class Core:
         Raises:
             StoreFull: the frame could not be stored now; it will be stored with the next ones.
         """
-        self._assembler.restore([(item, False)], NOTHING_ENDED, now_s=time.monotonic())
+        self._assembler.restore([(item, False)], {}, now_s=time.monotonic())
         self._save([] if is_lost else [item])
 
     def end(self, outcomes: Mapping[Origin, str]) -> None:
@@ -569,12 +570,19 @@ class Core:
                 found = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
+                    self._check_has_steps(request.run_id)
                     raise
             else:
                 if found.steps or found.gap or time.monotonic() >= deadline_s:
                     return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
+
+    def _check_has_steps(self, run_id: str) -> None:
+        """Raises UnknownRun with the outcome of a run that has ended before its first step."""
+        outcome = None if is_check(run_id) else outcomes(self._states.states_of(run_id, time.monotonic())).get(run_id)
+        if outcome is not None:
+            raise UnknownRun(f"run {run_id!r} has ended ({outcome}) before its first step")
 
     def _check_shard(self, request: PullRequest) -> None:
         """Raises BadRequest for a part of a run: only servers on Kafka have parts."""

@@ -46,9 +46,6 @@ class Grant:
         return run_id.startswith(self.prefix)
 
 
-EVERYTHING = Grant()
-
-
 class TokenRefused(Exception):
     """A token is missing or unknown."""
 
@@ -235,6 +232,7 @@ def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
     senders = {block.sender for block in decoded.blocks}
     senders |= {marker.sender for marker in decoded.markers}
     senders |= {ended.sender for ended in decoded.ended}
+    senders |= {*decoded.alive}  # of counts and phases, too
     for sender in senders:
         if not grant.allows(sender.run.run_id):
             raise NotAllowed(f"this token is not for run {sender.run.run_id!r}")

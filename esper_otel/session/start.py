@@ -51,6 +51,7 @@ from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
+from esper_otel.session.late_rank import LateRank
 from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
@@ -243,7 +244,13 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
-        self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
+        self._late_rank = LateRank(
+            identity,
+            has_readers=has_provider or bool(exporters.readers),
+            is_for_rank_0=settings.export_ranks == "rank0",
+            warnings=self._warnings,
+        )
+        self._publisher.settle_run = self._settled
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
@@ -352,6 +359,7 @@ class _Session:
             self._resource_of,
             phases=self._recorder.phases.log,
             run_of=lambda: publisher.run,
+            settled_run=publisher.settled_run,
             prepare=self._prepare_export,
             health=self.counts,
             idle_ns=self._recorder.clock.idle_ns,
@@ -373,8 +381,21 @@ class _Session:
         """Returns the run for a Resource, which cannot change: without the attempt if the ranks have not agreed yet."""
         return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
 
+    def _settled(self, run: Run) -> Run:
+        """Returns the run with its rank, and what its ranks agree on. Called at the first step: the last opportunity.
+
+        Nothing that names the run has been sent before.
+        """
+        found = self._late_rank.of(run)
+        if found is None:
+            return self._with_agreed_attempt(run)
+        run, self._agreement = found
+        run = self._with_agreed_attempt(run)
+        announce("rank", f"run {run.run_id}, rank {run.rank} of {run.world_size}, as torch.distributed says")
+        return run
+
     def _with_agreed_attempt(self, run: Run) -> Run:
-        """Returns the run with what its ranks agree on. Called at the first step, the last opportunity."""
+        """Returns the run with what its ranks agree on."""
         agreement = self._agreement
         if agreement is None:
             return run

@@ -165,12 +165,12 @@ def test_a_seed_whose_output_is_not_finite_is_left_out() -> None:
 def test_a_culled_seed_starts_over_with_another_blueprint() -> None:
     kasmina = _kasmina(_host(), Action.GERMINATE, Action.TRAIN, Action.BLEND)
     seed = kasmina.seeds[0]
-    before = seed.blueprint_name
+    before = str(seed.network)
     _command(kasmina, Action.CULL)
     assert (seed.stage, seed.alpha, seed.row()["kernel_attached"]) == (Stage.CULLED, 0.0, False)
     _command(kasmina, Action.EMBARGO, Action.RESET, Action.REST, Action.GERMINATE)
     assert seed.stage is Stage.GERMINATED
-    assert seed.blueprint_name != before
+    assert str(seed.network) != before
 
 
 def test_a_command_that_does_not_fit_the_stage_is_refused() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from esper_otel.errors import ConfigurationError, EsperOtelError
@@ -17,7 +17,6 @@ from esper_otel.log import Warnings
 SESSION_MS = TRANSACTION_MS = 10_000
 # The largest record: a step of 20,000 seeds takes some 6 MB, a request of a process up to 3.5 MB.
 MOST_RECORD_BYTES = 8 * 1024 * 1024
-_START_S = 10.0
 _OURS = frozenset(
     {
         *("bootstrap.servers", "client.id", "group.id", "group.instance.id", "group.protocol", "transactional.id"),
@@ -224,9 +223,3 @@ def meaning(error: KafkaError) -> str:
     """Returns what an error means and what to do about it."""
     known = _MEANINGS.get(error.code())
     return error.str() if known is None else f"{known} ({error.str()})"
-
-
-def end_of(consumer: Consumer, topic: str, partition: int, timeout_s: float = _START_S) -> tuple[int, int]:
-    """Returns the first offset of a partition, and the one after its last committed record."""
-    low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
-    return low, high

@@ -37,7 +37,6 @@ from esper_otel.log import Warnings, announce
 # How long requests are collected before they are used: each time costs a transaction.
 _COLLECT_S = 0.03
 _MOST_RECORDS = 2_000
-_MOST_IDLE_S = 0.5
 _STATES_EVERY_S = 5.0
 _TIDY_EVERY_S = 60.0
 _LAG_EVERY_S = 1.0

@@ -121,6 +121,11 @@ class _Memory:
             self.steps.append(frame.global_step)
             self.durations.append(durations_of(frame))
 
+    def received_unix_ns(self, state: RunState | None) -> int:
+        """Returns when something last arrived from the writer; a run that failed before its first step has no frame."""
+        of_states = (each.last_received_unix_ns for each in (state, self.before) if each is not None)
+        return max(*of_states, 0 if self.newest is None else self.newest.item.received_unix_ns, 0)
+
     def restore(self, known: WriterState) -> None:
         self.since, self.last, self.count = known.since, known.last, known.counts.writer
         self.before, self.newest, self.place = known.state, known.newest, known.place
@@ -195,6 +200,7 @@ class Shard:
         self.counts["requests"] += len(group)
         self.counts["points"] += taken.accepted
         self.rejected.update(taken.rejected)
+        self._changed.update(taken.alive)
         if taken.crowded:
             return [BadRecord(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
         return []
@@ -368,13 +374,11 @@ class Shard:
 
     def idle(self, oldest_unix_ns: int) -> list[Origin]:
         """Forgets writers of which nothing has arrived since a time, and returns them."""
-        self._assembler.runs(self._now_s)
+        states = {state.origin: state for state in self._assembler.runs(self._now_s)}
         gone = [
             origin
             for origin, memory in self._writers.items()
-            if memory.newest is not None
-            and memory.newest.item.received_unix_ns < oldest_unix_ns
-            and origin not in self._changed
+            if memory.received_unix_ns(states.get(origin)) < oldest_unix_ns and origin not in self._changed
         ]
         for origin in gone:
             del self._writers[origin]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
-from wire import encoder
+from wire import counts_of, encoder, end_of
 
 from esper_otel import StaleCursor
 from esper_otel.frames.frame import Frame
@@ -187,6 +187,35 @@ def test_records_say_what_they_are() -> None:
         block_of(key_of(origin), b"\x02" + value[1:])
     with pytest.raises(UnknownForm, match="not the key of a writer"):
         block_of(b'["run"]', value)
+
+
+def test_a_writer_without_steps_is_known_to_live_after_a_takeover() -> None:
+    """Its counts are records of their own; the servers hear of them, and the next member remembers."""
+    run = replace(RUN, rank=0)
+    body = b"".join(each.body for each in encoder("process-0").requests(blocks_of([step_of(0, 1)])))
+    log = Log([body, *[counts_of(run, process="process-0")] * 2])
+    log.work(1, of_all=True, dies=False)
+    for at in (1, 2):
+        log.work(1, of_all=True, dies=False)
+        [state] = [state_of(*record).state for record in log.states.items()]
+        assert (state.last_received_unix_ns, state.step_received_unix_ns) == (TIME_UNIX_NS + at, TIME_UNIX_NS)
+        log.begin()
+
+
+def test_a_run_that_failed_before_its_first_step_is_known_until_it_is_old() -> None:
+    """To the next member, too; it has no frame whose age could be asked for."""
+    log = Log([end_of()])
+    log.work(1, of_all=False, dies=False)
+    [state] = [state_of(*record).state for record in log.states.items()]
+    assert (state.origin[:3], state.ended) == ((RUN.run_id, RUN.attempt, RUN.rank), "RuntimeError")
+    for _ in range(2):
+        log.work(0, of_all=True, dies=False)
+        assert not log.shard.idle(TIME_UNIX_NS)
+        log.begin()
+    log.now_s += 1e6
+    log.work(0, of_all=True, dies=False)
+    assert log.shard.idle(TIME_UNIX_NS + 1) == [state.origin]
+    assert not log.shard.writers
 
 
 def test_counts_go_on_after_a_takeover() -> None:
