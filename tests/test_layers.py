@@ -181,7 +181,7 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 
 def _name(function: ast.expr) -> str:
-    return getattr(function, "attr", None) or getattr(function, "id", "")
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def _module(module: str, name: str) -> str:
