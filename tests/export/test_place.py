@@ -63,7 +63,9 @@ def test_the_resource_says_where_the_process_runs() -> None:
     }
     assert {name: found.get(name) for name in expected} == expected
     assert {"host.name", "host.arch"} <= found.keys()
-    types = {each.name: {"string": str, "int": int}[each.type] for each in ATTRIBUTES if Carrier.RESOURCE in each.places}
+    types = {
+        each.name: {"string": str, "int": int}[each.type] for each in ATTRIBUTES if Carrier.RESOURCE in each.places
+    }
     chosen = {name: "esper.parallel.*" if name.startswith("esper.parallel.") else name for name in found}
     assert {name: types.get(chosen[name]) for name in found} == {name: type(value) for name, value in found.items()}
 
