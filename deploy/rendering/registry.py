@@ -52,6 +52,11 @@ def _id(attribute: Attribute) -> str:
     return attribute.name.removesuffix(".*")
 
 
+def _is_several(attribute: Attribute) -> bool:
+    """Whether it stands for several names of the conventions."""
+    return attribute.is_of_conventions and attribute.name.endswith(".*")
+
+
 def _attributes() -> dict[str, Any]:
     """The attributes of our own; a name that an event has, too, stands here once."""
     ours = {_id(each): _declared(each) for each in ATTRIBUTES if not each.is_of_conventions}
@@ -93,7 +98,7 @@ def _entities() -> Iterator[dict[str, Any]]:
         (_RUN, "One rank of one attempt of a training run.", Carrier.RESOURCE),
         (_DEVICE, "The device that a rank trains on.", Carrier.DEVICE),
     ):
-        refs = [each for each in ATTRIBUTES if place in each.places]
+        refs = [each for each in ATTRIBUTES if place in each.places and not _is_several(each)]
         yield {
             "id": f"entity.{name}",
             "type": "entity",

@@ -19,7 +19,7 @@ class Attribute(NamedTuple):
     """A declared attribute.
 
     Attributes:
-        name: its name; ``*`` at the end stands for names that users choose.
+        name: its name; ``*`` at the end stands for several names.
         meaning: one line for users.
         source: where it is from, if it is not read from variables of the environment.
         variables: the variables that may have it; the first one that is set counts.
@@ -71,9 +71,7 @@ PROCESS: tuple[Attribute, ...] = (
     Attribute("process.runtime.version", "Its version.", "Python"),
     Attribute("process.runtime.description", "Its version and build.", "Python"),
     Attribute("vcs.ref.head.revision", "The commit that is checked out.", "git"),
-    Attribute("telemetry.sdk.language", "The SDK's language.", "SDK"),
-    Attribute("telemetry.sdk.name", "The SDK.", "SDK"),
-    Attribute("telemetry.sdk.version", "Its version.", "SDK"),
+    Attribute("telemetry.sdk.*", "OpenTelemetry's SDK: language, name, version.", "SDK"),
 )
 SLURM: tuple[Attribute, ...] = (
     Attribute("slurm.cluster.name", "Slurm's cluster.", variables=("SLURM_CLUSTER_NAME",), example="leonardo"),
