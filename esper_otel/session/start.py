@@ -244,12 +244,7 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
-        self._late_rank = LateRank(
-            identity,
-            has_readers=has_provider or bool(exporters.readers),
-            is_for_rank_0=settings.export_ranks == "rank0",
-            warnings=self._warnings,
-        )
+        self._late_rank = LateRank(identity, settings, self._warnings, has_readers=has_provider or exporters.readers)
         self._publisher.settle_run = self._settled
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
