@@ -38,7 +38,7 @@ from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
-from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredPage, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
@@ -433,7 +433,7 @@ class Core:
             self._fault("going on from stored steps", error)
             return
         outcome = self._store.outcomes().get(origin) if items else None
-        ended = NOTHING_ENDED if outcome is None else {origin: outcome}
+        ended = {} if outcome is None else {origin: outcome}
         if items:
             now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
             self._restored(items, ended, {}, places, now_s=now_s, tenant=tenant)
@@ -451,7 +451,7 @@ class Core:
         Raises:
             StoreFull: the frame could not be stored now; it will be stored with the next ones.
         """
-        self._assembler.restore([(item, False)], NOTHING_ENDED, now_s=time.monotonic())
+        self._assembler.restore([(item, False)], {}, now_s=time.monotonic())
         self._save([] if is_lost else [item])
 
     def end(self, outcomes: Mapping[Origin, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,7 +15,7 @@ from confluent_kafka import KafkaException
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy
-from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.items import Origin
 from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entries_of
@@ -25,15 +25,7 @@ from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, 
 from esper_otel.gateway.kafka.topics import Tier
 from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
 from esper_otel.gateway.security import BadRequest
-from esper_otel.gateway.store.base import (
-    EXPIRED_AT_ONCE,
-    NO_TENANTS,
-    NOTHING_ENDED,
-    KeptRequest,
-    StoredFrame,
-    StoredPage,
-    StoreLimits,
-)
+from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.turns import Turn, pause
 from esper_otel.leyline.packets import Page
@@ -50,12 +42,11 @@ _DEFAULT_PACKETS = 64
 _VIEWED, _VIEW_BYTES, _READ_AT_ONCE, _VIEWED_S = 16, 64 * 1024 * 1024, 500, 300.0
 
 
-class TierStore:
+class TierStore(Store):
     """What ``Core`` asks a store, answered from the topic of states. Frames are fetched for each request instead."""
 
     def __init__(self, known: KnownStates, size: Callable[[], int]) -> None:
-        self.dropped: int = 0
-        self.damaged: Counter[str] = Counter()
+        super().__init__()
         self._known, self._size = known, size
 
     @property
@@ -63,16 +54,7 @@ class TierStore:
         """Size of what is in memory, in bytes."""
         return self._size()
 
-    def add(
-        self,
-        items: Iterable[Item],
-        *,
-        ended: Mapping[Origin, str] = NOTHING_ENDED,
-        places: Iterable[Place] = (),
-        tenants: Mapping[str, str] = NO_TENANTS,
-        kept: KeptRequest | None = None,
-        first_kept: int | None = None,
-    ) -> None:
+    def _add(self, new: NewData) -> None:
         """Does nothing: members write, servers read."""
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:  # noqa: ARG002
@@ -99,24 +81,9 @@ class TierStore:
         """Returns how writers ended."""
         return self._known.outcomes(run_id)
 
-    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:  # noqa: ARG002
-        """Returns nothing: nothing is put together here."""
-        return [], []
-
-    def tenant(self, run_id: str) -> str:  # noqa: ARG002
-        """Returns an empty name: who may send is the brokers' business."""
-        return ""
-
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns how much memory the tails take, and the limit."""
         return {"tail bytes": (float(self._size()), float(_MOST_TAIL_BYTES))}
-
-    def expire(self) -> list[str]:
-        """Returns nothing: the brokers' retention drops steps, up to this many runs at once elsewhere."""
-        return [][:EXPIRED_AT_ONCE]
-
-    def close(self) -> None:
-        """Does nothing: nothing is open."""
 
 
 class TierCore(Core):

@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
@@ -27,12 +27,8 @@ from esper_otel.frames.records import DamagedRecord, RecordWriter, frames_in
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
     EXPIRED_AT_ONCE,
-    NO_TENANTS,
-    NOTHING_ENDED,
-    RANK_BYTES,
-    RUN_BYTES,
-    WRITER_BYTES,
     KeptRequest,
+    NewData,
     StoredFrame,
     StoredPage,
     StoreFull,
@@ -41,8 +37,9 @@ from esper_otel.gateway.store.base import (
     cursor_text,
 )
 from esper_otel.gateway.store.database import FILE, DamagedStore, locked, moved_aside, opened, reading, transaction
-from esper_otel.gateway.store.ledger import Ledger, use_of
+from esper_otel.gateway.store.ledger import Ledger
 from esper_otel.gateway.store.memory import loss_of
+from esper_otel.gateway.store.runs import RunStore, StoredRun
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
@@ -65,30 +62,18 @@ _MOST_TRIES = 3
 _MOST_ASIDE = 1_000  # rows of one table that are kept in the folder ``damaged``
 
 
-class _CachedRun:
+class _CachedRun(StoredRun):
     """The part of a run's state that is kept in memory, so that it need not be read from the file."""
 
     def __init__(self, key: int, life: str, tenant: str) -> None:
+        super().__init__(life, tenant)
         self.key = key
-        self.life = life
-        self.tenant = tenant
         self.first = 1
         self.last = 0
-        self.frame_bytes = 0
-        self.added_s = 0.0
         self.is_torn = False  # whether entries were lost that were not the oldest ones
         self.ranks: dict[int, int] = {}
         self.moved: set[int] = set()  # ranks that have new entries in this transaction
-        self.losses: dict[Origin, float | None] = {}
         self.newest: dict[Origin, int] = {}  # position of each writer's last entry, until its loss is read
-        self.counts: Counter[Origin] = Counter()
-        self.outcomes: dict[Origin, str] = {}
-
-    @property
-    def size(self) -> int:
-        """Approximate size in bytes."""
-        of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
-        return RUN_BYTES + of_writers + self.frame_bytes
 
     def copied(self) -> _CachedRun:
         other = copy(self)
@@ -97,7 +82,7 @@ class _CachedRun:
         return other
 
 
-class FileStore:
+class FileStore(RunStore[_CachedRun]):
     """Keeps entries in ``<folder>/steps.sqlite3``. See ``Store``.
 
     Args:
@@ -118,12 +103,10 @@ class FileStore:
         *,
         read_only: bool = False,
     ) -> None:
-        self._limits = limits or StoreLimits()
-        self._clock, self._opened_s = clock, clock()
+        super().__init__(limits, clock)
+        self._opened_s = clock()
         self._path, self._read_only = Path(folder) / FILE, read_only
         self._aside, self._warnings = Quarantine(Path(folder)), Warnings(clock)
-        self._runs: dict[str, _CachedRun] = {}
-        self._ledger = Ledger()
         self._bodies: list[int] = []
         self._last_key = 0
         self._dropped: list[int] = []  # keys of runs that this transaction drops
@@ -133,8 +116,6 @@ class FileStore:
         self._last_block = 0
         self._received: dict[Origin, int] = {}  # when each writer was last received from before this start
         self._age_before_s = self._age_noted_s = 0.0
-        self.dropped: int = 0
-        self.damaged: Counter[str] = Counter()
         self._lock = None if read_only else locked(Path(folder))
         try:
             self._open()
@@ -150,31 +131,15 @@ class FileStore:
         """The store's folder."""
         return self._path.parent
 
-    @property
-    def size(self) -> int:
-        """Approximate size of the entries in bytes."""
-        return self._ledger.size
-
-    def add(
-        self,
-        items: Iterable[Item],
-        *,
-        ended: Mapping[Origin, str] = NOTHING_ENDED,
-        places: Iterable[Place] = (),
-        tenants: Mapping[str, str] = NO_TENANTS,
-        kept: KeptRequest | None = None,
-        first_kept: int | None = None,
-    ) -> None:
-        """Stores frames, outcomes and a body, all or nothing. See ``Store``."""
-        new = _NewData(list(items), ended, list(places), tenants, kept, first_kept)
+    def _add(self, new: NewData) -> None:
         try:
-            self._add(new)
+            self._store(new)
         except DamagedStore as error:
             self.begin_anew(error)
             with suppress(DamagedStore):  # if the new file is damaged as well, the next request creates another one
-                self._add(new)
+                self._store(new)
 
-    def _add(self, new: _NewData) -> None:
+    def _store(self, new: NewData) -> None:
         kept, first_kept = new.kept, new.first_kept
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
         if not (new.items or new.ended or new.places) and kept is None and bodies == self._bodies:
@@ -206,7 +171,7 @@ class FileStore:
                 self._runs[run_id] = run
         self.dropped += dropped
 
-    def _write(self, connection: sqlite3.Connection, new: _NewData, changed: dict[str, _CachedRun | None]) -> int:
+    def _write(self, connection: sqlite3.Connection, new: NewData, changed: dict[str, _CachedRun | None]) -> int:
         """Writes frames, outcomes and places of runs; returns how many entries were dropped."""
         self._insert(connection, new, changed)
         for origin, outcome in new.ended.items():
@@ -322,31 +287,6 @@ class FileStore:
         """Returns the number of the newest entry of a rank. See ``Store``."""
         run = self._runs.get(run_id)
         return 0 if run is None else run.ranks.get(rank, 0)
-
-    def holds(self, run_id: str) -> bool:
-        """Whether a step of the run is stored. See ``Store``."""
-        return run_id in self._runs
-
-    def counts(self, run_id: str | None = None) -> dict[Origin, int]:
-        """Returns how many entries each writer has. See ``Store``."""
-        return {origin: count for run in self._of(run_id) for origin, count in run.counts.items() if count}
-
-    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:
-        """Returns how the stored runs ended. See ``Store``."""
-        return {origin: outcome for run in self._of(run_id) for origin, outcome in run.outcomes.items()}
-
-    def _of(self, run_id: str | None) -> Iterable[_CachedRun]:
-        if run_id is None:
-            return self._runs.values()
-        return [self._runs[run_id]] if run_id in self._runs else []
-
-    def tenant(self, run_id: str) -> str:
-        """Returns the tenant whose share a run uses. See ``Store``."""
-        return self._ledger.tenant(run_id)
-
-    def use(self) -> Mapping[str, tuple[float, float]]:
-        """Returns how much of each limit is used. See ``Store``."""
-        return use_of(self._ledger, self._limits)
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for too long. See ``Store``."""
@@ -528,10 +468,6 @@ class FileStore:
             with suppress(StoreFull), transaction(self._connection) as connection:
                 connection.execute(f"UPDATE bodies SET {change}", number)  # noqa: S608
 
-    def run_ids(self) -> list[str]:
-        """Returns the ids of the stored runs."""
-        return sorted(self._runs)
-
     def close(self) -> None:
         """Closes the file."""
         if hasattr(self, "_connection"):
@@ -687,7 +623,7 @@ class FileStore:
 
     # -- writing -----------------------------------------------------------------------------------------
 
-    def _insert(self, connection: sqlite3.Connection, new: _NewData, changed: dict[str, _CachedRun | None]) -> None:
+    def _insert(self, connection: sqlite3.Connection, new: NewData, changed: dict[str, _CachedRun | None]) -> None:
         """Writes frames: consecutive ones of a writer as one block, and a row for each."""
         rows: list[tuple[Any, ...]] = []
         blocks: dict[Origin, _NewBlock] = {}
@@ -873,17 +809,6 @@ class FileStore:
             of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
             for table in ("ends", "places"):
                 connection.execute(f"DELETE FROM {table} WHERE {_OF_WRITER}", of_writer)  # noqa: S608
-
-
-class _NewData(NamedTuple):
-    """The data of one call of ``add``, stored in one transaction."""
-
-    items: list[Item]
-    ended: Mapping[Origin, str]
-    places: list[Place]
-    tenants: Mapping[str, str]
-    kept: KeptRequest | None
-    first_kept: int | None
 
 
 class _DecodedBlock(NamedTuple):
