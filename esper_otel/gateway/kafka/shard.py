@@ -28,7 +28,10 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.ranks import durations_of
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
+from esper_otel.gateway.receive.log_records import decode_logs
+from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.gateway.store.memory import loss_of
+from esper_otel.schema.events import EVENT_SCOPE
 
 # Requests of this many bytes together are decoded as one: OTLP requests put together are a request.
 _JOINED_BYTES = 512 * 1024
@@ -160,6 +163,7 @@ class Shard:
         self.buried: list[int] = []
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
+        self._limits = limits
         self._decoder = Decoder(limits)
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._waiting: deque[_WaitingRecords] = deque()
@@ -189,6 +193,8 @@ class Shard:
 
     def _take(self, group: Sequence[RequestRecord], now_s: float) -> list[BadRecord]:
         try:
+            for record in group:
+                _check_no_events(record.value, self._limits)
             decoded = self._decoder.decode(b"".join(record.value for record in group))
             taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=group[-1].time_unix_ns)
         except Exception as error:  # noqa: BLE001 - it would fail again at each start: it is kept elsewhere
@@ -393,6 +399,22 @@ class Shard:
     def missing(self) -> int:
         """Returns how many steps have not arrived although later ones have."""
         return sum(memory.place.missing for memory in self._writers.values() if memory.place is not None)
+
+
+def _check_no_events(value: bytes, limits: Limits) -> None:
+    """Checks that a request has no log records with events of runs; as metrics they would be lost without a word.
+
+    Raises:
+        Malformed: it has some.
+    """
+    if EVENT_SCOPE.encode() not in value:
+        return
+    try:
+        decoded = decode_logs(value, limits)
+    except (Malformed, TooLarge):
+        return  # they are metrics: the same bytes are not valid as log records, or mean nothing
+    if decoded.events or decoded.refused:
+        raise Malformed("log records with events of runs: a tier on Kafka keeps none")
 
 
 def _joined(records: Sequence[RequestRecord]) -> Iterator[list[RequestRecord]]:
