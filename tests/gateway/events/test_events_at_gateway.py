@@ -14,9 +14,9 @@ from typing import Any
 
 import grpc
 import pytest
-from event_records import body, request
 from gateways import TIMEOUT_S, RunningGateway, post
 from google.protobuf.json_format import MessageToJson
+from log_requests import body, request
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from wire import CATALOGUE, body_of, encoder
 
@@ -81,7 +81,7 @@ def test_events_come_in_every_form_and_are_pulled_once_each(gateway: RunningGate
     sent(gateway, gzip.compress(body("forms", 2, 1)), content_encoding="gzip")
     assert sent(gateway, MessageToJson(request("forms", [3])).encode(), "json") == {}
     with gateway.channel() as channel:
-        assert channel.unary_unary(EXPORT)(body("forms", 5, 3), timeout=TIMEOUT_S) == b""
+        assert channel.unary_unary(EXPORT, None, None)(body("forms", 5, 3), timeout=TIMEOUT_S) == b""
     sent(gateway, body("forms", 1, rank=1))
     with TamiyoClient(gateway.grpc) as client:
         first = client.events("forms", max_events=3)
@@ -172,7 +172,7 @@ def test_the_page_has_marks_and_a_list(gateway: RunningGateway) -> None:
 
     made = request("shown", [1, 2])
     made.resource_logs[0].scope_logs[0].log_records[1].body.string_value = "<script>"
-    made.resource_logs[0].scope_logs[0].log_records[1].severity_number = 17  # type: ignore[assignment]
+    made.resource_logs[0].scope_logs[0].log_records[1].severity_number = 17
     sent(gateway, made.SerializeToString())
     sent(gateway, body("shown", 1, rank=1))
     answer = asked("shown")
@@ -291,5 +291,5 @@ def test_events_are_dropped_with_their_run(tmp_path: Path) -> None:
 
 def test_grpc_refuses_what_http_refuses(gateway: RunningGateway) -> None:
     with gateway.channel() as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary(EXPORT)(b"\xff" * 100, timeout=TIMEOUT_S)
+        channel.unary_unary(EXPORT, None, None)(b"\xff" * 100, timeout=TIMEOUT_S)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
