@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import signal
 import urllib.error
 import urllib.request
@@ -160,6 +161,17 @@ def test_the_command_prints_json_lines(gateway: RunningGateway, capsys: pytest.C
     for option in ("--ranks", "--binary"):
         assert main(["pull", "printed", "--events", option, "--target", gateway.grpc]) == 2
         assert f"--events cannot be combined with {option}" in capsys.readouterr().err
+
+
+def test_the_program_of_the_guide_prints_events(gateway: RunningGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    sent(gateway, body("digits-7", 1, 2))
+    guide = (Path(__file__).parents[3] / "docs" / "how-to" / "run-a-gateway.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"<!-- example: events -->\n```python\n(.*?)```", guide, re.DOTALL)
+    exec(program.replace("127.0.0.1:4327", gateway.grpc), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "10 esper.checkpoint checkpoint 1",
+        "20 esper.checkpoint checkpoint 2",
+    ]
 
 
 def test_the_page_has_marks_and_a_list(gateway: RunningGateway) -> None:
