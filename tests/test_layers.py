@@ -43,10 +43,11 @@ MAY_IMPORT = {
     "probes": {*BASE, "schema", "captures"},
     "export": {*BASE, "schema", "frames", "settings", "addresses", "bearer", "_version"},
     "parts": {"schema", "frames"},
+    "events": {"schema", "frames", "leyline"},
     "leyline": {*BASE, "schema", "frames", "parts"},
     "session": {
         *(*BASE, "schema", "frames", "settings", "_version"),
-        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts"),
+        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts", "events"),
     },
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
@@ -89,7 +90,7 @@ MAY_IMPORT = {
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
     "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
-    "send": {*BASE, "schema", "frames", "settings", "export"},
+    "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},
     "cli": {"text", "_version"},  # commands are modules that it names
@@ -108,7 +109,7 @@ OWNERS = {
     "rich": ("schema/command.py", "demo/"),
     "numpy": (
         *("frames/", "record/", "derive/", "export/", "parts/", "leyline/", "gateway/", "check/"),
-        *("charts/", "compare/"),
+        *("charts/", "compare/", "events/"),
     ),
     "opentelemetry": ("export/", "untraced.py", "leyline/reader.py", "session/start.py"),
     "opentelemetry.instrumentation": ("integrations/instrumentor.py",),
@@ -180,7 +181,7 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 
 def _name(function: ast.expr) -> str:
-    return getattr(function, "attr", None) or getattr(function, "id", "")
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def _module(module: str, name: str) -> str:

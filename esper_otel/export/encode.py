@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
@@ -21,13 +20,11 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     ScopeMetrics,
 )
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as MetricMessage
-from opentelemetry.sdk.metrics.export import MetricsData
-from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetrics
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import Points, points_of
 from esper_otel.export.gauge_points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
-from esper_otel.export.scopes import attribute, set_scope, stream
+from esper_otel.export.scopes import attribute, origin_of, set_scope, stream
 from esper_otel.export.streams import Stream
 from esper_otel.frames.block import Block
 from esper_otel.frames.frame import WIDTH, Run
@@ -184,6 +181,10 @@ class Encoder:
             name: MetricMessage(name=name, description=metric.description, unit=metric.unit).SerializeToString()
             for name, metric in catalogue.items()
         }
+
+    def resource(self, run: Run) -> Resource:
+        """Returns a run's Resource."""
+        return self._resource(run)
 
     @property
     def catalogue(self) -> Mapping[str, Metric]:
@@ -434,8 +435,7 @@ class Encoder:
 
     def _origin_of(self, run: Run) -> ResourceMetrics:
         if self._origin is None or self._origin[0] != run:
-            without_metrics = MetricsData([SdkResourceMetrics(self._resource(run), [], "")])
-            self._origin = (run, encode_metrics(without_metrics).resource_metrics[0])
+            self._origin = (run, origin_of(self._resource(run)))
         return self._origin[1]
 
 
