@@ -21,7 +21,8 @@ from log_requests import body, request
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from wire import CATALOGUE, body_of, encoder
 
-from esper_otel import EventInfo, StaleCursor, TamiyoClient, UnknownRun, aio
+import esper_otel
+from esper_otel import EsperSettings, EventInfo, Stage, StaleCursor, TamiyoClient, UnknownRun, aio
 from esper_otel.cli import main
 from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import Run
@@ -211,6 +212,33 @@ def test_the_report_lists_events(gateway: RunningGateway, tmp_path: Path, monkey
     page = (tmp_path / "reported.html").read_text()
     assert "<h2>Events</h2> <small>1, newest first</small>" in page
     assert '"events":[{"step":10,"text":"checkpoint 1","tone":""}]' in page
+
+
+def test_a_trainer_s_events_arrive_without_a_gap(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind that this run has, with the step at which it happened; they are of the run that has the steps."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+    with esper_otel.start(run_id="trained", settings=EsperSettings(export_every_s=0)) as telemetry:
+        for step in range(1, 21):
+            with telemetry.step(epoch=step // 10) as now:
+                now.put(loss=1.0)
+                now.seed("seed-1", stage=Stage.TRAINING if step < 10 else Stage.BLENDING)
+        with telemetry.phase("checkpoint"):
+            pass
+    with TamiyoClient(gateway.grpc) as client:
+        page = client.events("trained")
+        assert page.gap == 0
+        assert sorted(numbers(page)) == [*range(1, len(page) + 1)]
+        found = {(event.name, event.step) for event in page}
+        assert {
+            ("esper.run.started", None),
+            ("esper.seed.stage", 1),
+            ("esper.seed.stage", 10),
+            ("esper.checkpoint", 20),
+            ("esper.run.ended", 20),
+        } <= found
+        [run] = client.runs("trained")
+        assert {(event.attempt, event.rank) for event in page} == {(run.attempt, run.rank)}
 
 
 def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path, gateway: RunningGateway) -> None:
