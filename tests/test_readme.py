@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test waits for all programs
 PROGRAM = re.compile(r"<!-- example: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 EXAMPLES = {name: text for page in PAGES.values() for name, text in PROGRAM.findall(page)}
 # Programs that need a gateway or Redis; a test of its own runs each. The test of all others runs the rest.
-WITH_A_SERVER = {"several", "gateway", "oona"}
+WITH_A_SERVER = {"several", "gateway", "oona", "events"}
 # Signals that a busy machine may cause.
 _OF_TIME = ("hook_budget", "step_latency_high")
 COMMANDS = sorted(
