@@ -95,15 +95,12 @@ def open_exporter(
     if spool is not None:
         phase_file = JournalFile(spool.folder, PHASES, phases, run_of, resource_of, warnings)
 
-    def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
-        return Encoder(metrics, resources)
-
     def leftovers() -> Iterable[LeftoverSource]:
         if directory is None:
             return ()
         reader_of = None if events is None else events.reader_of
         most_bytes = settings.spool_bytes
-        return leftovers_in(directory, encoder_of, fault, most_bytes=most_bytes, warnings=warnings, reader_of=reader_of)
+        return leftovers_in(directory, Encoder, fault, most_bytes=most_bytes, warnings=warnings, reader_of=reader_of)
 
     def live_events() -> EventExporter:
         assert events is not None
@@ -123,7 +120,7 @@ def open_exporter(
 
     return StepExporter(
         ring,
-        encoder_of(catalogue, resource_of),
+        Encoder(catalogue, resource_of),
         open_sender(endpoint, settings.token_file),
         every_s=_every_s(settings),
         timeout_s=endpoint.timeout_s,

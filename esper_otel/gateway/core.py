@@ -18,7 +18,7 @@ from esper_otel.gateway.events.event_file import StoredEvent
 from esper_otel.gateway.events.run_events import RunEvents, events_message
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.hours.accounts import Hours
-from esper_otel.gateway.hours.answer import hours_message
+from esper_otel.gateway.hours.answer import NO_ACCOUNTS, hours_message
 from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
@@ -643,7 +643,8 @@ class Core:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        return hours_message(await self.run_hours(request.run_id))
+        hours, accounts = await in_turns(self._hours.accounting(request.run_id))
+        return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
 
     async def run_hours(self, run_id: str) -> RunHours:
         """Does the same, as plain values.

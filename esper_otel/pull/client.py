@@ -35,7 +35,7 @@ from esper_otel.pull.messages import (
     RunsResponse,
 )
 from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
-from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
+from esper_otel.pull.views import RunRanks, merged_hours, run_ranks
 
 RETRY_S = 0.1
 _MOST_SHARDS = 1_000
@@ -277,7 +277,8 @@ class TamiyoClient:
             UnknownRun: nothing of the run is stored.
             GatewayError: the gateway refused, or did not answer in time.
         """
-        return merged_hours(map(run_hours, self._of_all("Hours", HoursRequest(run_id=run_id))))
+        request = HoursRequest(run_id=run_id, with_accounts=len(self._gateways) > 1)
+        return merged_hours(self._of_all("Hours", request))
 
     def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended, over all attempts and ranks; None while a rank may be running.

@@ -158,7 +158,8 @@ class Rank(Message):
 
 class HoursRequest(Message):
     run_id: str
-    def __init__(self, *, run_id: str = ...) -> None: ...
+    with_accounts: bool
+    def __init__(self, *, run_id: str = ..., with_accounts: bool = ...) -> None: ...
 
 class HoursResponse(Message):
     @property
@@ -167,6 +168,13 @@ class HoursResponse(Message):
     def ranks(self) -> RepeatedCompositeFieldContainer[RankHours]: ...
     @property
     def phases(self) -> RepeatedCompositeFieldContainer[Phase]: ...
+    @property
+    def accounts(self) -> RepeatedCompositeFieldContainer[ProcessAccount]: ...
+
+class ProcessAccount(Message):
+    rank: int
+    attempt: int
+    account: str
 
 class RankHours(Message):
     rank: int

@@ -20,7 +20,7 @@ from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, logger
 from esper_otel.schema import METRICS
 from esper_otel.send.lines import Progress, RequestLine, has_more, lines_of
-from esper_otel.send.notes import Notes, Refusals
+from esper_otel.send.notes import Notes, RefusedItems
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _NOTE_EVERY_S = 1.0
@@ -82,7 +82,7 @@ class Delivery:
                 progress.note(offset)
         return True
 
-    def _is_settled(self, line: RequestLine, refusals: Refusals) -> bool:
+    def _is_settled(self, line: RequestLine, refusals: RefusedItems) -> bool:
         """Sends a line until the endpoint takes it or refuses it for good. Returns False when the time is over."""
         where = f"bytes {line.start} to {line.end}"
         if line.body is None:
@@ -161,7 +161,7 @@ def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: 
     exporter.close(min(deadline_s, time.monotonic() + _LONGEST_S), "completed")
     left = sum(1 for leftover in leftovers if leftover.folder.path.exists())
     notes = Notes(directory / REFUSED, endpoint.target)
-    refusals = Refusals(notes.mine)
+    refusals = RefusedItems(notes.mine)
     for reason, count in exporter.dropped.items():
         refusals.add(f"steps lost: {reason}", count, f"{reason}: {exporter.last_error or 'see the log'}")
     if exporter.rejected_points:

@@ -240,11 +240,8 @@ class _Session:
         run, self._agreement = _identified_or_spared(settings, identity)
         probes = host_and_device_probes(self._device) if self._enriched else []
         names, processors = _declared(metrics, processors, probes, enriched=self._enriched)
-        is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
-        exporters, endpoint = self._ways_out(
-            settings, run, has_provider=has_provider, export_steps=export_steps, is_silent=is_silent
-        )
+        exporters, endpoint = self._ways_out(settings, run, has_provider=has_provider, export_steps=export_steps)
         changed = settings.changed()
         self._resource_of = _spared(settings, lambda: resources(changed), lambda _: resources(changed, {}))
         self._deriver = Deriver(processors, self._fault)
@@ -257,12 +254,7 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
-        self._late_rank = LateRank(
-            identity,
-            has_readers=has_provider or bool(exporters.readers),
-            is_for_rank_0=settings.export_ranks == "rank0",
-            warnings=self._warnings,
-        )
+        self._late_rank = LateRank(identity, settings, self._warnings, has_readers=has_provider or exporters.readers)
         self._publisher.settle_run = self._settled
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
@@ -289,9 +281,10 @@ class _Session:
             self._warnings.hold("export", LONGEST_WAIT_S)
 
     def _ways_out(
-        self, settings: EsperSettings, run: Run, *, has_provider: bool, export_steps: bool | None, is_silent: bool
+        self, settings: EsperSettings, run: Run, *, has_provider: bool, export_steps: bool | None
     ) -> tuple[Exporters, Endpoint | None]:
         """Returns the exporters, and the endpoint to which steps are sent, if they are."""
+        is_silent = settings.export_ranks == "rank0" and run.rank > 0
 
         def found() -> tuple[Exporters, Endpoint | None]:
             exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)

@@ -17,6 +17,7 @@ from wire import bodies
 
 from esper_otel import TamiyoClient, aio
 from esper_otel.errors import ConfigurationError, GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.system_state import system_state
 from esper_otel.pull.event_infos import EventInfo, EventPage
@@ -145,6 +146,32 @@ def test_ranks_at_different_gateways_are_one_run(pull: Puller) -> None:
         page = pull((a.grpc, b.grpc), max_packets=1000)
         assert sorted((step.rank, step.number) for step in page) == [(r, n) for r in (0, 1) for n in range(1, 31)]
         assert [step.state.timestamp_ns for step in page] == sorted(step.state.timestamp_ns for step in page)
+
+
+def test_hours_are_those_of_all_attempts_wherever_they_went() -> None:
+    """By both clients; the second attempt went to the other gateway."""
+    with RunningGateway(*HOLD) as a, RunningGateway(*HOLD) as b:
+        for gateway, attempt in ((a, 1), (b, 2)):
+            run = replace(RUN, run_id=RUN_ID, attempt=attempt)
+            for number in range(1, 6):
+                time_ns = TIME_UNIX_NS + (attempt * 100 + number) * 10**9
+                values = {"step_latency_ms": 1_000.0}
+                frame = make_frame(
+                    run=run, sequence=number, global_step=number + 5 * attempt, time_unix_ns=time_ns, recorded=values
+                )
+                for body in bodies([frame]):
+                    assert post(gateway.http, body) == (200, b"")
+
+        async def by_aio() -> RunHours:
+            async with aio.TamiyoClient(f"{a.grpc},{b.grpc}") as client:
+                return await client.hours(RUN_ID)
+
+        with TamiyoClient(f"{a.grpc},{b.grpc}") as client:
+            found = client.hours(RUN_ID)
+        assert asyncio.run(by_aio()) == found
+        assert found.run.attempts == 2
+        assert found.run.parts["productive"] == 10_000.0
+        assert found.run.parts["between_attempts"] == 95_000.0
 
 
 def test_a_run_that_no_gateway_has_is_unknown_unless_one_does_not_answer(pull: Puller) -> None:
