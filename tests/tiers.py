@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from brokers import NoBroker, shared_broker
 from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from frame_examples import RUN, make_frame
 from gateways import RunningGateway
 from programs import ROOT
@@ -69,9 +71,9 @@ class Tier:
         """A member; ``patch`` is Python that it runs first."""
         return RunningTierProcess("gateway", *self.options(), "--member", name, *options, patch=patch)
 
-    def server(self, *options: str) -> RunningTierProcess:
-        """A pull server."""
-        return RunningTierProcess("serve", *self.options(), *options)
+    def server(self, *options: str, patch: str = "") -> RunningTierProcess:
+        """A pull server; ``patch`` is Python that it runs first."""
+        return RunningTierProcess("serve", *self.options(), *options, patch=patch)
 
     def send(self, key: str, body: bytes, partition: int = -1) -> None:
         """A request, as the collector's exporter sends it."""
@@ -80,6 +82,17 @@ class Tier:
             self._producer = Producer({"bootstrap.servers": self.address, **own, **self._properties})
         self._producer.produce(f"{self.prefix}.otlp", body, key, partition)
         self._producer.poll(0)
+
+    def change(self, topic: str, **config: str) -> None:
+        """Changes the configuration of a topic."""
+        kind = AlterConfigOpType.SET
+        entries = [
+            ConfigEntry(name.replace("_", "."), value, incremental_operation=kind) for name, value in config.items()
+        ]
+        resource = ConfigResource(ConfigResource.Type.TOPIC, f"{self.prefix}.{topic}", incremental_configs=entries)
+        admin = AdminClient({"bootstrap.servers": self.address, "log_level": 0, **self._properties})
+        for future in admin.incremental_alter_configs([resource]).values():
+            future.result()
 
     def flush(self) -> None:
         """Waits until everything is sent."""
@@ -102,6 +115,10 @@ class Tier:
         consumer.close()
         return found
 
+    def partitions_of(self, topic: str) -> set[int]:
+        """The partitions in which a topic has records."""
+        return {message.partition() for message in self.records(topic)}
+
 
 class RunningTierProcess(RunningGateway):
     """A member or a server, as a process of its own."""
@@ -119,6 +136,11 @@ class RunningTierProcess(RunningGateway):
         status = super().end(number)
         print(self._what, *self._options, self.said, sep="\n")
         return status
+
+    def metric(self, name: str) -> float:
+        """One of its metrics."""
+        text = requests.get(f"http://{self.http}/metrics", timeout=60).text
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"esper_gateway_{name} "))
 
     def kill(self) -> None:
         """Kills it at once."""
@@ -140,7 +162,7 @@ class Ranks:
         self.tier, self.run_id, self.ranks, self.together = tier, run_id, ranks, together
         self.step = 0
         self._begin_ns = time.time_ns()
-        self._encoders = [encoder(f"process-{rank}") for rank in range(ranks)]
+        self.encoders = [encoder(f"process-{rank}") for rank in range(ranks)]
 
     def frame(self, rank: int, step: int) -> Frame:
         """One of its steps."""
@@ -164,7 +186,7 @@ class Ranks:
     def body(self, rank: int, steps: Iterable[int]) -> bytes:
         """A request with steps of a rank."""
         frames = [self.frame(rank, step) for step in steps]
-        return b"".join(request.body for request in self._encoders[rank].requests(blocks_of(frames)))
+        return b"".join(request.body for request in self.encoders[rank].requests(blocks_of(frames)))
 
     def expected(self) -> dict[int, list[float]]:
         """The losses of each rank, in order."""
@@ -180,6 +202,12 @@ class Puller:
         self.gap = 0
         self.packets: list[Any] = []
         self._turn = 0
+
+    def said(self) -> str:
+        """What the server says that does not answer."""
+        with pytest.raises(GatewayUnavailable) as raised, TamiyoClient(self.servers[0].grpc, timeout_s=5.0) as client:
+            client.pull(self.run_id, self.cursor)
+        return str(raised.value)
 
     @property
     def losses(self) -> dict[int, list[float]]:

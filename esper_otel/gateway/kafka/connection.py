@@ -17,6 +17,7 @@ from esper_otel.log import Warnings
 SESSION_MS = TRANSACTION_MS = 10_000
 # The largest record: a step of 20,000 seeds takes some 6 MB, a request of a process up to 3.5 MB.
 MOST_RECORD_BYTES = 8 * 1024 * 1024
+_MOST_ADDED_BYTES = 64 * 1024  # of headers, and by the protocol
 _START_S = 10.0
 _OURS = frozenset(
     {
@@ -94,8 +95,12 @@ class Connection:
         consumer: Consumer = self._made(Consumer, given)
         return consumer
 
-    def producer(self, transactional_id: str) -> Producer:
+    def producer(self, transactional_id: str, *, has_batches: bool = True) -> Producer:
         """Makes a transactional producer.
+
+        Args:
+            transactional_id: its name at the brokers.
+            has_batches: whether records are sent together.
 
         Raises:
             ConfigurationError: a property cannot be used.
@@ -103,11 +108,13 @@ class Connection:
         own = {
             "transactional.id": transactional_id,
             "transaction.timeout.ms": TRANSACTION_MS,
-            "message.max.bytes": MOST_RECORD_BYTES,
+            "message.max.bytes": MOST_RECORD_BYTES + _MOST_ADDED_BYTES,  # a member looks itself
             "compression.type": "lz4",
             "linger.ms": 0,
             "queue.buffering.max.messages": 1_000_000,
         }
+        if not has_batches:
+            own["batch.num.messages"] = 1
         producer: Producer = self._made(Producer, own)
         return producer
 

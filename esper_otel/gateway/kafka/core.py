@@ -21,6 +21,7 @@ from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, curso
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entries_of
 from esper_otel.gateway.kafka.past import PastReader, PastReaders
 from esper_otel.gateway.kafka.reading import NewState, StateReader, Tail, TailReader
+from esper_otel.gateway.kafka.records import NewerForm
 from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topics import Tier
 from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
@@ -47,6 +48,9 @@ _TIDY_EVERY_S = 10.0
 _ANSWER_S = 10.0
 _LOOK_AGAIN_S = 1.0
 _DEFAULT_PACKETS = 64
+_NEWER = (
+    "a newer esper-otel has written steps of run {!r}, which this server cannot read: update it, or pull from another"
+)
 _VIEWED, _VIEW_BYTES, _READ_AT_ONCE, _VIEWED_S = 16, 64 * 1024 * 1024, 500, 300.0
 
 
@@ -141,6 +145,7 @@ class TierCore(Core):
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._past = PastReaders()
         self._viewed: OrderedDict[tuple[str, int], ViewedRank] = OrderedDict()
+        self._newer: set[str] = set()  # runs of which a newer version has written something
         self._unread = set(range(tier.partitions))
         self._news_of: asyncio.Queue[tuple[list[NewState], set[int]]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -189,8 +194,10 @@ class TierCore(Core):
         while True:
             states, ends = await self._news_of.get()
             turn = Turn()
-            for partition, origin, known in states:
-                if known is None:
+            for partition, origin, known, is_newer in states:
+                if is_newer:
+                    self._newer.add(origin.run_id)
+                elif known is None:
                     self._known.forget(partition, origin)
                 else:
                     self._known.note(partition, known)
@@ -198,7 +205,7 @@ class TierCore(Core):
                     await pause()
                     turn = Turn()
             self._unread -= ends
-            runs = {origin.run_id for _, origin, _ in states}
+            runs = {each.origin.run_id for each in states}
             self.changed.note(runs)
             self.wake(runs)
 
@@ -272,8 +279,17 @@ class TierCore(Core):
 
         Raises:
             UnknownRun, StaleCursor: the run or the cursor cannot be used.
-            Busy: the brokers do not answer.
+            Busy: the brokers do not answer, or only a newer version can read what is next.
         """
+        if run_id in self._newer:
+            raise Busy(_NEWER.format(run_id))
+        try:
+            return await self._fetch(run_id, cursor, wanted, most)
+        except NewerForm:
+            self._newer.add(run_id)
+            raise Busy(_NEWER.format(run_id)) from None
+
+    async def _fetch(self, run_id: str, cursor: str, wanted: Wanted, most: int) -> FetchedEntries:
         generation = self._tier.generation
         stands = cursor_stands(cursor, generation, wanted)
         firsts = self._known.partitions(run_id, wanted.rank)
@@ -362,6 +378,9 @@ class TierCore(Core):
             read = await asyncio.shield(reading)
         except asyncio.CancelledError:
             reading.add_done_callback(lambda _: self._close_soon(reader))
+            raise
+        except NewerForm:
+            await asyncio.to_thread(reader.close)
             raise
         except KafkaException as error:
             await asyncio.to_thread(reader.close)

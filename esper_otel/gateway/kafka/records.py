@@ -38,6 +38,10 @@ class UnknownForm(EsperOtelError):
     """A record was written by a newer version of esper_otel, or by something else."""
 
 
+class NewerForm(UnknownForm):
+    """A record was written by a newer version of esper_otel, which others can read: it is waited for, not skipped."""
+
+
 class Released(NamedTuple):
     """A released frame, and the loss in the packet before it."""
 
@@ -224,10 +228,11 @@ def _durations_of(value: bytes, start: int) -> Durations:
 
 
 def _check_version(value: bytes) -> None:
-    if value[:1] != bytes((VERSION,)):
-        raise UnknownForm(
-            "a record has a form that this version cannot read: a newer esper-otel has written it, or another program"
-        )
+    if value[:1] == bytes((VERSION,)):
+        return
+    if value and value[0] > VERSION:
+        raise NewerForm(f"a newer esper-otel has written it (form {value[0]}; this version reads {VERSION})")
+    raise UnknownForm("another program has written it")
 
 
 def _place_bytes(place: Place) -> bytes:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 import pytest
-import requests
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
@@ -33,11 +32,6 @@ def of_ranks(packets: Iterable[Packets]) -> dict[int, list[Packets]]:
     for each in packets:
         found.setdefault(each.rank, []).append(each)
     return found
-
-
-def metric(process: RunningTierProcess, name: str) -> float:
-    text = requests.get(f"http://{process.http}/metrics", timeout=10).text
-    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"esper_gateway_{name} "))
 
 
 def halves(body: bytes) -> tuple[bytes, bytes]:
@@ -106,7 +100,7 @@ def test_packets_are_those_of_one_gateway(broker: str) -> None:
         puller = Puller("same", [server])
         puller.pull(6 * 20 - 14)  # rank 2 waits for the rest of its step 7
         second = running.enter_context(tier.member("second", "--hold", "30"))
-        until("both work", lambda: metric(first, "kafka_partitions") == metric(second, "kafka_partitions") == 2)
+        until("both work", lambda: first.metric("kafka_partitions") == second.metric("kafka_partitions") == 2)
         for rank, _, half in later:
             send(rank, half)
         send(2, halves(ranks.body(2, [7]))[1])
@@ -115,7 +109,7 @@ def test_packets_are_those_of_one_gateway(broker: str) -> None:
         packets, compared = in_process(sent, "same")
         assert of_ranks(puller.packets) == of_ranks(packets)
         assert puller.gap == 0
-        assert metric(first, "kafka_poisoned_total") + metric(second, "kafka_poisoned_total") == 1
+        assert first.metric("kafka_poisoned_total") + second.metric("kafka_poisoned_total") == 1
         _check_views(server, packets, compared)
     (dead,) = tier.records("dead")
     headers = dict(dead.headers())
@@ -190,10 +184,10 @@ def test_what_is_wrong_is_said(broker: str) -> None:
     assert "no broker could be reached at --kafka 127.0.0.1:9" in away
     assert "Connection refused" in away
     with tier.member("one") as one:
-        until("it works", lambda: metric(one, "kafka_partitions") == 2)
+        until("it works", lambda: one.metric("kafka_partitions") == 2)
         with tier.member("one") as other:
             ended = one.said_at_last()
-            assert metric(other, "writers") == 0
+            assert other.metric("writers") == 0
         assert "another member has the name 'one'" in ended
     admin = AdminClient({"bootstrap.servers": broker, "log_level": 0})
     for topics, message in (
