@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 import requests
 from brokers import NoBroker, shared_broker
 from confluent_kafka import Consumer, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
-from frame_examples import RUN, make_frame
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
+from frame_examples import RUN, make_frame, seed_table
 from gateways import RunningGateway
 from programs import ROOT
 from wire import encoder
@@ -27,6 +29,7 @@ from esper_otel.errors import GatewayUnavailable, UnknownRun
 from esper_otel.frames.frame import Frame
 from esper_otel.frames.ring import blocks_of
 from esper_otel.pull.client import TamiyoClient
+from esper_otel.schema.stage import Stage
 
 # A broker of tests lets sessions be this short. Members of users have 10 s.
 SESSION_MS = 3_000
@@ -187,6 +190,15 @@ class Ranks:
         """A request with steps of a rank."""
         frames = [self.frame(rank, step) for step in steps]
         return b"".join(request.body for request in self.encoders[rank].requests(blocks_of(frames)))
+
+    def large_body(self, rank: int, step: int) -> bytes:
+        """A request with a step of very many seeds, whose values no compression makes smaller."""
+        numbers = random.Random(step)
+        seeds = seed_table(
+            {f"seed-{each}": {"stage": Stage.TRAINING, "alpha": numbers.random()} for each in range(8_000)}
+        )
+        frame = self.frame(rank, step)._replace(seeds=seeds, live=seeds)
+        return b"".join(request.body for request in self.encoders[rank].requests(blocks_of([frame])))
 
     def expected(self) -> dict[int, list[float]]:
         """The losses of each rank, in order."""

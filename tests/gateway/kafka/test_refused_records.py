@@ -6,12 +6,8 @@ import random
 from contextlib import ExitStack
 
 import pytest
-from frame_examples import seed_table
 from programs import until
 from tiers import Puller, Ranks, RunningTierProcess, Tier, broker
-
-from esper_otel.frames.ring import blocks_of
-from esper_otel.schema.stage import Stage
 
 __all__ = ["broker"]
 pytestmark = pytest.mark.lengthy
@@ -26,14 +22,6 @@ ALLOWED = 60_000
 POISON = b"\x0a\xff\xff" + random.Random(1).randbytes(2 * ALLOWED)
 
 
-def large_request(ranks: Ranks, rank: int, step: int) -> bytes:
-    """A step of a rank with very many seeds, whose values no compression makes smaller."""
-    numbers = random.Random(step)
-    seeds = seed_table({f"seed-{each}": {"stage": Stage.TRAINING, "alpha": numbers.random()} for each in range(8_000)})
-    frame = ranks.frame(rank, step)._replace(seeds=seeds, live=seeds)
-    return b"".join(request.body for request in ranks.encoders[rank].requests(blocks_of([frame])))
-
-
 def test_a_step_that_the_brokers_refuse_is_left_out(broker: str) -> None:
     """The topics allow less than they should: the step is a gap, counted once, and nothing else stands still."""
     tier = Tier(broker, partitions=1)
@@ -42,7 +30,7 @@ def test_a_step_that_the_brokers_refuse_is_left_out(broker: str) -> None:
     ranks = Ranks(tier, "large", 2)
     with tier.member("one") as member, tier.server() as server:
         ranks.send(3)
-        tier.send("large/1", large_request(ranks, 1, 4))
+        tier.send("large/1", ranks.large_body(1, 4))
         tier.send("large/0", ranks.body(0, [4]))
         ranks.step = 4
         tier.send("large/0", POISON)  # a poisoned one, larger than the topic for such records allows
