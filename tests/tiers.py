@@ -159,11 +159,14 @@ class RunningTierProcess(RunningGateway):
 
 
 class Ranks:
-    """Ranks of a run that send steps which say which they are: the loss is ``rank * 1e6 + step``."""
+    """Ranks of a run that send steps which say which they are: the loss is ``rank * apart + step``.
 
-    def __init__(self, tier: Tier, run_id: str, ranks: int, together: int = 1) -> None:
+    A packet has the loss with 24 bits: all of them are needed for 4,000 ranks.
+    """
+
+    def __init__(self, tier: Tier, run_id: str, ranks: int, together: int = 1, apart: float = 1e6) -> None:
         self.tier, self.run_id, self.ranks, self.together = tier, run_id, ranks, together
-        self.step = 0
+        self.step, self.apart = 0, apart
         self._begin_ns = time.time_ns()
         self.encoders = [encoder(f"process-{rank}") for rank in range(ranks)]
 
@@ -174,7 +177,7 @@ class Ranks:
             sequence=step,
             global_step=step,
             time_unix_ns=self._begin_ns + step * 10**6,
-            recorded={"loss": rank * 1e6 + step, "step_latency_ms": 100.0 + rank, "input_wait_ms": 1.0},
+            recorded={"loss": rank * self.apart + step, "step_latency_ms": 100.0 + rank, "input_wait_ms": 1.0},
         )
 
     def send(self, steps: int) -> None:
@@ -202,7 +205,7 @@ class Ranks:
 
     def expected(self) -> dict[int, list[float]]:
         """The losses of each rank, in order."""
-        return {rank: [rank * 1e6 + step for step in range(1, self.step + 1)] for rank in range(self.ranks)}
+        return {rank: [rank * self.apart + step for step in range(1, self.step + 1)] for rank in range(self.ranks)}
 
 
 class Puller:

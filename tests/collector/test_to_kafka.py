@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gateways import post
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from programs import Collector, until
+from programs import Collector, soak, until
 from tiers import Puller, Ranks, RunningTierProcess, Tier, broker
 
 import esper_otel
@@ -64,3 +64,15 @@ def _check_too_large(tier: Tier, collector: Collector, server: RunningTierProces
     failed = "otelcol_exporter_send_failed_metric_points"
     until("it is counted", lambda: sum(count for name, count in collector.counts().items() if failed in name) >= 16_000)
     assert "too large" in collector.said.lower() or "MESSAGE_TOO_LARGE" in collector.said
+
+
+def test_many_ranks_arrive_all(broker: str, tmp_path: Path) -> None:
+    """In small; ``make soak`` has 4,000 of them."""
+    module = soak("kafka_tier")
+    tier = Tier(broker)
+    variables = {"ESPER_KAFKA": broker, "ESPER_KAFKA_TOPICS": tier.prefix}
+    collector = Collector(tmp_path, *module.CONFIGS, **variables)
+    with collector, tier.member("one") as member, tier.server() as server:
+        found = module.many_ranks(collector, member, server, Ranks(tier, "many", 120, apart=4096), 4, 0.0)
+    assert found.pulled == found.expected
+    assert (found.compared, found.gap) == (120, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ _OURS = frozenset(
         *("transaction.timeout.ms", "message.max.bytes", "allow.auto.create.topics"),
     }
 )
+_AWAY = frozenset({KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN})  # noqa: SLF001 - public, but for their names
 _LOG = logging.getLogger("esper_otel.kafka.librdkafka")
 _LOG.addHandler(logging.NullHandler())
 _LOG.propagate = False
@@ -59,6 +62,7 @@ class Connection:
         self._warnings = Warnings()
         self._last = ""
         self.is_name_taken: bool = False
+        self._away_s = -math.inf
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Connection:
@@ -112,6 +116,10 @@ class Connection:
             "compression.type": "lz4",
             "linger.ms": 0,
             "queue.buffering.max.messages": 1_000_000,
+            # librdkafka waits without a limit for a coordinator that it still takes to be away (its issues 5456 and
+            # 5511), until a connection changes: so one that is idle is closed, and what it knows is soon too old.
+            "connections.max.idle.ms": 10_000,
+            "metadata.max.age.ms": 30_000,
         }
         if not has_batches:
             own["batch.num.messages"] = 1
@@ -144,12 +152,18 @@ class Connection:
     def _note(self, error: KafkaError) -> None:
         """Keeps what librdkafka reports by itself, such as wrong credentials; says it once a minute."""
         self._last = error.str()
+        if error.code() in _AWAY:
+            self._away_s = time.monotonic()
         self.note_name(error)
         self._warnings.say(f"kafka {error.name()}", "Kafka at %s: %s", self.brokers, meaning(error))
 
     def note_name(self, error: KafkaError) -> None:
         """Notes whether an error means that another member has the name of this one."""
         self.is_name_taken |= error.code() == KafkaError.FENCED_INSTANCE_ID or "group.instance.id" in error.str()
+
+    def was_away(self, within_s: float) -> bool:
+        """Whether brokers could not be reached within the last so many seconds."""
+        return time.monotonic() - self._away_s < within_s
 
     def asked(self, question: Callable[[], Any], client: AdminClient) -> Any:
         """Returns the answer to a client's question to the brokers.
@@ -162,8 +176,7 @@ class Connection:
             return question()
         except KafkaException as error:
             fault = error.args[0]
-            is_away = fault.code() in {KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN}  # noqa: SLF001 - public, but for their names
-            if not is_away:
+            if fault.code() not in _AWAY:
                 raise BrokerFault(f"Kafka at {self.brokers}: {meaning(fault)}") from None
             client.poll(0.2)  # calls what notes the reason
             reason = self._last or fault.str()

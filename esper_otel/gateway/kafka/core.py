@@ -36,7 +36,8 @@ from esper_otel.gateway.store.base import (
     StoreLimits,
 )
 from esper_otel.gateway.store.memory import MemoryStore
-from esper_otel.gateway.turns import Turn, pause
+from esper_otel.gateway.turns import Turn, in_turns, pause
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
@@ -240,6 +241,14 @@ class TierCore(Core):
                 await asyncio.to_thread(reader.close)
             for key in [key for key, viewed in self._viewed.items() if now_s - viewed.used_s > _VIEWED_S]:
                 self._viewed.pop(key).close()
+
+    async def run_hours(self, run_id: str) -> RunHours:
+        """Says where the hours of a run went, up to five seconds ago. See ``Core``.
+
+        Raises:
+            UnknownRun: nothing of the run is here.
+        """
+        return await in_turns(self._known.hours(run_id))
 
     # -- pulling -----------------------------------------------------------------------------------------
 

@@ -51,8 +51,9 @@ _STATES_EVERY_S = 5.0
 _TIDY_EVERY_S = 60.0
 _LAG_EVERY_S = 1.0
 _AGAIN_S = 1.0
-_TRANSACTION_S = 30.0
+_TRANSACTION_S, _STUCK_S = 30.0, 120.0
 _WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
+_AWAY_S = 120.0
 _HEARTBEATS = 5  # within a session
 _TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, 18})  # 18: larger than a segment
 
@@ -135,6 +136,7 @@ class Member:
         self._warnings = Warnings()
         self._has_joined = False
         self._lag, self._lag_s = 0, 0.0
+        self._called_s = math.inf  # since when a call has waited that librdkafka may not end
         self._is_leaving = False
         self._fault: EsperOtelError | KafkaException | None = None
         self._ended_counts: Counter[str] = Counter()
@@ -355,7 +357,13 @@ class Member:
         self._warnings.say(f"consumer {error.name()}", "%s", meaning(error))
 
     def _check_name(self) -> None:
-        """Raises if another member has this one's name."""
+        """Raises if another member has this one's name.
+
+        After the brokers were away, that may be itself: a request to join that is sent again counts as another's.
+        """
+        if self._connection.is_name_taken and self._connection.was_away(_AWAY_S):
+            self._connection.is_name_taken = False
+            raise _BeginAnew("the brokers have taken this member for another one of its name")
         if self._connection.is_name_taken:
             raise MemberEnds(
                 f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
@@ -385,9 +393,7 @@ class Member:
             for record in records:
                 counted["too_large"] += not self._produce(record)
             if offsets:
-                self._producer.send_offsets_to_transaction(
-                    offsets, self._consumer.consumer_group_metadata(), _TRANSACTION_S
-                )
+                self._send(offsets)
             self._commit()
         except (KafkaException, BufferError) as error:
             self._failed(error)
@@ -406,6 +412,16 @@ class Member:
                 record = record._replace(value=state_bytes(known._replace(newest=None)))
             records.append(record)
         return records
+
+    def _send(self, offsets: list[TopicPartition]) -> None:
+        """Adds offsets to the transaction. It can take for ever: see ``Connection.producer`` and ``is_stuck``."""
+        self._called_s = time.monotonic()
+        try:
+            self._producer.send_offsets_to_transaction(
+                offsets, self._consumer.consumer_group_metadata(), _TRANSACTION_S
+            )
+        finally:
+            self._called_s = math.inf
 
     def _failed(self, error: KafkaException | BufferError) -> NoReturn:
         """Aborts the transaction after an error."""
@@ -530,6 +546,11 @@ class Member:
     def is_ready(self) -> bool:
         """Whether it has joined the group and has been at work lately."""
         return self._has_joined and time.monotonic() - self._cycle_s < 30.0
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a call waits for much longer than it was to, and may do so for ever."""
+        return time.monotonic() - self._called_s > _STUCK_S
 
     @property
     def counts(self) -> Counter[str]:
