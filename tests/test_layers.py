@@ -74,8 +74,8 @@ MAY_IMPORT = {
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
-        *(*BASE, "schema", "frames", "leyline", "pull", "gateway"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+        *(*BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
     "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},

@@ -19,6 +19,7 @@ from esper_otel.gateway.events.run_events import RunEvents, events_message
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.hours.accounts import Hours
 from esper_otel.gateway.hours.answer import NO_ACCOUNTS, hours_message
+from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
@@ -44,6 +45,7 @@ from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, S
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
+from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Page
@@ -643,7 +645,7 @@ class Core:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        hours, accounts = await in_turns(self._hours.accounting(request.run_id))
+        hours, accounts = await self._accounting(request.run_id)
         return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
 
     async def run_hours(self, run_id: str) -> RunHours:
@@ -652,7 +654,11 @@ class Core:
         Raises:
             UnknownRun: nothing of the run is here.
         """
-        return await in_turns(self._hours.reading(run_id))
+        return (await self._accounting(run_id))[0]
+
+    async def _accounting(self, run_id: str) -> tuple[RunHours, dict[AttemptRank, Account]]:
+        """Returns where the hours of a run went, and the accounts of its processes."""
+        return await in_turns(self._hours.accounting(run_id))
 
     async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
         """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.

@@ -248,7 +248,8 @@ SERIES_OF_PIPELINE = {
     "EsperGatewayRefusing": 'esper_gateway_refused_requests_total{reason="malformed"}',
     "EsperTierLagging": "esper_gateway_kafka_lag_records",
     "EsperTierAborting": "esper_gateway_kafka_aborts_total",
-    "EsperTierLosing": "esper_gateway_kafka_poisoned_total",
+    "EsperTierLosing": "esper_gateway_kafka_too_large_total",
+    "EsperTierOlder": "esper_gateway_kafka_unreadable_partitions",
     "EsperGatewayDeferring": 'esper_gateway_deferred_requests_total{reason="too many runs"}',
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
@@ -122,15 +122,7 @@ class Hours:
         if not accounts and not phases:
             raise UnknownRun(f"no step of run {run_id!r} is here")
         known = {writer: account.copied() for writer, account in accounts.items()}
-        for count, (writer, phase) in enumerate(phases):
-            known.setdefault(writer, Account()).add_phase(phase)
-            if count % _AT_ONCE == 0:
-                yield
-        ranks: dict[int, Bar] = {}
-        for rank, writers in groupby(sorted(known), key=lambda writer: writer.rank):
-            ranks[rank] = bar_of_rank([known[writer] for writer in writers])
-            yield
-        return RunHours(bar_of_run(ranks.values()), ranks, _infos(phases)), known
+        return (yield from summing(known, phases)), known
 
     def _read(self, run_id: str) -> Generator[None, None, dict[AttemptRank, Account]]:
         """Adds the steps that were stored since the last call."""
@@ -195,6 +187,26 @@ class Hours:
             if run.since:
                 self._put(run_id, run)
         self._file.close()
+
+
+def summing(
+    known: dict[AttemptRank, Account], phases: Sequence[tuple[AttemptRank, PhaseTimes]]
+) -> Generator[None, None, RunHours]:
+    """Makes the bars of a run, in parts.
+
+    Args:
+        known: the sums over steps; the phases are added to them.
+        phases: the phases of the run.
+    """
+    for count, (writer, phase) in enumerate(phases):
+        known.setdefault(writer, Account()).add_phase(phase)
+        if count % _AT_ONCE == 0:
+            yield
+    ranks: dict[int, Bar] = {}
+    for rank, writers in groupby(sorted(known), key=lambda writer: writer.rank):
+        ranks[rank] = bar_of_rank([known[writer] for writer in writers])
+        yield
+    return RunHours(bar_of_run(ranks.values()), ranks, _infos(phases))
 
 
 def _infos(phases: Iterable[tuple[AttemptRank, PhaseTimes]]) -> list[PhaseInfo]:
