@@ -53,6 +53,7 @@ _AGAIN_S = 1.0
 _TRANSACTION_S, _STUCK_S = 30.0, 120.0
 _WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
 _AWAY_S = 120.0
+_STABLE_S = 5.0  # longer than a transaction may take
 _HEARTBEATS = 5  # within a session
 _TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, 18})  # 18: larger than a segment
 
@@ -229,12 +230,15 @@ class Member:
             return
         self._has_joined = True
         try:
-            for place in consumer.committed(partitions, _TRANSACTION_S):
+            begins: list[TopicPartition] = []
+            for place in self._committed(consumer, partitions):
+                offset = place.offset if place.offset >= 0 else OFFSET_BEGINNING
+                begins.append(TopicPartition(place.topic, place.partition, offset))
                 try:
                     self._shards[place.partition] = self._restored(consumer, place)
                 except UnknownForm as error:
                     self._leave_alone(place, error)
-            consumer.incremental_assign(partitions)
+            consumer.incremental_assign(begins)  # with offsets: it would wait for an open transaction itself
             if alone := [place for place in partitions if place.partition in self._unreadable]:
                 consumer.pause(alone)
         except (EsperOtelError, KafkaException) as error:  # librdkafka's own code lies between here and _cycle
@@ -242,6 +246,26 @@ class Member:
             return
         if partitions:
             announce("kafka member", f"works on partitions {', '.join(map(str, sorted(self._shards)))}")
+
+    def _committed(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """Returns what is committed for partitions, with its metadata.
+
+        A transaction of the member before may be open, and is waited for. After a broker was killed, it may be open for
+        ever. Then the offsets before it are used: what was made of later requests is in the frames that are restored.
+        """
+        try:
+            return consumer.committed(partitions, SESSION_MS / 1000 + _STABLE_S)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError._TIMED_OUT:  # noqa: SLF001 - public, but for its name
+                raise
+        other = self._connection.consumer(**{"group.id": group_of(self._tier), "isolation.level": "read_uncommitted"})
+        try:
+            found = other.committed(partitions, _TRANSACTION_S)
+        finally:
+            other.close()
+        message = "an earlier transaction of group %s does not end: the member goes on from the offsets before it"
+        self._warnings.say("unstable", message, group_of(self._tier))
+        return found
 
     def _restored(self, consumer: Consumer, place: TopicPartition) -> Shard:
         """Returns a shard with the state that the topics have, and sets nothing else."""
