@@ -370,6 +370,13 @@ PIPELINE = [
         "send smaller batches. Too many seeds: retire those that are over. Its log names the limit.",
     ),
     Alert(
+        "EsperGatewayRefusingEvents",
+        "sum by (job, instance, reason) (increase(esper_gateway_refused_events_total[5m])) > 0",
+        "warn",
+        "the esper gateway {{ $labels.instance }} refuses events of runs: {{ $labels.reason }}",
+        "Too many: raise --limit events or all_events. Otherwise a processor on the way changes log records.",
+    ),
+    Alert(
         "EsperGatewayTooLate",
         "max by (job, instance) (delta(esper_gateway_too_late_steps[5m])) > 0",
         "warn",

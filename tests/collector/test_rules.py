@@ -243,6 +243,7 @@ SERIES_OF_PIPELINE = {
     "EsperGatewayNotStoring": "esper_gateway_store_failures_total",
     "EsperGatewayRejecting": 'esper_gateway_rejected_points_total{reason="no time"}',
     "EsperGatewayOverLimit": 'esper_gateway_rejected_points_total{reason="too many runs"}',
+    "EsperGatewayRefusingEvents": 'esper_gateway_refused_events_total{reason="too many events of the run"}',
     "EsperGatewayTooLate": "esper_gateway_too_late_steps",
     "EsperGatewayRefusing": 'esper_gateway_refused_requests_total{reason="malformed"}',
     "EsperTierLagging": "esper_gateway_kafka_lag_records",

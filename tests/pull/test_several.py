@@ -20,8 +20,9 @@ from esper_otel.errors import ConfigurationError, GatewayUnavailable, StaleCurso
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.system_state import system_state
+from esper_otel.pull.event_infos import EventInfo, EventPage
 from esper_otel.pull.position import NumberSet, Position
-from esper_otel.pull.several import joined
+from esper_otel.pull.several import EVENTS, joined
 
 pytestmark = pytest.mark.lengthy
 
@@ -280,3 +281,22 @@ def test_a_damaged_cursor_of_several_gateways_is_stale() -> None:
     for text in (cursor[:-4], cursor[:-2] + "zz", "m1:", "m1:!", "m1:eJyLjgUAARUAuQ=="):
         with pytest.raises(StaleCursor):
             Position.of(text, None, ("a", "b"))
+
+
+def test_events_are_joined_by_their_numbers_which_are_not_in_the_order_of_their_times() -> None:
+    """What one gateway lacks the other has; nothing is counted as a gap that comes in the same page."""
+
+    def page(*numbers: int) -> EventPage:
+        about = {"attempt": 1, "rank": 0, "process": "", "severity": 9, "text": "", "step": None, "epoch": None}
+        return EventPage(
+            tuple(
+                EventInfo(name="x", number=number, time_unix_ns=100 - number, attributes={}, **about)  # type: ignore[arg-type]
+                for number in numbers
+            ),
+            "life::9",
+        )
+
+    position = Position.of("", None, ("a", "b"))
+    found, _ = joined({"a": page(1, 2, 4, 5), "b": page(2, 3, 6)}, position, 64, are_all=True, what=EVENTS)
+    assert [event.number for event in found] == [1, 2, 3, 4, 5, 6]
+    assert found.gap == 0
