@@ -17,8 +17,8 @@ from esper_otel.gateway.store.base import NewData, StoreLimits
 from esper_otel.gateway.store.database import transaction
 from esper_otel.gateway.store.ledger import Ledger
 from esper_otel.gateway.store.memory import loss_of
-from esper_otel.gateway.store.runs import StoredRun
 from esper_otel.gateway.store.stored_blocks import Blocks, NewBlock
+from esper_otel.gateway.store.stored_runs import StoredRun
 
 # A frame's share of its block.
 SHARE = "(SELECT length(frames) / max(count, 1) FROM blocks WHERE id = block)"

@@ -35,8 +35,8 @@ from esper_otel.gateway.store.database import FILE, DamagedStore, locked, moved_
 from esper_otel.gateway.store.ledger import Ledger
 from esper_otel.gateway.store.repair import Repair
 from esper_otel.gateway.store.run_writer import OF_WRITER, ROW_BYTES, SHARE, FileRun, RunWriter
-from esper_otel.gateway.store.runs import RunStore
 from esper_otel.gateway.store.stored_blocks import Blocks
+from esper_otel.gateway.store.stored_runs import RunStore
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
