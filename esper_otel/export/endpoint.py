@@ -136,9 +136,9 @@ def endpoint_from_environment(
     )
 
 
-def is_endpoint_named(environ: Mapping[str, str] = os.environ) -> bool:
+def is_endpoint_named() -> bool:
     """Whether a variable names the endpoint; otherwise it is the default one, on this machine."""
-    return bool(Variables(environ).text(*_names("ENDPOINT"))[1])
+    return bool(Variables(os.environ).text(*_names("ENDPOINT"))[1])
 
 
 def _names(name: str) -> tuple[str, str]:
