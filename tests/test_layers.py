@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -42,10 +43,11 @@ MAY_IMPORT = {
     "probes": {*BASE, "schema", "captures"},
     "export": {*BASE, "schema", "frames", "settings", "addresses", "bearer", "_version"},
     "parts": {"schema", "frames"},
+    "events": {"schema", "frames", "leyline"},
     "leyline": {*BASE, "schema", "frames", "parts"},
     "session": {
         *(*BASE, "schema", "frames", "settings", "_version"),
-        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts"),
+        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts", "events"),
     },
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
@@ -53,7 +55,7 @@ MAY_IMPORT = {
     # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
     "gateway": {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     "gateway/command": {
         *BASE,
@@ -68,10 +70,11 @@ MAY_IMPORT = {
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
-        *(*BASE, "frames", "leyline", "pull", "gateway"),
+        *(*BASE, "schema", "frames", "leyline", "pull", "gateway"),
         *("gateway/receive", "gateway/rebuild", "gateway/store"),
     },
     # A member and a server: the processes, with their ports.
@@ -86,8 +89,8 @@ MAY_IMPORT = {
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
-    "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
-    "send": {*BASE, "schema", "frames", "settings", "export"},
+    "check": {*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version"},
+    "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},
     "cli": {"text", "_version"},  # commands are modules that it names
@@ -106,7 +109,7 @@ OWNERS = {
     "rich": ("schema/command.py", "demo/"),
     "numpy": (
         *("frames/", "record/", "derive/", "export/", "parts/", "leyline/", "gateway/", "check/"),
-        *("charts/", "compare/"),
+        *("charts/", "compare/", "events/"),
     ),
     "opentelemetry": ("export/", "untraced.py", "leyline/reader.py", "session/start.py"),
     "opentelemetry.instrumentation": ("integrations/instrumentor.py",),
@@ -141,28 +144,44 @@ class Import(NamedTuple):
     is_for_types: bool
 
 
+@functools.cache
+def imports() -> list[Import]:
+    """Those of all files; read when a test needs them, since each process that runs tests imports this file."""
+    return [each for path in FILES for each in imports_of(path)]
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All that a file consists of."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports_of(path: Path) -> Iterator[Import]:
     """Every import of a file, wherever it stands, and modules that are named to ``import_module``."""
     where = str(path.relative_to(PACKAGE))
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = nodes_of(path)
     for_types = {
         id(node)
-        for block in ast.walk(tree)
+        for block in nodes
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for node in ast.walk(block)
     }
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{where}:{node.lineno}: imports are absolute"
             names = [_module(node.module or "", alias.name) for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and _name(node.func) == "import_module":
             names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         else:
             continue
         for name in names:
             yield Import(where, node.lineno, name, id(node) in for_types)
+
+
+def _name(function: ast.expr) -> str:
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def _module(module: str, name: str) -> str:
@@ -174,7 +193,6 @@ def _module(module: str, name: str) -> str:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-IMPORTS = [each for path in FILES for each in imports_of(path)]
 
 
 def room_of(path: str) -> str:
@@ -192,7 +210,7 @@ def test_every_room_has_its_place_in_the_order() -> None:
 def test_nothing_upstream_imports_what_lies_downstream() -> None:
     """schema, frames, record, derive, then export or leyline: a value passes each room once; only session wires."""
     faults = []
-    for each in IMPORTS:
+    for each in imports():
         root, _, inside = each.module.partition(".")
         if root != "esper_otel" or each.is_for_types:
             continue
@@ -205,7 +223,7 @@ def test_nothing_upstream_imports_what_lies_downstream() -> None:
 def test_every_foreign_library_is_imported_by_its_owners_only() -> None:
     """What a new version of a library breaks is in one place."""
     faults = []
-    for each in IMPORTS:
+    for each in imports():
         if each.is_for_types or each.module.split(".")[0] in {"esper_otel", *sys.stdlib_module_names}:
             continue
         owners = owners_of(each.module)
@@ -224,7 +242,7 @@ def test_no_function_is_longer_than_a_reader_can_hold() -> None:
     """Fifty lines, docstring not counted."""
     long = {}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
                 lines = (node.end_lineno or 0) - first.lineno + 1

@@ -104,8 +104,8 @@ def _add_listeners(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="webhook for urgent signals, ends of runs, and runs that fall silent: JSON; slack+URL and "
-        "alertmanager+URL for their forms; may be repeated",
+        help="webhook for urgent signals, ends of runs, and runs that fall silent or take no steps: JSON; slack+URL "
+        "and alertmanager+URL for their forms; may be repeated",
     )
     told.add_argument(
         *("--notify-file",),

@@ -456,6 +456,11 @@ class FramePublisher:
                 self.set_device(device.device_name(item))
                 return
 
+    def settled_run(self) -> Run:
+        """Returns the run as its frames would name it. Call it when the session closes: no frame follows."""
+        self._settle_run()
+        return self.run
+
     def _settle_run(self) -> None:
         """Completes the description of the run in frames. While the device is unknown, each frame looks it up again."""
         if self.settle_run is not None:

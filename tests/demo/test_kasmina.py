@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 import pytest
+from later import needs
 
 from esper_otel import Stage
 from esper_otel.demo.pace import Pace
@@ -13,7 +14,7 @@ from esper_otel.demo.tamiyo import Action, Command
 from esper_otel.errors import WrongState
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
+needs("sklearn")
 
 from torch import Tensor, nn  # noqa: E402 - only where torch is
 from torch.nn.functional import cross_entropy  # noqa: E402

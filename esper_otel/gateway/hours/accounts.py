@@ -112,6 +112,10 @@ class Hours:
         Raises:
             UnknownRun: no step of the run is stored, and no phase.
         """
+        return (yield from self.accounting(run_id))[0]
+
+    def accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
+        """Does the same, and returns the accounts of its processes, too."""
         accounts = yield from self._read(run_id)
         phases = self._file.phases(run_id)
         yield
@@ -126,7 +130,7 @@ class Hours:
         for rank, writers in groupby(sorted(known), key=lambda writer: writer.rank):
             ranks[rank] = bar_of_rank([known[writer] for writer in writers])
             yield
-        return RunHours(bar_of_run(ranks.values()), ranks, _infos(phases))
+        return RunHours(bar_of_run(ranks.values()), ranks, _infos(phases)), known
 
     def _read(self, run_id: str) -> Generator[None, None, dict[AttemptRank, Account]]:
         """Adds the steps that were stored since the last call."""

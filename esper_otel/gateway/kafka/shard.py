@@ -28,7 +28,10 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.ranks import durations_of
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
+from esper_otel.gateway.receive.log_records import decode_logs
+from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.gateway.store.memory import loss_of
+from esper_otel.schema.events import EVENT_SCOPE
 
 # Requests of this many bytes together are decoded as one: OTLP requests put together are a request.
 _JOINED_BYTES = 512 * 1024
@@ -121,6 +124,11 @@ class _Memory:
             self.steps.append(frame.global_step)
             self.durations.append(durations_of(frame))
 
+    def received_unix_ns(self, state: RunState | None) -> int:
+        """Returns when something last arrived from the writer; a run that failed before its first step has no frame."""
+        of_states = (each.last_received_unix_ns for each in (state, self.before) if each is not None)
+        return max(*of_states, 0 if self.newest is None else self.newest.item.received_unix_ns, 0)
+
     def restore(self, known: WriterState) -> None:
         self.since, self.last, self.count = known.since, known.last, known.counts.writer
         self.before, self.newest, self.place = known.state, known.newest, known.place
@@ -155,6 +163,7 @@ class Shard:
         self.buried: list[int] = []
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
+        self._limits = limits
         self._decoder = Decoder(limits)
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._waiting: deque[_WaitingRecords] = deque()
@@ -184,6 +193,8 @@ class Shard:
 
     def _take(self, group: Sequence[RequestRecord], now_s: float) -> list[BadRecord]:
         try:
+            for record in group:
+                _check_no_events(record.value, self._limits)
             decoded = self._decoder.decode(b"".join(record.value for record in group))
             taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=group[-1].time_unix_ns)
         except Exception as error:  # noqa: BLE001 - it would fail again at each start: it is kept elsewhere
@@ -195,6 +206,7 @@ class Shard:
         self.counts["requests"] += len(group)
         self.counts["points"] += taken.accepted
         self.rejected.update(taken.rejected)
+        self._changed.update(taken.alive)
         if taken.crowded:
             return [BadRecord(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
         return []
@@ -368,13 +380,11 @@ class Shard:
 
     def idle(self, oldest_unix_ns: int) -> list[Origin]:
         """Forgets writers of which nothing has arrived since a time, and returns them."""
-        self._assembler.runs(self._now_s)
+        states = {state.origin: state for state in self._assembler.runs(self._now_s)}
         gone = [
             origin
             for origin, memory in self._writers.items()
-            if memory.newest is not None
-            and memory.newest.item.received_unix_ns < oldest_unix_ns
-            and origin not in self._changed
+            if memory.received_unix_ns(states.get(origin)) < oldest_unix_ns and origin not in self._changed
         ]
         for origin in gone:
             del self._writers[origin]
@@ -389,6 +399,22 @@ class Shard:
     def missing(self) -> int:
         """Returns how many steps have not arrived although later ones have."""
         return sum(memory.place.missing for memory in self._writers.values() if memory.place is not None)
+
+
+def _check_no_events(value: bytes, limits: Limits) -> None:
+    """Checks that a request has no log records with events of runs; as metrics they would be lost without a word.
+
+    Raises:
+        Malformed: it has some.
+    """
+    if EVENT_SCOPE.encode() not in value:
+        return
+    try:
+        decoded = decode_logs(value, limits)
+    except (Malformed, TooLarge):
+        return  # they are metrics: the same bytes are not valid as log records, or mean nothing
+    if decoded.events or decoded.refused:
+        raise Malformed("log records with events of runs: a tier on Kafka keeps none")
 
 
 def _joined(records: Sequence[RequestRecord]) -> Iterator[list[RequestRecord]]:

@@ -24,14 +24,14 @@ from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topics import Tier
 from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
-from esper_otel.gateway.security import BadRequest
+from esper_otel.gateway.security import BadRequest, Grant
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.turns import Turn, pause
 from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
-from esper_otel.pull.messages import PullRequest
+from esper_otel.pull.messages import EventsRequest, EventsResponse, PullRequest
 
 _MOST_TAIL_BYTES = 256 * 1024 * 1024
 _UNUSED_S = 120.0
@@ -342,6 +342,16 @@ class TierCore(Core):
         for each in closing:
             await asyncio.to_thread(each.close)
         return FetchedEntries(self._tier.generation, wanted, stands, read.entries, later), later
+
+    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:  # noqa: ARG002
+        """Refuses: a tier has no events.
+
+        Raises:
+            BadRequest: in any case.
+        """
+        raise BadRequest(
+            "a tier on Kafka keeps no events: send them to an esper-otel gateway, and pull them from there"
+        )
 
     def _check_shard(self, request: PullRequest) -> None:
         if request.shards and (request.HasField("rank") or request.shard >= request.shards):

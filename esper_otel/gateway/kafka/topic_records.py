@@ -269,6 +269,7 @@ def merged_state(state: RunState, before: RunState | None) -> RunState:
         host=state.host or before.host,
         revision=state.revision or before.revision,
         ended=state.ended,
+        last_received_unix_ns=max(state.last_received_unix_ns, before.last_received_unix_ns),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from esper_otel.errors import GatewayError
 from esper_otel.frames.frame import FINE
-from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, SILENT, Notice
+from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, NO_STEPS, SILENT, Notice
 from esper_otel.gateway.notify.webhook import Webhook
 from esper_otel.leyline.episodes import Episode, EpisodeChange, Episodes, StepSender
 from esper_otel.leyline.packets import Page
@@ -27,6 +27,8 @@ _ALL_EVERY_S = 5.0  # a run that falls silent says nothing
 _AT_ONCE = 256
 _MOST_RUNS = 10_000
 _URGENT = ("HIGH", "CRITICAL")
+_NO_STEPS_S = 300  # as the rule EsperRunWithoutSteps
+_QUIET = (SILENT, NO_STEPS)
 
 
 class _WatchedRun:
@@ -42,7 +44,7 @@ class _WatchedRun:
 
 
 class Watcher:
-    """Makes notices of risk signals of level HIGH and CRITICAL, of ends of runs, and of runs that fall silent.
+    """Makes notices of risk signals of level HIGH and CRITICAL, of ends, and of runs that fall silent or take no steps.
 
     Nothing is said about what was stored before the watcher began; a signal that still goes on then is said once more.
 
@@ -93,22 +95,24 @@ class Watcher:
                 changes = followed.episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
                 self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)))
             followed.cursor = page.cursor
-        before, followed.state = followed.state, _state(self._runs.state_of(run_id))
+        known = self._runs.state_of(run_id)
+        before, followed.state = followed.state, _state(known)
         now_ms = time.time_ns() // 1_000_000
-        if before == SILENT and followed.state != SILENT:
-            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} sends again")])
-        if followed.state not in {before, "", SILENT}:  # how it ended
+        if before in _QUIET and followed.state not in _QUIET:
+            does = "sends again" if before == SILENT else "takes steps again"
+            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} {does}")])
+        if followed.state not in {before, "", *_QUIET}:  # how it ended
             self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
-            self._put([_end(run_id, followed.state, now_ms)])
-        elif followed.state == SILENT and before == "":
-            self._put([Notice(SILENT, run_id, now_ms, f"run {printable(run_id)} has sent nothing for a minute")])
+            self._put([_end(run_id, known, now_ms)])
+        elif followed.state != before and followed.state in _QUIET and before in {"", *_QUIET}:
+            self._put([_quiet(run_id, followed.state, now_ms)])
 
     def _forget(self, run_id: str, followed: _WatchedRun) -> None:
         """Ends what was told of a run that the gateway has dropped, so that no alert of it is repeated for ever."""
         now_ms = time.time_ns() // 1_000_000
         self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
-        if followed.state == SILENT:
-            text = f"run {printable(run_id)} has been silent for so long that its steps were dropped"
+        if followed.state in _QUIET:
+            text = f"run {printable(run_id)} has sent no step for so long that its steps were dropped"
             self._put([Notice(BACK, run_id, now_ms, text)])
 
     async def _page(self, run_id: str, followed: _WatchedRun) -> Page | None:
@@ -146,17 +150,29 @@ class Watcher:
 
 
 def _state(known: RunStatus) -> str:
-    """Returns how a run ended, ``run_silent``, or nothing."""
+    """Returns how a run ended, ``run_silent``, ``run_without_steps``, or nothing."""
     if known.outcome is not None:
         return known.outcome
-    unended = [state for state in known.states if state.ended is None]
-    return SILENT if unended and all(state.is_silent for state in unended) else ""
+    unended, now_ns = [state for state in known.states if state.ended is None], time.time_ns()
+    if not unended or all(state.is_silent for state in unended):
+        return SILENT if unended else ""
+    lives = [state for state in unended if not state.is_silent]
+    return NO_STEPS if all(state.is_without_steps(now_ns, _NO_STEPS_S * 10**9) for state in lives) else ""
 
 
-def _end(run_id: str, outcome: str, time_ms: int) -> Notice:
+def _quiet(run_id: str, state: str, now_ms: int) -> Notice:
+    what = "has sent nothing for a minute"
+    if state == NO_STEPS:
+        what = f"has taken no step for {_NO_STEPS_S // 60} minutes, but its process lives"
+    return Notice(state, run_id, now_ms, f"run {printable(run_id)} {what}")
+
+
+def _end(run_id: str, known: RunStatus, time_ms: int) -> Notice:
+    outcome = known.outcome or ""
     how = "has completed" if outcome == "completed" else f"has ended: {outcome}"
     failed = "" if outcome in FINE else " (failed)"
-    return Notice(ENDED, run_id, time_ms, f"run {printable(run_id)} {how}{failed}", reason=outcome)
+    early = "" if any(state.last_time_unix_ns for state in known.states) or known.stored else " before its first step"
+    return Notice(ENDED, run_id, time_ms, f"run {printable(run_id)} {how}{failed}{early}", reason=outcome)
 
 
 def _of_signal(run_id: str, event: str, episode: Episode, time_ms: int) -> Notice:

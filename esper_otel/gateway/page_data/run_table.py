@@ -20,13 +20,14 @@ from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.items import Origin, RunState, RunStatus
 from esper_otel.gateway.store.base import StoredPage
 
-LIVE, SILENT, WAITING = "live", "silent", "waiting"
+LIVE, SILENT, WAITING, NO_STEPS = "live", "silent", "waiting", "no steps"
 COMPLETED, ENDED, FAILED, KILLED = "completed", "ended", "failed", "killed"
 
 _SIGNALS = {each.name for each in signal.Signals}
 # How often all runs are compared with those that are known, since a run that falls silent or is dropped says nothing.
 _ALL_EVERY_S = 5.0
-# A writer that has sent nothing for so long is silent, even if the gateway has not run for as long.
+# A writer that has sent nothing for so long is silent, even if the gateway has not run for as long. One that has sent
+# something, but no step, lives: it may evaluate or write a checkpoint.
 _SILENT_NS = 60 * 10**9
 _MOST_ROWS = 1_000
 _MOST_ATTEMPTS, _MOST_RANKS = 50, 1_024
@@ -87,7 +88,7 @@ class RunTable:
             for run_id in [run_id for run_id in self._rows if run_id not in known]:
                 self._drop(run_id)
             is_new = {run_id for run_id in known if run_id not in self._rows}
-            may_be_silent = {run_id for run_id, row in self._rows.items() if row.state in {LIVE, WAITING}}
+            may_be_silent = {run_id for run_id, row in self._rows.items() if row.state in {LIVE, WAITING, NO_STEPS}}
             changed = known if changed is None else {*changed, *is_new, *may_be_silent} & known
         for run_id in sorted(changed):
             self._make(run_id)
@@ -159,10 +160,10 @@ class RunTable:
             newest[state.origin.rank] = state
         ranks = [newest[rank] for rank in sorted(newest)]
         steps = [state.last_step for state in ranks if state.last_step is not None]
-        attempts = _attempts(states, known.outcome)
+        attempts = _attempts(states, known.outcome, now_ns)
         return {
             "run_id": run_id,
-            "state": _run_state(states, known.outcome),
+            "state": _run_state(states, known.outcome, now_ns),
             "outcome": known.outcome,
             "experiment": _said(state.experiment for state in ranks),
             "host": _said(state.host for state in ranks),
@@ -184,7 +185,7 @@ class RunTable:
             "ranks": [
                 {
                     "rank": state.origin.rank,
-                    "state": state_of(state.ended) if state.ended else _unended(state),
+                    "state": state_of(state.ended) if state.ended else _unended(state, now_ns),
                     "outcome": state.ended,
                     "attempt": state.origin.attempt,
                     "last_step": state.last_step,
@@ -252,20 +253,22 @@ def state_of(outcome: str) -> str:
     return KILLED if outcome in _SIGNALS or outcome == "lost" else FAILED
 
 
-def _unended(state: RunState) -> str:
-    if not state.last_time_unix_ns and not state.is_silent:
+def _unended(state: RunState, now_ns: int) -> str:
+    if state.is_silent:
+        return SILENT
+    if not state.last_time_unix_ns:
         return WAITING
-    return SILENT if state.is_silent else LIVE
+    return NO_STEPS if state.is_without_steps(now_ns, _SILENT_NS) else LIVE
 
 
-def _run_state(states: Sequence[RunState], outcome: str | None) -> str:
+def _run_state(states: Sequence[RunState], outcome: str | None, now_ns: int) -> str:
     if outcome is not None:
         return state_of(outcome)
-    unended = {_unended(state) for state in states if state.ended is None}
-    return next((each for each in (LIVE, WAITING, SILENT) if each in unended), LIVE)
+    unended = {_unended(state, now_ns) for state in states if state.ended is None}
+    return next((each for each in (LIVE, WAITING, NO_STEPS, SILENT) if each in unended), LIVE)
 
 
-def _attempts(states: Sequence[RunState], outcome: str | None) -> list[dict[str, Any]]:
+def _attempts(states: Sequence[RunState], outcome: str | None, now_ns: int) -> list[dict[str, Any]]:
     """Returns the attempts of a run, oldest first.
 
     One without an end that was followed by another was killed, unless it still goes on beside that one, because the
@@ -281,7 +284,7 @@ def _attempts(states: Sequence[RunState], outcome: str | None) -> list[dict[str,
         worst = next((each for each in said if each != "completed"), said[0] if said else None)
         goes_on = [state for state in of_attempt if state.ended is None]
         if attempt == newest[0].origin.attempt:
-            state = _run_state(of_attempt, outcome)
+            state = _run_state(of_attempt, outcome, now_ns)
         elif any(not each.is_silent and each.last_time_unix_ns >= begun_ns for each in goes_on):
             state = LIVE
         else:

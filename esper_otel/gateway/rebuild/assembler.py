@@ -29,12 +29,14 @@ class Acceptance(NamedTuple):
         rejected: number of rejected points, by reason.
         crowded: the runs for which there is no room now.
         waits_for: those of them for whose sake the sender should retry the request.
+        alive: the writers that have sent something, but no steps.
     """
 
     accepted: int
     rejected: Mapping[str, int]
     crowded: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
+    alive: tuple[Origin, ...] = ()
 
 
 class _WaitingPoints(NamedTuple):
@@ -130,8 +132,13 @@ class Assembler:
                 track.note(sender, now_s, received_unix_ns)
                 track.end(outcome)
                 self._ended[track.origin] = outcome
+        alive: list[Origin] = []
+        for sender in decoded.alive:
+            for track in self._runs.known(sender, now_s):
+                track.note(sender, now_s, received_unix_ns)
+                alive.append(track.origin)
         waits_for = self._crowd.waiting(request, now_s) if rejected[TOO_MANY_RUNS] else ()
-        return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for)
+        return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for, tuple(alive))
 
     def ended(self) -> dict[Origin, str]:
         """Returns the outcomes of the runs that ended since the last call."""

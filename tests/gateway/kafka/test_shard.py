@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
-from wire import encoder
+from log_requests import body as event_body
+from wire import counts_of, encoder, end_of
 
 from esper_otel import StaleCursor
 from esper_otel.frames.frame import Frame
@@ -30,6 +31,7 @@ from esper_otel.gateway.kafka.topic_records import (
 )
 from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
+from esper_otel.schema.events import EVENT_SCOPE
 
 STEPS, RANKS = 24, 3
 
@@ -189,6 +191,35 @@ def test_records_say_what_they_are() -> None:
         block_of(b'["run"]', value)
 
 
+def test_a_writer_without_steps_is_known_to_live_after_a_takeover() -> None:
+    """Its counts are records of their own; the servers hear of them, and the next member remembers."""
+    run = replace(RUN, rank=0)
+    body = b"".join(each.body for each in encoder("process-0").requests(blocks_of([step_of(0, 1)])))
+    log = Log([body, *[counts_of(run, process="process-0")] * 2])
+    log.work(1, of_all=True, dies=False)
+    for at in (1, 2):
+        log.work(1, of_all=True, dies=False)
+        [state] = [state_of(*record).state for record in log.states.items()]
+        assert (state.last_received_unix_ns, state.step_received_unix_ns) == (TIME_UNIX_NS + at, TIME_UNIX_NS)
+        log.begin()
+
+
+def test_a_run_that_failed_before_its_first_step_is_known_until_it_is_old() -> None:
+    """To the next member, too; it has no frame whose age could be asked for."""
+    log = Log([end_of()])
+    log.work(1, of_all=False, dies=False)
+    [state] = [state_of(*record).state for record in log.states.items()]
+    assert (state.origin[:3], state.ended) == ((RUN.run_id, RUN.attempt, RUN.rank), "RuntimeError")
+    for _ in range(2):
+        log.work(0, of_all=True, dies=False)
+        assert not log.shard.idle(TIME_UNIX_NS)
+        log.begin()
+    log.now_s += 1e6
+    log.work(0, of_all=True, dies=False)
+    assert log.shard.idle(TIME_UNIX_NS + 1) == [state.origin]
+    assert not log.shard.writers
+
+
 def test_counts_go_on_after_a_takeover() -> None:
     origin = Origin("run", 0, 0)
     before = RunState(origin, 1, "", 3, 9, 0, 0, differing=2, too_late=1, incomplete=4, first_time_unix_ns=5)
@@ -210,3 +241,15 @@ def test_cursors_name_topics_ranks_and_places() -> None:
     for wrong in ("693e60af::50", "k1-Abc9::3.1", "k1-Abc9::3.1.2.3,,", "x" * 300_000):
         with pytest.raises(StaleCursor, match="was not issued by this gateway"):
             cursor_stands(wrong, "Abc9", PullSelection())
+
+
+def test_events_in_the_topic_are_not_lost_without_a_word() -> None:
+    """A tier keeps no events: such a record is put aside with the reason. A step that names them is a step."""
+    bodies = [*encoder().requests(blocks_of([make_frame(run=replace(RUN, experiment=EVENT_SCOPE))]))]
+    shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
+    values = [event_body("run", 1), *(each.body for each in bodies)]
+    records = [RequestRecord(offset, TIME_UNIX_NS, b"", value) for offset, value in enumerate(values)]
+    [bad] = shard.take(records, 0.0)
+    assert bad.record.offset == 0
+    assert "a tier on Kafka keeps none" in bad.reason
+    assert sum(len(batch.frames) for batch in shard.release(10.0)) == 1

@@ -6,9 +6,11 @@ import asyncio
 import json
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -236,3 +238,28 @@ def test_a_silent_run_is_silent_no_more_before_it_ends_or_is_forgotten(
 
     asyncio.run(watch())
     assert [each.event for each in told.notices] == ["run_silent", "run_back", *(["run_ended"] if ends else [])]
+
+
+def test_a_run_that_lives_without_steps_is_told_from_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank that takes steps is enough; a silent rank beside one that lives makes no silent run."""
+    runs, told = Runs(), Told()
+    monkeypatch.setattr("esper_otel.gateway.notify.watcher._ALL_EVERY_S", 0.0)
+    now_ns = time.time_ns()
+    steps = RunState(Origin("r", 1, 0, ""), 2, "", 1, 9, now_ns, now_ns, step_received_unix_ns=now_ns)
+    paused = replace(steps, step_received_unix_ns=now_ns - 301 * 10**9)
+    silent = RunState(Origin("r", 1, 1, ""), 2, "", 1, 9, 1, 1, is_silent=True)
+
+    async def watch() -> None:
+        watcher = Watcher(cast("Core", runs), [told])
+        for states in ([steps, silent], [paused, silent], [silent], [paused], [steps]):
+            runs.state = RunStatus(states, 9, None)
+            await watcher.look()
+
+    asyncio.run(watch())
+    assert [(each.event, each.text) for each in told.notices] == [
+        ("run_without_steps", "run r has taken no step for 5 minutes, but its process lives"),
+        ("run_silent", "run r has sent nothing for a minute"),
+        ("run_without_steps", "run r has taken no step for 5 minutes, but its process lives"),
+        ("run_back", "run r takes steps again"),
+    ]
+    assert len({alert["labels"]["alertname"] for alert in Alerts().of(told.notices)}) == 1

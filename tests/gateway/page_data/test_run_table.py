@@ -140,6 +140,8 @@ def state(attempt: int = 1, rank: int = 0, last: int | None = 5, **more: Any) ->
         ([state()], "live", ["live"]),
         ([state(last=None)], "waiting", ["waiting"]),
         ([state(is_silent=True)], "silent", ["silent"]),
+        ([state(step_received_unix_ns=TIME_UNIX_NS - 61 * 10**9)], "no steps", ["no steps"]),
+        ([state(step_received_unix_ns=TIME_UNIX_NS - 59 * 10**9)], "live", ["live"]),
         ([state(ended="completed")], "completed", ["completed"]),
         ([state(ended="exit")], "ended", ["ended"]),
         ([state(ended="interrupted")], "ended", ["ended"]),
