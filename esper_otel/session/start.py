@@ -21,7 +21,7 @@ from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalogue, InvalidName
-from esper_otel.events.reader import EventReader
+from esper_otel.events.frame_events import EventReader
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.file_sender import file_endpoint
@@ -51,7 +51,7 @@ from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.ending import exit_status, forget, is_interactive, live_sessions, outcome_of_process, watch
-from esper_otel.session.events import Events
+from esper_otel.session.event_notes import EventNotes
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
 from esper_otel.session.late_rank import LateRank
 from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
@@ -61,6 +61,7 @@ from esper_otel.settings import EsperSettings, settings_of_environment, signal_n
 
 if TYPE_CHECKING:
     import torch
+    from opentelemetry.sdk.resources import Resource
 
     from esper_otel.session.show import Figure
 
@@ -208,6 +209,11 @@ def _spared(
         return otherwise(error)
 
 
+def _spared_resources(settings: EsperSettings) -> Callable[[Run], Resource]:
+    changed = settings.changed()
+    return _spared(settings, lambda: resources(changed), lambda _: resources(changed, {}))
+
+
 def _settings_of_environment() -> EsperSettings:
     """Returns the settings; warns of variables that look like settings and are not."""
     for message in unknown_variables():
@@ -245,8 +251,7 @@ class _Session:
         exporters, endpoint = self._ways_out(
             settings, run, has_provider=has_provider, export_steps=export_steps, is_silent=is_silent
         )
-        changed = settings.changed()
-        self._resource_of = _spared(settings, lambda: resources(changed), lambda _: resources(changed, {}))
+        self._resource_of = _spared_resources(settings)
         self._deriver = Deriver(processors, self._fault)
         self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
         self._publisher = FramePublisher(
@@ -257,12 +262,7 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
-        self._late_rank = LateRank(
-            identity,
-            has_readers=has_provider or bool(exporters.readers),
-            is_for_rank_0=settings.export_ranks == "rank0",
-            warnings=self._warnings,
-        )
+        self._late_rank = self._opened_late_rank(settings, identity, has_provider or bool(exporters.readers))
         self._publisher.settle_run = self._settled
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
@@ -301,6 +301,10 @@ class _Session:
 
         return _spared(settings, found, lambda error: (Exporters(False, None, (), str(error)), None))
 
+    def _opened_late_rank(self, settings: EsperSettings, identity: Mapping[str, Any], has_readers: bool) -> LateRank:
+        is_for_rank_0 = settings.export_ranks == "rank0"
+        return LateRank(identity, has_readers=has_readers, is_for_rank_0=is_for_rank_0, warnings=self._warnings)
+
     def _opened_recorder(self, settings: EsperSettings) -> Recorder:
         publisher = self._publisher
         return Recorder(
@@ -314,12 +318,12 @@ class _Session:
             began_unix_ns=_began_unix_ns(),
         )
 
-    def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> Events | None:
+    def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> EventNotes | None:
         """Returns what notes events; None if they are not sent."""
         if endpoint is None:
             return None
         logs = _spared(settings, lambda: _logs_endpoint(settings), lambda _: None)
-        return None if logs is None else Events(self._recorder, self._mistakes, logs)
+        return None if logs is None else EventNotes(self._recorder, self._mistakes, logs)
 
     def _check_run_id(self, run: Run) -> None:
         """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
@@ -393,14 +397,14 @@ class _Session:
         publisher.published = exporter.published()
         return exporter
 
-    def _event_wiring(self, events: Events) -> EventWiring:
+    def _event_wiring(self, events: EventNotes) -> EventWiring:
         publisher = self._publisher
         rules = self.rules
 
-        def run_of() -> Run | None:
-            return publisher.run if publisher.ring.last else None
+        def resource() -> Resource | None:
+            return self._resource_of(publisher.run) if publisher.ring.last else None
 
-        return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), run_of)
+        return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), resource)
 
     def _prepare_export(self) -> None:
         clock = self._recorder.clock

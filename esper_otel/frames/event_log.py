@@ -64,7 +64,7 @@ class Event(NamedTuple):
 
     @property
     def due_unix_ns(self) -> int:
-        """See ``Entry``. Before the first step, there is nothing to wait for."""
+        """See ``Numbered``. Before the first step, there is nothing to wait for."""
         return 0 if self.step is None else self.time_unix_ns
 
 
