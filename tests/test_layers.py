@@ -55,7 +55,7 @@ MAY_IMPORT = {
     # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
     "gateway": {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     "gateway/command": {
         *BASE,
@@ -70,11 +70,12 @@ MAY_IMPORT = {
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
-        *(*BASE, "frames", "leyline", "pull", "gateway"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+        *(*BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
     "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
@@ -88,7 +89,7 @@ MAY_IMPORT = {
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
-    "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
+    "check": {*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version"},
     "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},
@@ -180,7 +181,7 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 
 def _name(function: ast.expr) -> str:
-    return getattr(function, "attr", None) or getattr(function, "id", "")
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def _module(module: str, name: str) -> str:

@@ -23,7 +23,7 @@ from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, logger
 from esper_otel.schema import METRICS
 from esper_otel.send.lines import Progress, RequestLine, has_more, lines_of
-from esper_otel.send.notes import Notes, Refusals
+from esper_otel.send.notes import Notes, RefusedItems
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _NOTE_EVERY_S = 1.0
@@ -85,7 +85,7 @@ class Delivery:
                 progress.note(offset)
         return True
 
-    def _is_settled(self, line: RequestLine, refusals: Refusals) -> bool:
+    def _is_settled(self, line: RequestLine, refusals: RefusedItems) -> bool:
         """Sends a line until the endpoint takes it or refuses it for good. Returns False when the time is over."""
         where = f"bytes {line.start} to {line.end}"
         if line.body is None:
@@ -189,13 +189,8 @@ def send_spool(
     exporter.close(min(deadline_s, time.monotonic() + _LONGEST_S), "completed")
     left = sum(1 for leftover in leftovers if leftover.folder.path.exists())
     notes = Notes(directory / REFUSED, endpoint.target)
-    refusals = Refusals(notes.mine)
-    for reason, count in exporter.dropped.items():
-        refusals.add(f"steps lost: {reason}", count, f"{reason}: {exporter.last_error or 'see the log'}")
-    if exporter.rejected_points:
-        refusals.add("points refused", exporter.rejected_points, exporter.last_error or "see the log")
-    for reason, count in ({} if events is None else events.dropped).items():
-        refusals.add(f"events lost: {reason}", count, reason)
+    refusals = RefusedItems(notes.mine)
+    _add_losses(refusals, exporter)
     if refusals.counts != refusals.earlier:
         notes.write(refusals.noted())
     parts = [f"{exporter.recovered} steps delivered to {endpoint.target}"]
@@ -205,3 +200,15 @@ def send_spool(
     parts += [f"{left} sessions are not delivered yet"] * bool(left)
     sys.stdout.write(f"{directory}: {', '.join(parts)}\n")
     return not left and not refusals.counts and not faults
+
+
+def _add_losses(refusals: RefusedItems, exporter: StepExporter) -> None:
+    """Adds what an exporter could not deliver."""
+    why = exporter.last_error or "see the log"
+    for reason, count in exporter.dropped.items():
+        refusals.add(f"steps lost: {reason}", count, f"{reason}: {why}")
+    if exporter.rejected_points:
+        refusals.add("points refused", exporter.rejected_points, why)
+    if exporter.events is not None:
+        for reason, count in exporter.events.dropped.items():
+            refusals.add(f"events lost: {reason}", count, reason)

@@ -11,7 +11,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
-from esper_otel.send.notes import Notes, Refusals
+from esper_otel.send.notes import Notes, RefusedItems
 
 NOTES = ".sent"
 # Of no use here, and in OTLP's JSON not in the form that protobuf reads: their ids are hexadecimal.
@@ -105,9 +105,8 @@ class Progress:
     def __init__(self, path: Path, target: str) -> None:
         self._notes = Notes(path.with_name(path.name + NOTES), target)
         noted = self._notes.mine.get("offset")
-        is_known = type(noted) is int and 0 <= noted <= path.stat().st_size
-        self.offset: int = noted if is_known else 0
-        self.refusals: Refusals = Refusals(self._notes.mine if is_known else {})
+        self.offset: int = noted if type(noted) is int and 0 <= noted <= path.stat().st_size else 0
+        self.refusals: RefusedItems = RefusedItems(self._notes.mine if self.offset else {})
         self.notes: Path = self._notes.path
 
     def note(self, offset: int) -> None:

@@ -7,7 +7,6 @@ import time
 from contextlib import ExitStack
 
 import pytest
-import requests
 from frame_examples import make_frame
 from gateways import RunningGateway
 from programs import until
@@ -39,7 +38,7 @@ def test_members_and_servers_die_and_hang(broker: str) -> None:
         second = running.enter_context(tier.member("second"))
         servers: list[RunningGateway] = [running.enter_context(tier.server()) for _ in range(2)]
         puller = Puller("kills", servers)
-        until("both work", lambda: all(_partitions(each) for each in (first, second)))
+        until("both work", lambda: all(each.metric("kafka_partitions") for each in (first, second)))
         while first.process.poll() is None:
             ranks.send(2)
             time.sleep(0.05)
@@ -65,10 +64,3 @@ def test_members_and_servers_die_and_hang(broker: str) -> None:
         len(block_of(message.key(), message.value()).frames) for message in tier.records("frames", "read_uncommitted")
     )
     assert all_frames > 8 * ranks.step  # the control: without transactions, steps would be there twice
-
-
-def _partitions(member: RunningGateway) -> float:
-    text = requests.get(f"http://{member.http}/metrics", timeout=10).text
-    return next(
-        float(line.split()[1]) for line in text.splitlines() if line.startswith("esper_gateway_kafka_partitions ")
-    )
