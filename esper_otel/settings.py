@@ -17,8 +17,8 @@ from esper_otel.errors import ConfigurationError, nearest, unknown
 
 _T = TypeVar("_T")
 PREFIX = "ESPER_"
-# Variables that name a run, and the beginnings of those that other programs of a deployment read.
-_NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT")
+# Variables that name a run and a rank's place, and the beginnings of those that other programs of a deployment read.
+_NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT", "PARALLEL")
 _OF_OTHERS = ("GATEWAY", "GRAFANA", "LEYLINE_", "OONA_", "OTEL", "PROMETHEUS_", "TIER", "TOOLS_")
 # "tf32" is float32 whose products the tensor cores compute.
 COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "float16", "float8")
@@ -360,6 +360,12 @@ class EsperSettings(_Settings):
         default="",
         read=_dtype,
         meaning="Dtype of the matrix products, for that table: `float32`, `tf32`, `bfloat16`, `float16` or `float8`.",
+    )
+    hw_metrics: bool = _setting(
+        default=False,
+        read=_boolean,
+        meaning="True also sends the GPU's metrics under the names of the semantic conventions, such as "
+        "`hw.gpu.utilization`; see [attributes](attributes.md).",
     )
     flush_signals: str = _setting(
         default="",

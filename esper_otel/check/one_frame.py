@@ -321,7 +321,7 @@ def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request,
     outcome = {("esper.run.ended", "completed"): 1.0}
     ended = encoder.health_scope(outcome, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns)
     streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
-    for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=ended):
+    for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=[ended]):
         sender.send(body, endpoint.timeout_s)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from opentelemetry.sdk.resources import Resource
 
+from esper_otel.export.device_points import DevicePoint
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.event_exporter import EventExporter
@@ -78,6 +79,7 @@ def open_exporter(
     fault: Callable[[str, Exception], None],
     warnings: Warnings,
     events: EventWiring | None = None,
+    device: Callable[[], Sequence[DevicePoint]] = tuple,
 ) -> StepExporter:
     """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
 
@@ -135,6 +137,7 @@ def open_exporter(
         phase_file=phase_file,
         run_of=settled_run,
         events=None if events is None else live_events(),
+        device=device,
     )
 
 

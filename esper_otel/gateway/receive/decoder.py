@@ -43,7 +43,7 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.gateway.receive.template import ResourcePart, Templates, parts_of
-from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
+from esper_otel.parts.levels import DEVICE, FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
 from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
@@ -186,7 +186,7 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
         return DecodedRequest((), (), (), raw.points, rejected.counts, rejected.metrics)
     labels = _Labels.of(list(raw.labels))
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
-    is_health = np.array([metric.scope in (HEALTH, PHASES) for metric in raw.metrics])
+    is_health = np.array([metric.scope in (HEALTH, PHASES, DEVICE) for metric in raw.metrics])
     verdict = _verdict(columns, labels, levels)
     cut: tuple[CutFrame, ...] = ()
     if verdict.any():
