@@ -236,6 +236,9 @@ class StepExporter:
         self._wake.set()
         try:
             self.join(deadline_s)
+        except BaseException:  # who gives up the steps does not wait for the events either
+            self._deadline_s = time.monotonic()
+            raise
         finally:  # after a Ctrl-C the remaining steps are still spooled or counted
             self._end(outcome)
 
@@ -243,9 +246,15 @@ class StepExporter:
         self._guarded("closing the sender", self._sender.close)
         self._thread.join(0.5)
         waiting = self.waiting
-        has_events = self._events is not None and not self._given(
-            "sending the last events", False, self._end_events, self._events, outcome
-        )
+        has_events = self._events is not None
+        try:
+            if self._events is not None:
+                has_events = not self._given("sending the last events", False, self._end_events, self._events, outcome)
+        finally:  # a Ctrl-C here gives up the events only
+            self._end_files(outcome, waiting, has_events=has_events)
+
+    def _end_files(self, outcome: str, waiting: int, *, has_events: bool) -> None:
+        """Leaves what was not sent to the next session, or counts it. ``waiting`` are the steps."""
         self._log.end()
         if self._phase_file is not None:
             self._guarded("closing the file of phases", self._phase_file.close)
@@ -660,12 +669,15 @@ class StepExporter:
         With steps in a spool that were not sent, more may have happened.
         """
         is_next = self._spool is not None and (self.waiting or not self._has_said_goodbye)
-        run = self._live.phases_run
-        if events.live is not None and run is not None:
-            events.live.resource = partial(self._live.encoder.resource, run)
-        if events.live is not None and not is_next:
-            events.live.reader.end(outcome, events.live.log.now_ns(), self._exit_status)
-        return events.close(self._deadline_s or 0.0)
+        try:
+            run = self._live.phases_run
+            if events.live is not None and run is not None:
+                events.live.resource = partial(self._live.encoder.resource, run)
+            if events.live is not None and not is_next:
+                events.live.reader.end(outcome, events.live.log.now_ns(), self._exit_status)
+        finally:
+            is_all = events.close(self._deadline_s or 0.0)
+        return is_all
 
     # -- health ------------------------------------------------------------------------------------------
 

@@ -241,6 +241,70 @@ def test_very_many_events_are_bounded_and_counted() -> None:
     assert (log.count, log.dropped, log.last) == (100, 150, 250)
 
 
+def test_events_that_are_dropped_while_they_are_sent_count_once() -> None:
+    """The oldest are dropped first, which are those on their way. They have arrived, unless the request fails."""
+    log = EventLog(most=100)
+    for number in range(100):
+        log.add(checkpoint(number, number + 1, number, 0))
+    assert len(log.waiting(None, 10)) == 10
+    for number in range(4):
+        log.add(checkpoint(number, number + 1, number, 0))
+    log.waiting(None, 10)  # the request has failed
+    for number in range(4):
+        log.add(checkpoint(number, number + 1, number, 0))
+    assert log.dropped == 8
+    log.delivered(6)  # the last that fits into the request
+    assert (log.count, log.dropped) == (100, 6)
+
+
+@pytest.mark.parametrize("has_spool", [True, False])
+def test_a_ctrl_c_while_the_last_events_are_sent_gives_up_only_these(
+    has_spool: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is left to the next session, which sends the events and no other end of the run; or they count."""
+    settings = fast(spool_dir=tmp_path) if has_spool else fast()
+    with endpoints(monkeypatch) as (collector, logs):
+        logs.answer = lambda _: 503
+        telemetry = esper_otel.start(run_id="first", settings=settings)
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        assert collector.wait_for(lambda each: each.frames_received == 1)
+        thread = telemetry._wiring._exporter._events._thread  # type: ignore[attr-defined]
+        join = thread.join
+
+        def interrupted(timeout_s: float) -> None:
+            thread.join = join
+            raise KeyboardInterrupt
+
+        thread.join = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            telemetry.close()
+        assert telemetry.health()["events_dropped"] == (0 if has_spool else 2)
+        logs.answer = lambda _: 200
+        with esper_otel.start(run_id="second", settings=settings):
+            assert not has_spool or logs.wait_for(lambda each: len(each.records) >= 2)
+        outcomes = [point.attributes["outcome"] for point in collector.points() if point.name == "esper.run.ended"]
+    assert outcomes == ["completed"]
+    assert [attributes_of(record)["esper.event.number"] for record in of_run(logs, "first")] == [1, 2] * has_spool
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ctrl_c_while_steps_are_sent_does_not_wait_for_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoints(monkeypatch) as (_, logs):
+        logs.hang = True
+        telemetry = esper_otel.start(run_id="events", settings=fast())
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        exporter = telemetry._wiring._exporter  # type: ignore[attr-defined]
+
+        def interrupted(_deadline_s: float) -> None:
+            raise KeyboardInterrupt
+
+        exporter.join = interrupted
+        began_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            telemetry.close(timeout_s=20.0)
+        assert exporter.events._deadline_s < began_s + 15.0
+
+
 KILLED = """
 import os, signal, time
 import esper_otel
