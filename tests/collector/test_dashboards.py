@@ -195,7 +195,7 @@ def test_values_are_right_and_not_only_there(stack: Stack) -> None:
 
 
 def test_each_rank_is_joined_with_its_experiment_its_host_and_its_device(stack: Stack) -> None:
-    """On every dashboard, once; also if an earlier attempt of the run has left another description."""
+    """On every dashboard, once."""
     found = [panel for _, panel in panels(stack.naming) if panel["title"] == "Who is it?"]
     assert len(found) == 5
     assert len({panel["targets"][0]["expr"] for panel in found}) == 1

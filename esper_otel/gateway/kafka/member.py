@@ -53,11 +53,12 @@ _AGAIN_S = 1.0
 _TRANSACTION_S, _STUCK_S = 30.0, 120.0
 _WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
 _AWAY_S = 120.0
+_STABLE_S = 5.0  # longer than a transaction may take
 _HEARTBEATS = 5  # within a session
 _TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, 18})  # 18: larger than a segment
 
 
-class _Record(NamedTuple):
+class _OutgoingRecord(NamedTuple):
     """A record to be written.
 
     Attributes:
@@ -229,12 +230,15 @@ class Member:
             return
         self._has_joined = True
         try:
-            for place in consumer.committed(partitions, _TRANSACTION_S):
+            begins: list[TopicPartition] = []
+            for place in self._committed(consumer, partitions):
+                offset = place.offset if place.offset >= 0 else OFFSET_BEGINNING
+                begins.append(TopicPartition(place.topic, place.partition, offset))
                 try:
                     self._shards[place.partition] = self._restored(consumer, place)
                 except UnknownForm as error:
                     self._leave_alone(place, error)
-            consumer.incremental_assign(partitions)
+            consumer.incremental_assign(begins)  # with offsets: it would wait for an open transaction itself
             if alone := [place for place in partitions if place.partition in self._unreadable]:
                 consumer.pause(alone)
         except (EsperOtelError, KafkaException) as error:  # librdkafka's own code lies between here and _cycle
@@ -242,6 +246,26 @@ class Member:
             return
         if partitions:
             announce("kafka member", f"works on partitions {', '.join(map(str, sorted(self._shards)))}")
+
+    def _committed(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """Returns what is committed for partitions, with its metadata.
+
+        A transaction of the member before may be open, and is waited for. After a broker was killed, it may be open for
+        ever. Then the offsets before it are used: what was made of later requests is in the frames that are restored.
+        """
+        try:
+            return consumer.committed(partitions, SESSION_MS / 1000 + _STABLE_S)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError._TIMED_OUT:  # noqa: SLF001 - public, but for its name
+                raise
+        other = self._connection.consumer(**{"group.id": group_of(self._tier), "isolation.level": "read_uncommitted"})
+        try:
+            found = other.committed(partitions, _TRANSACTION_S)
+        finally:
+            other.close()
+        message = "an earlier transaction of group %s does not end: the member goes on from the offsets before it"
+        self._warnings.say("unstable", message, group_of(self._tier))
+        return found
 
     def _restored(self, consumer: Consumer, place: TopicPartition) -> Shard:
         """Returns a shard with the state that the topics have, and sets nothing else."""
@@ -400,15 +424,17 @@ class Member:
             self._failed(error)
         self._own.update(counted)
 
-    def _released(self, shard: Shard, now_s: float, *, of_all: bool) -> list[_Record]:
+    def _released(self, shard: Shard, now_s: float, *, of_all: bool) -> list[_OutgoingRecord]:
         """Returns what a shard has to write: frames, and then states."""
         topics, partition = self._tier.topics, shard.partition
         records = [
-            _Record(topics.frames, partition, key_of(block.origin), block_bytes(block), shard, _steps_of(block.frames))
+            _OutgoingRecord(
+                topics.frames, partition, key_of(block.origin), block_bytes(block), shard, _steps_of(block.frames)
+            )
             for block in shard.release(now_s)
         ]
         for known in shard.states(of_all=of_all):
-            record = _Record(topics.runs, partition, key_of(known.state.origin), state_bytes(known))
+            record = _OutgoingRecord(topics.runs, partition, key_of(known.state.origin), state_bytes(known))
             if record.size > self._most_of(topics.runs):  # a takeover can do without the frame
                 record = record._replace(value=state_bytes(known._replace(newest=None)))
             records.append(record)
@@ -455,7 +481,7 @@ class Member:
             else:
                 return
 
-    def _produce(self, record: _Record) -> bool:
+    def _produce(self, record: _OutgoingRecord) -> bool:
         """Hands a record to the producer; returns whether it is written as it is.
 
         One that is too large is left out, and a record without a value, which says so, is kept for people instead.
@@ -468,7 +494,7 @@ class Member:
             self._warnings.say(f"too large {record.topic}", message, what, reason, MOST_RECORD_BYTES)
             headers = {"esper.topic": record.topic, "esper.reason": reason, **record.headers}
             headers |= {"esper.about": record.about, "esper.size": f"{record.size}"}
-            record = _Record(self._tier.topics.dead, -1, record.key, b"", headers=headers)
+            record = _OutgoingRecord(self._tier.topics.dead, -1, record.key, b"", headers=headers)
         while True:
             try:
                 self._producer.produce(
@@ -484,7 +510,7 @@ class Member:
             else:
                 return is_whole
 
-    def _noting(self, record: _Record) -> Callable[[Any, Any], None]:
+    def _noting(self, record: _OutgoingRecord) -> Callable[[Any, Any], None]:
         """Returns what notes where the topic of frames ends, and what the brokers refuse as too large."""
         topic, size, shard = record.topic, record.size, record.shard
 
@@ -502,7 +528,7 @@ class Member:
         """Returns how large a record of a topic may be, in bytes."""
         return self._most.get(topic, MOST_RECORD_BYTES)
 
-    def _buried(self, partition: int, poisoned: BadRecord) -> _Record:
+    def _buried(self, partition: int, poisoned: BadRecord) -> _OutgoingRecord:
         """Returns the record with which one that cannot be used is kept."""
         record, topics = poisoned.record, self._tier.topics
         message = "record %d of %s, partition %d, cannot be used: %s; it is kept in %s"
@@ -514,7 +540,7 @@ class Member:
             "esper.reason": poisoned.reason,
         }
         about = f"record {record.offset} of {topics.otlp}, partition {partition}, which cannot be used,"
-        return _Record(topics.dead, -1, record.key or b"", record.value, about=about, headers=headers)
+        return _OutgoingRecord(topics.dead, -1, record.key or b"", record.value, about=about, headers=headers)
 
     def _abort(self) -> None:
         self._own["aborts"] += 1
