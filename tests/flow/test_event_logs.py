@@ -328,6 +328,20 @@ def test_the_end_has_the_exit_status_of_the_process(end: str, monkeypatch: pytes
     assert said.get("exception.type") == (outcome if end == "1 / 0" else None)
 
 
+def test_a_session_without_any_step_has_events_if_something_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for its metrics: otherwise there is no run for anybody to see."""
+    with endpoints(monkeypatch) as (_, logs):
+        with esper_otel.start(run_id="e", settings=fast(spool_dir=tmp_path)):
+            pass
+        assert logs.records == []
+        with suppress(ValueError), esper_otel.start(run_id="e", settings=fast(spool_dir=tmp_path)):
+            raise ValueError("the model does not fit")
+        assert names(logs) == ["esper.run.started", "esper.run.ended"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_fork_adds_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker of a data loader has a copy of the session, and may save or make mistakes."""
     with endpoints(monkeypatch) as (_, logs):
