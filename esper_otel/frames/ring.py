@@ -103,9 +103,8 @@ class Ring:
         if has_seeds:
             number = chunk.seeds_number(seeds.ids, seeds.cells.shape[1])
             flags = WHOLE if live.cells is seeds.cells else 0
-        layout.pack_into(
-            chunk.buffer, end, step, epoch, time_unix_ns, digest, len(live.ids), layout.number, number, flags, *numbers
-        )
+        head = (chunk.buffer, end, step, epoch, time_unix_ns, digest, len(live.ids), layout.number, number, flags)
+        layout.pack_into(*(head + numbers))  # quicker than (*head, *numbers)
         if has_seeds:
             chunk.buffer[end + layout.size : end + size] = seeds.cells.tobytes()
         chunk.offsets[row] = end

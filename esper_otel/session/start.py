@@ -234,12 +234,13 @@ class _Session:
         changed = settings.changed()
         self._resource_of = _spared(settings, lambda: resources(changed), lambda _: resources(changed, {}))
         self._deriver = Deriver(processors, self._fault)
-        self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
+        self._sampler = Sampler(probes, period_s=settings.probe_period_s)
         self._publisher = FramePublisher(
             run,
             names,
             Ring(settings.buffer_bytes),
             deriving=self._deriver,
+            probing=self._sampler,
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
@@ -285,7 +286,6 @@ class _Session:
         return Recorder(
             publisher,
             clock=Clock(),
-            probing=self._sampler,
             to_state=leyline.state,
             gradient_math=_gradient_math,
             peak=Peak(settings.peak_tflops, settings.compute_dtype, lambda: publisher.run.device_id),
@@ -327,8 +327,7 @@ class _Session:
         """Starts the parts that run in threads. Returns the signals that do not flush the session."""
         unfollowed = watch(self.telemetry, signal_names(flush_signals))
         self._publisher.tally.start()
-        if self._sampler is not None:
-            self._sampler.start()
+        self._sampler.start()
         if self._exporter is not None:
             self._exporter.start()
         return unfollowed
@@ -427,7 +426,7 @@ class _Session:
 
     def probed(self) -> Mapping[str, float]:
         """See ``InstrumentedSession``."""
-        return {} if self._sampler is None else self._sampler.latest()
+        return self._sampler.latest()
 
     def newest_frame(self) -> Frame | None:
         """Returns the newest frame; None if it is more than 5 minutes old or in a forked child."""
@@ -506,7 +505,7 @@ class _Session:
         return reasons(
             self._publisher.ring.newest(),
             left_out=self._publisher.names.left_out,
-            probes={} if self._sampler is None else self._sampler.absent(),
+            probes=self._sampler.absent(),
             peak=self._recorder.peak.reason,
         )
 
@@ -545,8 +544,7 @@ class _Session:
         with ExitStack() as ending:  # runs the callbacks from last to first, even if one raises
             ending.callback(self._say_closed, outcome)
             ending.callback(forget, self.telemetry)
-            if self._sampler is not None:
-                ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
+            ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
             ending.callback(self._instruments.detach, self)
             if self._provider is not None:
                 least_s = _READERS_S if is_patient else 0.1
@@ -585,8 +583,7 @@ class _Session:
             self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), least_s) * 1e3)
 
     def _stop_probes(self, deadline_s: float) -> None:
-        if self._sampler is not None:
-            self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
+        self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
 
     def _summary(self, outcome: str) -> str:
         health = self.health()
