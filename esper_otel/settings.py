@@ -231,14 +231,14 @@ class _DefaultsByAssignment(type):
         return cls.settings[name]
 
 
-class _Given:
+class _GivenNames:
     """Which settings were given. Apart, so that it is not a setting, and neither compared nor shown."""
 
     __slots__ = ("_given",)
     _given: frozenset[str]
 
 
-class _Settings(_Given, metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
+class _Settings(_GivenNames, metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
     """Behaviour common to all settings. Separate from the class below so that type checkers know its arguments."""
 
     def __init__(self, **values: Any) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.export.blocks import points_of
-from esper_otel.export.encode import BesideFrames, Encoder
+from esper_otel.export.encode import AccompanyingData, Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.export.transport import Outcome, Result, Sender
@@ -89,7 +89,7 @@ class MarkedRun:
         for some in (slice(_FIRST_REQUEST), slice(_FIRST_REQUEST, None)):
             for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
                 [block] = blocks_of(frames[some])
-                for request in encoder.requests([block], BesideFrames(streams.note([block]))):
+                for request in encoder.requests([block], AccompanyingData(streams.note([block]))):
                     outcome = self._delivered(request.body, deadline_s)
                     streams.named(request.names)
                     streams.settled(block.last)

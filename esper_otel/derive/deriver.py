@@ -11,7 +11,7 @@ from esper_otel.errors import ConfigurationError, InvalidCatalogue, InvalidValue
 from esper_otel.schema import Metric
 
 # Takes a state, the loss and the gradient norm; returns the next state, and names and numbers of what is derived.
-Step: TypeAlias = Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]]
+Trends: TypeAlias = Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]]
 
 
 def _name(entry: str | Metric) -> str:
@@ -36,7 +36,7 @@ def checked_processors(processors: Sequence[Processor], known: Mapping[str, Metr
             givers[name] = processor
 
 
-class _Guarded:
+class _GuardedProcessor:
     """Wraps a user's processor so that exceptions in its readings do not affect the step."""
 
     def __init__(self, processor: Processor, fault: Callable[[str, Exception], None]) -> None:
@@ -71,13 +71,14 @@ class Deriver:
 
     def __init__(self, processors: Sequence[Processor], fault: Callable[[str, Exception], None]) -> None:
         self._processors: tuple[Processor, ...] = tuple(
-            processor if type(processor) is Dynamics else _Guarded(processor, fault) for processor in processors
+            processor if type(processor) is Dynamics else _GuardedProcessor(processor, fault)
+            for processor in processors
         )
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self.states: tuple[Any, ...] = tuple(processor.initial() for processor in self._processors)
         # Most runs have only the built-in processor. It needs neither a loop nor a guard: numbers never make it raise.
         alone = processors[0] if len(processors) == 1 else None
-        self.step: Step | None = alone.step if isinstance(alone, Dynamics) else None
+        self.step: Trends | None = alone.step if isinstance(alone, Dynamics) else None
         self._fault = fault
         given_before: set[str] = set()
         self._chained = False

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.logs.v1.logs_pb2 import ScopeLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     AGGREGATION_TEMPORALITY_CUMULATIVE,
     Gauge,
+    ResourceMetrics,
     ScopeMetrics,
     Sum,
 )
+from opentelemetry.sdk.metrics.export import MetricsData
+from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetrics
+from opentelemetry.sdk.resources import Resource
 
 from esper_otel._version import __version__
 from esper_otel.schema import Metric
@@ -16,11 +22,16 @@ from esper_otel.schema import Metric
 SCHEMA_VERSION = "1"
 
 
-def set_scope(scope: ScopeMetrics, name: str) -> None:
+def set_scope(scope: ScopeMetrics | ScopeLogs, name: str) -> None:
     """Writes the scope's name and version."""
     scope.scope.name = name
     scope.scope.version = __version__
     scope.scope.attributes.append(attribute("esper.schema.version", SCHEMA_VERSION))
+
+
+def origin_of(resource: Resource) -> ResourceMetrics:
+    """Returns a message that has only the Resource and its schema URL."""
+    return encode_metrics(MetricsData([SdkResourceMetrics(resource, [], "")])).resource_metrics[0]
 
 
 def stream(scope: ScopeMetrics, metric: Metric) -> Gauge | Sum:

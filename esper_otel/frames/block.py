@@ -115,15 +115,15 @@ class Chunk:
         if self.seeds[number] is ids and self.widths[number] == columns:  # the newest ones, as in most rows
             return number
         key = (ids, columns)
-        number = self._numbers.get(key)
-        if number is None:
-            if len(self._numbers) == _MOST_KNOWN_IDS:  # ids that change in every step are not looked for any more
-                self._numbers = {_NO_IDS: 0}
-            number = len(self.widths)
-            self.seeds[number:] = [ids]  # an interrupt may have left ids without a width
-            self.widths.append(columns)
-            self._other_bytes += _IDS_BYTES + 8 * len(ids)
-            self._numbers[key] = number
+        if key in self._numbers:
+            return self._numbers[key]
+        if len(self._numbers) == _MOST_KNOWN_IDS:  # ids that change in every step are not looked for any more
+            self._numbers = {_NO_IDS: 0}
+        number = len(self.widths)
+        self.seeds[number:] = [ids]  # an interrupt may have left ids without a width
+        self.widths.append(columns)
+        self._other_bytes += _IDS_BYTES + 8 * len(ids)
+        self._numbers[key] = number
         return number
 
     def retire(self, row: int, ids: tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ _IN_PLAIN_WORDS = {
 }
 
 
-class _OnGpu(ABC):
+class _GpuProbe(ABC):
     """Queries NVML about the training GPU.
 
     NVML numbers GPUs differently from CUDA. So the device is found by its UUID, or else by its PCI bus id, or else by
@@ -126,8 +126,8 @@ class _OnGpu(ABC):
         raise ProbeUnavailable(f"cannot tell which of {len(handles)} GPUs is cuda:{index}: no UUID or bus id matches")
 
 
-class GpuUtilisation(_OnGpu):
-    """Percentage of time in which the training device ran a kernel, over NVML's own window. See ``_OnGpu``."""
+class GpuUtilisation(_GpuProbe):
+    """Percentage of time in which the training device ran a kernel, over NVML's own window. See ``_GpuProbe``."""
 
     gives: tuple[str, ...] = ("gpu_util_percent",)
 
@@ -137,8 +137,8 @@ class GpuUtilisation(_OnGpu):
         return {"gpu_util_percent": float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
 
 
-class GpuTemperature(_OnGpu):
-    """Temperature of the training device in °C; for a MIG instance, that of the whole GPU. See ``_OnGpu``."""
+class GpuTemperature(_GpuProbe):
+    """Temperature of the training device in °C; for a MIG instance, that of the whole GPU. See ``_GpuProbe``."""
 
     gives: tuple[str, ...] = ("esper.device.temperature_celsius",)
 
@@ -157,8 +157,8 @@ class GpuTemperature(_OnGpu):
         return int(nvml.nvmlDeviceGetTemperatureV(handle, sensor))
 
 
-class _Description(_OnGpu):
-    """Describes the GPU. See ``_OnGpu``."""
+class _Description(_GpuProbe):
+    """Describes the GPU. See ``_GpuProbe``."""
 
     def _read(self, nvml: Any, handle: Any) -> Mapping[str, Any]:
         return {

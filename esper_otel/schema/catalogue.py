@@ -821,6 +821,23 @@ SESSION: tuple[Metric, ...] = (
         kind="counter",
         level="session",
     ),
+    Metric(
+        "esper.events.sent",
+        "count",
+        "Events that the endpoint has taken as log records.",
+        kind="counter",
+        level="session",
+        present="When events are sent: OTEL_LOGS_EXPORTER names otlp.",
+    ),
+    Metric(
+        "esper.events.dropped",
+        "count",
+        "Events not delivered, by reason.",
+        kind="counter",
+        level="session",
+        split_by="reason",
+        present="When events are sent: OTEL_LOGS_EXPORTER names otlp.",
+    ),
     Metric("esper.buffer.bytes", "By", "Memory held by frames kept for export and for pull().", level="session"),
     Metric("esper.export.queue", "count", "Frames waiting for the endpoint's acknowledgement.", level="session"),
     Metric(

@@ -21,12 +21,13 @@ from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalogue, InvalidName
+from esper_otel.events.reader import EventReader
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
-from esper_otel.export.opening import open_exporter
-from esper_otel.export.provider import Exporters, OwnProvider, exporters_for
+from esper_otel.export.opening import EventWiring, open_exporter
+from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import warn as ignored
@@ -49,9 +50,11 @@ from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import Metric
 from esper_otel.session.absence import reasons
-from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
+from esper_otel.session.ending import exit_status, forget, is_interactive, live_sessions, outcome_of_process, watch
+from esper_otel.session.events import Events
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.live_page import LONGEST_WAIT_S, show_the_way, wait_for_page
+from esper_otel.session.late_rank import LateRank
+from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, settings_of_environment, signal_names, unknown_variables
@@ -158,6 +161,7 @@ def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
     endpoint = _endpoint(settings, exporters)
     if endpoint is not None:
         open_sender(endpoint, settings.token_file).close()
+        _logs_endpoint(settings)
     return endpoint
 
 
@@ -168,6 +172,16 @@ def _endpoint(settings: EsperSettings, exporters: Exporters) -> Endpoint | None:
     if settings.export_file is not None:
         return file_endpoint(settings.export_file)
     return endpoint_from_environment(protocol=exporters.protocol)
+
+
+def _logs_endpoint(settings: EsperSettings) -> Endpoint | None:
+    """Returns where events are sent, or the directory that they are written to; None if they are not."""
+    exporter = events_exporter()
+    if not exporter.is_on:
+        return None
+    if settings.export_file is not None:
+        return file_endpoint(settings.export_file, "logs")
+    return endpoint_from_environment(protocol=exporter.protocol, signal="logs")
 
 
 def _spared(
@@ -244,10 +258,17 @@ class _Session:
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
-        self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
+        self._late_rank = LateRank(
+            identity,
+            has_readers=has_provider or bool(exporters.readers),
+            is_for_rank_0=settings.export_ranks == "rank0",
+            warnings=self._warnings,
+        )
+        self._publisher.settle_run = self._settled
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
+        self._events = self._opened_events(settings, endpoint)
         self._for_alerts = _for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
@@ -293,6 +314,13 @@ class _Session:
             began_unix_ns=_began_unix_ns(),
         )
 
+    def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> Events | None:
+        """Returns what notes events; None if they are not sent."""
+        if endpoint is None:
+            return None
+        logs = _spared(settings, lambda: _logs_endpoint(settings), lambda _: None)
+        return None if logs is None else Events(self._recorder, self._mistakes, logs)
+
     def _check_run_id(self, run: Run) -> None:
         """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
         if self._agreement is not None and self._agreement.lacks_run_id:
@@ -327,6 +355,8 @@ class _Session:
         """Starts the parts that run in threads. Returns the signals that do not flush the session."""
         unfollowed = watch(self.telemetry, signal_names(flush_signals))
         self._publisher.tally.start()
+        if self._events is not None and self._exporter is not None:
+            self._events.begin()
         self._sampler.start()
         if self._exporter is not None:
             self._exporter.start()
@@ -351,14 +381,25 @@ class _Session:
             self._resource_of,
             phases=self._recorder.phases.log,
             run_of=lambda: publisher.run,
+            settled_run=publisher.settled_run,
             prepare=self._prepare_export,
             health=self.counts,
             idle_ns=self._recorder.clock.idle_ns,
             fault=self._fault,
             warnings=self._warnings,
+            events=None if self._events is None else self._event_wiring(self._events),
         )
         publisher.published = exporter.published()
         return exporter
+
+    def _event_wiring(self, events: Events) -> EventWiring:
+        publisher = self._publisher
+        rules = self.rules
+
+        def run_of() -> Run | None:
+            return publisher.run if publisher.ring.last else None
+
+        return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), run_of)
 
     def _prepare_export(self) -> None:
         clock = self._recorder.clock
@@ -372,8 +413,21 @@ class _Session:
         """Returns the run for a Resource, which cannot change: without the attempt if the ranks have not agreed yet."""
         return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
 
+    def _settled(self, run: Run) -> Run:
+        """Returns the run with its rank, and what its ranks agree on. Called at the first step: the last opportunity.
+
+        Nothing that names the run has been sent before.
+        """
+        found = self._late_rank.of(run)
+        if found is None:
+            return self._with_agreed_attempt(run)
+        run, self._agreement = found
+        run = self._with_agreed_attempt(run)
+        announce("rank", f"run {run.run_id}, rank {run.rank} of {run.world_size}, as torch.distributed says")
+        return run
+
     def _with_agreed_attempt(self, run: Run) -> Run:
-        """Returns the run with what its ranks agree on. Called at the first step, the last opportunity."""
+        """Returns the run with what its ranks agree on."""
         agreement = self._agreement
         if agreement is None:
             return run
@@ -473,6 +527,10 @@ class _Session:
                 counts["esper.export.latency_ms", ""] = exporter.latency_ms
             for reason, dropped in exporter.dropped.copy().items():
                 counts["esper.frames.dropped", reason] = dropped
+            if exporter.events is not None:
+                counts["esper.events.sent", ""] = exporter.events.sent
+                for reason, dropped in exporter.events.dropped.items():
+                    counts["esper.events.dropped", reason] = dropped
             for reason, unix_s in exporter.errors_unix_s.copy().items():
                 counts["esper.export.last_error", reason] = unix_s
         return counts
@@ -497,6 +555,10 @@ class _Session:
             "out_of_range": publisher.counters.out_of_range + publisher.tally.out_of_range,
             "faults": publisher.counters.faults,
             "mistakes": 0 if self._mistakes is None else self._mistakes.count,
+            "events": 0 if exporter is None or exporter.events is None else exporter.events.sent,
+            "events_dropped": 0
+            if exporter is None or exporter.events is None
+            else sum(exporter.events.dropped.values()),
             "last_error": None if exporter is None else exporter.last_error,
         }
 
@@ -564,7 +626,7 @@ class _Session:
             if outcome not in Signals.__members__:
                 waited_s = wait_for_page()
         finally:
-            exporter.close(deadline_s + waited_s, outcome, latest_s + waited_s)
+            exporter.close(deadline_s + waited_s, outcome, latest_s + waited_s, exit_status())
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
         """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""

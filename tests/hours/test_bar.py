@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.hours.account import Account, PhaseTimes, StepTimes, account_of
+from esper_otel.hours.account import Account, PhaseTimes, StepTimes
 from esper_otel.hours.bar import PhaseInfo, RunHours, bar_of_rank, bar_of_run
-from esper_otel.hours.text import bar_lines
+from esper_otel.hours.output import bar_lines
 from esper_otel.pull.views import merged_hours
 
 _MS = 1_000_000
@@ -55,6 +56,15 @@ ATTEMPTS = st.lists(
     min_size=1,
     max_size=3,
 )
+
+
+def account_of(steps: Iterable[StepTimes], phases: Iterable[PhaseTimes] = ()) -> Account:
+    account = Account()
+    for step in steps:
+        account.add_step(step)
+    for phase in phases:
+        account.add_phase(phase)
+    return account
 
 
 class Timeline:

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_text
-from esper_otel.gateway.kafka.records import Block, UnknownForm, block_of, origin_of
+from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_text
+from esper_otel.gateway.kafka.topic_records import FrameBatch, UnknownForm, block_of, origin_of
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 
 _RECORD_BYTES = 500
@@ -43,7 +43,7 @@ class Record:
             self.fault = f"not the key of a writer: {key[:80]!r}"
 
     @cached_property
-    def block(self) -> Block | None:
+    def block(self) -> FrameBatch | None:
         """Its frames; None if they cannot be read."""
         try:
             return block_of(self._key, self._value)
@@ -116,7 +116,7 @@ class FetchedEntries:
     def __init__(
         self,
         generation: str,
-        wanted: Wanted,
+        wanted: PullSelection,
         stands: Mapping[int, Stand],
         entries: Sequence[Entry],
         final: Mapping[int, Stand],

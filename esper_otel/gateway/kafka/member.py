@@ -18,18 +18,18 @@ from typing import Any, NoReturn
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from esper_otel.errors import EsperOtelError
-from esper_otel.gateway.kafka.connection import (
+from esper_otel.gateway.kafka.brokers import (
     MOST_RECORD_BYTES,
     REFUSALS,
     SESSION_MS,
     BrokerFault,
-    Connection,
+    Brokers,
     MemberEnds,
     meaning,
 )
-from esper_otel.gateway.kafka.records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
-from esper_otel.gateway.kafka.shard import Committed, Poisoned, Received, Shard
-from esper_otel.gateway.kafka.tail import TailReader, value_of
+from esper_otel.gateway.kafka.partition_reader import PartitionReader, value_of
+from esper_otel.gateway.kafka.shard import BadRecord, Commit, RequestRecord, Shard
+from esper_otel.gateway.kafka.topic_records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
 from esper_otel.log import Warnings, announce
@@ -37,7 +37,6 @@ from esper_otel.log import Warnings, announce
 # How long requests are collected before they are used: each time costs a transaction.
 _COLLECT_S = 0.03
 _MOST_RECORDS = 2_000
-_MOST_IDLE_S = 0.5
 _STATES_EVERY_S = 5.0
 _TIDY_EVERY_S = 60.0
 _LAG_EVERY_S = 1.0
@@ -83,7 +82,7 @@ class Member:
         rejected: points that were refused for good, by reason.
     """
 
-    def __init__(self, connection: Connection, tier: Tier, options: MemberOptions) -> None:
+    def __init__(self, connection: Brokers, tier: Tier, options: MemberOptions) -> None:
         self._connection, self._tier, self._options = connection, tier, options
         self._limits = replace(
             options.limits,
@@ -140,7 +139,7 @@ class Member:
         self._drop(self._shards)
         self._is_leaving, self._fault = False, None
         name, topics = self._options.name, self._tier.topics
-        self._tail = TailReader(self._connection)
+        self._tail = PartitionReader(self._connection)
         self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}")
         self._consumer: Consumer = self._connection.consumer(
             **{
@@ -209,7 +208,7 @@ class Member:
                 states[key] = state_of(key, value)
             else:
                 states.pop(key, None)
-        committed = Committed.of(place.offset, place.metadata or "")
+        committed = Commit.of(place.offset, place.metadata or "")
         first = OFFSET_BEGINNING if committed is None else committed.first
         shard.buried = [] if committed is None else list(committed.buried)
         blocks = []
@@ -254,16 +253,18 @@ class Member:
         if self._fault is not None:
             raise self._fault
         self._cycle_s = now_s = time.monotonic()
-        records: dict[int, list[Received]] = {}
+        records: dict[int, list[RequestRecord]] = {}
         for message in messages:
             error = message.error()
             if error is None:
                 _, time_ms = message.timestamp()
-                received = Received(message.offset() or 0, max(time_ms, 0) * 10**6, message.key(), value_of(message))
+                received = RequestRecord(
+                    message.offset() or 0, max(time_ms, 0) * 10**6, message.key(), value_of(message)
+                )
                 records.setdefault(message.partition() or 0, []).append(received)
             else:
                 self._check(error)
-        poisoned: list[tuple[int, Poisoned]] = []
+        poisoned: list[tuple[int, BadRecord]] = []
         for partition, some in records.items():
             shard = self._shards.get(partition)
             if shard is not None:  # otherwise it was revoked meanwhile, and its next member reads them
@@ -305,7 +306,7 @@ class Member:
                 f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
             )
 
-    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, Poisoned]], *, of_all: bool) -> None:
+    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, BadRecord]], *, of_all: bool) -> None:
         """Writes frames, states and offsets in one transaction."""
         producer, topics = self._producer, self._tier.topics
         now_s = time.monotonic()
@@ -390,7 +391,7 @@ class Member:
             else:
                 return
 
-    def _bury(self, partition: int, poisoned: Poisoned) -> None:
+    def _bury(self, partition: int, poisoned: BadRecord) -> None:
         """Keeps a record that cannot be used in the topic for such records."""
         self._own["poisoned"] += 1
         record, topics = poisoned.record, self._tier.topics

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin, RunState
-from esper_otel.gateway.kafka.records import WriterState
+from esper_otel.gateway.kafka.topic_records import WriterState
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.launches import with_resumed
 
