@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
@@ -21,13 +20,18 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     ScopeMetrics,
 )
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as MetricMessage
-from opentelemetry.sdk.metrics.export import MetricsData
-from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetrics
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import Points, points_of
-from esper_otel.export.gauge_points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
-from esper_otel.export.scopes import attribute, set_scope, stream
+from esper_otel.export.gauge_points import (
+    PLAIN_BYTES,
+    Times,
+    flags_of_seeds,
+    largest_seed_point,
+    seed_points,
+    step_points,
+)
+from esper_otel.export.scopes import attribute, origin_of, set_scope, stream
 from esper_otel.export.streams import Stream
 from esper_otel.frames.block import Block
 from esper_otel.frames.frame import WIDTH, Run
@@ -73,11 +77,11 @@ class Request(NamedTuple):
 
 
 def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> None:
-    """The default for ``BesideFrames.health_of``: no health is sent."""
+    """The default for ``AccompanyingData.health_of``: no health is sent."""
 
 
 def _no_phases(_time_unix_ns: int) -> PhasesAlong:
-    """The default for ``BesideFrames.phases_of``: no phase is sent."""
+    """The default for ``AccompanyingData.phases_of``: no phase is sent."""
     return NO_PHASES
 
 
@@ -91,7 +95,7 @@ class PhasesAlong(NamedTuple):
 NO_PHASES = PhasesAlong(None, 0)
 
 
-class BesideFrames(NamedTuple):
+class AccompanyingData(NamedTuple):
     """Data that is sent in the same requests as the frames, since a collector might reorder separate requests.
 
     Attributes:
@@ -109,7 +113,7 @@ class BesideFrames(NamedTuple):
     phases_of: Callable[[int], PhasesAlong] = _no_phases
 
 
-_NOTHING_ALONG = BesideFrames()
+_NOTHING_ALONG = AccompanyingData()
 
 
 _NONE_RETIRED: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -185,6 +189,10 @@ class Encoder:
             for name, metric in catalogue.items()
         }
 
+    def resource(self, run: Run) -> Resource:
+        """Returns a run's Resource."""
+        return self._resource(run)
+
     @property
     def catalogue(self) -> Mapping[str, Metric]:
         """The metrics that may be sent, by name."""
@@ -197,7 +205,7 @@ class Encoder:
         self._max_points = max_points
         return True
 
-    def requests(self, blocks: Iterable[Block], along: BesideFrames = _NOTHING_ALONG) -> Iterator[Request]:
+    def requests(self, blocks: Iterable[Block], along: AccompanyingData = _NOTHING_ALONG) -> Iterator[Request]:
         """Yields the frames of blocks as requests; each request is encoded when the iterator reaches it.
 
         A frame is split only when it does not fit into one request. Each of its points still has the frame's time, and
@@ -242,41 +250,46 @@ class Encoder:
                 for row in sorted(block.retired)
                 if (over := ended.get(block.first + row))
             }
-            every = [piece for pieces in markers.values() for piece in pieces]
-            count = int(points.counts.sum()) + sum(piece.points for piece in every)
-            size = int(sizes.sum()) + sum(piece.size for piece in every)
-            if self._fits(count, size):
-                whole = _some(block, points, 0, block.rows, count, size)
-                yield whole._replace(markers=[marker for piece in every for marker in piece.markers])
-                continue
-            for start, stop in pairwise(sorted({0, *markers, block.rows})):
-                yield from markers.get(start, ())
-                yield from self._pieces(block, points, sizes, start, stop, longest)
+            counts = points.counts.copy()
+            for row, pieces in markers.items():
+                counts[row] += sum(piece.points for piece in pieces)
+                sizes[row] += sum(piece.size for piece in pieces)
+            yield from self._pieces(block, points, counts, sizes, markers, longest)
 
     def _pieces(
-        self, block: Block, points: Points, sizes: npt.NDArray[np.int64], start: int, stop: int, longest: int
+        self,
+        block: Block,
+        points: Points,
+        counts: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+        markers: Mapping[int, Sequence[_Piece]],
+        longest: int,
     ) -> Iterator[_Piece]:
-        """Yields the rows from ``start`` to before ``stop`` in pieces.
+        """Yields the rows of a block in pieces, each with as many rows as fit into one request.
 
         Args:
             block: the rows.
             points: their points.
-            sizes: upper bounds of their serialized sizes, shape (rows,).
-            start: the first row.
-            stop: the row after the last one.
+            counts: how many points each row has with its markers, shape (rows,).
+            sizes: upper bounds of their serialized sizes, same shape.
+            markers: what ends series with a row, by the row.
             longest: size of the largest point with the id of a seed.
         """
-        counts_to, sizes_to = (np.concatenate([[0], np.cumsum(of_rows)]) for of_rows in (points.counts, sizes))
-        while start < stop:
+        counts_to, sizes_to = (np.concatenate([[0], np.cumsum(of_rows)]) for of_rows in (counts, sizes))
+        start = 0
+        while start < block.rows:
             by_count = np.searchsorted(counts_to, counts_to[start] + self._max_points, "right") - 1
             by_size = np.searchsorted(sizes_to, sizes_to[start] + _MAX_POINTS_BYTES, "right") - 1
-            end = min(int(by_count), int(by_size), stop)
+            end = min(int(by_count), int(by_size))
             if end == start:
+                yield from markers.get(start, ())
                 yield from self._cut(block, points, start, longest)
                 start += 1
                 continue
             count, size = counts_to[end] - counts_to[start], sizes_to[end] - sizes_to[start]
-            yield _some(block, points, start, end, int(count), int(size))
+            ending = [piece for row, pieces in markers.items() if start <= row < end for piece in pieces]
+            rows = _some(block, points, start, end, int(count), int(size))
+            yield rows._replace(markers=[marker for piece in ending for marker in piece.markers])
             start = end
 
     def _cut(self, block: Block, points: Points, row: int, cell_bytes: int) -> Iterator[_Piece]:
@@ -347,9 +360,7 @@ class Encoder:
                 for column, pieces in seed_points(part.times, part.ids, part.cells, part.present).items():
                     points.setdefault(SEED_CELLS[column].name, []).extend(pieces)
             for row, ids in sorted(part.retired.items()):
-                ones = np.ones((1, len(ids), 1))
-                of_retired = seed_points(part.times[row : row + 1], ids, ones, ones > 0.0)
-                points.setdefault(SEED_RETIRED.name, []).extend(of_retired[0])
+                points.setdefault(SEED_RETIRED.name, []).append(flags_of_seeds(int(part.times[row]), ids))
         return points
 
     def health(
@@ -417,13 +428,7 @@ class Encoder:
         size = 0
         times = np.array([time_unix_ns], np.uint64)
         for name, attributes in streams:
-            point = NumberDataPoint(
-                time_unix_nano=time_unix_ns,
-                flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
-                attributes=[attribute(key, text) for key, text in attributes.items()],
-            )
-            gauge = _field(_METRIC_GAUGE, [Gauge(data_points=[point]).SerializeToString()])
-            marker = b"".join(_field(_SCOPE_METRICS, [self._heads[name], *gauge]))
+            marker = b"".join(_field(_SCOPE_METRICS, [self._heads[name], _ending(time_unix_ns, *attributes.items())]))
             if markers and (len(markers) == self._max_points or size + len(marker) > _MAX_POINTS_BYTES):
                 yield _markers_part(run, times, markers, size)
                 markers, size = [], 0
@@ -434,8 +439,7 @@ class Encoder:
 
     def _origin_of(self, run: Run) -> ResourceMetrics:
         if self._origin is None or self._origin[0] != run:
-            without_metrics = MetricsData([SdkResourceMetrics(self._resource(run), [], "")])
-            self._origin = (run, encode_metrics(without_metrics).resource_metrics[0])
+            self._origin = (run, origin_of(self._resource(run)))
         return self._origin[1]
 
 
@@ -464,12 +468,12 @@ def _frames_in(parts: Sequence[_Piece]) -> int:
     return sum(part.ends for part in parts)
 
 
-def _health(parts: Sequence[_Piece], along: BesideFrames, *, is_end: bool) -> ScopeMetrics | None:
+def _health(parts: Sequence[_Piece], along: AccompanyingData, *, is_end: bool) -> ScopeMetrics | None:
     """Returns the session's own metrics to send with these pieces, if any."""
     return along.health_of(int(parts[-1].times[-1]), _frames_in(parts), is_end)
 
 
-def _phases(parts: Sequence[_Piece], along: BesideFrames) -> PhasesAlong:
+def _phases(parts: Sequence[_Piece], along: AccompanyingData) -> PhasesAlong:
     """Returns the phases to send with these pieces: those that ended before their last frame."""
     return along.phases_of(int(parts[-1].times[-1])) if _frames_in(parts) else NO_PHASES
 
@@ -478,6 +482,17 @@ def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -
     """Makes a piece that holds only markers."""
     nothing = ((), _NO_VALUES, _NONE_THERE, (), _NO_CELLS, _NONE_PRESENT)
     return _Piece(run, times, *nothing, len(markers), size, 0, markers=markers)
+
+
+@lru_cache(maxsize=16)  # the series of a seed follow each other
+def _ending(time_unix_ns: int, *attributes: tuple[str, str]) -> bytes:
+    """Serializes a metric's Gauge with the point that ends a series with these attributes."""
+    point = NumberDataPoint(
+        time_unix_nano=time_unix_ns,
+        flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
+        attributes=[attribute(key, text) for key, text in attributes],
+    )
+    return b"".join(_field(_METRIC_GAUGE, [Gauge(data_points=[point]).SerializeToString()]))
 
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:
