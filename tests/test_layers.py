@@ -74,8 +74,8 @@ MAY_IMPORT = {
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
-        *(*BASE, "schema", "frames", "leyline", "pull", "gateway"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+        *(*BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
     "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
@@ -89,7 +89,7 @@ MAY_IMPORT = {
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
-    "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
+    "check": {*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version"},
     "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},

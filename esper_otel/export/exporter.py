@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
 from esper_otel.export import outcome as outcomes
+from esper_otel.export.device_points import DevicePoint, DeviceScopes
 from esper_otel.export.encode import NO_PHASES, AccompanyingData, Encoder, PhasesAlong, Request
 from esper_otel.export.event_exporter import EventExporter
 from esper_otel.export.journal_file import JournalFile
@@ -37,6 +38,7 @@ _MS = 1_000_000
 _EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
 _ENDED = "esper.run.ended"
 _PHASE_MS = "esper.phase_ms"  # among the counts for readers; sent in a scope of its own
+_NO_SCOPES: Sequence[ScopeMetrics] = ()
 
 _T = TypeVar("_T")
 
@@ -66,6 +68,7 @@ class StepExporter:
         phases: the phases, which are sent with the frames.
         phase_file: keeps phases on disk that must outlive the process.
         run_of: returns the session's run once it is closing, for phases and an end without any step.
+        device: describes the device; sent with the session's own metrics, and as soon as it is known.
         events: sends what happens in the run, after the steps; None if events are not sent.
     """
 
@@ -88,9 +91,11 @@ class StepExporter:
         phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
         events: EventExporter | None = None,
+        device: Callable[[], Sequence[DevicePoint]] = tuple,
     ) -> None:
         self._sender = sender
         self._events = events
+        self._device = DeviceScopes(device)
         self._idle_ns = idle_ns
         self._every_s = every_s
         self._timeout_s = timeout_s
@@ -115,9 +120,9 @@ class StepExporter:
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._health_unix_ns = 0
-        self._said: ScopeMetrics | None = None  # the counts of that time
+        self._said: Sequence[ScopeMetrics] = ()  # what was sent at that time
         self._last_sent_s = float("-inf")
-        self._goodbye: tuple[int, ScopeMetrics] | None = None
+        self._goodbye: tuple[int, Sequence[ScopeMetrics]] | None = None
         self._owes_health = False
         self._exit_status: int | None = None
         self._deadline_s: float | None = None
@@ -554,7 +559,7 @@ class StepExporter:
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
         return AccompanyingData(
             self._given("noting the series sent", {}, source.streams.note, blocks),
-            partial(self._given, "saying the counts", None, partial(self._health_of, source)),
+            partial(self._given, "saying the counts", _NO_SCOPES, partial(self._health_of, source)),
             all_ended if is_over and source.are_last(blocks) else None,
             partial(self._given, "sending phases", NO_PHASES, self._phases_of, source),
         )
@@ -664,7 +669,7 @@ class StepExporter:
 
     # -- health ------------------------------------------------------------------------------------------
 
-    def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:
+    def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> Sequence[ScopeMetrics]:
         """Returns the session's own metrics if they are due, as they will be once the request's frames are accepted.
 
         They are sent with the frames and get the millisecond of the newest frame. With the current time they would be
@@ -673,19 +678,19 @@ class StepExporter:
         different counts for the same time.
         """
         if isinstance(source, LeftoverSource):
-            return source.health(time_unix_ns) if is_end else None
+            return source.health(time_unix_ns) if is_end else ()
         if is_end:
             return self._last_health(time_unix_ns, frames)
-        is_due = self._deadline_s is None and time.monotonic() >= self._next_health_s
-        return self._health_at(time_unix_ns, frames) if is_due and time_unix_ns > self._health_unix_ns else None
+        is_due = self._deadline_s is None and (time.monotonic() >= self._next_health_s or self._device.has_news())
+        return self._health_at(time_unix_ns, frames) if is_due and time_unix_ns > self._health_unix_ns else ()
 
-    def _last_health(self, time_unix_ns: int, frames: int = 0) -> ScopeMetrics:
+    def _last_health(self, time_unix_ns: int, frames: int = 0) -> Sequence[ScopeMetrics]:
         """Returns the final counts. Further calls for the same time return the same counts."""
         if self._goodbye is None or self._goodbye[0] != time_unix_ns:
             self._goodbye = time_unix_ns, self._health_at(time_unix_ns, frames, is_end=True)
         return self._goodbye[1]
 
-    def _health_at(self, time_unix_ns: int, frames: int = 0, *, is_end: bool = False) -> ScopeMetrics:
+    def _health_at(self, time_unix_ns: int, frames: int = 0, *, is_end: bool = False) -> Sequence[ScopeMetrics]:
         self._next_health_s = time.monotonic() + HEALTH_EVERY_S
         self._health_unix_ns = time_unix_ns = _end_of_ms(time_unix_ns)
         # Closing may begin while these counts are made: only the last ones say how the run ended.
@@ -695,7 +700,8 @@ class StepExporter:
             if name in counts:
                 counts[name] += more
         start_unix_ns = self._started_unix_ns
-        self._said = self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        scope = self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        self._said = [scope, *self._given("describing the device", _NO_SCOPES, self._device.scopes, time_unix_ns)]
         return self._said
 
     def _send_health(self) -> None:
@@ -710,20 +716,20 @@ class StepExporter:
         run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
         if run is None or self._deadline_s is not None:
             return
-        time_unix_ns, said = last_unix_ns, None
+        time_unix_ns, said = last_unix_ns, _NO_SCOPES
         if not self._owes_health:
             if time.monotonic() < max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S):
                 return
             idle_unix_ns = self._idle_ns(last_unix_ns)
             if idle_unix_ns is None:
                 time_unix_ns = max(last_unix_ns, self._live.sent_unix_ns)
-                said = self._said if _end_of_ms(time_unix_ns) <= self._health_unix_ns else None
+                said = self._said if _end_of_ms(time_unix_ns) <= self._health_unix_ns else ()
             elif idle_unix_ns > max(last_unix_ns, self._health_unix_ns):
                 time_unix_ns = idle_unix_ns
             else:
                 return
         self._owes_health = False
-        self._sent(self._live.encoder.alone(run, said or self._health_at(time_unix_ns)), self._left_s())
+        self._sent(self._live.encoder.alone(run, *(said or self._health_at(time_unix_ns))), self._left_s())
         self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
 
     def _say_goodbye(self) -> bool:
@@ -742,7 +748,7 @@ class StepExporter:
                 return True  # nothing was ever sent, and nothing went wrong: no run for anybody to see
             live.run, live.sent_unix_ns = live.phases_run, max(live.sent_unix_ns, time.time_ns())
         time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns, live.sent_unix_ns) + _MS
-        health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
+        health = self._given("saying how the run ended", _NO_SCOPES, self._last_health, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)
         while time.monotonic() < self._deadline_s:
             if self._send_beside(live) is None:

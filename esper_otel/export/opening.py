@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from opentelemetry.sdk.resources import Resource
 
+from esper_otel.export.device_points import DevicePoint
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
 from esper_otel.export.event_exporter import EventExporter
@@ -21,7 +22,7 @@ from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import Variables
-from esper_otel.frames.events import EventLog
+from esper_otel.frames.event_log import EventLog
 from esper_otel.frames.frame import Run
 from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.frames.ring import Ring
@@ -39,13 +40,13 @@ class EventWiring(NamedTuple):
         endpoint: where logs are sent.
         log: the session's events.
         reader_of: makes readers of frames.
-        run_of: returns the session's run; None before its first step, since its name may change until then.
+        resource: returns the session's Resource; None before its first step, since the run may change until then.
     """
 
     endpoint: Endpoint
     log: EventLog
     reader_of: ReaderOf
-    run_of: Callable[[], Run | None]
+    resource: Callable[[], Resource | None]
 
 
 def _every_s(settings: EsperSettings) -> float:
@@ -78,6 +79,7 @@ def open_exporter(
     fault: Callable[[str, Exception], None],
     warnings: Warnings,
     events: EventWiring | None = None,
+    device: Callable[[], Sequence[DevicePoint]] = tuple,
 ) -> StepExporter:
     """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
 
@@ -95,22 +97,19 @@ def open_exporter(
     if spool is not None:
         phase_file = JournalFile(spool.folder, PHASES, phases, run_of, resource_of, warnings)
 
-    def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
-        return Encoder(metrics, resources)
-
     def leftovers() -> Iterable[LeftoverSource]:
         if directory is None:
             return ()
         reader_of = None if events is None else events.reader_of
         most_bytes = settings.spool_bytes
-        return leftovers_in(directory, encoder_of, fault, most_bytes=most_bytes, warnings=warnings, reader_of=reader_of)
+        return leftovers_in(directory, Encoder, fault, most_bytes=most_bytes, warnings=warnings, reader_of=reader_of)
 
     def live_events() -> EventExporter:
         assert events is not None
         file = None if spool is None else JournalFile(spool.folder, EVENTS, events.log, run_of, resource_of, warnings)
         return EventExporter(
             open_sender(events.endpoint, token_for(events.endpoint, endpoint, settings.token_file)),
-            EventSource(events.reader_of(events.log), file, _resource_of(events.run_of, resource_of)),
+            EventSource(events.reader_of(events.log), file, events.resource),
             timeout_s=events.endpoint.timeout_s,
             fault=fault,
             warnings=warnings,
@@ -123,7 +122,7 @@ def open_exporter(
 
     return StepExporter(
         ring,
-        encoder_of(catalogue, resource_of),
+        Encoder(catalogue, resource_of),
         open_sender(endpoint, settings.token_file),
         every_s=_every_s(settings),
         timeout_s=endpoint.timeout_s,
@@ -138,17 +137,8 @@ def open_exporter(
         phase_file=phase_file,
         run_of=settled_run,
         events=None if events is None else live_events(),
+        device=device,
     )
-
-
-def _resource_of(
-    run_of: Callable[[], Run | None], resource_of: Callable[[Run], Resource]
-) -> Callable[[], Resource | None]:
-    def of_session() -> Resource | None:
-        run = run_of()
-        return None if run is None else resource_of(run)
-
-    return of_session
 
 
 def token_for(endpoint: Endpoint, of_steps: Endpoint, token_file: Path | None) -> Path | None:

@@ -127,7 +127,7 @@ def _gathered(
     return blocks, gone
 
 
-def put_goodbye(source: FrameSource, health: ScopeMetrics | None, time_unix_ns: int, fault: Fault) -> None:
+def put_goodbye(source: FrameSource, health: Sequence[ScopeMetrics], time_unix_ns: int, fault: Fault) -> None:
     """Queues the outcome of the run and the end of every series. An internal error in one does not affect the other."""
     if source.run is None:
         return
@@ -136,8 +136,8 @@ def put_goodbye(source: FrameSource, health: ScopeMetrics | None, time_unix_ns: 
         bodies += source.encoder.stale(source.run, source.streams.all_ended(), time_unix_ns=time_unix_ns, health=health)
     except Exception as error:  # noqa: BLE001 - the outcome of the run is still sent
         fault("ending the series", error)
-    if not bodies and health is not None:
-        bodies.append(source.encoder.alone(source.run, health))
+    if not bodies and health:
+        bodies.append(source.encoder.alone(source.run, *health))
     source.beside.extend(bodies)
 
 
@@ -387,17 +387,18 @@ class LeftoverSource:
         """How the run ended; "killed" if it stored no outcome."""
         return self.folder.outcome or KILLED
 
-    def health(self, time_unix_ns: int) -> ScopeMetrics:
+    def health(self, time_unix_ns: int) -> Sequence[ScopeMetrics]:
         """Returns the metric that reports how the run ended."""
         ended = {("esper.run.ended", self.outcome): 1.0}
-        return self.encoder.health_scope(ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns)
+        return [self.encoder.health_scope(ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns)]
 
     def say_goodbye(self) -> None:
         """Queues the outcome of the run and the end of every series."""
         self.has_said_goodbye = True
         if self.run is None:
             return
-        health, time_unix_ns = None, max(self.streams.last_unix_ns, self.sent_unix_ns) + _MS
+        health: Sequence[ScopeMetrics] = ()
+        time_unix_ns = max(self.streams.last_unix_ns, self.sent_unix_ns) + _MS
         try:
             health = self.health(time_unix_ns)
         except Exception as error:  # noqa: BLE001 - the series must still be ended

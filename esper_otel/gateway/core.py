@@ -18,7 +18,8 @@ from esper_otel.gateway.events.event_file import StoredEvent
 from esper_otel.gateway.events.run_events import RunEvents, events_message
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.hours.accounts import Hours
-from esper_otel.gateway.hours.answer import hours_message
+from esper_otel.gateway.hours.answer import NO_ACCOUNTS, hours_message
+from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
@@ -40,10 +41,11 @@ from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
-from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredPage, StoreFull
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredFrame, StoredPage, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
+from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Page
@@ -643,7 +645,8 @@ class Core:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        return hours_message(await self.run_hours(request.run_id))
+        hours, accounts = await self._accounting(request.run_id)
+        return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
 
     async def run_hours(self, run_id: str) -> RunHours:
         """Does the same, as plain values.
@@ -651,7 +654,11 @@ class Core:
         Raises:
             UnknownRun: nothing of the run is here.
         """
-        return await in_turns(self._hours.reading(run_id))
+        return (await self._accounting(run_id))[0]
+
+    async def _accounting(self, run_id: str) -> tuple[RunHours, dict[AttemptRank, Account]]:
+        """Returns where the hours of a run went, and the accounts of its processes."""
+        return await in_turns(self._hours.accounting(run_id))
 
     async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
         """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
@@ -688,9 +695,19 @@ class Core:
         """Returns the newest steps of a run's ranks; None if none of them is known."""
         return self._ranks.recent(run_id)
 
+    def _making(self, request: PullRequest) -> tuple[Callable[[StoredFrame], bytes], MadeSteps]:
+        """Returns what makes steps for a page, and where they are kept: nowhere with values, which few ask for."""
+        made = partial(
+            step_of,
+            rules=self._rules,
+            latency_budget_ms=self._latency_budget_ms,
+            with_values=request.with_values,
+        )
+        return made, MadeSteps(0) if request.with_values else self._made
+
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
-        made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        found = await page(self._store, request, made, self._made, self._clock_ns, bounds)
+        made = self._making(request)
+        found = await page(self._store, request, *made, self._clock_ns, bounds)
         self.counts["pulled_steps"] += found.steps
         self.counts["gap_steps"] += found.gap if request.cursor else 0
         return found

@@ -38,7 +38,7 @@ from esper_otel.pull.event_infos import EventPage, event_page
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import EventsRequest, HoursRequest, PullRequest, RanksRequest, RunsRequest
 from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
-from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
+from esper_otel.pull.views import RunRanks, merged_hours, run_ranks
 
 __all__ = ["RunInfo", "TamiyoClient"]
 
@@ -76,9 +76,10 @@ class TamiyoClient:
         shard: tuple[int, int] | None = None,
         max_packets: int = 64,
         wait_s: float = 0.0,
+        values: bool = False,
     ) -> Page:
         """Returns the steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
-        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard)
+        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard, values=values)
         if shard is not None and self._several is not None:
             raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
         if self._several is None:
@@ -124,7 +125,8 @@ class TamiyoClient:
 
     async def hours(self, run_id: str) -> RunHours:
         """Returns where the hours of a run went. See ``esper_otel.TamiyoClient.hours``."""
-        return merged_hours(map(run_hours, await self._of_all("Hours", HoursRequest(run_id=run_id))))
+        request = HoursRequest(run_id=run_id, with_accounts=len(self._gateways) > 1)
+        return merged_hours(await self._of_all("Hours", request))
 
     async def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended. See ``esper_otel.TamiyoClient.ended``."""

@@ -152,16 +152,17 @@ class Kind(NamedTuple):
     Attributes:
         page: makes a page of items, a cursor and a gap.
         key_of: returns what tells an item from others.
-        time_ns: returns the time of an item.
+        order: returns what the items of several gateways are sorted by, so that numbers of a writer do not go back.
     """
 
     page: Callable[[tuple[Any, ...], str, int], Pulled]
     key_of: Callable[[Any], StepKey]
-    time_ns: Callable[[Any], int]
+    order: Callable[[Any], tuple[int, ...]]
 
 
-STEPS = Kind(Page, key_of, lambda step: step.state.timestamp_ns)
-EVENTS = Kind(EventPage, _key_of_event, lambda event: event.time_unix_ns)
+STEPS = Kind(Page, key_of, lambda step: (step.state.timestamp_ns,))
+# Not by time: a checkpoint may get its number before what happened in the step before it.
+EVENTS = Kind(EventPage, _key_of_event, lambda event: (event.attempt, event.number, event.rank))
 
 
 def joined(
@@ -182,7 +183,7 @@ def joined(
     steps = [(step, what.key_of(step), address) for address, page in pages.items() for step in page]
     full = {address for _, key, address in steps if not position.has(key, address)}
     if sum(map(bool, map(len, pages.values()))) > 1:
-        steps.sort(key=lambda each: what.time_ns(each[0]))
+        steps.sort(key=lambda each: what.order(each[0]))
     gaps = {
         address: page.gap for address, page in pages.items() if not (len(page) and position.knows(what.key_of(page[0])))
     }

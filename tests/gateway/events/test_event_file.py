@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from event_records import body, request
+from log_requests import body, request
 
 from esper_otel.errors import ConfigurationError, StaleCursor
 from esper_otel.gateway.events.event_file import FILE, EventFile, StoredEventPage

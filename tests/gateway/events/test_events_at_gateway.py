@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import signal
 import urllib.error
 import urllib.request
@@ -14,13 +15,14 @@ from typing import Any
 
 import grpc
 import pytest
-from event_records import body, request
 from gateways import TIMEOUT_S, RunningGateway, post
 from google.protobuf.json_format import MessageToJson
+from log_requests import body, request
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from wire import CATALOGUE, body_of, encoder
 
-from esper_otel import EventInfo, StaleCursor, TamiyoClient, UnknownRun, aio
+import esper_otel
+from esper_otel import EsperSettings, EventInfo, Stage, StaleCursor, TamiyoClient, UnknownRun, aio
 from esper_otel.cli import main
 from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import Run
@@ -81,7 +83,7 @@ def test_events_come_in_every_form_and_are_pulled_once_each(gateway: RunningGate
     sent(gateway, gzip.compress(body("forms", 2, 1)), content_encoding="gzip")
     assert sent(gateway, MessageToJson(request("forms", [3])).encode(), "json") == {}
     with gateway.channel() as channel:
-        assert channel.unary_unary(EXPORT)(body("forms", 5, 3), timeout=TIMEOUT_S) == b""
+        assert channel.unary_unary(EXPORT, None, None)(body("forms", 5, 3), timeout=TIMEOUT_S) == b""
     sent(gateway, body("forms", 1, rank=1))
     with TamiyoClient(gateway.grpc) as client:
         first = client.events("forms", max_events=3)
@@ -162,6 +164,17 @@ def test_the_command_prints_json_lines(gateway: RunningGateway, capsys: pytest.C
         assert f"--events cannot be combined with {option}" in capsys.readouterr().err
 
 
+def test_the_program_of_the_guide_prints_events(gateway: RunningGateway, capsys: pytest.CaptureFixture[str]) -> None:
+    sent(gateway, body("digits-7", 1, 2))
+    guide = (Path(__file__).parents[3] / "docs" / "how-to" / "run-a-gateway.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"<!-- example: events -->\n```python\n(.*?)```", guide, re.DOTALL)
+    exec(program.replace("127.0.0.1:4327", gateway.grpc), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "10 esper.checkpoint checkpoint 1",
+        "20 esper.checkpoint checkpoint 2",
+    ]
+
+
 def test_the_page_has_marks_and_a_list(gateway: RunningGateway) -> None:
     """Of a rank; texts are escaped, and a check's events are not shown."""
 
@@ -172,7 +185,7 @@ def test_the_page_has_marks_and_a_list(gateway: RunningGateway) -> None:
 
     made = request("shown", [1, 2])
     made.resource_logs[0].scope_logs[0].log_records[1].body.string_value = "<script>"
-    made.resource_logs[0].scope_logs[0].log_records[1].severity_number = 17  # type: ignore[assignment]
+    made.resource_logs[0].scope_logs[0].log_records[1].severity_number = 17
     sent(gateway, made.SerializeToString())
     sent(gateway, body("shown", 1, rank=1))
     answer = asked("shown")
@@ -199,6 +212,33 @@ def test_the_report_lists_events(gateway: RunningGateway, tmp_path: Path, monkey
     page = (tmp_path / "reported.html").read_text()
     assert "<h2>Events</h2> <small>1, newest first</small>" in page
     assert '"events":[{"step":10,"text":"checkpoint 1","tone":""}]' in page
+
+
+def test_a_trainer_s_events_arrive_without_a_gap(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind that this run has, with the step at which it happened; they are of the run that has the steps."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
+    with esper_otel.start(run_id="trained", settings=EsperSettings(export_every_s=0)) as telemetry:
+        for step in range(1, 21):
+            with telemetry.step(epoch=step // 10) as now:
+                now.put(loss=1.0)
+                now.seed("seed-1", stage=Stage.TRAINING if step < 10 else Stage.BLENDING)
+        with telemetry.phase("checkpoint"):
+            pass
+    with TamiyoClient(gateway.grpc) as client:
+        page = client.events("trained")
+        assert page.gap == 0
+        assert sorted(numbers(page)) == [*range(1, len(page) + 1)]
+        found = {(event.name, event.step) for event in page}
+        assert {
+            ("esper.run.started", None),
+            ("esper.seed.stage", 1),
+            ("esper.seed.stage", 10),
+            ("esper.checkpoint", 20),
+            ("esper.run.ended", 20),
+        } <= found
+        [run] = client.runs("trained")
+        assert {(event.attempt, event.rank) for event in page} == {(run.attempt, run.rank)}
 
 
 def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path, gateway: RunningGateway) -> None:
@@ -291,5 +331,5 @@ def test_events_are_dropped_with_their_run(tmp_path: Path) -> None:
 
 def test_grpc_refuses_what_http_refuses(gateway: RunningGateway) -> None:
     with gateway.channel() as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary(EXPORT)(b"\xff" * 100, timeout=TIMEOUT_S)
+        channel.unary_unary(EXPORT, None, None)(b"\xff" * 100, timeout=TIMEOUT_S)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

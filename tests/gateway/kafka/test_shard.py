@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from event_records import body as event_body
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
+from log_requests import body as event_body
 from wire import counts_of, encoder, end_of
 
 from esper_otel import StaleCursor

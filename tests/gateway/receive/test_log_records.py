@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from event_records import TIME_UNIX_NS, add_event, put, request
 from google.protobuf.json_format import MessageToDict
+from log_requests import TIME_UNIX_NS, add_event, put, request
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 
