@@ -331,14 +331,13 @@ class Encoder:
         for run, following in groupby(parts, lambda part: part.run):
             of_run = list(following)
             points = self._points(of_run)
-            scope = ScopeMetrics()
-            set_scope(scope, FRAME_SCOPE)
-            scoped = [scope.SerializeToString()]
+            scoped = [_SCOPE_HEAD]
             for name in self._catalogue:
                 if name in points:
                     scoped += _field(_SCOPE_METRICS, [self._heads[name], *_field(_METRIC_GAUGE, points[name])])
             for part in of_run:
                 scoped += part.markers
+            scoped.append(_SCOPE_TAIL)
             scopes = _field(_RESOURCE_SCOPE_METRICS, scoped)
             if of_run[-1] is parts[-1]:
                 for beside in (*health, *filter(None, [phases.scope])):
@@ -445,6 +444,16 @@ class Encoder:
         return self._origin[1]
 
 
+def _scope_ends() -> tuple[bytes, bytes]:
+    """Returns what a serialized scope of frames has before and after its metrics, in the order of the fields."""
+    scope = ScopeMetrics()
+    set_scope(scope, FRAME_SCOPE)
+    tail = ScopeMetrics(schema_url=scope.schema_url).SerializeToString()
+    scope.ClearField("schema_url")
+    return scope.SerializeToString(), tail
+
+
+_SCOPE_HEAD, _SCOPE_TAIL = _scope_ends()
 _NO_VALUES = np.empty((1, 0))
 _NONE_THERE = np.empty((1, 0), np.bool_)
 _NO_CELLS = np.empty((1, 0, WIDTH))

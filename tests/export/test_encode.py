@@ -20,6 +20,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from esper_otel import __version__
 from esper_otel.export.encode import MAX_POINTS, Encoder, Request
+from esper_otel.export.scopes import SCHEMA_URL
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import blocks_of
@@ -240,6 +241,13 @@ def test_the_scope_carries_our_version_and_the_schemas() -> None:
     scope = request.resource_metrics[0].scope_metrics[0].scope
     assert (scope.name, scope.version) == ("esper_otel", __version__)
     assert [(item.key, item.value.string_value) for item in scope.attributes] == [("esper.schema.version", "1")]
+    assert request.resource_metrics[0].scope_metrics[0].schema_url == SCHEMA_URL
+
+
+def test_a_request_has_the_bytes_that_protobuf_writes() -> None:
+    """What a file of JSON is turned into again is the same, bit for bit."""
+    [request] = encoder().requests(blocks_of([make_frame()]))
+    assert ExportMetricsServiceRequest.FromString(request.body).SerializeToString() == request.body
 
 
 def test_the_resource_is_made_once_for_frames_of_one_run() -> None:
