@@ -44,9 +44,9 @@ class FileRun(StoredRun):
     def __init__(self, key: int, life: str, tenant: str) -> None:
         super().__init__(life, tenant)
         self.key = key
-        self.first = 1
-        self.last = 0
-        self.is_torn = False
+        self.first: int = 1
+        self.last: int = 0
+        self.is_torn: bool = False
         self.ranks: dict[int, int] = {}
         self.moved: set[int] = set()
         self.newest: dict[Origin, int] = {}

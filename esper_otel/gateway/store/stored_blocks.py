@@ -61,7 +61,9 @@ class NewBlock:
     def __init__(self, block: int) -> None:
         self.id = block
         self.records: list[bytes] = []
-        self.count = self.size = self.last = 0
+        self.count: int = 0
+        self.size: int = 0
+        self.last: int = 0
         self._writer = RecordWriter()
 
     def add(self, frame: Frame, position: int) -> None:
