@@ -106,11 +106,13 @@ policy: $(VENV)/.installed-dev ## check by the tools of others: manifests, image
 bench: $(VENV)/.installed-dev ## measure what we promise, side by side with the SDK; writes the table of docs/reference/costs.md
 	@$(RUN) tests/bench/promises.py
 
-soak: $(VENV)/.installed-dev ## hours: an outage of 100,000 steps over both protocols, crash loops, 5 million steps at 1,000 a second
+soak: $(VENV)/.installed-dev ## hours: an outage of 100,000 steps over both protocols, crash loops, a tier on Kafka, 5 million steps at 1,000 a second
 	@$(RUN) tests/soak/outage.py --protocol grpc
 	@$(RUN) tests/soak/outage.py --protocol http/protobuf
 	@$(RUN) tests/soak/crash_loop.py
 	@$(RUN) tests/soak/lives.py
+	@$(RUN) tests/soak/kafka_tier.py outage
+	@$(RUN) tests/soak/kafka_tier.py ranks
 	@$(RUN) tests/soak/soak.py $(ARGS)
 
 format: $(VENV)/.installed-dev ## format the code and repair what can be repaired

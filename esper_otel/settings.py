@@ -17,8 +17,8 @@ from esper_otel.errors import ConfigurationError, nearest, unknown
 
 _T = TypeVar("_T")
 PREFIX = "ESPER_"
-# Variables that name a run, and the beginnings of those that other programs of a deployment read.
-_NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT")
+# Variables that name a run and a rank's place, and the beginnings of those that other programs of a deployment read.
+_NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT", "PARALLEL")
 _OF_OTHERS = ("GATEWAY", "GRAFANA", "LEYLINE_", "OONA_", "OTEL", "PROMETHEUS_", "TIER", "TOOLS_")
 # "tf32" is float32 whose products the tensor cores compute.
 COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "float16", "float8")
@@ -361,6 +361,12 @@ class EsperSettings(_Settings):
         read=_dtype,
         meaning="Dtype of the matrix products, for that table: `float32`, `tf32`, `bfloat16`, `float16` or `float8`.",
     )
+    hw_metrics: bool = _setting(
+        default=False,
+        read=_boolean,
+        meaning="True also sends the GPU's metrics under the names of the semantic conventions, such as "
+        "`hw.gpu.utilization`; see [attributes](attributes.md).",
+    )
     flush_signals: str = _setting(
         default="",
         read=_signals,
@@ -423,11 +429,11 @@ def settings_of_environment(ignored: Callable[[str], None]) -> EsperSettings:
     return EsperSettings(**defaults)
 
 
-def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+def unknown_variables() -> list[str]:
     """Returns a message for each variable ``ESPER_<NAME>`` that nothing reads, with the setting that may be meant."""
     known = [*(name.upper() for name in EsperSettings.settings), *_NOT_SETTINGS]
     messages = []
-    for variable, text in environ.items():
+    for variable, text in os.environ.items():
         name = variable.upper().removeprefix(PREFIX)
         if text and name != variable.upper() and name not in known:
             found = nearest(name, known)

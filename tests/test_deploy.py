@@ -18,6 +18,8 @@ import yaml
 from certificates import Authority
 from gateways import RunningGateway
 
+from esper_otel.cli import build_parser
+
 pytestmark = pytest.mark.lengthy
 
 ROOT = Path(__file__).parent.parent
@@ -159,10 +161,43 @@ def test_compose_files_publish_to_this_machine_only_and_mount_what_is_there(path
             assert (path.parent / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
 
 
+def test_the_compose_file_of_a_tier_goes_with_the_others() -> None:
+    """The broker is that of server.properties, and what it names is there."""
+    [file] = documents(DEPLOY / "compose" / "kafka.yaml")
+    services = file["services"]
+    lines = (DEPLOY / "kafka" / "server.properties").read_text(encoding="utf-8").splitlines()
+    ours = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    given = {
+        name.removeprefix("KAFKA_").lower().replace("_", "."): value
+        for name, value in services["kafka"]["environment"].items()
+    }
+    assert given.pop("heap.opts")
+    own = {"listeners", "advertised.listeners", "log.dirs"}
+    assert given.pop("controller.quorum.voters").startswith(f"{ours['node.id']}@")
+    assert {name: ours.pop(name) for name in given if name not in own} == {
+        name: value for name, value in given.items() if name not in own
+    }
+    assert ours.keys() - own == {"controller.quorum.bootstrap.servers"}
+    [targets] = yaml.safe_load((DEPLOY / "compose" / "members.yml").read_text(encoding="utf-8"))
+    members = [name for name in services if name.startswith("member")]
+    assert targets["targets"] == [f"{name}:4328" for name in members]
+    for name in ("gateway", *members):
+        program = services[name].get("entrypoint", ["esper-otel", "gateway"])[1]
+        arguments = [program, *services[name]["command"]]
+        assert build_parser(arguments).parse_args(arguments).kafka == "kafka:9092"
+    for name in ("kafka", "topics", *members):
+        assert services[name]["cap_drop"] == ["ALL"], name
+        assert services[name]["security_opt"] == ["no-new-privileges:true"], name
+        assert "ports" not in services[name], name
+    configs = [each.rpartition("/")[2] for each in services["collector"]["command"]]
+    assert all((ROOT / "collector-config" / each).is_file() for each in configs)
+
+
 def test_prometheus_is_configured_the_same_everywhere() -> None:
     """But for addresses."""
     ours = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))
     composed = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text(encoding="utf-8"))
+    assert composed["scrape_configs"][1].pop("file_sd_configs")  # members, with kafka.yaml
     text = (
         yaml.safe_dump(composed).replace("collector:8888", "127.0.0.1:8888").replace("gateway:4328", "127.0.0.1:4328")
     )

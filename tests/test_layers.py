@@ -43,10 +43,11 @@ MAY_IMPORT = {
     "probes": {*BASE, "schema", "captures"},
     "export": {*BASE, "schema", "frames", "settings", "addresses", "bearer", "_version"},
     "parts": {"schema", "frames"},
+    "events": {"schema", "frames", "leyline"},
     "leyline": {*BASE, "schema", "frames", "parts"},
     "session": {
         *(*BASE, "schema", "frames", "settings", "_version"),
-        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts"),
+        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts", "events"),
     },
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
     "gateway": {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     "gateway/command": {
         *BASE,
@@ -69,11 +70,12 @@ MAY_IMPORT = {
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
-        *(*BASE, "frames", "leyline", "pull", "gateway"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+        *(*BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
     "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
@@ -87,8 +89,8 @@ MAY_IMPORT = {
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
-    "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
-    "send": {*BASE, "schema", "frames", "settings", "export"},
+    "check": {*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version"},
+    "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},
     "cli": {"text", "_version"},  # commands are modules that it names
@@ -107,7 +109,7 @@ OWNERS = {
     "rich": ("schema/command.py", "demo/"),
     "numpy": (
         *("frames/", "record/", "derive/", "export/", "parts/", "leyline/", "gateway/", "check/"),
-        *("charts/", "compare/"),
+        *("charts/", "compare/", "events/"),
     ),
     "opentelemetry": ("export/", "untraced.py", "leyline/reader.py", "session/start.py"),
     "opentelemetry.instrumentation": ("integrations/instrumentor.py",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import warm
 from brokers import NoBroker, shared_broker
 from confluent_kafka import Consumer, Producer, TopicPartition
-from frame_examples import RUN, make_frame
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
+from frame_examples import RUN, make_frame, seed_table
 from gateways import RunningGateway
 from programs import ROOT
 from wire import encoder
@@ -26,6 +30,7 @@ from esper_otel.errors import GatewayUnavailable, UnknownRun
 from esper_otel.frames.frame import Frame
 from esper_otel.frames.ring import blocks_of
 from esper_otel.pull.client import TamiyoClient
+from esper_otel.schema.stage import Stage
 
 # A broker of tests lets sessions be this short. Members of users have 10 s.
 SESSION_MS = 3_000
@@ -70,9 +75,9 @@ class Tier:
         """A member; ``patch`` is Python that it runs first."""
         return RunningTierProcess("gateway", *self.options(), "--member", name, *options, patch=patch)
 
-    def server(self, *options: str) -> RunningTierProcess:
-        """A pull server."""
-        return RunningTierProcess("serve", *self.options(), *options)
+    def server(self, *options: str, patch: str = "") -> RunningTierProcess:
+        """A pull server; ``patch`` is Python that it runs first."""
+        return RunningTierProcess("serve", *self.options(), *options, patch=patch)
 
     def send(self, key: str, body: bytes, partition: int = -1) -> None:
         """A request, as the collector's exporter sends it."""
@@ -81,6 +86,17 @@ class Tier:
             self._producer = Producer({"bootstrap.servers": self.address, **own, **self._properties})
         self._producer.produce(f"{self.prefix}.otlp", body, key, partition)
         self._producer.poll(0)
+
+    def change(self, topic: str, **config: str) -> None:
+        """Changes the configuration of a topic."""
+        kind = AlterConfigOpType.SET
+        entries = [
+            ConfigEntry(name.replace("_", "."), value, incremental_operation=kind) for name, value in config.items()
+        ]
+        resource = ConfigResource(ConfigResource.Type.TOPIC, f"{self.prefix}.{topic}", incremental_configs=entries)
+        admin = AdminClient({"bootstrap.servers": self.address, "log_level": 0, **self._properties})
+        for future in admin.incremental_alter_configs([resource]).values():
+            future.result()
 
     def flush(self) -> None:
         """Waits until everything is sent."""
@@ -103,6 +119,10 @@ class Tier:
         consumer.close()
         return found
 
+    def partitions_of(self, topic: str) -> set[int]:
+        """The partitions in which a topic has records."""
+        return {message.partition() for message in self.records(topic)}
+
 
 class RunningTierProcess(RunningGateway):
     """A member or a server, as a process of its own."""
@@ -121,6 +141,11 @@ class RunningTierProcess(RunningGateway):
         print(self._what, *self._options, self.said, sep="\n")
         return status
 
+    def metric(self, name: str) -> float:
+        """One of its metrics."""
+        text = requests.get(f"http://{self.http}/metrics", timeout=60).text
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"esper_gateway_{name} "))
+
     def kill(self) -> None:
         """Kills it at once."""
         self.end(signal.SIGKILL)
@@ -135,13 +160,16 @@ class RunningTierProcess(RunningGateway):
 
 
 class Ranks:
-    """Ranks of a run that send steps which say which they are: the loss is ``rank * 1e6 + step``."""
+    """Ranks of a run that send steps which say which they are: the loss is ``rank * apart + step``.
 
-    def __init__(self, tier: Tier, run_id: str, ranks: int, together: int = 1) -> None:
+    A packet has the loss with 24 bits: all of them are needed for 4,000 ranks.
+    """
+
+    def __init__(self, tier: Tier, run_id: str, ranks: int, together: int = 1, apart: float = 1e6) -> None:
         self.tier, self.run_id, self.ranks, self.together = tier, run_id, ranks, together
-        self.step = 0
+        self.step, self.apart = 0, apart
         self._begin_ns = time.time_ns()
-        self._encoders = [encoder(f"process-{rank}") for rank in range(ranks)]
+        self.encoders = [encoder(f"process-{rank}") for rank in range(ranks)]
 
     def frame(self, rank: int, step: int) -> Frame:
         """One of its steps."""
@@ -150,7 +178,7 @@ class Ranks:
             sequence=step,
             global_step=step,
             time_unix_ns=self._begin_ns + step * 10**6,
-            recorded={"loss": rank * 1e6 + step, "step_latency_ms": 100.0 + rank, "input_wait_ms": 1.0},
+            recorded={"loss": rank * self.apart + step, "step_latency_ms": 100.0 + rank, "input_wait_ms": 1.0},
         )
 
     def send(self, steps: int) -> None:
@@ -165,11 +193,20 @@ class Ranks:
     def body(self, rank: int, steps: Iterable[int]) -> bytes:
         """A request with steps of a rank."""
         frames = [self.frame(rank, step) for step in steps]
-        return b"".join(request.body for request in self._encoders[rank].requests(blocks_of(frames)))
+        return b"".join(request.body for request in self.encoders[rank].requests(blocks_of(frames)))
+
+    def large_body(self, rank: int, step: int) -> bytes:
+        """A request with a step of very many seeds, whose values no compression makes smaller."""
+        numbers = random.Random(step)
+        seeds = seed_table(
+            {f"seed-{each}": {"stage": Stage.TRAINING, "alpha": numbers.random()} for each in range(8_000)}
+        )
+        frame = self.frame(rank, step)._replace(seeds=seeds, live=seeds)
+        return b"".join(request.body for request in self.encoders[rank].requests(blocks_of([frame])))
 
     def expected(self) -> dict[int, list[float]]:
         """The losses of each rank, in order."""
-        return {rank: [rank * 1e6 + step for step in range(1, self.step + 1)] for rank in range(self.ranks)}
+        return {rank: [rank * self.apart + step for step in range(1, self.step + 1)] for rank in range(self.ranks)}
 
 
 class Puller:
@@ -181,6 +218,12 @@ class Puller:
         self.gap = 0
         self.packets: list[Any] = []
         self._turn = 0
+
+    def said(self) -> str:
+        """What the server says that does not answer."""
+        with pytest.raises(GatewayUnavailable) as raised, TamiyoClient(self.servers[0].grpc, timeout_s=5.0) as client:
+            client.pull(self.run_id, self.cursor)
+        return str(raised.value)
 
     @property
     def losses(self) -> dict[int, list[float]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from command_line import command_line_page
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.export.place import KUBERNETES, RANKS, SLURM
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
 from esper_otel.record.peak import PEAKS
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES
 from esper_otel.schema.events import COMMON_ATTRIBUTES, EVENTS, EventAttribute
 from esper_otel.schema.render import markdown_table, metrics_markdown, request_tables
 from esper_otel.settings import COMPUTE_DTYPES, PREFIX, EsperSettings
@@ -57,12 +57,17 @@ def _route(rule: Rule) -> str:
 
 
 def attributes_table() -> str:
-    """The table of attributes that are read from the environment: name, meaning, variables."""
+    """The table of attributes: name, what has it, meaning, where it is from."""
     return markdown_table(
-        ("attribute", "meaning", "variables"),
+        ("attribute", "of", "meaning", "from"),
         (
-            (f"`{each.name}`", each.meaning, ", ".join(f"`{name}`" for name in each.variables))
-            for each in (*SLURM, *KUBERNETES, *RANKS)
+            (
+                f"`{each.name}`",
+                ", ".join(each.places),
+                each.meaning,
+                each.source or ", ".join(f"`{name}`" for name in each.variables),
+            )
+            for each in ATTRIBUTES
         ),
     )
 

@@ -103,7 +103,7 @@ class MarkedRun:
             run, started_ns, ended_ns = frames[0].run, frames[0].time_unix_ns, frames[-1].time_unix_ns + _MS
             over = {(ENDED, OUTCOME): 1.0}
             health = encoder.health_scope(over, start_unix_ns=started_ns, time_unix_ns=ended_ns)
-            for body in encoder.stale(run, streams.all_ended(), time_unix_ns=ended_ns, health=health):
+            for body in encoder.stale(run, streams.all_ended(), time_unix_ns=ended_ns, health=[health]):
                 self._delivered(body, time.monotonic() + self._timeout_s)
 
     def samples(self) -> dict[Key, dict[int, float]]:

@@ -235,17 +235,25 @@ class Spool:
         while self._complete and self._complete[0].last <= sequence:
             self._folder.delete(self._complete.pop(0).name)
 
-    def close(self, outcome: str, *, is_delivered: bool) -> None:
-        """Closes the spool: deletes it if all is delivered, otherwise leaves it and the outcome to the next session."""
+    def close(self, outcome: str, *, is_delivered: bool, has_events: bool = False) -> None:
+        """Closes the spool: deletes it if all is delivered, otherwise leaves it and the outcome to the next session.
+
+        Args:
+            outcome: how the run ended.
+            is_delivered: whether all frames and phases are delivered.
+            has_events: whether events are not.
+        """
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
             try:
-                if is_delivered:
+                if is_delivered and not has_events:
                     self._folder.remove()
                 else:
                     try:
+                        if is_delivered:
+                            self._folder.delete_frames()
                         self._folder.note_outcome(outcome)
                     finally:
                         self._folder.release()

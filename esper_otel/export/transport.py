@@ -22,7 +22,7 @@ class Sender(Protocol):
     """Sends requests to one endpoint. Threads: one sends; ``close`` may be called from another."""
 
     def send(self, body: bytes, timeout_s: float) -> Outcome:
-        """Sends a serialized ExportMetricsServiceRequest and returns within ``timeout_s``.
+        """Sends a serialized request for the endpoint's signal and returns within ``timeout_s``.
 
         It does not raise an exception for any behaviour of the endpoint.
         """
@@ -59,7 +59,7 @@ def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
     if endpoint.protocol == "file":
         from esper_otel.export.file_sender import FileSender
 
-        return FileSender(Path(endpoint.address))
+        return FileSender(Path(endpoint.address), signal=endpoint.signal)
     from esper_otel.export.http_sender import HttpSender
 
     return HttpSender(endpoint, headers)

@@ -370,6 +370,13 @@ PIPELINE = [
         "send smaller batches. Too many seeds: retire those that are over. Its log names the limit.",
     ),
     Alert(
+        "EsperGatewayRefusingEvents",
+        "sum by (job, instance, reason) (increase(esper_gateway_refused_events_total[5m])) > 0",
+        "warn",
+        "the esper gateway {{ $labels.instance }} refuses events of runs: {{ $labels.reason }}",
+        "Too many: raise --limit events or all_events. Otherwise a processor on the way changes log records.",
+    ),
+    Alert(
         "EsperGatewayTooLate",
         "max by (job, instance) (delta(esper_gateway_too_late_steps[5m])) > 0",
         "warn",
@@ -413,8 +420,16 @@ PIPELINE = [
         'sum by (job, instance) (increase({__name__=~"esper_gateway_kafka_(poisoned|too_large|expired_records)_total"}[10m])) > 0',
         "high",
         "the member {{ $labels.instance }} leaves out records: it cannot read them, they are too large, or they expired unread",
-        "Its log names each. Records that cannot be read are in the topic esper.dead; too large: raise max.message.bytes; "
-        "expired: start further members, or keep requests for longer.",
+        "Its log names each. Records that cannot be read are in the topic esper.dead; too large: raise max.message.bytes of "
+        "the topic that it names; expired: start further members, or keep requests for longer.",
+    ),
+    Alert(
+        "EsperTierOlder",
+        "sum by (job, instance) (esper_gateway_kafka_unreadable_partitions) > 0",
+        "warn",
+        "the member {{ $labels.instance }} leaves {{ $value | humanize }} partitions alone: a newer version has written there",
+        "Update this member as well. Requests of these partitions wait until then, for as long as esper.otlp keeps them.",
+        "5m",
     ),
 ]
 

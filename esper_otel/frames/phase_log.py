@@ -1,21 +1,21 @@
-"""Phases: intervals of a run that are not steps, such as checkpoints, and the log that keeps those of a session."""
+"""Phases: intervals of a run that are not steps, such as checkpoints, and the journal that keeps those of a session."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from esper_otel.native import threads
+from esper_otel.frames.journal import Journal
 
 START_UP = "start_up"
+CHECKPOINT = "checkpoint"
 OTHER = "other"
 MOST_NAMES = 64
-_MOST_WAITING = 10_000
 _MS = 1_000_000
 _FIELDS = 8
+
+# A name, start and end in Unix nanoseconds, own milliseconds, and the step inside which it lay.
+_Given: TypeAlias = tuple[str, int, int, float, int | None]
 
 
 class Phase(NamedTuple):
@@ -46,49 +46,25 @@ class Phase(NamedTuple):
         """From its start to its end."""
         return (self.end_unix_ns - self.start_unix_ns) / _MS
 
+    @property
+    def due_unix_ns(self) -> int:
+        """See ``Numbered``."""
+        return self.end_unix_ns
 
-class PhaseLog:
-    """The phases of a session, until they are delivered. Only the newest are kept if very many wait.
 
-    Threads: any.
+class PhaseLog(Journal[Phase, _Given]):
+    """The phases of a session, until they are delivered: see ``Journal``. ``start_unix_ns`` is when totals were 0."""
 
-    Args:
-        start_unix_ns: when the session began.
-        most: how many phases may wait.
-
-    Attributes:
-        start_unix_ns: when the totals were 0.
-        added: called with each new phase, on the thread that ended it; the lock is held.
-        last: number of the newest phase; 0 before the first.
-        dropped: how many phases were dropped before they were delivered.
-    """
-
-    def __init__(self, start_unix_ns: int = 0, most: int = _MOST_WAITING) -> None:
-        self.start_unix_ns: int = start_unix_ns
-        self.added: Callable[[Phase], None] | None = None
-        self.last: int = 0
-        self.dropped: int = 0
-        self._most = most
-        self._lock = threads().RLock()
-        self._given: deque[tuple[str, int, int, float, int | None]] = deque()
-        self._is_adding = self._is_over = False
-        self._waiting: deque[Phase] = deque()
+    def __init__(self, start_unix_ns: int = 0, most: int = 10_000) -> None:
+        super().__init__(start_unix_ns, most)
         self._newest: dict[str, Phase] = {}
 
     def add(self, name: str, start_unix_ns: int, end_unix_ns: int, own_ms: float, step: int | None) -> None:
         """Adds a phase that has ended; after 64 names, further ones are counted as ``other``."""
-        with self._lock:
-            self._given.append((name, start_unix_ns, end_unix_ns, own_ms, step))
-            if self._is_adding:  # a signal handler, amid the call below on this thread, which then adds this one, too
-                return
-            self._is_adding = True
-            try:
-                while self._given:
-                    self._add(*self._given.popleft())
-            finally:
-                self._is_adding = False
+        self.add_all([(name, start_unix_ns, end_unix_ns, own_ms, step)])
 
-    def _add(self, name: str, start_unix_ns: int, end_unix_ns: int, own_ms: float, step: int | None) -> None:
+    def _entry(self, number: int, given: _Given) -> Phase:
+        name, start_unix_ns, end_unix_ns, own_ms, step = given
         own_ms = own_ms if 0.0 <= own_ms < math.inf else 0.0  # one NaN would make the total NaN for good
         if name not in self._newest and len(self._newest) >= MOST_NAMES:
             name = OTHER
@@ -98,75 +74,23 @@ class PhaseLog:
             shift_ns = (before.end_unix_ns // _MS + 1) * _MS - end_unix_ns
             start_unix_ns, end_unix_ns = start_unix_ns + shift_ns, end_unix_ns + shift_ns
         inside_ms += 0.0 if step is None else own_ms
-        phase = Phase(self.last + 1, name, start_unix_ns, end_unix_ns, own_ms, step, total_ms + own_ms, inside_ms)
+        phase = Phase(number, name, start_unix_ns, end_unix_ns, own_ms, step, total_ms + own_ms, inside_ms)
         self._newest[name] = phase
-        self.last += 1
-        if self._is_over:
-            self.dropped += 1
-            return
-        self._waiting.append(phase)
-        if len(self._waiting) > self._most:
-            self._waiting.popleft()
-            self.dropped += 1
-        if self.added is not None:
-            self.added(phase)
-
-    def end(self) -> None:
-        """Drops and counts the phases that end from now on, since nothing sends them or writes them to the disk."""
-        with self._lock:
-            self._is_over, self.added = True, None
-
-    def waiting(self, until_unix_ns: int | None, most: int) -> list[Phase]:
-        """Returns the oldest phases that wait, up to the first that ended after ``until_unix_ns``; None: all."""
-        found: list[Phase] = []
-        with self._lock:
-            for phase in self._waiting:
-                if len(found) == most or (until_unix_ns is not None and phase.end_unix_ns > until_unix_ns):
-                    break
-                found.append(phase)
-        return found
+        return phase
 
     def totals(self) -> dict[str, float]:
         """Returns the own times of all phases so far, in milliseconds by name."""
         with self._lock:
             return {name: phase.total_ms for name, phase in self._newest.copy().items()}
 
-    @property
-    def count(self) -> int:
-        """How many phases wait."""
-        return len(self._waiting)
 
-    def drop(self, number: int) -> None:
-        """Drops the phases up to this number, and counts them."""
-        with self._lock:
-            self.dropped += sum(phase.number <= number for phase in self._waiting)
-        self.delivered(number)
+def checked_phase(fields: object) -> Phase:
+    """Returns the phase that a line of a file describes.
 
-    def delivered(self, number: int) -> None:
-        """Forgets the phases up to this number."""
-        with self._lock:
-            while self._waiting and self._waiting[0].number <= number:
-                self._waiting.popleft()
-
-
-def line_of(phase: Phase) -> bytes:
-    """Returns a phase as a line of JSON, for files."""
-    return json.dumps(phase, separators=(",", ":")).encode() + b"\n"
-
-
-def phases_in(content: bytes, after: int) -> Iterator[Phase]:
-    """Yields the phases of a file with a number above ``after``, in order; a line that is not a phase is skipped."""
-    for line in content.splitlines():
-        try:
-            phase = _checked(json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        if phase.number > after:
-            after = phase.number
-            yield phase
-
-
-def _checked(fields: object) -> Phase:
+    Raises:
+        ValueError: it describes none.
+        TypeError: as above.
+    """
     if not isinstance(fields, list) or len(fields) != _FIELDS:
         raise ValueError("not a phase")
     number, name, start, end, own_ms, step, total_ms, inside_ms = fields

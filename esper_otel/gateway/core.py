@@ -14,9 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
+from esper_otel.gateway.events.event_file import StoredEvent
+from esper_otel.gateway.events.run_events import RunEvents, events_message
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.hours.accounts import Hours
-from esper_otel.gateway.hours.answer import hours_message
+from esper_otel.gateway.hours.answer import NO_ACCOUNTS, hours_message
+from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
@@ -37,11 +40,12 @@ from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.receive.request_reader import RequestReader
-from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
-from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredPage, StoreFull
+from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredFrame, StoredPage, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
+from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Page
@@ -49,6 +53,8 @@ from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
 from esper_otel.oona.publisher import Publisher
 from esper_otel.pull.messages import (
+    EventsRequest,
+    EventsResponse,
     HoursRequest,
     HoursResponse,
     PullRequest,
@@ -60,6 +66,7 @@ from esper_otel.pull.messages import (
 from esper_otel.schema import is_check
 
 MOST_PACKETS = 1000
+_USUAL_EVENTS, _MOST_EVENTS = 64, 1000
 _MOST_WAIT_S = 60.0
 _TIDY_EVERY_S, _TIDY_AGAIN_S = 10.0, 0.1
 # How long frames are released in a turn. Storing them belongs to the same turn and may take much longer: after a turn
@@ -143,11 +150,13 @@ class Core:
         self._summing: asyncio.Task[None] | None = None
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
-        self._hours = Hours(store, store.folder if isinstance(store, FileStore) else None, self._warnings)
+        folder = store.folder if isinstance(store, FileStore) else None
+        self._hours = Hours(store, folder, self._warnings)
         self.changed: ChangedRuns = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
+        self._events = RunEvents(folder, self._limits, self.counts, self._warnings)
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason
         self.deferred: Counter[str] = Counter()  # likewise
@@ -198,6 +207,32 @@ class Core:
             return self._end(decoded, finished(taking), kept, ENDLESS)
         finally:
             self._schedule(time.monotonic())
+
+    async def take_logs(
+        self, body: bytes, *, is_json: bool = False, encoding: str = IDENTITY, grant: Grant | None = None
+    ) -> Answer:
+        """Accepts a request with log records; the events in it are stored when this returns, the others ignored.
+
+        Raises:
+            Malformed, TooLarge: the bytes are not a request, or decoding them would cost too much.
+            NotAllowed: the sender may not write to one of the runs.
+            StoreFull: the request could not be stored; the sender may retry it.
+        """
+        async with self._reader.reading_logs(body, is_json=is_json, encoding=encoding) as decoded:
+            runs = {event.sender.run.run_id for event in decoded.events}
+            if grant is not None:
+                check_runs(runs, grant)
+            try:
+                refused = await in_turns(self._events.taking(decoded.events, "" if grant is None else grant.tenant))
+            except StoreFull as error:
+                self.counts["store_failures"] += 1
+                self._warnings.say("store", "%s; senders are asked to retry", error)
+                raise
+            finally:
+                self.wake(map(_events_of, runs))
+            refused.update(decoded.refused)
+            self.counts["log_requests"] += 1
+            return Answer(refused.total(), self._events.note(refused, decoded.ignored))
 
     def _begin(
         self, body: bytes, decoded: DecodedRequest, *, is_json: bool, grant: Grant | None
@@ -468,6 +503,7 @@ class Core:
             self._warnings.say("store", "%s; runs that are too old are kept", error)
         for run_id in gone:
             self._warnings.say("expired", "run %s has sent nothing for too long: its steps were dropped", run_id)
+        self._events.drop(gone, self._store.run_ids())
         if self._summing is None:
             self._summing = asyncio.ensure_future(self._sum_up())
         again_s = _TIDY_AGAIN_S if len(gone) >= EXPIRED_AT_ONCE else _TIDY_EVERY_S
@@ -494,6 +530,7 @@ class Core:
             self._summing.cancel()
         self._reader.close()
         self._hours.close()
+        self._events.close()
         self._store.close()
 
     def end_waiting(self) -> None:
@@ -608,7 +645,8 @@ class Core:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        return hours_message(await self.run_hours(request.run_id))
+        hours, accounts = await self._accounting(request.run_id)
+        return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
 
     async def run_hours(self, run_id: str) -> RunHours:
         """Does the same, as plain values.
@@ -616,15 +654,60 @@ class Core:
         Raises:
             UnknownRun: nothing of the run is here.
         """
-        return await in_turns(self._hours.reading(run_id))
+        return (await self._accounting(run_id))[0]
+
+    async def _accounting(self, run_id: str) -> tuple[RunHours, dict[AttemptRank, Account]]:
+        """Returns where the hours of a run went, and the accounts of its processes."""
+        return await in_turns(self._hours.accounting(run_id))
+
+    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
+        """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
+
+        Raises:
+            BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.
+            StoreFull: they cannot be read at present.
+        """
+        check_puller(request.run_id, grant)
+        if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_events > _MOST_EVENTS:
+            raise BadRequest(f"max_events must be at most {_MOST_EVENTS}, wait_s from 0 to {_MOST_WAIT_S:g}")
+        deadline_s = time.monotonic() + request.wait_s
+        rank = request.rank if request.HasField("rank") else None
+        while True:
+            found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
+            is_over = self._is_ending or time.monotonic() >= deadline_s
+            if found is not None and (found.events or is_over):
+                return events_message(found)
+            if is_over and self._store.holds(request.run_id):
+                return EventsResponse(cursor=request.cursor)
+            if is_over:
+                raise UnknownRun(f"nothing of run {request.run_id!r} is here")
+            await self._news(_events_of(request.run_id), deadline_s)
+
+    def newest_events(self, run_id: str, rank: int) -> list[StoredEvent]:
+        """Returns the newest events of a rank, oldest first."""
+        return self._events.newest(run_id, rank)
+
+    def events_mark(self, run_id: str) -> str:
+        """Returns a text that changes with each new event of a run; empty if it has none."""
+        return self._events.mark(run_id)
 
     def recent_steps(self, run_id: str) -> RecentSteps | None:
         """Returns the newest steps of a run's ranks; None if none of them is known."""
         return self._ranks.recent(run_id)
 
+    def _making(self, request: PullRequest) -> tuple[Callable[[StoredFrame], bytes], MadeSteps]:
+        """Returns what makes steps for a page, and where they are kept: nowhere with values, which few ask for."""
+        made = partial(
+            step_of,
+            rules=self._rules,
+            latency_budget_ms=self._latency_budget_ms,
+            with_values=request.with_values,
+        )
+        return made, MadeSteps(0) if request.with_values else self._made
+
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
-        made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        found = await page(self._store, request, made, self._made, self._clock_ns, bounds)
+        made = self._making(request)
+        found = await page(self._store, request, *made, self._clock_ns, bounds)
         self.counts["pulled_steps"] += found.steps
         self.counts["gap_steps"] += found.gap if request.cursor else 0
         return found
@@ -689,13 +772,19 @@ class Core:
             "dropped_steps": self._store.dropped,
             "waiting_pulls": sum(map(len, self._waiters.values())),
             "unsaved_steps": len(self._unsaved),
+            "missing_events": self._events.missing(),
         }
 
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
         made = {"made step bytes": (float(self._made.used), float(self._made.most))}
-        return {**self._assembler.use(), **self._store.use(), **bodies, **made}
+        return {**self._assembler.use(), **self._store.use(), **self._events.use(), **bodies, **made}
+
+    @property
+    def refused_events(self) -> Mapping[str, int]:
+        """Counts of events that were refused for good, by reason."""
+        return self._events.refused
 
     @property
     def damaged(self) -> Mapping[str, int]:
@@ -710,6 +799,11 @@ class Core:
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
+
+
+def _events_of(run_id: str) -> str:
+    """Returns under which name pullers wait for events of a run; no run has such a name."""
+    return f"events\0{run_id}"
 
 
 def _is_never(_run_id: str) -> bool:

@@ -23,7 +23,7 @@ from esper_otel.leyline.packets import Packets, packets
 from esper_otel.leyline.risk import signals, with_signals
 from esper_otel.parts import senders
 from esper_otel.parts.habits import Habits
-from esper_otel.parts.levels import FRAMES, HEALTH, SEED, SESSION, level_of, scope_of
+from esper_otel.parts.levels import DEVICE, FRAMES, HEALTH, SEED, SESSION, level_of, scope_of
 from esper_otel.parts.maker import FrameInput, FrameMaker
 from esper_otel.parts.part import Part, Stream
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
@@ -168,9 +168,8 @@ def _points(data: MetricsData, attempt: int, refused: Counter[str]) -> dict[Run,
             scope = scope_of(of_scope.scope.name)
             for metric in of_scope.metrics:
                 name, level = metric.name, level_of(metric.name, scope)
-                is_other = (
-                    scope == HEALTH or level in (None, SESSION) or name in (FRAME_SEQUENCE.name, FRAME_POINTS.name)
-                )
+                is_other = scope in (HEALTH, DEVICE) or level in (None, SESSION)
+                is_other = is_other or name in (FRAME_SEQUENCE.name, FRAME_POINTS.name)
                 if is_other or not isinstance(metric.data, Gauge | Sum):
                     continue
                 for point in metric.data.data_points:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
@@ -19,9 +19,12 @@ from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 from esper_otel.log import Warnings
+from esper_otel.pull.event_infos import EventPage, event_page
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import (
     SERVICE,
+    EventsRequest,
+    EventsResponse,
     HoursRequest,
     HoursResponse,
     PullRequest,
@@ -31,13 +34,19 @@ from esper_otel.pull.messages import (
     RunsRequest,
     RunsResponse,
 )
-from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
-from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
+from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
+from esper_otel.pull.views import RunRanks, merged_hours, run_ranks
 
 RETRY_S = 0.1
 _MOST_SHARDS = 1_000
 DEFAULT_PACKETS = 64
-ANSWERS: dict[str, Any] = {"Runs": RunsResponse, "Pull": PullResponse, "Ranks": RanksResponse, "Hours": HoursResponse}
+ANSWERS: dict[str, Any] = {
+    "Runs": RunsResponse,
+    "Pull": PullResponse,
+    "Ranks": RanksResponse,
+    "Hours": HoursResponse,
+    "Events": EventsResponse,
+}
 _WARNINGS = Warnings()
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has up to about 16 MiB, or a single larger step
@@ -176,6 +185,7 @@ class TamiyoClient:
         shard: tuple[int, int] | None = None,
         max_packets: int = 64,
         wait_s: float = 0.0,
+        values: bool = False,
     ) -> Page:
         """Returns the steps after a cursor, oldest first.
 
@@ -188,6 +198,8 @@ class TamiyoClient:
                 is in one part. Only servers of a tier on Kafka have parts.
             max_packets: the maximum number of steps to return, up to 1000.
             wait_s: seconds to wait if there is no step yet, up to 60.
+            values: return what the packets have no place for, too: ``Packets.values``. Gateways of an older version
+                have none.
 
         Raises:
             UnknownRun: no step of the run is stored, even after the wait.
@@ -195,20 +207,62 @@ class TamiyoClient:
             GatewayUnavailable: the gateway did not answer in time.
             GatewayError: the gateway refused for another reason.
         """
-        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard)
+        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard, values=values)
         if shard is not None and self._several is not None:
             raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
         if self._several is None:
             [gateway] = self._gateways.values()
             return page_of(run_id, gateway.call("Pull", request, wait_s))
         pulling = self._several.pulling(run_id, request.cursor, rank, request.max_packets or DEFAULT_PACKETS, wait_s)
+        return self._of_several(pulling, "Pull", request)  # type: ignore[no-any-return]
+
+    def events(
+        self,
+        run_id: str,
+        cursor: str | None = None,
+        *,
+        rank: int | None = None,
+        max_events: int = 64,
+        wait_s: float = 0.0,
+    ) -> EventPage:
+        """Returns the events of a run after a cursor, in the order in which they arrived at the gateway.
+
+        Each event is returned once. They have cursors of their own, which are not those of ``pull``.
+
+        Args:
+            run_id: the run.
+            cursor: ``EventPage.cursor`` of an earlier call with the same rank; None begins with the first event stored.
+            rank: return only this rank's events; None returns those of all ranks.
+            max_events: the maximum number of events to return, up to 1000.
+            wait_s: seconds to wait if there is no event yet, up to 60.
+
+        Raises:
+            UnknownRun: nothing of the run is stored, even after the wait.
+            StaleCursor: the cursor belongs to an earlier store of this run that no longer exists.
+            GatewayUnavailable: the gateway did not answer in time.
+            GatewayError: the gateway refused for another reason, or has no events: it is of an earlier version, or the
+                servers of a tier on Kafka.
+        """
+        request = events_request(run_id, cursor, rank, max_events, wait_s)
+        if self._several is None:
+            [gateway] = self._gateways.values()
+            return event_page(gateway.call("Events", request, wait_s))
+        pulling = self._several.pulling(
+            run_id, request.cursor, rank, request.max_events or DEFAULT_PACKETS, wait_s, EVENTS
+        )
+        return self._of_several(pulling, "Events", request)  # type: ignore[no-any-return]
+
+    def _of_several(
+        self, pulling: Generator[Ask, Mapping[str, Answer], Any], name: str, request: PullRequest | EventsRequest
+    ) -> Any:
+        """Asks several gateways until there is a page."""
         ask = next(pulling)
         while True:
-            answers = self._answers(request, ask)
+            answers = self._answers(name, request, ask)
             try:
                 ask = pulling.send(answers)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value
 
     def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """Compares the ranks of a run over its newest ``steps`` steps, up to 256.
@@ -226,7 +280,8 @@ class TamiyoClient:
             UnknownRun: nothing of the run is stored.
             GatewayError: the gateway refused, or did not answer in time.
         """
-        return merged_hours(map(run_hours, self._of_all("Hours", HoursRequest(run_id=run_id))))
+        request = HoursRequest(run_id=run_id, with_accounts=len(self._gateways) > 1)
+        return merged_hours(self._of_all("Hours", request))
 
     def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended, over all attempts and ranks; None while a rank may be running.
@@ -270,20 +325,21 @@ class TamiyoClient:
                 errors.append(error)
         return found or raise_of(errors)
 
-    def _answers(self, request: PullRequest, ask: Ask) -> dict[str, Answer]:
+    def _answers(self, name: str, request: PullRequest | EventsRequest, ask: Ask) -> dict[str, Answer]:
         """Asks several gateways at once; does not wait for all of them if they wait for steps and one has some."""
         time.sleep(ask.pause_s)
         deadline_s = time.monotonic() + ask.timeout_s
         calls, heard = {}, threading.Semaphore(0)
         for address, cursor in ask.cursors.items():
-            calls[address] = self._gateways[address].begin(request_after(request, cursor, ask.wait_s), ask.timeout_s)
+            asked = request_after(request, cursor, ask.wait_s)
+            calls[address] = self._gateways[address].begin(name, asked, ask.timeout_s)
             calls[address].add_done_callback(lambda _: heard.release())
         answers: dict[str, Answer] = {}
         while len(answers) < len(calls) and heard.acquire(timeout=max(deadline_s - time.monotonic(), 0.0)):
             for address, call in calls.items():
                 if address not in answers and call.done():
                     answers[address] = self._gateways[address].answer(request.run_id, call)
-            if ask.wait_s and any(isinstance(answer, Page) and answer.packets for answer in answers.values()):
+            if ask.wait_s and any(map(has_some, answers.values())):
                 break
         for address, call in calls.items():
             if address not in answers:
@@ -321,14 +377,14 @@ class _GatewayChannel:
                     raise_translated(error, self._target)
             time.sleep(RETRY_S)
 
-    def begin(self, request: Message, timeout_s: float) -> Any:
-        """Begins a pull, and returns it as a future."""
-        return self._calls["Pull"].future(request, timeout=timeout_s, metadata=self._target.metadata())
+    def begin(self, name: str, request: Message, timeout_s: float) -> Any:
+        """Begins a pull of steps or events, and returns it as a future."""
+        return self._calls[name].future(request, timeout=timeout_s, metadata=self._target.metadata())
 
     def answer(self, run_id: str, call: Any) -> Answer:
         """Returns the outcome of a pull that is done."""
         try:
-            return page_of(run_id, call.result())
+            return pulled_of(run_id, call.result())
         except grpc.RpcError as error:
             return translated(error, self._target)
         except GatewayError as error:
@@ -359,9 +415,23 @@ def targets_of(targets: str, *arguments: Any) -> list[GatewayAddress]:
     return found
 
 
-def request_after(request: PullRequest, cursor: str, wait_s: float) -> PullRequest:
+def has_some(answer: Answer) -> bool:
+    """Whether an answer has steps or events."""
+    return not isinstance(answer, GatewayError) and len(answer) > 0
+
+
+def pulled_of(run_id: str, response: PullResponse | EventsResponse) -> Answer:
+    """Converts the response to a pull of steps or events.
+
+    Raises:
+        GatewayError: the response does not contain Leyline packets.
+    """
+    return page_of(run_id, response) if isinstance(response, PullResponse) else event_page(response)
+
+
+def request_after(request: PullRequest | EventsRequest, cursor: str, wait_s: float) -> PullRequest | EventsRequest:
     """Returns a pull after another cursor, which waits as long as this."""
-    changed = PullRequest.FromString(request.SerializeToString())
+    changed = type(request).FromString(request.SerializeToString())
     changed.cursor, changed.wait_s = cursor, wait_s
     return changed
 
@@ -399,6 +469,8 @@ def pull_request(
     max_packets: int,
     wait_s: float,
     shard: tuple[int, int] | None = None,
+    *,
+    values: bool = False,
 ) -> PullRequest:
     """Makes the request of a pull.
 
@@ -406,7 +478,9 @@ def pull_request(
         ConfigurationError: a number is out of range.
     """
     try:
-        request = PullRequest(run_id=run_id, cursor=cursor or "", max_packets=max_packets, wait_s=wait_s)
+        request = PullRequest(
+            run_id=run_id, cursor=cursor or "", max_packets=max_packets, wait_s=wait_s, with_values=values
+        )
         if rank is not None:
             request.rank = rank
         if shard is not None:
@@ -415,6 +489,21 @@ def pull_request(
         raise ConfigurationError(f"pull: {error}") from error
     if shard is not None and (rank is not None or not request.shard < request.shards <= _MOST_SHARDS):
         raise ConfigurationError(f"pull: shard={shard}: give (i, n) with i from 0 to n - 1, n up to 1000, and no rank")
+    return request
+
+
+def events_request(run_id: str, cursor: str | None, rank: int | None, max_events: int, wait_s: float) -> EventsRequest:
+    """Makes the request of a pull of events.
+
+    Raises:
+        ConfigurationError: a number is out of range.
+    """
+    try:
+        request = EventsRequest(run_id=run_id, cursor=cursor or "", max_events=max_events, wait_s=wait_s)
+        if rank is not None:
+            request.rank = rank
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"events: {error}") from error
     return request
 
 
@@ -445,6 +534,7 @@ def _page_of(run_id: str, response: PullResponse) -> Page:
             names=frozenset(step.names),
             writer=step.writer,
             number=step.number,
+            values=dict(zip(step.value_names, step.values, strict=False)),
         )
         for step in response.steps
     )

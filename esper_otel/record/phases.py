@@ -118,6 +118,7 @@ class Phases:
         has_any: whether a phase has ever begun.
         follows_steps: whether ``step_opens`` and ``step_ended`` are to be called.
         closed_s: seconds that the recording thread has spent in phases that have ended, each moment counted once.
+        ended: called with the name, start and end of each phase, in Unix nanoseconds, on the thread that ended it.
         inside: returns the number of the step that a loop is in without having opened it; see ``Loop``.
     """
 
@@ -126,6 +127,7 @@ class Phases:
         self.closed_s: float = 0.0
         self.has_any: bool = False
         self.follows_steps: bool = True  # until the first step, for start-up; then only inside phases
+        self.ended: Callable[[str, int, int], None] | None = None
         self.inside: Callable[[], int | None] = lambda: None
         self._clock = clock
         self._recorder = recorder
@@ -192,6 +194,8 @@ class Phases:
                 self.closed_s += length_ns / 1e9
                 self._outside_ns += length_ns if over.step is None else 0
         self.log.add(over.name, over.start_ns, end_ns, own_ms, over.step)
+        if self.ended is not None:
+            self.ended(over.name, over.start_ns, end_ns)
 
     # -- steps and waits inside phases ---------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esper_otel.charts.document import PageContent, document
+from esper_otel.charts.event_list import event_marks, events_html
 from esper_otel.charts.groups import described
 from esper_otel.charts.hours_section import hours_html
 from esper_otel.charts.thinned import ChartStep, ThinnedSteps
@@ -49,7 +50,9 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     of_each: list[str] = []
     for each, name in zip(both, names, strict=True):
         head = f"<h2>{_shown(name)}</h2>" if other else ""
-        of_each.append(f"<section>{head}{_about(each)}{_answers(findings(each))}{_hours(each)}</section>")
+        of_each.append(
+            f"<section>{head}{_about(each)}{_answers(findings(each))}{_hours(each)}{_events(each)}</section>"
+        )
     if other is None:
         above += of_each
     else:  # the comparison comes first: with what is found in each run, the charts would be far below
@@ -112,6 +115,7 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
         "marks": []
         if step is None or step >= GUESSED_STEP
         else [{"step": step, "text": f"{of}step {step} went wrong"}],
+        "events": event_marks(both[0].events),
         "seeds": shown,
         "seedsSaid": f"{of}{len(shown)} of {len(bars)} seeds",
         "stages": [Stage(number).name for number in range(max(Stage) + 1)],
@@ -159,6 +163,12 @@ def _dates(recording: Recording) -> str:
 def _hours(recording: Recording) -> str:
     """Returns where the hours of the run went, if that is known."""
     return "" if recording.hours is None else f"<section>{hours_html(recording.hours)}</section>"
+
+
+def _events(recording: Recording) -> str:
+    """Returns a list of what happened in the run, if that is known."""
+    html = events_html(recording.events, recording.events_left_out)
+    return f'<section class="events">{html}</section>' if html else ""
 
 
 def _answers(found: Iterable[Finding]) -> str:

@@ -55,7 +55,7 @@ class Notes:
         return found if isinstance(found, dict) else {}
 
 
-class Refusals:
+class RefusedItems:
     """What an endpoint has refused for good, or could not be given: counted by kind, and the first of it named.
 
     Args:

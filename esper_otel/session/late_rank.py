@@ -9,6 +9,7 @@ from typing import Any
 from esper_otel.frames.frame import Run
 from esper_otel.log import Warnings
 from esper_otel.session.identity import Agreement, is_told, joined, of_group, run_id_of_environment
+from esper_otel.settings import EsperSettings
 
 _LATE = (
     "torch.distributed says at the first step that this process is rank %d of %d, but %s: call init_process_group "
@@ -21,18 +22,18 @@ class LateRank:
 
     Args:
         identity: the arguments that name the run and the rank.
-        has_readers: whether readers of a MeterProvider have been told who they are of.
-        is_for_rank_0: whether only rank 0 is to send.
+        settings: the settings.
         warnings: where what comes too late is reported.
+        has_readers: whether there are readers of a MeterProvider, which have been told who they are of.
     """
 
     def __init__(
-        self, identity: Mapping[str, Any], *, has_readers: bool, is_for_rank_0: bool, warnings: Warnings
+        self, identity: Mapping[str, Any], settings: EsperSettings, warnings: Warnings, *, has_readers: object
     ) -> None:
         self._is_told = is_told((identity["rank"], identity["world_size"]))
         self._is_named = identity["run_id"] is not None or run_id_of_environment(os.environ) is not None
-        self._has_readers = has_readers
-        self._is_for_rank_0 = is_for_rank_0
+        self._has_readers = bool(has_readers)
+        self._is_for_rank_0 = settings.export_ranks == "rank0"
         self._warnings = warnings
 
     def of(self, run: Run) -> tuple[Run, Agreement | None] | None:

@@ -243,11 +243,13 @@ SERIES_OF_PIPELINE = {
     "EsperGatewayNotStoring": "esper_gateway_store_failures_total",
     "EsperGatewayRejecting": 'esper_gateway_rejected_points_total{reason="no time"}',
     "EsperGatewayOverLimit": 'esper_gateway_rejected_points_total{reason="too many runs"}',
+    "EsperGatewayRefusingEvents": 'esper_gateway_refused_events_total{reason="too many events of the run"}',
     "EsperGatewayTooLate": "esper_gateway_too_late_steps",
     "EsperGatewayRefusing": 'esper_gateway_refused_requests_total{reason="malformed"}',
     "EsperTierLagging": "esper_gateway_kafka_lag_records",
     "EsperTierAborting": "esper_gateway_kafka_aborts_total",
-    "EsperTierLosing": "esper_gateway_kafka_poisoned_total",
+    "EsperTierLosing": "esper_gateway_kafka_too_large_total",
+    "EsperTierOlder": "esper_gateway_kafka_unreadable_partitions",
     "EsperGatewayDeferring": 'esper_gateway_deferred_requests_total{reason="too many runs"}',
 }
 

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from patience import patience
+from programs import soak
 
 pytestmark = pytest.mark.lengthy
-
-SOAK = Path(__file__).parents[1] / "soak"
-
-
-def soak(name: str) -> ModuleType:
-    """A program of tests/soak, as a module."""
-    spec = importlib.util.spec_from_file_location(name, SOAK / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])

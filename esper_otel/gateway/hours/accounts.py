@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
@@ -112,21 +112,17 @@ class Hours:
         Raises:
             UnknownRun: no step of the run is stored, and no phase.
         """
+        return (yield from self.accounting(run_id))[0]
+
+    def accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
+        """Does the same, and returns the accounts of its processes, too."""
         accounts = yield from self._read(run_id)
         phases = self._file.phases(run_id)
         yield
         if not accounts and not phases:
             raise UnknownRun(f"no step of run {run_id!r} is here")
         known = {writer: account.copied() for writer, account in accounts.items()}
-        for count, (writer, phase) in enumerate(phases):
-            known.setdefault(writer, Account()).add_phase(phase)
-            if count % _AT_ONCE == 0:
-                yield
-        ranks: dict[int, Bar] = {}
-        for rank, writers in groupby(sorted(known), key=lambda writer: writer.rank):
-            ranks[rank] = bar_of_rank([known[writer] for writer in writers])
-            yield
-        return RunHours(bar_of_run(ranks.values()), ranks, _infos(phases))
+        return (yield from summing(known, phases)), known
 
     def _read(self, run_id: str) -> Generator[None, None, dict[AttemptRank, Account]]:
         """Adds the steps that were stored since the last call."""
@@ -191,6 +187,26 @@ class Hours:
             if run.since:
                 self._put(run_id, run)
         self._file.close()
+
+
+def summing(
+    known: dict[AttemptRank, Account], phases: Sequence[tuple[AttemptRank, PhaseTimes]]
+) -> Generator[None, None, RunHours]:
+    """Makes the bars of a run, in parts.
+
+    Args:
+        known: the sums over steps; the phases are added to them.
+        phases: the phases of the run.
+    """
+    for count, (writer, phase) in enumerate(phases):
+        known.setdefault(writer, Account()).add_phase(phase)
+        if count % _AT_ONCE == 0:
+            yield
+    ranks: dict[int, Bar] = {}
+    for rank, writers in groupby(sorted(known), key=lambda writer: writer.rank):
+        ranks[rank] = bar_of_rank([known[writer] for writer in writers])
+        yield
+    return RunHours(bar_of_run(ranks.values()), ranks, _infos(phases))
 
 
 def _infos(phases: Iterable[tuple[AttemptRank, PhaseTimes]]) -> list[PhaseInfo]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from esper_otel.log import Warnings
 SESSION_MS = TRANSACTION_MS = 10_000
 # The largest record: a step of 20,000 seeds takes some 6 MB, a request of a process up to 3.5 MB.
 MOST_RECORD_BYTES = 8 * 1024 * 1024
+_MOST_ADDED_BYTES = 64 * 1024  # of headers, and by the protocol
 _OURS = frozenset(
     {
         *("bootstrap.servers", "client.id", "group.id", "group.instance.id", "group.protocol", "transactional.id"),
@@ -25,6 +28,7 @@ _OURS = frozenset(
         *("transaction.timeout.ms", "message.max.bytes", "allow.auto.create.topics"),
     }
 )
+_AWAY = frozenset({KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN})  # noqa: SLF001 - public, but for their names
 _LOG = logging.getLogger("esper_otel.kafka.librdkafka")
 _LOG.addHandler(logging.NullHandler())
 _LOG.propagate = False
@@ -57,6 +61,7 @@ class Brokers:
         self._warnings = Warnings()
         self._last = ""
         self.is_name_taken: bool = False
+        self._away_s = -math.inf
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Brokers:
@@ -93,8 +98,12 @@ class Brokers:
         consumer: Consumer = self._made(Consumer, given)
         return consumer
 
-    def producer(self, transactional_id: str) -> Producer:
+    def producer(self, transactional_id: str, *, has_batches: bool = True) -> Producer:
         """Makes a transactional producer.
+
+        Args:
+            transactional_id: its name at the brokers.
+            has_batches: whether records are sent together.
 
         Raises:
             ConfigurationError: a property cannot be used.
@@ -102,11 +111,17 @@ class Brokers:
         own = {
             "transactional.id": transactional_id,
             "transaction.timeout.ms": TRANSACTION_MS,
-            "message.max.bytes": MOST_RECORD_BYTES,
+            "message.max.bytes": MOST_RECORD_BYTES + _MOST_ADDED_BYTES,  # a member looks itself
             "compression.type": "lz4",
             "linger.ms": 0,
             "queue.buffering.max.messages": 1_000_000,
+            # librdkafka waits without a limit for a coordinator that it still takes to be away (its issues 5456 and
+            # 5511), until a connection changes: so one that is idle is closed, and what it knows is soon too old.
+            "connections.max.idle.ms": 10_000,
+            "metadata.max.age.ms": 30_000,
         }
+        if not has_batches:
+            own["batch.num.messages"] = 1
         producer: Producer = self._made(Producer, own)
         return producer
 
@@ -136,12 +151,18 @@ class Brokers:
     def _note(self, error: KafkaError) -> None:
         """Keeps what librdkafka reports by itself, such as wrong credentials; says it once a minute."""
         self._last = error.str()
+        if error.code() in _AWAY:
+            self._away_s = time.monotonic()
         self.note_name(error)
         self._warnings.say(f"kafka {error.name()}", "Kafka at %s: %s", self.brokers, meaning(error))
 
     def note_name(self, error: KafkaError) -> None:
         """Notes whether an error means that another member has the name of this one."""
         self.is_name_taken |= error.code() == KafkaError.FENCED_INSTANCE_ID or "group.instance.id" in error.str()
+
+    def was_away(self, within_s: float) -> bool:
+        """Whether brokers could not be reached within the last so many seconds."""
+        return time.monotonic() - self._away_s < within_s
 
     def asked(self, question: Callable[[], Any], client: AdminClient) -> Any:
         """Returns the answer to a client's question to the brokers.
@@ -154,8 +175,7 @@ class Brokers:
             return question()
         except KafkaException as error:
             fault = error.args[0]
-            is_away = fault.code() in {KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._ALL_BROKERS_DOWN}  # noqa: SLF001 - public, but for their names
-            if not is_away:
+            if fault.code() not in _AWAY:
                 raise BrokerFault(f"Kafka at {self.brokers}: {meaning(fault)}") from None
             client.poll(0.2)  # calls what notes the reason
             reason = self._last or fault.str()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_text
-from esper_otel.gateway.kafka.topic_records import FrameBatch, UnknownForm, block_of, origin_of
+from esper_otel.gateway.kafka.topic_records import FrameBatch, NewerForm, UnknownForm, block_of, origin_of
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 
 _RECORD_BYTES = 500
@@ -24,10 +25,9 @@ class Record:
         time_ms: when the broker received it.
         origin: the writer; None for a record that is none of ours.
         size: about how much memory it takes, in bytes.
-        fault: why it is none of ours, or why its frames cannot be read; empty if neither is known.
     """
 
-    __slots__ = ("__dict__", "_key", "_value", "fault", "offset", "origin", "partition", "size", "time_ms")
+    __slots__ = ("__dict__", "_key", "_value", "offset", "origin", "partition", "size", "time_ms")
 
     def __init__(self, partition: int, offset: int, time_ms: int, key: bytes, value: bytes) -> None:
         self.partition: int = partition
@@ -36,19 +36,21 @@ class Record:
         self._key, self._value = key, value
         self.size: int = 2 * len(value) + _RECORD_BYTES
         self.origin: Origin | None = None
-        self.fault: str = ""
-        try:
+        with suppress(UnknownForm):
             self.origin = origin_of(key)
-        except UnknownForm:
-            self.fault = f"not the key of a writer: {key[:80]!r}"
 
     @cached_property
     def block(self) -> FrameBatch | None:
-        """Its frames; None if they cannot be read."""
+        """Its frames; None if nobody can read them.
+
+        Raises:
+            NewerForm: a newer version has written them.
+        """
         try:
             return block_of(self._key, self._value)
-        except UnknownForm as error:
-            self.fault = str(error)
+        except NewerForm:
+            raise
+        except UnknownForm:
             return None
 
     def is_wanted(self, run_id: str, rank: int | None) -> bool:
@@ -80,6 +82,9 @@ def entries_of(record: Record, stand: Stand, rank: int | None) -> list[Entry]:
         record: the record; it is wanted.
         stand: where the puller stands in its partition.
         rank: the rank that is pulled; None for all.
+
+    Raises:
+        NewerForm: a newer version has written them.
     """
     block = record.block
     if block is None:

@@ -13,7 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
@@ -29,7 +30,15 @@ from esper_otel.gateway.kafka.brokers import (
 )
 from esper_otel.gateway.kafka.partition_reader import PartitionReader, value_of
 from esper_otel.gateway.kafka.shard import BadRecord, Commit, RequestRecord, Shard
-from esper_otel.gateway.kafka.topic_records import UnknownForm, block_bytes, block_of, key_of, state_bytes, state_of
+from esper_otel.gateway.kafka.topic_records import (
+    FrameWithLoss,
+    UnknownForm,
+    block_bytes,
+    block_of,
+    key_of,
+    state_bytes,
+    state_of,
+)
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
 from esper_otel.log import Warnings, announce
@@ -41,9 +50,39 @@ _STATES_EVERY_S = 5.0
 _TIDY_EVERY_S = 60.0
 _LAG_EVERY_S = 1.0
 _AGAIN_S = 1.0
-_TRANSACTION_S = 30.0
+_TRANSACTION_S, _STUCK_S = 30.0, 120.0
 _WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
+_AWAY_S = 120.0
+_STABLE_S = 5.0  # longer than a transaction may take
 _HEARTBEATS = 5  # within a session
+_TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, 18})  # 18: larger than a segment
+
+
+class _OutgoingRecord(NamedTuple):
+    """A record to be written.
+
+    Attributes:
+        topic: the topic.
+        partition: the partition; -1 for any.
+        key: its key.
+        value: its value.
+        shard: the shard that made it, if it is one of frames.
+        about: what is in it, for people.
+        headers: what is said of it.
+    """
+
+    topic: str
+    partition: int
+    key: bytes
+    value: bytes
+    shard: Shard | None = None
+    about: str = ""
+    headers: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def size(self) -> int:
+        """How large it is, in bytes, without what Kafka adds."""
+        return len(self.key) + len(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +136,16 @@ class Member:
         self._warnings = Warnings()
         self._has_joined = False
         self._lag, self._lag_s = 0, 0.0
+        self._called_s = math.inf  # since when a call has waited that librdkafka may not end
         self._is_leaving = False
         self._fault: EsperOtelError | KafkaException | None = None
         self._ended_counts: Counter[str] = Counter()
         self._ended_rejected: Counter[str] = Counter()
         self._own: Counter[str] = Counter()
+        self._most: dict[str, int] = {}  # of topics that allow less than ``MOST_RECORD_BYTES``
+        self._has_batches = True
+        self._is_refused = False
+        self._unreadable: dict[int, int] = {}  # partitions that are left alone, with the offsets that are committed
 
     # -- its life ----------------------------------------------------------------------------------------
 
@@ -115,7 +159,7 @@ class Member:
         while not self._stop.is_set():
             try:
                 self._live()
-            except (MemberEnds, UnknownForm):
+            except MemberEnds:
                 raise
             except (_BeginAnew, BrokerFault) as reason:
                 self._begin_anew(str(reason))
@@ -136,11 +180,11 @@ class Member:
 
     def _live(self) -> None:
         """Joins the group and works; ends when it is told to, or by an exception."""
-        self._drop(self._shards)
+        self._drop([*self._shards, *self._unreadable])
         self._is_leaving, self._fault = False, None
         name, topics = self._options.name, self._tier.topics
         self._tail = PartitionReader(self._connection)
-        self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}")
+        self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}", has_batches=self._has_batches)
         self._consumer: Consumer = self._connection.consumer(
             **{
                 "group.id": group_of(self._tier),
@@ -162,7 +206,7 @@ class Member:
                 self._write([], [], of_all=True)
         finally:
             self._is_leaving = True
-            self._drop(self._shards)
+            self._drop([*self._shards, *self._unreadable])
             self._has_joined = False
             self._consumer.close()
             self._tail.close()
@@ -186,14 +230,42 @@ class Member:
             return
         self._has_joined = True
         try:
-            for place in consumer.committed(partitions, _TRANSACTION_S):
-                self._shards[place.partition] = self._restored(consumer, place)
-            consumer.incremental_assign(partitions)
+            begins: list[TopicPartition] = []
+            for place in self._committed(consumer, partitions):
+                offset = place.offset if place.offset >= 0 else OFFSET_BEGINNING
+                begins.append(TopicPartition(place.topic, place.partition, offset))
+                try:
+                    self._shards[place.partition] = self._restored(consumer, place)
+                except UnknownForm as error:
+                    self._leave_alone(place, error)
+            consumer.incremental_assign(begins)  # with offsets: it would wait for an open transaction itself
+            if alone := [place for place in partitions if place.partition in self._unreadable]:
+                consumer.pause(alone)
         except (EsperOtelError, KafkaException) as error:  # librdkafka's own code lies between here and _cycle
             self._fault = error
             return
         if partitions:
             announce("kafka member", f"works on partitions {', '.join(map(str, sorted(self._shards)))}")
+
+    def _committed(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        """Returns what is committed for partitions, with its metadata.
+
+        A transaction of the member before may be open, and is waited for. After a broker was killed, it may be open for
+        ever. Then the offsets before it are used: what was made of later requests is in the frames that are restored.
+        """
+        try:
+            return consumer.committed(partitions, SESSION_MS / 1000 + _STABLE_S)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError._TIMED_OUT:  # noqa: SLF001 - public, but for its name
+                raise
+        other = self._connection.consumer(**{"group.id": group_of(self._tier), "isolation.level": "read_uncommitted"})
+        try:
+            found = other.committed(partitions, _TRANSACTION_S)
+        finally:
+            other.close()
+        message = "an earlier transaction of group %s does not end: the member goes on from the offsets before it"
+        self._warnings.say("unstable", message, group_of(self._tier))
+        return found
 
     def _restored(self, consumer: Consumer, place: TopicPartition) -> Shard:
         """Returns a shard with the state that the topics have, and sets nothing else."""
@@ -230,6 +302,15 @@ class Member:
                 )
         return shard
 
+    def _leave_alone(self, place: TopicPartition, error: UnknownForm) -> None:
+        """Leaves a partition alone in which a newer version has been at work: a guess could lose steps."""
+        self._unreadable[place.partition] = max(place.offset, 0)
+        message = (
+            "partition %d is left alone, and its requests wait: %s. Update this member too; until then, "
+            "no step of the partition goes on, and none is lost"
+        )
+        self._warnings.say(f"unreadable {place.partition}", message, place.partition, error)
+
     def _revoked(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         self._drop([place.partition for place in partitions])
 
@@ -237,8 +318,9 @@ class Member:
         self._own["lost_sessions"] += 1
         self._revoked(consumer, partitions)
 
-    def _drop(self, partitions: Sequence[int] | Mapping[int, Shard]) -> None:
-        for partition in list(partitions):
+    def _drop(self, partitions: Sequence[int]) -> None:
+        for partition in partitions:
+            self._unreadable.pop(partition, None)
             shard = self._shards.pop(partition, None)
             if shard is not None:
                 self._ended_counts.update(shard.counts)
@@ -300,7 +382,13 @@ class Member:
         self._warnings.say(f"consumer {error.name()}", "%s", meaning(error))
 
     def _check_name(self) -> None:
-        """Raises if another member has this one's name."""
+        """Raises if another member has this one's name.
+
+        After the brokers were away, that may be itself: a request to join that is sent again counts as another's.
+        """
+        if self._connection.is_name_taken and self._connection.was_away(_AWAY_S):
+            self._connection.is_name_taken = False
+            raise _BeginAnew("the brokers have taken this member for another one of its name")
         if self._connection.is_name_taken:
             raise MemberEnds(
                 f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
@@ -308,46 +396,66 @@ class Member:
 
     def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, BadRecord]], *, of_all: bool) -> None:
         """Writes frames, states and offsets in one transaction."""
-        producer, topics = self._producer, self._tier.topics
-        now_s = time.monotonic()
-        records: list[tuple[str, int, bytes, bytes, Callable[..., None] | None]] = []
+        topic, now_s = self._tier.topics.otlp, time.monotonic()
+        records = [self._buried(partition, each) for partition, each in poisoned]
+        counted = Counter(poisoned=len(records), transactions=1)
         offsets: list[TopicPartition] = []
         for partition in partitions or list(self._shards):
             shard = self._shards.get(partition)
             if shard is None:
                 continue
-            records += [
-                (topics.frames, partition, key_of(block.origin), block_bytes(block), _noting(shard))
-                for block in shard.release(now_s)
-            ]
-            records += [
-                (topics.runs, partition, key_of(known.state.origin), state_bytes(known), None)
-                for known in shard.states(of_all=of_all)
-            ]
+            records += self._released(shard, now_s, of_all=of_all)
             committed = shard.committed()
             if committed is not None and committed != shard.written:
                 shard.written = committed
-                offsets.append(TopicPartition(topics.otlp, partition, committed.offset, committed.metadata))
+                offsets.append(TopicPartition(topic, partition, committed.offset, committed.metadata))
         if of_all:
             self._states_s = now_s
-        if not (records or offsets or poisoned):
+        if not (records or offsets):
             return
         try:
-            producer.begin_transaction()
-            for topic, partition, key, value, noting in records:
-                self._produce(topic, partition, key, value, noting)
-            for partition, each in poisoned:
-                self._bury(partition, each)
+            self._producer.begin_transaction()
+            for record in records:
+                counted["too_large"] += not self._produce(record)
             if offsets:
-                producer.send_offsets_to_transaction(offsets, self._consumer.consumer_group_metadata(), _TRANSACTION_S)
+                self._send(offsets)
             self._commit()
         except (KafkaException, BufferError) as error:
             self._failed(error)
-        self._own["transactions"] += 1
+        self._own.update(counted)
+
+    def _released(self, shard: Shard, now_s: float, *, of_all: bool) -> list[_OutgoingRecord]:
+        """Returns what a shard has to write: frames, and then states."""
+        topics, partition = self._tier.topics, shard.partition
+        records = [
+            _OutgoingRecord(
+                topics.frames, partition, key_of(block.origin), block_bytes(block), shard, _steps_of(block.frames)
+            )
+            for block in shard.release(now_s)
+        ]
+        for known in shard.states(of_all=of_all):
+            record = _OutgoingRecord(topics.runs, partition, key_of(known.state.origin), state_bytes(known))
+            if record.size > self._most_of(topics.runs):  # a takeover can do without the frame
+                record = record._replace(value=state_bytes(known._replace(newest=None)))
+            records.append(record)
+        return records
+
+    def _send(self, offsets: list[TopicPartition]) -> None:
+        """Adds offsets to the transaction. It can take for ever: see ``Connection.producer`` and ``is_stuck``."""
+        self._called_s = time.monotonic()
+        try:
+            self._producer.send_offsets_to_transaction(
+                offsets, self._consumer.consumer_group_metadata(), _TRANSACTION_S
+            )
+        finally:
+            self._called_s = math.inf
 
     def _failed(self, error: KafkaException | BufferError) -> NoReturn:
         """Aborts the transaction after an error."""
         self._abort()
+        if self._is_refused:
+            self._is_refused = self._has_batches = False
+            raise _BeginAnew("the brokers refuse records as too large: each is sent by itself now") from None
         until_s = time.monotonic() + 2 * SESSION_MS / _HEARTBEATS / 1000
         if isinstance(error, KafkaException) and error.args[0].fatal():
             while time.monotonic() < until_s:  # has another one its name, or was it only silent for too long?
@@ -373,37 +481,66 @@ class Member:
             else:
                 return
 
-    def _produce(
-        self, topic: str, partition: int, key: bytes, value: bytes, noting: Callable[..., None] | None, **headers: Any
-    ) -> None:
+    def _produce(self, record: _OutgoingRecord) -> bool:
+        """Hands a record to the producer; returns whether it is written as it is.
+
+        One that is too large is left out, and a record without a value, which says so, is kept for people instead.
+        """
+        is_whole = record.size <= self._most_of(record.topic)
+        if not is_whole:
+            reason = f"{record.size} bytes are more than {record.topic} allows"
+            message = "%s is left out: %s. Raise max.message.bytes there if it is below %d, and start the members again"
+            what = record.about or f"a record of {record.topic}"
+            self._warnings.say(f"too large {record.topic}", message, what, reason, MOST_RECORD_BYTES)
+            headers = {"esper.topic": record.topic, "esper.reason": reason, **record.headers}
+            headers |= {"esper.about": record.about, "esper.size": f"{record.size}"}
+            record = _OutgoingRecord(self._tier.topics.dead, -1, record.key, b"", headers=headers)
         while True:
             try:
-                self._producer.produce(topic, value, key, partition=partition, on_delivery=noting, **headers)
+                self._producer.produce(
+                    record.topic,
+                    record.value,
+                    record.key,
+                    partition=record.partition,
+                    on_delivery=self._noting(record),
+                    headers=[(name, value.encode(errors="replace")) for name, value in record.headers.items()],
+                )
             except BufferError:
                 self._producer.poll(0.1)
-            except KafkaException as error:
-                if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
-                    raise
-                self._own["too_large"] += 1
-                message = "a record for %s of %d bytes is larger than %d: it is left out, and pullers see a gap"
-                self._warnings.say("too large", message, topic, len(value), MOST_RECORD_BYTES)
-                return
             else:
-                return
+                return is_whole
 
-    def _bury(self, partition: int, poisoned: BadRecord) -> None:
-        """Keeps a record that cannot be used in the topic for such records."""
-        self._own["poisoned"] += 1
+    def _noting(self, record: _OutgoingRecord) -> Callable[[Any, Any], None]:
+        """Returns what notes where the topic of frames ends, and what the brokers refuse as too large."""
+        topic, size, shard = record.topic, record.size, record.shard
+
+        def note(error: Any, message: Any) -> None:
+            if error is None and shard is not None:
+                shard.end = max(shard.end, message.offset() + 1)
+            elif error is not None and error.code() in _TOO_LARGE:
+                if not self._has_batches:  # otherwise it may be one of several that are too large together
+                    self._most[topic] = min(self._most_of(topic), size - 1)
+                self._is_refused = True
+
+        return note
+
+    def _most_of(self, topic: str) -> int:
+        """Returns how large a record of a topic may be, in bytes."""
+        return self._most.get(topic, MOST_RECORD_BYTES)
+
+    def _buried(self, partition: int, poisoned: BadRecord) -> _OutgoingRecord:
+        """Returns the record with which one that cannot be used is kept."""
         record, topics = poisoned.record, self._tier.topics
         message = "record %d of %s, partition %d, cannot be used: %s; it is kept in %s"
         self._warnings.say("poisoned", message, record.offset, topics.otlp, partition, poisoned.reason, topics.dead)
-        headers = [
-            ("esper.topic", topics.otlp.encode()),
-            ("esper.partition", f"{partition}".encode()),
-            ("esper.offset", f"{record.offset}".encode()),
-            ("esper.reason", poisoned.reason.encode(errors="replace")),
-        ]
-        self._produce(topics.dead, -1, record.key or b"", record.value, None, headers=headers)
+        headers = {
+            "esper.topic": topics.otlp,
+            "esper.partition": f"{partition}",
+            "esper.offset": f"{record.offset}",
+            "esper.reason": poisoned.reason,
+        }
+        about = f"record {record.offset} of {topics.otlp}, partition {partition}, which cannot be used,"
+        return _OutgoingRecord(topics.dead, -1, record.key or b"", record.value, about=about, headers=headers)
 
     def _abort(self) -> None:
         self._own["aborts"] += 1
@@ -438,6 +575,11 @@ class Member:
         return self._has_joined and time.monotonic() - self._cycle_s < 30.0
 
     @property
+    def is_stuck(self) -> bool:
+        """Whether a call waits for much longer than it was to, and may do so for ever."""
+        return time.monotonic() - self._called_s > _STUCK_S
+
+    @property
     def counts(self) -> Counter[str]:
         """What it has done, by name."""
         total = self._ended_counts + self._own
@@ -461,21 +603,25 @@ class Member:
             "writers": sum(shard.writers for shard in shards),
             "missing_steps": sum(shard.missing() for shard in shards),
             "lag_records": self._lag,
+            "unreadable_partitions": len(self._unreadable),
         }
 
     def _note_lag(self) -> None:
         """Notes how many records have not been read yet."""
-        lag = 0
-        for partition in list(self._shards):
-            place = TopicPartition(self._tier.topics.otlp, partition)
-            try:
-                _, high = self._consumer.get_watermark_offsets(place, cached=True)
-                (at,) = self._consumer.position([place])
-            except (KafkaException, RuntimeError):
-                continue
-            if at.offset >= 0 and high >= 0:
-                lag += max(high - at.offset, 0)
-        self._lag = lag
+        self._lag = sum(self._lag_of(partition) for partition in [*self._shards, *self._unreadable])
+
+    def _lag_of(self, partition: int) -> int:
+        place = TopicPartition(self._tier.topics.otlp, partition)
+        alone = self._unreadable.get(partition)
+        try:
+            if alone is not None:  # nothing is known of what is not fetched
+                _, high = self._consumer.get_watermark_offsets(place, timeout=_LAG_EVERY_S)
+                return max(high - alone, 0)
+            _, high = self._consumer.get_watermark_offsets(place, cached=True)
+            (at,) = self._consumer.position([place])
+        except (KafkaException, RuntimeError):
+            return 0
+        return max(high - at.offset, 0) if at.offset >= 0 and high >= 0 else 0
 
 
 def group_of(tier: Tier) -> str:
@@ -483,14 +629,13 @@ def group_of(tier: Tier) -> str:
     return f"{tier.topics.otlp.rpartition('.')[0]}-gateway"
 
 
-def _noting(shard: Shard) -> Callable[[Any, Any], None]:
-    """Returns what notes where the topic of frames ends."""
-
-    def note(error: Any, message: Any) -> None:
-        if error is None:
-            shard.end = max(shard.end, message.offset() + 1)
-
-    return note
+def _steps_of(frames: Sequence[FrameWithLoss]) -> str:
+    """Says which steps are in a record."""
+    first, last = frames[0].item, frames[-1].item
+    steps = f"step {first.frame.global_step}"
+    if len(frames) > 1:
+        steps = f"steps {first.frame.global_step} to {last.frame.global_step}"
+    return f"{steps} of rank {first.origin.rank} of run {first.origin.run_id!r}"
 
 
 def _text(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -24,6 +25,8 @@ from esper_otel.gateway.serve.ports import Ports
 from esper_otel.log import Warnings, announce
 
 _OTHERS = ("store", "oona", "oona_password_file", "send_tokens", "pull_tokens", "notify", "notify_file")
+_LOOK_EVERY_S = 5.0
+_STUCK = 70  # exit status
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -85,17 +88,27 @@ async def _work(member: Member, ports: Ports, what: str, as_json: bool) -> int:
         sys.stdout.write(json.dumps({"grpc": None, "http": address}) + "\n")
         sys.stdout.flush()
     announce("kafka member", f"{what}; http {address}")
+    watching = asyncio.create_task(_watch(member))
     try:
         await over.wait()
     finally:
         member.stop()
         await asyncio.to_thread(thread.join)
+        watching.cancel()
         await runner.cleanup()
     if faults:
         raise faults[0]
     counts = member.counts
     announce("member ended", ", ".join(f"{name} {counts[name]}" for name in ("requests", "points", "steps")))
     return 0
+
+
+async def _watch(member: Member) -> None:
+    """Ends the process when a call of librdkafka does not return: whoever supervises it starts it again."""
+    while not member.is_stuck:
+        await asyncio.sleep(_LOOK_EVERY_S)
+    announce("member ends", "the brokers' answer to a transaction does not come: it goes on when it is started again")
+    os._exit(_STUCK)
 
 
 def _application(member: Member, ports: Ports) -> web.Application:

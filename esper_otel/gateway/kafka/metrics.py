@@ -17,13 +17,14 @@ _COUNTERS = {
     "kafka_restarts": "How often the member began anew from what is committed.",
     "kafka_lost_sessions": "How often the group took the member's partitions away because it did not answer.",
     "kafka_poisoned": "Records that could not be used; they are kept in the topic for such records.",
-    "kafka_too_large": "Records that were too large to be written; pullers see a gap.",
+    "kafka_too_large": "Records that were too large for a topic and left out; for steps, pullers see a gap.",
     "kafka_expired_records": "Records that expired before a member read them.",
 }
 _GAUGES = {
     "writers": "Sending processes known.",
     "missing_steps": "Steps of known runs that have not arrived although later ones have.",
     "kafka_partitions": "Partitions that the member works on.",
+    "kafka_unreadable_partitions": "Partitions that the member leaves alone: a newer version has written there.",
     "kafka_lag_records": "Records in these partitions that it has not read yet.",
 }
 

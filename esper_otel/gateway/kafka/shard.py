@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.kafka.hours import HoursOfWriter, phases_of
 from esper_otel.gateway.kafka.topic_records import (
     MOST_BYTES,
     MOST_FRAMES,
@@ -28,7 +29,10 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.ranks import durations_of
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
+from esper_otel.gateway.receive.log_records import decode_logs
+from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.gateway.store.memory import loss_of
+from esper_otel.schema.events import EVENT_SCOPE
 
 # Requests of this many bytes together are decoded as one: OTLP requests put together are a request.
 _JOINED_BYTES = 512 * 1024
@@ -99,7 +103,7 @@ class _WaitingRecords(NamedTuple):
 class _Memory:
     """What a shard keeps of a writer beside the assembler."""
 
-    __slots__ = ("before", "count", "durations", "last", "loss", "newest", "place", "since", "steps")
+    __slots__ = ("before", "count", "durations", "hours", "last", "loss", "newest", "place", "since", "steps")
 
     def __init__(self, since: int) -> None:
         self.since = self.last = since
@@ -110,6 +114,7 @@ class _Memory:
         self.before: RunState | None = None
         self.steps: deque[int] = deque(maxlen=_MOST_DURATIONS)
         self.durations: deque[Sequence[float]] = deque(maxlen=_MOST_DURATIONS)
+        self.hours = HoursOfWriter()
 
     def note(self, released: FrameWithLoss) -> None:
         frame = released.item.frame
@@ -120,15 +125,17 @@ class _Memory:
         if released.item.revision == 1:
             self.steps.append(frame.global_step)
             self.durations.append(durations_of(frame))
+            self.hours.add(frame)
 
     def received_unix_ns(self, state: RunState | None) -> int:
         """Returns when something last arrived from the writer; a run that failed before its first step has no frame."""
         of_states = (each.last_received_unix_ns for each in (state, self.before) if each is not None)
-        return max(*of_states, 0 if self.newest is None else self.newest.item.received_unix_ns, 0)
+        return max(*of_states, 0 if self.newest is None else self.newest.item.received_unix_ns, self.hours.last_unix_ns)
 
     def restore(self, known: WriterState) -> None:
         self.since, self.last, self.count = known.since, known.last, known.counts.writer
         self.before, self.newest, self.place = known.state, known.newest, known.place
+        self.hours = HoursOfWriter(known.hours)
         self.loss = None if known.newest is None else loss_of(known.newest.item.frame)
         self.steps.extend(known.durations.steps.tolist())
         self.durations.extend(known.durations.times.tolist())
@@ -160,6 +167,7 @@ class Shard:
         self.buried: list[int] = []
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
+        self._limits = limits
         self._decoder = Decoder(limits)
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._waiting: deque[_WaitingRecords] = deque()
@@ -189,6 +197,8 @@ class Shard:
 
     def _take(self, group: Sequence[RequestRecord], now_s: float) -> list[BadRecord]:
         try:
+            for record in group:
+                _check_no_events(record.value, self._limits)
             decoded = self._decoder.decode(b"".join(record.value for record in group))
             taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=group[-1].time_unix_ns)
         except Exception as error:  # noqa: BLE001 - it would fail again at each start: it is kept elsewhere
@@ -197,6 +207,10 @@ class Shard:
             return [BadRecord(group[0], f"{type(error).__name__}: {error}"[:500])]
         if taken.crowded and len(group) > 1:  # adding a request again changes nothing
             return [poisoned for record in group for poisoned in self._take([record], now_s)]
+        for origin, phase in phases_of(decoded.phases):
+            self._memory(origin).hours.add_phase(phase)
+            self._changed.add(origin)
+            self._at_once.add(origin)  # it is in no frame: it is written with the offset of its request
         self.counts["requests"] += len(group)
         self.counts["points"] += taken.accepted
         self.rejected.update(taken.rejected)
@@ -279,7 +293,9 @@ class Shard:
         )
         place = memory.place or Place(origin, None, None, 0, says_step=False, says_epoch=False, holes=())
         known = merged_state(state, memory.before if state is not memory.before else None)
-        return WriterState(known, place, memory.newest, counts, memory.since, memory.last, durations)
+        return WriterState(
+            known, place, memory.newest, counts, memory.since, memory.last, durations, memory.hours.written()
+        )
 
     def committed(self) -> Commit | None:
         """Returns what to commit; None if nothing came."""
@@ -312,7 +328,8 @@ class Shard:
         self.checked, self.end = offsets
         for known in states:
             origin = known.state.origin
-            self._restored[origin] = known
+            if known.is_of_steps:
+                self._restored[origin] = known
             self._memory(origin).restore(known)
             self._note_numbers(origin, known.counts.of_run, known.counts.of_rank)
         self._at_once.clear()
@@ -378,7 +395,7 @@ class Shard:
         gone = [
             origin
             for origin, memory in self._writers.items()
-            if memory.received_unix_ns(states.get(origin)) < oldest_unix_ns and origin not in self._changed
+            if 0 < memory.received_unix_ns(states.get(origin)) < oldest_unix_ns and origin not in self._changed
         ]
         for origin in gone:
             del self._writers[origin]
@@ -393,6 +410,22 @@ class Shard:
     def missing(self) -> int:
         """Returns how many steps have not arrived although later ones have."""
         return sum(memory.place.missing for memory in self._writers.values() if memory.place is not None)
+
+
+def _check_no_events(value: bytes, limits: Limits) -> None:
+    """Checks that a request has no log records with events of runs; as metrics they would be lost without a word.
+
+    Raises:
+        Malformed: it has some.
+    """
+    if EVENT_SCOPE.encode() not in value:
+        return
+    try:
+        decoded = decode_logs(value, limits)
+    except (Malformed, TooLarge):
+        return  # they are metrics: the same bytes are not valid as log records, or mean nothing
+    if decoded.events or decoded.refused:
+        raise Malformed("log records with events of runs: a tier on Kafka keeps none")
 
 
 def _joined(records: Sequence[RequestRecord]) -> Iterator[list[RequestRecord]]:

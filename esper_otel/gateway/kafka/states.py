@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
+from esper_otel.errors import UnknownRun
+from esper_otel.gateway.hours.accounts import summing
+from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.kafka.hours import NO_HOURS, WriterHours, joined, merged
 from esper_otel.gateway.kafka.topic_records import WriterState
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.launches import with_resumed
+from esper_otel.hours.account import Account
+from esper_otel.hours.bar import RunHours
 
 # A writer that has sent nothing for this long may be dead; see ``rebuild.runs``.
+_AT_ONCE = 32
 _ALIVE_NS = 60 * 10**9
 
 
@@ -37,6 +44,7 @@ class KnownStates:
     def __init__(self, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._clock_ns = clock_ns
         self._runs: dict[str, dict[WriterKey, WriterState]] = {}
+        self._hours: dict[str, dict[WriterKey, WriterHours]] = {}
         self.ranks: Ranks = Ranks()
         self.lows: dict[int, int] = {}
 
@@ -46,16 +54,49 @@ class KnownStates:
             self.ranks.note_durations(known.state, known.durations.steps, known.durations.times.astype(float))
         origin = known.state.origin
         empty = known.durations._replace(steps=known.durations.steps[:0], times=known.durations.times[:0])
-        kept = known._replace(newest=None, durations=empty)
-        self._runs.setdefault(origin.run_id, {})[WriterKey(partition, origin)] = kept
+        kept = known._replace(newest=None, durations=empty, hours=NO_HOURS)
+        self._hours.setdefault(origin.run_id, {})[WriterKey(partition, origin)] = known.hours
+        if known.is_of_steps:
+            self._runs.setdefault(origin.run_id, {})[WriterKey(partition, origin)] = kept
 
     def forget(self, partition: int, origin: Origin) -> None:
         """Removes a writer."""
+        of_hours = self._hours.get(origin.run_id, {})
+        of_hours.pop(WriterKey(partition, origin), None)
+        if not of_hours:
+            self._hours.pop(origin.run_id, None)
         of_run = self._runs.get(origin.run_id, {})
         of_run.pop(WriterKey(partition, origin), None)
         if not of_run and origin.run_id in self._runs:
             del self._runs[origin.run_id]
             self.ranks.forget(origin.run_id)
+
+    def hours(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
+        """Returns where the hours of a run went, in parts, and the accounts of its processes.
+
+        Raises:
+            UnknownRun: nothing of the run is known.
+        """
+        of_run = self._hours.get(run_id)
+        if not of_run:
+            raise UnknownRun(f"no step of run {run_id!r} is here")
+        by_origin: dict[Origin, list[WriterHours]] = {}
+        for (_, origin), hours in of_run.items():
+            by_origin.setdefault(origin, []).append(hours)
+        yield
+        phases = [
+            (AttemptRank(origin.rank, origin.attempt), phase)
+            for origin, some in sorted(by_origin.items(), key=lambda each: (each[0].rank, each[0].attempt))
+            for hours in some
+            for phase in hours.phases
+        ]
+        accounts = {}
+        for number, (origin, some) in enumerate(by_origin.items()):
+            accounts[origin] = merged(each.account() for each in some)
+            if number % _AT_ONCE == 0:
+                yield
+        known = joined(accounts)
+        return (yield from summing(known, phases)), known
 
     def partitions(self, run_id: str, rank: int | None = None) -> dict[int, int]:
         """Returns the partitions in which a run is, or one of its ranks, each with an offset before its first frame."""

@@ -15,6 +15,7 @@ from confluent_kafka import KafkaException
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy
+from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
@@ -22,16 +23,19 @@ from esper_otel.gateway.kafka.entries import Entry, FetchedEntries, Record, entr
 from esper_otel.gateway.kafka.past import PastReader, PastReaders
 from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
+from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
-from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
-from esper_otel.gateway.security import BadRequest
+from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.security import BadRequest, Grant
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
-from esper_otel.gateway.turns import Turn, pause
+from esper_otel.gateway.turns import Turn, in_turns, pause
+from esper_otel.hours.account import Account
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
-from esper_otel.pull.messages import PullRequest
+from esper_otel.pull.messages import EventsRequest, EventsResponse, PullRequest
 
 _MOST_TAIL_BYTES = 256 * 1024 * 1024
 _UNUSED_S = 120.0
@@ -39,6 +43,9 @@ _TIDY_EVERY_S = 10.0
 _ANSWER_S = 10.0
 _LOOK_AGAIN_S = 1.0
 _DEFAULT_PACKETS = 64
+_NEWER = (
+    "a newer esper-otel has written steps of run {!r}, which this server cannot read: update it, or pull from another"
+)
 _VIEWED, _VIEW_BYTES, _READ_AT_ONCE, _VIEWED_S = 16, 64 * 1024 * 1024, 500, 300.0
 
 
@@ -108,6 +115,7 @@ class TierCore(Core):
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._past = PastReaders()
         self._viewed: OrderedDict[tuple[str, int], ViewedRank] = OrderedDict()
+        self._newer: set[str] = set()  # runs of which a newer version has written something
         self._unread = set(range(tier.partitions))
         self._news_of: asyncio.Queue[tuple[list[NewState], set[int]]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -156,8 +164,10 @@ class TierCore(Core):
         while True:
             states, ends = await self._news_of.get()
             turn = Turn()
-            for partition, origin, known in states:
-                if known is None:
+            for partition, origin, known, is_newer in states:
+                if is_newer:
+                    self._newer.add(origin.run_id)
+                elif known is None:
                     self._known.forget(partition, origin)
                 else:
                     self._known.note(partition, known)
@@ -165,7 +175,7 @@ class TierCore(Core):
                     await pause()
                     turn = Turn()
             self._unread -= ends
-            runs = {origin.run_id for _, origin, _ in states}
+            runs = {each.origin.run_id for each in states}
             self.changed.note(runs)
             self.wake(runs)
 
@@ -201,15 +211,19 @@ class TierCore(Core):
             for key in [key for key, viewed in self._viewed.items() if now_s - viewed.used_s > _VIEWED_S]:
                 self._viewed.pop(key).close()
 
+    async def _accounting(self, run_id: str) -> tuple[RunHours, dict[AttemptRank, Account]]:
+        """Returns where the hours of a run went, as far as it was known up to five seconds ago. See ``Core``."""
+        return await in_turns(self._known.hours(run_id))
+
     # -- pulling -----------------------------------------------------------------------------------------
 
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
         wanted = _wanted(request)
         most = request.max_packets or _DEFAULT_PACKETS
         fetched = await self.fetch(request.run_id, request.cursor, wanted, most)
-        made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
+        made = self._making(request)
         request.cursor, has_cursor = fetched.first, bool(request.cursor)
-        found = await page(fetched, request, made, self._made, self._clock_ns, bounds)
+        found = await page(fetched, request, *made, self._clock_ns, bounds)
         if not found.steps and not found.gap:
             request.cursor = found.cursor  # what was passed over need not be read again while the puller waits
         self.counts["pulled_steps"] += found.steps
@@ -239,8 +253,17 @@ class TierCore(Core):
 
         Raises:
             UnknownRun, StaleCursor: the run or the cursor cannot be used.
-            Busy: the brokers do not answer.
+            Busy: the brokers do not answer, or only a newer version can read what is next.
         """
+        if run_id in self._newer:
+            raise Busy(_NEWER.format(run_id))
+        try:
+            return await self._fetch(run_id, cursor, wanted, most)
+        except NewerForm:
+            self._newer.add(run_id)
+            raise Busy(_NEWER.format(run_id)) from None
+
+    async def _fetch(self, run_id: str, cursor: str, wanted: PullSelection, most: int) -> FetchedEntries:
         generation = self._tier.generation
         stands = cursor_stands(cursor, generation, wanted)
         firsts = self._known.partitions(run_id, wanted.rank)
@@ -330,6 +353,9 @@ class TierCore(Core):
         except asyncio.CancelledError:
             reading.add_done_callback(lambda _: self._close_soon(reader))
             raise
+        except NewerForm:
+            await asyncio.to_thread(reader.close)
+            raise
         except KafkaException as error:
             await asyncio.to_thread(reader.close)
             self._tier_warnings.say("past", "%s", meaning(error.args[0]))
@@ -342,6 +368,16 @@ class TierCore(Core):
         for each in closing:
             await asyncio.to_thread(each.close)
         return FetchedEntries(self._tier.generation, wanted, stands, read.entries, later), later
+
+    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:  # noqa: ARG002
+        """Refuses: a tier has no events.
+
+        Raises:
+            BadRequest: in any case.
+        """
+        raise BadRequest(
+            "a tier on Kafka keeps no events: send them to an esper-otel gateway, and pull them from there"
+        )
 
     def _check_shard(self, request: PullRequest) -> None:
         if request.shards and (request.HasField("rank") or request.shard >= request.shards):

@@ -19,7 +19,7 @@ from esper_otel.gateway.items import Origin
 from esper_otel.gateway.kafka.brokers import Brokers, meaning
 from esper_otel.gateway.kafka.entries import Record
 from esper_otel.gateway.kafka.partition_reader import value_of
-from esper_otel.gateway.kafka.topic_records import UnknownForm, WriterState, origin_of, state_of
+from esper_otel.gateway.kafka.topic_records import NewerForm, UnknownForm, WriterState, origin_of, state_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier
 from esper_otel.log import Warnings
 
@@ -30,11 +30,19 @@ _ASKED_S = 10.0
 
 
 class NewState(NamedTuple):
-    """A record of the topic of states; without a state, the writer is forgotten."""
+    """A record of the topic of states.
+
+    Attributes:
+        partition: its partition.
+        origin: the writer.
+        state: its state; None if the writer is to be forgotten, or a newer version has written it.
+        is_newer: whether a newer version has written it.
+    """
 
     partition: int
     origin: Origin
     state: WriterState | None
+    is_newer: bool = False
 
 
 class _ReadingThread:
@@ -141,8 +149,14 @@ class StateReader(_ReadingThread):
         key, value = message.key() or b"", value_of(message)
         if key == TIER_KEY:
             return None
+        partition = message.partition() or 0
         try:
-            return NewState(message.partition() or 0, origin_of(key), state_of(key, value) if value else None)
+            origin = origin_of(key)
+            try:
+                return NewState(partition, origin, state_of(key, value) if value else None)
+            except NewerForm as error:
+                self._warn("newer", f"{self._tier.topics.runs}, run {origin.run_id!r}: {error}; update this server")
+                return NewState(partition, origin, None, is_newer=True)
         except UnknownForm as error:
             self._warn("states", f"{self._tier.topics.runs}: {error}")
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from esper_otel.errors import EsperOtelError
 from esper_otel.frames.frame import Frame
 from esper_otel.frames.records import DamagedRecord, RecordWriter, frames_in
 from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.kafka.hours import NO_HOURS, WriterHours
 
 VERSION = 1
 # A record holds frames of one writer that were released together: at most so many, and of about so many bytes.
@@ -36,6 +37,10 @@ _STEP = np.dtype("<u8")
 
 class UnknownForm(EsperOtelError):
     """A record was written by a newer version of esper_otel, or by something else."""
+
+
+class NewerForm(UnknownForm):
+    """A record was written by a newer version of esper_otel, which others can read: it is waited for, not skipped."""
 
 
 class FrameWithLoss(NamedTuple):
@@ -162,6 +167,7 @@ class WriterState(NamedTuple):
         since: an offset in the topic of frames before which there is no frame of it.
         last: an offset in the topic of frames after which there may be newer ones.
         durations: of its newest steps.
+        hours: where its hours went.
     """
 
     state: RunState
@@ -171,14 +177,20 @@ class WriterState(NamedTuple):
     since: int
     last: int
     durations: Durations
+    hours: WriterHours = NO_HOURS
+
+    @property
+    def is_of_steps(self) -> bool:
+        """Whether more is known than phases: a process has phases before its first step."""
+        return bool(self.counts.writer or self.state.last_received_unix_ns or self.state.ended is not None)
 
 
 def state_bytes(known: WriterState) -> bytes:
     """Returns a state as the value of a record."""
     state = {name: value for name, value in asdict(known.state).items() if name != "origin"}
-    text = json.dumps(
-        {"state": state, "counts": known.counts, "since": known.since, "last": known.last}, separators=(",", ":")
-    ).encode()
+    numbers = {"counts": known.counts, "since": known.since, "last": known.last}
+    hours = {"sums": known.hours.sums, "phases": known.hours.phases}
+    text = json.dumps({"state": state, **numbers, "hours": hours}, separators=(",", ":")).encode()
     newest = b""
     if known.newest is not None:
         newest = block_bytes(FrameBatch([known.newest], 0, 0, known.place))
@@ -186,7 +198,8 @@ def state_bytes(known: WriterState) -> bytes:
     durations = known.durations.steps.astype(_STEP).tobytes() + known.durations.times.astype(_DURATION).tobytes()
     head = _LENGTHS.pack(VERSION, len(text), len(place), len(newest))
     count = struct.pack("<HB", len(known.durations.steps), known.durations.times.shape[1])
-    return b"".join((head, text, place, newest, count, durations))
+    knots = known.hours.knots
+    return b"".join((head, text, place, newest, count, durations, struct.pack("<H", len(knots)), knots.tobytes()))
 
 
 def state_of(key: bytes, value: bytes) -> WriterState:
@@ -205,29 +218,39 @@ def state_of(key: bytes, value: bytes) -> WriterState:
         place = _place_of(origin, value[start : start + of_place])
         start += of_place
         newest = block_of(key, value[start : start + of_newest]).frames[0] if of_newest else None
-        durations = _durations_of(value, start + of_newest)
+        durations, start = _durations_of(value, start + of_newest)
         known = {name: said["state"][name] for name in RunState.__dataclass_fields__ if name in said["state"]}
         state = RunState(origin, **known)
-        return WriterState(
-            state, place, newest, Counts(*said["counts"]), int(said["since"]), int(said["last"]), durations
-        )
+        counts = Counts(*said["counts"])
+        hours = _hours_of(said, value, start)
+        return WriterState(state, place, newest, counts, int(said["since"]), int(said["last"]), durations, hours)
     except (struct.error, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise UnknownForm(f"not the state of a writer: {error}") from None
 
 
-def _durations_of(value: bytes, start: int) -> Durations:
+def _durations_of(value: bytes, start: int) -> tuple[Durations, int]:
     count, kinds = struct.unpack_from("<HB", value, start)
     start += 3
     steps = np.frombuffer(value, _STEP, count, start)
     times = np.frombuffer(value, _DURATION, count * kinds, start + steps.nbytes).reshape(count, kinds)
-    return Durations(steps, times)
+    return Durations(steps, times), start + steps.nbytes + times.nbytes
+
+
+def _hours_of(said: Mapping[str, Any], value: bytes, start: int) -> WriterHours:
+    """Returns the hours in a state; none for one that was written before there were any."""
+    if "hours" not in said:
+        return NO_HOURS
+    (count,) = struct.unpack_from("<H", value, start)
+    knots = np.frombuffer(value, "<f8", 4 * count, start + 2).reshape(count, 4)
+    return WriterHours.of(said["hours"]["sums"], knots, said["hours"]["phases"])
 
 
 def _check_version(value: bytes) -> None:
-    if value[:1] != bytes((VERSION,)):
-        raise UnknownForm(
-            "a record has a form that this version cannot read: a newer esper-otel has written it, or another program"
-        )
+    if value[:1] == bytes((VERSION,)):
+        return
+    if value and value[0] > VERSION:
+        raise NewerForm(f"a newer esper-otel has written it (form {value[0]}; this version reads {VERSION})")
+    raise UnknownForm("another program has written it")
 
 
 def _place_bytes(place: Place) -> bytes:

@@ -43,7 +43,7 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.gateway.receive.template import ResourcePart, Templates, parts_of
-from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
+from esper_otel.parts.levels import DEVICE, FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
 from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
@@ -145,13 +145,13 @@ def _are_mixed(blocks: list[PointBlock]) -> bool:
     return bool(mixed) and max(Counter(block.sender for block in blocks if block.sender in mixed).values()) > 1
 
 
-def decode_plain(body: bytes, limits: Limits | None = None) -> DecodedRequest:
+def decode_plain(body: bytes) -> DecodedRequest:
     """Returns the same as ``Decoder.decode``, but decodes point by point.
 
     Raises:
         Malformed: the bytes are not a request.
     """
-    return _judged(*plain_columns(body, limits or Limits()))
+    return _judged(*plain_columns(body, Limits()))
 
 
 class _Labels(NamedTuple):
@@ -186,7 +186,7 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
         return DecodedRequest((), (), (), raw.points, rejected.counts, rejected.metrics)
     labels = _Labels.of(list(raw.labels))
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
-    is_health = np.array([metric.scope in (HEALTH, PHASES) for metric in raw.metrics])
+    is_health = np.array([metric.scope in (HEALTH, PHASES, DEVICE) for metric in raw.metrics])
     verdict = _verdict(columns, labels, levels)
     cut: tuple[CutFrame, ...] = ()
     if verdict.any():

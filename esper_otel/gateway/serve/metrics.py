@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import DEFERRED, REFUSED
+from esper_otel.gateway.receive.log_records import EVENT_REASONS
 from esper_otel.gateway.receive.request import REASONS
 
 
@@ -24,6 +25,10 @@ _COUNTERS = (
     _OwnMetric("pulled_steps", "counter", "Steps sent to pullers."),
     _OwnMetric("gap_steps", "counter", "Steps that pullers did not get: dropped from the store, or not arrived."),
     _OwnMetric("dropped_steps", "counter", "Steps dropped from the store because of its limits or their age."),
+    _OwnMetric("log_requests", "counter", "OTLP requests with log records accepted."),
+    _OwnMetric("events", "counter", "Events of runs accepted, without repeated ones."),
+    _OwnMetric("repeated_events", "counter", "Events that arrived again."),
+    _OwnMetric("ignored_log_records", "counter", "Log records that are not events of runs."),
     _OwnMetric("faults", "counter", "Internal errors of the gateway; see its log."),
     _OwnMetric("store_failures", "counter", "Requests that could not be stored; their senders were asked to retry."),
 )
@@ -39,6 +44,7 @@ _GAUGES = (
     _OwnMetric("missing_steps", "gauge", "Steps of known runs that have not arrived although later ones have."),
     _OwnMetric("unseen_steps", "gauge", "Steps before the first that arrived: late, lost, or sent to another gateway."),
     _OwnMetric("too_late_steps", "gauge", "Steps of known runs that arrived twice, or too late to be accepted."),
+    _OwnMetric("missing_events", "gauge", "Events of known runs that have not arrived although later ones have."),
     _OwnMetric("stored_bytes", "gauge", "Size of the stored steps in bytes."),
     _OwnMetric("waiting_pulls", "gauge", "Pull requests waiting for the next step."),
     _OwnMetric("unsaved_steps", "gauge", "Steps that have not been stored yet."),
@@ -82,6 +88,7 @@ def prometheus_text(core: Core) -> str:
         lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {core.notices[own.name]}"]
     for name, text, reasons, counted in (
         ("rejected_points", "Points refused permanently, by reason.", REASONS, core.rejected),
+        ("refused_events", "Events refused permanently, by reason.", EVENT_REASONS, core.refused_events),
         ("refused_requests", "Requests refused permanently, by reason.", REFUSED, core.refused),
         ("deferred_requests", "Requests whose senders were asked to retry, by reason.", DEFERRED, core.deferred),
     ):

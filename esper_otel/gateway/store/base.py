@@ -211,8 +211,15 @@ def cursor_text(life: str, rank: int | None, place: int) -> str:
     return f"{life}:{'' if rank is None else rank}:{place}"
 
 
-def cursor_place(cursor: str, life: str, rank: int | None, newest: int) -> int:
+def cursor_place(cursor: str, life: str, rank: int | None, newest: int, what: str = "steps") -> int:
     """Returns the position in a cursor.
+
+    Args:
+        cursor: the cursor.
+        life: the id of the run's store.
+        rank: the rank that is asked for; None for all.
+        newest: the position of the newest entry.
+        what: what the entries are, for messages.
 
     Raises:
         StaleCursor: it is from an earlier store of the run, was issued for other ranks, or is beyond the newest entry.
@@ -227,7 +234,7 @@ def cursor_place(cursor: str, life: str, rank: int | None, newest: int) -> int:
         raise StaleCursor(f"this cursor came from pulling {whose}; give the same rank, or pull without a cursor")
     if parts[0] != life or int(parts[2]) > newest:
         raise StaleCursor(
-            "the cursor is from an earlier store of this run that no longer exists: steps not pulled from it are gone; "
-            "pull without a cursor to begin with the oldest step stored"
+            "the cursor is from an earlier store of this run that no longer exists: "
+            f"{what} not pulled from it are gone; pull without a cursor to begin with the oldest of the {what} stored"
         )
     return int(parts[2])

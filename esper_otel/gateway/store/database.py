@@ -18,7 +18,7 @@ from esper_otel.gateway.store.base import StoreFull
 
 FILE = "steps.sqlite3"
 _LOCK = "lock"
-_SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
+SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
 _VERSION = 8
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
 # ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
@@ -136,8 +136,8 @@ def locked(folder: Path) -> IO[bytes]:
         raise ConfigurationError(f"--store {folder}: {what}") from error
     lock = os.fdopen(descriptor, "rb", buffering=0)
     try:
-        for name in (_LOCK, *(FILE + suffix for suffix in _SUFFIXES)):
-            _check_ours(folder / name)
+        for name in (_LOCK, *(FILE + suffix for suffix in SUFFIXES)):
+            check_ours(folder / name)
         unix.lock_for_descriptor(lock.fileno())
     except BlockingIOError:
         lock.close()
@@ -148,7 +148,7 @@ def locked(folder: Path) -> IO[bytes]:
     return lock
 
 
-def _check_ours(path: Path) -> None:
+def check_ours(path: Path) -> None:
     """Checks that a path is absent or a plain file of this user without further hard links.
 
     Raises:
@@ -245,7 +245,7 @@ def moved_aside(path: Path) -> Path:
     """
     now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = path.with_name(f"{path.name}.damaged-{now}-{secrets.token_hex(2)}")
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         with suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     return aside

@@ -220,7 +220,7 @@ def test_phases_that_have_totals_are_bounded_and_tried_seldom(monkeypatch: pytes
         monkeypatch.setattr(file, name, most)
     kept = HoursFile(None, Warnings())
     statements: list[str] = []
-    kept._connection.set_trace_callback(statements.append)
+    kept._file.connection.set_trace_callback(statements.append)
     for number in range(1_000):
         times = PhaseTimes(f"name {number % 10}", number, 1.0, 0.0, 1.0, 1.0, number, None)
         kept.add([ReceivedPhase("run", AttemptRank(number // 10 % 10, number // 100), times)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import Any
 from unittest.mock import Mock
 
@@ -9,7 +11,8 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from esper_otel.gateway.kafka import member as module
-from esper_otel.gateway.kafka.brokers import Brokers
+from esper_otel.gateway.kafka import member_process as work
+from esper_otel.gateway.kafka.brokers import Brokers, MemberEnds
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.topics import Tier, Topics
 
@@ -48,3 +51,37 @@ def test_a_commit_is_tried_until_the_member_is_to_stop(member: Any, monkeypatch:
     with pytest.raises(KafkaException, match="no answer"):
         member._commit()
     assert len(tries) == 5
+
+
+def test_a_call_that_never_returns_ends_the_process(member: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As librdkafka's may when a coordinator comes back: it is started again by whoever supervises it."""
+    monkeypatch.setattr(module, "_STUCK_S", 0.0)
+    monkeypatch.setattr(work, "_LOOK_EVERY_S", 0.01)
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+
+    async def watch() -> None:
+        await asyncio.wait_for(work._watch(member), 60)
+
+    def send(*_: object) -> None:
+        asyncio.run(watch())
+
+    member._consumer, member._producer = Mock(), Mock(send_offsets_to_transaction=send)
+    assert not member.is_stuck
+    member._send([])
+    assert statuses == [70]
+    assert not member.is_stuck
+
+
+def test_a_member_that_the_brokers_take_for_another_one_after_an_outage_begins_anew(member: Any) -> None:
+    """A request to join that is sent again gets another id, and the first one is refused: both are its own."""
+    refused = KafkaError(KafkaError.FENCED_INSTANCE_ID)
+    member._connection._note(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+    member._connection.note_name(refused)
+    with pytest.raises(module._BeginAnew, match="have taken this member for another"):
+        member._check_name()
+    member._check_name()
+    member._connection._away_s -= 1_000
+    member._connection.note_name(refused)
+    with pytest.raises(MemberEnds, match="give each another --member"):
+        member._check_name()

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import pytest
-import requests
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
@@ -20,9 +20,11 @@ from tiers import Puller, Ranks, RunningTierProcess, Tier, broker
 from esper_otel import StaleCursor, TamiyoClient, UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.store.memory import MemoryStore
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Packets
 from esper_otel.pull.client import page_of
-from esper_otel.pull.messages import PullRequest, RanksRequest
+from esper_otel.pull.messages import PullRequest, RanksRequest, RanksResponse
+from esper_otel.pull.views import run_ranks
 
 __all__ = ["broker"]
 pytestmark = pytest.mark.lengthy
@@ -33,11 +35,6 @@ def of_ranks(packets: Iterable[Packets]) -> dict[int, list[Packets]]:
     for each in packets:
         found.setdefault(each.rank, []).append(each)
     return found
-
-
-def metric(process: RunningTierProcess, name: str) -> float:
-    text = requests.get(f"http://{process.http}/metrics", timeout=10).text
-    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"esper_gateway_{name} "))
 
 
 def halves(body: bytes) -> tuple[bytes, bytes]:
@@ -68,17 +65,24 @@ def awkward(ranks: Ranks) -> Iterator[tuple[int, bytes]]:
             yield 3, ranks.body(3, [9])
 
 
-def in_process(bodies: Iterable[bytes], run_id: str) -> tuple[list[Packets], bytes]:
-    """What a single gateway makes of requests: its packets, and its comparison of ranks."""
+class OfOneGateway(NamedTuple):
+    """What a single gateway makes of requests: its packets, its comparison of ranks, and where the hours went."""
 
-    async def made() -> tuple[list[Packets], bytes]:
+    packets: list[Packets]
+    compared: bytes
+    hours: RunHours
+
+
+def in_process(bodies: Iterable[bytes], run_id: str) -> OfOneGateway:
+    async def made() -> OfOneGateway:
         core = Core(MemoryStore(), hold_s=30)
         for body in bodies:
             core.receive(body)
         response = await core.pull(PullRequest(run_id=run_id, max_packets=1000))
         compared = (await core.ranks(RanksRequest(run_id=run_id))).SerializeToString(deterministic=True)
+        hours = await core.run_hours(run_id)
         core.close()
-        return list(page_of(run_id, response)), compared
+        return OfOneGateway(list(page_of(run_id, response)), compared, hours)
 
     return asyncio.run(made())
 
@@ -106,25 +110,26 @@ def test_packets_are_those_of_one_gateway(broker: str) -> None:
         puller = Puller("same", [server])
         puller.pull(6 * 20 - 14)  # rank 2 waits for the rest of its step 7
         second = running.enter_context(tier.member("second", "--hold", "30"))
-        until("both work", lambda: metric(first, "kafka_partitions") == metric(second, "kafka_partitions") == 2)
+        until("both work", lambda: first.metric("kafka_partitions") == second.metric("kafka_partitions") == 2)
         for rank, _, half in later:
             send(rank, half)
         send(2, halves(ranks.body(2, [7]))[1])
         tier.flush()
         puller.pull(6 * 30)
-        packets, compared = in_process(sent, "same")
-        assert of_ranks(puller.packets) == of_ranks(packets)
+        expected = in_process(sent, "same")
+        assert of_ranks(puller.packets) == of_ranks(expected.packets)
         assert puller.gap == 0
-        assert metric(first, "kafka_poisoned_total") + metric(second, "kafka_poisoned_total") == 1
-        _check_views(server, packets, compared)
+        assert first.metric("kafka_poisoned_total") + second.metric("kafka_poisoned_total") == 1
+        _check_views(server, expected)
     (dead,) = tier.records("dead")
     headers = dict(dead.headers())
     assert (dead.value(), headers["esper.topic"]) == (b"\x0a\xff\xff", f"{tier.prefix}.otlp".encode())
     assert headers["esper.reason"].startswith(b"Malformed")
 
 
-def _check_views(server: RunningTierProcess, packets: list[Packets], compared: bytes) -> None:
-    """One rank, parts of the run, the list of runs, and the comparison of ranks."""
+def _check_views(server: RunningTierProcess, expected: OfOneGateway) -> None:
+    """One rank, parts of the run, the list of runs, the comparison of ranks, and the hours."""
+    packets = expected.packets
     with TamiyoClient(server.grpc) as client:
         assert list(client.pull("same", rank=2)) == of_ranks(packets)[2]
         parts = [client.pull("same", shard=(part, 2), max_packets=1000) for part in range(2)]
@@ -139,6 +144,10 @@ def _check_views(server: RunningTierProcess, packets: list[Packets], compared: b
             (rank, 1, 30, 0) for rank in range(6)
         }
         until("durations", lambda: client.ranks("same").last_step == 30)
+        assert client.ranks("same") == run_ranks(RanksResponse.FromString(expected.compared))
+        hours = client.hours("same")
+        assert hours.run.parts == pytest.approx(expected.hours.run.parts)
+        assert hours.ranks.keys() == expected.hours.ranks.keys()
 
 
 def test_retention_that_overtakes_a_puller_is_a_gap(broker: str) -> None:
@@ -190,10 +199,10 @@ def test_what_is_wrong_is_said(broker: str) -> None:
     assert "no broker could be reached at --kafka 127.0.0.1:9" in away
     assert "Connection refused" in away
     with tier.member("one") as one:
-        until("it works", lambda: metric(one, "kafka_partitions") == 2)
+        until("it works", lambda: one.metric("kafka_partitions") == 2)
         with tier.member("one") as other:
             ended = one.said_at_last()
-            assert metric(other, "writers") == 0
+            assert other.metric("writers") == 0
         assert "another member has the name 'one'" in ended
     admin = AdminClient({"bootstrap.servers": broker, "log_level": 0})
     for topics, message in (

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from brokers import Broker, NoBroker
 from certificates import Authority
-from programs import ROOT
+from programs import ROOT, Collector, soak
 from tiers import Puller, Ranks, RunningTierProcess, Tier
 
 pytestmark = pytest.mark.lengthy
@@ -37,6 +38,34 @@ class SecureBroker(Broker):
         )
         super().__init__(folder, added.replace("/etc/esper-kafka/ca.crt", str(self._ca)), properties)
 
+    def allow(self, tier: Tier, *options: str) -> None:
+        """Makes the rules for a tier's users."""
+        given = [
+            "--kafka",
+            self.address,
+            "--topics",
+            tier.prefix,
+            "--kafka-config",
+            str(self.config("admin")),
+            *options,
+        ]
+        subprocess.run(
+            [sys.executable, ROOT / "deploy" / "kafka" / "acls.py", *given, "--kafka-config", self.config("admin")],
+            check=True,
+        )
+
+    def running(self, tier: Tier, command: str, user: str, *options: str, password: str = "") -> RunningTierProcess:
+        """A member or a server that is a user of this broker."""
+        given = ["--kafka", self.address, "--kafka-topics", tier.prefix]
+        return RunningTierProcess(command, *given, "--kafka-config", str(self.config(user, password)), *options)
+
+    def secrets(self) -> Path:
+        """A folder with what the collector needs."""
+        folder = self._where / "secrets"
+        folder.mkdir(exist_ok=True)
+        (folder / "kafka-ca.crt").write_bytes(self._ca.read_bytes())
+        return folder
+
     def config(self, user: str, password: str = "") -> Path:
         """The file of a user."""
         text = CLIENT.read_text(encoding="utf-8").replace("/etc/esper-kafka/ca.crt", str(self._ca))
@@ -46,10 +75,10 @@ class SecureBroker(Broker):
         return path
 
 
-@pytest.fixture
-def secure_broker(tmp_path: Path) -> Iterator[SecureBroker]:
+@pytest.fixture(scope="module")
+def secure_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureBroker]:
     try:
-        broker = SecureBroker(tmp_path / "broker")
+        broker = SecureBroker(tmp_path_factory.mktemp("secure") / "broker")
     except NoBroker as reason:
         pytest.skip(f"no Kafka broker: {reason}")
     broker.format()
@@ -58,18 +87,23 @@ def secure_broker(tmp_path: Path) -> Iterator[SecureBroker]:
     broker.kill()
 
 
+@contextmanager
+def member_and_server(broker: SecureBroker, tier: Tier) -> Iterator[RunningTierProcess]:
+    """A member and a server, each with a user of its own; the latter is returned."""
+    with (
+        broker.running(tier, "gateway", "member", "--member", "one"),
+        broker.running(tier, "serve", "server") as server,
+    ):
+        yield server
+
+
 def test_a_broker_with_users_is_killed(secure_broker: SecureBroker) -> None:
     """Nothing is lost, nothing is there twice; strangers are told what they lack."""
     broker = secure_broker
     tier = Tier(broker.address, 2, str(broker.config("admin")))
 
-    def process(command: str, user: str, *options: str, password: str = "") -> RunningTierProcess:
-        config = str(broker.config(user, password))
-        given = ("--kafka", broker.address, "--kafka-topics", tier.prefix, "--kafka-config", config)
-        return RunningTierProcess(command, *given, *options)
-
     def said(command: str, user: str, *options: str, password: str = "") -> str:
-        running = process(command, user, *options, password=password)
+        running = broker.running(tier, command, user, *options, password=password)
         try:
             with running:
                 return running.said_at_last()
@@ -80,19 +114,11 @@ def test_a_broker_with_users_is_killed(secure_broker: SecureBroker) -> None:
     assert "sasl.password in --kafka-config" in wrong or "Authentication failed" in wrong, wrong
     no_topic = said("serve", "server")
     assert "no access to the topic: allow this user what deploy/kafka/acls.py lists" in no_topic
-    acls: list[str | Path] = [
-        sys.executable,
-        ROOT / "deploy" / "kafka" / "acls.py",
-        "--kafka",
-        broker.address,
-        "--topics",
-        tier.prefix,
-    ]
-    subprocess.run([*acls, "--kafka-config", broker.config("admin"), "--member", "unknown"], check=True)
+    broker.allow(tier, "--member", "unknown")
     assert "no access to the topic" in said("gateway", "member")
-    subprocess.run([*acls, "--kafka-config", broker.config("admin")], check=True)
+    broker.allow(tier)
     ranks = Ranks(tier, "secure", 4)
-    with process("gateway", "member", "--member", "one"), process("serve", "server") as server:
+    with member_and_server(broker, tier) as server:
         puller = Puller("secure", [server])
         ranks.send(10)
         tier.flush()
@@ -107,3 +133,26 @@ def test_a_broker_with_users_is_killed(secure_broker: SecureBroker) -> None:
         puller.pull(160, timeout_s=120)
         assert puller.losses == ranks.expected()
         assert puller.gap == 0
+
+
+@pytest.mark.collector
+def test_the_queue_of_the_collector_takes_what_comes_while_the_broker_is_away(
+    secure_broker: SecureBroker, tmp_path: Path
+) -> None:
+    """In small; in ``make soak`` it is away for ten minutes. The collector has a user, and TLS."""
+    module, broker = soak("kafka_tier"), secure_broker
+    tier = Tier(broker.address, 2, str(broker.config("admin")))
+    broker.allow(tier)
+    collector = Collector(
+        tmp_path,
+        *("agent.yaml", "to-kafka.yaml"),
+        ESPER_KAFKA=broker.address,
+        ESPER_KAFKA_TOPICS=tier.prefix,
+        ESPER_KAFKA_PASSWORD="CHANGE-collector",
+        ESPER_OTELCOL_SECRETS=str(broker.secrets()),
+    )
+    with collector, member_and_server(broker, tier) as server:
+        found = module.outage(broker, collector, server, Ranks(tier, "outage", 3), 4.0, 0.2)
+    assert found.pulled == found.expected
+    assert found.gap == 0
+    assert found.queued_bytes > 10_000

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
+from log_requests import body as event_body
 from wire import counts_of, encoder, end_of
 
 from esper_otel import StaleCursor
@@ -30,6 +31,7 @@ from esper_otel.gateway.kafka.topic_records import (
 )
 from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
+from esper_otel.schema.events import EVENT_SCOPE
 
 STEPS, RANKS = 24, 3
 
@@ -239,3 +241,15 @@ def test_cursors_name_topics_ranks_and_places() -> None:
     for wrong in ("693e60af::50", "k1-Abc9::3.1", "k1-Abc9::3.1.2.3,,", "x" * 300_000):
         with pytest.raises(StaleCursor, match="was not issued by this gateway"):
             cursor_stands(wrong, "Abc9", PullSelection())
+
+
+def test_events_in_the_topic_are_not_lost_without_a_word() -> None:
+    """A tier keeps no events: such a record is put aside with the reason. A step that names them is a step."""
+    bodies = [*encoder().requests(blocks_of([make_frame(run=replace(RUN, experiment=EVENT_SCOPE))]))]
+    shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
+    values = [event_body("run", 1), *(each.body for each in bodies)]
+    records = [RequestRecord(offset, TIME_UNIX_NS, b"", value) for offset, value in enumerate(values)]
+    [bad] = shard.take(records, 0.0)
+    assert bad.record.offset == 0
+    assert "a tier on Kafka keeps none" in bad.reason
+    assert sum(len(batch.frames) for batch in shard.release(10.0)) == 1
