@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from esper_otel.check.check_stage import CheckStage
+from esper_otel.check.stages import CheckStage
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.encode import Encoder
 from esper_otel.export.file_sender import FileSender
