@@ -13,7 +13,7 @@ from esper_otel.native import threads
 _MOST_WAITING = 10_000
 
 
-class Entry(Protocol):
+class Numbered(Protocol):
     """What a journal keeps."""
 
     @property
@@ -25,7 +25,7 @@ class Entry(Protocol):
         """It is sent after the steps before this time."""
 
 
-EntryT = TypeVar("EntryT", bound=Entry)
+EntryT = TypeVar("EntryT", bound=Numbered)
 GivenT = TypeVar("GivenT")
 
 

@@ -21,7 +21,7 @@ from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalogue, InvalidName
-from esper_otel.events.reader import EventReader
+from esper_otel.events.frame_events import EventReader
 from esper_otel.export.device_points import DevicePoint
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
@@ -53,7 +53,7 @@ from esper_otel.schema import TWINS, Metric
 from esper_otel.session.absence import reasons
 from esper_otel.session.device_report import DeviceReport
 from esper_otel.session.ending import exit_status, forget, is_interactive, live_sessions, outcome_of_process, watch
-from esper_otel.session.events import Events
+from esper_otel.session.event_notes import EventNotes
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
 from esper_otel.session.late_rank import LateRank
 from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
@@ -327,12 +327,12 @@ class _Session:
             began_unix_ns=_began_unix_ns(),
         )
 
-    def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> Events | None:
+    def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> EventNotes | None:
         """Returns what notes events; None if they are not sent."""
         if endpoint is None:
             return None
         logs = _spared(settings, lambda: _logs_endpoint(settings), lambda _: None)
-        return None if logs is None else Events(self._recorder, self._mistakes, logs)
+        return None if logs is None else EventNotes(self._recorder, self._mistakes, logs)
 
     def _check_run_id(self, run: Run) -> None:
         """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
@@ -409,14 +409,14 @@ class _Session:
         publisher.published = exporter.published()
         return exporter
 
-    def _event_wiring(self, events: Events) -> EventWiring:
+    def _event_wiring(self, events: EventNotes) -> EventWiring:
         publisher = self._publisher
         rules = self.rules
 
-        def run_of() -> Run | None:
-            return publisher.run if publisher.ring.last else None
+        def resource() -> Resource | None:
+            return self._resource_of(publisher.run) if publisher.ring.last else None
 
-        return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), run_of)
+        return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), resource)
 
     def _prepare_export(self) -> None:
         clock = self._recorder.clock

@@ -20,7 +20,7 @@ from log_receiver import LogReceiver, attributes_of, receiver
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.events.happenings import checkpoint
-from esper_otel.frames.events import EventLog
+from esper_otel.frames.event_log import EventLog
 from esper_otel.schema import Stage
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import points_of

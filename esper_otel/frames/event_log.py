@@ -21,6 +21,7 @@ from esper_otel.schema.events import (
 
 Attribute: TypeAlias = str | int | float
 _FIELDS = 10
+_MOST_CHARACTERS = 500  # of a body
 _NONE: Mapping[str, Attribute] = MappingProxyType({})
 
 
@@ -64,7 +65,7 @@ class Event(NamedTuple):
 
     @property
     def due_unix_ns(self) -> int:
-        """See ``Entry``. Before the first step, there is nothing to wait for."""
+        """See ``Numbered``. Before the first step, there is nothing to wait for."""
         return 0 if self.step is None else self.time_unix_ns
 
 
@@ -114,7 +115,7 @@ class EventLog(Journal[Event, Happening]):
     def _entry(self, number: int, given: Happening) -> Event:
         name, severity, time_unix_ns, body, step, epoch, attributes, sequence = given
         event = Event(
-            *(number, self.now_ns(), name, int(severity), time_unix_ns, body, step, epoch),
+            *(number, self.now_ns(), name, int(severity), time_unix_ns, body[:_MOST_CHARACTERS], step, epoch),
             dict(attributes),
             sequence,
         )
