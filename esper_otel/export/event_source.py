@@ -53,7 +53,7 @@ class EventSource:
         folder: Folder | None = None,
     ) -> None:
         self.reader = reader
-        self.log = reader.log
+        self.log: EventLog = reader.log
         self.resource = resource
         self.folder = folder
         self._file = file
