@@ -86,6 +86,8 @@ class EventLog(Journal[Event, Happening]):
         has_resumed: whether a resume is.
     """
 
+    last: int
+
     def __init__(
         self,
         start_unix_ns: int = 0,

@@ -32,7 +32,7 @@ OF_DATA_LOADERS = (
 class Done(NamedTuple):
     said: dict[str, list[str]]  # on stdout, by way
     errors: list[str]  # on stderr, without what we say ourselves
-    status: int
+    status: int | None
     counted: dict[str, dict[str, Any]]  # by the script, and what was recorded: by way and case
 
 

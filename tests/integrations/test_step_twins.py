@@ -23,7 +23,7 @@ CASES = ("plain", "closures", "several", "accumulated", "skipped")
 class Done(NamedTuple):
     output: str
     errors: list[str]  # without our own
-    status: int
+    status: int | None
     counted: dict[str, dict[str, Any]]
 
 
