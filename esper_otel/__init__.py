@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from esper_otel.leyline.packets import Packets, Page
     from esper_otel.leyline.reader import LeylineMetricReader
     from esper_otel.pull.client import TamiyoClient
+    from esper_otel.pull.event_infos import EventInfo, EventPage
     from esper_otel.pull.infos import RunInfo
     from esper_otel.pull.views import RankInfo, RunRanks
     from esper_otel.record.step import Step
@@ -58,6 +59,8 @@ __all__ = [
     "ConfigurationError",
     "EsperOtelError",
     "EsperSettings",
+    "EventInfo",
+    "EventPage",
     "GatewayError",
     "GatewayUnavailable",
     "InvalidCatalogue",
@@ -91,6 +94,7 @@ __all__ = [
 
 _HOMES = {
     "esper_otel.pull.client": ("TamiyoClient",),
+    "esper_otel.pull.event_infos": ("EventInfo", "EventPage"),
     "esper_otel.pull.infos": ("RunInfo",),
     "esper_otel.pull.views": ("RankInfo", "RunRanks"),
     "esper_otel.derive.flops": ("flops",),

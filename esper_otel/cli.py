@@ -22,7 +22,7 @@ _EXIT_INTERRUPTED = 130
 _MOST_OF_A_MESSAGE = 2_000
 
 
-class _Command(NamedTuple):
+class _Subcommand(NamedTuple):
     """A subcommand.
 
     Its module defines ``add_arguments(parser)`` and ``main(options)``, which returns the exit status. ``extra`` names
@@ -36,72 +36,72 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
-    "demo": _Command(
+    "demo": _Subcommand(
         "esper_otel.demo.command",
         "train a network that grows, controlled by its own telemetry",
         "esper-otel demo --steps 200",
         extra="demo",
     ),
-    "check": _Command(
+    "check": _Subcommand(
         "esper_otel.check.command",
         "send one frame to the endpoint set in the environment, and report problems",
         "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 esper-otel check --seeds 100 --steps-per-second 5",
     ),
-    "gateway": _Command(
+    "gateway": _Subcommand(
         "esper_otel.gateway.command",
         "receive OTLP from training runs, and let controllers pull Leyline packets",
         "esper-otel gateway --store ./steps",
         extra="gateway",
     ),
-    "serve": _Command(
+    "serve": _Subcommand(
         "esper_otel.gateway.kafka.command",
         "let controllers pull Leyline packets from a tier on Kafka; any number of these may run",
         "esper-otel serve --kafka kafka-1:9092,kafka-2:9092",
         extra="kafka",
     ),
-    "ui": _Command(
+    "ui": _Subcommand(
         "esper_otel.gateway.ui",
         "show the runs of this machine on a live page in the browser; nothing needs to be set",
         "esper-otel ui",
         extra="ui",
     ),
-    "pull": _Command(
+    "pull": _Subcommand(
         "esper_otel.pull.command",
         "print the packets of a run from a gateway, or list its runs",
         "esper-otel pull digits-7 --follow --json",
     ),
-    "replay": _Command(
+    "replay": _Subcommand(
         "esper_otel.gateway.replay",
         "serve a stored run again, unchanged or with the faults a controller must withstand",
         "esper-otel replay ./steps digits-7 --speed 10 --inject gap,nan",
         extra="gateway",
     ),
-    "report": _Command(
+    "report": _Subcommand(
         "esper_otel.report.command",
         "show what happened in a run: one page and tables, from a black box or a gateway",
         "esper-otel report /tmp/esper-otel-1000/digits-7-0-1790000000000-KeyError.esper.steps",
     ),
-    "compare": _Command(
+    "compare": _Subcommand(
         "esper_otel.compare.command",
         "compare two runs, and fail if one has become worse: a gate for continuous integration",
         'esper-otel compare digits-8 digits-7 --fail-if "step_latency_ms.p50 > 1.05x"',
     ),
-    "files": _Command(
+    "files": _Subcommand(
         "esper_otel.files.command",
         "write rules, dashboards and collector configurations of this version, with thresholds of your own",
         "esper-otel files ./monitoring --threshold hook_budget=80",
     ),
-    "run": _Command(
+    "run": _Subcommand(
         "esper_otel.integrations.command",
         "run an unmodified training script and send the metrics that can be measured from outside",
         "esper-otel run --run-id digits-7 train.py --epochs 3",
     ),
-    "send": _Command(
+    "send": _Subcommand(
         "esper_otel.send.command",
         "deliver what sessions have left in a spool, or in files, to the endpoint set in the environment",
         "OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 esper-otel send ./steps",
     ),
-    "schema": _Command(
+    "schema": _Subcommand(
         "esper_otel.schema.command",
         "list every metric: name, unit, gate, needs and meaning",
         "esper-otel schema --json",

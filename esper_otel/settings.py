@@ -17,8 +17,8 @@ from esper_otel.errors import ConfigurationError, nearest, unknown
 
 _T = TypeVar("_T")
 PREFIX = "ESPER_"
-# Variables that name a run, and the beginnings of those that other programs of a deployment read.
-_NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT")
+# Variables that name a run and a rank's place, and the beginnings of those that other programs of a deployment read.
+_NOT_SETTINGS = ("RUN_ID", "RUN_ATTEMPT", "PARALLEL")
 _OF_OTHERS = ("GATEWAY", "GRAFANA", "LEYLINE_", "OONA_", "OTEL", "PROMETHEUS_", "TIER", "TOOLS_")
 # "tf32" is float32 whose products the tensor cores compute.
 COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "float16", "float8")
@@ -231,14 +231,14 @@ class _DefaultsByAssignment(type):
         return cls.settings[name]
 
 
-class _Given:
+class _GivenNames:
     """Which settings were given. Apart, so that it is not a setting, and neither compared nor shown."""
 
     __slots__ = ("_given",)
     _given: frozenset[str]
 
 
-class _Settings(_Given, metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
+class _Settings(_GivenNames, metaclass=_DefaultsByAssignment):  # noqa: PLW1641 - thresholds are a dictionary
     """Behaviour common to all settings. Separate from the class below so that type checkers know its arguments."""
 
     def __init__(self, **values: Any) -> None:
@@ -360,6 +360,12 @@ class EsperSettings(_Settings):
         default="",
         read=_dtype,
         meaning="Dtype of the matrix products, for that table: `float32`, `tf32`, `bfloat16`, `float16` or `float8`.",
+    )
+    hw_metrics: bool = _setting(
+        default=False,
+        read=_boolean,
+        meaning="True also sends the GPU's metrics under the names of the semantic conventions, such as "
+        "`hw.gpu.utilization`; see [attributes](attributes.md).",
     )
     flush_signals: str = _setting(
         default="",

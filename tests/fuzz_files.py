@@ -27,7 +27,7 @@ from fuzz_stores import fuzz_store
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.cli import main
-from esper_otel.export.encode import BesideFrames, Encoder
+from esper_otel.export.encode import AccompanyingData, Encoder
 from esper_otel.export.resource import resources
 from esper_otel.export.streams import Streams
 from esper_otel.frames import black_box, records
@@ -255,7 +255,7 @@ def fuzz_records(luck: random.Random, _folder: Path) -> None:
     for chunk in chunks:
         for row in range(chunk.rows):
             block = chunk.block(row, row + 1)
-            requests = list(encoder.requests([block], BesideFrames(streams.note([block]))))
+            requests = list(encoder.requests([block], AccompanyingData(streams.note([block]))))
             assert all(request.body for request in requests)
     streams.all_ended()
 

@@ -10,9 +10,9 @@ import pytest
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.items import Item, Origin
-from esper_otel.gateway.page_data.answers import Wanted, series
-from esper_otel.gateway.page_data.table import Range
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.answers import SeriesRequest, series
+from esper_otel.gateway.page_data.bucket_table import Range
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.store.base import Store
 from esper_otel.gateway.turns import in_turns
 
@@ -56,7 +56,7 @@ class Page:
         is_behind = True
         while is_behind:
             view = await self.views.view(self.run_id, 0)
-            text = await in_turns(series(view, Wanted((), steps, most, self.cursor)), TURN_S)
+            text = await in_turns(series(view, SeriesRequest((), steps, most, self.cursor)), TURN_S)
             answer = self.answer = self.read(text)
             self.cursor = answer["cursor"]
             keep = answer["keep"]

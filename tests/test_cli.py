@@ -13,7 +13,7 @@ import esper_otel
 from esper_otel import ConfigurationError, RunHours, TamiyoClient
 from esper_otel.cli import main
 from esper_otel.hours.bar import Bar, PhaseInfo, bar_of_run
-from esper_otel.hours.text import bar_lines
+from esper_otel.hours.output import bar_lines
 from esper_otel.schema import METRICS
 
 pytestmark = pytest.mark.own_code

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +43,11 @@ MAY_IMPORT = {
     "probes": {*BASE, "schema", "captures"},
     "export": {*BASE, "schema", "frames", "settings", "addresses", "bearer", "_version"},
     "parts": {"schema", "frames"},
+    "events": {"schema", "frames", "leyline"},
     "leyline": {*BASE, "schema", "frames", "parts"},
     "session": {
         *(*BASE, "schema", "frames", "settings", "_version"),
-        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts"),
+        *("record", "derive", "probes", "export", "leyline", "local_ports", "charts", "events"),
     },
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
@@ -52,21 +55,30 @@ MAY_IMPORT = {
     # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
     "gateway": {
         *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
-    "gateway/command": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve", "gateway/kafka/work"},
+    "gateway/command": {
+        *BASE,
+        "leyline",
+        "oona",
+        "gateway",
+        "gateway/store",
+        "gateway/serve",
+        "gateway/kafka/member_process",
+    },
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
     "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
     "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
     "gateway/kafka": {
-        *(*BASE, "frames", "leyline", "pull", "gateway"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store"),
+        *(*BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
+        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
-    "gateway/kafka/work": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
     "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
     "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
@@ -77,8 +89,8 @@ MAY_IMPORT = {
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},
     "compare": {"text", "schema", "frames", "pull", "report", "gateway/store", "local_ports"},
     "files": {"text", "_version", "schema", "leyline"},
-    "check": {*BASE, "schema", "frames", "settings", "export", "leyline", "pull", "_version"},
-    "send": {*BASE, "schema", "frames", "settings", "export"},
+    "check": {*BASE, "schema", "frames", "settings", "export", "send", "leyline", "pull", "_version"},
+    "send": {*BASE, "schema", "frames", "settings", "export", "events"},
     "testing": {"schema", "export"},
     "demo": {"schema", "settings", "session", "leyline", "testing", "record", "_version", ""},
     "cli": {"text", "_version"},  # commands are modules that it names
@@ -97,7 +109,7 @@ OWNERS = {
     "rich": ("schema/command.py", "demo/"),
     "numpy": (
         *("frames/", "record/", "derive/", "export/", "parts/", "leyline/", "gateway/", "check/"),
-        *("charts/", "compare/"),
+        *("charts/", "compare/", "events/"),
     ),
     "opentelemetry": ("export/", "untraced.py", "leyline/reader.py", "session/start.py"),
     "opentelemetry.instrumentation": ("integrations/instrumentor.py",),
@@ -132,28 +144,44 @@ class Import(NamedTuple):
     is_for_types: bool
 
 
+@functools.cache
+def imports() -> list[Import]:
+    """Those of all files; read when a test needs them, since each process that runs tests imports this file."""
+    return [each for path in FILES for each in imports_of(path)]
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """All that a file consists of."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports_of(path: Path) -> Iterator[Import]:
     """Every import of a file, wherever it stands, and modules that are named to ``import_module``."""
     where = str(path.relative_to(PACKAGE))
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = nodes_of(path)
     for_types = {
         id(node)
-        for block in ast.walk(tree)
+        for block in nodes
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for node in ast.walk(block)
     }
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{where}:{node.lineno}: imports are absolute"
             names = [_module(node.module or "", alias.name) for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and _name(node.func) == "import_module":
             names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         else:
             continue
         for name in names:
             yield Import(where, node.lineno, name, id(node) in for_types)
+
+
+def _name(function: ast.expr) -> str:
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def _module(module: str, name: str) -> str:
@@ -165,7 +193,6 @@ def _module(module: str, name: str) -> str:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-IMPORTS = [each for path in FILES for each in imports_of(path)]
 
 
 def room_of(path: str) -> str:
@@ -183,7 +210,7 @@ def test_every_room_has_its_place_in_the_order() -> None:
 def test_nothing_upstream_imports_what_lies_downstream() -> None:
     """schema, frames, record, derive, then export or leyline: a value passes each room once; only session wires."""
     faults = []
-    for each in IMPORTS:
+    for each in imports():
         root, _, inside = each.module.partition(".")
         if root != "esper_otel" or each.is_for_types:
             continue
@@ -196,7 +223,7 @@ def test_nothing_upstream_imports_what_lies_downstream() -> None:
 def test_every_foreign_library_is_imported_by_its_owners_only() -> None:
     """What a new version of a library breaks is in one place."""
     faults = []
-    for each in IMPORTS:
+    for each in imports():
         if each.is_for_types or each.module.split(".")[0] in {"esper_otel", *sys.stdlib_module_names}:
             continue
         owners = owners_of(each.module)
@@ -215,13 +242,49 @@ def test_no_function_is_longer_than_a_reader_can_hold() -> None:
     """Fifty lines, docstring not counted."""
     long = {}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
                 lines = (node.end_lineno or 0) - first.lineno + 1
                 if lines > 50:
                     long[f"{path.relative_to(PACKAGE)}:{node.name}"] = lines
     assert long == {}
+
+
+# Names that users write, so that the twins must have them: who moves from one to the other changes an import only.
+TWINS = {
+    "EsperCallback": "the callback of Lightning and that of transformers",
+    "TamiyoClient": "the client and that for asyncio",
+}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """One word, one meaning: who reads a name needs not know in which room it is used. An underscore does not count."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    shared = {name: where for name, where in homes.items() if len(where) > 1}
+    assert shared.keys() - TWINS.keys() == set(), shared
+    assert TWINS.keys() - shared.keys() == set(), "these are twins no more"
+
+
+# Modules of several rooms that have one name because they have one job.
+ONE_JOB = {
+    "__init__": "the face of a room",
+    "aio": "the client for asyncio, and its public face",
+    "command": "a command of the command line",
+    "messages": "the classes of a contract's messages",
+    "metrics": "a process's own metrics, in Prometheus' text format",
+    "otlp_json": "OTLP in JSON, written and read",
+}
+
+
+def test_modules_of_one_name_have_one_job() -> None:
+    """Who looks for a module by its name finds one, or several that do the same in their rooms."""
+    counts = Counter(path.stem for path in FILES)
+    assert {name for name, count in counts.items() if count > 1} == ONE_JOB.keys()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test waits for all programs
 PROGRAM = re.compile(r"<!-- example: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 EXAMPLES = {name: text for page in PAGES.values() for name, text in PROGRAM.findall(page)}
 # Programs that need a gateway or Redis; a test of its own runs each. The test of all others runs the rest.
-WITH_A_SERVER = {"several", "gateway", "oona"}
+WITH_A_SERVER = {"several", "gateway", "oona", "events"}
 # Signals that a busy machine may cause.
 _OF_TIME = ("hook_budget", "step_latency_high")
 COMMANDS = sorted(
@@ -259,12 +259,14 @@ def test_every_make_target_and_command_that_the_text_names_exists() -> None:
 
 
 def test_the_readme_shows_each_metric_and_setting_it_names_as_it_is_spelt() -> None:
-    """`esper.*` names in running text are those of metrics and of the Resource, in every page."""
-    from esper_otel.export.place import RANKS
-    from esper_otel.frames.frame import RUN_FIELDS
+    """`esper.*` names in running text are those of metrics, attributes and events, in every page."""
     from esper_otel.schema import METRICS
+    from esper_otel.schema.attribute_catalogue import ATTRIBUTES
+    from esper_otel.schema.events import COMMON_ATTRIBUTES, EVENTS
 
-    of_resource = {*(each.attribute for each in RUN_FIELDS), *(each.name for each in RANKS), "esper.settings"}
-    known = {*(metric.name for metric in METRICS), *of_resource, "esper.leyline.v1"}
+    of_resource = {each.name for each in ATTRIBUTES}
+    of_events = {*(kind.name for kind in EVENTS), *(each.name for kind in EVENTS for each in kind.attributes)}
+    of_events |= {each.name for each in COMMON_ATTRIBUTES}
+    known = {*(metric.name for metric in METRICS), *of_resource, *of_events, "esper.leyline.v1"}
     named = {name for page in PAGES.values() for name in re.findall(r"`(esper\.[a-z0-9_.]+)`", page)}
     assert named <= known

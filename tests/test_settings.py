@@ -33,6 +33,7 @@ SHIPPED: dict[str, object] = {
     "probe_period_s": 1.0,
     "peak_tflops": None,
     "compute_dtype": "",
+    "hw_metrics": False,
     "flush_signals": "",
     "token_file": None,
     "kernel_latency_budget_ms": 10.0,

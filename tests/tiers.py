@@ -36,7 +36,7 @@ SESSION_MS = 3_000
 _TOPICS = count(1)
 _BEGIN = """
 import os, signal, sys
-import esper_otel.gateway.kafka.member as member, esper_otel.gateway.kafka.connection as connection
+import esper_otel.gateway.kafka.member as member, esper_otel.gateway.kafka.brokers as connection
 member.SESSION_MS, connection.TRANSACTION_MS = {session}, {session}
 {patch}
 from esper_otel.cli import main

@@ -1,12 +1,14 @@
-"""Python processes that have no need to import PyTorch, which takes seconds: forks of one process that has done so.
+"""Python processes that have no need to import what takes long: forks of one process that has done so.
 
-``started()`` is for tests whose scripts need PyTorch and a process of their own. Such a process does what Python would
-do: ``-c``, ``-m`` and scripts, ``PYTHONPATH`` and ``sitecustomize``, standard streams, signals, the exit status.
-``import torch`` goes through the import system, and takes a millisecond. Differences: PyTorch computes with one thread,
-and its modules are not taken apart at the end. A few tests start Python itself, for what this file cannot prove.
+``started()`` is for tests whose scripts need PyTorch and a process of their own, which take seconds to import it, and
+for gateways, which take one second. Such a process does what Python would do: ``-c``, ``-m`` and scripts,
+``PYTHONPATH`` and ``sitecustomize``, standard streams, signals, the exit status. ``import torch`` goes through the
+import system, and takes a millisecond. Differences: PyTorch computes with one thread, modules are not taken apart at
+the end, and what a gateway needs has been imported, whoever looks. A few tests start Python itself, for what this file
+cannot prove.
 
-This file is the server too: it is started with the tests, imports PyTorch when it is first asked for a process, and
-ends with the tests.
+This file is the server too, one with PyTorch and one with what a gateway needs: they are started with the tests, import
+that when they are first asked for a process, and end with the tests.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import functools
 import gc
 import json
 import os
+import resource
 import runpy
 import selectors
 import signal
@@ -38,7 +41,11 @@ from typing import Any, NamedTuple, NoReturn
 import greenlet
 
 _ADDRESS = "WARM_PYTHON"  # the variable: test processes inherit it from the one that has started them
-_PRELOADED = ("torch", "torch._dynamo", "torch.utils.data")
+TORCH, GATEWAY = "torch", "gateway"
+_PRELOADED = {
+    TORCH: ("torch", "torch._dynamo", "torch.utils.data"),
+    GATEWAY: ("esper_otel.gateway.command", "esper_otel.gateway.kafka.command", "grpc.aio", "aiohttp.web", "redis"),
+}
 _MOST_BYTES = 1 << 20
 
 
@@ -46,19 +53,24 @@ _MOST_BYTES = 1 << 20
 
 
 def serve_tests() -> None:
-    """Starts the server, for this process and those that it starts; it ends with this process."""
+    """Starts the servers, for this process and those that it starts; they end with this process."""
     address = f"/tmp/warm-python-{os.getpid()}"
     environ = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
-    environ.pop("PYTHONPATH", None)
-    server = subprocess.Popen(
-        [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdout.readline()
+    environ["GRPC_VERBOSITY"] = "NONE"  # as the command line has it; gRPC reads it when it is imported
+    for imported in _PRELOADED:
+        command = [sys.executable, __file__, f"{address}-{imported}", imported]
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdout.readline()
+        atexit.register(server.wait)
+        atexit.register(server.stdin.close)
     os.environ[_ADDRESS] = address
-    atexit.register(server.wait)
-    atexit.register(server.stdin.close)
+
+
+def are_served() -> bool:
+    """Whether this process is one of tests; a benchmark has no such servers."""
+    return _ADDRESS in os.environ
 
 
 class Done(NamedTuple):
@@ -77,19 +89,42 @@ class Process:
         self.stdout = os.fdopen(output, encoding="utf-8")
         self.stderr = os.fdopen(errors, encoding="utf-8")
         self.pid: int = self._answer(300)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+        if self.returncode is None:
+            with suppress(BlockingIOError):
+                self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        """Waits for its end; returns its exit status.
+
+        Raises:
+            OSError: it still runs after so many seconds.
+        """
+        if self.returncode is None:
+            self.returncode = self._answer(timeout)
+            self._connection.close()
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Signals it; it must not have been waited for."""
-        os.kill(self.pid, number)
+        """Signals it, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """Waits for its end; returns what it has written to standard output and to standard error."""
         with ThreadPoolExecutor(2) as readers:
             output, errors = readers.submit(self.stdout.read), readers.submit(self.stderr.read)
-            self.returncode: int = self._answer(timeout)
+            self.wait(timeout)
         self.stdout.close()
         self.stderr.close()
-        self._connection.close()
         return output.result(), errors.result()
 
     def _answer(self, timeout: float) -> int:
@@ -99,13 +134,21 @@ class Process:
         return int(answer)
 
 
-def started(*command: str | Path, env: Mapping[str, str] | None = None, cwd: str | Path | None = None) -> Process:
+def started(
+    *command: str | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    imported: str = TORCH,
+    descriptors: int | None = None,
+) -> Process:
     """Starts what Python would do with these arguments. Standard output and error are pipes, and text.
 
     Args:
         command: without Python itself.
         env: its variables; None: ours.
         cwd: where it starts; None: here.
+        imported: TORCH, or GATEWAY: what it has imported already.
+        descriptors: how many files it may open; None: as many as the tests.
     """
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     output, errors = os.pipe(), os.pipe()
@@ -113,9 +156,10 @@ def started(*command: str | Path, env: Mapping[str, str] | None = None, cwd: str
         "command": [str(part) for part in command],
         "environ": dict(os.environ if env is None else env),
         "folder": str(Path.cwd() if cwd is None else cwd),
+        "descriptors": descriptors,
     }
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.connect(os.environ[_ADDRESS])
+        server.connect(f"{os.environ[_ADDRESS]}-{imported}")
         socket.send_fds(server, [json.dumps(order).encode()], [theirs.fileno(), output[1], errors[1]])
     theirs.close()
     os.close(output[1])
@@ -123,17 +167,22 @@ def started(*command: str | Path, env: Mapping[str, str] | None = None, cwd: str
     return Process(mine, output[0], errors[0])
 
 
-def run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: str | Path | None = None) -> Done:
+def run(
+    *command: str | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    imported: str = TORCH,
+) -> Done:
     """Does what Python would do with these arguments; see ``started``."""
-    process = started(*command, env=env, cwd=cwd)
+    process = started(*command, env=env, cwd=cwd, imported=imported)
     output, errors = process.communicate()
-    return Done(process.returncode, output, errors)
+    return Done(process.wait(), output, errors)
 
 
 # -- the server --------------------------------------------------------------------------------------------------
 
 
-def _serve(address: str) -> tuple[dict[str, Any], list[int]]:
+def _serve(address: str, imported: str) -> tuple[dict[str, Any], list[int]]:
     """Forks a process for each order until standard input ends. Returns in the forks only, with the order."""
     selector = selectors.DefaultSelector()
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -148,7 +197,7 @@ def _serve(address: str) -> tuple[dict[str, Any], list[int]]:
                 Path(address).unlink()
                 os._exit(0)
             if key.fileobj is listening:
-                taken = _fork(listening, selector)
+                taken = _fork(listening, selector, imported)
                 if taken is not None:
                     return taken
             else:
@@ -160,13 +209,16 @@ def _serve(address: str) -> tuple[dict[str, Any], list[int]]:
                     asker.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
-def _fork(listening: socket.socket, selector: selectors.BaseSelector) -> tuple[dict[str, Any], list[int]] | None:
+def _fork(
+    listening: socket.socket, selector: selectors.BaseSelector, imported: str
+) -> tuple[dict[str, Any], list[int]] | None:
     asker, _ = listening.accept()
     with asker:
         text, descriptors, _, _ = socket.recv_fds(asker, _MOST_BYTES, 3)
     answers = socket.socket(fileno=descriptors[0])
-    for name in _PRELOADED:
-        import_module(name)
+    for name in _PRELOADED[imported]:
+        with suppress(ModuleNotFoundError):  # the broker's client, for one
+            import_module(name)
     gc.collect()
     gc.freeze()  # a fork has nothing of this to look through, nor to copy
     pid = os.fork()
@@ -230,7 +282,7 @@ def _execve(path: str, command: Sequence[str | Path], environ: Mapping[str, str]
     raise _Replaced([str(part) for part in command[1:]], environ)
 
 
-def _prepare(order: dict[str, Any], descriptors: list[int]) -> None:
+def _prepare(order: dict[str, Any], descriptors: list[int], imported: str) -> None:
     """Makes this process what a fresh one would be."""
     standard_input = os.open(os.devnull, os.O_RDONLY)
     for number, descriptor in enumerate([standard_input, *descriptors]):
@@ -239,7 +291,15 @@ def _prepare(order: dict[str, Any], descriptors: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(order["folder"])
     os.execve = _execve  # type: ignore[assignment]
-    _Kept()
+    if order["descriptors"] is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (order["descriptors"], order["descriptors"]))
+    if imported == TORCH:
+        _Kept()
+
+
+def _forget(*packages: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
 
 
 def _paths(command: Sequence[str], environ: Mapping[str, str], own: Sequence[str]) -> list[str]:
@@ -267,8 +327,6 @@ def _become(command: Sequence[str], environ: Mapping[str, str], own: Sequence[st
     """Does what Python would do with these arguments and variables."""
     os.environ.clear()
     os.environ.update(environ)
-    for name in [name for name in sys.modules if name.partition(".")[0] in {"esper_otel", "sitecustomize"}]:
-        del sys.modules[name]
     first, *rest = _paths(command, environ, own)
     sys.path[:] = rest
     if any((Path(folder) / "sitecustomize.py").is_file() for folder in rest):
@@ -316,16 +374,21 @@ def _end(error: BaseException | None) -> NoReturn:
     os._exit(status & 0xFF)
 
 
-def _main(address: str) -> NoReturn:
-    own = sys.path[1:]  # without the folder of this file
-    order, descriptors = _serve(address)
-    _prepare(order, descriptors)
+def _main(address: str, imported: str) -> NoReturn:
+    named = os.environ.get("PYTHONPATH", "")
+    own = sys.path[1 + len(named.split(os.pathsep) if named else []) :]  # without the folder of this file
+    order, descriptors = _serve(address, imported)
+    _prepare(order, descriptors, imported)
     command, environ = order["command"], order["environ"]
+    if environ.get("PYTHONPATH", "") != named:
+        _forget("esper_otel")
     while True:
+        _forget("sitecustomize")
         try:
             _become(command, environ, own)
         except _Replaced as replaced:
             command, environ = replaced.command, replaced.environ
+            _forget("esper_otel")
         except BaseException as error:
             _end(error)
         else:
@@ -333,4 +396,4 @@ def _main(address: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

@@ -54,6 +54,20 @@ def body_of(*run_ids: str, step: int = 1) -> bytes:
     return b"".join(bodies(make_frame(run=replace(RUN, run_id=run_id), **times) for run_id in run_ids))
 
 
+def counts_of(run: Run = RUN, time_unix_ns: int = TIME_UNIX_NS, process: str = "") -> bytes:
+    """A request with nothing but counts, as a trainer sends it while it takes no steps."""
+    made = encoder(process)
+    values = {("esper.frames.recorded", ""): 1.0}
+    return made.alone(run, made.health_scope(values, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns))
+
+
+def end_of(run: Run = RUN, outcome: str = "RuntimeError") -> bytes:
+    """A request that says how a run has ended, and nothing else."""
+    made = encoder()
+    values = {("esper.run.ended", outcome): 1.0}
+    return made.alone(run, made.health_scope(values, start_unix_ns=TIME_UNIX_NS, time_unix_ns=TIME_UNIX_NS))
+
+
 def as_collector(message: Any) -> bytes:
     """Serializes a message as the collector does: its fields in descending order."""
     parts = []
@@ -95,4 +109,5 @@ def said(decode: Callable[[bytes], DecodedRequest], body: bytes) -> object:
         dict(decoded.rejected),
         decoded.metrics,
         {*decoded.cut},
+        {*decoded.alive},
     )

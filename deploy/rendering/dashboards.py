@@ -67,7 +67,28 @@ _COLORS = {
     Stage.RESETTING: "#96d98d",
     Stage.TERMINATED: "#3d3d42",
 }
-Kind = Literal["stat", "lines", "stack", "stages", "table", "points", "bars", "heat"]
+# Labels of target_info and of the device's description, with the titles of their columns.
+_OF_RESOURCE = {
+    "esper_experiment_name": "experiment",
+    "esper_run_id": "run",
+    "esper_rank": "rank",
+    "host_name": "host",
+    "host_id": "host id",
+    "slurm_job_id": "Slurm job",
+    "k8s_pod_name": "pod",
+    "esper_parallel_dp": "dp",
+    "esper_parallel_tp": "tp",
+    "esper_parallel_pp": "pp",
+}
+_OF_DEVICE = {
+    "esper_device_id": "device",
+    "hw_model": "model",
+    "hw_id": "UUID",
+    "hw_parent": "UUID of its GPU",
+    "esper_device_pci_bus_id": "PCI bus id",
+    "esper_device_index": "GPU of DCGM",
+}
+Kind = Literal["stat", "lines", "stack", "stages", "table", "points", "bars", "heat", "identity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +200,7 @@ def _panel(shown: Shown) -> Any:
         panel = panel.unit(shown.unit)
     for number, query in enumerate(shown.queries):
         target = prometheus.Dataquery().expr(query.expression).legend_format(query.legend).ref_id(chr(65 + number))
-        if shown.kind in {"table", "points", "bars"}:
+        if shown.kind in {"table", "points", "bars", "identity"}:
             target = target.format(PromQueryFormat.TABLE)
         panel = panel.with_target(target.instant() if query.instant else target.range())
     if shown.limits:
@@ -263,12 +284,24 @@ def _bars(shown: Shown) -> Any:
     return panel.with_transformation(merged).with_transformation(organized)
 
 
+def _identity(_shown: Shown) -> Any:
+    """A row for each rank; the columns are labels, and when it was seen last."""
+    names = {**_OF_RESOURCE, **_OF_DEVICE, "Value": "last seen"}
+    options = {
+        "renameByName": names,
+        "excludeByName": {"Time": True},
+        "indexByName": {name: number for number, name in enumerate(names)},
+    }
+    return table.Panel().with_transformation(DataTransformerConfig(id_val="organize", options=options))
+
+
 def _heat(_shown: Shown) -> Any:
     """A row for each series."""
     return heatmap.Panel().calculate(calculate=False)
 
 
 _KINDS = {
+    "identity": _identity,
     "heat": _heat,
     "stat": _stat,
     "lines": _lines,
@@ -281,8 +314,12 @@ _KINDS = {
 
 
 def boards(naming: Naming) -> list[Board]:
-    """Every dashboard."""
-    return [_run(naming), _ranks(naming), _seeds(naming), _compare(naming), _health(naming)]
+    """Every dashboard; each says last whose values it shows."""
+    found = [_run(naming), _ranks(naming), _seeds(naming), _compare(naming), _health(naming)]
+    for board in found:
+        board.row("Identity")
+        board.show(_who_is_it(naming))
+    return found
 
 
 def _who(naming: Naming, run: str = "$run", rank: str = "$rank", operator: str = "=~") -> str:
@@ -357,6 +394,31 @@ def _hours(naming: Naming, who: str) -> Shown:
         24,
         6,
         columns=tuple(parts),
+    )
+
+
+def _who_is_it(naming: Naming) -> Shown:
+    """The join of each rank with its Resource and its device, of which the newest count: a resumed run has others."""
+
+    def newest(metric: str, matchers: str) -> str:
+        seen = f"max_over_time(timestamp({metric}{{{matchers}}})[$__range:$__interval])"
+        return f"topk by (job, instance) (1, {seen})"
+
+    resource = newest("target_info", 'esper_run_id=~"$run", esper_rank=~"$rank"')
+    device = newest(naming.name("esper.device.info"), _who(naming))
+    labels = ", ".join(_OF_DEVICE)
+    joined = f"{resource} * on (job, instance) group_left ({labels}) ({device}) ^ 0"
+    every = f"max by ({', '.join((*_OF_RESOURCE, *_OF_DEVICE))}) (({joined}) or on (job, instance) {resource})"
+    return Shown(
+        "Who is it?",
+        "Each rank with its experiment, host and device: target_info and esper_device_info, joined by job and instance. "
+        "To show one of the labels on another panel, join it in the same way. Without a device, the device is not "
+        "known, or the hardware probes are off.",
+        "identity",
+        [Query(f"1000 * {every}", instant=True)],
+        "dateTimeAsIso",
+        24,
+        7,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pages
 from dashboards import boards
 from helm import values
+from registry import registry
 
 from esper_otel.files.rules import rendered
 from esper_otel.files.selectors import OURS, STOCK
@@ -28,6 +29,7 @@ def documents(root: Path) -> dict[Path, str]:
         found[deploy / "prometheus" / naming.folder / "rules" / "esper.yml"] = rendered(naming)
         for board in boards(naming):
             found[deploy / "grafana" / naming.folder / "dashboards" / board.file] = board.rendered()
+    found |= {root / "docs" / "registry" / name: text for name, text in registry().items()}
     return found | {deploy / "helm" / name: text for name, text in values().items()}
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from command_line import command_line_page
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.export.place import KUBERNETES, RANKS, SLURM
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule
 from esper_otel.record.peak import PEAKS
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES
+from esper_otel.schema.events import COMMON_ATTRIBUTES, EVENTS, EventAttribute
 from esper_otel.schema.render import markdown_table, metrics_markdown, request_tables
 from esper_otel.settings import COMPUTE_DTYPES, PREFIX, EsperSettings
 
@@ -56,12 +57,17 @@ def _route(rule: Rule) -> str:
 
 
 def attributes_table() -> str:
-    """The table of attributes that are read from the environment: name, meaning, variables."""
+    """The table of attributes: name, what has it, meaning, where it is from."""
     return markdown_table(
-        ("attribute", "meaning", "variables"),
+        ("attribute", "of", "meaning", "from"),
         (
-            (f"`{each.name}`", each.meaning, ", ".join(f"`{name}`" for name in each.variables))
-            for each in (*SLURM, *KUBERNETES, *RANKS)
+            (
+                f"`{each.name}`",
+                ", ".join(each.places),
+                each.meaning,
+                each.source or ", ".join(f"`{name}`" for name in each.variables),
+            )
+            for each in ATTRIBUTES
         ),
     )
 
@@ -81,6 +87,23 @@ def peaks_table() -> str:
     )
 
 
+def events_tables() -> str:
+    """The table of events (name, meaning, severity, attributes), and that of their attributes."""
+    attributes = dict.fromkeys([*COMMON_ATTRIBUTES, *(each for kind in EVENTS for each in kind.attributes)])
+    events = markdown_table(
+        ("event", "when", "severity", "attributes of its own"),
+        (
+            (f"`{kind.name}`", kind.meaning, kind.severity, ", ".join(f"`{each.name}`" for each in kind.attributes))
+            for kind in EVENTS
+        ),
+    )
+    return f"{events}\n\n{markdown_table(('attribute', 'type', 'meaning'), map(_attribute_row, attributes))}"
+
+
+def _attribute_row(attribute: EventAttribute) -> tuple[str, str, str]:
+    return f"`{attribute.name}`", attribute.type, attribute.meaning
+
+
 # In docs/reference: the page, the name of its markers, and what stands between them.
 TABLES = {
     "metrics.md": ("metrics", request_tables),
@@ -88,6 +111,7 @@ TABLES = {
     "attributes.md": ("attributes", attributes_table),
     "throughput.md": ("peaks", peaks_table),
     "signals.md": ("risks", risks_table),
+    "events.md": ("events", events_tables),
 }
 
 

@@ -25,7 +25,7 @@ dd.bad{border-left:4px solid var(--bad);padding-left:10px;color:inherit}
 """
 
 
-class Page(NamedTuple):
+class PageContent(NamedTuple):
     """What a file contains.
 
     Attributes:
@@ -41,7 +41,7 @@ class Page(NamedTuple):
     data: Mapping[str, Any]
 
 
-def document(page: Page, *, needed_by: str) -> str:
+def document(page: PageContent, *, needed_by: str) -> str:
     """Returns the HTML of a whole file.
 
     The policy in it lets nothing be loaded, runs these scripts only, and applies this style sheet and those of Bokeh

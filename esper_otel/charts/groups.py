@@ -31,7 +31,7 @@ _UNITS_BY_ENDING = (
 )
 
 
-class Described(NamedTuple):
+class MetricDescription(NamedTuple):
     """A metric as the page shows it.
 
     Attributes:
@@ -51,20 +51,20 @@ class Described(NamedTuple):
     source: str
 
 
-def described(names: Iterable[str]) -> list[Described]:
+def described(names: Iterable[str]) -> list[MetricDescription]:
     """Returns the metrics with these names in order of display: those of the catalogue first, in its order."""
     known = [_described(name) for name in names]
     return sorted(known, key=lambda each: (_ORDER.get(each.name, len(_ORDER)), each.name))
 
 
-def _described(name: str) -> Described:
+def _described(name: str) -> MetricDescription:
     metric = _BY_NAME.get(name)
     if metric is None:
         group = next((group for group, words in _BY_WORDS if words.search(name.lower())), LEARNING)
         unit = next((unit for unit, ending in _UNITS_BY_ENDING if ending.search(name.lower())), "")
-        return Described(name, unit, "", group, "step", "user")
+        return MetricDescription(name, unit, "", group, "step", "user")
     source = "schema" if name in _ASKED_FOR else "ours"
-    return Described(name, metric.unit, metric.description, _group(metric), metric.level, source)
+    return MetricDescription(name, metric.unit, metric.description, _group(metric), metric.level, source)
 
 
 def _group(metric: Metric) -> str:

@@ -32,7 +32,7 @@ _HEAD_JOINED: dict[int, Callable[[Floats, npt.NDArray[np.intp]], Floats]] = {
 }
 
 
-class Step(NamedTuple):
+class ChartStep(NamedTuple):
     """One step, as it is added.
 
     Attributes:
@@ -48,7 +48,7 @@ class Step(NamedTuple):
     values: Mapping[str, float]
 
 
-class Thinned:
+class ThinnedSteps:
     """The steps of one rank, in at most so many buckets; a bucket of width 1 is one step.
 
     Args:
@@ -68,7 +68,7 @@ class Thinned:
         self._attempt = 1
         self.steps: int = 0
 
-    def add(self, steps: Iterable[Step], attempt: int = 1) -> None:
+    def add(self, steps: Iterable[ChartStep], attempt: int = 1) -> None:
         """Adds steps in the order of their times. A new attempt begins a segment, and a step whose number is lower.
 
         Args:
@@ -78,7 +78,7 @@ class Thinned:
         is_new, self._attempt = attempt != self._attempt, attempt
         if is_new and self._segments:
             self._latest = _LAST_STEP
-        some: list[Step] = []
+        some: list[ChartStep] = []
         for step in steps:
             if step.step < _LAST_STEP:
                 some.append(step)
@@ -87,7 +87,7 @@ class Thinned:
                 some = []
         self._take(some)
 
-    def _take(self, some: list[Step]) -> None:
+    def _take(self, some: list[ChartStep]) -> None:
         if not some:
             return
         self.steps += len(some)
@@ -154,7 +154,7 @@ class Thinned:
         }
 
 
-def _column(name: str, some: list[Step]) -> Floats:
+def _column(name: str, some: list[ChartStep]) -> Floats:
     """Returns the array of one metric, shape (9, steps), for steps that are buckets of their own."""
     given = [step.values.get(name) for step in some]
     values = np.array([np.nan if value is None else value for value in given])

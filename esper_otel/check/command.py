@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs the check and prints the findings; returns 1 if there is a fault, else 0."""
+    """Runs the check and prints the findings; returns 1 if there is a fault, or --through cannot be done, else 0."""
     from esper_otel.check.one_frame import report_json, report_text, run_check
 
     for option in ("prometheus", "gateway"):
@@ -37,13 +37,15 @@ def main(options: argparse.Namespace) -> int:
             raise ConfigurationError(f"--{option} is only used with --through: give that, too")
     result = run_check(seeds=options.seeds, steps_per_second=options.steps_per_second)
     if options.through:
+        from esper_otel.check.in_folder import NOT_THROUGH
         from esper_otel.check.through import ReadBack, run_through
 
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, _leave)
         files = (options.gateway_token_file, options.gateway_ca_file)
         back = ReadBack(options.prometheus, options.gateway, *files, timeout_s=options.within)
-        stages = (*result.stages, *(run_through(back) if result.ok else ()))
+        more = (NOT_THROUGH,) if result.protocol == "file" else run_through(back) if result.ok else ()
+        stages = (*result.stages, *more)
         result = replace(result, stages=stages, ok=all(stage.ok is not False for stage in stages))
     sys.stdout.write(f"{report_json(result) if options.json else report_text(result)}\n")
     return 0 if result.ok else 1

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esper_otel.export.blocks import points_of
-from esper_otel.export.encode import BesideFrames, Encoder
+from esper_otel.export.encode import AccompanyingData, Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Streams
 from esper_otel.export.transport import Outcome, Result, Sender
@@ -89,7 +89,7 @@ class MarkedRun:
         for some in (slice(_FIRST_REQUEST), slice(_FIRST_REQUEST, None)):
             for frames, encoder, streams in zip(self.frames, self._encoders, self._streams, strict=True):
                 [block] = blocks_of(frames[some])
-                for request in encoder.requests([block], BesideFrames(streams.note([block]))):
+                for request in encoder.requests([block], AccompanyingData(streams.note([block]))):
                     outcome = self._delivered(request.body, deadline_s)
                     streams.named(request.names)
                     streams.settled(block.last)
@@ -103,7 +103,7 @@ class MarkedRun:
             run, started_ns, ended_ns = frames[0].run, frames[0].time_unix_ns, frames[-1].time_unix_ns + _MS
             over = {(ENDED, OUTCOME): 1.0}
             health = encoder.health_scope(over, start_unix_ns=started_ns, time_unix_ns=ended_ns)
-            for body in encoder.stale(run, streams.all_ended(), time_unix_ns=ended_ns, health=health):
+            for body in encoder.stale(run, streams.all_ended(), time_unix_ns=ended_ns, health=[health]):
                 self._delivered(body, time.monotonic() + self._timeout_s)
 
     def samples(self) -> dict[Key, dict[int, float]]:

@@ -14,11 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from esper_otel.check.check_stage import CheckStage
+from esper_otel.check.in_folder import in_folder
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.endpoint import GRPC_NAMES, Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import HEALTH_EVERY_S
+from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.provider import exporters_from_environment
 from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
@@ -50,24 +53,14 @@ _FIXES = {
 
 
 @dataclass(frozen=True, slots=True)
-class CheckStage:
-    """One stage on the way to the endpoint; ``ok`` is None when the stage was not checked."""
-
-    name: str
-    ok: bool | None
-    message: str
-    fix: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class CheckResult:
     """The result of a check.
 
     Attributes:
-        ok: whether the frame was accepted.
+        ok: whether the frame was accepted, or can be written to files.
         stages: the checked stages, in order, up to the first fault.
-        protocol: ``grpc`` or ``http/protobuf``; None when the settings do not say.
-        target: where the frame was sent, without credentials.
+        protocol: ``grpc``, ``http/protobuf``, ``http/json`` or ``file``; None when the settings do not say.
+        target: where the frame was sent, without credentials, or the directory of the files.
         latency_ms: time of the request that carried the frame.
         series: the most time series that a run of the given size makes, per rank.
         samples_per_s: the most samples per second that it sends, per rank.
@@ -85,6 +78,8 @@ class CheckResult:
 def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping[str, str] = os.environ) -> CheckResult:
     """Checks each stage and sends one frame as a run would; takes at most the time-out and a few seconds more.
 
+    With ``ESPER_EXPORT_FILE``, checks that directory instead: a run would send nothing.
+
     Args:
         seeds: number of live seeds, to estimate the size of a run.
         steps_per_second: number of steps per second, to estimate the size of a run.
@@ -100,12 +95,18 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
         is_enriched = settings.tolaria_step_enrichment_enabled
         configured(settings.risk_thresholds)
         exporters = exporters_from_environment(environ, ignored=_refuse)
-        endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
-        sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
+        if exporters.steps and settings.export_file is not None:
+            endpoint = file_endpoint(settings.export_file)
+        else:
+            endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
+            sender = open_sender(endpoint, settings.token_file) if exporters.steps else None
     except (ConfigurationError, OSError) as error:
         stages.append(CheckStage("settings", False, str(error)))
     else:
-        if sender is None:
+        if endpoint.protocol == "file":
+            _, samples_per_s = _size(seeds, steps_per_second, is_enriched=is_enriched)
+            stages += in_folder(Path(endpoint.target), samples_per_s)
+        elif sender is None:
             stages.append(
                 CheckStage("settings", False, f"steps are not sent: {exporters.off}", "unset it, or set otlp")
             )
@@ -320,7 +321,7 @@ def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request,
     outcome = {("esper.run.ended", "completed"): 1.0}
     ended = encoder.health_scope(outcome, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns)
     streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
-    for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=ended):
+    for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=[ended]):
         sender.send(body, endpoint.timeout_s)
 
 

@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 
+from esper_otel.compare.comparison import Comparison, TableLine, as_json, as_markdown, as_text
 from esper_otel.compare.condition import Condition, Verdict
 from esper_otel.compare.readings import Readings, read
 from esper_otel.compare.statistic import Statistic, Values, change
-from esper_otel.compare.table import Comparison, Line, as_json, as_markdown, as_text
 from esper_otel.errors import ConfigurationError, UnknownMetric
 from esper_otel.pull.command import rank_number
 from esper_otel.report.command import add_gateway_arguments, gateway_client
@@ -69,14 +69,14 @@ def compared(run: Readings, baseline: Readings, conditions: Iterable[Condition],
     names = sorted((run.series.keys() & baseline.series.keys()) - {line.metric for line in judged})
     median = Statistic.of("p50")
     shown = tuple(
-        Line(name, _unit(name), median, change(median, run.series[name][skip:], baseline.series[name][skip:]))
+        TableLine(name, _unit(name), median, change(median, run.series[name][skip:], baseline.series[name][skip:]))
         for name in names
         if len(run.series[name]) > skip and len(baseline.series[name]) > skip
     )
     return Comparison(run.name, baseline.name, judged + shown)
 
 
-def _judged(condition: Condition, run: Readings, baseline: Readings, skip: int) -> Line:
+def _judged(condition: Condition, run: Readings, baseline: Readings, skip: int) -> TableLine:
     needed = [run, baseline] if condition.is_ratio else [run]
     name = condition.metric
     lacking = [each for each in needed if name not in each.series]
@@ -90,7 +90,7 @@ def _judged(condition: Condition, run: Readings, baseline: Readings, skip: int) 
     values, others = (each.series.get(name, _EMPTY)[skip:] for each in (run, baseline))
     found = change(condition.statistic, values, others)
     verdict, reason = condition.judge(found)
-    return Line(name, _unit(name), condition.statistic, found, condition, verdict, reason)
+    return TableLine(name, _unit(name), condition.statistic, found, condition, verdict, reason)
 
 
 def _unit(name: str) -> str:

@@ -17,7 +17,7 @@ from esper_otel.frames.frame import Frame
 from esper_otel.gateway.store.database import FILE
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.pull.client import TamiyoClient
-from esper_otel.report.recording import Row, of_file, of_gateway
+from esper_otel.report.recording import StepRow, of_file, of_gateway
 from esper_otel.report.table import KEYS, SEED_PREFIX
 
 _PAGE = 256
@@ -70,7 +70,7 @@ def read(what: str, rank: int, client: Callable[[], TamiyoClient]) -> Readings:
         return _of_rows(what, of_gateway(asked, what, rank).rows)
 
 
-class _Steps:
+class _StepValues:
     """Collects the values of steps."""
 
     def __init__(self) -> None:
@@ -86,8 +86,8 @@ class _Steps:
         return Readings(name, self.count, {each: np.array(values) for each, values in self._series.items()})
 
 
-def _of_rows(name: str, rows: Iterable[Row]) -> Readings:
-    steps = _Steps()
+def _of_rows(name: str, rows: Iterable[StepRow]) -> Readings:
+    steps = _StepValues()
     for row in rows:
         steps.add(row.values)
     return steps.readings(name)
@@ -111,7 +111,7 @@ def _of_store(folder: Path, run_id: str, rank: int) -> Readings:
             f"no step of rank {rank} of run {run_id!r} is in {folder}; runs there: {', '.join(known) or 'none'}"
         )
     newest = max(frame.run.attempt for frame in found.values())  # as from a gateway
-    steps = _Steps()
+    steps = _StepValues()
     for _, frame in sorted(found.items()):
         if frame.run.attempt == newest:
             steps.add(frame.values())
@@ -150,7 +150,7 @@ def _of_csv(path: Path) -> tuple[int, dict[str, Values]] | None:
         names = next(lines, [])
         if tuple(names[: len(KEYS)]) != KEYS:
             return None
-        steps = _Steps()
+        steps = _StepValues()
         wanted = [(at, name) for at, name in enumerate(names) if name not in KEYS and not name.startswith(SEED_PREFIX)]
         for line in lines:
             if len(line) == len(names) and not line[3]:

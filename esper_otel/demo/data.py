@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,6 +29,8 @@ class Digits:
 
 def load(*, batch_size: int, random_seed: int) -> Digits:
     """Loads the digits. The random seed alone determines the split and the order."""
+    from sklearn.datasets import load_digits  # takes two seconds
+
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().div(_BRIGHTEST).reshape(-1, 1, 8, 8)
     targets = torch.from_numpy(labels).long()

@@ -45,11 +45,7 @@ def _mixture() -> nn.Module:
 
 
 # Networks that a seed can grow from. A culled seed starts over with the next one.
-BLUEPRINTS: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
-    ("gate", ChannelGate),
-    ("convolution", _convolution),
-    ("mixture", _mixture),
-)
+BLUEPRINTS: tuple[Callable[[], nn.Module], ...] = (ChannelGate, _convolution, _mixture)
 
 
 @dataclass(slots=True, eq=False)
@@ -98,11 +94,6 @@ class Seed:
         low, here, high = (_sigmoid(done) for done in (0.0, self.alpha_steps / self.alpha_total_steps, 1.0))
         return (here - low) / (high - low)
 
-    @property
-    def blueprint_name(self) -> str:
-        """The blueprint from which it grows in this life."""
-        return BLUEPRINTS[self.blueprint % len(BLUEPRINTS)][0]
-
     def parameters(self) -> list[nn.Parameter]:
         """Its own parameters; none before it germinates."""
         return [] if self.network is None else list(self.network.parameters())
@@ -111,7 +102,7 @@ class Seed:
         """Creates the network of its blueprint without changing the process's random state."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.random_seed + 1000 * self.blueprint)
-            self.network = BLUEPRINTS[self.blueprint % len(BLUEPRINTS)][1]()
+            self.network = BLUEPRINTS[self.blueprint % len(BLUEPRINTS)]()
         for parameter in list(self.network.parameters())[-2:]:
             nn.init.zeros_(parameter)  # the initial change is zero, so an untrained seed has no effect
         self.network.to(device)

@@ -33,7 +33,7 @@ def checked_processors(processors: Sequence[Processor], known: Mapping[str, Metr
             givers[name] = processor
 
 
-class _Guarded:
+class _GuardedProcessor:
     """Wraps a user's processor so that exceptions in its readings do not affect the step."""
 
     def __init__(self, processor: Processor, fault: Callable[[str, Exception], None]) -> None:
@@ -68,7 +68,8 @@ class Deriver:
 
     def __init__(self, processors: Sequence[Processor], fault: Callable[[str, Exception], None]) -> None:
         self._processors: tuple[Processor, ...] = tuple(
-            processor if type(processor) is Dynamics else _Guarded(processor, fault) for processor in processors
+            processor if type(processor) is Dynamics else _GuardedProcessor(processor, fault)
+            for processor in processors
         )
         self._advances = tuple((processor, processor.advance) for processor in self._processors)
         self.states: tuple[Any, ...] = tuple(processor.initial() for processor in self._processors)

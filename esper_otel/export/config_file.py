@@ -21,7 +21,7 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.errors import ConfigurationError
 
 VARIABLE = "OTEL_CONFIG_FILE"
-_PREFIX = "OTEL_EXPORTER_OTLP_METRICS_"
+_METRICS, _LOGS = "OTEL_EXPORTER_OTLP_METRICS_", "OTEL_EXPORTER_OTLP_LOGS_"
 _INTERVAL = "OTEL_METRIC_EXPORT_INTERVAL"
 _QUOTED = re.compile(r"""'(?:<[a-z ]+>|.)'|(['"].*)""", re.DOTALL)
 _PLUGIN = re.compile(r"(?:Failed to load plugin|Plugin) '([^']*)'")
@@ -153,6 +153,17 @@ def _variables_of(config: Any) -> Iterator[tuple[str, str]]:
         if reader.pull is not None:
             yield from _of_pull(reader.pull.exporter, names)
     yield "OTEL_METRICS_EXPORTER", ",".join(dict.fromkeys(names)) or "none"
+    yield from _of_logs(config.logger_provider)
+
+
+def _of_logs(provider: Any) -> Iterator[tuple[str, str]]:
+    """Yields variables of the first OTLP exporter of logs, by which events are sent."""
+    for processor in [] if provider is None else provider.processors:
+        sending = processor.batch or processor.simple
+        if sending is not None and (sending.exporter.otlp_http or sending.exporter.otlp_grpc) is not None:
+            yield "OTEL_LOGS_EXPORTER", "otlp"
+            yield from _of_protocol(sending.exporter, _LOGS)
+            return
 
 
 def _of_push(periodic: Any, names: list[str]) -> Iterator[tuple[str, str]]:
@@ -161,17 +172,9 @@ def _of_push(periodic: Any, names: list[str]) -> Iterator[tuple[str, str]]:
         yield _INTERVAL, str(periodic.interval)
     if periodic.timeout is not None:
         yield "OTEL_METRIC_EXPORT_TIMEOUT", str(periodic.timeout)
-    over_http, over_grpc = exporter.otlp_http, exporter.otlp_grpc
-    if is_first and over_http is not None:
-        encoding = getattr(over_http.encoding, "value", "protobuf")
-        yield _PREFIX + "PROTOCOL", f"http/{encoding}"
-        yield from _of_otlp(over_http)
-    elif is_first and over_grpc is not None:
-        yield _PREFIX + "PROTOCOL", "grpc"
-        if over_grpc.tls is not None and over_grpc.tls.insecure is not None:
-            yield _PREFIX + "INSECURE", str(over_grpc.tls.insecure).lower()
-        yield from _of_otlp(over_grpc)
-    if over_http is not None or over_grpc is not None:
+    if is_first:
+        yield from _of_protocol(exporter, _METRICS)
+    if exporter.otlp_http is not None or exporter.otlp_grpc is not None:
         names.append("otlp")
     if exporter.console is not None:
         names.append("console")
@@ -180,21 +183,34 @@ def _of_push(periodic: Any, names: list[str]) -> Iterator[tuple[str, str]]:
     names.extend(exporter.additional_properties)
 
 
-def _of_otlp(exporter: Any) -> Iterator[tuple[str, str]]:
+def _of_protocol(exporter: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    over_http, over_grpc = exporter.otlp_http, exporter.otlp_grpc
+    if over_http is not None:
+        encoding = getattr(over_http.encoding, "value", "protobuf")
+        yield prefix + "PROTOCOL", f"http/{encoding}"
+        yield from _of_otlp(over_http, prefix)
+    elif over_grpc is not None:
+        yield prefix + "PROTOCOL", "grpc"
+        if over_grpc.tls is not None and over_grpc.tls.insecure is not None:
+            yield prefix + "INSECURE", str(over_grpc.tls.insecure).lower()
+        yield from _of_otlp(over_grpc, prefix)
+
+
+def _of_otlp(exporter: Any, prefix: str) -> Iterator[tuple[str, str]]:
     if exporter.endpoint is not None:
-        yield _PREFIX + "ENDPOINT", str(exporter.endpoint)
+        yield prefix + "ENDPOINT", str(exporter.endpoint)
     headers = ",".join(_headers_of(exporter))
     if headers:
-        yield _PREFIX + "HEADERS", headers
+        yield prefix + "HEADERS", headers
     if exporter.compression is not None:
-        yield _PREFIX + "COMPRESSION", str(exporter.compression)
+        yield prefix + "COMPRESSION", str(exporter.compression)
     if exporter.timeout is not None:
-        yield _PREFIX + "TIMEOUT", f"{exporter.timeout / 1e3:g}"
+        yield prefix + "TIMEOUT", f"{exporter.timeout / 1e3:g}"
     files = {"CERTIFICATE": "ca_file", "CLIENT_KEY": "key_file", "CLIENT_CERTIFICATE": "cert_file"}
     for name, field in files.items():
         text = getattr(exporter.tls, field, None)
         if text is not None:
-            yield _PREFIX + name, str(text)
+            yield prefix + name, str(text)
 
 
 def _headers_of(exporter: Any) -> Iterator[str]:

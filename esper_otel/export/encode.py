@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
@@ -21,13 +20,11 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     ScopeMetrics,
 )
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as MetricMessage
-from opentelemetry.sdk.metrics.export import MetricsData
-from opentelemetry.sdk.metrics.export import ResourceMetrics as SdkResourceMetrics
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import Points, points_of
 from esper_otel.export.gauge_points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
-from esper_otel.export.scopes import attribute, set_scope, stream
+from esper_otel.export.scopes import attribute, origin_of, set_scope, stream
 from esper_otel.export.streams import Stream
 from esper_otel.frames.block import Block
 from esper_otel.frames.frame import WIDTH, Run
@@ -72,12 +69,13 @@ class Request(NamedTuple):
     last_phase: int = 0
 
 
-def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> None:
-    """The default for ``BesideFrames.health_of``: no health is sent."""
+def _no_health(_time_unix_ns: int, _frames: int, _is_end: bool) -> Sequence[ScopeMetrics]:
+    """The default for ``AccompanyingData.health_of``: no health is sent."""
+    return ()
 
 
 def _no_phases(_time_unix_ns: int) -> PhasesAlong:
-    """The default for ``BesideFrames.phases_of``: no phase is sent."""
+    """The default for ``AccompanyingData.phases_of``: no phase is sent."""
     return NO_PHASES
 
 
@@ -91,25 +89,26 @@ class PhasesAlong(NamedTuple):
 NO_PHASES = PhasesAlong(None, 0)
 
 
-class BesideFrames(NamedTuple):
+class AccompanyingData(NamedTuple):
     """Data that is sent in the same requests as the frames, since a collector might reorder separate requests.
 
     Attributes:
         ended: the series that end with a frame, by the frame's number.
-        health_of: returns the session's own metrics to send with a request, or None. Its arguments are the time of the
-            request's last point, the number of frames that end in it, and whether the request ends every series.
+        health_of: returns the session's own metrics to send with a request, in scopes of their own. Its arguments are
+            the time of the request's last point, the number of frames that end in it, and whether the request ends all
+            series.
         all_ended: returns every series of the run, including those of the given step metrics. It is called after the
             last frame of a run, and the series end one millisecond after that frame. None when more frames follow.
         phases_of: returns the phases to send with a request whose last point has the given time.
     """
 
     ended: Mapping[int, Sequence[Stream]] = MappingProxyType({})
-    health_of: Callable[[int, int, bool], ScopeMetrics | None] = _no_health
+    health_of: Callable[[int, int, bool], Sequence[ScopeMetrics]] = _no_health
     all_ended: Callable[[Iterable[str]], Iterable[Stream]] | None = None
     phases_of: Callable[[int], PhasesAlong] = _no_phases
 
 
-_NOTHING_ALONG = BesideFrames()
+_NOTHING_ALONG = AccompanyingData()
 
 
 _NONE_RETIRED: Mapping[int, tuple[str, ...]] = MappingProxyType({})
@@ -185,6 +184,10 @@ class Encoder:
             for name, metric in catalogue.items()
         }
 
+    def resource(self, run: Run) -> Resource:
+        """Returns a run's Resource."""
+        return self._resource(run)
+
     @property
     def catalogue(self) -> Mapping[str, Metric]:
         """The metrics that may be sent, by name."""
@@ -197,7 +200,7 @@ class Encoder:
         self._max_points = max_points
         return True
 
-    def requests(self, blocks: Iterable[Block], along: BesideFrames = _NOTHING_ALONG) -> Iterator[Request]:
+    def requests(self, blocks: Iterable[Block], along: AccompanyingData = _NOTHING_ALONG) -> Iterator[Request]:
         """Yields the frames of blocks as requests; each request is encoded when the iterator reaches it.
 
         A frame is split only when it does not fit into one request. Each of its points still has the frame's time, and
@@ -310,7 +313,7 @@ class Encoder:
         yield pieces[-1]._replace(ends=1)
 
     def _request(
-        self, parts: Sequence[_Piece], health: ScopeMetrics | None = None, phases: PhasesAlong = NO_PHASES
+        self, parts: Sequence[_Piece], health: Sequence[ScopeMetrics] = (), phases: PhasesAlong = NO_PHASES
     ) -> Request:
         wire: list[bytes] = []
         for run, following in groupby(parts, lambda part: part.run):
@@ -326,12 +329,12 @@ class Encoder:
                 scoped += part.markers
             scopes = _field(_RESOURCE_SCOPE_METRICS, scoped)
             if of_run[-1] is parts[-1]:
-                for beside in filter(None, (health, phases.scope)):
+                for beside in (*health, *filter(None, [phases.scope])):
                     scopes += _field(_RESOURCE_SCOPE_METRICS, [beside.SerializeToString()])
             wire += _field(_REQUEST_RESOURCE_METRICS, [self._origin_of(run).SerializeToString(), *scopes])
         names = frozenset(name for part in parts for name in part.names)
         count = sum(part.points for part in parts)
-        has_health = health is not None
+        has_health = bool(health)
         return Request(b"".join(wire), count, _frames_in(parts), names, has_health=has_health, last_phase=phases.last)
 
     @staticmethod
@@ -358,12 +361,12 @@ class Encoder:
         """Returns a request that contains only the session's own metrics; see ``health_scope``."""
         return self.alone(run, self.health_scope(values, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns))
 
-    def alone(self, run: Run, scope: ScopeMetrics) -> bytes:
-        """Returns a request that contains only the given scope."""
+    def alone(self, run: Run, *scopes: ScopeMetrics) -> bytes:
+        """Returns a request that contains only the given scopes."""
         request = ExportMetricsServiceRequest()
         of_run = request.resource_metrics.add()
         of_run.CopyFrom(self._origin_of(run))
-        of_run.scope_metrics.append(scope)
+        of_run.scope_metrics.extend(scopes)
         return request.SerializeToString()
 
     def health_scope(
@@ -393,7 +396,7 @@ class Encoder:
         return scope
 
     def stale(
-        self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int, health: ScopeMetrics | None = None
+        self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int, health: Sequence[ScopeMetrics] = ()
     ) -> Iterator[bytes]:
         """Yields requests that end the given series.
 
@@ -405,7 +408,7 @@ class Encoder:
         """
         for part in self._markers(run, streams, time_unix_ns=time_unix_ns):
             yield self._request([part], health).body
-            health = None
+            health = ()
 
     def _markers(self, run: Run, streams: Iterable[Stream], *, time_unix_ns: int) -> Iterator[_Piece]:
         """Yields pieces of "no recorded value" points, which end series; each piece fits into one request.
@@ -434,8 +437,7 @@ class Encoder:
 
     def _origin_of(self, run: Run) -> ResourceMetrics:
         if self._origin is None or self._origin[0] != run:
-            without_metrics = MetricsData([SdkResourceMetrics(self._resource(run), [], "")])
-            self._origin = (run, encode_metrics(without_metrics).resource_metrics[0])
+            self._origin = (run, origin_of(self._resource(run)))
         return self._origin[1]
 
 
@@ -464,12 +466,12 @@ def _frames_in(parts: Sequence[_Piece]) -> int:
     return sum(part.ends for part in parts)
 
 
-def _health(parts: Sequence[_Piece], along: BesideFrames, *, is_end: bool) -> ScopeMetrics | None:
+def _health(parts: Sequence[_Piece], along: AccompanyingData, *, is_end: bool) -> Sequence[ScopeMetrics]:
     """Returns the session's own metrics to send with these pieces, if any."""
     return along.health_of(int(parts[-1].times[-1]), _frames_in(parts), is_end)
 
 
-def _phases(parts: Sequence[_Piece], along: BesideFrames) -> PhasesAlong:
+def _phases(parts: Sequence[_Piece], along: AccompanyingData) -> PhasesAlong:
     """Returns the phases to send with these pieces: those that ended before their last frame."""
     return along.phases_of(int(parts[-1].times[-1])) if _frames_in(parts) else NO_PHASES
 

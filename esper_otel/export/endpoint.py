@@ -22,11 +22,11 @@ from esper_otel.export.variables import Variables, warn
 
 Protocol = Literal["grpc", "http/protobuf", "http/json", "file"]
 Compression = Literal["none", "gzip", "deflate"]
+TelemetrySignal = Literal["metrics", "logs"]
 
 USER_AGENT = f"esper_otel/{__version__}"
 
 _GENERAL = "OTEL_EXPORTER_OTLP_"
-_METRICS = "OTEL_EXPORTER_OTLP_METRICS_"
 _DEFAULT_ENDPOINT = {
     "grpc": "http://localhost:4317",
     **dict.fromkeys(("http/protobuf", "http/json"), "http://localhost:4318"),
@@ -38,12 +38,12 @@ _TRANSPORT = {"grpc": "grpc", "http/protobuf": "http", "http/json": "http"}
 _COMPRESSIONS = {"grpc": ("none", "gzip"), "http": ("none", "gzip", "deflate")}
 _PROVIDER = {
     "grpc": (
-        "OTEL_PYTHON_EXPORTER_OTLP_GRPC_METRICS_CREDENTIAL_PROVIDER",
+        "OTEL_PYTHON_EXPORTER_OTLP_GRPC_{signal}_CREDENTIAL_PROVIDER",
         "OTEL_PYTHON_EXPORTER_OTLP_GRPC_CREDENTIAL_PROVIDER",
     ),
     "http": (  # in the official exporter's order: the general one wins
         "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
-        "OTEL_PYTHON_EXPORTER_OTLP_HTTP_METRICS_CREDENTIAL_PROVIDER",
+        "OTEL_PYTHON_EXPORTER_OTLP_HTTP_{signal}_CREDENTIAL_PROVIDER",
     ),
 }
 
@@ -79,6 +79,7 @@ class Endpoint:
         compression: ``none``, ``gzip`` or ``deflate``.
         timeout_s: time limit of one request.
         credential_provider: name in the entry point group ``opentelemetry_otlp_credential_provider``.
+        signal: what is sent there.
     """
 
     protocol: Protocol
@@ -92,32 +93,58 @@ class Endpoint:
     compression: Compression = "none"
     timeout_s: float = _DEFAULT_TIMEOUT_S
     credential_provider: str | None = None
+    signal: TelemetrySignal = "metrics"
 
     @property
     def is_on_this_machine(self) -> bool:
         """Whether the endpoint is on this machine, judged by its address alone, without a name lookup."""
         return is_on_this_machine(self.address)
 
+    @property
+    def host(self) -> str:
+        """The host in its address; the whole address if that is not of the form host:port."""
+        if _GRPC_NAME.fullmatch(self.address):
+            return self.address
+        return urlsplit(self.address if "://" in self.address else f"//{self.address}").hostname or self.address
+
+
+class _OfSignal(Variables):
+    """Variables of which each has a name of its own for the signal."""
+
+    def __init__(self, environ: Mapping[str, str], ignored: Callable[[str], None], signal: str) -> None:
+        super().__init__(environ, ignored)
+        self.signal = signal
+        self.prefix = f"{_GENERAL}{signal.upper()}_"
+
+    def names(self, name: str) -> tuple[str, str]:
+        """Returns the variable for the signal and the general one."""
+        return self.prefix + name, _GENERAL + name
+
 
 def endpoint_from_environment(
-    environ: Mapping[str, str] = os.environ, *, protocol: str | None = None, ignored: Callable[[str], None] = warn
+    environ: Mapping[str, str] = os.environ,
+    *,
+    protocol: str | None = None,
+    ignored: Callable[[str], None] = warn,
+    signal: TelemetrySignal = "metrics",
 ) -> Endpoint:
     """Reads ``OTEL_EXPORTER_OTLP_*``.
 
-    The variable for metrics takes precedence over the general one. An empty variable counts as not set. The default
-    protocol is gRPC, as in OpenTelemetry's Python distribution. Time-outs are in seconds, as in the official Python
-    exporters.
+    The variable for the signal, such as metrics, takes precedence over the general one. An empty variable counts as
+    not set. The default protocol is gRPC, as in OpenTelemetry's Python distribution. Time-outs are in seconds, as in
+    the official Python exporters.
 
     Args:
         environ: the environment.
         protocol: the protocol, if it is already decided; it overrides the environment.
         ignored: called with a message for each number, switch or word that cannot be used and counts as not set.
+        signal: what is to be sent.
 
     Raises:
         ConfigurationError: an address, header or file cannot be used. Ignoring it would send steps to another place,
             or fail every request. The message names the variable and the fix.
     """
-    variables = Variables(environ, ignored)
+    variables = _OfSignal(environ, ignored, signal)
     chosen = cast("Protocol", protocol or _protocol(variables))
     address, target, is_insecure = _grpc(variables) if chosen == "grpc" else _http(variables)
     certificate, client_key, client_certificate = _tls_files(variables, is_insecure=is_insecure)
@@ -132,26 +159,29 @@ def endpoint_from_environment(
         client_certificate=client_certificate,
         compression=_compression(variables, chosen),
         timeout_s=_timeout_s(variables),
-        credential_provider=variables.text(*_PROVIDER[_TRANSPORT[chosen]])[1] or None,
+        credential_provider=_provider(variables, chosen),
+        signal=signal,
     )
 
 
 def is_endpoint_named(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a variable names the endpoint; otherwise it is the default one, on this machine."""
-    return bool(Variables(environ).text(*_names("ENDPOINT"))[1])
+    variables = _OfSignal(environ, warn, "metrics")
+    return bool(variables.text(*variables.names("ENDPOINT"))[1])
 
 
-def _names(name: str) -> tuple[str, str]:
-    return _METRICS + name, _GENERAL + name
+def _provider(variables: _OfSignal, protocol: str) -> str | None:
+    names = [name.format(signal=variables.signal.upper()) for name in _PROVIDER[_TRANSPORT[protocol]]]
+    return variables.text(*names)[1] or None
 
 
-def _protocol(variables: Variables) -> str:
-    return variables.choice(*_names("PROTOCOL"), known=_DEFAULT_ENDPOINT, default="grpc", scope="")
+def _protocol(variables: _OfSignal) -> str:
+    return variables.choice(*variables.names("PROTOCOL"), known=_DEFAULT_ENDPOINT, default="grpc", scope="")
 
 
-def _grpc(variables: Variables) -> tuple[str, str, bool]:
+def _grpc(variables: _OfSignal) -> tuple[str, str, bool]:
     """Returns the address, the target, and whether it is plain text."""
-    variable, text = variables.text(*_names("ENDPOINT"))
+    variable, text = variables.text(*variables.names("ENDPOINT"))
     if _GRPC_NAME.fullmatch(text):
         return text, text, _is_insecure(variables, "")
     url, port = _url(variable, text or _DEFAULT_ENDPOINT["grpc"])
@@ -162,16 +192,16 @@ def _grpc(variables: Variables) -> tuple[str, str, bool]:
     return address, address, _is_insecure(variables, url.scheme)
 
 
-def _http(variables: Variables) -> tuple[str, str, bool]:
+def _http(variables: _OfSignal) -> tuple[str, str, bool]:
     """Returns the same as ``_grpc``, for HTTP."""
-    variable, text = variables.text(*_names("ENDPOINT"))
+    variable, text = variables.text(*variables.names("ENDPOINT"))
     url, _ = _url(variable, text or _DEFAULT_ENDPOINT["http/protobuf"])
     if url.scheme not in {"http", "https"}:
         fault = f"has the scheme {url.scheme!r}" if url.scheme else "has no scheme"
         other = " (or set OTEL_EXPORTER_OTLP_PROTOCOL=grpc)" if _GRPC_NAME.fullmatch(text) else ""
         raise _wrong(variable, text, f"{fault}: over http/protobuf give http://host:port or https://host:port{other}")
-    if not variable.startswith(_METRICS):
-        url = url._replace(path=url.path.removesuffix("/") + "/v1/metrics")
+    if not variable.startswith(variables.prefix):
+        url = url._replace(path=url.path.removesuffix("/") + f"/v1/{variables.signal}")
     shown = urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
     return urlunsplit(url), shown, url.scheme == "http"
 
@@ -202,14 +232,14 @@ def _without_credentials(text: str) -> str:
     return f"{head}://{rest.rpartition('@')[2]}"
 
 
-def _is_insecure(variables: Variables, scheme: str) -> bool:
+def _is_insecure(variables: _OfSignal, scheme: str) -> bool:
     if scheme == "https":
         return False
-    return variables.boolean(*_names("INSECURE"), default=scheme == "http")
+    return variables.boolean(*variables.names("INSECURE"), default=scheme == "http")
 
 
-def _headers(variables: Variables, protocol: str) -> tuple[tuple[str, str], ...]:
-    variable, text = variables.text(*_names("HEADERS"))
+def _headers(variables: _OfSignal, protocol: str) -> tuple[tuple[str, str], ...]:
+    variable, text = variables.text(*variables.names("HEADERS"))
     transport = _TRANSPORT[protocol]
     headers: dict[str, str] = {}
     for number, part in enumerate(text.split(","), 1):
@@ -226,14 +256,14 @@ def _headers(variables: Variables, protocol: str) -> tuple[tuple[str, str], ...]
     return tuple(headers.items())
 
 
-def _tls_files(variables: Variables, *, is_insecure: bool) -> tuple[Path | None, Path | None, Path | None]:
+def _tls_files(variables: _OfSignal, *, is_insecure: bool) -> tuple[Path | None, Path | None, Path | None]:
     """Returns the files of the authorities, the client's key and the client's certificate.
 
     The files are loaded here once as a check, since gRPC aborts the process when a key does not fit its certificate.
     """
     certificate, key, chain = (_file(variables, name) for name in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"))
     if key is not None and chain is None:
-        variable, _ = variables.text(*_names("CLIENT_KEY"))
+        variable, _ = variables.text(*variables.names("CLIENT_KEY"))
         raise ConfigurationError(f"{variable} is set without {_GENERAL}CLIENT_CERTIFICATE: set both, or neither")
     key = chain if key is None else key  # one PEM file may hold both
     if is_insecure:
@@ -247,15 +277,15 @@ def _tls_files(variables: Variables, *, is_insecure: bool) -> tuple[Path | None,
         if chain is not None:
             context.load_cert_chain(chain, key, password="")  # without a password OpenSSL would prompt on the terminal
     except OSError as error:
-        variable, text = variables.text(*_names(name))
+        variable, text = variables.text(*variables.names(name))
         need = "CERTIFICATE" if name == "CERTIFICATE" else "CERTIFICATE and its unencrypted key (_CLIENT_KEY)"
         why = getattr(error, "reason", None) or error.strerror or error
         raise ConfigurationError(f"{variable}={text!r}: {why}; give PEM files: BEGIN {need}") from None
     return certificate, key, chain
 
 
-def _file(variables: Variables, name: str) -> Path | None:
-    variable, text = variables.text(*_names(name))
+def _file(variables: _OfSignal, name: str) -> Path | None:
+    variable, text = variables.text(*variables.names(name))
     if not text:
         return None
     if "-----BEGIN" in text:
@@ -269,16 +299,16 @@ def _file(variables: Variables, name: str) -> Path | None:
     return Path(text)
 
 
-def _compression(variables: Variables, protocol: str) -> Compression:
+def _compression(variables: _OfSignal, protocol: str) -> Compression:
     known = _COMPRESSIONS[_TRANSPORT[protocol]]
-    text = variables.choice(*_names("COMPRESSION"), known=known, default="none", scope=f" over {protocol}")
+    text = variables.choice(*variables.names("COMPRESSION"), known=known, default="none", scope=f" over {protocol}")
     return cast("Compression", text)
 
 
-def _timeout_s(variables: Variables) -> float:
+def _timeout_s(variables: _OfSignal) -> float:
     # The specification lets 0 mean "no limit"; it is not accepted here, since a dead connection would go unnoticed.
     timeout_s = variables.number(
-        *_names("TIMEOUT"),
+        *variables.names("TIMEOUT"),
         default=_DEFAULT_TIMEOUT_S,
         lowest=math.ulp(0.0),
         highest=sys.float_info.max,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,16 +10,19 @@ from typing import Any, TypeVar
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
-from esper_otel.export.encode import NO_PHASES, BesideFrames, Encoder, PhasesAlong, Request
-from esper_otel.export.phase_file import PhaseFile
+from esper_otel.export import outcome as outcomes
+from esper_otel.export.device_points import DevicePoint, DeviceScopes
+from esper_otel.export.encode import NO_PHASES, AccompanyingData, Encoder, PhasesAlong, Request
+from esper_otel.export.event_exporter import EventExporter
+from esper_otel.export.journal_file import JournalFile
 from esper_otel.export.phase_points import in_one_request, phase_scope
 from esper_otel.export.source import FrameSource, LeftoverSource, LiveSource, put_goodbye
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Stream, before_a_return
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.block import Block
-from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.frame import FINE, Run
+from esper_otel.frames.phase_log import Phase, PhaseLog
 from esper_otel.frames.quarantine import Quarantine
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, announce
@@ -28,9 +30,6 @@ from esper_otel.native import Bell, threads
 from esper_otel.untraced import untraced
 
 _FRAMES_AT_ONCE = 1_000
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 5.0  # short, so that the end of an outage or a corrected token is noticed soon
-_LONGEST_ASKED_S = 30.0
 _PAUSE_WHILE_CLOSING_S = 0.2
 _GOODBYE_S = 1.0  # what is left of the time to close, or a fifth of it, is for the end of the run
 HEALTH_EVERY_S = 10.0
@@ -39,6 +38,7 @@ _MS = 1_000_000
 _EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
 _ENDED = "esper.run.ended"
 _PHASE_MS = "esper.phase_ms"  # among the counts for readers; sent in a scope of its own
+_NO_SCOPES: Sequence[ScopeMetrics] = ()
 
 _T = TypeVar("_T")
 
@@ -67,7 +67,9 @@ class StepExporter:
         leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
         phases: the phases, which are sent with the frames.
         phase_file: keeps phases on disk that must outlive the process.
-        run_of: returns the session's run, for phases without any step.
+        run_of: returns the session's run once it is closing, for phases and an end without any step.
+        device: describes the device; sent with the session's own metrics, and as soon as it is known.
+        events: sends what happens in the run, after the steps; None if events are not sent.
     """
 
     def __init__(
@@ -86,10 +88,14 @@ class StepExporter:
         spool: Spool | None = None,
         leftovers: Callable[[], Iterable[LeftoverSource]] = tuple,
         phases: PhaseLog | None = None,
-        phase_file: PhaseFile | None = None,
+        phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
+        events: EventExporter | None = None,
+        device: Callable[[], Sequence[DevicePoint]] = tuple,
     ) -> None:
         self._sender = sender
+        self._events = events
+        self._device = DeviceScopes(device)
         self._idle_ns = idle_ns
         self._every_s = every_s
         self._timeout_s = timeout_s
@@ -104,7 +110,9 @@ class StepExporter:
         self._log = phases or PhaseLog()
         if phase_file is not None:
             self._log.added = phase_file.write
-        self._live = LiveSource(ring, encoder, spool, self._log, phase_file, run_of)
+        self._live = LiveSource(
+            ring, encoder, spool, self._log, phase_file, run_of, None if events is None else events.live
+        )
         self._along_unix_ns = 0
         self._at_once = _FRAMES_AT_ONCE
         self._failures = 0
@@ -112,9 +120,11 @@ class StepExporter:
         self._started_unix_ns = time.time_ns()
         self._next_health_s = 0.0
         self._health_unix_ns = 0
+        self._said: Sequence[ScopeMetrics] = ()  # what was sent at that time
         self._last_sent_s = float("-inf")
-        self._goodbye: tuple[int, ScopeMetrics] | None = None
+        self._goodbye: tuple[int, Sequence[ScopeMetrics]] | None = None
         self._owes_health = False
+        self._exit_status: int | None = None
         self._deadline_s: float | None = None
         self._patience_s = self._goodbye_s = 0.0
         self._latest_s = float("-inf")
@@ -141,9 +151,16 @@ class StepExporter:
         """Frames of this session that the endpoint took."""
         return self._live.delivered
 
+    @property
+    def events(self) -> EventExporter | None:
+        """What sends events; None if they are not sent."""
+        return self._events
+
     def abandon(self) -> None:
-        """Closes the connection and the spool of an exporter that will never be started."""
+        """Closes the connections and the spool of an exporter that will never be started."""
         self._sender.close()
+        if self._events is not None:
+            self._events.abandon()
         if self._spool is not None:
             self._spool.close("", is_delivered=True)
 
@@ -166,6 +183,8 @@ class StepExporter:
     def start(self) -> None:
         """Starts sending."""
         self._thread.start()
+        if self._events is not None:
+            self._events.start()
 
     def wake(self) -> None:
         """Sends the waiting frames now instead of at the end of the period."""
@@ -192,7 +211,9 @@ class StepExporter:
             self._has_said_waiting = True
             announce("closing", f"steps left to send: {self.waiting}, for {left_s:.0f} s at most; Ctrl-C gives them up")
 
-    def close(self, deadline_s: float, outcome: str, latest_s: float = float("-inf")) -> None:
+    def close(
+        self, deadline_s: float, outcome: str, latest_s: float = float("-inf"), exit_status: int | None = None
+    ) -> None:
         """Sends the remaining frames and the outcome of the run, then stops.
 
         Frames that could not be sent stay in the spool; without a spool they are counted as dropped, and the outcome
@@ -203,8 +224,10 @@ class StepExporter:
                 so that as much time is left as now,
             outcome: how the run ended.
             latest_s: but never beyond this time.
+            exit_status: that of the process, if it is known.
         """
         self.outcome = outcome
+        self._exit_status = exit_status
         self._patience_s = max(deadline_s - time.monotonic(), 0.0)
         self._goodbye_s = min(_GOODBYE_S, self._patience_s / 5)
         self._latest_s = latest_s
@@ -220,6 +243,9 @@ class StepExporter:
         self._guarded("closing the sender", self._sender.close)
         self._thread.join(0.5)
         waiting = self.waiting
+        has_events = self._events is not None and not self._given(
+            "sending the last events", False, self._end_events, self._events, outcome
+        )
         self._log.end()
         if self._phase_file is not None:
             self._guarded("closing the file of phases", self._phase_file.close)
@@ -227,9 +253,11 @@ class StepExporter:
             self._guarded("writing the last steps to the spool", partial(self._spool.tend, now=True))
             self.kept = min(waiting, max(self._spool.last - self._live.cursor, 0))
             is_delivered = self._has_said_goodbye and not waiting and not self._live.waiting_phases
-            self._spool.close(outcome, is_delivered=is_delivered)
+            self._spool.close(outcome, is_delivered=is_delivered, has_events=has_events)
         else:
             self._log.drop(self._log.last)
+            if self._events is not None:
+                self._events.count_lost()
         for leftover in self._leftovers:
             leftover.folder.release()
         if waiting > self.kept:
@@ -276,6 +304,8 @@ class StepExporter:
         """Sends all waiting frames. Returns the longest pause before the next call; None once closing is complete."""
         try:
             self._prepare()
+            if self._events is not None:
+                self._events.release(0)
             pause_s = self._send_waiting()
         except Exception as error:  # noqa: BLE001 - the thread must live as long as the session
             self._report(f"{type(error).__name__}: {error}", error=error)
@@ -286,7 +316,8 @@ class StepExporter:
         if self._deadline_s is not None:
             return None
         pause_s = self._every_s or HEALTH_EVERY_S
-        return min(pause_s, _PHASES_AFTER_S) if self._live.waiting_phases else pause_s
+        is_more = self._live.waiting_phases or (self._events is not None and self._events.holds_back)
+        return min(pause_s, _PHASES_AFTER_S) if is_more else pause_s
 
     def _adopt(self) -> None:
         try:
@@ -308,6 +339,7 @@ class StepExporter:
             pause_s = self._send_live_phases()
         if pause_s is None:
             self._guarded("sending health", self._send_health)
+            self._guarded("sending events", self._release_events)
         return pause_s
 
     def _send_leftover(self, leftover: LeftoverSource) -> float | None:
@@ -326,13 +358,19 @@ class StepExporter:
             self._warnings.say("spool", "%s cannot be sent and is left alone: %s", path, error, exc_info=error)
             return None
         self._put_aside(leftover)
+        if self._given("reading events", False, self._hand_over, leftover):
+            return None
         try:
             leftover.folder.remove()
         except OSError as error:
             self._warnings.say("spool", "%s was sent but cannot be deleted: %s", path, error)
-        if leftover.delivered:
-            announce("sent", f"{leftover.delivered} steps that an earlier session had left in {path}")
+        self._say_recovered(leftover)
         return None
+
+    @staticmethod
+    def _say_recovered(leftover: LeftoverSource) -> None:
+        if leftover.delivered:
+            announce("sent", f"{leftover.delivered} steps that an earlier session had left in {leftover.folder.path}")
 
     def _put_aside(self, leftover: LeftoverSource) -> None:
         """Keeps what could not be used of a folder, before the folder is deleted."""
@@ -442,9 +480,11 @@ class StepExporter:
             self.dropped[outcome.result.value] += request.frames
             self._owes_health = self._owes_health or request.has_health
             self._note_phases(source, request.last_phase, is_refused=True)
+            self._guarded("reading events", self._read_events, source, blocks, settled, request.frames)
             self._advance(source, request.frames)
             return None
         self._failures = 0
+        self._guarded("reading events", self._read_events, source, blocks, settled, request.frames)
         source.delivered += request.frames
         if source is not self._live:
             self.recovered += request.frames
@@ -502,12 +542,9 @@ class StepExporter:
         return None
 
     def _pause(self, outcome: Outcome | None = None) -> float:
-        """Returns how long to wait after a failure: the time the endpoint asked for, or an exponential back-off."""
+        """Returns how long to wait after a failure."""
         self._failures += 1
-        if outcome is not None and outcome.retry_after_s is not None:
-            return min(outcome.retry_after_s, _LONGEST_ASKED_S)
-        pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(self._failures - 1, 10), _LONGEST_PAUSE_S)
-        return pause_s * random.uniform(0.5, 1.0)  # noqa: S311
+        return outcomes.pause_s(self._failures, outcome)
 
     def _report(self, reason: str, result: Result | None = None, error: Exception | None = None) -> None:
         self.last_error = reason
@@ -516,13 +553,13 @@ class StepExporter:
 
     # -- data sent in addition to the frames -------------------------------------------------------------
 
-    def _along(self, source: FrameSource, blocks: Sequence[Block]) -> BesideFrames:
+    def _along(self, source: FrameSource, blocks: Sequence[Block]) -> AccompanyingData:
         """Collects the data to send with the frames of a source. An internal error in it does not delay the frames."""
         is_over = source is not self._live or (self._deadline_s is not None and not self._leftovers)
         all_ended = partial(self._given, "ending the series", list[Stream](), source.streams.all_ended)
-        return BesideFrames(
+        return AccompanyingData(
             self._given("noting the series sent", {}, source.streams.note, blocks),
-            partial(self._given, "saying the counts", None, partial(self._health_of, source)),
+            partial(self._given, "saying the counts", _NO_SCOPES, partial(self._health_of, source)),
             all_ended if is_over and source.are_last(blocks) else None,
             partial(self._given, "sending phases", NO_PHASES, self._phases_of, source),
         )
@@ -590,9 +627,49 @@ class StepExporter:
             source.sent_unix_ns = max(source.sent_unix_ns, end_unix_ns)
         return None
 
+    # -- events ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _read_events(source: FrameSource, blocks: Sequence[Block], settled: int, frames: int) -> None:
+        """Reads the events of frames that are settled, before the spool forgets these."""
+        if source.events is not None and frames:
+            source.events.reader.read(blocks, settled + 1, settled + frames)
+
+    def _release_events(self) -> None:
+        """Lets events go that happened before what was sent, or at a time that no later frame can precede."""
+        if self._events is not None:
+            last_unix_ns = max(self._live.streams.last_unix_ns, 0)
+            self._events.release(max(last_unix_ns, self._idle_ns(last_unix_ns) or 0))
+
+    def _hand_over(self, leftover: LeftoverSource) -> bool:
+        """Leaves the folder of an earlier session to the exporter of events, if there are any."""
+        if leftover.events is None or self._events is None:
+            return False
+        if leftover.run is not None:  # the session may have noted its first events before the ranks agreed on its name
+            leftover.events.resource = partial(leftover.encoder.resource, leftover.run)
+        unix_ns = max(leftover.streams.last_unix_ns, leftover.sent_unix_ns, 0)
+        leftover.events.reader.end(leftover.outcome, unix_ns)
+        leftover.folder.delete_frames()  # so that the end of the run is not sent again if its events have to wait
+        self._events.adopt(leftover.events)
+        self._say_recovered(leftover)
+        return True
+
+    def _end_events(self, events: EventExporter, outcome: str) -> bool:
+        """Adds the end of the run, unless the next session sends it, and sends the last events. Returns whether all.
+
+        With steps in a spool that were not sent, more may have happened.
+        """
+        is_next = self._spool is not None and (self.waiting or not self._has_said_goodbye)
+        run = self._live.phases_run
+        if events.live is not None and run is not None:
+            events.live.resource = partial(self._live.encoder.resource, run)
+        if events.live is not None and not is_next:
+            events.live.reader.end(outcome, events.live.log.now_ns(), self._exit_status)
+        return events.close(self._deadline_s or 0.0)
+
     # -- health ------------------------------------------------------------------------------------------
 
-    def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> ScopeMetrics | None:
+    def _health_of(self, source: FrameSource, time_unix_ns: int, frames: int, is_end: bool) -> Sequence[ScopeMetrics]:
         """Returns the session's own metrics if they are due, as they will be once the request's frames are accepted.
 
         They are sent with the frames and get the millisecond of the newest frame. With the current time they would be
@@ -601,19 +678,19 @@ class StepExporter:
         different counts for the same time.
         """
         if isinstance(source, LeftoverSource):
-            return source.health(time_unix_ns) if is_end else None
+            return source.health(time_unix_ns) if is_end else ()
         if is_end:
             return self._last_health(time_unix_ns, frames)
-        is_due = self._deadline_s is None and time.monotonic() >= self._next_health_s
-        return self._health_at(time_unix_ns, frames) if is_due and time_unix_ns > self._health_unix_ns else None
+        is_due = self._deadline_s is None and (time.monotonic() >= self._next_health_s or self._device.has_news())
+        return self._health_at(time_unix_ns, frames) if is_due and time_unix_ns > self._health_unix_ns else ()
 
-    def _last_health(self, time_unix_ns: int, frames: int = 0) -> ScopeMetrics:
+    def _last_health(self, time_unix_ns: int, frames: int = 0) -> Sequence[ScopeMetrics]:
         """Returns the final counts. Further calls for the same time return the same counts."""
         if self._goodbye is None or self._goodbye[0] != time_unix_ns:
             self._goodbye = time_unix_ns, self._health_at(time_unix_ns, frames, is_end=True)
         return self._goodbye[1]
 
-    def _health_at(self, time_unix_ns: int, frames: int = 0, *, is_end: bool = False) -> ScopeMetrics:
+    def _health_at(self, time_unix_ns: int, frames: int = 0, *, is_end: bool = False) -> Sequence[ScopeMetrics]:
         self._next_health_s = time.monotonic() + HEALTH_EVERY_S
         self._health_unix_ns = time_unix_ns = _end_of_ms(time_unix_ns)
         # Closing may begin while these counts are made: only the last ones say how the run ended.
@@ -623,27 +700,36 @@ class StepExporter:
             if name in counts:
                 counts[name] += more
         start_unix_ns = self._started_unix_ns
-        return self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        scope = self._live.encoder.health_scope(counts, start_unix_ns=start_unix_ns, time_unix_ns=time_unix_ns)
+        self._said = [scope, *self._given("describing the device", _NO_SCOPES, self._device.scopes, time_unix_ns)]
+        return self._said
 
     def _send_health(self) -> None:
         """Sends the session's own metrics in a separate request, in the two cases where no frames can carry them.
 
         The first case: the endpoint refused a request that contained them. If it refuses all frames, the counts are
         the only sign of that. The second: no steps are recorded for a while, for example during validation. They are
-        then sent at intervals, but not soon after frames, which a small request may overtake on the way, and not while
-        a step is open, since its frame would be older than the counts.
+        then sent at intervals, but not soon after frames, which a small request may overtake on the way. While a step
+        is open, its frame would be older than new counts: the counts of what was sent last are sent again, as a sign
+        that the process lives.
         """
         run, last_unix_ns = self._live.run, self._live.streams.last_unix_ns
         if run is None or self._deadline_s is not None:
             return
-        time_unix_ns = last_unix_ns
+        time_unix_ns, said = last_unix_ns, _NO_SCOPES
         if not self._owes_health:
-            is_due = time.monotonic() >= max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S)
-            time_unix_ns = (self._idle_ns(last_unix_ns) if is_due else None) or 0
-            if time_unix_ns <= max(last_unix_ns, self._health_unix_ns):
+            if time.monotonic() < max(self._next_health_s, self._last_sent_s + HEALTH_EVERY_S):
+                return
+            idle_unix_ns = self._idle_ns(last_unix_ns)
+            if idle_unix_ns is None:
+                time_unix_ns = max(last_unix_ns, self._live.sent_unix_ns)
+                said = self._said if _end_of_ms(time_unix_ns) <= self._health_unix_ns else ()
+            elif idle_unix_ns > max(last_unix_ns, self._health_unix_ns):
+                time_unix_ns = idle_unix_ns
+            else:
                 return
         self._owes_health = False
-        self._sent(self._live.encoder.alone(run, self._health_at(time_unix_ns)), self._left_s())
+        self._sent(self._live.encoder.alone(run, *(said or self._health_at(time_unix_ns))), self._left_s())
         self._live.sent_unix_ns = max(self._live.sent_unix_ns, self._health_unix_ns)
 
     def _say_goodbye(self) -> bool:
@@ -655,10 +741,14 @@ class StepExporter:
         live = self._live
         if self.waiting or self._leftovers or self._deadline_s is None:
             return False
-        if live.run is None or live.has_said_goodbye:
-            return True  # nothing was ever sent, or this went with the last frames
+        if live.has_said_goodbye:
+            return True  # it went with the last frames
+        if live.run is None:
+            if self.outcome in FINE and not live.sent_unix_ns:
+                return True  # nothing was ever sent, and nothing went wrong: no run for anybody to see
+            live.run, live.sent_unix_ns = live.phases_run, max(live.sent_unix_ns, time.time_ns())
         time_unix_ns = max(live.streams.last_unix_ns, self._health_unix_ns, live.sent_unix_ns) + _MS
-        health = self._given("saying how the run ended", None, self._last_health, time_unix_ns)
+        health = self._given("saying how the run ended", _NO_SCOPES, self._last_health, time_unix_ns)
         put_goodbye(live, health, time_unix_ns, self._fault)
         while time.monotonic() < self._deadline_s:
             if self._send_beside(live) is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from esper_otel import unix
 from esper_otel.errors import ConfigurationError
-from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.endpoint import Endpoint, TelemetrySignal
 from esper_otel.export.otlp_json import json_of
 from esper_otel.export.outcome import CLOSED, Outcome, Result
 from esper_otel.native import threads
@@ -22,29 +22,31 @@ _PRIVATE = 0o700  # metrics may be confidential
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE
 
 
-def file_endpoint(directory: Path) -> Endpoint:
+def file_endpoint(directory: Path, signal: TelemetrySignal = "metrics") -> Endpoint:
     """Returns the endpoint that stands for files in a directory."""
     path = str(directory.absolute())
-    return Endpoint(protocol="file", target=path, address=path, is_insecure=False)
+    return Endpoint(protocol="file", target=path, address=path, is_insecure=False, signal=signal)
 
 
 class FileSender:
     """Writes requests to files in a directory: see ``Sender``.
 
-    Each line is one ExportMetricsServiceRequest. A session has files of its own, named by its start and numbered; a
+    Each line is one request, of metrics or of logs. A session has files of its own, named by its start and numbered; a
     file is closed when the next line would make it larger than 64 MiB. A line is written by a single call, so a process
     that is killed leaves whole lines, and what a full disk cut short is removed again and retried later.
 
     Args:
         directory: where the files are; made if it does not exist.
+        signal: what the requests contain; events are logs, in files of their own.
         most_bytes: size of a file.
 
     Raises:
         ConfigurationError: nothing can be written there.
     """
 
-    def __init__(self, directory: Path, *, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, directory: Path, *, signal: TelemetrySignal = "metrics", most_bytes: int = MOST_BYTES) -> None:
         self._directory = directory
+        self._signal = signal
         self._most_bytes = most_bytes
         self._session = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"  # names sort by age
         self._number = 0
@@ -62,7 +64,7 @@ class FileSender:
     def send(self, body: bytes, timeout_s: float) -> Outcome:
         """See ``Sender``."""
         del timeout_s
-        line = json_of(body) + b"\n"
+        line = json_of(body, self._signal) + b"\n"
         with self._writing:
             if self._is_closed:
                 return CLOSED
@@ -105,7 +107,8 @@ class FileSender:
     def _write(self, line: bytes) -> None:
         if self._file is None or (self._size and self._size + len(line) > self._most_bytes):
             self._end()
-            name = f"{self._session}-{self._number:06d}{SUFFIX}"
+            mark = "events-" if self._signal == "logs" else ""
+            name = f"{self._session}-{mark}{self._number:06d}{SUFFIX}"
             self._file = os.open(self._directory / name, _FLAGS, 0o600)
             self._number, self._size = self._number + 1, 0
         try:

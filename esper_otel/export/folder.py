@@ -25,6 +25,8 @@ SUFFIX = ".frames"
 OUTCOME = "outcome"
 MARKER = "esper-otel-spool"
 PHASES = "phases"
+EVENTS = "events"
+JOURNALS = (PHASES, EVENTS)  # the order of their numbers in the file of what was acknowledged
 _ACKNOWLEDGED = "acknowledged"
 _MARKER_TEXT = b"esper_otel spool 1\nSteps that an endpoint has not acknowledged. The next session here sends them.\n"
 _SEQUENCE = struct.Struct("<Q")
@@ -35,7 +37,7 @@ _MOST_OUTCOME_BYTES = 1_000
 _MOST_SHOWN = 3
 _NAME = re.compile(r"\d+-\d+-[0-9a-f]+")
 _NEW = "new-"
-_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|({_NEW})?{PHASES}|\d{{8}}\{SUFFIX}")
+_OUR_FILES = re.compile(rf"{_ACKNOWLEDGED}|{OUTCOME}|{MARKER}|({_NEW})?({PHASES}|{EVENTS})|\d{{8}}\{SUFFIX}")
 
 # A POSIX lock belongs to the process and ends when any descriptor of the file is closed, so it cannot separate two
 # sessions within one process. This table holds the folders that sessions of this process own, by device and inode.
@@ -54,7 +56,7 @@ class Folder:
     Attributes:
         path: the folder's path, for messages.
         acknowledged: sequence of the last frame that is no longer needed.
-        acknowledged_phases: the same of phases.
+        acknowledged_entries: number of the last entry of each journal that is no longer needed.
     """
 
     def __init__(self, path: Path, descriptor: int, lock: int) -> None:
@@ -68,7 +70,9 @@ class Folder:
             raise
         self._identity = _identity(os.fstat(descriptor))
         self.acknowledged: int = self._noted(0)
-        self.acknowledged_phases: int = self._noted(_SEQUENCE.size)
+        self.acknowledged_entries: dict[str, int] = {
+            name: self._noted(place * _SEQUENCE.size) for place, name in enumerate(JOURNALS, 1)
+        }
 
     @classmethod
     def create(cls, directory: Path) -> Folder:
@@ -114,11 +118,12 @@ class Folder:
             os.pwrite(self._state, _SEQUENCE.pack(sequence), 0)
             self.acknowledged = sequence
 
-    def acknowledge_phases(self, number: int) -> None:
-        """Records that the phases up to this one are no longer needed."""
-        if number > self.acknowledged_phases:
-            os.pwrite(self._state, _SEQUENCE.pack(number), _SEQUENCE.size)
-            self.acknowledged_phases = number
+    def acknowledge_entries(self, name: str, number: int) -> None:
+        """Records that the entries of a journal up to this one are no longer needed."""
+        if number > self.acknowledged_entries[name]:
+            place = (JOURNALS.index(name) + 1) * _SEQUENCE.size
+            os.pwrite(self._state, _SEQUENCE.pack(number), place)
+            self.acknowledged_entries[name] = number
 
     def _noted(self, place: int) -> int:
         noted = os.pread(self._state, _SEQUENCE.size, place)
@@ -179,6 +184,11 @@ class Folder:
         """Deletes a file of frames."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._descriptor)
+
+    def delete_frames(self) -> None:
+        """Deletes all files of frames."""
+        for name in self.segments():
+            self.delete(name)
 
     def note_outcome(self, outcome: str) -> None:
         """Stores how the run ended, for the later session that sends the frames."""

@@ -121,7 +121,7 @@ def largest_seed_point(ids: tuple[str, ...]) -> int:
     return max((len(_seed_record(len(seed_id.encode()))) for seed_id in ids), default=0)
 
 
-class _Alike(NamedTuple):
+class _AlikeSeeds(NamedTuple):
     """Seeds whose points have the same length: their rows, a record for each, and the layout of time and value."""
 
     rows: list[int]
@@ -130,7 +130,7 @@ class _Alike(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _alike(ids: tuple[str, ...]) -> tuple[_Alike, ...]:
+def _alike(ids: tuple[str, ...]) -> tuple[_AlikeSeeds, ...]:
     texts = [seed_id.encode() for seed_id in ids]
     by_length: dict[int, list[int]] = {}
     for row, text in enumerate(texts):
@@ -140,7 +140,7 @@ def _alike(ids: tuple[str, ...]) -> tuple[_Alike, ...]:
         record = _seed_record(length)
         head = record[: len(record) - length]
         records = np.frombuffer(b"".join(head + texts[row] for row in rows), np.uint8).reshape(len(rows), len(record))
-        alike.append(_Alike(rows, records, _layout(record)))
+        alike.append(_AlikeSeeds(rows, records, _layout(record)))
     return tuple(alike)
 
 

@@ -22,7 +22,10 @@ from esper_otel.export.proxies import way_of
 from esper_otel.export.token import Headers
 from esper_otel.native import threads
 
-_METHOD = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
+_METHODS = {
+    "metrics": "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
+    "logs": "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
+}
 
 _CONNECTING = re.compile("failed to connect to all|errors resolving|dns resolution failed|socket closed")
 # Texts of gRPC itself. INTERNAL or UNKNOWN with another text is from the endpoint and means that it refuses the data.
@@ -75,7 +78,7 @@ class GrpcSender:
         self._channel.close()
 
     def _exchanged(self, body: bytes, timeout_s: float, left_s: float) -> Outcome:
-        call: Any = self._channel.unary_unary(_METHOD, bytes, bytes)
+        call: Any = self._channel.unary_unary(_METHODS[self._endpoint.signal], bytes, bytes)
         try:
             answer = call(body, timeout=left_s, metadata=self._headers.now())
         except grpc.RpcError as error:
@@ -137,13 +140,14 @@ class GrpcSender:
         elif code.name in {"RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "UNKNOWN"} and _TOO_LARGE.search(words.lower()):
             result = Result.TOO_LARGE
         elif code is StatusCode.UNIMPLEMENTED:
-            result, reason = Result.TEMPORARY, f"{target} takes no OTLP metrics over gRPC: {words}"
+            result, reason = Result.TEMPORARY, f"{target} takes no OTLP {self._endpoint.signal} over gRPC: {words}"
         elif code.name in _TEMPORARY:
             result = Result.TEMPORARY
             if _CONNECTING.match(words.lower()):  # the text of gRPC itself: there is no connection
                 self._open_again()
                 reason = meaning(words, self._endpoint) or reason
-        return Outcome(result, reason, _retry_delay_s(error) if result is Result.TEMPORARY else None)
+        retry_after_s = _retry_delay_s(error) if result is Result.TEMPORARY else None
+        return Outcome(result, reason, retry_after_s, is_missing=code is StatusCode.UNIMPLEMENTED)
 
 
 def _credentials(endpoint: Endpoint) -> grpc.ChannelCredentials:

@@ -30,10 +30,11 @@ from esper_otel.export.token import Headers
 from esper_otel.native import has_greenlet_sockets, threads
 from esper_otel.untraced import untraced
 
-_OTHER_PATH = ": it takes no OTLP metrics at this path (usual is /v1/metrics)"
+_OTHER_PATH = ": it takes no OTLP {signal} at this path (usual is /v1/{signal})"
+_MISSING = (404, 405, 501)
 _STATUS = {
     **dict.fromkeys((408, 429, 502, 503, 504), (Result.TEMPORARY, "")),
-    **dict.fromkeys((404, 405, 501), (Result.TEMPORARY, _OTHER_PATH)),
+    **dict.fromkeys(_MISSING, (Result.TEMPORARY, _OTHER_PATH)),
     **dict.fromkeys((401, 403), (Result.UNAUTHENTICATED, ": credentials refused ({variable})")),
     407: (Result.UNAUTHENTICATED, ": the proxy refuses the credentials ({proxy})"),
     413: (Result.TOO_LARGE, ""),
@@ -79,7 +80,7 @@ class HttpSender:
         """See ``Sender``."""
         deadline_s = time.monotonic() + timeout_s
         if self._endpoint.protocol == "http/json":
-            body = json_of(body)
+            body = json_of(body, self._endpoint.signal)
         if self._endpoint.compression == "gzip":
             body = gzip.compress(body, 1)
         elif self._endpoint.compression == "deflate":
@@ -169,9 +170,12 @@ class HttpSender:
             result,
             (f"{reason}: {said}" if said else reason)
             + hint.format(
-                variable=self._headers.variable, proxy=proxy.variable if proxy else "HTTP_PROXY, HTTPS_PROXY"
+                signal=self._endpoint.signal,
+                variable=self._headers.variable,
+                proxy=proxy.variable if proxy else "HTTP_PROXY, HTTPS_PROXY",
             ),
             _retry_after_s(response.headers.get("Retry-After", "")) if is_busy else None,
+            is_missing=status in _MISSING,
         )
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
@@ -15,10 +15,21 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 from esper_otel._version import __version__
 from esper_otel.errors import InvalidCatalogue
 from esper_otel.export.cardinality import SeedParts, limit_of
+from esper_otel.export.device_points import DEVICE_SCOPE, DevicePoint
+from esper_otel.export.scopes import SCHEMA_URL
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import Frame
 from esper_otel.log import Warnings
-from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS, SEED_FIELDS, SEED_RETIRED, Metric
+from esper_otel.schema import (
+    DEVICE_INFO,
+    FRAME_POINTS,
+    FRAME_SEQUENCE,
+    SEED_CELLS,
+    SEED_FIELDS,
+    SEED_RETIRED,
+    TWINS,
+    Metric,
+)
 
 _FIELD_OF = {metric.name: field for metric, field in zip(SEED_CELLS, SEED_FIELDS, strict=True)}
 _UNSHOWN = ("esper.seeds.unshown", "")
@@ -30,6 +41,7 @@ _FIX = (
     "give the provider View(instrument_name='kasmina.seed.*', aggregation_cardinality_limit=N) and the same for "
     "'esper.seed.*', with N above the number of seed ids to expect; the steps sent over OTLP always have all seeds"
 )
+_OF_DEVICE = frozenset({DEVICE_INFO, *(twin.metric for twin in TWINS)})
 _NOT_INSTRUMENTS = frozenset({FRAME_SEQUENCE.name, FRAME_POINTS.name, SEED_RETIRED.name})
 
 Attributes = Mapping[str, str | int]
@@ -51,6 +63,9 @@ class InstrumentedSession(Protocol):
     def counts(self) -> Mapping[tuple[str, str], float]:
         """Returns the session's own metrics by name and part; the part is empty for a metric that is not split."""
 
+    def device_points(self) -> Sequence[DevicePoint]:
+        """Returns what is known of the device."""
+
 
 class _Reading(NamedTuple):
     """The values of one session in one collect; its seeds are grouped by the part that reports them."""
@@ -59,6 +74,7 @@ class _Reading(NamedTuple):
     seeds: Mapping[int, list[tuple[Attributes, Mapping[str, float]]]]
     counts: Mapping[tuple[str, str], float]
     attributes: Attributes
+    device: Sequence[DevicePoint] = ()
 
 
 class _Pin(threading.local):
@@ -79,7 +95,8 @@ class Instruments:
 
     def __init__(self, provider: MeterProvider) -> None:
         self._provider = weakref.ref(provider)
-        self._meter: Meter = provider.get_meter("esper_otel", __version__)
+        self._meter: Meter = provider.get_meter("esper_otel", __version__, SCHEMA_URL)
+        self._meter_of_device: Meter = provider.get_meter(DEVICE_SCOPE, __version__, SCHEMA_URL)
         self._lock = threading.Lock()
         self._declared: dict[str, Metric] = {}
         self._bits = itertools.count()
@@ -108,7 +125,7 @@ class Instruments:
                 raise InvalidCatalogue(faults)
             new = [metric for metric in metrics if metric.name not in self._declared]
             self._declared.update({metric.name: metric for metric in new})  # a collect may ask a new callback at once
-            made = {metric.name: self._register(metric, self._meter) for metric in new}
+            made = {metric.name: self._register(metric, self._meter_of(metric)) for metric in new}
             of_seeds = [instrument for name, instrument in made.items() if self._declared[name].level == "seed"]
             if of_seeds:  # all seed metrics are from the catalogue and are registered by the first session
                 self._room = SeedParts(limit_of(self._provider(), of_seeds))
@@ -120,6 +137,9 @@ class Instruments:
         with self._lock:
             self._sources = tuple(other for other in self._sources if other is not source)
 
+    def _meter_of(self, metric: Metric) -> Meter:
+        return self._meter_of_device if metric in _OF_DEVICE else self._meter
+
     def _register(self, metric: Metric, meter: Meter, part: int = 0) -> object:
         bit = 1 << next(self._bits)
 
@@ -127,18 +147,22 @@ class Instruments:
             readings = self._pinned(bit)
             if metric.level == "seed":
                 return self._of_seeds(metric.name, part, readings)
+            if metric in _OF_DEVICE:
+                return self._of_device(metric.name, readings)
             return (self._of_step if metric.level == "step" else self._of_session)(metric.name, readings)
 
-        create: Callable[..., object] = (
-            meter.create_observable_counter if metric.kind == "counter" else meter.create_observable_gauge
-        )
-        return create(metric.name, [callback], metric.unit, metric.description)
+        creators: dict[str, Callable[..., object]] = {
+            "counter": meter.create_observable_counter,
+            "updowncounter": meter.create_observable_up_down_counter,
+            "gauge": meter.create_observable_gauge,
+        }
+        return creators[metric.kind](metric.name, [callback], metric.unit, metric.description)
 
     def _add_parts(self, wanted: int) -> None:
         """Registers further sets of seed instruments, each in its own scope, up to the wanted number and the limit."""
         provider = self._provider()
         while provider is not None and self._parts < min(wanted, self._room.parts):
-            meter = provider.get_meter(f"esper_otel.seeds.{self._parts + 1}", __version__)
+            meter = provider.get_meter(f"esper_otel.seeds.{self._parts + 1}", __version__, SCHEMA_URL)
             for metric in SEED_CELLS:
                 self._register(metric, meter, self._parts)
             self._parts += 1
@@ -158,8 +182,9 @@ class Instruments:
 
     def _read(self, source: InstrumentedSession) -> _Reading:
         attributes, counts, frame = source.attributes, source.counts(), source.newest_frame()
+        device = source.device_points()
         if frame is None:
-            return _Reading({}, {}, counts, attributes)
+            return _Reading({}, {}, counts, attributes, device)
         seeds: dict[int, list[tuple[Attributes, Mapping[str, float]]]] = {}
         unshown = 0
         owner = tuple(attributes.items())
@@ -170,7 +195,7 @@ class Instruments:
             else:
                 seeds.setdefault(part, []).append(({**attributes, "seed_id": seed_id}, cells))
         values = {**source.probed(), **frame.values(), "esper.seeds.digest": digest_of(frame.live.ids)}
-        return _Reading(values, seeds, {**counts, _UNSHOWN: unshown}, attributes)
+        return _Reading(values, seeds, {**counts, _UNSHOWN: unshown}, attributes, device)
 
     def _look_ahead(self) -> None:
         """Adds instruments for the seeds of the next collects; warns when the limit is near or reached."""
@@ -211,6 +236,15 @@ class Instruments:
             for reading in readings
             for attributes, cells in reading.seeds.get(part, ())
             if math.isfinite(cells.get(field, math.nan))
+        ]
+
+    @staticmethod
+    def _of_device(name: str, readings: tuple[_Reading, ...]) -> list[Observation]:
+        return [
+            Observation(value, {**attributes, **reading.attributes})
+            for reading in readings
+            for metric, value, attributes in reading.device
+            if metric.name == name
         ]
 
     def _of_session(self, name: str, readings: tuple[_Reading, ...]) -> list[Observation]:

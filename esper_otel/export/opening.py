@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from opentelemetry.sdk.resources import Resource
 
+from esper_otel.export.device_points import DevicePoint
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.event_exporter import EventExporter
+from esper_otel.export.event_source import EventSource, ReaderOf
 from esper_otel.export.exporter import StepExporter
-from esper_otel.export.phase_file import PhaseFile
+from esper_otel.export.folder import EVENTS, PHASES
+from esper_otel.export.journal_file import JournalFile
 from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import Variables
+from esper_otel.frames.events import EventLog
 from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import PhaseLog
+from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import Metric
 from esper_otel.settings import EsperSettings
 
 _LONGEST_S = 3600.0
+
+
+class EventWiring(NamedTuple):
+    """What sending events needs.
+
+    Attributes:
+        endpoint: where logs are sent.
+        log: the session's events.
+        reader_of: makes readers of frames.
+        run_of: returns the session's run; None before its first step, since its name may change until then.
+    """
+
+    endpoint: Endpoint
+    log: EventLog
+    reader_of: ReaderOf
+    run_of: Callable[[], Run | None]
 
 
 def _every_s(settings: EsperSettings) -> float:
@@ -49,13 +72,19 @@ def open_exporter(
     *,
     phases: PhaseLog,
     run_of: Callable[[], Run],
+    settled_run: Callable[[], Run],
     prepare: Callable[[], None],
     health: Callable[[], Mapping[tuple[str, str], float]],
     idle_ns: Callable[[int], int | None],
     fault: Callable[[str, Exception], None],
     warnings: Warnings,
+    events: EventWiring | None = None,
+    device: Callable[[], Sequence[DevicePoint]] = tuple,
 ) -> StepExporter:
     """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
+
+    ``run_of`` returns the run as it is known now, for the file of phases; ``settled_run`` the run that its ranks agree
+    on, and is called if the session closes without any step.
 
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
@@ -66,15 +95,25 @@ def open_exporter(
         spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
     phase_file = None
     if spool is not None:
-        phase_file = PhaseFile(spool.folder, phases, run_of, resource_of, warnings)
-
-    def encoder_of(metrics: Mapping[str, Metric], resources: Callable[[Run], Resource]) -> Encoder:
-        return Encoder(metrics, resources)
+        phase_file = JournalFile(spool.folder, PHASES, phases, run_of, resource_of, warnings)
 
     def leftovers() -> Iterable[LeftoverSource]:
         if directory is None:
             return ()
-        return leftovers_in(directory, encoder_of, fault, most_bytes=settings.spool_bytes, warnings=warnings)
+        reader_of = None if events is None else events.reader_of
+        most_bytes = settings.spool_bytes
+        return leftovers_in(directory, Encoder, fault, most_bytes=most_bytes, warnings=warnings, reader_of=reader_of)
+
+    def live_events() -> EventExporter:
+        assert events is not None
+        file = None if spool is None else JournalFile(spool.folder, EVENTS, events.log, run_of, resource_of, warnings)
+        return EventExporter(
+            open_sender(events.endpoint, token_for(events.endpoint, endpoint, settings.token_file)),
+            EventSource(events.reader_of(events.log), file, _resource_of(events.run_of, resource_of)),
+            timeout_s=events.endpoint.timeout_s,
+            fault=fault,
+            warnings=warnings,
+        )
 
     def prepared() -> None:
         prepare()
@@ -83,7 +122,7 @@ def open_exporter(
 
     return StepExporter(
         ring,
-        encoder_of(catalogue, resource_of),
+        Encoder(catalogue, resource_of),
         open_sender(endpoint, settings.token_file),
         every_s=_every_s(settings),
         timeout_s=endpoint.timeout_s,
@@ -96,5 +135,22 @@ def open_exporter(
         leftovers=leftovers,
         phases=phases,
         phase_file=phase_file,
-        run_of=run_of,
+        run_of=settled_run,
+        events=None if events is None else live_events(),
+        device=device,
     )
+
+
+def _resource_of(
+    run_of: Callable[[], Run | None], resource_of: Callable[[Run], Resource]
+) -> Callable[[], Resource | None]:
+    def of_session() -> Resource | None:
+        run = run_of()
+        return None if run is None else resource_of(run)
+
+    return of_session
+
+
+def token_for(endpoint: Endpoint, of_steps: Endpoint, token_file: Path | None) -> Path | None:
+    """Returns the token file for the endpoint of events: only the host that steps go to gets the token."""
+    return token_file if endpoint.host == of_steps.host else None

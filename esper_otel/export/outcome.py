@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 MAX_ANSWER_BYTES = 1024 * 1024
 _MOST_CHARACTERS = 300
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 5.0  # short, so that the end of an outage or a corrected token is noticed soon
+_LONGEST_ASKED_S = 30.0
 
 
 class Result(Enum):
@@ -30,26 +34,39 @@ class Outcome(NamedTuple):
         result: the result, which decides what happens to the data.
         reason: the reason in words. Empty after full success, unless the endpoint added a remark.
         retry_after_s: how long the endpoint asks to wait before a retry; None when it does not ask.
-        rejected_points: points that the endpoint rejected from a request that it otherwise accepted.
+        rejected_points: points, or log records, that the endpoint rejected from a request that it otherwise accepted.
+        is_missing: whether the endpoint is there, but does not take this kind of telemetry.
     """
 
     result: Result
     reason: str = ""
     retry_after_s: float | None = None
     rejected_points: int = 0
+    is_missing: bool = False
 
 
 CLOSED = Outcome(Result.TEMPORARY, "the session was closed before the endpoint answered")
 
 
 def delivered(body: bytes, said: Callable[[str], str]) -> Outcome:
-    """Returns the outcome in the body of a successful answer; ``said`` cleans the endpoint's text for display."""
+    """Returns the outcome in the body of a successful answer; ``said`` cleans the endpoint's text for display.
+
+    An ExportLogsServiceResponse has the same fields under other names.
+    """
     try:
         partial = ExportMetricsServiceResponse.FromString(body).partial_success
     except DecodeError:  # the status was a success, so the request was accepted
         return Outcome(Result.DELIVERED)
     # A negative number would lower the counter of rejected points.
     return Outcome(Result.DELIVERED, said(partial.error_message), rejected_points=max(partial.rejected_data_points, 0))
+
+
+def pause_s(failures: int, outcome: Outcome | None = None) -> float:
+    """Returns how long to wait after so many failures: what the endpoint asked for, or an exponential back-off."""
+    if outcome is not None and outcome.retry_after_s is not None:
+        return min(outcome.retry_after_s, _LONGEST_ASKED_S)
+    longest_s = min(_FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10), _LONGEST_PAUSE_S)
+    return longest_s * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 def one_line(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 
 from esper_otel.export.scopes import attribute, set_scope, stream
-from esper_otel.frames.phases import Phase
+from esper_otel.frames.phase_log import Phase
 from esper_otel.schema import Metric
 
 PHASE_SCOPE = "esper_otel.phases"

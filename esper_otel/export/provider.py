@@ -18,6 +18,7 @@ from esper_otel.export.config_file import VARIABLE as CONFIG_FILE
 from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
+_LOGS_EXPORTER = "OTEL_LOGS_EXPORTER"
 _GROUP = "opentelemetry_metrics_exporter"
 # Name patterns of the instruments of seed metrics.
 _OF_SEEDS = ("kasmina.seed.*", "esper.seed.*")
@@ -117,6 +118,21 @@ def exporters_for(*, has_provider: bool, export_steps: bool | None, is_silent: b
     if export_steps is None:
         return exporters
     return exporters._replace(steps=export_steps, off="" if export_steps else "export_steps=False")
+
+
+class EventsExporter(NamedTuple):
+    """Whether events are sent as OTLP logs, and by which protocol, if the exporter's name determines it."""
+
+    is_on: bool
+    protocol: str | None
+
+
+def events_exporter(environ: Mapping[str, str] = os.environ) -> EventsExporter:
+    """Reads ``OTEL_LOGS_EXPORTER``: events are sent if it names ``otlp``. Its other exporters are not for events."""
+    _, setting = Variables(environ).text(_LOGS_EXPORTER)
+    words = [part.strip().lower() for part in setting.split(",")]
+    protocols = [_PROTOCOLS[word] for word in words if word in _PROTOCOLS]
+    return EventsExporter(bool(protocols), protocols[0] if protocols else None)
 
 
 class OwnProvider(MeterProvider):

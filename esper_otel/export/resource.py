@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.util.types import AnyValue
@@ -34,13 +35,16 @@ def resource_for(run: Run) -> Resource:
 
 
 def resources(
-    settings: Mapping[str, str] = _NO_SETTINGS, environ: Mapping[str, str] = os.environ
+    settings: Mapping[str, str] = _NO_SETTINGS,
+    environ: Mapping[str, str] = os.environ,
+    parallel: Mapping[str, int] = MappingProxyType({}),
 ) -> Callable[[Run], Resource]:
     """Detects the process's attributes now and returns a function that makes the Resource of a run from them.
 
     Args:
         settings: the session's settings that differ from the defaults; sent as one text, ``esper.settings``.
         environ: where the name of a configuration file, and the variables of the launcher, are looked for.
+        parallel: the process's place along each parallel dimension.
 
     ``service.instance.id`` and the ``esper.*`` attributes that the run sets always override other values, because
     receivers use them to reassemble frames and packets. For all other attributes, ``OTEL_SERVICE_NAME``,
@@ -61,10 +65,12 @@ def resources(
     for name in _NEVER:
         found.pop(name, None)
     of_process = {**_process(), **place(environ), **found}
-    about_settings = {"esper.settings": settings_text(settings)} if settings else {}
+    ours: dict[str, str | int] = {f"esper.parallel.{name}": number for name, number in parallel.items()}
+    if settings:
+        ours["esper.settings"] = settings_text(settings)
 
     def of_run(run: Run) -> Resource:
-        attributes: dict[str, AnyValue] = {**of_process, **_identity(run), **about_settings}
+        attributes: dict[str, AnyValue] = {**of_process, **_identity(run), **ours}
         return Resource({name: _valid_text(value) for name, value in attributes.items()}, detected.schema_url)
 
     return of_run

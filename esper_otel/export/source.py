@@ -16,13 +16,14 @@ from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import MAX_POINTS, Encoder
-from esper_otel.export.folder import Folder, abandoned
-from esper_otel.export.phase_file import PhaseFile, stored_phases
+from esper_otel.export.event_source import EventSource, ReaderOf, left_in, waiting_in
+from esper_otel.export.folder import PHASES, Folder, abandoned
+from esper_otel.export.journal_file import JournalFile, stored_entries
 from esper_otel.export.spool import Spool
 from esper_otel.export.streams import Streams
 from esper_otel.frames.block import Block, Chunk
-from esper_otel.frames.frame import Run
-from esper_otel.frames.phases import Phase, PhaseLog
+from esper_otel.frames.frame import KILLED, Run
+from esper_otel.frames.phase_log import Phase, PhaseLog, checked_phase
 from esper_otel.frames.records import Damage, StoredContext, StoredResource, chunks_in
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
@@ -30,8 +31,8 @@ from esper_otel.schema import METRICS, Metric
 
 _MS = 1_000_000
 _MOST_MISSING = 2**32  # frames in one gap; a larger gap is a damaged number and does not count as lost frames
-KILLED = "killed"
 _PHASES_AT_ONCE = 1_000
+_NO_EVENTS = "%d events that an earlier session left in %s are dropped: OTEL_LOGS_EXPORTER does not name otlp"
 
 # Makes an encoder from a catalogue and a function that returns a run's Resource.
 EncoderOf = Callable[[Mapping[str, Metric], Callable[[Run], Resource]], Encoder]
@@ -53,6 +54,7 @@ class FrameSource(Protocol):
         has_said_goodbye: whether the ends of all series have been sent or are queued in ``beside``.
         sent_unix_ns: the newest time of what was sent, other than health.
         start_unix_ns: when the totals of the phases were 0.
+        events: what happens in the run; None if events are not sent, or the session has noted none.
     """
 
     encoder: Encoder
@@ -64,6 +66,7 @@ class FrameSource(Protocol):
     has_said_goodbye: bool
     sent_unix_ns: int
     start_unix_ns: int
+    events: EventSource | None
 
     def phases(self, until_unix_ns: int | None) -> list[Phase]:
         """Returns phases that wait, oldest first, up to the first that ended after a time; None: all."""
@@ -124,7 +127,7 @@ def _gathered(
     return blocks, gone
 
 
-def put_goodbye(source: FrameSource, health: ScopeMetrics | None, time_unix_ns: int, fault: Fault) -> None:
+def put_goodbye(source: FrameSource, health: Sequence[ScopeMetrics], time_unix_ns: int, fault: Fault) -> None:
     """Queues the outcome of the run and the end of every series. An internal error in one does not affect the other."""
     if source.run is None:
         return
@@ -133,8 +136,8 @@ def put_goodbye(source: FrameSource, health: ScopeMetrics | None, time_unix_ns: 
         bodies += source.encoder.stale(source.run, source.streams.all_ended(), time_unix_ns=time_unix_ns, health=health)
     except Exception as error:  # noqa: BLE001 - the outcome of the run is still sent
         fault("ending the series", error)
-    if not bodies and health is not None:
-        bodies.append(source.encoder.alone(source.run, health))
+    if not bodies and health:
+        bodies.append(source.encoder.alone(source.run, *health))
     source.beside.extend(bodies)
 
 
@@ -149,10 +152,12 @@ class LiveSource:
         encoder: Encoder,
         spool: Spool | None,
         log: PhaseLog | None = None,
-        phase_file: PhaseFile | None = None,
+        phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
+        events: EventSource | None = None,
     ) -> None:
         self.encoder = encoder
+        self.events: EventSource | None = events
         self.sent_unix_ns: int = 0
         self._log = log or PhaseLog()
         self.start_unix_ns: int = self._log.start_unix_ns
@@ -231,12 +236,14 @@ class LeftoverSource:
         folder: the folder.
         encoder_of: makes an encoder for the metrics found in the folder.
         fault: called with internal errors.
+        events: what has happened in the run, if it is to be sent.
     """
 
     lost = "spool damaged"
 
-    def __init__(self, folder: Folder, encoder_of: EncoderOf, fault: Fault) -> None:
+    def __init__(self, folder: Folder, encoder_of: EncoderOf, fault: Fault, events: EventSource | None = None) -> None:
         self.folder = folder
+        self.events: EventSource | None = events
         self._fault = fault
         self.streams: Streams = Streams()
         self.run: Run | None = None
@@ -245,7 +252,8 @@ class LeftoverSource:
         self.has_said_goodbye: bool = False
         self.deleted: int = 0
         self._stored = StoredContext()
-        self._phases = stored_phases(folder)
+        self._phases = stored_entries(folder, PHASES, checked_phase, folder.acknowledged_entries[PHASES])
+        self._waiting_phases = deque(self._phases.entries)
         if self._phases.run is not None and self._phases.resource is not None:
             resource = self._phases.resource
             self._stored.resources[self._phases.run] = StoredResource(resource.attributes, resource.schema_url)
@@ -263,14 +271,14 @@ class LeftoverSource:
 
     def phases(self, until_unix_ns: int | None) -> list[Phase]:
         """See ``FrameSource.phases``."""
-        some = islice(self._phases.phases, _PHASES_AT_ONCE)
+        some = islice(self._waiting_phases, _PHASES_AT_ONCE)
         return list(takewhile(lambda phase: until_unix_ns is None or phase.end_unix_ns <= until_unix_ns, some))
 
     def phases_delivered(self, number: int) -> None:
         """See ``FrameSource.phases_delivered``."""
-        while self._phases.phases and self._phases.phases[0].number <= number:
-            self._phases.phases.popleft()
-        self.folder.acknowledge_phases(number)
+        while self._waiting_phases and self._waiting_phases[0].number <= number:
+            self._waiting_phases.popleft()
+        self.folder.acknowledge_entries(PHASES, number)
 
     @property
     def phases_run(self) -> Run | None:
@@ -379,17 +387,18 @@ class LeftoverSource:
         """How the run ended; "killed" if it stored no outcome."""
         return self.folder.outcome or KILLED
 
-    def health(self, time_unix_ns: int) -> ScopeMetrics:
+    def health(self, time_unix_ns: int) -> Sequence[ScopeMetrics]:
         """Returns the metric that reports how the run ended."""
         ended = {("esper.run.ended", self.outcome): 1.0}
-        return self.encoder.health_scope(ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns)
+        return [self.encoder.health_scope(ended, start_unix_ns=time_unix_ns, time_unix_ns=time_unix_ns)]
 
     def say_goodbye(self) -> None:
         """Queues the outcome of the run and the end of every series."""
         self.has_said_goodbye = True
         if self.run is None:
             return
-        health, time_unix_ns = None, max(self.streams.last_unix_ns, self.sent_unix_ns) + _MS
+        health: Sequence[ScopeMetrics] = ()
+        time_unix_ns = max(self.streams.last_unix_ns, self.sent_unix_ns) + _MS
         try:
             health = self.health(time_unix_ns)
         except Exception as error:  # noqa: BLE001 - the series must still be ended
@@ -398,13 +407,26 @@ class LeftoverSource:
 
 
 def leftovers_in(
-    directory: Path, encoder_of: EncoderOf, fault: Fault, *, most_bytes: int, warnings: Warnings
+    directory: Path,
+    encoder_of: EncoderOf,
+    fault: Fault,
+    *,
+    most_bytes: int,
+    warnings: Warnings,
+    reader_of: ReaderOf | None = None,
 ) -> list[LeftoverSource]:
     """Takes over the folders that earlier sessions left in a spool directory, oldest first.
 
-    The oldest files are deleted until all folders together take at most ``most_bytes``.
+    The oldest files are deleted until all folders together take at most ``most_bytes``. ``reader_of`` makes readers of
+    their events; None if these are not to be sent.
     """
-    leftovers = [LeftoverSource(folder, encoder_of, fault) for folder in abandoned(directory, warnings)]
+    leftovers = []
+    for folder in abandoned(directory, warnings):
+        events = None if reader_of is None else left_in(folder, reader_of, warnings)
+        leftovers.append(LeftoverSource(folder, encoder_of, fault, events))
+        count = 0 if reader_of is not None else waiting_in(folder)
+        if count:
+            warnings.say("spool events", _NO_EVENTS, count, folder.path)
     sizes = [leftover.size for leftover in leftovers]
     while sum(sizes) > most_bytes:
         number = next(number for number, size in enumerate(sizes) if size)

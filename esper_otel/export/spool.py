@@ -27,7 +27,7 @@ _RETRY_S = 10.0
 _PRIVATE = 0o700  # metrics may be confidential
 
 
-class _Segment(NamedTuple):
+class _SpoolFile(NamedTuple):
     """A complete file: its name, its size, and the sequences of its first and last row."""
 
     name: str
@@ -79,7 +79,7 @@ class Spool:
         self._retry_at_s = 0.0
         self._name = ""
         self._size = self._first = self._last = 0
-        self._complete: list[_Segment] = []
+        self._complete: list[_SpoolFile] = []
         self._number = 0
         self._chunk: Chunk | None = None  # the rows read last, and those of the files that follow
         self._chunks: Iterator[Chunk] = iter(())
@@ -177,7 +177,7 @@ class Spool:
 
     def _renew(self) -> None:
         if self._size:
-            self._complete.append(_Segment(self._name, self._size, self._first, self._last))
+            self._complete.append(_SpoolFile(self._name, self._size, self._first, self._last))
         else:
             self._folder.delete(self._name)
         if self._file is not None:
@@ -216,7 +216,7 @@ class Spool:
         return chunk.block(start, min(start + limit, chunk.rows))
 
     def _chunks_after(self, sequence: int) -> Iterator[Chunk]:
-        for segment in [*self._complete, _Segment(self._name, self._size, self._first, self._last)]:
+        for segment in [*self._complete, _SpoolFile(self._name, self._size, self._first, self._last)]:
             if segment.last <= sequence:
                 continue
             try:
@@ -235,17 +235,25 @@ class Spool:
         while self._complete and self._complete[0].last <= sequence:
             self._folder.delete(self._complete.pop(0).name)
 
-    def close(self, outcome: str, *, is_delivered: bool) -> None:
-        """Closes the spool: deletes it if all is delivered, otherwise leaves it and the outcome to the next session."""
+    def close(self, outcome: str, *, is_delivered: bool, has_events: bool = False) -> None:
+        """Closes the spool: deletes it if all is delivered, otherwise leaves it and the outcome to the next session.
+
+        Args:
+            outcome: how the run ended.
+            is_delivered: whether all frames and phases are delivered.
+            has_events: whether events are not.
+        """
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
                 self._file = None
             try:
-                if is_delivered:
+                if is_delivered and not has_events:
                     self._folder.remove()
                 else:
                     try:
+                        if is_delivered:
+                            self._folder.delete_frames()
                         self._folder.note_outcome(outcome)
                     finally:
                         self._folder.release()

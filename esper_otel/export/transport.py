@@ -22,7 +22,7 @@ class Sender(Protocol):
     """Sends requests to one endpoint. Threads: one sends; ``close`` may be called from another."""
 
     def send(self, body: bytes, timeout_s: float) -> Outcome:
-        """Sends a serialized ExportMetricsServiceRequest and returns within ``timeout_s``.
+        """Sends a serialized request for the endpoint's signal and returns within ``timeout_s``.
 
         It does not raise an exception for any behaviour of the endpoint.
         """
@@ -48,7 +48,7 @@ def open_sender(endpoint: Endpoint, token_file: Path | None = None) -> Sender:
             headers.variable,
             endpoint.target,
         )
-    return _Steady(_of_protocol(endpoint, headers), headers)
+    return _SteadySender(_of_protocol(endpoint, headers), headers)
 
 
 def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
@@ -59,13 +59,13 @@ def _of_protocol(endpoint: Endpoint, headers: Headers) -> Sender:
     if endpoint.protocol == "file":
         from esper_otel.export.file_sender import FileSender
 
-        return FileSender(Path(endpoint.address))
+        return FileSender(Path(endpoint.address), signal=endpoint.signal)
     from esper_otel.export.http_sender import HttpSender
 
     return HttpSender(endpoint, headers)
 
 
-class _Steady:
+class _SteadySender:
     """Wraps the sender of either protocol: sends nothing in a forked child, and retries once with a renewed token.
 
     A child shares its parent's connection and must neither use nor close it; the parent's threads do not exist there.

@@ -33,7 +33,7 @@ _TO_DO = {
 
 
 @dataclass(frozen=True, slots=True)
-class Usual:
+class UsualLevels:
     """What is usual for a run, by its last hour, and how far above it a value alarms.
 
     Attributes:
@@ -54,11 +54,11 @@ class Usual:
 # Fixed thresholds of these signals fit one model only: losses and gradients have a scale of their own, and a large model
 # has slow steps. A threshold that the run sets itself is used as it is.
 _USUAL = {
-    "loss_spike": Usual(0.99, 3.0),
-    "loss_warning": Usual(0.99, 2.0),
-    "loss_volatility_high": Usual(0.99, 2.0),
-    "grad_variance_high": Usual(0.99, 3.0),
-    "step_latency_high": Usual(0.5, 1.5, has_floor=False, function="avg_over_time", pending="2m"),
+    "loss_spike": UsualLevels(0.99, 3.0),
+    "loss_warning": UsualLevels(0.99, 2.0),
+    "loss_volatility_high": UsualLevels(0.99, 2.0),
+    "grad_variance_high": UsualLevels(0.99, 3.0),
+    "step_latency_high": UsualLevels(0.5, 1.5, has_floor=False, function="avg_over_time", pending="2m"),
 }
 
 
@@ -126,7 +126,7 @@ def _risk(rule: Rule, naming: Naming, rules: Sequence[Rule]) -> Alert:
     return Alert(name, expression, rule.level.lower(), summary, _TO_DO[rule.name], pending)
 
 
-def _beyond(rule: Rule, usual: Usual | None, naming: Naming) -> str:
+def _beyond(rule: Rule, usual: UsualLevels | None, naming: Naming) -> str:
     """The runs whose metric is beyond its threshold: the run's own, or else what is usual for it, or the table's."""
     metric = "loss_delta" if rule.metric == LOSS_STEP else BY_KEY[rule.metric].name
     compare = ">=" if rule.is_inclusive else ">"
@@ -146,12 +146,14 @@ def recorded(naming: Naming) -> list[tuple[str, str]]:
     """Recording rules: when something came last, kept for longer than Prometheus looks back."""
     step = naming.labelled(f"timestamp({naming.name('esper.global_step')}{{{naming.runs}}})")
     ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')}{{{naming.runs}}})")
+    counts = naming.labelled(f"timestamp({naming.name('esper.frames.recorded')}{{{naming.runs}}})")
     wait = naming.select("input_wait_ms", naming.runs, over="5m", function="avg_over_time")
     step_ms = naming.select("step_latency_ms", naming.runs, over="5m", function="avg_over_time")
     cycle, own = _against_median("esper:cycle_ms:avg5m"), _against_median("esper:own_ms:avg5m")
     return [
         ("esper:last_step:timestamp_seconds", f"max by {_BY} ({step})"),
         ("esper:ended:timestamp_seconds", f"max by {_BY} ({ended})"),
+        ("esper:alive:timestamp_seconds", f"max by {_BY} ({counts})"),
         (
             "esper:input_wait:ratio5m",
             f"sum by {_BY} ({wait}) / on {_BY} (sum by {_BY} ({wait}) + on {_BY} sum by {_BY} ({step_ms}))",
@@ -191,13 +193,40 @@ def _sum_of_parts(naming: Naming) -> str:
 
 def others(naming: Naming) -> list[Alert]:
     """Alerts that people ask for in addition to the risks."""
-    return [_audible(alert, naming) for alert in (*_on_learning(naming), *_on_speed(), *_on_memory(naming))]
+    return [
+        _audible(alert, naming) for alert in (*_on_steps(), *_on_learning(naming), *_on_speed(), *_on_memory(naming))
+    ]
+
+
+def _on_steps() -> list[Alert]:
+    """Runs that take no steps."""
+    last = "max_over_time(esper:last_step:timestamp_seconds[6h])"
+    ended = "max_over_time(esper:ended:timestamp_seconds[6h])"
+    without = f"time() - {last} > 300 unless on {_BY} ({ended} >= on {_BY} {last})"
+    # Counts of the trainer go on during an evaluation; after half an hour without a step, a run may hang all the same.
+    paused = f"{last} > time() - 1800 and on {_BY} esper:alive:timestamp_seconds > time() - 120"
+    return [
+        Alert(
+            "EsperRunStuck",
+            f"{without} unless on {_BY} ({paused})",
+            "high",
+            f"no step of {_WHO} for {{{{ $value | humanizeDuration }}}}, and no word that it has ended",
+            "See whether its process lives. If it does: py-spy dump, or the collective that a rank waits in. If not: its log, "
+            "dmesg (out of memory), the scheduler.",
+        ),
+        Alert(
+            "EsperRunWithoutSteps",
+            f"{without} and on {_BY} ({paused})",
+            "warn",
+            f"no step of {_WHO} for {{{{ $value | humanizeDuration }}}}, but its process lives",
+            "An evaluation or a checkpoint may take as long. If it is neither: py-spy dump, or the collective that a rank "
+            "waits in.",
+        ),
+    ]
 
 
 def _on_learning(naming: Naming) -> list[Alert]:
     """Runs that no longer learn, or of which that cannot be told."""
-    last = "max_over_time(esper:last_step:timestamp_seconds[6h])"
-    ended = "max_over_time(esper:ended:timestamp_seconds[6h])"
     total = naming.select("loss", naming.runs, over="1m", function="sum_over_time")
     not_finite = f"max by {_BY} ({total}) * 0 != 0"
     nonfinite = naming.select("esper.values.nonfinite", naming.runs, over="10m", function="increase")
@@ -205,14 +234,6 @@ def _on_learning(naming: Naming) -> list[Alert]:
     grown = naming.labelled(f"increase({dropped}[10m])")
     new = naming.labelled(f"({dropped} unless {dropped} offset 10m)")
     return [
-        Alert(
-            "EsperRunStuck",
-            f"time() - {last} > 300 unless on {_BY} ({ended} >= on {_BY} {last})",
-            "high",
-            f"no step of {_WHO} for {{{{ $value | humanizeDuration }}}}, and no word that it has ended",
-            "See whether its process lives. If it does: py-spy dump, or the collective that a rank waits in. If not: its log, "
-            "dmesg (out of memory), the scheduler.",
-        ),
         Alert(
             "EsperLossNotFinite",
             not_finite,
@@ -347,6 +368,13 @@ PIPELINE = [
         "the esper gateway {{ $labels.instance }} loses points of runs: {{ $labels.reason }}",
         "Too many runs: send some of them to another gateway, or raise --limit runs. Too many points: let the collector "
         "send smaller batches. Too many seeds: retire those that are over. Its log names the limit.",
+    ),
+    Alert(
+        "EsperGatewayRefusingEvents",
+        "sum by (job, instance, reason) (increase(esper_gateway_refused_events_total[5m])) > 0",
+        "warn",
+        "the esper gateway {{ $labels.instance }} refuses events of runs: {{ $labels.reason }}",
+        "Too many: raise --limit events or all_events. Otherwise a processor on the way changes log records.",
     ),
     Alert(
         "EsperGatewayTooLate",

@@ -87,6 +87,9 @@ NO_SEEDS = _no_rows()
 # Outcomes of runs in which nothing went wrong, as far as is known.
 FINE = frozenset({"completed", "exit", "interrupted"})
 
+# That of a run whose process has left none.
+KILLED = "killed"
+
 # The attempt of a run of which it is not known yet; a Resource leaves it out.
 UNKNOWN_ATTEMPT = 0
 

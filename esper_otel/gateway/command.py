@@ -104,8 +104,8 @@ def _add_listeners(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="webhook for urgent signals, ends of runs, and runs that fall silent: JSON; slack+URL and "
-        "alertmanager+URL for their forms; may be repeated",
+        help="webhook for urgent signals, ends of runs, and runs that fall silent or take no steps: JSON; slack+URL "
+        "and alertmanager+URL for their forms; may be repeated",
     )
     told.add_argument(
         *("--notify-file",),
@@ -245,7 +245,7 @@ def _work(options: argparse.Namespace) -> int:
         ConfigurationError: confluent-kafka is not installed, or an option cannot be used.
     """
     try:
-        module = import_module("esper_otel.gateway.kafka.work")
+        module = import_module("esper_otel.gateway.kafka.member_process")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "confluent_kafka":
             raise

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple, Protocol
 
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
+from esper_otel.gateway.events.event_file import StoredEvent
+from esper_otel.gateway.events.run_events import RunEvents, events_message
 from esper_otel.gateway.faults import CREDENTIALS, Fault
-from esper_otel.gateway.hours.answer import hours_message
-from esper_otel.gateway.hours.hours import Hours
-from esper_otel.gateway.items import Item, Origin, Place, RunState
+from esper_otel.gateway.hours.accounts import Hours
+from esper_otel.gateway.hours.answer import NO_ACCOUNTS, hours_message
+from esper_otel.gateway.hours.file import AttemptRank
+from esper_otel.gateway.items import Item, Origin, Place, RunState, RunStatus
 from esper_otel.gateway.limits import Crowded, Limits
 from esper_otel.gateway.pages import (
     FREE,
@@ -35,13 +38,14 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.inflate import IDENTITY
-from esper_otel.gateway.receive.reading import Reader
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
-from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_senders
-from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, NOTHING_ENDED, KeptRequest, Store, StoredPage, StoreFull
-from esper_otel.gateway.store.database import Damaged
+from esper_otel.gateway.receive.request_reader import RequestReader
+from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredPage, StoreFull
+from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
+from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Page
@@ -49,6 +53,8 @@ from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
 from esper_otel.oona.publisher import Publisher
 from esper_otel.pull.messages import (
+    EventsRequest,
+    EventsResponse,
     HoursRequest,
     HoursResponse,
     PullRequest,
@@ -60,6 +66,7 @@ from esper_otel.pull.messages import (
 from esper_otel.schema import is_check
 
 MOST_PACKETS = 1000
+_USUAL_EVENTS, _MOST_EVENTS = 64, 1000
 _MOST_WAIT_S = 60.0
 _TIDY_EVERY_S, _TIDY_AGAIN_S = 10.0, 0.1
 # How long frames are released in a turn. Storing them belongs to the same turn and may take much longer: after a turn
@@ -77,20 +84,6 @@ class Answer(NamedTuple):
 
     rejected: int
     reason: str
-
-
-class KnownRun(NamedTuple):
-    """What is known of a run.
-
-    Attributes:
-        states: the state of each writer.
-        stored: how many of its steps are stored.
-        outcome: how the whole run ended; None while it has not.
-    """
-
-    states: Sequence[RunState]
-    stored: int
-    outcome: str | None
 
 
 class States(Protocol):
@@ -139,7 +132,7 @@ class Core:
         self._limits = limits or Limits()
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
         self._states: States = self._assembler  # where the states of writers are known
-        self._reader = Reader(limits, self._assembler.prepare)
+        self._reader = RequestReader(limits, self._assembler.prepare)
         self._rules = rules
         self._latency_budget_ms = latency_budget_ms
         self._unsaved: list[Item] = []
@@ -157,11 +150,13 @@ class Core:
         self._summing: asyncio.Task[None] | None = None
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
-        self._hours = Hours(store, store.folder if isinstance(store, FileStore) else None, self._warnings)
+        folder = store.folder if isinstance(store, FileStore) else None
+        self._hours = Hours(store, folder, self._warnings)
         self.changed: ChangedRuns = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
+        self._events = RunEvents(folder, self._limits, self.counts, self._warnings)
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason
         self.deferred: Counter[str] = Counter()  # likewise
@@ -171,7 +166,7 @@ class Core:
         if isinstance(store, FileStore):
             try:
                 self._restore(store)
-            except Damaged as error:
+            except DamagedStore as error:
                 store.begin_anew(error)
 
     # -- receiving ---------------------------------------------------------------------------------------
@@ -213,6 +208,32 @@ class Core:
         finally:
             self._schedule(time.monotonic())
 
+    async def take_logs(
+        self, body: bytes, *, is_json: bool = False, encoding: str = IDENTITY, grant: Grant | None = None
+    ) -> Answer:
+        """Accepts a request with log records; the events in it are stored when this returns, the others ignored.
+
+        Raises:
+            Malformed, TooLarge: the bytes are not a request, or decoding them would cost too much.
+            NotAllowed: the sender may not write to one of the runs.
+            StoreFull: the request could not be stored; the sender may retry it.
+        """
+        async with self._reader.reading_logs(body, is_json=is_json, encoding=encoding) as decoded:
+            runs = {event.sender.run.run_id for event in decoded.events}
+            if grant is not None:
+                check_runs(runs, grant)
+            try:
+                refused = await in_turns(self._events.taking(decoded.events, "" if grant is None else grant.tenant))
+            except StoreFull as error:
+                self.counts["store_failures"] += 1
+                self._warnings.say("store", "%s; senders are asked to retry", error)
+                raise
+            finally:
+                self.wake(map(_events_of, runs))
+            refused.update(decoded.refused)
+            self.counts["log_requests"] += 1
+            return Answer(refused.total(), self._events.note(refused, decoded.ignored))
+
     def _begin(
         self, body: bytes, decoded: DecodedRequest, *, is_json: bool, grant: Grant | None
     ) -> tuple[Generator[None, None, Acceptance], KeptRequest]:
@@ -223,6 +244,7 @@ class Core:
         taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
+        self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
@@ -446,7 +468,7 @@ class Core:
             self._fault("going on from stored steps", error)
             return
         outcome = self._store.outcomes().get(origin) if items else None
-        ended = NOTHING_ENDED if outcome is None else {origin: outcome}
+        ended = {} if outcome is None else {origin: outcome}
         if items:
             now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
             self._restored(items, ended, {}, places, now_s=now_s, tenant=tenant)
@@ -464,7 +486,7 @@ class Core:
         Raises:
             StoreFull: the frame could not be stored now; it will be stored with the next ones.
         """
-        self._assembler.restore([(item, False)], NOTHING_ENDED, now_s=time.monotonic())
+        self._assembler.restore([(item, False)], {}, now_s=time.monotonic())
         self._save([] if is_lost else [item])
 
     def end(self, outcomes: Mapping[Origin, str]) -> None:
@@ -481,6 +503,7 @@ class Core:
             self._warnings.say("store", "%s; runs that are too old are kept", error)
         for run_id in gone:
             self._warnings.say("expired", "run %s has sent nothing for too long: its steps were dropped", run_id)
+        self._events.drop(gone, self._store.run_ids())
         if self._summing is None:
             self._summing = asyncio.ensure_future(self._sum_up())
         again_s = _TIDY_AGAIN_S if len(gone) >= EXPIRED_AT_ONCE else _TIDY_EVERY_S
@@ -507,6 +530,7 @@ class Core:
             self._summing.cancel()
         self._reader.close()
         self._hours.close()
+        self._events.close()
         self._store.close()
 
     def end_waiting(self) -> None:
@@ -554,13 +578,13 @@ class Core:
         """Returns the ids of all runs that are known, without runs from a check."""
         return {run_id for run_id in {*self._store.run_ids(), *self._states.run_ids()} if not is_check(run_id)}
 
-    def state_of(self, run_id: str) -> KnownRun:
+    def state_of(self, run_id: str) -> RunStatus:
         """Returns what is known of a run."""
         states = self._states.states_of(run_id, time.monotonic())
         stored, ends = self._store.counts(run_id), self._store.outcomes(run_id)
         known = {state.origin for state in states}
         states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
-        return KnownRun(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
+        return RunStatus(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
         """Does the same as ``pulled``, and returns the page as a message."""
@@ -583,12 +607,19 @@ class Core:
                 found = await self._page(request, bounds)
             except UnknownRun:
                 if time.monotonic() >= deadline_s:
+                    self._check_has_steps(request.run_id)
                     raise
             else:
                 if found.steps or found.gap or time.monotonic() >= deadline_s:
                     return found
             if self._is_ending or not await self._news(request.run_id, deadline_s):
                 deadline_s = 0.0
+
+    def _check_has_steps(self, run_id: str) -> None:
+        """Raises UnknownRun with the outcome of a run that has ended before its first step."""
+        outcome = None if is_check(run_id) else outcomes(self._states.states_of(run_id, time.monotonic())).get(run_id)
+        if outcome is not None:
+            raise UnknownRun(f"run {run_id!r} has ended ({outcome}) before its first step")
 
     def _check_shard(self, request: PullRequest) -> None:
         """Raises BadRequest for a part of a run: only servers on Kafka have parts."""
@@ -614,7 +645,8 @@ class Core:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        return hours_message(await self.run_hours(request.run_id))
+        hours, accounts = await in_turns(self._accounting(request.run_id))
+        return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
 
     async def run_hours(self, run_id: str) -> RunHours:
         """Does the same, as plain values.
@@ -622,7 +654,42 @@ class Core:
         Raises:
             UnknownRun: nothing of the run is here.
         """
-        return await in_turns(self._hours.reading(run_id))
+        return (await in_turns(self._accounting(run_id)))[0]
+
+    def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
+        """Returns where the hours of a run went, and the accounts of its processes, in parts."""
+        return self._hours.accounting(run_id)
+
+    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
+        """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
+
+        Raises:
+            BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.
+            StoreFull: they cannot be read at present.
+        """
+        check_puller(request.run_id, grant)
+        if not 0 <= request.wait_s <= _MOST_WAIT_S or request.max_events > _MOST_EVENTS:
+            raise BadRequest(f"max_events must be at most {_MOST_EVENTS}, wait_s from 0 to {_MOST_WAIT_S:g}")
+        deadline_s = time.monotonic() + request.wait_s
+        rank = request.rank if request.HasField("rank") else None
+        while True:
+            found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
+            is_over = self._is_ending or time.monotonic() >= deadline_s
+            if found is not None and (found.events or is_over):
+                return events_message(found)
+            if is_over and self._store.holds(request.run_id):
+                return EventsResponse(cursor=request.cursor)
+            if is_over:
+                raise UnknownRun(f"nothing of run {request.run_id!r} is here")
+            await self._news(_events_of(request.run_id), deadline_s)
+
+    def newest_events(self, run_id: str, rank: int) -> list[StoredEvent]:
+        """Returns the newest events of a rank, oldest first."""
+        return self._events.newest(run_id, rank)
+
+    def events_mark(self, run_id: str) -> str:
+        """Returns a text that changes with each new event of a run; empty if it has none."""
+        return self._events.mark(run_id)
 
     def recent_steps(self, run_id: str) -> RecentSteps | None:
         """Returns the newest steps of a run's ranks; None if none of them is known."""
@@ -695,13 +762,19 @@ class Core:
             "dropped_steps": self._store.dropped,
             "waiting_pulls": sum(map(len, self._waiters.values())),
             "unsaved_steps": len(self._unsaved),
+            "missing_events": self._events.missing(),
         }
 
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
         made = {"made step bytes": (float(self._made.used), float(self._made.most))}
-        return {**self._assembler.use(), **self._store.use(), **bodies, **made}
+        return {**self._assembler.use(), **self._store.use(), **self._events.use(), **bodies, **made}
+
+    @property
+    def refused_events(self) -> Mapping[str, int]:
+        """Counts of events that were refused for good, by reason."""
+        return self._events.refused
 
     @property
     def damaged(self) -> Mapping[str, int]:
@@ -716,6 +789,11 @@ class Core:
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
+
+
+def _events_of(run_id: str) -> str:
+    """Returns under which name pullers wait for events of a run; no run has such a name."""
+    return f"events\0{run_id}"
 
 
 def _is_never(_run_id: str) -> bool:

@@ -12,7 +12,7 @@ from google.rpc.status_pb2 import Status  # type: ignore[import-untyped] # as ab
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.gateway.limits import Crowded
 from esper_otel.gateway.receive.request import Malformed, TooLarge, Unsupported
-from esper_otel.gateway.security import BadRequest, NotAllowed, Refused
+from esper_otel.gateway.security import BadRequest, NotAllowed, TokenRefused
 from esper_otel.gateway.store.base import StoreFull
 from esper_otel.log import Warnings
 
@@ -61,7 +61,7 @@ class Fault(NamedTuple):
 _TABLE: dict[type[Exception], tuple[grpc.StatusCode, int, float | None, str]] = {
     Malformed: (grpc.StatusCode.INVALID_ARGUMENT, 400, None, "malformed"),
     BadRequest: (grpc.StatusCode.INVALID_ARGUMENT, 400, None, "malformed"),
-    Refused: (grpc.StatusCode.UNAUTHENTICATED, 401, None, UNKNOWN_SENDER),
+    TokenRefused: (grpc.StatusCode.UNAUTHENTICATED, 401, None, UNKNOWN_SENDER),
     NotAllowed: (grpc.StatusCode.PERMISSION_DENIED, 403, None, OTHER_RUN),
     UnknownRun: (grpc.StatusCode.NOT_FOUND, 404, None, "unknown run"),
     StaleCursor: (grpc.StatusCode.FAILED_PRECONDITION, 409, None, "stale cursor"),

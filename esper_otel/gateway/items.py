@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ class RunState:
         first_time_unix_ns: the earliest time of a known step; 0 before the first release.
         last_step: the newest step released.
         last_time_unix_ns: time of the newest step.
-        last_received_unix_ns: when something last arrived from the writer.
+        last_received_unix_ns: when something last arrived from the writer: a step, or counts, a phase or an end.
         ended: its outcome (``completed``, an exception's type, a signal); None while it runs or is silent.
         resumed: whether it resumed the run (see ``launches``).
         is_silent: whether it has sent nothing for so long that it may be dead.
@@ -102,6 +103,7 @@ class RunState:
         settings: its settings that differ from the defaults, as text; empty if it has none.
         last_loss: the loss of the newest step, which may be NaN; None if it has none.
         validation_loss: the newest validation loss, which may be NaN; None if none is known.
+        step_received_unix_ns: when the newest step arrived; 0 before the first release.
         writers: number of live processes that claim this (run, attempt, rank).
         missing: frames that were skipped, between others that have arrived, and have not arrived since.
         unseen: frames before the first one that arrived: late, lost, or sent to another gateway.
@@ -133,3 +135,22 @@ class RunState:
     settings: str = ""
     last_loss: float | None = None
     validation_loss: float | None = None
+    step_received_unix_ns: int = 0
+
+    def is_without_steps(self, now_unix_ns: int, for_ns: int) -> bool:
+        """Returns whether it lives, but its newest step arrived longer ago than this, as in a long evaluation."""
+        return not self.is_silent and 0 < self.step_received_unix_ns < now_unix_ns - for_ns
+
+
+class RunStatus(NamedTuple):
+    """What is known of a run.
+
+    Attributes:
+        states: the state of each writer, in order.
+        stored: how many of its steps are stored.
+        outcome: how the whole run ended; None while it has not.
+    """
+
+    states: Sequence[RunState]
+    stored: int
+    outcome: str | None

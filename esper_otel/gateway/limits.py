@@ -33,6 +33,11 @@ class SharedPlaces:
         self.used += 1
         return True
 
+    def restore(self, tenant: str, count: int) -> None:
+        """Takes ``count`` places that a tenant had before a restart."""
+        self._of_tenant[tenant] += count
+        self.used += count
+
     def give_back(self, tenant: str, count: int) -> None:
         """Returns ``count`` places of a tenant."""
         self.used -= count
@@ -59,6 +64,8 @@ class Limits:
         waiting_points: points in waiting frames, over all runs.
         kept_bytes: memory for released frames that late points may still correct, over all runs.
         ends: stored ends of seeds' streams that lie in the future, over all runs.
+        events: stored events of one run.
+        all_events: stored events of all runs; a sender has no more of them than are still free.
         silent_s: a rank that has sent nothing for this long is forgotten.
     """
 
@@ -73,4 +80,6 @@ class Limits:
     waiting_points: int = 2_000_000
     kept_bytes: int = 128 * 1024 * 1024
     ends: int = 200_000
+    events: int = 10_000
+    all_events: int = 100_000
     silent_s: float = 6 * 3600.0

@@ -90,7 +90,7 @@ class MadeSteps:
             self.used -= len(self._steps.popitem(last=False)[1]) + _STEP_BYTES
 
 
-class Entries(Protocol):
+class EntrySource(Protocol):
     """Where pages read entries: a store, or what was fetched from elsewhere."""
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
@@ -98,7 +98,7 @@ class Entries(Protocol):
 
 
 async def page(
-    store: Entries,
+    store: EntrySource,
     request: PullRequest,
     made: Callable[[StoredFrame], bytes],
     steps: MadeSteps,
@@ -191,7 +191,7 @@ async def _made(
 
 
 async def packets_after(
-    store: Entries,
+    store: EntrySource,
     run_id: str,
     cursor: str,
     most: int,

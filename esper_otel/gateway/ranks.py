@@ -326,7 +326,7 @@ def _common(steps: Steps) -> Steps:
     return np.asarray(distinct[counts == len(steps)])
 
 
-class _Compared(NamedTuple):
+class _RankComparison(NamedTuple):
     """What the ranks took over the common steps. A number is NaN where nothing was recorded that it can be made from.
 
     Attributes:
@@ -344,7 +344,7 @@ class _Compared(NamedTuple):
     spreads: Times
 
 
-def _comparing(steps: Steps, times: Times, common: Steps) -> Generator[None, None, _Compared]:
+def _comparing(steps: Steps, times: Times, common: Steps) -> Generator[None, None, _RankComparison]:
     sums, means = (np.zeros((len(steps), len(_NAMES))) for _ in range(2))
     own_ms, cycle_ms = (np.zeros(len(steps)) for _ in range(2))
     having = np.zeros((len(common), len(_NAMES)), np.int64)  # ranks
@@ -367,7 +367,7 @@ def _comparing(steps: Steps, times: Times, common: Steps) -> Generator[None, Non
         largest = np.maximum(largest, np.where(there, values, -np.inf).max(axis=0))
         smallest = np.minimum(smallest, np.where(there, values, np.inf).min(axis=0))
         yield
-    return _Compared(sums, means, own_ms, cycle_ms, _mean(largest - smallest, having >= 2, axis=0))
+    return _RankComparison(sums, means, own_ms, cycle_ms, _mean(largest - smallest, having >= 2, axis=0))
 
 
 def _mean(values: Times, counted: npt.NDArray[np.bool_], axis: int) -> Times:
@@ -378,7 +378,7 @@ def _mean(values: Times, counted: npt.NDArray[np.bool_], axis: int) -> Times:
     return mean
 
 
-def _judge(answer: RanksResponse, compared: _Compared) -> None:
+def _judge(answer: RanksResponse, compared: _RankComparison) -> None:
     """Names the rank that stands out: by its cycle if ranks run independently, by its own time in lock-step.
 
     A rank for which that time is missing is compared with nobody.

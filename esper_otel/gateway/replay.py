@@ -7,8 +7,7 @@ import asyncio
 import math
 import time
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -25,12 +24,10 @@ from esper_otel.gateway.command import (
     until_told,
 )
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.items import Item, Origin, Place
+from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.serve.ports import Gateway
 from esper_otel.gateway.store.base import (
-    NO_TENANTS,
-    NOTHING_ENDED,
-    KeptRequest,
+    NewData,
     Store,
     StoredFrame,
     StoredPage,
@@ -129,7 +126,7 @@ class Player:
         self._speed = speed
         self._begin_ns = events[0].item.frame.time_unix_ns if events else 0
         self._started_s = time.monotonic()
-        self._shelf = Shelf()
+        self._shelf = ReplayStore()
         self.core: Core = Core(self._shelf, clock_ns=self._now_ns, **made)
 
     def _now_ns(self) -> int:
@@ -149,13 +146,11 @@ class Player:
         self.core.end(self._ended)
 
 
-class Shelf:
-    """A ``Store`` of the steps of one run, with holes where steps were lost."""
+class ReplayStore(Store):
+    """The steps of one run, with holes where steps were lost."""
 
     def __init__(self) -> None:
-        self.dropped: int = 0
-        self.damaged: Counter[str] = Counter()
-        self.size: int = 0
+        super().__init__()
         self._run_id = ""
         self._all: list[StoredFrame] = []
         self._of_rank: dict[int, list[StoredFrame]] = {}
@@ -163,18 +158,13 @@ class Shelf:
         self._last_of: dict[int, int] = {}
         self._losses: dict[Origin, float | None] = {}
 
-    def add(
-        self,
-        items: Iterable[Item],
-        *,
-        ended: Mapping[Origin, str] = NOTHING_ENDED,  # noqa: ARG002 - the core keeps it
-        places: Iterable[Place] = (),  # noqa: ARG002
-        tenants: Mapping[str, str] = NO_TENANTS,  # noqa: ARG002
-        kept: KeptRequest | None = None,  # noqa: ARG002 - nothing is received
-        first_kept: int | None = None,  # noqa: ARG002
-    ) -> None:
-        """Adds steps."""
-        for item in items:
+    @property
+    def size(self) -> int:
+        """Is not measured: 0."""
+        return 0
+
+    def _add(self, new: NewData) -> None:
+        for item in new.items:
             position, number = self._places(item)
             entry = StoredFrame(position, number, item, self._losses.get(item.origin))
             self._all.append(entry)
@@ -222,33 +212,6 @@ class Shelf:
     def run_ids(self) -> list[str]:
         """Returns the id of the run."""
         return [self._run_id] if self._last else []
-
-    def counts(self, run_id: str | None = None) -> dict[Origin, int]:  # noqa: ARG002
-        """Returns nothing: the core has the counts."""
-        return {}
-
-    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:  # noqa: ARG002
-        """Returns nothing: the core has the outcomes."""
-        return {}
-
-    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:  # noqa: ARG002
-        """Returns nothing. See ``Store``."""
-        return [], []
-
-    def tenant(self, run_id: str) -> str:  # noqa: ARG002 - it is the only one
-        """Returns an empty name: the run has no tenant."""
-        return ""
-
-    def use(self) -> Mapping[str, tuple[float, float]]:
-        """Returns nothing: this store has no limits."""
-        return {}
-
-    def expire(self) -> list[str]:
-        """Returns nothing: steps do not expire in a replay."""
-        return []
-
-    def close(self) -> None:
-        """Does nothing: no resource is open."""
 
 
 def injected(text: str) -> frozenset[str]:

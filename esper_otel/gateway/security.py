@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import ssl
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,10 +47,7 @@ class Grant:
         return run_id.startswith(self.prefix)
 
 
-EVERYTHING = Grant()
-
-
-class Refused(Exception):
+class TokenRefused(Exception):
     """A token is missing or unknown."""
 
 
@@ -75,7 +73,7 @@ class Tokens:
         """Returns what the value of an ``authorization`` header allows, in constant time for any token.
 
         Raises:
-            Refused: the token is missing or unknown.
+            TokenRefused: the token is missing or unknown.
         """
         self._file.look()
         scheme, _, token = (authorization or "").partition(" ")
@@ -85,7 +83,7 @@ class Tokens:
             if hmac.compare_digest(known, given):
                 found = grant
         if found is None or scheme.lower() != "bearer":
-            raise Refused("the bearer token is missing or unknown")
+            raise TokenRefused("the bearer token is missing or unknown")
         return found
 
 
@@ -232,12 +230,20 @@ def check_senders(decoded: DecodedRequest, grant: Grant) -> None:
     Raises:
         NotAllowed: the request contains such data.
     """
-    senders = {block.sender for block in decoded.blocks}
-    senders |= {marker.sender for marker in decoded.markers}
-    senders |= {ended.sender for ended in decoded.ended}
-    for sender in senders:
-        if not grant.allows(sender.run.run_id):
-            raise NotAllowed(f"this token is not for run {sender.run.run_id!r}")
+    of_all = (decoded.blocks, decoded.markers, decoded.ended, decoded.cut, decoded.phases)
+    senders = {each.sender for some in of_all for each in some} | {*decoded.alive}
+    check_runs({sender.run.run_id for sender in senders}, grant)
+
+
+def check_runs(run_ids: Iterable[str], grant: Grant) -> None:
+    """Refuses to let a sender write to a run that is not its own.
+
+    Raises:
+        NotAllowed: the token is not for one of the runs.
+    """
+    for run_id in run_ids:
+        if not grant.allows(run_id):
+            raise NotAllowed(f"this token is not for run {run_id!r}")
 
 
 def check_puller(run_id: str, grant: Grant | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -202,13 +202,3 @@ class Account:
         knots = [(int(step), Times(*map(float, times))) for step, times in said["knots"]]
         sums, again = (Times(*map(float, said[name])) for name in ("sums", "again"))
         return cls(int(said["steps"]), first, last, int(said["highest"]), sums, again, knots)
-
-
-def account_of(steps: Iterable[StepTimes], phases: Iterable[PhaseTimes] = ()) -> Account:
-    """Returns the account of one process."""
-    account = Account()
-    for step in steps:
-        account.add_step(step)
-    for phase in phases:
-        account.add_phase(phase)
-    return account

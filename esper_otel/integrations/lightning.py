@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from esper_otel.errors import InvalidValue
-from esper_otel.integrations.listening import Listening, timed
+from esper_otel.integrations.listening import PatchedMethod, timed
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
 from esper_otel.record.mistakes import Mistakes, spares_mistakes
@@ -81,7 +81,7 @@ class EsperCallback(Callback):
         self._arguments = arguments
         self._resumed: Mapping[str, Any] | None = None
         self._hook: Any = None
-        self._saving: Listening | None = None
+        self._saving: PatchedMethod | None = None
         self._loop: Loop | None = None
         self._begin(None)
 

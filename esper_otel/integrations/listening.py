@@ -14,7 +14,7 @@ from esper_otel.record.phases import Phases
 _MARK = "_esper_listening"
 
 
-class Listening:
+class PatchedMethod:
     """Observes the calls of one object's method by patching its class, so the object can still be copied and pickled.
 
     Calls on other objects of the class are ignored, and so are calls that the method makes to its own version in a
@@ -51,7 +51,7 @@ class Listening:
         if self._class is None:
             return
         now = vars(self._class)[self._name]
-        while isinstance(listening := getattr(now, _MARK, None), Listening) and listening.is_over:
+        while isinstance(listening := getattr(now, _MARK, None), PatchedMethod) and listening.is_over:
             now = now.__wrapped__
         if now is not vars(self._class)[self._name]:
             setattr(self._class, self._name, now)
@@ -84,7 +84,9 @@ class Listening:
         return listening
 
 
-def timed(owner: object, name: str, phases: Phases, phase: str, then: Callable[[], None] | None = None) -> Listening:
+def timed(
+    owner: object, name: str, phases: Phases, phase: str, then: Callable[[], None] | None = None
+) -> PatchedMethod:
     """Times the calls of an object's method as a phase.
 
     Args:
@@ -104,7 +106,7 @@ def timed(owner: object, name: str, phases: Phases, phase: str, then: Callable[[
         if then is not None:
             then()
 
-    return Listening(owner, name, end, begin, end)
+    return PatchedMethod(owner, name, end, begin, end)
 
 
 def _harmless(hear: Callable[..., None] | None, *given: Any, **named: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from esper_otel.derive.gradients import gradient_norm
 from esper_otel.errors import MistakeError
-from esper_otel.integrations.parts import StepParts
+from esper_otel.integrations.loop_parts import StepParts
 from esper_otel.record.device import scalar
 from esper_otel.record.phases import Phases
 from esper_otel.session.telemetry import Telemetry

@@ -21,7 +21,7 @@ from esper_otel.session.ending import follow_exits, live_sessions
 
 if TYPE_CHECKING:
     from esper_otel.integrations.loader import Feed
-    from esper_otel.integrations.steps import Steps
+    from esper_otel.integrations.steps import OptimizerSteps
     from esper_otel.session.telemetry import Telemetry
 
 # The process whose steps are recorded, for the instrumentor of processes that it starts.
@@ -62,10 +62,10 @@ def _on_import(name: str, then: Callable[[], None]) -> None:
     if name in sys.modules:
         then()
     else:
-        sys.meta_path.insert(0, _OnImport(name, then))
+        sys.meta_path.insert(0, _ImportHook(name, then))
 
 
-class _OnImport(MetaPathFinder):
+class _ImportHook(MetaPathFinder):
     """Calls a function when a module has been imported."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
@@ -119,7 +119,7 @@ class Script:
     def __init__(self) -> None:
         self.marks_children: bool = False
         self._telemetry: Telemetry | None = None
-        self._steps: Steps | None = None
+        self._steps: OptimizerSteps | None = None
         self._feed: Feed | None = None
         self._last_end_s: float | None = None
         self._hooks: list[Any] = []
@@ -243,7 +243,7 @@ class Script:
                 steps.loop.put({"step_latency_ms": (now_s - before_s) * 1e3})
             steps.end()
 
-    def _started(self) -> Steps | None:
+    def _started(self) -> OptimizerSteps | None:
         """Returns the steps. The first call, at the first batch or step, starts the session.
 
         Returns None if the script records itself, or if the settings are wrong; nothing is followed from then on.
@@ -264,12 +264,12 @@ class Script:
     def _start(self) -> None:
         from esper_otel.integrations.loop import Loop
         from esper_otel.integrations.saves import follow_saves
-        from esper_otel.integrations.steps import Steps
+        from esper_otel.integrations.steps import OptimizerSteps
         from esper_otel.session.start import start
 
         assert self._feed is not None
         self._telemetry = start()
-        self._steps = Steps(Loop(self._telemetry), self._feed)
+        self._steps = OptimizerSteps(Loop(self._telemetry), self._feed)
         follow_saves(self._steps.loop.phases)
         if self.marks_children:
             os.environ[FOLLOWED] = str(os.getpid())

@@ -72,7 +72,7 @@ class _Gradient:
             self._hook.remove()
 
 
-class Steps:
+class OptimizerSteps:
     """Records a step for each optimizer step, with the batches before it. Threads: the training thread.
 
     The wait and the samples of a batch belong to the first step after it. If several batches precede a step, theirs

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from esper_otel.errors import InvalidValue
-from esper_otel.integrations.listening import Listening, timed
+from esper_otel.integrations.listening import PatchedMethod, timed
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.samples import samples_of
 from esper_otel.integrations.watch import unwrapped
@@ -78,7 +78,7 @@ class EsperCallback(TrainerCallback):
             self._loop.parts.close()
         self._loop = loop
         self._state: Any = None
-        self._listening: list[Listening] = []
+        self._listening: list[PatchedMethod] = []
         self._losses: list[float | Tensor] = []
         self._samples: int | None = None
         self._norm: float | Tensor | None = None
@@ -104,12 +104,12 @@ class EsperCallback(TrainerCallback):
         self._state = state
         if trainer is not None:
             self._listening = [
-                Listening(trainer, "training_step", self._computed, self._asked, self._failed),
-                Listening(trainer.accelerator, "clip_grad_norm_", self._clipped),
+                PatchedMethod(trainer, "training_step", self._computed, self._asked, self._failed),
+                PatchedMethod(trainer.accelerator, "clip_grad_norm_", self._clipped),
                 # No event reports exceptions in: batches; evaluating, saving and logging; other callbacks.
-                Listening(trainer, "get_batch_samples", raised=self._failed),
-                Listening(trainer, "_maybe_log_save_evaluate", raised=self._failed),
-                Listening(trainer.callback_handler, "call_event", raised=self._failed),
+                PatchedMethod(trainer, "get_batch_samples", raised=self._failed),
+                PatchedMethod(trainer, "_maybe_log_save_evaluate", raised=self._failed),
+                PatchedMethod(trainer.callback_handler, "call_event", raised=self._failed),
                 timed(trainer, "evaluate", loop.phases, "evaluation", self._wait),
                 timed(trainer, "_save_checkpoint", loop.phases, "checkpoint", self._wait),
             ]

@@ -19,7 +19,7 @@ from esper_otel.errors import InvalidValue
 from esper_otel.integrations.loader import Feed, follow, unfollow
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.saves import follow_saves, unfollow_saves
-from esper_otel.integrations.steps import Steps
+from esper_otel.integrations.steps import OptimizerSteps
 from esper_otel.record.loaders import Loader, following, is_stand_in, of
 from esper_otel.record.mistakes import Mistakes, spares_mistakes
 from esper_otel.session.start import ended_well, start
@@ -89,7 +89,8 @@ class Watch(Loader[Batch]):
 class WatchedLoop:
     """Records a step for each optimizer step. Keeps no strong references to optimizers, model or loader.
 
-    A step lasts from its first batch until the next batch is requested. See ``Steps`` for batches without a step.
+    A step lasts from its first batch until the next batch is requested. ``OptimizerSteps`` tells what happens to
+    batches without a step.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class WatchedLoop:
         self.optimizers: list[Callable[[], object]] = [weakref.ref(each, self._gone.append) for each in optimizers]
         self.loader: Callable[[], object] = _weak(loader)
         self.face: Callable[[], object] = lambda: None
-        self.steps: Steps = Steps(self.loop, self.feed, self.model, optimizers)
+        self.steps: OptimizerSteps = OptimizerSteps(self.loop, self.feed, self.model, optimizers)
         self._is_over = False
         self._hooks = [
             hook

@@ -26,7 +26,7 @@ _ROUTES = ("", "OPTIMIZER", "PAUSE")
 _SAMPLED = frozenset(rule.name for rule in RULES if rule.is_sampled)
 
 
-class Sender(NamedTuple):
+class StepSender(NamedTuple):
     """Where steps come from. Steps of different senders are never in the same episode.
 
     Attributes:
@@ -40,7 +40,7 @@ class Sender(NamedTuple):
     writer: str = ""
 
 
-_ONLY = Sender()
+_ONLY = StepSender()
 
 
 class Episode(NamedTuple):
@@ -63,7 +63,7 @@ class Episode(NamedTuple):
     """
 
     number: int
-    sender: Sender
+    sender: StepSender
     name: str
     level: str
     first: int
@@ -84,7 +84,7 @@ class Episode(NamedTuple):
         return f"{self.name}, {steps}{some}{worst}{', goes on' if self.goes_on else ''}"
 
 
-class Change(NamedTuple):
+class EpisodeChange(NamedTuple):
     """What a step has changed.
 
     Attributes:
@@ -120,14 +120,14 @@ class Episodes:
         self.dropped: int = 0
         self._most = max(most, 1)
         self._count = 0
-        self._kept: dict[int, _Kept] = {}
-        self._over: dict[int, _Kept] = {}  # those of them that are over
-        self._tracks: OrderedDict[Sender, _Track] = OrderedDict()
+        self._kept: dict[int, _GrowingEpisode] = {}
+        self._over: dict[int, _GrowingEpisode] = {}  # those of them that are over
+        self._tracks: OrderedDict[StepSender, _SenderHistory] = OrderedDict()
         self._attempts: dict[int, int] = {}  # the highest of each rank
 
     def note(
-        self, step: int, signals: Sequence[Signal], *, time_s: float, sender: Sender = _ONLY
-    ) -> tuple[Change, ...]:
+        self, step: int, signals: Sequence[Signal], *, time_s: float, sender: StepSender = _ONLY
+    ) -> tuple[EpisodeChange, ...]:
         """Takes a step and returns what it has changed. Give steps without signals too: they end episodes.
 
         Args:
@@ -136,7 +136,7 @@ class Episodes:
             time_s: the step's time in seconds.
             sender: where the step comes from.
         """
-        changes: list[Change] = []
+        changes: list[EpisodeChange] = []
         track = self._track(sender, changes)
         before = track.add(step, time_s, signals)
         is_late = track.is_late or sender.attempt < self._attempts.get(sender.rank, 0)
@@ -156,7 +156,7 @@ class Episodes:
                 else:
                     episode.take(step, time_s)
             if episode is not None and is_worse:
-                changes.append(Change("escalated", self._shown(episode)))
+                changes.append(EpisodeChange("escalated", self._shown(episode)))
         if before is None and len(track.open) > len(signals):
             names = {signal.name for signal in signals}
             for episode in [each for name, each in track.open.items() if name not in names]:
@@ -164,9 +164,9 @@ class Episodes:
                     self._leave(track, episode, changes)
         return tuple(changes)
 
-    def end(self) -> tuple[Change, ...]:
+    def end(self) -> tuple[EpisodeChange, ...]:
         """Ends the episodes that go on, because the run has ended. Returns them as ``left``."""
-        changes: list[Change] = []
+        changes: list[EpisodeChange] = []
         for track in self._tracks.values():
             self._end(track, changes)
         return tuple(changes)
@@ -175,12 +175,12 @@ class Episodes:
         """Returns the episodes that are kept, in the order in which they entered."""
         return tuple(map(self._shown, self._kept.values()))
 
-    def follows(self, sender: Sender) -> bool:
+    def follows(self, sender: StepSender) -> bool:
         """Whether an episode of the sender goes on, so that its steps without signals matter."""
         track = self._tracks.get(sender)
         return track is not None and bool(track.open)
 
-    def _track(self, sender: Sender, changes: list[Change]) -> _Track:
+    def _track(self, sender: StepSender, changes: list[EpisodeChange]) -> _SenderHistory:
         track = self._tracks.get(sender)
         if track is not None:
             self._tracks.move_to_end(sender)
@@ -190,7 +190,7 @@ class Episodes:
                 if other.rank == sender.rank and other.attempt < sender.attempt:
                     self._end(of_other, changes)
             self._attempts[sender.rank] = sender.attempt
-        track = self._tracks[sender] = _Track()
+        track = self._tracks[sender] = _SenderHistory()
         if len(self._tracks) > _MOST_SENDERS:
             self._end(self._tracks.popitem(last=False)[1], changes)
         if len(self._attempts) > 2 * _MOST_SENDERS:
@@ -199,26 +199,32 @@ class Episodes:
         return track
 
     def _enter(
-        self, track: _Track, sender: Sender, signal: Signal, step: int, time_s: float, changes: list[Change]
+        self,
+        track: _SenderHistory,
+        sender: StepSender,
+        signal: Signal,
+        step: int,
+        time_s: float,
+        changes: list[EpisodeChange],
     ) -> None:
         self._count += 1
-        episode = _Kept(self._count, sender, signal, step, time_s)
+        episode = _GrowingEpisode(self._count, sender, signal, step, time_s)
         if len(self._kept) >= self._most:
             self._drop()
         self._kept[episode.number] = track.open[signal.name] = episode
-        changes.append(Change("entered", self._shown(episode)))
+        changes.append(EpisodeChange("entered", self._shown(episode)))
         if track.is_late:
             episode.quiet = sum(each > step for each in track.steps)
             if episode.quiet >= QUIET_STEPS:
                 self._leave(track, episode, changes)
 
-    def _leave(self, track: _Track, episode: _Kept, changes: list[Change]) -> None:
+    def _leave(self, track: _SenderHistory, episode: _GrowingEpisode, changes: list[EpisodeChange]) -> None:
         del track.open[episode.name]
         episode.is_open = False
         self._over[episode.number] = episode
-        changes.append(Change("left", self._shown(episode)))
+        changes.append(EpisodeChange("left", self._shown(episode)))
 
-    def _end(self, track: _Track, changes: list[Change]) -> None:
+    def _end(self, track: _SenderHistory, changes: list[EpisodeChange]) -> None:
         for episode in list(track.open.values()):
             self._leave(track, episode, changes)
 
@@ -231,7 +237,7 @@ class Episodes:
         if track is not None and track.open.get(episode.name) is episode:
             del track.open[episode.name]
 
-    def _nearest(self, track: _Track, sender: Sender, name: str, step: int) -> _Kept | None:
+    def _nearest(self, track: _SenderHistory, sender: StepSender, name: str, step: int) -> _GrowingEpisode | None:
         """Returns the episode to which a late step belongs; None if all of them are too far away."""
         mine = [each for each in self._kept.values() if each.sender == sender and each.name == name]
         nearest = min(mine, key=lambda each: track.between(step, each), default=None)
@@ -239,12 +245,12 @@ class Episodes:
             return nearest
         return None
 
-    def _shown(self, episode: _Kept) -> Episode:
+    def _shown(self, episode: _GrowingEpisode) -> Episode:
         is_newest = self._attempts.get(episode.sender.rank, 0) <= episode.sender.attempt
         return episode.shown(goes_on=episode.is_open and is_newest)
 
 
-class _Track:
+class _SenderHistory:
     """What is known about a sender.
 
     Attributes:
@@ -259,7 +265,7 @@ class _Track:
         self._newest = -1
         self._newest_s = -math.inf
         self.steps: dict[int, tuple[float, tuple[str, ...]]] = {}
-        self.open: dict[str, _Kept] = {}
+        self.open: dict[str, _GrowingEpisode] = {}
         self.is_late = False
 
     def add(self, step: int, time_s: float, signals: Sequence[Signal]) -> tuple[str, ...] | None:
@@ -277,14 +283,14 @@ class _Track:
             self._newest, self._newest_s = step, time_s
         return before if is_known else None
 
-    def between(self, step: int, episode: _Kept) -> int:
+    def between(self, step: int, episode: _GrowingEpisode) -> int:
         """Returns the number of remembered steps between a step and an episode; -1 if the step lies in the episode."""
         if episode.first <= step <= episode.last:
             return -1
         return sum(episode.last < each < step or step < each < episode.first for each in self.steps)
 
 
-class _Kept:
+class _GrowingEpisode:
     """An episode that may still change."""
 
     __slots__ = (
@@ -292,7 +298,7 @@ class _Kept:
         *("route", "sender", "time_s", "times", "worst", "worst_step"),
     )
 
-    def __init__(self, number: int, sender: Sender, signal: Signal, step: int, time_s: float) -> None:
+    def __init__(self, number: int, sender: StepSender, signal: Signal, step: int, time_s: float) -> None:
         self.number = number
         self.sender = sender
         self.name, self.level, _, self.reason, self.route, self.worst = signal

@@ -14,8 +14,8 @@ import numpy as np
 from esper_otel.errors import AdapterError
 from esper_otel.frames.frame import SAID_BESIDE, Frame, is_absent
 from esper_otel.leyline import messages
-from esper_otel.leyline.events import step_events
 from esper_otel.leyline.order import ordered
+from esper_otel.leyline.problems import step_events
 from esper_otel.leyline.seed_telemetry import known_cells, reported_rows, seed_telemetry
 from esper_otel.leyline.system_state import step_label, system_state
 from esper_otel.schema import SEED_CELLS

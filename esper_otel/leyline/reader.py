@@ -23,7 +23,7 @@ from esper_otel.leyline.packets import Packets, packets
 from esper_otel.leyline.risk import signals, with_signals
 from esper_otel.parts import senders
 from esper_otel.parts.habits import Habits
-from esper_otel.parts.levels import FRAMES, HEALTH, SEED, SESSION, level_of, scope_of
+from esper_otel.parts.levels import DEVICE, FRAMES, HEALTH, SEED, SESSION, level_of, scope_of
 from esper_otel.parts.maker import FrameInput, FrameMaker
 from esper_otel.parts.part import Part, Stream
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE
@@ -78,7 +78,7 @@ class LeylineMetricReader(MetricReader):
             super().__init__()
         self._latency_budget_ms = latency_budget_ms
         self._attempt = time.time_ns() // 1_000_000
-        self._followed: _Followed | None = None
+        self._followed: _RankFrames | None = None
         self._pulling = threading.Lock()
         self._received: deque[MetricsData] = deque(maxlen=1)
         self._is_shut_down = False
@@ -120,7 +120,7 @@ class LeylineMetricReader(MetricReader):
         by_rank = {(run.run_id, run.rank): run for run in points}
         if self._followed is None or self._followed.rank not in by_rank:
             run = max(points, key=lambda run: len(points[run]))
-            self._followed = _Followed((run.run_id, run.rank))
+            self._followed = _RankFrames((run.run_id, run.rank))
         run = by_rank[self._followed.rank]
         frame, is_complete = self._followed.frame(run, points[run], refused)
         if refused and time.monotonic() >= self._next_warning_s:
@@ -149,7 +149,7 @@ class LeylineMetricReader(MetricReader):
         self._is_shut_down = True
 
 
-class _Point(NamedTuple):
+class _CandidatePoint(NamedTuple):
     """A reading that may become part of a frame. ``further`` is its number of unknown attributes."""
 
     further: int
@@ -159,18 +159,17 @@ class _Point(NamedTuple):
     is_ours: bool
 
 
-def _points(data: MetricsData, attempt: int, refused: Counter[str]) -> dict[Run, list[_Point]]:
+def _points(data: MetricsData, attempt: int, refused: Counter[str]) -> dict[Run, list[_CandidatePoint]]:
     """Returns the readings that may become frames, by run and rank; counts the others by reason."""
-    points: dict[Run, list[_Point]] = {}
+    points: dict[Run, list[_CandidatePoint]] = {}
     for of_resource in data.resource_metrics:
         run = _run(of_resource.resource.attributes, attempt)
         for of_scope in of_resource.scope_metrics:
             scope = scope_of(of_scope.scope.name)
             for metric in of_scope.metrics:
                 name, level = metric.name, level_of(metric.name, scope)
-                is_other = (
-                    scope == HEALTH or level in (None, SESSION) or name in (FRAME_SEQUENCE.name, FRAME_POINTS.name)
-                )
+                is_other = scope in (HEALTH, DEVICE) or level in (None, SESSION)
+                is_other = is_other or name in (FRAME_SEQUENCE.name, FRAME_POINTS.name)
                 if is_other or not isinstance(metric.data, Gauge | Sum):
                     continue
                 for point in metric.data.data_points:
@@ -181,7 +180,7 @@ def _points(data: MetricsData, attempt: int, refused: Counter[str]) -> dict[Run,
                     # A seed id on a step metric counts as an unknown attribute: the value is a part of the metric.
                     further = label.further + (level != SEED and bool(label.seed))
                     stream = (name, label.seed if level == SEED else "")
-                    made = _Point(further, stream, _number(point), point.time_unix_nano, scope == FRAMES)
+                    made = _CandidatePoint(further, stream, _number(point), point.time_unix_nano, scope == FRAMES)
                     points.setdefault(label.run_of(run), []).append(made)
     return points
 
@@ -208,7 +207,7 @@ def _number(point: NumberDataPoint) -> float:
         return math.inf if point.value > 0 else -math.inf
 
 
-class _Followed:
+class _RankFrames:
     """The run and rank whose readings become frames, and the state kept between two frames."""
 
     def __init__(self, rank: tuple[str, int]) -> None:
@@ -216,7 +215,7 @@ class _Followed:
         self._habits = Habits()
         self._maker = FrameMaker(self._habits)
 
-    def frame(self, run: Run, points: list[_Point], refused: Counter[str]) -> tuple[Frame, bool]:
+    def frame(self, run: Run, points: list[_CandidatePoint], refused: Counter[str]) -> tuple[Frame, bool]:
         """Returns the frame, and whether it contains all readings and all of its live seeds are known."""
         numbers: dict[Stream, float] = {}
         # If a stream has several points, the first one with the fewest unknown attributes is used.

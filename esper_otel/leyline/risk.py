@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from esper_otel.errors import ConfigurationError, unknown
 from esper_otel.leyline import messages
-from esper_otel.leyline.events import SOURCE, add_event, conclude
 from esper_otel.leyline.packets import Packets
+from esper_otel.leyline.problems import SOURCE, add_event, conclude
 
 _EVENTS_SUFFIX = "-events"
 _FLOAT32 = struct.Struct("<f")

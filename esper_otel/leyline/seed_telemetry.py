@@ -11,7 +11,7 @@ import numpy.typing as npt
 from esper_otel.frames.frame import ABSENT, ABSENT_BITS, WIDTH, Cells, Frame, SeedTable, is_absent
 from esper_otel.frames.numbers import STAGE_LIMIT, UINT32_LIMIT, finite_cells
 from esper_otel.leyline import messages
-from esper_otel.leyline.events import add_event
+from esper_otel.leyline.problems import add_event
 from esper_otel.leyline.stencil import Stencil
 from esper_otel.schema import SEED_CELLS, SEED_FIELDS, SEED_METRICS, Stage
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from esper_otel.leyline import messages
-from esper_otel.leyline.episodes import Episodes, Sender
-from esper_otel.leyline.events import priority_of
+from esper_otel.leyline.episodes import Episodes, StepSender
 from esper_otel.leyline.packets import Packets
+from esper_otel.leyline.problems import priority_of
 from esper_otel.leyline.risk import Signal, signals_of
 
 # Identifies a step among those of a run: attempt, writer, id of the state packet, revision.
@@ -64,7 +64,7 @@ class Emergencies:
         state = packets.state
         events_id = f"{state.packet_id}-events"
         time_s = state.timestamp_ns / 1e9
-        sender = Sender(packets.rank, packets.attempt, packets.writer)
+        sender = StepSender(packets.rank, packets.attempt, packets.writer)
         urgent = set()
         for packet in packets.telemetry:
             if packet.packet_id != events_id and self._has_begun(packet, sender, packets.step, time_s):
@@ -74,7 +74,7 @@ class Emergencies:
             urgent.update((state.packet_id, events_id))
         return frozenset(urgent)
 
-    def _has_begun(self, packet: messages.TelemetryPacket, sender: Sender, step: int, time_s: float) -> bool:
+    def _has_begun(self, packet: messages.TelemetryPacket, sender: StepSender, step: int, time_s: float) -> bool:
         """Whether a seed is in trouble that it was not in before. Only steps with a packet of the seed count."""
         health = packet.system_health
         seed_id = health.indicators.get("seed_id", "")

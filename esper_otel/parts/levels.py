@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from esper_otel.schema import METRICS
 
-# Kinds of scopes: those of other senders, the frames of our exporter, the metrics on its own health, and phases.
-OTHERS, FRAMES, HEALTH, PHASES = range(4)
-_SCOPES = {"esper_otel": FRAMES, "esper_otel.health": HEALTH, "esper_otel.phases": PHASES}
+# Kinds of scopes: those of other senders, the frames of our exporter, the metrics on its own health, phases, and the
+# description of the device. Only the first two make frames.
+OTHERS, FRAMES, HEALTH, PHASES, DEVICE = range(5)
+_SCOPES = {
+    "esper_otel": FRAMES,
+    "esper_otel.health": HEALTH,
+    "esper_otel.phases": PHASES,
+    "esper_otel.device": DEVICE,
+}
 
 # Levels of metrics.
 STEP, SEED, SESSION = range(3)

@@ -13,7 +13,7 @@ def host_and_device_probes(device: Callable[[], str | None]) -> list[Probe]:
     from esper_otel.probes.cuda import CudaMemory
     from esper_otel.probes.installed import installed_probes
     from esper_otel.probes.machine import HostCpu, HostMemory
-    from esper_otel.probes.memory import ProcessMemory, TorchMemory
+    from esper_otel.probes.memory_use import ProcessMemory, TorchMemory
     from esper_otel.probes.nvml import GpuTemperature, GpuUtilisation
 
     return [

@@ -85,3 +85,10 @@ def cuda_identity(index: int) -> tuple[str | None, str | None]:
     if bus is not None:
         place = f"{properties.pci_domain_id:08X}:{bus:02X}:{properties.pci_device_id:02X}.0"
     return (None if uuid is None else str(uuid).removeprefix("GPU-")), place
+
+
+def cuda_name(index: int) -> str:
+    """Returns the name of a GPU in PyTorch's numbering, such as ``NVIDIA H200``."""
+    import torch
+
+    return str(torch.cuda.get_device_name(index))

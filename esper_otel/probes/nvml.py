@@ -31,7 +31,7 @@ _IN_PLAIN_WORDS = {
 }
 
 
-class _OnGpu(ABC):
+class _GpuProbe(ABC):
     """Queries NVML about the training GPU.
 
     NVML numbers GPUs differently from CUDA. So the device is found by its UUID, or else by its PCI bus id, or else by
@@ -62,7 +62,7 @@ class _OnGpu(ABC):
         self._is_ready = False
         self._handle: tuple[int, Any] | None = None
 
-    def sample(self) -> Mapping[str, float]:
+    def sample(self) -> Mapping[str, Any]:
         """See ``Probe``."""
         index = self._index_of(self._device)
         nvml = self._loaded()
@@ -87,7 +87,7 @@ class _OnGpu(ABC):
                 self._nvml.nvmlShutdown()
 
     @abstractmethod
-    def _read(self, nvml: Any, handle: Any) -> Mapping[str, float]:
+    def _read(self, nvml: Any, handle: Any) -> Mapping[str, Any]:
         """Returns the readings of a GPU or MIG instance."""
 
     def _loaded(self) -> Any:
@@ -126,8 +126,8 @@ class _OnGpu(ABC):
         raise ProbeUnavailable(f"cannot tell which of {len(handles)} GPUs is cuda:{index}: no UUID or bus id matches")
 
 
-class GpuUtilisation(_OnGpu):
-    """Percentage of time in which the training device ran a kernel, over NVML's own window. See ``_OnGpu``."""
+class GpuUtilisation(_GpuProbe):
+    """Percentage of time in which the training device ran a kernel, over NVML's own window. See ``_GpuProbe``."""
 
     gives: tuple[str, ...] = ("gpu_util_percent",)
 
@@ -137,8 +137,8 @@ class GpuUtilisation(_OnGpu):
         return {"gpu_util_percent": float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
 
 
-class GpuTemperature(_OnGpu):
-    """Temperature of the training device in °C; for a MIG instance, that of the whole GPU. See ``_OnGpu``."""
+class GpuTemperature(_GpuProbe):
+    """Temperature of the training device in °C; for a MIG instance, that of the whole GPU. See ``_GpuProbe``."""
 
     gives: tuple[str, ...] = ("esper.device.temperature_celsius",)
 
@@ -157,20 +157,29 @@ class GpuTemperature(_OnGpu):
         return int(nvml.nvmlDeviceGetTemperatureV(handle, sensor))
 
 
-class _Description(_OnGpu):
-    """Describes the GPU. See ``_OnGpu``."""
+class GpuDescription(_GpuProbe):
+    """Describes the training GPU by attributes. UUID, bus id and number are as DCGM writes them. See ``_GpuProbe``."""
 
     def _read(self, nvml: Any, handle: Any) -> Mapping[str, Any]:
-        return {
+        found: dict[str, str | int] = {
             "hw.type": "gpu",
             "hw.vendor": "NVIDIA",
             "hw.id": _text(nvml.nvmlDeviceGetUUID(handle)),
             "hw.model": _text(nvml.nvmlDeviceGetName(handle)),
             "hw.driver_version": _text(nvml.nvmlSystemGetDriverVersion()),
         }
+        whole = handle
+        with contextlib.suppress(nvml.NVMLError):  # the driver does not support MIG
+            if nvml.nvmlDeviceIsMigDeviceHandle(handle):
+                whole = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+                found["hw.parent"] = _text(nvml.nvmlDeviceGetUUID(whole))
+        with contextlib.suppress(nvml.NVMLError):
+            found["esper.device.pci_bus_id"] = _text(nvml.nvmlDeviceGetPciInfo(whole).busId)
+            found["esper.device.index"] = int(nvml.nvmlDeviceGetIndex(whole))
+        return found
 
 
-def gpu_attributes(environ: Mapping[str, str] = os.environ, nvml: Any = None) -> Mapping[str, str]:
+def gpu_attributes(environ: Mapping[str, str] = os.environ, nvml: Any = None) -> Mapping[str, str | int]:
     """Returns the attributes of this process's GPU, by OpenTelemetry's conventions for hardware. Does not start CUDA.
 
     The GPU is that of ``LOCAL_RANK``, or the first visible one. Without NVML, or if the GPU is uncertain, returns
@@ -179,11 +188,11 @@ def gpu_attributes(environ: Mapping[str, str] = os.environ, nvml: Any = None) ->
     local = environ.get("LOCAL_RANK", "")
     index = int(local) if local.isdecimal() else 0
     device = f"cuda:{index}"
-    found = _Description(
+    found = GpuDescription(
         lambda: device, index_of=lambda _: index, identify=lambda _: (None, None), nvml=nvml, environ=environ
     )
     try:
-        return {name: str(text) for name, text in found.sample().items()}
+        return found.sample()
     except ProbeUnavailable:
         return {}
     finally:

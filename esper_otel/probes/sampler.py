@@ -17,7 +17,7 @@ _LONGEST_PAUSE_S = 60.0
 _FOREVER_S = float("inf")
 
 
-class _Answer(NamedTuple):
+class _ProbeResult(NamedTuple):
     """The last result of a probe: readings, or the reason why there are none.
 
     ``is_elsewhere``: the machine has no such hardware, so that the reason of another probe says more.
@@ -28,10 +28,10 @@ class _Answer(NamedTuple):
     reason: str = ""
     is_failure: bool = False
     is_elsewhere: bool = False
-    news: _News | None = None
+    news: _OneTimeReadings | None = None
 
 
-class _News:
+class _OneTimeReadings:
     """Readings that are handed out only once."""
 
     __slots__ = ("is_taken", "readings")
@@ -75,7 +75,7 @@ class Sampler:
         self._clock = clock
         self._wait = wait
         self._warnings = Warnings(clock)
-        self._answers = [_Answer({}, clock(), "not sampled yet") for _ in self._probes]
+        self._answers = [_ProbeResult({}, clock(), "not sampled yet") for _ in self._probes]
         self._began_s: list[float | None] = [None for _ in self._probes]  # start of the sample in progress
         self.shown: tuple[Mapping[str, float], float] = ({}, _FOREVER_S)
         self._publishing = threads().Lock()
@@ -140,12 +140,12 @@ class Sampler:
             return answer.reason
         return f"the last sample is more than {longest_s:g} s old"
 
-    def _is_fresh(self, answer: _Answer, now_s: float) -> bool:
+    def _is_fresh(self, answer: _ProbeResult, now_s: float) -> bool:
         return bool(answer.readings) and now_s < answer.at_s + _FRESH_PERIODS * self._period_s
 
-    def _fresh(self, now_s: float) -> tuple[Mapping[str, float], float, list[_News]]:
+    def _fresh(self, now_s: float) -> tuple[Mapping[str, float], float, list[_OneTimeReadings]]:
         readings: dict[str, float] = {}
-        news: list[_News] = []
+        news: list[_OneTimeReadings] = []
         until_s = _FOREVER_S
         for answer in self._answers:
             if not self._is_fresh(answer, now_s):
@@ -178,19 +178,21 @@ class Sampler:
         except Exception as error:  # noqa: BLE001 - a driver may raise anything; the probe is not used any more
             logger.debug("closing the probe of %s: %s: %s", ", ".join(names_of(probe)), type(error).__name__, error)
 
-    def _asked(self, probe: Probe) -> _Answer:
+    def _asked(self, probe: Probe) -> _ProbeResult:
         try:
             readings = dict(probe.sample())
-            return _Answer(readings, self._clock(), news=_News(readings) if getattr(probe, "once", False) else None)
+            return _ProbeResult(
+                readings, self._clock(), news=_OneTimeReadings(readings) if getattr(probe, "once", False) else None
+            )
         except NotYet as error:
-            return _Answer({}, self._clock(), str(error))
+            return _ProbeResult({}, self._clock(), str(error))
         except ProbeUnavailable as error:
             is_elsewhere = isinstance(error, OtherHardware)
-            return _Answer({}, self._clock(), str(error), is_failure=True, is_elsewhere=is_elsewhere)
+            return _ProbeResult({}, self._clock(), str(error), is_failure=True, is_elsewhere=is_elsewhere)
         except Exception as error:  # noqa: BLE001 - a driver may raise anything; the thread must go on
-            return _Answer({}, self._clock(), f"{type(error).__name__}: {error}; trying again", is_failure=True)
+            return _ProbeResult({}, self._clock(), f"{type(error).__name__}: {error}; trying again", is_failure=True)
 
-    def _tell(self, probe: Probe, before: _Answer, now: _Answer) -> None:
+    def _tell(self, probe: Probe, before: _ProbeResult, now: _ProbeResult) -> None:
         names = ", ".join(names_of(probe))
         if now.reason == before.reason:
             return

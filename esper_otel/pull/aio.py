@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,22 +19,26 @@ from esper_otel.pull.client import (
     ANSWERS,
     DEFAULT_PACKETS,
     RETRY_S,
-    Target,
+    GatewayAddress,
+    events_request,
+    has_some,
     may_retry,
     method,
     newest_ranks,
     page_of,
     pull_request,
+    pulled_of,
     raise_of,
     raise_translated,
     request_after,
     targets_of,
     translated,
 )
+from esper_otel.pull.event_infos import EventPage, event_page
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
-from esper_otel.pull.messages import HoursRequest, PullRequest, RanksRequest, RunsRequest
-from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
-from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
+from esper_otel.pull.messages import EventsRequest, HoursRequest, PullRequest, RanksRequest, RunsRequest
+from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
+from esper_otel.pull.views import RunRanks, merged_hours, run_ranks
 
 __all__ = ["RunInfo", "TamiyoClient"]
 
@@ -56,7 +60,7 @@ class TamiyoClient:
         timeout_s: float = 10.0,
     ) -> None:
         targets = targets_of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
-        self._gateways = {each.address: _Gateway(each) for each in targets}
+        self._gateways = {each.address: _AsyncGatewayChannel(each) for each in targets}
         self._several = SeveralGateways(tuple(self._gateways), timeout_s) if len(targets) > 1 else None
 
     async def runs(self, run_id: str = "") -> list[RunInfo]:
@@ -81,13 +85,38 @@ class TamiyoClient:
             [gateway] = self._gateways.values()
             return page_of(run_id, await gateway.call("Pull", request, wait_s))
         pulling = self._several.pulling(run_id, request.cursor, rank, request.max_packets or DEFAULT_PACKETS, wait_s)
+        return await self._of_several(pulling, "Pull", request)  # type: ignore[no-any-return]
+
+    async def events(
+        self,
+        run_id: str,
+        cursor: str | None = None,
+        *,
+        rank: int | None = None,
+        max_events: int = 64,
+        wait_s: float = 0.0,
+    ) -> EventPage:
+        """Returns the events of a run after a cursor. See ``esper_otel.TamiyoClient.events``."""
+        request = events_request(run_id, cursor, rank, max_events, wait_s)
+        if self._several is None:
+            [gateway] = self._gateways.values()
+            return event_page(await gateway.call("Events", request, wait_s))
+        pulling = self._several.pulling(
+            run_id, request.cursor, rank, request.max_events or DEFAULT_PACKETS, wait_s, EVENTS
+        )
+        return await self._of_several(pulling, "Events", request)  # type: ignore[no-any-return]
+
+    async def _of_several(
+        self, pulling: Generator[Ask, Mapping[str, Answer], Any], name: str, request: PullRequest | EventsRequest
+    ) -> Any:
+        """Asks several gateways until there is a page."""
         ask = next(pulling)
         while True:
-            answers = await self._answers(request, ask)
+            answers = await self._answers(name, request, ask)
             try:
                 ask = pulling.send(answers)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value
 
     async def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """Compares the ranks of a run. See ``esper_otel.TamiyoClient.ranks``."""
@@ -95,7 +124,8 @@ class TamiyoClient:
 
     async def hours(self, run_id: str) -> RunHours:
         """Returns where the hours of a run went. See ``esper_otel.TamiyoClient.hours``."""
-        return merged_hours(map(run_hours, await self._of_all("Hours", HoursRequest(run_id=run_id))))
+        request = HoursRequest(run_id=run_id, with_accounts=len(self._gateways) > 1)
+        return merged_hours(await self._of_all("Hours", request))
 
     async def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended. See ``esper_otel.TamiyoClient.ended``."""
@@ -133,13 +163,13 @@ class TamiyoClient:
                 found.append(answer)
         return found or raise_of(errors)
 
-    async def _answers(self, request: PullRequest, ask: Ask) -> dict[str, Answer]:
+    async def _answers(self, name: str, request: PullRequest | EventsRequest, ask: Ask) -> dict[str, Answer]:
         """Asks several gateways at once; does not wait for all of them if they wait for steps and one has some."""
         await asyncio.sleep(ask.pause_s)
         deadline_s = time.monotonic() + ask.timeout_s
         calls: dict[asyncio.Future[Answer], str] = {}
         for address, cursor in ask.cursors.items():
-            pull = self._gateways[address].pull(request_after(request, cursor, ask.wait_s), ask.timeout_s)
+            pull = self._gateways[address].pull(name, request_after(request, cursor, ask.wait_s), ask.timeout_s)
             calls[asyncio.ensure_future(pull)] = address
         answers: dict[str, Answer] = {}
         open_calls = set(calls)
@@ -147,7 +177,7 @@ class TamiyoClient:
             while open_calls and (left_s := deadline_s - time.monotonic()) > 0:
                 done, open_calls = await asyncio.wait(open_calls, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 answers |= {calls[call]: call.result() for call in done}
-                if ask.wait_s and any(isinstance(answer, Page) and answer.packets for answer in answers.values()):
+                if ask.wait_s and any(map(has_some, answers.values())):
                     break
         finally:
             for call in open_calls:
@@ -159,10 +189,10 @@ class TamiyoClient:
         return answers
 
 
-class _Gateway:
+class _AsyncGatewayChannel:
     """The connection to one gateway."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: GatewayAddress) -> None:
         self._target = target
         self.channel = (
             grpc.aio.insecure_channel(target.address, target.options)
@@ -189,11 +219,11 @@ class _Gateway:
                     raise_translated(error, self._target)
             await asyncio.sleep(RETRY_S)
 
-    async def pull(self, request: PullRequest, timeout_s: float) -> Answer:
-        """Pulls once; an error is an answer, too."""
+    async def pull(self, name: str, request: PullRequest | EventsRequest, timeout_s: float) -> Answer:
+        """Pulls steps or events once; an error is an answer, too."""
         try:
-            response = await self._calls["Pull"](request, timeout=timeout_s, metadata=self._target.metadata())
-            return page_of(request.run_id, response)
+            response = await self._calls[name](request, timeout=timeout_s, metadata=self._target.metadata())
+            return pulled_of(request.run_id, response)
         except grpc.RpcError as error:
             return translated(error, self._target)
         except GatewayError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
@@ -19,9 +19,12 @@ from esper_otel.hours.bar import RunHours
 from esper_otel.leyline import messages
 from esper_otel.leyline.packets import Packets, Page
 from esper_otel.log import Warnings
+from esper_otel.pull.event_infos import EventPage, event_page
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import (
     SERVICE,
+    EventsRequest,
+    EventsResponse,
     HoursRequest,
     HoursResponse,
     PullRequest,
@@ -31,13 +34,19 @@ from esper_otel.pull.messages import (
     RunsRequest,
     RunsResponse,
 )
-from esper_otel.pull.several import Answer, Ask, NoAnswer, SeveralGateways, merged_runs
-from esper_otel.pull.views import RunRanks, merged_hours, run_hours, run_ranks
+from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
+from esper_otel.pull.views import RunRanks, merged_hours, run_ranks
 
 RETRY_S = 0.1
 _MOST_SHARDS = 1_000
 DEFAULT_PACKETS = 64
-ANSWERS: dict[str, Any] = {"Runs": RunsResponse, "Pull": PullResponse, "Ranks": RanksResponse, "Hours": HoursResponse}
+ANSWERS: dict[str, Any] = {
+    "Runs": RunsResponse,
+    "Pull": PullResponse,
+    "Ranks": RanksResponse,
+    "Hours": HoursResponse,
+    "Events": EventsResponse,
+}
 _WARNINGS = Warnings()
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # a page has up to about 16 MiB, or a single larger step
@@ -53,7 +62,7 @@ _ERRORS: dict[grpc.StatusCode, type[GatewayError]] = {
 }
 
 
-class Target(NamedTuple):
+class GatewayAddress(NamedTuple):
     """The address and credentials of a gateway, shared by both clients."""
 
     address: str
@@ -70,7 +79,7 @@ class Target(NamedTuple):
         certificate_file: Path | str | None,
         key_file: Path | str | None,
         timeout_s: float,
-    ) -> Target:
+    ) -> GatewayAddress:
         """Checks a client's arguments and makes a target from them.
 
         Raises:
@@ -152,7 +161,7 @@ class TamiyoClient:
         timeout_s: float = 10.0,
     ) -> None:
         targets = targets_of(target, token_file, ca_file, certificate_file, key_file, timeout_s)
-        self._gateways = {each.address: _Gateway(each) for each in targets}
+        self._gateways = {each.address: _GatewayChannel(each) for each in targets}
         self._timeout_s = timeout_s
         self._several = SeveralGateways(tuple(self._gateways), timeout_s) if len(targets) > 1 else None
 
@@ -202,13 +211,55 @@ class TamiyoClient:
             [gateway] = self._gateways.values()
             return page_of(run_id, gateway.call("Pull", request, wait_s))
         pulling = self._several.pulling(run_id, request.cursor, rank, request.max_packets or DEFAULT_PACKETS, wait_s)
+        return self._of_several(pulling, "Pull", request)  # type: ignore[no-any-return]
+
+    def events(
+        self,
+        run_id: str,
+        cursor: str | None = None,
+        *,
+        rank: int | None = None,
+        max_events: int = 64,
+        wait_s: float = 0.0,
+    ) -> EventPage:
+        """Returns the events of a run after a cursor, in the order in which they arrived at the gateway.
+
+        Each event is returned once. They have cursors of their own, which are not those of ``pull``.
+
+        Args:
+            run_id: the run.
+            cursor: ``EventPage.cursor`` of an earlier call with the same rank; None begins with the first event stored.
+            rank: return only this rank's events; None returns those of all ranks.
+            max_events: the maximum number of events to return, up to 1000.
+            wait_s: seconds to wait if there is no event yet, up to 60.
+
+        Raises:
+            UnknownRun: nothing of the run is stored, even after the wait.
+            StaleCursor: the cursor belongs to an earlier store of this run that no longer exists.
+            GatewayUnavailable: the gateway did not answer in time.
+            GatewayError: the gateway refused for another reason, or has no events: it is of an earlier version, or the
+                servers of a tier on Kafka.
+        """
+        request = events_request(run_id, cursor, rank, max_events, wait_s)
+        if self._several is None:
+            [gateway] = self._gateways.values()
+            return event_page(gateway.call("Events", request, wait_s))
+        pulling = self._several.pulling(
+            run_id, request.cursor, rank, request.max_events or DEFAULT_PACKETS, wait_s, EVENTS
+        )
+        return self._of_several(pulling, "Events", request)  # type: ignore[no-any-return]
+
+    def _of_several(
+        self, pulling: Generator[Ask, Mapping[str, Answer], Any], name: str, request: PullRequest | EventsRequest
+    ) -> Any:
+        """Asks several gateways until there is a page."""
         ask = next(pulling)
         while True:
-            answers = self._answers(request, ask)
+            answers = self._answers(name, request, ask)
             try:
                 ask = pulling.send(answers)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value
 
     def ranks(self, run_id: str, *, steps: int = 256) -> RunRanks:
         """Compares the ranks of a run over its newest ``steps`` steps, up to 256.
@@ -226,7 +277,8 @@ class TamiyoClient:
             UnknownRun: nothing of the run is stored.
             GatewayError: the gateway refused, or did not answer in time.
         """
-        return merged_hours(map(run_hours, self._of_all("Hours", HoursRequest(run_id=run_id))))
+        request = HoursRequest(run_id=run_id, with_accounts=len(self._gateways) > 1)
+        return merged_hours(self._of_all("Hours", request))
 
     def ended(self, run_id: str) -> str | None:
         """Returns how the whole run ended, over all attempts and ranks; None while a rank may be running.
@@ -270,20 +322,21 @@ class TamiyoClient:
                 errors.append(error)
         return found or raise_of(errors)
 
-    def _answers(self, request: PullRequest, ask: Ask) -> dict[str, Answer]:
+    def _answers(self, name: str, request: PullRequest | EventsRequest, ask: Ask) -> dict[str, Answer]:
         """Asks several gateways at once; does not wait for all of them if they wait for steps and one has some."""
         time.sleep(ask.pause_s)
         deadline_s = time.monotonic() + ask.timeout_s
         calls, heard = {}, threading.Semaphore(0)
         for address, cursor in ask.cursors.items():
-            calls[address] = self._gateways[address].begin(request_after(request, cursor, ask.wait_s), ask.timeout_s)
+            asked = request_after(request, cursor, ask.wait_s)
+            calls[address] = self._gateways[address].begin(name, asked, ask.timeout_s)
             calls[address].add_done_callback(lambda _: heard.release())
         answers: dict[str, Answer] = {}
         while len(answers) < len(calls) and heard.acquire(timeout=max(deadline_s - time.monotonic(), 0.0)):
             for address, call in calls.items():
                 if address not in answers and call.done():
                     answers[address] = self._gateways[address].answer(request.run_id, call)
-            if ask.wait_s and any(isinstance(answer, Page) and answer.packets for answer in answers.values()):
+            if ask.wait_s and any(map(has_some, answers.values())):
                 break
         for address, call in calls.items():
             if address not in answers:
@@ -293,10 +346,10 @@ class TamiyoClient:
         return answers
 
 
-class _Gateway:
+class _GatewayChannel:
     """The connection to one gateway."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: GatewayAddress) -> None:
         self._target = target
         self.channel = (
             grpc.insecure_channel(target.address, target.options)
@@ -321,14 +374,14 @@ class _Gateway:
                     raise_translated(error, self._target)
             time.sleep(RETRY_S)
 
-    def begin(self, request: Message, timeout_s: float) -> Any:
-        """Begins a pull, and returns it as a future."""
-        return self._calls["Pull"].future(request, timeout=timeout_s, metadata=self._target.metadata())
+    def begin(self, name: str, request: Message, timeout_s: float) -> Any:
+        """Begins a pull of steps or events, and returns it as a future."""
+        return self._calls[name].future(request, timeout=timeout_s, metadata=self._target.metadata())
 
     def answer(self, run_id: str, call: Any) -> Answer:
         """Returns the outcome of a pull that is done."""
         try:
-            return page_of(run_id, call.result())
+            return pulled_of(run_id, call.result())
         except grpc.RpcError as error:
             return translated(error, self._target)
         except GatewayError as error:
@@ -347,21 +400,35 @@ def may_retry(error: Any, deadline_s: float) -> bool:
     return error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() + RETRY_S < deadline_s
 
 
-def targets_of(targets: str, *arguments: Any) -> list[Target]:
-    """Returns the gateways that a client's arguments name: addresses with commas between them, see ``Target.of``.
+def targets_of(targets: str, *arguments: Any) -> list[GatewayAddress]:
+    """Returns the gateways that a client's arguments name: addresses with commas between them.
 
     Raises:
         ConfigurationError: the arguments cannot be used, or an address is given twice.
     """
-    found = [Target.of(each.strip(), *arguments) for each in targets.split(",")]
+    found = [GatewayAddress.of(each.strip(), *arguments) for each in targets.split(",")]
     if len({each.address for each in found}) < len(found):
         raise ConfigurationError(f"target {targets!r}: an address is given twice")
     return found
 
 
-def request_after(request: PullRequest, cursor: str, wait_s: float) -> PullRequest:
+def has_some(answer: Answer) -> bool:
+    """Whether an answer has steps or events."""
+    return not isinstance(answer, GatewayError) and len(answer) > 0
+
+
+def pulled_of(run_id: str, response: PullResponse | EventsResponse) -> Answer:
+    """Converts the response to a pull of steps or events.
+
+    Raises:
+        GatewayError: the response does not contain Leyline packets.
+    """
+    return page_of(run_id, response) if isinstance(response, PullResponse) else event_page(response)
+
+
+def request_after(request: PullRequest | EventsRequest, cursor: str, wait_s: float) -> PullRequest | EventsRequest:
     """Returns a pull after another cursor, which waits as long as this."""
-    changed = PullRequest.FromString(request.SerializeToString())
+    changed = type(request).FromString(request.SerializeToString())
     changed.cursor, changed.wait_s = cursor, wait_s
     return changed
 
@@ -377,12 +444,12 @@ def raise_of(errors: Sequence[GatewayError]) -> NoReturn:
     raise type(error)("; ".join(map(str, (error, *others)))) from error
 
 
-def raise_translated(error: Any, target: Target) -> NoReturn:
+def raise_translated(error: Any, target: GatewayAddress) -> NoReturn:
     """Raises the matching error of this package for an error of gRPC."""
     raise translated(error, target) from error
 
 
-def translated(error: Any, target: Target) -> GatewayError:
+def translated(error: Any, target: GatewayAddress) -> GatewayError:
     """Returns the matching error of this package for an error of gRPC."""
     kind = _ERRORS.get(error.code(), GatewayError)
     reason = f"{error.code().name}: {error.details()}"
@@ -415,6 +482,21 @@ def pull_request(
         raise ConfigurationError(f"pull: {error}") from error
     if shard is not None and (rank is not None or not request.shard < request.shards <= _MOST_SHARDS):
         raise ConfigurationError(f"pull: shard={shard}: give (i, n) with i from 0 to n - 1, n up to 1000, and no rank")
+    return request
+
+
+def events_request(run_id: str, cursor: str | None, rank: int | None, max_events: int, wait_s: float) -> EventsRequest:
+    """Makes the request of a pull of events.
+
+    Raises:
+        ConfigurationError: a number is out of range.
+    """
+    try:
+        request = EventsRequest(run_id=run_id, cursor=cursor or "", max_events=max_events, wait_s=wait_s)
+        if rank is not None:
+            request.rank = rank
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"events: {error}") from error
     return request
 
 

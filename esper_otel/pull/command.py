@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -18,10 +18,11 @@ from google.protobuf.message import Message
 
 from esper_otel.errors import ConfigurationError, GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.hours.bar import RunHours
-from esper_otel.hours.text import hours_as_json, hours_lines
-from esper_otel.leyline.packets import Packets
+from esper_otel.hours.output import hours_as_json, hours_lines
+from esper_otel.leyline.packets import Packets, Page
 from esper_otel.local_ports import gateway_here
 from esper_otel.pull.client import TamiyoClient
+from esper_otel.pull.event_infos import EventInfo, EventPage
 from esper_otel.pull.infos import RunInfo
 from esper_otel.pull.messages import step_message
 from esper_otel.pull.views import RunRanks
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hours", action="store_true", help="print where the hours of the run went, instead of packets"
     )
+    parser.add_argument(
+        "--events", action="store_true", help="print the run's events as JSON lines, instead of packets"
+    )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="one JSON object per line")
     shape.add_argument(
@@ -77,7 +81,9 @@ def main(options: argparse.Namespace) -> int:
         ConfigurationError: options contradict each other, or there is no such rank.
     """
     if options.hours:
-        _check_hours(options)
+        _check_alone(options, "hours", ("follow", "binary", "ranks", "events", "shard", "cursor"))
+    if options.events:
+        _check_alone(options, "events", ("binary", "ranks", "shard"))
     with TamiyoClient(
         options.target or gateway_here(),
         token_file=options.token_file,
@@ -95,13 +101,14 @@ def main(options: argparse.Namespace) -> int:
         if options.hours:
             _write_hours(_of_rank(client.hours(options.run_id), options.rank), as_json=options.json)
             return 0
+        write: Callable[[Any], None]
         write = _write_json if options.json else _write_binary if options.binary else _write_text
         cursor = options.cursor or ""
         interrupt = _Interrupt()
         try:
             while True:
                 interrupt.check()
-                cursor, count = _print_page(client, options, cursor, write)
+                cursor, count = _print_page(client, options, cursor, _write_event if options.events else write)
                 if not count and not options.follow:
                     return 0
         finally:
@@ -109,13 +116,13 @@ def main(options: argparse.Namespace) -> int:
                 _say(f"cursor {cursor}")
 
 
-def _check_hours(options: argparse.Namespace) -> None:
-    """Refuses options that mean nothing with --hours."""
+def _check_alone(options: argparse.Namespace, what: str, others: Sequence[str]) -> None:
+    """Refuses options that mean nothing with another one."""
     if options.run_id is None:
-        raise ConfigurationError("--hours needs a RUN")
-    for name in ("follow", "binary", "ranks", "shard", "cursor"):
+        raise ConfigurationError(f"--{what} needs a RUN")
+    for name in others:
         if getattr(options, name):
-            raise ConfigurationError(f"--hours cannot be combined with --{name}")
+            raise ConfigurationError(f"--{what} cannot be combined with --{name}")
 
 
 def _of_rank(hours: RunHours, rank: int | None) -> RunHours:
@@ -147,18 +154,16 @@ class _Interrupt:
 
 
 def _print_page(
-    client: TamiyoClient, options: argparse.Namespace, cursor: str, write: Callable[[Packets], None]
+    client: TamiyoClient, options: argparse.Namespace, cursor: str, write: Callable[[Any], None]
 ) -> tuple[str, int]:
-    """Prints a page; returns the cursor to continue from, and the number of steps."""
-    wait_s = _WAIT_S if options.follow else 0.0
+    """Prints a page; returns the cursor to continue from, and the number of steps or events."""
+    what = "events" if options.events else "steps"
     try:
-        page = client.pull(
-            options.run_id, cursor, rank=options.rank, shard=options.shard, max_packets=_MOST, wait_s=wait_s
-        )
+        page = _pulled(client, options, cursor)
     except StaleCursor as error:
         if not options.follow or cursor == options.cursor:
             raise
-        _say(f"{error}; continuing with the oldest step that is stored")
+        _say(f"{error}; continuing with the oldest of the {what} that are stored")
         return "", 0
     except (GatewayUnavailable, UnknownRun) as error:
         if not options.follow:
@@ -167,11 +172,19 @@ def _print_page(
         time.sleep(_AGAIN_S)
         return cursor, 0
     if page.gap:
-        _say(f"{page.gap} steps before the next one were dropped, or have not arrived")
-    for packets in page:
-        write(packets)
+        _say(f"{page.gap} {what} before the next one were dropped, or have not arrived")
+    for each in page:
+        write(each)
     sys.stdout.flush()
     return page.cursor, len(page)
+
+
+def _pulled(client: TamiyoClient, options: argparse.Namespace, cursor: str) -> Page | EventPage:
+    """Returns the next page of what is asked for."""
+    run_id, rank, wait_s = options.run_id, options.rank, _WAIT_S if options.follow else 0.0
+    if options.events:
+        return client.events(run_id, cursor, rank=rank, max_events=_MOST, wait_s=wait_s)
+    return client.pull(run_id, cursor, rank=rank, shard=options.shard, max_packets=_MOST, wait_s=wait_s)
 
 
 def _say(message: str) -> None:
@@ -197,6 +210,10 @@ def _write_text(packets: Packets) -> None:
 
 def _write_json(packets: Packets) -> None:
     sys.stdout.write(json.dumps(as_json(packets), allow_nan=False) + "\n")
+
+
+def _write_event(event: EventInfo) -> None:
+    sys.stdout.write(json.dumps(asdict(event), allow_nan=False) + "\n")
 
 
 def _write_binary(packets: Packets) -> None:

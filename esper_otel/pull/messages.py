@@ -28,7 +28,11 @@ _classes = {
 }
 
 SERVICE = f"{_file.package}.{_file.service[0].name}"
+Attribute = _classes["Attribute"]
 Bar = _classes["Bar"]
+Event = _classes["Event"]
+EventsRequest = _classes["EventsRequest"]
+EventsResponse = _classes["EventsResponse"]
 HoursRequest = _classes["HoursRequest"]
 HoursResponse = _classes["HoursResponse"]
 PullRequest = _classes["PullRequest"]

@@ -158,7 +158,8 @@ class Rank(Message):
 
 class HoursRequest(Message):
     run_id: str
-    def __init__(self, *, run_id: str = ...) -> None: ...
+    with_accounts: bool
+    def __init__(self, *, run_id: str = ..., with_accounts: bool = ...) -> None: ...
 
 class HoursResponse(Message):
     @property
@@ -167,6 +168,13 @@ class HoursResponse(Message):
     def ranks(self) -> RepeatedCompositeFieldContainer[RankHours]: ...
     @property
     def phases(self) -> RepeatedCompositeFieldContainer[Phase]: ...
+    @property
+    def accounts(self) -> RepeatedCompositeFieldContainer[ProcessAccount]: ...
+
+class ProcessAccount(Message):
+    rank: int
+    attempt: int
+    account: str
 
 class RankHours(Message):
     rank: int
@@ -193,3 +201,47 @@ class Phase(Message):
     own_ms: float
     number: int
     step: int
+
+class EventsRequest(Message):
+    run_id: str
+    cursor: str
+    rank: int
+    max_events: int
+    wait_s: float
+    def __init__(
+        self,
+        *,
+        run_id: str = ...,
+        cursor: str = ...,
+        rank: int | None = ...,
+        max_events: int = ...,
+        wait_s: float = ...,
+    ) -> None: ...
+
+class EventsResponse(Message):
+    cursor: str
+    gap: int
+    @property
+    def events(self) -> RepeatedCompositeFieldContainer[Event]: ...
+    def __init__(self, *, cursor: str = ..., gap: int = ...) -> None: ...
+
+class Event(Message):
+    name: str
+    time_unix_ns: int
+    attempt: int
+    rank: int
+    process: str
+    number: int
+    severity: int
+    text: str
+    step: int
+    epoch: int
+    @property
+    def attributes(self) -> RepeatedCompositeFieldContainer[Attribute]: ...
+
+class Attribute(Message):
+    name: str
+    text: str
+    whole: int
+    number: float
+    is_true: bool

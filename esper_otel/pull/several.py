@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from esper_otel.errors import GatewayError, GatewayUnavailable, StaleCursor, UnknownRun
 from esper_otel.leyline.packets import Packets, Page
+from esper_otel.pull.event_infos import EventInfo, EventPage
 from esper_otel.pull.infos import RunInfo
 from esper_otel.pull.position import Position, StepKey
 
@@ -16,7 +17,8 @@ _PAUSE_S = 0.1
 _AWAY_S = 1.0  # a gateway that did not answer, or did not know the run, is left alone for so long
 _ANSWER_S, _SLOW_S = 3.0, 15.0  # how long the others wait for one of them, and how long it is left alone then
 
-Answer: TypeAlias = Page | GatewayError
+Pulled: TypeAlias = Page | EventPage
+Answer: TypeAlias = Pulled | GatewayError
 
 
 class NoAnswer(GatewayUnavailable):
@@ -58,9 +60,19 @@ class SeveralGateways:
         self._unknown_until_s: dict[str, float] = {}
 
     def pulling(
-        self, run_id: str, cursor: str, rank: int | None, most: int, wait_s: float
-    ) -> Generator[Ask, Mapping[str, Answer], Page]:
-        """Yields what to ask, takes the answers, and returns the next page. See ``TamiyoClient.pull``."""
+        self, run_id: str, cursor: str, rank: int | None, most: int, wait_s: float, what: Kind | None = None
+    ) -> Generator[Ask, Mapping[str, Answer], Any]:
+        """Yields what to ask, takes the answers, and returns the next page. See ``TamiyoClient.pull``.
+
+        Args:
+            run_id: the run.
+            cursor: where to go on; empty to begin.
+            rank: the rank; None for all.
+            most: the maximum number of steps.
+            wait_s: seconds to wait for a step.
+            what: what is pulled instead of steps.
+        """
+        what = what or STEPS
         position = Position.of(cursor, rank, self._addresses)
         begun_s = time.monotonic()
         errors: dict[str, GatewayError] = {}
@@ -73,8 +85,8 @@ class SeveralGateways:
             answers = yield Ask(cursors, each_s, each_s + min(self._timeout_s, _ANSWER_S), pause_s)
             pages, is_begun_anew = self._noted(answers, position, errors)
             are_all = len(answers) == len(asked) and (is_sure or len(asked) == len(self._addresses))
-            found, has_moved = joined(pages, position, most, are_all=are_all)
-            if found.packets or found.gap:
+            found, has_moved = joined(pages, position, most, are_all=are_all, what=what)
+            if found or found.gap:
                 return found
             if has_moved or is_begun_anew or any(map(len, pages.values())):  # another may have what is missing
                 is_waiting, is_sure, pause_s = False, True, 0.0
@@ -101,12 +113,12 @@ class SeveralGateways:
 
     def _noted(
         self, answers: Mapping[str, Answer], position: Position, errors: dict[str, GatewayError]
-    ) -> tuple[dict[str, Page], bool]:
+    ) -> tuple[dict[str, Pulled], bool]:
         """Returns the pages among answers, and whether a gateway must be read from its beginning."""
-        pages: dict[str, Page] = {}
+        pages: dict[str, Pulled] = {}
         is_begun_anew = False
         for address, answer in answers.items():
-            if isinstance(answer, Page):
+            if not isinstance(answer, GatewayError):
                 pages[address] = answer
                 errors.pop(address, None)
                 continue
@@ -125,7 +137,37 @@ class SeveralGateways:
         return pages, is_begun_anew
 
 
-def joined(pages: Mapping[str, Page], position: Position, most: int, *, are_all: bool) -> tuple[Page, bool]:
+def key_of(step: Packets) -> StepKey:
+    """Returns what tells a step from others."""
+    return StepKey((step.attempt, step.rank, step.writer), step.number, step.step, step.revision)
+
+
+def _key_of_event(event: EventInfo) -> StepKey:
+    return StepKey((event.attempt, event.rank, event.process), event.number, 0, 1)
+
+
+class Kind(NamedTuple):
+    """What is pulled from several gateways: steps or events.
+
+    Attributes:
+        page: makes a page of items, a cursor and a gap.
+        key_of: returns what tells an item from others.
+        order: returns what the items of several gateways are sorted by, so that numbers of a writer do not go back.
+    """
+
+    page: Callable[[tuple[Any, ...], str, int], Pulled]
+    key_of: Callable[[Any], StepKey]
+    order: Callable[[Any], tuple[int, ...]]
+
+
+STEPS = Kind(Page, key_of, lambda step: (step.state.timestamp_ns,))
+# Not by time: a checkpoint may get its number before what happened in the step before it.
+EVENTS = Kind(EventPage, _key_of_event, lambda event: (event.attempt, event.number, event.rank))
+
+
+def joined(
+    pages: Mapping[str, Pulled], position: Position, most: int, *, are_all: bool, what: Kind = STEPS
+) -> tuple[Any, bool]:
     """Joins pages of several gateways to the puller's next page, and moves its position.
 
     Args:
@@ -133,15 +175,18 @@ def joined(pages: Mapping[str, Page], position: Position, most: int, *, are_all:
         position: where the puller stands.
         most: the maximum number of steps.
         are_all: whether every gateway that can answer has answered. If not, nothing after missing steps is taken.
+        what: what the pages have.
 
     Returns:
         The page, and whether the position has moved.
     """
-    steps = [(step, address) for address, page in pages.items() for step in page]
-    full = {address for step, address in steps if not position.has(key_of(step), address)}
+    steps = [(step, what.key_of(step), address) for address, page in pages.items() for step in page]
+    full = {address for _, key, address in steps if not position.has(key, address)}
     if sum(map(bool, map(len, pages.values()))) > 1:
-        steps.sort(key=lambda each: each[0].state.timestamp_ns)
-    gaps = {address: page.gap for address, page in pages.items() if not (len(page) and position.knows(key_of(page[0])))}
+        steps.sort(key=lambda each: what.order(each[0]))
+    gaps = {
+        address: page.gap for address, page in pages.items() if not (len(page) and position.knows(what.key_of(page[0])))
+    }
     taken, gap, left = _taken(steps, position, most, lambda address: not are_all or bool(full - {address}))
     if not taken and left and are_all:  # each waits for another: nobody can say more
         taken, gap, left = _taken(steps, position, most, lambda _: False)
@@ -151,26 +196,25 @@ def joined(pages: Mapping[str, Page], position: Position, most: int, *, are_all:
             gap += gaps.get(address, 0)
             position.move(address, page.cursor)
             has_moved = True
-    return Page(tuple(taken), position.text(), gap), has_moved
+    return what.page(tuple(taken), position.text(), gap), has_moved
 
 
 def _taken(
-    steps: Iterable[tuple[Packets, str]], position: Position, most: int, may_follow: Callable[[str], bool]
-) -> tuple[list[Packets], int, set[str]]:
+    steps: Iterable[tuple[Any, StepKey, str]], position: Position, most: int, may_follow: Callable[[str], bool]
+) -> tuple[list[Any], int, set[str]]:
     """Takes steps, up to the next gap; returns them, the gap, and the gateways that still have some.
 
     Args:
-        steps: steps, each with its gateway.
+        steps: steps, each with what tells it from others, and with its gateway.
         position: where the puller stands; it is moved.
         most: the maximum number of steps.
         may_follow: whether missing steps may still come from another gateway than this one.
     """
-    taken: list[Packets] = []
+    taken: list[Any] = []
     gap, is_over = 0, False
     left: set[str] = set()
     held: set[tuple[int, int, str]] = set()
-    for step, address in steps:
-        key = key_of(step)
+    for step, key, address in steps:
         if position.has(key, address):
             continue
         missed = position.missed(key, address)
@@ -183,11 +227,6 @@ def _taken(
         position.add(key, address)
         taken.append(step)
     return taken, gap, left
-
-
-def key_of(step: Packets) -> StepKey:
-    """Returns what tells a step from others."""
-    return StepKey((step.attempt, step.rank, step.writer), step.number, step.step, step.revision)
 
 
 def merged_runs(of_gateways: Iterable[Iterable[RunInfo]]) -> list[RunInfo]:

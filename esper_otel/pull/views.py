@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from esper_otel.hours.bar import BETWEEN, UNKNOWN, Bar, PhaseInfo, RunHours, bar_of_run
+from esper_otel.hours.account import Account
+from esper_otel.hours.bar import BETWEEN, UNKNOWN, Bar, PhaseInfo, RunHours, bar_of_rank, bar_of_run
+from esper_otel.hours.whole import account_of, joined_account
 from esper_otel.pull.messages import Bar as BarMessage
 from esper_otel.pull.messages import HoursResponse, Rank, RanksResponse
 
@@ -118,17 +121,34 @@ def run_hours(response: HoursResponse) -> RunHours:
     return RunHours(_bar(response.run), {each.rank: _bar(each.bar) for each in response.ranks}, tuple(phases))
 
 
-def merged_hours(answers: Iterable[RunHours]) -> RunHours:
-    """Returns the hours of a run of which several gateways have parts: each rank's of the one that knows most of it."""
-    found = list(answers)
+def merged_hours(answers: Sequence[HoursResponse]) -> RunHours:
+    """Returns the hours of a run of which several gateways have parts: each attempt's of all that know it.
+
+    A gateway of an older version tells a bar only; that is used for a rank of which it knows more than the others.
+    """
+    found = [run_hours(answer) for answer in answers]
     if len(found) == 1:
         return found[0]
-    ranks: dict[int, Bar] = {}
-    for rank in sorted({rank for hours in found for rank in hours.ranks}):
-        ranks[rank] = max((hours.ranks[rank] for hours in found if rank in hours.ranks), key=_known_ms)
+    bars: dict[int, list[Bar]] = {}
+    for hours in (RunHours(Bar(0, 0, {}, 0), _bars_of_all(answers), ()), *found):
+        for rank, bar in hours.ranks.items():
+            bars.setdefault(rank, []).append(bar)
+    ranks = {rank: max(bars[rank], key=_known_ms) for rank in sorted(bars)}
     phases = {(each.rank, each.attempt, each.name, each.end_unix_ns): each for hours in found for each in hours.phases}
     newest = sorted(phases.values(), key=lambda each: each.end_unix_ns)[-MOST_PHASES:]
     return RunHours(bar_of_run(ranks.values()), ranks, tuple(newest))
+
+
+def _bars_of_all(answers: Iterable[HoursResponse]) -> dict[int, Bar]:
+    """Returns the bar of each rank, made of the accounts of all gateways."""
+    known: dict[tuple[int, int], list[Account]] = {}
+    for each in (account for answer in answers for account in answer.accounts):
+        with suppress(ValueError, TypeError, KeyError):  # of a newer version
+            known.setdefault((each.rank, each.attempt), []).append(account_of(each.account))
+    accounts: dict[int, list[Account]] = {}
+    for rank, attempt in sorted(known):
+        accounts.setdefault(rank, []).append(joined_account(known[rank, attempt]))
+    return {rank: bar_of_rank(attempts) for rank, attempts in accounts.items()}
 
 
 def _known_ms(bar: Bar) -> float:

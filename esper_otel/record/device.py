@@ -129,7 +129,7 @@ class Copy(NamedTuple):
     copied: CudaEvent
 
 
-class Pending:
+class PendingCopies:
     """Scalars being copied from devices to the host. Threads: any, one at a time."""
 
     def __init__(self, count: int, copies: Iterable[Copy], *, lost: bool = False) -> None:
@@ -165,7 +165,7 @@ class Pending:
         return arrived
 
 
-def pack(tensors: Sequence[Tensor]) -> Pending:
+def pack(tensors: Sequence[Tensor]) -> PendingCopies:
     """Starts copying 0-d CUDA tensors to the host, as float64 to pinned memory, with one copy per device and stream.
 
     Args:
@@ -178,9 +178,9 @@ def pack(tensors: Sequence[Tensor]) -> Pending:
         for position, tensor in enumerate(tensors):
             stream = getattr(tensor, "copied_on", None) or torch.cuda.current_stream(tensor.device)
             streams.setdefault(stream, []).append(position)
-        return Pending(len(tensors), [_to_host(stream, at, tensors) for stream, at in streams.items()])
+        return PendingCopies(len(tensors), [_to_host(stream, at, tensors) for stream, at in streams.items()])
     except RuntimeError:  # the device has failed
-        return Pending(len(tensors), (), lost=True)
+        return PendingCopies(len(tensors), (), lost=True)
 
 
 def _to_host(stream: torch.cuda.Stream, positions: list[int], tensors: Sequence[Tensor]) -> Copy:

@@ -85,7 +85,7 @@ class Draft(NamedTuple):
     probed: Mapping[str, float] = NO_READINGS
 
 
-class Deriving(Protocol):
+class FrameDeriver(Protocol):
     """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
     Attributes:
@@ -131,7 +131,7 @@ class FramePublisher:
         names: Names,
         ring: Ring,
         *,
-        deriving: Deriving,
+        deriving: FrameDeriver,
         context: Mapping[str, float],
         warnings: Warnings,
     ) -> None:
@@ -455,6 +455,11 @@ class FramePublisher:
             if getattr(item, "is_cuda", False):
                 self.set_device(device.device_name(item))
                 return
+
+    def settled_run(self) -> Run:
+        """Returns the run as its frames would name it. Call it when the session closes: no frame follows."""
+        self._settle_run()
+        return self.run
 
     def _settle_run(self) -> None:
         """Completes the description of the run in frames. While the device is unknown, each frame looks it up again."""

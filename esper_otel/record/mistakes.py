@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ParamSpec
 
 from esper_otel.errors import InvalidName, WrongState
@@ -26,10 +27,12 @@ class Mistakes:
 
     Attributes:
         count: number of mistakes so far.
+        noted: called with each mistake that is logged: the type of the exception, and a sentence.
     """
 
     def __init__(self) -> None:
         self.count: int = 0
+        self.noted: Callable[[str, str], None] | None = None
         self._kinds: set[tuple[object, ...]] = set()
 
     def note(self, error: Exception) -> None:
@@ -45,6 +48,8 @@ class Mistakes:
             more = "; further kinds of mistakes are only counted" if len(self._kinds) == _MOST_KINDS else ""
             message = f"{place}: {type(error).__name__}: {text}; left out, as ESPER_ON_MISTAKE is warn{more}"
             announce("mistake", message, logging.WARNING)
+            if self.noted is not None:
+                self.noted(type(error).__name__, f"A mistake in {Path(place).name} was left out: {text}.")
 
     def spared(self, record: Callable[_P, object], *arguments: _P.args, **named: _P.kwargs) -> bool:
         """Makes a call that records something; notes what it raises. Returns whether it succeeded."""

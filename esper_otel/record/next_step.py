@@ -10,7 +10,7 @@ from esper_otel.record.seeds import merged_tables
 from esper_otel.record.values import CopyTime, DeviceValues, Target
 
 
-class Beginning(NamedTuple):
+class StartValues(NamedTuple):
     """The values that a step starts with.
 
     Attributes:
@@ -68,9 +68,9 @@ class NextStep:
         self.context.update(values)
         self.is_anything = True
 
-    def take(self) -> Beginning:
+    def take(self) -> StartValues:
         """Returns and clears everything except the context, which is taken when the step ends."""
-        taken = Beginning(self._waited_ms, self._table, self.retiring)
+        taken = StartValues(self._waited_ms, self._table, self.retiring)
         self._waited_ms = self._table = None
         self.retiring = []
         self.is_anything = bool(self.context or self.tensors or self.parts)

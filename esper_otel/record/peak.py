@@ -9,7 +9,7 @@ from typing import NamedTuple
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 
 
-class Row(NamedTuple):
+class DeviceRates(NamedTuple):
     """Dense matrix rates of a device, in TFLOP/s, as its vendor states them: without sparsity, at boost clock.
 
     Attributes:
@@ -31,25 +31,25 @@ def _rates(float32: float, tf32: float | None, half: float, float8: float | None
 
 
 # Only devices whose names and figures are certain. Data sheets that state rates with sparsity are halved.
-PEAKS: tuple[Row, ...] = (
-    Row(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"), _rates(15.7, None, 125.0), f"{_NVIDIA}v100/"),
-    Row(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), _rates(14.0, None, 112.0), f"{_NVIDIA}v100/"),
-    Row(("Tesla T4",), _rates(8.1, None, 65.0), f"{_NVIDIA}tesla-t4/"),
-    Row(
+PEAKS: tuple[DeviceRates, ...] = (
+    DeviceRates(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"), _rates(15.7, None, 125.0), f"{_NVIDIA}v100/"),
+    DeviceRates(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), _rates(14.0, None, 112.0), f"{_NVIDIA}v100/"),
+    DeviceRates(("Tesla T4",), _rates(8.1, None, 65.0), f"{_NVIDIA}tesla-t4/"),
+    DeviceRates(
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
         _rates(19.5, 156.0, 312.0),
         f"{_NVIDIA}a100/",
     ),
-    Row(("NVIDIA A30",), _rates(10.3, 82.0, 165.0), f"{_NVIDIA}products/a30-gpu/"),
-    Row(("NVIDIA A40",), _rates(37.4, 74.8, 149.7), f"{_NVIDIA}a40/"),
-    Row(("NVIDIA A10",), _rates(31.2, 62.5, 125.0), f"{_NVIDIA}products/a10-gpu/"),
-    Row(("NVIDIA L4",), _rates(30.3, 60.0, 121.0, 242.5), f"{_NVIDIA}l4/"),
-    Row(("NVIDIA L40S",), _rates(91.6, 183.0, 362.05, 733.0), f"{_NVIDIA}l40s/"),
-    Row(("NVIDIA H100 PCIe",), _rates(51.0, 378.0, 756.5, 1513.0), f"{_NVIDIA}h100/"),
-    Row(("NVIDIA H100 80GB HBM3",), _rates(67.0, 494.5, 989.5, 1979.0), f"{_NVIDIA}h100/"),
-    Row(("NVIDIA H100 NVL",), _rates(60.0, 417.5, 835.5, 1670.5), f"{_NVIDIA}h100/"),
-    Row(("NVIDIA H200",), _rates(67.0, 494.5, 989.5, 1979.0), f"{_NVIDIA}h200/"),
-    Row(
+    DeviceRates(("NVIDIA A30",), _rates(10.3, 82.0, 165.0), f"{_NVIDIA}products/a30-gpu/"),
+    DeviceRates(("NVIDIA A40",), _rates(37.4, 74.8, 149.7), f"{_NVIDIA}a40/"),
+    DeviceRates(("NVIDIA A10",), _rates(31.2, 62.5, 125.0), f"{_NVIDIA}products/a10-gpu/"),
+    DeviceRates(("NVIDIA L4",), _rates(30.3, 60.0, 121.0, 242.5), f"{_NVIDIA}l4/"),
+    DeviceRates(("NVIDIA L40S",), _rates(91.6, 183.0, 362.05, 733.0), f"{_NVIDIA}l40s/"),
+    DeviceRates(("NVIDIA H100 PCIe",), _rates(51.0, 378.0, 756.5, 1513.0), f"{_NVIDIA}h100/"),
+    DeviceRates(("NVIDIA H100 80GB HBM3",), _rates(67.0, 494.5, 989.5, 1979.0), f"{_NVIDIA}h100/"),
+    DeviceRates(("NVIDIA H100 NVL",), _rates(60.0, 417.5, 835.5, 1670.5), f"{_NVIDIA}h100/"),
+    DeviceRates(("NVIDIA H200",), _rates(67.0, 494.5, 989.5, 1979.0), f"{_NVIDIA}h200/"),
+    DeviceRates(
         ("AMD Instinct MI300X",),
         _rates(163.4, 653.7, 1307.4, 2614.9),
         "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",

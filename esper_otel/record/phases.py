@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper_otel.errors import InvalidName, InvalidValue
-from esper_otel.frames.phases import START_UP, PhaseLog
+from esper_otel.frames.phase_log import START_UP, PhaseLog
 from esper_otel.record.clock import Clock
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class PhaseScope(ContextDecorator):
             self._phases.leave(self)
 
 
-class _Open:
+class _OpenPhase:
     """A phase that has not ended."""
 
     __slots__ = ("inner_ns", "name", "owner", "start_ns", "step")
@@ -118,6 +118,7 @@ class Phases:
         has_any: whether a phase has ever begun.
         follows_steps: whether ``step_opens`` and ``step_ended`` are to be called.
         closed_s: seconds that the recording thread has spent in phases that have ended, each moment counted once.
+        ended: called with the name, start and end of each phase, in Unix nanoseconds, on the thread that ended it.
         inside: returns the number of the step that a loop is in without having opened it; see ``Loop``.
     """
 
@@ -126,16 +127,17 @@ class Phases:
         self.closed_s: float = 0.0
         self.has_any: bool = False
         self.follows_steps: bool = True  # until the first step, for start-up; then only inside phases
+        self.ended: Callable[[str, int, int], None] | None = None
         self.inside: Callable[[], int | None] = lambda: None
         self._clock = clock
         self._recorder = recorder
         self._began_unix_ns = began_unix_ns
         self._thread = threading.get_ident()
         self._process_id = os.getpid()
-        self._open: list[_Open] = []
+        self._open: list[_OpenPhase] = []
         self._outside_ns = 0  # like ``closed_s``, but only phases outside steps
-        self._step_in: tuple[_Open, float] | None = None  # the phase that a step was opened in, and when
-        self._beside: dict[int, list[_Open]] = {}
+        self._step_in: tuple[_OpenPhase, float] | None = None  # the phase that a step was opened in, and when
+        self._beside: dict[int, list[_OpenPhase]] = {}
 
     @property
     def next_step(self) -> int:
@@ -153,12 +155,12 @@ class Phases:
         self.has_any = True
         thread, start_ns = threading.get_ident(), self._clock.now_ns()
         if thread != self._thread:
-            self._beside.setdefault(thread, []).append(_Open(name, owner, start_ns, None))
+            self._beside.setdefault(thread, []).append(_OpenPhase(name, owner, start_ns, None))
             return
         step = self._recorder.open_step
         number = self.inside() if step is None else step.global_step
         self._note_step()
-        self._open.append(_Open(name, owner, start_ns, number))
+        self._open.append(_OpenPhase(name, owner, start_ns, number))
         if step is None:
             self.follows_steps = self._recorder.next_step.is_anything = True
 
@@ -181,7 +183,7 @@ class Phases:
             del self._beside[thread]
         self.follows_steps = bool(self._open) or self._began_unix_ns is not None
 
-    def _close(self, over: _Open, end_ns: int, *, is_beside: bool) -> None:
+    def _close(self, over: _OpenPhase, end_ns: int, *, is_beside: bool) -> None:
         length_ns = end_ns - over.start_ns
         own_ms = 0.0 if is_beside else max(length_ns - over.inner_ns, 0.0) / _MS
         if not is_beside:
@@ -192,6 +194,8 @@ class Phases:
                 self.closed_s += length_ns / 1e9
                 self._outside_ns += length_ns if over.step is None else 0
         self.log.add(over.name, over.start_ns, end_ns, own_ms, over.step)
+        if self.ended is not None:
+            self.ended(over.name, over.start_ns, end_ns)
 
     # -- steps and waits inside phases ---------------------------------------------------------------------
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_otel.errors import InvalidValue, WrongState
 from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame, SeedTable
-from esper_otel.frames.phases import PhaseLog
+from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.record.clock import Clock
 from esper_otel.record.frame_publisher import Draft, FramePublisher
 from esper_otel.record.names import PARTS
 from esper_otel.record.next_step import NextStep
 from esper_otel.record.open_step import OpenStep
-from esper_otel.record.parts import Timer, timer_for
 from esper_otel.record.peak import Peak
 from esper_otel.record.phases import Phases
 from esper_otel.record.seed_columns import SeedColumns
 from esper_otel.record.seeds import NO_IDS, checked_seed_id, merged_row, one_cell
 from esper_otel.record.signature import Signature
+from esper_otel.record.step_parts import Timer, timer_for
 from esper_otel.record.values import (
     CONTEXT,
     UINT32_MAX,
@@ -52,7 +52,7 @@ _NOBODY: Sequence[str] = ()
 _NO_PROBES: tuple[Mapping[str, float], float] = (NO_READINGS, float("inf"))
 
 
-class Probing(Protocol):
+class ReadingSource(Protocol):
     """The interface that recording requires of the probes."""
 
     @property
@@ -85,7 +85,7 @@ class Recorder:
         publisher: FramePublisher,
         *,
         clock: Clock,
-        probing: Probing | None,
+        probing: ReadingSource | None,
         to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
         peak: Peak,

@@ -26,7 +26,7 @@ class SeedColumns:
 
     def __init__(self, is_good: Callable[[SeedTable], bool]) -> None:
         self._is_good = is_good
-        self._layout = _Layout((), ())
+        self._layout = _ColumnLayout((), ())
         self._stages = b""
 
     def table(self, ids: Sequence[str], columns: Mapping[str, object]) -> SeedTable:
@@ -42,9 +42,9 @@ class SeedColumns:
         layout, fields = self._layout, tuple(columns)
         is_known = ids == layout.listed if ids.__class__ is list else tuple(ids) == layout.ids
         if not is_known:
-            layout = _Layout(_checked_ids(tuple(ids)), fields)
+            layout = _ColumnLayout(_checked_ids(tuple(ids)), fields)
         elif fields != layout.fields:
-            layout = _Layout(layout.ids, fields)
+            layout = _ColumnLayout(layout.ids, fields)
         given = _stacked(columns)
         if given is None or given.shape != layout.shape:
             given = np.empty(layout.shape)
@@ -57,7 +57,7 @@ class SeedColumns:
         self._layout = layout
         return table
 
-    def _clean(self, given: npt.NDArray[np.float64], layout: _Layout) -> None:
+    def _clean(self, given: npt.NDArray[np.float64], layout: _ColumnLayout) -> None:
         """Replaces NaN by ``ABSENT``; raises InvalidValue for an unknown stage."""
         if np.isnan(given, layout.nans).tobytes() != layout.no_nans:
             np.copyto(given, ABSENT, where=layout.nans)
@@ -69,7 +69,7 @@ class SeedColumns:
                 self._stages = stages
 
 
-class _Layout:
+class _ColumnLayout:
     """The layout shared by calls with the same seeds and fields. In its arrays, each row is a column of the call.
 
     Attributes:

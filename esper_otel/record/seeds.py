@@ -31,7 +31,7 @@ STAGES_OR_ABSENT = STAGES | {ABSENT}
 NO_IDS: Mapping[str, int] = {}
 
 
-class MoreOfASeed(TypedDict, total=False):
+class FurtherSeedFields(TypedDict, total=False):
     """Further fields of a seed in a Leyline packet, in addition to the ten of the original request."""
 
     learning_rate: Scalar | None

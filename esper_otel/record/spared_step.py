@@ -11,7 +11,7 @@ from esper_otel.record.mistakes import Mistakes
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.seeds import checked_seed_id
 from esper_otel.record.step import Step
-from esper_otel.record.timed import TimedOnce
+from esper_otel.record.timed import CallbackTiming
 from esper_otel.record.work import Work
 
 
@@ -80,9 +80,13 @@ class SparedStep(Step):
         if not is_recorded and named.pop("sources", None) is not None:
             self._mistakes.spared(gradients, given, *arguments, **named)
 
-    def kernel(self, seed_id: Any) -> TimedOnce:
+    def kernel(self, seed_id: Any) -> CallbackTiming:
         """See ``Step.kernel``; with a wrong id nothing is recorded."""
-        return super().kernel(seed_id) if self._mistakes.spared(checked_seed_id, seed_id) else TimedOnce(lambda _: None)
+        return (
+            super().kernel(seed_id)
+            if self._mistakes.spared(checked_seed_id, seed_id)
+            else CallbackTiming(lambda _: None)
+        )
 
     def part(self, name: Any) -> Any:
         """See ``Step.part``; with a wrong name nothing is recorded."""
@@ -90,7 +94,7 @@ class SparedStep(Step):
             return super().part(name)
         except Exception as error:  # noqa: BLE001 - see Mistakes.spared
             self._mistakes.note(error)
-            return TimedOnce(lambda _: None)
+            return CallbackTiming(lambda _: None)
 
     def seed(self, seed_id: Any = None, *arguments: Any, **cells: Any) -> None:
         """See ``Step.seed``; wrong cells are left out."""

@@ -16,7 +16,6 @@ from esper_otel.frames.frame import ABSENT
 from esper_otel.record.device import move
 from esper_otel.record.names import PARTS
 from esper_otel.record.open_step import OpenStep
-from esper_otel.record.parts import HOST, TimedPart
 from esper_otel.record.seeds import (
     REQUESTED,
     ROW,
@@ -26,7 +25,8 @@ from esper_otel.record.seeds import (
     merged_row,
     more_cells,
 )
-from esper_otel.record.timed import Timed, TimedOnce
+from esper_otel.record.step_parts import HOST, TimedPart
+from esper_otel.record.timed import CallbackTiming, StepTiming
 from esper_otel.record.values import ROW_TYPES, CopyTime, DeviceValues, Target, read, read_row
 from esper_otel.schema import SEED_FIELDS, Stage
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from esper_otel.leyline.messages import SystemStatePacket
     from esper_otel.record.recorder import Recorder
-    from esper_otel.record.seeds import MoreOfASeed
+    from esper_otel.record.seeds import FurtherSeedFields
     from esper_otel.record.values import Scalar
     from esper_otel.record.work import Work
 
@@ -129,23 +129,23 @@ class Step(OpenStep):
         self._recorder.publisher.saw(tuple(tensors.values()))
         self._hold(tensors)
 
-    def hook(self) -> Timed:
+    def hook(self) -> StepTiming:
         """Times ``hook_latency_ms``: the controller's evaluation and carrying out its commands."""
-        return Timed(self._timings, "hook_latency_ms")
+        return StepTiming(self._timings, "hook_latency_ms")
 
-    def tamiyo(self) -> Timed:
+    def tamiyo(self) -> StepTiming:
         """Times ``tamiyo_latency_ms``: the controller's evaluation."""
-        return Timed(self._timings, "tamiyo_latency_ms")
+        return StepTiming(self._timings, "tamiyo_latency_ms")
 
-    def apply(self) -> Timed:
+    def apply(self) -> StepTiming:
         """Times ``kasmina.apply_ms``: carrying out the controller's command."""
-        return Timed(self._timings, "kasmina.apply_ms")
+        return StepTiming(self._timings, "kasmina.apply_ms")
 
-    def finalize(self) -> Timed:
+    def finalize(self) -> StepTiming:
         """Times ``kasmina.finalize_ms``: Kasmina's work at the end of the step."""
-        return Timed(self._timings, "kasmina.finalize_ms")
+        return StepTiming(self._timings, "kasmina.finalize_ms")
 
-    def part(self, name: str) -> Timed | TimedPart:
+    def part(self, name: str) -> StepTiming | TimedPart:
         """Times a part of the step: ``with now.part("forward"):``, ``"backward"`` or ``"optimizer"``.
 
         Recorded as ``esper.forward_ms`` and so on. Does not wait for a GPU, whose own times are used.
@@ -157,7 +157,7 @@ class Step(OpenStep):
         if metric is None:
             raise InvalidValue("part", f"{name!r} is not one of {', '.join(PARTS)}")
         timer = self._recorder.timer()
-        return Timed(self._timings, metric) if timer is HOST else TimedPart(self, metric, timer)
+        return StepTiming(self._timings, metric) if timer is HOST else TimedPart(self, metric, timer)
 
     def _hold_part(self, metric: str, timing: CopyTime) -> None:
         """Keeps the duration of a part that a device reports later."""
@@ -165,10 +165,10 @@ class Step(OpenStep):
             self._held = DeviceValues()
         self._held.parts.append((metric, timing))
 
-    def kernel(self, seed_id: str) -> TimedOnce:
+    def kernel(self, seed_id: str) -> CallbackTiming:
         """Times the seed's ``last_kernel_latency_ms``."""
         seed_id = checked_seed_id(seed_id)
-        return TimedOnce(lambda spent_ms: self.seed(seed_id, last_kernel_latency_ms=spent_ms))
+        return CallbackTiming(lambda spent_ms: self.seed(seed_id, last_kernel_latency_ms=spent_ms))
 
     def to(self, device: Any, *items: Any) -> Any:
         """Moves tensors, or nested dicts, lists and tuples of them, to ``device``. Times ``h2d_copy_ms`` on CUDA.
@@ -224,7 +224,7 @@ class Step(OpenStep):
         isolation_dot: Scalar | None = ABSENT,
         isolation_host_norm: Scalar | None = ABSENT,
         isolation_seed_norm: Scalar | None = ABSENT,
-        **more: Unpack[MoreOfASeed],
+        **more: Unpack[FurtherSeedFields],
     ) -> None:
         """Records cells of one seed's row in this step. Calls for the same seed are merged; a cell's last value counts.
 

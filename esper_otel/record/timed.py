@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 
-class Timed:
+class StepTiming:
     """Adds the milliseconds between entering and leaving to one of a step's timings."""
 
     __slots__ = ("_name", "_started_s", "_timings")
@@ -26,7 +26,7 @@ class Timed:
         self._timings[self._name] = self._timings.get(self._name, 0.0) + spent_ms
 
 
-class TimedOnce:
+class CallbackTiming:
     """Passes the milliseconds between entering and leaving to a function."""
 
     __slots__ = ("_say", "_started_s")

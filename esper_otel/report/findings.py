@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from esper_otel.frames.frame import FINE, FLOAT32_BOUND
 from esper_otel.frames.numbers import finite
-from esper_otel.hours.text import bar_lines
+from esper_otel.hours.output import bar_lines
 from esper_otel.leyline import messages
 from esper_otel.leyline.episodes import Episode, Episodes
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, signals
-from esper_otel.report.recording import Recording, Row, names_of
+from esper_otel.report.recording import Recording, StepRow, names_of
 from esper_otel.schema import METRICS, Stage
 
 PHASES = ("input wait", "hook", "finalize", "rest")
@@ -247,7 +247,7 @@ def _learning(recording: Recording) -> Finding:
     )
 
 
-def phases(row: Row) -> dict[str, float]:
+def phases(row: StepRow) -> dict[str, float]:
     """Returns the time of a step in milliseconds, by phase; phases without a value are left out."""
     values = row.values
     found = {}

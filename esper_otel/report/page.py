@@ -9,10 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from esper_otel.charts.document import Page, document
+from esper_otel.charts.document import PageContent, document
+from esper_otel.charts.event_list import event_marks, events_html
 from esper_otel.charts.groups import described
-from esper_otel.charts.hours import hours_html
-from esper_otel.charts.thinned import Step, Thinned
+from esper_otel.charts.hours_section import hours_html
+from esper_otel.charts.thinned import ChartStep, ThinnedSteps
 from esper_otel.frames.frame import GUESSED_STEP, LAST_LOSS
 from esper_otel.report.findings import Finding, compared, findings, first_bad, stage_name
 from esper_otel.report.recording import EarlierAttempt, Recording, names_of
@@ -49,7 +50,9 @@ def page(recording: Recording, other: Recording | None = None) -> str:
     of_each: list[str] = []
     for each, name in zip(both, names, strict=True):
         head = f"<h2>{_shown(name)}</h2>" if other else ""
-        of_each.append(f"<section>{head}{_about(each)}{_answers(findings(each))}{_hours(each)}</section>")
+        of_each.append(
+            f"<section>{head}{_about(each)}{_answers(findings(each))}{_hours(each)}{_events(each)}</section>"
+        )
     if other is None:
         above += of_each
     else:  # the comparison comes first: with what is found in each run, the charts would be far below
@@ -60,7 +63,7 @@ def page(recording: Recording, other: Recording | None = None) -> str:
         of_name = f" of {name}" if other else ""
         below += [_seeds(lives if each is recording else _lives(each), of_name), _last_steps(each, of_name)]
     return document(
-        Page(
+        PageContent(
             printable(recording.title, _MOST_SHOWN),
             _made_of(recording),
             ("".join(above), "".join(below)),
@@ -94,9 +97,9 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
     runs = []
     metrics: dict[str, None] = {}
     for place, each in enumerate(both):
-        thinned = Thinned(_MOST_BUCKETS)
+        thinned = ThinnedSteps(_MOST_BUCKETS)
         for number, (_, rows) in enumerate((*each.earlier, EarlierAttempt(each.attempt, each.rows)), 1):
-            thinned.add((Step(row.step, row.epoch, row.unix_s, row.values) for row in rows), number)
+            thinned.add((ChartStep(row.step, row.epoch, row.unix_s, row.values) for row in rows), number)
         series = thinned.series()
         metrics |= dict.fromkeys(name for name in series["metrics"] if name not in _NOT_DRAWN)
         runs.append({"id": str(place), "name": printable(names[place], _MOST_SHOWN), "series": series})
@@ -112,6 +115,7 @@ def _data(both: Sequence[Recording], names: Sequence[str], lives: Lives) -> dict
         "marks": []
         if step is None or step >= GUESSED_STEP
         else [{"step": step, "text": f"{of}step {step} went wrong"}],
+        "events": event_marks(both[0].events),
         "seeds": shown,
         "seedsSaid": f"{of}{len(shown)} of {len(bars)} seeds",
         "stages": [Stage(number).name for number in range(max(Stage) + 1)],
@@ -159,6 +163,12 @@ def _dates(recording: Recording) -> str:
 def _hours(recording: Recording) -> str:
     """Returns where the hours of the run went, if that is known."""
     return "" if recording.hours is None else f"<section>{hours_html(recording.hours)}</section>"
+
+
+def _events(recording: Recording) -> str:
+    """Returns a list of what happened in the run, if that is known."""
+    html = events_html(recording.events, recording.events_left_out)
+    return f'<section class="events">{html}</section>' if html else ""
 
 
 def _answers(found: Iterable[Finding]) -> str:

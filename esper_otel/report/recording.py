@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from esper_otel.charts.event_list import ShownEvent
 from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.frames import black_box
 from esper_otel.frames.frame import Frame
@@ -36,11 +38,12 @@ _MOST_STEPS = 2_000_000
 _MOST_NUMBERS = 50_000_000  # of all steps, in 8 bytes each
 _MOST_S = 600.0
 _MOST_ATTEMPTS = 20
+_MOST_EVENTS, _MOST_TEXT, _MOST_EVENTS_S = 2_000, 500, 30.0
 
 Name = TypeVar("Name", str, tuple[str, tuple[str, ...]])
 
 
-class Row:
+class StepRow:
     """One step, stored compactly, since a run may have a million.
 
     Args:
@@ -96,7 +99,7 @@ class EarlierAttempt(NamedTuple):
     """
 
     attempt: int
-    rows: tuple[Row, ...]
+    rows: tuple[StepRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,8 @@ class Recording:
         earlier: the attempts before, oldest first, if they are known.
         ranks: a comparison of the run's ranks, if there are several and it is known.
         hours: where the hours of the run went; None if that is not known, as in a black box.
+        events: what happened in it, of all its attempts, in the order in which the gateway heard of it.
+        events_left_out: how many older events there are besides.
         unread: what could not be read of it; empty if everything could.
     """
 
@@ -123,7 +128,7 @@ class Recording:
     rank: int
     attempt: int
     ended: str
-    rows: tuple[Row, ...]
+    rows: tuple[StepRow, ...]
     source: str
     device: str = ""
     about: tuple[tuple[str, str], ...] = ()
@@ -131,6 +136,8 @@ class Recording:
     earlier: tuple[EarlierAttempt, ...] = ()
     ranks: RunRanks | None = None
     hours: RunHours | None = field(default=None, compare=False)
+    events: tuple[ShownEvent, ...] = field(default=(), compare=False)
+    events_left_out: int = field(default=0, compare=False)
     unread: str = ""
 
     @property
@@ -152,7 +159,7 @@ def of_file(path: Path) -> Recording:
     content = black_box.read(path)
     about = content.about
     rows = tuple(
-        Row(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, _clean(frame.values()), _seeds_of(frame))
+        StepRow(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, _clean(frame.values()), _seeds_of(frame))
         for frame in content.frames
     )
     source = _clean_text(path.name.removesuffix(black_box.SUFFIX))
@@ -214,7 +221,7 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         GatewayError: the run is unknown, the gateway cannot be reached, or the run is too large.
         ConfigurationError: the rank has no steps.
     """
-    found: dict[int, dict[int, Row]] = {}
+    found: dict[int, dict[int, StepRow]] = {}
     device = ""
     for packets in _pulled(client, run_id, rank):
         # a later revision replaces an earlier one
@@ -226,6 +233,7 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         EarlierAttempt(attempt, tuple(row for _, row in sorted(rows.items())))
         for attempt, rows in sorted(found.items())
     ]
+    events, left_out = _events(client, run_id, rank)
     of_rank = [run for run in client.runs(run_id) if run.rank == rank]
     mine = next((run for run in of_rank if run.attempt == attempt), None)
     world_size = 1 if mine is None else mine.world_size
@@ -238,6 +246,8 @@ def of_gateway(client: TamiyoClient, run_id: str, rank: int) -> Recording:
         earlier=tuple(before),
         ranks=_ranks(client, run_id) if world_size > 1 else None,
         hours=_hours(client, run_id),
+        events=tuple(events),
+        events_left_out=left_out,
     )
 
 
@@ -247,6 +257,23 @@ def _hours(client: TamiyoClient, run_id: str) -> RunHours | None:
         return client.hours(run_id)
     except GatewayError:
         return None
+
+
+def _events(client: TamiyoClient, run_id: str, rank: int) -> tuple[deque[ShownEvent], int]:
+    """Returns the newest events of a rank, and how many older ones there are; none if the gateway has no events."""
+    events: deque[ShownEvent] = deque(maxlen=_MOST_EVENTS)
+    count, cursor = 0, ""
+    deadline_s = time.monotonic() + _MOST_EVENTS_S
+    try:
+        while (page := client.events(run_id, cursor, rank=rank, max_events=_AT_ONCE)) and time.monotonic() < deadline_s:
+            for event in page:
+                name, text = printable(event.name), printable(event.text, _MOST_TEXT)
+                step = event.step
+                events.append(ShownEvent(name, text, event.time_unix_ns, event.severity, step, event.attempt))
+            count, cursor = count + len(page), page.cursor
+    except GatewayError:  # it is of an older version, or a tier on Kafka
+        pass
+    return events, count - len(events)
 
 
 def _known(mine: RunInfo | None, of_rank: Sequence[RunInfo]) -> Iterator[tuple[str, str]]:
@@ -308,7 +335,7 @@ def names_of(one: Recording, other: Recording) -> tuple[str, str]:
     return f"{one.title}, the first", f"{other.title}, the second"
 
 
-def _row(packets: Packets) -> Row:
+def _row(packets: Packets) -> StepRow:
     state = packets.state
     values = {_BY_KEY.get(name, name): value for name, value in state.training_metrics.items()}
     values |= dict.fromkeys((packets.names - _NOT_IN_PACKETS) - values.keys(), math.nan)
@@ -319,7 +346,7 @@ def _row(packets: Packets) -> Row:
                 seeds.setdefault(point.attributes.get("seed_id", ""), {})[_FIELDS[point.name]] = point.value
         for event in packet.events:
             _add_event(event, values, seeds)
-    return Row(packets.step, state.current_epoch, state.timestamp_ns / 1e9, _clean(values), _clean_seeds(seeds))
+    return StepRow(packets.step, state.current_epoch, state.timestamp_ns / 1e9, _clean(values), _clean_seeds(seeds))
 
 
 def _add_event(event: messages.TelemetryEvent, values: dict[str, float], seeds: dict[str, dict[str, float]]) -> None:

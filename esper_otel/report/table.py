@@ -22,7 +22,7 @@ _FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 Cell = int | float | str | None
 
 
-class _Columns:
+class _TableColumns:
     """The columns of a table, with unique names: the keys, the step metrics, and the fields of seeds."""
 
     def __init__(self, recording: Recording) -> None:
@@ -74,7 +74,7 @@ def is_table(path: Path) -> bool:
 
 def write_csv(recording: Recording, path: Path) -> None:
     """Writes a CSV file. Missing values are empty cells, NaN is ``nan``, and formula-like text gets a ``'`` prefix."""
-    columns = _Columns(recording)
+    columns = _TableColumns(recording)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(map(_not_a_formula, columns.names))
@@ -96,7 +96,7 @@ def write_parquet(recording: Recording, path: Path) -> None:
         from pyarrow import parquet
     except ImportError:
         raise ConfigurationError("--parquet needs pyarrow: pip install 'esper-otel[parquet]'") from None
-    columns = _Columns(recording)
+    columns = _TableColumns(recording)
     names = columns.names
     # A step without a number from its sender has a placeholder that only fits an unsigned integer.
     step = pa.uint64() if any(row.step >= 2**63 for row in recording.rows) else pa.int64()

@@ -1,6 +1,7 @@
 """The catalogue of all metrics, each with name, unit, gate, needs and meaning."""
 
 from esper_otel.schema.catalogue import (
+    DEVICE_INFO,
     FRAME_POINTS,
     FRAME_SEQUENCE,
     METRICS,
@@ -14,11 +15,13 @@ from esper_otel.schema.catalogue import (
     STEP_METRICS,
 )
 from esper_otel.schema.checks import CHECK_PATTERN, is_check, new_check_id
+from esper_otel.schema.hardware import TWINS, Twin
 from esper_otel.schema.metric import Metric, Need
 from esper_otel.schema.stage import Stage
 
 __all__ = [
     "CHECK_PATTERN",
+    "DEVICE_INFO",
     "FRAME_POINTS",
     "FRAME_SEQUENCE",
     "METRICS",
@@ -30,9 +33,11 @@ __all__ = [
     "SEED_RETIRED",
     "SESSION",
     "STEP_METRICS",
+    "TWINS",
     "Metric",
     "Need",
     "Stage",
+    "Twin",
     "is_check",
     "new_check_id",
 ]

@@ -821,6 +821,23 @@ SESSION: tuple[Metric, ...] = (
         kind="counter",
         level="session",
     ),
+    Metric(
+        "esper.events.sent",
+        "count",
+        "Events that the endpoint has taken as log records.",
+        kind="counter",
+        level="session",
+        present="When events are sent: OTEL_LOGS_EXPORTER names otlp.",
+    ),
+    Metric(
+        "esper.events.dropped",
+        "count",
+        "Events not delivered, by reason.",
+        kind="counter",
+        level="session",
+        split_by="reason",
+        present="When events are sent: OTEL_LOGS_EXPORTER names otlp.",
+    ),
     Metric("esper.buffer.bytes", "By", "Memory held by frames kept for export and for pull().", level="session"),
     Metric("esper.export.queue", "count", "Frames waiting for the endpoint's acknowledgement.", level="session"),
     Metric(
@@ -915,6 +932,18 @@ PHASES: tuple[Metric, ...] = (
     ),
 )
 
+DEVICE_INFO = Metric(
+    "esper.device.info",
+    "{device}",
+    "Always 1; its attributes describe the training device.",
+    gated=True,
+    level="session",
+    source="NVML, or else PyTorch, on a thread of their own. The attributes are in docs/reference/attributes.md.",
+    present="Once the training device is known: at once, then every 10 s and at the end of the run.",
+    misleads="If the training device changes, the old description ends when the new one begins. After a kill, the old "
+    "one is shown until the database's look-back is over: take the newest.",
+)
+
 METRICS: tuple[Metric, ...] = (
     *STEP_METRICS,
     *SEED_METRICS,
@@ -925,6 +954,7 @@ METRICS: tuple[Metric, ...] = (
     *OWN_SEED,
     *SESSION,
     *PHASES,
+    DEVICE_INFO,
 )
 
 # The cells of a seed's row, in this order, everywhere.

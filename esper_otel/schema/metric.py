@@ -35,7 +35,7 @@ class Metric:
         description: one line on the meaning of the value.
         gated: whether ``tolaria_step_enrichment_enabled = False`` suppresses it.
         needs: the conditions for it to have a value.
-        kind: the kind of the OpenTelemetry instrument.
+        kind: the kind of the OpenTelemetry instrument; that of step metrics is gauge.
         level: ``step`` and ``seed`` metrics are sent in frames; ``session`` metrics describe the telemetry itself.
         key: its key in ``SystemStatePacket.training_metrics``; empty if it has none.
         split_by: the attribute that distinguishes its series; empty if there is one series.
@@ -53,7 +53,7 @@ class Metric:
     description: str = ""
     gated: bool = False
     needs: tuple[Need, ...] = ()
-    kind: Literal["gauge", "counter"] = "gauge"
+    kind: Literal["gauge", "counter", "updowncounter"] = "gauge"
     level: Literal["step", "seed", "session"] = "step"
     key: str | None = None
     split_by: str = ""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from esper_otel.schema.catalogue import (
+    DEVICE_INFO,
     FRAME_POINTS,
     FRAME_SEQUENCE,
     METRICS,
@@ -18,6 +19,7 @@ from esper_otel.schema.catalogue import (
     SESSION,
     STEP_METRICS,
 )
+from esper_otel.schema.hardware import TWINS
 from esper_otel.schema.metric import Metric
 
 _FIELDS = (
@@ -71,6 +73,19 @@ _SECTIONS: tuple[tuple[str, str, tuple[Metric, ...]], ...] = (
         "Phases",
         "Points at the end of each phase, with the attribute `phase`. These metrics are not in frames or packets.",
         PHASES,
+    ),
+    (
+        "The device",
+        "One series per session, with attributes, to join the others to hardware. Not in frames or packets.",
+        (DEVICE_INFO,),
+    ),
+    (
+        "The GPU, under the names of the semantic conventions",
+        (
+            "Only with the setting `hw_metrics`: values of metrics above, in the conventions' units, with `hw.id` and "
+            "other attributes of `esper.device.info`. Not in frames or packets."
+        ),
+        tuple(twin.metric for twin in TWINS),
     ),
 )
 

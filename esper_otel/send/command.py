@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Delivers everything; returns 1 if something is left, was refused or could not be read, else 0.
+    """Delivers everything; returns 1 if something is left, was ever refused or could not be read, else 0.
 
     Raises:
         ConfigurationError: a path does not exist or holds only other files, or the endpoint cannot be used.
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     from esper_otel.export.folder import MARKER
     from esper_otel.export.provider import exporters_from_environment
     from esper_otel.export.transport import open_sender
-    from esper_otel.send.delivery import Delivery, send_spool
+    from esper_otel.send.delivery import REFUSED, Delivery, send_spool
 
     endpoint = endpoint_from_environment(protocol=exporters_from_environment().protocol)
     settings, warnings = EsperSettings(), Warnings()
@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, _leave)
     deadline_s = time.monotonic() + options.within
     is_whole = True
-    spools = [path for path in options.paths if any(path.glob(f"*/{MARKER}"))]
+    spools = [path for path in options.paths if (path / REFUSED).exists() or any(path.glob(f"*/{MARKER}"))]
     files = list(_files_of([path for path in options.paths if path not in spools]))
     sender = open_sender(endpoint, settings.token_file)
     try:

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
@@ -17,12 +19,15 @@ from esper_otel.export.transport import Sender
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings, logger
 from esper_otel.schema import METRICS
-from esper_otel.send.lines import Line, Progress, has_more, lines_of
+from esper_otel.send.lines import Progress, RequestLine, has_more, lines_of
+from esper_otel.send.notes import Notes, RefusedItems
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _NOTE_EVERY_S = 1.0
 _LONGEST_S = 365 * 86_400.0  # of a thread's wait
 _MEBI = 1024 * 1024
+_MOST_RUNS = 3
+REFUSED = "refused.json"  # in a spool
 
 
 class Delivery:
@@ -38,15 +43,17 @@ class Delivery:
         self._sender = sender
         self._endpoint = endpoint
         self._deadline_s = deadline_s
-        self._sent = self._refused = self._unreadable = 0
+        self._sent = 0
 
     def deliver(self, path: Path) -> bool:
         """Delivers the rest of a file, and says what became of it. Returns whether all of it is delivered.
 
+        What was refused in an earlier call is said again, until its note is removed.
+
         Raises:
             ConfigurationError: the file cannot be read.
         """
-        self._sent = self._refused = self._unreadable = 0
+        self._sent = 0
         try:
             progress = Progress(path, self._endpoint.target)
             is_over = self._deliver(path, progress)
@@ -54,18 +61,17 @@ class Delivery:
         except OSError as error:
             raise ConfigurationError(f"{path}: {error.strerror or error}") from None
         parts = [f"{self._sent} requests delivered to {self._endpoint.target}"]
-        parts += [f"{self._refused} refused for good"] * bool(self._refused)
-        parts += [f"{self._unreadable} lines that are not OTLP metrics were left out"] * bool(self._unreadable)
+        parts += progress.refusals.texts(progress.notes)
         parts += ["the last line has no end: its process writes it now, or was killed"] * is_torn
         parts += ["the rest is for the next call"] * (not is_over)
         sys.stdout.write(f"{path}: {', '.join(parts)}\n")
-        return is_over and not self._refused and not self._unreadable
+        return is_over and not progress.refusals.counts
 
     def _deliver(self, path: Path, progress: Progress) -> bool:
         noted_s, offset = time.monotonic(), progress.offset
         try:
             for line in lines_of(path, progress.offset):
-                if not self._is_settled(line):
+                if not self._is_settled(line, progress.refusals):
                     return False
                 offset = line.end
                 if time.monotonic() - noted_s > _NOTE_EVERY_S:
@@ -76,11 +82,13 @@ class Delivery:
                 progress.note(offset)
         return True
 
-    def _is_settled(self, line: Line) -> bool:
+    def _is_settled(self, line: RequestLine, refusals: RefusedItems) -> bool:
         """Sends a line until the endpoint takes it or refuses it for good. Returns False when the time is over."""
+        where = f"bytes {line.start} to {line.end}"
         if line.body is None:
-            self._unreadable += 1
+            refusals.add("lines that are not OTLP metrics were left out", 1, where)
             return True
+        where += _runs_of(line.body)
         outcome, pause_s = self._exchanged(line.body), _FIRST_PAUSE_S
         while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
             pause_s = outcome.retry_after_s or pause_s
@@ -93,8 +101,10 @@ class Delivery:
             outcome = self._exchanged(line.body)
         if outcome.result is Result.DELIVERED:
             self._sent += 1
+            if outcome.rejected_points:
+                refusals.add("points refused", outcome.rejected_points, f"{where}: {outcome.reason}")
         else:
-            self._refused += 1
+            refusals.add("refused for good", 1, f"{where}: {outcome.reason}")
             self._warnings.say("refused", "%s", outcome.reason)
         return True
 
@@ -105,10 +115,19 @@ class Delivery:
         return self._sender.send(body, min(self._endpoint.timeout_s, left_s))
 
 
+def _runs_of(body: bytes) -> str:
+    """Names the first runs of a request, or nothing if it does not say them."""
+    resources = (each.resource for each in ExportMetricsServiceRequest.FromString(body).resource_metrics)
+    attributes = (each for resource in resources for each in resource.attributes if each.key == "esper.run.id")
+    runs = list(dict.fromkeys(each.value.string_value for each in attributes))
+    return f", run {', '.join(runs[:_MOST_RUNS])}" if runs else ""
+
+
 def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: float, warnings: Warnings) -> bool:
     """Delivers what sessions have left in a spool, as the next session there would. Returns whether nothing is left.
 
-    Folders of sessions that are alive are left alone.
+    Folders of sessions that are alive are left alone. What the endpoint has refused is noted in the spool, and said
+    again by each call until that note is removed.
 
     Args:
         directory: the setting ``spool_dir`` of those sessions.
@@ -141,8 +160,15 @@ def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: 
     exporter.start()
     exporter.close(min(deadline_s, time.monotonic() + _LONGEST_S), "completed")
     left = sum(1 for leftover in leftovers if leftover.folder.path.exists())
-    parts = [f"{exporter.recovered} steps delivered to {endpoint.target}"]
-    parts += [f"{count} steps lost: {reason}" for reason, count in exporter.dropped.items()]
+    notes = Notes(directory / REFUSED, endpoint.target)
+    refusals = RefusedItems(notes.mine)
+    for reason, count in exporter.dropped.items():
+        refusals.add(f"steps lost: {reason}", count, f"{reason}: {exporter.last_error or 'see the log'}")
+    if exporter.rejected_points:
+        refusals.add("points refused", exporter.rejected_points, exporter.last_error or "see the log")
+    if refusals.counts != refusals.earlier:
+        notes.write(refusals.noted())
+    parts = [f"{exporter.recovered} steps delivered to {endpoint.target}", *refusals.texts(notes.path)]
     parts += [f"{left} sessions are not delivered yet"] * bool(left)
     sys.stdout.write(f"{directory}: {', '.join(parts)}\n")
-    return not left and not exporter.dropped and not faults
+    return not left and not refusals.counts and not faults

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,35 +10,37 @@ from typing import Any, NamedTuple
 from google.protobuf.json_format import ParseDict, ParseError
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
-from esper_otel.log import logger
+from esper_otel.send.notes import Notes, RefusedItems
 
 NOTES = ".sent"
 # Of no use here, and in OTLP's JSON not in the form that protobuf reads: their ids are hexadecimal.
 _UNREAD = "exemplars"
 
 
-class Line(NamedTuple):
+class RequestLine(NamedTuple):
     """A line of a file.
 
     Attributes:
+        start: the offset at which it begins.
         end: the offset at which the next line begins.
         body: a serialized ExportMetricsServiceRequest; None if the line is not one.
     """
 
+    start: int
     end: int
     body: bytes | None
 
 
-def lines_of(path: Path, start: int) -> Iterator[Line]:
+def lines_of(path: Path, start: int) -> Iterator[RequestLine]:
     """Yields the lines from an offset on. A last line without its end is left out: its writer has not finished it."""
     with path.open("rb") as file:
         file.seek(start)
         for text in file:
             if not text.endswith(b"\n"):
                 return
-            start += len(text)
+            begin, start = start, start + len(text)
             if text.strip():
-                yield Line(start, _body_of(text))
+                yield RequestLine(begin, start, _body_of(text))
 
 
 def has_more(path: Path, start: int) -> bool:
@@ -63,7 +64,7 @@ def _without_exemplars(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class Progress:
-    """How far a file was delivered, by endpoint; kept in a file of its own next to it, replaced as a whole.
+    """How far a file was delivered, and what of it was refused, by endpoint; kept in a file of its own next to it.
 
     Where that cannot be written, as on a medium that is read-only, the file is sent from its beginning next time. The
     gateway recognizes steps that it has.
@@ -71,33 +72,21 @@ class Progress:
     Args:
         path: the file.
         target: the endpoint.
+
+    Attributes:
+        offset: up to where the file was delivered.
+        refusals: what was refused of it.
+        notes: the file next to it.
     """
 
     def __init__(self, path: Path, target: str) -> None:
-        self._notes = path.with_name(path.name + NOTES)
-        self._target = target
-        self._all = self._read()
-        self._is_kept = True
-        noted = self._all.get(target)
+        self._notes = Notes(path.with_name(path.name + NOTES), target)
+        noted = self._notes.mine.get("offset")
         self.offset: int = noted if type(noted) is int and 0 <= noted <= path.stat().st_size else 0
+        self.refusals: RefusedItems = RefusedItems(self._notes.mine if self.offset else {})
+        self.notes: Path = self._notes.path
 
     def note(self, offset: int) -> None:
         """Records that the file was delivered up to this offset."""
         self.offset = offset
-        if not self._is_kept:
-            return
-        self._all[self._target] = offset
-        temporary = self._notes.with_name(f"{self._notes.name}-{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self._all), encoding="utf-8")
-            temporary.replace(self._notes)
-        except OSError as error:
-            self._is_kept = False
-            logger.warning("%s cannot be written, so the next call begins anew: %s", self._notes, error)
-
-    def _read(self) -> dict[str, object]:
-        try:
-            found = json.loads(self._notes.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        self._notes.write({"offset": offset, **self.refusals.noted()})

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from opentelemetry.sdk.resources import Resource, ResourceDetector
 
 from esper_otel.errors import EsperOtelError
-from esper_otel.export.place import SLURM, attributes_of
+from esper_otel.export.place import attributes_of
 from esper_otel.probes.nvml import gpu_attributes
+from esper_otel.schema.attribute_catalogue import SLURM
 from esper_otel.session.identity import identify, run_id_of_environment
 
 

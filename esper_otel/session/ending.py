@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 from esper_otel import unix
 from esper_otel.session.raised import (
-    RaisedByMain,
-    RaisedInFunction,
+    FunctionExitStatus,
+    MainExitStatus,
     main_module,
     status_in_flight,
     status_of,
@@ -178,6 +178,7 @@ def _close_all(outcome: str) -> None:
 
 
 def _at_exit() -> None:
+    _exits.is_over = True
     outcome = outcome_of_process()
     for session in list(_live):
         session.close(None, outcome)
@@ -207,6 +208,16 @@ def outcome_of_process() -> str:
     if is_of_ipython and uncaught is None:
         return "completed"
     return "exit" if uncaught is None else str(uncaught.__name__)
+
+
+def exit_status() -> int | None:
+    """Returns the exit status of the process while it exits; None if it is not known, or the process goes on."""
+    if not _exits.is_over or is_interactive():
+        return None
+    if _exits.has_run_to_end():
+        return 0
+    status = _exits.status()
+    return 1 if status is None and getattr(sys, "last_type", None) is not None else status
 
 
 def is_interactive() -> bool:
@@ -239,11 +250,12 @@ class _Exits:
     """Finds out where the main program stopped: at its end, in a call of ``sys.exit``, or raising ``SystemExit``."""
 
     def __init__(self) -> None:
+        self.is_over = False  # whether Python calls what is registered with atexit
         self._root: FrameType | None = None
         self._module: FrameType | None = None
         self._last: _ExitCall | None = None
         self._replaced: list[tuple[Any, str, Any, Any]] = []
-        self._in_function = RaisedInFunction(self._left_by_exception)
+        self._in_function = FunctionExitStatus(self._left_by_exception)
 
     def watch(self) -> None:
         """Finds the main program and wraps ``sys.exit`` so that calls of it are recorded."""
@@ -273,7 +285,7 @@ class _Exits:
         for module, function in filter(None, map(main_module, sys._current_frames().values())):  # noqa: SLF001
             self._module = module
             if function is not None:
-                RaisedByMain(module, self._raised).follow(function)
+                MainExitStatus(module, self._raised).follow(function)
 
     def _raised(self, status: int) -> None:
         if self._module is not None:

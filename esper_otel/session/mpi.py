@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Variables(NamedTuple):
+class LauncherVariables(NamedTuple):
     """The names of a launcher's variables."""
 
     rank: str
@@ -30,15 +30,15 @@ class Launch(NamedTuple):
 
 
 _LAUNCHERS = (
-    Variables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
-    Variables("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),  # MVAPICH2
-    Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # Hydra: MPICH and Intel MPI; other process managers
+    LauncherVariables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
+    LauncherVariables("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),  # MVAPICH2
+    LauncherVariables("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # Hydra: MPICH and Intel MPI; other process managers
 )
 _LASTING = {"prte", "prted"}  # servers of Open MPI that start many jobs one after the other
 _MOST = 32  # processes between a rank and its launcher
 
 
-def variables(environ: Mapping[str, str]) -> Variables | None:
+def variables(environ: Mapping[str, str]) -> LauncherVariables | None:
     """Returns the variables of the launcher that has set both rank and size."""
     return next((each for each in _LAUNCHERS if environ.get(each.rank) and environ.get(each.size)), None)
 

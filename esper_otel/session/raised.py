@@ -64,7 +64,7 @@ def _instructions(module: FrameType) -> Iterator[dis.Instruction]:
     return (each for each in dis.get_instructions(module.f_code) if each.opname not in _NOISE)
 
 
-class RaisedByMain:
+class MainExitStatus:
     """Learns the status of ``raise SystemExit(main())``, of which nothing is left when Python ends.
 
     Python releases what a frame's ``f_trace`` refers to when its function returns. This object is all that refers to
@@ -133,7 +133,7 @@ def _next_raise(module: FrameType) -> int | None:
     return None
 
 
-class RaisedInFunction:
+class FunctionExitStatus:
     """Learns the status of a ``SystemExit`` that was raised in a function of a script.
 
     Nothing is left of it when Python calls what is registered with atexit. Before that, Python flushes its two output

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from esper_otel.charts.document import Page, document
+from esper_otel.charts.document import PageContent, document
 from esper_otel.charts.groups import described
-from esper_otel.charts.thinned import Step, Thinned
+from esper_otel.charts.thinned import ChartStep, ThinnedSteps
 from esper_otel.errors import ConfigurationError
 from esper_otel.frames.ring import Ring
 from esper_otel.native import threads
@@ -46,7 +46,7 @@ class Figure:
         self._entries = entries
         self._fault = fault
         self._id = secrets.token_hex(8)
-        self._thinned = Thinned(_MOST_BUCKETS)
+        self._thinned = ThinnedSteps(_MOST_BUCKETS)
         self._position = 0
         self._version = 0
         self._left_out = 0
@@ -94,14 +94,14 @@ class Figure:
             self._version += 1
         return self._position != before
 
-    def _new(self) -> Iterator[Step]:
+    def _new(self) -> Iterator[ChartStep]:
         for _ in range(_MOST_STEPS // _AT_ONCE):
             frames, gap = self._ring.after(self._position, _AT_ONCE)
             self._left_out += gap
             if not frames:
                 return
             for frame in frames:
-                yield Step(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, frame.values())
+                yield ChartStep(frame.global_step, frame.epoch, frame.time_unix_ns / 1e9, frame.values())
             self._position = frames[-1].sequence
 
     def _data(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Figure:
         """Returns the figure as a frame of its own, so that the notebook's styles and ours stay apart."""
         title = f"run {self._name}"
         above = f'<p class="sub"><b>{html.escape(title)}</b> <span id="said"></span></p>'
-        page = document(Page(title, "", (above, ""), self._data()), needed_by=_WHAT)
+        page = document(PageContent(title, "", (above, ""), self._data()), needed_by=_WHAT)
         return (
             f'<iframe id="esper-{self._id}" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
             f'title="{html.escape(title)}" style="width:100%;height:{_HEIGHT}px;border:0"></iframe>'

@@ -21,12 +21,14 @@ from esper_otel.derive.deriver import Deriver, checked_processors
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalogue, InvalidName
+from esper_otel.events.reader import EventReader
+from esper_otel.export.device_points import DevicePoint
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
-from esper_otel.export.opening import open_exporter
-from esper_otel.export.provider import Exporters, OwnProvider, exporters_for
+from esper_otel.export.opening import EventWiring, open_exporter
+from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import warn as ignored
@@ -47,17 +49,23 @@ from esper_otel.record.names import Names
 from esper_otel.record.peak import Peak
 from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
-from esper_otel.schema import Metric
+from esper_otel.schema import TWINS, Metric
 from esper_otel.session.absence import reasons
-from esper_otel.session.ending import forget, is_interactive, live_sessions, outcome_of_process, watch
+from esper_otel.session.device_report import DeviceReport
+from esper_otel.session.ending import exit_status, forget, is_interactive, live_sessions, outcome_of_process, watch
+from esper_otel.session.events import Events
 from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
-from esper_otel.session.live_page import LONGEST_WAIT_S, show_the_way, wait_for_page
+from esper_otel.session.late_rank import LateRank
+from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
+from esper_otel.session.parallel import place_in_mesh
 from esper_otel.session.spared_telemetry import telemetry_of
 from esper_otel.session.telemetry import Telemetry
 from esper_otel.settings import EsperSettings, settings_of_environment, signal_names, unknown_variables
 
 if TYPE_CHECKING:
     import torch
+    from opentelemetry.sdk.resources import Resource
+    from torch.distributed.device_mesh import DeviceMesh
 
     from esper_otel.session.show import Figure
 
@@ -85,6 +93,7 @@ def start(
     experiment: str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
+    parallel: Mapping[str, int] | DeviceMesh | None = None,
     device: str | int | torch.device | None = None,
     settings: EsperSettings | None = None,
     epochs: int | None = None,
@@ -104,6 +113,8 @@ def start(
         experiment: name of the experiment that the run belongs to.
         rank: number of this process, below ``world_size``; by default from the launcher's environment.
         world_size: number of ranks.
+        parallel: this process's place along each parallel dimension, such as ``{"dp": 3, "tp": 0}``, or a
+            ``DeviceMesh`` with named dimensions; by default from ``ESPER_PARALLEL``, like ``dp=3,tp=0``.
         device: the training device; by default that of the first CUDA tensor recorded.
         settings: settings; by default from the environment (``ESPER_*``).
         epochs: planned number of epochs.
@@ -127,6 +138,7 @@ def start(
     session = _Session(
         settings=_settings_of_environment() if settings is None else settings,
         identity={"run_id": run_id, "experiment": experiment, "rank": rank, "world_size": world_size},
+        parallel=parallel,
         device=device,
         epochs=epochs,
         metrics=tuple(metrics),
@@ -158,6 +170,7 @@ def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
     endpoint = _endpoint(settings, exporters)
     if endpoint is not None:
         open_sender(endpoint, settings.token_file).close()
+        _logs_endpoint(settings)
     return endpoint
 
 
@@ -168,6 +181,16 @@ def _endpoint(settings: EsperSettings, exporters: Exporters) -> Endpoint | None:
     if settings.export_file is not None:
         return file_endpoint(settings.export_file)
     return endpoint_from_environment(protocol=exporters.protocol)
+
+
+def _logs_endpoint(settings: EsperSettings) -> Endpoint | None:
+    """Returns where events are sent, or the directory that they are written to; None if they are not."""
+    exporter = events_exporter()
+    if not exporter.is_on:
+        return None
+    if settings.export_file is not None:
+        return file_endpoint(settings.export_file, "logs")
+    return endpoint_from_environment(protocol=exporter.protocol, signal="logs")
 
 
 def _spared(
@@ -209,6 +232,7 @@ class _Session:
         *,
         settings: EsperSettings,
         identity: Mapping[str, Any],
+        parallel: Mapping[str, int] | DeviceMesh | None,
         device: str | int | torch.device | None,
         epochs: int | None,
         metrics: Sequence[Metric],
@@ -226,27 +250,19 @@ class _Session:
         run, self._agreement = _identified_or_spared(settings, identity)
         probes = host_and_device_probes(self._device) if self._enriched else []
         names, processors = _declared(metrics, processors, probes, enriched=self._enriched)
-        is_silent = settings.export_ranks == "rank0" and run.rank > 0
         has_provider = meter_provider is not None
-        exporters, endpoint = self._ways_out(
-            settings, run, has_provider=has_provider, export_steps=export_steps, is_silent=is_silent
-        )
-        changed = settings.changed()
-        self._resource_of = _spared(settings, lambda: resources(changed), lambda _: resources(changed, {}))
+        exporters, endpoint = self._ways_out(settings, run, has_provider=has_provider, export_steps=export_steps)
+        self._resource_of = _resources(settings, parallel)
         self._deriver = Deriver(processors, self._fault)
         self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
-        self._publisher = FramePublisher(
-            run,
-            names,
-            Ring(settings.buffer_bytes),
-            deriving=self._deriver,
-            context={} if epochs is None else {"esper.epochs.total": float(epochs)},
-            warnings=self._warnings,
-        )
-        self._publisher.settle_run = None if self._agreement is None else self._with_agreed_attempt
+        self._hardware = self._described(settings, run) if self._enriched else None
+        self._publisher = self._opened_publisher(run, names, settings, epochs)
+        self._late_rank = LateRank(identity, settings, self._warnings, has_readers=has_provider or exporters.readers)
+        self._publisher.settle_run = self._settled
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
+        self._events = self._opened_events(settings, endpoint)
         self._for_alerts = _for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
         if device is not None:
             self._publisher.set_device(device_name(device), named=True)
@@ -258,7 +274,7 @@ class _Session:
         # Opened after everything that may raise, so that a failed start leaves no port open.
         certain = self._resource_of(self._certain(run))
         self._provider = OwnProvider(certain, exporters.readers) if meter_provider is None else None
-        self._instruments = self._attached(meter_provider, names.entries.values())
+        self._instruments = self._attached(meter_provider, _instruments_for(names, has_twins=settings.hw_metrics))
         self.telemetry = telemetry_of(self._recorder, self)
         self._process_id = os.getpid()
         self._figures: list[Figure] = []
@@ -268,9 +284,10 @@ class _Session:
             self._warnings.hold("export", LONGEST_WAIT_S)
 
     def _ways_out(
-        self, settings: EsperSettings, run: Run, *, has_provider: bool, export_steps: bool | None, is_silent: bool
+        self, settings: EsperSettings, run: Run, *, has_provider: bool, export_steps: bool | None
     ) -> tuple[Exporters, Endpoint | None]:
         """Returns the exporters, and the endpoint to which steps are sent, if they are."""
+        is_silent = settings.export_ranks == "rank0" and run.rank > 0
 
         def found() -> tuple[Exporters, Endpoint | None]:
             exporters = exporters_for(has_provider=has_provider, export_steps=export_steps, is_silent=is_silent)
@@ -279,6 +296,23 @@ class _Session:
             return exporters, _endpoint(settings, exporters)
 
         return _spared(settings, found, lambda error: (Exporters(False, None, (), str(error)), None))
+
+    def _opened_publisher(self, run: Run, names: Names, settings: EsperSettings, epochs: int | None) -> FramePublisher:
+        return FramePublisher(
+            run,
+            names,
+            Ring(settings.buffer_bytes),
+            deriving=self._deriver,
+            context={} if epochs is None else {"esper.epochs.total": float(epochs)},
+            warnings=self._warnings,
+        )
+
+    def _described(self, settings: EsperSettings, run: Run) -> DeviceReport:
+        found = self._resource_of(run).attributes
+        where = {
+            name: value for name in ("host.id", "esper.local_rank") if isinstance(value := found.get(name), str | int)
+        }
+        return DeviceReport(self._device, where, self.probed if settings.hw_metrics else None, settings.probe_period_s)
 
     def _opened_recorder(self, settings: EsperSettings) -> Recorder:
         publisher = self._publisher
@@ -292,6 +326,13 @@ class _Session:
             mistakes=self._mistakes,
             began_unix_ns=_began_unix_ns(),
         )
+
+    def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> Events | None:
+        """Returns what notes events; None if they are not sent."""
+        if endpoint is None:
+            return None
+        logs = _spared(settings, lambda: _logs_endpoint(settings), lambda _: None)
+        return None if logs is None else Events(self._recorder, self._mistakes, logs)
 
     def _check_run_id(self, run: Run) -> None:
         """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
@@ -327,8 +368,12 @@ class _Session:
         """Starts the parts that run in threads. Returns the signals that do not flush the session."""
         unfollowed = watch(self.telemetry, signal_names(flush_signals))
         self._publisher.tally.start()
+        if self._events is not None and self._exporter is not None:
+            self._events.begin()
         if self._sampler is not None:
             self._sampler.start()
+        if self._hardware is not None:
+            self._hardware.start()
         if self._exporter is not None:
             self._exporter.start()
         return unfollowed
@@ -352,14 +397,26 @@ class _Session:
             self._resource_of,
             phases=self._recorder.phases.log,
             run_of=lambda: publisher.run,
+            settled_run=publisher.settled_run,
             prepare=self._prepare_export,
             health=self.counts,
             idle_ns=self._recorder.clock.idle_ns,
             fault=self._fault,
             warnings=self._warnings,
+            events=None if self._events is None else self._event_wiring(self._events),
+            device=self.device_points,
         )
         publisher.published = exporter.published()
         return exporter
+
+    def _event_wiring(self, events: Events) -> EventWiring:
+        publisher = self._publisher
+        rules = self.rules
+
+        def run_of() -> Run | None:
+            return publisher.run if publisher.ring.last else None
+
+        return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), run_of)
 
     def _prepare_export(self) -> None:
         clock = self._recorder.clock
@@ -373,8 +430,21 @@ class _Session:
         """Returns the run for a Resource, which cannot change: without the attempt if the ranks have not agreed yet."""
         return run if self._agreement is None else replace(run, attempt=UNKNOWN_ATTEMPT)
 
+    def _settled(self, run: Run) -> Run:
+        """Returns the run with its rank, and what its ranks agree on. Called at the first step: the last opportunity.
+
+        Nothing that names the run has been sent before.
+        """
+        found = self._late_rank.of(run)
+        if found is None:
+            return self._with_agreed_attempt(run)
+        run, self._agreement = found
+        run = self._with_agreed_attempt(run)
+        announce("rank", f"run {run.run_id}, rank {run.rank} of {run.world_size}, as torch.distributed says")
+        return run
+
     def _with_agreed_attempt(self, run: Run) -> Run:
-        """Returns the run with what its ranks agree on. Called at the first step, the last opportunity."""
+        """Returns the run with what its ranks agree on."""
         agreement = self._agreement
         if agreement is None:
             return run
@@ -429,6 +499,10 @@ class _Session:
         """See ``InstrumentedSession``."""
         return {} if self._sampler is None else self._sampler.latest()
 
+    def device_points(self) -> Sequence[DevicePoint]:
+        """See ``InstrumentedSession``."""
+        return () if self._hardware is None or os.getpid() != self._process_id else self._hardware.points()
+
     def newest_frame(self) -> Frame | None:
         """Returns the newest frame; None if it is more than 5 minutes old or in a forked child."""
         if os.getpid() != self._process_id:
@@ -474,6 +548,10 @@ class _Session:
                 counts["esper.export.latency_ms", ""] = exporter.latency_ms
             for reason, dropped in exporter.dropped.copy().items():
                 counts["esper.frames.dropped", reason] = dropped
+            if exporter.events is not None:
+                counts["esper.events.sent", ""] = exporter.events.sent
+                for reason, dropped in exporter.events.dropped.items():
+                    counts["esper.events.dropped", reason] = dropped
             for reason, unix_s in exporter.errors_unix_s.copy().items():
                 counts["esper.export.last_error", reason] = unix_s
         return counts
@@ -498,6 +576,10 @@ class _Session:
             "out_of_range": publisher.counters.out_of_range + publisher.tally.out_of_range,
             "faults": publisher.counters.faults,
             "mistakes": 0 if self._mistakes is None else self._mistakes.count,
+            "events": 0 if exporter is None or exporter.events is None else exporter.events.sent,
+            "events_dropped": 0
+            if exporter is None or exporter.events is None
+            else sum(exporter.events.dropped.values()),
             "last_error": None if exporter is None else exporter.last_error,
         }
 
@@ -566,7 +648,7 @@ class _Session:
             if outcome not in Signals.__members__:
                 waited_s = wait_for_page()
         finally:
-            exporter.close(deadline_s + waited_s, outcome, latest_s + waited_s)
+            exporter.close(deadline_s + waited_s, outcome, latest_s + waited_s, exit_status())
 
     def _ended(self, what: str, end: Callable[..., object], *arguments: object) -> None:
         """Ends one part. Never raises: a fault of the telemetry must not make a training run fail at its end."""
@@ -585,8 +667,9 @@ class _Session:
             self._provider.shutdown(timeout_millis=max(deadline_s - time.monotonic(), least_s) * 1e3)
 
     def _stop_probes(self, deadline_s: float) -> None:
-        if self._sampler is not None:
-            self._sampler.stop(timeout_s=max(deadline_s - time.monotonic(), 0.1))
+        for each in (self._sampler, self._hardware):
+            if each is not None:
+                each.stop(max(deadline_s - time.monotonic(), 0.1))
 
     def _summary(self, outcome: str) -> str:
         health = self.health()
@@ -616,6 +699,16 @@ def has_died() -> bool:
 def _identified_or_spared(settings: EsperSettings, identity: Mapping[str, Any]) -> tuple[Run, Agreement | None]:
     faults = _of_identity(identity)
     return _spared(settings, lambda: _identified(identity), lambda _: _identified_anyhow(identity), faults=faults)
+
+
+def _resources(settings: EsperSettings, parallel: Mapping[str, int] | DeviceMesh | None) -> Callable[[Run], Resource]:
+    places = _spared(settings, lambda: place_in_mesh(parallel), lambda _: {})
+    changed = settings.changed()
+    return _spared(
+        settings,
+        lambda: resources(changed, parallel=places),
+        lambda _: resources(changed, {}, places),
+    )
 
 
 def _of_identity(identity: Mapping[str, Any]) -> tuple[type[EsperOtelError], ...]:
@@ -674,6 +767,12 @@ def _for_alerts(thresholds: Mapping[str, float], attributes: Mapping[str, object
     """
     own = {("esper.risk.threshold", name): min(value, 1e308) for name, value in thresholds.items()}
     return own | ({("esper.alerts.muted", ""): 1.0} if attributes.get("esper.alerts") == "off" else {})
+
+
+def _instruments_for(names: Names, *, has_twins: bool) -> list[Metric]:
+    """Returns the metrics to register; a metric of the user's takes precedence over a twin of this name."""
+    twins = [twin.metric for twin in TWINS if has_twins and twin.metric.name not in names.entries]
+    return [*names.entries.values(), *twins]
 
 
 def _declared(

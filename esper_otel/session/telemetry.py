@@ -345,7 +345,8 @@ class Telemetry:
             ``buffer_bytes``: size of the buffer. ``retries``: retried requests. ``latency_ms``: duration of the last
             request, or None. ``failed``: steps that raised. ``nonfinite`` and ``out_of_range``: numbers of values.
             ``faults``: faults of the telemetry. ``mistakes``: mistakes of the program that were left out, which needs
-            ``ESPER_ON_MISTAKE=warn``. ``last_error``: last error of the export, or None.
+            ``ESPER_ON_MISTAKE=warn``. ``events``, ``events_dropped``: numbers of events that the endpoint took,
+            and of those that were not delivered. ``last_error``: last error of the export, or None.
         """
         return self._wiring.health()
 

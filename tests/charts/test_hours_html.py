@@ -11,7 +11,7 @@ from gateways import RunningGateway
 
 import esper_otel
 from esper_otel import EsperSettings, TamiyoClient
-from esper_otel.charts.hours import hours_html
+from esper_otel.charts.hours_section import hours_html
 from esper_otel.cli import main
 from esper_otel.hours.bar import Bar, RunHours
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.charts.groups import described
-from esper_otel.charts.thinned import Step, Thinned
+from esper_otel.charts.thinned import ChartStep, ThinnedSteps
 
 VALUES = st.one_of(st.none(), st.floats(width=32), st.sampled_from([math.nan, math.inf, -math.inf]))
 
@@ -16,9 +16,9 @@ VALUES = st.one_of(st.none(), st.floats(width=32), st.sampled_from([math.nan, ma
 @given(st.lists(VALUES, min_size=1, max_size=300), st.integers(2, 40), st.integers(1, 50))
 def test_no_spike_and_no_value_that_is_not_finite_is_hidden(values: list[float | None], most: int, apart: int) -> None:
     """Whatever is recorded, in at most so many buckets."""
-    thinned = Thinned(most)
+    thinned = ThinnedSteps(most)
     thinned.add(
-        Step(1 + place * apart, 0, float(place), {} if value is None else {"loss": value})
+        ChartStep(1 + place * apart, 0, float(place), {} if value is None else {"loss": value})
         for place, value in enumerate(values)
     )
     series = thinned.series()
@@ -41,8 +41,8 @@ def test_no_spike_and_no_value_that_is_not_finite_is_hidden(values: list[float |
 
 
 def test_steps_that_go_back_begin_a_segment_and_what_was_done_again_is_known() -> None:
-    thinned = Thinned(100)
-    thinned.add(Step(step, 0, float(place), {"loss": 1.0}) for place, step in enumerate([1, 2, 3, 4, 3, 4, 5]))
+    thinned = ThinnedSteps(100)
+    thinned.add(ChartStep(step, 0, float(place), {"loss": 1.0}) for place, step in enumerate([1, 2, 3, 4, 3, 4, 5]))
     series = thinned.series()
     assert series["columns"]["segment"] == [0, 0, 0, 0, 1, 1, 1]
     assert series["columns"]["is_again"] == [0, 0, 1, 1, 0, 0, 0]
@@ -50,9 +50,9 @@ def test_steps_that_go_back_begin_a_segment_and_what_was_done_again_is_known() -
 
 
 def test_a_metric_that_comes_late_is_missing_before() -> None:
-    thinned = Thinned(100)
-    thinned.add([Step(1, 0, 1.0, {"a": 1.0})])
-    thinned.add([Step(2, 0, 2.0, {"b": 2.0})])
+    thinned = ThinnedSteps(100)
+    thinned.add([ChartStep(1, 0, 1.0, {"a": 1.0})])
+    thinned.add([ChartStep(2, 0, 2.0, {"b": 2.0})])
     metrics = thinned.series()["metrics"]
     assert (metrics["a"]["last"], metrics["b"]["last"]) == ([1.0, None], [None, 2.0])
 

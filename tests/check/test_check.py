@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from programs import until
 from esper_otel import EsperSettings, TamiyoClient
 from esper_otel.check.one_frame import CheckResult, report_json, report_text, run_check
 from esper_otel.check.through import ReadBack, run_through
+from esper_otel.cli import main
 from esper_otel.export.encode import Encoder
 from esper_otel.export.resource import resource_for
 from esper_otel.frames.ring import blocks_of
@@ -369,3 +371,57 @@ def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> Non
         checking.send_signal(number)
         assert checking.wait(120) == 128 + number
         assert ranks("esper.run.ended") == {0, 1}
+
+
+# -- files instead of an endpoint --------------------------------------------------------------------------
+
+
+def stages_of(result: CheckResult) -> list[tuple[str, bool | None]]:
+    return [(stage.name, stage.ok) for stage in result.stages]
+
+
+def test_a_directory_for_files_is_checked_in_place_of_the_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that the run would make; nothing is left of the check, and no endpoint hears of it."""
+    files = tmp_path / "new" / "files"
+    monkeypatch.setenv("ESPER_EXPORT_FILE", str(files))
+    with MemoryCollector() as collector:
+        for _ in range(2):
+            result = run_check(environ=at(collector, "grpc"), seeds=10)
+            assert stages_of(result) == [("settings", True), ("directory", True), ("room", True), ("format", True)]
+            assert (result.ok, result.protocol, result.target) == (True, "file", str(files))
+            assert not [*tmp_path.iterdir()] or not [*files.iterdir()]
+            files.mkdir(parents=True, exist_ok=True)
+        assert not collector.requests
+    text = report_text(result)
+    assert "nothing is sent" in text
+    assert "hours of one rank" in text
+    assert f"deliver the files with esper-otel send {files}" in text
+    assert main(["check", "--through", "--gateway", "127.0.0.1:1"]) == 1
+    assert "nothing is sent from here: neither the way" in capsys.readouterr().out
+
+
+def test_a_directory_that_files_cannot_be_written_to_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").touch()
+    for name in ("taken", "taken/below"):
+        monkeypatch.setenv("ESPER_EXPORT_FILE", str(tmp_path / name))
+        result = run_check(environ={})
+        assert stages_of(result) == [("settings", True), ("directory", False)]
+        assert "Not a directory" in fault(result)[1]
+    monkeypatch.setenv("ESPER_EXPORT_FILE", str(tmp_path))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1024))
+    name, words = fault(run_check(environ={}))
+    assert name == "room"
+    assert "make room" in words
+    assert [each.name for each in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_run_that_sends_nothing_at_all_writes_no_files_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPER_EXPORT_FILE", str(tmp_path))
+    assert "steps are not sent" in fault(run_check(environ={"OTEL_SDK_DISABLED": "true"}))[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +41,15 @@ class Stack(NamedTuple):
 def train(run_id: str) -> None:
     """Every metric of the schema, several seeds through several stages, one NaN; two ranks. Left open by nobody."""
     sessions = [
-        esper_otel.start(run_id=run_id, rank=rank, world_size=2, settings=EsperSettings(export_every_s=0.2))
+        esper_otel.start(
+            run_id=run_id,
+            experiment="digits",
+            rank=rank,
+            world_size=2,
+            parallel={"dp": rank},
+            device="cpu",
+            settings=EsperSettings(export_every_s=0.2),
+        )
         for rank in (0, 1)
     ]
     values = {metric.name: 0.5 for metric in STEP_METRICS if metric.name not in {"loss", "accuracy"}}
@@ -127,7 +136,7 @@ def panels(naming: Naming) -> list[tuple[str, dict[str, Any]]]:
 
 def filled(expression: str) -> str:
     """An expression as Grafana sends it, with everything chosen."""
-    values = {"run": RUN, "rank": ".*", "seed": ".*", "__range_ms": "600000", "__range": "600s"}
+    values = {"run": RUN, "rank": ".*", "seed": ".*", "__range_ms": "600000", "__range": "600s", "__interval": "5s"}
     for name, value in values.items():
         expression = expression.replace(f"${name}", value)
     assert not re.search(r"\$[a-z_]", expression), expression
@@ -183,6 +192,23 @@ def test_values_are_right_and_not_only_there(stack: Stack) -> None:
     rest = 25.0 - 5.0 - 3 * 0.5
     assert last("Where a step's time goes", 4) == {rest}
     assert all(0 <= age_s < patience(60) for age_s in last("Age of the last step"))
+
+
+def test_each_rank_is_joined_with_its_experiment_its_host_and_its_device(stack: Stack) -> None:
+    """On every dashboard, once; also if an earlier attempt of the run has left another description."""
+    found = [panel for _, panel in panels(stack.naming) if panel["title"] == "Who is it?"]
+    assert len(found) == 5
+    assert len({panel["targets"][0]["expr"] for panel in found}) == 1
+    rows = stack.prometheus.query(filled(found[0]["targets"][0]["expr"]))
+    said = {series["metric"]["esper_rank"]: series["metric"] for series in rows}
+    assert len(rows) == len(said) == 2
+    for rank, labels in said.items():
+        assert labels["esper_run_id"] == RUN
+        assert labels["esper_experiment_name"] == "digits"
+        assert labels["host_name"] == socket.gethostname()
+        assert labels["esper_parallel_dp"] == rank
+        assert labels["esper_device_id"] == "cpu"
+        assert labels["hw_model"]
 
 
 def test_the_hours_add_up_to_the_time_range(stack: Stack) -> None:

@@ -71,6 +71,10 @@ def cases() -> dict[str, Case]:
         fires = {alert.name} | ({"EsperGpuMemoryNearlyFull"} if rule.and_below is not None else set())
         found[alert.name] = Case(series, "10m30s", fires)
     found["EsperRunStuck"] = Case(dict.fromkeys(HEALTHY, "1+0x200") | {"loss": "1+0x200"}, "70m", {"EsperRunStuck"})
+    found["EsperRunWithoutSteps"] = Case(
+        dict.fromkeys(HEALTHY, "1+0x200") | {"loss": "1+0x200", "esper.frames.recorded": "1+0x360"},
+        *("58m", {"EsperRunWithoutSteps"}),
+    )
     found["EsperLossNotFinite"] = Case({"loss": "1+0x40 NaN 1+0x318"}, "10m30s", {"EsperLossNotFinite"})
     found["EsperValuesNotFinite"] = Case(  # the backend drops NaN
         {"esper.values.nonfinite": "0+0x40 4+4x320"}, "30m", {"EsperValuesNotFinite"}
@@ -210,12 +214,15 @@ def test_a_run_that_has_ended_or_goes_on_is_not_stuck(naming: Naming, tmp_path: 
     """Ended: never again. Resumed after a pause: not stuck. Dead after it had been resumed: stuck again."""
     ended = {"esper.global_step": "0+5x100 stale", "esper.run.ended": "_x100 1 stale"}
     resumed = {"esper.global_step": "0+5x100 _x60 300+5x199"}
+    paused = {"esper.global_step": "0+5x100", "esper.frames.recorded": "1+0x360"}
     again = {"esper.global_step": "0+5x100 stale _x60 300+5x100", "esper.run.ended": "_x100 1 stale _x258"}
     tests = [
         expecting(Case(ended, "60m", set()), naming),
         expecting(Case(resumed, "60m", set()), naming),
         expecting(Case(resumed, "36m", {"EsperRunStuck"}), naming),
         expecting(Case(again, "80m", {"EsperRunStuck"}), naming),
+        expecting(Case(paused, "36m", {"EsperRunWithoutSteps"}), naming),
+        expecting(Case(paused, "60m", {"EsperRunStuck"}), naming),  # half an hour: it may hang
     ]
     run(naming, tmp_path, tests)
 
@@ -236,6 +243,7 @@ SERIES_OF_PIPELINE = {
     "EsperGatewayNotStoring": "esper_gateway_store_failures_total",
     "EsperGatewayRejecting": 'esper_gateway_rejected_points_total{reason="no time"}',
     "EsperGatewayOverLimit": 'esper_gateway_rejected_points_total{reason="too many runs"}',
+    "EsperGatewayRefusingEvents": 'esper_gateway_refused_events_total{reason="too many events of the run"}',
     "EsperGatewayTooLate": "esper_gateway_too_late_steps",
     "EsperGatewayRefusing": 'esper_gateway_refused_requests_total{reason="malformed"}',
     "EsperTierLagging": "esper_gateway_kafka_lag_records",

@@ -107,6 +107,14 @@ class Tier:
         with TamiyoClient(f"{address}:{self.port}", ca_file=self.authority.certificate) as client:
             return {run.run_id: run.last_step for run in client.runs() if run.last_step is not None}
 
+    def has_events(self, run_id: str) -> bool:
+        """Whether the gateways together have a run's events from its start to its end, without a gap."""
+        targets = ",".join(f"{address}:{self.port}" for address in self.addresses)
+        with TamiyoClient(targets, ca_file=self.authority.certificate) as client:
+            page = client.events(run_id, max_events=1_000)
+        names = {event.name for event in page}
+        return not page.gap and {"esper.run.started", "esper.run.ended"} <= names
+
     def stored(self) -> dict[str, Losses]:
         """What Prometheus has, by run."""
         found: dict[str, Losses] = {}
@@ -146,6 +154,7 @@ def step(sessions: list[Telemetry], runs: dict[str, list[int]], seconds: float) 
 def test_each_run_is_at_one_gateway_and_moves_when_that_is_killed(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty runs over three gateways. One is killed: its runs go on at the others, and no step is missing."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{tier.agent.grpc}")
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
     runs: dict[str, list[int]] = {}
     first, *rest = tier.addresses
     with tier.gateway(rest[0]), tier.gateway(rest[1]):
@@ -173,6 +182,7 @@ def test_each_run_is_at_one_gateway_and_moves_when_that_is_killed(tier: Tier, mo
         until("the last steps have come", have_all_lasts)
         with tier.gateway(first):  # what it had acknowledged before it was killed is in its store
             assert merged(*map(tier.held, tier.addresses)) == losses(runs)
+            until("the events of all runs have come", lambda: all(map(tier.has_events, runs)))
 
 
 def merged(*parts: dict[str, Losses]) -> dict[str, Losses]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import requests
+from later import needs
 
 from esper_otel.demo.command import add_arguments, main
 from esper_otel.schema import SEED_METRICS, STEP_METRICS
@@ -23,7 +24,7 @@ from esper_otel.testing import MemoryCollector
 pytestmark = pytest.mark.lengthy
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
+needs("sklearn")
 
 STEP_NAMES = {metric.name for metric in STEP_METRICS}
 SEED_NAMES = {metric.name for metric in SEED_METRICS}

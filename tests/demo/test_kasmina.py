@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 import pytest
+from later import needs
 
 from esper_otel import Stage
 from esper_otel.demo.pace import Pace
@@ -13,7 +14,7 @@ from esper_otel.demo.tamiyo import Action, Command
 from esper_otel.errors import WrongState
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
+needs("sklearn")
 
 from torch import Tensor, nn  # noqa: E402 - only where torch is
 from torch.nn.functional import cross_entropy  # noqa: E402
@@ -164,12 +165,12 @@ def test_a_seed_whose_output_is_not_finite_is_left_out() -> None:
 def test_a_culled_seed_starts_over_with_another_blueprint() -> None:
     kasmina = _kasmina(_host(), Action.GERMINATE, Action.TRAIN, Action.BLEND)
     seed = kasmina.seeds[0]
-    before = seed.blueprint_name
+    before = str(seed.network)
     _command(kasmina, Action.CULL)
     assert (seed.stage, seed.alpha, seed.row()["kernel_attached"]) == (Stage.CULLED, 0.0, False)
     _command(kasmina, Action.EMBARGO, Action.RESET, Action.REST, Action.GERMINATE)
     assert seed.stage is Stage.GERMINATED
-    assert seed.blueprint_name != before
+    assert str(seed.network) != before
 
 
 def test_a_command_that_does_not_fit_the_stage_is_refused() -> None:

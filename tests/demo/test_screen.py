@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 
 import pytest
+from later import needs
 from rich.console import Console
 
 pytest.importorskip("torch")
-pytest.importorskip("sklearn")
+needs("sklearn")
 
-from esper_otel.demo.receiver import Receiver
-from esper_otel.demo.result import DemoResult
-from esper_otel.demo.screen import LiveScreen
-from esper_otel.demo.summary import draw
-from esper_otel.demo.training import Plan, run
+from esper_otel.demo.receiver import Receiver  # noqa: E402 - only where torch is
+from esper_otel.demo.result import DemoResult  # noqa: E402
+from esper_otel.demo.screen import LiveScreen  # noqa: E402
+from esper_otel.demo.summary import draw  # noqa: E402
+from esper_otel.demo.training import Plan, run  # noqa: E402
 
 
 def _shown(seeds: int) -> tuple[str, DemoResult]:

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
+from later import needs
 
 from esper_otel import Packets, Stage
 from esper_otel.demo.tamiyo import Action, Command, Decision
 from esper_otel.leyline import SystemStatePacket
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
+needs("sklearn")
 
 from esper_otel.demo.kasmina import TRANSITIONS  # noqa: E402 - only where torch is
 from esper_otel.demo.receiver import Receiver  # noqa: E402

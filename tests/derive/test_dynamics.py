@@ -16,7 +16,6 @@ from esper_otel.derive.deriver import Deriver
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.errors import InvalidValue
 
-MISSING = None
 Series = Sequence[float | None]
 
 

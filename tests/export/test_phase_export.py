@@ -17,10 +17,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 import esper_otel
 from esper_otel import EsperSettings
-from esper_otel.export.folder import Folder
-from esper_otel.export.phase_file import stored_phases
+from esper_otel.export.folder import PHASES, Folder
+from esper_otel.export.journal_file import stored_entries
 from esper_otel.export.phase_points import in_one_request
-from esper_otel.frames.phases import Phase
+from esper_otel.frames.phase_log import Phase, checked_phase
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import Point, points_of
 
@@ -185,10 +185,10 @@ def test_late_phases_of_one_name_all_arrive(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_full_disk_sends_no_phase_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_folder: Folder, _number: int) -> None:
+    def fail(_folder: Folder, _journal: str, _number: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Folder, "acknowledge_phases", fail)
+    monkeypatch.setattr(Folder, "acknowledge_entries", fail)
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
     with MemoryCollector() as collector:
         use(monkeypatch, collector)
@@ -234,7 +234,7 @@ def test_the_file_of_phases_keeps_only_those_that_wait(
     def fail(_folder: Folder, _name: str, _content: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("esper_otel.export.phase_file._RENEW_BYTES", 10_000)
+    monkeypatch.setattr("esper_otel.export.journal_file._RENEW_BYTES", 10_000)
     if is_full:
         monkeypatch.setattr(Folder, "renew", fail)
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
@@ -248,6 +248,7 @@ def test_the_file_of_phases_keeps_only_those_that_wait(
             (file,) = tmp_path.glob("*/phases")
             assert (file.stat().st_size < 12_000) is not is_full
             assert list(tmp_path.glob("*/new-*")) == []
-            stored = stored_phases(log.added.__self__._folder)  # type: ignore[union-attr]
-            assert list(stored.phases)[-5:] == log.waiting(None, 9)
+            folder = log.added.__self__._folder  # type: ignore[union-attr]
+            stored = stored_entries(folder, PHASES, checked_phase, folder.acknowledged_entries[PHASES])
+            assert list(stored.entries)[-5:] == log.waiting(None, 9)
             assert (stored.run.run_id, stored.start_unix_ns) == ("phases", log.start_unix_ns)  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from esper_otel.export.place import container_id, place
+from esper_otel.schema.attribute_catalogue import ATTRIBUTES, Carrier
 from esper_otel.testing import MemoryCollector
 
 ID = "0123456789abcdef" * 4
@@ -27,6 +28,7 @@ LAUNCHED = {
     "NODE_NAME": "k8s-node-1",
     "JOB_NAME": "digits-7",
     "LOCAL_RANK": "1",
+    "ESPER_PARALLEL": "dp=3,tp=0",
     "TORCHELASTIC_RESTART_COUNT": "2",
     "OTEL_RESOURCE_ATTRIBUTES": "k8s.node.name=named-by-hand",
 }
@@ -55,10 +57,18 @@ def test_the_resource_says_where_the_process_runs() -> None:
         "k8s.job.name": "digits-7",
         "k8s.node.name": "named-by-hand",
         "esper.local_rank": 1,
+        "esper.parallel.dp": 3,
+        "esper.parallel.tp": 0,
         "esper.torchrun.restart.count": 2,
     }
     assert {name: found.get(name) for name in expected} == expected
     assert {"host.name", "host.arch"} <= found.keys()
+    types = {
+        each.name: {"string": str, "int": int}[each.type] for each in ATTRIBUTES if Carrier.RESOURCE in each.places
+    }
+    several = [name.removesuffix("*") for name in types if name.endswith("*")]
+    chosen = {name: next((f"{each}*" for each in several if name.startswith(each)), name) for name in found}
+    assert {name: types.get(chosen[name]) for name in found} == {name: type(value) for name, value in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -91,3 +101,16 @@ def test_the_containers_id_is_that_of_its_control_group_or_mounts(
     folder.mkdir(parents=True)
     (folder / file).write_text(f"{line}\n", encoding="utf-8")
     assert container_id(tmp_path) == expected
+
+
+def test_the_machines_id_is_read_outside_of_containers_only(tmp_path: Path) -> None:
+    """An image may have an id of its own, the same on every machine."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n", encoding="utf-8")
+    assert place({}, tmp_path)["host.id"] == "0123456789abcdef0123456789abcdef"
+    assert "host.id" not in place({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, tmp_path)
+    (tmp_path / ".dockerenv").touch()
+    assert "host.id" not in place({}, tmp_path)
+    (tmp_path / ".dockerenv").unlink()
+    (tmp_path / "etc/machine-id").write_text("uninitialized\n", encoding="utf-8")
+    assert "host.id" not in place({}, tmp_path)

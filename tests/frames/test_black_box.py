@@ -30,7 +30,7 @@ from esper_otel.cli import main
 from esper_otel.frames import black_box
 from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import page
-from esper_otel.report.recording import Recording, Row, of_file
+from esper_otel.report.recording import Recording, StepRow, of_file
 
 pytestmark = pytest.mark.lengthy
 
@@ -258,7 +258,7 @@ def test_a_run_without_anything_wrong_says_so(tmp_path: Path) -> None:
 
 def recorded(steps: list[dict[str, float]], run_id: str = "run", **others: Any) -> Recording:
     """A recording of steps from 1 on, with these values."""
-    rows = tuple(Row(step, 0, float(step), values, {}) for step, values in enumerate(steps, 1))
+    rows = tuple(StepRow(step, 0, float(step), values, {}) for step, values in enumerate(steps, 1))
     return replace(Recording(run_id, 0, 1, "completed", rows, run_id), **others)
 
 
@@ -457,7 +457,7 @@ CELLS = st.dictionaries(st.text(max_size=3), st.floats(), max_size=4)
 @given(CELLS, st.dictionaries(st.text(max_size=3), CELLS, max_size=4))
 def test_a_row_gives_back_what_it_was_made_of(values: dict[str, float], seeds: dict[str, dict[str, float]]) -> None:
     """To the bit, NaN too, in their order."""
-    row = Row(1, 0, 0.0, values, seeds)
+    row = StepRow(1, 0, 0.0, values, seeds)
     assert repr((row.values, row.seeds)) == repr((values, seeds))
 
 
@@ -467,7 +467,7 @@ def test_a_million_steps_fit_into_memory() -> None:
     tracemalloc.start()
     try:
         rows = [
-            Row(
+            StepRow(
                 step,
                 0,
                 step / 7,

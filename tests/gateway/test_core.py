@@ -15,14 +15,17 @@ import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import cpu_patience
-from wire import bodies, body_of, encoder
+from wire import CATALOGUE, bodies, body_of, counts_of, encoder, end_of
 
 from esper_otel.errors import UnknownRun
+from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import NO_SEEDS, VALIDATION_LOSS, Frame
+from esper_otel.frames.phase_log import Phase
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.pages import MadeSteps
+from esper_otel.gateway.security import Grant, NotAllowed
 from esper_otel.gateway.store.base import StoreFull, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
@@ -422,3 +425,30 @@ def row_of(table: RunTable) -> Any:
     finished(table.refreshing())
     [row] = json.loads(finished(table.answer("")))["runs"]
     return row
+
+
+def test_a_token_for_one_run_does_not_send_counts_or_phases_of_another() -> None:
+    """They would keep a dead run alive, and change where its hours went."""
+    core = Core(MemoryStore())
+    other = replace(RUN, run_id="other")
+    phase = Phase(1, "evaluation", TIME_UNIX_NS, TIME_UNIX_NS + 10**9, 1e3, None, 1e3, 0.0)
+    scope = phase_scope([phase], CATALOGUE, TIME_UNIX_NS)
+    for body in (counts_of(other), encoder().alone(other, scope)):
+        with pytest.raises(NotAllowed, match="not for run 'other'"):
+            core.receive(body, grant=Grant("digits"))
+    core.close()
+
+
+def test_a_run_that_failed_before_its_first_step_makes_no_other_request_be_kept(tmp_path: Path) -> None:
+    """Its end waits for a step for ten minutes, and is known after a restart; the others' bytes are of no use."""
+    store = FileStore(tmp_path)
+    core = Core(store)
+    core.receive(end_of(replace(RUN, run_id="early")))
+    for body in bodies(history(5)):
+        core.receive(body)
+    assert len(store.body_sizes()) == 1
+    core.close()
+    again = Core(FileStore(tmp_path))
+    assert again.state_of("early").outcome == "RuntimeError"
+    assert again.state_of(RUN.run_id).stored == 5
+    again.close()

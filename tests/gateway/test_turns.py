@@ -25,10 +25,10 @@ from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.page_data import answers
-from esper_otel.gateway.page_data import table as table_module
-from esper_otel.gateway.page_data.answers import Wanted, series
-from esper_otel.gateway.page_data.table import Range
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data import bucket_table as table_module
+from esper_otel.gateway.page_data.answers import SeriesRequest, series
+from esper_otel.gateway.page_data.bucket_table import Range
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.ranks import Ranks, _RunSteps
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.receive.request import TOO_MANY_METRICS, TOO_MANY_SEEDS, TOO_SPARSE
@@ -629,7 +629,7 @@ async def page_of(core: Core) -> Any:
     views = Views(core)
     while (view := await views.view(RUN.run_id, RUN.rank)).read < view.stored:
         await in_turns(answers.seeds(view, ""), TURN_S)
-    text = await in_turns(series(view, Wanted((), Range(), 1000, "")), TURN_S)
+    text = await in_turns(series(view, SeriesRequest((), Range(), 1000, "")), TURN_S)
     return await asyncio.to_thread(json.loads, text)
 
 

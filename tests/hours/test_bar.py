@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_otel.hours.account import Account, PhaseTimes, StepTimes, account_of
+from esper_otel.gateway.hours.answer import hours_message
+from esper_otel.gateway.hours.file import AttemptRank
+from esper_otel.hours.account import Account, PhaseTimes, StepTimes
 from esper_otel.hours.bar import PhaseInfo, RunHours, bar_of_rank, bar_of_run
-from esper_otel.hours.text import bar_lines
-from esper_otel.pull.views import merged_hours
+from esper_otel.hours.output import bar_lines
+from esper_otel.hours.whole import account_of as account_said
+from esper_otel.hours.whole import account_text, joined_account
+from esper_otel.pull.messages import HoursResponse
+from esper_otel.pull.views import merged_hours, run_hours
 
 _MS = 1_000_000
 START_UNIX_NS = 1_800_000_000 * 10**9
@@ -57,6 +63,15 @@ ATTEMPTS = st.lists(
 )
 
 
+def account_of(steps: Iterable[StepTimes], phases: Iterable[PhaseTimes] = ()) -> Account:
+    account = Account()
+    for step in steps:
+        account.add_step(step)
+    for phase in phases:
+        account.add_phase(phase)
+    return account
+
+
 class Timeline:
     """What a trainer sends of such attempts, and what is true."""
 
@@ -64,6 +79,7 @@ class Timeline:
         self.now_ms = 0
         self.truth = Counter[str]()
         self.highest = 0
+        self.sent: list[tuple[list[StepTimes], list[PhaseTimes]]] = []
         self.accounts = [self._account(attempt, is_first=not place) for place, attempt in enumerate(attempts)]
 
     def _spend(self, part: str, milliseconds: int) -> None:
@@ -108,6 +124,7 @@ class Timeline:
             latency = each.hooks + each.rest + each.inside
             steps.append(StepTimes(step, opened, float(each.waited), float(latency), float(each.hooks)))
             self.highest = max(self.highest, step)
+        self.sent.append((steps, self.phases))
         return account_of(steps, self.phases)
 
 
@@ -197,18 +214,62 @@ def test_the_text_has_each_part_with_its_share() -> None:
     ]
 
 
-def test_of_several_gateways_each_rank_is_of_the_one_that_knows_most() -> None:
-    """Senders may have changed from one gateway to the other."""
+@given(ATTEMPTS, st.data())
+def test_an_attempt_that_moved_between_gateways_is_as_if_it_had_not(
+    attempts: list[Attempt], data: st.DataObject
+) -> None:
+    """It may have gone back, or sent to both for a while; a whole attempt may be at one of them."""
+    timeline = Timeline(attempts)
+    joined = []
+    for steps, phases in timeline.sent:
+        first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(steps))] * 2)))
+        both = data.draw(st.integers(0, last - first))
+        at_one = steps[:first] + steps[last:] if data.draw(st.booleans()) else steps[: first + both]
+        at_other = steps[first:last] if steps[last:] == at_one[first:] else steps[first:]
+        halves = account_of(at_other, phases[::2]), account_of(at_one, phases[1::2])
+        joined.append(joined_account([account_said(account_text(half)) for half in halves]))
+    bar, whole = bar_of_rank(joined), bar_of_rank(timeline.accounts)
+    assert (bar.start_unix_ns, bar.end_unix_ns, bar.attempts) == (
+        whole.start_unix_ns,
+        whole.end_unix_ns,
+        whole.attempts,
+    )
+    assert dict(bar.parts) == pytest.approx(dict(whole.parts), abs=1e-3)
 
-    def hours(rank: int, steps: int, *phases: PhaseInfo) -> RunHours:
-        times = [StepTimes(step, START_UNIX_NS + step * 10 * _MS, 0.0, 10.0, 0.0) for step in range(steps)]
-        bar = bar_of_rank([account_of(times)])
-        return RunHours(bar, {rank: bar}, phases)
+
+def test_what_is_told_of_an_account_is_bounded() -> None:
+    account = account_of(StepTimes(step, START_UNIX_NS + step * 10 * _MS, 1.0, 9.0, 1.0) for step in range(100_000))
+    for step in range(0, 40_000, 10):
+        account.add_phase(PhaseTimes("log", START_UNIX_NS + step * 10 * _MS + 1, 1.0, 1.0, 1.0, 1.0, step + 1, step))
+    text = account_text(account)
+    assert len(text) < 30_000
+    again = account_said(text)
+    assert again.sums == account.sums
+    assert again.up_to(50_000).total == pytest.approx(account.up_to(50_000).total, rel=0.01)
+    assert again.inside_up_to(40_000) == pytest.approx(account.inside_up_to(40_000))
+    assert again.inside_up_to(20_000) == pytest.approx(account.inside_up_to(20_000), rel=0.02)
+
+
+def test_of_several_gateways_each_rank_has_all_of_its_attempts() -> None:
+    """Senders may have changed from one gateway to the other; one of an older version tells no accounts."""
+
+    def answer(rank: int, attempts: dict[int, int], *phases: PhaseInfo, is_old: bool = False) -> HoursResponse:
+        known = {
+            AttemptRank(rank, attempt): account_of(
+                StepTimes(step, START_UNIX_NS + (attempt * 1_000 + step * 10) * _MS, 0.0, 10.0, 0.0)
+                for step in range(steps)
+            )
+            for attempt, steps in attempts.items()
+        }
+        bar = bar_of_rank([*known.values()])
+        return hours_message(RunHours(bar, {rank: bar}, phases), {} if is_old else known)
 
     one, other = (PhaseInfo("checkpoint", 0, 1, 0, end, 1.0, end, None) for end in (5, 7))
-    few, more, second = hours(0, 3, one), hours(0, 9, other, one), hours(1, 5)
-    found = merged_hours([few, second, more])
-    assert found.ranks == {0: more.run, 1: second.run}
-    assert found.run == bar_of_run([more.run, second.run])
+    first, second, mate = answer(0, {1: 3}, one), answer(0, {2: 9}, other, one), answer(1, {1: 5}, is_old=True)
+    found = merged_hours([first, mate, second])
+    whole = run_hours(answer(0, {1: 3, 2: 9}))
+    assert found.ranks == {0: whole.run, 1: run_hours(mate).run}
+    assert found.ranks[0].attempts == 2
+    assert found.run == bar_of_run(found.ranks.values())
     assert found.phases == (one, other)
-    assert merged_hours([few]) is few
+    assert merged_hours([first]) == run_hours(first)

@@ -38,8 +38,10 @@ class Slow(torch.autograd.Function):  # type: ignore[misc, name-defined]
         return gradients
 
 
-# From now on PyTorch's hooks run for SGD's own step, too, when SlowSgd's calls it.
-torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+@pytest.fixture(autouse=True, scope="module")
+def _hooks_of_sgd() -> None:
+    """From now on PyTorch's hooks run for SGD's own step, too, when SlowSgd's calls it."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
 class SlowSgd(torch.optim.SGD):  # type: ignore[misc, name-defined]

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from esper_otel.integrations.loader import Feed  # noqa: E402 - only where torch is
 from esper_otel.integrations.loop import Loop  # noqa: E402
-from esper_otel.integrations.steps import Steps  # noqa: E402
+from esper_otel.integrations.steps import OptimizerSteps  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +202,7 @@ def two_optimizers() -> tuple[list[Any], list[float]]:
 def test_an_optimizer_after_one_that_is_gone_is_not_the_second_of_several() -> None:
     """As in a sweep, of which ``esper-otel run`` follows one optimizer after another."""
     telemetry = esper_otel.start(run_id="sweep")
-    steps = Steps(Loop(telemetry), Feed(NothingWaits()))
+    steps = OptimizerSteps(Loop(telemetry), Feed(NothingWaits()))
     for _ in range(3):
         model, optimizer = setting()
         model(torch.ones(1, 4)).sum().backward()
@@ -223,7 +223,7 @@ def test_an_optimizer_that_is_new_gets_all_batches_of_its_first_step() -> None:
     """As under ``esper-otel run``, where it is heard of when it steps: its gradients before that were not known."""
     telemetry = esper_otel.start(run_id="accumulating")
     feed = Feed(NothingWaits())
-    steps = Steps(Loop(telemetry), feed)
+    steps = OptimizerSteps(Loop(telemetry), feed)
     feed._waiting = steps  # type: ignore[assignment] # as a script has it, which is both
     for _ in range(2):
         model, optimizer = setting()
@@ -373,7 +373,7 @@ def test_sam_is_not_two_optimizers_for_run() -> None:
     """Which hears of both."""
     telemetry = esper_otel.start()
     feed = Feed(NothingWaits())
-    steps = Steps(Loop(telemetry), feed)
+    steps = OptimizerSteps(Loop(telemetry), feed)
     model, optimizer = setting(Sam)
     hooks = [
         hook

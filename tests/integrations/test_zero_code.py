@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import esper_otel
-from esper_otel.export.place import SLURM, attributes_of
+from esper_otel.export.place import attributes_of
+from esper_otel.schema.attribute_catalogue import SLURM
 from esper_otel.session.detector import EsperResourceDetector
 from esper_otel.testing import MemoryCollector
 

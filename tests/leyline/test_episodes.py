@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_otel.leyline.episodes import QUIET_S, QUIET_STEPS, Episode, Episodes, Sender
+from esper_otel.leyline.episodes import QUIET_S, QUIET_STEPS, Episode, Episodes, StepSender
 from esper_otel.leyline.risk import Signal
 
 pytestmark = pytest.mark.own_code
@@ -85,19 +85,19 @@ def test_changes_are_entering_escalating_and_leaving() -> None:
 def test_an_attempt_ends_the_episodes_of_the_one_before_and_of_no_other_rank() -> None:
     episodes = Episodes()
     for rank in (0, 1):
-        episodes.note(5, [signal("a")], time_s=5, sender=Sender(rank, 1))
-    changes = episodes.note(3, [signal("a")], time_s=7, sender=Sender(0, 2))
+        episodes.note(5, [signal("a")], time_s=5, sender=StepSender(rank, 1))
+    changes = episodes.note(3, [signal("a")], time_s=7, sender=StepSender(0, 2))
     assert [(change.kind, change.episode.sender) for change in changes] == [
-        ("left", Sender(0, 1)),
-        ("entered", Sender(0, 2)),
+        ("left", StepSender(0, 1)),
+        ("entered", StepSender(0, 2)),
     ]
-    episodes.note(6, [signal("a")], time_s=6, sender=Sender(0, 1))  # a process of the old attempt is still there
+    episodes.note(6, [signal("a")], time_s=6, sender=StepSender(0, 1))  # a process of the old attempt is still there
     assert [(each.sender, each.goes_on) for each in episodes.all()] == [
-        (Sender(0, 1), False),
-        (Sender(1, 1), True),
-        (Sender(0, 2), True),
+        (StepSender(0, 1), False),
+        (StepSender(1, 1), True),
+        (StepSender(0, 2), True),
     ]
-    assert {change.episode.sender for change in episodes.end()} == {Sender(1, 1), Sender(0, 2)}
+    assert {change.episode.sender for change in episodes.end()} == {StepSender(1, 1), StepSender(0, 2)}
     assert not any(each.goes_on for each in episodes.all())
 
 
@@ -146,7 +146,7 @@ def test_senders_without_number_do_not_fill_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("esper_otel.leyline.episodes._MOST_SENDERS", 10)
     episodes = Episodes()
     for rank in range(50):
-        episodes.note(1, [signal("a")], time_s=1, sender=Sender(rank))
+        episodes.note(1, [signal("a")], time_s=1, sender=StepSender(rank))
     assert [each.sender.rank for each in episodes.all() if each.goes_on] == [*range(40, 50)]
     assert len(episodes._tracks) == 10
     assert len(episodes._attempts) <= 20
@@ -158,7 +158,7 @@ def test_senders_without_number_do_not_fill_memory(monkeypatch: pytest.MonkeyPat
 class Seen(NamedTuple):
     """A step as it arrives."""
 
-    sender: Sender
+    sender: StepSender
     step: int
     time_s: float
     values: dict[str, float]
@@ -174,7 +174,7 @@ def history_of(chance: random.Random) -> list[Seen]:
                 names = chance.choice([(), (), NAMES[:1], NAMES, NAMES[1:]])
                 for _ in range(chance.choice([1, 3, QUIET_STEPS - 1, QUIET_STEPS, QUIET_STEPS + 1])):
                     values = {name: float(chance.randint(96, 300)) for name in names}
-                    found.append(Seen(Sender(rank, attempt), step, time_s, values))
+                    found.append(Seen(StepSender(rank, attempt), step, time_s, values))
                     step += chance.choice([1, 1, 1, 7])
                     time_s += chance.choice([0.01, 2.0])
     chance.shuffle(found)

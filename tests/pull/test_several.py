@@ -17,10 +17,12 @@ from wire import bodies
 
 from esper_otel import TamiyoClient, aio
 from esper_otel.errors import ConfigurationError, GatewayUnavailable, StaleCursor, UnknownRun
+from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.system_state import system_state
+from esper_otel.pull.event_infos import EventInfo, EventPage
 from esper_otel.pull.position import NumberSet, Position
-from esper_otel.pull.several import joined
+from esper_otel.pull.several import EVENTS, joined
 
 pytestmark = pytest.mark.lengthy
 
@@ -146,6 +148,32 @@ def test_ranks_at_different_gateways_are_one_run(pull: Puller) -> None:
         assert [step.state.timestamp_ns for step in page] == sorted(step.state.timestamp_ns for step in page)
 
 
+def test_hours_are_those_of_all_attempts_wherever_they_went() -> None:
+    """By both clients; the second attempt went to the other gateway."""
+    with RunningGateway(*HOLD) as a, RunningGateway(*HOLD) as b:
+        for gateway, attempt in ((a, 1), (b, 2)):
+            run = replace(RUN, run_id=RUN_ID, attempt=attempt)
+            for number in range(1, 6):
+                time_ns = TIME_UNIX_NS + (attempt * 100 + number) * 10**9
+                values = {"step_latency_ms": 1_000.0}
+                frame = make_frame(
+                    run=run, sequence=number, global_step=number + 5 * attempt, time_unix_ns=time_ns, recorded=values
+                )
+                for body in bodies([frame]):
+                    assert post(gateway.http, body) == (200, b"")
+
+        async def by_aio() -> RunHours:
+            async with aio.TamiyoClient(f"{a.grpc},{b.grpc}") as client:
+                return await client.hours(RUN_ID)
+
+        with TamiyoClient(f"{a.grpc},{b.grpc}") as client:
+            found = client.hours(RUN_ID)
+        assert asyncio.run(by_aio()) == found
+        assert found.run.attempts == 2
+        assert found.run.parts["productive"] == 10_000.0
+        assert found.run.parts["between_attempts"] == 95_000.0
+
+
 def test_a_run_that_no_gateway_has_is_unknown_unless_one_does_not_answer(pull: Puller) -> None:
     with RunningGateway() as a, RunningGateway() as b:
         for _ in range(2):
@@ -253,3 +281,22 @@ def test_a_damaged_cursor_of_several_gateways_is_stale() -> None:
     for text in (cursor[:-4], cursor[:-2] + "zz", "m1:", "m1:!", "m1:eJyLjgUAARUAuQ=="):
         with pytest.raises(StaleCursor):
             Position.of(text, None, ("a", "b"))
+
+
+def test_events_are_joined_by_their_numbers_which_are_not_in_the_order_of_their_times() -> None:
+    """What one gateway lacks the other has; nothing is counted as a gap that comes in the same page."""
+
+    def page(*numbers: int) -> EventPage:
+        about = {"attempt": 1, "rank": 0, "process": "", "severity": 9, "text": "", "step": None, "epoch": None}
+        return EventPage(
+            tuple(
+                EventInfo(name="x", number=number, time_unix_ns=100 - number, attributes={}, **about)  # type: ignore[arg-type]
+                for number in numbers
+            ),
+            "life::9",
+        )
+
+    position = Position.of("", None, ("a", "b"))
+    found, _ = joined({"a": page(1, 2, 4, 5), "b": page(2, 3, 6)}, position, 64, are_all=True, what=EVENTS)
+    assert [event.number for event in found] == [1, 2, 3, 4, 5, 6]
+    assert found.gap == 0

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import esper_otel
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.record.device import Copy, CopyTiming, Pending, compute_capability, device_name, move, scalar
+from esper_otel.record.device import Copy, CopyTiming, PendingCopies, compute_capability, device_name, move, scalar
 
 torch = pytest.importorskip("torch")
 
@@ -180,17 +180,17 @@ def copy_of(positions: Sequence[int], values: Sequence[float], event: FakeEvent)
 def test_values_come_in_the_order_of_the_tensors_whatever_device_had_them() -> None:
     """A step's tensors may lie on several devices."""
     slow = FakeEvent(is_over=False)
-    pending = Pending(3, [copy_of([2, 0], [0.3, 0.1], FakeEvent()), copy_of([1], [0.2], slow)])
+    pending = PendingCopies(3, [copy_of([2, 0], [0.3, 0.1], FakeEvent()), copy_of([1], [0.2], slow)])
     assert not pending.done()
     pending.wait()
     assert pending.done()
     assert pending.values() == [0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("ask", [Pending.done, Pending.wait])
-def test_a_device_that_fails_loses_values_and_raises_nothing(ask: Callable[[Pending], object]) -> None:
+@pytest.mark.parametrize("ask", [PendingCopies.done, PendingCopies.wait])
+def test_a_device_that_fails_loses_values_and_raises_nothing(ask: Callable[[PendingCopies], object]) -> None:
     """Training learns of it from its own calls; telemetry must not be the one to end it."""
-    pending = Pending(2, [copy_of([0], [0.1], FakeEvent()), copy_of([1], [0.2], FakeEvent(fails=True))])
+    pending = PendingCopies(2, [copy_of([0], [0.1], FakeEvent()), copy_of([1], [0.2], FakeEvent(fails=True))])
     ask(pending)
     assert pending.done()
     assert pending.values() == [None, None]

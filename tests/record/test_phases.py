@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,8 @@ import pytest
 
 import esper_otel
 from esper_otel import InvalidName, InvalidValue, Telemetry, WrongState
-from esper_otel.frames.phases import MOST_NAMES, Phase, PhaseLog, line_of, phases_in
+from esper_otel.frames.journal import entries_in, line_of
+from esper_otel.frames.phase_log import MOST_NAMES, Phase, PhaseLog, checked_phase
 
 
 class Time:
@@ -302,7 +303,7 @@ def test_phases_are_read_back_from_lines_and_damage_is_skipped() -> None:
     written = log.waiting(None, 9)
     lines = [line_of(phase) for phase in written]
     content = b"{}\n" + lines[0] + b"[1, 2\n" + lines[1] + b'["a", 3, 4]\n' + b"".join(lines[1:]) + lines[3][:20]
-    assert list(phases_in(content, 1)) == written[1:]
+    assert list(entries_in(content, checked_phase, 1)) == written[1:]
 
 
 def test_the_start_of_the_process_is_known_on_linux() -> None:
@@ -368,7 +369,7 @@ def test_a_signal_handler_may_end_a_phase_while_one_is_written(telemetry: Teleme
         with telemetry.phase("checkpoint"):
             pass
 
-    def write(_phase: Phase) -> None:
+    def write(_phases: Sequence[Phase]) -> None:
         if not handled:
             signal.raise_signal(signal.SIGUSR1)
 

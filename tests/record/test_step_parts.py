@@ -9,8 +9,8 @@ import pytest
 
 import esper_otel
 from esper_otel import EsperSettings, InvalidValue
-from esper_otel.record import parts
-from esper_otel.record.parts import HOST, NOTHING, CudaTimer, timer_for
+from esper_otel.record import step_parts
+from esper_otel.record.step_parts import HOST, NOTHING, CudaTimer, timer_for
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +43,8 @@ class Gpu:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     cuda = SimpleNamespace(is_initialized=lambda: True, Event=gpu.event, current_stream=lambda _device: None)
-    monkeypatch.setitem(parts.sys.modules, "torch", SimpleNamespace(cuda=cuda))  # type: ignore[attr-defined]
-    monkeypatch.setattr(parts, "check_no_capture", lambda _what: None)
+    monkeypatch.setitem(step_parts.sys.modules, "torch", SimpleNamespace(cuda=cuda))  # type: ignore[attr-defined]
+    monkeypatch.setattr(step_parts, "check_no_capture", lambda _what: None)
     return gpu
 
 

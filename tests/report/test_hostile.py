@@ -25,7 +25,7 @@ from esper_otel import Stage
 from esper_otel.cli import main
 from esper_otel.frames import black_box
 from esper_otel.report.page import page
-from esper_otel.report.recording import Row, of_file
+from esper_otel.report.recording import StepRow, of_file
 
 pytestmark = pytest.mark.lengthy
 
@@ -144,8 +144,8 @@ class Text(int):
         return format(int(self), how) if how else self.text
 
 
-def replace_step(row: Row, step: int) -> Row:
-    return Row(step, row.epoch, row.unix_s, row.values, row.seeds)
+def replace_step(row: StepRow, step: int) -> StepRow:
+    return StepRow(step, row.epoch, row.unix_s, row.values, row.seeds)
 
 
 def test_what_gets_into_the_page_all_the_same_is_stopped_by_its_policy(

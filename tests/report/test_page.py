@@ -20,7 +20,7 @@ from esper_otel.pull.client import TamiyoClient
 from esper_otel.pull.views import RankInfo, RunRanks
 from esper_otel.report.findings import compared, findings
 from esper_otel.report.page import is_page, page
-from esper_otel.report.recording import Recording, Row, of_file, of_gateway
+from esper_otel.report.recording import Recording, StepRow, of_file, of_gateway
 
 pytestmark = pytest.mark.own_code
 
@@ -33,7 +33,7 @@ def data_of(html: str) -> dict[str, Any]:
 
 
 def recording(name: str, **values: float) -> Recording:
-    rows = tuple(Row(step, 0, 1.7e9 + step, {"loss": 1.0 / step, **values}, {}) for step in range(1, 5_001))
+    rows = tuple(StepRow(step, 0, 1.7e9 + step, {"loss": 1.0 / step, **values}, {}) for step in range(1, 5_001))
     return Recording(name, 0, 1, "completed", rows, name)
 
 

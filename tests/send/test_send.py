@@ -13,8 +13,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from gateways import RunningGateway
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsPartialSuccess,
+    ExportMetricsServiceResponse,
+)
 
 import esper_otel
 from esper_otel import ConfigurationError, EsperSettings, Stage, TamiyoClient
@@ -27,6 +32,7 @@ from esper_otel.send.lines import NOTES, Progress, lines_of
 from esper_otel.testing import MemoryCollector
 
 STEPS = 120
+PARTIAL = ExportMetricsServiceResponse(partial_success=ExportMetricsPartialSuccess(rejected_data_points=7))
 # Records, and is killed in the middle of it; with "end" it ends by itself.
 TRAIN = """
 import math, os, signal, sys
@@ -183,6 +189,53 @@ def test_what_is_not_otlp_is_left_out_and_said(
     assert main(["send", str(written)]) == 1
     assert "3 lines that are not OTLP metrics were left out" in capsys.readouterr().out
     assert losses(collector) == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("refusal", [grpc.StatusCode.INVALID_ARGUMENT, PARTIAL])
+def test_what_was_refused_is_told_until_its_note_is_removed(
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refusal: Any
+) -> None:
+    """A job that calls it again would otherwise report that everything is delivered."""
+    second = written.read_bytes().splitlines(keepends=True)[1]
+    start = written.read_bytes().index(second)
+    answers = [None, refusal]
+    kind = "7 points refused" if refusal is PARTIAL else "1 refused for good"
+    with MemoryCollector(answer=lambda _: answers.pop(0) if answers else None) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        assert main(["send", str(written)]) == 1
+        assert kind in capsys.readouterr().out
+        notes = written.with_name(written.name + NOTES)
+        for _ in range(2):
+            assert main(["send", str(written)]) == 1
+            assert f", in earlier calls {kind}: see {notes}, and remove it" in capsys.readouterr().out
+        [of_endpoint] = json.loads(notes.read_text(encoding="utf-8")).values()
+        [named] = of_endpoint["named"]
+        assert named.startswith(f"bytes {start} to {start + len(second)}, run ")
+        notes.unlink()
+        assert main(["send", str(written)]) == 0
+
+
+def test_what_was_refused_of_a_spool_is_told_until_its_note_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps are gone with their folder; their number is not."""
+    spool = tmp_path / "spool"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    telemetry = esper_otel.start(run_id="refused", settings=EsperSettings(spool_dir=spool))
+    telemetry.record_step({"loss": 1.0}, epoch=0)
+    telemetry.close(timeout_s=0.1)
+    with MemoryCollector(answer=lambda _: grpc.StatusCode.INVALID_ARGUMENT) as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.grpc_endpoint)
+        assert main(["send", str(spool)]) == 1
+        assert "1 steps lost: refused" in (first := capsys.readouterr().out)
+        for _ in range(2):
+            assert main(["send", str(spool)]) == 1
+            said = capsys.readouterr().out
+            assert ", in earlier calls " in said
+            assert "1 steps lost: refused: see " in said
+        assert first != said
+        (spool / "refused.json").unlink()
+        assert main(["send", str(spool)]) == 0
 
 
 def test_an_endpoint_that_is_away_leaves_the_rest_for_later(

@@ -30,7 +30,9 @@ import esper_otel.export.grpc_sender, esper_otel.session.start
 
 def train(run_id, how, meeting, is_killed):
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+    spawned = os.environ.get("SPAWNED")
+    rank = int(spawned or os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+    given = {"init_method": os.environ["AT"], "rank": rank, "world_size": 2} if spawned else {}
 
     def wait(is_so):
         until_s = time.monotonic() + 60
@@ -43,11 +45,11 @@ def train(run_id, how, meeting, is_killed):
         wait(lambda: all(os.path.exists(f"{meeting}-{start}-{where}-{other}") for other in (0, 1)))
 
     if how == "group first":
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", **given)
     settings = esper_otel.EsperSettings(export_every_s=0, probe_period_s=3600)
     telemetry = esper_otel.start(run_id=run_id, settings=settings)
     if how == "group later":
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", **given)
     meet("begin")
     for _ in range(5):
         telemetry.record_step({"loss": 1.0, "step_latency_ms": 5.0}, epoch=0)
@@ -157,10 +159,15 @@ def with_torch(gateway: RunningGateway, tmp_path_factory: pytest.TempPathFactory
     launches.add("ranks_of_a_group", plain(free_port()), "group first", of_run="groups", is_killed=True)
     launches.add("ranks_of_a_group", plain(free_port()), "group later", of_run="groups")
     launches.add("ranks_of_a_group", plain(free_port()), "group later", of_run=None)
+    launches.add("ranks_of_a_group", spawned(free_port()), "group first", of_run="spawned", is_killed=True)
+    launches.add("ranks_of_a_group", spawned(free_port()), "group later", of_run="spawned")
+    launches.add("ranks_of_a_group", spawned(free_port()), "group first", of_run=None)
+    launches.add("ranks_of_a_group", spawned(free_port()), "group later", of_run=None)
     launches.add("torchrun", free_port(), "no group", of_run="torchrun", is_killed=True)
     launches.add("one_without_torch", {}, "no group", of_run="one without torch")
     launches.make()
-    kinds = ["ranks_of_a_group -9 -9", *["ranks_of_a_group 0 0"] * 2, "torchrun 0", "one_without_torch 0 0"]
+    groups = ["ranks_of_a_group -9 -9", *["ranks_of_a_group 0 0"] * 2] * 2
+    kinds = [*groups, "ranks_of_a_group 0 0", "torchrun 0", "one_without_torch 0 0"]
     assert launches.ends == kinds, launches.said[-3000:]
     assert "no means to agree" not in launches.said
     assert launches.said.count("its ranks agree on the run id at the first step, rank ") == 2
@@ -170,6 +177,11 @@ def plain(port: int) -> list[dict[str, str]]:
     """As Kubernetes' training operator, and whoever reads its documentation, sets them."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [{"RANK": str(rank)} | common for rank in (0, 1)]
+
+
+def spawned(port: int) -> list[dict[str, str]]:
+    """As a script that starts its ranks itself: nothing but its own arguments says which is which."""
+    return [{"SPAWNED": str(rank), "AT": f"tcp://127.0.0.1:{port}"} for rank in (0, 1)]
 
 
 def slurm(restarts: int) -> list[dict[str, str]]:
@@ -233,13 +245,22 @@ def test_ranks_of_a_process_group(gateway: RunningGateway) -> None:
 
 
 @pytest.mark.usefixtures("with_torch")
+def test_ranks_that_a_script_has_spawned(gateway: RunningGateway) -> None:
+    """No variable says which rank a process is, only ``init_process_group`` does, maybe after ``start``."""
+    check_two_attempts(gateway, "spawned")
+
+
+@pytest.mark.usefixtures("with_torch")
 def test_ranks_without_a_run_id_that_start_before_their_process_group(gateway: RunningGateway) -> None:
-    """As Kubernetes' training operator starts them: they agree on the id, too, and each launch is a run of its own."""
+    """As Kubernetes' training operator starts them, or a script: they agree on the id, too; each launch is a run."""
     with TamiyoClient(gateway.grpc) as client:
         runs = [run for run in client.runs() if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", run.run_id)]
         ranks = Counter((run.run_id, run.attempt) for run in runs if not run.resumed)
-        [(run_id, _)] = [launch for launch in ranks if ranks[launch] == 2]
-        until("the run has ended", lambda: client.ended(run_id))
+        found = [run_id for run_id, attempt in ranks if ranks[run_id, attempt] == 2]
+        assert len(found) == 3
+        for run_id in found:
+            until("the run has ended", lambda: client.ended(run_id))  # noqa: B023
+        assert {(run.rank, run.world_size) for run in runs if run.run_id in found} == {(0, 2), (1, 2)}
 
 
 @pytest.mark.usefixtures("with_torch")

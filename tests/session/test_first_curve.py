@@ -32,7 +32,7 @@ with socket.socket() as any_socket:
 PROGRAM = f"""{UP}
 import json, os, signal, sys, time, urllib.request
 import esper_otel
-from esper_otel.session import live_page
+from esper_otel.session import page_hint
 
 def section(name):
     sys.stderr.write(f"== {{name}}\\n")
@@ -53,7 +53,7 @@ section("again")
 os.environ["ESPER_UI"] = "true"
 trained(run_id="second")
 del os.environ["ESPER_UI"]
-[page] = live_page._opened
+[page] = page_hint._opened
 runs = json.load(urllib.request.urlopen("http://127.0.0.1:4318/page/runs"))["runs"]
 print(json.dumps([sorted(run["run_id"] for run in runs), os.getsid(page.pid) == page.pid, page.poll()]))
 section("received")

@@ -10,6 +10,7 @@ Esper.element = (name, properties = {}, ...children) => {
 Esper.GROUPS = { learning: "Learning", time: "Time", throughput: "Throughput", machine: "Machine", seeds: "Seeds", other: "Your own", ranks: "Ranks" };
 const MOST_ROWS = 14; // of the read-out
 const MOST_NAMES = 12; // of the legend
+const MOST_EVENTS = 5; // of the read-out
 
 class Board {
   // place: the element it fills; changed: called when the view changes, to keep it in the URL or to load detail;
@@ -20,6 +21,9 @@ class Board {
     this.isNaming = isNaming;
     this.runs = []; // {id, name, color, isHidden, series, detail}
     this.focus = "";
+    this.events = []; // {step, text, tone} of the run `eventsOf`
+    this.eventsOf = "";
+    this.eventsVersion = 0;
     this.charts = new Map();
     this.sections = new Map();
     this.faults = new Map();
@@ -48,7 +52,7 @@ class Board {
   theme() {
     const style = getComputedStyle(document.body);
     const read = (name, otherwise) => style.getPropertyValue(name).trim() || otherwise;
-    this.colors = { ink: read("--chart-ink", "#333"), dim: read("--chart-dim", "#777"), line: read("--chart-line", "#999"), grid: read("--chart-grid", "#ddd"), bad: read("--bad", "#c22") };
+    this.colors = { ink: read("--chart-ink", "#333"), dim: read("--chart-dim", "#777"), line: read("--chart-line", "#999"), grid: read("--chart-grid", "#ddd"), bad: read("--bad", "#c22"), warn: read("--warn", "#a15c00") };
   }
 
   // -- controls --------------------------------------------------------------------------------------------
@@ -110,6 +114,24 @@ class Board {
 
   seriesOf(run) {
     return this.view.range && run.detail ? run.detail : run.series;
+  }
+
+  // Sets the events of a run, to be drawn when that run is in focus.
+  setEvents(run, events) {
+    Object.assign(this, { events, eventsOf: run });
+    this.eventsVersion++;
+  }
+
+  // The events of the run in focus, each with its place on the axis.
+  happened() {
+    const run = this.focused();
+    const series = run?.id === this.eventsOf && this.seriesOf(run);
+    if (!series || !this.events.length) return [];
+    const known = this.placed;
+    if (known?.events === this.events && known.series === series && known.version === series.version && known.x === this.view.x) return known.found;
+    const found = this.events.map((event) => ({ ...event, x: Esper.placeOf(series, this.view.x, event.step) }));
+    this.placed = { events: this.events, series, version: series.version, x: this.view.x, found };
+    return found;
   }
 
   // Shows these runs. Metrics that are new get a chart.
@@ -192,7 +214,7 @@ class Board {
   // Draws anew if anything has changed: the curves, the smoothing, or what the extra charts show (`extraVersion`).
   update() {
     this.say();
-    const mark = [this.view.smooth, this.focus, this.extraVersion, ...this.shown().map((run) => `${run.id} ${this.seriesOf(run)?.version} ${this.seriesOf(run) === run.detail && run.detail?.key}`)].join("\0");
+    const mark = [this.view.smooth, this.focus, this.extraVersion, this.eventsVersion, ...this.shown().map((run) => `${run.id} ${this.seriesOf(run)?.version} ${this.seriesOf(run) === run.detail && run.detail?.key}`)].join("\0");
     if (mark === this.drawn) return;
     this.drawn = mark;
     for (const chart of this.charts.values()) chart.update();
@@ -309,10 +331,11 @@ class Board {
       each.cursor.hidden = !Number.isFinite(at);
       if (!each.cursor.hidden) each.cursor.style.left = `${at}px`;
     }
-    this.fillReadout(chart, nearest, found.map((each) => (isHere(each) ? each : { ...each, value: { text: "–" } })));
+    const events = this.happened().filter((event) => Math.abs(event.x - x) <= (end - start) / 100);
+    this.fillReadout(chart, nearest, found.map((each) => (isHere(each) ? each : { ...each, value: { text: "–" } })), events);
   }
 
-  fillReadout(chart, nearest, found) {
+  fillReadout(chart, nearest, found, events) {
     const { columns } = nearest.series;
     const base = found.find((each) => each.run.id === this.view.base);
     const first = columns.first_step[nearest.row];
@@ -330,7 +353,8 @@ class Board {
       return Esper.element("tr", {}, ...cells);
     });
     const more = found.length > MOST_ROWS ? [Esper.element("p", { textContent: `and ${found.length - MOST_ROWS} more runs` })] : [];
-    this.readout.replaceChildren(Esper.element("p", {}, Esper.element("b", { textContent: chart.title }), ` ${head}`), Esper.element("table", {}, Esper.element("tbody", {}, ...rows)), ...more);
+    const marks = events.slice(-MOST_EVENTS).map((event) => Esper.element("p", { className: event.tone, textContent: `┃ ${event.text}` }));
+    this.readout.replaceChildren(Esper.element("p", {}, Esper.element("b", { textContent: chart.title }), ` ${head}`), ...marks, Esper.element("table", {}, Esper.element("tbody", {}, ...rows)), ...more);
     this.readout.hidden = false;
     const box = chart.element.getBoundingClientRect();
     const { width, height } = this.readout.getBoundingClientRect();

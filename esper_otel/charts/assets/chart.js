@@ -263,6 +263,13 @@ function lines(name, chart) {
     if (series) chart.seams([Esper.placeOf(series, view.x, mark.step)], board.colors.bad);
     resumed.push(`┊ ${mark.text}`);
   }
+  const events = board.happened();
+  if (events.length || chart.sources.has("events")) {
+    keys.add("events");
+    const color = events.map((event) => board.colors[event.tone] || board.colors.dim);
+    chart.fill("events", { x: events.map((event) => event.x), low: events.map(() => 0), high: events.map(() => 1), color }, (source) =>
+      figure.segment({ field: "x" }, { field: "low" }, { field: "x" }, { field: "high" }, { source, y_range_name: "edge", line_color: { field: "color" }, line_alpha: 0.5, line_width: 1 }));
+  }
   const odd = { x: [], y: [], marker: [], color: [] };
   const counts = Object.fromEntries(Object.keys(ODD).map((kind) => [kind, 0]));
   const first = {};

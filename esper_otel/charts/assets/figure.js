@@ -10,6 +10,7 @@
     const runs = known.runs.map((run, place) => ({ ...run, color: Esper.COLORS[place % Esper.COLORS.length], isHidden: false, series: { ...run.series, version: known.version || 0 } }));
     board.extraVersion = known.version || 0;
     board.marks = known.marks || [];
+    board.setEvents(known.runs[0]?.id || "", known.events || []);
     board.runs = runs;
     const [first] = runs;
     if (first && Esper.phases(first.series, "step")) board.extra("time", { id: "where the time goes", title: "Where a step's time goes", about: "ms, stacked", unit: "ms", isLinear: true, isFromZero: true, draw: Esper.stack });

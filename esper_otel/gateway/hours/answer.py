@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from esper_otel.gateway.hours.file import AttemptRank
+from esper_otel.hours.account import Account
 from esper_otel.hours.bar import Bar, RunHours
+from esper_otel.hours.whole import account_text
 from esper_otel.pull.messages import Bar as BarMessage
 from esper_otel.pull.messages import HoursResponse
 
+NO_ACCOUNTS: Mapping[AttemptRank, Account] = MappingProxyType({})
 
-def hours_message(hours: RunHours) -> HoursResponse:
+
+def hours_message(hours: RunHours, accounts: Mapping[AttemptRank, Account] = NO_ACCOUNTS) -> HoursResponse:
     """Returns the message."""
     response = HoursResponse()
     _fill(response.run, hours.run)
@@ -15,6 +23,8 @@ def hours_message(hours: RunHours) -> HoursResponse:
         _fill(response.ranks.add(rank=rank).bar, bar)
     for phase in hours.phases:
         response.phases.add(**phase._asdict())
+    for writer, account in accounts.items():
+        response.accounts.add(rank=writer.rank, attempt=writer.attempt, account=account_text(account))
     return response
 
 

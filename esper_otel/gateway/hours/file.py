@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esper_otel import unix
-from esper_otel.gateway.store.base import StoreFull
+from esper_otel.gateway.store.side_file import SideFile
 from esper_otel.hours.account import Account, PhaseTimes
 from esper_otel.log import Warnings
 
@@ -53,7 +49,7 @@ DELETE FROM phases WHERE (run, rank, attempt, name, ended) IN (
 """
 
 
-class Writer(NamedTuple):
+class AttemptRank(NamedTuple):
     """One process of a run: a rank of an attempt."""
 
     rank: int
@@ -64,7 +60,7 @@ class ReceivedPhase(NamedTuple):
     """A phase, or a part of one, of a process."""
 
     run_id: str
-    writer: Writer
+    writer: AttemptRank
     phase: PhaseTimes
 
 
@@ -72,7 +68,7 @@ class StoredAccounts(NamedTuple):
     """The sums over a run's steps up to a cursor of the store of steps."""
 
     cursor: str
-    accounts: dict[Writer, Account]
+    accounts: dict[AttemptRank, Account]
 
 
 class HoursFile:
@@ -89,58 +85,15 @@ class HoursFile:
     """
 
     def __init__(self, folder: Path | None, warnings: Warnings) -> None:
-        self._path = None if folder is None else folder / FILE
         self._warnings = warnings
         self._counts: dict[str, int] = {}
         self._shrink_at: dict[str, int] = {}  # above _MOST_PHASES where those with totals are more than that
         self.dropped_totals: int = 0
-        try:
-            self._connection = self._opened()
-        except sqlite3.Error as error:
-            self._connection = self._anew(error)
+        self._file = SideFile(folder, FILE, _SCHEMA, "phases", self._count, warnings)
 
-    def _opened(self) -> sqlite3.Connection:
-        if self._path is not None:
-            with suppress(FileExistsError):  # SQLite would create it readable by others
-                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE, 0o600))
-        connection = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level=None)
-        connection.execute("PRAGMA trusted_schema = OFF")
-        if self._path is not None:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-        connection.executescript(_SCHEMA)
+    def _count(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("SELECT run, count(*) FROM phases GROUP BY run")
-        self._counts = {str(run): count for run, count in found}
-        return connection
-
-    def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
-        """Begins a new file; the old one is kept under a name with the time."""
-        self._counts, self._shrink_at = {}, {}
-        if self._path is not None and self._path.exists():
-            aside = self._path.with_name(f"{FILE}.damaged-{time.time_ns()}")
-            self._path.rename(aside)
-            for suffix in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    self._path.with_name(FILE + suffix).unlink()
-            self._warnings.say("damaged hours", "the file of phases was damaged (%s): it is now %s", error, aside)
-        return self._opened()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
-            self._connection.execute("COMMIT")
-        except BaseException as error:
-            with suppress(sqlite3.Error):
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-                self._connection.close()
-                self._connection = self._anew(error)
-            if isinstance(error, sqlite3.Error):
-                raise StoreFull(f"phases cannot be written: {error}") from error
-            raise
+        self._counts, self._shrink_at = {str(run): count for run, count in found}, {}
 
     def add(self, phases: Iterable[ReceivedPhase]) -> None:
         """Stores phases; one that is stored already is completed, not repeated.
@@ -151,7 +104,7 @@ class HoursFile:
         rows = [(run_id, *writer, *phase) for run_id, writer, phase in phases]
         if not rows:
             return
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.executemany(_INSERT, rows)
         for run_id in {row[0] for row in rows}:
             self._counts[run_id] = self._counts.get(run_id, 0) + len(rows)
@@ -161,11 +114,11 @@ class HoursFile:
     def _shrink(self, run_id: str) -> None:
         stored = self._stored(run_id)
         if stored > _MOST_PHASES:
-            with self._transaction() as connection:
+            with self._file.transaction() as connection:
                 connection.execute(_DELETE, (run_id, stored - _FEWER))
             stored = self._stored(run_id)
         if stored > _MOST_NEWEST:
-            with self._transaction() as connection:
+            with self._file.transaction() as connection:
                 dropped = connection.execute(_DELETE_NEWEST, (run_id, stored - _MOST_NEWEST)).rowcount
             self.dropped_totals += dropped
             self._warnings.say(
@@ -180,22 +133,23 @@ class HoursFile:
         self._shrink_at[run_id] = max(_MOST_PHASES, stored + _MOST_PHASES - _FEWER)
 
     def _stored(self, run_id: str) -> int:
-        (stored,) = self._connection.execute("SELECT count(*) FROM phases WHERE run = ?", (run_id,)).fetchone()
-        return int(stored)
+        found = self._file.rows("SELECT count(*) FROM phases WHERE run = ?", (run_id,))
+        return int(found[0][0]) if found else 0
 
-    def phases(self, run_id: str) -> list[tuple[Writer, PhaseTimes]]:
+    def phases(self, run_id: str) -> list[tuple[AttemptRank, PhaseTimes]]:
         """Returns the phases of a run, by rank and attempt; rows that a gateway cannot have written are left out."""
-        rows = self._connection.execute("SELECT * FROM phases WHERE run = ?", (run_id,)).fetchall()
-        return [(Writer(*row[1:3]), PhaseTimes(*row[3:])) for row in rows if _is_phase(row[1:])]
+        rows = self._file.rows("SELECT * FROM phases WHERE run = ?", (run_id,))
+        return [(AttemptRank(*row[1:3]), PhaseTimes(*row[3:])) for row in rows if _is_phase(row[1:])]
 
     def accounts(self, run_id: str) -> StoredAccounts | None:
         """Returns the sums over the steps of a run, as they were when they were stored last."""
-        row = self._connection.execute("SELECT cursor, accounts FROM accounts WHERE run = ?", (run_id,)).fetchone()
-        if row is None:
+        rows = self._file.rows("SELECT cursor, accounts FROM accounts WHERE run = ?", (run_id,))
+        if not rows:
             return None
+        [row] = rows
         try:
             said = json.loads(row[1])
-            found = {Writer(int(rank), int(attempt)): Account.from_json(each) for rank, attempt, each in said}
+            found = {AttemptRank(int(rank), int(attempt)): Account.from_json(each) for rank, attempt, each in said}
             return StoredAccounts(str(row[0]), found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             self._warnings.say("damaged hours", "the sums over the steps of run %s cannot be used: %s", run_id, error)
@@ -208,14 +162,14 @@ class HoursFile:
             StoreFull: they were not stored.
         """
         said = [(*writer, account.as_json()) for writer, account in stored.accounts.items()]
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO accounts VALUES (?, ?, ?)", (run_id, stored.cursor, json.dumps(said))
             )
 
     def run_ids(self) -> set[str]:
         """Returns the runs of which something is stored."""
-        found = self._connection.execute("SELECT run FROM accounts UNION SELECT run FROM phases").fetchall()
+        found = self._file.rows("SELECT run FROM accounts UNION SELECT run FROM phases")
         return {str(run) for (run,) in found}
 
     def forget(self, run_ids: Sequence[str]) -> None:
@@ -224,7 +178,7 @@ class HoursFile:
         Raises:
             StoreFull: nothing was deleted.
         """
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             for table in ("phases", "accounts"):
                 connection.executemany(f"DELETE FROM {table} WHERE run = ?", [(run_id,) for run_id in run_ids])  # noqa: S608
         for run_id in run_ids:
@@ -233,7 +187,7 @@ class HoursFile:
 
     def close(self) -> None:
         """Closes the file."""
-        self._connection.close()
+        self._file.close()
 
 
 def _is_phase(row: tuple[Any, ...]) -> bool:

@@ -14,8 +14,8 @@ from esper_otel.gateway.command import (
     ports_of,
     until_told,
 )
-from esper_otel.gateway.kafka.connection import Connection
-from esper_otel.gateway.kafka.core import TierCore
+from esper_otel.gateway.kafka.brokers import Brokers
+from esper_otel.gateway.kafka.tier_core import TierCore
 from esper_otel.gateway.kafka.topics import tier_at
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.serve.connections import allow_connections
@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
     sys.setswitchinterval(_SWITCH_S)
     quiet_grpc()
     ports = ports_of(options)
-    connection = Connection.of(options)
+    connection = Brokers.of(options)
     tier = tier_at(connection, options.kafka_topics, is_member=False)
     return asyncio.run(
         _serve(options, TierCore(connection, tier, **packet_options(options)), ports, tier.topics.frames)

@@ -27,7 +27,7 @@ class Stand(NamedTuple):
     number: int
 
 
-class Wanted(NamedTuple):
+class PullSelection(NamedTuple):
     """Which steps of a run a puller wants.
 
     Attributes:
@@ -52,13 +52,13 @@ class Wanted(NamedTuple):
         return "" if self.rank is None else str(self.rank)
 
 
-def cursor_text(generation: str, wanted: Wanted, stands: Mapping[int, Stand]) -> str:
+def cursor_text(generation: str, wanted: PullSelection, stands: Mapping[int, Stand]) -> str:
     """Formats a cursor."""
     places = ",".join(f"{partition}.{'.'.join(map(str, stands[partition]))}" for partition in sorted(stands))
     return f"k1-{generation}:{wanted.text}:{places}"
 
 
-def cursor_stands(cursor: str, generation: str, wanted: Wanted) -> dict[int, Stand]:
+def cursor_stands(cursor: str, generation: str, wanted: PullSelection) -> dict[int, Stand]:
     """Returns where a cursor stands, by partition; nothing for an empty one.
 
     Raises:

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_text
-from esper_otel.gateway.kafka.records import Block, NewerForm, UnknownForm, block_of, origin_of
+from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_text
+from esper_otel.gateway.kafka.topic_records import FrameBatch, NewerForm, UnknownForm, block_of, origin_of
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 
 _RECORD_BYTES = 500
@@ -40,7 +40,7 @@ class Record:
             self.origin = origin_of(key)
 
     @cached_property
-    def block(self) -> Block | None:
+    def block(self) -> FrameBatch | None:
         """Its frames; None if nobody can read them.
 
         Raises:
@@ -121,7 +121,7 @@ class FetchedEntries:
     def __init__(
         self,
         generation: str,
-        wanted: Wanted,
+        wanted: PullSelection,
         stands: Mapping[int, Stand],
         entries: Sequence[Entry],
         final: Mapping[int, Stand],

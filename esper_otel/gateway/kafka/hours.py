@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.frames.frame import Frame
-from esper_otel.gateway.hours.file import Writer
-from esper_otel.gateway.hours.hours import received_phases, step_times
+from esper_otel.gateway.hours.accounts import received_phases, step_times
+from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
 from esper_otel.gateway.receive.request import PhasePoint
 from esper_otel.hours.account import Account, PhaseTimes, Times
@@ -134,11 +134,11 @@ def phases_of(points: Sequence[PhasePoint]) -> list[tuple[Origin, PhaseTimes]]:
     ]
 
 
-def joined(accounts: Mapping[Origin, Account]) -> dict[Writer, Account]:
+def joined(accounts: Mapping[Origin, Account]) -> dict[AttemptRank, Account]:
     """Returns the sums over the steps of each rank and attempt of a run; several processes may claim to be one."""
-    found: dict[Writer, list[Account]] = {}
+    found: dict[AttemptRank, list[Account]] = {}
     for origin, account in accounts.items():
-        found.setdefault(Writer(origin.rank, origin.attempt), []).append(account)
+        found.setdefault(AttemptRank(origin.rank, origin.attempt), []).append(account)
     return {writer: some[0] if len(some) == 1 else merged(some) for writer, some in found.items()}
 
 

@@ -19,17 +19,19 @@ from typing import Any, NamedTuple, NoReturn
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from esper_otel.errors import EsperOtelError
-from esper_otel.gateway.kafka.connection import (
+from esper_otel.gateway.kafka.brokers import (
     MOST_RECORD_BYTES,
     REFUSALS,
     SESSION_MS,
     BrokerFault,
-    Connection,
+    Brokers,
     MemberEnds,
     meaning,
 )
-from esper_otel.gateway.kafka.records import (
-    Released,
+from esper_otel.gateway.kafka.partition_reader import PartitionReader, value_of
+from esper_otel.gateway.kafka.shard import BadRecord, Commit, RequestRecord, Shard
+from esper_otel.gateway.kafka.topic_records import (
+    FrameWithLoss,
     UnknownForm,
     block_bytes,
     block_of,
@@ -37,8 +39,6 @@ from esper_otel.gateway.kafka.records import (
     state_bytes,
     state_of,
 )
-from esper_otel.gateway.kafka.shard import Committed, Poisoned, Received, Shard
-from esper_otel.gateway.kafka.tail import TailReader, value_of
 from esper_otel.gateway.kafka.topics import TIER_KEY, Tier, check_unchanged, tier_bytes
 from esper_otel.gateway.limits import Limits
 from esper_otel.log import Warnings, announce
@@ -46,7 +46,6 @@ from esper_otel.log import Warnings, announce
 # How long requests are collected before they are used: each time costs a transaction.
 _COLLECT_S = 0.03
 _MOST_RECORDS = 2_000
-_MOST_IDLE_S = 0.5
 _STATES_EVERY_S = 5.0
 _TIDY_EVERY_S = 60.0
 _LAG_EVERY_S = 1.0
@@ -122,7 +121,7 @@ class Member:
         rejected: points that were refused for good, by reason.
     """
 
-    def __init__(self, connection: Connection, tier: Tier, options: MemberOptions) -> None:
+    def __init__(self, connection: Brokers, tier: Tier, options: MemberOptions) -> None:
         self._connection, self._tier, self._options = connection, tier, options
         self._limits = replace(
             options.limits,
@@ -184,7 +183,7 @@ class Member:
         self._drop([*self._shards, *self._unreadable])
         self._is_leaving, self._fault = False, None
         name, topics = self._options.name, self._tier.topics
-        self._tail = TailReader(self._connection)
+        self._tail = PartitionReader(self._connection)
         self._producer: Producer = self._connection.producer(f"{topics.frames}-{name}", has_batches=self._has_batches)
         self._consumer: Consumer = self._connection.consumer(
             **{
@@ -281,7 +280,7 @@ class Member:
                 states[key] = state_of(key, value)
             else:
                 states.pop(key, None)
-        committed = Committed.of(place.offset, place.metadata or "")
+        committed = Commit.of(place.offset, place.metadata or "")
         first = OFFSET_BEGINNING if committed is None else committed.first
         shard.buried = [] if committed is None else list(committed.buried)
         blocks = []
@@ -336,16 +335,18 @@ class Member:
         if self._fault is not None:
             raise self._fault
         self._cycle_s = now_s = time.monotonic()
-        records: dict[int, list[Received]] = {}
+        records: dict[int, list[RequestRecord]] = {}
         for message in messages:
             error = message.error()
             if error is None:
                 _, time_ms = message.timestamp()
-                received = Received(message.offset() or 0, max(time_ms, 0) * 10**6, message.key(), value_of(message))
+                received = RequestRecord(
+                    message.offset() or 0, max(time_ms, 0) * 10**6, message.key(), value_of(message)
+                )
                 records.setdefault(message.partition() or 0, []).append(received)
             else:
                 self._check(error)
-        poisoned: list[tuple[int, Poisoned]] = []
+        poisoned: list[tuple[int, BadRecord]] = []
         for partition, some in records.items():
             shard = self._shards.get(partition)
             if shard is not None:  # otherwise it was revoked meanwhile, and its next member reads them
@@ -393,7 +394,7 @@ class Member:
                 f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
             )
 
-    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, Poisoned]], *, of_all: bool) -> None:
+    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, BadRecord]], *, of_all: bool) -> None:
         """Writes frames, states and offsets in one transaction."""
         topic, now_s = self._tier.topics.otlp, time.monotonic()
         records = [self._buried(partition, each) for partition, each in poisoned]
@@ -525,7 +526,7 @@ class Member:
         """Returns how large a record of a topic may be, in bytes."""
         return self._most.get(topic, MOST_RECORD_BYTES)
 
-    def _buried(self, partition: int, poisoned: Poisoned) -> _Record:
+    def _buried(self, partition: int, poisoned: BadRecord) -> _Record:
         """Returns the record with which one that cannot be used is kept."""
         record, topics = poisoned.record, self._tier.topics
         message = "record %d of %s, partition %d, cannot be used: %s; it is kept in %s"
@@ -626,7 +627,7 @@ def group_of(tier: Tier) -> str:
     return f"{tier.topics.otlp.rpartition('.')[0]}-gateway"
 
 
-def _steps_of(frames: Sequence[Released]) -> str:
+def _steps_of(frames: Sequence[FrameWithLoss]) -> str:
     """Says which steps are in a record."""
     first, last = frames[0].item, frames[-1].item
     steps = f"step {first.frame.global_step}"

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from esper_otel.gateway.kafka.connection import Connection
+from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.cursors import Stand
 from esper_otel.gateway.kafka.entries import Entry, entries_of
-from esper_otel.gateway.kafka.reading import record_of
+from esper_otel.gateway.kafka.topic_readers import record_of
 from esper_otel.gateway.kafka.topics import Tier
 
 _AT_ONCE = 1_000
@@ -48,7 +48,7 @@ class PastReader:
     """
 
     def __init__(
-        self, connection: Connection, tier: Tier, run_id: str, rank: int | None, stands: Mapping[int, Stand]
+        self, connection: Brokers, tier: Tier, run_id: str, rank: int | None, stands: Mapping[int, Stand]
     ) -> None:
         self._topic, self._run_id, self._rank = tier.topics.frames, run_id, rank
         self._consumer: Consumer = connection.consumer(

@@ -14,13 +14,13 @@ import numpy as np
 
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.kafka.hours import HoursOfWriter, phases_of
-from esper_otel.gateway.kafka.records import (
+from esper_otel.gateway.kafka.topic_records import (
     MOST_BYTES,
     MOST_FRAMES,
-    Block,
     Counts,
     Durations,
-    Released,
+    FrameBatch,
+    FrameWithLoss,
     WriterState,
     merged_state,
     size_of,
@@ -29,7 +29,10 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.ranks import durations_of
 from esper_otel.gateway.rebuild.assembler import Assembler
 from esper_otel.gateway.receive.decoder import Decoder
+from esper_otel.gateway.receive.log_records import decode_logs
+from esper_otel.gateway.receive.request import Malformed, TooLarge
 from esper_otel.gateway.store.memory import loss_of
+from esper_otel.schema.events import EVENT_SCOPE
 
 # Requests of this many bytes together are decoded as one: OTLP requests put together are a request.
 _JOINED_BYTES = 512 * 1024
@@ -38,7 +41,7 @@ _KINDS = 4
 _MOST_BURIED = 100
 
 
-class Received(NamedTuple):
+class RequestRecord(NamedTuple):
     """A record with a request.
 
     Attributes:
@@ -54,7 +57,7 @@ class Received(NamedTuple):
     value: bytes
 
 
-class Committed(NamedTuple):
+class Commit(NamedTuple):
     """What is committed for a partition.
 
     Attributes:
@@ -74,7 +77,7 @@ class Committed(NamedTuple):
         return ",".join(map(str, (self.first, *self.buried)))
 
     @classmethod
-    def of(cls, offset: int, metadata: str) -> Committed | None:
+    def of(cls, offset: int, metadata: str) -> Commit | None:
         """Returns what was committed; None if that was not by a member."""
         numbers = metadata.split(",")
         if offset < 0 or not all(each.isdecimal() for each in numbers):
@@ -82,14 +85,14 @@ class Committed(NamedTuple):
         return cls(offset, int(numbers[0]), tuple(map(int, numbers[1:])))
 
 
-class Poisoned(NamedTuple):
+class BadRecord(NamedTuple):
     """A record that cannot be used, and why."""
 
-    record: Received
+    record: RequestRecord
     reason: str
 
 
-class _Waiting(NamedTuple):
+class _WaitingRecords(NamedTuple):
     """Records whose frames may not all be released, and where the topic of frames ended when they came."""
 
     offset: int
@@ -106,14 +109,14 @@ class _Memory:
         self.since = self.last = since
         self.count = 0
         self.loss: float | None = None
-        self.newest: Released | None = None
+        self.newest: FrameWithLoss | None = None
         self.place: Place | None = None
         self.before: RunState | None = None
         self.steps: deque[int] = deque(maxlen=_MOST_DURATIONS)
         self.durations: deque[Sequence[float]] = deque(maxlen=_MOST_DURATIONS)
         self.hours = HoursOfWriter()
 
-    def note(self, released: Released) -> None:
+    def note(self, released: FrameWithLoss) -> None:
         frame = released.item.frame
         self.count += 1
         self.loss = loss_of(frame)
@@ -124,10 +127,11 @@ class _Memory:
             self.durations.append(durations_of(frame))
             self.hours.add(frame)
 
-    @property
-    def received_unix_ns(self) -> int:
-        """When something was received last; 0 if that is not known."""
-        return self.hours.last_unix_ns if self.newest is None else self.newest.item.received_unix_ns
+    def received_unix_ns(self, state: RunState | None) -> int:
+        """Returns when something last arrived from the writer; a run that failed before its first step has no frame."""
+        of_states = (each.last_received_unix_ns for each in (state, self.before) if each is not None)
+        newest = 0 if self.newest is None else self.newest.item.received_unix_ns
+        return max(*of_states, newest, self.hours.last_unix_ns)
 
     def restore(self, known: WriterState) -> None:
         self.since, self.last, self.count = known.since, known.last, known.counts.writer
@@ -160,13 +164,14 @@ class Shard:
         self.partition = partition
         self.end: int = 0
         self.checked: int = 0
-        self.written: Committed | None = None
+        self.written: Commit | None = None
         self.buried: list[int] = []
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
+        self._limits = limits
         self._decoder = Decoder(limits)
         self._assembler = Assembler(limits, hold_s=hold_s, linger_s=linger_s, recall=self._recall)
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_WaitingRecords] = deque()
         self._next: int | None = None
         self._of_run: Counter[str] = Counter()
         self._of_rank: Counter[tuple[str, int]] = Counter()
@@ -178,12 +183,12 @@ class Shard:
 
     # -- in ----------------------------------------------------------------------------------------------
 
-    def take(self, records: Sequence[Received], now_s: float) -> list[Poisoned]:
+    def take(self, records: Sequence[RequestRecord], now_s: float) -> list[BadRecord]:
         """Adds records, in order; returns those that cannot be used."""
-        poisoned: list[Poisoned] = []
+        poisoned: list[BadRecord] = []
         self._now_s = now_s
         for group in _joined(records):
-            self._waiting.append(_Waiting(group[0].offset, now_s, self.end))
+            self._waiting.append(_WaitingRecords(group[0].offset, now_s, self.end))
             poisoned += self._take(group, now_s)
         poisoned = [each for each in poisoned if each.record.offset not in self.buried]  # by the member before
         self.buried += [each.record.offset for each in poisoned]
@@ -191,14 +196,16 @@ class Shard:
             self._next = records[-1].offset + 1
         return poisoned
 
-    def _take(self, group: Sequence[Received], now_s: float) -> list[Poisoned]:
+    def _take(self, group: Sequence[RequestRecord], now_s: float) -> list[BadRecord]:
         try:
+            for record in group:
+                _check_no_events(record.value, self._limits)
             decoded = self._decoder.decode(b"".join(record.value for record in group))
             taken = self._assembler.take(decoded, now_s=now_s, received_unix_ns=group[-1].time_unix_ns)
         except Exception as error:  # noqa: BLE001 - it would fail again at each start: it is kept elsewhere
             if len(group) > 1:
                 return [poisoned for record in group for poisoned in self._take([record], now_s)]
-            return [Poisoned(group[0], f"{type(error).__name__}: {error}"[:500])]
+            return [BadRecord(group[0], f"{type(error).__name__}: {error}"[:500])]
         if taken.crowded and len(group) > 1:  # adding a request again changes nothing
             return [poisoned for record in group for poisoned in self._take([record], now_s)]
         for origin, phase in phases_of(decoded.phases):
@@ -208,8 +215,9 @@ class Shard:
         self.counts["requests"] += len(group)
         self.counts["points"] += taken.accepted
         self.rejected.update(taken.rejected)
+        self._changed.update(taken.alive)
         if taken.crowded:
-            return [Poisoned(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
+            return [BadRecord(group[0], f"there is no room for run {taken.crowded[0]!r}: too many writers are active")]
         return []
 
     def due(self) -> float | None:
@@ -218,7 +226,7 @@ class Shard:
 
     # -- out ---------------------------------------------------------------------------------------------
 
-    def release(self, now_s: float) -> list[Block]:
+    def release(self, now_s: float) -> list[FrameBatch]:
         """Releases the frames that are due, as blocks in order."""
         self._now_s = now_s
         items = self._assembler.release(now_s)
@@ -234,16 +242,16 @@ class Shard:
         self._changed |= {*ended}
         return blocks
 
-    def _blocks(self, items: Iterable[Item], places: Mapping[Origin, Place]) -> Iterator[Block]:
+    def _blocks(self, items: Iterable[Item], places: Mapping[Origin, Place]) -> Iterator[FrameBatch]:
         of_writers: dict[Origin, list[Item]] = {}
         for item in items:
             of_writers.setdefault(item.origin, []).append(item)
         for origin, some in of_writers.items():
             memory = self._memory(origin)
-            frames: list[Released] = []
+            frames: list[FrameWithLoss] = []
             size = 0
             for item in some:
-                released = Released(item, memory.loss)
+                released = FrameWithLoss(item, memory.loss)
                 memory.note(released)
                 self.counts["steps"] += 1
                 self.counts["incomplete_steps"] += not item.complete
@@ -255,9 +263,9 @@ class Shard:
                 frames.append(released)
             yield self._numbered(frames, places[origin])
 
-    def _numbered(self, frames: Sequence[Released], place: Place) -> Block:
+    def _numbered(self, frames: Sequence[FrameWithLoss], place: Place) -> FrameBatch:
         run_id, _, rank, _ = place.origin
-        block = Block(frames, self._of_run[run_id] + 1, self._of_rank[run_id, rank] + 1, place)
+        block = FrameBatch(frames, self._of_run[run_id] + 1, self._of_rank[run_id, rank] + 1, place)
         self._of_run[run_id] += len(frames)
         self._of_rank[run_id, rank] += len(frames)
         return block
@@ -290,7 +298,7 @@ class Shard:
             known, place, memory.newest, counts, memory.since, memory.last, durations, memory.hours.written()
         )
 
-    def committed(self) -> Committed | None:
+    def committed(self) -> Commit | None:
         """Returns what to commit; None if nothing came."""
         since_s = self._assembler.since()
         while self._waiting and (since_s is None or self._waiting[0].received_s < since_s):
@@ -302,12 +310,12 @@ class Shard:
         else:
             offset, first = self._next, self.checked
         self.buried = [each for each in self.buried if each >= offset][-_MOST_BURIED:]
-        return Committed(offset, first, tuple(self.buried))
+        return Commit(offset, first, tuple(self.buried))
 
     # -- going on from where another member stopped --------------------------------------------------------
 
     def restore(
-        self, states: Iterable[WriterState], blocks: Sequence[Block], offsets: tuple[int, int], now_s: float
+        self, states: Iterable[WriterState], blocks: Sequence[FrameBatch], offsets: tuple[int, int], now_s: float
     ) -> None:
         """Restores the state from the topics.
 
@@ -327,7 +335,7 @@ class Shard:
             self._note_numbers(origin, known.counts.of_run, known.counts.of_rank)
         self._at_once.clear()
         self._changed.clear()
-        tails: dict[Origin, list[Released]] = {}
+        tails: dict[Origin, list[FrameWithLoss]] = {}
         for block in blocks:
             origin, memory = block.origin, self._memory(block.origin)
             written = 0 if origin not in self._restored else self._restored[origin].counts.of_rank
@@ -347,7 +355,7 @@ class Shard:
         self._of_run[run_id] = max(self._of_run[run_id], of_run)
         self._of_rank[run_id, rank] = max(self._of_rank[run_id, rank], of_rank)
 
-    def _restore_writer(self, origin: Origin, tail: Sequence[Released]) -> None:
+    def _restore_writer(self, origin: Origin, tail: Sequence[FrameWithLoss]) -> None:
         known = self._restored.pop(origin, None)
         before = [] if known is None or known.newest is None else [known.newest]
         newest = {released.item.frame.time_unix_ns: released.item for released in (*before, *tail)}
@@ -384,11 +392,11 @@ class Shard:
 
     def idle(self, oldest_unix_ns: int) -> list[Origin]:
         """Forgets writers of which nothing has arrived since a time, and returns them."""
-        self._assembler.runs(self._now_s)
+        states = {state.origin: state for state in self._assembler.runs(self._now_s)}
         gone = [
             origin
             for origin, memory in self._writers.items()
-            if 0 < memory.received_unix_ns < oldest_unix_ns and origin not in self._changed
+            if memory.received_unix_ns(states.get(origin)) < oldest_unix_ns and origin not in self._changed
         ]
         for origin in gone:
             del self._writers[origin]
@@ -405,9 +413,25 @@ class Shard:
         return sum(memory.place.missing for memory in self._writers.values() if memory.place is not None)
 
 
-def _joined(records: Sequence[Received]) -> Iterator[list[Received]]:
+def _check_no_events(value: bytes, limits: Limits) -> None:
+    """Checks that a request has no log records with events of runs; as metrics they would be lost without a word.
+
+    Raises:
+        Malformed: it has some.
+    """
+    if EVENT_SCOPE.encode() not in value:
+        return
+    try:
+        decoded = decode_logs(value, limits)
+    except (Malformed, TooLarge):
+        return  # they are metrics: the same bytes are not valid as log records, or mean nothing
+    if decoded.events or decoded.refused:
+        raise Malformed("log records with events of runs: a tier on Kafka keeps none")
+
+
+def _joined(records: Sequence[RequestRecord]) -> Iterator[list[RequestRecord]]:
     """Yields the records in groups that are decoded together."""
-    group: list[Received] = []
+    group: list[RequestRecord] = []
     size = 0
     for record in records:
         if group and size + len(record.value) > _JOINED_BYTES:

@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from esper_otel.errors import UnknownRun
-from esper_otel.gateway.hours.file import Writer
-from esper_otel.gateway.hours.hours import summing
+from esper_otel.gateway.hours.accounts import summing
+from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin, RunState
 from esper_otel.gateway.kafka.hours import NO_HOURS, WriterHours, joined, merged
-from esper_otel.gateway.kafka.records import WriterState
+from esper_otel.gateway.kafka.topic_records import WriterState
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.launches import with_resumed
+from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 
 # A writer that has sent nothing for this long may be dead; see ``rebuild.runs``.
@@ -70,8 +71,8 @@ class KnownStates:
             del self._runs[origin.run_id]
             self.ranks.forget(origin.run_id)
 
-    def hours(self, run_id: str) -> Generator[None, None, RunHours]:
-        """Returns where the hours of a run went, in parts.
+    def hours(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
+        """Returns where the hours of a run went, and the accounts of its processes, in parts.
 
         Raises:
             UnknownRun: nothing of the run is known.
@@ -84,7 +85,7 @@ class KnownStates:
             by_origin.setdefault(origin, []).append(hours)
         yield
         phases = [
-            (Writer(origin.rank, origin.attempt), phase)
+            (AttemptRank(origin.rank, origin.attempt), phase)
             for origin, some in sorted(by_origin.items(), key=lambda each: (each[0].rank, each[0].attempt))
             for hours in some
             for phase in hours.phases
@@ -94,7 +95,8 @@ class KnownStates:
             accounts[origin] = merged(each.account() for each in some)
             if number % _AT_ONCE == 0:
                 yield
-        return (yield from summing(joined(accounts), phases))
+        of_processes = joined(accounts)
+        return (yield from summing(of_processes, phases)), of_processes
 
     def partitions(self, run_id: str, rank: int | None = None) -> dict[int, int]:
         """Returns the partitions in which a run is, or one of its ranks, each with an offset before its first frame."""

@@ -9,7 +9,7 @@ from confluent_kafka import TopicCollection
 from confluent_kafka.admin import AdminClient
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.kafka.connection import BrokerFault, Connection
+from esper_otel.gateway.kafka.brokers import BrokerFault, Brokers
 
 _START_S = 10.0
 # The key of the record in which the number of partitions is kept; no key of a writer begins like this.
@@ -51,7 +51,7 @@ class Tier(NamedTuple):
     generation: str
 
 
-def tier_at(connection: Connection, prefix: str, *, is_member: bool) -> Tier:
+def tier_at(connection: Brokers, prefix: str, *, is_member: bool) -> Tier:
     """Returns the tier that the brokers have.
 
     Args:

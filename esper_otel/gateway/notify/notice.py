@@ -11,11 +11,11 @@ from esper_otel.text import printable
 
 VERSION = 1
 ENTERED, ESCALATED, LEFT = "signal_entered", "signal_escalated", "signal_left"
-ENDED, SILENT, BACK = "run_ended", "run_silent", "run_back"
+ENDED, SILENT, NO_STEPS, BACK = "run_ended", "run_silent", "run_without_steps", "run_back"
 
 _ALERTS = {
     **dict.fromkeys((ENTERED, ESCALATED, LEFT), "EsperSignal"),
-    **dict.fromkeys((SILENT, BACK), "EsperRunSilent"),
+    **dict.fromkeys((SILENT, NO_STEPS, BACK), "EsperRunSilent"),
     ENDED: "EsperRunEnded",
 }
 _RESOLVED = (LEFT, BACK)
@@ -29,7 +29,8 @@ class Notice(NamedTuple):
     """Something that people want to know about a run.
 
     Attributes:
-        event: ``signal_entered``, ``signal_escalated``, ``signal_left``, ``run_ended``, ``run_silent`` or ``run_back``.
+        event: ``signal_entered``, ``signal_escalated``, ``signal_left``, ``run_ended``, ``run_silent``,
+            ``run_without_steps`` or ``run_back``.
         run_id: the run.
         time_unix_ms: when it happened: the time of the step, or when the gateway noticed.
         text: one sentence for people.

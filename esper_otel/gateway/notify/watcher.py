@@ -10,25 +10,28 @@ from typing import TYPE_CHECKING
 
 from esper_otel.errors import GatewayError
 from esper_otel.frames.frame import FINE
-from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, SILENT, Notice
+from esper_otel.gateway.notify.notice import BACK, ENDED, ENTERED, ESCALATED, LEFT, NO_STEPS, SILENT, Notice
 from esper_otel.gateway.notify.webhook import Webhook
-from esper_otel.leyline.episodes import Change, Episode, Episodes, Sender
+from esper_otel.leyline.episodes import Episode, EpisodeChange, Episodes, StepSender
 from esper_otel.leyline.packets import Page
 from esper_otel.log import Warnings
 from esper_otel.oona.emergencies import urgent_signals
 from esper_otel.text import printable
 
 if TYPE_CHECKING:
-    from esper_otel.gateway.core import Core, KnownRun
+    from esper_otel.gateway.core import Core
+    from esper_otel.gateway.items import RunStatus
 
 _EVERY_S = 1.0
 _ALL_EVERY_S = 5.0  # a run that falls silent says nothing
 _AT_ONCE = 256
 _MOST_RUNS = 10_000
 _URGENT = ("HIGH", "CRITICAL")
+_NO_STEPS_S = 300  # as the rule EsperRunWithoutSteps
+_QUIET = (SILENT, NO_STEPS)
 
 
-class _Followed:
+class _WatchedRun:
     """A run that is watched."""
 
     __slots__ = ("announced", "cursor", "episodes", "state")
@@ -41,7 +44,7 @@ class _Followed:
 
 
 class Watcher:
-    """Makes notices of risk signals of level HIGH and CRITICAL, of ends of runs, and of runs that fall silent.
+    """Makes notices of risk signals of level HIGH and CRITICAL, of ends, and of runs that fall silent or take no steps.
 
     Nothing is said about what was stored before the watcher began; a signal that still goes on then is said once more.
 
@@ -54,11 +57,11 @@ class Watcher:
         self._runs = runs
         self._webhooks = tuple(webhooks)
         self._changed = runs.changed.follower()
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, _WatchedRun] = {}
         self._all_s = -math.inf
         self._warnings = Warnings()
         for run_id in runs.known_runs():
-            self._followed[run_id] = _Followed(self._newest(run_id), _state(runs.state_of(run_id)))
+            self._followed[run_id] = _WatchedRun(self._newest(run_id), _state(runs.state_of(run_id)))
 
     async def run(self) -> None:
         """Watches until it is cancelled."""
@@ -81,43 +84,47 @@ class Watcher:
             if run_id not in self._followed and len(self._followed) >= _MOST_RUNS:
                 self._warnings.say("too many", "more than %d runs: no notices are made for the others", _MOST_RUNS)
                 continue
-            await self._look_at(run_id, self._followed.setdefault(run_id, _Followed("", "")))
+            await self._look_at(run_id, self._followed.setdefault(run_id, _WatchedRun("", "")))
             await asyncio.sleep(0)
 
-    async def _look_at(self, run_id: str, followed: _Followed) -> None:
+    async def _look_at(self, run_id: str, followed: _WatchedRun) -> None:
         while page := await self._page(run_id, followed):
             for packets in page:
-                sender = Sender(packets.rank, packets.attempt, packets.writer)
+                sender = StepSender(packets.rank, packets.attempt, packets.writer)
                 time_s = packets.state.timestamp_ns / 1e9
                 changes = followed.episodes.note(packets.step, urgent_signals(packets), time_s=time_s, sender=sender)
                 self._put(self._signals(run_id, followed, changes, int(time_s * 1e3)))
             followed.cursor = page.cursor
-        before, followed.state = followed.state, _state(self._runs.state_of(run_id))
+        known = self._runs.state_of(run_id)
+        before, followed.state = followed.state, _state(known)
         now_ms = time.time_ns() // 1_000_000
-        if before == SILENT and followed.state != SILENT:
-            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} sends again")])
-        if followed.state not in {before, "", SILENT}:  # how it ended
+        if before in _QUIET and followed.state not in _QUIET:
+            does = "sends again" if before == SILENT else "takes steps again"
+            self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} {does}")])
+        if followed.state not in {before, "", *_QUIET}:  # how it ended
             self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
-            self._put([_end(run_id, followed.state, now_ms)])
-        elif followed.state == SILENT and before == "":
-            self._put([Notice(SILENT, run_id, now_ms, f"run {printable(run_id)} has sent nothing for a minute")])
+            self._put([_end(run_id, known, now_ms)])
+        elif followed.state != before and followed.state in _QUIET and before in {"", *_QUIET}:
+            self._put([_quiet(run_id, followed.state, now_ms)])
 
-    def _forget(self, run_id: str, followed: _Followed) -> None:
+    def _forget(self, run_id: str, followed: _WatchedRun) -> None:
         """Ends what was told of a run that the gateway has dropped, so that no alert of it is repeated for ever."""
         now_ms = time.time_ns() // 1_000_000
         self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))
-        if followed.state == SILENT:
-            text = f"run {printable(run_id)} has been silent for so long that its steps were dropped"
+        if followed.state in _QUIET:
+            text = f"run {printable(run_id)} has sent no step for so long that its steps were dropped"
             self._put([Notice(BACK, run_id, now_ms, text)])
 
-    async def _page(self, run_id: str, followed: _Followed) -> Page | None:
+    async def _page(self, run_id: str, followed: _WatchedRun) -> Page | None:
         try:
             return await self._runs.packets(run_id, followed.cursor, _AT_ONCE)
         except GatewayError:  # dropped, or its store was replaced
             followed.cursor = ""
             return None
 
-    def _signals(self, run_id: str, followed: _Followed, changes: Iterable[Change], time_ms: int) -> Iterable[Notice]:
+    def _signals(
+        self, run_id: str, followed: _WatchedRun, changes: Iterable[EpisodeChange], time_ms: int
+    ) -> Iterable[Notice]:
         for kind, episode in changes:
             is_known = episode.number in followed.announced
             if kind == "left" and is_known:
@@ -142,18 +149,30 @@ class Watcher:
         return f"{life}:{max((self._runs.last_number(run_id, rank) for rank in ranks), default=0)}"
 
 
-def _state(known: KnownRun) -> str:
-    """Returns how a run ended, ``run_silent``, or nothing."""
+def _state(known: RunStatus) -> str:
+    """Returns how a run ended, ``run_silent``, ``run_without_steps``, or nothing."""
     if known.outcome is not None:
         return known.outcome
-    unended = [state for state in known.states if state.ended is None]
-    return SILENT if unended and all(state.is_silent for state in unended) else ""
+    unended, now_ns = [state for state in known.states if state.ended is None], time.time_ns()
+    if not unended or all(state.is_silent for state in unended):
+        return SILENT if unended else ""
+    lives = [state for state in unended if not state.is_silent]
+    return NO_STEPS if all(state.is_without_steps(now_ns, _NO_STEPS_S * 10**9) for state in lives) else ""
 
 
-def _end(run_id: str, outcome: str, time_ms: int) -> Notice:
+def _quiet(run_id: str, state: str, now_ms: int) -> Notice:
+    what = "has sent nothing for a minute"
+    if state == NO_STEPS:
+        what = f"has taken no step for {_NO_STEPS_S // 60} minutes, but its process lives"
+    return Notice(state, run_id, now_ms, f"run {printable(run_id)} {what}")
+
+
+def _end(run_id: str, known: RunStatus, time_ms: int) -> Notice:
+    outcome = known.outcome or ""
     how = "has completed" if outcome == "completed" else f"has ended: {outcome}"
     failed = "" if outcome in FINE else " (failed)"
-    return Notice(ENDED, run_id, time_ms, f"run {printable(run_id)} {how}{failed}", reason=outcome)
+    early = "" if any(state.last_time_unix_ns for state in known.states) or known.stored else " before its first step"
+    return Notice(ENDED, run_id, time_ms, f"run {printable(run_id)} {how}{failed}{early}", reason=outcome)
 
 
 def _of_signal(run_id: str, event: str, episode: Episode, time_ms: int) -> Notice:

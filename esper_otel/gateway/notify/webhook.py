@@ -29,7 +29,7 @@ _ALERTS_PATH = "/api/v2/alerts"
 _BUSY = (408, 425, 429)
 
 
-class Target(NamedTuple):
+class WebhookAddress(NamedTuple):
     """Where notices go.
 
     Attributes:
@@ -41,7 +41,7 @@ class Target(NamedTuple):
     form: str
 
     @classmethod
-    def of(cls, text: str, option: str) -> Target:
+    def of(cls, text: str, option: str) -> WebhookAddress:
         """Reads a target: an URL, for other forms with a prefix, as in ``slack+https://...``.
 
         Raises:
@@ -68,19 +68,19 @@ class Target(NamedTuple):
         return urlsplit(self.url).hostname or "?"
 
 
-def targets_of(urls: Iterable[str], file: Path | None) -> tuple[Target, ...]:
+def targets_of(urls: Iterable[str], file: Path | None) -> tuple[WebhookAddress, ...]:
     """Returns the targets of ``--notify`` and ``--notify-file``.
 
     Raises:
         ConfigurationError: one cannot be used, or the file cannot be read.
     """
-    found = [Target.of(url, "--notify") for url in urls]
+    found = [WebhookAddress.of(url, "--notify") for url in urls]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"--notify-file {file}: {error}") from None
-        found += [Target.of(line, f"--notify-file {file}") for line in lines if line.strip()]
+        found += [WebhookAddress.of(line, f"--notify-file {file}") for line in lines if line.strip()]
         if not any(line.strip() for line in lines):
             raise ConfigurationError(f"--notify-file {file}: the file is empty")
     return tuple(found)
@@ -98,7 +98,7 @@ class Webhook:
         every_s: least time between two requests.
     """
 
-    def __init__(self, target: Target, counts: Counter[str], *, every_s: float = _EVERY_S) -> None:
+    def __init__(self, target: WebhookAddress, counts: Counter[str], *, every_s: float = _EVERY_S) -> None:
         self._target = target
         self._counts = counts
         self._every_s = every_s

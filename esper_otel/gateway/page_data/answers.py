@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_otel.charts.groups import described
+from esper_otel.gateway.page_data.bucket_table import Range, Rows, Table
 from esper_otel.gateway.page_data.buckets import NO_STEP, Floats, Values
-from esper_otel.gateway.page_data.seeds import STAGES
-from esper_otel.gateway.page_data.seeds import shown as shown_seed
-from esper_otel.gateway.page_data.table import Range, Rows, Table
+from esper_otel.gateway.page_data.seed_timelines import STAGES
+from esper_otel.gateway.page_data.seed_timelines import shown as shown_seed
 from esper_otel.gateway.page_data.view import View
 from esper_otel.schema import SEED_CELLS
 
@@ -26,7 +26,7 @@ Answer = Generator[None, None, str]  # an answer that is made in parts
 _Lists = Iterator[tuple[str, list[Any]]]
 
 
-class Wanted(NamedTuple):
+class SeriesRequest(NamedTuple):
     """What a series is asked for.
 
     Attributes:
@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
     since: str
 
 
-def series(view: View, wanted: Wanted) -> Answer:
+def series(view: View, wanted: SeriesRequest) -> Answer:
     """Returns the curves of a rank."""
     table = yield from view.detail(wanted.steps, wanted.most)
     life, width, version, count = _cursor(wanted.since, 4)

@@ -26,7 +26,7 @@ _COPIED_ROWS = 2**10
 _EVERY = slice(None)
 
 
-class Steps(NamedTuple):
+class StepArrays(NamedTuple):
     """Steps that have the same metrics, in order of time.
 
     Attributes:
@@ -51,9 +51,9 @@ class Steps(NamedTuple):
     high: Floats
     odd: Counts | None
 
-    def some(self, which: slice | npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Steps:
+    def some(self, which: slice | npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> StepArrays:
         """Returns some of the steps."""
-        return Steps(
+        return StepArrays(
             *(self.steps[which], self.epochs[which], self.times[which], self.numbers[which], self.columns),
             *(self.last[:, which], self.low[:, which], self.high[:, which]),
             None if self.odd is None else self.odd[:, :, which],
@@ -209,7 +209,7 @@ class Buckets:
         rows = places if self._order is None else self._order[places]
         return np.where(self.heads.keys[rows] == keys, rows, -1)
 
-    def add(self, new: Steps, width: int, version: int) -> None:
+    def add(self, new: StepArrays, width: int, version: int) -> None:
         """Adds steps, which may belong in buckets that are there.
 
         Args:

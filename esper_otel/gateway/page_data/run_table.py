@@ -17,38 +17,23 @@ from typing import Any, NamedTuple, Protocol
 from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import FINE, GUESSED_STEP
 from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.items import Origin, RunState, RunStatus
 from esper_otel.gateway.store.base import StoredPage
 
-LIVE, SILENT, WAITING = "live", "silent", "waiting"
+LIVE, SILENT, WAITING, NO_STEPS = "live", "silent", "waiting", "no steps"
 COMPLETED, ENDED, FAILED, KILLED = "completed", "ended", "failed", "killed"
 
 _SIGNALS = {each.name for each in signal.Signals}
 # How often all runs are compared with those that are known, since a run that falls silent or is dropped says nothing.
 _ALL_EVERY_S = 5.0
-# A writer that has sent nothing for so long is silent, even if the gateway has not run for as long.
+# A writer that has sent nothing for so long is silent, even if the gateway has not run for as long. One that has sent
+# something, but no step, lives: it may evaluate or write a checkpoint.
 _SILENT_NS = 60 * 10**9
 _MOST_ROWS = 1_000
 _MOST_ATTEMPTS, _MOST_RANKS = 50, 1_024
 
 
-class Known(Protocol):
-    """What is known of a run; see ``core``."""
-
-    @property
-    def states(self) -> Sequence[RunState]:
-        """The state of each writer, in order."""
-
-    @property
-    def stored(self) -> int:
-        """How many of its steps are stored."""
-
-    @property
-    def outcome(self) -> str | None:
-        """How the whole run ended; None while it has not."""
-
-
-class Runs(Protocol):
+class RunSource(Protocol):
     """Where runs are known; see ``core``."""
 
     changed: ChangedRuns
@@ -56,7 +41,7 @@ class Runs(Protocol):
     def known_runs(self) -> set[str]:
         """Returns the ids of all runs."""
 
-    def state_of(self, run_id: str) -> Known:
+    def state_of(self, run_id: str) -> RunStatus:
         """Returns what is known of a run."""
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> StoredPage:
@@ -66,7 +51,7 @@ class Runs(Protocol):
         """Returns the number of the newest entry of a rank."""
 
 
-class _Row(NamedTuple):
+class _TableRow(NamedTuple):
     """A row as text, the version in which it changed, and its state."""
 
     text: str
@@ -82,12 +67,12 @@ class RunTable:
         clock_ns: returns the time in Unix nanoseconds.
     """
 
-    def __init__(self, runs: Runs, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, runs: RunSource, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._runs = runs
         self._clock_ns = clock_ns
         self._life = secrets.token_hex(4)
         self._version = 0
-        self._rows: OrderedDict[str, _Row] = OrderedDict()  # the longest unchanged first
+        self._rows: OrderedDict[str, _TableRow] = OrderedDict()  # the longest unchanged first
         self._gone: OrderedDict[str, int] = OrderedDict()
         self._forgot = 0  # the newest version of which it is not known any more which runs went
         self._compared_s = -math.inf
@@ -103,7 +88,7 @@ class RunTable:
             for run_id in [run_id for run_id in self._rows if run_id not in known]:
                 self._drop(run_id)
             is_new = {run_id for run_id in known if run_id not in self._rows}
-            may_be_silent = {run_id for run_id, row in self._rows.items() if row.state in {LIVE, WAITING}}
+            may_be_silent = {run_id for run_id, row in self._rows.items() if row.state in {LIVE, WAITING, NO_STEPS}}
             changed = known if changed is None else {*changed, *is_new, *may_be_silent} & known
         for run_id in sorted(changed):
             self._make(run_id)
@@ -154,7 +139,7 @@ class RunTable:
         if before is not None and before.text == text:
             return
         self._version += 1
-        self._rows[run_id] = _Row(text, self._version, row["state"])
+        self._rows[run_id] = _TableRow(text, self._version, row["state"])
         self._rows.move_to_end(run_id)
         self._gone.pop(run_id, None)
 
@@ -167,7 +152,7 @@ class RunTable:
         for origin in [origin for origin in self._found if origin.run_id == run_id]:
             del self._found[origin]
 
-    def _row(self, run_id: str, known: Known) -> dict[str, Any]:
+    def _row(self, run_id: str, known: RunStatus) -> dict[str, Any]:
         now_ns = self._clock_ns()
         states = [_as_of(now_ns, self._complete(state)) for state in known.states]
         newest: dict[int, RunState] = {}
@@ -175,10 +160,10 @@ class RunTable:
             newest[state.origin.rank] = state
         ranks = [newest[rank] for rank in sorted(newest)]
         steps = [state.last_step for state in ranks if state.last_step is not None]
-        attempts = _attempts(states, known.outcome)
+        attempts = _attempts(states, known.outcome, now_ns)
         return {
             "run_id": run_id,
-            "state": _run_state(states, known.outcome),
+            "state": _run_state(states, known.outcome, now_ns),
             "outcome": known.outcome,
             "experiment": _said(state.experiment for state in ranks),
             "host": _said(state.host for state in ranks),
@@ -200,7 +185,7 @@ class RunTable:
             "ranks": [
                 {
                     "rank": state.origin.rank,
-                    "state": state_of(state.ended) if state.ended else _unended(state),
+                    "state": state_of(state.ended) if state.ended else _unended(state, now_ns),
                     "outcome": state.ended,
                     "attempt": state.origin.attempt,
                     "last_step": state.last_step,
@@ -268,20 +253,22 @@ def state_of(outcome: str) -> str:
     return KILLED if outcome in _SIGNALS or outcome == "lost" else FAILED
 
 
-def _unended(state: RunState) -> str:
-    if not state.last_time_unix_ns and not state.is_silent:
+def _unended(state: RunState, now_ns: int) -> str:
+    if state.is_silent:
+        return SILENT
+    if not state.last_time_unix_ns:
         return WAITING
-    return SILENT if state.is_silent else LIVE
+    return NO_STEPS if state.is_without_steps(now_ns, _SILENT_NS) else LIVE
 
 
-def _run_state(states: Sequence[RunState], outcome: str | None) -> str:
+def _run_state(states: Sequence[RunState], outcome: str | None, now_ns: int) -> str:
     if outcome is not None:
         return state_of(outcome)
-    unended = {_unended(state) for state in states if state.ended is None}
-    return next((each for each in (LIVE, WAITING, SILENT) if each in unended), LIVE)
+    unended = {_unended(state, now_ns) for state in states if state.ended is None}
+    return next((each for each in (LIVE, WAITING, NO_STEPS, SILENT) if each in unended), LIVE)
 
 
-def _attempts(states: Sequence[RunState], outcome: str | None) -> list[dict[str, Any]]:
+def _attempts(states: Sequence[RunState], outcome: str | None, now_ns: int) -> list[dict[str, Any]]:
     """Returns the attempts of a run, oldest first.
 
     One without an end that was followed by another was killed, unless it still goes on beside that one, because the
@@ -297,7 +284,7 @@ def _attempts(states: Sequence[RunState], outcome: str | None) -> list[dict[str,
         worst = next((each for each in said if each != "completed"), said[0] if said else None)
         goes_on = [state for state in of_attempt if state.ended is None]
         if attempt == newest[0].origin.attempt:
-            state = _run_state(of_attempt, outcome)
+            state = _run_state(of_attempt, outcome, now_ns)
         elif any(not each.is_silent and each.last_time_unix_ns >= begun_ns for each in goes_on):
             state = LIVE
         else:

@@ -39,7 +39,7 @@ class Segment:
 
 
 @dataclass(slots=True)
-class _Writer:
+class _WriterSegments:
     """The segments of one writer, by time, and its newest step."""
 
     places: list[int] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Segments:
 
     def __init__(self) -> None:
         self.all: list[Segment] = []
-        self._writers: dict[Origin, _Writer] = {}
+        self._writers: dict[Origin, _WriterSegments] = {}
 
     def divide(self, origin: Origin, frames: Sequence[Frame], *, is_known: bool = False) -> list[Stretch]:
         """Returns which segments the frames of one writer belong in.
@@ -89,7 +89,7 @@ class Segments:
         return stretches
 
     def _place(self, origin: Origin, frame: Frame, *, is_known: bool) -> int:
-        writer = self._writers.setdefault(origin, _Writer())
+        writer = self._writers.setdefault(origin, _WriterSegments())
         step, time_unix_ns = frame.global_step, frame.time_unix_ns
         is_newest = time_unix_ns > writer.last_unix_ns
         if is_newest and not is_known:
@@ -106,7 +106,7 @@ class Segments:
         segment.last_step = max(segment.last_step, step)
         return found
 
-    def _begin(self, origin: Origin, writer: _Writer, step: int, time_unix_ns: int) -> None:
+    def _begin(self, origin: Origin, writer: _WriterSegments, step: int, time_unix_ns: int) -> None:
         if len(self.all) >= _MOST:
             writer.places, writer.begins = [_MOST - 1], [time_unix_ns]
             return

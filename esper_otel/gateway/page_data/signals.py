@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from esper_otel.gateway.page_data.buckets import Floats, Steps
+from esper_otel.gateway.page_data.buckets import Floats, StepArrays
 from esper_otel.gateway.store.base import StoredFrame
 from esper_otel.leyline import messages
-from esper_otel.leyline.episodes import Episode, Episodes, Sender
+from esper_otel.leyline.episodes import Episode, Episodes, StepSender
 from esper_otel.leyline.risk import LOSS_STEP, Rule, Signal, signals
 from esper_otel.schema import METRICS
 
@@ -64,7 +64,7 @@ class SignalEpisodes:
         """Returns the newest episodes, oldest first."""
         return self._episodes.all()
 
-    def note(self, entries: Sequence[StoredFrame], new: Steps, names: Sequence[str], version: int) -> None:
+    def note(self, entries: Sequence[StoredFrame], new: StepArrays, names: Sequence[str], version: int) -> None:
         """Adds steps of one writer.
 
         Args:
@@ -74,7 +74,7 @@ class SignalEpisodes:
             version: the version in which the episodes change.
         """
         _, attempt, rank, writer = entries[0].item.origin
-        sender = Sender(rank, attempt, writer)
+        sender = StepSender(rank, attempt, writer)
         with np.errstate(over="ignore"):
             rounded = new.last.astype(np.float32).astype(np.float64)  # as a packet has them
         values = {

@@ -11,12 +11,12 @@ from typing import Protocol
 from esper_otel.errors import StaleCursor
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.gateway.items import Origin
-from esper_otel.gateway.page_data.buckets import Steps
-from esper_otel.gateway.page_data.columns import Columns
-from esper_otel.gateway.page_data.seeds import SeedTimelines
+from esper_otel.gateway.page_data.bucket_table import DirtyBucket, Range, Table
+from esper_otel.gateway.page_data.buckets import StepArrays
+from esper_otel.gateway.page_data.metric_columns import MetricColumns
+from esper_otel.gateway.page_data.seed_timelines import SeedTimelines
 from esper_otel.gateway.page_data.segments import Segments
 from esper_otel.gateway.page_data.signals import SignalEpisodes
-from esper_otel.gateway.page_data.table import Dirty, Range, Table
 from esper_otel.gateway.store.base import StoredFrame, StoredPage
 from esper_otel.leyline.risk import Rule
 
@@ -80,7 +80,7 @@ class View:
         self.life: str = secrets.token_hex(4)
         self.version: int = 0
         self.whole: Table = Table(Range())
-        self.columns: Columns = Columns()
+        self.columns: MetricColumns = MetricColumns()
         self.segments: Segments = Segments()
         self.seeds: SeedTimelines = SeedTimelines()
         self.episodes: SignalEpisodes = SignalEpisodes(self._source.rules)
@@ -220,7 +220,7 @@ class View:
             and (not self._unnumbered or (entry.item.origin, entry.item.frame.time_unix_ns) not in self._unnumbered)
         ]
 
-    def _note(self, segment: int, new: Steps, entries: Sequence[StoredFrame]) -> None:
+    def _note(self, segment: int, new: StepArrays, entries: Sequence[StoredFrame]) -> None:
         """Adds steps to what is told in order of time; late ones are left out there."""
         is_newer = new.times > self._newest_unix_ns.get(segment, 0)
         if not is_newer.any():
@@ -234,7 +234,7 @@ class View:
 
     def _divided(
         self, origin: Origin, entries: Sequence[StoredFrame], *, is_known: bool
-    ) -> list[tuple[int, Steps, Sequence[StoredFrame]]]:
+    ) -> list[tuple[int, StepArrays, Sequence[StoredFrame]]]:
         """Returns entries of one writer by segment: its number, the steps as arrays and the entries."""
         if entries and entries[0].item.revision > 1:  # of several corrections of a step, the last one counts
             newest = {entry.item.frame.time_unix_ns: entry for entry in entries}
@@ -293,7 +293,7 @@ class View:
             yield from self._refilling_some(table, {each for each, _ in together}, Range(together[0][1].first, until))
         table.dirty.clear()
 
-    def _refilling_some(self, table: Table, dirty: set[Dirty], where: Range) -> _Reading:
+    def _refilling_some(self, table: Table, dirty: set[DirtyBucket], where: Range) -> _Reading:
         newest: dict[tuple[Origin, int], StoredFrame] = {}
         width = table.width
         keys = {each.key for each in dirty}
@@ -308,7 +308,7 @@ class View:
                     newest[key] = entry
             yield
         by_time = sorted(newest.values(), key=lambda entry: (entry.item.origin, entry.item.frame.time_unix_ns))
-        steps: dict[int, list[Steps]] = {}
+        steps: dict[int, list[StepArrays]] = {}
         for origin, some in groupby(by_time, lambda entry: entry.item.origin):
             for segment, new, _ in self._divided(origin, list(some), is_known=True):
                 steps.setdefault(segment, []).append(new)

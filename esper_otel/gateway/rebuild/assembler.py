@@ -29,15 +29,17 @@ class Acceptance(NamedTuple):
         rejected: number of rejected points, by reason.
         crowded: the runs for which there is no room now.
         waits_for: those of them for whose sake the sender should retry the request.
+        alive: the writers that have sent something, but no steps.
     """
 
     accepted: int
     rejected: Mapping[str, int]
     crowded: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
+    alive: tuple[Origin, ...] = ()
 
 
-class _Unreleased(NamedTuple):
+class _WaitingPoints(NamedTuple):
     """Points of a writer that were still waiting after the last release."""
 
     since_s: float | None
@@ -75,7 +77,7 @@ class Assembler:
         self._runs = Runs(self._limits, hold_s=hold_s, linger_s=linger_s, recall=recall)
         self._shapes = PartShapes()
         self._touched: dict[Track, None] = {}
-        self._held: dict[Track, _Unreleased] = {}
+        self._held: dict[Track, _WaitingPoints] = {}
         self._kept: dict[str, deque[tuple[Track, int, int]]] = {}  # by tenant
         self._kept_bytes: Counter[str] = Counter()
         self._ended: dict[Origin, str] = {}
@@ -130,8 +132,13 @@ class Assembler:
                 track.note(sender, now_s, received_unix_ns)
                 track.end(outcome)
                 self._ended[track.origin] = outcome
+        alive: list[Origin] = []
+        for sender in decoded.alive:
+            for track in self._runs.known(sender, now_s):
+                track.note(sender, now_s, received_unix_ns)
+                alive.append(track.origin)
         waits_for = self._crowd.waiting(request, now_s) if rejected[TOO_MANY_RUNS] else ()
-        return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for)
+        return Acceptance(decoded.points - rejected.total(), +rejected, request.runs, waits_for, tuple(alive))
 
     def ended(self) -> dict[Origin, str]:
         """Returns the outcomes of the runs that ended since the last call."""
@@ -348,7 +355,7 @@ class Assembler:
         if items or track.due_s is None:
             self._held.pop(track, None)
         if track.due_s is not None:
-            self._held[track] = _Unreleased(
+            self._held[track] = _WaitingPoints(
                 track.since_s, track.waiting_points
             )  # after the others, if frames of it were released
         return items

@@ -89,6 +89,17 @@ class Runs:
         self._tenants[track.tenant].move_to_end(track)
         return track
 
+    def known(self, sender: PointSender, now_s: float) -> list[Track]:
+        """Returns the tracks of a sender that is known, or that is recalled; none if there is no room for that."""
+        rank = _RankOfRun(sender.run.run_id, sender.run.attempt, sender.run.rank)
+        if rank not in self._ranks and self._recall is not None and self._count < self._limits.runs:
+            self._recall(Origin(*rank, ""))
+        writers = self._ranks.get(rank, {})
+        if not writers.keys() & {sender.process, _UNCLAIMED}:
+            return []
+        found = self.track(sender, now_s), self.twin(sender)
+        return [track for track in found if track is not None]
+
     def restored(self, origin: Origin, tenant: str = "") -> Track:
         """Returns the track of a writer from before a restart. The process of the first writer is no longer known."""
         process = origin.writer or _UNCLAIMED

@@ -419,6 +419,7 @@ class Track:
             settings=settings,
             last_loss=None if last is None else _value(last.frame, "loss"),
             validation_loss=self._validation_loss,
+            step_received_unix_ns=0 if last is None else last.received_unix_ns,
         )
 
 

@@ -49,7 +49,7 @@ def pieces(body: bytes, message: type[Any]) -> Iterator[bytes]:
 
     Args:
         body: the request.
-        message: the class that decodes it; its field 1 holds the ResourceMetrics.
+        message: the class that decodes it; its field 1 holds the ResourceMetrics or ResourceLogs.
 
     Raises:
         TooLarge: decoding it would cost too much.
@@ -86,14 +86,14 @@ def check_counts(*, points: int = 0, metrics: int = 0) -> None:
     """Checks the counts of a request so far.
 
     Args:
-        points: data points.
+        points: data points, or log records.
         metrics: resources, scopes and metrics.
 
     Raises:
         TooLarge: a count is over its limit.
     """
     if points > _MOST_POINTS:
-        raise TooLarge(f"more than {_MOST_POINTS} points in one request: {_SMALLER}")
+        raise TooLarge(f"more than {_MOST_POINTS} points or log records in one request: {_SMALLER}")
     if metrics > _MOST_METRICS:
         raise TooLarge(f"more than {_MOST_METRICS} resources, scopes and metrics in one request: {_SMALLER}")
 

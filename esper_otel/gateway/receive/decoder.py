@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -11,15 +12,15 @@ import numpy.typing as npt
 
 from esper_otel.frames.frame import ABSENT_BITS
 from esper_otel.gateway.limits import Limits
-from esper_otel.gateway.receive.columns import (
+from esper_otel.gateway.receive.fast import FastDecoder
+from esper_otel.gateway.receive.otlp_json import protobuf_of_json
+from esper_otel.gateway.receive.plain import plain_columns
+from esper_otel.gateway.receive.point_columns import (
     AN_END,
     NOTHING,
     PointColumns,
     RawPoints,
 )
-from esper_otel.gateway.receive.fast import FastDecoder
-from esper_otel.gateway.receive.otlp_json import protobuf_of_json
-from esper_otel.gateway.receive.plain import plain_columns
 from esper_otel.gateway.receive.request import (
     EARLIEST_UNIX_NS,
     INVALID_TEXT,
@@ -42,7 +43,7 @@ from esper_otel.gateway.receive.request import (
     RunEnd,
 )
 from esper_otel.gateway.receive.template import ResourcePart, Templates, parts_of
-from esper_otel.parts.levels import FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
+from esper_otel.parts.levels import DEVICE, FRAMES, HEALTH, OTHERS, PHASES, SEED, SESSION
 from esper_otel.parts.senders import Label
 
 __all__ = ["Decoder", "Malformed", "decode_plain"]
@@ -96,6 +97,7 @@ class Decoder:
         ended: dict[RunEnd, None] = {}
         phases: list[PhasePoint] = []
         cut: dict[CutFrame, None] = {}
+        alive: dict[PointSender, None] = {}
         rejected = RejectedPoints()
         for is_read, some in groupby(zip(parts, of_parts, strict=True), lambda each: each[1] is not None):
             if is_read:
@@ -112,6 +114,7 @@ class Decoder:
             ended |= dict.fromkeys(decoded.ended)
             phases += decoded.phases
             cut |= dict.fromkeys(decoded.cut)
+            alive |= dict.fromkeys(decoded.alive)
             points += decoded.points
             rejected.merge(decoded)
         if points > self._limits.points or _are_mixed(blocks):
@@ -126,7 +129,14 @@ class Decoder:
             tuple(divided),
             tuple(cut),
             tuple(phases),
+            _without_blocks(alive, blocks),
         )
+
+
+def _without_blocks(senders: Iterable[PointSender], blocks: Sequence[PointBlock]) -> tuple[PointSender, ...]:
+    """Returns the senders that no block is of."""
+    of_blocks = {block.sender for block in blocks}
+    return tuple(sender for sender in senders if sender not in of_blocks)
 
 
 def _are_mixed(blocks: list[PointBlock]) -> bool:
@@ -176,7 +186,7 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
         return DecodedRequest((), (), (), raw.points, rejected.counts, rejected.metrics)
     labels = _Labels.of(list(raw.labels))
     levels = np.array([metric.level for metric in raw.metrics], np.uint8)
-    is_health = np.array([metric.scope in (HEALTH, PHASES) for metric in raw.metrics])
+    is_health = np.array([metric.scope in (HEALTH, PHASES, DEVICE) for metric in raw.metrics])
     verdict = _verdict(columns, labels, levels)
     cut: tuple[CutFrame, ...] = ()
     if verdict.any():
@@ -192,13 +202,16 @@ def _judged(raw: RawPoints, columns: PointColumns) -> DecodedRequest:
     markers: tuple[Marker, ...] = ()
     ended: tuple[RunEnd, ...] = ()
     phases: tuple[PhasePoint, ...] = ()
+    alive: dict[PointSender, None] = {}
     if beside.any():
-        markers, ended, phases = _beside(raw, columns, labels, np.flatnonzero(beside))
+        markers, ended, phases, alive = _beside(raw, columns, labels, np.flatnonzero(beside))
         taken &= ~beside
     if not taken.all():
         columns = PointColumns(*(column[taken] for column in columns))
     blocks = _blocks(raw, columns, labels)
-    return DecodedRequest(blocks, markers, ended, raw.points, rejected.counts, rejected.metrics, cut=cut, phases=phases)
+    counts = raw.points, rejected.counts, rejected.metrics
+    lives = _without_blocks(alive, blocks)
+    return DecodedRequest(blocks, markers, ended, *counts, cut=cut, phases=phases, alive=lives)
 
 
 def _cut(raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]) -> tuple[CutFrame, ...]:
@@ -232,14 +245,16 @@ def _verdict(columns: PointColumns, labels: _Labels, levels: npt.NDArray[np.uint
 
 def _beside(
     raw: RawPoints, columns: PointColumns, labels: _Labels, places: npt.NDArray[np.intp]
-) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...], tuple[PhasePoint, ...]]:
-    """Returns what does not belong to frames: the ends of seeds' streams, the ends of runs, and phases.
+) -> tuple[tuple[Marker, ...], tuple[RunEnd, ...], tuple[PhasePoint, ...], dict[PointSender, None]]:
+    """Returns what does not belong to frames: the ends of seeds' streams, the ends of runs, phases, and their senders.
 
     The stream ends from our own exporter are meant for databases and ignored here: its frames list the live seeds.
+    A stream end is no sign of life: a collector that scrapes a trainer makes them when the trainer is gone.
     """
     markers: dict[Marker, None] = {}
     ended: dict[RunEnd, None] = {}
     phases: list[PhasePoint] = []
+    alive: dict[PointSender, None] = {}
     for place in places.tolist():
         metric = raw.metrics[columns.metric[place]]
         label = labels.all[columns.label[place]]
@@ -247,12 +262,14 @@ def _beside(
         if columns.holds[place] == AN_END:
             if label.seed and metric.level == SEED and metric.scope == OTHERS:
                 markers[Marker(sender, metric.name, label.seed, int(columns.times[place]))] = None
-        elif metric.name == "esper.run.ended" and columns.values[place] > 0:
+            continue
+        alive[sender] = None
+        if metric.name == "esper.run.ended" and columns.values[place] > 0:
             ended[RunEnd(sender, label.outcome)] = None
         elif metric.scope == PHASES and label.phase:
             time_unix_ns, value = int(columns.times[place]), float(columns.values[place])
             phases.append(PhasePoint(sender, metric.name, label.phase, time_unix_ns, value))
-    return tuple(markers), tuple(ended), tuple(phases)
+    return tuple(markers), tuple(ended), tuple(phases), alive
 
 
 def _owner(sender: PointSender, label: Label) -> PointSender:

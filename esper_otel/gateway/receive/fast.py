@@ -11,9 +11,9 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive import points as records
 from esper_otel.gateway.receive.attributes import label_of, sender_of
 from esper_otel.gateway.receive.bounds import pieces
-from esper_otel.gateway.receive.columns import PointColumns, RawPoints, Row
 from esper_otel.gateway.receive.envelope import POINTS, Envelope, field, read_data, read_points, read_resource
 from esper_otel.gateway.receive.plain import is_delta, plain_columns, plain_row
+from esper_otel.gateway.receive.point_columns import PointColumns, RawPoints, Row
 from esper_otel.gateway.receive.request import Malformed, PointSender
 from esper_otel.parts.levels import scope_of
 from esper_otel.parts.senders import Label
@@ -44,13 +44,13 @@ class FastDecoder:
             TooLarge: decoding it would cost too much.
         """
         raw = RawPoints(self._limits)
-        request = _Request(raw)
+        request = _RequestMetrics(raw)
         for piece in pieces(body, Envelope):
             if not self._read(piece, request, raw):
                 return plain_columns(body, self._limits)
         return raw, request.columns(_Places(self, raw))
 
-    def _read(self, body: bytes, request: _Request, raw: RawPoints) -> bool:
+    def _read(self, body: bytes, request: _RequestMetrics, raw: RawPoints) -> bool:
         """Adds the metrics of a request; returns False if the plain decoder must decode it."""
         try:
             envelope = Envelope.FromString(body)
@@ -123,7 +123,7 @@ class _Places(dict[bytes, int]):
         return place
 
 
-class _Chunk(NamedTuple):
+class _EqualRecords(NamedTuple):
     """Consecutive records of equal length in one metric; ``first`` is the index of the first one among all points."""
 
     records: bytes
@@ -132,13 +132,13 @@ class _Chunk(NamedTuple):
     points: int
 
 
-class _Request:
+class _RequestMetrics:
     """The metrics of one request: added one by one, then read together."""
 
     def __init__(self, raw: RawPoints) -> None:
         self._raw = raw
         self._count = 0
-        self._chunks: dict[int, list[_Chunk]] = {}
+        self._chunks: dict[int, list[_EqualRecords]] = {}
         self._rows: list[tuple[int, Row]] = []
 
     def add(self, sender: PointSender | str, scope: int, name: str, kind: str, payload: bytes) -> None:
@@ -162,7 +162,7 @@ class _Request:
             return
         for start, size, count in found.runs:
             of_run = payload if size * count == len(payload) else payload[start : start + size * count]
-            self._chunks.setdefault(size, []).append(_Chunk(of_run, place, self._count, count))
+            self._chunks.setdefault(size, []).append(_EqualRecords(of_run, place, self._count, count))
             self._count += count
 
     def columns(self, places: _Places) -> PointColumns:

@@ -7,14 +7,16 @@ from reprlib import repr as short
 from typing import Any, NoReturn
 
 from google.protobuf.json_format import ParseDict, ParseError
+from google.protobuf.message import Message
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from esper_otel.gateway.receive.bounds import check_json
 from esper_otel.gateway.receive.request import Malformed
 
-# These fields are not used here. Exemplars would also fail to parse: their ids are hexadecimal, not base64.
+# These fields are not used here. Ids, those of exemplars too, would fail to parse: they are hexadecimal, not base64.
 _UNREAD = frozenset(
     {
+        *("traceId", "spanId", "trace_id", "span_id"),
         *("exemplars", "bucketCounts", "explicitBounds", "quantileValues"),
         *("bucket_counts", "explicit_bounds", "quantile_values"),
     }
@@ -39,8 +41,12 @@ class _Object(dict[str, Any]):
         return short(dict(self))
 
 
-def protobuf_of_json(body: bytes) -> bytes:
+def protobuf_of_json(body: bytes, request: type[Message] = ExportMetricsServiceRequest) -> bytes:
     """Converts a JSON request to protobuf.
+
+    Args:
+        body: the request.
+        request: the class of the request.
 
     Raises:
         Malformed: it is not JSON, or a field has a wrong value; the message names the field.
@@ -49,7 +55,7 @@ def protobuf_of_json(body: bytes) -> bytes:
     check_json(body)
     try:
         content = json.loads(body, object_hook=_object, parse_constant=_no_constant)
-        return ParseDict(content, ExportMetricsServiceRequest(), ignore_unknown_fields=True).SerializeToString()
+        return ParseDict(content, request(), ignore_unknown_fields=True).SerializeToString()
     except (ParseError, ValueError, TypeError, OverflowError) as error:
         text = str(error)
         text = text[max(0, text.rfind("Failed to parse ")) :]  # the innermost field

@@ -15,7 +15,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.attributes import label_of, sender_of
 from esper_otel.gateway.receive.bounds import pieces
-from esper_otel.gateway.receive.columns import A_VALUE, AN_END, NOTHING, PointColumns, RawPoints, Row
+from esper_otel.gateway.receive.point_columns import A_VALUE, AN_END, NOTHING, PointColumns, RawPoints, Row
 from esper_otel.gateway.receive.request import Malformed, PointSender
 from esper_otel.parts.levels import scope_of
 

@@ -17,7 +17,7 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
 )
 
-from esper_otel.gateway.receive.columns import A_VALUE, AN_END, NOTHING
+from esper_otel.gateway.receive.point_columns import A_VALUE, AN_END, NOTHING
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Places: TypeAlias = npt.NDArray[np.intp]

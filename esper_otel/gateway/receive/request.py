@@ -202,6 +202,7 @@ class DecodedRequest(NamedTuple):
         parts: what it consists of, if it can be divided.
         cut: frames that lack values.
         phases: points of phases.
+        alive: senders of which nothing but counts, ends or phases is in the request: they live, even without steps.
     """
 
     blocks: tuple[PointBlock, ...]
@@ -213,6 +214,7 @@ class DecodedRequest(NamedTuple):
     parts: tuple[RequestPart, ...] = ()
     cut: tuple[CutFrame, ...] = ()
     phases: tuple[PhasePoint, ...] = ()
+    alive: tuple[PointSender, ...] = ()
 
     def needed(self, body: bytes, waiting: Collection[tuple[str, int, int]]) -> bytes:
         """Returns the parts of the request's bytes that may be needed for waiting points.
@@ -222,7 +224,9 @@ class DecodedRequest(NamedTuple):
             waiting: run id, attempt and rank of the senders that have waiting points.
         """
         if not self.parts:
-            return body
+            senders = (block.sender.run for block in self.blocks)
+            has_waiting = any((run.run_id, run.attempt, run.rank) in waiting for run in senders)
+            return body if has_waiting or self.markers or self.ended or self.cut else b""
         return b"".join(
             body[start:end]
             for start, end, sender in self.parts

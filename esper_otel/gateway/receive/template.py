@@ -414,9 +414,8 @@ class Templates:
     def _only_block(self, body: bytes, points: int) -> PointBlock | None:
         """Decodes a request; returns its block if it contains nothing else that anybody uses."""
         decoded = self._decode(body)
-        is_simple = (
-            not (decoded.markers or decoded.ended or decoded.phases or decoded.rejected) and decoded.points == points
-        )
+        others = decoded.markers or decoded.ended or decoded.phases or decoded.rejected or decoded.alive
+        is_simple = not others and decoded.points == points
         return decoded.blocks[0] if is_simple and len(decoded.blocks) == 1 else None
 
 

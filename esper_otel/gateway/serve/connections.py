@@ -56,7 +56,7 @@ def allow_connections(most: Mapping[str, int] = MOST_CONNECTIONS) -> None:
 
 
 @dataclass(slots=True, eq=False)
-class _Connection:
+class _HttpConnection:
     """A connection of the HTTP port.
 
     Attributes:
@@ -117,8 +117,8 @@ class HttpAcceptor:
         self._warnings = warnings
         self.requests: int = 0
         self._most = most_connections("http")
-        self._connections: dict[_Connection, None] = {}
-        self._served: dict[asyncio.BaseProtocol, _Connection] = {}
+        self._connections: dict[_HttpConnection, None] = {}
+        self._served: dict[asyncio.BaseProtocol, _HttpConnection] = {}
         self._tasks = [asyncio.create_task(self._accept(each)) for each in listening]
         self._tasks.append(asyncio.create_task(self._end_silent()))
 
@@ -152,7 +152,7 @@ class HttpAcceptor:
             if len(self._connections) >= self._most:
                 self._forget_ended()
             if len(self._connections) < self._most or self._make_room():
-                connection = _Connection(accepted, time.monotonic())
+                connection = _HttpConnection(accepted, time.monotonic())
                 self._connections[connection] = None
                 connection.connecting = asyncio.create_task(self._connect(connection))
             else:
@@ -160,7 +160,7 @@ class HttpAcceptor:
                 self._refused(Busy("too many connections"))
             await asyncio.sleep(0)  # let other tasks run
 
-    async def _connect(self, connection: _Connection) -> None:
+    async def _connect(self, connection: _HttpConnection) -> None:
         def protocol() -> asyncio.Protocol:
             connection.protocol = self._protocol()
             self._served[connection.protocol] = connection
@@ -178,7 +178,7 @@ class HttpAcceptor:
         finally:
             connection.connecting = None
 
-    def _forget(self, connection: _Connection) -> None:
+    def _forget(self, connection: _HttpConnection) -> None:
         self._connections.pop(connection, None)
         if connection.protocol is not None:
             self._served.pop(connection.protocol, None)

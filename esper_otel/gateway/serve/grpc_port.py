@@ -10,23 +10,25 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
-from esper_otel.gateway.core import Core
+from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.pages import Bounds
 from esper_otel.gateway.receive.inflate import ENCODINGS, check_encoding, encoding_of, inflated
 from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
 from esper_otel.gateway.serve.connections import Guard
-from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
+from esper_otel.gateway.serve.in_flight import Room, RoomShare, Turns
+from esper_otel.gateway.serve.otlp_answers import logs_answer, metrics_answer
 from esper_otel.gateway.turns import in_turns
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import (
     SERVICE,
+    EventsRequest,
+    EventsResponse,
     HoursRequest,
     PullRequest,
     PullResponse,
@@ -35,6 +37,7 @@ from esper_otel.pull.messages import (
 )
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
+LOGS_SERVICE = "opentelemetry.proto.collector.logs.v1.LogsService"
 
 _PLACES = 4  # requests read at the same time; each may have MAX_REQUEST_BYTES
 _MOST_WAITING = 500
@@ -106,10 +109,12 @@ class Rpc:
                 "Pull": unary(self._pull),
                 "Ranks": unary(self._ranks),
                 "Hours": unary(self._hours),
+                "Events": unary(self._events),
             }
         }
         if receives:
-            found[OTLP_SERVICE] = {"Export": unary(self._export)}
+            found[OTLP_SERVICE] = {"Export": unary(partial(self._export, self._core.take, metrics_answer))}
+            found[LOGS_SERVICE] = {"Export": unary(partial(self._export, self._core.take_logs, logs_answer))}
         services = (*found, health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._reflection = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined] # as for health
         bytes_of = reflection_pb2.ServerReflectionResponse.SerializeToString
@@ -131,48 +136,58 @@ class Rpc:
 
     # -- OTLP --------------------------------------------------------------------------------------------
 
-    async def _export(self, _: Any, context: _Context) -> bytes:
+    async def _export(
+        self, take: Callable[..., Awaitable[Answer]], said: Callable[[Answer], Message], _: Any, context: _Context
+    ) -> bytes:
         try:
             grant, owner = self._granted(self._send_tokens, context)
             async with self._turns.turn(owner):
                 body = await self._body(context, self._turns)
                 encoding = encoding_of(body)
                 check_encoding(encoding)
-                answer = await self._core.take(body, encoding=encoding, grant=grant)
+                answer = await take(body, encoding=encoding, grant=grant)
         except Exception as error:  # noqa: BLE001 - any error is reported to the sender as OTLP specifies
             await self._abort(error, context, is_sender=True)
-        if not answer.rejected and not answer.reason:
-            return b""
-        response = ExportMetricsServiceResponse()
-        response.partial_success.rejected_data_points = answer.rejected
-        response.partial_success.error_message = answer.reason
-        return response.SerializeToString()
+        return said(answer).SerializeToString()
 
     # -- pulling -----------------------------------------------------------------------------------------
 
     async def _runs(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
             return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _ranks(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
             return (await self._core.ranks(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _hours(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(HoursRequest.FromString, context, answer.owner, self._turns)
             return (await self._core.hours(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
+    async def _events(self, _: Any, context: _Context) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
+            request = await self._message(EventsRequest.FromString, context, answer.owner, self._turns)
+            limit = asyncio.timeout(None)
+            with self._polls.hold(answer.owner, 1, partial(_end, limit)):
+                try:
+                    async with limit:
+                        return (await self._core.events(request, grant)).SerializeToString()
+                except TimeoutError:  # as for a pull
+                    return EventsResponse(cursor=request.cursor).SerializeToString()
+
+        return await self._pulled(context, answered)
+
     async def _pull(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: Holding) -> bytes:
+        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(PullRequest.FromString, context, answer.owner, self._turns)
             limit = asyncio.timeout(None)
             bounds = Bounds(partial(self._steps.turn, answer.owner), answer.has_room)
@@ -185,7 +200,9 @@ class Rpc:
 
         return await self._pulled(context, answered)
 
-    async def _pulled(self, context: _Context, answered: Callable[[Grant | None, Holding], Awaitable[bytes]]) -> bytes:
+    async def _pulled(
+        self, context: _Context, answered: Callable[[Grant | None, RoomShare], Awaitable[bytes]]
+    ) -> bytes:
         """Makes an answer, which counts against the limit of unread answers until the client has read it."""
         try:
             grant, owner = self._granted(self._pull_tokens, context)

@@ -11,9 +11,8 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
-from esper_otel.gateway.core import Core
+from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.quiet import SeldomLog
 from esper_otel.gateway.receive.inflate import GZIP, IDENTITY, MAX_REQUEST_BYTES, check_encoding
@@ -23,6 +22,7 @@ from esper_otel.gateway.serve.connections import HttpAcceptor
 from esper_otel.gateway.serve.in_flight import Room
 from esper_otel.gateway.serve.live_page import add_page
 from esper_otel.gateway.serve.metrics import prometheus_text
+from esper_otel.gateway.serve.otlp_answers import logs_answer, metrics_answer
 from esper_otel.log import Warnings
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -35,7 +35,7 @@ _LINGERING_S = 2.0
 
 
 class HttpPort:
-    """The paths of the HTTP port: ``POST /v1/metrics``, ``GET /healthz``, ``/readyz`` and ``/metrics``.
+    """The paths of the HTTP port: ``/v1/metrics`` and ``/v1/logs``, ``/healthz``, ``/readyz`` and ``/metrics``.
 
     Args:
         core: processes the requests.
@@ -72,7 +72,9 @@ class HttpPort:
 
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[bounded])
         if receives:
-            app.router.add_post("/v1/metrics", _Receiving(core, self._send_tokens, self._warnings).metrics)
+            receiving = _OtlpHandler(core, self._send_tokens, self._warnings)
+            app.router.add_post("/v1/metrics", receiving.handler(core.take, metrics_answer))
+            app.router.add_post("/v1/logs", receiving.handler(core.take_logs, logs_answer))
         app.router.add_get("/healthz", _text(lambda: (200, "ok\n")))
         ready = _text(lambda: (200, "ok\n") if core.is_ready else (503, "nothing can be stored\n"))
         app.router.add_get("/readyz", ready)
@@ -160,7 +162,7 @@ def _text(answer: Callable[[], tuple[int, str]]) -> Callable[[web.Request], Awai
 _SYNONYMS = {"": IDENTITY, "none": IDENTITY, "x-gzip": GZIP, "zlib": "deflate"}  # zlib is the Collector's word for it
 
 
-class _Receiving:
+class _OtlpHandler:
     """Receives OTLP over HTTP: reads the body within limits and passes it to the core."""
 
     def __init__(self, core: Core, tokens: Tokens | None, warnings: Warnings) -> None:
@@ -169,7 +171,24 @@ class _Receiving:
         self._warnings = warnings
         self._room = Room(_MOST_BYTES_IN_FLIGHT, "too much is being received")
 
-    async def metrics(self, request: web.Request) -> web.Response:
+    def handler(
+        self, take: Callable[..., Awaitable[Answer]], said: Callable[[Answer], Message]
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        """Returns the handler of a path.
+
+        Args:
+            take: passes the body to the core.
+            said: makes the message that says what was taken.
+        """
+
+        async def handle(request: web.Request) -> web.Response:
+            return await self._received(request, take, said)
+
+        return handle
+
+    async def _received(
+        self, request: web.Request, take: Callable[..., Awaitable[Answer]], said: Callable[[Answer], Message]
+    ) -> web.Response:
         """Answers as OTLP/HTTP specifies: in the request's encoding, and failures as ``google.rpc.Status``."""
         is_json = request.content_type == _JSON
         if not is_json and request.content_type != _PROTOBUF:
@@ -180,17 +199,13 @@ class _Receiving:
             check_encoding(encoding)
             grant = None if self._tokens is None else self._tokens.grant(request.headers.get("authorization"))
             async with self._body(request) as body:
-                answer = await self._core.take(body, is_json=is_json, encoding=encoding, grant=grant)
+                answer = await take(body, is_json=is_json, encoding=encoding, grant=grant)
         except Exception as error:  # noqa: BLE001 - any error is reported to the sender as OTLP specifies
             fault = fault_of(error, self._warnings)
             self._core.note_fault(fault)
             headers = {} if fault.retry_s is None else {"retry-after": f"{fault.retry_s:g}"}
             return _response(fault.body(), is_json=is_json, status=fault.status, headers=headers)
-        response = ExportMetricsServiceResponse()
-        if answer.rejected or answer.reason:
-            response.partial_success.rejected_data_points = answer.rejected
-            response.partial_success.error_message = answer.reason
-        return _response(response, is_json=is_json)
+        return _response(said(answer), is_json=is_json)
 
     def _unsupported(self, message: str) -> web.Response:
         self._core.note_fault(fault_of(Unsupported(message), self._warnings))

@@ -13,7 +13,7 @@ from esper_otel.gateway.faults import Busy
 _LONG_S = 0.001
 
 
-class Holding:
+class RoomShare:
     """A share of a ``Room`` that an owner holds.
 
     Args:
@@ -72,25 +72,25 @@ class Room:
         self._what = what
         self._safe_s = safe_s
         self._used = 0
-        self._held: dict[str, dict[Holding, None]] = {}
+        self._held: dict[str, dict[RoomShare, None]] = {}
         self._sizes: dict[str, int] = {}
 
     @contextmanager
-    def hold(self, owner: str, size: int, give_way: Callable[[], None]) -> Iterator[Holding]:
+    def hold(self, owner: str, size: int, give_way: Callable[[], None]) -> Iterator[RoomShare]:
         """Holds a share within the block.
 
         Raises:
-            Busy: see ``Holding.resize``.
+            Busy: see ``RoomShare.resize``.
         """
-        holding = Holding(self, owner, give_way)
+        holding = RoomShare(self, owner, give_way)
         self.resize(holding, size)
         try:
             yield holding
         finally:
             self.resize(holding, 0)
 
-    def resize(self, holding: Holding, size: int) -> None:
-        """Changes the size of a share. See ``Holding``."""
+    def resize(self, holding: RoomShare, size: int) -> None:
+        """Changes the size of a share. See ``RoomShare``."""
         owner, more = holding.owner, size - holding.size
         while more > 0 and self._used + more > self._most:
             self._largest(self._sizes.get(owner, 0) + more).take_back()
@@ -104,7 +104,7 @@ class Room:
         if not of_owner:
             del self._held[owner], self._sizes[owner]
 
-    def _largest(self, than: int) -> Holding:
+    def _largest(self, than: int) -> RoomShare:
         """Returns the oldest share of the owner with the most, if that owner has more than ``than``."""
         owner = max(self._sizes, key=lambda each: self._sizes[each], default=None)
         if owner is not None and self._sizes[owner] > than:

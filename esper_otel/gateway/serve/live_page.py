@@ -10,6 +10,7 @@ as ``since`` with otherwise the same question, it makes the next answer contain 
 - ``/page/seeds?run=&rank=``: stages as intervals of steps, and samples of alpha.
 - ``/page/signals?run=&rank=``: risk signals as episodes.
 - ``/page/ranks?run=``: the durations of the newest steps of each rank. It has no cursor.
+- ``/page/events?run=&rank=``: the newest events as HTML, and their marks in the charts.
 - ``/page/hours?run=``: where the hours of the run went, as HTML. It has no cursor.
 
 An unknown cursor is no error: the answer then contains everything. Wrong arguments are answered with 400, and runs of
@@ -24,16 +25,17 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from esper_otel.charts.hours import hours_html
+from esper_otel.charts.event_list import ShownEvent, event_marks, events_html
+from esper_otel.charts.hours_section import hours_html
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.page_data import answers
-from esper_otel.gateway.page_data.answers import Answer, Wanted
+from esper_otel.gateway.page_data.answers import Answer, SeriesRequest
+from esper_otel.gateway.page_data.bucket_table import Range
 from esper_otel.gateway.page_data.heat_map import heat_map
 from esper_otel.gateway.page_data.run_table import RunTable
-from esper_otel.gateway.page_data.table import Range
 from esper_otel.gateway.page_data.view import View
-from esper_otel.gateway.page_data.views import TURN_S, Views
+from esper_otel.gateway.page_data.view_cache import TURN_S, Views
 from esper_otel.gateway.security import BadRequest, check_puller
 from esper_otel.gateway.serve.page_files import HEADERS, add_files, check_local
 from esper_otel.gateway.turns import in_turns
@@ -57,6 +59,7 @@ def add_page(app: web.Application, core: Core) -> None:
         ("signals", data.of_rank(lambda view, query: answers.signals(view, query.get("since", "")))),
         ("ranks", data.ranks),
         ("hours", data.hours),
+        ("events", data.events),
     ):
         app.router.add_get(f"/page/{name}", _handler(answer))
 
@@ -91,6 +94,19 @@ class _PageData:
         run_id = _run(request)
         async with self._one_by_one:
             return json.dumps({"html": hours_html(await self._core.run_hours(run_id))})
+
+    async def events(self, request: web.Request) -> str:
+        run_id, rank = _run(request), _whole(request.query, "rank", 0, _MOST_RANK) or 0
+        cursor = self._core.events_mark(run_id)
+        if cursor == request.query.get("since", ""):
+            return json.dumps({"cursor": cursor, "is_same": True})
+        events = [
+            ShownEvent(event.name, event.text, event.time_unix_ns, event.severity, event.step, event.attempt)
+            for event in self._core.newest_events(run_id, rank)
+        ]
+        return json.dumps(
+            {"cursor": cursor, "is_same": False, "html": events_html(events), "marks": event_marks(events)}
+        )
 
     def of_rank(self, made: Callable[[View, Query], Answer]) -> _Answerer:
         """Returns what answers a request for a rank from its view."""
@@ -132,7 +148,7 @@ def _run(request: web.Request) -> str:
     return run_id
 
 
-def _wanted(query: Query) -> Wanted:
+def _wanted(query: Query) -> SeriesRequest:
     names = tuple(filter(None, query.get("metrics", "").split(",")))[:_MOST_METRICS]
     first, last = _whole(query, "from", 0, _MOST_STEP), _whole(query, "to", 0, _MOST_STEP)
     steps = Range(*(() if first is None else (first,)))
@@ -141,7 +157,7 @@ def _wanted(query: Query) -> Wanted:
     if steps.first > steps.last:
         raise BadRequest("from must not be above to")
     most = _whole(query, "buckets", _FEWEST_ROWS, _MOST_ROWS + 1)
-    return Wanted(names, steps, most or _ROWS, query.get("since", ""))
+    return SeriesRequest(names, steps, most or _ROWS, query.get("since", ""))
 
 
 def _whole(query: Query, name: str, least: int, limit: int) -> int | None:

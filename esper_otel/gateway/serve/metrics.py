@@ -6,48 +6,54 @@ from typing import NamedTuple
 
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import DEFERRED, REFUSED
+from esper_otel.gateway.receive.log_records import EVENT_REASONS
 from esper_otel.gateway.receive.request import REASONS
 
 
-class _Own(NamedTuple):
+class _OwnMetric(NamedTuple):
     name: str
     kind: str
     text: str
 
 
 _COUNTERS = (
-    _Own("requests", "counter", "OTLP requests accepted."),
-    _Own("points", "counter", "Points accepted."),
-    _Own("steps", "counter", "Steps released, including corrections."),
-    _Own("incomplete_steps", "counter", "Steps released without some of their points."),
-    _Own("corrections", "counter", "Steps released again with points that arrived late."),
-    _Own("pulled_steps", "counter", "Steps sent to pullers."),
-    _Own("gap_steps", "counter", "Steps that pullers did not get: dropped from the store, or not arrived."),
-    _Own("dropped_steps", "counter", "Steps dropped from the store because of its limits or their age."),
-    _Own("faults", "counter", "Internal errors of the gateway; see its log."),
-    _Own("store_failures", "counter", "Requests that could not be stored; their senders were asked to retry."),
+    _OwnMetric("requests", "counter", "OTLP requests accepted."),
+    _OwnMetric("points", "counter", "Points accepted."),
+    _OwnMetric("steps", "counter", "Steps released, including corrections."),
+    _OwnMetric("incomplete_steps", "counter", "Steps released without some of their points."),
+    _OwnMetric("corrections", "counter", "Steps released again with points that arrived late."),
+    _OwnMetric("pulled_steps", "counter", "Steps sent to pullers."),
+    _OwnMetric("gap_steps", "counter", "Steps that pullers did not get: dropped from the store, or not arrived."),
+    _OwnMetric("dropped_steps", "counter", "Steps dropped from the store because of its limits or their age."),
+    _OwnMetric("log_requests", "counter", "OTLP requests with log records accepted."),
+    _OwnMetric("events", "counter", "Events of runs accepted, without repeated ones."),
+    _OwnMetric("repeated_events", "counter", "Events that arrived again."),
+    _OwnMetric("ignored_log_records", "counter", "Log records that are not events of runs."),
+    _OwnMetric("faults", "counter", "Internal errors of the gateway; see its log."),
+    _OwnMetric("store_failures", "counter", "Requests that could not be stored; their senders were asked to retry."),
 )
 _OONA = (
-    _Own("published", "counter", "Messages published on Oona."),
-    _Own("emergencies", "counter", "Messages published on Oona's emergency stream."),
-    _Own("failures", "counter", "Failures of Redis; messages that could not be published are published later."),
-    _Own("lost", "counter", "Steps that were dropped from the store before they could be published."),
+    _OwnMetric("published", "counter", "Messages published on Oona."),
+    _OwnMetric("emergencies", "counter", "Messages published on Oona's emergency stream."),
+    _OwnMetric("failures", "counter", "Failures of Redis; messages that could not be published are published later."),
+    _OwnMetric("lost", "counter", "Steps that were dropped from the store before they could be published."),
 )
 _GAUGES = (
-    _Own("runs", "gauge", "Runs known."),
-    _Own("writers", "gauge", "Sending processes known."),
-    _Own("missing_steps", "gauge", "Steps of known runs that have not arrived although later ones have."),
-    _Own("unseen_steps", "gauge", "Steps before the first that arrived: late, lost, or sent to another gateway."),
-    _Own("too_late_steps", "gauge", "Steps of known runs that arrived twice, or too late to be accepted."),
-    _Own("stored_bytes", "gauge", "Size of the stored steps in bytes."),
-    _Own("waiting_pulls", "gauge", "Pull requests waiting for the next step."),
-    _Own("unsaved_steps", "gauge", "Steps that have not been stored yet."),
+    _OwnMetric("runs", "gauge", "Runs known."),
+    _OwnMetric("writers", "gauge", "Sending processes known."),
+    _OwnMetric("missing_steps", "gauge", "Steps of known runs that have not arrived although later ones have."),
+    _OwnMetric("unseen_steps", "gauge", "Steps before the first that arrived: late, lost, or sent to another gateway."),
+    _OwnMetric("too_late_steps", "gauge", "Steps of known runs that arrived twice, or too late to be accepted."),
+    _OwnMetric("missing_events", "gauge", "Events of known runs that have not arrived although later ones have."),
+    _OwnMetric("stored_bytes", "gauge", "Size of the stored steps in bytes."),
+    _OwnMetric("waiting_pulls", "gauge", "Pull requests waiting for the next step."),
+    _OwnMetric("unsaved_steps", "gauge", "Steps that have not been stored yet."),
 )
 
 _NOTICES = (
-    _Own("sent", "counter", "Notices that a webhook has taken."),
-    _Own("dropped", "counter", "Notices that were dropped: refused for good, or too many waited."),
-    _Own("failures", "counter", "Requests to a webhook that failed or were refused."),
+    _OwnMetric("sent", "counter", "Notices that a webhook has taken."),
+    _OwnMetric("dropped", "counter", "Notices that were dropped: refused for good, or too many waited."),
+    _OwnMetric("failures", "counter", "Requests to a webhook that failed or were refused."),
 )
 
 
@@ -82,6 +88,7 @@ def prometheus_text(core: Core) -> str:
         lines += [f"# HELP {name} {own.text}", f"# TYPE {name} counter", f"{name} {core.notices[own.name]}"]
     for name, text, reasons, counted in (
         ("rejected_points", "Points refused permanently, by reason.", REASONS, core.rejected),
+        ("refused_events", "Events refused permanently, by reason.", EVENT_REASONS, core.refused_events),
         ("refused_requests", "Requests refused permanently, by reason.", REFUSED, core.refused),
         ("deferred_requests", "Requests whose senders were asked to retry, by reason.", DEFERRED, core.deferred),
     ):

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from esper_otel.charts import files
 
-_SCRIPTS = ("runs.js", "page.js", "hours.js")
+_SCRIPTS = ("runs.js", "page.js", "hours.js", "events.js")
 _LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 # Bokeh puts style sheets into its elements while it draws; this lets in those, and no others.
 _NONCE = secrets.token_urlsafe(16)

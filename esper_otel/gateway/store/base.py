@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from esper_otel.errors import EsperOtelError, StaleCursor
 from esper_otel.gateway.items import Item, Origin, Place
 
-NOTHING_ENDED: Mapping[Origin, str] = {}
-NO_TENANTS: Mapping[str, str] = {}
-
-# Approximate size of a run, of each of its writers and of each of its ranks, in addition to their frames.
-RUN_BYTES, WRITER_BYTES, RANK_BYTES = 4_096, 1_024, 256
+_NOTHING: Mapping[Any, str] = MappingProxyType({})
 
 
 class StoreFull(EsperOtelError):
@@ -95,18 +93,33 @@ class StoreLimits:
     writers: int = 20_000
 
 
-class Store(Protocol):
+class NewData(NamedTuple):
+    """What is stored together, all or nothing: the arguments of ``Store.add``."""
+
+    items: list[Item]
+    ended: Mapping[Origin, str]
+    places: list[Place]
+    tenants: Mapping[str, str]
+    kept: KeptRequest | None
+    first_kept: int | None
+
+
+class Store(ABC):
     """A store of released frames. Threads: one at a time.
+
+    The answers given here are those of a store that has no limits and knows nothing but frames.
 
     Attributes:
         dropped: how many entries were dropped.
         damaged: how many damaged things were found and removed, by kind.
     """
 
-    dropped: int
-    damaged: Counter[str]
+    def __init__(self) -> None:
+        self.dropped: int = 0
+        self.damaged: Counter[str] = Counter()
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Approximate size of the entries in bytes."""
 
@@ -114,9 +127,9 @@ class Store(Protocol):
         self,
         items: Iterable[Item],
         *,
-        ended: Mapping[Origin, str] = NOTHING_ENDED,
+        ended: Mapping[Origin, str] = _NOTHING,
         places: Iterable[Place] = (),
-        tenants: Mapping[str, str] = NO_TENANTS,
+        tenants: Mapping[str, str] = _NOTHING,
         kept: KeptRequest | None = None,
         first_kept: int | None = None,
     ) -> None:
@@ -133,7 +146,13 @@ class Store(Protocol):
         Raises:
             StoreFull: nothing was stored.
         """
+        self._add(NewData([*items], ended, [*places], tenants, kept, first_kept))
 
+    @abstractmethod
+    def _add(self, new: NewData) -> None:
+        """Stores what ``add`` was given."""
+
+    @abstractmethod
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Returns the entries after a cursor; an empty cursor starts at the oldest entry.
 
@@ -142,39 +161,48 @@ class Store(Protocol):
             StaleCursor: the cursor is from an earlier store of the run, or was issued for other ranks.
         """
 
+    @abstractmethod
     def last_number(self, run_id: str, rank: int) -> int:
         """Returns the number of the newest entry of a rank; 0 if there is none."""
 
+    @abstractmethod
     def holds(self, run_id: str) -> bool:
         """Whether a step of the run is stored. Outcomes are stored only for such runs."""
 
+    @abstractmethod
     def run_ids(self) -> list[str]:
         """Returns the ids of the stored runs."""
 
-    def counts(self, run_id: str | None = None) -> dict[Origin, int]:
+    def counts(self, run_id: str | None = None) -> dict[Origin, int]:  # noqa: ARG002
         """Returns how many entries each writer has: of one run, or of all."""
+        return {}
 
-    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:
+    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:  # noqa: ARG002
         """Returns how the stored runs ended: one, or all."""
+        return {}
 
-    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
+    def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:  # noqa: ARG002
         """Returns what an assembler needs of a writer that it has forgotten; nothing if no frame of it is stored.
 
         Returns:
             Its newest frames, oldest first, each in its newest revision and with a flag: whether it is the first frame
             of the writer that was ever stored. The position of the writer, if it is stored.
         """
+        return [], []
 
-    def tenant(self, run_id: str) -> str:
+    def tenant(self, run_id: str) -> str:  # noqa: ARG002
         """Returns the tenant whose share a run uses; empty when nothing of the run is stored."""
+        return ""
 
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, for each limit by name, how much of it is used, and the limit."""
+        return {}
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for longer than ``idle_s``, at most ``EXPIRED_AT_ONCE``; returns their names."""
+        return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - only a store in files has something to close
         """Closes files."""
 
 
@@ -183,8 +211,15 @@ def cursor_text(life: str, rank: int | None, place: int) -> str:
     return f"{life}:{'' if rank is None else rank}:{place}"
 
 
-def cursor_place(cursor: str, life: str, rank: int | None, newest: int) -> int:
+def cursor_place(cursor: str, life: str, rank: int | None, newest: int, what: str = "steps") -> int:
     """Returns the position in a cursor.
+
+    Args:
+        cursor: the cursor.
+        life: the id of the run's store.
+        rank: the rank that is asked for; None for all.
+        newest: the position of the newest entry.
+        what: what the entries are, for messages.
 
     Raises:
         StaleCursor: it is from an earlier store of the run, was issued for other ranks, or is beyond the newest entry.
@@ -199,7 +234,7 @@ def cursor_place(cursor: str, life: str, rank: int | None, newest: int) -> int:
         raise StaleCursor(f"this cursor came from pulling {whose}; give the same rank, or pull without a cursor")
     if parts[0] != life or int(parts[2]) > newest:
         raise StaleCursor(
-            "the cursor is from an earlier store of this run that no longer exists: steps not pulled from it are gone; "
-            "pull without a cursor to begin with the oldest step stored"
+            "the cursor is from an earlier store of this run that no longer exists: "
+            f"{what} not pulled from it are gone; pull without a cursor to begin with the oldest of the {what} stored"
         )
     return int(parts[2])

@@ -18,7 +18,7 @@ from esper_otel.gateway.store.base import StoreFull
 
 FILE = "steps.sqlite3"
 _LOCK = "lock"
-_SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
+SUFFIXES = ("", "-wal", "-shm", "-journal")  # of the file itself, and of the files that SQLite makes next to it
 _VERSION = 8
 _MOST_VERSION = 1_000  # a larger number is damage, not a later version
 # ``blocks.last`` is the highest position of its frames; ``runs.added_s`` is in seconds of the store's own age.
@@ -74,20 +74,20 @@ _INDEXES = {"blocks_by_last", "items_by_position", "items_by_number", "items_by_
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_TOOBIG}
 
 
-class Damaged(Exception):
+class DamagedStore(Exception):
     """Raised when SQLite cannot read the file, or when its tables are not those of a store."""
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turns SQLite's errors about a damaged file into ``Damaged``; other errors are raised unchanged."""
+    """Turns SQLite's errors about a damaged file into ``DamagedStore``; other errors are raised unchanged."""
     try:
         yield
     except UnicodeDecodeError as error:  # from a name in SQLite's error message
-        raise Damaged("a name in it is not UTF-8") from error
+        raise DamagedStore("a name in it is not UTF-8") from error
     except sqlite3.Error as error:
         if is_damage(error):
-            raise Damaged(str(error)) from error
+            raise DamagedStore(str(error)) from error
         raise
 
 
@@ -102,7 +102,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
     Raises:
         StoreFull: the transaction could not be written.
-        Damaged: the file is damaged.
+        DamagedStore: the file is damaged.
     """
     try:
         connection.execute("BEGIN IMMEDIATE")
@@ -114,7 +114,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
                 connection.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
             if is_damage(error):
-                raise Damaged(str(error)) from error
+                raise DamagedStore(str(error)) from error
             raise StoreFull(f"the store cannot be written: {error}") from error
         raise
 
@@ -136,8 +136,8 @@ def locked(folder: Path) -> IO[bytes]:
         raise ConfigurationError(f"--store {folder}: {what}") from error
     lock = os.fdopen(descriptor, "rb", buffering=0)
     try:
-        for name in (_LOCK, *(FILE + suffix for suffix in _SUFFIXES)):
-            _check_ours(folder / name)
+        for name in (_LOCK, *(FILE + suffix for suffix in SUFFIXES)):
+            check_ours(folder / name)
         unix.lock_for_descriptor(lock.fileno())
     except BlockingIOError:
         lock.close()
@@ -148,7 +148,7 @@ def locked(folder: Path) -> IO[bytes]:
     return lock
 
 
-def _check_ours(path: Path) -> None:
+def check_ours(path: Path) -> None:
     """Checks that a path is absent or a plain file of this user without further hard links.
 
     Raises:
@@ -169,7 +169,7 @@ def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
 
     Raises:
         ConfigurationError: the file does not exist, or was written by another version or another program.
-        Damaged: it cannot be read as a store.
+        DamagedStore: it cannot be read as a store.
         sqlite3.Error: it cannot be opened.
     """
     if read_only and not path.is_file():
@@ -190,13 +190,13 @@ def opened(path: Path, *, read_only: bool) -> sqlite3.Connection:
 
 
 def _check_header(path: Path) -> None:
-    """Raises ``Damaged`` for invalid numbers in the header that SQLite reports with errors other than damage."""
+    """Raises ``DamagedStore`` for invalid numbers in the header that SQLite reports with errors other than damage."""
     with path.open("rb") as file:
         header = file.read(100)
     if header and (
         len(header) < 100 or not {*header[18:20]} <= {1, 2} or not 0 <= header[47] <= 4 or any(header[44:47])
     ):
-        raise Damaged("its header is not one that SQLite writes")
+        raise DamagedStore("its header is not one that SQLite writes")
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
@@ -208,7 +208,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> 
     if tables and (version == 0 or not tables & {*_TABLES}):
         raise ConfigurationError(f"{path} is another program's file, not a store: give a folder of its own")
     if not 0 <= version <= _MOST_VERSION:
-        raise Damaged(f"it has version {version}")
+        raise DamagedStore(f"it has version {version}")
     if version not in (0, _VERSION) or (version == 0 and read_only):
         raise ConfigurationError(
             f"{path} has version {version}, not {_VERSION}: it was written by another esper_otel, which can still read "
@@ -223,18 +223,18 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> 
 
 
 def _check_tables(connection: sqlite3.Connection) -> None:
-    """Raises ``Damaged`` unless the file has exactly the tables and indexes of a store."""
+    """Raises ``DamagedStore`` unless the file has exactly the tables and indexes of a store."""
     found = [*connection.execute("SELECT type, name FROM sqlite_master")]
     strange = [name for kind, name in found if kind not in {"table", "index"}]
     indexes = {name for kind, name in found if kind == "index"}
     if strange or not indexes >= _INDEXES:
-        raise Damaged("it has other tables or indexes than a store")
+        raise DamagedStore("it has other tables or indexes than a store")
     for table, columns in _TABLES.items():
         known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
         if columns - known:
-            raise Damaged(f"its table {table} lacks {', '.join(sorted(columns - known))}")
+            raise DamagedStore(f"its table {table} lacks {', '.join(sorted(columns - known))}")
         if known - columns:  # writing a row would fail
-            raise Damaged(f"its table {table} has more columns than that of a store")
+            raise DamagedStore(f"its table {table} has more columns than that of a store")
 
 
 def moved_aside(path: Path) -> Path:
@@ -245,7 +245,7 @@ def moved_aside(path: Path) -> Path:
     """
     now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = path.with_name(f"{path.name}.damaged-{now}-{secrets.token_hex(2)}")
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         with suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     return aside

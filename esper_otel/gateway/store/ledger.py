@@ -9,7 +9,7 @@ from typing import NamedTuple
 from esper_otel.gateway.store.base import StoreLimits
 
 
-class _Use(NamedTuple):
+class _RunUse(NamedTuple):
     """What a run uses of the store."""
 
     tenant: str
@@ -41,7 +41,7 @@ class Ledger:
     def __init__(self) -> None:
         self.size: int = 0
         self.writers: int = 0
-        self._runs: dict[str, _Use] = {}
+        self._runs: dict[str, _RunUse] = {}
         self._tenants: dict[str, _Tenant] = {}
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Ledger:
         if has_news:
             of_tenant.runs.move_to_end(run_id)
             of_tenant.of_size[size.bit_length()].move_to_end(run_id)
-        self._runs[run_id] = _Use(tenant, size, writers)
+        self._runs[run_id] = _RunUse(tenant, size, writers)
         self._add(of_tenant, size - size_before, writers - writers_before)
 
     def forget(self, run_id: str) -> None:

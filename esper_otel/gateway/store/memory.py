@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from esper_otel.errors import UnknownRun
@@ -14,19 +14,14 @@ from esper_otel.frames.numbers import finite
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
     EXPIRED_AT_ONCE,
-    NO_TENANTS,
-    NOTHING_ENDED,
-    RANK_BYTES,
-    RUN_BYTES,
-    WRITER_BYTES,
-    KeptRequest,
+    NewData,
     StoredFrame,
     StoredPage,
     StoreLimits,
     cursor_place,
     cursor_text,
 )
-from esper_otel.gateway.store.ledger import Ledger, use_of
+from esper_otel.gateway.store.runs import RunStore, StoredRun
 
 _RECALLED = 256  # frames of a writer that are restored
 _PIECE = 512  # entries
@@ -34,7 +29,7 @@ _FREED_AT_ONCE, _FREED_WHEN_IDLE = 2, 32  # pieces of forgotten runs
 _RANGE_BYTES = 150  # of a hole, or of the end of a stream
 
 
-class _Entries:
+class _EntryPieces:
     """The entries of a run, or of one of its ranks, at consecutive positions; the oldest are dropped first."""
 
     def __init__(self) -> None:
@@ -79,31 +74,24 @@ class _Entries:
         return self._pieces[piece][index % _PIECE - (0 if piece else self._first % _PIECE)]
 
 
-class _Shelf:
-    """The stored data of one run."""
+class _MemoryRun(StoredRun):
+    """A run with its entries."""
 
     def __init__(self, tenant: str) -> None:
-        self.life = secrets.token_hex(4)
-        self.tenant = tenant
-        self.all = _Entries()
-        self.ranks: dict[int, _Entries] = {}
+        super().__init__(secrets.token_hex(4), tenant)
+        self.all = _EntryPieces()
+        self.ranks: dict[int, _EntryPieces] = {}
         self.sizes: deque[int] = deque()
-        self.frame_bytes = 0
-        self.losses: dict[Origin, float | None] = {}
-        self.counts: Counter[Origin] = Counter()
-        self.outcomes: dict[Origin, str] = {}
         self.places: dict[Origin, Place] = {}
         self.place_bytes = 0
-        self.added_s = 0.0
 
     @property
     def size(self) -> int:
         """Approximate size in bytes."""
-        of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
-        return RUN_BYTES + of_writers + self.frame_bytes + self.place_bytes
+        return super().size + self.place_bytes
 
     def add(self, item: Item) -> None:
-        rank = self.ranks.setdefault(item.origin.rank, _Entries())
+        rank = self.ranks.setdefault(item.origin.rank, _EntryPieces())
         entry = StoredFrame(self.all.last + 1, rank.last + 1, item, self.losses.get(item.origin))
         self.losses[item.origin] = loss_of(item.frame)
         self.counts[item.origin] += 1
@@ -133,100 +121,59 @@ class _Shelf:
             self.places[origin] = place
 
 
-class MemoryStore:
+class MemoryStore(RunStore[_MemoryRun]):
     """Keeps entries in memory. See ``Store``."""
 
     def __init__(self, limits: StoreLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits = limits or StoreLimits()
-        self._clock = clock
-        self._shelves: dict[str, _Shelf] = {}
-        self._ledger = Ledger()
+        super().__init__(limits, clock)
         self._forgotten: list[object] = []  # freed piece by piece, since freeing very many entries takes long
-        self.dropped: int = 0
-        self.damaged: Counter[str] = Counter()
 
-    @property
-    def size(self) -> int:
-        """Approximate size of the entries in bytes."""
-        return self._ledger.size
-
-    def add(
-        self,
-        items: Iterable[Item],
-        *,
-        ended: Mapping[Origin, str] = NOTHING_ENDED,
-        places: Iterable[Place] = (),
-        tenants: Mapping[str, str] = NO_TENANTS,
-        kept: KeptRequest | None = None,  # noqa: ARG002 - bodies would be lost together with the frames
-        first_kept: int | None = None,  # noqa: ARG002
-    ) -> None:
-        """Stores frames and outcomes. See ``Store``."""
+    def _add(self, new: NewData) -> None:
         now_s = self._clock()
         del self._forgotten[-_FREED_AT_ONCE:]
-        for run_id, some in groupby(items, lambda item: item.origin.run_id):
-            shelf = self._shelves.get(run_id)
-            if shelf is None:
-                shelf = self._shelves[run_id] = _Shelf(tenants.get(run_id, ""))
-            shelf.added_s = now_s
+        for run_id, some in groupby(new.items, lambda item: item.origin.run_id):
+            run = self._runs.get(run_id)
+            if run is None:
+                run = self._runs[run_id] = _MemoryRun(new.tenants.get(run_id, ""))
+            run.added_s = now_s
             for item in some:
-                shelf.add(item)
-            while shelf.sizes and (len(shelf.sizes) > self._limits.steps or shelf.size > self._limits.run_bytes):
-                self._drop(shelf)
-            self._note(run_id, shelf, has_news=True)
+                run.add(item)
+            while run.sizes and (len(run.sizes) > self._limits.steps or run.size > self._limits.run_bytes):
+                self._drop(run)
+            self._note(run_id, run, has_news=True)
             self._make_room()
-        for origin, outcome in ended.items():
-            shelf = self._shelves.get(origin.run_id)
-            if shelf is not None:
-                shelf.outcomes[origin] = outcome
-        for place in places:
-            shelf = self._shelves.get(place.origin.run_id)
-            if shelf is not None and place.origin in shelf.counts:
-                shelf.put(place.origin, place)
+        for origin, outcome in new.ended.items():
+            run = self._runs.get(origin.run_id)
+            if run is not None:
+                run.outcomes[origin] = outcome
+        for place in new.places:
+            run = self._runs.get(place.origin.run_id)
+            if run is not None and place.origin in run.counts:
+                run.put(place.origin, place)
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Returns the entries after a cursor. See ``Store``."""
-        shelf = self._shelves.get(run_id)
-        if shelf is None:
+        run = self._runs.get(run_id)
+        if run is None:
             raise UnknownRun(f"no step of run {run_id!r} is here")
-        row = shelf.all if rank is None else shelf.ranks.get(rank, _Entries())
-        place = cursor_place(cursor, shelf.life, rank, row.last)
+        row = run.all if rank is None else run.ranks.get(rank, _EntryPieces())
+        place = cursor_place(cursor, run.life, rank, row.last)
         entries, gap = row.after(place, most)
         last = place + gap + len(entries)
-        return StoredPage(entries, cursor_text(shelf.life, rank, last), gap)
+        return StoredPage(entries, cursor_text(run.life, rank, last), gap)
 
     def last_number(self, run_id: str, rank: int) -> int:
         """Returns the number of the newest entry of a rank. See ``Store``."""
-        shelf = self._shelves.get(run_id)
-        row = None if shelf is None else shelf.ranks.get(rank)
+        run = self._runs.get(run_id)
+        row = None if run is None else run.ranks.get(rank)
         return 0 if row is None else row.last
-
-    def holds(self, run_id: str) -> bool:
-        """Whether a step of the run is stored. See ``Store``."""
-        return run_id in self._shelves
-
-    def run_ids(self) -> list[str]:
-        """Returns the ids of the stored runs. See ``Store``."""
-        return sorted(self._shelves)
-
-    def counts(self, run_id: str | None = None) -> dict[Origin, int]:
-        """Returns how many entries each writer has. See ``Store``."""
-        return {origin: count for shelf in self._of(run_id) for origin, count in shelf.counts.items()}
-
-    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:
-        """Returns how the stored runs ended. See ``Store``."""
-        return {origin: outcome for shelf in self._of(run_id) for origin, outcome in shelf.outcomes.items()}
-
-    def _of(self, run_id: str | None) -> Iterable[_Shelf]:
-        if run_id is None:
-            return self._shelves.values()
-        return [self._shelves[run_id]] if run_id in self._shelves else []
 
     def recalled(self, origin: Origin) -> tuple[list[tuple[Item, bool]], list[Place]]:
         """Returns the newest frames of a writer. See ``Store``."""
-        shelf = self._shelves.get(origin.run_id)
-        if shelf is None or origin not in shelf.counts:
+        run = self._runs.get(origin.run_id)
+        if run is None or origin not in run.counts:
             return [], []
-        row, newest = shelf.ranks[origin.rank], dict[int, Item]()
+        row, newest = run.ranks[origin.rank], dict[int, Item]()
         for entry in reversed(row):
             if entry.item.origin == origin:
                 newest.setdefault(entry.item.frame.time_unix_ns, entry.item)
@@ -234,59 +181,48 @@ class MemoryStore:
                     break
         is_all = len(newest) <= _RECALLED and row.last == len(row)  # no entry was dropped
         items = [newest[time] for time in sorted(newest)]
-        places = [shelf.places[origin]] if origin in shelf.places else []
+        places = [run.places[origin]] if origin in run.places else []
         return [(item, is_all and number == 0) for number, item in enumerate(items)], places
-
-    def tenant(self, run_id: str) -> str:
-        """Returns the tenant whose share a run uses. See ``Store``."""
-        return self._ledger.tenant(run_id)
-
-    def use(self) -> Mapping[str, tuple[float, float]]:
-        """Returns how much of each limit is used. See ``Store``."""
-        return use_of(self._ledger, self._limits)
 
     def expire(self) -> list[str]:
         """Drops runs that were idle for too long. See ``Store``."""
         del self._forgotten[-_FREED_WHEN_IDLE:]
         oldest_s = self._clock() - self._limits.idle_s
-        gone = [run_id for run_id, shelf in self._shelves.items() if shelf.added_s < oldest_s][:EXPIRED_AT_ONCE]
+        gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
             self._forget(run_id)
         return gone
-
-    def close(self) -> None:
-        """Does nothing. See ``Store``."""
 
     def _make_room(self) -> None:
         """Drops entries until all runs together are within the limits."""
         while self._ledger.size > self._limits.all_bytes:
             run_id = self._ledger.largest()
-            self._drop(self._shelves[run_id])
-            self._note(run_id, self._shelves[run_id])
+            self._drop(self._runs[run_id])
+            self._note(run_id, self._runs[run_id])
         while self._ledger.writers > self._limits.writers:
             run_id, is_only = self._ledger.longest_silent()
             if is_only:
-                self._drop(self._shelves[run_id])
-                self._note(run_id, self._shelves[run_id])
+                self._drop(self._runs[run_id])
+                self._note(run_id, self._runs[run_id])
             else:
                 self._forget(run_id)
 
-    def _note(self, run_id: str, shelf: _Shelf, *, has_news: bool = False) -> None:
+    def _note(self, run_id: str, run: _MemoryRun, *, has_news: bool = False) -> None:
         """Updates the ledger for a run; forgets a run without entries."""
-        if shelf.sizes:
-            self._ledger.note(run_id, shelf.tenant, shelf.size, len(shelf.counts), has_news=has_news)
+        if run.sizes:
+            self._ledger.note(run_id, run.tenant, run.size, len(run.counts), has_news=has_news)
         else:
             self._forget(run_id)
 
     def _forget(self, run_id: str) -> None:
-        shelf = self._shelves.pop(run_id)
-        self.dropped += len(shelf.sizes)
-        for row in (shelf.all, *shelf.ranks.values()):
+        run = self._runs.pop(run_id)
+        self.dropped += len(run.sizes)
+        for row in (run.all, *run.ranks.values()):
             self._forgotten += row.pieces[1:]
         self._ledger.forget(run_id)
 
-    def _drop(self, shelf: _Shelf) -> None:
-        shelf.drop_oldest()
+    def _drop(self, run: _MemoryRun) -> None:
+        run.drop_oldest()
         self.dropped += 1
 
 

@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
@@ -27,12 +27,8 @@ from esper_otel.frames.records import DamagedRecord, RecordWriter, frames_in
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
     EXPIRED_AT_ONCE,
-    NO_TENANTS,
-    NOTHING_ENDED,
-    RANK_BYTES,
-    RUN_BYTES,
-    WRITER_BYTES,
     KeptRequest,
+    NewData,
     StoredFrame,
     StoredPage,
     StoreFull,
@@ -40,9 +36,10 @@ from esper_otel.gateway.store.base import (
     cursor_place,
     cursor_text,
 )
-from esper_otel.gateway.store.database import FILE, Damaged, locked, moved_aside, opened, reading, transaction
-from esper_otel.gateway.store.ledger import Ledger, use_of
+from esper_otel.gateway.store.database import FILE, DamagedStore, locked, moved_aside, opened, reading, transaction
+from esper_otel.gateway.store.ledger import Ledger
 from esper_otel.gateway.store.memory import loss_of
+from esper_otel.gateway.store.runs import RunStore, StoredRun
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
@@ -65,39 +62,27 @@ _MOST_TRIES = 3
 _MOST_ASIDE = 1_000  # rows of one table that are kept in the folder ``damaged``
 
 
-class _KnownRun:
+class _CachedRun(StoredRun):
     """The part of a run's state that is kept in memory, so that it need not be read from the file."""
 
     def __init__(self, key: int, life: str, tenant: str) -> None:
+        super().__init__(life, tenant)
         self.key = key
-        self.life = life
-        self.tenant = tenant
         self.first = 1
         self.last = 0
-        self.frame_bytes = 0
-        self.added_s = 0.0
         self.is_torn = False  # whether entries were lost that were not the oldest ones
         self.ranks: dict[int, int] = {}
         self.moved: set[int] = set()  # ranks that have new entries in this transaction
-        self.losses: dict[Origin, float | None] = {}
         self.newest: dict[Origin, int] = {}  # position of each writer's last entry, until its loss is read
-        self.counts: Counter[Origin] = Counter()
-        self.outcomes: dict[Origin, str] = {}
 
-    @property
-    def size(self) -> int:
-        """Approximate size in bytes."""
-        of_writers = WRITER_BYTES * max(len(self.counts), len(self.outcomes)) + RANK_BYTES * len(self.ranks)
-        return RUN_BYTES + of_writers + self.frame_bytes
-
-    def copied(self) -> _KnownRun:
+    def copied(self) -> _CachedRun:
         other = copy(self)
         other.ranks, other.losses, other.counts = dict(self.ranks), dict(self.losses), Counter(self.counts)
         other.newest, other.outcomes, other.moved = dict(self.newest), dict(self.outcomes), set()
         return other
 
 
-class FileStore:
+class FileStore(RunStore[_CachedRun]):
     """Keeps entries in ``<folder>/steps.sqlite3``. See ``Store``.
 
     Args:
@@ -118,12 +103,10 @@ class FileStore:
         *,
         read_only: bool = False,
     ) -> None:
-        self._limits = limits or StoreLimits()
-        self._clock, self._opened_s = clock, clock()
+        super().__init__(limits, clock)
+        self._opened_s = clock()
         self._path, self._read_only = Path(folder) / FILE, read_only
         self._aside, self._warnings = Quarantine(Path(folder)), Warnings(clock)
-        self._runs: dict[str, _KnownRun] = {}
-        self._ledger = Ledger()
         self._bodies: list[int] = []
         self._last_key = 0
         self._dropped: list[int] = []  # keys of runs that this transaction drops
@@ -133,12 +116,10 @@ class FileStore:
         self._last_block = 0
         self._received: dict[Origin, int] = {}  # when each writer was last received from before this start
         self._age_before_s = self._age_noted_s = 0.0
-        self.dropped: int = 0
-        self.damaged: Counter[str] = Counter()
         self._lock = None if read_only else locked(Path(folder))
         try:
             self._open()
-        except (sqlite3.Error, Damaged, StoreFull) as error:
+        except (sqlite3.Error, DamagedStore, StoreFull) as error:
             self.close()
             raise ConfigurationError(f"{self._path} is not a store that this version can use: {error}") from error
         except BaseException:
@@ -150,36 +131,20 @@ class FileStore:
         """The store's folder."""
         return self._path.parent
 
-    @property
-    def size(self) -> int:
-        """Approximate size of the entries in bytes."""
-        return self._ledger.size
-
-    def add(
-        self,
-        items: Iterable[Item],
-        *,
-        ended: Mapping[Origin, str] = NOTHING_ENDED,
-        places: Iterable[Place] = (),
-        tenants: Mapping[str, str] = NO_TENANTS,
-        kept: KeptRequest | None = None,
-        first_kept: int | None = None,
-    ) -> None:
-        """Stores frames, outcomes and a body, all or nothing. See ``Store``."""
-        new = _New(list(items), ended, list(places), tenants, kept, first_kept)
+    def _add(self, new: NewData) -> None:
         try:
-            self._add(new)
-        except Damaged as error:
+            self._store(new)
+        except DamagedStore as error:
             self.begin_anew(error)
-            with suppress(Damaged):  # if the new file is damaged as well, the next request creates another one
-                self._add(new)
+            with suppress(DamagedStore):  # if the new file is damaged as well, the next request creates another one
+                self._store(new)
 
-    def _add(self, new: _New) -> None:
+    def _store(self, new: NewData) -> None:
         kept, first_kept = new.kept, new.first_kept
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
         if not (new.items or new.ended or new.places) and kept is None and bodies == self._bodies:
             return
-        changed: dict[str, _KnownRun | None] = {}
+        changed: dict[str, _CachedRun | None] = {}
         self._dropped = []
         try:
             with transaction(self._connection) as connection:
@@ -206,7 +171,7 @@ class FileStore:
                 self._runs[run_id] = run
         self.dropped += dropped
 
-    def _write(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _KnownRun | None]) -> int:
+    def _write(self, connection: sqlite3.Connection, new: NewData, changed: dict[str, _CachedRun | None]) -> int:
         """Writes frames, outcomes and places of runs; returns how many entries were dropped."""
         self._insert(connection, new, changed)
         for origin, outcome in new.ended.items():
@@ -235,7 +200,7 @@ class FileStore:
         place = cursor_place(cursor, run.life, rank, newest)
         try:
             found = self._entries(run_id, run, rank, place, most)
-        except Damaged as error:
+        except DamagedStore as error:
             if self._read_only:
                 raise ConfigurationError(f"{self._path} is damaged: {error}") from error
             self.begin_anew(error)
@@ -245,7 +210,7 @@ class FileStore:
         gap = (places[0] if places else newest + 1) - place - 1
         return StoredPage(found, cursor_text(run.life, rank, last), gap)
 
-    def _entries(self, run_id: str, run: _KnownRun, rank: int | None, place: int, most: int) -> list[StoredFrame]:
+    def _entries(self, run_id: str, run: _CachedRun, rank: int | None, place: int, most: int) -> list[StoredFrame]:
         """Returns the first entries after a position, up to the next gap."""
         if rank is None:
             where, of_run = "run = ? AND position > ? ORDER BY position", (run.key, place)
@@ -269,7 +234,7 @@ class FileStore:
                     last = number
         return found
 
-    def _entry(self, run_id: str, run: _KnownRun, row: tuple[Any, ...]) -> StoredFrame | None:
+    def _entry(self, run_id: str, run: _CachedRun, row: tuple[Any, ...]) -> StoredFrame | None:
         """Returns the entry in a row. A damaged row or block is removed, and None returned."""
         position, number, attempt, rank, writer, revision, complete, received, loss_before, missed, block, place = row
         try:
@@ -302,7 +267,7 @@ class FileStore:
             raise DamagedRecord(f"its block has no frame {place}")
         return known.frames[place]
 
-    def _remove(self, run_id: str, run: _KnownRun, row: tuple[Any, ...], error: DamagedRecord) -> None:
+    def _remove(self, run_id: str, run: _CachedRun, row: tuple[Any, ...], error: DamagedRecord) -> None:
         """Removes a damaged row; if its block is damaged, all rows of that block. They are put aside."""
         run.is_torn = True
         position, block = row[0], row[-2]
@@ -323,36 +288,11 @@ class FileStore:
         run = self._runs.get(run_id)
         return 0 if run is None else run.ranks.get(rank, 0)
 
-    def holds(self, run_id: str) -> bool:
-        """Whether a step of the run is stored. See ``Store``."""
-        return run_id in self._runs
-
-    def counts(self, run_id: str | None = None) -> dict[Origin, int]:
-        """Returns how many entries each writer has. See ``Store``."""
-        return {origin: count for run in self._of(run_id) for origin, count in run.counts.items() if count}
-
-    def outcomes(self, run_id: str | None = None) -> dict[Origin, str]:
-        """Returns how the stored runs ended. See ``Store``."""
-        return {origin: outcome for run in self._of(run_id) for origin, outcome in run.outcomes.items()}
-
-    def _of(self, run_id: str | None) -> Iterable[_KnownRun]:
-        if run_id is None:
-            return self._runs.values()
-        return [self._runs[run_id]] if run_id in self._runs else []
-
-    def tenant(self, run_id: str) -> str:
-        """Returns the tenant whose share a run uses. See ``Store``."""
-        return self._ledger.tenant(run_id)
-
-    def use(self) -> Mapping[str, tuple[float, float]]:
-        """Returns how much of each limit is used. See ``Store``."""
-        return use_of(self._ledger, self._limits)
-
     def expire(self) -> list[str]:
         """Drops runs that were idle for too long. See ``Store``."""
         try:
             return self._expired()
-        except Damaged as error:
+        except DamagedStore as error:
             self.begin_anew(error)
             return []
 
@@ -418,7 +358,7 @@ class FileStore:
         return list(self.newest([origin])), [place for place in self.places() if place.origin == origin]
 
     def _newest_positions(
-        self, run: _KnownRun, origin: Origin, most: int, *, is_missing: bool
+        self, run: _CachedRun, origin: Origin, most: int, *, is_missing: bool
     ) -> tuple[list[int], bool]:
         """Returns the positions of a writer's newest frames in their newest revisions, and whether these are all.
 
@@ -438,7 +378,7 @@ class FileStore:
         are_all = len(rows) <= needed and len(rows) < min(_MOST_RESTORED, most)
         return [position for position, _ in rows[:needed]], are_all
 
-    def _at(self, run_id: str, run: _KnownRun, position: int) -> StoredFrame | None:
+    def _at(self, run_id: str, run: _CachedRun, position: int) -> StoredFrame | None:
         with reading():
             row = self._connection.execute(
                 f"SELECT {_COLUMNS} FROM items WHERE run = ? AND position = ?",  # noqa: S608
@@ -528,10 +468,6 @@ class FileStore:
             with suppress(StoreFull), transaction(self._connection) as connection:
                 connection.execute(f"UPDATE bodies SET {change}", number)  # noqa: S608
 
-    def run_ids(self) -> list[str]:
-        """Returns the ids of the stored runs."""
-        return sorted(self._runs)
-
     def close(self) -> None:
         """Closes the file."""
         if hasattr(self, "_connection"):
@@ -547,12 +483,12 @@ class FileStore:
             self._connection = opened(self._path, read_only=self._read_only)
             with reading():
                 self._load()
-        except Damaged as error:
+        except DamagedStore as error:
             if self._read_only:
                 raise
             self.begin_anew(error)
 
-    def begin_anew(self, damage: Damaged) -> None:
+    def begin_anew(self, damage: DamagedStore) -> None:
         """Renames the damaged file, without changing it, and creates a new one."""
         if hasattr(self, "_connection"):
             self._connection.close()
@@ -564,7 +500,7 @@ class FileStore:
             self._decoded.clear()
             self._decoded_bytes = self._last_block = 0
             self._load()
-        except (OSError, sqlite3.Error, Damaged) as error:
+        except (OSError, sqlite3.Error, DamagedStore) as error:
             raise StoreFull(f"the store is damaged ({damage}) and a new one cannot be created: {error}") from error
         self.damaged["store"] += 1
         self._warnings.say(
@@ -584,7 +520,7 @@ class FileStore:
         for key, run_id, life, last, added_s, tenant in rows:
             self._last_key = max(self._last_key, key)
             if is_run((key, run_id, life, last, tenant)):
-                run = self._runs[run_id] = _KnownRun(key, life, tenant)
+                run = self._runs[run_id] = _CachedRun(key, life, tenant)
                 run.last = last
                 run.added_s = (
                     float(added_s) if isinstance(added_s, (int, float)) and 0 <= added_s < _MOST_AGE_S else 0.0
@@ -643,7 +579,7 @@ class FileStore:
                     connection.execute("REINDEX")
             except StoreFull as error:
                 if isinstance(error.__cause__, sqlite3.IntegrityError):  # two rows have the same number
-                    raise Damaged(f"{found}; {error}") from error
+                    raise DamagedStore(f"{found}; {error}") from error
                 self._warnings.say("damaged index", "the store's file is damaged (%s), and %s", found, error)
             else:
                 self.damaged["index"] += 1
@@ -687,7 +623,7 @@ class FileStore:
 
     # -- writing -----------------------------------------------------------------------------------------
 
-    def _insert(self, connection: sqlite3.Connection, new: _New, changed: dict[str, _KnownRun | None]) -> None:
+    def _insert(self, connection: sqlite3.Connection, new: NewData, changed: dict[str, _CachedRun | None]) -> None:
         """Writes frames: consecutive ones of a writer as one block, and a row for each."""
         rows: list[tuple[Any, ...]] = []
         blocks: dict[Origin, _NewBlock] = {}
@@ -700,7 +636,7 @@ class FileStore:
                 self._last_key += 1  # SQLite would give the key of a dropped run again, of which entries may be left
                 row = (self._last_key, run_id, life, tenant)
                 connection.execute("INSERT INTO runs (id, run_id, life, tenant) VALUES (?, ?, ?, ?)", row)
-                run = changed[run_id] = _KnownRun(self._last_key, life, tenant)
+                run = changed[run_id] = _CachedRun(self._last_key, life, tenant)
             block = blocks.get(origin)
             if block is None or block.is_full:
                 self._last_block += 1
@@ -727,7 +663,7 @@ class FileStore:
         connection.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?, ?)", encoded)
         connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
-    def _loss_before(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> float | None:
+    def _loss_before(self, connection: sqlite3.Connection, run: _CachedRun, origin: Origin) -> float | None:
         """Returns the loss of the writer's previous step, read from the file for the first step since the start."""
         position = run.newest.pop(origin, None)
         if position is not None and origin not in run.losses:
@@ -739,7 +675,7 @@ class FileStore:
         return run.losses.get(origin)
 
     def _end(
-        self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _KnownRun | None]
+        self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _CachedRun | None]
     ) -> None:
         """Stores an outcome, if a step of the run is stored."""
         run = self._copied(origin.run_id, changed)
@@ -749,7 +685,7 @@ class FileStore:
             run.outcomes[origin] = outcome
 
     def _place(
-        self, connection: sqlite3.Connection, places: Sequence[Place], changed: dict[str, _KnownRun | None]
+        self, connection: sqlite3.Connection, places: Sequence[Place], changed: dict[str, _CachedRun | None]
     ) -> None:
         """Stores the places that writers have reached, if a step of their run is stored."""
         rows = []
@@ -764,7 +700,7 @@ class FileStore:
             "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
         )
 
-    def _copied(self, run_id: str, changed: dict[str, _KnownRun | None]) -> _KnownRun | None:
+    def _copied(self, run_id: str, changed: dict[str, _CachedRun | None]) -> _CachedRun | None:
         """Returns a copy of a run's state for a transaction to change; None when nothing of the run is stored."""
         if run_id not in changed and run_id in self._runs:
             changed[run_id] = self._runs[run_id].copied()
@@ -772,17 +708,17 @@ class FileStore:
 
     # -- dropping ----------------------------------------------------------------------------------------
 
-    def _note(self, run_id: str, run: _KnownRun | None, *, has_news: bool = False) -> None:
+    def _note(self, run_id: str, run: _CachedRun | None, *, has_news: bool = False) -> None:
         """Updates the ledger for a run; None removes the run."""
         if run is None:
             self._ledger.forget(run_id)
         else:
             self._ledger.note(run_id, run.tenant, run.size, max(len(run.counts), 1), has_news=has_news)
 
-    def _is_too_large(self, run: _KnownRun) -> bool:
+    def _is_too_large(self, run: _CachedRun) -> bool:
         return run.size > self._limits.run_bytes or run.last - run.first >= self._limits.steps
 
-    def _make_room(self, connection: sqlite3.Connection, changed: dict[str, _KnownRun | None]) -> int:
+    def _make_room(self, connection: sqlite3.Connection, changed: dict[str, _CachedRun | None]) -> int:
         """Drops entries until all runs together are within the limits; returns how many."""
         count = 0
         while self._ledger.size > self._limits.all_bytes:
@@ -809,9 +745,9 @@ class FileStore:
         self,
         connection: sqlite3.Connection,
         run_id: str,
-        run: _KnownRun,
-        changed: dict[str, _KnownRun | None],
-        is_too_large: Callable[[_KnownRun], bool],
+        run: _CachedRun,
+        changed: dict[str, _CachedRun | None],
+        is_too_large: Callable[[_CachedRun], bool],
         *,
         is_all: bool = False,
     ) -> int:
@@ -842,7 +778,7 @@ class FileStore:
         self._note(run_id, changed[run_id])
         return count
 
-    def _delete(self, connection: sqlite3.Connection, run: _KnownRun) -> None:
+    def _delete(self, connection: sqlite3.Connection, run: _CachedRun) -> None:
         """Deletes a run. Its entries are left to ``_sweep``, since there may be very many, or to the next start."""
         for table in ("ranks", "ends", "places"):
             connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
@@ -862,7 +798,7 @@ class FileStore:
         if not count:
             self._left.pop()
 
-    def _drop(self, connection: sqlite3.Connection, run: _KnownRun, origin: Origin) -> None:
+    def _drop(self, connection: sqlite3.Connection, run: _CachedRun, origin: Origin) -> None:
         """Counts an entry of this writer as dropped; after its last one, forgets everything about the writer."""
         run.counts[origin] -= 1
         if run.counts[origin] <= 0:
@@ -875,17 +811,6 @@ class FileStore:
                 connection.execute(f"DELETE FROM {table} WHERE {_OF_WRITER}", of_writer)  # noqa: S608
 
 
-class _New(NamedTuple):
-    """The data of one call of ``add``, stored in one transaction."""
-
-    items: list[Item]
-    ended: Mapping[Origin, str]
-    places: list[Place]
-    tenants: Mapping[str, str]
-    kept: KeptRequest | None
-    first_kept: int | None
-
-
 class _DecodedBlock(NamedTuple):
     """The frames of a block that was read, and its size in bytes."""
 
@@ -896,7 +821,7 @@ class _DecodedBlock(NamedTuple):
 class _NewBlock:
     """Consecutive frames of one writer, to be stored as one block."""
 
-    def __init__(self, block: int, run: _KnownRun) -> None:
+    def __init__(self, block: int, run: _CachedRun) -> None:
         self.id = block
         self.run = run
         self.records: list[bytes] = []

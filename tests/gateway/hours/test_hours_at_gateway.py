@@ -13,10 +13,10 @@ from wire import encoder
 from esper_otel import UnknownRun
 from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.phases import Phase
+from esper_otel.frames.phase_log import Phase
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.hours import hours as module
-from esper_otel.gateway.hours.file import FILE, HoursFile, ReceivedPhase, Writer
+from esper_otel.gateway.hours import accounts as module
+from esper_otel.gateway.hours.file import FILE, AttemptRank, HoursFile, ReceivedPhase
 from esper_otel.gateway.receive.decoder import Decoder, decode_plain
 from esper_otel.gateway.store.base import StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
@@ -134,7 +134,7 @@ def test_both_decoders_read_phases_and_make_no_step_of_them() -> None:
     assert sorted(fast.phases) == sorted(plain.phases)
     assert (fast.blocks, fast.points, fast.rejected) == ((), 12, {})
     [first, second] = sorted(module.received_phases(fast.phases), key=lambda each: each.phase.number or 0)
-    assert first.writer == second.writer == Writer(0, 1)
+    assert first.writer == second.writer == AttemptRank(0, 1)
     assert first.phase == PhaseTimes("checkpoint", START_NS + 100 * 10**6, 5.0, 5.0, 5.0, 5.0, 1, 7)
     assert second.phase == PhaseTimes("säve", START_NS + 200 * 10**6, 6.0, 0.0, 6.0, 6.0, 2, None)
     bad = [point._replace(value=value) for point in fast.phases for value in (-1.0, float("nan"), 1e300)]
@@ -205,7 +205,7 @@ def test_very_many_phases_leave_room_and_keep_their_totals(monkeypatch: pytest.M
     kept = HoursFile(None, Warnings())
     for number in range(1, 1_000):
         times: Any = PhaseTimes("once" if number == 1 else "often", number, float(number), 0.0, 1.0, 1.0, number, None)
-        kept.add([ReceivedPhase("run", Writer(0, 1), times)])
+        kept.add([ReceivedPhase("run", AttemptRank(0, 1), times)])
     found = [each for _, each in kept.phases("run")]
     assert 50 <= len(found) <= 101
     assert {each.name: each.total_ms for each in found} == {"once": 1.0, "often": 999.0}
@@ -220,10 +220,10 @@ def test_phases_that_have_totals_are_bounded_and_tried_seldom(monkeypatch: pytes
         monkeypatch.setattr(file, name, most)
     kept = HoursFile(None, Warnings())
     statements: list[str] = []
-    kept._connection.set_trace_callback(statements.append)
+    kept._file.connection.set_trace_callback(statements.append)
     for number in range(1_000):
         times = PhaseTimes(f"name {number % 10}", number, 1.0, 0.0, 1.0, 1.0, number, None)
-        kept.add([ReceivedPhase("run", Writer(number // 10 % 10, number // 100), times)])
+        kept.add([ReceivedPhase("run", AttemptRank(number // 10 % 10, number // 100), times)])
     found = kept.phases("run")
     assert len(found) + kept.dropped_totals == 1_000
     assert 300 <= len(found) <= 350

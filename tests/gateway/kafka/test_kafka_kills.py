@@ -13,7 +13,7 @@ from gateways import RunningGateway
 from programs import until
 from tiers import SESSION_MS, Puller, Ranks, Tier, broker
 
-from esper_otel.gateway.kafka.records import block_of
+from esper_otel.gateway.kafka.topic_records import block_of
 
 __all__ = ["broker", "make_frame"]
 pytestmark = pytest.mark.lengthy

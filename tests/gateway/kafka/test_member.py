@@ -11,8 +11,8 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from esper_otel.gateway.kafka import member as module
-from esper_otel.gateway.kafka import work
-from esper_otel.gateway.kafka.connection import Connection, MemberEnds
+from esper_otel.gateway.kafka import member_process as work
+from esper_otel.gateway.kafka.brokers import Brokers, MemberEnds
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.topics import Tier, Topics
 
@@ -20,7 +20,7 @@ from esper_otel.gateway.kafka.topics import Tier, Topics
 @pytest.fixture
 def member() -> Any:
     """A member that has not begun."""
-    return Member(Connection("nowhere:1", {}), Tier(Topics.of("esper"), 2, "one"), MemberOptions("one"))
+    return Member(Brokers("nowhere:1", {}), Tier(Topics.of("esper"), 2, "one"), MemberOptions("one"))
 
 
 def test_records_of_a_partition_that_was_revoked_meanwhile_are_left_to_its_next_member(member: Any) -> None:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.lengthy
 
 # A version to come: what it writes has another form, and it can still read the form of today.
 NEWER = """
-import esper_otel.gateway.kafka.records as records
+import esper_otel.gateway.kafka.topic_records as records
 records.VERSION = 2
 records._check_version = lambda value: None
 """

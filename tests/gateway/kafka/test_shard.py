@@ -8,17 +8,19 @@ from dataclasses import replace
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
-from wire import encoder
+from log_requests import body as event_body
+from wire import counts_of, encoder, end_of
 
 from esper_otel import StaleCursor
 from esper_otel.frames.frame import Frame
 from esper_otel.frames.records import RecordWriter
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.items import Item, Origin, Place, RunState
-from esper_otel.gateway.kafka.cursors import Stand, Wanted, cursor_stands, cursor_text
-from esper_otel.gateway.kafka.records import (
-    Block,
-    Released,
+from esper_otel.gateway.kafka.cursors import PullSelection, Stand, cursor_stands, cursor_text
+from esper_otel.gateway.kafka.shard import Commit, RequestRecord, Shard
+from esper_otel.gateway.kafka.topic_records import (
+    FrameBatch,
+    FrameWithLoss,
     UnknownForm,
     block_bytes,
     block_of,
@@ -27,9 +29,9 @@ from esper_otel.gateway.kafka.records import (
     state_bytes,
     state_of,
 )
-from esper_otel.gateway.kafka.shard import Committed, Received, Shard
 from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
+from esper_otel.schema.events import EVENT_SCOPE
 
 STEPS, RANKS = 24, 3
 
@@ -41,14 +43,14 @@ class Log:
         self.requests = requests
         self.frames: list[tuple[bytes, bytes]] = []
         self.states: dict[bytes, bytes] = {}
-        self.committed: Committed | None = None
+        self.committed: Commit | None = None
         self.now_s = 0.0
         self.begin()
 
     def begin(self) -> None:
         """A member takes the partition over."""
         self.shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
-        self.read, first, _ = self.committed or Committed(0, 0)
+        self.read, first, _ = self.committed or Commit(0, 0)
         blocks = [block_of(*record) for record in self.frames[first:]]
         states = [state_of(*record) for record in self.states.items()]
         self.shard.restore(states, blocks, (first, len(self.frames)), self.now_s)
@@ -57,7 +59,7 @@ class Log:
         """Takes some records; if it dies before the end of the transaction, nothing of it is there."""
         self.now_s += waits_s
         some = range(self.read, min(self.read + count, len(self.requests)))
-        records = [Received(offset, TIME_UNIX_NS + offset, b"", self.requests[offset]) for offset in some]
+        records = [RequestRecord(offset, TIME_UNIX_NS + offset, b"", self.requests[offset]) for offset in some]
         assert not self.shard.take(records, self.now_s)
         self.read += len(records)
         blocks = [(key_of(block.origin), block_bytes(block)) for block in self.shard.release(self.now_s)]
@@ -131,21 +133,21 @@ def test_every_step_is_there_once_whenever_members_die(seed: int) -> None:
     assert {state_of(*record).counts.writer for record in log.states.items()} == {STEPS}
 
 
-def _numbers(block: Block) -> range:
+def _numbers(block: FrameBatch) -> range:
     return range(block.of_run, block.of_run + len(block.frames))
 
 
 def test_a_poisoned_record_costs_no_other() -> None:
     log = Log(requests(1)[:6])
-    good = [Received(offset, 1, b"", body) for offset, body in enumerate(log.requests)]
-    bad = Received(6, 1, b"key", b"\x0a\xff\xff")
+    good = [RequestRecord(offset, 1, b"", body) for offset, body in enumerate(log.requests)]
+    bad = RequestRecord(6, 1, b"key", b"\x0a\xff\xff")
     poisoned = log.shard.take([*good[:3], bad, *good[3:]], 1.0)
     assert [each.record for each in poisoned] == [bad]
     assert "Malformed" in poisoned[0].reason
     assert sum(len(block.frames) for block in log.shard.release(9.0)) == len({*log.requests})
-    committed = Committed(5, 3, (6,))
-    assert Committed.of(5, committed.metadata) == committed
-    assert Committed.of(5, "by another program") is None
+    committed = Commit(5, 3, (6,))
+    assert Commit.of(5, committed.metadata) == committed
+    assert Commit.of(5, "by another program") is None
     next_one = Log(log.requests).shard
     next_one.buried = [6]
     assert next_one.take([bad], 1.0) == []
@@ -167,8 +169,11 @@ def test_records_say_what_they_are() -> None:
         validation_loss=0.5,
     )
     frame = step_of(1, 7)
-    block = Block(
-        [Released(Item(origin, frame, 2, True, 11), 0.5), Released(Item(origin, frame, 1, False, 12, 3), None)],
+    block = FrameBatch(
+        [
+            FrameWithLoss(Item(origin, frame, 2, True, 11), 0.5),
+            FrameWithLoss(Item(origin, frame, 1, False, 12, 3), None),
+        ],
         4,
         5,
         place,
@@ -186,6 +191,35 @@ def test_records_say_what_they_are() -> None:
         block_of(b'["run"]', value)
 
 
+def test_a_writer_without_steps_is_known_to_live_after_a_takeover() -> None:
+    """Its counts are records of their own; the servers hear of them, and the next member remembers."""
+    run = replace(RUN, rank=0)
+    body = b"".join(each.body for each in encoder("process-0").requests(blocks_of([step_of(0, 1)])))
+    log = Log([body, *[counts_of(run, process="process-0")] * 2])
+    log.work(1, of_all=True, dies=False)
+    for at in (1, 2):
+        log.work(1, of_all=True, dies=False)
+        [state] = [state_of(*record).state for record in log.states.items()]
+        assert (state.last_received_unix_ns, state.step_received_unix_ns) == (TIME_UNIX_NS + at, TIME_UNIX_NS)
+        log.begin()
+
+
+def test_a_run_that_failed_before_its_first_step_is_known_until_it_is_old() -> None:
+    """To the next member, too; it has no frame whose age could be asked for."""
+    log = Log([end_of()])
+    log.work(1, of_all=False, dies=False)
+    [state] = [state_of(*record).state for record in log.states.items()]
+    assert (state.origin[:3], state.ended) == ((RUN.run_id, RUN.attempt, RUN.rank), "RuntimeError")
+    for _ in range(2):
+        log.work(0, of_all=True, dies=False)
+        assert not log.shard.idle(TIME_UNIX_NS)
+        log.begin()
+    log.now_s += 1e6
+    log.work(0, of_all=True, dies=False)
+    assert log.shard.idle(TIME_UNIX_NS + 1) == [state.origin]
+    assert not log.shard.writers
+
+
 def test_counts_go_on_after_a_takeover() -> None:
     origin = Origin("run", 0, 0)
     before = RunState(origin, 1, "", 3, 9, 0, 0, differing=2, too_late=1, incomplete=4, first_time_unix_ns=5)
@@ -196,14 +230,26 @@ def test_counts_go_on_after_a_takeover() -> None:
 
 def test_cursors_name_topics_ranks_and_places() -> None:
     stands = {3: Stand(17, 2, 40), 11: Stand(0, 0, 0)}
-    for wanted in (Wanted(), Wanted(5), Wanted(None, 1, 4)):
+    for wanted in (PullSelection(), PullSelection(5), PullSelection(None, 1, 4)):
         text = cursor_text("Abc9", wanted, stands)
         assert cursor_stands(text, "Abc9", wanted) == stands
         assert cursor_stands("", "Abc9", wanted) == {}
         with pytest.raises(StaleCursor, match="earlier topics"):
             cursor_stands(text, "Other", wanted)
         with pytest.raises(StaleCursor, match="this cursor came from pulling"):
-            cursor_stands(text, "Abc9", Wanted(6))
+            cursor_stands(text, "Abc9", PullSelection(6))
     for wrong in ("693e60af::50", "k1-Abc9::3.1", "k1-Abc9::3.1.2.3,,", "x" * 300_000):
         with pytest.raises(StaleCursor, match="was not issued by this gateway"):
-            cursor_stands(wrong, "Abc9", Wanted())
+            cursor_stands(wrong, "Abc9", PullSelection())
+
+
+def test_events_in_the_topic_are_not_lost_without_a_word() -> None:
+    """A tier keeps no events: such a record is put aside with the reason. A step that names them is a step."""
+    bodies = [*encoder().requests(blocks_of([make_frame(run=replace(RUN, experiment=EVENT_SCOPE))]))]
+    shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
+    values = [event_body("run", 1), *(each.body for each in bodies)]
+    records = [RequestRecord(offset, TIME_UNIX_NS, b"", value) for offset, value in enumerate(values)]
+    [bad] = shard.take(records, 0.0)
+    assert bad.record.offset == 0
+    assert "a tier on Kafka keeps none" in bad.reason
+    assert sum(len(batch.frames) for batch in shard.release(10.0)) == 1

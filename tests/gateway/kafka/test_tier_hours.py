@@ -13,12 +13,12 @@ from wire import encoder
 from esper_otel import UnknownRun
 from esper_otel.export.phase_points import phase_scope
 from esper_otel.frames.frame import Frame, Run
-from esper_otel.frames.phases import Phase
+from esper_otel.frames.phase_log import Phase
 from esper_otel.frames.ring import blocks_of
 from esper_otel.gateway.core import Core
 from esper_otel.gateway.kafka.hours import HoursOfWriter, WriterHours
-from esper_otel.gateway.kafka.records import state_bytes, state_of
 from esper_otel.gateway.kafka.states import KnownStates
+from esper_otel.gateway.kafka.topic_records import state_bytes, state_of
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.turns import finished
 from esper_otel.hours.account import PhaseTimes
@@ -84,7 +84,7 @@ def of_a_server(log: Log) -> RunHours:
     known = KnownStates()
     for key, value in log.states.items():
         known.note(0, state_of(key, value))
-    return finished(known.hours("run"))
+    return finished(known.hours("run"))[0]
 
 
 def assert_equal(found: RunHours, expected: RunHours) -> None:
@@ -107,7 +107,7 @@ def test_hours_are_those_of_one_gateway_whenever_members_die(seed: int) -> None:
     for key, value in log.states.items():
         known.note(0, state_of(key, value))
     assert known.run_ids() == set()
-    assert set(finished(known.hours("run")).ranks) == set(range(RANKS))
+    assert set(finished(known.hours("run"))[0].ranks) == set(range(RANKS))
     chance = random.Random(seed)
     while log.read < len(log.requests):
         log.work(chance.randint(0, 9), of_all=chance.random() < 0.3, dies=chance.random() < 0.3)

@@ -6,9 +6,11 @@ import asyncio
 import json
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +24,11 @@ import esper_otel
 from esper_otel.cli import main
 from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.core import Core, KnownRun
-from esper_otel.gateway.items import Origin, RunState
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.items import Origin, RunState, RunStatus
 from esper_otel.gateway.notify.notice import ENDED, ENTERED, ESCALATED, LEFT, Alerts, Notice, as_slack
 from esper_otel.gateway.notify.watcher import Watcher
-from esper_otel.gateway.notify.webhook import Target, Webhook
+from esper_otel.gateway.notify.webhook import Webhook, WebhookAddress
 from esper_otel.settings import EsperSettings
 
 
@@ -125,7 +127,7 @@ def test_too_many_notices_are_bounded_and_said() -> None:
     with hook.listening() as url:
 
         async def flood() -> None:
-            webhook = Webhook(Target.of(url, "--notify"), counts, every_s=0.0)
+            webhook = Webhook(WebhookAddress.of(url, "--notify"), counts, every_s=0.0)
             for at in range(1500):
                 webhook.put([notice(ENTERED, run_id=str(at))])
             await webhook.close(30.0)
@@ -177,11 +179,11 @@ def test_a_target_that_cannot_be_used_is_refused_without_its_secret(
 
 
 def test_targets() -> None:
-    assert Target.of("slack+https://hooks/x", "o") == Target("https://hooks/x", "slack")
-    assert Target.of("alertmanager+http://am:9093/", "o").url == "http://am:9093/api/v2/alerts"
-    assert Target.of("https://example/a+b", "o") == Target("https://example/a+b", "")
+    assert WebhookAddress.of("slack+https://hooks/x", "o") == WebhookAddress("https://hooks/x", "slack")
+    assert WebhookAddress.of("alertmanager+http://am:9093/", "o").url == "http://am:9093/api/v2/alerts"
+    assert WebhookAddress.of("https://example/a+b", "o") == WebhookAddress("https://example/a+b", "")
     with pytest.raises(ConfigurationError, match="--notify-file"):
-        Target.of("nothing", "--notify-file f")
+        WebhookAddress.of("nothing", "--notify-file f")
 
 
 class Runs:
@@ -190,12 +192,12 @@ class Runs:
     def __init__(self) -> None:
         self.changed = ChangedRuns()
         self.known = {"r"}
-        self.state = KnownRun([], 0, None)
+        self.state = RunStatus([], 0, None)
 
     def known_runs(self) -> set[str]:
         return self.known
 
-    def state_of(self, run_id: str) -> KnownRun:
+    def state_of(self, run_id: str) -> RunStatus:
         return self.state
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> Any:
@@ -226,13 +228,38 @@ def test_a_silent_run_is_silent_no_more_before_it_ends_or_is_forgotten(
 
     async def watch() -> None:
         watcher = Watcher(cast("Core", runs), [told])
-        runs.state = KnownRun([silent], 9, None)
+        runs.state = RunStatus([silent], 9, None)
         await watcher.look()
         if ends:
-            runs.state = KnownRun([silent], 9, "KeyError")
+            runs.state = RunStatus([silent], 9, "KeyError")
         else:
             runs.known = set()
         await watcher.look()
 
     asyncio.run(watch())
     assert [each.event for each in told.notices] == ["run_silent", "run_back", *(["run_ended"] if ends else [])]
+
+
+def test_a_run_that_lives_without_steps_is_told_from_a_silent_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank that takes steps is enough; a silent rank beside one that lives makes no silent run."""
+    runs, told = Runs(), Told()
+    monkeypatch.setattr("esper_otel.gateway.notify.watcher._ALL_EVERY_S", 0.0)
+    now_ns = time.time_ns()
+    steps = RunState(Origin("r", 1, 0, ""), 2, "", 1, 9, now_ns, now_ns, step_received_unix_ns=now_ns)
+    paused = replace(steps, step_received_unix_ns=now_ns - 301 * 10**9)
+    silent = RunState(Origin("r", 1, 1, ""), 2, "", 1, 9, 1, 1, is_silent=True)
+
+    async def watch() -> None:
+        watcher = Watcher(cast("Core", runs), [told])
+        for states in ([steps, silent], [paused, silent], [silent], [paused], [steps]):
+            runs.state = RunStatus(states, 9, None)
+            await watcher.look()
+
+    asyncio.run(watch())
+    assert [(each.event, each.text) for each in told.notices] == [
+        ("run_without_steps", "run r has taken no step for 5 minutes, but its process lives"),
+        ("run_silent", "run r has sent nothing for a minute"),
+        ("run_without_steps", "run r has taken no step for 5 minutes, but its process lives"),
+        ("run_back", "run r takes steps again"),
+    ]
+    assert len({alert["labels"]["alertname"] for alert in Alerts().of(told.notices)}) == 1

@@ -11,8 +11,8 @@ from frame_examples import TIME_UNIX_NS, make_frame
 
 from esper_otel.frames.frame import Run
 from esper_otel.gateway.changes import ChangedRuns
-from esper_otel.gateway.core import Core, KnownRun
-from esper_otel.gateway.items import Item, Origin, RunState
+from esper_otel.gateway.core import Core
+from esper_otel.gateway.items import Item, Origin, RunState, RunStatus
 from esper_otel.gateway.page_data import run_table
 from esper_otel.gateway.page_data.run_table import RunTable
 from esper_otel.gateway.rebuild.launches import outcomes
@@ -29,7 +29,7 @@ class Counted(Core):
 
     asked = 0
 
-    def state_of(self, run_id: str) -> KnownRun:
+    def state_of(self, run_id: str) -> RunStatus:
         self.asked += 1
         return super().state_of(run_id)
 
@@ -118,8 +118,8 @@ class Told:
     def known_runs(self) -> set[str]:
         return {"run"}
 
-    def state_of(self, run_id: str) -> KnownRun:
-        return KnownRun(self._states, 0, outcomes(self._states).get(run_id))
+    def state_of(self, run_id: str) -> RunStatus:
+        return RunStatus(self._states, 0, outcomes(self._states).get(run_id))
 
     def entries(self, run_id: str, cursor: str, most: int, rank: int | None = None) -> Any:
         raise NotImplementedError
@@ -140,6 +140,8 @@ def state(attempt: int = 1, rank: int = 0, last: int | None = 5, **more: Any) ->
         ([state()], "live", ["live"]),
         ([state(last=None)], "waiting", ["waiting"]),
         ([state(is_silent=True)], "silent", ["silent"]),
+        ([state(step_received_unix_ns=TIME_UNIX_NS - 61 * 10**9)], "no steps", ["no steps"]),
+        ([state(step_received_unix_ns=TIME_UNIX_NS - 59 * 10**9)], "live", ["live"]),
         ([state(ended="completed")], "completed", ["completed"]),
         ([state(ended="exit")], "ended", ["ended"]),
         ([state(ended="interrupted")], "ended", ["ended"]),

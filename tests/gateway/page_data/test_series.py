@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from page_client import BEGIN_NS, Made, Page, item
 
 from esper_otel.gateway.core import Core
-from esper_otel.gateway.page_data import table
-from esper_otel.gateway.page_data.answers import Wanted, series
-from esper_otel.gateway.page_data.table import Range
+from esper_otel.gateway.page_data import bucket_table
+from esper_otel.gateway.page_data.answers import SeriesRequest, series
+from esper_otel.gateway.page_data.bucket_table import Range
 from esper_otel.gateway.page_data.view import View
 from esper_otel.gateway.store.memory import MemoryStore
 
@@ -98,7 +98,7 @@ def test_no_value_is_hidden_and_what_is_new_is_enough(
     monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, int, dict[str, float]]], rows: int, most: int
 ) -> None:
     """A page that asked after every few steps has what a new page gets, and both what a plain list has."""
-    monkeypatch.setattr(table, "MOST_ROWS", rows)
+    monkeypatch.setattr(bucket_table, "MOST_ROWS", rows)
     store = MemoryStore()
     kept: dict[tuple[int, int], Made] = {}
     revisions: dict[tuple[int, int], int] = {}
@@ -151,7 +151,7 @@ def test_a_large_answer_is_made_in_small_parts() -> None:
     for _ in view.following():
         pass
     parts = 0
-    making = series(view, Wanted((), Range(), 4_000, ""))
+    making = series(view, SeriesRequest((), Range(), 4_000, ""))
     while True:
         try:
             next(making)

@@ -13,7 +13,7 @@ from frame_examples import RUN, TIME_UNIX_NS, histories, make_frame, seed_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from wire import bodies, encoder
+from wire import bodies, counts_of, encoder
 
 from esper_otel.frames.frame import SAID_BESIDE, Frame, Run, is_absent
 from esper_otel.gateway.items import Item
@@ -316,3 +316,33 @@ def test_the_end_of_one_run_too_many_is_counted() -> None:
     marker = Marker(PointSender(Run("two", 0)), "kasmina.seed.alpha", "seed-1", TIME_UNIX_NS)
     taken = assembler.take(DecodedRequest((), (marker,), (), 1, {}), now_s=1.0, received_unix_ns=1)
     assert (taken.accepted, dict(taken.rejected)) == (0, {TOO_MANY_RUNS: 1})
+
+
+def test_counts_are_a_sign_of_life_of_a_run_that_is_known() -> None:
+    """An evaluation may take an hour: its run is not silent. Counts alone make no run, and no room for one."""
+    gateway = Gateway()
+    gateway.take(counts_of())
+    assert not gateway.assembler.runs(gateway.now_s)
+    gateway.take(*bodies([make_frame()]))
+    for _ in range(3):
+        gateway.now_s += 50.0
+        decoded = gateway.decoder.decode(counts_of() * 4)  # often enough for a template
+        taken = gateway.assembler.take(decoded, now_s=gateway.now_s, received_unix_ns=9)
+        assert {origin[:3] for origin in taken.alive} == {(RUN.run_id, RUN.attempt, RUN.rank)}
+    [state] = gateway.assembler.runs(gateway.now_s + 50.0)
+    assert not state.is_silent
+    assert (state.last_received_unix_ns, state.step_received_unix_ns) == (9, 1)
+    assert state.is_without_steps(20, 10)
+    [state] = gateway.assembler.runs(gateway.now_s + 61.0)
+    assert state.is_silent
+    assert not state.is_without_steps(20, 10)
+
+
+def test_the_end_of_a_series_is_no_sign_of_life() -> None:
+    """A collector that scrapes a trainer ends its series when the trainer is gone."""
+    request = ExportMetricsServiceRequest.FromString(counts_of())
+    for metric in request.resource_metrics[0].scope_metrics[0].metrics:
+        for point in (*metric.sum.data_points, *metric.gauge.data_points):
+            point.flags = 1
+            point.ClearField("as_double")
+    assert not Decoder().decode(request.SerializeToString()).alive

@@ -312,3 +312,20 @@ def test_a_flagged_point_is_an_end_in_any_scope_and_no_point_of_a_frame(scope: s
     assert [(m.name, m.seed, m.time_unix_ns) for m in decoded.markers] == [(n, "gone", TIME_UNIX_NS) for n in names]
     as_json = json_format.MessageToJson(request, preserving_proto_field_name=False, use_integers_for_enums=True)
     assert Decoder().decode_json(as_json.encode()).markers == decoded.markers
+
+
+@pytest.mark.parametrize("name", ["esper.device.info", "hw.gpu.utilization", "hw.of.a.later.version"])
+def test_a_description_of_the_device_makes_no_frame(name: str) -> None:
+    """Next to the frame's own points, and alone."""
+    body = bodies([make_frame()])[0]
+    before = Decoder().decode(body)
+    request = ExportMetricsServiceRequest.FromString(body)
+    scoped = request.resource_metrics[0].scope_metrics.add()
+    scoped.scope.name = "esper_otel.device"
+    point = scoped.metrics.add(name=name).gauge.data_points.add(time_unix_nano=TIME_UNIX_NS, as_double=1.0)
+    point.attributes.append(KeyValue(key="hw.id", value=AnyValue(string_value="GPU-aaaa-1111")))
+    assert same(request.SerializeToString())
+    decoded = Decoder().decode(request.SerializeToString())
+    assert [len(block.times) for block in decoded.blocks] == [len(block.times) for block in before.blocks]
+    del request.resource_metrics[0].scope_metrics[0]
+    assert Decoder().decode(request.SerializeToString()).blocks == ()

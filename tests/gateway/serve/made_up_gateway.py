@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from esper_otel import Stage
 from esper_otel.charts import files
+from esper_otel.charts.event_list import ShownEvent, event_marks, events_html
 
 START_MS = 1_764_450_000_000
 METRICS = [
@@ -42,6 +43,7 @@ class MadeUpRun:
         self.episodes: list[dict[str, Any]] = []
         self.seeds: list[dict[str, Any]] = []
         self.ranks: dict[str, Any] | None = None
+        self.events: list[ShownEvent] = []
         self.shift = sum(map(ord, name)) % 7
 
     def row(self) -> dict[str, Any]:
@@ -171,9 +173,12 @@ class MadeUpGateway:
         self.asked: list[str] = []
         folder = resources.files("esper_otel.gateway.serve").joinpath("page")
         charts = files.scripts(needed_by="a test")
-        names = [*charts, "runs.js", "page.js"]
+        names = [*charts, "runs.js", "page.js", "events.js"]
         tags = "".join(f'<script src="/page/{name}" nonce="n" defer></script>' for name in names)
-        own = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("runs.js", "page.js", "page.css")}
+        own = {
+            name: folder.joinpath(name).read_text(encoding="utf-8")
+            for name in ("runs.js", "page.js", "events.js", "page.css")
+        }
         self._files = {f"/page/{name}": text for name, text in (charts | own | {files.STYLE: files.style()}).items()}
         self._files["/"] = folder.joinpath("index.html").read_text(encoding="utf-8").replace("<!-- scripts -->", tags)
 
@@ -252,6 +257,12 @@ class MadeUpGateway:
         if what == "seeds":
             found = {"stages": [stage.name for stage in Stage], "count": len(run.seeds), "seeds": run.seeds}
             return _json({"cursor": "1", "is_all": True, "read": 1, "stored": 1} | found)
+        if what == "events":
+            cursor = str(len(run.events))
+            if query.get("since", "0") == cursor:
+                return _json({"cursor": cursor, "is_same": True})
+            shown = {"html": events_html(run.events), "marks": event_marks(run.events)}
+            return _json({"cursor": cursor, "is_same": False} | shown)
         if what == "ranks" and run.ranks is not None:
             return _json(run.ranks)
         return 404, "text/plain", "nothing is here"

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import requests
 from certificates import Authority, Pair
-from gateways import RunningGateway, pull
+from gateways import PROGRAM, RunningGateway, pull
 from programs import Redis, until
 from test_in_flight import connected
 from test_ports import PROTOBUF, body_of, code_of, export
@@ -39,7 +39,8 @@ def test_no_header_reaches_a_log_and_no_log_grows(tmp_path: Path) -> None:
         f"GET / HTTP/1.1\r\nauthorization: Bearer {SECRET * 1_000}\r\n\r\n",
         f"{SECRET} / HTTP/9\r\n\r\n",
     )
-    with RunningGateway("--send-tokens", str(tokens)) as plain, RunningGateway(*tls) as secure:
+    options = ("--send-tokens", str(tokens))
+    with RunningGateway(*options) as plain, RunningGateway(*tls, program=PROGRAM) as secure:
         for gateway in (plain, secure):
             for address in (gateway.http, gateway.grpc):
                 for number in range(24):

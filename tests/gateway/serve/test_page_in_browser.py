@@ -11,6 +11,8 @@ import pytest
 from browser import Browser
 from made_up_gateway import START_MS, MadeUpGateway, MadeUpRun
 
+from esper_otel.charts.event_list import ShownEvent
+
 STATUS = "document.getElementById('connection').textContent"
 DRAWN = "[...board.charts.values()].filter((chart) => chart.plot).length"
 
@@ -26,8 +28,9 @@ def chart(name: str) -> str:
 
 
 def test_every_metric_has_a_chart_and_each_is_drawn(browser: Browser) -> None:
-    """In groups that fold; the filter leaves some; nothing that the policy forbids is tried."""
+    """In groups that fold; the filter leaves some; events are marked; nothing that the policy forbids is tried."""
     run = MadeUpRun("run", 300)
+    run.events = [ShownEvent("esper.checkpoint", f"at <{step}>", 10**18, 9, step, 1) for step in (100, 200)]
     with MadeUpGateway(run) as gateway:
         browser.open(gateway.url)
         browser.value(
@@ -45,6 +48,13 @@ def test_every_metric_has_a_chart_and_each_is_drawn(browser: Browser) -> None:
             for i in range(3)
         ]
         assert all(low < middle < high for low, middle, high in zip(wait, hook, rest, strict=True))
+        browser.until(f"{chart('loss')}.sources.get('events')?.data.x.length === 2")
+        assert browser.value(f"[...{chart('loss')}.sources.get('events').data.x]") == [100, 200]
+        assert browser.value("[...document.querySelectorAll('#events li b')].map((item) => item.textContent)") == [
+            *("at <100>", "at <200>"),
+        ]
+        browser.value(f"board.point(200.4, {chart('loss')})")
+        assert "┃ at <200>" in browser.value("document.querySelector('.readout').textContent")
         assert wait[9] == run.value("input_wait_ms", 10)
         assert rest[9] == pytest.approx(wait[9] + run.value("step_latency_ms", 10))
         browser.value("board.set({filter: 'wait'}); document.querySelectorAll('.section:not([hidden]) .chart').length")

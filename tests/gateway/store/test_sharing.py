@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_otel.gateway.faults import Busy
-from esper_otel.gateway.serve.in_flight import Holding, Room, Turns
+from esper_otel.gateway.serve.in_flight import Room, RoomShare, Turns
 
 pytestmark = pytest.mark.own_code
 
@@ -21,7 +21,7 @@ OWNERS = st.sampled_from("abc")
 def test_room_is_never_used_up_twice(changes: list[tuple[str, int, int]]) -> None:
     """Whatever is asked for: the sum is bounded, and only one who has more than the asker would have gives way."""
     room = Room(20, "too much")
-    held: dict[tuple[str, int], Holding] = {}
+    held: dict[tuple[str, int], RoomShare] = {}
     with ExitStack() as entered:
         for owner, number, size in changes:
             of_owner = [each.size for each in held.values() if each.owner == owner]

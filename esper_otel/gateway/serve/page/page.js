@@ -6,8 +6,8 @@ const SLOW_MS = 3000; // when an answer takes longer, the page says so
 const GIVE_UP_MS = 15000; // when an answer takes longer, the page repeats the request
 const MOST_ROWS_IN_ALL = 20000; // of the curves of one metric, over all runs
 const MOST_SEEDS = 30;
-const STATES = { waiting: "waiting for its first step", live: "live", silent: "silent", completed: "completed", ended: "ended", failed: "failed", killed: "killed" };
-const GOING = ["waiting", "live", "silent"]; // the states of a run that may have further steps
+const STATES = { waiting: "waiting for its first step", live: "live", "no steps": "no step for a while, but its process lives", silent: "silent", completed: "completed", ended: "ended", failed: "failed", killed: "killed" };
+const GOING = ["waiting", "live", "no steps", "silent"]; // the states of a run that may have further steps
 
 const $ = (id) => document.getElementById(id);
 const gateway = { heardMs: performance.now(), askedMs: Infinity, hasAnswered: false, fault: "", cursor: "" };
@@ -242,7 +242,7 @@ function status() {
   const behind = shownNames().filter((name) => data.get(name)?.isBehind);
   if (behind.length) said.push(`catching up with ${some(behind)}`);
   $("connection").textContent = said.filter(Boolean).join("; ");
-  const live = [...runs.infos.values()].filter((run) => run.state === "live").length;
+  const live = [...runs.infos.values()].filter((run) => ["live", "no steps"].includes(run.state)).length;
   $("count").textContent = runs.infos.size ? `${runs.infos.size.toLocaleString("en")} ${runs.infos.size === 1 ? "run" : "runs"}, ${live} live` : "";
   document.title = runs.chosen.length === 1 && runs.infos.has(runs.chosen[0]) ? `${Esper.printable(runs.chosen[0])} · ${runs.infos.get(runs.chosen[0]).state} · Esper` : "Esper";
 }
@@ -274,7 +274,7 @@ function drawNow() {
   const step = run.last_step === null ? "none" : run.last_step.toLocaleString("en");
   const state = lost() ? "not known" : STATES[run.state] || run.state;
   const tiles = [
-    ["state", run.outcome && ["failed", "killed", "ended"].includes(run.state) ? `${state}: ${run.outcome}` : state, lost() ? "bad" : TONES[run.state]],
+    ["state", run.outcome && ["failed", "killed", "ended"].includes(run.state) ? `${state}${run.start_ms === null ? " before its first step" : ""}: ${run.outcome}` : state, lost() ? "bad" : TONES[run.state]],
     ["step", found?.isBehind ? `${series.read.toLocaleString("en")} of ${series.stored.toLocaleString("en")}, catching up` : step, found?.isBehind ? "warn" : ""],
     [isOver ? "duration" : "age of the last step", isOver ? Esper.duration(durationOf(run)) : Esper.duration(age), !isOver && age > 60_000 ? "warn" : ""],
     ["loss", run.last_loss_is || Esper.number(run.last_loss), run.last_loss_is ? "bad" : ""],

@@ -3,7 +3,7 @@
 
 const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" });
 const AT_FIRST = 40; // rows shown at first, and more with each press of the button
-const TONES = { live: "good", completed: "good", waiting: "", silent: "warn", ended: "", failed: "bad", killed: "bad" };
+const TONES = { live: "good", completed: "good", waiting: "", "no steps": "warn", silent: "warn", ended: "", failed: "bad", killed: "bad" };
 const COLUMNS = [
   // name, its value for sorting, its text, whether it is a number
   ["run", (run) => run.run_id],
@@ -27,12 +27,13 @@ function columns() {
 }
 
 function stateOf(run) {
-  return run.outcome && !["completed", run.state].includes(run.outcome) ? `${run.state} (${run.outcome})` : run.state;
+  const early = run.outcome && run.start_ms === null ? " before its first step" : "";
+  return (run.outcome && !["completed", run.state].includes(run.outcome) ? `${run.state} (${run.outcome})` : run.state) + early;
 }
 
 function durationOf(run) {
   if (run.start_ms === null) return NaN;
-  return (run.state === "live" ? Date.now() + runs.clockMs : lastOf(run) ?? run.start_ms) - run.start_ms;
+  return (["live", "no steps"].includes(run.state) ? Date.now() + runs.clockMs : lastOf(run) ?? run.start_ms) - run.start_ms;
 }
 
 // When the last step was. Steps that are quicker than 1 ms have times 1 ms apart, which run ahead of the clock.

@@ -1,0 +1,316 @@
+"""Keeps the events of runs in an SQLite file next to that of the steps, or in memory."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from esper_otel.gateway.limits import Limits, SharedPlaces
+from esper_otel.gateway.receive.log_records import NO_ROOM_FOR_EVENTS, TOO_MANY_EVENTS, EventRecord, Value
+from esper_otel.gateway.store.base import cursor_place, cursor_text
+from esper_otel.gateway.store.side_file import SideFile
+from esper_otel.log import Warnings
+
+FILE = "events.sqlite3"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    id INTEGER PRIMARY KEY, run TEXT UNIQUE, life TEXT, last INTEGER, tenant TEXT, received REAL
+);
+CREATE TABLE IF NOT EXISTS events (
+    run INTEGER, position INTEGER, rank INTEGER, attempt INTEGER, process TEXT, number INTEGER, missed INTEGER,
+    time INTEGER, content TEXT, PRIMARY KEY (run, position)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS events_by_number ON events (run, rank, attempt, number, time);
+"""
+_AFTER = """
+SELECT position, rank, attempt, process, number, missed, time, content FROM events
+WHERE run = ?1 AND position > ?2 AND (?3 IS NULL OR rank = ?3) ORDER BY position LIMIT ?4
+"""
+_NEWEST = """
+SELECT position, rank, attempt, process, number, missed, time, content FROM events
+WHERE run = ?1 AND rank = ?2 ORDER BY position DESC LIMIT ?3
+"""
+
+# A rank and an attempt: whose events are numbered.
+_Numbered: TypeAlias = tuple[int, int]
+
+
+class StoredEvent(NamedTuple):
+    """An event and its position.
+
+    Attributes:
+        position: 1, 2, ... within the run, in order of arrival.
+        rank: rank of its process.
+        attempt: attempt of its process.
+        process: tells a process from the first one that claimed the same rank and attempt; empty for the first.
+        number: 1, 2, ... within the rank and attempt.
+        missed: how many events directly before it had not arrived when it did.
+        time_unix_ns: when it happened.
+        name: which kind of event it is.
+        severity: severity number of OTLP; 0 if it is not known.
+        text: the event as a sentence.
+        step: the step in or after which it happened; None if it is not known.
+        epoch: the epoch of that step; None if it is not known.
+        attributes: what else is said of it.
+    """
+
+    position: int
+    rank: int
+    attempt: int
+    process: str
+    number: int
+    missed: int
+    time_unix_ns: int
+    name: str
+    severity: int
+    text: str
+    step: int | None
+    epoch: int | None
+    attributes: dict[str, Value]
+
+
+class StoredEventPage(NamedTuple):
+    """The events after a cursor.
+
+    Attributes:
+        events: the events, in order of arrival.
+        cursor: the cursor for the next page.
+        gap: how many events directly before those here had not arrived when they did.
+    """
+
+    events: Sequence[StoredEvent]
+    cursor: str
+    gap: int
+
+
+@dataclass(slots=True)
+class _EventfulRun:
+    """What is known of a run without reading the file.
+
+    Attributes:
+        id: its number in the file.
+        life: tells its events from those of an earlier file.
+        last: the position of its newest event.
+        tenant: whose share it uses.
+        received_s: when its newest event arrived, in Unix seconds.
+        count: how many events it has.
+        numbers: of each rank and attempt, the highest number, and how many numbers there are.
+    """
+
+    id: int
+    life: str
+    last: int
+    tenant: str
+    received_s: float
+    count: int = 0
+    numbers: dict[_Numbered, tuple[int, int]] = field(default_factory=dict)
+
+
+class EventFile:
+    """Events by run. Threads: one at a time.
+
+    Args:
+        folder: the folder of the store; None keeps everything in memory.
+        limits: how many there may be.
+        warnings: where damage is reported.
+        clock_s: Unix time, in seconds.
+
+    Attributes:
+        places: the room for events, and how much of it is used.
+    """
+
+    def __init__(
+        self, folder: Path | None, limits: Limits, warnings: Warnings, clock_s: Callable[[], float] = time.time
+    ) -> None:
+        self._limits = limits
+        self._clock_s = clock_s
+        self._warnings = warnings
+        self._runs: dict[str, _EventfulRun] = {}
+        self._is_stale = False
+        self.places: SharedPlaces = SharedPlaces(limits.all_events)
+        self._file = SideFile(folder, FILE, _SCHEMA, "events", self._load, warnings)
+
+    def _load(self, connection: sqlite3.Connection) -> None:
+        """Reads what is known of each run."""
+        runs: dict[str, _EventfulRun] = {}
+        by_id: dict[int, _EventfulRun] = {}
+        for number, run, life, last, tenant, received_s in connection.execute("SELECT * FROM runs"):
+            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, received_s)
+        counted = (
+            "SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*) FROM events GROUP BY 1, 2, 3"
+        )
+        for number, rank, attempt, highest, distinct, count in connection.execute(counted):
+            if number in by_id:
+                by_id[number].numbers[rank, attempt] = highest, distinct
+                by_id[number].count += count
+        self._runs, self._is_stale = runs, False
+        self.places = SharedPlaces(self._limits.all_events)
+        for found in runs.values():
+            self.places.restore(found.tenant, found.count)
+
+    def add(self, events: Iterable[EventRecord], tenant: str) -> tuple[int, Counter[str]]:
+        """Stores events, all or nothing; repeated ones are left out.
+
+        Returns:
+            How many were new, and how many were refused, by reason.
+
+        Raises:
+            StoreFull: nothing was stored.
+        """
+        refused: Counter[str] = Counter()
+        added = 0
+        try:
+            with self._file.transaction() as connection:
+                if self._is_stale:
+                    self._load(connection)
+                for event in events:
+                    outcome = self._add(connection, event, tenant)
+                    if isinstance(outcome, str):
+                        refused[outcome] += 1
+                    else:
+                        added += outcome
+        except BaseException:
+            self._is_stale = True  # it contains events that were not stored after all
+            raise
+        return added, refused
+
+    def _add(self, connection: sqlite3.Connection, event: EventRecord, tenant: str) -> bool | str:
+        """Stores an event; returns whether it is new, or why it is refused.
+
+        What a later process sends of an earlier one is known by number and time. The same number with another time is
+        of a second process that claims the rank.
+        """
+        of = event.sender.run
+        run = self._runs.get(of.run_id)
+        times = [] if run is None else self._times(connection, run, event)
+        if event.time_unix_ns in times:
+            return False
+        if run is not None and run.count >= self._limits.events:
+            return TOO_MANY_EVENTS
+        if not self.places.take(tenant if run is None else run.tenant):
+            return NO_ROOM_FOR_EVENTS
+        if run is None:
+            run = self._runs[of.run_id] = self._begin(connection, of.run_id, tenant)
+        run.last, run.count, run.received_s = run.last + 1, run.count + 1, self._clock_s()
+        process, missed = _digest(event.sender.process) if times else "", 0
+        if not times:
+            highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
+            run.numbers[of.rank, of.attempt] = max(highest, event.number), count + 1
+            missed = max(event.number - 1 - highest, 0)
+        place = (run.id, run.last, of.rank, of.attempt, process, event.number, missed)
+        row = (*place, event.time_unix_ns, event.content())
+        connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        connection.execute("UPDATE runs SET last = ?, received = ? WHERE id = ?", (run.last, run.received_s, run.id))
+        return True
+
+    def _times(self, connection: sqlite3.Connection, run: _EventfulRun, event: EventRecord) -> list[int]:
+        """Returns the times of the stored events with the number of this one."""
+        of = event.sender.run
+        if event.number > run.numbers.get((of.rank, of.attempt), (0, 0))[0]:
+            return []
+        found = "SELECT time FROM events WHERE run = ? AND rank = ? AND attempt = ? AND number = ?"
+        return [
+            time_unix_ns for (time_unix_ns,) in connection.execute(found, (run.id, of.rank, of.attempt, event.number))
+        ]
+
+    def _begin(self, connection: sqlite3.Connection, run_id: str, tenant: str) -> _EventfulRun:
+        life = secrets.token_hex(8)
+        made = connection.execute(
+            "INSERT INTO runs (run, life, last, tenant, received) VALUES (?, ?, 0, ?, 0)", (run_id, life, tenant)
+        )
+        return _EventfulRun(made.lastrowid or 0, life, 0, tenant, 0.0)
+
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredEventPage | None:
+        """Returns the events after a cursor: of a rank, or of all; None if nothing of the run is stored.
+
+        Raises:
+            StaleCursor: the cursor is from an earlier store of the run, or was issued for other ranks.
+            StoreFull: the file cannot be read at present.
+        """
+        run = self._runs.get(run_id)
+        if run is None:
+            return None
+        place = cursor_place(cursor, run.life, rank, run.last, what="events")
+        rows = self._file.rows(_AFTER, (run.id, place, rank, most))
+        events = self._read(rows)
+        place = rows[-1][0] if len(rows) == most else run.last
+        return StoredEventPage(events, cursor_text(run.life, rank, place), sum(event.missed for event in events))
+
+    def newest(self, run_id: str, rank: int, most: int) -> list[StoredEvent]:
+        """Returns the newest events of a rank, oldest first."""
+        run = self._runs.get(run_id)
+        if run is None:
+            return []
+        return self._read(self._file.rows(_NEWEST, (run.id, rank, most))[::-1])
+
+    def _read(self, rows: Sequence[Any]) -> list[StoredEvent]:
+        """Returns rows as events, without those that a gateway cannot have written."""
+        events = []
+        for *place, content in rows:
+            event = _event_of(place, content)
+            if event is None:
+                self._warnings.say("damaged event", "an event cannot be read and is left out")
+            else:
+                events.append(event)
+        return events
+
+    def mark(self, run_id: str) -> str:
+        """Returns a text that changes with each new event of a run; empty if it has none."""
+        run = self._runs.get(run_id)
+        return "" if run is None else cursor_text(run.life, None, run.last)
+
+    def missing(self) -> int:
+        """Returns how many events have not arrived although later ones of their rank and attempt have."""
+        return sum(highest - count for run in self._runs.values() for highest, count in run.numbers.values())
+
+    def abandoned(self, known: Collection[str], idle_s: float) -> list[str]:
+        """Returns the runs that are not among the known ones, and of which no event has arrived for so long."""
+        now_s = self._clock_s()
+        return [run_id for run_id, run in self._runs.items() if run_id not in known and now_s - run.received_s > idle_s]
+
+    def forget(self, run_ids: Iterable[str]) -> None:
+        """Deletes the events of these runs.
+
+        Raises:
+            StoreFull: nothing was deleted.
+        """
+        gone = {run_id: self._runs[run_id] for run_id in run_ids if run_id in self._runs}
+        if not gone:
+            return
+        ids = [(run.id,) for run in gone.values()]
+        with self._file.transaction() as connection:
+            connection.executemany("DELETE FROM events WHERE run = ?", ids)
+            connection.executemany("DELETE FROM runs WHERE id = ?", ids)
+        for run_id, run in gone.items():
+            del self._runs[run_id]
+            self.places.give_back(run.tenant, run.count)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
+    """Returns an event from its row; None if a gateway cannot have written it."""
+    try:
+        event = StoredEvent(*place, *json.loads(content))
+        texts = (event.process, event.name, event.text, *event.attributes)
+    except (ValueError, TypeError):
+        return None
+    numbers = (event.rank, event.attempt, event.number, event.missed, event.time_unix_ns, event.severity)
+    further = [each for each in (event.step, event.epoch) if each is not None]
+    are_texts = all(type(each) is str for each in texts)
+    are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
+    return event if are_texts and are_numbers else None
+
+
+def _digest(process: str) -> str:
+    return blake2b(process.encode(errors="surrogateescape"), digest_size=8).hexdigest()

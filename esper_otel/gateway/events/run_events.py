@@ -1,0 +1,134 @@
+"""Events: takes the events of runs from requests, and gives them to pullers and the live page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Generator, Mapping, Sequence
+from pathlib import Path
+
+from esper_otel.gateway.events.event_file import EventFile, StoredEvent, StoredEventPage
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.receive.log_records import EventRecord
+from esper_otel.gateway.store.base import StoreFull
+from esper_otel.log import Warnings
+from esper_otel.pull.messages import Event, EventsResponse
+
+_AT_ONCE = 100  # stored in one transaction
+_MOST_SHOWN = 500  # on the page
+_IDLE_S = 24 * 3600.0
+
+
+class RunEvents:
+    """The events of runs. Threads: one at a time.
+
+    Args:
+        folder: where they are kept; None keeps them in memory.
+        limits: how many there may be.
+        counts: where events, repeated ones and ignored log records are counted.
+        warnings: where faults are reported.
+
+    Attributes:
+        refused: events that were refused for good, by reason.
+    """
+
+    def __init__(self, folder: Path | None, limits: Limits, counts: Counter[str], warnings: Warnings) -> None:
+        self._counts = counts
+        self._warnings = warnings
+        self._file = EventFile(folder, limits, warnings)
+        self.refused: Counter[str] = Counter()
+
+    def taking(self, events: Sequence[EventRecord], tenant: str) -> Generator[None, None, Counter[str]]:
+        """Stores events, in parts; returns how many were refused, by reason.
+
+        If it ends early, the sender may send all of them again: those that were stored are then left out.
+
+        Raises:
+            StoreFull: not all of them were stored.
+        """
+        refused: Counter[str] = Counter()
+        for start in range(0, len(events), _AT_ONCE):
+            some = events[start : start + _AT_ONCE]
+            added, why = self._file.add(some, tenant)
+            refused += why
+            self._counts["events"] += added
+            self._counts["repeated_events"] += len(some) - added - why.total()
+            yield
+        return refused
+
+    def note(self, refused: Mapping[str, int], ignored: int) -> str:
+        """Counts what was not taken of a request; returns the refused events in words, empty if there are none."""
+        self._counts["ignored_log_records"] += ignored
+        self.refused.update(refused)
+        said = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
+        if said:
+            self._warnings.say("refused events", "events were refused: %s", said)
+        return said
+
+    def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredEventPage | None:
+        """Returns the events after a cursor, of a rank or of all; None if nothing of the run is stored.
+
+        Raises:
+            StaleCursor: the cursor cannot be used.
+            StoreFull: they cannot be read at present.
+        """
+        return self._file.after(run_id, cursor, rank, most)
+
+    def newest(self, run_id: str, rank: int) -> list[StoredEvent]:
+        """Returns the newest events of a rank, oldest first, for the page."""
+        return self._file.newest(run_id, rank, _MOST_SHOWN)
+
+    def mark(self, run_id: str) -> str:
+        """Returns a text that changes with each new event of a run; empty if it has none."""
+        return self._file.mark(run_id)
+
+    def missing(self) -> int:
+        """Returns how many events have not arrived although later ones of their rank and attempt have."""
+        return self._file.missing()
+
+    def use(self) -> Mapping[str, tuple[float, float]]:
+        """Returns how much of the room for events is used, and the limit."""
+        return {"events": (float(self._file.places.used), float(self._file.places.most))}
+
+    def drop(self, gone: Collection[str], known: Collection[str]) -> None:
+        """Forgets runs whose steps were dropped, and those of which there are no steps and no new events for a day.
+
+        Args:
+            gone: runs whose steps were dropped.
+            known: runs of which steps are stored.
+        """
+        try:
+            self._file.forget([*gone, *self._file.abandoned(known, _IDLE_S)])
+        except StoreFull as error:
+            self._warnings.say("events", "%s", error)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def events_message(page: StoredEventPage) -> EventsResponse:
+    """Returns a page as the message for pullers."""
+    response = EventsResponse(cursor=page.cursor, gap=page.gap)
+    for event in page.events:
+        _fill(response.events.add(), event)
+    return response
+
+
+def _fill(message: Event, event: StoredEvent) -> None:
+    message.name, message.text, message.severity = event.name, event.text, event.severity
+    message.number, message.time_unix_ns = event.number, event.time_unix_ns
+    message.attempt, message.rank, message.process = event.attempt, event.rank, event.process
+    if event.step is not None:
+        message.step = event.step
+    if event.epoch is not None:
+        message.epoch = event.epoch
+    for name, value in event.attributes.items():
+        added = message.attributes.add(name=name)
+        if isinstance(value, bool):
+            added.is_true = value
+        elif isinstance(value, int):
+            added.whole = value
+        elif isinstance(value, float):
+            added.number = value
+        else:
+            added.text = value

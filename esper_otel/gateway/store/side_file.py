@@ -1,0 +1,132 @@
+"""Side files: small SQLite files next to that of the steps, for what belongs to no step."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from esper_otel import unix
+from esper_otel.gateway.store.base import StoreFull
+from esper_otel.gateway.store.database import SUFFIXES, check_ours, is_damage
+from esper_otel.log import Warnings
+
+
+class SideFile:
+    """An SQLite file, or the same in memory. Threads: one at a time.
+
+    A file that cannot be read is renamed and a new one begun, since the steps are more important.
+
+    Args:
+        folder: the folder of the store; None keeps everything in memory.
+        name: the file's name.
+        schema: statements that make the tables that are missing.
+        what: what it has, for messages, such as "phases".
+        begun: called with the connection whenever the file was opened, or begun anew.
+        warnings: where damage is reported.
+
+    Raises:
+        ConfigurationError: the file is a link, a pipe, or another user's.
+
+    Attributes:
+        connection: the connection to the file; another one after damage.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        name: str,
+        schema: str,
+        what: str,
+        begun: Callable[[sqlite3.Connection], None],
+        warnings: Warnings,
+    ) -> None:
+        self._path = None if folder is None else folder / name
+        self._schema, self._what, self._begun = schema, what, begun
+        self._warnings = warnings
+        if self._path is not None:
+            for suffix in SUFFIXES:
+                check_ours(self._path.with_name(name + suffix))
+        try:
+            self.connection: sqlite3.Connection = self._opened()
+        except sqlite3.Error as error:
+            self.connection = self._anew(error)
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._path is not None:
+            with suppress(FileExistsError):  # SQLite would create it readable by others
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE, 0o600))
+        connection = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level=None)
+        try:
+            connection.execute("PRAGMA trusted_schema = OFF")
+            if self._path is not None:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+            connection.executescript(self._schema)
+            self._begun(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _anew(self, error: sqlite3.Error) -> sqlite3.Connection:
+        """Begins a new file; the old one is kept under a name with the time."""
+        if self._path is not None and self._path.exists():
+            aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
+            self._path.rename(aside)
+            for suffix in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    self._path.with_name(self._path.name + suffix).unlink()
+            self._warnings.say(
+                f"damaged {self._what}", "the file of %s was damaged (%s): it is now %s", self._what, error, aside
+            )
+        return self._opened()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Runs the block as one transaction: either everything in it is written, or nothing.
+
+        Raises:
+            StoreFull: nothing was written.
+        """
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield self.connection
+            self.connection.execute("COMMIT")
+        except BaseException as error:
+            with suppress(sqlite3.Error):
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                self._mend(error)
+                raise StoreFull(f"{self._what} cannot be written: {error}") from error
+            raise
+
+    def rows(self, query: str, arguments: Sequence[object] = ()) -> list[Any]:
+        """Returns the rows of a query; none if the file turns out to be damaged.
+
+        Raises:
+            StoreFull: the file cannot be read at present.
+        """
+        try:
+            return self.connection.execute(query, arguments).fetchall()
+        except sqlite3.Error as error:
+            if self._mend(error):
+                return []
+            raise StoreFull(f"{self._what} cannot be read: {error}") from error
+
+    def _mend(self, error: sqlite3.Error) -> bool:
+        """Begins a new file if the old one is damaged; returns whether it was."""
+        if is_damage(error):
+            self.connection.close()
+            self.connection = self._anew(error)
+            return True
+        return False
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.connection.close()

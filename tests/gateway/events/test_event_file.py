@@ -1,0 +1,168 @@
+"""Events as they are stored: once each, in order of arrival, bounded, by sender, and again after a restart."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from log_requests import body, request
+
+from esper_otel.errors import ConfigurationError, StaleCursor
+from esper_otel.gateway.events.event_file import FILE, EventFile, StoredEventPage
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.receive.log_records import NO_ROOM_FOR_EVENTS, TOO_MANY_EVENTS, EventRecord, decode_logs
+from esper_otel.gateway.store.base import StoreFull
+from esper_otel.log import Warnings
+
+LIMITS = Limits()
+
+
+def events(run_id: str, *numbers: int, **about: Any) -> list[EventRecord]:
+    return list(decode_logs(body(run_id, *numbers, **about), LIMITS).events)
+
+
+def opened(folder: Path | None = None, limits: Limits = LIMITS, **options: Any) -> EventFile:
+    return EventFile(folder, limits, Warnings(), **options)
+
+
+def page(file: EventFile, cursor: str = "", rank: int | None = None, most: int = 100) -> StoredEventPage:
+    found = file.after("run", cursor, rank, most)
+    assert found is not None
+    return found
+
+
+def numbers(found: StoredEventPage) -> list[int]:
+    return [event.number for event in found.events]
+
+
+def test_each_event_is_stored_once_and_what_is_missing_is_counted() -> None:
+    """A late one is delivered to a puller that has the later ones, too."""
+    file = opened()
+    assert file.add(events("run", 1, 2, 5), "")[0] == 3
+    first = page(file)
+    assert (numbers(first), first.gap, file.missing()) == ([1, 2, 5], 2, 2)
+    assert file.add(events("run", 2, 5, 3), "")[0] == 1
+    second = page(file, first.cursor)
+    assert (numbers(second), second.gap, file.missing()) == ([3], 0, 1)
+    assert numbers(page(file, second.cursor)) == []
+
+
+def test_what_a_later_process_sends_again_is_known_and_what_a_second_one_sends_is_not_taken_for_it() -> None:
+    """A repeat has the number and the time of the event; another time is another process that claims the rank."""
+    file = opened()
+    assert file.add(events("run", 1, 2, **{"process.pid": 1}), "")[0] == 2
+    assert file.add(events("run", 1, 2, 3, **{"process.pid": 2}), "")[0] == 1
+    [second] = events("run", 3, **{"process.pid": 3})
+    assert file.add([second._replace(time_unix_ns=second.time_unix_ns + 1)], "")[0] == 1
+    assert [event.number for event in page(file).events if not event.process] == [1, 2, 3]
+    assert [event.number for event in page(file).events if event.process] == [3]
+    assert file.missing() == 0
+    for about in ({"attempt": 2}, {"rank": 1}):
+        assert file.add(events("run", 1, **about), "")[0] == 1
+        assert file.add(events("run", 1, **about), "")[0] == 0
+    assert [(event.rank, event.attempt) for event in page(file, rank=1).events] == [(1, 1)]
+
+
+def test_a_cursor_goes_on_page_by_page_and_after_a_restart(tmp_path: Path) -> None:
+    """Of a rank, a page may end before the newest event of another."""
+    file = opened(tmp_path)
+    for number in range(1, 11):
+        file.add(events("run", number, rank=number % 2), "")
+    found, cursor = [], ""
+    while len((each := page(file, cursor, rank=1, most=2)).events):
+        found += numbers(each)
+        cursor = each.cursor
+        file.close()
+        file = opened(tmp_path)
+    assert found == [1, 3, 5, 7, 9]
+    assert file.add(events("run", 9, rank=1), "")[0] == 0  # known from before
+    assert file.missing() == 4 + 5  # each rank has every second number
+    file.close()
+
+
+def test_a_cursor_of_another_store_or_rank_is_stale(tmp_path: Path) -> None:
+    file, other = opened(tmp_path), opened()
+    for each in (file, other):
+        each.add(events("run", 1, 2), "")
+    for cursor, rank in ((page(other).cursor, None), (page(file).cursor, 0), ("x", None)):
+        with pytest.raises(StaleCursor):
+            file.after("run", cursor, rank, 10)
+    assert file.after("another", "", None, 10) is None
+    file.close()
+
+
+def test_a_run_and_a_sender_have_bounded_room_also_after_a_restart(tmp_path: Path) -> None:
+    """A sender has no more room than is left: the second half is for others."""
+    limits = Limits(events=3, all_events=8)
+    file = opened(tmp_path, limits)
+    assert file.add(events("run", *range(1, 6)), "a") == (3, {TOO_MANY_EVENTS: 2})
+    assert file.add(events("other", *range(1, 4)), "a") == (1, {NO_ROOM_FOR_EVENTS: 2})
+    file.close()
+    file = opened(tmp_path, limits)
+    assert file.add(events("other", 3), "a") == (0, {NO_ROOM_FOR_EVENTS: 1})
+    assert file.add(events("another", 1, 2), "b") == (2, {})
+    file.forget(["run", "never there"])
+    assert file.add(events("other", 2, 3), "a") == (2, {})
+    assert file.after("run", "", None, 10) is None
+    file.close()
+
+
+def test_runs_without_steps_are_abandoned_when_they_are_silent() -> None:
+    clock = [1_000.0]
+    file = opened(clock_s=lambda: clock[0])
+    file.add(events("run", 1), "")
+    assert file.abandoned((), 60.0) == []
+    clock[0] += 61.0
+    assert file.abandoned(("run",), 60.0) == []
+    assert file.abandoned((), 60.0) == ["run"]
+
+
+def test_what_cannot_be_written_is_not_acknowledged_and_taken_when_it_comes_again(tmp_path: Path) -> None:
+    file = opened(tmp_path)
+    file.add(events("run", 1), "")
+    with sqlite3.connect(tmp_path / FILE, isolation_level=None) as blocker:
+        blocker.execute("BEGIN IMMEDIATE")
+        file._file.connection.execute("PRAGMA busy_timeout = 0")
+        with pytest.raises(StoreFull, match="events cannot be written: database is locked"):
+            file.add(events("run", 2), "")
+        blocker.execute("ROLLBACK")
+    blocker.close()
+    assert file.add(events("run", 2), "")[0] == 1
+    assert numbers(page(file)) == [1, 2]
+    file.close()
+
+
+@pytest.mark.parametrize("content", [b"not a database" * 1_000, b"SQLite format 3\0" + b"x" * 5_000])
+def test_a_damaged_file_is_put_aside(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    file = opened(tmp_path)
+    assert file.add(events("run", 1), "")[0] == 1
+    file.close()
+    assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
+
+
+def test_damage_that_is_found_later_is_put_aside_too(tmp_path: Path) -> None:
+    """As when a disk returns something else than was written."""
+    file = opened(tmp_path)
+    file.add([*decode_logs(request("run", range(1, 500)).SerializeToString(), LIMITS).events], "")
+    file.close()
+    content = bytearray((tmp_path / FILE).read_bytes())
+    file = opened(tmp_path)
+    content[4096 * 6 :] = b"\xff" * (len(content) - 4096 * 6)
+    (tmp_path / FILE).write_bytes(content)
+    file._file.connection.execute("PRAGMA shrink_memory")
+    found = file.after("run", "", None, 1_000)
+    assert found is not None
+    assert not found.events
+    assert file.add(events("run", 1), "")[0] == 1
+    file.close()
+
+
+def test_a_link_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    """As for the file of the steps: nothing is written where a link leads."""
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (tmp_path / FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigurationError, match="is a link"):
+        opened(tmp_path)
