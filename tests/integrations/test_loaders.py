@@ -57,7 +57,7 @@ def ended(process: warm.Process, counted: Path) -> Done:
         line for line in errors.splitlines() if not line.startswith(("esper_otel started:", "esper_otel closed:"))
     ]
     found = json.loads(counted.read_text(encoding="utf-8")) if counted.is_file() else {}
-    return Done(said, others, process.returncode, found)
+    return Done(said, others, process.wait(), found)
 
 
 @pytest.fixture(scope="module")

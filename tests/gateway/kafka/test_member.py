@@ -85,3 +85,12 @@ def test_a_member_that_the_brokers_take_for_another_one_after_an_outage_begins_a
     member._connection.note_name(refused)
     with pytest.raises(MemberEnds, match="give each another --member"):
         member._check_name()
+
+
+def test_states_are_written_partition_by_partition(member: Any) -> None:
+    """All within some seconds, but never together: a transaction may only take so long."""
+    member._shards = {partition: Mock() for partition in range(4)}
+    now_s = member._states_s
+    assert member._turn(now_s) == set()
+    turns = [member._turn(now_s + 1.25 * number) for number in range(1, 9)]
+    assert turns == [{partition} for partition in (0, 1, 2, 3, 0, 1, 2, 3)]
