@@ -55,6 +55,7 @@ _WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
 _AWAY_S = 120.0
 _STABLE_S = 5.0  # longer than a transaction may take
 _HEARTBEATS = 5  # within a session
+_CHANGING = frozenset({KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID})
 _TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, 18})  # 18: larger than a segment
 
 
@@ -106,6 +107,14 @@ class MemberOptions:
 
 class _BeginAnew(Exception):
     """The transaction failed, or partitions were lost: what was not committed is read again."""
+
+
+class _GroupChanged(_BeginAnew):
+    """It failed since the group was changing.
+
+    If the member came back at once under its name, the brokers would give it what it had been given last, and ask
+    nobody: partitions that it was about to hand over would have no member. So it stays away until it is missed.
+    """
 
 
 class Member:
@@ -162,6 +171,8 @@ class Member:
                 self._live()
             except MemberEnds:
                 raise
+            except _GroupChanged as reason:
+                self._begin_anew(str(reason), SESSION_MS / 1000 + _AGAIN_S)
             except (_BeginAnew, BrokerFault) as reason:
                 self._begin_anew(str(reason))
             except KafkaException as error:
@@ -170,10 +181,10 @@ class Member:
                     raise MemberEnds(f"Kafka at {self._connection.brokers}: {meaning(fault)}") from None
                 self._begin_anew(meaning(fault))
 
-    def _begin_anew(self, reason: str) -> None:
+    def _begin_anew(self, reason: str, after_s: float = _AGAIN_S) -> None:
         self._own["restarts"] += 1
         self._warnings.say("anew", "%s; the member goes on from what is committed", reason)
-        self._stop.wait(_AGAIN_S)
+        self._stop.wait(after_s)
 
     def stop(self) -> None:
         """Lets ``run`` end, after the transaction it is in."""
@@ -482,7 +493,8 @@ class Member:
                 self._check_name()
         if isinstance(error, KafkaException) and error.args[0].code() in REFUSALS:
             raise MemberEnds(f"Kafka at {self._connection.brokers}: {_text(error)}") from None
-        raise _BeginAnew(f"a transaction failed: {_text(error)}") from None
+        is_changing = isinstance(error, KafkaException) and error.args[0].code() in _CHANGING
+        raise (_GroupChanged if is_changing else _BeginAnew)(f"a transaction failed: {_text(error)}") from None
 
     def _commit(self) -> None:
         """Commits the transaction, however long the brokers are away; while stopping, no longer than it may take."""
