@@ -13,6 +13,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from esper_otel._version import __version__
+from esper_otel.errors import (
+    AdapterError,
+    ConfigurationError,
+    EsperOtelError,
+    GatewayError,
+    GatewayUnavailable,
+    InvalidCatalogue,
+    InvalidName,
+    InvalidValue,
+    MistakeError,
+    StaleCursor,
+    UnknownMetric,
+    UnknownRun,
+    WrongState,
+)
 
 if TYPE_CHECKING:
     from esper_otel import aio as aio
@@ -24,21 +39,6 @@ if TYPE_CHECKING:
     from esper_otel.derive.flops import flops
     from esper_otel.derive.gradients import gradient_conflict_rate
     from esper_otel.derive.processor import Processor
-    from esper_otel.errors import (
-        AdapterError,
-        ConfigurationError,
-        EsperOtelError,
-        GatewayError,
-        GatewayUnavailable,
-        InvalidCatalogue,
-        InvalidName,
-        InvalidValue,
-        MistakeError,
-        StaleCursor,
-        UnknownMetric,
-        UnknownRun,
-        WrongState,
-    )
     from esper_otel.hours.bar import Bar, PhaseInfo, RunHours
     from esper_otel.integrations.watch import watch
     from esper_otel.leyline.packets import Packets, Page
@@ -100,21 +100,6 @@ _HOMES = {
     "esper_otel.derive.flops": ("flops",),
     "esper_otel.derive.gradients": ("gradient_conflict_rate",),
     "esper_otel.derive.processor": ("Processor",),
-    "esper_otel.errors": (
-        "AdapterError",
-        "ConfigurationError",
-        "EsperOtelError",
-        "GatewayError",
-        "GatewayUnavailable",
-        "InvalidCatalogue",
-        "InvalidName",
-        "InvalidValue",
-        "MistakeError",
-        "StaleCursor",
-        "UnknownMetric",
-        "UnknownRun",
-        "WrongState",
-    ),
     "esper_otel.hours.bar": ("Bar", "PhaseInfo", "RunHours"),
     "esper_otel.integrations.watch": ("watch",),
     "esper_otel.leyline.packets": ("Packets", "Page"),

@@ -429,11 +429,11 @@ def settings_of_environment(ignored: Callable[[str], None]) -> EsperSettings:
     return EsperSettings(**defaults)
 
 
-def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+def unknown_variables() -> list[str]:
     """Returns a message for each variable ``ESPER_<NAME>`` that nothing reads, with the setting that may be meant."""
     known = [*(name.upper() for name in EsperSettings.settings), *_NOT_SETTINGS]
     messages = []
-    for variable, text in environ.items():
+    for variable, text in os.environ.items():
         name = variable.upper().removeprefix(PREFIX)
         if text and name != variable.upper() and name not in known:
             found = nearest(name, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from signal import Signals
 
-from esper_otel.frames.events import Attribute, Happening
+from esper_otel.frames.event_log import Attribute, Happening
 from esper_otel.frames.frame import FINE, KILLED, Run
 from esper_otel.schema.events import (
     CHECKPOINT,

@@ -164,9 +164,9 @@ def endpoint_from_environment(
     )
 
 
-def is_endpoint_named(environ: Mapping[str, str] = os.environ) -> bool:
+def is_endpoint_named() -> bool:
     """Whether a variable names the endpoint; otherwise it is the default one, on this machine."""
-    variables = _OfSignal(environ, warn, "metrics")
+    variables = _OfSignal(os.environ, warn, "metrics")
     return bool(variables.text(*variables.names("ENDPOINT"))[1])
 
 

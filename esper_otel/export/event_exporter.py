@@ -10,7 +10,7 @@ from esper_otel.export.event_records import MOST_RECORDS, in_one_request, reques
 from esper_otel.export.event_source import EventSource
 from esper_otel.export.outcome import pause_s
 from esper_otel.export.transport import Outcome, Result, Sender
-from esper_otel.frames.events import Event
+from esper_otel.frames.event_log import Event
 from esper_otel.log import Warnings
 from esper_otel.native import Bell, threads
 from esper_otel.untraced import untraced

@@ -10,7 +10,7 @@ from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.scopes import origin_of, set_scope
-from esper_otel.frames.events import Attribute, Event
+from esper_otel.frames.event_log import Attribute, Event
 from esper_otel.schema.events import EPOCH, EVENT_NUMBER, EVENT_SCOPE, GLOBAL_STEP, Severity
 
 MOST_RECORDS = 1_000

@@ -10,7 +10,7 @@ from opentelemetry.sdk.resources import Resource
 from esper_otel.export.folder import EVENTS, Folder
 from esper_otel.export.journal_file import JournalFile, stored_entries
 from esper_otel.frames.block import Block
-from esper_otel.frames.events import Event, EventLog, checked_event
+from esper_otel.frames.event_log import Event, EventLog, checked_event
 from esper_otel.frames.frame import Run
 from esper_otel.log import Warnings
 
@@ -53,7 +53,7 @@ class EventSource:
         folder: Folder | None = None,
     ) -> None:
         self.reader = reader
-        self.log = reader.log
+        self.log: EventLog = reader.log
         self.resource = resource
         self.folder = folder
         self._file = file

@@ -22,7 +22,7 @@ from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import Variables
-from esper_otel.frames.events import EventLog
+from esper_otel.frames.event_log import EventLog
 from esper_otel.frames.frame import Run
 from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.frames.ring import Ring
@@ -40,13 +40,13 @@ class EventWiring(NamedTuple):
         endpoint: where logs are sent.
         log: the session's events.
         reader_of: makes readers of frames.
-        run_of: returns the session's run; None before its first step, since its name may change until then.
+        resource: returns the session's Resource; None before its first step, since the run may change until then.
     """
 
     endpoint: Endpoint
     log: EventLog
     reader_of: ReaderOf
-    run_of: Callable[[], Run | None]
+    resource: Callable[[], Resource | None]
 
 
 def _every_s(settings: EsperSettings) -> float:
@@ -109,7 +109,7 @@ def open_exporter(
         file = None if spool is None else JournalFile(spool.folder, EVENTS, events.log, run_of, resource_of, warnings)
         return EventExporter(
             open_sender(events.endpoint, token_for(events.endpoint, endpoint, settings.token_file)),
-            EventSource(events.reader_of(events.log), file, _resource_of(events.run_of, resource_of)),
+            EventSource(events.reader_of(events.log), file, events.resource),
             timeout_s=events.endpoint.timeout_s,
             fault=fault,
             warnings=warnings,
@@ -139,16 +139,6 @@ def open_exporter(
         events=None if events is None else live_events(),
         device=device,
     )
-
-
-def _resource_of(
-    run_of: Callable[[], Run | None], resource_of: Callable[[Run], Resource]
-) -> Callable[[], Resource | None]:
-    def of_session() -> Resource | None:
-        run = run_of()
-        return None if run is None else resource_of(run)
-
-    return of_session
 
 
 def token_for(endpoint: Endpoint, of_steps: Endpoint, token_file: Path | None) -> Path | None:

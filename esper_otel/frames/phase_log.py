@@ -48,7 +48,7 @@ class Phase(NamedTuple):
 
     @property
     def due_unix_ns(self) -> int:
-        """See ``Entry``."""
+        """See ``Numbered``."""
         return self.end_unix_ns
 
 

@@ -41,7 +41,7 @@ from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
 from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
-from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredPage, StoreFull
+from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredFrame, StoredPage, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
@@ -695,9 +695,19 @@ class Core:
         """Returns the newest steps of a run's ranks; None if none of them is known."""
         return self._ranks.recent(run_id)
 
+    def _making(self, request: PullRequest) -> tuple[Callable[[StoredFrame], bytes], MadeSteps]:
+        """Returns what makes steps for a page, and where they are kept: nowhere with values, which few ask for."""
+        made = partial(
+            step_of,
+            rules=self._rules,
+            latency_budget_ms=self._latency_budget_ms,
+            with_values=request.with_values,
+        )
+        return made, MadeSteps(0) if request.with_values else self._made
+
     async def _page(self, request: PullRequest, bounds: Bounds) -> PulledPage:
-        made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
-        found = await page(self._store, request, made, self._made, self._clock_ns, bounds)
+        made = self._making(request)
+        found = await page(self._store, request, *made, self._clock_ns, bounds)
         self.counts["pulled_steps"] += found.steps
         self.counts["gap_steps"] += found.gap if request.cursor else 0
         return found

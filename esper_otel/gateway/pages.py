@@ -18,8 +18,14 @@ from esper_otel.gateway.turns import Turn, pause
 from esper_otel.leyline.packets import Packets, Page, packets
 from esper_otel.leyline.risk import Rule, signals, with_signals
 from esper_otel.pull.messages import PullRequest, Run, page_bytes, step_bytes
+from esper_otel.schema import METRICS, STEP_METRICS
 
 Made = TypeVar("Made")
+
+# Metrics of a step that packets have no place for. What a packet says in a field of its own is none of them.
+_OF_STEPS_ALONE = {metric.name for metric in METRICS if metric.level == "step" and not metric.key}
+_OF_STEPS_ALONE -= {metric.name for metric in STEP_METRICS}
+_OF_STEPS_ALONE -= {"esper.global_step", "esper.epoch", "esper.frame.sequence"}
 
 _DEFAULT_PACKETS = 64
 _PAGE_BYTES = 16 * 1024 * 1024
@@ -259,9 +265,15 @@ def _is_large(entry: StoredFrame) -> bool:
     return len(frame.live.ids) + len(frame.seeds.ids) > _MANY_SEEDS
 
 
-def step_of(entry: StoredFrame, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> bytes:
+def step_of(
+    entry: StoredFrame, *, rules: tuple[Rule, ...], latency_budget_ms: float, with_values: bool = False
+) -> bytes:
     """Returns an entry as bytes; see ``step_bytes`` and ``packets_of``."""
-    return step_bytes(packets_of(entry, 0, rules=rules, latency_budget_ms=latency_budget_ms))
+    made = packets_of(entry, 0, rules=rules, latency_budget_ms=latency_budget_ms)
+    if with_values:
+        values = entry.item.frame.values()
+        made = replace(made, values={name: values[name] for name in values if name in _OF_STEPS_ALONE})
+    return step_bytes(made)
 
 
 def packets_of(entry: StoredFrame, now_unix_ns: int, *, rules: tuple[Rule, ...], latency_budget_ms: float) -> Packets:

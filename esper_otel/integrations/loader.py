@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import dataloader
 
-from esper_otel import unix
+from esper_otel.integrations.patches import Patches
 from esper_otel.integrations.samples import samples_of
 from esper_otel.log import logger
 from esper_otel.record.loaders import Listener, is_stand_in, taking
@@ -266,49 +266,22 @@ def _is_for_a_generator() -> bool:
 # -- iterators of loaders without a stand-in ---------------------------------------------------------------
 
 
-class _LoaderHooks:
-    """Patches the iterators of all DataLoaders to call listeners, as long as there are listeners."""
+class _LoaderHooks(Patches[tuple[Listener, Callable[[Any], bool]]]):
+    """The iterators of all DataLoaders. A follower is a listener, and whether it wants to hear of a dataset."""
 
-    def __init__(self) -> None:
-        self._listeners: list[tuple[Listener, Callable[[Any], bool]]] = []
-        self._replaced: list[tuple[type, str, Any, Any]] = []
-
-    def add(self, listener: Listener, of: Callable[[Any], bool]) -> None:
-        self._listeners = [*self._listeners, (listener, of)]
-        self._replace(dataloader._BaseDataLoaderIter, "__next__", self._next)  # noqa: SLF001 - called for every batch
-        self.add_accelerate()
-
-    def add_accelerate(self) -> None:
+    def _patch(self) -> None:
+        self.replace(dataloader._BaseDataLoaderIter, "__next__", self._next)  # noqa: SLF001 - called for every batch
         if (accelerate := sys.modules.get("accelerate.data_loader")) is not None:
             for name in ("DataLoaderShard", "DataLoaderDispatcher"):
                 if (kind := getattr(accelerate, name, None)) is not None:
-                    self._replace(kind, "__iter__", self._iter)
+                    self.replace(kind, "__iter__", self._iter)
 
-    def remove(self, listener: Listener) -> None:
-        self._listeners = [each for each in self._listeners if each[0] is not listener]
-        if not self._listeners:
-            for kind, name, original, ours in self._replaced:
-                if vars(kind).get(name) is ours:
-                    setattr(kind, name, original)
-            self._replaced = []
-
-    def forget(self) -> None:
-        """Removes all listeners, in a forked child."""
-        self._listeners = []
-
-    def hearing(self, source: Any) -> list[Listener]:
-        return [listener for listener, of in self._listeners if of(source)]
-
-    def _replace(self, kind: type, name: str, made: Callable[[Any], Any]) -> None:
-        original = vars(kind).get(name)
-        if original is not None and not any(each[:2] == (kind, name) for each in self._replaced):
-            ours = functools.wraps(original)(made(original))
-            setattr(kind, name, ours)
-            self._replaced.append((kind, name, original, ours))
+    def _hearing(self, source: Any) -> list[Listener]:
+        return [listener for listener, of in self.followers if of(source)]
 
     def _next(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def following(iterator: Any) -> Any:
-            listeners = self.hearing(iterator._dataset)  # noqa: SLF001 - see ``add``
+            listeners = self._hearing(iterator._dataset)  # noqa: SLF001 - see ``_patch``
             is_new = not iterator._num_yielded  # noqa: SLF001 - persistent workers keep the iterator for all passes
             for listener in listeners:
                 if is_new:
@@ -329,7 +302,7 @@ class _LoaderHooks:
     def _iter(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def following(loader: Any) -> Any:
             iterator = original(loader)
-            for listener in self.hearing(loader.dataset):
+            for listener in self._hearing(loader.dataset):
                 iterator = taking(iterator, listener)
             return iterator
 
@@ -337,19 +310,18 @@ class _LoaderHooks:
 
 
 _everywhere = _LoaderHooks()
-unix.at_fork(after_in_child=_everywhere.forget)  # loaders in a worker are not those of the training loop
 
 
 def follow(listener: Listener, of: Callable[[Any], bool] = lambda _dataset: True) -> None:
     """Calls the listener for every DataLoader whose dataset ``of`` accepts, until ``unfollow``."""
-    _everywhere.add(listener, of)
+    _everywhere.add((listener, of))
 
 
 def follow_accelerate() -> None:
     """Also follows Accelerate's loaders, after Accelerate has been imported later than ``follow`` was called."""
-    _everywhere.add_accelerate()
+    _everywhere.patch()
 
 
 def unfollow(listener: Listener) -> None:
     """Removes the listener. After the last one, restores the methods of PyTorch and Accelerate."""
-    _everywhere.remove(listener)
+    _everywhere.remove(lambda each: each[0] is listener)

@@ -43,6 +43,7 @@ class Packets:
         writer: distinguishes live processes with the same run, attempt and rank; empty for the first process, and in
             packets pulled in the training process.
         number: the step's number among all steps of its process: 1, 2, ... without a hole; 0 if it is not known.
+        values: what the packets have no place for, such as ``esper.forward_ms``, by name; only if it was asked for.
     """
 
     state: messages.SystemStatePacket
@@ -57,6 +58,7 @@ class Packets:
     names: frozenset[str]
     writer: str = ""
     number: int = field(default=0, compare=False)
+    values: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

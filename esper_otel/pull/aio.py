@@ -76,9 +76,10 @@ class TamiyoClient:
         shard: tuple[int, int] | None = None,
         max_packets: int = 64,
         wait_s: float = 0.0,
+        values: bool = False,
     ) -> Page:
         """Returns the steps after a cursor, oldest first. See ``esper_otel.TamiyoClient.pull``."""
-        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard)
+        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard, values=values)
         if shard is not None and self._several is not None:
             raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
         if self._several is None:

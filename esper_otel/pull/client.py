@@ -185,6 +185,7 @@ class TamiyoClient:
         shard: tuple[int, int] | None = None,
         max_packets: int = 64,
         wait_s: float = 0.0,
+        values: bool = False,
     ) -> Page:
         """Returns the steps after a cursor, oldest first.
 
@@ -197,6 +198,8 @@ class TamiyoClient:
                 is in one part. Only servers of a tier on Kafka have parts.
             max_packets: the maximum number of steps to return, up to 1000.
             wait_s: seconds to wait if there is no step yet, up to 60.
+            values: return what the packets have no place for, too: ``Packets.values``. Gateways of an older version
+                have none.
 
         Raises:
             UnknownRun: no step of the run is stored, even after the wait.
@@ -204,7 +207,7 @@ class TamiyoClient:
             GatewayUnavailable: the gateway did not answer in time.
             GatewayError: the gateway refused for another reason.
         """
-        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard)
+        request = pull_request(run_id, cursor, rank, max_packets, wait_s, shard, values=values)
         if shard is not None and self._several is not None:
             raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
         if self._several is None:
@@ -466,6 +469,8 @@ def pull_request(
     max_packets: int,
     wait_s: float,
     shard: tuple[int, int] | None = None,
+    *,
+    values: bool = False,
 ) -> PullRequest:
     """Makes the request of a pull.
 
@@ -473,7 +478,9 @@ def pull_request(
         ConfigurationError: a number is out of range.
     """
     try:
-        request = PullRequest(run_id=run_id, cursor=cursor or "", max_packets=max_packets, wait_s=wait_s)
+        request = PullRequest(
+            run_id=run_id, cursor=cursor or "", max_packets=max_packets, wait_s=wait_s, with_values=values
+        )
         if rank is not None:
             request.rank = rank
         if shard is not None:
@@ -527,6 +534,7 @@ def _page_of(run_id: str, response: PullResponse) -> Page:
             names=frozenset(step.names),
             writer=step.writer,
             number=step.number,
+            values=dict(zip(step.value_names, step.values, strict=False)),
         )
         for step in response.steps
     )

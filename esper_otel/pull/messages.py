@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ Step = _classes["Step"]
 
 # Field numbers of Step and PullResponse, as tags: numbers, and fields that hold bytes, texts or messages.
 _STATE, _TELEMETRY, _ATTEMPT, _RANK, _STEP, _REVISION, _COMPLETE = 0x0A, 0x12, 0x18, 0x20, b"\x28", 0x30, 0x38
-_NAME, _WRITER = 0x4A, 0x52
+_NAME, _WRITER, _VALUE_NAME, _VALUES = 0x4A, 0x52, 0x62, 0x6A
 _NUMBER = b"\x58"
 _AGE_S, _AGE_BYTES = b"\x41", 9
 _STEPS, _CURSOR, _GAP = b"\x0a", 0x12, 0x18
@@ -57,7 +57,7 @@ _DOUBLE = struct.Struct("<d")
 
 def step_bytes(packets: Packets) -> bytes:
     """Returns a step of a page, serialized up to ``age_s``, its last field, which depends on when the step is read."""
-    content = _step(packets)
+    content = _step(packets) + _values(packets.values)
     return b"".join((_STEPS, varint(len(content) + _AGE_BYTES), content, _AGE_S))
 
 
@@ -72,6 +72,11 @@ def _step(packets: Packets) -> bytes:
         _beside(packets.attempt, packets.rank, packets.revision, packets.complete, packets.names, packets.writer)
     )
     return b"".join(parts)
+
+
+def _values(values: Mapping[str, float]) -> bytes:
+    names = b"".join(_field(_VALUE_NAME, name.encode()) for name in values)
+    return names + _field(_VALUES, struct.pack(f"<{len(values)}d", *values.values())) if values else b""
 
 
 @lru_cache(maxsize=1024)

@@ -80,6 +80,7 @@ class PullRequest(Message):
     wait_s: float
     shard: int
     shards: int
+    with_values: bool
     def __init__(
         self,
         *,
@@ -90,6 +91,7 @@ class PullRequest(Message):
         wait_s: float = ...,
         shard: int = ...,
         shards: int = ...,
+        with_values: bool = ...,
     ) -> None: ...
 
 class PullResponse(Message):
@@ -113,6 +115,10 @@ class Step(Message):
     def telemetry(self) -> RepeatedScalarFieldContainer[bytes]: ...
     @property
     def names(self) -> RepeatedScalarFieldContainer[str]: ...
+    @property
+    def value_names(self) -> RepeatedScalarFieldContainer[str]: ...
+    @property
+    def values(self) -> RepeatedScalarFieldContainer[float]: ...
     def __init__(
         self,
         *,

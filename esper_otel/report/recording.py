@@ -310,12 +310,12 @@ def _pulled(client: TamiyoClient, run_id: str, rank: int) -> Iterator[Packets]:
     steps = numbers = 0
     cursor = None
     deadline_s = time.monotonic() + _MOST_S
-    while page := client.pull(run_id, cursor, rank=rank, max_packets=_AT_ONCE):
+    while page := client.pull(run_id, cursor, rank=rank, max_packets=_AT_ONCE, values=True):
         steps += len(page)
         if steps > _MOST_STEPS or time.monotonic() > deadline_s:
             raise GatewayError(f"the gateway goes on giving steps of run {run_id!r}: {steps} by now, and no end")
         for packets in page:
-            numbers += len(packets.state.training_metrics) + len(packets.names)
+            numbers += len(packets.state.training_metrics) + len(packets.names) + len(packets.values)
             numbers += sum(len(packet.metrics) + len(packet.events) for packet in packets.telemetry)
             if numbers > _MOST_NUMBERS:
                 raise GatewayError(f"run {run_id!r} has more numbers than a report takes: {_MOST_NUMBERS}")
@@ -339,6 +339,7 @@ def _row(packets: Packets) -> StepRow:
     state = packets.state
     values = {_BY_KEY.get(name, name): value for name, value in state.training_metrics.items()}
     values |= dict.fromkeys((packets.names - _NOT_IN_PACKETS) - values.keys(), math.nan)
+    values |= packets.values
     seeds: dict[str, dict[str, float]] = {}
     for packet in packets.telemetry:
         for point in packet.metrics:

@@ -148,14 +148,14 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def schema_rows(metrics: Iterable[Metric] = METRICS) -> list[dict[str, Any]]:
+def schema_rows() -> list[dict[str, Any]]:
     """Returns the entries as plain values, in order."""
     return [
         {name: list(metric.needs) if name == "needs" else getattr(metric, name) for name in _FIELDS}
-        for metric in metrics
+        for metric in METRICS
     ]
 
 
-def schema_json(metrics: Iterable[Metric] = METRICS) -> str:
+def schema_json() -> str:
     """Returns the entries as a JSON list of objects, in order."""
-    return json.dumps(schema_rows(metrics), indent=2, ensure_ascii=False)
+    return json.dumps(schema_rows(), indent=2, ensure_ascii=False)

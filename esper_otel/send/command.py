@@ -7,12 +7,17 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.log import Warnings
 from esper_otel.settings import EsperSettings
+
+if TYPE_CHECKING:
+    from esper_otel.export.endpoint import Endpoint
+    from esper_otel.export.transport import Sender
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +37,12 @@ def main(options: argparse.Namespace) -> int:
         ConfigurationError: a path does not exist or holds only other files, or the endpoint cannot be used.
     """
     from esper_otel.export.endpoint import endpoint_from_environment
-    from esper_otel.export.folder import MARKER
-    from esper_otel.export.provider import exporters_from_environment
+    from esper_otel.export.folder import EVENTS, MARKER
+    from esper_otel.export.opening import token_for
+    from esper_otel.export.provider import events_exporter, exporters_from_environment
     from esper_otel.export.transport import open_sender
     from esper_otel.send.delivery import REFUSED, Delivery, send_spool
+    from esper_otel.send.lines import signal_of
 
     endpoint = endpoint_from_environment(protocol=exporters_from_environment().protocol)
     settings, warnings = EsperSettings(), Warnings()
@@ -45,15 +52,25 @@ def main(options: argparse.Namespace) -> int:
     is_whole = True
     spools = [path for path in options.paths if (path / REFUSED).exists() or any(path.glob(f"*/{MARKER}"))]
     files = list(_files_of([path for path in options.paths if path not in spools]))
-    sender = open_sender(endpoint, settings.token_file)
-    try:
-        delivery = Delivery(sender, endpoint, deadline_s)
+
+    def opened(signal: str) -> tuple[Sender, Endpoint]:
+        if signal == "metrics":
+            return open_sender(endpoint, settings.token_file), endpoint
+        logs = endpoint_from_environment(protocol=events_exporter().protocol, signal="logs")
+        return open_sender(logs, token_for(logs, endpoint, settings.token_file)), logs
+
+    with ExitStack() as closing:
+        deliveries: dict[str, Delivery] = {}
         for file in files:
-            is_whole &= delivery.deliver(file)
-    finally:
-        sender.close()
+            signal_there = signal_of(file)
+            if signal_there not in deliveries:
+                sender, there = opened(signal_there)
+                closing.callback(sender.close)
+                deliveries[signal_there] = Delivery(sender, there, deadline_s)
+            is_whole &= deliveries[signal_there].deliver(file)
     for path in spools:  # these are newer than what was written to files
-        is_whole &= send_spool(path, open_sender(endpoint, settings.token_file), endpoint, deadline_s, warnings)
+        logs = opened("logs") if any(path.glob(f"*/{EVENTS}")) else None
+        is_whole &= send_spool(path, *opened("metrics"), deadline_s, warnings, logs)
     return 0 if is_whole else 1
 
 

@@ -6,11 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from esper_otel.errors import ConfigurationError
+from esper_otel.events.frame_events import EventReader
 from esper_otel.export.encode import Encoder
 from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.event_exporter import EventExporter
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.outcome import Outcome, Result
 from esper_otel.export.resource import resource_for
@@ -70,7 +73,7 @@ class Delivery:
     def _deliver(self, path: Path, progress: Progress) -> bool:
         noted_s, offset = time.monotonic(), progress.offset
         try:
-            for line in lines_of(path, progress.offset):
+            for line in lines_of(path, progress.offset, self._endpoint.signal):
                 if not self._is_settled(line, progress.refusals):
                     return False
                 offset = line.end
@@ -86,11 +89,12 @@ class Delivery:
         """Sends a line until the endpoint takes it or refuses it for good. Returns False when the time is over."""
         where = f"bytes {line.start} to {line.end}"
         if line.body is None:
-            refusals.add("lines that are not OTLP metrics were left out", 1, where)
+            refusals.add(f"lines that are not OTLP {self._endpoint.signal} were left out", 1, where)
             return True
-        where += _runs_of(line.body)
+        where += _runs_of(line.body, self._endpoint.signal)
         outcome, pause_s = self._exchanged(line.body), _FIRST_PAUSE_S
-        while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:
+        has_no_logs = outcome.is_missing and self._endpoint.signal == "logs"
+        while outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED} and not has_no_logs:
             pause_s = outcome.retry_after_s or pause_s
             if time.monotonic() + pause_s > self._deadline_s:
                 logger.warning("%s", outcome.reason)
@@ -102,7 +106,8 @@ class Delivery:
         if outcome.result is Result.DELIVERED:
             self._sent += 1
             if outcome.rejected_points:
-                refusals.add("points refused", outcome.rejected_points, f"{where}: {outcome.reason}")
+                what = "events" if self._endpoint.signal == "logs" else "points"
+                refusals.add(f"{what} refused", outcome.rejected_points, f"{where}: {outcome.reason}")
         else:
             refusals.add("refused for good", 1, f"{where}: {outcome.reason}")
             self._warnings.say("refused", "%s", outcome.reason)
@@ -115,15 +120,26 @@ class Delivery:
         return self._sender.send(body, min(self._endpoint.timeout_s, left_s))
 
 
-def _runs_of(body: bytes) -> str:
+def _runs_of(body: bytes, signal: str) -> str:
     """Names the first runs of a request, or nothing if it does not say them."""
-    resources = (each.resource for each in ExportMetricsServiceRequest.FromString(body).resource_metrics)
+    resources = (
+        [each.resource for each in ExportLogsServiceRequest.FromString(body).resource_logs]
+        if signal == "logs"
+        else [each.resource for each in ExportMetricsServiceRequest.FromString(body).resource_metrics]
+    )
     attributes = (each for resource in resources for each in resource.attributes if each.key == "esper.run.id")
     runs = list(dict.fromkeys(each.value.string_value for each in attributes))
     return f", run {', '.join(runs[:_MOST_RUNS])}" if runs else ""
 
 
-def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: float, warnings: Warnings) -> bool:
+def send_spool(
+    directory: Path,
+    sender: Sender,
+    endpoint: Endpoint,
+    deadline_s: float,
+    warnings: Warnings,
+    logs: tuple[Sender, Endpoint] | None = None,
+) -> bool:
     """Delivers what sessions have left in a spool, as the next session there would. Returns whether nothing is left.
 
     Folders of sessions that are alive are left alone. What the endpoint has refused is noted in the spool, and said
@@ -135,6 +151,7 @@ def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: 
         endpoint: where to.
         deadline_s: when to give up, of ``time.monotonic``.
         warnings: where failures are reported.
+        logs: sends events, and where to; None if the sessions have noted none.
     """
     faults: list[str] = []
 
@@ -143,7 +160,17 @@ def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: 
         warnings.say(f"fault {where}", "%s: %s", where, error, exc_info=error)
 
     catalogue = {metric.name: metric for metric in METRICS}
-    leftovers = leftovers_in(directory, Encoder, fault, most_bytes=sys.maxsize, warnings=warnings)
+    events = None
+    if logs is not None:
+        events = EventExporter(logs[0], None, timeout_s=logs[1].timeout_s, fault=fault, warnings=warnings)
+    leftovers = leftovers_in(
+        directory,
+        Encoder,
+        fault,
+        most_bytes=sys.maxsize,
+        warnings=warnings,
+        reader_of=None if events is None else EventReader,
+    )
     exporter = StepExporter(
         Ring(_MEBI),
         Encoder(catalogue, resource_for),
@@ -156,19 +183,32 @@ def send_spool(directory: Path, sender: Sender, endpoint: Endpoint, deadline_s: 
         fault=fault,
         warnings=warnings,
         leftovers=lambda: leftovers,
+        events=events,
     )
     exporter.start()
     exporter.close(min(deadline_s, time.monotonic() + _LONGEST_S), "completed")
     left = sum(1 for leftover in leftovers if leftover.folder.path.exists())
     notes = Notes(directory / REFUSED, endpoint.target)
     refusals = RefusedItems(notes.mine)
-    for reason, count in exporter.dropped.items():
-        refusals.add(f"steps lost: {reason}", count, f"{reason}: {exporter.last_error or 'see the log'}")
-    if exporter.rejected_points:
-        refusals.add("points refused", exporter.rejected_points, exporter.last_error or "see the log")
+    _add_losses(refusals, exporter)
     if refusals.counts != refusals.earlier:
         notes.write(refusals.noted())
-    parts = [f"{exporter.recovered} steps delivered to {endpoint.target}", *refusals.texts(notes.path)]
+    parts = [f"{exporter.recovered} steps delivered to {endpoint.target}"]
+    if logs is not None and events is not None:
+        parts.append(f"{events.sent} events to {logs[1].target}")
+    parts += refusals.texts(notes.path)
     parts += [f"{left} sessions are not delivered yet"] * bool(left)
     sys.stdout.write(f"{directory}: {', '.join(parts)}\n")
     return not left and not refusals.counts and not faults
+
+
+def _add_losses(refusals: RefusedItems, exporter: StepExporter) -> None:
+    """Adds what an exporter could not deliver."""
+    why = exporter.last_error or "see the log"
+    for reason, count in exporter.dropped.items():
+        refusals.add(f"steps lost: {reason}", count, f"{reason}: {why}")
+    if exporter.rejected_points:
+        refusals.add("points refused", exporter.rejected_points, why)
+    if exporter.events is not None:
+        for reason, count in exporter.events.dropped.items():
+            refusals.add(f"events lost: {reason}", count, reason)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from google.protobuf.json_format import ParseDict, ParseError
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from esper_otel.send.notes import Notes, RefusedItems
 
 NOTES = ".sent"
 # Of no use here, and in OTLP's JSON not in the form that protobuf reads: their ids are hexadecimal.
-_UNREAD = "exemplars"
+_UNREAD = ("exemplars", "traceId", "spanId")
+_KEYS = {"metrics": "resourceMetrics", "logs": "resourceLogs"}
+
+Signal = Literal["metrics", "logs"]
 
 
 class RequestLine(NamedTuple):
@@ -23,7 +27,7 @@ class RequestLine(NamedTuple):
     Attributes:
         start: the offset at which it begins.
         end: the offset at which the next line begins.
-        body: a serialized ExportMetricsServiceRequest; None if the line is not one.
+        body: a serialized request of the file's signal; None if the line is not one.
     """
 
     start: int
@@ -31,7 +35,15 @@ class RequestLine(NamedTuple):
     body: bytes | None
 
 
-def lines_of(path: Path, start: int) -> Iterator[RequestLine]:
+def signal_of(path: Path) -> Signal:
+    """Returns what a file has, as its first line says: metrics, or logs, which are the events of runs."""
+    with path.open("rb") as file:
+        first = next(filter(bytes.strip, file), b"")
+    content = _content_of(first)
+    return "logs" if isinstance(content, dict) and content.get(_KEYS["logs"]) else "metrics"
+
+
+def lines_of(path: Path, start: int, signal: Signal = "metrics") -> Iterator[RequestLine]:
     """Yields the lines from an offset on. A last line without its end is left out: its writer has not finished it."""
     with path.open("rb") as file:
         file.seek(start)
@@ -40,7 +52,7 @@ def lines_of(path: Path, start: int) -> Iterator[RequestLine]:
                 return
             begin, start = start, start + len(text)
             if text.strip():
-                yield RequestLine(begin, start, _body_of(text))
+                yield RequestLine(begin, start, _body_of(text, signal))
 
 
 def has_more(path: Path, start: int) -> bool:
@@ -48,18 +60,29 @@ def has_more(path: Path, start: int) -> bool:
     return path.stat().st_size > start
 
 
-def _body_of(text: bytes) -> bytes | None:
+def _body_of(text: bytes, signal: Signal) -> bytes | None:
+    content = _content_of(text)
+    if not isinstance(content, dict) or _KEYS[signal] not in content:
+        return None
+    request = ExportLogsServiceRequest() if signal == "logs" else ExportMetricsServiceRequest()
     try:
-        content: object = json.loads(text, object_hook=_without_exemplars)
-        if not isinstance(content, dict) or "resourceMetrics" not in content:
-            return None
-        return ParseDict(content, ExportMetricsServiceRequest(), ignore_unknown_fields=True).SerializeToString()
+        return ParseDict(content, request, ignore_unknown_fields=True).SerializeToString()
     except (ParseError, ValueError, TypeError, RecursionError):
         return None
 
 
-def _without_exemplars(found: dict[str, Any]) -> dict[str, Any]:
-    found.pop(_UNREAD, None)
+def _content_of(text: bytes) -> object:
+    """Returns what a line says; None if it is not JSON."""
+    try:
+        content: object = json.loads(text, object_hook=_readable)
+    except (ValueError, RecursionError):
+        return None
+    return content
+
+
+def _readable(found: dict[str, Any]) -> dict[str, Any]:
+    for name in _UNREAD:
+        found.pop(name, None)
     return found
 
 

@@ -195,7 +195,7 @@ def test_values_are_right_and_not_only_there(stack: Stack) -> None:
 
 
 def test_each_rank_is_joined_with_its_experiment_its_host_and_its_device(stack: Stack) -> None:
-    """On every dashboard, once; also if an earlier attempt of the run has left another description."""
+    """On every dashboard, once."""
     found = [panel for _, panel in panels(stack.naming) if panel["title"] == "Who is it?"]
     assert len(found) == 5
     assert len({panel["targets"][0]["expr"] for panel in found}) == 1
@@ -254,6 +254,22 @@ def test_stage_changes_are_marked(stack: Stack) -> None:
     assert {(s["metric"]["seed_id"], s["metric"]["rank"]) for s in found} == {
         (f"seed-{number}", rank) for number in range(3) for rank in ("0", "1")
     }
+
+
+def test_events_of_the_run_are_marked_from_metrics(stack: Stack) -> None:
+    """Without a store of logs: each rank has begun, and saved one checkpoint."""
+    board = json.loads((ROOT / "deploy" / "grafana" / stack.naming.folder / "dashboards" / "run.json").read_text())
+    queries = {each["name"]: filled(each["expr"]) for each in board["annotations"]["list"] if each.get("expr")}
+    assert queries.keys() == {"started", "ended", "checkpoint", "signal", "stage"}
+    now_s = time.time()
+
+    def marked(name: str) -> list[str]:
+        found = stack.prometheus.get("query_range", query=queries[name], start=now_s - 180, end=now_s, step=1)
+        return sorted(series["metric"]["rank"] for series in found["result"])
+
+    assert marked("started") == marked("checkpoint") == ["0", "1"]
+    assert marked("signal") == [], "a Prometheus without our rules has no alerts"
+    marked("ended")
 
 
 @pytest.mark.parametrize("naming", [OURS, STOCK], ids=["ours", "stock"])

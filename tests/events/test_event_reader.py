@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from frame_examples import make_frame
 
-from esper_otel.events.reader import EventReader
+from esper_otel.events.frame_events import EventReader
 from esper_otel.frames.block import Block
-from esper_otel.frames.events import Event, EventLog, checked_event
+from esper_otel.frames.event_log import Event, EventLog, checked_event
 from esper_otel.frames.frame import ABSENT, COLUMN, WIDTH, Frame, SeedTable
 from esper_otel.frames.journal import entries_in, line_of
 from esper_otel.frames.ring import blocks_of

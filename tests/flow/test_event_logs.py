@@ -20,7 +20,7 @@ from log_receiver import LogReceiver, attributes_of, receiver
 import esper_otel
 from esper_otel import EsperSettings
 from esper_otel.events.happenings import checkpoint
-from esper_otel.frames.events import EventLog
+from esper_otel.frames.event_log import EventLog
 from esper_otel.schema import Stage
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import points_of
@@ -308,3 +308,51 @@ def test_events_that_could_not_be_sent_wait_in_the_spool_and_steps_are_not_repea
         again = [point for request in collector.requests[before:] for point in points_of(request)]
         assert not [point for point in again if point.resource["esper.run.id"] == "first"]
     assert list(tmp_path.iterdir()) == []
+
+
+ENDS = {"": (0, "completed", 9), "sys.exit(3)": (3, "SystemExit", 17), "1 / 0": (1, "ZeroDivisionError", 17)}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_has_the_exit_status_of_the_process(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        f"import sys, esper_otel\nt = esper_otel.start(run_id='e')\nt.record_step({{'loss': 1.0}}, epoch=0)\n{end}"
+    )
+    with endpoints(monkeypatch) as (_, logs):
+        done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=300)
+        ended = logs.records[-1]
+    status, outcome, severity = ENDS[end]
+    assert done.returncode == status
+    said = attributes_of(ended)
+    assert (said["process.exit.code"], said["esper.outcome"], ended.severity_number) == (status, outcome, severity)
+    assert said.get("exception.type") == (outcome if end == "1 / 0" else None)
+
+
+def test_a_session_without_any_step_has_events_if_something_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for its metrics: otherwise there is no run for anybody to see."""
+    with endpoints(monkeypatch) as (_, logs):
+        with esper_otel.start(run_id="e", settings=fast(spool_dir=tmp_path)):
+            pass
+        assert logs.records == []
+        with suppress(ValueError), esper_otel.start(run_id="e", settings=fast(spool_dir=tmp_path)):
+            raise ValueError("the model does not fit")
+        assert names(logs) == ["esper.run.started", "esper.run.ended"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fork_adds_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a data loader has a copy of the session, and may save or make mistakes."""
+    with endpoints(monkeypatch) as (_, logs):
+        with esper_otel.start(run_id="e", settings=fast(on_mistake="warn")) as telemetry:
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+            with telemetry.phase("checkpoint"):
+                child = os.fork()
+                if not child:
+                    telemetry.record_step({"los": 1.0}, epoch=0)
+                    with telemetry.phase("checkpoint"):
+                        pass
+                    os._exit(0)
+                os.waitpid(child, 0)
+        assert names(logs) == ["esper.run.started", "esper.checkpoint", "esper.run.ended"]

@@ -315,6 +315,7 @@ def test_a_full_disk_costs_the_spool_and_nothing_else(
         "last_error": None
     } == {
         **dict.fromkeys(["dropped", "queue", "kept", "failed", "nonfinite", "out_of_range", "faults", "mistakes"], 0),
+        **dict.fromkeys(["events", "events_dropped"], 0),
         "recorded": 210,
         "exported": 210,
         "last_error": None,

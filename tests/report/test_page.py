@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from gateways import RunningGateway
+from programs import until
 
 import esper_otel
 from esper_otel import EsperSettings
@@ -113,6 +114,36 @@ def test_a_run_from_a_gateway_has_the_names_of_the_live_page(monkeypatch: pytest
     assert not drawn & {"training_loss", "esper.training.loss", "validation_loss", "optimizer_lr"}
     [found] = compared(one, two)
     assert "esper.validation.loss at the end: 0.5, compared with 0.25 (worse)" in found.answer
+
+
+def test_a_run_from_a_gateway_has_what_its_black_box_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory, throughput and the parts of a step have no place in packets; controllers are not sent them either."""
+    names = {"esper.memory.process_gb", "esper.tokens_per_s", "esper.forward_ms", "esper.validation.accuracy"}
+    settings = EsperSettings(black_box_dir=tmp_path, black_box_frames=8, export_every_s=0)
+
+    def step() -> bool:
+        with telemetry.step(epoch=0, samples=4, tokens=100) as now, now.part("forward"):
+            now.put(loss=1.0)
+        return "esper.memory.process_gb" in telemetry.pull()[-1].names
+
+    with RunningGateway() as gateway:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{gateway.grpc}")
+        telemetry = esper_otel.start(run_id="boxed", settings=settings)
+        telemetry.validation(loss=1.0, accuracy=0.5)
+        until("the memory is known", step)
+        telemetry.close(outcome="KeyError")
+        [box] = until("the black box is written", lambda: list(tmp_path.glob("*.esper.steps")))
+        with TamiyoClient(gateway.grpc) as client:
+            from_gateway = of_gateway(client, "boxed", 0)
+            assert not any(packets.values for packets in client.pull("boxed"))
+            with_values = client.pull("boxed", values=True)
+            assert list(with_values) == list(client.pull("boxed"))
+    boxed = of_file(box).rows
+    for row, mine in zip(boxed, from_gateway.rows[-len(boxed) :], strict=True):
+        known = {name: value for name, value in row.values.items() if name not in {"esper.global_step", "esper.epoch"}}
+        assert mine.values == pytest.approx(known, rel=1e-6)
+    assert names <= {name for row in from_gateway.rows for name in row.values}
+    assert names <= {name for packets in with_values for name in packets.values}
 
 
 def test_a_loss_that_is_too_large_for_a_packet_has_gone_wrong() -> None:

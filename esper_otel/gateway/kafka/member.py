@@ -59,7 +59,7 @@ _CHANGING = frozenset({KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PR
 _TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, 18})  # 18: larger than a segment
 
 
-class _Record(NamedTuple):
+class _OutgoingRecord(NamedTuple):
     """A record to be written.
 
     Attributes:
@@ -451,15 +451,17 @@ class Member:
             self._failed(error)
         self._own.update(counted)
 
-    def _released(self, shard: Shard, now_s: float, *, of_all: bool) -> list[_Record]:
+    def _released(self, shard: Shard, now_s: float, *, of_all: bool) -> list[_OutgoingRecord]:
         """Returns what a shard has to write: frames, and then states."""
         topics, partition = self._tier.topics, shard.partition
         records = [
-            _Record(topics.frames, partition, key_of(block.origin), block_bytes(block), shard, _steps_of(block.frames))
+            _OutgoingRecord(
+                topics.frames, partition, key_of(block.origin), block_bytes(block), shard, _steps_of(block.frames)
+            )
             for block in shard.release(now_s)
         ]
         for known in shard.states(of_all=of_all):
-            record = _Record(topics.runs, partition, key_of(known.state.origin), state_bytes(known))
+            record = _OutgoingRecord(topics.runs, partition, key_of(known.state.origin), state_bytes(known))
             if record.size > self._most_of(topics.runs):  # a takeover can do without the frame
                 record = record._replace(value=state_bytes(known._replace(newest=None)))
             records.append(record)
@@ -507,7 +509,7 @@ class Member:
             else:
                 return
 
-    def _produce(self, record: _Record) -> bool:
+    def _produce(self, record: _OutgoingRecord) -> bool:
         """Hands a record to the producer; returns whether it is written as it is.
 
         One that is too large is left out, and a record without a value, which says so, is kept for people instead.
@@ -520,7 +522,7 @@ class Member:
             self._warnings.say(f"too large {record.topic}", message, what, reason, MOST_RECORD_BYTES)
             headers = {"esper.topic": record.topic, "esper.reason": reason, **record.headers}
             headers |= {"esper.about": record.about, "esper.size": f"{record.size}"}
-            record = _Record(self._tier.topics.dead, -1, record.key, b"", headers=headers)
+            record = _OutgoingRecord(self._tier.topics.dead, -1, record.key, b"", headers=headers)
         while True:
             try:
                 self._producer.produce(
@@ -536,7 +538,7 @@ class Member:
             else:
                 return is_whole
 
-    def _noting(self, record: _Record) -> Callable[[Any, Any], None]:
+    def _noting(self, record: _OutgoingRecord) -> Callable[[Any, Any], None]:
         """Returns what notes where the topic of frames ends, and what the brokers refuse as too large."""
         topic, size, shard = record.topic, record.size, record.shard
 
@@ -554,7 +556,7 @@ class Member:
         """Returns how large a record of a topic may be, in bytes."""
         return self._most.get(topic, MOST_RECORD_BYTES)
 
-    def _buried(self, partition: int, poisoned: BadRecord) -> _Record:
+    def _buried(self, partition: int, poisoned: BadRecord) -> _OutgoingRecord:
         """Returns the record with which one that cannot be used is kept."""
         record, topics = poisoned.record, self._tier.topics
         message = "record %d of %s, partition %d, cannot be used: %s; it is kept in %s"
@@ -566,7 +568,7 @@ class Member:
             "esper.reason": poisoned.reason,
         }
         about = f"record {record.offset} of {topics.otlp}, partition {partition}, which cannot be used,"
-        return _Record(topics.dead, -1, record.key or b"", record.value, about=about, headers=headers)
+        return _OutgoingRecord(topics.dead, -1, record.key or b"", record.value, about=about, headers=headers)
 
     def _abort(self) -> None:
         self._own["aborts"] += 1

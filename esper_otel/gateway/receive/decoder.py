@@ -145,13 +145,13 @@ def _are_mixed(blocks: list[PointBlock]) -> bool:
     return bool(mixed) and max(Counter(block.sender for block in blocks if block.sender in mixed).values()) > 1
 
 
-def decode_plain(body: bytes, limits: Limits | None = None) -> DecodedRequest:
+def decode_plain(body: bytes) -> DecodedRequest:
     """Returns the same as ``Decoder.decode``, but decodes point by point.
 
     Raises:
         Malformed: the bytes are not a request.
     """
-    return _judged(*plain_columns(body, limits or Limits()))
+    return _judged(*plain_columns(body, Limits()))
 
 
 class _Labels(NamedTuple):

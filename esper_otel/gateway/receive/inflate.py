@@ -58,15 +58,14 @@ def check_encoding(encoding: str) -> None:
         )
 
 
-def inflated(body: bytes, most_bytes: int = MAX_REQUEST_BYTES, *, encoding: str = GZIP) -> bytes:
-    """Unpacks a body of one or more members (zstd calls them frames), up to ``most_bytes``.
+def inflated(body: bytes, *, encoding: str = GZIP) -> bytes:
+    """Unpacks a body of one or more members (zstd calls them frames), up to ``MAX_REQUEST_BYTES``.
 
     The limit also depends on the length of the body, so that a small body cannot expand to a huge one. (Identical
     steps, which compress best, expand by a factor of 120.)
 
     Args:
         body: the body.
-        most_bytes: limit on the size of its content.
         encoding: one of ``ENCODINGS``; with "identity" the body is returned.
 
     Raises:
@@ -77,7 +76,7 @@ def inflated(body: bytes, most_bytes: int = MAX_REQUEST_BYTES, *, encoding: str 
         return body
     form = _FORMS[encoding]
     parts: list[bytes] = []
-    left = most_bytes = min(most_bytes, _ALWAYS_BYTES + _MOST_TIMES * len(body))
+    left = most_bytes = min(MAX_REQUEST_BYTES, _ALWAYS_BYTES + _MOST_TIMES * len(body))
     rest, unpacking, members = memoryview(body), None, 0
     while rest:
         if unpacking is None:

@@ -21,7 +21,7 @@ from esper_otel.gateway.store.base import (
     cursor_place,
     cursor_text,
 )
-from esper_otel.gateway.store.runs import RunStore, StoredRun
+from esper_otel.gateway.store.stored_runs import RunStore, StoredRun
 
 _RECALLED = 256  # frames of a writer that are restored
 _PIECE = 512  # entries

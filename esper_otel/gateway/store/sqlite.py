@@ -9,21 +9,16 @@ folder ``damaged``. A file that SQLite cannot read is renamed to a name with the
 
 from __future__ import annotations
 
-import json
-import secrets
 import sqlite3
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from esper_otel.errors import ConfigurationError, UnknownRun
 from esper_otel.frames.frame import Frame
-from esper_otel.frames.quarantine import Quarantine
-from esper_otel.frames.records import DamagedRecord, RecordWriter, frames_in
+from esper_otel.frames.records import DamagedRecord
 from esper_otel.gateway.items import Item, Origin, Place
 from esper_otel.gateway.store.base import (
     EXPIRED_AT_ONCE,
@@ -38,51 +33,23 @@ from esper_otel.gateway.store.base import (
 )
 from esper_otel.gateway.store.database import FILE, DamagedStore, locked, moved_aside, opened, reading, transaction
 from esper_otel.gateway.store.ledger import Ledger
-from esper_otel.gateway.store.memory import loss_of
-from esper_otel.gateway.store.runs import RunStore, StoredRun
+from esper_otel.gateway.store.repair import Repair
+from esper_otel.gateway.store.run_writer import OF_WRITER, ROW_BYTES, SHARE, FileRun, RunWriter
+from esper_otel.gateway.store.stored_blocks import Blocks
+from esper_otel.gateway.store.stored_runs import RunStore
 from esper_otel.gateway.store.validity import DAMAGED, is_run, place_of
 from esper_otel.log import Warnings
 
 _COLUMNS = "position, number, attempt, rank, writer, revision, complete, received, loss_before, missed, block, place"
-# A frame's share of its block.
-_SHARE = "(SELECT length(frames) / max(count, 1) FROM blocks WHERE id = block)"
-_ROW_BYTES = 150
-# A block holds frames of one writer that were stored together, at most this many and about this many bytes.
-_MOST_FRAMES, _MOST_BLOCK_BYTES = 256, 256 * 1024
-_MOST_DECODED_BYTES = 16 * 1024 * 1024
-_OF_WRITER = "run = ? AND rank = ? AND attempt = ? AND writer = ?"
 _RESTORED, _MOST_RESTORED, _RESTORED_IN_ALL = 256, 4_096, 65_536
-_AT_ONCE = 64
 _SWEPT_AT_ONCE, _SWEPT_WHEN_IDLE = 500, 4_000
 _NO_BODY = 2**62
-_LARGEST_INTEGER = 2**63 - 1  # that SQLite has
 _AGE_EVERY_S = 60.0
 _MOST_AGE_S = 1e10
 _MOST_TRIES = 3
-_MOST_ASIDE = 1_000  # rows of one table that are kept in the folder ``damaged``
 
 
-class _CachedRun(StoredRun):
-    """The part of a run's state that is kept in memory, so that it need not be read from the file."""
-
-    def __init__(self, key: int, life: str, tenant: str) -> None:
-        super().__init__(life, tenant)
-        self.key = key
-        self.first = 1
-        self.last = 0
-        self.is_torn = False  # whether entries were lost that were not the oldest ones
-        self.ranks: dict[int, int] = {}
-        self.moved: set[int] = set()  # ranks that have new entries in this transaction
-        self.newest: dict[Origin, int] = {}  # position of each writer's last entry, until its loss is read
-
-    def copied(self) -> _CachedRun:
-        other = copy(self)
-        other.ranks, other.losses, other.counts = dict(self.ranks), dict(self.losses), Counter(self.counts)
-        other.newest, other.outcomes, other.moved = dict(self.newest), dict(self.outcomes), set()
-        return other
-
-
-class FileStore(RunStore[_CachedRun]):
+class FileStore(RunStore[FileRun]):
     """Keeps entries in ``<folder>/steps.sqlite3``. See ``Store``.
 
     Args:
@@ -106,14 +73,9 @@ class FileStore(RunStore[_CachedRun]):
         super().__init__(limits, clock)
         self._opened_s = clock()
         self._path, self._read_only = Path(folder) / FILE, read_only
-        self._aside, self._warnings = Quarantine(Path(folder)), Warnings(clock)
+        self._warnings = Warnings(clock)
+        self._repair = Repair(Path(folder), self._warnings, self.damaged)
         self._bodies: list[int] = []
-        self._last_key = 0
-        self._dropped: list[int] = []  # keys of runs that this transaction drops
-        self._left: list[int] = []  # keys of dropped runs of which entries are left in the file
-        self._decoded: OrderedDict[int, _DecodedBlock] = OrderedDict()
-        self._decoded_bytes = 0
-        self._last_block = 0
         self._received: dict[Origin, int] = {}  # when each writer was last received from before this start
         self._age_before_s = self._age_noted_s = 0.0
         self._lock = None if read_only else locked(Path(folder))
@@ -144,52 +106,19 @@ class FileStore(RunStore[_CachedRun]):
         bodies = [number for number in self._bodies if first_kept is not None and number >= first_kept]
         if not (new.items or new.ended or new.places) and kept is None and bodies == self._bodies:
             return
-        changed: dict[str, _CachedRun | None] = {}
-        self._dropped = []
-        try:
-            with transaction(self._connection) as connection:
-                self._sweep(connection, _SWEPT_AT_ONCE)
-                if bodies != self._bodies:
-                    connection.execute("DELETE FROM bodies WHERE number < ?", (first_kept or _NO_BODY,))
-                if kept is not None:
-                    row = (kept.number, kept.is_json, kept.received_unix_ns, kept.body, kept.tenant)
-                    connection.execute(
-                        "INSERT INTO bodies (number, is_json, received, body, tenant) VALUES (?, ?, ?, ?, ?)", row
-                    )
-                    bodies.append(kept.number)
-                dropped = self._write(connection, new, changed)
-        except BaseException:
-            for run_id in changed:  # restore the ledger
-                self._note(run_id, self._runs.get(run_id))
-            raise
+        with self._writer.transaction() as connection:
+            self._writer.sweep(_SWEPT_AT_ONCE)
+            if bodies != self._bodies:
+                connection.execute("DELETE FROM bodies WHERE number < ?", (first_kept or _NO_BODY,))
+            if kept is not None:
+                row = (kept.number, kept.is_json, kept.received_unix_ns, kept.body, kept.tenant)
+                connection.execute(
+                    "INSERT INTO bodies (number, is_json, received, body, tenant) VALUES (?, ?, ?, ?, ?)", row
+                )
+                bodies.append(kept.number)
+            dropped = self._writer.write(new)
         self._bodies = bodies
-        self._left += self._dropped
-        for run_id, run in changed.items():
-            if run is None:
-                self._runs.pop(run_id, None)
-            else:
-                self._runs[run_id] = run
         self.dropped += dropped
-
-    def _write(self, connection: sqlite3.Connection, new: NewData, changed: dict[str, _CachedRun | None]) -> int:
-        """Writes frames, outcomes and places of runs; returns how many entries were dropped."""
-        self._insert(connection, new, changed)
-        for origin, outcome in new.ended.items():
-            self._end(connection, origin, outcome, changed)
-        self._place(connection, new.places, changed)
-        dropped = 0
-        for run_id, run in list(changed.items()):
-            if run is None:
-                continue
-            connection.execute("UPDATE runs SET last = ?, added_s = ? WHERE id = ?", (run.last, run.added_s, run.key))
-            connection.executemany(
-                "INSERT OR REPLACE INTO ranks VALUES (?, ?, ?)",
-                [(run.key, rank, run.ranks[rank]) for rank in run.moved],
-            )
-            dropped += self._shrink(connection, run_id, run, changed, self._is_too_large)
-            if changed[run_id] is not None:
-                self._note(run_id, run, has_news=True)
-        return dropped + self._make_room(connection, changed)
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Returns the entries after a cursor, up to the next gap left by a damaged entry. See ``Store``."""
@@ -210,7 +139,7 @@ class FileStore(RunStore[_CachedRun]):
         gap = (places[0] if places else newest + 1) - place - 1
         return StoredPage(found, cursor_text(run.life, rank, last), gap)
 
-    def _entries(self, run_id: str, run: _CachedRun, rank: int | None, place: int, most: int) -> list[StoredFrame]:
+    def _entries(self, run_id: str, run: FileRun, rank: int | None, place: int, most: int) -> list[StoredFrame]:
         """Returns the first entries after a position, up to the next gap."""
         if rank is None:
             where, of_run = "run = ? AND position > ? ORDER BY position", (run.key, place)
@@ -234,11 +163,11 @@ class FileStore(RunStore[_CachedRun]):
                     last = number
         return found
 
-    def _entry(self, run_id: str, run: _CachedRun, row: tuple[Any, ...]) -> StoredFrame | None:
+    def _entry(self, run_id: str, run: FileRun, row: tuple[Any, ...]) -> StoredFrame | None:
         """Returns the entry in a row. A damaged row or block is removed, and None returned."""
         position, number, attempt, rank, writer, revision, complete, received, loss_before, missed, block, place = row
         try:
-            frame = self._frame(block, place)
+            frame = self._blocks.frame(block, place)
         except DamagedRecord as error:
             if not self._read_only:
                 self._remove(run_id, run, row, error)
@@ -246,42 +175,21 @@ class FileStore(RunStore[_CachedRun]):
         item = Item(Origin(run_id, attempt, rank, writer), frame, revision, bool(complete), received, missed)
         return StoredFrame(position, number, item, loss_before)
 
-    def _frame(self, block: int, place: int) -> Frame:
-        """Returns a frame of a block.
-
-        Raises:
-            DamagedRecord: the block is damaged, or has no such frame.
-        """
-        known = self._decoded.get(block)
-        if known is None:
-            row = self._connection.execute("SELECT frames FROM blocks WHERE id = ?", (block,)).fetchone()
-            if row is None or type(row[0]) is not bytes:
-                raise DamagedRecord("not bytes")
-            known = self._decoded[block] = _DecodedBlock(frames_in(row[0]), len(row[0]))
-            self._decoded_bytes += known.size
-            while self._decoded_bytes > _MOST_DECODED_BYTES and len(self._decoded) > 1:
-                self._decoded_bytes -= self._decoded.popitem(last=False)[1].size
-        else:
-            self._decoded.move_to_end(block)
-        if not 0 <= place < len(known.frames):
-            raise DamagedRecord(f"its block has no frame {place}")
-        return known.frames[place]
-
-    def _remove(self, run_id: str, run: _CachedRun, row: tuple[Any, ...], error: DamagedRecord) -> None:
+    def _remove(self, run_id: str, run: FileRun, row: tuple[Any, ...], error: DamagedRecord) -> None:
         """Removes a damaged row; if its block is damaged, all rows of that block. They are put aside."""
         run.is_torn = True
         position, block = row[0], row[-2]
         where, of_rows, aside = "run = ? AND position = ?", (run.key, position), repr(row).encode()
-        if block not in self._decoded:
+        if not self._blocks.is_decoded(block):
             where, of_rows = "run = ? AND block = ?", (run.key, block)
             kept = self._connection.execute("SELECT frames FROM blocks WHERE id = ?", (block,)).fetchone()
             aside = kept[0] if kept and type(kept[0]) is bytes else aside
         with suppress(StoreFull), transaction(self._connection) as connection:
             count = connection.execute(f"DELETE FROM items WHERE {where}", of_rows).rowcount  # noqa: S608
-            if block not in self._decoded:
+            if not self._blocks.is_decoded(block):
                 connection.execute("DELETE FROM blocks WHERE id = ?", (block,))
             if count > 0:
-                self._put_aside("frame", [aside], f"step {position} of run {run_id}: {error}", count)
+                self._repair.put_aside("frame", [aside], f"step {position} of run {run_id}: {error}", count)
 
     def last_number(self, run_id: str, rank: int) -> int:
         """Returns the number of the newest entry of a rank. See ``Store``."""
@@ -302,19 +210,14 @@ class FileStore(RunStore[_CachedRun]):
             with transaction(self._connection) as connection:
                 connection.execute("UPDATE age SET seconds = ?", (self._age_s(),))
             self._age_noted_s = self._age_s()
-        if self._left:
-            with transaction(self._connection) as connection:
-                self._sweep(connection, _SWEPT_WHEN_IDLE)
+        if self._writer.has_left:
+            with self._writer.transaction():
+                self._writer.sweep(_SWEPT_WHEN_IDLE)
         gone = [run_id for run_id, run in self._runs.items() if run.added_s < oldest_s][:EXPIRED_AT_ONCE]
         for run_id in gone:
-            run = self._runs[run_id]
-            self._dropped = []
-            with transaction(self._connection) as connection:
-                self._delete(connection, run)
-            self._left += self._dropped
-            del self._runs[run_id]
-            self._note(run_id, None)
-            self.dropped += run.counts.total()
+            with self._writer.transaction():
+                dropped = self._writer.drop(run_id)
+            self.dropped += dropped
         return gone
 
     # -- restoring a gateway's state ---------------------------------------------------------------------
@@ -357,9 +260,7 @@ class FileStore(RunStore[_CachedRun]):
             return [], []
         return list(self.newest([origin])), [place for place in self.places() if place.origin == origin]
 
-    def _newest_positions(
-        self, run: _CachedRun, origin: Origin, most: int, *, is_missing: bool
-    ) -> tuple[list[int], bool]:
+    def _newest_positions(self, run: FileRun, origin: Origin, most: int, *, is_missing: bool) -> tuple[list[int], bool]:
         """Returns the positions of a writer's newest frames in their newest revisions, and whether these are all.
 
         The newest frame is first.
@@ -367,7 +268,7 @@ class FileStore(RunStore[_CachedRun]):
         with reading():
             # With max(), SQLite takes the other columns from the row that has the maximum.
             rows = self._connection.execute(
-                f"SELECT max(position), complete FROM items WHERE {_OF_WRITER} "  # noqa: S608
+                f"SELECT max(position), complete FROM items WHERE {OF_WRITER} "  # noqa: S608
                 "GROUP BY time ORDER BY time DESC LIMIT ?",
                 (run.key, origin.rank, origin.attempt, origin.writer, min(_MOST_RESTORED, most)),
             ).fetchall()
@@ -378,7 +279,7 @@ class FileStore(RunStore[_CachedRun]):
         are_all = len(rows) <= needed and len(rows) < min(_MOST_RESTORED, most)
         return [position for position, _ in rows[:needed]], are_all
 
-    def _at(self, run_id: str, run: _CachedRun, position: int) -> StoredFrame | None:
+    def _at(self, run_id: str, run: FileRun, position: int) -> StoredFrame | None:
         with reading():
             row = self._connection.execute(
                 f"SELECT {_COLUMNS} FROM items WHERE run = ? AND position = ?",  # noqa: S608
@@ -395,7 +296,7 @@ class FileStore(RunStore[_CachedRun]):
                 continue
             with reading():
                 row = self._connection.execute(
-                    f"SELECT {_COLUMNS} FROM items WHERE {_OF_WRITER} ORDER BY time, position LIMIT 1",  # noqa: S608
+                    f"SELECT {_COLUMNS} FROM items WHERE {OF_WRITER} ORDER BY time, position LIMIT 1",  # noqa: S608
                     (run.key, origin.rank, origin.attempt, origin.writer),
                 ).fetchone()
             entry = None if row is None else self._entry(origin.run_id, run, row)
@@ -417,7 +318,7 @@ class FileStore(RunStore[_CachedRun]):
                 if key in names:
                     found.append(place_of(names[key], tuple(row)))
             except (ValueError, TypeError, RecursionError) as error:
-                self._put_aside("place", [(key, *row)], f"where a writer of run {names[key]} stands: {error}")
+                self._repair.put_aside("place", [(key, *row)], f"where a writer of run {names[key]} stands: {error}")
         counts = self.counts()
         return [place for place in found if place.origin in counts]
 
@@ -458,7 +359,7 @@ class FileStore(RunStore[_CachedRun]):
 
     def put_aside(self, kept: KeptRequest, why: str) -> None:
         """Removes a body that cannot be processed, and keeps a copy in the folder ``damaged``."""
-        self._put_aside("body", [kept.body], f"a request that was acknowledged: {why}")
+        self._repair.put_aside("body", [kept.body], f"a request that was acknowledged: {why}")
         with suppress(StoreFull), transaction(self._connection) as connection:
             connection.execute("DELETE FROM bodies WHERE number = ?", (kept.number,))
         self._bodies = [number for number in self._bodies if number != kept.number]
@@ -480,7 +381,7 @@ class FileStore(RunStore[_CachedRun]):
     def _open(self) -> None:
         """Opens the file. If it is damaged as a whole, it is renamed and a new one is created."""
         try:
-            self._connection = opened(self._path, read_only=self._read_only)
+            self._use(opened(self._path, read_only=self._read_only))
             with reading():
                 self._load()
         except DamagedStore as error:
@@ -494,11 +395,9 @@ class FileStore(RunStore[_CachedRun]):
             self._connection.close()
         try:
             aside = moved_aside(self._path)
-            self._connection = opened(self._path, read_only=False)
+            connection = opened(self._path, read_only=False)
             self._runs, self._ledger, self._bodies, self._received = {}, Ledger(), [], {}
-            self._left, self._last_key = [], 0
-            self._decoded.clear()
-            self._decoded_bytes = self._last_block = 0
+            self._use(connection)
             self._load()
         except (OSError, sqlite3.Error, DamagedStore) as error:
             raise StoreFull(f"the store is damaged ({damage}) and a new one cannot be created: {error}") from error
@@ -510,17 +409,22 @@ class FileStore(RunStore[_CachedRun]):
             aside,
         )
 
+    def _use(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._blocks = Blocks(connection)
+        self._writer = RunWriter(connection, self._runs, self._ledger, self._limits, self._blocks, self._age_s)
+
     def _load(self) -> None:
         self._age_before_s = self._age_noted_s = 0.0
         if not self._read_only:
-            self._mend_indexes()
+            self._repair.mend_indexes(self._connection)
             with transaction(self._connection) as connection:
-                self._clean(connection)
+                self._repair.clean(connection)
         rows = self._connection.execute("SELECT id, run_id, life, last, added_s, tenant FROM runs").fetchall()
         for key, run_id, life, last, added_s, tenant in rows:
-            self._last_key = max(self._last_key, key)
+            self._writer.last_key = max(self._writer.last_key, key)
             if is_run((key, run_id, life, last, tenant)):
-                run = self._runs[run_id] = _CachedRun(key, life, tenant)
+                run = self._runs[run_id] = FileRun(key, life, tenant)
                 run.last = last
                 run.added_s = (
                     float(added_s) if isinstance(added_s, (int, float)) and 0 <= added_s < _MOST_AGE_S else 0.0
@@ -528,7 +432,7 @@ class FileStore(RunStore[_CachedRun]):
         if not self._read_only:
             numbers = self._connection.execute("SELECT number FROM bodies ORDER BY number")
             self._bodies = [number for (number,) in numbers]
-            self._last_block = self._connection.execute("SELECT max(id) FROM blocks").fetchone()[0] or 0
+            self._writer.last_block = self._connection.execute("SELECT max(id) FROM blocks").fetchone()[0] or 0
             ages = self._connection.execute("SELECT max(seconds) FROM age WHERE seconds < ?", (_MOST_AGE_S,))
             (found,) = ages.fetchone()
             # The recorded age may be behind; the store is at least as old as its newest addition.
@@ -536,7 +440,7 @@ class FileStore(RunStore[_CachedRun]):
             self._age_noted_s = self._age_before_s
         self._load_writers()
         for run_id, run in sorted(self._runs.items(), key=lambda each: each[1].added_s):
-            self._note(run_id, run, has_news=True)
+            self._writer.note(run_id, run, has_news=True)
 
     def _load_writers(self) -> None:
         names = {run.key: run_id for run_id, run in self._runs.items()}
@@ -546,7 +450,7 @@ class FileStore(RunStore[_CachedRun]):
                 self._runs[names[key]].ranks[rank] = last
         groups = self._connection.execute(
             "SELECT run, attempt, rank, writer, count(*), min(position), max(position), max(number), "  # noqa: S608
-            f"sum({_SHARE}), max(received) FROM items WHERE NOT ({DAMAGED['items']}) "
+            f"sum({SHARE}), max(received) FROM items WHERE NOT ({DAMAGED['items']}) "
             "GROUP BY run, attempt, rank, writer"
         )
         firsts: dict[str, int] = {}
@@ -557,7 +461,7 @@ class FileStore(RunStore[_CachedRun]):
             run, origin = self._runs[run_id], Origin(run_id, attempt, rank, writer)
             run.counts[origin], run.newest[origin] = count, last
             self._received[origin] = received
-            run.frame_bytes += int(size or 0) + count * _ROW_BYTES
+            run.frame_bytes += int(size or 0) + count * ROW_BYTES
             run.last = max(run.last, last)
             run.ranks[rank] = max(run.ranks.get(rank, 0), number)
             firsts[run_id] = min(firsts.get(run_id, first), first)
@@ -570,271 +474,6 @@ class FileStore(RunStore[_CachedRun]):
             if key in names:
                 self._runs[names[key]].outcomes[Origin(names[key], attempt, rank, writer)] = outcome
 
-    def _mend_indexes(self) -> None:
-        """Rebuilds the indexes if the file is damaged, since a row missing from an index could not be pulled."""
-        (found,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
-        if found != "ok":
-            try:
-                with transaction(self._connection) as connection:
-                    connection.execute("REINDEX")
-            except StoreFull as error:
-                if isinstance(error.__cause__, sqlite3.IntegrityError):  # two rows have the same number
-                    raise DamagedStore(f"{found}; {error}") from error
-                self._warnings.say("damaged index", "the store's file is damaged (%s), and %s", found, error)
-            else:
-                self.damaged["index"] += 1
-                self._warnings.say("damaged index", "the store's file is damaged (%s): its indexes are new", found)
-
-    def _clean(self, connection: sqlite3.Connection) -> None:
-        """Removes rows that a gateway cannot have written, and rows that do not belong to a run."""
-        for table, damaged in DAMAGED.items():
-            blob = {"blocks": "frames", "bodies": "body"}.get(table)
-            columns = "*" if blob is None else f"*, CASE WHEN length({blob}) <= 1000000 THEN {blob} END"
-            kind = {"items": "frame", "blocks": "frame", "bodies": "body"}.get(table, "row")
-            rows = connection.execute(f"SELECT {columns} FROM {table} WHERE {damaged} LIMIT {_MOST_ASIDE}").fetchall()  # noqa: S608
-            if rows:
-                connection.execute(f"DELETE FROM {table} WHERE {damaged}")  # noqa: S608
-                self._put_aside(kind, rows, f"{len(rows)} rows of {table}")
-        runs = connection.execute("SELECT id, run_id, life, last, tenant, * FROM runs").fetchall()
-        bad = [row for row in runs if not is_run(row[:5])]
-        if bad:
-            self._put_aside("row", bad, f"{len(bad)} rows of runs")
-            connection.executemany("DELETE FROM runs WHERE id = ?", [row[:1] for row in bad])
-        for table in ("items", "ranks", "ends", "places", "blocks"):
-            connection.execute(f"DELETE FROM {table} WHERE run NOT IN (SELECT id FROM runs)")  # noqa: S608
-        lost = connection.execute("DELETE FROM items WHERE block NOT IN (SELECT id FROM blocks) RETURNING *").fetchall()
-        if lost and not self.damaged["frame"]:  # otherwise the reason is known
-            self._put_aside("frame", lost[:_MOST_ASIDE], f"{len(lost)} steps without their block", len(lost))
-        connection.execute("DELETE FROM blocks WHERE id NOT IN (SELECT block FROM items)")
-        if connection.execute("SELECT count(*) FROM age WHERE typeof(seconds) = 'real'").fetchone()[0] != 1:
-            connection.execute("DELETE FROM age")
-            connection.execute("INSERT INTO age VALUES (0.0)")
-
-    def _put_aside(self, kind: str, rows: Sequence[Any], what: str, count: int | None = None) -> None:
-        """Writes damaged rows to files in the folder ``damaged`` up to its limit, counts them, and logs a warning."""
-        names = [self._aside.put(kind, row if isinstance(row, bytes) else repr(row).encode()) for row in rows]
-        self.damaged[kind] += len(rows) if count is None else count
-        where = f"kept in {self._aside.path / names[0]}" if names and names[0] else "there is no room to keep it"
-        self._warnings.say(f"damaged {kind}", "damage in the store was taken out, %s; %s", what, where)
-
     def _age_s(self) -> float:
         """Returns the total time in seconds that gateways have run on this folder."""
         return self._age_before_s + self._clock() - self._opened_s
-
-    # -- writing -----------------------------------------------------------------------------------------
-
-    def _insert(self, connection: sqlite3.Connection, new: NewData, changed: dict[str, _CachedRun | None]) -> None:
-        """Writes frames: consecutive ones of a writer as one block, and a row for each."""
-        rows: list[tuple[Any, ...]] = []
-        blocks: dict[Origin, _NewBlock] = {}
-        full: list[_NewBlock] = []
-        for item in new.items:
-            run_id, attempt, rank, writer = origin = item.origin
-            run = self._copied(run_id, changed)
-            if run is None:
-                life, tenant = secrets.token_hex(4), new.tenants.get(run_id, "")
-                self._last_key += 1  # SQLite would give the key of a dropped run again, of which entries may be left
-                row = (self._last_key, run_id, life, tenant)
-                connection.execute("INSERT INTO runs (id, run_id, life, tenant) VALUES (?, ?, ?, ?)", row)
-                run = changed[run_id] = _CachedRun(self._last_key, life, tenant)
-            block = blocks.get(origin)
-            if block is None or block.is_full:
-                self._last_block += 1
-                block = blocks[origin] = _NewBlock(self._last_block, run)
-                full.append(block)
-            run.last += 1
-            run.ranks[rank] = run.ranks.get(rank, 0) + 1
-            run.moved.add(rank)
-            rows.append(
-                (
-                    *(run.key, run.last, rank, run.ranks[rank], attempt, writer, item.revision, item.complete),
-                    *(item.received_unix_ns, self._loss_before(connection, run, origin)),
-                    *(min(item.frame.time_unix_ns, _LARGEST_INTEGER), block.id, block.count, item.missed),
-                )
-            )
-            block.add(item.frame, run.last)
-            run.losses[origin] = loss_of(item.frame)
-            run.counts[origin] += 1
-            run.added_s = self._age_s()
-        encoded = []
-        for block in full:
-            encoded.append((block.id, block.run.key, block.last, block.count, b"".join(block.records)))
-            block.run.frame_bytes += block.count * (block.size // block.count + _ROW_BYTES)
-        connection.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?, ?)", encoded)
-        connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-
-    def _loss_before(self, connection: sqlite3.Connection, run: _CachedRun, origin: Origin) -> float | None:
-        """Returns the loss of the writer's previous step, read from the file for the first step since the start."""
-        position = run.newest.pop(origin, None)
-        if position is not None and origin not in run.losses:
-            row = connection.execute(
-                "SELECT block, place FROM items WHERE run = ? AND position = ?", (run.key, position)
-            ).fetchone()
-            with suppress(DamagedRecord):  # it is put aside when it is pulled
-                run.losses[origin] = None if row is None else loss_of(self._frame(*row))
-        return run.losses.get(origin)
-
-    def _end(
-        self, connection: sqlite3.Connection, origin: Origin, outcome: str, changed: dict[str, _CachedRun | None]
-    ) -> None:
-        """Stores an outcome, if a step of the run is stored."""
-        run = self._copied(origin.run_id, changed)
-        if run is not None:
-            row = (run.key, origin.rank, origin.attempt, origin.writer, outcome)
-            connection.execute("INSERT OR REPLACE INTO ends VALUES (?, ?, ?, ?, ?)", row)
-            run.outcomes[origin] = outcome
-
-    def _place(
-        self, connection: sqlite3.Connection, places: Sequence[Place], changed: dict[str, _CachedRun | None]
-    ) -> None:
-        """Stores the places that writers have reached, if a step of their run is stored."""
-        rows = []
-        for place in places:
-            run_id, attempt, rank, writer = place.origin
-            run = self._copied(run_id, changed)
-            if run is not None:
-                holes, ends = (json.dumps(each) if each else "[]" for each in (place.holes, place.ends))
-                about = (place.host, place.revision, place.settings, place.validation_loss)
-                rows.append((run.key, rank, attempt, writer, *place[1:6], holes, ends, *about))
-        connection.executemany(
-            "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
-        )
-
-    def _copied(self, run_id: str, changed: dict[str, _CachedRun | None]) -> _CachedRun | None:
-        """Returns a copy of a run's state for a transaction to change; None when nothing of the run is stored."""
-        if run_id not in changed and run_id in self._runs:
-            changed[run_id] = self._runs[run_id].copied()
-        return changed.get(run_id)
-
-    # -- dropping ----------------------------------------------------------------------------------------
-
-    def _note(self, run_id: str, run: _CachedRun | None, *, has_news: bool = False) -> None:
-        """Updates the ledger for a run; None removes the run."""
-        if run is None:
-            self._ledger.forget(run_id)
-        else:
-            self._ledger.note(run_id, run.tenant, run.size, max(len(run.counts), 1), has_news=has_news)
-
-    def _is_too_large(self, run: _CachedRun) -> bool:
-        return run.size > self._limits.run_bytes or run.last - run.first >= self._limits.steps
-
-    def _make_room(self, connection: sqlite3.Connection, changed: dict[str, _CachedRun | None]) -> int:
-        """Drops entries until all runs together are within the limits; returns how many."""
-        count = 0
-        while self._ledger.size > self._limits.all_bytes:
-            surplus = self._ledger.size - self._limits.all_bytes
-            run_id = self._ledger.largest()
-            run = self._copied(run_id, changed)
-            assert run is not None
-            limit = run.size - surplus
-            count += self._shrink(connection, run_id, run, changed, lambda run: run.size > limit)  # noqa: B023
-        while self._ledger.writers > self._limits.writers:
-            surplus = self._ledger.writers - self._limits.writers
-            run_id, is_only = self._ledger.longest_silent()
-            run = self._copied(run_id, changed)
-            assert run is not None
-            most = len(run.counts) - surplus if is_only else 0
-            count += self._shrink(
-                *(connection, run_id, run, changed),
-                lambda run: len(run.counts) > most,  # noqa: B023
-                is_all=not is_only,
-            )
-        return count
-
-    def _shrink(
-        self,
-        connection: sqlite3.Connection,
-        run_id: str,
-        run: _CachedRun,
-        changed: dict[str, _CachedRun | None],
-        is_too_large: Callable[[_CachedRun], bool],
-        *,
-        is_all: bool = False,
-    ) -> int:
-        """Drops the oldest entries of a run while it is too large; drops the run itself when none are left."""
-        count = 0
-        if is_all:
-            count, run.first = run.counts.total(), run.last + 1
-        while run.first <= run.last and is_too_large(run):
-            rows = connection.execute(
-                f"SELECT position, attempt, rank, writer, {_SHARE} FROM items "  # noqa: S608
-                "WHERE run = ? AND position >= ? ORDER BY position LIMIT ?",
-                (run.key, run.first, _AT_ONCE),
-            ).fetchall()
-            if not rows:
-                run.first = run.last + 1
-            for position, attempt, rank, writer, size in rows:
-                if not is_too_large(run):
-                    break
-                run.first = position + 1
-                run.frame_bytes -= int(size or 0) + _ROW_BYTES
-                self._drop(connection, run, Origin(run_id, attempt, rank, writer))
-                count += 1
-            connection.execute("DELETE FROM items WHERE run = ? AND position < ?", (run.key, run.first))
-            connection.execute("DELETE FROM blocks WHERE run = ? AND last < ?", (run.key, run.first))
-        if run.first > run.last:
-            self._delete(connection, run)
-            changed[run_id] = None
-        self._note(run_id, changed[run_id])
-        return count
-
-    def _delete(self, connection: sqlite3.Connection, run: _CachedRun) -> None:
-        """Deletes a run. Its entries are left to ``_sweep``, since there may be very many, or to the next start."""
-        for table in ("ranks", "ends", "places"):
-            connection.execute(f"DELETE FROM {table} WHERE run = ?", (run.key,))  # noqa: S608
-        connection.execute("DELETE FROM runs WHERE id = ?", (run.key,))
-        self._dropped.append(run.key)
-
-    def _sweep(self, connection: sqlite3.Connection, most: int) -> None:
-        """Deletes up to this many entries, and as many blocks, of runs that were dropped."""
-        if not self._left:
-            return
-        key = self._left[-1]
-        count = 0
-        for table in ("items", "blocks"):
-            some = f"SELECT rowid FROM {table} WHERE run = ? LIMIT ?"  # noqa: S608
-            of_run = (key, most)
-            count += connection.execute(f"DELETE FROM {table} WHERE rowid IN ({some})", of_run).rowcount  # noqa: S608
-        if not count:
-            self._left.pop()
-
-    def _drop(self, connection: sqlite3.Connection, run: _CachedRun, origin: Origin) -> None:
-        """Counts an entry of this writer as dropped; after its last one, forgets everything about the writer."""
-        run.counts[origin] -= 1
-        if run.counts[origin] <= 0:
-            del run.counts[origin]
-            run.losses.pop(origin, None)
-            run.newest.pop(origin, None)
-            run.outcomes.pop(origin, None)
-            of_writer = (run.key, origin.rank, origin.attempt, origin.writer)
-            for table in ("ends", "places"):
-                connection.execute(f"DELETE FROM {table} WHERE {_OF_WRITER}", of_writer)  # noqa: S608
-
-
-class _DecodedBlock(NamedTuple):
-    """The frames of a block that was read, and its size in bytes."""
-
-    frames: list[Frame]
-    size: int
-
-
-class _NewBlock:
-    """Consecutive frames of one writer, to be stored as one block."""
-
-    def __init__(self, block: int, run: _CachedRun) -> None:
-        self.id = block
-        self.run = run
-        self.records: list[bytes] = []
-        self.count = self.size = self.last = 0
-        self._writer = RecordWriter()
-
-    def add(self, frame: Frame, position: int) -> None:
-        record = self._writer.frame(frame)
-        self.records.append(record)
-        self.count += 1
-        self.size += len(record)
-        self.last = position
-
-    @property
-    def is_full(self) -> bool:
-        return self.count >= _MOST_FRAMES or self.size >= _MOST_BLOCK_BYTES

@@ -21,6 +21,7 @@ from esper_otel.schema.events import (
 
 Attribute: TypeAlias = str | int | float
 _FIELDS = 10
+_MOST_CHARACTERS = 500  # of a body
 _NONE: Mapping[str, Attribute] = MappingProxyType({})
 
 
@@ -64,7 +65,7 @@ class Event(NamedTuple):
 
     @property
     def due_unix_ns(self) -> int:
-        """See ``Entry``. Before the first step, there is nothing to wait for."""
+        """See ``Numbered``. Before the first step, there is nothing to wait for."""
         return 0 if self.step is None else self.time_unix_ns
 
 
@@ -85,6 +86,8 @@ class EventLog(Journal[Event, Happening]):
         has_resumed: whether a resume is.
     """
 
+    last: int
+
     def __init__(
         self,
         start_unix_ns: int = 0,
@@ -94,15 +97,15 @@ class EventLog(Journal[Event, Happening]):
         before: Iterable[Event] = (),
         delivered: int = 0,
     ) -> None:
-        super().__init__(start_unix_ns, most)
+        past = list(before)
+        super().__init__(start_unix_ns, most, past[-1].number if past else 0)
         self.now_ns: Callable[[], int] = now_ns
         self.sequence: int = 0
         self.is_over: bool = False
         self._resumed: Event | None = None
         self._stages: dict[str, Event] = {}
         self._signals: dict[str, Event] = {}
-        for event in before:
-            self.last = event.number
+        for event in past:
             self._note(event)
             if event.number > delivered:
                 self._waiting.append(event)
@@ -114,7 +117,7 @@ class EventLog(Journal[Event, Happening]):
     def _entry(self, number: int, given: Happening) -> Event:
         name, severity, time_unix_ns, body, step, epoch, attributes, sequence = given
         event = Event(
-            *(number, self.now_ns(), name, int(severity), time_unix_ns, body, step, epoch),
+            *(number, self.now_ns(), name, int(severity), time_unix_ns, body[:_MOST_CHARACTERS], step, epoch),
             dict(attributes),
             sequence,
         )

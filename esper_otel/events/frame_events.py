@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from esper_otel.events.happenings import run_ended, run_resumed
 from esper_otel.frames.block import Block
-from esper_otel.frames.events import Attribute, Event, EventLog, Happening
+from esper_otel.frames.event_log import Attribute, Event, EventLog, Happening
 from esper_otel.frames.frame import ABSENT_BITS, COLUMN, FLOAT32_BOUND, LAST_LOSS, Frame
 from esper_otel.leyline import state
 from esper_otel.leyline.episodes import EpisodeChange, Episodes, StepSender

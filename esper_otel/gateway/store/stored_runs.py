@@ -33,8 +33,8 @@ class StoredRun:
     def __init__(self, life: str, tenant: str) -> None:
         self.life = life
         self.tenant = tenant
-        self.added_s = 0.0
-        self.frame_bytes = 0
+        self.added_s: float = 0.0
+        self.frame_bytes: int = 0
         self.losses: dict[Origin, float | None] = {}
         self.counts: Counter[Origin] = Counter()
         self.outcomes: dict[Origin, str] = {}

@@ -6,13 +6,13 @@ import os
 
 from esper_otel.events.happenings import checkpoint, mistake, run_started
 from esper_otel.export.endpoint import Endpoint
-from esper_otel.frames.events import EventLog
+from esper_otel.frames.event_log import EventLog
 from esper_otel.frames.phase_log import CHECKPOINT
 from esper_otel.record.mistakes import Mistakes
 from esper_otel.record.recorder import Recorder
 
 
-class Events:
+class EventNotes:
     """Adds events to the journal of a session where they happen. Does nothing in a forked child.
 
     Threads: any.
