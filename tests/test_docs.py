@@ -27,7 +27,8 @@ _PATH = re.compile(r"[\w.~-]*[\w-]+(/[\w.-]+)*(/|\.(py|pyi|proto|md|txt|toml|yam
 FOREIGN = {
     *("Gauge.set", "force_flush()", "torch.dot", "promote_scope_metadata", "Accelerator.save_state", "math.dist"),
     *("step_latency_ms_milliseconds", "gpu_mem_used_gb_GB", "loss_loss", "os._exit", "compute_loss"),
-    *("OTEL_EXPORTER_OTLP_CLIENT_KEY", "OTEL_EXPORTER_OTLP_COMPRESSION"),
+    *("OTEL_EXPORTER_OTLP_CLIENT_KEY", "OTEL_EXPORTER_OTLP_COMPRESSION", "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT"),
+    "logger_provider",
     *("SIGKILL", "memory_limiter", "otlp_http", "otlp_grpc", "Instrumentation", "spec.python.image"),
     *("SHA256SUMS", "SOURCE_DATE_EPOCH", "TerminateProcess", "DeprecationWarning", "torch.utils.checkpoint"),
     *("torch.utils.flop_counter.register_flop_formula", "torch.backends.cuda.matmul.allow_tf32"),

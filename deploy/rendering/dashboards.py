@@ -585,6 +585,7 @@ def _run(naming: Naming) -> Board:
             "celsius",
         ),
     )
+    _mark_events(board, naming)
     _mark_stages(board, naming)
     return board
 
@@ -700,6 +701,21 @@ def _ranks(naming: Naming) -> Board:
         ),
     )
     return board
+
+
+def _mark_events(board: Board, naming: Naming) -> None:
+    """Marks what happens in a run, as its events say it, from metrics alone: no store of logs is needed."""
+
+    def sent(metric: str, matchers: str = "") -> str:
+        """When a point of a metric that is sent once arrived."""
+        who = _who(naming) + matchers
+        return f"{naming.select(metric, who, over='15s', function='count_over_time')} > 0"
+
+    board.annotate("started", sent("esper.phase.length_ms", ', phase="start_up"'), "rank {{rank}} begins its steps")
+    board.annotate("ended", sent("esper.run.ended"), "rank {{rank}} has ended: {{outcome}}")
+    board.annotate("checkpoint", sent("esper.phase.length_ms", ', phase="checkpoint"'), "rank {{rank}}")
+    firing = 'ALERTS{alertstate="firing", run_id=~"$run", rank=~"$rank"}'
+    board.annotate("signal", firing, "{{alertname}} on rank {{rank}}")
 
 
 def _mark_stages(board: Board, naming: Naming) -> None:

@@ -27,6 +27,9 @@ class EventReading(Protocol):
     def read(self, blocks: Sequence[Block], first: int, last: int) -> None:
         """Reads the frames with these sequence numbers."""
 
+    def skip(self, block: Block) -> None:
+        """Notes where frames end that need not be read."""
+
     def end(self, outcome: str, time_unix_ns: int, exit_status: int | None = None) -> None:
         """Adds the end of the run."""
 
@@ -53,7 +56,7 @@ class EventSource:
         folder: Folder | None = None,
     ) -> None:
         self.reader = reader
-        self.log = reader.log
+        self.log: EventLog = reader.log
         self.resource = resource
         self.folder = folder
         self._file = file

@@ -669,12 +669,14 @@ class StepExporter:
         With steps in a spool that were not sent, more may have happened.
         """
         is_next = self._spool is not None and (self.waiting or not self._has_said_goodbye)
+        live, run = events.live, self._live.run
         try:
-            run = self._live.phases_run
-            if events.live is not None and run is not None:
-                events.live.resource = partial(self._live.encoder.resource, run)
-            if events.live is not None and not is_next:
-                events.live.reader.end(outcome, events.live.log.now_ns(), self._exit_status)
+            if live is not None and run is not None:
+                live.resource = partial(self._live.encoder.resource, run)
+            if live is not None and not is_next:
+                live.reader.end(outcome, live.log.now_ns(), self._exit_status)
+                if live.resource() is None:  # no step, no phase, and nothing went wrong: no run for anybody to see
+                    live.log.delivered(live.log.last)
         finally:
             is_all = events.close(self._deadline_s or 0.0)
         return is_all

@@ -256,6 +256,22 @@ def test_stage_changes_are_marked(stack: Stack) -> None:
     }
 
 
+def test_events_of_the_run_are_marked_from_metrics(stack: Stack) -> None:
+    """Without a store of logs: each rank has begun, and saved one checkpoint."""
+    board = json.loads((ROOT / "deploy" / "grafana" / stack.naming.folder / "dashboards" / "run.json").read_text())
+    queries = {each["name"]: filled(each["expr"]) for each in board["annotations"]["list"] if each.get("expr")}
+    assert queries.keys() == {"started", "ended", "checkpoint", "signal", "stage"}
+    now_s = time.time()
+
+    def marked(name: str) -> list[str]:
+        found = stack.prometheus.get("query_range", query=queries[name], start=now_s - 180, end=now_s, step=1)
+        return sorted(series["metric"]["rank"] for series in found["result"])
+
+    assert marked("started") == marked("checkpoint") == ["0", "1"]
+    assert marked("signal") == [], "a Prometheus without our rules has no alerts"
+    marked("ended")
+
+
 @pytest.mark.parametrize("naming", [OURS, STOCK], ids=["ours", "stock"])
 def test_each_panel_says_how_to_read_it_and_each_metric_has_one(naming: Naming) -> None:
     """Every metric of the schema stands on some panel."""

@@ -17,7 +17,7 @@ from esper_otel import ConfigurationError, EsperSettings
 from esper_otel.export.config_file import configured, configured_resource
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.opening import _every_s
-from esper_otel.export.provider import exporters_from_environment
+from esper_otel.export.provider import events_exporter, exporters_from_environment
 from esper_otel.testing import MemoryCollector
 
 HEAD = 'file_format: "1.0"\n'
@@ -227,3 +227,18 @@ def test_the_sdks_interval_counts_where_ours_is_not_given(
         monkeypatch.setenv(name, text)
     settings: Any = EsperSettings
     assert _every_s(settings(**given)) == every_s
+
+
+@pytest.mark.parametrize("kind", ["batch", "simple"])
+def test_the_files_exporter_of_logs_is_that_of_events(named: Any, kind: str) -> None:
+    """Without one, events are off, whatever the variables say."""
+    logs = (
+        f'logger_provider:\n  processors:\n    - {kind}: {{exporter: {{otlp_http: {{endpoint: "http://logs:1/x"}}}}}}\n'
+    )
+    named("otlp_grpc: {}", beside=logs)
+    assert events_exporter().is_on
+    endpoint = endpoint_from_environment(protocol=events_exporter().protocol, signal="logs")
+    assert (endpoint.address, endpoint.protocol) == ("http://logs:1/x", "http/protobuf")
+    assert endpoint_from_environment(protocol="grpc").address == "localhost:4317"
+    named("otlp_grpc: {}")
+    assert not events_exporter().is_on

@@ -15,6 +15,7 @@ from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExp
 
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.endpoint import endpoint_from_environment
+from esper_otel.export.opening import token_for
 
 E = "OTEL_EXPORTER_OTLP_"
 M = "OTEL_EXPORTER_OTLP_METRICS_"
@@ -267,3 +268,30 @@ def test_credential_providers_win_as_in_the_official_exporters(
     environ = {f"OTEL_PYTHON_EXPORTER_OTLP_{name}_CREDENTIAL_PROVIDER": text for name, text in names.items()}
     endpoint = endpoint_from_environment({f"{E}PROTOCOL": protocol, **environ})
     assert endpoint.credential_provider == expected
+
+
+def test_logs_have_variables_of_their_own_beside_the_general_ones() -> None:
+    """And none of those for metrics, as specified."""
+    environ = {
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://general:4318",
+        "OTEL_EXPORTER_OTLP_HEADERS": "a=general",
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://metrics:1",
+        "OTEL_EXPORTER_OTLP_METRICS_HEADERS": "a=metrics",
+    }
+    logs = endpoint_from_environment(environ, signal="logs")
+    assert (logs.address, logs.headers) == ("http://general:4318/v1/logs", (("a", "general"),))
+    environ |= {"OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": "http://logs:1/x", "OTEL_EXPORTER_OTLP_LOGS_HEADERS": "a=logs"}
+    logs = endpoint_from_environment(environ, signal="logs")
+    assert (logs.address, logs.headers) == ("http://logs:1/x", (("a", "logs"),))
+    assert endpoint_from_environment(environ).address == "http://metrics:1"
+
+
+def test_only_the_host_of_the_steps_gets_the_token(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    steps = endpoint_from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://gateway:4317"})
+    for address, expected in {"https://gateway:4318": token, "http://elsewhere:4317": None}.items():
+        logs = endpoint_from_environment({"OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": address}, signal="logs")
+        assert token_for(logs, steps, token) == expected
+    socket = endpoint_from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": "unix:///run/otlp"})
+    assert token_for(socket, socket, token) == token

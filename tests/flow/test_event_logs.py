@@ -19,7 +19,7 @@ from log_receiver import LogReceiver, attributes_of, receiver
 
 import esper_otel
 from esper_otel import EsperSettings
-from esper_otel.events.happenings import checkpoint
+from esper_otel.events.happenings import checkpoint, run_ended
 from esper_otel.frames.event_log import EventLog
 from esper_otel.schema import Stage
 from esper_otel.testing import MemoryCollector
@@ -222,6 +222,44 @@ def test_mistakes_and_exceptions_are_events(monkeypatch: pytest.MonkeyPatch) -> 
     assert attributes_of(ended)["exception.type"] == "ValueError"
 
 
+def test_an_event_that_cannot_be_encoded_is_counted_and_the_others_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoints(monkeypatch) as (_, logs):
+        telemetry = esper_otel.start(run_id="events", settings=fast())
+        log = telemetry._wiring._events.log  # type: ignore[attr-defined]
+        log.add_all([checkpoint(1, 2, 1, 0), checkpoint(1, 2, 1, 0)._replace(severity=2**40), checkpoint(1, 2, 1, 0)])  # type: ignore[arg-type]
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        telemetry.close()
+        counts: Any = telemetry._wiring.counts()  # type: ignore[attr-defined]
+        assert sorted(numbers(logs)) == [1, 2, 4, 5]
+    assert counts["esper.events.dropped", "cannot be encoded"] == 1
+    assert telemetry.health()["events_dropped"] == 1
+
+
+def test_an_endpoint_of_logs_that_cannot_be_used_keeps_no_step_from_being_sent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with endpoints(monkeypatch) as (collector, _):
+        monkeypatch.setenv("OTEL_PYTHON_EXPORTER_OTLP_HTTP_LOGS_CREDENTIAL_PROVIDER", "nobody")
+        with pytest.raises(esper_otel.EsperOtelError, match="nobody"):
+            esper_otel.start(run_id="events", settings=fast())
+        with esper_otel.start(run_id="events", settings=fast(on_mistake="warn")) as telemetry:
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+        assert collector.frames_received == 1
+    assert [record for record in caplog.records if "nobody" in record.getMessage()]
+
+
+def test_only_an_exception_is_named_as_one() -> None:
+    """An outcome that the program has given is its own word."""
+    for outcome, exception in [
+        ("early stop", None),
+        ("diverged", None),
+        ("SIGTERM", None),
+        ("ValueError", "ValueError"),
+    ]:
+        attributes = run_ended(outcome, 1, None, None).attributes
+        assert (attributes["esper.outcome"], attributes.get("exception.type")) == (outcome, exception)
+
+
 def test_a_refused_record_is_counted_and_the_next_ones_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     with endpoints(monkeypatch, "grpc") as (_, logs):
         statuses = [200, grpc.StatusCode.INVALID_ARGUMENT]
@@ -327,17 +365,19 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("is_away", [True, False])
-def test_a_kill_loses_no_event(is_away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["away", "amid", "after"])
+def test_a_kill_loses_no_event(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next session delivers what was noted, and reads the others from the steps that were not sent."""
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
     with endpoints(monkeypatch) as (collector, logs):
-        waits = "False" if is_away else "telemetry.health()['queue'] or telemetry.health()['events'] < 3"
+        waits = "False" if when == "away" else "telemetry.health()['queue'] or telemetry.health()['events'] < 3"
         there = {}
-        if is_away:
+        if when == "away":
             away = "http://127.0.0.1:1"
             there = {"OTEL_EXPORTER_OTLP_ENDPOINT": away, "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": away}
         program = KILLED.replace("WAITS()", waits)
+        if when == "after":  # all steps are delivered by then
+            program = program.replace("os.kill(", "while telemetry.health()['queue']:\n    time.sleep(0.01)\nos.kill(")
         killed = subprocess.run([sys.executable, "-c", program], check=False, env={**os.environ, **there}, timeout=300)
         assert killed.returncode == -signal.SIGKILL
         with esper_otel.start(run_id="next", settings=fast(spool_dir=tmp_path)) as telemetry:
@@ -372,3 +412,51 @@ def test_events_that_could_not_be_sent_wait_in_the_spool_and_steps_are_not_repea
         again = [point for request in collector.requests[before:] for point in points_of(request)]
         assert not [point for point in again if point.resource["esper.run.id"] == "first"]
     assert list(tmp_path.iterdir()) == []
+
+
+ENDS = {"": (0, "completed", 9), "sys.exit(3)": (3, "SystemExit", 17), "1 / 0": (1, "ZeroDivisionError", 17)}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_has_the_exit_status_of_the_process(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        f"import sys, esper_otel\nt = esper_otel.start(run_id='e')\nt.record_step({{'loss': 1.0}}, epoch=0)\n{end}"
+    )
+    with endpoints(monkeypatch) as (_, logs):
+        done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=300)
+        ended = logs.records[-1]
+    status, outcome, severity = ENDS[end]
+    assert done.returncode == status
+    said = attributes_of(ended)
+    assert (said["process.exit.code"], said["esper.outcome"], ended.severity_number) == (status, outcome, severity)
+    assert said.get("exception.type") == (outcome if end == "1 / 0" else None)
+
+
+def test_a_session_without_any_step_has_events_if_something_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for its metrics: otherwise there is no run for anybody to see."""
+    with endpoints(monkeypatch) as (_, logs):
+        with esper_otel.start(run_id="e", settings=fast(spool_dir=tmp_path)):
+            pass
+        assert logs.records == []
+        with suppress(ValueError), esper_otel.start(run_id="e", settings=fast(spool_dir=tmp_path)):
+            raise ValueError("the model does not fit")
+        assert names(logs) == ["esper.run.started", "esper.run.ended"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fork_adds_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a data loader has a copy of the session, and may save or make mistakes."""
+    with endpoints(monkeypatch) as (_, logs):
+        with esper_otel.start(run_id="e", settings=fast(on_mistake="warn")) as telemetry:
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+            with telemetry.phase("checkpoint"):
+                child = os.fork()
+                if not child:
+                    telemetry.record_step({"los": 1.0}, epoch=0)
+                    with telemetry.phase("checkpoint"):
+                        pass
+                    os._exit(0)
+                os.waitpid(child, 0)
+        assert names(logs) == ["esper.run.started", "esper.checkpoint", "esper.run.ended"]
