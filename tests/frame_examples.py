@@ -142,7 +142,7 @@ def lives(draw: st.DrawFn, *, max_size: int = 12) -> list[Frame]:
     live = LiveSeeds()
     made = []
     for number in range(1, draw(st.integers(1, max_size)) + 1):
-        retired = live.retire(draw(st.lists(st.sampled_from("abcd"), max_size=2, unique=True)))
+        retired = live.retire(draw(st.lists(st.sampled_from("abcd"), unique=True)))
         rows = draw(st.dictionaries(st.sampled_from("abcd"), _cells(), max_size=4))
         step = live.step(seed_table(rows) if draw(st.booleans()) else NO_SEEDS)
         live.commit(step)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.derive.deriver import Deriver
@@ -63,7 +63,6 @@ def assert_equal(ours: pd.Series[float], theirs: pd.Series[float], scale: float)
     np.testing.assert_allclose(ours.to_numpy(), theirs.to_numpy(), rtol=1e-9, atol=1e-10 * scale)
 
 
-@settings(deadline=None)
 @given(readings_with_gaps)
 def test_loss_readings_equal_pandas_on_the_series_without_gaps(series: Series) -> None:
     """A controller must get the textbook numbers, whatever is missing in between."""
@@ -77,7 +76,6 @@ def test_loss_readings_equal_pandas_on_the_series_without_gaps(series: Series) -
     assert_equal(frame["loss_volatility"], exact, scale)
 
 
-@settings(deadline=None)
 @given(readings_with_gaps)
 def test_gradient_readings_equal_pandas_on_the_series_without_gaps(series: Series) -> None:
     """The variance of Finch's recursion is pandas' biased exponentially weighted variance."""
@@ -90,7 +88,6 @@ def test_gradient_readings_equal_pandas_on_the_series_without_gaps(series: Serie
         assert_equal(frame["grad_var"], weighted.var(bias=True), scale * scale)
 
 
-@settings(deadline=None)
 @given(readings_with_gaps)
 def test_a_step_without_a_finite_input_has_no_reading(series: Series) -> None:
     """Absent is absent: an old average is not this step's."""
@@ -163,7 +160,6 @@ inputs = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(inputs, inputs), max_size=40), st.integers(2, 4), st.sampled_from([(), ("loss_delta",)]))
 def test_one_call_gives_what_the_two_of_a_processor_give(
     series: Sequence[tuple[float, float]], window: int, without: Sequence[str]

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from properties import examples
 
 import esper_otel
 from esper_otel.errors import InvalidValue
@@ -216,7 +217,7 @@ def test_the_rate_is_the_share_of_pairs_with_a_negative_product(given: list[list
         assert rate_by_matrices(sources) == expected
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(2, 5))
 def test_blocks_add_up_to_the_whole(seed: int, elements: int, count: int) -> None:
     """Wherever the block boundaries fall."""
@@ -238,7 +239,7 @@ def strided(array: Any, how: str) -> Any:
     return tensor
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     st.lists(
         st.tuples(

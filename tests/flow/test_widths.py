@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from properties import examples
 
 import esper_otel
 from esper_otel import EsperSettings, Stage, Telemetry
@@ -176,7 +177,7 @@ NARROW_STEP = Plan((Call({"a": {"stage": 3.0, "alpha": 0.5}}, False),))
 WIDE_STEP = Plan((Call({"a": {"stage": 3.0, "alpha": 0.5, "learning_rate": 0.25}}, False),))
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @example([NARROW_STEP] * 3 + [NARROW_STEP._replace(is_sent_alone=True)] + [WIDE_STEP] * 3)
 @example([WIDE_STEP, NARROW_STEP._replace(is_sent_alone=True, retired=("a",)), NARROW_STEP, WIDE_STEP])
 @example([NARROW_STEP, Plan(WIDE_STEP.calls[:1], True), NARROW_STEP])

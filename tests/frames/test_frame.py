@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from frame_examples import append, block_of, frames, histories, make_frame, records_of, rows_in, seed_table
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from rows import plain, rows
 
 from esper_otel.export.encode import Encoder
@@ -87,7 +88,7 @@ def lived(history: Sequence[Frame]) -> list[object]:
     return said
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(histories(), st.data())
 def test_every_reader_of_tables_says_the_same_of_wide_ones(history: list[Frame], data: st.DataObject) -> None:
     """A step in which one seed has a further field makes the tables of all seeds wide, and nothing else different."""

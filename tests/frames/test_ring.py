@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 from frame_examples import append, frames, lives, make_frame, rows_of, said_by, seed_table
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from interrupts import interrupted
 
@@ -37,7 +37,6 @@ def fill(ring: Ring, count: int, values: int = 1) -> None:
         ring.append(RUN, number, 0, number, layout, (1.0,) * values)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2_000), st.integers(0, 2_100), st.integers(1, 500))
 def test_a_reader_gets_what_follows_its_cursor_and_the_size_of_the_gap(appended: int, cursor: int, limit: int) -> None:
     """What the ring had to drop is counted by whoever missed it."""
@@ -86,7 +85,6 @@ def identity(frame: Frame) -> tuple[object, ...]:
     return (*head, values, tables, frame.retired, frame.recorded.keys(), frame.context.keys())
 
 
-@settings(deadline=None)
 @given(lives(), st.integers(1, 12), st.integers(0, 12), st.booleans())
 def test_rows_are_read_as_they_were_written(some: list[Frame], limit: int, cursor: int, is_small: bool) -> None:
     """Every value, seed and bit, with the seeds that were alive then, from any place on, in any portion."""
@@ -106,7 +104,18 @@ def test_rows_are_read_as_they_were_written(some: list[Frame], limit: int, curso
     assert [identity(ring.after(number, 1)[0][0]) for number in range(len(some))] == expected
 
 
-@settings(deadline=None)
+def test_a_step_may_retire_any_number_of_seeds() -> None:
+    ring = Ring(2**20)
+    table = seed_table({each: {"alpha": 0.5} for each in "abcdef"})
+    some = [
+        make_frame(seeds=table, live=table),
+        make_frame(sequence=2, seeds=NO_SEEDS, live=NO_SEEDS, retired=table.ids),
+    ]
+    for each in some:
+        append(ring, each)
+    assert [frame.retired for frame in ring.after(0, 2)[0]] == [(), tuple("abcdef")]
+
+
 @given(lives(), st.integers(1, 12), st.data())
 def test_a_block_has_the_rows_of_its_frames(some: list[Frame], limit: int, data: st.DataObject) -> None:
     """Names and seeds may differ from row to row: what a row lacks is absent, and NaN is not."""
@@ -121,7 +130,6 @@ def test_a_block_has_the_rows_of_its_frames(some: list[Frame], limit: int, data:
     assert [row for block in blocks_of(some) for row in rows_of(block)] == said
 
 
-@settings(deadline=None)
 @given(lives(), st.integers(1, 12))
 def test_what_was_recorded_is_read_by_names(some: list[Frame], limit: int) -> None:
     """Each value once, and none that was derived, probed or kept."""
@@ -141,7 +149,6 @@ def test_what_was_recorded_is_read_by_names(some: list[Frame], limit: int) -> No
     assert (cursor, found) == (len(some), expected)
 
 
-@settings(deadline=None)
 @given(st.lists(frames(), min_size=1, max_size=6))
 def test_frames_from_elsewhere_become_blocks(some: list[Frame]) -> None:
     """Of any runs and numbers, as the files of others may have them."""

@@ -7,7 +7,7 @@ import random
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.leyline.episodes import QUIET_S, QUIET_STEPS, Episode, Episodes, StepSender
@@ -227,7 +227,6 @@ def told(episodes: Episodes) -> list[tuple[object, ...]]:
     return sorted(map(of, episodes.all()), key=str)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_episodes_are_those_of_a_plain_oracle(chance: int) -> None:
     history = history_of(random.Random(chance))
@@ -242,7 +241,6 @@ def test_episodes_are_those_of_a_plain_oracle(chance: int) -> None:
     assert entered - left == sum(each.goes_on for each in episodes.all())
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_late_and_repeated_steps_are_each_in_one_episode(number: int) -> None:
     """Each step with a signal is in one episode of it, counted once."""

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rows import plain, table
 
@@ -113,7 +113,6 @@ def test_each_call_means_what_it_would_mean_alone(calls: list[dict[str, float]])
 _CELLS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, -1.0, 4.0, -0.0, math.nan, math.inf, -math.inf])
 
 
-@settings(deadline=None)  # the first session imports much
 @given(
     st.lists(st.dictionaries(st.sampled_from(SEED_FIELDS[1:]), _CELLS, max_size=2), min_size=1, max_size=6),
     st.sampled_from([*Stage]),

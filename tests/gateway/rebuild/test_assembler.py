@@ -10,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, histories, make_frame, seed_table
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from properties import examples
 from wire import bodies, counts_of, encoder
 
 from esper_otel.frames.frame import SAID_BESIDE, Frame, Run, is_absent
@@ -99,7 +100,7 @@ def rows(frame: Frame) -> dict[str, dict[str, bytes]]:
     return {seed: {name: bits(cell) for name, cell in cells.items()} for seed, cells in frame.seeds.rows() if cells}
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(histories(), st.integers(0, 2**32))
 def test_scattered_frames_come_out_once_in_order_and_unchanged(history: list[Frame], seed: int) -> None:
     """What the network does to requests must not change what a controller sees of a step."""
@@ -128,7 +129,7 @@ def living(count: int, start: int = 1, run: Run = RUN) -> list[Frame]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(1, 6), st.integers(0, 2**32))
 def test_scattered_frames_make_the_packets_of_the_process(count: int, seed: int) -> None:
     """A controller behind the gateway must see what one in the process sees, whole and without waiting."""

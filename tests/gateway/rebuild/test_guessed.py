@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, make_frame
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from properties import examples
 from test_assembler import HOLD_S, LINGER_S, MS, Gateway, without_point
 from wire import bodies
 
@@ -93,7 +94,7 @@ def test_a_frame_number_that_comes_after_the_release_fills_its_place() -> None:
     assert gateway.assembler.runs(gateway.now_s)[0].missing == 0
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(2, 8), st.permutations(range(16)), st.lists(st.sampled_from([0.0, 0.03, 0.06, 1.0]), min_size=16))
 def test_no_step_of_a_plain_sender_takes_anothers_number(count: int, order: list[int], waits: list[float]) -> None:
     """Values and steps in requests of their own, in any order: no two frames have one number in one revision."""

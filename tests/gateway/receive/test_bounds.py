@@ -18,10 +18,11 @@ from backports import zstd
 from frame_examples import RUN, TIME_UNIX_NS, frames, histories, make_frame
 from gateways import RunningGateway
 from google.protobuf.message import Message
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import cpu_patience
+from properties import examples
 from wire import bodies, encoder, said
 
 from esper_otel.frames.frame import Frame
@@ -117,7 +118,7 @@ def weight(message: Message) -> int:
     return count
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(histories(max_size=3), st.lists(st.integers(0, 2**63), max_size=12))
 def test_the_walk_counts_what_protobuf_builds(history: list[Frame], counts: list[int]) -> None:
     request = ExportMetricsServiceRequest()
@@ -137,7 +138,7 @@ def test_the_walk_counts_what_protobuf_builds(history: list[Frame], counts: list
             check_parts(body, ExportMetricsServiceRequest)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(histories(max_size=3), max_size=3), st.integers(1, 400), st.binary(max_size=6))
 def test_a_request_in_pieces_says_what_the_whole_says(of_runs: list[list[Frame]], small: int, rest: bytes) -> None:
     body = b"".join(body for history in of_runs for body in bodies(history)) + rest
@@ -149,7 +150,7 @@ def test_a_request_in_pieces_says_what_the_whole_says(of_runs: list[list[Frame]]
         assert said(Decoder().decode, body) == whole
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.lists(frames(), min_size=1, max_size=4), st.booleans())
 def test_values_that_come_twice_are_told_as_one_by_one(some: list[Frame], is_same: bool) -> None:
     """By numpy as by ``merged``, the simple way."""
@@ -228,7 +229,7 @@ def test_many_members_cost_no_more_than_their_bytes() -> None:
     assert time.process_time() - start < cpu_patience(1.0)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.binary(max_size=50) | st.binary(min_size=9, max_size=9).map(lambda each: each * 9_000), max_size=8))
 def test_members_are_unpacked_one_after_the_other(contents: list[bytes]) -> None:
     """As Python's own does it, also those that reach over a piece."""

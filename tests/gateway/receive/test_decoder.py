@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, frames, histories, make_frame, numbers
 from google.protobuf import json_format
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Exemplar, Metric, NumberDataPoint
+from properties import examples
 from wire import as_collector, bodies, said
 
 from esper_otel.frames.frame import ABSENT_BITS, Frame, Run, is_absent
@@ -40,7 +41,7 @@ def same(body: bytes) -> object:
     return plain
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(frames(), st.lists(st.lists(numbers(), min_size=1, max_size=12), min_size=3, max_size=6), st.integers(0, 2**32))
 def test_steps_that_are_alike_are_read_alike(frame: Frame, steps: list[list[float]], seed: int) -> None:
     """By one decoder, which has learnt where the numbers stand; also what is almost like them, and what is broken."""
@@ -183,7 +184,7 @@ def test_templates_are_bounded() -> None:
         )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(histories(), st.integers(0, 2**32))
 def test_our_requests_and_broken_ones_are_read_alike(history: list[Frame], seed: int) -> None:
     """A fast path that reads a request otherwise than protobuf would make values up."""
@@ -198,7 +199,7 @@ def test_our_requests_and_broken_ones_are_read_alike(history: list[Frame], seed:
             same(body[: luck.randrange(len(body))])
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.binary(max_size=200))
 def test_anything_else_is_malformed_or_read_alike(body: bytes) -> None:
     """Bytes of strangers must not raise what no server expects."""

@@ -18,8 +18,9 @@ import pytest
 import requests
 from frame_examples import RUN, TIME_UNIX_NS, block_of, make_frame, sealed, seed_table, taken_apart
 from gateways import RunningGateway
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from test_stores import item, steps_of
 from wire import bodies
 
@@ -343,7 +344,7 @@ def test_bytes_changed_anywhere_keep_no_gateway_from_starting(tmp_path: Path) ->
         assert 51 in live(folder, new_step=51)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(st.integers(0, 10), st.binary(max_size=60), st.integers(0, 300))
 def test_any_bytes_are_a_frame_or_damaged(number: int, changed: bytes, place: int) -> None:
     """Also if the checksum is right."""

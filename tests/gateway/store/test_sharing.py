@@ -6,7 +6,7 @@ import asyncio
 from contextlib import ExitStack
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.gateway.faults import Busy
@@ -39,7 +39,6 @@ def test_room_is_never_used_up_twice(changes: list[tuple[str, int, int]]) -> Non
         pass
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(OWNERS, st.integers(0, 3), st.integers(0, 4)), max_size=40))
 def test_turns_are_bounded_and_none_is_lost(calls: list[tuple[str, int, int]]) -> None:
     """Those who are cancelled while they wait or work leave their places to others; in the end all are free."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from frame_examples import RUN, TIME_UNIX_NS, frames, make_frame
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_otel.errors import ConfigurationError, StaleCursor, UnknownRun
@@ -158,7 +158,6 @@ def test_the_loss_before_is_that_of_the_same_writer(make: Maker) -> None:
     assert found == {((1, 0), 1): None, ((1, 1), 7): None, ((1, 0), 2): 1.0, ((1, 1), 8): 7.0, ((2, 0), 9): None}
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), frames()), max_size=12), st.integers(1, 8), st.integers(1, 5))
 def test_both_stores_give_the_same(
     tmp_path_factory: pytest.TempPathFactory, added: list[tuple[int, Frame]], steps: int, most: int
