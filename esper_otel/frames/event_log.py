@@ -102,6 +102,9 @@ class EventLog(Journal[Event, Happening]):
         self._resumed: Event | None = None
         self._stages: dict[str, Event] = {}
         self._signals: dict[str, Event] = {}
+        self._restore(before, delivered)
+
+    def _restore(self, before: Iterable[Event], delivered: int) -> None:
         for event in before:
             self.last = event.number
             self._note(event)
