@@ -120,4 +120,4 @@ def test_ci_runs_every_gate() -> None:
     """A gate that only developers run is none."""
     script = read(".ci/run")
     for target in ("lint", "site", "test", "test-lowest", "test-pythons", "test-wheel", "demo"):
-        assert re.search(rf"^(gate make|tests) {target}\b", script, re.MULTILINE), target
+        assert re.search(rf"^ *(gate make|tests) {target}\b", script, re.MULTILINE), target

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import requests
+import warm
 from brokers import NoBroker, shared_broker
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -52,14 +53,14 @@ class Tier:
         self.prefix = f"t{os.getpid()}-{next(_TOPICS)}"
         self._config = () if config is None else ("--kafka-config", config)
         given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        made = subprocess.run(
-            [
-                *(sys.executable, ROOT / "deploy" / "kafka" / "topics.py", "--kafka", address, "--topics", self.prefix),
-                *("--partitions", str(partitions), "--replication", "1", *self._config, *given),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
+        command = [
+            *(ROOT / "deploy" / "kafka" / "topics.py", "--kafka", address, "--topics", self.prefix),
+            *("--partitions", str(partitions), "--replication", "1", *self._config, *given),
+        ]
+        made = (
+            warm.run(*command, imported=warm.GATEWAY)
+            if warm.are_served()
+            else subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
         )
         assert made.returncode == 0, made.stdout + made.stderr
         self._producer: Producer | None = None

@@ -49,7 +49,7 @@ def access_arguments(parser: argparse.ArgumentParser) -> None:
 
 def properties(options: argparse.Namespace) -> dict[str, str]:
     """What a client needs to reach them."""
-    given = {"bootstrap.servers": options.kafka}
+    given = {"bootstrap.servers": options.kafka, "log_level": "0"}  # else a line each 50 ms until the brokers are there
     for line in [] if options.kafka_config is None else options.kafka_config.read_text().splitlines():
         name, has_value, value = (part.strip() for part in line.partition("="))
         if has_value and not name.startswith("#"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from esper_otel.check.back import Difference
+from esper_otel.check.stages import Difference
 
 _UNITS = {
     "whole seconds": 10**9,

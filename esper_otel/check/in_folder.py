@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from esper_otel.check.check_stage import CheckStage
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+from esper_otel.check.stages import CheckStage
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.encode import Encoder
 from esper_otel.export.file_sender import FileSender
@@ -80,7 +82,8 @@ def _written(path: Path, existing: Path, folder: Path, samples_per_s: float) -> 
     yield CheckStage("room", lasts_s >= _LEAST_ROOM_S, room, "make room, or give another directory")
     if lasts_s < _LEAST_ROOM_S:
         return
-    is_same = [line.body for line in lines_of(file, 0)] == [body]
+    back = [ExportMetricsServiceRequest.FromString(line.body or b"") for line in lines_of(file, 0)]
+    is_same = back == [ExportMetricsServiceRequest.FromString(body)]  # the order of the bytes says nothing
     how = "as it was" if is_same else "otherwise"
     message = f"a step that was written reads back {how}; deliver the files with esper-otel send {path}"
     yield CheckStage("format", is_same, message)

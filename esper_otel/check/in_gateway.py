@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from esper_otel.check.back import QUIET_S, Difference, ReadBack
-from esper_otel.check.check_stage import CheckStage
 from esper_otel.check.differences import differences, of_end, of_times, steps_in_words
 from esper_otel.check.marked_run import EPOCH, FIRST_STEP, OUTCOME, RANKS, RETIRED, MarkedRun
+from esper_otel.check.stages import QUIET_S, CheckStage, Difference, ReadBack
 from esper_otel.errors import GatewayError, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP
 from esper_otel.leyline.packets import Packets, packets

@@ -8,10 +8,9 @@ from typing import Any
 
 import requests
 
-from esper_otel.check.back import QUIET_S, Difference, ReadBack
-from esper_otel.check.check_stage import CheckStage
 from esper_otel.check.differences import differences, of_end, of_times, steps_in_words
 from esper_otel.check.marked_run import BY_NAME, DIES, ENDED, FIRST_STEP, OUTCOME, RANKS, Key, MarkedRun
+from esper_otel.check.stages import QUIET_S, CheckStage, Difference, ReadBack
 from esper_otel.schema import SEED_RETIRED
 from esper_otel.schema.prometheus import prometheus_name
 

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from esper_otel.check.check_stage import CheckStage
 from esper_otel.check.in_folder import in_folder
+from esper_otel.check.stages import CheckStage
 from esper_otel.errors import ConfigurationError
 from esper_otel.export.blocks import COUNTED
 from esper_otel.export.encode import Encoder, Request

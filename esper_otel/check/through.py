@@ -10,12 +10,11 @@ from functools import partial
 
 import requests
 
-from esper_otel.check.back import Difference, ReadBack
-from esper_otel.check.check_stage import CheckStage
 from esper_otel.check.in_gateway import at_gateway, end_at_gateway
 from esper_otel.check.in_prometheus import at_prometheus, end_at_prometheus
 from esper_otel.check.marked_run import MarkedRun
 from esper_otel.check.one_frame import of_outcome
+from esper_otel.check.stages import CheckStage, Difference, ReadBack
 from esper_otel.errors import ConfigurationError, GatewayError
 from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.provider import exporters_from_environment

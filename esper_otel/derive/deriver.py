@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from esper_otel.derive.dynamics import Dynamics
 from esper_otel.derive.processor import Processor
 from esper_otel.errors import ConfigurationError, InvalidCatalogue, InvalidValue, UnknownMetric
 from esper_otel.schema import Metric
+
+# Takes a state, the loss and the gradient norm; returns the next state, and names and numbers of what is derived.
+Trends: TypeAlias = Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]]
 
 
 def _name(entry: str | Metric) -> str:
@@ -61,8 +64,8 @@ class Deriver:
     A processor that raises keeps its old state and has no readings in that step, and ``fault`` is called.
 
     Attributes:
-        needs_all: whether the loss and the gradient norm are not enough: a user's processors may read any value, and
-            the readings of the probes.
+        step: does what ``commit`` does, given the only state, the loss and the gradient norm; see ``Dynamics.step``.
+            None if these are not enough: a user's processors may read any value, and the readings of the probes.
         states: the processors' states; never changed in place, so a caller can go back to earlier ones.
     """
 
@@ -75,8 +78,7 @@ class Deriver:
         self.states: tuple[Any, ...] = tuple(processor.initial() for processor in self._processors)
         # Most runs have only the built-in processor. It needs neither a loop nor a guard: numbers never make it raise.
         alone = processors[0] if len(processors) == 1 else None
-        self._step = alone.step if isinstance(alone, Dynamics) else None
-        self.needs_all: bool = self._step is None
+        self.step: Trends | None = alone.step if isinstance(alone, Dynamics) else None
         self._fault = fault
         given_before: set[str] = set()
         self._chained = False
@@ -88,14 +90,6 @@ class Deriver:
         """Advances to the next step and returns names and numbers of the derived metrics."""
         self.states, derived = self._advance(given)
         return tuple(derived), tuple(derived.values())
-
-    def commit_trends(self, loss: float, norm: float) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """Does the same unless ``needs_all``, given the two inputs; NaN stands for a missing one."""
-        if self._step is None:
-            raise TypeError("processors that need all values of the step")
-        state, names, numbers = self._step(self.states[0], loss, norm)
-        self.states = (state,)
-        return names, numbers
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
         """Returns what ``commit`` would, by name, without advancing."""

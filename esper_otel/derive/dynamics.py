@@ -57,6 +57,7 @@ class Dynamics:
         self._without = frozenset(without)
         self._smoothing = smoothing
         self._window = window
+        self._usual = -1 if without else window  # length of the window in the usual case
         self._rest = 1.0 - smoothing
         self._root = sqrt(window)
 
@@ -116,7 +117,7 @@ class Dynamics:
         """
         _, ewma, window, norm_ewma, variance = state
         count, smoothing = self._window, self._smoothing
-        if len(window) == count and not self._without:
+        if len(window) == self._usual:
             # The usual case. Results that are all finite follow from finite inputs: there is nothing else to check.
             delta = loss - window[-1]
             window = window[1:] + (loss,)  # noqa: RUF005 - unpacking takes twice as long

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import groupby
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -23,7 +23,14 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric as MetricMessage
 from opentelemetry.sdk.resources import Resource
 
 from esper_otel.export.blocks import Points, points_of
-from esper_otel.export.gauge_points import PLAIN_BYTES, Times, largest_seed_point, seed_points, step_points
+from esper_otel.export.gauge_points import (
+    PLAIN_BYTES,
+    Times,
+    flags_of_seeds,
+    largest_seed_point,
+    seed_points,
+    step_points,
+)
 from esper_otel.export.scopes import attribute, origin_of, set_scope, stream
 from esper_otel.export.streams import Stream
 from esper_otel.frames.block import Block
@@ -245,41 +252,46 @@ class Encoder:
                 for row in sorted(block.retired)
                 if (over := ended.get(block.first + row))
             }
-            every = [piece for pieces in markers.values() for piece in pieces]
-            count = int(points.counts.sum()) + sum(piece.points for piece in every)
-            size = int(sizes.sum()) + sum(piece.size for piece in every)
-            if self._fits(count, size):
-                whole = _some(block, points, 0, block.rows, count, size)
-                yield whole._replace(markers=[marker for piece in every for marker in piece.markers])
-                continue
-            for start, stop in pairwise(sorted({0, *markers, block.rows})):
-                yield from markers.get(start, ())
-                yield from self._pieces(block, points, sizes, start, stop, longest)
+            counts = points.counts.copy()
+            for row, pieces in markers.items():
+                counts[row] += sum(piece.points for piece in pieces)
+                sizes[row] += sum(piece.size for piece in pieces)
+            yield from self._pieces(block, points, counts, sizes, markers, longest)
 
     def _pieces(
-        self, block: Block, points: Points, sizes: npt.NDArray[np.int64], start: int, stop: int, longest: int
+        self,
+        block: Block,
+        points: Points,
+        counts: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+        markers: Mapping[int, Sequence[_Piece]],
+        longest: int,
     ) -> Iterator[_Piece]:
-        """Yields the rows from ``start`` to before ``stop`` in pieces.
+        """Yields the rows of a block in pieces, each with as many rows as fit into one request.
 
         Args:
             block: the rows.
             points: their points.
-            sizes: upper bounds of their serialized sizes, shape (rows,).
-            start: the first row.
-            stop: the row after the last one.
+            counts: how many points each row has with its markers, shape (rows,).
+            sizes: upper bounds of their serialized sizes, same shape.
+            markers: what ends series with a row, by the row.
             longest: size of the largest point with the id of a seed.
         """
-        counts_to, sizes_to = (np.concatenate([[0], np.cumsum(of_rows)]) for of_rows in (points.counts, sizes))
-        while start < stop:
+        counts_to, sizes_to = (np.concatenate([[0], np.cumsum(of_rows)]) for of_rows in (counts, sizes))
+        start = 0
+        while start < block.rows:
             by_count = np.searchsorted(counts_to, counts_to[start] + self._max_points, "right") - 1
             by_size = np.searchsorted(sizes_to, sizes_to[start] + _MAX_POINTS_BYTES, "right") - 1
-            end = min(int(by_count), int(by_size), stop)
+            end = min(int(by_count), int(by_size))
             if end == start:
+                yield from markers.get(start, ())
                 yield from self._cut(block, points, start, longest)
                 start += 1
                 continue
             count, size = counts_to[end] - counts_to[start], sizes_to[end] - sizes_to[start]
-            yield _some(block, points, start, end, int(count), int(size))
+            ending = [piece for row, pieces in markers.items() if start <= row < end for piece in pieces]
+            rows = _some(block, points, start, end, int(count), int(size))
+            yield rows._replace(markers=[marker for piece in ending for marker in piece.markers])
             start = end
 
     def _cut(self, block: Block, points: Points, row: int, cell_bytes: int) -> Iterator[_Piece]:
@@ -319,14 +331,13 @@ class Encoder:
         for run, following in groupby(parts, lambda part: part.run):
             of_run = list(following)
             points = self._points(of_run)
-            scope = ScopeMetrics()
-            set_scope(scope, FRAME_SCOPE)
-            scoped = [scope.SerializeToString()]
+            scoped = [_SCOPE_HEAD]
             for name in self._catalogue:
                 if name in points:
                     scoped += _field(_SCOPE_METRICS, [self._heads[name], *_field(_METRIC_GAUGE, points[name])])
             for part in of_run:
                 scoped += part.markers
+            scoped.append(_SCOPE_TAIL)
             scopes = _field(_RESOURCE_SCOPE_METRICS, scoped)
             if of_run[-1] is parts[-1]:
                 for beside in (*health, *filter(None, [phases.scope])):
@@ -350,9 +361,7 @@ class Encoder:
                 for column, pieces in seed_points(part.times, part.ids, part.cells, part.present).items():
                     points.setdefault(SEED_CELLS[column].name, []).extend(pieces)
             for row, ids in sorted(part.retired.items()):
-                ones = np.ones((1, len(ids), 1))
-                of_retired = seed_points(part.times[row : row + 1], ids, ones, ones > 0.0)
-                points.setdefault(SEED_RETIRED.name, []).extend(of_retired[0])
+                points.setdefault(SEED_RETIRED.name, []).append(flags_of_seeds(int(part.times[row]), ids))
         return points
 
     def health(
@@ -420,13 +429,7 @@ class Encoder:
         size = 0
         times = np.array([time_unix_ns], np.uint64)
         for name, attributes in streams:
-            point = NumberDataPoint(
-                time_unix_nano=time_unix_ns,
-                flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
-                attributes=[attribute(key, text) for key, text in attributes.items()],
-            )
-            gauge = _field(_METRIC_GAUGE, [Gauge(data_points=[point]).SerializeToString()])
-            marker = b"".join(_field(_SCOPE_METRICS, [self._heads[name], *gauge]))
+            marker = b"".join(_field(_SCOPE_METRICS, [self._heads[name], _ending(time_unix_ns, *attributes.items())]))
             if markers and (len(markers) == self._max_points or size + len(marker) > _MAX_POINTS_BYTES):
                 yield _markers_part(run, times, markers, size)
                 markers, size = [], 0
@@ -441,6 +444,16 @@ class Encoder:
         return self._origin[1]
 
 
+def _scope_ends() -> tuple[bytes, bytes]:
+    """Returns what a serialized scope of frames has before and after its metrics, in the order of the fields."""
+    scope = ScopeMetrics()
+    set_scope(scope, FRAME_SCOPE)
+    tail = ScopeMetrics(schema_url=scope.schema_url).SerializeToString()
+    scope.ClearField("schema_url")
+    return scope.SerializeToString(), tail
+
+
+_SCOPE_HEAD, _SCOPE_TAIL = _scope_ends()
 _NO_VALUES = np.empty((1, 0))
 _NONE_THERE = np.empty((1, 0), np.bool_)
 _NO_CELLS = np.empty((1, 0, WIDTH))
@@ -480,6 +493,17 @@ def _markers_part(run: Run, times: Times, markers: Sequence[bytes], size: int) -
     """Makes a piece that holds only markers."""
     nothing = ((), _NO_VALUES, _NONE_THERE, (), _NO_CELLS, _NONE_PRESENT)
     return _Piece(run, times, *nothing, len(markers), size, 0, markers=markers)
+
+
+@lru_cache(maxsize=16)  # the series of a seed follow each other
+def _ending(time_unix_ns: int, *attributes: tuple[str, str]) -> bytes:
+    """Serializes a metric's Gauge with the point that ends a series with these attributes."""
+    point = NumberDataPoint(
+        time_unix_nano=time_unix_ns,
+        flags=DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK,
+        attributes=[attribute(key, text) for key, text in attributes],
+    )
+    return b"".join(_field(_METRIC_GAUGE, [Gauge(data_points=[point]).SerializeToString()]))
 
 
 def _field(number: int, content: Sequence[bytes]) -> list[bytes]:

@@ -52,10 +52,10 @@ class EventSource:
         resource: Callable[[], Resource | None],
         folder: Folder | None = None,
     ) -> None:
-        self.reader: EventReading = reader
+        self.reader = reader
         self.log: EventLog = reader.log
-        self.resource: Callable[[], Resource | None] = resource
-        self.folder: Folder | None = folder
+        self.resource = resource
+        self.folder = folder
         self._file = file
         if file is not None:
             self.log.added = file.write

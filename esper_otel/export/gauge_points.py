@@ -7,6 +7,7 @@ about 40 ns per point; protobuf's setters take 4 µs.
 
 from __future__ import annotations
 
+import struct
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ Times = npt.NDArray[np.uint64]
 # Placeholders that locate time and value in a record. UTF-8 text never contains these bytes.
 _TIME_MARK = b"\xff" * 8
 _VALUE_MARK = b"\xfe" * 8
+_ONE = struct.pack("<d", 1.0)
 
 
 def _record(*attributes: KeyValue) -> bytes:
@@ -101,6 +103,14 @@ def seed_points(
             for part, of_metric, mask in zip(parts, wire, there, strict=True):
                 part.append(of_metric[mask].tobytes())
     return dict(zip(columns.tolist(), parts, strict=True))
+
+
+def flags_of_seeds(time_unix_ns: int, ids: tuple[str, ...]) -> bytes:
+    """Returns a point with the value 1 for each of these seeds: serialized ``data_points`` of a Gauge."""
+    stamp, texts = time_unix_ns.to_bytes(8, "little"), [seed_id.encode() for seed_id in ids]
+    heads = (_seed_record(len(text)).removesuffix(b"x" * len(text)) for text in texts)
+    filled = (head.replace(_TIME_MARK, stamp).replace(_VALUE_MARK, _ONE) for head in heads)
+    return b"".join(head + text for head, text in zip(filled, texts, strict=True))
 
 
 def _by_column(

@@ -103,14 +103,16 @@ class Streams:
 
         If a seed is recorded again in the frame that retires it, the series it has points for continue.
         """
-        rows = {seed_id: place for place, seed_id in enumerate(block.ids)}
-        present = _wide(block.cells[row].view(np.uint64) != ABSENT_BITS)
-        self._merge()
         ended = {}
         for seed_id in block.retired[row]:
             over = self._seeds.pop(seed_id, _NOTHING)
-            if seed_id in rows:
-                over = over & ~present[rows[seed_id]]
+            if seed_id in self._ids:
+                place = self._ids.index(seed_id)
+                over = over | _wide(self._sent[place : place + 1])[0]
+                self._sent[place] = False
+            if seed_id in block.ids:
+                cells = block.cells[row, [block.ids.index(seed_id)]]
+                over = over & ~_wide(cells.view(np.uint64) != ABSENT_BITS)[0]
             ended[seed_id] = over
         return ended
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -30,6 +30,7 @@ _NAME_BYTES = 80
 _IDS_BYTES = 100
 _PLACE_BYTES = 8
 
+Recorded: TypeAlias = tuple[tuple[str, ...], npt.NDArray[np.float64]]
 _Columns: TypeAlias = tuple[tuple[str, ...], npt.NDArray[np.float64], tuple[str, ...], npt.NDArray[np.float64]]
 
 
@@ -110,16 +111,19 @@ class Chunk:
 
     def seeds_number(self, ids: tuple[str, ...], columns: int) -> int:
         """Returns the number of these ids in this chunk."""
+        number = len(self.widths) - 1
+        if self.seeds[number] is ids and self.widths[number] == columns:  # the newest ones, as in most rows
+            return number
         key = (ids, columns)
-        number = self._numbers.get(key)
-        if number is None:
-            if len(self._numbers) == _MOST_KNOWN_IDS:  # ids that change in every step are not looked for any more
-                self._numbers = {_NO_IDS: 0}
-            number = len(self.widths)
-            self.seeds[number:] = [ids]  # an interrupt may have left ids without a width
-            self.widths.append(columns)
-            self._other_bytes += _IDS_BYTES + 8 * len(ids)
-            self._numbers[key] = number
+        if key in self._numbers:
+            return self._numbers[key]
+        if len(self._numbers) == _MOST_KNOWN_IDS:  # ids that change in every step are not looked for any more
+            self._numbers = {_NO_IDS: 0}
+        number = len(self.widths)
+        self.seeds[number:] = [ids]  # an interrupt may have left ids without a width
+        self.widths.append(columns)
+        self._other_bytes += _IDS_BYTES + 8 * len(ids)
+        self._numbers[key] = number
         return number
 
     def retire(self, row: int, ids: tuple[str, ...]) -> None:
@@ -176,6 +180,20 @@ class Chunk:
         """Returns rows as arrays: from ``start`` to before ``stop``, or fewer where seeds differ too much in them."""
         return self._uniform(start, stop) or self._mixed(start, stop)
 
+    def recorded(self, start: int, stop: int) -> Iterator[Recorded]:
+        """Yields what was recorded in rows from ``start`` to before ``stop``, and not derived, probed or kept.
+
+        Rows with the same names are together: the names, and an array with the rows' values for each of them.
+        """
+        places = np.frombuffer(self._offsets, np.uint32, stop - start, 4 * start).astype(np.intp) >> 3
+        of_layouts = np.frombuffer(self.buffer, np.uint32)[2 * places + 9]
+        doubles = np.frombuffer(self.buffer, np.float64)
+        for number in np.flatnonzero(np.bincount(of_layouts)).tolist():
+            names, first = self.layouts[number].recorded, HEAD_WORDS + self.layouts[number].bounds[2]
+            if names:
+                columns = np.arange(first, first + len(names))[:, None] + places[of_layouts == number]
+                yield names, doubles[columns]
+
     def _uniform(self, start: int, stop: int) -> Block | None:
         """Returns rows that all have the layout and the seeds of the first one, as views; None if there are others."""
         place = self.offsets[start]
@@ -199,10 +217,7 @@ class Chunk:
         of_cells = rows[:, layout.size // 8 :].reshape(count, len(ids), width)
         heads = (words[:, 0], words[:, 1], words[:, 2], words[:, 3], halves[:, 8])
         retired = self._retired(start, start + count)
-        recorded = frozenset(layout.recorded)
-        return Block(
-            self.run, self.first + start, *heads, recorded, tuple(layout.places), values, ids, of_cells, retired
-        )
+        return Block(self.run, self.first + start, *heads, tuple(layout.places), values, ids, of_cells, retired)
 
     def _retired(self, start: int, stop: int) -> Mapping[int, tuple[str, ...]]:
         """Returns the seeds that were retired before these rows, by the place among them."""
@@ -222,9 +237,8 @@ class Chunk:
         words = np.frombuffer(self.buffer, np.uint64)
         columns = self._gathered(words, places, of_layouts, numbers, of_seeds, seeds)
         heads = (words[places], words[places + 1], words[places + 2], words[places + 3], halves[2 * places + 8])
-        recorded = frozenset[str]().union(*(self.layouts[number].recorded for number in numbers))
         retired = self._retired(start, start + count)
-        return Block(self.run, self.first + start, *heads, recorded, *columns, retired)
+        return Block(self.run, self.first + start, *heads, *columns, retired)
 
     def _gathered(
         self,
@@ -351,7 +365,6 @@ class Block(NamedTuple):
         times: Unix nanoseconds, uint64, shape (rows,).
         digests: of the seeds alive after each step, uint64, shape (rows,).
         lives: how many seeds are alive after each step, uint32, shape (rows,).
-        recorded: names of the values that were recorded in any of the steps, and not derived, probed or kept.
         names: names of all values.
         values: float64, shape (rows, names).
         ids: ids of the recorded seeds.
@@ -366,7 +379,6 @@ class Block(NamedTuple):
     times: npt.NDArray[np.uint64]
     digests: npt.NDArray[np.uint64]
     lives: npt.NDArray[np.uint32]
-    recorded: frozenset[str]
     names: tuple[str, ...]
     values: npt.NDArray[np.float64]
     ids: tuple[str, ...]
@@ -408,7 +420,6 @@ class Block(NamedTuple):
             self.times[some],
             self.digests[some],
             self.lives[some],
-            self.recorded,
             self.names,
             self.values[some],
             self.ids,

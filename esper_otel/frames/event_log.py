@@ -86,6 +86,8 @@ class EventLog(Journal[Event, Happening]):
         has_resumed: whether a resume is.
     """
 
+    last: int
+
     def __init__(
         self,
         start_unix_ns: int = 0,
@@ -95,18 +97,15 @@ class EventLog(Journal[Event, Happening]):
         before: Iterable[Event] = (),
         delivered: int = 0,
     ) -> None:
-        super().__init__(start_unix_ns, most)
+        past = list(before)
+        super().__init__(start_unix_ns, most, past[-1].number if past else 0)
         self.now_ns: Callable[[], int] = now_ns
         self.sequence: int = 0
         self.is_over: bool = False
         self._resumed: Event | None = None
         self._stages: dict[str, Event] = {}
         self._signals: dict[str, Event] = {}
-        self._restore(before, delivered)
-
-    def _restore(self, before: Iterable[Event], delivered: int) -> None:
-        for event in before:
-            self.last = event.number
+        for event in past:
             self._note(event)
             if event.number > delivered:
                 self._waiting.append(event)

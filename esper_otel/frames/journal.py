@@ -37,6 +37,7 @@ class Journal(ABC, Generic[EntryT, GivenT]):
     Args:
         start_unix_ns: when the session began.
         most: how many entries may wait.
+        last: number of the newest entry of the session's past; 0 if it has none.
 
     Attributes:
         start_unix_ns: when the session began.
@@ -45,10 +46,10 @@ class Journal(ABC, Generic[EntryT, GivenT]):
         dropped: how many entries were dropped before they were delivered.
     """
 
-    def __init__(self, start_unix_ns: int = 0, most: int = _MOST_WAITING) -> None:
+    def __init__(self, start_unix_ns: int = 0, most: int = _MOST_WAITING, last: int = 0) -> None:
         self.start_unix_ns: int = start_unix_ns
         self.added: Callable[[Sequence[EntryT]], None] | None = None
-        self.last: int = 0
+        self.last: int = last
         self.dropped: int = 0
         self._most = most
         self._lock = threads().RLock()

@@ -55,6 +55,8 @@ _EVERY_BIT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _MASK = np.where(_LOW < 0.0, np.uint64(0x7FFF_FFFF_FFFF_FFFF), _EVERY_BIT)
 _HIGHEST_BITS = np.minimum(_HIGH, np.finfo(np.float64).max).view(np.uint64)
 
+_MOST_KNOWN = 16  # sets of seeds that are recorded in turns
+
 
 class _SettledRows:
     """What a run of similar steps has in common; a step that matches needs no further checks.
@@ -67,6 +69,7 @@ class _SettledRows:
         rows: the rows of its seeds among the live ones; None if it has all live seeds, in their order.
 
     Attributes:
+        ids: the seeds.
         violations: new in a step that matches; None if no row has any.
     """
 
@@ -77,12 +80,12 @@ class _SettledRows:
         "_fits",
         "_fitting",
         "_flat",
-        "_ids",
         "_limit",
         "_mask",
         "_present",
         "_rows",
         "_scratch",
+        "ids",
         "violations",
     )
 
@@ -106,7 +109,7 @@ class _SettledRows:
         self._flat = self._fits.reshape(-1, order="A")  # as it lies in memory: a view
         self._all = b"\1" * bits.size
         self._fitting: SeedTable | None = None  # the table that was found to be one last
-        self._ids = step.recorded.ids
+        self.ids = step.recorded.ids
         self.violations = 0.0 if (bits[:, _VIOLATIONS] != ABSENT_BITS).any() else None
 
     def fits(self, recorded: SeedTable) -> bool:
@@ -114,7 +117,7 @@ class _SettledRows:
         if recorded is self._fitting:
             return True
         cells = recorded.cells
-        if recorded.ids != self._ids or cells.size != len(self._all):
+        if recorded.ids != self.ids or cells.size != len(self._all):
             return False
         scratch = self._scratch
         _xor(cells.view(_UINT64), self._expected, scratch)
@@ -133,7 +136,7 @@ class _SettledRows:
         if self._erased:
             cells = cells.copy("K")
             cells[self._erased, _ALPHA_STEPS] = ABSENT
-        table: SeedTable = tuple.__new__(SeedTable, (self._ids, cells))
+        table: SeedTable = tuple.__new__(SeedTable, (self.ids, cells))
         if self._present is None:
             return table, table
         after = live.cells.copy("K")
@@ -159,23 +162,26 @@ class LiveSeeds:
         self.table: SeedTable = NO_SEEDS
         self.ids: dict[str, int] = {}
         self._resumed_violations: dict[str, float] = {}
-        self._settled: _SettledRows | None = None
-        self._before: SeedStep | None = None  # the step to find out from what later ones may have in common with it
+        # By the seeds recorded: what steps have in common, or the first of them, from which that is found out for the
+        # next one. Steps with other seeds may come in between, unless they change a stage, a count of violations or
+        # which cells are known.
+        self._known: Mapping[tuple[str, ...], _SettledRows | SeedStep | None] = {}
+        self._settled: _SettledRows | None = None  # of the last step
 
     @property
     def state(self) -> Any:
         """All that changes with a step; never changed in place. Assigning an earlier one undoes the steps since."""
-        return self.table, self.ids, self._resumed_violations, self._settled, self._before
+        return self.table, self.ids, self._resumed_violations, self._known, self._settled
 
     @state.setter
     def state(self, state: Any) -> None:
-        self.table, self.ids, self._resumed_violations, self._settled, self._before = state
+        self.table, self.ids, self._resumed_violations, self._known, self._settled = state
 
     def begin(self, table: SeedTable) -> None:
         """Makes these the live seeds, whatever was live before."""
         if table.ids is not self.table.ids:
             self.ids = {seed_id: row for row, seed_id in enumerate(table.ids)}
-            self._settled = self._before = None
+            self._known, self._settled = {}, None
         self.table = table
 
     def step(self, recorded: SeedTable) -> SeedStep:
@@ -257,18 +263,25 @@ class LiveSeeds:
 
     def commit(self, step: SeedStep) -> None:
         """Makes the step's live seeds those that the next step starts from."""
-        if step.live.ids is not self.table.ids:
+        before, self.table = self.table, step.live
+        if step.live.ids is not before.ids:
             self.ids = {seed_id: row for row, seed_id in enumerate(step.live.ids)}
-        self.table = step.live
         if not step.is_settled:
-            self._settled, self._before = None, step if step.recorded.ids else None
+            is_full = len(self._known) == _MOST_KNOWN
+            known = self._known if _is_alike(before, step.live) and not is_full else {}
+            self._known = {**known, step.recorded.ids: step} if step.recorded.ids else known
+            self._settled = None
 
     def _settled_for(self, recorded: SeedTable) -> _SettledRows | None:
         """What the step may have in common with those before; determined when the same seeds are recorded again."""
-        before = self._before
-        if before is not None and before.recorded.ids == recorded.ids:
-            self._settled, self._before = self._settled_after(before), None
-        return self._settled
+        settled = self._settled
+        if settled is None or settled.ids != recorded.ids:
+            known = self._known.get(recorded.ids)
+            settled = self._settled_after(known) if isinstance(known, SeedStep) else known
+            if settled is not known:
+                self._known = {**self._known, recorded.ids: settled}
+            self._settled = settled
+        return settled
 
     def _settled_after(self, step: SeedStep) -> _SettledRows | None:
         recorded = step.recorded
@@ -286,7 +299,7 @@ class LiveSeeds:
             keep = [row for row, seed_id in enumerate(self.table.ids) if seed_id not in gone]
             self.table = SeedTable(tuple(self.table.ids[row] for row in keep), self.table.cells[keep])
             self.ids = {seed_id: row for row, seed_id in enumerate(self.table.ids)}
-            self._settled = self._before = None
+            self._known, self._settled = {}, None
             resumed = self._resumed_violations
             self._resumed_violations = {seed_id: resumed[seed_id] for seed_id in resumed if seed_id not in gone}
         return ended
@@ -300,6 +313,15 @@ class LiveSeeds:
     def resume_violations(self, counts: Mapping[str, float]) -> None:
         """Takes the counts of a checkpoint, so that old violations are not new again."""
         self._resumed_violations = dict(counts)
+
+
+def _is_alike(before: SeedTable, after: SeedTable) -> bool:
+    """Whether seeds, stages, counts of violations and which cells are known are the same."""
+    if before.ids != after.ids or before.cells.shape != after.cells.shape:
+        return False
+    exact = [_STAGE, _VIOLATIONS]
+    are_equal = before.cells[:, exact].tobytes() == after.cells[:, exact].tobytes()
+    return are_equal and is_absent(before.cells).tobytes() == is_absent(after.cells).tobytes()
 
 
 def _live_after(live: SeedTable, ids: tuple[str, ...], rows: Sequence[int], merged: Cells) -> SeedTable:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
-from esper_otel.frames.block import Block, Chunk
+from esper_otel.frames.block import Block, Chunk, Recorded
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import NO_SEEDS, Frame, Run, SeedTable
 from esper_otel.frames.layout import WHOLE, Layout
@@ -103,9 +103,8 @@ class Ring:
         if has_seeds:
             number = chunk.seeds_number(seeds.ids, seeds.cells.shape[1])
             flags = WHOLE if live.cells is seeds.cells else 0
-        layout.pack_into(
-            chunk.buffer, end, step, epoch, time_unix_ns, digest, len(live.ids), layout.number, number, flags, *numbers
-        )
+        head = (chunk.buffer, end, step, epoch, time_unix_ns, digest, len(live.ids), layout.number, number, flags)
+        layout.pack_into(*(head + numbers))  # quicker than (*head, *numbers)
         if has_seeds:
             chunk.buffer[end + layout.size : end + size] = seeds.cells.tobytes()
         chunk.offsets[row] = end
@@ -210,6 +209,17 @@ class Ring:
         gone = chunk.first + row - (sequence + 1)
         stop = min(row + limit, last + 1 - chunk.first, chunk.rows)
         return (chunk.block(row, stop) if row < stop else None), gone
+
+    def recorded(self, sequence: int, limit: int) -> tuple[int, Iterator[Recorded]]:
+        """Returns the number of the last of up to ``limit`` rows that follow ``sequence``, and their recorded values.
+
+        It is 0 if there are none. For the values see ``Chunk.recorded``.
+        """
+        last = self.last
+        chunk = self.chunk_of(sequence + 1)
+        row = 0 if chunk is None else max(sequence + 1 - chunk.first, 0)
+        stop = 0 if chunk is None else min(row + limit, last + 1 - chunk.first, chunk.rows)
+        return (0, iter(())) if chunk is None or row >= stop else (chunk.first + stop - 1, chunk.recorded(row, stop))
 
 
 def _changed(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:

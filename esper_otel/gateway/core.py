@@ -645,7 +645,7 @@ class Core:
             BadRequest, NotAllowed, UnknownRun: there is nothing to show.
         """
         check_puller(request.run_id, grant)
-        hours, accounts = await self._accounting(request.run_id)
+        hours, accounts = await in_turns(self._accounting(request.run_id))
         return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
 
     async def run_hours(self, run_id: str) -> RunHours:
@@ -654,11 +654,11 @@ class Core:
         Raises:
             UnknownRun: nothing of the run is here.
         """
-        return (await self._accounting(run_id))[0]
+        return (await in_turns(self._accounting(run_id)))[0]
 
-    async def _accounting(self, run_id: str) -> tuple[RunHours, dict[AttemptRank, Account]]:
-        """Returns where the hours of a run went, and the accounts of its processes."""
-        return await in_turns(self._hours.accounting(run_id))
+    def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
+        """Returns where the hours of a run went, and the accounts of its processes, in parts."""
+        return self._hours.accounting(run_id)
 
     async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
         """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.

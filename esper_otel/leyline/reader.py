@@ -168,8 +168,7 @@ def _points(data: MetricsData, attempt: int, refused: Counter[str]) -> dict[Run,
             scope = scope_of(of_scope.scope.name)
             for metric in of_scope.metrics:
                 name, level = metric.name, level_of(metric.name, scope)
-                is_other = scope in (HEALTH, DEVICE) or level in (None, SESSION)
-                is_other = is_other or name in (FRAME_SEQUENCE.name, FRAME_POINTS.name)
+                is_other = scope in (HEALTH, DEVICE) or level in (None, SESSION) or name in _OF_EXPORTER
                 if is_other or not isinstance(metric.data, Gauge | Sum):
                     continue
                 for point in metric.data.data_points:

@@ -26,6 +26,7 @@ from esper_otel.native import threads
 from esper_otel.record import device
 from esper_otel.record.arrivals import Arrivals
 from esper_otel.record.names import Names
+from esper_otel.record.next_step import NextStep
 from esper_otel.record.seeds import merged_tables, one_cell
 from esper_otel.record.signature import Signature, Signatures
 from esper_otel.record.tally import Tally
@@ -38,7 +39,10 @@ _DRAINING_TIMEOUT_S = 1.0
 
 _NAN = float("nan")
 _NOTHING: tuple[tuple[str, ...], tuple[float, ...]] = ((), ())
-_NO_ENDS: tuple[tuple[str, ...], float | None] = ((), None)
+
+# The rows that count as recorded, the seeds whose lives have ended, and the number of new violations; None without any.
+_SeedsChange: TypeAlias = tuple[SeedTable, tuple[str, ...], float | None]
+_NO_SEEDS_CHANGE: _SeedsChange = (NO_SEEDS, (), None)
 
 # Layouts kept; a script that makes names up in every step has others each time.
 _MOST_LAYOUTS = 4_000
@@ -89,22 +93,33 @@ class FrameDeriver(Protocol):
     """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
     Attributes:
-        needs_all: whether ``commit`` must be called, with all values of a step and the readings of the probes, because
-            the loss and the gradient norm are not enough.
+        step: takes the only state, the loss and the gradient norm, NaN for a missing one; returns the next state, and
+            what ``commit`` does. None if ``commit`` must be called, because these two are not enough.
         states: what it knows of the steps before; never changed in place.
     """
 
-    needs_all: bool
+    step: Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]] | None
     states: Any
 
     def commit(self, given: Mapping[str, float]) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """Returns names and numbers of the derived metrics and advances to the next step."""
-
-    def commit_trends(self, loss: float, norm: float) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """Does the same, given the loss and the gradient norm; NaN stands for a missing one."""
+        """Advances to the next step, given all values and the readings of the probes; returns what is derived."""
 
     def peek(self, given: Mapping[str, float]) -> Mapping[str, float]:
         """Returns what ``commit`` would, by name, without advancing."""
+
+
+class ReadingSource(Protocol):
+    """The interface that recording requires of the probes."""
+
+    @property
+    def shown(self) -> tuple[Mapping[str, float], float]:
+        """The newest readings, and until when they are fresh: a time of ``time.monotonic``."""
+
+    def readings(self, now_s: float) -> Mapping[str, float]:
+        """Returns the readings that are still fresh at ``now_s``; some are handed out only once."""
+
+    def latest(self) -> Mapping[str, float]:
+        """Returns all fresh readings, and hands none out."""
 
 
 class Counters:
@@ -132,6 +147,7 @@ class FramePublisher:
         ring: Ring,
         *,
         deriving: FrameDeriver,
+        probing: ReadingSource,
         context: Mapping[str, float],
         warnings: Warnings,
     ) -> None:
@@ -151,6 +167,9 @@ class FramePublisher:
         self._device_is_named = False
         self._is_unsettled = True  # the device may be unknown, or ``settle_run`` not yet called
         self.signatures: Signatures = Signatures()
+        self.probing = probing
+        self.next_step: NextStep = NextStep()  # collects values for it
+        self._leaves_out = bool(names.left_out)
         self._deriving = deriving
         self._count = 0
         self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], _Layouts] = {}
@@ -261,7 +280,7 @@ class FramePublisher:
     def _publish_draft(self, draft: Draft) -> None:
         step, epoch, time_unix_ns, values, table, failed, retired, context, probed = draft
         recorded, numbers = self.signatures.of(tuple(values)), tuple(values.values())
-        self.publish(step, epoch, time_unix_ns, recorded, numbers, table, failed, retired, context, probed)
+        self.publish(step, epoch, time_unix_ns, recorded, numbers, table, failed, retired, None, context, probed)
 
     @property
     def live(self) -> LiveSeeds:
@@ -269,7 +288,7 @@ class FramePublisher:
 
         While a step waits, another thread may be publishing it: what that has changed so far is not undone.
         """
-        if not self.waiting:
+        if self._before is not None and not self.waiting:
             self._go_back()
         return self._live
 
@@ -279,6 +298,18 @@ class FramePublisher:
         Returns False while a step waits: another thread may publish it and change the known seeds.
         """
         return not self.waiting and self.live.is_settled(table)
+
+    def _publish_completed(self, draft: Draft, held: DeviceValues | None) -> None:
+        """Publishes a step that has ended, after adding the context and fresh readings to it."""
+        following, context = self.next_step, None
+        if following.is_anything:
+            held, context = following.take_context(held)
+        probed = self.probing.readings(time.monotonic())
+        draft = draft._replace(values=self.names.kept(draft.values), context=context, probed=probed)
+        if held is not None or self.waiting:
+            self.publish_later(draft, held)
+        else:
+            self._publish_draft(draft)
 
     def publish(
         self,
@@ -290,32 +321,39 @@ class FramePublisher:
         table: SeedTable = NO_SEEDS,
         failed: bool = False,
         retired: Sequence[str] = (),
+        held: DeviceValues | None = None,
         context: Mapping[str, float] | None = None,
-        probed: Mapping[str, float] = NO_READINGS,
+        probed: Mapping[str, float] | None = None,
     ) -> None:
-        """Publishes a step at once; allowed only while no earlier step waits.
+        """Publishes a step that has ended: at once, or later if it or an earlier step waits for a device.
 
         Ctrl-C may interrupt it anywhere: what it has changed stands if the row is in the ring, and is undone otherwise.
-        For the arguments see ``Draft``; ``recorded`` and ``numbers`` are the names and values recorded in the step.
+        For the arguments see ``Draft``; ``recorded`` and ``numbers`` are the names and values recorded in the step, and
+        ``held`` is what is still on a device. ``context`` and ``probed`` are only given for a step that has waited.
         """
+        if probed is None:
+            probed, until_s = self.probing.shown
+            is_usual = held is None and not (self.waiting or self._leaves_out or self.next_step.is_anything)
+            if not is_usual or until_s <= time.monotonic():
+                draft = Draft(step, epoch, time_unix_ns, recorded.dict_of(numbers), table, failed, retired)
+                self._publish_completed(draft, held)
+                return
         if self._before is not None or self._owed is not None:
             retired, context = self._recovered(retired, context)
-        ring, deriving, live = self.ring, self._deriving, self._live
-        has_seeds = table is not NO_SEEDS or bool(retired)
-        seeds = live.state if has_seeds else None
+        ring, deriving = self.ring, self._deriving
+        has_seeds = table is not NO_SEEDS or retired
+        seeds = self._live.state if has_seeds else None
         self._before = (ring.last + 1, deriving.states, self.last_finite_loss, seeds, retired, context)
         self._owed = None
-        ended, violations = _NO_ENDS
-        if has_seeds:
-            ended = live.retire(retired)
-            if table.ids:
-                table, violations = self._stepped(table)
+        table, ended, violations = self._stepped(table, retired) if has_seeds else _NO_SEEDS_CHANGE
         loss = _NAN if recorded.loss < 0 else numbers[recorded.loss]
-        if failed or deriving.needs_all:
+        if failed or deriving.step is None:
             self.counters.failed += failed
             derived, computed = _NOTHING if failed else deriving.commit({**probed, **recorded.dict_of(numbers)})
         else:
-            derived, computed = deriving.commit_trends(loss, _NAN if recorded.norm < 0 else numbers[recorded.norm])
+            norm = _NAN if recorded.norm < 0 else numbers[recorded.norm]
+            state, derived, computed = deriving.step(deriving.states[0], loss, norm)
+            deriving.states = (state,)
         if self._is_unsettled:
             self._settle_run()
         has_loss = _LOWEST < loss < _HIGHEST
@@ -332,7 +370,7 @@ class FramePublisher:
         except KeyError:
             layout = self._compiled(derived, recorded)
         numbers = computed + beside + numbers
-        ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, live.table, ended)
+        ring.append(self.run, step, epoch, time_unix_ns, layout, numbers, table, self._live.table, ended)
         self._before = None
         if self.published is not None:
             self.published()
@@ -385,19 +423,22 @@ class FramePublisher:
         layouts.setdefault(recorded, {})[derived] = layout
         return layout
 
-    def _stepped(self, table: SeedTable) -> tuple[SeedTable, float | None]:
-        """Commits a step's seed rows. Returns the rows that count as recorded and the number of new violations."""
+    def _stepped(self, table: SeedTable, retired: Sequence[str]) -> _SeedsChange:
+        """Ends the lives of seeds, then commits a step's rows. For what it returns see ``_SeedsChange``."""
         live = self._live
+        ended = live.retire(retired) if retired else ()
+        if not table.ids:
+            return table, ended, None
         settled = live.settled(table)
         if settled is not None:
-            return settled, live.settled_violations
+            return settled, ended, live.settled_violations
         seeds = live.step(table)
         live.commit(seeds)
         if seeds.nonfinite:
             self.counters.nonfinite += seeds.nonfinite
         if seeds.out_of_range:
             self._note_cells(seeds.out_of_range)
-        return seeds.recorded, seeds.violations
+        return seeds.recorded, ended, seeds.violations
 
     def _notes(self, violations: float | None, *, has_loss: bool, failed: bool = False) -> dict[str, float]:
         """Values that the publisher adds to those of the trainer. The deriver does not see them."""
@@ -427,7 +468,7 @@ class FramePublisher:
         live.retire(retired)
         seeds = live.step(table)
         self._go_back()
-        derived = self._deriving.peek({**probed, **values} if self._deriving.needs_all else values)
+        derived = self._deriving.peek({**probed, **values} if self._deriving.step is None else values)
         has_loss = _LOWEST < values.get("loss", _NAN) < _HIGHEST
         values = {**values, **self._notes(seeds.violations, has_loss=has_loss)}
         staying = self._surroundings[0]

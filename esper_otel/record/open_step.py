@@ -13,6 +13,8 @@ from esper_otel.record.work import Work
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from esper_otel.record.recorder import Recorder
+
 
 class OpenStep:
     """The values that ``Step`` has recorded. The recorder reads them when the step ends. Threads: one.
@@ -28,6 +30,7 @@ class OpenStep:
         "_held",
         "_known",
         "_numbered",
+        "_recorder",
         "_retired",
         "_retiring",
         "_rows",
@@ -42,7 +45,10 @@ class OpenStep:
         "time_unix_ns",
     )
 
-    def __init__(self, global_step: int | None, epoch: int, work: int | Work | None) -> None:
+    _retiring: list[str]  # after the step; from its opening on
+
+    def __init__(self, recorder: Recorder, global_step: int | None, epoch: int, work: int | Work | None) -> None:
+        self._recorder = recorder
         self._work = work
         self.epoch: int = epoch
         self._numbered = global_step
@@ -57,7 +63,6 @@ class OpenStep:
         self._table: SeedTable | None = None
         self._held: DeviceValues | None = None
         self._retired: Sequence[str] = ()  # before the step
-        self._retiring: list[str] = []  # after it
         self._waited_ms: float | None = None
         self._failed = False
         self._started_s = 0.0

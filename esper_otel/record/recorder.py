@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from esper_otel.errors import InvalidValue, WrongState
-from esper_otel.frames.frame import NO_READINGS, NO_SEEDS, Frame, SeedTable
+from esper_otel.frames.frame import NO_SEEDS, Frame
 from esper_otel.frames.phase_log import PhaseLog
 from esper_otel.record.clock import Clock
 from esper_otel.record.frame_publisher import Draft, FramePublisher
@@ -49,21 +49,6 @@ _KNOWN_AFTERWARDS = (
 
 
 _NOBODY: Sequence[str] = ()
-_NO_PROBES: tuple[Mapping[str, float], float] = (NO_READINGS, float("inf"))
-
-
-class ReadingSource(Protocol):
-    """The interface that recording requires of the probes."""
-
-    @property
-    def shown(self) -> tuple[Mapping[str, float], float]:
-        """The newest readings, and until when they are fresh: a time of ``time.monotonic``."""
-
-    def readings(self, now_s: float) -> Mapping[str, float]:
-        """Returns the readings that are still fresh at ``now_s``; some are handed out only once."""
-
-    def latest(self) -> Mapping[str, float]:
-        """Returns all fresh readings, and hands none out."""
 
 
 class Recorder:
@@ -85,7 +70,6 @@ class Recorder:
         publisher: FramePublisher,
         *,
         clock: Clock,
-        probing: ReadingSource | None,
         to_state: Callable[[Frame], SystemStatePacket],
         gradient_math: Callable[[], Any],
         peak: Peak,
@@ -97,12 +81,10 @@ class Recorder:
         self.clock = clock
         self.highest_step: int = 0
         self.open_step: OpenStep | None = None
-        self.next_step: NextStep = NextStep()
+        self.next_step: NextStep = publisher.next_step
         self.gradient_math = gradient_math
         self.peak = peak
         self.mistakes = mistakes
-        self._probing = probing
-        self._leaves_out = bool(self.names.left_out)
         self._to_state = to_state
         self._columns = SeedColumns(publisher.is_settled)
         self._last_end_s: float | None = None
@@ -186,8 +168,7 @@ class Recorder:
             self._last_end_s = now_s
             table = step._all_rows() if step._rows or step._table is not None else NO_SEEDS
             recorded, numbers = self.publisher.signatures.read(values)
-            self._publish(
-                step._held,
+            self.publisher.publish(
                 step.global_step,
                 step.epoch,
                 step.time_unix_ns,
@@ -196,6 +177,7 @@ class Recorder:
                 table,
                 step._failed,
                 step._retired,
+                step._held,
             )
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
@@ -233,7 +215,8 @@ class Recorder:
                 self.highest_step = global_step = self.highest_step + 1
             else:
                 self._note_number(global_step)
-            self._publish(held, global_step, epoch, self.clock.stamp(), recorded, numbers, table, False, retired)
+            time_unix_ns = self.clock.stamp()
+            self.publisher.publish(global_step, epoch, time_unix_ns, recorded, numbers, table, False, retired, held)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end a user's training
             self.fault("publishing a step", error)
 
@@ -249,7 +232,7 @@ class Recorder:
             values, tensors = read(values)
             held = self._held_of(tensors)
         recorded = self.publisher.signatures.of(tuple(values))
-        if not self._leaves_out and held is None:
+        if held is None:
             self._recorded = recorded
         return recorded, tuple(values.values()), held
 
@@ -263,37 +246,6 @@ class Recorder:
         if work is not None:
             given = {**self._rates_of(work, given), **given}
         return self.publisher.signatures.read(given)
-
-    def _publish(
-        self,
-        held: DeviceValues | None,
-        step: int,
-        epoch: int,
-        time_unix_ns: int,
-        recorded: Signature,
-        numbers: tuple[float, ...],
-        table: SeedTable,
-        failed: bool = False,
-        retired: Sequence[str] = (),
-    ) -> None:
-        context, publisher, following = None, self.publisher, self.next_step
-        if following.is_anything and (following.context or following.tensors or following.parts):
-            held, context = following.take_context(held)
-        if self._leaves_out:
-            values = self.names.kept(recorded.dict_of(numbers))
-            recorded, numbers = publisher.signatures.read(values)
-        probed, until_s = _NO_PROBES if self._probing is None else self._probing.shown
-        if until_s <= time.monotonic():
-            probed = self._probed()
-        if held is None and not publisher.waiting:
-            publisher.publish(step, epoch, time_unix_ns, recorded, numbers, table, failed, retired, context, probed)
-        else:
-            values = recorded.dict_of(numbers)
-            draft = Draft(step, epoch, time_unix_ns, values, table, failed, retired, context, probed)
-            publisher.publish_later(draft, held)
-
-    def _probed(self) -> Mapping[str, float]:
-        return NO_READINGS if self._probing is None else self._probing.readings(time.monotonic())
 
     def _rates_of(self, work: int | Work, given: Mapping[str, float]) -> Mapping[str, float]:
         """Returns the rates of the work for ``record_step``; none if the step's duration is unknown."""
@@ -382,7 +334,7 @@ class Recorder:
                     step._all_rows(),
                     retired=step._retired,
                     context=self.next_step.context,
-                    probed=NO_READINGS if self._probing is None else self._probing.latest(),
+                    probed=publisher.probing.latest(),
                 )
             )
         )

@@ -35,10 +35,8 @@ if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
 
     from esper_otel.leyline.messages import SystemStatePacket
-    from esper_otel.record.recorder import Recorder
     from esper_otel.record.seeds import FurtherSeedFields
     from esper_otel.record.values import Scalar
-    from esper_otel.record.work import Work
 
     Sources: TypeAlias = Mapping[str, Tensor | Sequence[Tensor | None]] | Sequence[Tensor | Sequence[Tensor | None]]
 
@@ -56,11 +54,7 @@ class Step(OpenStep):
         time_unix_ns: the step's time, fixed when the scope opened.
     """
 
-    __slots__ = ("_recorder",)
-
-    def __init__(self, recorder: Recorder, global_step: int | None, epoch: int, work: int | Work | None) -> None:
-        super().__init__(global_step, epoch, work)
-        self._recorder = recorder
+    __slots__ = ()
 
     def __enter__(self) -> Step:
         self._recorder.open(self)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from esper_otel.frames.block import Block
-from esper_otel.frames.frame import ABSENT_BITS
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.native import threads
@@ -68,41 +67,29 @@ class Tally:
             return
         try:
             while self._counted < self._ring.last:
-                block, _ = self._ring.block(self._counted, _AT_ONCE)
-                if block is None:
+                last, values = self._ring.recorded(self._counted, _AT_ONCE)
+                if not last:
                     break
-                self._counted = block.last
-                self._count(block)
+                self._counted = last
+                for of_names in values:
+                    self._count(*of_names)
         except Exception as error:  # noqa: BLE001 - a fault here must not reach the caller, who only asks for counts
             self._counted = self._ring.last
             self._fault("counting values", error)
         finally:
             self._turn.release()
 
-    def _count(self, block: Block) -> None:
-        names, values = self._suspects(block)
-        if not names:
-            return
-        odd = ~np.isfinite(values) & (values.view(np.uint64) != ABSENT_BITS)
-        self.nonfinite += int(np.count_nonzero(odd))
-        for name, outside in self._outside(names, values):
-            self.out_of_range += len(outside)
-            hint = "; give a share of 1, not a percentage" if name == "accuracy" else ""
-            self._warnings.say(f"range {name}", "%s = %g is out of range; kept as given%s", name, outside[0], hint)
-
-    def _suspects(self, block: Block) -> tuple[list[str], Any]:
-        """Returns names and columns of recorded values that are not all finite and in range."""
+    def _count(self, names: tuple[str, ...], values: npt.NDArray[np.float64]) -> None:
+        """Counts values that were recorded; there is a row for each name."""
+        low, high = self._names.lowest(names), self._names.highest(names)
         with np.errstate(invalid="ignore"):  # the least of numbers with a NaN among them is NaN, which is not in range
-            least, most = block.values.min(axis=0), block.values.max(axis=0)
-            low, high = self._names.lowest(block.names), self._names.highest(block.names)
-            is_good = (least >= low.clip(-_GREATEST)) & (most <= high.clip(None, _GREATEST))
-        suspects = [column for column in np.flatnonzero(~is_good).tolist() if block.names[column] in block.recorded]
-        return [block.names[column] for column in suspects], block.values[:, suspects]
-
-    def _outside(self, names: list[str], values: Any) -> Iterator[tuple[str, Any]]:
-        """Yields the values that are out of range, by name."""
-        low = values < self._names.lowest(names)
-        high = values > self._names.highest(names)
-        outside = low | high
-        for column in np.flatnonzero(outside.any(axis=0)).tolist():
-            yield names[column], values[outside[:, column], column]
+            least, most = values.min(axis=1), values.max(axis=1)
+        is_good = (least >= low.clip(-_GREATEST)) & (most <= high.clip(None, _GREATEST))
+        for row in np.flatnonzero(~is_good).tolist():
+            name, given = names[row], values[row]
+            self.nonfinite += int(given.size - np.count_nonzero(np.isfinite(given)))
+            outside = given[(given < low[row]) | (given > high[row])]
+            if outside.size:
+                self.out_of_range += outside.size
+                hint = "; give a share of 1, not a percentage" if name == "accuracy" else ""
+                self._warnings.say(f"range {name}", "%s = %g is out of range; kept as given%s", name, outside[0], hint)

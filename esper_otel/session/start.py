@@ -254,7 +254,7 @@ class _Session:
         exporters, endpoint = self._ways_out(settings, run, has_provider=has_provider, export_steps=export_steps)
         self._resource_of = _resources(settings, parallel)
         self._deriver = Deriver(processors, self._fault)
-        self._sampler = Sampler(probes, period_s=settings.probe_period_s) if self._enriched else None
+        self._sampler = Sampler(probes, period_s=settings.probe_period_s)
         self._hardware = self._described(settings, run) if self._enriched else None
         self._publisher = self._opened_publisher(run, names, settings, epochs)
         self._late_rank = LateRank(identity, settings, self._warnings, has_readers=has_provider or exporters.readers)
@@ -303,6 +303,7 @@ class _Session:
             names,
             Ring(settings.buffer_bytes),
             deriving=self._deriver,
+            probing=self._sampler,
             context={} if epochs is None else {"esper.epochs.total": float(epochs)},
             warnings=self._warnings,
         )
@@ -319,7 +320,6 @@ class _Session:
         return Recorder(
             publisher,
             clock=Clock(),
-            probing=self._sampler,
             to_state=leyline.state,
             gradient_math=_gradient_math,
             peak=Peak(settings.peak_tflops, settings.compute_dtype, lambda: publisher.run.device_id),
@@ -370,8 +370,7 @@ class _Session:
         self._publisher.tally.start()
         if self._events is not None and self._exporter is not None:
             self._events.begin()
-        if self._sampler is not None:
-            self._sampler.start()
+        self._sampler.start()
         if self._hardware is not None:
             self._hardware.start()
         if self._exporter is not None:
@@ -497,7 +496,7 @@ class _Session:
 
     def probed(self) -> Mapping[str, float]:
         """See ``InstrumentedSession``."""
-        return {} if self._sampler is None else self._sampler.latest()
+        return self._sampler.latest()
 
     def device_points(self) -> Sequence[DevicePoint]:
         """See ``InstrumentedSession``."""
@@ -588,7 +587,7 @@ class _Session:
         return reasons(
             self._publisher.ring.newest(),
             left_out=self._publisher.names.left_out,
-            probes={} if self._sampler is None else self._sampler.absent(),
+            probes=self._sampler.absent(),
             peak=self._recorder.peak.reason,
         )
 
@@ -627,8 +626,7 @@ class _Session:
         with ExitStack() as ending:  # runs the callbacks from last to first, even if one raises
             ending.callback(self._say_closed, outcome)
             ending.callback(forget, self.telemetry)
-            if self._sampler is not None:
-                ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
+            ending.callback(self._ended, "the probes", self._stop_probes, deadline_s)
             ending.callback(self._instruments.detach, self)
             if self._provider is not None:
                 least_s = _READERS_S if is_patient else 0.1

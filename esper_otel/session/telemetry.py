@@ -18,7 +18,7 @@ from esper_otel.record.phases import Phases, PhaseScope, checked_phase_name
 from esper_otel.record.recorder import Recorder
 from esper_otel.record.step import Step
 from esper_otel.record.values import UINT32_MAX, UINT64_MAX, whole
-from esper_otel.record.work import Work, work_of
+from esper_otel.record.work import work_of
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
@@ -180,16 +180,11 @@ class Telemetry:
         """
         if self._is_closed:
             self._check_open()
-        work: int | Work | None = samples
-        if tokens is not None or flops is not None:
-            work = work_of(samples, tokens, flops)
-        elif samples is not None:
-            work = whole("samples", samples, UINT64_MAX)
         return Step(
             self._recorder,
             None if global_step is None else whole("global_step", global_step, UINT64_MAX),
             epoch if epoch.__class__ is int and 0 <= epoch <= UINT32_MAX else whole("epoch", epoch, UINT32_MAX),
-            work,
+            None if samples is None and tokens is None and flops is None else work_of(samples, tokens, flops),
         )
 
     def record_step(
@@ -213,7 +208,8 @@ class Telemetry:
         """
         if self._is_closed:
             self._check_open()
-        self._recorder.record_step(values, epoch, global_step, work_of(samples, tokens, flops))
+        work = None if samples is None and tokens is None and flops is None else work_of(samples, tokens, flops)
+        self._recorder.record_step(values, epoch, global_step, work)
 
     def batches(self, loader: Iterable[Batch]) -> Loader[Batch]:
         """Wraps a loader to time ``input_wait_ms``: the wait for a batch counts for the step that follows.

@@ -17,7 +17,7 @@ _QUICK = (
     *("broken-tokens", "forged-cursors", "smuggling", "fuzz", "slow-posts", "long-polls", "http2-floods"),
     *("far-ends", "empty-messages", "json-of-nothing", "seeds-at-own-times"),
 )
-_EACH_S = 0.5
+_EACH_S = 0.3
 
 
 def test_honest_peers_go_on_and_the_gateway_starts_again(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def recording() -> list[Row]:
         theirs, ratio = f"{of_row['theirs']:,.1f} µs", f"{of_row['ratio']:,.1f}x"
         promise, kept = "", None
         if stream.like:  # both in units of the SDK in the same process, since the machine is not equally busy
-            more = found[stream.like, False]["ratio"] / of_row["ratio"]
+            more = found[stream.like, is_exported]["ratio"] / of_row["ratio"]
             ratio += f", costs {more:.2f} of {STREAMS[stream.like].what}"
             promise, kept = "at most 2", more <= 2.0
         elif stream.promise and not is_exported:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from esper_otel.schema import SEED_METRICS, STEP_METRICS
 
 NAMES = [metric.name for metric in STEP_METRICS]
 DERIVED = ("loss_delta", "loss_ewma", "loss_volatility", "grad_norm_ewma", "grad_var")
+DERIVED_FROM = ("loss", "gradient_norm")
 GIVEN = {name: 0.5 for name in NAMES if name not in DERIVED}
 PUT = {name: GIVEN[name] for name in list(GIVEN)[:14]}
 FIELDS = [metric.field for metric in SEED_METRICS]
@@ -138,6 +140,27 @@ def alternating(telemetry: Telemetry) -> Work:
     return lambda number: telemetry.record_step(few if number % 2 else GIVEN, epoch=0)
 
 
+def in_turns(telemetry: Telemetry) -> Work:
+    """Ten sets of names in a random order: optional metrics that come and go."""
+    random = Random(0)
+    given = [{name: GIVEN[name] for name in GIVEN if name in DERIVED_FROM or random.random() < 0.8} for _ in range(10)]
+    order = random.choices(given, k=1_000)
+    return lambda number: telemetry.record_step(order[number % 1_000], epoch=0)
+
+
+def seeds_in_turns(telemetry: Telemetry) -> Work:
+    """One of 8 seeds is silent in every other step."""
+    ids = [f"seed-{number}" for number in range(8)]
+
+    def work(number: int) -> None:
+        with telemetry.step(epoch=0) as now:
+            now.put(PUT)
+            for seed_id in ids[number % 2 :]:
+                seed(now, seed_id)
+
+    return work
+
+
 def with_an_int(telemetry: Telemetry) -> Work:
     """One value is an int."""
     values = GIVEN | {"gradient_norm": 1}
@@ -230,6 +253,7 @@ STREAMS = {
     "seeds_8": Stream("the same and 8 seeds x 10, one by one", seeds_one_by_one, 8, promise=25),
     "seeds_100": Stream("the same and 100 seeds x 10, as columns", seeds_as_columns, 100, promise=300),
     "alternating": Stream("`record_step`, other names in every other step", alternating, like="record_step"),
+    "turns": Stream("`record_step`, ten sets of names at random", in_turns, like="record_step"),
     "int": Stream("`record_step`, one value is an int", with_an_int, like="record_step"),
     "samples": Stream("`record_step` with `samples=`", with_samples, like="record_step"),
     "processor": Stream(
@@ -238,9 +262,10 @@ STREAMS = {
     "flag_off": Stream("`record_step`, enrichment off", plain, 0, lambda: {"settings": GATED_OFF}, like="record_step"),
     "backwards": Stream("`record_step` after a step that went backwards", after_going_back, like="record_step"),
     "validation": Stream("`validation()` and `record_step` in every step", validated, like="record_step"),
+    "seeds_in_turns": Stream("8 seeds, one silent in every other step", seeds_in_turns, 8, like="seeds_8"),
     "changing": Stream("8 seeds, one replaced in every tenth step", seeds_that_change, 8, like="seeds_8"),
 }
-EXPORTED = ("record_step", "scope", "seeds_8", "seeds_100")
+EXPORTED = ("record_step", "scope", "seeds_8", "seeds_100", "alternating", "turns", "seeds_in_turns", "changing")
 
 
 # -- in the process of a row -----------------------------------------------------------------------------

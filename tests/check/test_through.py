@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import warm
 from gateways import RunningGateway
 from programs import ROOT, Collector, Prometheus
 
@@ -45,13 +46,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def checked(endpoint: str, *options: str, environ: Mapping[str, str] | None = None) -> tuple[int, dict[str, Any]]:
     """The exit status, and the stages by name, of a check."""
-    done = subprocess.run(
-        [sys.executable, "-m", "esper_otel", "check", "--through", "--json", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    done = warm.run(
+        *("-m", "esper_otel", "check", "--through", "--json", *options),
         env={**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, **(environ or {})},
+        imported=warm.GATEWAY,
     )
     assert done.stdout, done.stderr
     return done.returncode, {stage["name"].split()[0]: stage for stage in json.loads(done.stdout)["stages"]}

@@ -82,7 +82,7 @@ def session(patched: pytest.MonkeyPatch) -> Any:
     for name, value in settings.items():
         patched.setenv(name, value)
     telemetry = esper_otel.start(run_id="recorded", experiment="contract", metrics=[_OWN], device="cpu", epochs=4)
-    telemetry._recorder._probing = Probes()
+    telemetry._recorder.publisher.probing = Probes()
     for number, (values, rows, retired) in enumerate(steps()):
         elapsed_ns += _TICK_NS
         if number == 16:

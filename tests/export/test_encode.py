@@ -20,6 +20,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from esper_otel import __version__
 from esper_otel.export.encode import MAX_POINTS, Encoder, Request
+from esper_otel.export.scopes import SCHEMA_URL
 from esper_otel.frames.digest import digest_of
 from esper_otel.frames.frame import Frame, Run
 from esper_otel.frames.ring import blocks_of
@@ -240,6 +241,13 @@ def test_the_scope_carries_our_version_and_the_schemas() -> None:
     scope = request.resource_metrics[0].scope_metrics[0].scope
     assert (scope.name, scope.version) == ("esper_otel", __version__)
     assert [(item.key, item.value.string_value) for item in scope.attributes] == [("esper.schema.version", "1")]
+    assert request.resource_metrics[0].scope_metrics[0].schema_url == SCHEMA_URL
+
+
+def test_a_request_has_the_bytes_that_protobuf_writes() -> None:
+    """What a file of JSON is turned into again is the same, bit for bit."""
+    [request] = encoder().requests(blocks_of([make_frame()]))
+    assert ExportMetricsServiceRequest.FromString(request.body).SerializeToString() == request.body
 
 
 def test_the_resource_is_made_once_for_frames_of_one_run() -> None:
@@ -342,3 +350,20 @@ def test_stale_markers_of_seeds_with_long_names_fit_into_requests() -> None:
     bodies = list(encoder().stale(RUN, streams, time_unix_ns=TIME_UNIX_NS))
     assert max(map(len, bodies)) < 4 * 2**20
     assert sum(1 for _ in read([ExportMetricsServiceRequest.FromString(body) for body in bodies])) == 20_000
+
+
+def test_rows_that_end_series_are_encoded_with_those_around_them() -> None:
+    """Seeds that come and go must not make a piece of each few rows: that took ten times as long."""
+    seeds = [seed_table({f"s{number // 2}": {"alpha": 0.5}}) for number in range(40)]
+    retired = [(f"s{number // 2 - 1}",) if number % 2 == 0 and number else () for number in range(40)]
+    some = [
+        make_frame(sequence=number + 1, time_unix_ns=TIME_UNIX_NS + number, seeds=rows, live=rows, retired=over)
+        for number, (rows, over) in enumerate(zip(seeds, retired, strict=True))
+    ]
+    ended = {frame.sequence: [(SEED_CELLS[1].name, {"seed_id": frame.retired[0]})] for frame in some if frame.retired}
+    of_some = encoder(max_points=250)
+    pieces = list(of_some._parts(blocks_of(some), ended))
+    assert len(pieces) == 2
+    assert sum(piece.ends for piece in pieces) == len(some)
+    assert sum(len(piece.markers) for piece in pieces) == len(ended) == 19
+    assert all(piece.points <= 250 for piece in pieces)

@@ -56,7 +56,7 @@ def test_a_step_that_is_interrupted_anywhere_is_the_only_one_that_suffers(
     chance = random.Random(4)
     interrupts = 0
     with esper_otel.start(run_id="interrupted") as telemetry:
-        for number in range(1_000):
+        for number in range(300):
             try:
                 interrupt_in(chance.uniform(10e-6, 150e-6))
                 for _ in range(100):
@@ -67,12 +67,12 @@ def test_a_step_that_is_interrupted_anywhere_is_the_only_one_that_suffers(
             record(telemetry, 2.0 + number)  # the next step is like any other
         frames = [packets.telemetry for packets in telemetry.pull(max_packets=200_000).packets]
         assert telemetry.pull().gap == 0
-    assert interrupts > 500
+    assert interrupts > 150
     received = collector.points()
     points = [point for point in received if point.name == "loss" and point.value is not None]
     assert len({point.time_unix_ns for point in points}) == len(points)
     whole = Counter(point.value for point in points if point.value is not None and point.value >= 2.0)
-    assert whole == {2.0 + number: 2 for number in range(1_000)}
+    assert whole == {2.0 + number: 2 for number in range(300)}
     said = {point.attributes.get("seed_id") for point in received if point.name == "kasmina.seed.alpha"}
     assert said == {"seed-1", "seed-2"}
     assert collector.frames_received == telemetry.health()["recorded"] == len(frames)

@@ -45,22 +45,27 @@ _MOVED = st.one_of(  # None: not said any more
     st.lists(st.tuples(st.sampled_from(SEED_FIELDS), _MOVED), max_size=6),
     st.sampled_from([*Stage]),
     st.sampled_from("CF"),
-    st.sampled_from(["", "b", "c", "bc"]),
+    st.lists(st.sampled_from(["", "b", "c", "bc"]), min_size=1, max_size=3),
 )
 def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely(
-    row: dict[str, float], changes: list[tuple[str, float | None]], stage: Stage, order: Literal["C", "F"], silent: str
+    row: dict[str, float],
+    changes: list[tuple[str, float | None]],
+    stage: Stage,
+    order: Literal["C", "F"],
+    silent: list[str],
 ) -> None:
-    """The short cut for such steps must be one only in time."""
+    """The short cut for such steps must be one only in time, also if other seeds are silent in every step."""
     live, closely = LiveSeeds(), LiveSeeds()
     row = {**row, "stage": float(stage)}
-    for field, value in [("alpha", 0.5), ("alpha", 0.25), *changes, ("alpha", 0.75), ("alpha", 0.5)]:
+    before, after = [("alpha", number / 8) for number in range(7)], [("alpha", number / 8) for number in range(5)]
+    for number, (field, value) in enumerate([*before, *changes, *after]):
         if value is None:
             row = {name: cell for name, cell in row.items() if name != field}
         elif field != "stage":
             row = {**row, field: value}
         seeds = {"b": {"alpha": 0.5, "isolation_dot": -1.0}, "a": row, "c": {"stage": 2.0}}
         if live.table.ids:
-            seeds = {seed_id: cells for seed_id, cells in seeds.items() if seed_id not in silent}
+            seeds = {seed_id: cells for seed_id, cells in seeds.items() if seed_id not in silent[number % len(silent)]}
         given_table = table(seeds)._replace(cells=np.array(table(seeds).cells, order=order))
         quick, slow = live.step(given_table), closely._step(table(seeds))
         settled = live.settled(given_table)
@@ -77,6 +82,24 @@ def test_steps_that_only_move_numbers_mean_what_they_mean_when_looked_at_closely
             slow.nonfinite,
             slow.out_of_range,
         )
+
+
+def test_seeds_that_are_silent_in_turns_are_looked_at_once() -> None:
+    """And again when a stage changes or a seed is new, since a count may then be new, too."""
+    live = LiveSeeds()
+    cells = {"stage": 4.0, "alpha": 0.5, "isolation_violations": 1.0}
+
+    def is_settled(seed_ids: str, **others: float) -> bool:
+        step = live.step(table(dict.fromkeys(seed_ids, cells | others)))
+        live.commit(step)
+        return step.is_settled
+
+    turns = ["abc", "ab", "bc"]
+    assert [is_settled(seed_ids) for seed_ids in turns * 3] == [False] * 3 + [True] * 6
+    assert not is_settled("ab", stage=7.0)
+    assert [is_settled(seed_ids) for seed_ids in turns * 2] == [False] * 3 + [True] * 3
+    assert not is_settled("abcd")
+    assert [is_settled(seed_ids) for seed_ids in turns * 2] == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize("silent", ["", "b"])

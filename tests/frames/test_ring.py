@@ -6,6 +6,7 @@ import gc
 import struct
 import threading
 import tracemalloc
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -118,6 +119,26 @@ def test_a_block_has_the_rows_of_its_frames(some: list[Frame], limit: int, data:
         said += rows_of(block.part(0, start)) + rows_of(block.part(start, block.rows))
     assert said == list(map(said_by, some))
     assert [row for block in blocks_of(some) for row in rows_of(block)] == said
+
+
+@settings(deadline=None)
+@given(lives(), st.integers(1, 12))
+def test_what_was_recorded_is_read_by_names(some: list[Frame], limit: int) -> None:
+    """Each value once, and none that was derived, probed or kept."""
+    ring, cursor = Ring(2**20), 0
+    for each in some:
+        append(ring, each)
+    found = Counter[tuple[str, bytes]]()
+    while (read := ring.recorded(cursor, limit))[0]:
+        cursor = read[0]
+        found.update(
+            (name, one.tobytes())
+            for names, rows in read[1]
+            for name, row in zip(names, rows, strict=True)
+            for one in row
+        )
+    expected = Counter((name, struct.pack("d", one)) for each in some for name, one in each.recorded.items())
+    assert (cursor, found) == (len(some), expected)
 
 
 @settings(deadline=None)

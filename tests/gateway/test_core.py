@@ -66,7 +66,7 @@ async def pulled(core: Core, run_id: str = RUN.run_id) -> list[Step]:
     return list(response.steps)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_nothing_acknowledged_is_lost_when_the_process_ends_at_any_request(tmp_path: Path, seed: int) -> None:
     """The files as they are at that moment are all that the next life has: a copy stands for kill -9."""
     luck = random.Random(seed)
@@ -107,7 +107,7 @@ def test_others_have_their_turns_while_a_large_page_is_made(no_garbage: None) ->
     async def live() -> None:
         core = Core(MemoryStore(), hold_s=HOLD_S)
         core.start()
-        for body in bodies(history(1000)):
+        for body in bodies(history(400)):
             core.receive(body)
         reading = asyncio.create_task(pulled(core))
         turns_s = []
@@ -115,8 +115,8 @@ def test_others_have_their_turns_while_a_large_page_is_made(no_garbage: None) ->
             began_s = time.thread_time()
             await asyncio.sleep(0)
             turns_s.append(time.thread_time() - began_s)
-        assert [step.step for step in reading.result()] == [*range(1, 1001)]
-        assert len(turns_s) > 30
+        assert [step.step for step in reading.result()] == [*range(1, 401)]
+        assert len(turns_s) > 12
         assert max(turns_s) < cpu_patience(0.1)
         core.close()
 

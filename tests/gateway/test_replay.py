@@ -15,6 +15,7 @@ from typing import NamedTuple
 import grpc
 import pytest
 import requests
+import warm
 from frame_examples import RUN, make_frame
 from gateways import RunningGateway
 from patience import patience
@@ -59,11 +60,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 @contextmanager
 def replaying(stored: Stored, *options: str) -> Iterator[str]:
     """The address of a replay."""
-    command = [sys.executable, "-m", "esper_otel", "replay", str(stored.folder), "stored", "--json"]
-    process = subprocess.Popen(
-        [*command, "--grpc", "127.0.0.1:0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    command = ["-m", "esper_otel", "replay", str(stored.folder), "stored", "--json", "--grpc", "127.0.0.1:0"]
+    process = warm.started(*command, *options, imported=warm.GATEWAY)
     line = process.stdout.readline()
     if not line:
         raise AssertionError(process.communicate(timeout=TIMEOUT_S)[1])

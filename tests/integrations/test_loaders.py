@@ -32,7 +32,7 @@ OF_DATA_LOADERS = (
 class Done(NamedTuple):
     said: dict[str, list[str]]  # on stdout, by way
     errors: list[str]  # on stderr, without what we say ourselves
-    status: int
+    status: int | None
     counted: dict[str, dict[str, Any]]  # by the script, and what was recorded: by way and case
 
 
@@ -57,7 +57,7 @@ def ended(process: warm.Process, counted: Path) -> Done:
         line for line in errors.splitlines() if not line.startswith(("esper_otel started:", "esper_otel closed:"))
     ]
     found = json.loads(counted.read_text(encoding="utf-8")) if counted.is_file() else {}
-    return Done(said, others, process.returncode, found)
+    return Done(said, others, process.wait(), found)
 
 
 @pytest.fixture(scope="module")

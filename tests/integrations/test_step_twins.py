@@ -23,7 +23,7 @@ CASES = ("plain", "closures", "several", "accumulated", "skipped")
 class Done(NamedTuple):
     output: str
     errors: list[str]  # without our own
-    status: int
+    status: int | None
     counted: dict[str, dict[str, Any]]
 
 
@@ -36,7 +36,7 @@ def started(folder: Path, way: str, **environment: str) -> warm.Process:
 def ended(process: warm.Process, folder: Path, way: str) -> Done:
     output, errors = process.communicate()
     others = [line for line in errors.splitlines() if not line.startswith("esper_otel ")]
-    return Done(output, others, process.returncode, json.loads((folder / f"{way}.json").read_text(encoding="utf-8")))
+    return Done(output, others, process.wait(), json.loads((folder / f"{way}.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")

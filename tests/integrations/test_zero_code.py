@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import esper_otel
 from esper_otel.export.place import attributes_of
@@ -70,6 +71,19 @@ def instrument(*command: str | Path) -> list[str | Path]:
     return [Path(sys.executable).with_name("opentelemetry-instrument"), *command]
 
 
+def injected() -> str:
+    """What ``opentelemetry-instrument`` puts in front of PYTHONPATH, before it starts the program."""
+    found = importlib.util.find_spec("opentelemetry.instrumentation.auto_instrumentation")
+    assert found is not None
+    assert found.origin is not None
+    return str(Path(found.origin).parent)
+
+
+def run_injected(collector: MemoryCollector, script: Path, **more: str) -> warm.Done:
+    """By a fork of a process that has PyTorch."""
+    return warm.run(script, env=environ(collector, PYTHONPATH=injected(), **more))
+
+
 def steps(collector: MemoryCollector, rank: int = 0) -> list[float | None]:
     points = [point for point in collector.points() if point.name == "esper.global_step" and not point.flags]
     return [point.value for point in points if point.resource["esper.rank"] == rank]
@@ -112,7 +126,7 @@ def test_a_script_with_a_session_of_its_own_is_recorded_once(tmp_path: Path) -> 
         OWN_SESSION + "telemetry.record_step({'loss': 1.0}, epoch=0)\ntelemetry.close()\n", encoding="utf-8"
     )
     with MemoryCollector() as collector:
-        done = run(collector, *instrument(sys.executable, tmp_path / "train.py"))
+        done = run_injected(collector, tmp_path / "train.py")
         assert done.returncode == 0, done.stderr
         assert {point.resource["esper.run.id"] for point in collector.points()} == {"own"}
         assert steps(collector) == [1]
@@ -120,7 +134,7 @@ def test_a_script_with_a_session_of_its_own_is_recorded_once(tmp_path: Path) -> 
 
 def test_a_wrong_setting_is_a_warning_and_the_script_goes_on(script: Path) -> None:
     with MemoryCollector() as collector:
-        done = run(collector, *instrument(sys.executable, script), ESPER_EXPORT_EVERY_S="often")
+        done = run_injected(collector, script, ESPER_EXPORT_EVERY_S="often")
         assert (done.stdout.count("\n"), done.returncode) == (4, 0)
         assert done.stderr.count("ESPER_EXPORT_EVERY_S") == 1
 
@@ -148,16 +162,13 @@ def test_a_script_of_lightning_is_recorded(tmp_path: Path) -> None:
 def test_injection_by_pythonpath_is_enough(script: Path) -> None:
     """As the Operator does: the packages come by PYTHONPATH alone, into an interpreter that has none of them."""
     [packages] = [path for path in site.getsitepackages() if Path(path, "torch").is_dir()]
-    found = importlib.util.find_spec("opentelemetry.instrumentation.auto_instrumentation")
-    assert found is not None
-    assert found.origin is not None
-    injected = [str(Path(found.origin).parent), packages, str(Path(esper_otel.__file__).parents[1])]
+    paths = [injected(), packages, str(Path(esper_otel.__file__).parents[1])]
     with MemoryCollector() as collector:
         done = run(
             collector,
             getattr(sys, "_base_executable", sys.executable),
             script,
-            PYTHONPATH=os.pathsep.join(injected),
+            PYTHONPATH=os.pathsep.join(paths),
             OTEL_METRICS_EXPORTER="otlp",
             OTEL_TRACES_EXPORTER="otlp",
             OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",

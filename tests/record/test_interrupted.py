@@ -11,15 +11,17 @@ from interrupts import interrupted
 from esper_otel.derive import deriver, dynamics
 from esper_otel.derive.deriver import Deriver
 from esper_otel.derive.dynamics import Dynamics
-from esper_otel.frames import block, live_seeds, ring
+from esper_otel.frames import block, live_seeds
+from esper_otel.frames import ring as ring_module
 from esper_otel.frames.frame import NO_SEEDS, Frame
 from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
+from esper_otel.probes.sampler import Sampler
 from esper_otel.record import frame_publisher
 from esper_otel.record.frame_publisher import Draft, FramePublisher
 from esper_otel.record.names import Names
 
-FILES = [str(module.__file__) for module in (block, deriver, dynamics, frame_publisher, live_seeds, ring)]
+FILES = [str(module.__file__) for module in (block, deriver, dynamics, frame_publisher, live_seeds, ring_module)]
 
 
 def fail(where: str, error: Exception) -> None:
@@ -28,7 +30,8 @@ def fail(where: str, error: Exception) -> None:
 
 def a_publisher() -> FramePublisher:
     deriving = Deriver([Dynamics(window=2)], fail)
-    return FramePublisher(RUN, Names(), Ring(2**20), deriving=deriving, context={}, warnings=Warnings())
+    probing, ring = Sampler([], period_s=1.0), Ring(2**20)
+    return FramePublisher(RUN, Names(), ring, deriving=deriving, probing=probing, context={}, warnings=Warnings())
 
 
 def draft(

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -55,6 +55,7 @@ _WRITERS, _KEPT_BYTES, _WAITING_POINTS = 20_000, 2**30, 16_000_000
 _AWAY_S = 120.0
 _STABLE_S = 5.0  # longer than a transaction may take
 _HEARTBEATS = 5  # within a session
+_CHANGING = frozenset({KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.UNKNOWN_MEMBER_ID})
 _TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, 18})  # 18: larger than a segment
 
 
@@ -108,6 +109,14 @@ class _BeginAnew(Exception):
     """The transaction failed, or partitions were lost: what was not committed is read again."""
 
 
+class _GroupChanged(_BeginAnew):
+    """It failed since the group was changing.
+
+    If the member came back at once under its name, the brokers would give it what it had been given last, and ask
+    nobody: partitions that it was about to hand over would have no member. So it stays away until it is missed.
+    """
+
+
 class Member:
     """Works until it is told to stop. Threads: ``run`` blocks one; everything else may be called from others.
 
@@ -132,6 +141,7 @@ class Member:
         self._stop = threading.Event()
         self._shards: dict[int, Shard] = {}
         self._states_s = self._tidied_s = time.monotonic()
+        self._turns: set[int] = set()  # partitions whose states have been written lately
         self._cycle_s = -math.inf
         self._warnings = Warnings()
         self._has_joined = False
@@ -161,6 +171,8 @@ class Member:
                 self._live()
             except MemberEnds:
                 raise
+            except _GroupChanged as reason:
+                self._begin_anew(str(reason), SESSION_MS / 1000 + _AGAIN_S)
             except (_BeginAnew, BrokerFault) as reason:
                 self._begin_anew(str(reason))
             except KafkaException as error:
@@ -169,10 +181,10 @@ class Member:
                     raise MemberEnds(f"Kafka at {self._connection.brokers}: {meaning(fault)}") from None
                 self._begin_anew(meaning(fault))
 
-    def _begin_anew(self, reason: str) -> None:
+    def _begin_anew(self, reason: str, after_s: float = _AGAIN_S) -> None:
         self._own["restarts"] += 1
         self._warnings.say("anew", "%s; the member goes on from what is committed", reason)
-        self._stop.wait(_AGAIN_S)
+        self._stop.wait(after_s)
 
     def stop(self) -> None:
         """Lets ``run`` end, after the transaction it is in."""
@@ -203,7 +215,7 @@ class Member:
             while not self._stop.is_set():
                 self._cycle()
             if self._shards:
-                self._write([], [], of_all=True)
+                self._write(list(self._shards), [], with_states=self._shards.keys())
         finally:
             self._is_leaving = True
             self._drop([*self._shards, *self._unreadable])
@@ -351,16 +363,31 @@ class Member:
             shard = self._shards.get(partition)
             if shard is not None:  # otherwise it was revoked meanwhile, and its next member reads them
                 poisoned += [(partition, each) for each in shard.take(some, now_s)]
-        of_all = now_s - self._states_s > _STATES_EVERY_S
+        turn = self._turn(now_s)
         is_due = any(due_s is not None and due_s <= now_s for due_s in self._due())
-        if records or is_due or of_all:
-            self._write(list(records) if not (is_due or of_all) else list(self._shards), poisoned, of_all=of_all)
+        if records or is_due or turn:
+            self._write(list(self._shards) if is_due else [*records.keys() | turn], poisoned, with_states=turn)
         if now_s > self._lag_s:
             self._lag_s = now_s + _LAG_EVERY_S
             self._note_lag()
         if now_s - self._tidied_s > _TIDY_EVERY_S:
             self._tidied_s = now_s
             self._tidy()
+
+    def _turn(self, now_s: float) -> set[int]:
+        """Returns the partitions whose turn it is to have all states written: all of them within a few seconds.
+
+        One after the other, since a transaction with the states of thousands of ranks could take longer than it may.
+        """
+        if not self._shards or now_s - self._states_s < _STATES_EVERY_S / len(self._shards):
+            return set()
+        self._states_s = now_s
+        waiting = [partition for partition in self._shards if partition not in self._turns]
+        if not waiting:
+            self._turns.clear()
+            waiting = list(self._shards)
+        self._turns.add(waiting[0])
+        return {waiting[0]}
 
     def _patience_s(self) -> float:
         """Returns how long to wait for requests: while frames wait, no longer than until one is due."""
@@ -394,23 +421,23 @@ class Member:
                 f"another member has the name {self._options.name!r}, so this one ends: give each another --member"
             )
 
-    def _write(self, partitions: Sequence[int], poisoned: Sequence[tuple[int, BadRecord]], *, of_all: bool) -> None:
-        """Writes frames, states and offsets in one transaction."""
+    def _write(
+        self, partitions: Sequence[int], poisoned: Sequence[tuple[int, BadRecord]], *, with_states: Collection[int]
+    ) -> None:
+        """Writes frames, states and offsets in one transaction; for some partitions, the states of all writers."""
         topic, now_s = self._tier.topics.otlp, time.monotonic()
         records = [self._buried(partition, each) for partition, each in poisoned]
         counted = Counter(poisoned=len(records), transactions=1)
         offsets: list[TopicPartition] = []
-        for partition in partitions or list(self._shards):
+        for partition in partitions:
             shard = self._shards.get(partition)
             if shard is None:
                 continue
-            records += self._released(shard, now_s, of_all=of_all)
+            records += self._released(shard, now_s, of_all=partition in with_states)
             committed = shard.committed()
             if committed is not None and committed != shard.written:
                 shard.written = committed
                 offsets.append(TopicPartition(topic, partition, committed.offset, committed.metadata))
-        if of_all:
-            self._states_s = now_s
         if not (records or offsets):
             return
         try:
@@ -466,7 +493,8 @@ class Member:
                 self._check_name()
         if isinstance(error, KafkaException) and error.args[0].code() in REFUSALS:
             raise MemberEnds(f"Kafka at {self._connection.brokers}: {_text(error)}") from None
-        raise _BeginAnew(f"a transaction failed: {_text(error)}") from None
+        is_changing = isinstance(error, KafkaException) and error.args[0].code() in _CHANGING
+        raise (_GroupChanged if is_changing else _BeginAnew)(f"a transaction failed: {_text(error)}") from None
 
     def _commit(self) -> None:
         """Commits the transaction, however long the brokers are away; while stopping, no longer than it may take."""

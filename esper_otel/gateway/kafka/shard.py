@@ -130,7 +130,8 @@ class _Memory:
     def received_unix_ns(self, state: RunState | None) -> int:
         """Returns when something last arrived from the writer; a run that failed before its first step has no frame."""
         of_states = (each.last_received_unix_ns for each in (state, self.before) if each is not None)
-        return max(*of_states, 0 if self.newest is None else self.newest.item.received_unix_ns, self.hours.last_unix_ns)
+        newest = 0 if self.newest is None else self.newest.item.received_unix_ns
+        return max(*of_states, newest, self.hours.last_unix_ns)
 
     def restore(self, known: WriterState) -> None:
         self.since, self.last, self.count = known.since, known.last, known.counts.writer
@@ -395,7 +396,7 @@ class Shard:
         gone = [
             origin
             for origin, memory in self._writers.items()
-            if 0 < memory.received_unix_ns(states.get(origin)) < oldest_unix_ns and origin not in self._changed
+            if memory.received_unix_ns(states.get(origin)) < oldest_unix_ns and origin not in self._changed
         ]
         for origin in gone:
             del self._writers[origin]

@@ -72,7 +72,7 @@ class KnownStates:
             self.ranks.forget(origin.run_id)
 
     def hours(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
-        """Returns where the hours of a run went, in parts, and the accounts of its processes.
+        """Returns where the hours of a run went, and the accounts of its processes, in parts.
 
         Raises:
             UnknownRun: nothing of the run is known.
@@ -95,8 +95,8 @@ class KnownStates:
             accounts[origin] = merged(each.account() for each in some)
             if number % _AT_ONCE == 0:
                 yield
-        known = joined(accounts)
-        return (yield from summing(known, phases)), known
+        of_processes = joined(accounts)
+        return (yield from summing(of_processes, phases)), of_processes
 
     def partitions(self, run_id: str, rank: int | None = None) -> dict[int, int]:
         """Returns the partitions in which a run is, or one of its ranks, each with an offset before its first frame."""

@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -25,11 +25,11 @@ from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
-from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
 from esper_otel.gateway.security import BadRequest, Grant
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
-from esper_otel.gateway.turns import Turn, in_turns, pause
+from esper_otel.gateway.turns import Turn, pause
 from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
@@ -211,9 +211,9 @@ class TierCore(Core):
             for key in [key for key, viewed in self._viewed.items() if now_s - viewed.used_s > _VIEWED_S]:
                 self._viewed.pop(key).close()
 
-    async def _accounting(self, run_id: str) -> tuple[RunHours, dict[AttemptRank, Account]]:
-        """Returns where the hours of a run went, as far as it was known up to five seconds ago. See ``Core``."""
-        return await in_turns(self._known.hours(run_id))
+    def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
+        """Returns them as they were up to five seconds ago. See ``Core``."""
+        return self._known.hours(run_id)
 
     # -- pulling -----------------------------------------------------------------------------------------
 
@@ -221,9 +221,9 @@ class TierCore(Core):
         wanted = _wanted(request)
         most = request.max_packets or _DEFAULT_PACKETS
         fetched = await self.fetch(request.run_id, request.cursor, wanted, most)
-        made = self._making(request)
+        made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
         request.cursor, has_cursor = fetched.first, bool(request.cursor)
-        found = await page(fetched, request, *made, self._clock_ns, bounds)
+        found = await page(fetched, request, made, self._made, self._clock_ns, bounds)
         if not found.steps and not found.gap:
             request.cursor = found.cursor  # what was passed over need not be read again while the puller waits
         self.counts["pulled_steps"] += found.steps

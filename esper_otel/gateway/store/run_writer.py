@@ -31,14 +31,8 @@ _LARGEST_INTEGER = 2**63 - 1  # that SQLite has
 class FileRun(StoredRun):
     """The part of a run's state that is kept in memory, so that it need not be read from the file.
 
-    Attributes:
-        key: identifies the run in the file.
-        first: position of the oldest entry.
-        last: position of the newest entry.
-        is_torn: whether entries were lost that were not the oldest ones.
-        ranks: the number of each rank's newest entry.
-        moved: ranks that have new entries in this transaction.
-        newest: position of each writer's last entry, until its loss is read.
+    ``first`` and ``last`` are the positions of its oldest and newest entry; ``ranks`` has the number of each rank's
+    newest entry, ``newest`` the position of each writer's, until its loss is read.
     """
 
     def __init__(self, key: int, life: str, tenant: str) -> None:
@@ -46,9 +40,9 @@ class FileRun(StoredRun):
         self.key = key
         self.first: int = 1
         self.last: int = 0
-        self.is_torn: bool = False
+        self.is_torn: bool = False  # whether entries were lost that were not the oldest ones
         self.ranks: dict[int, int] = {}
-        self.moved: set[int] = set()
+        self.moved: set[int] = set()  # ranks that have new entries in this transaction
         self.newest: dict[Origin, int] = {}
 
     def copied(self) -> FileRun:
@@ -62,17 +56,7 @@ class FileRun(StoredRun):
 class RunWriter:
     """Writes into one open file. A transaction changes copies of what is known of its runs; they count once it is over.
 
-    Args:
-        connection: the file.
-        runs: what is known of each run.
-        ledger: the sums over all runs.
-        limits: how much is stored.
-        blocks: reads frames.
-        age_s: returns the store's age in seconds.
-
-    Attributes:
-        last_key: the highest key that a run has had.
-        last_block: the highest id that a block has had.
+    ``last_key`` and ``last_block`` are the highest numbers that a run and a block have had.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from gateways import TIMEOUT_S, RunningGateway, post
 from google.protobuf.json_format import MessageToJson
 from log_requests import body, request
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
+from opentelemetry.proto.logs.v1.logs_pb2 import SeverityNumber
 from wire import CATALOGUE, body_of, encoder
 
 import esper_otel
@@ -185,7 +186,7 @@ def test_the_page_has_marks_and_a_list(gateway: RunningGateway) -> None:
 
     made = request("shown", [1, 2])
     made.resource_logs[0].scope_logs[0].log_records[1].body.string_value = "<script>"
-    made.resource_logs[0].scope_logs[0].log_records[1].severity_number = 17
+    made.resource_logs[0].scope_logs[0].log_records[1].severity_number = SeverityNumber.SEVERITY_NUMBER_ERROR
     sent(gateway, made.SerializeToString())
     sent(gateway, body("shown", 1, rank=1))
     answer = asked("shown")

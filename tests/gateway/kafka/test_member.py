@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from esper_otel.gateway.kafka import member as module
 from esper_otel.gateway.kafka import member_process as work
-from esper_otel.gateway.kafka.brokers import Brokers, MemberEnds
+from esper_otel.gateway.kafka.brokers import SESSION_MS, Brokers, MemberEnds
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.topics import Tier, Topics
 
@@ -85,3 +85,30 @@ def test_a_member_that_the_brokers_take_for_another_one_after_an_outage_begins_a
     member._connection.note_name(refused)
     with pytest.raises(MemberEnds, match="give each another --member"):
         member._check_name()
+
+
+def test_states_are_written_partition_by_partition(member: Any) -> None:
+    """All within some seconds, but never together: a transaction may only take so long."""
+    member._shards = {partition: Mock() for partition in range(4)}
+    now_s = member._states_s
+    assert member._turn(now_s) == set()
+    turns = [member._turn(now_s + 1.25 * number) for number in range(1, 9)]
+    assert turns == [{partition} for partition in (0, 1, 2, 3, 0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("code", [KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS])
+def test_a_member_that_fails_while_the_group_changes_stays_away_until_it_is_missed(
+    member: Any, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would get what it had been given last, and what it was to hand over would have no member."""
+    member._producer = Mock()
+    waits: list[float] = []
+
+    def wait(after_s: float) -> None:
+        waits.append(after_s)
+        member.stop()
+
+    monkeypatch.setattr(member, "_live", lambda: member._failed(KafkaException(KafkaError(code))))
+    monkeypatch.setattr(member._stop, "wait", wait)
+    member.run()
+    assert waits == [SESSION_MS / 1000 + module._AGAIN_S]

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from frame_examples import TIME_UNIX_NS, make_frame, seed_table
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from properties import examples
 from wire import bodies
 
 from esper_otel.frames.digest import dead_among, digest_of
@@ -141,7 +142,7 @@ def assert_as_in_the_process(items: Iterable[Item], frames: Sequence[Frame]) -> 
         assert sorted(item.frame.retired) == sorted(frame.retired)
 
 
-@settings(deadline=None, max_examples=25)
+@examples(15)
 @given(lives(), st.data())
 def test_late_doubled_and_cut_steps_come_right_over_restarts(
     tmp_path_factory: pytest.TempPathFactory, frames: list[Frame], data: st.DataObject
@@ -157,7 +158,7 @@ def test_late_doubled_and_cut_steps_come_right_over_restarts(
     assert_as_in_the_process(items, frames)
 
 
-@settings(deadline=None, max_examples=50)
+@examples(25)
 @given(lives(most=5), st.integers(0, 2**32), st.integers(0, 3))
 def test_steps_whose_points_come_in_pieces_come_right_over_restarts(
     tmp_path_factory: pytest.TempPathFactory, frames: list[Frame], seed: int, restarts: int
@@ -173,8 +174,13 @@ def test_steps_whose_points_come_in_pieces_come_right_over_restarts(
     assert_as_in_the_process(items, [first, *others])
 
 
-@pytest.mark.parametrize("count", [60, 600])
-@pytest.mark.parametrize("order", ["backwards", "the second half first", "any"])
+@pytest.mark.parametrize(
+    ("order", "count"),
+    [
+        *(("backwards", 60), ("the second half first", 60), ("any", 60)),
+        *(("backwards", 300), ("the second half first", 600), ("any", 300)),
+    ],
+)
 def test_a_long_run_comes_right_over_restarts_in_any_order(tmp_path: Path, order: str, count: int) -> None:
     """More steps lie between those that are next to each other than a gateway goes on from where all are whole."""
     luck = random.Random(count)
@@ -192,7 +198,7 @@ def test_a_long_run_comes_right_over_restarts_in_any_order(tmp_path: Path, order
     assert_as_in_the_process(received(requests, tmp_path), frames)
 
 
-@settings(deadline=None, max_examples=25)
+@examples(15)
 @given(lives(), st.data())
 def test_a_step_marked_complete_is_never_wrong_about_who_lives(frames: list[Frame], data: st.DataObject) -> None:
     """Steps that never come, and a gateway that has forgotten everything: what cannot be known is marked."""
@@ -208,7 +214,7 @@ def test_a_step_marked_complete_is_never_wrong_about_who_lives(frames: list[Fram
     assert {item.frame.global_step for item in items} == by_step.keys() - lost
 
 
-@settings(deadline=None, max_examples=25)
+@examples(15)
 @given(lives(actions=(RECORDED, RETIRED)), st.data())
 def test_steps_that_never_come_leave_no_doubt_where_the_living_are_recorded(
     frames: list[Frame], data: st.DataObject
@@ -267,7 +273,6 @@ def test_steps_of_blending_are_kept_until_their_stage_comes(tmp_path: Path, orde
     assert_as_in_the_process(received([first, *requests], tmp_path), frames)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=4), unique=True, max_size=12), st.data())
 def test_the_dead_are_found_by_their_digest(seeds: list[str], data: st.DataObject) -> None:
     dead = data.draw(st.lists(st.sampled_from(seeds), unique=True)) if seeds else []

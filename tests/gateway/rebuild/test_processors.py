@@ -22,7 +22,7 @@ from gateways import RunningGateway
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import patience
 
-from esper_otel.check.check_stage import CheckStage
+from esper_otel.check.stages import CheckStage
 from esper_otel.check.through import ReadBack, run_through
 from esper_otel.schema import is_check
 

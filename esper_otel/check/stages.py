@@ -1,4 +1,4 @@
-"""Where a marked run is read back, and how a fault on the way is described."""
+"""The stages on the way from a trainer to where its telemetry should arrive, where a run is read back, and faults."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from typing import NamedTuple
 # Once a run has begun to arrive, the rest is given up after this time without a new step. A gateway waits two seconds
 # for missing points.
 QUIET_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckStage:
+    """One stage on the way; ``ok`` is None when the stage was not checked."""
+
+    name: str
+    ok: bool | None
+    message: str
+    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
