@@ -12,8 +12,9 @@ from esper_otel.events.happenings import run_ended, run_resumed
 from esper_otel.frames.block import Block
 from esper_otel.frames.event_log import Attribute, Event, EventLog, Happening
 from esper_otel.frames.frame import ABSENT_BITS, COLUMN, FLOAT32_BOUND, LAST_LOSS, Frame
-from esper_otel.leyline import state
+from esper_otel.leyline import messages, state
 from esper_otel.leyline.episodes import EpisodeChange, Episodes, StepSender
+from esper_otel.leyline.problems import LOSS_NONFINITE
 from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, signals
 from esper_otel.schema import METRICS, Stage
 from esper_otel.schema.events import (
@@ -37,6 +38,7 @@ _NAMES = {metric.key: metric.name for metric in METRICS if metric.level == "step
 _SENDER = StepSender()
 # Values of packets are float32: what is below a threshold by less than this share of it may be above it there.
 _ROUNDING = 1e-6
+_CRITICAL = int(messages.MessagePriority.MESSAGE_PRIORITY_CRITICAL)
 
 Column = npt.NDArray[np.float64]
 
@@ -174,6 +176,7 @@ class EventReader:
         if is_suspect:
             packet = state(_frame_of(block, row))
             found = signals(packet, loss_before=None if math.isnan(before) else before, rules=self._rules)
+            found += _of_lost_loss(block, row)
         if not found and not self._episodes.follows(_SENDER):
             return
         step, epoch, time_unix_ns = int(block.steps[row]), int(block.epochs[row]), int(block.times[row])
@@ -192,7 +195,26 @@ class EventReader:
                 suspects |= block.values[:, places[name]] >= limit
             if rule.metric == LOSS_STEP:
                 suspects |= losses - before >= limit - (np.abs(losses) + np.abs(before)) * _ROUNDING
+        if _LOSS in places:
+            suspects |= _is_lost(block.values[:, places[_LOSS]])
         return suspects
+
+
+def _is_lost(losses: Column) -> npt.NDArray[np.bool_]:
+    """Returns where a loss was recorded and is not finite in float32, as the packets' event ``loss_nonfinite`` says."""
+    is_there = np.ascontiguousarray(losses).view(np.uint64) != ABSENT_BITS
+    with np.errstate(invalid="ignore"):
+        is_finite = np.abs(losses) < FLOAT32_BOUND
+    found: npt.NDArray[np.bool_] = is_there & ~is_finite
+    return found
+
+
+def _of_lost_loss(block: Block, row: int) -> tuple[Signal, ...]:
+    """Returns a signal if the row's loss is not finite: the packets have an event of that name, and no signal."""
+    place = block.names.index(_LOSS) if _LOSS in block.names else None
+    if place is None or not _is_lost(block.values[row : row + 1, place])[0]:
+        return ()
+    return (Signal(LOSS_NONFINITE, "CRITICAL", _CRITICAL, f"loss {block.values[row, place]:g}", ""),)
 
 
 def _stage_name(number: float) -> str | None:
@@ -242,7 +264,8 @@ def _of_change(
         name, severity = SIGNAL_ENTERED, _SEVERITIES.get(episode.level, Severity.WARN)
         body = f"Signal {episode.name} has begun: {episode.reason}."
     else:
-        name, severity, body = SIGNAL_LEFT, Severity.INFO, f"Signal {episode._replace(goes_on=False)} has ended."
+        _, _, steps = str(episode._replace(goes_on=False)).partition(", ")
+        name, severity, body = SIGNAL_LEFT, Severity.INFO, f"Signal {episode.name} has ended: {steps}."
     return Happening(name, severity, time_unix_ns, body, step, epoch, attributes, sequence)
 
 

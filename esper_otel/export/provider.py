@@ -20,6 +20,7 @@ from esper_otel.export.variables import Variables, warn
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
 _LOGS_EXPORTER = "OTEL_LOGS_EXPORTER"
 _GROUP = "opentelemetry_metrics_exporter"
+_LOGS_GROUP = "opentelemetry_logs_exporter"
 # Name patterns of the instruments of seed metrics.
 _OF_SEEDS = ("kasmina.seed.*", "esper.seed.*")
 _PROTOCOLS = {"otlp": None, "otlp_proto_grpc": "grpc", "otlp_proto_http": "http/protobuf"}
@@ -127,10 +128,23 @@ class EventsExporter(NamedTuple):
     protocol: str | None
 
 
-def events_exporter(environ: Mapping[str, str] = os.environ) -> EventsExporter:
-    """Reads ``OTEL_LOGS_EXPORTER``: events are sent if it names ``otlp``. Its other exporters are not for events."""
+def events_exporter(
+    environ: Mapping[str, str] = os.environ, *, ignored: Callable[[str], None] = warn
+) -> EventsExporter:
+    """Reads ``OTEL_LOGS_EXPORTER``: events are sent if it names ``otlp``. Its other exporters are not for events.
+
+    Args:
+        environ: the environment.
+        ignored: called with a message for each name that no exporter of logs has.
+    """
     _, setting = Variables(environ).text(_LOGS_EXPORTER)
-    words = [part.strip().lower() for part in setting.split(",")]
+    words = [word for word in (part.strip().lower() for part in setting.split(",")) if word]
+    unknown = [word for word in words if word not in {*_PROTOCOLS, "none", "console"}]
+    if unknown:  # or else looking for what is installed would take time in every program
+        offered = {point.name.lower() for point in entry_points(group=_LOGS_GROUP)}
+        for word in unknown:
+            if word not in offered:
+                ignored(f"{_LOGS_EXPORTER}={setting!r}: no exporter is called {word!r}; for events of runs it is otlp")
     protocols = [_PROTOCOLS[word] for word in words if word in _PROTOCOLS]
     return EventsExporter(bool(protocols), protocols[0] if protocols else None)
 

@@ -9,6 +9,8 @@ from esper_otel.frames.numbers import UINT32_LIMIT, UINT64_LIMIT, are_finite, fi
 from esper_otel.leyline import messages
 
 SOURCE = "tolaria"
+# The name of the event of a step whose loss is not finite.
+LOSS_NONFINITE = "loss_nonfinite"
 
 
 def add_event(packet: messages.TelemetryPacket, name: str, level: messages.TelemetryLevel, **attributes: str) -> None:
@@ -40,7 +42,7 @@ def step_events(frame: Frame, values: Mapping[str, float], packet_id: str) -> me
     elif finite(values["loss"]) is None:
         add_event(
             packet,
-            "loss_nonfinite",
+            LOSS_NONFINITE,
             messages.TelemetryLevel.TELEMETRY_LEVEL_CRITICAL,
             metric="loss",
             value=str(values["loss"]),

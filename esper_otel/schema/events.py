@@ -100,7 +100,9 @@ STAGE_BEFORE = EventAttribute(
     "The stage before it, by name; absent for a seed that had none.",
     is_optional=True,
 )
-SIGNAL_NAME = EventAttribute("esper.signal.name", "string", "The risk signal.")
+SIGNAL_NAME = EventAttribute(
+    "esper.signal.name", "string", "The risk signal, or `loss_nonfinite`: the loss is NaN or infinite."
+)
 SIGNAL_SEVERITY = EventAttribute(
     "esper.signal.severity", "string", "`NOTE`, `WARN`, `HIGH` or `CRITICAL`: the highest of the episode so far."
 )
@@ -133,7 +135,7 @@ EVENTS: tuple[EventKind, ...] = (
     ),
     EventKind(
         SIGNAL_ENTERED,
-        "An episode of a risk signal has begun with this step.",
+        "An episode of a risk signal, or of losses that are not finite, has begun with this step.",
         "INFO for NOTE, WARN for WARN and HIGH, ERROR for CRITICAL",
         (SIGNAL_NAME, SIGNAL_SEVERITY, SIGNAL_VALUE, SIGNAL_FIRST),
     ),

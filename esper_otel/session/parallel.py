@@ -35,7 +35,7 @@ def place_in_mesh(
         text = environ.get("ESPER_PARALLEL", "")
         try:
             pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-            return _checked_places({name.strip(): int(number) for name, _, number in pairs}, len(pairs))
+            return _checked_places({name.strip(): _whole(number) for name, _, number in pairs}, len(pairs))
         except ValueError as error:
             raise ConfigurationError(f"ESPER_PARALLEL={text!r} is not like dp=3,tp=0: {error}") from None
     names = getattr(given, "mesh_dim_names", None)
@@ -50,6 +50,11 @@ def place_in_mesh(
         return _checked_places(places, len(places))
     except ValueError as error:
         raise InvalidValue("parallel", f"{places!r}: {error}; give places such as {{'dp': 3, 'tp': 0}}") from None
+
+
+def _whole(text: str) -> int | str:
+    """Returns the number that a text is; the text if it is none."""
+    return int(text) if text.strip().isdecimal() else text
 
 
 def _checked_places(places: Mapping[Any, Any], count: int) -> dict[str, int]:

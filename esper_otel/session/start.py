@@ -556,8 +556,8 @@ class _Session:
                 counts["esper.frames.dropped", reason] = dropped
             if exporter.events is not None:
                 counts["esper.events.sent", ""] = exporter.events.sent
-                for reason, dropped in exporter.events.dropped.items():
-                    counts["esper.events.dropped", reason] = dropped
+            for reason, dropped in self._dropped_events().items():
+                counts["esper.events.dropped", reason] = dropped
             for reason, unix_s in exporter.errors_unix_s.copy().items():
                 counts["esper.export.last_error", reason] = unix_s
         return counts
@@ -583,9 +583,7 @@ class _Session:
             "faults": publisher.counters.faults,
             "mistakes": 0 if self._mistakes is None else self._mistakes.count,
             "events": 0 if exporter is None or exporter.events is None else exporter.events.sent,
-            "events_dropped": 0
-            if exporter is None or exporter.events is None
-            else sum(exporter.events.dropped.values()),
+            "events_dropped": sum(self._dropped_events().values()),
             "last_error": None if exporter is None else exporter.last_error,
         }
 
@@ -663,7 +661,7 @@ class _Session:
             self._fault(f"ending {what}", error)
 
     def _say_closed(self, outcome: str) -> None:
-        has_lost = self._exporter is not None and self._exporter.dropped.total() > 0
+        has_lost = self._exporter is not None and bool(self._exporter.dropped.total() or self._dropped_events())
         has_lost = has_lost or (self._mistakes is not None and self._mistakes.count > 0)
         announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
 
@@ -676,6 +674,10 @@ class _Session:
             if each is not None:
                 each.stop(max(deadline_s - time.monotonic(), 0.1))
 
+    def _dropped_events(self) -> dict[str, int]:
+        """Returns the number of dropped events by reason."""
+        return {} if self._exporter is None or self._exporter.events is None else self._exporter.events.dropped
+
     def _summary(self, outcome: str) -> str:
         health = self.health()
         summary = f"run {self._publisher.run.run_id} {outcome}, frames recorded {health['recorded']}"
@@ -686,6 +688,9 @@ class _Session:
                 summary += f" ({reasons_why})"
             if self._exporter.kept:
                 summary += f", kept for the next start {health['kept']}"
+            if events := self._dropped_events():
+                reasons_why = ", ".join(f"{reason}: {count}" for reason, count in events.items())
+                summary += f", events dropped {sum(events.values())} ({reasons_why})"
         if health["mistakes"]:
             summary += f", mistakes left out {health['mistakes']}"
         return summary

@@ -94,9 +94,26 @@ def test_signals_are_the_episodes_of_the_packets(seed: int, at_once: int) -> Non
             for change in changes
             if change.kind != "escalated"
         ]
-    events = [event for event in read(frames, at_once=at_once) if event.name.startswith("esper.signal")]
+    events = [
+        event
+        for event in read(frames, at_once=at_once)
+        if event.name.startswith("esper.signal") and event.attributes["esper.signal.name"] != "loss_nonfinite"
+    ]
     assert len(expected) > 10
     assert [(event.name, event.step, event.attributes["esper.signal.name"]) for event in events] == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 1_000])
+@pytest.mark.parametrize("lost", [math.nan, -math.inf, 1e39])
+def test_a_loss_that_is_not_finite_is_an_episode(lost: float, at_once: int) -> None:
+    """As `--notify` tells it. A step without a loss is none."""
+    rows = [{"loss": 1.0}] * 3 + [{"loss": lost}] * 4 + [{"accuracy": 0.5}] * 2 + [{"loss": 1.0}] * 12
+    entered, left = read(frames_of(rows), at_once=at_once)
+    assert told([entered]) == [("esper.signal.entered", 4, "loss_nonfinite", "CRITICAL", 4)]
+    assert entered.severity == 17, "ERROR"
+    assert entered.body == f"Signal loss_nonfinite has begun: loss {lost:g}."
+    assert told([left]) == [("esper.signal.left", 17, "loss_nonfinite", "CRITICAL", 4)]
+    assert left.body == "Signal loss_nonfinite has ended: steps 4 to 7."
 
 
 def test_a_kill_between_any_two_frames_changes_no_event() -> None:

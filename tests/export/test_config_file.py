@@ -229,6 +229,18 @@ def test_the_sdks_interval_counts_where_ours_is_not_given(
     assert _every_s(settings(**given)) == every_s
 
 
+def test_an_exporter_of_logs_that_nobody_has_is_named() -> None:
+    """A typing error would leave a run without events, and nobody would know why."""
+    ignored: list[str] = []
+    for setting in ("", "none", "console", "otlp", "OTLP, console", "otlp_proto_http"):
+        assert events_exporter({"OTEL_LOGS_EXPORTER": setting}, ignored=ignored.append).is_on == (
+            "otlp" in setting.lower()
+        )
+    assert ignored == []
+    assert not events_exporter({"OTEL_LOGS_EXPORTER": "oltp"}, ignored=ignored.append).is_on
+    assert ignored == ["OTEL_LOGS_EXPORTER='oltp': no exporter is called 'oltp'; for events of runs it is otlp"]
+
+
 @pytest.mark.parametrize("kind", ["batch", "simple"])
 def test_the_files_exporter_of_logs_is_that_of_events(named: Any, kind: str) -> None:
     """Without one, events are off, whatever the variables say."""

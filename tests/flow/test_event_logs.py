@@ -179,6 +179,7 @@ def test_an_endpoint_without_logs_says_so_once_and_steps_go_on(
     assert telemetry.health()["last_error"] is None
     said = [record.getMessage() for record in caplog.records if "takes no OTLP logs" in record.getMessage()]
     assert len(said) == 1
+    assert "dropped 0, events dropped 7 (the endpoint has no logs: 7)" in caplog.text
 
 
 def test_a_hanging_endpoint_of_logs_holds_up_neither_steps_nor_close(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,9 @@ Esper.curve = (series, name, { x: mode, smooth }) => {
   return found;
 };
 
-const drawn = (value) => (Math.abs(value) <= MOST ? value : NaN);
+// Whether a value has a place on an axis. A missing one is null, which Math.abs makes a zero.
+const isDrawn = (value) => Number.isFinite(value) && Math.abs(value) <= MOST;
+const drawn = (value) => (isDrawn(value) ? value : NaN);
 
 // An exponential moving average without the bias of its start. Values that are not finite stay where they are.
 function smoothed(values, weight) {
@@ -228,7 +230,7 @@ Esper.meanOf = (series, name, mode) => {
   const widths = series.metrics[width] && (series.metrics[width].mean || series.metrics[width].last);
   const found = { x: [], y: [], low: [], high: [] };
   for (let row = 0; row < xs.length; row++) {
-    if (!(Math.abs(means[row]) <= MOST) || series.columns.is_again[row]) continue;
+    if (!isDrawn(means[row]) || series.columns.is_again[row]) continue;
     const half = widths && Number.isFinite(widths[row]) ? of(widths[row]) : 0;
     found.x.push(xs[row]);
     found.y.push(means[row]);
@@ -249,7 +251,7 @@ Esper.phases = (series, mode) => {
   for (const phase of recorded) found[phase] = [];
   for (let row = 0; row < all.length; row++) {
     if (series.columns.is_again[row]) continue;
-    const parts = lists.map((list) => (list && Math.abs(list[row]) <= MOST ? list[row] : 0));
+    const parts = lists.map((list) => (list && isDrawn(list[row]) ? list[row] : 0));
     if (whole && !Number.isFinite(whole[row]) && !parts.some(Boolean)) continue;
     found.x.push(all[row]);
     recorded.forEach((phase) => {

@@ -99,6 +99,9 @@ def test_a_browser_draws_it(gateway: RunningGateway, tmp_path: Path) -> None:
         assert (found["state"], found["step"], found["loss"]) == ("live", "60", "0.033333")
         assert "hook_budget" in browser.value("document.getElementById('episodes').textContent")
         assert "✕ NaN in step 31" in browser.value("board.charts.get('loss').note.textContent")
+        mean = "Esper.meanOf(data.get('going on').series, 'loss', 'step')"
+        assert 31 not in browser.value(f"{mean}.x"), "the average has no value there, which is not 0"
+        assert min(browser.value(f"{mean}.y")) > 0
         assert browser.value("refused") == []
         browser.open(f"http://{gateway.http}/?run=ended&run=going+on&x=epoch&log=1")
         browser.until("data.get('ended')?.series && Boolean(board.charts.get('loss')?.plot)")
