@@ -63,6 +63,12 @@ class EventSource:
         if file is not None:
             self.log.added = file.write
 
+    def settle(self, run: Run, resource: Resource) -> None:
+        """Sets the run that the events are of, also for a later session if this one cannot send them."""
+        self.resource = lambda: resource
+        if self._file is not None:
+            self._file.settle(run, resource)
+
     def delivered(self, number: int) -> None:
         """Moves past the events up to this number.
 

@@ -394,6 +394,40 @@ def test_a_kill_loses_no_event(when: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+SETTLED_LATE = """
+import dataclasses, os, signal, time
+import esper_otel
+telemetry = esper_otel.start(run_id="late")
+telemetry._wiring._publisher.settle_run = lambda run: dataclasses.replace(run, rank=1, world_size=2)
+telemetry.record_step({"loss": 1.0}, epoch=0)
+while telemetry.health()["queue"]:
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_was_settled_late_keeps_its_name_in_the_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its only event was noted before it knew its rank; the next session cannot send it either."""
+    monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
+    with endpoints(monkeypatch) as (_, logs):
+        logs.answer = lambda _: 503
+        killed = subprocess.run([sys.executable, "-c", SETTLED_LATE], check=False, timeout=300)
+        assert killed.returncode == -signal.SIGKILL
+        for status in (503, 200):
+            logs.answer = lambda _, status=status: status  # type: ignore[misc]
+            esper_otel.start(run_id="next", settings=fast(spool_dir=tmp_path)).close(timeout_s=1.0)
+        resources = [each.resource for request in logs.requests for each in request.resource_logs]
+        ranks = [
+            {one.key: one.value.int_value for one in each.attributes}["esper.rank"]
+            for each in resources
+            if any(one.value.string_value == "late" for one in each.attributes)
+        ]
+        assert len(of_run(logs, "late")) == 2
+    assert set(ranks) == {1}
+
+
 def test_events_that_could_not_be_sent_wait_in_the_spool_and_steps_are_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
