@@ -9,8 +9,8 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib import import_module
@@ -113,6 +113,11 @@ def _add_listeners(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file with such URLs, one per line; every user of the machine could see an argument",
     )
+    add_oona_arguments(parser)
+
+
+def add_oona_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for publishing on the Esper bus."""
     oona = parser.add_argument_group("the Esper bus")
     oona.add_argument("--oona", metavar="URL", help="publish the packets on this Redis: redis://HOST:PORT/0")
     oona.add_argument(
@@ -257,29 +262,36 @@ def _work(options: argparse.Namespace) -> int:
 async def _serve(options: argparse.Namespace) -> int:
     ports = ports_of(options)
     kept = "memory" if options.store is None else str(options.store)
-    password = _password_of(options)
+    password = password_of(options)
     targets = targets_of(options.notify, options.notify_file)
     core = core_of(options)
     async with Gateway(core, ports) as gateway:
         sparing = asyncio.create_task(_spare_stored())
         notifier = Notifier(core, targets, core.notices) if targets else None
-        publisher = None
-        if options.oona is not None:
-            publisher = Publisher(GatewaySource(core), options.oona, password=password)
-        core.publisher = publisher
         try:
-            await until_told(gateway, f"steps are kept in {kept}", as_json=options.json, idle_s=options.idle_s)
+            async with publishing(core, options.oona, password):
+                await until_told(gateway, f"steps are kept in {kept}", as_json=options.json, idle_s=options.idle_s)
         finally:
             sparing.cancel()
             if notifier is not None:
                 await notifier.close(2.0)
-            if publisher is not None:
-                await asyncio.to_thread(publisher.close, 2.0)
     counted = (
         f"{name.replace('_', ' ')} {core.counts[name]}" for name in ("requests", "points", "steps", "pulled_steps")
     )
     announce("gateway ended", ", ".join(counted))
     return 0
+
+
+@asynccontextmanager
+async def publishing(core: Core, url: str | None, password: str | None) -> AsyncIterator[None]:
+    """Publishes the packets on the Esper bus meanwhile, if its URL is given."""
+    publisher = None if url is None else Publisher(GatewaySource(core), url, password=password)
+    core.publisher = publisher
+    try:
+        yield
+    finally:
+        if publisher is not None:
+            await asyncio.to_thread(publisher.close, 2.0)
 
 
 async def _spare_stored() -> None:
@@ -361,7 +373,7 @@ def ports_of(options: argparse.Namespace) -> Ports:
     return Ports(addresses["grpc"], addresses["http"], certificates, tokens["send"], tokens["pull"], options.ui, names)
 
 
-def _password_of(options: argparse.Namespace) -> str | None:
+def password_of(options: argparse.Namespace) -> str | None:
     """Reads Oona's password from its file; logs a warning if the URL on the command line contains one.
 
     Raises:

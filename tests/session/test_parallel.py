@@ -52,7 +52,7 @@ def test_parallel_dimensions_come_from_the_argument_a_mesh_or_the_variable(
         Mesh(None, [0]),
         [3, 0],
     ],
-    ids=repr,
+    ids=lambda given: "a mesh" if isinstance(given, Mesh) else repr(given),
 )
 def test_what_cannot_be_a_place_raises(given: Any) -> None:
     with pytest.raises(InvalidValue, match="parallel"):

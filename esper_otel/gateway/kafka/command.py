@@ -9,9 +9,12 @@ import sys
 from esper_otel.gateway.command import (
     add_access_arguments,
     add_kafka_arguments,
+    add_oona_arguments,
     add_packet_arguments,
     packet_options,
+    password_of,
     ports_of,
+    publishing,
     until_told,
 )
 from esper_otel.gateway.kafka.brokers import Brokers
@@ -30,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_access_arguments(parser, receives=False, has_http=True)
     add_packet_arguments(parser)
     add_kafka_arguments(parser, is_needed=True)
+    add_oona_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -37,18 +41,19 @@ def main(options: argparse.Namespace) -> int:
     allow_connections()
     sys.setswitchinterval(_SWITCH_S)
     quiet_grpc()
-    ports = ports_of(options)
+    ports, password = ports_of(options), password_of(options)
     connection = Brokers.of(options)
     tier = tier_at(connection, options.kafka_topics, is_member=False)
     return asyncio.run(
-        _serve(options, TierCore(connection, tier, **packet_options(options)), ports, tier.topics.frames)
+        _serve(options, TierCore(connection, tier, **packet_options(options)), ports, tier.topics.frames, password)
     )
 
 
-async def _serve(options: argparse.Namespace, core: TierCore, ports: Ports, topic: str) -> int:
+async def _serve(options: argparse.Namespace, core: TierCore, ports: Ports, topic: str, password: str | None) -> int:
     async with Gateway(core, ports, receives=False) as gateway:
         try:
-            await until_told(gateway, f"steps come from {topic} at {options.kafka}", as_json=options.json)
+            async with publishing(core, options.oona, password):
+                await until_told(gateway, f"steps come from {topic} at {options.kafka}", as_json=options.json)
         finally:
             await core.stop()
     announce("server ended", f"pulled steps {core.counts['pulled_steps']}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +16,7 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from programs import until
+from programs import Redis, until
 from tiers import Puller, Ranks, RunningTierProcess, Tier, broker
 
 from esper_otel import StaleCursor, TamiyoClient, UnknownRun
@@ -28,6 +30,7 @@ from esper_otel.pull.views import run_ranks
 
 __all__ = ["broker"]
 pytestmark = pytest.mark.lengthy
+STATE = b"\x08\x01"  # how a bus message begins that has a system state
 
 
 def of_ranks(packets: Iterable[Packets]) -> dict[int, list[Packets]]:
@@ -181,6 +184,27 @@ def test_retention_that_overtakes_a_puller_is_a_gap(broker: str) -> None:
         assert one.losses[1][10:] == ranks.expected()[1][10 + one.gap :]
         assert every.gap == 120 - len(every.packets)
         assert one.gap > 0
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="Redis is not installed")
+def test_a_server_publishes_on_oona_and_the_next_one_goes_on(broker: str, tmp_path: Path) -> None:
+    with Redis(tmp_path) as redis, ExitStack() as running:
+        tier = Tier(broker)
+        running.enter_context(tier.member("m"))
+        client = running.enter_context(redis.client())
+
+        def published() -> int:
+            """Steps: each is one message with its state, and others."""
+            entries = [entry for stream in ("oona.normal", "oona.emergency") for _, entry in client.xrange(stream)]
+            return sum(entry[b"payload"].startswith(STATE) for entry in entries)
+
+        ranks = Ranks(tier, "bus", 2)
+        for count in (20, 40):
+            with tier.server("--oona", redis.url) as server:
+                ranks.send(10)
+                until("all are published", lambda count=count: published() >= count)
+                server.kill()
+        assert published() == 40
 
 
 def test_what_is_wrong_is_said(broker: str) -> None:
