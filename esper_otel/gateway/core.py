@@ -503,7 +503,7 @@ class Core:
             self._warnings.say("store", "%s; runs that are too old are kept", error)
         for run_id in gone:
             self._warnings.say("expired", "run %s has sent nothing for too long: its steps were dropped", run_id)
-        self._events.drop(gone, self._store.run_ids())
+        self._events.drop(gone, self._store.holds)
         if self._summing is None:
             self._summing = asyncio.ensure_future(self._sum_up())
         again_s = _TIDY_AGAIN_S if len(gone) >= EXPIRED_AT_ONCE else _TIDY_EVERY_S

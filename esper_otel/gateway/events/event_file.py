@@ -7,8 +7,8 @@ import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -134,7 +134,6 @@ class EventFile:
         self._clock_s = clock_s
         self._warnings = warnings
         self._runs: dict[str, _EventfulRun] = {}
-        self._is_stale = False
         self.places: SharedPlaces = SharedPlaces(limits.all_events)
         self._file = SideFile(folder, FILE, _SCHEMA, "events", self._load, warnings)
 
@@ -151,12 +150,12 @@ class EventFile:
             if number in by_id:
                 by_id[number].numbers[rank, attempt] = highest, distinct
                 by_id[number].count += count
-        self._runs, self._is_stale = runs, False
+        self._runs = runs
         self.places = SharedPlaces(self._limits.all_events)
         for found in runs.values():
             self.places.restore(found.tenant, found.count)
 
-    def add(self, events: Iterable[EventRecord], tenant: str) -> tuple[int, Counter[str]]:
+    def add(self, events: Sequence[EventRecord], tenant: str) -> tuple[int, Counter[str]]:
         """Stores events, all or nothing; repeated ones are left out.
 
         Returns:
@@ -167,10 +166,10 @@ class EventFile:
         """
         refused: Counter[str] = Counter()
         added = 0
+        opened = self._file.connection
+        before = {run_id: self._copied(run_id) for run_id in {event.sender.run.run_id for event in events}}
         try:
             with self._file.transaction() as connection:
-                if self._is_stale:
-                    self._load(connection)
                 for event in events:
                     outcome = self._add(connection, event, tenant)
                     if isinstance(outcome, str):
@@ -178,9 +177,23 @@ class EventFile:
                     else:
                         added += outcome
         except BaseException:
-            self._is_stale = True  # it contains events that were not stored after all
+            if self._file.connection is opened:  # otherwise another file was begun and read
+                self._restore(before)
             raise
         return added, refused
+
+    def _copied(self, run_id: str) -> _EventfulRun | None:
+        run = self._runs.get(run_id)
+        return None if run is None else replace(run, numbers=dict(run.numbers))
+
+    def _restore(self, before: Mapping[str, _EventfulRun | None]) -> None:
+        """Forgets what was not stored after all: a cursor must not be past events that come when they are repeated."""
+        for run_id, run in before.items():
+            now = self._runs.pop(run_id, None)
+            if now is not None and now.count > (0 if run is None else run.count):
+                self.places.give_back(now.tenant, now.count - (0 if run is None else run.count))
+            if run is not None:
+                self._runs[run_id] = run
 
     def _add(self, connection: sqlite3.Connection, event: EventRecord, tenant: str) -> bool | str:
         """Stores an event; returns whether it is new, or why it is refused.
@@ -271,10 +284,15 @@ class EventFile:
         """Returns how many events have not arrived although later ones of their rank and attempt have."""
         return sum(highest - count for run in self._runs.values() for highest, count in run.numbers.values())
 
-    def abandoned(self, known: Collection[str], idle_s: float) -> list[str]:
-        """Returns the runs that are not among the known ones, and of which no event has arrived for so long."""
-        now_s = self._clock_s()
-        return [run_id for run_id, run in self._runs.items() if run_id not in known and now_s - run.received_s > idle_s]
+    def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
+        """Returns the runs that are not known, and of which no event has arrived for so long."""
+        before_s = self._clock_s() - idle_s
+        return [run_id for run_id, run in self._runs.items() if run.received_s < before_s and not is_known(run_id)]
+
+    def count(self, run_id: str) -> int:
+        """Returns how many events a run has."""
+        run = self._runs.get(run_id)
+        return 0 if run is None else run.count
 
     def forget(self, run_ids: Iterable[str]) -> None:
         """Deletes the events of these runs.

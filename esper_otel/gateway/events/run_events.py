@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from esper_otel.gateway.events.event_file import EventFile, StoredEvent, StoredEventPage
@@ -16,6 +16,7 @@ from esper_otel.pull.messages import Event, EventsResponse
 _AT_ONCE = 100  # stored in one transaction
 _MOST_SHOWN = 500  # on the page
 _IDLE_S = 24 * 3600.0
+_FORGOTTEN_AT_ONCE = 10_000  # deleting more would block the event loop for too long
 
 
 class RunEvents:
@@ -35,6 +36,7 @@ class RunEvents:
         self._counts = counts
         self._warnings = warnings
         self._file = EventFile(folder, limits, warnings)
+        self._gone: dict[str, None] = {}
         self.refused: Counter[str] = Counter()
 
     def taking(self, events: Sequence[EventRecord], tenant: str) -> Generator[None, None, Counter[str]]:
@@ -89,17 +91,29 @@ class RunEvents:
         """Returns how much of the room for events is used, and the limit."""
         return {"events": (float(self._file.places.used), float(self._file.places.most))}
 
-    def drop(self, gone: Collection[str], known: Collection[str]) -> None:
+    def drop(self, gone: Iterable[str], is_known: Callable[[str], bool]) -> None:
         """Forgets runs whose steps were dropped, and those of which there are no steps and no new events for a day.
+
+        If they have very many events, some are forgotten at the next call.
 
         Args:
             gone: runs whose steps were dropped.
-            known: runs of which steps are stored.
+            is_known: whether steps of a run are stored.
         """
+        self._gone |= dict.fromkeys([*filter(self._file.count, gone), *self._file.abandoned(is_known, _IDLE_S)])
+        some, count = [], 0
+        for run_id in self._gone:
+            some.append(run_id)
+            count += 0 if is_known(run_id) else self._file.count(run_id)
+            if count >= _FORGOTTEN_AT_ONCE:
+                break
         try:
-            self._file.forget([*gone, *self._file.abandoned(known, _IDLE_S)])
+            self._file.forget(run_id for run_id in some if not is_known(run_id))
         except StoreFull as error:
             self._warnings.say("events", "%s", error)
+            return
+        for run_id in some:
+            del self._gone[run_id]
 
     def close(self) -> None:
         """Closes the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 from log_requests import body, request
 
 from esper_otel.errors import ConfigurationError, StaleCursor
+from esper_otel.gateway.events import run_events
 from esper_otel.gateway.events.event_file import FILE, EventFile, StoredEventPage
 from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.receive.log_records import NO_ROOM_FOR_EVENTS, TOO_MANY_EVENTS, EventRecord, decode_logs
 from esper_otel.gateway.store.base import StoreFull
+from esper_otel.gateway.turns import finished
 from esper_otel.log import Warnings
 
 LIMITS = Limits()
@@ -113,10 +116,10 @@ def test_runs_without_steps_are_abandoned_when_they_are_silent() -> None:
     clock = [1_000.0]
     file = opened(clock_s=lambda: clock[0])
     file.add(events("run", 1), "")
-    assert file.abandoned((), 60.0) == []
+    assert file.abandoned(lambda _: False, 60.0) == []
     clock[0] += 61.0
-    assert file.abandoned(("run",), 60.0) == []
-    assert file.abandoned((), 60.0) == ["run"]
+    assert file.abandoned("run".__eq__, 60.0) == []
+    assert file.abandoned(lambda _: False, 60.0) == ["run"]
 
 
 def test_what_cannot_be_written_is_not_acknowledged_and_taken_when_it_comes_again(tmp_path: Path) -> None:
@@ -131,6 +134,22 @@ def test_what_cannot_be_written_is_not_acknowledged_and_taken_when_it_comes_agai
     blocker.close()
     assert file.add(events("run", 2), "")[0] == 1
     assert numbers(page(file)) == [1, 2]
+    file.close()
+
+
+def test_a_cursor_is_not_past_events_that_could_not_be_stored_and_come_again(tmp_path: Path) -> None:
+    """A puller that waits is woken by the failure, and its time may be over just then."""
+    file = opened(tmp_path)
+    file.add(events("run", 1), "")
+    pages = file._file.connection.execute("PRAGMA page_count").fetchone()[0]
+    file._file.connection.execute(f"PRAGMA max_page_count = {pages}")  # as when the disk is full
+    with pytest.raises(StoreFull):
+        file.add([*events("run", *range(2, 100)), *events("new", *range(1, 100))], "")
+    cursor = page(file).cursor
+    assert (file.after("new", "", None, 10), file.places.used, file.missing()) == (None, 1, 0)
+    file._file.connection.execute("PRAGMA max_page_count = 1000000")
+    assert file.add(events("run", 2, 3), "")[0] == 2
+    assert numbers(page(file, cursor)) == [2, 3]
     file.close()
 
 
@@ -166,3 +185,16 @@ def test_a_link_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigurationError, match="is a link"):
         opened(tmp_path)
+
+
+def test_very_many_events_are_forgotten_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleting all at once would block the event loop; a run that has steps again keeps its events."""
+    monkeypatch.setattr(run_events, "_FORGOTTEN_AT_ONCE", 5)
+    kept = run_events.RunEvents(None, LIMITS, Counter(), Warnings())
+    for run_id in ("a", "b", "c", "d"):
+        finished(kept.taking(events(run_id, 1, 2, 3), ""))
+    for gone, known, left in ((["a", "b", "c", "d", "never there"], "", 6.0), ([], "c", 3.0), ([], "c", 3.0)):
+        kept.drop(gone, known.__eq__)
+        assert kept.use()["events"][0] == left
+    assert kept.mark("c")
+    kept.close()
