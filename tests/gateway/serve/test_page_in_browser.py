@@ -51,7 +51,7 @@ def test_every_metric_has_a_chart_and_each_is_drawn(browser: Browser) -> None:
         browser.until(f"{chart('loss')}.sources.get('events')?.data.x.length === 2")
         assert browser.value(f"[...{chart('loss')}.sources.get('events').data.x]") == [100, 200]
         assert browser.value("[...document.querySelectorAll('#events li b')].map((item) => item.textContent)") == [
-            *("at <100>", "at <200>"),
+            *("at <200>", "at <100>"),
         ]
         browser.value(f"board.point(200.4, {chart('loss')})")
         assert "┃ at <200>" in browser.value("document.querySelector('.readout').textContent")
