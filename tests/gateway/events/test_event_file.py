@@ -198,3 +198,11 @@ def test_very_many_events_are_forgotten_in_parts(monkeypatch: pytest.MonkeyPatch
         assert kept.use()["events"][0] == left
     assert kept.mark("c")
     kept.close()
+
+
+def test_a_page_is_made_in_parts() -> None:
+    """A thousand events of a sender that gives each as many attributes as it may would block the event loop."""
+    file = opened()
+    file.add(events("run", *range(1, 9)), "")
+    assert sum(1 for _ in run_events.events_message(page(file))) == 8
+    file.close()
