@@ -162,6 +162,21 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, content: bytes) -> None:
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
 
 
+@pytest.mark.parametrize("change", ["runs SET last = 'x'", "runs SET life = NULL", "events SET number = 'x'"])
+def test_a_file_with_rows_that_a_gateway_cannot_have_written_is_put_aside(tmp_path: Path, change: str) -> None:
+    """Otherwise each further event of the run would be a fault."""
+    file = opened(tmp_path)
+    file.add(events("run", 1, 2), "")
+    file.close()
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute(f"UPDATE {change}")
+    connection.close()
+    file = opened(tmp_path)
+    assert file.add(events("run", 2, 3), "")[0] == 2
+    file.close()
+    assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
+
+
 def test_damage_that_is_found_later_is_put_aside_too(tmp_path: Path) -> None:
     """As when a disk returns something else than was written."""
     file = opened(tmp_path)
