@@ -42,7 +42,8 @@ def events_html(events: Sequence[ShownEvent], left_out: int = 0) -> str:
     """
     if not events:
         return ""
-    newest_first = sorted(events, key=lambda event: event.time_unix_ns, reverse=True)
+    # Of one time, such as that of an end, the last one comes first, too.
+    newest_first = sorted(events, key=lambda event: event.time_unix_ns)[::-1]
     said = f"{len(events):,}, newest first" + (f", without {left_out:,} older ones" if left_out else "")
     items = "".join(map(_item, newest_first))
     return f"<details><summary><h2>Events</h2> <small>{said}</small></summary><ol>{items}</ol></details>"

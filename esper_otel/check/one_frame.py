@@ -22,7 +22,7 @@ from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.endpoint import GRPC_NAMES, Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import HEALTH_EVERY_S
 from esper_otel.export.file_sender import file_endpoint
-from esper_otel.export.provider import exporters_from_environment
+from esper_otel.export.provider import events_exporter, exporters_from_environment
 from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Stream
@@ -95,6 +95,7 @@ def run_check(*, seeds: int = 0, steps_per_second: float = 1.0, environ: Mapping
         is_enriched = settings.tolaria_step_enrichment_enabled
         configured(settings.risk_thresholds)
         exporters = exporters_from_environment(environ, ignored=_refuse)
+        events_exporter(environ, ignored=_refuse)
         if exporters.steps and settings.export_file is not None:
             endpoint = file_endpoint(settings.export_file)
         else:

@@ -87,12 +87,16 @@ class EventReader:
             if start < stop:
                 self._take(block.part(start, stop))
 
+    def skip(self, block: Block) -> None:
+        """Notes where frames end that an earlier session has read: what follows them belongs to their last step."""
+        self._step, self._epoch = int(block.steps[-1]), int(block.epochs[-1])
+        self._time_unix_ns = int(block.times[-1])
+
     def _take(self, block: Block) -> None:
         self._loss = self._loss if block.first == self._read + 1 else math.nan
         found = [*self._resume(block), *self._changes_of_stage(block), *self._changes_of_signals(block)]
         self._read = block.last
-        self._step, self._epoch = int(block.steps[-1]), int(block.epochs[-1])
-        self._time_unix_ns = int(block.times[-1])
+        self.skip(block)
         if found:
             self.log.add_all(sorted(found, key=lambda each: each.sequence))
         for ids in block.retired.values():

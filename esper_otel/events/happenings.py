@@ -5,7 +5,7 @@ from __future__ import annotations
 from signal import Signals
 
 from esper_otel.frames.event_log import Attribute, Happening
-from esper_otel.frames.frame import FINE, KILLED, Run
+from esper_otel.frames.frame import FINE, KILLED
 from esper_otel.schema.events import (
     CHECKPOINT,
     DURATION_MS,
@@ -23,10 +23,9 @@ from esper_otel.schema.events import (
 _NO_EXCEPTIONS = FINE | {KILLED, "SystemExit"}
 
 
-def run_started(run: Run, time_unix_ns: int) -> Happening:
-    """A session has started."""
-    body = f"The run has started: rank {run.rank} of {run.world_size}."
-    return Happening(RUN_STARTED, Severity.INFO, time_unix_ns, body)
+def run_started(time_unix_ns: int) -> Happening:
+    """A session has started. Its rank may be known only at the first step, so the sentence does not name it."""
+    return Happening(RUN_STARTED, Severity.INFO, time_unix_ns, "The run has started.")
 
 
 def run_resumed(time_unix_ns: int, step: int, epoch: int, sequence: int) -> Happening:
@@ -51,7 +50,7 @@ def run_ended(
     severity = Severity.INFO if outcome in FINE else Severity.ERROR
     if outcome in Signals.__members__:
         severity = Severity.WARN
-    elif outcome not in _NO_EXCEPTIONS:
+    elif outcome not in _NO_EXCEPTIONS and outcome.isidentifier() and outcome[0].isupper():  # else it is the user's
         attributes[EXCEPTION_TYPE.name] = outcome
     if exit_status is not None:
         attributes[EXIT_STATUS.name] = exit_status

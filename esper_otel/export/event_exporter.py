@@ -6,6 +6,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
+from opentelemetry.sdk.resources import Resource
+
 from esper_otel.export.event_records import MOST_RECORDS, in_one_request, request_of
 from esper_otel.export.event_source import EventSource
 from esper_otel.export.outcome import pause_s
@@ -181,10 +183,30 @@ class EventExporter:
             if self._left_s() <= 0:
                 return 0.0
             some = in_one_request(waiting, self._at_once)
-            outcome = self._sender.send(request_of(some, resource), min(self._timeout_s, self._left_s()))
+            body = self._encoded(source, some, resource)
+            if body is None:
+                continue
+            outcome = self._sender.send(body, min(self._timeout_s, self._left_s()))
             wait_s = self._settled(source, some, outcome)
             if wait_s is not None:
                 return wait_s
+        return None
+
+    def _encoded(self, source: EventSource, events: Sequence[Event], resource: Resource) -> bytes | None:
+        """Returns the events as a request. After an error, halves their number until the failing one is found.
+
+        That one is dropped and counted, so that it does not block those after it, of this and of other sessions.
+        """
+        try:
+            return request_of(events, resource)
+        except Exception as error:  # noqa: BLE001 - see above
+            self._fault("encoding events", error)
+        if len(events) > 1:
+            self._at_once = len(events) // 2
+        else:
+            self._at_once = MOST_RECORDS
+            self._dropped["cannot be encoded"] += 1
+            self._advance(source, events[0].number)
         return None
 
     def _settled(self, source: EventSource, events: Sequence[Event], outcome: Outcome) -> float | None:

@@ -27,6 +27,9 @@ class EventReading(Protocol):
     def read(self, blocks: Sequence[Block], first: int, last: int) -> None:
         """Reads the frames with these sequence numbers."""
 
+    def skip(self, block: Block) -> None:
+        """Notes where frames end that need not be read."""
+
     def end(self, outcome: str, time_unix_ns: int, exit_status: int | None = None) -> None:
         """Adds the end of the run."""
 
@@ -59,6 +62,12 @@ class EventSource:
         self._file = file
         if file is not None:
             self.log.added = file.write
+
+    def settle(self, run: Run, resource: Resource) -> None:
+        """Sets the run that the events are of, also for a later session if this one cannot send them."""
+        self.resource = lambda: resource
+        if self._file is not None:
+            self._file.settle(run, resource)
 
     def delivered(self, number: int) -> None:
         """Moves past the events up to this number.

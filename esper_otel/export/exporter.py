@@ -236,6 +236,9 @@ class StepExporter:
         self._wake.set()
         try:
             self.join(deadline_s)
+        except BaseException:  # who gives up the steps does not wait for the events either
+            self._deadline_s = time.monotonic()
+            raise
         finally:  # after a Ctrl-C the remaining steps are still spooled or counted
             self._end(outcome)
 
@@ -243,9 +246,15 @@ class StepExporter:
         self._guarded("closing the sender", self._sender.close)
         self._thread.join(0.5)
         waiting = self.waiting
-        has_events = self._events is not None and not self._given(
-            "sending the last events", False, self._end_events, self._events, outcome
-        )
+        has_events = self._events is not None
+        try:
+            if self._events is not None:
+                has_events = not self._given("sending the last events", False, self._end_events, self._events, outcome)
+        finally:  # a Ctrl-C here gives up the events only
+            self._end_files(outcome, waiting, has_events=has_events)
+
+    def _end_files(self, outcome: str, waiting: int, *, has_events: bool) -> None:
+        """Leaves what was not sent to the next session, or counts it. ``waiting`` are the steps."""
         self._log.end()
         if self._phase_file is not None:
             self._guarded("closing the file of phases", self._phase_file.close)
@@ -646,7 +655,7 @@ class StepExporter:
         if leftover.events is None or self._events is None:
             return False
         if leftover.run is not None:  # the session may have noted its first events before the ranks agreed on its name
-            leftover.events.resource = partial(leftover.encoder.resource, leftover.run)
+            leftover.events.settle(leftover.run, leftover.encoder.resource(leftover.run))
         unix_ns = max(leftover.streams.last_unix_ns, leftover.sent_unix_ns, 0)
         leftover.events.reader.end(leftover.outcome, unix_ns)
         leftover.folder.delete_frames()  # so that the end of the run is not sent again if its events have to wait
@@ -661,13 +670,16 @@ class StepExporter:
         """
         is_next = self._spool is not None and (self.waiting or not self._has_said_goodbye)
         live, run = events.live, self._live.run
-        if live is not None and run is not None:
-            live.resource = partial(self._live.encoder.resource, run)
-        if live is not None and not is_next:
-            live.reader.end(outcome, live.log.now_ns(), self._exit_status)
-            if live.resource() is None:  # no step, no phase, and nothing went wrong: no run for anybody to see
-                live.log.delivered(live.log.last)
-        return events.close(self._deadline_s or 0.0)
+        try:
+            if live is not None and run is not None:
+                live.resource = partial(self._live.encoder.resource, run)
+            if live is not None and not is_next:
+                live.reader.end(outcome, live.log.now_ns(), self._exit_status)
+                if live.resource() is None:  # no step, no phase, and nothing went wrong: no run for anybody to see
+                    live.log.delivered(live.log.last)
+        finally:
+            is_all = events.close(self._deadline_s or 0.0)
+        return is_all
 
     # -- health ------------------------------------------------------------------------------------------
 

@@ -108,6 +108,10 @@ class JournalFile(Generic[EntryT]):
         }
         return json.dumps(said, default=str).encode() + b"\n"
 
+    def settle(self, run: Run, resource: Resource) -> None:
+        """Writes this run from now on: the file of an earlier session may have it as it was before its first step."""
+        self._run_of, self._resource_of = lambda: run, lambda _: resource
+
     def acknowledge(self, number: int) -> None:
         """Records that entries up to this one are no longer needed."""
         if not self._is_closed:

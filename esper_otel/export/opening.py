@@ -20,7 +20,7 @@ from esper_otel.export.folder import EVENTS, PHASES
 from esper_otel.export.journal_file import JournalFile
 from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
-from esper_otel.export.transport import open_sender
+from esper_otel.export.transport import Sender, open_sender
 from esper_otel.export.variables import Variables
 from esper_otel.frames.event_log import EventLog
 from esper_otel.frames.frame import Run
@@ -38,12 +38,14 @@ class EventWiring(NamedTuple):
 
     Attributes:
         endpoint: where logs are sent.
+        sender: sends them.
         log: the session's events.
         reader_of: makes readers of frames.
         resource: returns the session's Resource; None before its first step, since the run may change until then.
     """
 
     endpoint: Endpoint
+    sender: Sender
     log: EventLog
     reader_of: ReaderOf
     resource: Callable[[], Resource | None]
@@ -108,7 +110,7 @@ def open_exporter(
         assert events is not None
         file = None if spool is None else JournalFile(spool.folder, EVENTS, events.log, run_of, resource_of, warnings)
         return EventExporter(
-            open_sender(events.endpoint, token_for(events.endpoint, endpoint, settings.token_file)),
+            events.sender,
             EventSource(events.reader_of(events.log), file, events.resource),
             timeout_s=events.endpoint.timeout_s,
             fault=fault,

@@ -369,6 +369,8 @@ class LeftoverSource:
             while row < rows:
                 block = chunk.block(row, rows)
                 row += block.rows
+                if self.events is not None:
+                    self.events.reader.skip(block)
                 self.streams.note([block])
                 self.streams.settled(block.last)
                 self.streams.named((*block.names, *COUNTED))

@@ -56,6 +56,8 @@ class Journal(ABC, Generic[EntryT, GivenT]):
         self._given: deque[Sequence[GivenT]] = deque()
         self._is_adding = self._is_over = False
         self._waiting: deque[EntryT] = deque()
+        self._taken = 0  # number of the newest entry that ``waiting`` has returned
+        self._dropped_on_their_way: list[int] = []  # numbers of those that were dropped since it did
 
     def add_all(self, given: Sequence[GivenT]) -> None:
         """Adds entries. They are written to the journal's file in one call."""
@@ -80,8 +82,10 @@ class Journal(ABC, Generic[EntryT, GivenT]):
             return
         self._waiting.extend(entries)
         while len(self._waiting) > self._most:
-            self._waiting.popleft()
+            number = self._waiting.popleft().number
             self.dropped += 1
+            if number <= self._taken:
+                self._dropped_on_their_way.append(number)
         if self.added is not None:
             self.added(entries)
 
@@ -102,6 +106,8 @@ class Journal(ABC, Generic[EntryT, GivenT]):
                 if len(found) == most or (until_unix_ns is not None and entry.due_unix_ns > until_unix_ns):
                     break
                 found.append(entry)
+            self._taken = found[-1].number if found else 0
+            self._dropped_on_their_way.clear()
         return found
 
     def to_store(self) -> list[EntryT]:
@@ -123,8 +129,10 @@ class Journal(ABC, Generic[EntryT, GivenT]):
         return dropped
 
     def delivered(self, number: int) -> None:
-        """Forgets the entries up to this number."""
+        """Forgets the entries up to this number. Those dropped while they were sent do not count as dropped."""
         with self._lock:
+            self.dropped -= sum(each <= number for each in self._dropped_on_their_way)
+            self._dropped_on_their_way.clear()
             while self._waiting and self._waiting[0].number <= number:
                 self._waiting.popleft()
 

@@ -11,6 +11,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
+from esper_otel.errors import ConfigurationError
 from esper_otel.send.notes import Notes, RefusedItems
 
 NOTES = ".sent"
@@ -36,11 +37,21 @@ class RequestLine(NamedTuple):
 
 
 def signal_of(path: Path) -> Signal:
-    """Returns what a file has, as its first line says: metrics, or logs, which are the events of runs."""
-    with path.open("rb") as file:
-        first = next(filter(bytes.strip, file), b"")
-    content = _content_of(first)
-    return "logs" if isinstance(content, dict) and content.get(_KEYS["logs"]) else "metrics"
+    """Returns what a file has, as its first good line says: metrics, or logs, which are the events of runs.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for content in map(_content_of, file):
+                if isinstance(content, dict) and content.get(_KEYS["logs"]):
+                    return "logs"
+                if isinstance(content, dict) and content.get(_KEYS["metrics"]):
+                    return "metrics"
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror or error}") from None
+    return "metrics"
 
 
 def lines_of(path: Path, start: int, signal: Signal = "metrics") -> Iterator[RequestLine]:

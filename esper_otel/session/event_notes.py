@@ -6,6 +6,7 @@ import os
 
 from esper_otel.events.happenings import checkpoint, mistake, run_started
 from esper_otel.export.endpoint import Endpoint
+from esper_otel.export.transport import Sender
 from esper_otel.frames.event_log import EventLog
 from esper_otel.frames.phase_log import CHECKPOINT
 from esper_otel.record.mistakes import Mistakes
@@ -21,14 +22,17 @@ class EventNotes:
         recorder: the recorder of the session.
         mistakes: notes the mistakes of the program; None if they are raised.
         endpoint: where events are sent.
+        sender: sends them; closed by the exporter that gets it.
 
     Attributes:
         endpoint: where events are sent.
+        sender: sends them.
         log: the journal.
     """
 
-    def __init__(self, recorder: Recorder, mistakes: Mistakes | None, endpoint: Endpoint) -> None:
+    def __init__(self, recorder: Recorder, mistakes: Mistakes | None, endpoint: Endpoint, sender: Sender) -> None:
         self.endpoint = endpoint
+        self.sender = sender
         self.log: EventLog = EventLog(recorder.phases.log.start_unix_ns, now_ns=recorder.clock.now_ns)
         self._recorder = recorder
         self._mistakes = mistakes
@@ -37,7 +41,7 @@ class EventNotes:
     def begin(self) -> None:
         """Notes the start, and everything from now on."""
         recorder = self._recorder
-        self.log.add(run_started(recorder.publisher.run, recorder.clock.now_ns()))
+        self.log.add(run_started(recorder.clock.now_ns()))
         recorder.phases.ended = self._ended_phase
         if self._mistakes is not None:
             self._mistakes.noted = self._noted_mistake

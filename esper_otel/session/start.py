@@ -27,7 +27,7 @@ from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
-from esper_otel.export.opening import EventWiring, open_exporter
+from esper_otel.export.opening import EventWiring, open_exporter, token_for
 from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
@@ -331,8 +331,15 @@ class _Session:
         """Returns what notes events; None if they are not sent."""
         if endpoint is None:
             return None
-        logs = _spared(settings, lambda: _logs_endpoint(settings), lambda _: None)
-        return None if logs is None else EventNotes(self._recorder, self._mistakes, logs)
+
+        def opened() -> EventNotes | None:
+            logs = _logs_endpoint(settings)
+            if logs is None:
+                return None
+            sender = open_sender(logs, token_for(logs, endpoint, settings.token_file))
+            return EventNotes(self._recorder, self._mistakes, logs, sender)
+
+        return _spared(settings, opened, lambda _: None)
 
     def _check_run_id(self, run: Run) -> None:
         """Raises ConfigurationError if the run id is not known yet, for readers, which get it at the start."""
@@ -415,7 +422,7 @@ class _Session:
         def resource() -> Resource | None:
             return self._resource_of(publisher.run) if publisher.ring.last else None
 
-        return EventWiring(events.endpoint, events.log, lambda log: EventReader(log, rules), resource)
+        return EventWiring(events.endpoint, events.sender, events.log, lambda log: EventReader(log, rules), resource)
 
     def _prepare_export(self) -> None:
         clock = self._recorder.clock

@@ -107,6 +107,7 @@ def test_the_report_is_json_that_a_program_reads() -> None:
         ({"OTEL_METRICS_EXPORTER": "none"}, "steps are not sent: OTEL_METRICS_EXPORTER=none"),
         ({"OTEL_SDK_DISABLED": "true"}, "steps are not sent: OTEL_SDK_DISABLED=true"),
         ({"OTEL_METRICS_EXPORTER": "nonsense"}, "OTEL_METRICS_EXPORTER"),
+        ({"OTEL_LOGS_EXPORTER": "nonsense"}, "OTEL_LOGS_EXPORTER"),
     ],
     ids=str,
 )

@@ -19,7 +19,7 @@ from log_receiver import LogReceiver, attributes_of, receiver
 
 import esper_otel
 from esper_otel import EsperSettings
-from esper_otel.events.happenings import checkpoint
+from esper_otel.events.happenings import checkpoint, run_ended
 from esper_otel.frames.event_log import EventLog
 from esper_otel.schema import Stage
 from esper_otel.testing import MemoryCollector
@@ -223,6 +223,44 @@ def test_mistakes_and_exceptions_are_events(monkeypatch: pytest.MonkeyPatch) -> 
     assert attributes_of(ended)["exception.type"] == "ValueError"
 
 
+def test_an_event_that_cannot_be_encoded_is_counted_and_the_others_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoints(monkeypatch) as (_, logs):
+        telemetry = esper_otel.start(run_id="events", settings=fast())
+        log = telemetry._wiring._events.log  # type: ignore[attr-defined]
+        log.add_all([checkpoint(1, 2, 1, 0), checkpoint(1, 2, 1, 0)._replace(severity=2**40), checkpoint(1, 2, 1, 0)])  # type: ignore[arg-type]
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        telemetry.close()
+        counts: Any = telemetry._wiring.counts()  # type: ignore[attr-defined]
+        assert sorted(numbers(logs)) == [1, 2, 4, 5]
+    assert counts["esper.events.dropped", "cannot be encoded"] == 1
+    assert telemetry.health()["events_dropped"] == 1
+
+
+def test_an_endpoint_of_logs_that_cannot_be_used_keeps_no_step_from_being_sent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with endpoints(monkeypatch) as (collector, _):
+        monkeypatch.setenv("OTEL_PYTHON_EXPORTER_OTLP_HTTP_LOGS_CREDENTIAL_PROVIDER", "nobody")
+        with pytest.raises(esper_otel.EsperOtelError, match="nobody"):
+            esper_otel.start(run_id="events", settings=fast())
+        with esper_otel.start(run_id="events", settings=fast(on_mistake="warn")) as telemetry:
+            telemetry.record_step({"loss": 1.0}, epoch=0)
+        assert collector.frames_received == 1
+    assert [record for record in caplog.records if "nobody" in record.getMessage()]
+
+
+def test_only_an_exception_is_named_as_one() -> None:
+    """An outcome that the program has given is its own word."""
+    for outcome, exception in [
+        ("early stop", None),
+        ("diverged", None),
+        ("SIGTERM", None),
+        ("ValueError", "ValueError"),
+    ]:
+        attributes = run_ended(outcome, 1, None, None).attributes
+        assert (attributes["esper.outcome"], attributes.get("exception.type")) == (outcome, exception)
+
+
 def test_a_refused_record_is_counted_and_the_next_ones_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     with endpoints(monkeypatch, "grpc") as (_, logs):
         statuses = [200, grpc.StatusCode.INVALID_ARGUMENT]
@@ -240,6 +278,70 @@ def test_very_many_events_are_bounded_and_counted() -> None:
     for number in range(250):
         log.add(checkpoint(number, number + 1, number, 0))
     assert (log.count, log.dropped, log.last) == (100, 150, 250)
+
+
+def test_events_that_are_dropped_while_they_are_sent_count_once() -> None:
+    """The oldest are dropped first, which are those on their way. They have arrived, unless the request fails."""
+    log = EventLog(most=100)
+    for number in range(100):
+        log.add(checkpoint(number, number + 1, number, 0))
+    assert len(log.waiting(None, 10)) == 10
+    for number in range(4):
+        log.add(checkpoint(number, number + 1, number, 0))
+    log.waiting(None, 10)  # the request has failed
+    for number in range(4):
+        log.add(checkpoint(number, number + 1, number, 0))
+    assert log.dropped == 8
+    log.delivered(6)  # the last that fits into the request
+    assert (log.count, log.dropped) == (100, 6)
+
+
+@pytest.mark.parametrize("has_spool", [True, False])
+def test_a_ctrl_c_while_the_last_events_are_sent_gives_up_only_these(
+    has_spool: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is left to the next session, which sends the events and no other end of the run; or they count."""
+    settings = fast(spool_dir=tmp_path) if has_spool else fast()
+    with endpoints(monkeypatch) as (collector, logs):
+        logs.answer = lambda _: 503
+        telemetry = esper_otel.start(run_id="first", settings=settings)
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        assert collector.wait_for(lambda each: each.frames_received == 1)
+        thread = telemetry._wiring._exporter._events._thread  # type: ignore[attr-defined]
+        join = thread.join
+
+        def interrupted(timeout_s: float) -> None:
+            thread.join = join
+            raise KeyboardInterrupt
+
+        thread.join = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            telemetry.close()
+        assert telemetry.health()["events_dropped"] == (0 if has_spool else 2)
+        logs.answer = lambda _: 200
+        with esper_otel.start(run_id="second", settings=settings):
+            assert not has_spool or logs.wait_for(lambda each: len(each.records) >= 2)
+        outcomes = [point.attributes["outcome"] for point in collector.points() if point.name == "esper.run.ended"]
+    assert outcomes == ["completed"]
+    assert [attributes_of(record)["esper.event.number"] for record in of_run(logs, "first")] == [1, 2] * has_spool
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ctrl_c_while_steps_are_sent_does_not_wait_for_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoints(monkeypatch) as (_, logs):
+        logs.hang = True
+        telemetry = esper_otel.start(run_id="events", settings=fast())
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+        exporter = telemetry._wiring._exporter  # type: ignore[attr-defined]
+
+        def interrupted(_deadline_s: float) -> None:
+            raise KeyboardInterrupt
+
+        exporter.join = interrupted
+        began_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            telemetry.close(timeout_s=20.0)
+        assert exporter.events._deadline_s < began_s + 15.0
 
 
 KILLED = """
@@ -264,17 +366,19 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("is_away", [True, False])
-def test_a_kill_loses_no_event(is_away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["away", "amid", "after"])
+def test_a_kill_loses_no_event(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next session delivers what was noted, and reads the others from the steps that were not sent."""
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
     with endpoints(monkeypatch) as (collector, logs):
-        waits = "False" if is_away else "telemetry.health()['queue'] or telemetry.health()['events'] < 3"
+        waits = "False" if when == "away" else "telemetry.health()['queue'] or telemetry.health()['events'] < 3"
         there = {}
-        if is_away:
+        if when == "away":
             away = "http://127.0.0.1:1"
             there = {"OTEL_EXPORTER_OTLP_ENDPOINT": away, "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": away}
         program = KILLED.replace("WAITS()", waits)
+        if when == "after":  # all steps are delivered by then
+            program = program.replace("os.kill(", "while telemetry.health()['queue']:\n    time.sleep(0.01)\nos.kill(")
         killed = subprocess.run([sys.executable, "-c", program], check=False, env={**os.environ, **there}, timeout=300)
         assert killed.returncode == -signal.SIGKILL
         with esper_otel.start(run_id="next", settings=fast(spool_dir=tmp_path)) as telemetry:
@@ -288,6 +392,40 @@ def test_a_kill_loses_no_event(is_away: bool, tmp_path: Path, monkeypatch: pytes
     assert (ended["esper.outcome"], ended["esper.global_step"]) == ("killed", 30)
     assert steps == {float(number) for number in range(1, 31)}
     assert list(tmp_path.iterdir()) == []
+
+
+SETTLED_LATE = """
+import dataclasses, os, signal, time
+import esper_otel
+telemetry = esper_otel.start(run_id="late")
+telemetry._wiring._publisher.settle_run = lambda run: dataclasses.replace(run, rank=1, world_size=2)
+telemetry.record_step({"loss": 1.0}, epoch=0)
+while telemetry.health()["queue"]:
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_was_settled_late_keeps_its_name_in_the_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its only event was noted before it knew its rank; the next session cannot send it either."""
+    monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
+    with endpoints(monkeypatch) as (_, logs):
+        logs.answer = lambda _: 503
+        killed = subprocess.run([sys.executable, "-c", SETTLED_LATE], check=False, timeout=300)
+        assert killed.returncode == -signal.SIGKILL
+        for status in (503, 200):
+            logs.answer = lambda _, status=status: status  # type: ignore[misc]
+            esper_otel.start(run_id="next", settings=fast(spool_dir=tmp_path)).close(timeout_s=1.0)
+        resources = [each.resource for request in logs.requests for each in request.resource_logs]
+        ranks = [
+            {one.key: one.value.int_value for one in each.attributes}["esper.rank"]
+            for each in resources
+            if any(one.value.string_value == "late" for one in each.attributes)
+        ]
+        assert len(of_run(logs, "late")) == 2
+    assert set(ranks) == {1}
 
 
 def test_events_that_could_not_be_sent_wait_in_the_spool_and_steps_are_not_repeated(

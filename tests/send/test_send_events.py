@@ -62,6 +62,22 @@ def test_events_are_written_to_files_of_their_own_and_delivered_later(tmp_path: 
         assert numbers(logs) == [1, 2, 3, 4]
 
 
+def test_a_damaged_first_line_does_not_hide_the_events_after_it(tmp_path: Path, logs: LogReceiver) -> None:
+    with esper_otel.start(run_id="files", settings=EsperSettings(export_file=tmp_path)) as telemetry:
+        telemetry.record_step({"loss": 1.0}, epoch=0)
+    [file] = tmp_path.glob("*-events-*.jsonl")
+    file.write_bytes(b"damaged\n" + file.read_bytes())
+    assert main(["send", "--within", "30", str(file)]) == 1, "a line was left out"
+    assert numbers(logs) == [1, 2]
+
+
+@pytest.mark.usefixtures("logs")
+def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    assert main(["send", "--within", "1", str(tmp_path)]) == 2
+    assert "folder.jsonl: Is a directory" in capsys.readouterr().err
+
+
 def test_events_in_a_spool_are_delivered_with_its_steps(tmp_path: Path, logs: LogReceiver) -> None:
     environ = {**os.environ, "ESPER_SPOOL_DIR": str(tmp_path), "OTEL_EXPORTER_OTLP_ENDPOINT": AWAY}
     environ["OTEL_EXPORTER_OTLP_LOGS_ENDPOINT"] = f"{AWAY}/v1/logs"
