@@ -676,7 +676,7 @@ class Core:
             found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
             is_over = self._is_ending or time.monotonic() >= deadline_s
             if found is not None and (found.events or is_over):
-                return events_message(found)
+                return await in_turns(events_message(found))
             if is_over and self._store.holds(request.run_id):
                 return EventsResponse(cursor=request.cursor)
             if is_over:

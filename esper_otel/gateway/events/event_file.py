@@ -30,6 +30,9 @@ CREATE TABLE IF NOT EXISTS events (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_number ON events (run, rank, attempt, number, time);
 """
+_RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
+_COUNTED = "SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*) FROM events GROUP BY 1, 2, 3"
+_STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
 WHERE run = ?1 AND position > ?2 AND (?3 IS NULL OR rank = ?3) ORDER BY position LIMIT ?4
@@ -138,15 +141,20 @@ class EventFile:
         self._file = SideFile(folder, FILE, _SCHEMA, "events", self._load, warnings)
 
     def _load(self, connection: sqlite3.Connection) -> None:
-        """Reads what is known of each run."""
+        """Reads what is known of each run.
+
+        Raises:
+            sqlite3.Error: the file is damaged, or has what a gateway cannot have written.
+        """
         runs: dict[str, _EventfulRun] = {}
         by_id: dict[int, _EventfulRun] = {}
-        for number, run, life, last, tenant, received_s in connection.execute("SELECT * FROM runs"):
+        for number, run, life, last, tenant, received_s in connection.execute(_RUNS):
+            if list(map(type, (run, life, last, tenant, received_s))) != [str, str, int, str, float]:
+                raise sqlite3.DatabaseError(_STRANGE)
             runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, received_s)
-        counted = (
-            "SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*) FROM events GROUP BY 1, 2, 3"
-        )
-        for number, rank, attempt, highest, distinct, count in connection.execute(counted):
+        for number, rank, attempt, highest, distinct, count in connection.execute(_COUNTED):
+            if not type(rank) is type(attempt) is type(highest) is int:
+                raise sqlite3.DatabaseError(_STRANGE)
             if number in by_id:
                 by_id[number].numbers[rank, attempt] = highest, distinct
                 by_id[number].count += count

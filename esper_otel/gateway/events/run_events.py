@@ -120,11 +120,12 @@ class RunEvents:
         self._file.close()
 
 
-def events_message(page: StoredEventPage) -> EventsResponse:
-    """Returns a page as the message for pullers."""
+def events_message(page: StoredEventPage) -> Generator[None, None, EventsResponse]:
+    """Returns a page as the message for pullers, in parts: events may have very many attributes."""
     response = EventsResponse(cursor=page.cursor, gap=page.gap)
     for event in page.events:
         _fill(response.events.add(), event)
+        yield
     return response
 
 

@@ -25,7 +25,7 @@ from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
-from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page, step_of
+from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
 from esper_otel.gateway.security import BadRequest, Grant
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
@@ -221,9 +221,9 @@ class TierCore(Core):
         wanted = _wanted(request)
         most = request.max_packets or _DEFAULT_PACKETS
         fetched = await self.fetch(request.run_id, request.cursor, wanted, most)
-        made = partial(step_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
+        made = self._making(request)
         request.cursor, has_cursor = fetched.first, bool(request.cursor)
-        found = await page(fetched, request, made, self._made, self._clock_ns, bounds)
+        found = await page(fetched, request, *made, self._clock_ns, bounds)
         if not found.steps and not found.gap:
             request.cursor = found.cursor  # what was passed over need not be read again while the puller waits
         self.counts["pulled_steps"] += found.steps

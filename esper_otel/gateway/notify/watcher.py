@@ -99,7 +99,7 @@ class Watcher:
         before, followed.state = followed.state, _state(known)
         now_ms = time.time_ns() // 1_000_000
         if before in _QUIET and followed.state not in _QUIET:
-            does = "sends again" if before == SILENT else "takes steps again"
+            does = "sends again" if before == SILENT else "has ended" if followed.state else "takes steps again"
             self._put([Notice(BACK, run_id, now_ms, f"run {printable(run_id)} {does}")])
         if followed.state not in {before, "", *_QUIET}:  # how it ended
             self._put(self._signals(run_id, followed, followed.episodes.end(), now_ms))

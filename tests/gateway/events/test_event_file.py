@@ -162,6 +162,21 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, content: bytes) -> None:
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
 
 
+@pytest.mark.parametrize("change", ["runs SET last = 'x'", "runs SET life = NULL", "events SET number = 'x'"])
+def test_a_file_with_rows_that_a_gateway_cannot_have_written_is_put_aside(tmp_path: Path, change: str) -> None:
+    """Otherwise each further event of the run would be a fault."""
+    file = opened(tmp_path)
+    file.add(events("run", 1, 2), "")
+    file.close()
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute(f"UPDATE {change}")
+    connection.close()
+    file = opened(tmp_path)
+    assert file.add(events("run", 2, 3), "")[0] == 2
+    file.close()
+    assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
+
+
 def test_damage_that_is_found_later_is_put_aside_too(tmp_path: Path) -> None:
     """As when a disk returns something else than was written."""
     file = opened(tmp_path)
@@ -198,3 +213,11 @@ def test_very_many_events_are_forgotten_in_parts(monkeypatch: pytest.MonkeyPatch
         assert kept.use()["events"][0] == left
     assert kept.mark("c")
     kept.close()
+
+
+def test_a_page_is_made_in_parts() -> None:
+    """A thousand events of a sender that gives each as many attributes as it may would block the event loop."""
+    file = opened()
+    file.add(events("run", *range(1, 9)), "")
+    assert sum(1 for _ in run_events.events_message(page(file))) == 8
+    file.close()

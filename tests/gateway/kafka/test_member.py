@@ -1,4 +1,4 @@
-"""What a member does at moments that a real broker gives only by chance."""
+"""What a member and a server do at moments that a real broker gives only by chance, and what needs no broker."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from unittest.mock import Mock
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
+from frame_examples import RUN, make_frame
 
+from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.kafka import member as module
 from esper_otel.gateway.kafka import member_process as work
 from esper_otel.gateway.kafka.brokers import SESSION_MS, Brokers, MemberEnds
+from esper_otel.gateway.kafka.cursors import PullSelection, Stand
+from esper_otel.gateway.kafka.entries import Entry, FetchedEntries
 from esper_otel.gateway.kafka.member import Member, MemberOptions
+from esper_otel.gateway.kafka.tier_core import TierCore
 from esper_otel.gateway.kafka.topics import Tier, Topics
+from esper_otel.gateway.store.base import StoredFrame
+from esper_otel.pull.messages import PullRequest
 
 
 @pytest.fixture
@@ -112,3 +119,20 @@ def test_a_member_that_fails_while_the_group_changes_stays_away_until_it_is_miss
     monkeypatch.setattr(member._stop, "wait", wait)
     member.run()
     assert waits == [SESSION_MS / 1000 + module._AGAIN_S]
+
+
+def test_a_server_tells_values_that_packets_have_no_place_for_to_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one gateway does: a report of a run on a tier has them, too."""
+    frame = make_frame(recorded={"loss": 2.5, "esper.tokens_per_s": 7.0})
+    stored = StoredFrame(1, 1, Item(Origin(RUN.run_id, 1, 0, ""), frame, 1, True, 1), None)
+
+    async def fetch(*_: Any) -> FetchedEntries:
+        return FetchedEntries("g", PullSelection(), {0: Stand(0, 0, 0)}, [Entry(stored, 0, Stand(1, 0, 1), 0)], {})
+
+    async def pulled(*, with_values: bool) -> bool:
+        response = await core.pull(PullRequest(run_id=RUN.run_id, with_values=with_values))
+        return "esper.tokens_per_s" in response.steps[0].value_names
+
+    core = TierCore(Brokers("nowhere:1", {}), Tier(Topics.of("esper"), 1, "g"))
+    monkeypatch.setattr(core, "fetch", fetch)
+    assert [asyncio.run(pulled(with_values=each)) for each in (False, True)] == [False, True]
