@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import requests
 from later import needs
+from programs import until
 
 from esper_otel.demo.command import add_arguments, main
 from esper_otel.schema import SEED_METRICS, STEP_METRICS
@@ -223,8 +224,12 @@ def test_the_live_page_shows_the_run_until_ctrl_c() -> None:
             assert process.stderr is not None
             said = iter(process.stderr.readline, "")
             page = next(line for line in said if line.startswith("the live page stays")).split()[-1]
-            [run] = json.loads(requests.get(f"{page}page/runs", timeout=300).text)["runs"]
-            assert (run["steps_stored"], run["last_step"], run["state"]) == (30, 30, "completed")
+
+            def run() -> tuple[int, int, str]:
+                [shown] = json.loads(requests.get(f"{page}page/runs", timeout=300).text)["runs"]
+                return shown["steps_stored"], shown["last_step"], shown["state"]
+
+            until("the table, which is made anew now and then, shows the end", lambda: run() == (30, 30, "completed"))
             assert "<title>" in requests.get(page, timeout=300).text
             process.send_signal(signal.SIGINT)
             out, _ = process.communicate(timeout=300)
