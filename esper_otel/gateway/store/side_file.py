@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from esper_otel import unix
+from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.store.base import StoreFull
 from esper_otel.gateway.store.database import SUFFIXES, check_ours, is_damage
 from esper_otel.log import Warnings
+
+# The file may be whole, but cannot be opened at present.
+_FOR_NOW = frozenset(
+    {
+        *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM),
+        *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN),
+    }
+)
 
 
 class SideFile:
@@ -30,7 +39,8 @@ class SideFile:
         warnings: where damage is reported.
 
     Raises:
-        ConfigurationError: the file is a link, a pipe, or another user's.
+        ConfigurationError: the file is a link, a pipe, or another user's; or it cannot be opened at present, such as on
+            a full disk.
 
     Attributes:
         connection: the connection to the file; another one after damage.
@@ -54,6 +64,8 @@ class SideFile:
         try:
             self.connection: sqlite3.Connection = self._opened()
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
+                raise ConfigurationError(f"{self._path} cannot be opened: {error}") from error
             self.connection = self._anew(error)
 
     def _opened(self) -> sqlite3.Connection:
@@ -78,9 +90,10 @@ class SideFile:
         if self._path is not None and self._path.exists():
             aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
             self._path.rename(aside)
-            for suffix in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    self._path.with_name(self._path.name + suffix).unlink()
+            with suppress(FileNotFoundError):  # its newest transactions
+                self._path.with_name(f"{self._path.name}-wal").rename(f"{aside}-wal")
+            with suppress(FileNotFoundError):
+                self._path.with_name(f"{self._path.name}-shm").unlink()
             self._warnings.say(
                 f"damaged {self._what}", "the file of %s was damaged (%s): it is now %s", self._what, error, aside
             )

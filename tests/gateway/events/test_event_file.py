@@ -177,6 +177,23 @@ def test_a_file_with_rows_that_a_gateway_cannot_have_written_is_put_aside(tmp_pa
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
 
 
+def test_a_file_that_cannot_be_opened_at_present_stays(tmp_path: Path) -> None:
+    """Such as one that another program has locked: it is not damaged."""
+    file = opened(tmp_path)
+    file.add(events("run", 1), "")
+    file.close()
+    with sqlite3.connect(tmp_path / FILE, timeout=0) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigurationError, match="cannot be opened: database is locked"):
+            opened(tmp_path)
+        other.execute("ROLLBACK")
+    other.close()
+    file = opened(tmp_path)
+    assert numbers(page(file)) == [1]
+    file.close()
+
+
 def test_damage_that_is_found_later_is_put_aside_too(tmp_path: Path) -> None:
     """As when a disk returns something else than was written."""
     file = opened(tmp_path)
