@@ -19,7 +19,9 @@ from esper_otel.leyline.risk import LOSS_STEP, RULES, Rule, Signal, signals
 from esper_otel.report.recording import Recording, StepRow, names_of
 from esper_otel.schema import METRICS, Stage
 
-PHASES = ("input wait", "hook", "finalize", "rest")
+_INSIDE = {"forward": "esper.forward_ms", "backward": "esper.backward_ms", "optimizer": "esper.optimizer_ms"}
+_PHASES = {"input wait": "input_wait_ms", **_INSIDE, "hook": "hook_latency_ms", "finalize": "kasmina.finalize_ms"}
+PHASES = (*_PHASES, "rest")
 _BEFORE = 10
 _FEWEST = 3
 _SELDOM = 0.1
@@ -248,19 +250,21 @@ def _learning(recording: Recording) -> Finding:
 
 
 def phases(row: StepRow) -> dict[str, float]:
-    """Returns the time of a step in milliseconds, by phase; phases without a value are left out."""
+    """Returns the time of a step in milliseconds, by phase; phases without a value are left out.
+
+    Forward, backward and optimizer are left out, too, where they take longer than there is room for in the step: they
+    are a GPU's own times then, which may go on after it.
+    """
     values = row.values
-    found = {}
-    for phase, name in (
-        ("input wait", "input_wait_ms"),
-        ("hook", "hook_latency_ms"),
-        ("finalize", "kasmina.finalize_ms"),
-    ):
-        if math.isfinite(values.get(name, math.nan)):
-            found[phase] = values[name]
+    found = {phase: values[name] for phase, name in _PHASES.items() if math.isfinite(values.get(name, math.nan))}
     step_ms = values.get("step_latency_ms", math.nan)
+    rest = max(step_ms - found.get("hook", 0.0) - found.get("finalize", 0.0), 0.0) if math.isfinite(step_ms) else 0.0
+    inside = sum(found.get(phase, 0.0) for phase in _INSIDE)
+    if inside > rest:
+        found = {phase: ms for phase, ms in found.items() if phase not in _INSIDE}
+        inside = 0.0
     if math.isfinite(step_ms):
-        found["rest"] = max(step_ms - found.get("hook", 0.0) - found.get("finalize", 0.0), 0.0)
+        found["rest"] = rest - inside
     return found
 
 

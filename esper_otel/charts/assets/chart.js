@@ -2,7 +2,10 @@
 "use strict";
 
 Esper.COLORS = ["#3b7ddd", "#e0702d", "#2f9e5b", "#c04dd0", "#d9363e", "#9a7d0a", "#1a9ba1", "#7a6ff0", "#b5577f", "#5f8f1f", "#8c6d5a", "#5b7083"];
-Esper.PHASE_COLORS = { "input wait": "#e0702d", hook: "#c04dd0", finalize: "#1a9ba1", rest: "#3b7ddd" };
+Esper.PHASE_COLORS = {
+  ...{ "input wait": "#e0702d", forward: "#2f9e5f", backward: "#8a6d1d", optimizer: "#b8336a" },
+  ...{ hook: "#c04dd0", finalize: "#1a9ba1", rest: "#3b7ddd" },
+};
 Esper.STAGE_COLORS = ["#c7d0d9", "#6e7079", "#8ab8ff", "#3274d9", "#ff9830", "#b877d9", "#e0c52a", "#37872d", "#c4162a", "#8f3bb8", "#96d98d", "#7d7d82"];
 Esper.AXES = { step: "step", epoch: "epoch", wall: "local time", since: "time since the start" };
 

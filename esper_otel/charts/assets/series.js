@@ -12,8 +12,10 @@ Esper.MEANS = {
   gradient_norm: ["grad_norm_ewma", "grad_var", Math.sqrt],
 };
 
-Esper.PHASES = ["input wait", "hook", "finalize", "rest"];
-const PHASE_METRICS = ["input_wait_ms", "hook_latency_ms", "kasmina.finalize_ms"];
+// What the time of a step is made up of, from below, with the metrics; as ``phases`` of the report's findings has it.
+const INSIDE = { forward: "esper.forward_ms", backward: "esper.backward_ms", optimizer: "esper.optimizer_ms" };
+const PHASE_METRICS = { "input wait": "input_wait_ms", ...INSIDE, hook: "hook_latency_ms", finalize: "kasmina.finalize_ms" };
+Esper.PHASES = [...Object.keys(PHASE_METRICS), "rest"];
 
 // A name as it can be shown: characters that are invisible, or that turn the direction of a text, as their numbers.
 Esper.printable = (text) => String(text).replace(/[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu, (each) => `\\u${each.codePointAt(0).toString(16).padStart(4, "0")}`);
@@ -243,22 +245,23 @@ Esper.meanOf = (series, name, mode) => {
 // How the time of a step is made up, one list for each phase that was recorded; null when nothing of it was.
 Esper.phases = (series, mode) => {
   const all = Esper.xs(series, mode);
-  const lists = PHASE_METRICS.map((name) => series.metrics[name] && (series.metrics[name].mean || series.metrics[name].last));
+  const lists = Object.values(PHASE_METRICS).map((name) => series.metrics[name] && (series.metrics[name].mean || series.metrics[name].last));
   const whole = series.metrics.step_latency_ms && (series.metrics.step_latency_ms.mean || series.metrics.step_latency_ms.last);
   if (!whole && !lists.some(Boolean)) return null;
   const found = { x: [] };
-  const recorded = Esper.PHASES.filter((_, i) => (i < 3 ? lists[i] : whole));
+  const recorded = Esper.PHASES.filter((phase, i) => (phase === "rest" ? whole : lists[i]));
   for (const phase of recorded) found[phase] = [];
   for (let row = 0; row < all.length; row++) {
     if (series.columns.is_again[row]) continue;
-    const parts = lists.map((list) => (list && isDrawn(list[row]) ? list[row] : 0));
-    if (whole && !Number.isFinite(whole[row]) && !parts.some(Boolean)) continue;
+    const isTimed = whole && Number.isFinite(whole[row]);
+    const parts = Object.fromEntries(lists.map((list, i) => [Esper.PHASES[i], list && isDrawn(list[row]) ? list[row] : 0]));
+    if (whole && !isTimed && !Object.values(parts).some(Boolean)) continue;
     found.x.push(all[row]);
-    recorded.forEach((phase) => {
-      const place = Esper.PHASES.indexOf(phase);
-      const rest = whole && Number.isFinite(whole[row]) ? Math.max(whole[row] - parts[1] - parts[2], 0) : 0;
-      found[phase].push(place < 3 ? parts[place] : rest);
-    });
+    parts.rest = isTimed ? Math.max(whole[row] - parts.hook - parts.finalize, 0) : 0;
+    const inside = Object.keys(INSIDE).reduce((sum, part) => sum + parts[part], 0);
+    if (inside <= parts.rest) parts.rest -= inside;
+    else for (const part of Object.keys(INSIDE)) parts[part] = 0; // a GPU's own times, which may go on after the step
+    for (const phase of recorded) found[phase].push(parts[phase]);
   }
   return found.x.length ? { columns: found, phases: recorded } : null;
 };

@@ -20,6 +20,7 @@ METRICS = [
     *(("loss", "loss", "learning"), ("loss_ewma", "loss", "learning"), ("loss_volatility", "loss", "learning")),
     *(("accuracy", "ratio", "learning"), ("esper.validation.loss", "loss", "learning")),
     *(("step_latency_ms", "ms", "time"), ("input_wait_ms", "ms", "time"), ("hook_latency_ms", "ms", "time")),
+    ("esper.forward_ms", "ms", "time"),
     *(("samples_per_s", "rate", "throughput"), ("cpu_util_percent", "%", "machine"), ("my.metric", "1", "other")),
 ]
 
@@ -97,6 +98,7 @@ class MadeUpRun:
             "step_latency_ms": 20 + 4 * noise + self.shift,
             "input_wait_ms": 3 + 2 * noise,
             "hook_latency_ms": 1 + noise,
+            "esper.forward_ms": 6 + noise,
             "samples_per_s": 1000 - 100 * noise,
             "cpu_util_percent": 60 + 30 * noise,
             "my.metric": step % 100,

@@ -37,17 +37,18 @@ def test_every_metric_has_a_chart_and_each_is_drawn(browser: Browser) -> None:
             "window.refused = []; addEventListener('securitypolicyviolation', (e) => refused.push(e.blockedURI))"
         )
         browser.until(f"{DRAWN} > 3 && {STATUS} === ''")
-        assert browser.value("[...board.charts.keys()].length") == 12  # and where the time goes
+        assert browser.value("[...board.charts.keys()].length") == 13  # and where the time goes
         groups = browser.value("[...document.querySelectorAll('.section:not([hidden]) h2')].map((h) => h.textContent)")
         assert groups == ["Learning", "Time", "Throughput", "Machine", "Your own"]
         assert browser.value(f"{chart('loss')}.sources.get('run line').data.y.length") == 300
-        [wait, hook, rest] = [
+        [wait, forward, hook, rest] = [
             browser.value(
-                f"[...board.charts.get('where the time goes').sources.get('input wait,hook,rest').data.top{i}]"
+                f"[...board.charts.get('where the time goes').sources.get('input wait,forward,hook,rest').data.top{i}]"
             )
-            for i in range(3)
+            for i in range(4)
         ]
-        assert all(low < middle < high for low, middle, high in zip(wait, hook, rest, strict=True))
+        assert all(list(each) == sorted(each) for each in zip(wait, forward, hook, rest, strict=True))
+        assert forward[9] == pytest.approx(wait[9] + run.value("esper.forward_ms", 10))
         browser.until(f"{chart('loss')}.sources.get('events')?.data.x.length === 2")
         assert browser.value(f"[...{chart('loss')}.sources.get('events').data.x]") == [100, 200]
         assert browser.value("[...document.querySelectorAll('#events li b')].map((item) => item.textContent)") == [
