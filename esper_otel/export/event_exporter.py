@@ -13,8 +13,9 @@ from esper_otel.export.event_source import EventSource
 from esper_otel.export.outcome import pause_s
 from esper_otel.export.transport import Outcome, Result, Sender
 from esper_otel.frames.event_log import Event
-from esper_otel.log import Warnings
+from esper_otel.log import Warnings, announce
 from esper_otel.native import Bell, threads
+from esper_otel.text import printable
 from esper_otel.untraced import untraced
 
 _PAUSE_WHILE_CLOSING_S = 0.1
@@ -213,7 +214,8 @@ class EventExporter:
         """Handles the outcome of a request. Returns how long to pause before sending it again; None to continue."""
         if outcome.is_missing:
             if not self._has_said_missing:
-                self._warnings.say("no logs", "events are not sent and only counted: %s", outcome.reason)
+                # Not a warning: with opentelemetry-instrument, logs are asked for where the user has set nothing.
+                announce("sends no events", f"{printable(outcome.reason)}; they are counted")
             self._has_said_missing = True
             self._dropped[NO_LOGS] += len(events)
         elif outcome.result in {Result.TEMPORARY, Result.UNAUTHENTICATED}:

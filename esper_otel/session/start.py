@@ -24,6 +24,7 @@ from esper_otel.errors import ConfigurationError, EsperOtelError, InvalidCatalog
 from esper_otel.events.frame_events import EventReader
 from esper_otel.export.device_points import DevicePoint
 from esper_otel.export.endpoint import Endpoint, endpoint_from_environment
+from esper_otel.export.event_exporter import NO_LOGS
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
@@ -661,7 +662,9 @@ class _Session:
             self._fault(f"ending {what}", error)
 
     def _say_closed(self, outcome: str) -> None:
-        has_lost = self._exporter is not None and bool(self._exporter.dropped.total() or self._dropped_events())
+        has_lost = self._exporter is not None and bool(
+            self._exporter.dropped.total() or self._dropped_events().keys() - {NO_LOGS}
+        )
         has_lost = has_lost or (self._mistakes is not None and self._mistakes.count > 0)
         announce("closed", self._summary(outcome), logging.WARNING if has_lost else logging.INFO)
 

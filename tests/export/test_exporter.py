@@ -19,7 +19,7 @@ from esper_otel.frames.block import Block
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import Point, points_of
 
-HEALTH = "esper_otel.health"
+REPEATED = {"esper_otel.health", "esper_otel.device"}
 
 
 def in_order(requests: list[ExportMetricsServiceRequest]) -> list[Point]:
@@ -33,7 +33,7 @@ def in_order(requests: list[ExportMetricsServiceRequest]) -> list[Point]:
         newest_ns = max(point.time_unix_ns for point in points)
         for point in points:
             stream = (point.name, repr(point.attributes), point.time_unix_ns // 10**6)
-            assert point.scope == HEALTH or stream not in seen
+            assert point.scope in REPEATED or stream not in seen
             assert seen.setdefault(stream, repr(point.value)) == repr(point.value)
         found += points
     return found
@@ -59,7 +59,7 @@ def test_counts_go_with_frames_and_never_before_a_step_that_is_open(
     assert exported[-1] == 4
     assert exported == sorted(exported)  # type: ignore[type-var] # none is missing
     frames = {p.time_unix_ns for p in points if p.name == "esper.frame.points" and not p.flags}
-    assert frames.isdisjoint(p.time_unix_ns for p in points if p.scope == HEALTH)
+    assert frames.isdisjoint(p.time_unix_ns for p in points if p.scope == "esper_otel.health")
     [ended] = [p for p in points if p.name == "esper.run.ended"]
     assert ended.time_unix_ns // 10**6 == max(frames) // 10**6 + 1
 
