@@ -38,7 +38,6 @@ _NAMES = {metric.key: metric.name for metric in METRICS if metric.level == "step
 _SENDER = StepSender()
 # Values of packets are float32: what is below a threshold by less than this share of it may be above it there.
 _ROUNDING = 1e-6
-_CRITICAL = int(messages.MessagePriority.MESSAGE_PRIORITY_CRITICAL)
 
 Column = npt.NDArray[np.float64]
 
@@ -214,7 +213,9 @@ def _of_lost_loss(block: Block, row: int) -> tuple[Signal, ...]:
     place = block.names.index(_LOSS) if _LOSS in block.names else None
     if place is None or not _is_lost(block.values[row : row + 1, place])[0]:
         return ()
-    return (Signal(LOSS_NONFINITE, "CRITICAL", _CRITICAL, f"loss {block.values[row, place]:g}", ""),)
+    # Not above, since the classes are chosen when one is first used.
+    critical = int(messages.MessagePriority.MESSAGE_PRIORITY_CRITICAL)
+    return (Signal(LOSS_NONFINITE, "CRITICAL", critical, f"loss {block.values[row, place]:g}", ""),)
 
 
 def _stage_name(number: float) -> str | None:

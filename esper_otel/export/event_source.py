@@ -57,7 +57,7 @@ class EventSource:
     ) -> None:
         self.reader = reader
         self.log: EventLog = reader.log
-        self.resource = resource
+        self.resource: Callable[[], Resource | None] = resource
         self.folder = folder
         self._file = file
         if file is not None:

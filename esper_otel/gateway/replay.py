@@ -175,7 +175,7 @@ class ReplayStore(Store):
         """Leaves a hole in place of a step."""
         self._places(item)
         self._losses[item.origin] = loss_of(item.frame)
-        self.dropped += 1
+        self._note_dropped(1)
 
     def _places(self, item: Item) -> tuple[int, int]:
         rank = item.origin.rank

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from esper_otel.gateway.hours.answer import hours_message
@@ -219,6 +219,8 @@ def test_an_attempt_that_moved_between_gateways_is_as_if_it_had_not(
     attempts: list[Attempt], data: st.DataObject
 ) -> None:
     """It may have gone back, or sent to both for a while; a whole attempt may be at one of them."""
+    # No two steps have the same time.
+    assume(all(each.waited + each.hooks + each.rest for attempt in attempts for each in attempt.cycles))
     timeline = Timeline(attempts)
     joined = []
     for steps, phases in timeline.sent:

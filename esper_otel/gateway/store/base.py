@@ -118,6 +118,9 @@ class Store(ABC):
         self.dropped: int = 0
         self.damaged: Counter[str] = Counter()
 
+    def _note_dropped(self, count: int) -> None:
+        self.dropped += count
+
     @property
     @abstractmethod
     def size(self) -> int:

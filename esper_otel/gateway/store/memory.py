@@ -216,14 +216,14 @@ class MemoryStore(RunStore[_MemoryRun]):
 
     def _forget(self, run_id: str) -> None:
         run = self._runs.pop(run_id)
-        self.dropped += len(run.sizes)
+        self._note_dropped(len(run.sizes))
         for row in (run.all, *run.ranks.values()):
             self._forgotten += row.pieces[1:]
         self._ledger.forget(run_id)
 
     def _drop(self, run: _MemoryRun) -> None:
         run.drop_oldest()
-        self.dropped += 1
+        self._note_dropped(1)
 
 
 def loss_of(frame: Frame) -> float | None:

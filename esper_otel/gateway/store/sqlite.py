@@ -118,7 +118,7 @@ class FileStore(RunStore[FileRun]):
                 bodies.append(kept.number)
             dropped = self._writer.write(new)
         self._bodies = bodies
-        self.dropped += dropped
+        self._note_dropped(dropped)
 
     def after(self, run_id: str, cursor: str, rank: int | None, most: int) -> StoredPage:
         """Returns the entries after a cursor, up to the next gap left by a damaged entry. See ``Store``."""
@@ -217,7 +217,7 @@ class FileStore(RunStore[FileRun]):
         for run_id in gone:
             with self._writer.transaction():
                 dropped = self._writer.drop(run_id)
-            self.dropped += dropped
+            self._note_dropped(dropped)
         return gone
 
     # -- restoring a gateway's state ---------------------------------------------------------------------
