@@ -104,7 +104,7 @@ def _summed(one: Account, other: Account, more: Callable[[int], Times], steps: i
     return Account(
         steps,
         one.first,
-        max(lasts, key=lambda each: each.time_unix_ns),
+        max(lasts, key=lambda each: (each.time_unix_ns, each.step)),
         highest,
         one.up_to(highest).plus(more(highest)),
         one.again.plus(other.again),

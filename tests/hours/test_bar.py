@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from esper_otel.gateway.hours.answer import hours_message
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.hours.account import Account, PhaseTimes, StepTimes
-from esper_otel.hours.bar import PhaseInfo, RunHours, bar_of_rank, bar_of_run
+from esper_otel.hours.bar import Bar, PhaseInfo, RunHours, bar_of_rank, bar_of_run
 from esper_otel.hours.output import bar_lines
 from esper_otel.hours.whole import account_of as account_said
 from esper_otel.hours.whole import account_text, joined_account
@@ -220,7 +220,7 @@ def test_an_attempt_that_moved_between_gateways_is_as_if_it_had_not(
 ) -> None:
     """It may have gone back, or sent to both for a while; a whole attempt may be at one of them."""
     # No two steps have the same time.
-    assume(all(each.waited + each.hooks + each.rest for attempt in attempts for each in attempt.cycles))
+    assume(all(each.hooks + each.rest for attempt in attempts for each in attempt.cycles))
     timeline = Timeline(attempts)
     joined = []
     for steps, phases in timeline.sent:
@@ -236,7 +236,18 @@ def test_an_attempt_that_moved_between_gateways_is_as_if_it_had_not(
         whole.end_unix_ns,
         whole.attempts,
     )
-    assert dict(bar.parts) == pytest.approx(dict(whole.parts), abs=1e-3)
+    assert of_phases(bar) == pytest.approx(of_phases(whole), abs=1e-2)
+    if not any(attempt.back for attempt in attempts[1:]):  # otherwise what was done again is an estimate
+        assert {**dict.fromkeys(whole.parts, 0.0), **bar.parts} == pytest.approx(
+            {**dict.fromkeys(bar.parts, 0.0), **whole.parts}, abs=1e-2
+        )
+
+
+def of_phases(bar: Bar) -> dict[str, float]:
+    """The parts, with all that is steps as one."""
+    steps = {"productive", "input_wait", "hooks", "redone"}
+    found = {part: ms for part, ms in bar.parts.items() if part not in steps and ms > 1e-2}
+    return {**found, "steps": sum(ms for part, ms in bar.parts.items() if part in steps)}
 
 
 def test_what_is_told_of_an_account_is_bounded() -> None:
