@@ -13,7 +13,7 @@ from frame_examples import RUN, make_frame
 
 from esper_otel.gateway.items import Item, Origin
 from esper_otel.gateway.kafka import member as module
-from esper_otel.gateway.kafka import member_process as work
+from esper_otel.gateway.kafka import member_process
 from esper_otel.gateway.kafka.brokers import SESSION_MS, Brokers, MemberEnds
 from esper_otel.gateway.kafka.cursors import PullSelection, Stand
 from esper_otel.gateway.kafka.entries import Entry, FetchedEntries
@@ -63,12 +63,12 @@ def test_a_commit_is_tried_until_the_member_is_to_stop(member: Any, monkeypatch:
 def test_a_call_that_never_returns_ends_the_process(member: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As librdkafka's may when a coordinator comes back: it is started again by whoever supervises it."""
     monkeypatch.setattr(module, "_STUCK_S", 0.0)
-    monkeypatch.setattr(work, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(member_process, "_LOOK_EVERY_S", 0.01)
     statuses: list[int] = []
     monkeypatch.setattr(os, "_exit", statuses.append)
 
     async def watch() -> None:
-        await asyncio.wait_for(work._watch(member), 60)
+        await asyncio.wait_for(member_process._watch(member), 60)
 
     def send(*_: object) -> None:
         asyncio.run(watch())
