@@ -95,7 +95,7 @@ class FrameDeriver(Protocol):
     Attributes:
         step: takes the only state, the loss and the gradient norm, NaN for a missing one; returns the next state, and
             what ``commit`` does. None if ``commit`` must be called, because these two are not enough.
-        states: what it knows of the steps before; never changed in place.
+        states: what it knows of the steps before; never changed in place. Empty if it derives nothing.
     """
 
     step: Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]] | None
@@ -166,10 +166,9 @@ class FramePublisher:
         self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
         self._is_unsettled = True  # the device may be unknown, or ``settle_run`` not yet called
-        self.signatures: Signatures = Signatures()
+        self.signatures: Signatures = Signatures(names.left_out)
         self.probing = probing
         self.next_step: NextStep = NextStep()  # collects values for it
-        self._leaves_out = bool(names.left_out)
         self._deriving = deriving
         self._count = 0
         self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], _Layouts] = {}
@@ -333,11 +332,13 @@ class FramePublisher:
         """
         if probed is None:
             probed, until_s = self.probing.shown
-            is_usual = held is None and not (self.waiting or self._leaves_out or self.next_step.is_anything)
+            is_usual = held is None and not (self.waiting or self.next_step.is_anything)
             if not is_usual or until_s <= time.monotonic():
                 draft = Draft(step, epoch, time_unix_ns, recorded.dict_of(numbers), table, failed, retired)
                 self._publish_completed(draft, held)
                 return
+            if recorded.kept is not None:
+                recorded, numbers = recorded.kept, recorded.kept_of(numbers)
         if self._before is not None or self._owed is not None:
             retired, context = self._recovered(retired, context)
         ring, deriving = self.ring, self._deriving
@@ -349,7 +350,8 @@ class FramePublisher:
         loss = _NAN if recorded.loss < 0 else numbers[recorded.loss]
         if failed or deriving.step is None:
             self.counters.failed += failed
-            derived, computed = _NOTHING if failed else deriving.commit({**probed, **recorded.dict_of(numbers)})
+            has_nothing = failed or not deriving.states
+            derived, computed = _NOTHING if has_nothing else deriving.commit({**probed, **recorded.dict_of(numbers)})
         else:
             norm = _NAN if recorded.norm < 0 else numbers[recorded.norm]
             state, derived, computed = deriving.step(deriving.states[0], loss, norm)
