@@ -37,6 +37,11 @@ _DEVICE_POLL_S = 0.001
 # A signal handler may call drain() on the very thread that is already in drain(): it must not wait for ever.
 _DRAINING_TIMEOUT_S = 1.0
 
+# Steps that wait for a device may take up this much memory: some thousand steps. Of a step, the objects were measured
+# on Python 3.11 without those of the driver.
+MOST_WAITING_BYTES = 32 * 1024 * 1024
+_WAITING_BYTES, _VALUE_BYTES = 4_000, 120
+
 _NAN = float("nan")
 _NOTHING: tuple[tuple[str, ...], tuple[float, ...]] = ((), ())
 
@@ -89,6 +94,11 @@ class Draft(NamedTuple):
     probed: Mapping[str, float] = NO_READINGS
 
 
+def _bytes_of(draft: Draft) -> int:
+    """About how much memory a waiting step takes."""
+    return _WAITING_BYTES + _VALUE_BYTES * len(draft.values) + draft.table.cells.nbytes
+
+
 class FrameDeriver(Protocol):
     """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
@@ -131,6 +141,7 @@ class Counters:
         self.nonfinite: int = 0
         self.out_of_range: int = 0
         self.faults: int = 0
+        self.without_device_values: int = 0  # steps
 
 
 class FramePublisher:
@@ -185,7 +196,36 @@ class FramePublisher:
         self.waiting.append((draft, held))
         self.drain()
         if self.waiting:
+            self._bound_waiting()
             self._arrivals.note()
+
+    def _bound_waiting(self) -> None:
+        """Publishes the first waiting steps without their device values while the steps take up too much memory."""
+        lost = 0
+        while len(self.waiting) > 1 and sum([_bytes_of(draft) for draft, _ in self.waiting]) > MOST_WAITING_BYTES:
+            if not self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
+                break
+            try:
+                if self.waiting:
+                    lost += self._publish_anyhow()
+            finally:
+                self._draining.release()
+            self.drain()
+        if lost:
+            self.warnings.say(
+                "device",
+                "%d steps published without device values: more than %d MiB of steps waited for them",
+                self.counters.without_device_values,
+                MOST_WAITING_BYTES >> 20,
+            )
+
+    def _publish_anyhow(self) -> bool:
+        """Publishes the first waiting step; returns whether its device values have not arrived, and are not in it."""
+        _, held = self.waiting[0]
+        is_without = held is not None and not held.done()
+        self.counters.without_device_values += is_without
+        self._publish_first(None if is_without else held)
+        return is_without
 
     def drain(self, *, wait: bool = False) -> None:
         """Publishes the steps whose device values have arrived, in order. With ``wait``, waits for all steps."""
@@ -222,15 +262,15 @@ class FramePublisher:
             self.drain()
         if not self.waiting:
             return
-        self.warnings.say(
-            "device", "%d steps published without device values that did not arrive in time", len(self.waiting)
-        )
+        lost = 0
         if self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             try:
                 while self.waiting:
-                    self._publish_first(None)
+                    lost += self._publish_anyhow()
             finally:
                 self._draining.release()
+        if lost:
+            self.warnings.say("device", "%d steps published without device values that did not arrive in time", lost)
 
     def _publish_first(self, held: DeviceValues | None) -> None:
         """Publishes the first waiting step. If that fails, drops it, so that later steps are still published."""
@@ -359,8 +399,7 @@ class FramePublisher:
         if self._is_unsettled:
             self._settle_run()
         has_loss = _LOWEST < loss < _HIGHEST
-        if has_loss:
-            self.last_finite_loss = loss
+        self.last_finite_loss = loss if has_loss else self.last_finite_loss
         if not has_loss or violations is not None or failed or self.counters.backwards:
             notes = self._notes(violations, has_loss=has_loss, failed=failed)
             recorded, numbers = self.signatures.of((*recorded.names, *notes)), (*numbers, *notes.values())
