@@ -15,11 +15,10 @@ from google.protobuf.message import Message
 from esper_otel.errors import ConfigurationError, GatewayError, GatewayUnavailable, UnknownRun
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Page
-from esper_otel.pull.client import (
+from esper_otel.pull.calls import (
     ANSWERS,
     DEFAULT_PACKETS,
     RETRY_S,
-    GatewayAddress,
     events_request,
     has_some,
     may_retry,
@@ -31,10 +30,10 @@ from esper_otel.pull.client import (
     raise_of,
     raise_translated,
     request_after,
-    targets_of,
     translated,
 )
 from esper_otel.pull.event_infos import EventPage, event_page
+from esper_otel.pull.gateway_address import GatewayAddress, targets_of
 from esper_otel.pull.infos import RunInfo, run_infos, run_outcome
 from esper_otel.pull.messages import EventsRequest, HoursRequest, PullRequest, RanksRequest, RunsRequest
 from esper_otel.pull.several import EVENTS, Answer, Ask, NoAnswer, SeveralGateways, merged_runs
