@@ -8,7 +8,9 @@ from typing import Any
 
 from esper_otel.frames.frame import Run
 from esper_otel.log import Warnings
-from esper_otel.session.identity import Agreement, is_told, joined, of_group, run_id_of_environment
+from esper_otel.session.agreement import Agreement
+from esper_otel.session.identity import is_told, joined, of_group
+from esper_otel.session.launcher import run_id_of_environment
 from esper_otel.settings import EsperSettings
 
 _LATE = (

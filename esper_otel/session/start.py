@@ -52,10 +52,11 @@ from esper_otel.record.phases import process_start_unix_ns
 from esper_otel.record.recorder import Recorder
 from esper_otel.schema import TWINS, Metric
 from esper_otel.session.absence import reasons
+from esper_otel.session.agreement import Agreement, agreement_for
 from esper_otel.session.device_report import DeviceReport
 from esper_otel.session.ending import exit_status, forget, is_interactive, live_sessions, outcome_of_process, watch
 from esper_otel.session.event_notes import EventNotes
-from esper_otel.session.identity import Agreement, agreement_for, identify, new_run_id
+from esper_otel.session.identity import identify, new_run_id
 from esper_otel.session.late_rank import LateRank
 from esper_otel.session.page_hint import LONGEST_WAIT_S, show_the_way, wait_for_page
 from esper_otel.session.parallel import place_in_mesh
