@@ -31,6 +31,7 @@ from esper_otel.gateway.options import (
     password_of,
     ports_of,
 )
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.quiet import quiet_grpc
 from esper_otel.gateway.serve.connections import allow_connections
 from esper_otel.gateway.serve.ports import Gateway
@@ -171,7 +172,7 @@ async def _serve(options: argparse.Namespace) -> int:
 
 
 @asynccontextmanager
-async def publishing(core: Core, url: str | None, password: str | None) -> AsyncIterator[None]:
+async def publishing(core: PullCore, url: str | None, password: str | None) -> AsyncIterator[None]:
     """Publishes the packets on the Esper bus meanwhile, if its URL is given."""
     publisher = None if url is None else Publisher(GatewaySource(core), url, password=password)
     core.publisher = publisher

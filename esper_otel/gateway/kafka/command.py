@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 async def _serve(options: argparse.Namespace, core: TierCore, ports: Ports, topic: str, password: str | None) -> int:
-    async with Gateway(core, ports, receives=False) as gateway:
+    async with Gateway(core, ports) as gateway:
         try:
             async with publishing(core, options.oona, password):
                 await until_told(gateway, f"steps come from {topic} at {options.kafka}", as_json=options.json)
