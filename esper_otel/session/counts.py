@@ -67,19 +67,19 @@ class SessionCounts:
             counts["esper.frames.exported", ""] = exporter.exported
             counts["esper.export.queue", ""] = exporter.waiting
             counts["esper.frames.recovered", ""] = exporter.recovered
-            counts["esper.export.retries", ""] = exporter.retries
-            counts["esper.points.rejected", ""] = exporter.rejected_points
+            counts["esper.export.retries", ""] = exporter.sending.retries
+            counts["esper.points.rejected", ""] = exporter.sending.rejected_points
             if exporter.outcome is not None:
                 counts["esper.run.ended", exporter.outcome] = 1
-            if exporter.latency_ms is not None:
-                counts["esper.export.latency_ms", ""] = exporter.latency_ms
+            if exporter.sending.latency_ms is not None:
+                counts["esper.export.latency_ms", ""] = exporter.sending.latency_ms
             for reason, dropped in exporter.dropped.copy().items():
                 counts["esper.frames.dropped", reason] = dropped
             if exporter.events is not None:
                 counts["esper.events.sent", ""] = exporter.events.sent
             for reason, dropped in self._dropped_events().items():
                 counts["esper.events.dropped", reason] = dropped
-            for reason, unix_s in exporter.errors_unix_s.copy().items():
+            for reason, unix_s in exporter.sending.errors_unix_s.copy().items():
                 counts["esper.export.last_error", reason] = unix_s
         return counts
 
@@ -94,8 +94,8 @@ class SessionCounts:
             "queue": 0 if exporter is None else exporter.waiting,
             "kept": 0 if exporter is None else exporter.kept,
             "buffer_bytes": publisher.ring.size,
-            "retries": 0 if exporter is None else exporter.retries,
-            "latency_ms": None if exporter is None else exporter.latency_ms,
+            "retries": 0 if exporter is None else exporter.sending.retries,
+            "latency_ms": None if exporter is None else exporter.sending.latency_ms,
             "failed": publisher.counters.failed,
             "nonfinite": publisher.counters.nonfinite + publisher.tally.nonfinite,
             "out_of_range": publisher.counters.out_of_range + publisher.tally.out_of_range,
@@ -103,7 +103,7 @@ class SessionCounts:
             "mistakes": 0 if self._mistakes is None else self._mistakes.count,
             "events": 0 if exporter is None or exporter.events is None else exporter.events.sent,
             "events_dropped": sum(self._dropped_events().values()),
-            "last_error": None if exporter is None else exporter.last_error,
+            "last_error": None if exporter is None else exporter.sending.last_error,
         }
 
     def summary(self, outcome: str) -> str:
