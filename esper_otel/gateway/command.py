@@ -227,8 +227,7 @@ def core_of(options: argparse.Namespace) -> Core:
     """Returns the core that handles the requests.
 
     Raises:
-        ConfigurationError: an option cannot be used.
-        UnknownMetric: a threshold names a signal that does not exist.
+        ConfigurationError: an option cannot be used, or a threshold names a signal that does not exist.
     """
     for name in ("hold", "linger", "keep_steps", "keep_run_mib", "keep_mib", "keep_hours"):
         check_number(options, name)

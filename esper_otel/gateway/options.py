@@ -263,8 +263,7 @@ def packet_options(options: argparse.Namespace) -> PacketOptions:
     """Returns the arguments of ``Core`` that control how packets are made.
 
     Raises:
-        ConfigurationError: an option cannot be used.
-        UnknownMetric: a threshold names a signal that does not exist.
+        ConfigurationError: an option cannot be used, or a threshold names a signal that does not exist.
     """
     check_number(options, "latency_budget_ms")
     rules = configured(dict(map(threshold_of, options.threshold)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -24,12 +24,12 @@ from esper_otel.pull.messages import (
     RanksResponse,
     RunsResponse,
 )
-from esper_otel.pull.several import Answer
+from esper_otel.pull.several import Answer, Ask, Kind, SeveralGateways
 from esper_otel.pull.views import RunRanks
 
 RETRY_S = 0.1
 _MOST_SHARDS = 1_000
-DEFAULT_PACKETS = 64
+_DEFAULT_PACKETS = 64
 ANSWERS: dict[str, Any] = {
     "Runs": RunsResponse,
     "Pull": PullResponse,
@@ -67,6 +67,20 @@ def pulled_of(run_id: str, response: PullResponse | EventsResponse) -> Answer:
         GatewayError: the response does not contain Leyline packets.
     """
     return page_of(run_id, response) if isinstance(response, PullResponse) else event_page(response)
+
+
+def pulling_of(
+    several: SeveralGateways, request: PullRequest | EventsRequest, what: Kind, most: int
+) -> Generator[Ask, Mapping[str, Answer], Any]:
+    """Begins a pull from several gateways. See ``SeveralGateways.pulling``.
+
+    Raises:
+        ConfigurationError: it is a pull of a part of a run.
+    """
+    if isinstance(request, PullRequest) and request.shards:
+        raise ConfigurationError("pull: shard= needs one address, that of the servers of a tier on Kafka")
+    rank = request.rank if request.HasField("rank") else None
+    return several.pulling(request.run_id, request.cursor, rank, most or _DEFAULT_PACKETS, request.wait_s, what)
 
 
 def request_after(request: PullRequest | EventsRequest, cursor: str, wait_s: float) -> PullRequest | EventsRequest:
