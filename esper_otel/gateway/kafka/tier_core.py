@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaException
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.events.event_file import StoredEvent
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
@@ -37,6 +37,9 @@ from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import EventsRequest, EventsResponse, PullRequest
+
+if TYPE_CHECKING:
+    from esper_otel.gateway.events.event_file import StoredEvent
 
 _MOST_TAIL_BYTES = 256 * 1024 * 1024
 _UNUSED_S = 120.0
