@@ -215,7 +215,7 @@ class StepExporter:
         self._wake.set()
         try:
             self.join(deadline_s)
-        except BaseException:  # who gives up the steps does not wait for the events either
+        except BaseException:  # if the steps are given up, the events are not waited for either
             self._time.deadline_s = time.monotonic()
             raise
         finally:  # after a Ctrl-C the remaining steps are still spooled or counted

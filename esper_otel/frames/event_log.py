@@ -159,7 +159,7 @@ class EventLog(Journal[Event, Happening]):
             self._stages.pop(seed_id, None)
 
     def to_store(self) -> list[Event]:
-        """See ``Journal``: in addition, the events that tell where seeds and signals stand."""
+        """See ``Journal``: in addition, the events from which stages of seeds and active signals follow."""
         with self._lock:
             resumed = [] if self._resumed is None else [self._resumed]
             needed = [*self._waiting, *self._stages.values(), *self._signals.values(), *resumed]

@@ -265,7 +265,7 @@ class Core(PullCore):
         self._note_saved(saved)
 
     def _note_saved(self, saved: Sequence[Item]) -> None:
-        """Counts frames that were stored, and wakes those who wait for them."""
+        """Counts frames that were stored, and wakes the pullers that wait for them."""
         for what, note in (("comparing ranks", self._ranks.note), ("summing up hours", self._hours.note)):
             try:
                 note(saved)

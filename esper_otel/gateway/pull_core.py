@@ -1,4 +1,4 @@
-"""PullCore: answers those who pull, look or ask; independent of the protocol, and of where the steps come from."""
+"""PullCore: answers pullers, the live page and operators, whatever the protocol and the source of the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole accounts, as gateways tell them to a client, and what several gateways know of one process, joined."""
+"""Whole accounts, as gateways send them to a client, and what several gateways know of one process, joined."""
 
 from __future__ import annotations
 

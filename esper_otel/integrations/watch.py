@@ -90,8 +90,8 @@ class Watch(Loader[Batch]):
 class WatchedLoop:
     """Records a step for each optimizer step. Keeps no strong references to optimizers, model or loader.
 
-    A step lasts from its first batch until the next batch is requested. ``OptimizerSteps`` tells what happens to
-    batches without a step.
+    A step lasts from its first batch until the next batch is requested. ``OptimizerSteps`` decides what happens
+    to batches without a step.
     """
 
     def __init__(
