@@ -38,7 +38,13 @@ from esper_otel.gateway.ranks import Ranks, RecentSteps
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.rebuild.launches import outcomes
 from esper_otel.gateway.receive.inflate import IDENTITY
-from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request import (
+    NO_ROOM_FOR_PHASES,
+    OF_REASONS,
+    OTHER_METRICS,
+    TOO_MANY_RUNS,
+    DecodedRequest,
+)
 from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoredFrame, StoredPage, StoreFull
@@ -151,7 +157,7 @@ class Core:
         self._tidying: asyncio.TimerHandle | None = None
         self._warnings, self._ranks, self._made = Warnings(), Ranks(), MadeSteps()
         folder = store.folder if isinstance(store, FileStore) else None
-        self._hours = Hours(store, folder, self._warnings)
+        self._hours = Hours(store, folder, self._warnings, self._limits)
         self.changed: ChangedRuns = ChangedRuns()
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.notices: Counter[str] = Counter()  # of those whom --notify tells
@@ -240,12 +246,28 @@ class Core:
         if grant is not None:
             check_senders(decoded, grant)
         tenant = "" if grant is None else grant.tenant
-        now_s, received_unix_ns = time.monotonic(), self._clock_ns()
-        taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
+        received_unix_ns = self._clock_ns()
+        taking = self._taking(decoded, received_unix_ns, tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
         self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
+
+    def _taking(self, decoded: DecodedRequest, received_unix_ns: int, tenant: str) -> Generator[None, None, Acceptance]:
+        """Stores the phases of a request and gives its points to the assembler, in parts.
+
+        Raises:
+            StoreFull: the phases could not be stored; no point was taken.
+        """
+        left_out = (yield from self._hours.taking(decoded.phases, tenant)) if decoded.phases else 0
+        now_s = time.monotonic()
+        taken = yield from self._assembler.taking(
+            decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant
+        )
+        if not left_out:
+            return taken
+        rejected = Counter({**taken.rejected, NO_ROOM_FOR_PHASES: left_out})
+        return taken._replace(accepted=taken.accepted - left_out, rejected=rejected)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
         """Stores the frames that a request completes, and the request's bytes for frames that still wait."""
@@ -255,8 +277,6 @@ class Core:
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
-        if decoded.phases:
-            self._hours.take(decoded.phases)
         body = decoded.needed(kept.body, self._assembler.waiting())
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
@@ -467,7 +487,7 @@ class Core:
         except Exception as error:  # noqa: BLE001 - the writer's new steps must still be taken
             self._fault("going on from stored steps", error)
             return
-        outcome = self._store.outcomes().get(origin) if items else None
+        outcome = self._store.outcomes(origin.run_id).get(origin) if items else None
         ended = {} if outcome is None else {origin: outcome}
         if items:
             now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
@@ -646,7 +666,7 @@ class Core:
         """
         check_puller(request.run_id, grant)
         hours, accounts = await in_turns(self._accounting(request.run_id))
-        return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
+        return await in_turns(hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS))
 
     async def run_hours(self, run_id: str) -> RunHours:
         """Does the same, as plain values.
@@ -660,7 +680,7 @@ class Core:
         """Returns where the hours of a run went, and the accounts of its processes, in parts."""
         return self._hours.accounting(run_id)
 
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
+    async def events(self, request: EventsRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> EventsResponse:
         """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
 
         Raises:
@@ -673,10 +693,11 @@ class Core:
         deadline_s = time.monotonic() + request.wait_s
         rank = request.rank if request.HasField("rank") else None
         while True:
-            found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
-            is_over = self._is_ending or time.monotonic() >= deadline_s
-            if found is not None and (found.events or is_over):
-                return await in_turns(events_message(found))
+            async with bounds.turn():
+                found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
+                is_over = self._is_ending or time.monotonic() >= deadline_s
+                if found is not None and (found.events or is_over):
+                    return await in_turns(events_message(found))
             if is_over and self._store.holds(request.run_id):
                 return EventsResponse(cursor=request.cursor)
             if is_over:
@@ -779,7 +800,14 @@ class Core:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
         made = {"made step bytes": (float(self._made.used), float(self._made.most))}
-        return {**self._assembler.use(), **self._store.use(), **self._events.use(), **bodies, **made}
+        return {
+            **self._assembler.use(),
+            **self._store.use(),
+            **self._events.use(),
+            **self._hours.use(),
+            **bodies,
+            **made,
+        }
 
     @property
     def refused_events(self) -> Mapping[str, int]:
@@ -788,8 +816,9 @@ class Core:
 
     @property
     def damaged(self) -> Mapping[str, int]:
-        """Counts of damaged entries that were removed from the store, by kind."""
-        return self._store.damaged
+        """Counts of damaged entries that were removed from the store, by kind; ``store`` are whole files."""
+        files = self._events.damaged + self._hours.damaged
+        return {**self._store.damaged, "store": self._store.damaged["store"] + files}
 
     def tenant(self, run_id: str) -> str:
         """Returns the tenant that owns a run."""

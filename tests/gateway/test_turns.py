@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attack import beside
 from frame_examples import RUN, TIME_UNIX_NS, make_frame, seed_table
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from patience import cpu_patience
@@ -37,7 +38,7 @@ from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.gateway.store.sqlite import FileStore
 from esper_otel.gateway.turns import Turn, in_turns
 from esper_otel.leyline import SystemStatePacket
-from esper_otel.pull.messages import PullRequest, Step
+from esper_otel.pull.messages import HoursRequest, PullRequest, Step
 from esper_otel.schema import FRAME_POINTS, FRAME_SEQUENCE, SEED_CELLS
 
 pytestmark = pytest.mark.lengthy
@@ -144,6 +145,25 @@ def test_no_turn_is_long(turns: list[float], tmp_path: Path, is_stored: bool) ->
 
     run_in_short_turns(scenario, turns)
     assert len(turns) > 100
+
+
+def test_what_is_beside_steps_is_taken_in_short_turns(turns: list[float], tmp_path: Path) -> None:
+    """Signs of life of very many runs, phases of very many names, and the hours that are made of them."""
+
+    async def scenario() -> None:
+        core = Core(FileStore(tmp_path))
+        core.start()
+        try:
+            assert await core.take(beside.lives("rogue-", 50_000)) == (0, "")
+            for first in range(0, 30_000, 10_000):
+                assert await core.take(beside.phases("rogue", first, 10_000)) == (0, "")
+            assert len((await core.run_hours("rogue")).run.parts) < 100
+            page = await core.hours(HoursRequest(run_id="rogue", with_accounts=True))
+            assert len(page.phases) == 1_000
+        finally:
+            core.close()
+
+    run_in_short_turns(scenario, turns)
 
 
 def test_a_large_request_is_decoded_elsewhere(turns: list[float]) -> None:
