@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from esper_otel.hours.account import Account, StepTimes, Times
 
+_MOST_NAMES, _OTHER = 256, "other"
 _FEWEST_TOLD = 8
 _MOST_TOLD = 128  # knots, and groups of phases inside steps: about 14 kB
 
@@ -25,7 +26,7 @@ def account_text(account: Account, most: int = _MOST_TOLD) -> str:
         {
             **account.as_json(),
             "knots": account.knots[every - 1 :: every],
-            "phases": account.phases,
+            "phases": _most_of(account.phases),
             "inside": _grouped(account, most),
             "starts": account.starts,
             "ends": account.ends,
@@ -47,6 +48,17 @@ def account_of(text: str) -> Account:
     account.starts = int(said["starts"][0]), int(said["starts"][1])
     account.ends = int(said["ends"])
     return account
+
+
+def _most_of(phases: Mapping[str, tuple[float, float]]) -> Mapping[str, tuple[float, float]]:
+    """Returns the totals of phases by name; if they are very many, the shortest become one."""
+    if len(phases) <= _MOST_NAMES:
+        return phases
+    longest = sorted(phases, key=lambda name: -phases[name][0])
+    rest = [phases[name] for name in longest[_MOST_NAMES:]]
+    told = {name: phases[name] for name in longest[:_MOST_NAMES]}
+    total_ms, inside_ms = told.get(_OTHER, (0.0, 0.0))
+    return {**told, _OTHER: (total_ms + sum(each for each, _ in rest), inside_ms + sum(each for _, each in rest))}
 
 
 def _grouped(account: Account, most: int) -> list[tuple[str, int, int, float]]:

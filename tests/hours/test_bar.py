@@ -214,6 +214,10 @@ def test_very_many_names_of_phases_become_one_part() -> None:
     assert len(bar.parts) == 96 + 1
     assert {"p200", "p105", "other"} <= bar.parts.keys()
     assert sum(bar.parts.values()) == pytest.approx(bar.wall_ms)
+    account = account_of([start], [phase._replace(name=f"p{n}") for n, phase in enumerate(2 * phases)])
+    told = account_said(account_text(account))
+    assert len(told.phases) == 256 + 1
+    assert sum(total for total, _ in told.phases.values()) == sum(total for total, _ in account.phases.values())
 
 
 def test_the_text_has_each_part_with_its_share() -> None:

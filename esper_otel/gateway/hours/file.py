@@ -220,7 +220,7 @@ class HoursFile:
                 _MOST_NEWEST,
                 count,
             )
-        sender.shrink_at = sender.count + _MOST_PHASES - _FEWER
+        sender.shrink_at = sender.count + max(_MOST_PHASES - _FEWER, sender.count // 8)
 
     def _note_dropped(self, sender: _PhasesOfRun, count: int) -> None:
         sender.count -= count
