@@ -25,7 +25,7 @@ from esper_otel.hours.bar import Bar, PhaseInfo, RunHours, bar_of_run, making_ba
 from esper_otel.log import Warnings
 
 _NAMES = ("input_wait_ms", "step_latency_ms", "hook_latency_ms", "kasmina.finalize_ms")
-_AT_ONCE = 64
+_AT_ONCE, _MOST_SEEDS = 64, 1_000  # steps, and seeds of all of them
 _MOST_RUNS, _MOST_IN_MEMORY = 1_000, 10_000  # runs, and processes of all of them together
 _IDLE_S = 24 * 3600.0  # of phases without steps
 _STORED_EVERY = 1_000  # steps
@@ -142,7 +142,7 @@ class Hours:
         for run_id, some in groupby(items, attrgetter("origin.run_id")):
             steps, run = list(some), self._runs.get(run_id)
             self._changed[run_id] = None
-            if run is None and len(steps) <= _AT_ONCE and sum(self._store.counts(run_id).values()) == len(steps):
+            if run is None and _are_few(steps) and sum(self._store.counts(run_id).values()) == len(steps):
                 finished(self._read(run_id))  # a new run
             elif run is not None and run.is_current:
                 for item in steps:
@@ -263,6 +263,11 @@ class Hours:
             if run.since:
                 finished(self._putting(run_id, run))
         self._file.close()
+
+
+def _are_few(steps: Sequence[Item]) -> bool:
+    """Whether reading these steps again takes a short time."""
+    return len(steps) <= _AT_ONCE and sum(len(item.frame.live.ids) for item in steps) <= _MOST_SEEDS
 
 
 def summing(
