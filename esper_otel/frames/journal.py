@@ -153,7 +153,7 @@ def entries_in(content: bytes, checked: Callable[[object], EntryT], after: int) 
     for line in content.splitlines():
         try:
             entry = checked(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             continue
         if entry.number > after:
             after = entry.number
