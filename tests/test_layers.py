@@ -20,7 +20,7 @@ pytestmark = pytest.mark.own_code
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
-BASE = {"text", "log", "native", "unix", "untraced", "varint"}
+BASE = {"text", "log", "native", "unix", "untraced", "tracebacks", "varint"}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "captures": set[str](),
     "local_ports": set[str](),
     "untraced": set[str](),
+    "tracebacks": set[str](),
     "log": {"text", "untraced"},
     "schema": set[str](),
     "hours": set[str](),
