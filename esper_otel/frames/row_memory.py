@@ -1,8 +1,10 @@
-"""Memory of chunks: pages of their own, used again once nobody looks at them any more."""
+"""Memory of chunks: pages of their own, used again once no reader has them any more."""
 
 from __future__ import annotations
 
-from mmap import MAP_ANONYMOUS, MAP_POPULATE, MAP_PRIVATE, mmap
+import mmap as pages
+import sys
+from mmap import mmap
 
 _LEAST_BYTES = 64 * 1024
 
@@ -25,8 +27,8 @@ class RowMemory:
     __slots__ = ("content", "offsets")
 
     def __init__(self, capacity: int, rows: int) -> None:
-        self.content: bytearray | mmap = _memory(capacity, MAP_POPULATE)
-        self.offsets: bytearray | mmap = _memory(4 * rows, 0)  # few are used where rows are long
+        self.content: bytearray | mmap = _memory(capacity)
+        self.offsets: bytearray | mmap = _memory(4 * rows, is_used=False)  # few are used where rows are long
 
     @property
     def can_be_used_again(self) -> bool:
@@ -44,7 +46,9 @@ class RowMemory:
         return self.can_be_used_again and len(self.content) == capacity
 
 
-def _memory(size: int, flags: int) -> bytearray | mmap:
-    if size < _LEAST_BYTES:
+def _memory(size: int, *, is_used: bool = True) -> bytearray | mmap:
+    """Returns memory. Pages of their own are for Linux: other systems cannot say whether something refers to them."""
+    if size < _LEAST_BYTES or sys.platform != "linux":
         return bytearray(size)
-    return mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS | flags)  # private, so that forked children do not share it
+    flags = pages.MAP_PRIVATE | pages.MAP_ANONYMOUS  # private, so that forked children do not share it
+    return mmap(-1, size, flags=flags | pages.MAP_POPULATE if is_used else flags)

@@ -302,9 +302,9 @@ def test_memory_is_used_again_but_not_while_a_reader_has_it(kind: str, monkeypat
     """New memory costs more than what is written to it; a frame that somebody keeps must stay as it is."""
     taken, new = list[int](), row_memory._memory
 
-    def counted(size: int, flags: int) -> object:
+    def counted(size: int, *, is_used: bool = True) -> object:
         taken.append(size)
-        return new(size, flags)
+        return new(size, is_used=is_used)
 
     monkeypatch.setattr(row_memory, "_memory", counted)
     ring, kept = Ring(2**24), list[tuple[Frame, bytes]]()
