@@ -31,6 +31,8 @@ from esper_otel.gateway.notify.watcher import Watcher
 from esper_otel.gateway.notify.webhook import Webhook, WebhookAddress
 from esper_otel.settings import EsperSettings
 
+pytestmark = pytest.mark.own_code
+
 
 class Hook:
     """A webhook on loopback. ``answers`` are the next statuses; afterwards 200."""
