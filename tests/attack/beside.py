@@ -12,7 +12,7 @@ from log_requests import request as log_request
 
 from attack.otlp import message, packed
 from attack.target import Attack, Target, bearer
-from esper_otel.pull.client import method
+from esper_otel.pull.calls import method
 from esper_otel.pull.messages import EventsRequest, HoursRequest
 
 _PHASE = "esper.phase.length_ms"

@@ -160,7 +160,7 @@ def runner_of(app: web.Application, warnings: Warnings, *, shutdown_timeout: flo
 class _MetricsText:
     """The text of ``/metrics``. Anybody may ask for it, so that making it takes a tenth of the time at most."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: PullCore) -> None:
         self._core = core
         self._text = b""
         self._until_s = -math.inf
