@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaException
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.events.event_file import StoredEvent
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
@@ -25,7 +25,7 @@ from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
-from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.pages import FREE, Bounds, PulledPage, packets_after, packets_of, page
 from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.security import BadRequest, Grant
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
@@ -37,6 +37,9 @@ from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import EventsRequest, EventsResponse, PullRequest
+
+if TYPE_CHECKING:
+    from esper_otel.gateway.events.event_file import StoredEvent
 
 _MOST_TAIL_BYTES = 256 * 1024 * 1024
 _UNUSED_S = 120.0
@@ -373,7 +376,12 @@ class TierCore(PullCore):
             await asyncio.to_thread(each.close)
         return FetchedEntries(self._tier.generation, wanted, stands, read.entries, later), later
 
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:  # noqa: ARG002
+    async def events(
+        self,
+        request: EventsRequest,  # noqa: ARG002
+        grant: Grant | None = None,  # noqa: ARG002
+        bounds: Bounds = FREE,  # noqa: ARG002
+    ) -> EventsResponse:
         """Refuses: a tier has no events.
 
         Raises:
