@@ -19,6 +19,8 @@ from esper_otel.gateway.store.base import StoreFull
 from esper_otel.gateway.turns import finished
 from esper_otel.log import Warnings
 
+pytestmark = pytest.mark.own_code
+
 LIMITS = Limits()
 
 
