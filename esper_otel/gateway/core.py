@@ -114,6 +114,7 @@ class Core:
         rules: the risk rules.
         latency_budget_ms: a seed is DEGRADED if its last kernel took longer than this.
         clock_ns: Unix time, in nanoseconds.
+        life_of_events: see ``EventFile``.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Core:
         rules: tuple[Rule, ...] = RULES,
         latency_budget_ms: float = 10.0,
         clock_ns: Callable[[], int] = time.time_ns,
+        life_of_events: str | None = None,
     ) -> None:
         self._store = store
         self._clock_ns = clock_ns
@@ -156,7 +158,7 @@ class Core:
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
-        self._events = RunEvents(folder, self._limits, self.counts, self._warnings)
+        self._events = RunEvents(folder, self._limits, self.counts, self._warnings, life_of_events)
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason
         self.deferred: Counter[str] = Counter()  # likewise
@@ -229,7 +231,7 @@ class Core:
                 self._warnings.say("store", "%s; senders are asked to retry", error)
                 raise
             finally:
-                self.wake(map(_events_of, runs))
+                self.wake(map(events_of, runs))
             refused.update(decoded.refused)
             self.counts["log_requests"] += 1
             return Answer(refused.total(), self._events.note(refused, decoded.ignored))
@@ -681,7 +683,7 @@ class Core:
                 return EventsResponse(cursor=request.cursor)
             if is_over:
                 raise UnknownRun(f"nothing of run {request.run_id!r} is here")
-            await self._news(_events_of(request.run_id), deadline_s)
+            await self._news(events_of(request.run_id), deadline_s)
 
     def newest_events(self, run_id: str, rank: int) -> list[StoredEvent]:
         """Returns the newest events of a rank, oldest first."""
@@ -801,7 +803,7 @@ class Core:
         return not self._unsaved
 
 
-def _events_of(run_id: str) -> str:
+def events_of(run_id: str) -> str:
     """Returns under which name pullers wait for events of a run; no run has such a name."""
     return f"events\0{run_id}"
 

@@ -94,6 +94,8 @@ def entries_of(record: Record, stand: Stand, rank: int | None) -> list[Entry]:
     last = len(block.frames) - 1
     index = stand.taken if stand.offset == record.offset else 0
     number = stand.number
+    if first == 1 and not index:
+        number = 0  # its writers had been silent for so long that they were forgotten, and are counted anew
     for place in range(index, last + 1):
         item, loss_before = block.frames[place]
         mine = first + place
