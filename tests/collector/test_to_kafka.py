@@ -26,6 +26,7 @@ def test_steps_reach_pullers_through_the_collector(
     collector = Collector(tmp_path, *configs, ESPER_KAFKA=broker, ESPER_KAFKA_TOPICS=tier.prefix)
     with collector, tier.member("one"), tier.server() as server:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{collector.grpc}")
+        monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
         for rank in range(3):
             fast = EsperSettings(export_every_s=0.05)
             with esper_otel.start(run_id="through", rank=rank, world_size=3, settings=fast) as telemetry:
@@ -36,6 +37,7 @@ def test_steps_reach_pullers_through_the_collector(
         puller.pull(90)
         assert puller.losses == {rank: [rank * 1e6 + step for step in range(1, 31)] for rank in range(3)}
         until("the end", lambda: _ended(server.grpc) == "completed")
+        until("the events", lambda: _events(server.grpc) == {(rank, number) for rank in range(3) for number in (1, 2)})
         _check_too_large(tier, collector, server)
     places: dict[int, set[tuple[bytes, int]]] = {}
     for record in tier.records("otlp"):
@@ -50,6 +52,12 @@ def test_steps_reach_pullers_through_the_collector(
 def _ended(address: str) -> str | None:
     with esper_otel.TamiyoClient(address) as client:
         return client.ended("through")
+
+
+def _events(address: str) -> set[tuple[int, int]]:
+    """Rank and number of each event."""
+    with esper_otel.TamiyoClient(address) as client:
+        return {(event.rank, event.number) for event in client.events("through")}
 
 
 def _check_too_large(tier: Tier, collector: Collector, server: RunningTierProcess) -> None:

@@ -111,6 +111,13 @@ def block_bytes(block: FrameBatch) -> bytes:
     return b"".join(parts)
 
 
+def frames_of(value: bytes) -> int:
+    """Returns how many frames a record says that it has; 0 if it has another form."""
+    if value[:1] != bytes((VERSION,)) or len(value) < _HEAD.size:
+        return 0
+    return int(_HEAD.unpack_from(value)[1])
+
+
 def block_of(key: bytes, value: bytes) -> FrameBatch:
     """Returns the block in a record.
 
