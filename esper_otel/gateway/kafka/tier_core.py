@@ -14,7 +14,7 @@ from functools import partial
 from confluent_kafka import KafkaException
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.core import Core, events_of
+from esper_otel.gateway.events.run_events import RunEvents
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
@@ -26,7 +26,9 @@ from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topic_readers import EventTopicReader, NewEvents, NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
-from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.limits import Limits
+from esper_otel.gateway.pages import FREE, Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.pull_core import PullCore, events_of
 from esper_otel.gateway.security import BadRequest, Grant, check_puller
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
@@ -54,7 +56,7 @@ _MOST_NEWS = 8  # batches of states that wait to be noted
 
 
 class TierStore(Store):
-    """What ``Core`` asks a store, answered from the topic of states. Frames are fetched for each request instead."""
+    """What ``PullCore`` asks a store, answered from the topic of states. Each request fetches its frames itself."""
 
     def __init__(self, known: KnownStates, size: Callable[[], int]) -> None:
         super().__init__()
@@ -97,14 +99,14 @@ class TierStore(Store):
         return {"tail bytes": (float(self._size()), float(_MOST_TAIL_BYTES))}
 
 
-class TierCore(Core):
+class TierCore(PullCore):
     """Answers pullers from the topics of a tier.
 
     Args:
         connection: the way to the brokers.
         tier: the topics.
         rules: the risk rules.
-        latency_budget_ms: see ``Core``.
+        latency_budget_ms: see ``PullCore``.
     """
 
     def __init__(
@@ -112,14 +114,10 @@ class TierCore(Core):
     ) -> None:
         self._known = KnownStates()
         self._tails: dict[int, Tail] = {}
-        super().__init__(
-            TierStore(self._known, self._size),
-            rules=rules,
-            latency_budget_ms=latency_budget_ms,
-            life_of_events=tier.of_events or None,
-        )
+        store = TierStore(self._known, self._size)
+        super().__init__(store, self._known, rules=rules, latency_budget_ms=latency_budget_ms)
+        self._events = RunEvents(None, Limits(), self.counts, self._warnings, tier.of_events or None)
         self._connection, self._tier = connection, tier
-        self._states = self._known
         self._ranks = self._known.ranks
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._past = PastReaders()
@@ -136,7 +134,6 @@ class TierCore(Core):
 
     def start(self) -> None:
         """Starts reading; call it in the event loop."""
-        super().start()
         loop = asyncio.get_running_loop()
 
         def soon(call: Callable[..., None], *arguments: object) -> None:
@@ -167,6 +164,11 @@ class TierCore(Core):
         """Likewise, events."""
         self._room_for_events.acquire(timeout=_ANSWER_S)
         self._soon(self._events_read.put_nowait, (events, is_end))
+
+    def close(self) -> None:
+        """Answers waiting pullers; the readers have ended."""
+        self.end_waiting()
+        self._events.close()
 
     async def stop(self) -> None:
         """Ends the readers; call it before ``close``."""
@@ -235,13 +237,14 @@ class TierCore(Core):
             for partition in [each for each, tail in self._tails.items() if now_s - tail.used_s > _UNUSED_S]:
                 del self._tails[partition]
                 self._tail_reader.leave(partition)
+            self._events.drop((), self._store.holds)  # those of which nothing else is known, after a day
             for reader in self._past.unused():
                 await asyncio.to_thread(reader.close)
             for key in [key for key, viewed in self._viewed.items() if now_s - viewed.used_s > _VIEWED_S]:
                 self._viewed.pop(key).close()
 
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
-        """Returns them as they were up to five seconds ago. See ``Core``."""
+        """Returns them as they were up to five seconds ago. See ``PullCore``."""
         return self._known.hours(run_id)
 
     # -- pulling -----------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ class TierCore(Core):
         return found
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
-        """Returns the steps after a cursor, for a reader in this process. See ``Core``."""
+        """Returns the steps after a cursor, for a reader in this process. See ``PullCore``."""
         fetched = await self.fetch(run_id, cursor, PullSelection(), most)
         made = partial(packets_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
         found = await packets_after(fetched, run_id, fetched.first, most, made, self._clock_ns)
@@ -398,8 +401,8 @@ class TierCore(Core):
             await asyncio.to_thread(each.close)
         return FetchedEntries(self._tier.generation, wanted, stands, read.entries, later), later
 
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
-        """Returns the events after a cursor. See ``Core``.
+    async def events(self, request: EventsRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> EventsResponse:
+        """Returns the events after a cursor. See ``PullCore``.
 
         Raises:
             Busy: they have not all been read yet.
@@ -407,7 +410,7 @@ class TierCore(Core):
         if self._has_unread_events:
             check_puller(request.run_id, grant)
             raise Busy("the events of the runs have not all been read yet")
-        return await super().events(request, grant)
+        return await super().events(request, grant, bounds)
 
     async def _note_events(self) -> None:
         while True:
