@@ -656,9 +656,8 @@ class StepExporter:
             return False
         if leftover.run is not None:  # the session may have noted its first events before the ranks agreed on its name
             leftover.events.settle(leftover.run, leftover.encoder.resource(leftover.run))
-        unix_ns = max(leftover.streams.last_unix_ns, leftover.sent_unix_ns, 0)
-        leftover.events.reader.end(leftover.outcome, unix_ns)
-        leftover.folder.delete_frames()  # so that the end of the run is not sent again if its events have to wait
+        leftover.events.reader.end(leftover.outcome, leftover.newest_unix_ns)
+        leftover.folder.delete_delivered()  # so that the end of the run is not sent again if its events have to wait
         self._events.adopt(leftover.events)
         self._say_recovered(leftover)
         return True

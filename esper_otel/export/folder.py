@@ -181,13 +181,13 @@ class Folder:
             return 0
 
     def delete(self, name: str) -> None:
-        """Deletes a file of frames."""
+        """Deletes a file of frames or phases."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._descriptor)
 
-    def delete_frames(self) -> None:
-        """Deletes all files of frames."""
-        for name in self.segments():
+    def delete_delivered(self) -> None:
+        """Deletes all files of frames and phases, of which everything is delivered: only events wait."""
+        for name in (*self.segments(), PHASES):
             self.delete(name)
 
     def note_outcome(self, outcome: str) -> None:

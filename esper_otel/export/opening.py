@@ -82,29 +82,31 @@ def open_exporter(
     warnings: Warnings,
     events: EventWiring | None = None,
     device: Callable[[], Sequence[DevicePoint]] = tuple,
+    is_certain: bool = False,
 ) -> StepExporter:
     """Creates the exporter without starting it. See ``StepExporter`` for the arguments.
 
     ``run_of`` returns the run as it is known now, for the file of phases; ``settled_run`` the run that its ranks agree
-    on, and is called if the session closes without any step.
+    on, and is called if the session closes without any step. With ``is_certain``, the run will not be another one at
+    the first step: a spool then keeps it from the start, so that the next session can tell of it if this one is killed.
 
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
     """
     directory, spool = settings.spool_dir, None
     if directory is not None:
-        most_bytes = settings.spool_bytes
-        spool = Spool(directory, ring, catalogue, resource_of, most_bytes=most_bytes, warnings=warnings)
+        spool = Spool(directory, ring, catalogue, resource_of, most_bytes=settings.spool_bytes, warnings=warnings)
     phase_file = None
     if spool is not None:
         phase_file = JournalFile(spool.folder, PHASES, phases, run_of, resource_of, warnings)
+    if phase_file is not None and is_certain:
+        phase_file.write(())
 
     def leftovers() -> Iterable[LeftoverSource]:
         if directory is None:
             return ()
-        reader_of = None if events is None else events.reader_of
-        most_bytes = settings.spool_bytes
-        return leftovers_in(directory, Encoder, fault, most_bytes=most_bytes, warnings=warnings, reader_of=reader_of)
+        readers, most_bytes = None if events is None else events.reader_of, settings.spool_bytes
+        return leftovers_in(directory, Encoder, fault, most_bytes=most_bytes, warnings=warnings, reader_of=readers)
 
     def live_events() -> EventExporter:
         assert events is not None

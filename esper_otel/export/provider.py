@@ -133,11 +133,16 @@ def events_exporter(
 ) -> EventsExporter:
     """Reads ``OTEL_LOGS_EXPORTER``: events are sent if it names ``otlp``. Its other exporters are not for events.
 
+    With ``OTEL_SDK_DISABLED``, none are, and it is not looked at.
+
     Args:
         environ: the environment.
         ignored: called with a message for each name that no exporter of logs has.
     """
-    _, setting = Variables(environ).text(_LOGS_EXPORTER)
+    variables = Variables(environ, lambda _: None)  # the exporters of metrics have reported the switch
+    if _is_disabled(variables):
+        return EventsExporter(False, None)
+    _, setting = variables.text(_LOGS_EXPORTER)
     words = [word for word in (part.strip().lower() for part in setting.split(",")) if word]
     unknown = [word for word in words if word not in {*_PROTOCOLS, "none", "console"}]
     if unknown:  # or else looking for what is installed would take time in every program

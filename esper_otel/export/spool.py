@@ -253,7 +253,7 @@ class Spool:
                 else:
                     try:
                         if is_delivered:
-                            self._folder.delete_frames()
+                            self._folder.delete_delivered()
                         self._folder.note_outcome(outcome)
                     finally:
                         self._folder.release()

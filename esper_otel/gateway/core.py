@@ -156,7 +156,7 @@ class Core:
         self.publisher: Publisher | None = None  # publishes on Oona, if configured
         self.notices: Counter[str] = Counter()  # of those whom --notify tells
         self.counts: Counter[str] = Counter()
-        self._events = RunEvents(folder, self._limits, self.counts, self._warnings)
+        self._events = RunEvents(folder, self._limits, self.counts, self._warnings, store.age_s)
         self.rejected: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()  # whole requests, by reason
         self.deferred: Counter[str] = Counter()  # likewise

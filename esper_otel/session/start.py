@@ -6,6 +6,7 @@ import importlib
 import itertools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -29,7 +30,7 @@ from esper_otel.export.exporter import StepExporter
 from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
 from esper_otel.export.opening import EventWiring, open_exporter, token_for
-from esper_otel.export.provider import Exporters, OwnProvider, events_exporter, exporters_for
+from esper_otel.export.provider import EventsExporter, Exporters, OwnProvider, events_exporter, exporters_for
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import warn as ignored
@@ -169,9 +170,10 @@ def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
     configured(settings.risk_thresholds)
     exporters = exporters_for(has_provider=False, export_steps=None)
     endpoint = _endpoint(settings, exporters)
+    events = events_exporter()
     if endpoint is not None:
         open_sender(endpoint, settings.token_file).close()
-        _logs_endpoint(settings)
+        _logs_endpoint(settings, events)
     return endpoint
 
 
@@ -184,9 +186,8 @@ def _endpoint(settings: EsperSettings, exporters: Exporters) -> Endpoint | None:
     return endpoint_from_environment(protocol=exporters.protocol)
 
 
-def _logs_endpoint(settings: EsperSettings) -> Endpoint | None:
+def _logs_endpoint(settings: EsperSettings, exporter: EventsExporter) -> Endpoint | None:
     """Returns where events are sent, or the directory that they are written to; None if they are not."""
-    exporter = events_exporter()
     if not exporter.is_on:
         return None
     if settings.export_file is not None:
@@ -263,6 +264,7 @@ class _Session:
         self._black_box = self._opened_black_box(settings)
         self._publisher.alarmed = self._black_box.loss_is_not_finite
         self._recorder = self._opened_recorder(settings)
+        self._lacks_events = False
         self._events = self._opened_events(settings, endpoint)
         self._for_alerts = _for_alerts(settings.risk_thresholds, self._resource_of(run).attributes)
         if device is not None:
@@ -330,12 +332,12 @@ class _Session:
 
     def _opened_events(self, settings: EsperSettings, endpoint: Endpoint | None) -> EventNotes | None:
         """Returns what notes events; None if they are not sent."""
-        if endpoint is None:
-            return None
 
         def opened() -> EventNotes | None:
-            logs = _logs_endpoint(settings)
-            if logs is None:
+            exporter = events_exporter()  # also where nothing is sent, since it reports names that nobody has
+            self._lacks_events = exporter.is_on and endpoint is None
+            logs = None if endpoint is None else _logs_endpoint(settings, exporter)
+            if logs is None or endpoint is None:
                 return None
             sender = open_sender(logs, token_for(logs, endpoint, settings.token_file))
             return EventNotes(self._recorder, self._mistakes, logs, sender)
@@ -412,6 +414,7 @@ class _Session:
             warnings=self._warnings,
             events=None if self._events is None else self._event_wiring(self._events),
             device=self.device_points,
+            is_certain=self._agreement is None and not _is_spawned(),
         )
         publisher.published = exporter.published()
         return exporter
@@ -478,7 +481,7 @@ class _Session:
         name = "its ranks agree on the run id at the first step" if is_open else f"run {run.run_id}"
         parts = [name, f"rank {run.rank} of {run.world_size}"]
         parts.append(
-            f"steps are not sent ({off})"
+            f"steps are not sent ({off})" + ", so events are not either" * self._lacks_events
             if endpoint is None
             else f"writing every step to files in {endpoint.target}"
             if endpoint.protocol == "file"
@@ -759,6 +762,12 @@ def _close_earlier(rank: int) -> None:
             run_id = session.run_id
             session.close(outcome="exit")
             announce("notebook", f"run {run_id} was still open and is closed now, because a new session starts")
+
+
+def _is_spawned() -> bool:
+    """Whether ``multiprocessing`` started this process: maybe as a rank, which is named at the first step only."""
+    module = sys.modules.get("multiprocessing.process")
+    return module is not None and module.parent_process() is not None
 
 
 def _began_unix_ns() -> int:

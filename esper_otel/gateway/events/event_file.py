@@ -20,6 +20,7 @@ from esper_otel.gateway.store.side_file import SideFile
 from esper_otel.log import Warnings
 
 FILE = "events.sqlite3"
+# ``runs.received`` is the age of the store when the newest event came.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     id INTEGER PRIMARY KEY, run TEXT UNIQUE, life TEXT, last INTEGER, tenant TEXT, received REAL
@@ -103,7 +104,7 @@ class _EventfulRun:
         life: tells its events from those of an earlier file.
         last: the position of its newest event.
         tenant: whose share it uses.
-        received_s: when its newest event arrived, in Unix seconds.
+        received_s: when its newest event arrived, by the age of the store.
         count: how many events it has.
         numbers: of each rank and attempt, the highest number, and how many numbers there are.
     """
@@ -124,17 +125,17 @@ class EventFile:
         folder: the folder of the store; None keeps everything in memory.
         limits: how many there may be.
         warnings: where damage is reported.
-        clock_s: Unix time, in seconds.
+        age_s: a time in seconds that passes only while a gateway runs, and never jumps: see ``Store.age_s``.
 
     Attributes:
         places: the room for events, and how much of it is used.
     """
 
     def __init__(
-        self, folder: Path | None, limits: Limits, warnings: Warnings, clock_s: Callable[[], float] = time.time
+        self, folder: Path | None, limits: Limits, warnings: Warnings, age_s: Callable[[], float] = time.monotonic
     ) -> None:
         self._limits = limits
-        self._clock_s = clock_s
+        self._age_s = age_s
         self._warnings = warnings
         self._runs: dict[str, _EventfulRun] = {}
         self.places: SharedPlaces = SharedPlaces(limits.all_events)
@@ -151,7 +152,8 @@ class EventFile:
         for number, run, life, last, tenant, received_s in connection.execute(_RUNS):
             if list(map(type, (run, life, last, tenant, received_s))) != [str, str, int, str, float]:
                 raise sqlite3.DatabaseError(_STRANGE)
-            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, received_s)
+            # An earlier version noted Unix time; and after a kill, the store's age may be behind.
+            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, min(received_s, self._age_s()))
         for number, rank, attempt, highest, distinct, count in connection.execute(_COUNTED):
             if not type(rank) is type(attempt) is type(highest) is int:
                 raise sqlite3.DatabaseError(_STRANGE)
@@ -220,7 +222,7 @@ class EventFile:
             return NO_ROOM_FOR_EVENTS
         if run is None:
             run = self._runs[of.run_id] = self._begin(connection, of.run_id, tenant)
-        run.last, run.count, run.received_s = run.last + 1, run.count + 1, self._clock_s()
+        run.last, run.count, run.received_s = run.last + 1, run.count + 1, self._age_s()
         process, missed = _digest(event.sender.process) if times else "", 0
         if not times:
             highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
@@ -294,7 +296,7 @@ class EventFile:
 
     def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
         """Returns the runs that are not known, and of which no event has arrived for so long."""
-        before_s = self._clock_s() - idle_s
+        before_s = self._age_s() - idle_s
         return [run_id for run_id, run in self._runs.items() if run.received_s < before_s and not is_known(run_id)]
 
     def count(self, run_id: str) -> int:
@@ -328,14 +330,22 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     """Returns an event from its row; None if a gateway cannot have written it."""
     try:
         event = StoredEvent(*place, *json.loads(content))
+        values = event.attributes.values()
         texts = (event.process, event.name, event.text, *event.attributes)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     numbers = (event.rank, event.attempt, event.number, event.missed, event.time_unix_ns, event.severity)
     further = [each for each in (event.step, event.epoch) if each is not None]
-    are_texts = all(type(each) is str for each in texts)
+    are_texts = all(type(each) is str and _is_value(each) for each in texts)
     are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
-    return event if are_texts and are_numbers else None
+    return event if are_texts and are_numbers and all(map(_is_value, values)) else None
+
+
+def _is_value(value: object) -> bool:
+    """Whether a message can carry it as the value of an attribute."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
 
 
 def _digest(process: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,15 +28,23 @@ class RunEvents:
         limits: how many there may be.
         counts: where events, repeated ones and ignored log records are counted.
         warnings: where faults are reported.
+        age_s: see ``Store.age_s``.
 
     Attributes:
         refused: events that were refused for good, by reason.
     """
 
-    def __init__(self, folder: Path | None, limits: Limits, counts: Counter[str], warnings: Warnings) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        limits: Limits,
+        counts: Counter[str],
+        warnings: Warnings,
+        age_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._counts = counts
         self._warnings = warnings
-        self._file = EventFile(folder, limits, warnings)
+        self._file = EventFile(folder, limits, warnings, age_s)
         self._gone: dict[str, None] = {}
         self.refused: Counter[str] = Counter()
 

@@ -34,6 +34,8 @@ _FIELDS = {
     "esper.phase.step": "step",
 }
 _MOST_PHASES = 1_000  # that are shown
+_IDLE_S = 24 * 3600.0
+_FORGOTTEN_AT_ONCE = 1_000  # runs
 _MS = 1_000_000
 
 
@@ -82,7 +84,7 @@ class Hours:
     def __init__(self, store: Store, folder: Path | None, warnings: Warnings) -> None:
         self._store = store
         self._warnings = warnings
-        self._file = HoursFile(folder, warnings)
+        self._file = HoursFile(folder, warnings, store.age_s)
         self._runs: OrderedDict[str, _RunAccounts] = OrderedDict()
         self._changed: dict[str, None] = {}
 
@@ -138,6 +140,8 @@ class Hours:
                 page = self._store.after(run_id, run.cursor, None, _AT_ONCE)
             except UnknownRun:
                 run.is_current = False
+                if not run.accounts:  # it has phases at most, which may come before its first step
+                    self._runs.pop(run_id, None)
                 break
             except StaleCursor:
                 run.cursor, run.is_current = "", False
@@ -152,7 +156,10 @@ class Hours:
         return run.accounts
 
     def tidying(self) -> Generator[None, None, None]:
-        """Brings the sums of the runs that have changed up to date and stores them; forgets runs that are gone."""
+        """Brings the sums of the runs that have changed up to date and stores them; forgets runs that are gone.
+
+        Those are the runs whose steps were dropped, and those of which there are no steps and no new phases for a day.
+        """
         for run_id in list(self._changed):
             self._changed.pop(run_id, None)
             yield from self._read(run_id)
@@ -161,12 +168,13 @@ class Hours:
                 self._put(run_id, run)
             yield
         stored = set(self._store.run_ids())
-        gone = [run_id for run_id in {*self._file.run_ids(), *self._runs} - stored if self._is_gone(run_id)]
+        gone = {run_id for run_id in {*self._file.run_ids(), *self._runs} - stored if self._is_gone(run_id)}
+        gone |= {*self._file.abandoned(stored.__contains__, _IDLE_S)[:_FORGOTTEN_AT_ONCE]}
         for run_id in gone:
             self._runs.pop(run_id, None)
         if gone:
             try:
-                self._file.forget(gone)
+                self._file.forget(sorted(gone))
             except StoreFull as error:
                 self._warnings.say("hours", "%s", error)
 

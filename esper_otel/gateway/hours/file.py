@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ FILE = "hours.sqlite3"
 _MOST_PHASES = 20_000  # of a run; the oldest are dropped first, but never the newest of a name, which has the totals
 _FEWER = 15_000
 _MOST_NEWEST = 100_000  # of a run, with those that have the totals: then the oldest attempts' are dropped as well
+_MOST_WITHOUT_STEPS = 10_000  # runs
+_NOTE_EVERY_S = 60.0
+# ``heard.age`` is the age of the store when the newest phase of a run came.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS phases (
     run TEXT, rank INTEGER, attempt INTEGER, name TEXT, ended INTEGER,
@@ -24,6 +29,9 @@ CREATE TABLE IF NOT EXISTS phases (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS accounts (
     run TEXT PRIMARY KEY, cursor TEXT, accounts TEXT
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS heard (
+    run TEXT PRIMARY KEY, age REAL
 ) WITHOUT ROWID;
 """
 _INSERT = """
@@ -79,13 +87,16 @@ class HoursFile:
     Args:
         folder: the folder of the store; None keeps everything in memory.
         warnings: where damage, and what is dropped, are reported.
+        age_s: see ``Store.age_s``.
 
     Attributes:
         dropped_totals: phases dropped although they had the totals of a rank, attempt and name.
     """
 
-    def __init__(self, folder: Path | None, warnings: Warnings) -> None:
+    def __init__(self, folder: Path | None, warnings: Warnings, age_s: Callable[[], float] = time.monotonic) -> None:
         self._warnings = warnings
+        self._age_s = age_s
+        self._heard: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._shrink_at: dict[str, int] = {}  # above _MOST_PHASES where those with totals are more than that
         self.dropped_totals: int = 0
@@ -94,6 +105,10 @@ class HoursFile:
     def _count(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("SELECT run, count(*) FROM phases GROUP BY run")
         self._counts, self._shrink_at = {str(run): count for run, count in found}, {}
+        now_s = self._age_s()
+        heard = {str(run): age for run, age in connection.execute("SELECT run, age FROM heard") if type(age) is float}
+        # A file of an earlier version does not tell; and after a kill, the store's age may be behind.
+        self._heard = {run: min(heard.get(run, now_s), now_s) for run in self._counts}
 
     def add(self, phases: Iterable[ReceivedPhase]) -> None:
         """Stores phases; one that is stored already is completed, not repeated.
@@ -104,9 +119,13 @@ class HoursFile:
         rows = [(run_id, *writer, *phase) for run_id, writer, phase in phases]
         if not rows:
             return
+        now_s, run_ids = self._age_s(), {row[0] for row in rows}
+        new = [run_id for run_id in run_ids if now_s > self._heard.get(run_id, -math.inf) + _NOTE_EVERY_S]
         with self._file.transaction() as connection:
             connection.executemany(_INSERT, rows)
-        for run_id in {row[0] for row in rows}:
+            connection.executemany("INSERT OR REPLACE INTO heard VALUES (?, ?)", [(run_id, now_s) for run_id in new])
+        self._heard |= dict.fromkeys(new, now_s)
+        for run_id in run_ids:
             self._counts[run_id] = self._counts.get(run_id, 0) + len(rows)
             if self._counts[run_id] > self._shrink_at.get(run_id, _MOST_PHASES):
                 self._shrink(run_id)
@@ -172,6 +191,14 @@ class HoursFile:
         found = self._file.rows("SELECT run FROM accounts UNION SELECT run FROM phases")
         return {str(run) for (run,) in found}
 
+    def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
+        """Returns the runs that are not known, and of which no phase has come for so long; of very many, the oldest."""
+        waiting = sorted((age_s, run_id) for run_id, age_s in self._heard.items() if not is_known(run_id))
+        before_s, surplus = self._age_s() - idle_s, len(waiting) - _MOST_WITHOUT_STEPS
+        if surplus > 0:
+            self._warnings.say("phases", "%d runs without a step have phases: those of the oldest are dropped", surplus)
+        return [run_id for place, (age_s, run_id) in enumerate(waiting) if place < surplus or age_s < before_s]
+
     def forget(self, run_ids: Sequence[str]) -> None:
         """Deletes everything about these runs.
 
@@ -179,10 +206,11 @@ class HoursFile:
             StoreFull: nothing was deleted.
         """
         with self._file.transaction() as connection:
-            for table in ("phases", "accounts"):
+            for table in ("phases", "accounts", "heard"):
                 connection.executemany(f"DELETE FROM {table} WHERE run = ?", [(run_id,) for run_id in run_ids])  # noqa: S608
         for run_id in run_ids:
             self._counts.pop(run_id, None)
+            self._heard.pop(run_id, None)
             self._shrink_at.pop(run_id, None)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from esper_otel import unix
 from esper_otel.errors import ConfigurationError
 from esper_otel.gateway.store.base import StoreFull
-from esper_otel.gateway.store.database import SUFFIXES, check_ours, is_damage
+from esper_otel.gateway.store.database import SUFFIXES, check_ours, is_damage, readable
 from esper_otel.log import Warnings
 
 # The file may be whole, but cannot be opened at present.
@@ -74,6 +74,7 @@ class SideFile:
                 os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | unix.FILE, 0o600))
         connection = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level=None)
         try:
+            connection.text_factory = readable
             connection.execute("PRAGMA trusted_schema = OFF")
             if self._path is not None:
                 connection.execute("PRAGMA journal_mode = WAL")
