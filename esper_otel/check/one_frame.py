@@ -25,8 +25,8 @@ from esper_otel.export.encode import Encoder, Request
 from esper_otel.export.endpoint import GRPC_NAMES, Endpoint, endpoint_from_environment
 from esper_otel.export.exporter import HEALTH_EVERY_S
 from esper_otel.export.file_sender import file_endpoint
-from esper_otel.export.opening import token_for
-from esper_otel.export.provider import events_exporter, exporters_from_environment
+from esper_otel.export.opening import shortest_period_s, token_for
+from esper_otel.export.provider import check_readers, events_exporter, exporters_from_environment
 from esper_otel.export.proxies import proxy_of
 from esper_otel.export.resource import resource_for
 from esper_otel.export.streams import Stream
@@ -41,6 +41,7 @@ from esper_otel.settings import EsperSettings, unknown_variables
 
 _ON_THE_WAY_S = 5.0  # time limit for all checks before the frame is sent
 _LONG_TIMEOUT_S = 600.0
+_AFTER_SIGNAL_S = 2.0
 
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # reported by OpenSSL before 3.2, and since 3.2
 _OF_CERTIFICATE = {  # OpenSSL's X509_V_ERR_*
@@ -145,6 +146,9 @@ def _read(settings: EsperSettings, environ: Mapping[str, str]) -> _RunSettings:
     identify(run_id=None, experiment=None, rank=None, world_size=None, environ=environ)
     exporters = exporters_from_environment(environ, ignored=_refuse)
     events = events_exporter(environ, ignored=_refuse)
+    check_readers(exporters.readers, environ, ignored=_refuse)
+    if exporters.steps:
+        shortest_period_s(settings, environ, ignored=_refuse)
     if exporters.steps and settings.export_file is not None:
         return _RunSettings(settings, file_endpoint(settings.export_file), "", None)
     endpoint = endpoint_from_environment(environ, protocol=exporters.protocol, ignored=_refuse)
@@ -359,22 +363,26 @@ def _send(endpoint: Endpoint, sender: Sender, run: Run, now_ns: int) -> tuple[Ou
     frame = Frame(run, 1, 1, 0, now_ns, ("loss",), (0.0,), {})
     encoder = Encoder({metric.name: metric for metric in METRICS}, resource_for)
     [request] = encoder.requests(blocks_of([frame]))
-    started_s = time.perf_counter()
-    outcome = sender.send(request.body, endpoint.timeout_s)
-    latency_ms = (time.perf_counter() - started_s) * 1e3
-    if outcome.result is Result.DELIVERED:
-        _end(endpoint, sender, encoder, request, frame)
+    started_s, outcome = time.perf_counter(), None
+    try:
+        outcome = sender.send(request.body, endpoint.timeout_s)
+        latency_ms = (time.perf_counter() - started_s) * 1e3
+    finally:
+        if outcome is None:  # a signal has come; the endpoint may have taken the frame
+            _end(min(endpoint.timeout_s, _AFTER_SIGNAL_S), sender, encoder, request, frame)
+        elif outcome.result is Result.DELIVERED:
+            _end(endpoint.timeout_s, sender, encoder, request, frame)
     return outcome, latency_ms
 
 
-def _end(endpoint: Endpoint, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
+def _end(timeout_s: float, sender: Sender, encoder: Encoder, request: Request, frame: Frame) -> None:
     """Ends the run and its series as a session does, so that it does not look alive after the check."""
     after_ns = frame.time_unix_ns + 1_000_000
     outcome = {("esper.run.ended", "completed"): 1.0}
     ended = encoder.health_scope(outcome, start_unix_ns=frame.time_unix_ns, time_unix_ns=after_ns)
     streams: list[Stream] = [(name, {}) for name in sorted({*request.names, *COUNTED})]
     for body in encoder.stale(frame.run, streams, time_unix_ns=after_ns, health=[ended]):
-        sender.send(body, endpoint.timeout_s)
+        sender.send(body, timeout_s)
 
 
 def of_outcome(outcome: Outcome, endpoint: Endpoint) -> CheckStage:

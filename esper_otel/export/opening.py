@@ -21,7 +21,7 @@ from esper_otel.export.journal_file import JournalFile
 from esper_otel.export.source import LeftoverSource, leftovers_in
 from esper_otel.export.spool import Spool
 from esper_otel.export.transport import Sender, open_sender
-from esper_otel.export.variables import Variables
+from esper_otel.export.variables import Variables, warn
 from esper_otel.frames.event_log import EventLog
 from esper_otel.frames.frame import Run
 from esper_otel.frames.phase_log import PhaseLog
@@ -51,11 +51,19 @@ class EventWiring(NamedTuple):
     resource: Callable[[], Resource | None]
 
 
-def _every_s(settings: EsperSettings) -> float:
-    """Returns the shortest time between two requests: ours, if it is set, or else ``OTEL_METRIC_EXPORT_INTERVAL``."""
+def shortest_period_s(
+    settings: EsperSettings, environ: Mapping[str, str] = os.environ, *, ignored: Callable[[str], None] = warn
+) -> float:
+    """Returns the shortest time between two requests: ours, if it is set, or else ``OTEL_METRIC_EXPORT_INTERVAL``.
+
+    Args:
+        settings: the settings.
+        environ: the environment.
+        ignored: called with a message if the variable cannot be used.
+    """
     if settings.is_given("export_every_s"):
         return settings.export_every_s
-    every_ms = Variables(os.environ).number(
+    every_ms = Variables(environ, ignored).number(
         "OTEL_METRIC_EXPORT_INTERVAL",
         default=settings.export_every_s * 1e3,
         lowest=math.ulp(0.0),
@@ -128,7 +136,7 @@ def open_exporter(
         ring,
         Encoder(catalogue, resource_of),
         open_sender(endpoint, settings.token_file),
-        every_s=_every_s(settings),
+        every_s=shortest_period_s(settings),
         timeout_s=endpoint.timeout_s,
         prepare=prepared,
         health=health,

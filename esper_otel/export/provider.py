@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from esper_otel.export.variables import Variables, warn
 
 _EXPORTERS = "OTEL_METRICS_EXPORTER"
 _LOGS_EXPORTER = "OTEL_LOGS_EXPORTER"
+PROMETHEUS_PORT = "OTEL_EXPORTER_PROMETHEUS_PORT"
 _GROUP = "opentelemetry_metrics_exporter"
 _LOGS_GROUP = "opentelemetry_logs_exporter"
 # Name patterns of the instruments of seed metrics.
@@ -154,6 +155,29 @@ def events_exporter(
     return EventsExporter(bool(protocols), protocols[0] if protocols else None)
 
 
+def check_readers(
+    names: Iterable[str], environ: Mapping[str, str] = os.environ, *, ignored: Callable[[str], None] = warn
+) -> None:
+    """Reads the numbers that making these readers reads, without making them.
+
+    Args:
+        names: of the readers.
+        environ: the environment.
+        ignored: called with a message for each number that cannot be used.
+    """
+    variables = Variables(environ, ignored)
+    for is_scraped in {name == "prometheus" for name in names}:
+        if is_scraped:
+            prometheus_port(variables)
+        else:
+            _periods_ms(variables)
+
+
+def prometheus_port(variables: Variables) -> int:
+    """Returns the port to be scraped at."""
+    return int(variables.number(PROMETHEUS_PORT, default=9464, lowest=0, highest=65535, unit="a port", of=int))
+
+
 class OwnProvider(MeterProvider):
     """A MeterProvider that is not the global one. Its creator must shut it down.
 
@@ -207,13 +231,16 @@ def _scraped() -> MetricReader:
 
 
 def _periodic(exporter: MetricExporter) -> MetricReader:
-    variables, unit = Variables(os.environ), "a number of milliseconds above 0"
+    interval_ms, timeout_ms = _periods_ms(Variables(os.environ))
+    return PeriodicExportingMetricReader(exporter, interval_ms, timeout_ms)
+
+
+def _periods_ms(variables: Variables) -> tuple[float, float]:
+    """Returns the interval and the time-out of a periodic reader."""
 
     def milliseconds(name: str, default: float) -> float:
+        unit = "a number of milliseconds above 0"
         return variables.number(name, default=default, lowest=math.ulp(0.0), highest=2**31 - 1, unit=unit)
 
-    return PeriodicExportingMetricReader(
-        exporter,
-        export_interval_millis=milliseconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000),
-        export_timeout_millis=milliseconds("OTEL_METRIC_EXPORT_TIMEOUT", 30_000),
-    )
+    interval_ms = milliseconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000)
+    return interval_ms, milliseconds("OTEL_METRIC_EXPORT_TIMEOUT", 30_000)

@@ -29,8 +29,15 @@ from esper_otel.export.event_exporter import NO_LOGS
 from esper_otel.export.exporter import StepExporter
 from esper_otel.export.file_sender import file_endpoint
 from esper_otel.export.instruments import Instruments, instruments_of
-from esper_otel.export.opening import EventWiring, open_exporter, token_for
-from esper_otel.export.provider import EventsExporter, Exporters, OwnProvider, events_exporter, exporters_for
+from esper_otel.export.opening import EventWiring, open_exporter, shortest_period_s, token_for
+from esper_otel.export.provider import (
+    EventsExporter,
+    Exporters,
+    OwnProvider,
+    check_readers,
+    events_exporter,
+    exporters_for,
+)
 from esper_otel.export.resource import resources
 from esper_otel.export.transport import open_sender
 from esper_otel.export.variables import warn as ignored
@@ -171,7 +178,9 @@ def _checked_endpoint(settings: EsperSettings) -> Endpoint | None:
     exporters = exporters_for(has_provider=False, export_steps=None)
     endpoint = _endpoint(settings, exporters)
     events = events_exporter()
+    check_readers(exporters.readers)
     if endpoint is not None:
+        shortest_period_s(settings)
         open_sender(endpoint, settings.token_file).close()
         _logs_endpoint(settings, events)
     return endpoint

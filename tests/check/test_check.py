@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -358,7 +359,7 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "esper_gateway_runs 0" in page
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> None:
     """As by ``timeout``: else its series look alive for minutes."""
     with MemoryCollector() as collector:
@@ -432,6 +433,21 @@ def test_the_spool_is_looked_at_and_nothing_is_left_in_it(tmp_path: Path, monkey
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1024))
         name, words = fault(run_check(environ=environ))
         assert (name, "make room" in words) == ("spool", True)
+
+
+def test_a_check_that_is_interrupted_amid_its_frame_ends_its_run() -> None:
+    """The endpoint may have taken the frame, although it has not answered yet."""
+    over = threading.Event()
+    with MemoryCollector(answer=lambda _: over.wait(60) and None) as collector:
+        command = [sys.executable, "-m", "esper_otel", "check"]
+        environ = {**os.environ, **at(collector, "grpc", TIMEOUT="60")}
+        checking = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+        assert collector.wait_for(lambda each: each.attempts == 1, 60)
+        checking.send_signal(signal.SIGTERM)
+        assert collector.wait_for(lambda each: each.attempts > 1, 60)
+        over.set()
+        assert checking.wait(120) == 128 + signal.SIGTERM
+        assert collector.wait_for(lambda each: any(point.name == "esper.run.ended" for point in each.points()), 60)
 
 
 # -- files instead of an endpoint --------------------------------------------------------------------------
