@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ _FRAMES_AT_ONCE = 1_000
 _PAUSE_WHILE_CLOSING_S = 0.2
 _GOODBYE_S = 1.0  # what is left of the time to close, or a fifth of it, is for the end of the run
 HEALTH_EVERY_S = 10.0
+# When to send what other ranks left: they send it themselves if they have been started again, before their new steps.
+_OTHERS_AFTER_S = 30.0
 _PHASES_AFTER_S = 2.0  # a small request may overtake one with steps that was sent just before
 _MS = 1_000_000
 _EXPORTED, _QUEUE = ("esper.frames.exported", ""), ("esper.export.queue", "")
@@ -64,7 +67,8 @@ class StepExporter:
         fault: called with each internal error; it counts and logs the error.
         warnings: where failures are reported.
         spool: keeps frames on disk that must outlive the process.
-        leftovers: returns the frames that earlier sessions left; called once, in the exporter's thread.
+        leftovers: returns the frames that earlier sessions left: of the same rank, or with True of all; called in the
+            exporter's thread.
         phases: the phases, which are sent with the frames.
         phase_file: keeps phases on disk that must outlive the process.
         run_of: returns the session's run once it is closing, for phases and an end without any step.
@@ -86,7 +90,7 @@ class StepExporter:
         fault: Callable[[str, Exception], None],
         warnings: Warnings,
         spool: Spool | None = None,
-        leftovers: Callable[[], Iterable[LeftoverSource]] = tuple,
+        leftovers: Callable[[bool], Iterable[LeftoverSource]] = lambda _: (),
         phases: PhaseLog | None = None,
         phase_file: JournalFile[Phase] | None = None,
         run_of: Callable[[], Run | None] = lambda: None,
@@ -279,9 +283,13 @@ class StepExporter:
             self._work()
 
     def _work(self) -> None:
-        self._adopt()
+        self._adopt(are_all=False)
+        others_at_s = time.monotonic() + _OTHERS_AFTER_S
         pause_s: float | None = self._every_s or HEALTH_EVERY_S
         while self._deadline_s is None:
+            if time.monotonic() > others_at_s:
+                others_at_s = math.inf
+                self._adopt(are_all=True)
             # After a failure, a new step does not trigger an early retry.
             (self._closing if self._failures else self._wake).wait(pause_s)
             self._wake.clear()
@@ -328,9 +336,9 @@ class StepExporter:
         is_more = self._live.waiting_phases or (self._events is not None and self._events.holds_back)
         return min(pause_s, _PHASES_AFTER_S) if is_more else pause_s
 
-    def _adopt(self) -> None:
+    def _adopt(self, *, are_all: bool) -> None:
         try:
-            for leftover in self._leftovers_of():
+            for leftover in self._leftovers_of(are_all):
                 self._leftovers.append(leftover)
                 if leftover.deleted:
                     self.dropped["spool full"] += leftover.deleted

@@ -101,30 +101,24 @@ def open_exporter(
     Raises:
         ConfigurationError: the endpoint or the spool cannot be used.
     """
-    directory, spool = settings.spool_dir, None
-    if directory is not None:
-        spool = Spool(directory, ring, catalogue, resource_of, most_bytes=settings.spool_bytes, warnings=warnings)
+    spool = _opened_spool(settings, ring, catalogue, resource_of, _rank_of(run_of()), warnings)
     phase_file = None
     if spool is not None:
         phase_file = JournalFile(spool.folder, PHASES, phases, run_of, resource_of, warnings)
     if phase_file is not None and is_certain:
         phase_file.write(())
 
-    def leftovers() -> Iterable[LeftoverSource]:
-        if directory is None:
+    def leftovers(are_all: bool) -> Iterable[LeftoverSource]:
+        if settings.spool_dir is None:
             return ()
-        readers, most_bytes = None if events is None else events.reader_of, settings.spool_bytes
-        return leftovers_in(directory, Encoder, fault, most_bytes=most_bytes, warnings=warnings, reader_of=readers)
-
-    def live_events() -> EventExporter:
-        assert events is not None
-        file = None if spool is None else JournalFile(spool.folder, EVENTS, events.log, run_of, resource_of, warnings)
-        return EventExporter(
-            events.sender,
-            EventSource(events.reader_of(events.log), file, events.resource),
-            timeout_s=events.endpoint.timeout_s,
-            fault=fault,
+        return leftovers_in(
+            settings.spool_dir,
+            Encoder,
+            fault,
+            most_bytes=settings.spool_bytes,
             warnings=warnings,
+            reader_of=None if events is None else events.reader_of,
+            rank=None if are_all else _rank_of(run_of()),
         )
 
     def prepared() -> None:
@@ -148,9 +142,55 @@ def open_exporter(
         phases=phases,
         phase_file=phase_file,
         run_of=settled_run,
-        events=None if events is None else live_events(),
+        events=None if events is None else _live_events(events, spool, run_of, resource_of, fault, warnings),
         device=device,
     )
+
+
+def _live_events(
+    events: EventWiring,
+    spool: Spool | None,
+    run_of: Callable[[], Run],
+    resource_of: Callable[[Run], Resource],
+    fault: Callable[[str, Exception], None],
+    warnings: Warnings,
+) -> EventExporter:
+    """Returns what sends the session's events, and keeps them in its spool."""
+    file = None if spool is None else JournalFile(spool.folder, EVENTS, events.log, run_of, resource_of, warnings)
+    return EventExporter(
+        events.sender,
+        EventSource(events.reader_of(events.log), file, events.resource),
+        timeout_s=events.endpoint.timeout_s,
+        fault=fault,
+        warnings=warnings,
+    )
+
+
+def _opened_spool(
+    settings: EsperSettings,
+    ring: Ring,
+    catalogue: Mapping[str, Metric],
+    resource_of: Callable[[Run], Resource],
+    rank: int | None,
+    warnings: Warnings,
+) -> Spool | None:
+    """Returns the session's spool; None without one."""
+    if settings.spool_dir is None:
+        return None
+    return Spool(
+        settings.spool_dir,
+        ring,
+        catalogue,
+        resource_of,
+        most_bytes=settings.spool_bytes,
+        warnings=warnings,
+        rank=rank,
+    )
+
+
+def _rank_of(run: Run) -> int | None:
+    """Returns the rank of a process whose run has several."""
+    return run.rank if run.world_size > 1 else None
 
 
 def token_for(endpoint: Endpoint, of_steps: Endpoint, token_file: Path | None) -> Path | None:

@@ -423,14 +423,18 @@ def leftovers_in(
     most_bytes: int,
     warnings: Warnings,
     reader_of: ReaderOf | None = None,
+    rank: int | None = None,
 ) -> list[LeftoverSource]:
     """Takes over the folders that earlier sessions left in a spool directory, oldest first.
+
+    With ``rank``, those of other ranks are left: their own sessions may be about to start, and what they record must
+    not reach a backend before what was left of the same rank.
 
     The oldest files are deleted until all folders together take at most ``most_bytes``. ``reader_of`` makes readers of
     their events; None if these are not to be sent.
     """
     leftovers = []
-    for folder in abandoned(directory, warnings):
+    for folder in abandoned(directory, warnings, rank):
         events = None if reader_of is None else left_in(folder, reader_of, warnings)
         leftovers.append(LeftoverSource(folder, encoder_of, fault, events))
         count = 0 if reader_of is not None else waiting_in(folder)

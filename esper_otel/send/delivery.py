@@ -182,7 +182,7 @@ def send_spool(
         idle_ns=lambda _: None,
         fault=fault,
         warnings=warnings,
-        leftovers=lambda: leftovers,
+        leftovers=lambda are_all: () if are_all else leftovers,
         events=events,
     )
     exporter.start()
