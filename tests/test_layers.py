@@ -20,7 +20,7 @@ pytestmark = pytest.mark.own_code
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
-BASE = {"text", "log", "native", "unix", "untraced", "varint"}
+BASE = {"text", "log", "native", "unix", "untraced", "tracebacks", "varint"}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "captures": set[str](),
     "local_ports": set[str](),
     "untraced": set[str](),
+    "tracebacks": set[str](),
     "log": {"text", "untraced"},
     "schema": set[str](),
     "hours": set[str](),
@@ -46,11 +47,14 @@ MAY_IMPORT = {
     "events": {"schema", "frames", "leyline"},
     "leyline": {*BASE, "schema", "frames", "parts"},
     "session": {
-        *(*BASE, "schema", "frames", "settings", "_version", "session/identity", "session/parallel"),
+        *(*BASE, "schema", "frames", "settings", "_version"),
+        *("session/identity", "session/parallel", "session/agreement", "session/launcher", "session/mpi"),
         *("record", "derive", "probes", "export", "leyline", "local_ports", "charts", "events"),
     },
     # What a run is by its environment, which is checked without one.
-    "session/identity": {*BASE, "frames", "session/mpi"},
+    "session/identity": {*BASE, "frames", "session/agreement", "session/launcher"},
+    "session/agreement": {*BASE, "frames", "session/launcher"},
+    "session/launcher": {*BASE, "session/mpi"},
     "session/mpi": {*BASE},
     "session/parallel": set[str](),
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
@@ -63,15 +67,18 @@ MAY_IMPORT = {
     },
     "gateway/command": {
         *BASE,
-        "leyline",
         "oona",
         "gateway",
+        "gateway/options",
         "gateway/store",
         "gateway/serve",
         "gateway/kafka/member_process",
     },
+    "gateway/options": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve"},
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
-    "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
+    "gateway/replay": {
+        *(*BASE, "frames", "gateway", "gateway/command", "gateway/options", "gateway/store", "gateway/serve"),
+    },
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/events": {*BASE, "pull", "gateway", "gateway/receive", "gateway/store"},
@@ -82,8 +89,10 @@ MAY_IMPORT = {
         *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
-    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
-    "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/options", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/command": {
+        *(*BASE, "oona", "gateway", "gateway/command", "gateway/options", "gateway/kafka", "gateway/serve"),
+    },
     "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
         *(*BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),

@@ -395,7 +395,7 @@ PIPELINE = [
         "EsperGatewayDeferring",
         "sum by (job, instance, reason) (increase(esper_gateway_deferred_requests_total[1m])) > 0",
         "warn",
-        "the esper gateway {{ $labels.instance }} asks senders to come again: {{ $labels.reason }}",
+        "the esper gateway {{ $labels.instance }} asks senders to retry: {{ $labels.reason }}",
         "They keep the data. Too many runs: raise --limit runs, or send some to another gateway before their buffers are "
         "full.",
         "2m",

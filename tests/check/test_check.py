@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import requests
+import warm
 from certificates import Authority
 from endpoints import expired_pair
 from frame_examples import make_frame, seed_table
@@ -363,8 +362,8 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> None:
     """As by ``timeout``: else its series look alive for minutes."""
     with MemoryCollector() as collector:
-        command = [sys.executable, "-m", "esper_otel", "check", "--through", "--gateway", "127.0.0.1:1"]
-        checking = subprocess.Popen(command, env={**os.environ, **at(collector, "grpc")}, stdout=subprocess.DEVNULL)
+        command = ("-m", "esper_otel", "check", "--through", "--gateway", "127.0.0.1:1")
+        checking = warm.started(*command, env={**os.environ, **at(collector, "grpc")}, imported=warm.PACKAGE)
 
         def ranks(name: str) -> set[Any]:
             of_two = (each for each in collector.points() if str(each.resource.get("esper.world_size")) == "2")
@@ -372,7 +371,8 @@ def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> Non
 
         until("the run of two ranks came", lambda: ranks("loss") == {0, 1})
         checking.send_signal(number)
-        assert checking.wait(120) == 128 + number
+        checking.communicate()
+        assert checking.returncode == 128 + number
         assert ranks("esper.run.ended") == {0, 1}
 
 
@@ -439,14 +439,14 @@ def test_a_check_that_is_interrupted_amid_its_frame_ends_its_run() -> None:
     """The endpoint may have taken the frame, although it has not answered yet."""
     over = threading.Event()
     with MemoryCollector(answer=lambda _: over.wait(60) and None) as collector:
-        command = [sys.executable, "-m", "esper_otel", "check"]
         environ = {**os.environ, **at(collector, "grpc", TIMEOUT="60")}
-        checking = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+        checking = warm.started("-m", "esper_otel", "check", env=environ, imported=warm.PACKAGE)
         assert collector.wait_for(lambda each: each.attempts == 1, 60)
         checking.send_signal(signal.SIGTERM)
         assert collector.wait_for(lambda each: each.attempts > 1, 60)
         over.set()
-        assert checking.wait(120) == 128 + signal.SIGTERM
+        checking.communicate()
+        assert checking.returncode == 128 + signal.SIGTERM
         assert collector.wait_for(lambda each: any(point.name == "esper.run.ended" for point in each.points()), 60)
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import warm
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
 import esper_otel
@@ -24,7 +23,7 @@ from esper_otel.export.endpoint import endpoint_from_environment
 from esper_otel.export.provider import OwnProvider, exporters_from_environment
 from esper_otel.export.resource import resource_for
 from esper_otel.frames.frame import Run
-from esper_otel.session.start import check_environment
+from esper_otel.session.environment import check_environment
 from esper_otel.testing import MemoryCollector
 
 EXPORTER, E, M = "OTEL_METRICS_EXPORTER", "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_METRICS_"
@@ -242,12 +241,10 @@ def test_what_steps_need_to_arrive_is_refused(
         esper_otel.start()
 
 
-def followed(tmp_path: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def followed(tmp_path: Path, environ: dict[str, str]) -> warm.Done:
     (tmp_path / "train.py").write_text("print('trained')", encoding="utf-8")
-    command = [sys.executable, "-m", "esper_otel", "run", "train.py"]
-    return subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=300
-    )
+    command = ("-m", "esper_otel", "run", "train.py")
+    return warm.run(*command, cwd=tmp_path, env={**os.environ, **environ}, imported=warm.PACKAGE)
 
 
 def test_run_warns_as_start_does_and_goes_on(tmp_path: Path) -> None:

@@ -296,6 +296,29 @@ def test_a_closure_that_raises_has_no_frame_of_ours_in_its_traceback() -> None:
     watched.close()
 
 
+class Shard(torch.Tensor):  # type: ignore[misc, name-defined] # torch may be absent
+    """As a DTensor of FSDP2: one rank has a part of it."""
+
+    device_mesh = "of two ranks"
+
+
+def test_the_norm_of_shards_is_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By the callbacks of frameworks, too, which may be on one rank only."""
+    with esper_otel.start() as telemetry:
+        loop = Loop(telemetry)
+        for gradient in (Shard([3.0]), Shard([4.0]), torch.tensor([5.0])):
+            parameter = torch.nn.Parameter(torch.ones(1))
+            parameter.grad = gradient
+            loop.batch()
+            loop.gradients([parameter])
+            loop.stepped()
+            loop.end(epoch=0)
+        loop.parts.close()
+        found = [packet.state.training_metrics.get("gradient_norm") for packet in telemetry.pull()]
+    assert found == [None, None, 5.0]
+    assert caplog.text.count("gradient_norm is left out: the gradients are FSDP2 shards") == 1
+
+
 def test_a_second_watch_of_one_model_ends_the_first() -> None:
     model, optimizer = setting()
     first = esper_otel.watch(model, optimizer, loader())

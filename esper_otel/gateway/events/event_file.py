@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sqlite3
 import time
@@ -20,7 +21,6 @@ from esper_otel.gateway.store.side_file import SideFile
 from esper_otel.log import Warnings
 
 FILE = "events.sqlite3"
-# ``runs.received`` is the age of the store when the newest event came.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     id INTEGER PRIMARY KEY, run TEXT UNIQUE, life TEXT, last INTEGER, tenant TEXT, received REAL
@@ -32,7 +32,10 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_number ON events (run, rank, attempt, number, time);
 """
 _RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
-_COUNTED = "SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*) FROM events GROUP BY 1, 2, 3"
+_COUNTED = """
+SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
+"""
+_MOST_POSITION = 2**62
 _STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
@@ -42,6 +45,10 @@ _NEWEST = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
 WHERE run = ?1 AND rank = ?2 ORDER BY position DESC LIMIT ?3
 """
+
+_VALUES = frozenset({str, int, float, bool})
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no message can carry
 
 # A rank and an attempt: whose events are numbered.
 _Numbered: TypeAlias = tuple[int, int]
@@ -150,14 +157,17 @@ class EventFile:
         runs: dict[str, _EventfulRun] = {}
         by_id: dict[int, _EventfulRun] = {}
         for number, run, life, last, tenant, received_s in connection.execute(_RUNS):
-            if list(map(type, (run, life, last, tenant, received_s))) != [str, str, int, str, float]:
+            are_ours = list(map(type, (run, life, last, tenant, received_s))) == [str, str, int, str, float]
+            if not are_ours or not life.isalnum() or not 0 <= last < _MOST_POSITION:
                 raise sqlite3.DatabaseError(_STRANGE)
             # An earlier version noted Unix time; and after a kill, the store's age may be behind.
             runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, min(received_s, self._age_s()))
-        for number, rank, attempt, highest, distinct, count in connection.execute(_COUNTED):
-            if not type(rank) is type(attempt) is type(highest) is int:
+        for number, rank, attempt, highest, distinct, count, position in connection.execute(_COUNTED):
+            if not type(rank) is type(attempt) is type(highest) is type(position) is int or highest < distinct:
                 raise sqlite3.DatabaseError(_STRANGE)
             if number in by_id:
+                if position > by_id[number].last:  # it would be given again
+                    raise sqlite3.DatabaseError(_STRANGE)
                 by_id[number].numbers[rank, attempt] = highest, distinct
                 by_id[number].count += count
         self._runs = runs
@@ -321,6 +331,11 @@ class EventFile:
             del self._runs[run_id]
             self.places.give_back(run.tenant, run.count)
 
+    @property
+    def damaged(self) -> int:
+        """How many damaged files were put aside."""
+        return self._file.damaged
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -330,22 +345,18 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     """Returns an event from its row; None if a gateway cannot have written it."""
     try:
         event = StoredEvent(*place, *json.loads(content))
-        values = event.attributes.values()
         texts = (event.process, event.name, event.text, *event.attributes)
+        values = event.attributes.values()
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    numbers = (event.rank, event.attempt, event.number, event.missed, event.time_unix_ns, event.severity)
+    small = (event.rank, event.severity)
+    numbers = (*small, event.attempt, event.number, event.missed, event.time_unix_ns)
     further = [each for each in (event.step, event.epoch) if each is not None]
-    are_texts = all(type(each) is str and _is_value(each) for each in texts)
+    texts = (*texts, *(each for each in values if type(each) is str))
+    are_texts = all(type(each) is str and not _SURROGATE.search(each) for each in texts)
     are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
-    return event if are_texts and are_numbers and all(map(_is_value, values)) else None
-
-
-def _is_value(value: object) -> bool:
-    """Whether a message can carry it as the value of an attribute."""
-    if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
-    return isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+    are_values = all(type(each) in _VALUES and (type(each) is not int or abs(each) < 2**63) for each in values)
+    return event if are_texts and are_numbers and are_values and max(small) < 2**31 else None
 
 
 def _digest(process: str) -> str:

@@ -92,6 +92,11 @@ class RunEvents:
         """Returns a text that changes with each new event of a run; empty if it has none."""
         return self._file.mark(run_id)
 
+    @property
+    def damaged(self) -> int:
+        """How many damaged files were put aside."""
+        return self._file.damaged
+
     def missing(self) -> int:
         """Returns how many events have not arrived although later ones of their rank and attempt have."""
         return self._file.missing()

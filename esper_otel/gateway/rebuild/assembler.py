@@ -134,6 +134,7 @@ class Assembler:
                 self._ended[track.origin] = outcome
         alive: list[Origin] = []
         for sender in decoded.alive:
+            yield
             for track in self._runs.known(sender, now_s):
                 track.note(sender, now_s, received_unix_ns)
                 alive.append(track.origin)
