@@ -29,6 +29,7 @@ class RunEvents:
         counts: where events, repeated ones and ignored log records are counted.
         warnings: where faults are reported.
         age_s: see ``Store.age_s``.
+        life: see ``EventFile``.
 
     Attributes:
         refused: events that were refused for good, by reason.
@@ -41,15 +42,16 @@ class RunEvents:
         counts: Counter[str],
         warnings: Warnings,
         age_s: Callable[[], float] = time.monotonic,
+        life: str | None = None,
     ) -> None:
         self._counts = counts
         self._warnings = warnings
-        self._file = EventFile(folder, limits, warnings, age_s)
+        self._file = EventFile(folder, limits, warnings, age_s, life)
         self._gone: dict[str, None] = {}
         self.refused: Counter[str] = Counter()
 
-    def taking(self, events: Sequence[EventRecord], tenant: str) -> Generator[None, None, Counter[str]]:
-        """Stores events, in parts; returns how many were refused, by reason.
+    def taking(self, events: Sequence[EventRecord], tenant: str, first: int = 1) -> Generator[None, None, Counter[str]]:
+        """Stores events, in parts, at positions not below ``first``; returns how many were refused, by reason.
 
         If it ends early, the sender may send all of them again: those that were stored are then left out.
 
@@ -59,7 +61,7 @@ class RunEvents:
         refused: Counter[str] = Counter()
         for start in range(0, len(events), _AT_ONCE):
             some = events[start : start + _AT_ONCE]
-            added, why = self._file.add(some, tenant)
+            added, why = self._file.add(some, tenant, first)
             refused += why
             self._counts["events"] += added
             self._counts["repeated_events"] += len(some) - added - why.total()
