@@ -56,7 +56,7 @@ def _ended(address: str) -> str | None:
         return client.ended("through")
 
 
-def _events(address: str) -> set[tuple[int, int]]:
+def _events(address: str) -> set[tuple[int, str]]:
     """Rank and name of each event."""
     with esper_otel.TamiyoClient(address) as client:
         page = client.events("through")
