@@ -290,7 +290,7 @@ class OptimizerSteps:
 def _stay_in_place(model: nn.Module | None) -> bool:
     """Whether gradients stay where they are between batches. Code that shards them may keep them elsewhere."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        return True
+        return not model.gradient_as_bucket_view
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 

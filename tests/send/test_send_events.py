@@ -17,6 +17,8 @@ from esper_otel import EsperSettings
 from esper_otel.cli import main
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 AWAY = "http://127.0.0.1:1"
 TRAIN = """
 import os, signal
