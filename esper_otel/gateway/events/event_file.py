@@ -35,7 +35,7 @@ _RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
 _COUNTED = """
 SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
 """
-_MOST_POSITION = 2**62
+_MOST_POSITION, _MOST_NUMBER = 2**62, 2**53
 _STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
@@ -364,8 +364,9 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     texts = (*texts, *(each for each in values if type(each) is str))
     are_texts = all(type(each) is str and not _SURROGATE.search(each) for each in texts)
     are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
+    are_counts = are_numbers and event.missed < event.number < _MOST_NUMBER
     are_values = all(type(each) in _VALUES and (type(each) is not int or abs(each) < 2**63) for each in values)
-    return event if are_texts and are_numbers and are_values and max(small) < 2**31 else None
+    return event if are_texts and are_counts and are_values and max(small) < 2**31 else None
 
 
 def _digest(process: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -381,3 +382,17 @@ def test_sums_that_no_gateway_can_have_written_are_read_anew(tmp_path: Path, cha
     assert hours(again) == before
     assert asyncio.run(again.hours(HoursRequest(run_id="run", with_accounts=True))).ranks[0].rank == 0
     again.close()
+
+
+@pytest.mark.parametrize("wrong_ms", [1e300, 2.0**52, 1.7e308])
+def test_durations_that_cannot_be_make_no_fault_of_the_answer(core: Core, wrong_ms: float) -> None:
+    """Anybody may send them: of their own run, the hours are senseless, but they are told."""
+    long = [
+        frame._replace(numbers=(wrong_ms, wrong_ms), time_unix_ns=frame.time_unix_ns + frame.sequence)
+        for frame in frames(1, 3)
+    ]
+    receive(core, *body(long), phase_body(phase(1, "checkpoint", 100, 5.0)._replace(start_unix_ns=-(2**62))))
+    answer = asyncio.run(core.hours(HoursRequest(run_id="run", with_accounts=True)))
+    assert all(0.0 <= part.spent_ms < math.inf for part in answer.run.parts)
+    assert [phase.number for phase in answer.phases] == [1]
+    core.close()
