@@ -50,7 +50,8 @@ class SessionRun:
         self, settings: EsperSettings, identity: Mapping[str, Any], warnings: Warnings, *, has_readers: bool
     ) -> None:
         self._warnings = warnings
-        self.first, self._agreement = _identified_or_spared(settings, identity)
+        first, self._agreement = _identified_or_spared(settings, identity)
+        self.first: Run = first
         self._late_rank = LateRank(identity, settings, warnings, has_readers=has_readers)
 
     @property
