@@ -143,7 +143,7 @@ def _beyond(rule: Rule, usual: UsualLevels | None, naming: Naming) -> str:
 
 
 def recorded(naming: Naming) -> list[tuple[str, str]]:
-    """Recording rules: when something came last, kept for longer than Prometheus looks back."""
+    """Recording rules that keep the last time of something for longer than Prometheus looks back."""
     step = naming.labelled(f"timestamp({naming.name('esper.global_step')}{{{naming.runs}}})")
     ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')}{{{naming.runs}}})")
     counts = naming.labelled(f"timestamp({naming.name('esper.frames.recorded')}{{{naming.runs}}})")

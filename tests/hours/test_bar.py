@@ -22,6 +22,8 @@ from esper_otel.hours.whole import account_text, joined_account
 from esper_otel.pull.messages import HoursResponse
 from esper_otel.pull.views import merged_hours, run_hours
 
+pytestmark = pytest.mark.own_code
+
 _MS = 1_000_000
 START_UNIX_NS = 1_800_000_000 * 10**9
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -52,6 +53,51 @@ def test_put_is_the_mean_over_micro_batches_by_their_samples() -> None:
         if number == 1:
             optimizer.step()
     assert [row["loss"] for row in rows(watched)] == [pytest.approx(0.25)]
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("clears_first", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_put_before_the_next_batch_is_requested_ahead_of_the_step(
+    micro_batches: int, *, clears_first: bool, is_scaled: bool
+) -> None:
+    """As nanoGPT: forward, the next batch, backward. No step is taken to be skipped, and no value is another step's."""
+    model, optimizer = setting()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=is_scaled)
+    watched = esper_otel.watch(model, optimizer, loader(2))
+    batches = iter(watched)
+    (inputs,) = next(batches)
+    for number in range(8):
+        loss = model(inputs).square().sum() / micro_batches
+        watched.put(accuracy=number / 8)
+        (inputs,) = next(batches)
+        if clears_first and number % micro_batches == 0:
+            optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if number % micro_batches == micro_batches - 1:
+            scaler.step(optimizer)
+            scaler.update()
+            if not clears_first:
+                optimizer.zero_grad()
+    expected = [(number + (micro_batches - 1) / 2) / 8 for number in range(0, 8, micro_batches)]
+    assert [row["accuracy"] for row in rows(watched)] == expected
+    assert watched.telemetry.health()["failed"] == 0
+
+
+def test_a_step_at_the_top_of_the_loop_is_of_the_batches_before() -> None:
+    model, optimizer = setting()
+    watched = esper_otel.watch(model, optimizer, loader(4))
+    for number, (inputs,) in enumerate(watched):
+        if number in {2, 4}:
+            optimizer.step()
+            optimizer.zero_grad()
+        model(inputs).sum().backward()
+        watched.put(accuracy=number / 8)
+    optimizer.step()
+    found = rows(watched)
+    assert [row["accuracy"] for row in found] == [0.0625, 0.3125, 0.6875]
+    samples = [row["samples_per_s"] * (row["input_wait_ms"] + row["step_latency_ms"]) / 1e3 for row in found]
+    assert samples == pytest.approx([8, 8, 16])
 
 
 def test_a_skipped_step_is_a_failed_row_of_its_own() -> None:
@@ -112,6 +158,35 @@ def test_gradients_that_accumulate_are_of_one_step(
                 optimizer.zero_grad(set_to_none=is_set_to_none)
     assert [row["accuracy"] for row in rows(watched)] == [0.125, 0.625]
     assert watched.telemetry.health()["failed"] == 0
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """One rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("are_views", [False, True])
+def test_batches_of_several_ranks_accumulate_or_are_skipped(*, are_views: bool) -> None:
+    """Gradients that are views of buckets are other tensors after each batch, so a skipped batch is not recognized."""
+    model, optimizer = setting()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=are_views)
+    watched = esper_otel.watch(parallel, optimizer, loader(4))
+    for number, (inputs,) in enumerate(watched):
+        if number >= 4:
+            optimizer.zero_grad()
+        with parallel.no_sync() if number in {0, 2} else nullcontext():
+            parallel(inputs).sum().backward()
+        watched.put(accuracy=number / 8)
+        if number not in {0, 2, 5}:
+            optimizer.step()
+            optimizer.zero_grad()
+    skipped = [0.5, 0.6875, 0.875] if are_views else [0.5, 0.625, 0.75, 0.875]
+    assert [row["accuracy"] for row in rows(watched)] == [0.0625, 0.3125, *skipped]
+    assert watched.telemetry.health()["failed"] == (0 if are_views else 1)
 
 
 def test_batches_that_were_taken_together_are_of_one_step() -> None:

@@ -31,6 +31,8 @@ from esper_otel.send import lines as lines_module
 from esper_otel.send.lines import NOTES, Progress, lines_of
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 STEPS = 120
 PARTIAL = ExportMetricsServiceResponse(partial_success=ExportMetricsPartialSuccess(rejected_data_points=7))
 # Records, and is killed in the middle of it; with "end" it ends by itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ _FEWER = 19_000
 _MOST_NEWEST = 100_000  # of a run, with those that have the totals: then the oldest attempts' are dropped as well
 _AT_ONCE = 250  # rows
 _NOTED_EVERY_S = 60.0
+_MOST_RANK = 2**31
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS phases (
     run TEXT, rank INTEGER, attempt INTEGER, name TEXT, ended INTEGER,
@@ -101,7 +103,7 @@ class _PhasesOfRun:
 
     Attributes:
         tenant: whose share they use.
-        received_s: when the newest arrived, in Unix seconds, to about a minute.
+        received_s: when the newest arrived, by the age of the store, to about a minute.
         count: how many there are.
         shrink_at: above how many the oldest are dropped.
     """
@@ -121,7 +123,7 @@ class HoursFile:
         folder: the folder of the store; None keeps everything in memory.
         limits: how many phases there may be.
         warnings: where damage, and what is dropped, are reported.
-        clock_s: Unix time, in seconds.
+        age_s: see ``Store.age_s``.
 
     Attributes:
         dropped_totals: phases dropped although they had the totals of a rank, attempt and name.
@@ -129,18 +131,18 @@ class HoursFile:
     """
 
     def __init__(
-        self, folder: Path | None, limits: Limits, warnings: Warnings, clock_s: Callable[[], float] = time.time
+        self, folder: Path | None, limits: Limits, warnings: Warnings, age_s: Callable[[], float] = time.monotonic
     ) -> None:
         self._limits = limits
         self._warnings = warnings
-        self._clock_s = clock_s
+        self._age_s = age_s
         self._senders: dict[str, _PhasesOfRun] = {}
         self.dropped_totals: int = 0
         self.places: SharedPlaces = SharedPlaces(limits.all_phases)
         self._file = SideFile(folder, FILE, _SCHEMA, "phases", self._load, warnings)
 
     def _load(self, connection: sqlite3.Connection) -> None:
-        now_s = self._clock_s()
+        now_s = self._age_s()
         self._senders = {
             str(run): _PhasesOfRun(str(tenant), min(received_s, now_s) if type(received_s) is float else now_s)
             for run, tenant, received_s in connection.execute("SELECT run, tenant, received FROM senders")
@@ -175,11 +177,11 @@ class HoursFile:
     def _add(self, some: Sequence[ReceivedPhase], tenant: str) -> int:
         opened, refused = self._file.connection, 0
         taken: list[_PhasesOfRun] = []
-        now_s = self._clock_s()
+        now_s = self._age_s()
         try:
             with self._file.transaction() as connection:
                 for run_id, of_run in groupby(some, itemgetter(0)):
-                    sender = self._senders.get(run_id) or _PhasesOfRun(tenant, 0.0)
+                    sender = self._senders.get(run_id) or _PhasesOfRun(tenant, -math.inf)
                     for _, writer, phase in of_run:
                         row = (run_id, *writer, *phase)
                         if not connection.execute(_INSERT, row).rowcount:
@@ -199,7 +201,7 @@ class HoursFile:
         except BaseException:
             for sender in taken if self._file.connection is opened else ():  # otherwise another file was begun
                 sender.count -= 1
-                sender.received_s = 0.0
+                sender.received_s = -math.inf
                 self.places.give_back(sender.tenant, 1)
             raise
         return refused
@@ -243,7 +245,9 @@ class HoursFile:
         while rows := self._file.rows(_ACCOUNTS_AFTER, (run_id, *last, _AT_ONCE)):
             for rank, attempt, text in rows:
                 try:
-                    found[AttemptRank(int(rank), int(attempt))] = Account.from_json(json.loads(text))
+                    if not type(rank) is type(attempt) is int or not 0 <= rank < _MOST_RANK or attempt < 0:
+                        raise ValueError("not a rank")  # noqa: TRY301 - ends as any other damage
+                    found[AttemptRank(rank, attempt)] = Account.from_json(json.loads(text))
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                     message = "the sums over the steps of run %s cannot be used: %s"
                     self._warnings.say("damaged hours", message, run_id, error)
@@ -270,7 +274,7 @@ class HoursFile:
 
     def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
         """Returns the runs that are not known, and of which no phase has arrived for so long."""
-        before_s = self._clock_s() - idle_s
+        before_s = self._age_s() - idle_s
         return [run for run, of in self._senders.items() if of.received_s < before_s and not is_known(run)]
 
     def forget(self, run_id: str) -> Generator[None, None, None]:
@@ -308,4 +312,5 @@ def _is_phase(row: tuple[Any, ...]) -> bool:
     rank, attempt, name, ended, *numbers, number, step = row
     whole = (rank, attempt, ended, *(each for each in (number, step) if each is not None))
     are_numbers = all(each is None or (type(each) is float and 0.0 <= each < 1e15) for each in numbers)
-    return type(name) is str and are_numbers and all(type(each) is int and 0 <= each < 2**63 for each in whole)
+    are_whole = all(type(each) is int and 0 <= each < 2**63 for each in whole)
+    return type(name) is str and are_numbers and are_whole and rank < _MOST_RANK

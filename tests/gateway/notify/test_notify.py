@@ -36,6 +36,8 @@ from esper_otel.gateway.security import Grant
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.settings import EsperSettings
 
+pytestmark = pytest.mark.own_code
+
 
 class Hook:
     """A webhook on loopback. ``answers`` are the next statuses; afterwards 200."""
