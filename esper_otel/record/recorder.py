@@ -211,7 +211,8 @@ class Recorder:
             if work is not None or self.next_step.is_anything:
                 waited_ms, rows, retired = self.next_step.take()
                 table = rows or NO_SEEDS
-                recorded, numbers = self._timed(recorded, numbers, waited_ms, work)
+                if waited_ms is not None or work is not None:
+                    recorded, numbers = self._timed(recorded, numbers, waited_ms, work)
                 if self.phases.follows_steps:
                     given = recorded.dict_of(numbers)
                     self.phases.step_recorded(given.get("input_wait_ms"), given.get("step_latency_ms"))
