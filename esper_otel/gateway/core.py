@@ -99,7 +99,7 @@ class Core(PullCore):
         self._tidying: asyncio.TimerHandle | None = None
         folder = store.folder if isinstance(store, FileStore) else None
         self._hours = Hours(store, folder, self._warnings, self._limits)
-        self._events = RunEvents(folder, self._limits, self.counts, self._warnings)
+        self._events = RunEvents(folder, self._limits, self.counts, self._warnings, store.age_s)
         if isinstance(store, FileStore):
             try:
                 self._restore(store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sqlite3
 import time
@@ -47,6 +48,8 @@ WHERE run = ?1 AND rank = ?2 ORDER BY position DESC LIMIT ?3
 
 _LAST = 10**18  # a position that no event has
 _VALUES = frozenset({str, int, float, bool})
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no message can carry
 
 # A rank and an attempt: whose events are numbered.
 _Numbered: TypeAlias = tuple[int, int]
@@ -109,7 +112,7 @@ class _EventfulRun:
         life: tells its events from those of an earlier file.
         last: the position of its newest event.
         tenant: whose share it uses.
-        received_s: when its newest event arrived, in Unix seconds.
+        received_s: when its newest event arrived, by the age of the store.
         count: how many events it has.
         numbers: of each rank and attempt, the highest number, and how many numbers there are.
     """
@@ -130,7 +133,7 @@ class EventFile:
         folder: the folder of the store; None keeps everything in memory.
         limits: how many there may be.
         warnings: where damage is reported.
-        clock_s: Unix time, in seconds.
+        age_s: a time in seconds that passes only while a gateway runs, and never jumps: see ``Store.age_s``.
         life: what cursors name of all runs, if other gateways have the same events at the same positions.
 
     Attributes:
@@ -142,12 +145,12 @@ class EventFile:
         folder: Path | None,
         limits: Limits,
         warnings: Warnings,
-        clock_s: Callable[[], float] = time.time,
+        age_s: Callable[[], float] = time.monotonic,
         life: str | None = None,
     ) -> None:
         self._limits = limits
         self._life = life
-        self._clock_s = clock_s
+        self._age_s = age_s
         self._warnings = warnings
         self._runs: dict[str, _EventfulRun] = {}
         self.places: SharedPlaces = SharedPlaces(limits.all_events)
@@ -165,7 +168,8 @@ class EventFile:
             are_ours = list(map(type, (run, life, last, tenant, received_s))) == [str, str, int, str, float]
             if not are_ours or not life.isalnum() or not 0 <= last < _MOST_POSITION:
                 raise sqlite3.DatabaseError(_STRANGE)
-            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, received_s)
+            # An earlier version noted Unix time; and after a kill, the store's age may be behind.
+            runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, min(received_s, self._age_s()))
         for number, rank, attempt, highest, distinct, count, position in connection.execute(_COUNTED):
             if not type(rank) is type(attempt) is type(highest) is type(position) is int or highest < distinct:
                 raise sqlite3.DatabaseError(_STRANGE)
@@ -236,7 +240,7 @@ class EventFile:
             return NO_ROOM_FOR_EVENTS
         if run is None:
             run = self._runs[of.run_id] = self._begin(connection, of.run_id, tenant)
-        run.last, run.count, run.received_s = max(run.last + 1, first), run.count + 1, self._clock_s()
+        run.last, run.count, run.received_s = max(run.last + 1, first), run.count + 1, self._age_s()
         process, missed = _digest(event.sender.process) if times else "", 0
         if not times:
             highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
@@ -311,7 +315,7 @@ class EventFile:
 
     def abandoned(self, is_known: Callable[[str], bool], idle_s: float) -> list[str]:
         """Returns the runs that are not known, and of which no event has arrived for so long."""
-        before_s = self._clock_s() - idle_s
+        before_s = self._age_s() - idle_s
         return [run_id for run_id, run in self._runs.items() if run.received_s < before_s and not is_known(run_id)]
 
     def count(self, run_id: str) -> int:
@@ -357,7 +361,8 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     small = (event.rank, event.severity)
     numbers = (*small, event.attempt, event.number, event.missed, event.time_unix_ns)
     further = [each for each in (event.step, event.epoch) if each is not None]
-    are_texts = all(type(each) is str for each in texts)
+    texts = (*texts, *(each for each in values if type(each) is str))
+    are_texts = all(type(each) is str and not _SURROGATE.search(each) for each in texts)
     are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
     are_counts = are_numbers and event.missed < event.number < _MOST_NUMBER
     are_values = all(type(each) in _VALUES and (type(each) is not int or abs(each) < 2**63) for each in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ class RunEvents:
         limits: how many there may be.
         counts: where events, repeated ones and ignored log records are counted.
         warnings: where faults are reported.
+        age_s: see ``Store.age_s``.
         life: see ``EventFile``.
 
     Attributes:
@@ -39,11 +41,12 @@ class RunEvents:
         limits: Limits,
         counts: Counter[str],
         warnings: Warnings,
+        age_s: Callable[[], float] = time.monotonic,
         life: str | None = None,
     ) -> None:
         self._counts = counts
         self._warnings = warnings
-        self._file = EventFile(folder, limits, warnings, life=life)
+        self._file = EventFile(folder, limits, warnings, age_s, life)
         self._gone: dict[str, None] = {}
         self.refused: Counter[str] = Counter()
 

@@ -95,7 +95,7 @@ class Hours:
     def __init__(self, store: Store, folder: Path | None, warnings: Warnings, limits: Limits) -> None:
         self._store = store
         self._warnings = warnings
-        self._file = HoursFile(folder, limits, warnings)
+        self._file = HoursFile(folder, limits, warnings, store.age_s)
         self._runs: OrderedDict[str, _RunAccounts] = OrderedDict()
         self._changed: dict[str, None] = {}
         self._in_memory = 0
@@ -180,6 +180,8 @@ class Hours:
                 page = self._store.after(run_id, run.cursor, None, _AT_ONCE)
             except UnknownRun:
                 run.is_current = False
+                if not run.accounts and self._runs.get(run_id) is run:  # phases at most, which may come first
+                    del self._runs[run_id]
                 break
             except StaleCursor:
                 run.cursor, run.is_current = "", False
