@@ -145,7 +145,8 @@ def _bars_of_all(answers: Iterable[HoursResponse]) -> dict[int, Bar]:
     known: dict[tuple[int, int], list[Account]] = {}
     for each in (account for answer in answers for account in answer.accounts):
         with suppress(*_STRANGE):  # of a newer version, or of anybody
-            known.setdefault((each.rank, each.attempt), []).append(account_of(each.account))
+            account = account_of(each.account)
+            known.setdefault((each.rank, each.attempt), []).append(account)
     accounts: dict[int, list[Account]] = {}
     for rank, attempt in sorted(known):
         accounts.setdefault(rank, []).append(joined_account(known[rank, attempt]))
