@@ -229,6 +229,7 @@ class Core:
                 self._warnings.say("store", "%s; senders are asked to retry", error)
                 raise
             finally:
+                self.changed.note(runs)
                 self.wake(map(_events_of, runs))
             refused.update(decoded.refused)
             self.counts["log_requests"] += 1
@@ -585,6 +586,23 @@ class Core:
         known = {state.origin for state in states}
         states += [forgotten(origin, ends.get(origin)) for origin in stored if origin not in known]
         return RunStatus(sorted(states, key=attrgetter("origin")), sum(stored.values()), outcomes(states).get(run_id))
+
+    def shown_runs(self) -> set[str]:
+        """Returns the ids of the runs that the page lists: also those of which only events or phases are here."""
+        early = {*self._events.run_ids(), *self._hours.runs_with_phases()}
+        return self.known_runs() | {run_id for run_id in early if not is_check(run_id)}
+
+    def shown_state(self, run_id: str) -> RunStatus:
+        """Returns what is known of a run, with the processes that have not come to their first step."""
+        known, now_s = self.state_of(run_id), self._clock_ns() / 1e9
+        ranks = {state.origin[1:3] for state in known.states}
+        early = [state for state in self._events.states(run_id, now_s) if state.origin[1:3] not in ranks]
+        if not early and not ranks:
+            early = self._hours.states(run_id, now_s)
+        if not early:
+            return known
+        states = sorted([*known.states, *early], key=attrgetter("origin"))
+        return RunStatus(states, known.stored, outcomes(states).get(run_id))
 
     async def pull(self, request: PullRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> PullResponse:
         """Does the same as ``pulled``, and returns the page as a message."""

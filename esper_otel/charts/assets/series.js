@@ -217,8 +217,8 @@ Esper.csv = (name, board) => {
 };
 
 // Gives a text to the browser's downloads.
-Esper.save = (name, text) => {
-  const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+Esper.save = (name, content) => {
+  const url = URL.createObjectURL(content);
   Esper.element("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 };

@@ -13,7 +13,7 @@ from esper_otel.errors import StaleCursor, UnknownRun
 from esper_otel.frames.frame import GUESSED_STEP, Frame
 from esper_otel.frames.numbers import finite
 from esper_otel.gateway.hours.file import AttemptRank, HoursFile, ReceivedPhase, StoredAccounts
-from esper_otel.gateway.items import Item
+from esper_otel.gateway.items import Item, Origin, RunState
 from esper_otel.gateway.receive.request import PhasePoint
 from esper_otel.gateway.store.base import Store, StoreFull
 from esper_otel.gateway.turns import finished
@@ -34,6 +34,7 @@ _FIELDS = {
     "esper.phase.step": "step",
 }
 _MOST_PHASES = 1_000  # that are shown
+_SILENT_S = 60.0
 _MS = 1_000_000
 
 
@@ -150,6 +151,24 @@ class Hours:
             if run.is_current:
                 break
         return run.accounts
+
+    def runs_with_phases(self) -> set[str]:
+        """Returns the runs of which phases are stored."""
+        return self._file.runs_with_phases()
+
+    def states(self, run_id: str, now_s: float) -> list[RunState]:
+        """Returns the state of each process that has phases, as far as these tell it: nothing of its steps."""
+        newest: dict[AttemptRank, int] = {}
+        for process, phase in self._file.phases(run_id):
+            newest[process] = max(phase.end_unix_ns, newest.get(process, 0))
+        return [
+            RunState(
+                Origin(run_id, process.attempt, process.rank),
+                *(1, "", None, None, 0, ended_ns),
+                is_silent=now_s - ended_ns / 1e9 > _SILENT_S,
+            )
+            for process, ended_ns in newest.items()
+        ]
 
     def tidying(self) -> Generator[None, None, None]:
         """Brings the sums of the runs that have changed up to date and stores them; forgets runs that are gone."""

@@ -141,6 +141,10 @@ class HoursFile:
         rows = self._file.rows("SELECT * FROM phases WHERE run = ?", (run_id,))
         return [(AttemptRank(*row[1:3]), PhaseTimes(*row[3:])) for row in rows if _is_phase(row[1:])]
 
+    def runs_with_phases(self) -> set[str]:
+        """Returns the runs of which phases are stored, without reading the file."""
+        return {run_id for run_id, count in self._counts.items() if count}
+
     def accounts(self, run_id: str) -> StoredAccounts | None:
         """Returns the sums over the steps of a run, as they were when they were stored last."""
         rows = self._file.rows("SELECT cursor, accounts FROM accounts WHERE run = ?", (run_id,))

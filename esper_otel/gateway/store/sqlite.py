@@ -310,7 +310,7 @@ class FileStore(RunStore[FileRun]):
         with reading():
             rows = self._connection.execute(
                 "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "
-                "host, revision, settings, validation_loss FROM places"
+                "host, revision, settings, validation_loss, location, device, units FROM places"
             ).fetchall()
         found = []
         for key, *row in rows:
