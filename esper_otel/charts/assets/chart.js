@@ -33,8 +33,8 @@ class Chart {
     this.note = Esper.element("small", { className: "note" });
     this.place.append(this.cursor);
     this.acts = Esper.element("span", { className: "acts" });
-    this.act("pin", `move ${title} to the top, or back`, () => board.pin(this));
     this.act("⤢", `make ${title} larger or smaller`, () => this.enlarge());
+    this.act("pin", `move ${title} to the top, or back`, () => board.pin(this));
     this.act("PNG", `save ${title} as a picture`, () => this.save());
     if (draw.metric) this.act("CSV", `save ${title} as a table`, () => Esper.save(`${fileName(title)}.csv`, new Blob([Esper.csv(draw.metric, board)], { type: "text/csv" })));
     this.element.append(this.caption, this.acts, this.place, this.note);

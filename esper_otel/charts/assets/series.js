@@ -191,7 +191,8 @@ function smoothed(values, weight) {
     if (!Number.isFinite(value)) return value;
     mean = weight * mean + (1 - weight) * value;
     sum = weight * sum + (1 - weight);
-    return mean / sum;
+    const made = mean / sum;
+    return Math.abs(made - value) < 1e-12 * Math.abs(value) ? value : made; // a level curve stays level
   });
 }
 
