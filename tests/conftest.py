@@ -85,6 +85,12 @@ def pytest_configure(config: pytest.Config) -> None:
         warm.serve_tests()
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all that they import stay: nobody looks through them for garbage again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The first test that needs a program may have to build it, for minutes; what takes long comes first."""
@@ -119,7 +125,6 @@ def no_garbage() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 @pytest.fixture

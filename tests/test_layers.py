@@ -59,15 +59,18 @@ MAY_IMPORT = {
     },
     "gateway/command": {
         *BASE,
-        "leyline",
         "oona",
         "gateway",
+        "gateway/options",
         "gateway/store",
         "gateway/serve",
         "gateway/kafka/member_process",
     },
+    "gateway/options": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve"},
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
-    "gateway/replay": {*BASE, "frames", "gateway", "gateway/command", "gateway/store", "gateway/serve"},
+    "gateway/replay": {
+        *(*BASE, "frames", "gateway", "gateway/command", "gateway/options", "gateway/store", "gateway/serve"),
+    },
     "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
     "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
     "gateway/events": {*BASE, "schema", "pull", "gateway", "gateway/receive", "gateway/store"},
@@ -78,8 +81,10 @@ MAY_IMPORT = {
         *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
-    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
-    "gateway/kafka/command": {*BASE, "oona", "gateway", "gateway/command", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/options", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/command": {
+        *(*BASE, "oona", "gateway", "gateway/command", "gateway/options", "gateway/kafka", "gateway/serve"),
+    },
     "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
     "gateway/serve": {
         *(*BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),

@@ -58,7 +58,7 @@ class Tier:
             *("--partitions", str(partitions), "--replication", "1", *self._config, *given),
         ]
         made = (
-            warm.run(*command, imported=warm.GATEWAY)
+            warm.run(*command, imported=warm.PACKAGE)
             if warm.are_served()
             else subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
         )

@@ -22,7 +22,8 @@ from esper_otel.integrations.saves import follow_saves, unfollow_saves
 from esper_otel.integrations.steps import OptimizerSteps
 from esper_otel.record.loaders import Loader, following, is_stand_in, of
 from esper_otel.record.mistakes import Mistakes, spares_mistakes
-from esper_otel.session.start import ended_well, start
+from esper_otel.session.ending import ended_well
+from esper_otel.session.start import start
 from esper_otel.session.telemetry import Telemetry, outcome_of
 
 if TYPE_CHECKING:

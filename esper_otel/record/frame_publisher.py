@@ -292,12 +292,12 @@ class FramePublisher:
             self._go_back()
         return self._live
 
-    def is_settled(self, table: SeedTable) -> bool:
-        """Whether every cell of the table is already known to be valid. Belongs to the recording thread.
+    def is_good(self, table: SeedTable) -> bool:
+        """Whether all cells of a table are present, finite and in range. Belongs to the recording thread.
 
-        Returns False while a step waits: another thread may publish it and change the known seeds.
+        Returns False while a step waits: another thread may be checking the cells of that one.
         """
-        return not self.waiting and self.live.is_settled(table)
+        return not self.waiting and self.live.is_good(table)
 
     def _publish_completed(self, draft: Draft, held: DeviceValues | None) -> None:
         """Publishes a step that has ended, after adding the context and fresh readings to it."""
@@ -429,9 +429,6 @@ class FramePublisher:
         ended = live.retire(retired) if retired else ()
         if not table.ids:
             return table, ended, None
-        settled = live.settled(table)
-        if settled is not None:
-            return settled, ended, live.settled_violations
         seeds = live.step(table)
         live.commit(seeds)
         if seeds.nonfinite:

@@ -86,7 +86,7 @@ class Recorder:
         self.peak = peak
         self.mistakes = mistakes
         self._to_state = to_state
-        self._columns = SeedColumns(publisher.is_settled)
+        self._columns = SeedColumns(publisher.is_good)
         self._last_end_s: float | None = None
         self._recorded = publisher.signatures.of(())  # of the last step recorded in one call
         self.phases: Phases = Phases(PhaseLog(began_unix_ns or clock.now_ns()), clock, self, began_unix_ns)

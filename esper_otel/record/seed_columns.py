@@ -19,7 +19,7 @@ class SeedColumns:
     """Builds tables from columns. Ids, fields and stages already checked in the last call are not checked again.
 
     Args:
-        is_good: returns whether a table is known to have neither NaN nor an invalid stage.
+        is_good: returns whether all cells of a table are present, finite and in range.
 
     Threads: the recording thread.
     """
@@ -52,21 +52,17 @@ class SeedColumns:
                 row[...] = _numbers(field, column, len(layout.ids))
         table = layout.table(given)
         if not self._is_good(table):
-            self._clean(given, layout)
+            if np.isnan(given, layout.nans).tobytes() != layout.no_nans:
+                np.copyto(given, ABSENT, where=layout.nans)
             table = layout.table(given)
-        self._layout = layout
-        return table
-
-    def _clean(self, given: npt.NDArray[np.float64], layout: _ColumnLayout) -> None:
-        """Replaces NaN by ``ABSENT``; raises InvalidValue for an unknown stage."""
-        if np.isnan(given, layout.nans).tobytes() != layout.no_nans:
-            np.copyto(given, ABSENT, where=layout.nans)
         if layout.stage is not None:
             stages = given[layout.stage].tobytes()
             if stages != self._stages:
                 for stage in {*given[layout.stage].tolist()}:
                     checked_stage(stage)
                 self._stages = stages
+        self._layout = layout
+        return table
 
 
 class _ColumnLayout:

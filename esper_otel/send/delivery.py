@@ -204,11 +204,11 @@ def send_spool(
 
 def _add_losses(refusals: RefusedItems, exporter: StepExporter) -> None:
     """Adds what an exporter could not deliver."""
-    why = exporter.last_error or "see the log"
+    why = exporter.sending.last_error or "see the log"
     for reason, count in exporter.dropped.items():
         refusals.add(f"steps lost: {reason}", count, f"{reason}: {why}")
-    if exporter.rejected_points:
-        refusals.add("points refused", exporter.rejected_points, why)
+    if exporter.sending.rejected_points:
+        refusals.add("points refused", exporter.sending.rejected_points, why)
     if exporter.events is not None:
         for reason, count in exporter.events.dropped.items():
             refusals.add(f"events lost: {reason}", count, reason)

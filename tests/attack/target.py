@@ -22,7 +22,7 @@ import grpc
 import psutil
 
 from attack.otlp import MIB
-from esper_otel.pull.client import method
+from esper_otel.pull.calls import method
 from esper_otel.pull.messages import PullRequest, PullResponse, RunsRequest, RunsResponse
 
 TESTS = Path(__file__).parents[1]

@@ -7,14 +7,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import warm
 from certificates import Authority
 from endpoints import expired_pair
 from frame_examples import make_frame, seed_table
@@ -361,8 +360,8 @@ def test_what_a_check_sends_is_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> None:
     """As by ``timeout``: else its series look alive for minutes."""
     with MemoryCollector() as collector:
-        command = [sys.executable, "-m", "esper_otel", "check", "--through", "--gateway", "127.0.0.1:1"]
-        checking = subprocess.Popen(command, env={**os.environ, **at(collector, "grpc")}, stdout=subprocess.DEVNULL)
+        command = ("-m", "esper_otel", "check", "--through", "--gateway", "127.0.0.1:1")
+        checking = warm.started(*command, env={**os.environ, **at(collector, "grpc")}, imported=warm.PACKAGE)
 
         def ranks(name: str) -> set[Any]:
             of_two = (each for each in collector.points() if str(each.resource.get("esper.world_size")) == "2")
@@ -370,7 +369,8 @@ def test_a_check_that_is_interrupted_ends_its_run(number: signal.Signals) -> Non
 
         until("the run of two ranks came", lambda: ranks("loss") == {0, 1})
         checking.send_signal(number)
-        assert checking.wait(120) == 128 + number
+        checking.communicate()
+        assert checking.returncode == 128 + number
         assert ranks("esper.run.ended") == {0, 1}
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import warm
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
 import esper_otel
@@ -240,12 +239,10 @@ def test_what_steps_need_to_arrive_is_refused(
         esper_otel.start()
 
 
-def followed(tmp_path: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def followed(tmp_path: Path, environ: dict[str, str]) -> warm.Done:
     (tmp_path / "train.py").write_text("print('trained')", encoding="utf-8")
-    command = [sys.executable, "-m", "esper_otel", "run", "train.py"]
-    return subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=300
-    )
+    command = ("-m", "esper_otel", "run", "train.py")
+    return warm.run(*command, cwd=tmp_path, env={**os.environ, **environ}, imported=warm.PACKAGE)
 
 
 def test_run_warns_as_start_does_and_goes_on(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+import warm
 from log_receiver import LogReceiver, attributes_of, receiver
 
 import esper_otel
@@ -379,7 +378,7 @@ def test_a_kill_loses_no_event(when: str, tmp_path: Path, monkeypatch: pytest.Mo
         program = KILLED.replace("WAITS()", waits)
         if when == "after":  # all steps are delivered by then
             program = program.replace("os.kill(", "while telemetry.health()['queue']:\n    time.sleep(0.01)\nos.kill(")
-        killed = subprocess.run([sys.executable, "-c", program], check=False, env={**os.environ, **there}, timeout=300)
+        killed = warm.run("-c", program, env={**os.environ, **there}, imported=warm.PACKAGE)
         assert killed.returncode == -signal.SIGKILL
         with esper_otel.start(run_id="next", settings=fast(spool_dir=tmp_path)) as telemetry:
             telemetry.record_step({"loss": 1.0}, epoch=0)
@@ -413,7 +412,7 @@ def test_a_rank_that_was_settled_late_keeps_its_name_in_the_spool(
     monkeypatch.setenv("ESPER_SPOOL_DIR", str(tmp_path))
     with endpoints(monkeypatch) as (_, logs):
         logs.answer = lambda _: 503
-        killed = subprocess.run([sys.executable, "-c", SETTLED_LATE], check=False, timeout=300)
+        killed = warm.run("-c", SETTLED_LATE, imported=warm.PACKAGE)
         assert killed.returncode == -signal.SIGKILL
         for status in (503, 200):
             logs.answer = lambda _, status=status: status  # type: ignore[misc]
@@ -458,7 +457,7 @@ def test_the_end_has_the_exit_status_of_the_process(end: str, monkeypatch: pytes
         f"import sys, esper_otel\nt = esper_otel.start(run_id='e')\nt.record_step({{'loss': 1.0}}, epoch=0)\n{end}"
     )
     with endpoints(monkeypatch) as (_, logs):
-        done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, timeout=300)
+        done = warm.run("-c", program, imported=warm.PACKAGE)
         ended = logs.records[-1]
     status, outcome, severity = ENDS[end]
     assert done.returncode == status

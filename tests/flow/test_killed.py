@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from frame_examples import sealed, taken_apart
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
@@ -57,13 +57,9 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def trained(run_id: str, steps: int, then: str, **environment: str) -> dict[int, Mapping[str, float]]:
     """What a trainer recorded in another process: by time, the values that were put."""
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINER, run_id, str(steps), then],
-        stdout=subprocess.PIPE,
-        timeout=300,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    command = ("-c", TRAINER, run_id, str(steps), then)
+    done = warm.run(*command, env={**os.environ, **environment}, imported=warm.PACKAGE)
+    sys.stderr.write(done.stderr)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == steps
     return {
@@ -184,13 +180,13 @@ def test_a_session_that_lives_keeps_its_spool(nowhere: Path, collector: MemoryCo
     """Two trainers share a directory, one of them in this very process."""
     alive = esper_otel.start(run_id="alive")
     alive.record_step({"loss": 1.0}, epoch=0)
-    arguments = [sys.executable, "-c", TRAINER, "beside", "1", "sys.stdin.read()"]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as beside:
-        assert beside.stdout is not None
-        beside.stdout.readline()
-        sent_by_next_start(collector)
-        assert {p.resource["esper.run.id"] for p in collector.points()} == {"next"}
-        beside.kill()
+    waits = ("-c", TRAINER, "beside", "1", "sys.stdin.read()")
+    beside = warm.started(*waits, imported=warm.PACKAGE, takes_input=True)
+    beside.stdout.readline()
+    sent_by_next_start(collector)
+    assert {p.resource["esper.run.id"] for p in collector.points()} == {"next"}
+    beside.kill()
+    beside.communicate()
     alive.close(timeout_s=0.1)
     sent_by_next_start(collector)
     assert {p.resource["esper.run.id"] for p in collector.points()} == {"next", "alive", "beside"}

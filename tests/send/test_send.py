@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import warm
 from gateways import RunningGateway
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsPartialSuccess,
@@ -56,15 +55,13 @@ telemetry.close()
 NOWHERE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://192.0.2.1:4317"}  # no route from behind the air gap
 
 
-def trained(run_id: str, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", TRAIN, run_id, str(STEPS), *more]
-    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
+def trained(run_id: str, *more: str, **environ: str) -> warm.Done:
+    return warm.run("-c", TRAIN, run_id, str(STEPS), *more, env={**os.environ, **environ}, imported=warm.PACKAGE)
 
 
-def sent(gateway: RunningGateway, *paths: Path, **options: Any) -> subprocess.Popen[str]:
+def sent(gateway: RunningGateway, *paths: Path) -> warm.Process:
     environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{gateway.grpc}"}
-    command = [sys.executable, "-m", "esper_otel", "send", *map(str, paths)]
-    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return warm.started("-m", "esper_otel", "send", *paths, env=environ, imported=warm.PACKAGE)
 
 
 def steps_at(gateway: RunningGateway, run_id: str) -> list[Any]:
@@ -100,7 +97,6 @@ def test_a_run_in_files_is_equal_to_one_that_was_sent_live(tmp_path: Path) -> No
         shutil.move(files, elsewhere / "files")
         shutil.move(spool, elsewhere / "spool")
         first = sent(gateway, elsewhere / "files", elsewhere / "spool")
-        assert first.stdout is not None
         first.stdout.readline()  # a file is delivered
         first.kill()
         first.communicate()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from log_receiver import LogReceiver, attributes_of, receiver
 
 import esper_otel
@@ -81,7 +80,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_events_in_a_spool_are_delivered_with_its_steps(tmp_path: Path, logs: LogReceiver) -> None:
     environ = {**os.environ, "ESPER_SPOOL_DIR": str(tmp_path), "OTEL_EXPORTER_OTLP_ENDPOINT": AWAY}
     environ["OTEL_EXPORTER_OTLP_LOGS_ENDPOINT"] = f"{AWAY}/v1/logs"
-    killed = subprocess.run([sys.executable, "-c", TRAIN], check=False, env=environ, timeout=300)
+    killed = warm.run("-c", TRAIN, env=environ, imported=warm.PACKAGE)
     assert killed.returncode == -signal.SIGKILL
     assert main(["send", "--within", "30", str(tmp_path)]) == 0
     assert numbers(logs) == [1, 2, 3, 4]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from patience import patience
 
 from esper_otel.testing import MemoryCollector
@@ -25,6 +26,7 @@ telemetry = esper_otel.start(run_id="run")
 for _ in range(200):
     telemetry.record_step({"loss": 1.0}, epoch=0)
 """
+BRIEFLY = BEGIN.replace("200", "3")  # where the outcome alone is looked at
 
 
 @pytest.fixture
@@ -35,10 +37,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryCollector]:
         yield collector
 
 
-def ended(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=300, check=False
-    )
+def ended(script: str) -> warm.Done:
+    return warm.run("-c", BEGIN + script, imported=warm.PACKAGE)
 
 
 def outcomes(collector: MemoryCollector) -> list[str]:
@@ -89,10 +89,13 @@ LEFT = {
 }
 
 
-# A child for each case goes on in the main program: importing it all once is most of the time.
+# A child for each case goes on in the main program: importing it all once is most of the time. What is frozen is not
+# looked through, nor copied.
 FORKS = """
-import json, os, sys
-import esper_otel.export.grpc_sender, esper_otel.session.start
+import concurrent.futures.thread, gc, json, os, sys
+import esper_otel.export.grpc_sender, esper_otel.probes.machine, esper_otel.session.start
+gc.collect()
+gc.freeze()
 children = []
 for case in range(int(sys.argv[1])):
     pid = os.fork()
@@ -129,7 +132,7 @@ def forked(
 
 def test_a_script_that_ends_with_status_0_has_completed(collector: MemoryCollector, tmp_path: Path) -> None:
     """Whichever way it leaves, the outcome is what its exit status says, and the exit status is what it would be."""
-    (tmp_path / "train.py").write_text(FORKS + cases(BEGIN + text for text in LEFT), encoding="utf-8")
+    (tmp_path / "train.py").write_text(FORKS + cases(BRIEFLY + text for text in LEFT), encoding="utf-8")
     assert forked(collector, LEFT, ["train.py", str(len(LEFT))], tmp_path)[0] == LEFT
 
 
@@ -154,7 +157,7 @@ import sys
 def cleaned(status):
     return status
 def main(case):
-{textwrap.indent(BEGIN, "    ")}
+{textwrap.indent(BRIEFLY, "    ")}
     return case
 """
 RETURNED = {
@@ -207,7 +210,7 @@ for tracer in (None, trace):
     except SystemExit as error:
         sys.stdout.write(f"{error.code} {model()} {sys.gettrace() is tracer}\\n")
 """
-    begin = f"def start():\n{textwrap.indent(BEGIN, '    ')}    telemetry.close()\n"
+    begin = f"def start():\n{textwrap.indent(BRIEFLY, '    ')}    telemetry.close()\n"
     (tmp_path / "train.py").write_text(begin + program, encoding="utf-8")
     command = [sys.executable, "train.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
@@ -251,8 +254,7 @@ def test_a_script_of_ipython_ends_as_one_of_python(
     collector: MemoryCollector, script: str, more: list[str], status: int, outcome: str
 ) -> None:
     """Unless a prompt follows, with cells of which any may have been the run's end."""
-    command = [sys.executable, "-c", IPYTHON, BEGIN + script, *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = warm.run("-c", IPYTHON, BRIEFLY + script, *more, imported=warm.PACKAGE)
     assert (done.returncode, outcomes(collector)) == (status, [outcome])
 
 
@@ -287,13 +289,7 @@ def test_a_handler_that_was_there_is_called_and_decides(collector: MemoryCollect
         "telemetry = ",
         "signal.signal(signal.SIGTERM, lambda number, frame: (print('checkpoint'), sys.exit(3)))\ntelemetry = ",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", handler + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = warm.run("-c", handler + "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)", imported=warm.PACKAGE)
     assert (done.returncode, done.stdout) == (3, "checkpoint\n")
     assert collector.frames_received == 200
 

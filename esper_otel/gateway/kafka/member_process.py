@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from esper_otel.errors import ConfigurationError
-from esper_otel.gateway.command import limits_of, ports_of
 from esper_otel.gateway.kafka.brokers import Brokers
 from esper_otel.gateway.kafka.member import Member, MemberOptions
 from esper_otel.gateway.kafka.metrics import member_text
 from esper_otel.gateway.kafka.topics import tier_at
+from esper_otel.gateway.options import limits_of, ports_of
 from esper_otel.gateway.serve.http_port import is_own_host, runner_of
 from esper_otel.gateway.serve.ports import Ports
 from esper_otel.log import Warnings, announce

@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaException
 
 from esper_otel.errors import StaleCursor, UnknownRun
-from esper_otel.gateway.core import Core
 from esper_otel.gateway.faults import Busy
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Origin
@@ -26,6 +26,7 @@ from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, 
 from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
 from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.security import BadRequest, Grant
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
 from esper_otel.gateway.store.memory import MemoryStore
@@ -36,6 +37,9 @@ from esper_otel.leyline.packets import Page
 from esper_otel.leyline.risk import RULES, Rule
 from esper_otel.log import Warnings
 from esper_otel.pull.messages import EventsRequest, EventsResponse, PullRequest
+
+if TYPE_CHECKING:
+    from esper_otel.gateway.events.event_file import StoredEvent
 
 _MOST_TAIL_BYTES = 256 * 1024 * 1024
 _UNUSED_S = 120.0
@@ -50,7 +54,7 @@ _VIEWED, _VIEW_BYTES, _READ_AT_ONCE, _VIEWED_S = 16, 64 * 1024 * 1024, 500, 300.
 
 
 class TierStore(Store):
-    """What ``Core`` asks a store, answered from the topic of states. Frames are fetched for each request instead."""
+    """What ``PullCore`` asks a store, answered from the topic of states. Each request fetches its frames itself."""
 
     def __init__(self, known: KnownStates, size: Callable[[], int]) -> None:
         super().__init__()
@@ -93,14 +97,14 @@ class TierStore(Store):
         return {"tail bytes": (float(self._size()), float(_MOST_TAIL_BYTES))}
 
 
-class TierCore(Core):
+class TierCore(PullCore):
     """Answers pullers from the topics of a tier.
 
     Args:
         connection: the way to the brokers.
         tier: the topics.
         rules: the risk rules.
-        latency_budget_ms: see ``Core``.
+        latency_budget_ms: see ``PullCore``.
     """
 
     def __init__(
@@ -108,9 +112,9 @@ class TierCore(Core):
     ) -> None:
         self._known = KnownStates()
         self._tails: dict[int, Tail] = {}
-        super().__init__(TierStore(self._known, self._size), rules=rules, latency_budget_ms=latency_budget_ms)
+        store = TierStore(self._known, self._size)
+        super().__init__(store, self._known, rules=rules, latency_budget_ms=latency_budget_ms)
         self._connection, self._tier = connection, tier
-        self._states = self._known
         self._ranks = self._known.ranks
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._past = PastReaders()
@@ -123,7 +127,6 @@ class TierCore(Core):
 
     def start(self) -> None:
         """Starts reading; call it in the event loop."""
-        super().start()
         loop = asyncio.get_running_loop()
 
         def soon(call: Callable[..., None], *arguments: object) -> None:
@@ -142,6 +145,10 @@ class TierCore(Core):
         self._tail_reader.start()
         for work in (self._note_states(), self._tidy_tails()):
             self._tasks.add(loop.create_task(work))
+
+    def close(self) -> None:
+        """Answers waiting pullers; the readers have ended."""
+        self.end_waiting()
 
     async def stop(self) -> None:
         """Ends the readers; call it before ``close``."""
@@ -212,7 +219,7 @@ class TierCore(Core):
                 self._viewed.pop(key).close()
 
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
-        """Returns them as they were up to five seconds ago. See ``Core``."""
+        """Returns them as they were up to five seconds ago. See ``PullCore``."""
         return self._known.hours(run_id)
 
     # -- pulling -----------------------------------------------------------------------------------------
@@ -231,7 +238,7 @@ class TierCore(Core):
         return found
 
     async def packets(self, run_id: str, cursor: str, most: int) -> Page:
-        """Returns the steps after a cursor, for a reader in this process. See ``Core``."""
+        """Returns the steps after a cursor, for a reader in this process. See ``PullCore``."""
         fetched = await self.fetch(run_id, cursor, PullSelection(), most)
         made = partial(packets_of, rules=self._rules, latency_budget_ms=self._latency_budget_ms)
         found = await packets_after(fetched, run_id, fetched.first, most, made, self._clock_ns)
@@ -378,6 +385,14 @@ class TierCore(Core):
         raise BadRequest(
             "a tier on Kafka keeps no events: send them to an esper-otel gateway, and pull them from there"
         )
+
+    def newest_events(self, run_id: str, rank: int) -> list[StoredEvent]:  # noqa: ARG002
+        """Returns none: a tier has no events."""
+        return []
+
+    def events_mark(self, run_id: str) -> str:  # noqa: ARG002
+        """Returns an empty text: a tier has no events."""
+        return ""
 
     def _check_shard(self, request: PullRequest) -> None:
         if request.shards and (request.HasField("rank") or request.shard >= request.shards):

@@ -19,8 +19,8 @@ from esper_otel.oona.emergencies import urgent_signals
 from esper_otel.text import printable
 
 if TYPE_CHECKING:
-    from esper_otel.gateway.core import Core
     from esper_otel.gateway.items import RunStatus
+    from esper_otel.gateway.pull_core import PullCore
 
 _EVERY_S = 1.0
 _ALL_EVERY_S = 5.0  # a run that falls silent says nothing
@@ -53,7 +53,7 @@ class Watcher:
         webhooks: where notices go.
     """
 
-    def __init__(self, runs: Core, webhooks: Iterable[Webhook]) -> None:
+    def __init__(self, runs: PullCore, webhooks: Iterable[Webhook]) -> None:
         self._runs = runs
         self._webhooks = tuple(webhooks)
         self._changed = runs.changed.follower()

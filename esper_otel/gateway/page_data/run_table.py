@@ -155,12 +155,7 @@ class RunTable:
     def _row(self, run_id: str, known: RunStatus) -> dict[str, Any]:
         now_ns = self._clock_ns()
         states = [_as_of(now_ns, self._complete(state)) for state in known.states]
-        newest: dict[int, RunState] = {}
-        for state in states:  # of two writers of one attempt, the one that takes steps
-            before = newest.get(state.origin.rank)
-            if before is None or _newness(before) <= _newness(state):
-                newest[state.origin.rank] = state
-        ranks = [newest[rank] for rank in sorted(newest)]
+        ranks = _newest_of_ranks(states)
         steps = [state.last_step for state in ranks if state.last_step is not None]
         attempts = _attempts(states, known.outcome, now_ns)
         return {
@@ -243,8 +238,12 @@ class RunTable:
         )
 
 
-def _newness(state: RunState) -> tuple[int, int]:
-    return state.origin.attempt, state.last_time_unix_ns
+def _newest_of_ranks(states: Iterable[RunState]) -> list[RunState]:
+    """Returns the newest state of each rank; of two writers of one attempt, that of the one with the newest step."""
+    newest: dict[int, RunState] = {}
+    for state in sorted(states, key=lambda state: (state.origin.attempt, state.last_time_unix_ns)):
+        newest[state.origin.rank] = state
+    return [newest[rank] for rank in sorted(newest)]
 
 
 def _as_of(now_ns: int, state: RunState) -> RunState:

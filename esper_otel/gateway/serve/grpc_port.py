@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import Busy, fault_of
 from esper_otel.gateway.pages import Bounds
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.receive.inflate import ENCODINGS, check_encoding, encoding_of, inflated
 from esper_otel.gateway.receive.request import Malformed
 from esper_otel.gateway.security import Grant, Tokens
@@ -70,7 +71,7 @@ class Rpc:
 
     def __init__(
         self,
-        core: Core,
+        core: PullCore,
         send_tokens: Tokens | None,
         pull_tokens: Tokens | None,
         guard: Guard,
@@ -91,11 +92,11 @@ class Rpc:
         self._watches = Room(_MOST_WATCHES, "too many watches")
         self.health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
 
-    def handlers(self, *, receives: bool) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
+    def handlers(self, receiver: Core | None) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
         """Returns the methods by service.
 
         Args:
-            receives: whether OTLP is accepted.
+            receiver: accepts OTLP; None if the port does not.
         """
 
         def unary(method: Callable[[Any, _Context], Awaitable[Any]], *coding: Any) -> Any:
@@ -112,9 +113,9 @@ class Rpc:
                 "Events": unary(self._events),
             }
         }
-        if receives:
-            found[OTLP_SERVICE] = {"Export": unary(partial(self._export, self._core.take, metrics_answer))}
-            found[LOGS_SERVICE] = {"Export": unary(partial(self._export, self._core.take_logs, logs_answer))}
+        if receiver is not None:
+            found[OTLP_SERVICE] = {"Export": unary(partial(self._export, receiver.take, metrics_answer))}
+            found[LOGS_SERVICE] = {"Export": unary(partial(self._export, receiver.take_logs, logs_answer))}
         services = (*found, health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._reflection = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined] # as for health
         bytes_of = reflection_pb2.ServerReflectionResponse.SerializeToString

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from esper_otel.gateway.core import Answer, Core
 from esper_otel.gateway.faults import Busy, fault_of
+from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.quiet import SeldomLog
 from esper_otel.gateway.receive.inflate import GZIP, IDENTITY, MAX_REQUEST_BYTES, check_encoding
 from esper_otel.gateway.receive.request import TooLarge, Unsupported
@@ -47,20 +48,20 @@ class HttpPort:
         door: the acceptor, which records the connections that sent a request and those whose request succeeded.
     """
 
-    def __init__(self, core: Core, send_tokens: Tokens | None, answers: Room, warnings: Warnings) -> None:
+    def __init__(self, core: PullCore, send_tokens: Tokens | None, answers: Room, warnings: Warnings) -> None:
         self.door: HttpAcceptor | None = None
         self._core = core
         self._send_tokens = send_tokens
         self._answers = answers
         self._warnings = warnings
 
-    def application(self, hosts: Collection[str] | None, *, has_page: bool, receives: bool = True) -> web.Application:
+    def application(self, hosts: Collection[str] | None, *, has_page: bool, receiver: Core | None) -> web.Application:
         """Makes the application that serves the paths.
 
         Args:
             hosts: accepted Host names in addition to the usual ones; None skips the check, since TLS verifies the name.
             has_page: whether to serve the live page at ``/``.
-            receives: whether OTLP is accepted.
+            receiver: accepts OTLP; None if the port does not.
         """
         core = self._core
 
@@ -71,10 +72,10 @@ class HttpPort:
             return await self._sent(request, handler)
 
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[bounded])
-        if receives:
+        if receiver is not None:
             receiving = _OtlpHandler(core, self._send_tokens, self._warnings)
-            app.router.add_post("/v1/metrics", receiving.handler(core.take, metrics_answer))
-            app.router.add_post("/v1/logs", receiving.handler(core.take_logs, logs_answer))
+            app.router.add_post("/v1/metrics", receiving.handler(receiver.take, metrics_answer))
+            app.router.add_post("/v1/logs", receiving.handler(receiver.take_logs, logs_answer))
         app.router.add_get("/healthz", _text(lambda: (200, "ok\n")))
         ready = _text(lambda: (200, "ok\n") if core.is_ready else (503, "nothing can be stored\n"))
         app.router.add_get("/readyz", ready)
@@ -165,7 +166,7 @@ _SYNONYMS = {"": IDENTITY, "none": IDENTITY, "x-gzip": GZIP, "zlib": "deflate"} 
 class _OtlpHandler:
     """Receives OTLP over HTTP: reads the body within limits and passes it to the core."""
 
-    def __init__(self, core: Core, tokens: Tokens | None, warnings: Warnings) -> None:
+    def __init__(self, core: PullCore, tokens: Tokens | None, warnings: Warnings) -> None:
         self._core = core
         self._tokens = tokens
         self._warnings = warnings

@@ -24,7 +24,7 @@ from esper_otel.gateway.core import Core
 from esper_otel.gateway.store.memory import MemoryStore
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.packets import Packets
-from esper_otel.pull.client import page_of
+from esper_otel.pull.calls import page_of
 from esper_otel.pull.messages import PullRequest, RanksRequest, RanksResponse
 from esper_otel.pull.views import run_ranks
 
