@@ -199,7 +199,8 @@ class Board {
     }
     for (const [group, charts] of byGroup) {
       const { element, grid, count } = this.section(group);
-      charts.sort((one, other) => Boolean(other.isExtra) - Boolean(one.isExtra));
+      const pins = [...this.view.pins];
+      charts.sort((one, other) => (group === "pinned" ? pins.indexOf(one.id) - pins.indexOf(other.id) : Boolean(other.isExtra) - Boolean(one.isExtra)));
       const kept = charts.filter((chart) => isWanted(chart.id, chart.title, chart.about, group) && !chart.isNothing);
       if (kept.length !== grid.children.length || kept.some((chart, i) => grid.children[i] !== chart.element)) grid.replaceChildren(...kept.map((chart) => chart.element));
       for (const chart of charts) {

@@ -15,6 +15,7 @@ const ODD = {
   large: [0.95, "triangle", "▲ above 1e300"], small: [0.05, "inverted_triangle", "▼ below -1e300"],
 };
 const FEW = 60; // a curve with fewer points shows them
+const MANY_EVENTS = 20; // more are marked at the bottom only
 const MOST_ODD = 500; // marks of values that are not finite, for each run
 const LEFT = 62; // the same for all charts, so that equal steps stand below each other
 
@@ -286,7 +287,7 @@ function lines(name, chart) {
   if (events.length || chart.sources.has("events")) {
     keys.add("events");
     const color = events.map((event) => board.colors[event.tone] || board.colors.dim);
-    chart.fill("events", { x: events.map((event) => event.x), low: events.map(() => 0), high: events.map(() => 1), color }, (source) =>
+    chart.fill("events", { x: events.map((event) => event.x), low: events.map(() => 0), high: events.map(() => (events.length > MANY_EVENTS ? 0.06 : 1)), color }, (source) =>
       figure.segment({ field: "x" }, { field: "low" }, { field: "x" }, { field: "high" }, { source, y_range_name: "edge", line_color: { field: "color" }, line_alpha: 0.5, line_width: 1 }));
   }
   const odd = { x: [], y: [], marker: [], color: [] };

@@ -16,7 +16,7 @@ const COLUMNS = [
   ["validation loss", (run) => run.validation_loss ?? Infinity, (run) => run.validation_loss_is || Esper.number(run.validation_loss), true],
   ["experiment", (run) => run.experiment || ""],
   ["host", (run) => run.host || ""],
-  ["device", (run) => run.device || ""],
+  ["device", (run) => run.device || "", (run) => (run.device || "–").split(", ")[0]],
   ["revision", (run) => run.revision || "", (run) => (run.revision || "–").slice(0, 10)],
   ["ranks", (run) => Math.max(run.rank_count, run.world_size || 0), undefined, true],
   ["attempts", (run) => run.attempt_count, undefined, true],
