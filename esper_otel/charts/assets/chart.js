@@ -203,9 +203,10 @@ class Chart {
     const middle = (start + end) / 2;
     const wide = end - start;
     const at = this.board.pointed ?? middle;
+    const from = Math.min(Math.max(at - wide / 4, start), end - wide / 2); // what is zoomed into is within what was shown
     const moves = {
       ArrowLeft: () => this.board.step(-1, this), ArrowRight: () => this.board.step(1, this),
-      "+": () => this.board.zoom([at - wide / 4, at + wide / 4]), "-": () => this.board.zoom([middle - wide, middle + wide]),
+      "+": () => this.board.zoom([from, from + wide / 2]), "-": () => this.board.zoom([middle - wide, middle + wide]),
       "[": () => this.board.zoom([start - wide / 4, end - wide / 4]), "]": () => this.board.zoom([start + wide / 4, end + wide / 4]),
       0: () => this.board.zoom(null), Escape: () => this.board.point(null),
     };

@@ -309,6 +309,11 @@ def test_a_chart_becomes_large_is_pinned_and_gives_its_picture_and_its_table(bro
         )
         level += " return [...new Set(Esper.curve(s, 'level', {x: 'step', smooth: 0.9}).y)]; })()"
         assert browser.value(level) == [0.1]
+        press = "{0}.key(new KeyboardEvent('keydown', {{key: '{1}'}}))"
+        browser.value(f"board.point(2, {chart('loss')}); {press.format(chart('loss'), '+')}")
+        assert browser.value("board.view.range") == [1, 15.5], "not beyond the first step"
+        browser.value(press.format(chart("loss"), "0"))
+        assert browser.value("board.view.range") is None
         head, *lines = browser.value("Esper.csv('loss', board)").splitlines()
         assert head == "run,attempt,first_step,last_step,epoch,time,loss,min,max"
         assert len(lines) == 30
