@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes, or the making of one, says on a busy machine nothing about us. A test that needs more
 # examples than these says how many; `make fuzz` looks at thousands.
-_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=40)
+_STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=20)
 settings.register_profile("steady", _STEADY)
 settings.register_profile("fuzz", _STEADY, max_examples=2_000)
 # The same examples each time: newer versions of Hypothesis do this by themselves.

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.own_code
 PACKAGE = Path(esper_otel.__file__).parent
 
 # What each room may import at run time, besides itself, errors and the standard library. Imports for types are free.
-BASE = {"text", "log", "native", "unix", "untraced", "varint"}
+BASE = {"text", "log", "native", "unix", "untraced", "tracebacks", "varint"}
+# Files of the gateway that its rooms stand on; they know no room.
+GATEWAY_BASE = {f"gateway/{name}" for name in ("items", "limits", "turns", "changes", "quiet")}
 MAY_IMPORT = {
     "errors": set[str](),
     "text": set[str](),
@@ -34,6 +36,7 @@ MAY_IMPORT = {
     "captures": set[str](),
     "local_ports": set[str](),
     "untraced": set[str](),
+    "tracebacks": set[str](),
     "log": {"text", "untraced"},
     "schema": set[str](),
     "hours": set[str](),
@@ -52,13 +55,16 @@ MAY_IMPORT = {
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
     "integrations": {*BASE, "derive", "record", "session"},
-    # Of the files that stand between the rooms of the gateway, the commands alone know the ports.
+    **dict.fromkeys(GATEWAY_BASE, {*BASE, "frames", "parts"}),
+    # Of the files that stand above the rooms of the gateway, the commands alone know the ports.
     "gateway": {
-        *(*BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
+        *("gateway/ranks", "gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     "gateway/command": {
         *BASE,
+        *GATEWAY_BASE,
+        "gateway/notify",
         "oona",
         "gateway",
         "gateway/options",
@@ -66,29 +72,35 @@ MAY_IMPORT = {
         "gateway/serve",
         "gateway/kafka/member_process",
     },
-    "gateway/options": {*BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve"},
+    "gateway/options": {*BASE, *GATEWAY_BASE, "leyline", "oona", "gateway", "gateway/store", "gateway/serve"},
     "gateway/ui": {*BASE, "gateway", "gateway/command", "local_ports"},
     "gateway/replay": {
-        *(*BASE, "frames", "gateway", "gateway/command", "gateway/options", "gateway/store", "gateway/serve"),
+        *(*BASE, *GATEWAY_BASE, "frames", "gateway"),
+        *("gateway/command", "gateway/options", "gateway/store", "gateway/serve"),
     },
-    "gateway/receive": {*BASE, "schema", "frames", "parts", "gateway"},
-    "gateway/hours": {*BASE, "frames", "hours", "pull", "gateway", "gateway/receive", "gateway/store"},
-    "gateway/events": {*BASE, "schema", "pull", "gateway", "gateway/receive", "gateway/store"},
-    "gateway/rebuild": {*BASE, "schema", "frames", "parts", "gateway", "gateway/receive"},
-    "gateway/store": {*BASE, "frames", "parts", "leyline", "gateway"},
+    "gateway/receive": {*BASE, *GATEWAY_BASE, "schema", "frames", "parts"},
+    "gateway/hours": {*BASE, *GATEWAY_BASE, "frames", "hours", "pull", "gateway/receive", "gateway/store"},
+    "gateway/events": {*BASE, *GATEWAY_BASE, "schema", "pull", "gateway/receive", "gateway/store"},
+    "gateway/rebuild": {*BASE, *GATEWAY_BASE, "schema", "frames", "parts", "gateway/receive"},
+    "gateway/store": {*BASE, *GATEWAY_BASE, "frames", "parts", "leyline"},
     "gateway/kafka": {
-        *(*BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
-        *("gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
+        *("gateway/ranks", "gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
     },
     # A member and a server: the processes, with their ports.
     "gateway/kafka/member_process": {*BASE, "gateway", "gateway/options", "gateway/kafka", "gateway/serve"},
     "gateway/kafka/command": {
-        *(*BASE, "oona", "gateway", "gateway/command", "gateway/options", "gateway/kafka", "gateway/serve"),
+        *(*BASE, *GATEWAY_BASE, "oona", "gateway", "gateway/command", "gateway/options"),
+        *("gateway/kafka", "gateway/serve"),
     },
-    "gateway/page_data": {*BASE, "schema", "frames", "leyline", "pull", "charts", "gateway", "gateway/store"},
+    "gateway/notify": {*BASE, *GATEWAY_BASE, "schema", "frames", "leyline", "oona", "addresses"},
+    "gateway/ranks": {*BASE, *GATEWAY_BASE, "schema", "frames", "pull"},
+    "gateway/page_data": {
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "leyline", "pull", "charts", "gateway/ranks", "gateway/store"),
+    },
     "gateway/serve": {
-        *(*BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),
-        *("gateway", "gateway/receive", "gateway/store", "gateway/page_data"),
+        *(*BASE, *GATEWAY_BASE, "schema", "frames", "leyline", "pull", "charts", "hours"),
+        *("gateway", "gateway/ranks", "gateway/receive", "gateway/store", "gateway/page_data"),
     },
     "charts": {"schema", "hours"},
     "report": {*BASE, "schema", "frames", "hours", "parts", "leyline", "pull", "charts", "local_ports"},

@@ -45,7 +45,14 @@ _WITH_TORCH = ("torch", "torch._dynamo", "torch.utils.data")
 _PRELOADED = {
     TORCH: _WITH_TORCH,
     FRAMEWORKS: (
-        *(*_WITH_TORCH, "torch.distributed.run", "accelerate", "lightning", "transformers.trainer"),
+        *(
+            *_WITH_TORCH,
+            "torch._inductor.output_code",
+            "torch.distributed.run",
+            "accelerate",
+            "lightning",
+            "transformers.trainer",
+        ),
         *("transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2"),
     ),
     PACKAGE: (

@@ -8,16 +8,6 @@ from panels import OF_DEVICE, OF_RESOURCE, Board, Query, Shown
 
 from esper_otel.files.selectors import CATALOGUE, Naming
 
-_UNITS = {
-    "ms": "ms",
-    "ratio": "percentunit",
-    "GB": "decgbytes",
-    "%": "percent",
-    "s": "s",
-    "By": "bytes",
-    "Cel": "celsius",
-}
-
 
 def boards(naming: Naming) -> list[Board]:
     """Every dashboard; each says last whose values it shows."""

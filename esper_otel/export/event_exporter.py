@@ -83,7 +83,7 @@ class EventExporter:
         self._wake.set()
 
     def release(self, until_unix_ns: int) -> None:
-        """Lets events up to this time go: the steps before it are delivered."""
+        """Releases events up to this time: the steps before it are delivered."""
         if until_unix_ns > (self._until_unix_ns or 0):
             self._until_unix_ns = until_unix_ns
         if self.holds_back:

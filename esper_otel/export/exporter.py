@@ -215,7 +215,7 @@ class StepExporter:
         self._wake.set()
         try:
             self.join(deadline_s)
-        except BaseException:  # who gives up the steps does not wait for the events either
+        except BaseException:  # if the steps are given up, the events are not waited for either
             self._time.deadline_s = time.monotonic()
             raise
         finally:  # after a Ctrl-C the remaining steps are still spooled or counted
@@ -515,7 +515,7 @@ class StepExporter:
             source.events.reader.read(blocks, settled + 1, settled + frames)
 
     def _release_events(self) -> None:
-        """Lets events go that happened before what was sent, or at a time that no later frame can precede."""
+        """Releases events that happened before what was sent, or at a time that no later frame can precede."""
         if self._events is not None:
             last_unix_ns = max(self._live.streams.last_unix_ns, 0)
             self._events.release(max(last_unix_ns, self._idle_ns(last_unix_ns) or 0))

@@ -143,7 +143,7 @@ def stored_entries(folder: Folder, name: str, checked: Callable[[object], EntryT
     stored = StoredEntries(list(entries_in(content, checked, after)))
     for line in content.splitlines():
         if line.startswith(b"{"):
-            with suppress(ValueError, TypeError, KeyError, AttributeError):
+            with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 said = json.loads(line)
                 run, resource = checked_run(said["run"]), Resource(said["attributes"], said["schema_url"])
                 stored = stored._replace(run=run, resource=resource, start_unix_ns=int(said["start_unix_ns"]))

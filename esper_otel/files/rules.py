@@ -143,7 +143,7 @@ def _beyond(rule: Rule, usual: UsualLevels | None, naming: Naming) -> str:
 
 
 def recorded(naming: Naming) -> list[tuple[str, str]]:
-    """Recording rules: when something came last, kept for longer than Prometheus looks back."""
+    """Recording rules that keep the last time of something for longer than Prometheus looks back."""
     step = naming.labelled(f"timestamp({naming.name('esper.global_step')}{{{naming.runs}}})")
     ended = naming.labelled(f"timestamp({naming.name('esper.run.ended')}{{{naming.runs}}})")
     counts = naming.labelled(f"timestamp({naming.name('esper.frames.recorded')}{{{naming.runs}}})")
@@ -395,7 +395,7 @@ PIPELINE = [
         "EsperGatewayDeferring",
         "sum by (job, instance, reason) (increase(esper_gateway_deferred_requests_total[1m])) > 0",
         "warn",
-        "the esper gateway {{ $labels.instance }} asks senders to come again: {{ $labels.reason }}",
+        "the esper gateway {{ $labels.instance }} asks senders to retry: {{ $labels.reason }}",
         "They keep the data. Too many runs: raise --limit runs, or send some to another gateway before their buffers are "
         "full.",
         "2m",

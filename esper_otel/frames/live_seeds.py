@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ _ALPHA_STEPS = COLUMN["alpha_steps"]
 _VIOLATIONS = COLUMN["isolation_violations"]
 _EXACT = slice(_STAGE, _VIOLATIONS + 1, _VIOLATIONS - _STAGE)  # the stage and the count of violations
 _BLENDING = float(Stage.BLENDING)
+_BLENDING_BYTES = struct.pack("=d", _BLENDING)
 _INFINITY = float("inf")
 
 
@@ -39,6 +42,9 @@ _ABSENT = np.uint64(ABSENT_BITS)
 _BLANK = np.full((64, WIDTH), ABSENT)  # cells of seeds that have none yet
 
 _MOST_SHAPES = 8
+_FEW = 32
+
+_Rows: TypeAlias = npt.NDArray[np.intp]
 
 
 class _Marks:
@@ -139,12 +145,11 @@ class LiveSeeds:
 
     Attributes:
         table: every live seed with its last known cells.
-        ids: the seeds, each with its row in the table.
     """
 
     def __init__(self) -> None:
         self.table: SeedTable = NO_SEEDS
-        self.ids: Mapping[str, int] = {}
+        self._ids: Mapping[str, int] | None = {}  # None until they are asked for
         self._resumed_violations: dict[str, float] = {}
         self._likeness: _Likeness | None = None  # of the last step
         # These two do not change what a step means: marks by shape and strides, and the table that was found good last.
@@ -154,16 +159,24 @@ class LiveSeeds:
     @property
     def state(self) -> Any:
         """All that changes with a step; never changed in place. Assigning an earlier one undoes the steps since."""
-        return self.table, self.ids, self._resumed_violations, self._likeness
+        return self.table, self._ids, self._resumed_violations, self._likeness
 
     @state.setter
     def state(self, state: Any) -> None:
-        self.table, self.ids, self._resumed_violations, self._likeness = state
+        self.table, self._ids, self._resumed_violations, self._likeness = state
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """The seeds, each with its row in the table; never changed in place."""
+        ids = self._ids
+        if ids is None:
+            self._ids = ids = dict(zip(self.table.ids, range(len(self.table.ids)), strict=True))
+        return ids
 
     def begin(self, table: SeedTable) -> None:
         """Makes these the live seeds, whatever was live before."""
         if table.ids is not self.table.ids:
-            self.ids = _rows_of(table.ids)
+            self._ids = None
         self.table = table
         self._likeness = None
 
@@ -229,8 +242,11 @@ class LiveSeeds:
         good = marks.good(new)
         absent = b"" if good == marks.all else marks.absent(new)
         flags = marks.flags if b"\1" in absent else None
-        rows, before = self._before(recorded)
-        merged = new if flags is None else np.where(flags, before, new)
+        is_fine = not absent or good.count(1) + absent.count(1) == len(good)
+        rows = self._rows(ids)
+        merged = before = new if flags is None else self._before(recorded, rows)
+        if flags is not None:
+            merged = np.where(flags, before, new)
         new, merged, erased = _without_steps_at_rest(new, merged, flags)
         if flags is not None and absent.count(1) + len(erased) >= new.shape[1]:
             # Some rows may have no values: no point could carry them.
@@ -239,48 +255,69 @@ class LiveSeeds:
                 return self.step(SeedTable(tuple(ids[row] for row in kept), recorded.cells[kept]))
         if flags is not None and merged.tobytes() == new.tobytes():
             merged = new
-        is_fine = good.count(1) + absent.count(1) == len(good)
         nonfinite, out_of_range = (0, ()) if is_fine else _odd_cells(new)
-        now, then = new[:, _VIOLATIONS], before[:, _VIOLATIONS]
         has_violations = flags is None or not flags[:, _VIOLATIONS].all()
-        violations = _new_violations(now, then) if has_violations else None
+        violations = self._new_violations(ids, rows, new) if has_violations else None
         live = self._live_after(ids, rows, merged)
         table = SeedTable(live.ids if rows is None else ids, new)
-        new.flags.writeable = live.cells.flags.writeable = False
         likeness = None
-        if is_fine and rows is None:
+        if is_fine and live.ids is self.table.ids and rows is None:
             exact, is_whole = recorded.cells.T[_EXACT].tobytes(), live.cells is new
             violations_of = 0.0 if has_violations else None
             likeness = _Likeness(live.ids, marks, good, absent, exact, erased, is_whole, violations_of)
         return SeedStep(table, live, violations, nonfinite, out_of_range, likeness)
 
-    def _before(self, recorded: SeedTable) -> tuple[list[int] | None, Cells]:
-        """Returns where each row is among the live seeds, -1 for a new one, and the cells known before the step.
+    def _rows(self, ids: tuple[str, ...]) -> _Rows | None:
+        """Returns where each recorded seed is among the live ones, -1 for a new one.
 
-        Instead of the places it returns None if the rows are all live seeds, in their order, before any new ones.
+        Returns None if they are all live seeds, in their order, before any new ones.
         """
+        live = self.table.ids
+        if ids is live or ids[: len(live)] == live:
+            return None
+        return np.fromiter(map(self.ids.get, ids, itertools.repeat(-1)), np.intp, len(ids))
+
+    def _before(self, recorded: SeedTable, rows: _Rows | None) -> Cells:
+        """Returns the cells known before the step, a row for each of its seeds."""
         ids, width = recorded.ids, recorded.cells.shape[1]
         table = self.table
         known = table.cells if table.cells.shape[1] >= width else table.wide().cells
-        if known.shape[1] > width:
-            known = known[:, :width]
-        count = len(table.ids)
-        if ids is table.ids or ids == table.ids:
-            return None, known
-        new = len(ids) - count
-        if ids[:count] == table.ids:
-            rows, before = None, np.concatenate((known, _blank(new, width)))
-            born: Iterable[int] = range(count, len(ids))
-        else:
-            rows = [self.ids.get(seed_id, -1) for seed_id in ids]
+        known, count = known[:, :width], len(table.ids)
+        if rows is not None:
             before = np.concatenate((known, _blank(1, width)))[rows]  # the last one for a new seed
-            born = [place for place, row in enumerate(rows) if row < 0]
+            born: Iterable[int] = np.flatnonzero(rows < 0).tolist()
+        elif len(ids) == count:
+            return known
+        else:
+            before, born = np.concatenate((known, _blank(len(ids) - count, width))), range(count, len(ids))
         if self._resumed_violations:
             for place in born:
                 before[place, _VIOLATIONS] = self._resumed_violations.get(ids[place], ABSENT)
-        return rows, before
+        return before
 
-    def _live_after(self, ids: tuple[str, ...], rows: list[int] | None, merged: Cells) -> SeedTable:
+    def _new_violations(self, ids: tuple[str, ...], rows: _Rows | None, new: Cells) -> float:
+        """Violations counted since: a count that fell was reset, and counts from 0."""
+        now, then = new[:, _VIOLATIONS], self.table.cells[:, _VIOLATIONS]
+        if rows is None and len(now) == len(then) and now.tobytes() == then.tobytes():
+            return 0.0
+        if rows is not None:
+            then = np.append(then, ABSENT)[rows]  # the last one for a new seed
+        elif len(now) > len(then):
+            then = np.concatenate((then, _blank(len(now) - len(then), 1)[:, 0]))
+        if self._resumed_violations:
+            for place, seed_id in enumerate(ids):
+                if seed_id not in self.ids:
+                    then[place] = self._resumed_violations.get(seed_id, ABSENT)
+        if len(now) > _FEW:
+            changed = np.flatnonzero(now != then)
+            now, then = now[changed], then[changed]
+        found = 0.0
+        for after, before in zip(now.tolist(), then.tolist(), strict=True):
+            if after != before and after - after == 0.0:  # neither NaN nor an infinity
+                found += after - before if after >= before > -_INFINITY else after
+        return found
+
+    def _live_after(self, ids: tuple[str, ...], rows: _Rows | None, merged: Cells) -> SeedTable:
         """Returns the live seeds after a step that has these rows, merged with what was known before."""
         live, width = self.table, merged.shape[1]
         count = len(live.ids)
@@ -291,11 +328,10 @@ class LiveSeeds:
                 return SeedTable(ids, merged)
             places: Any = slice(None)
         else:
-            born = [place for place, row in enumerate(rows) if row < 0]
+            born = np.flatnonzero(rows < 0)
             places = rows.copy()
-            for place, row in enumerate(born, count):
-                places[row] = place
-            ids = live.ids + tuple([ids[place] for place in born])
+            places[born] = range(count, count + len(born))
+            ids = live.ids + tuple([ids[place] for place in born.tolist()])
         cells = np.full((len(ids), whole), ABSENT)
         cells[:count, : live.cells.shape[1]] = live.cells
         cells[places, :width] = merged
@@ -305,7 +341,7 @@ class LiveSeeds:
         """Makes the step's live seeds those that the next step starts from."""
         before, self.table = self.table, step.live
         if step.live.ids is not before.ids:
-            self.ids = _rows_of(step.live.ids)
+            self._ids = None
         self._likeness = step.likeness
 
     def retire(self, seed_ids: Iterable[str]) -> tuple[str, ...]:
@@ -320,8 +356,7 @@ class LiveSeeds:
                 gone = set(ended)
                 keep = [row for row, seed_id in enumerate(ids) if seed_id not in gone]
                 ids, cells = tuple([ids[row] for row in keep]), cells[keep]
-            self.table = SeedTable(ids, cells)
-            self.ids = _rows_of(ids)
+            self.table, self._ids = SeedTable(ids, cells), None
             self._likeness = None
             resumed = self._resumed_violations
             if resumed:
@@ -339,10 +374,6 @@ class LiveSeeds:
         self._resumed_violations = dict(counts)
 
 
-def _rows_of(ids: tuple[str, ...]) -> Mapping[str, int]:
-    return dict(zip(ids, range(len(ids)), strict=True))
-
-
 def _blank(rows: int, columns: int) -> Cells:
     """Cells of which none is there; not to be changed."""
     return _BLANK[:rows, :columns] if rows <= len(_BLANK) else np.full((rows, columns), ABSENT)
@@ -358,9 +389,10 @@ def _without_steps_at_rest(
         merged: these, and what was known before where they are absent; may be changed unless it is ``new``.
         absent: which of the new cells are absent; None if none is.
     """
-    is_at_rest = merged[:, _STAGE] != _BLENDING
-    if b"\1" not in is_at_rest.tobytes():
+    stages = merged[:, _STAGE]
+    if stages.tobytes() == len(stages) * _BLENDING_BYTES:
         return new, merged, []
+    is_at_rest = stages != _BLENDING
     if absent is None:
         erased = np.flatnonzero(is_at_rest).tolist()
         new = new.copy("K")
@@ -380,15 +412,3 @@ def _odd_cells(cells: Cells) -> tuple[int, tuple[str, ...]]:
     outside = ((cells < _LOW[:columns]) | (cells > _HIGH[:columns])).any(axis=0)
     nonfinite = cells.size - np.count_nonzero(np.isfinite(cells)) - np.count_nonzero(is_absent(cells))
     return int(nonfinite), tuple([SEED_FIELDS[column] for column in np.flatnonzero(outside).tolist()])
-
-
-def _new_violations(now: npt.NDArray[np.float64], then: npt.NDArray[np.float64]) -> float:
-    """Violations counted since: a count that fell was reset, and counts from 0."""
-    if now.tobytes() == then.tobytes():
-        return 0.0
-    found = 0.0
-    changed = np.flatnonzero(now != then)
-    for after, before in zip(now[changed].tolist(), then[changed].tolist(), strict=True):
-        if after - after == 0.0:  # neither NaN nor an infinity
-            found += after - before if after >= before > -_INFINITY else after
-    return found

@@ -1,4 +1,4 @@
-"""Memory of chunks: pages of their own, used again once nobody looks at them any more."""
+"""Memory of chunks: pages of their own, used again once no reader has them any more."""
 
 from __future__ import annotations
 

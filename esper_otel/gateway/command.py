@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_listeners(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for those who hear of runs without asking: people and the Esper bus."""
+    """Adds the options for receivers that do not pull: people and the Esper bus."""
     told = parser.add_argument_group("who is told")
     told.add_argument(
         *("--notify",),

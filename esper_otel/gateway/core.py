@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -16,10 +16,17 @@ from esper_otel.gateway.hours.accounts import Hours
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Crowded, Limits
+from esper_otel.gateway.pages import FREE, Bounds
 from esper_otel.gateway.pull_core import MOST_WAIT_S, PullCore
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.receive.inflate import IDENTITY
-from esper_otel.gateway.receive.request import OF_REASONS, OTHER_METRICS, TOO_MANY_RUNS, DecodedRequest
+from esper_otel.gateway.receive.request import (
+    NO_ROOM_FOR_PHASES,
+    OF_REASONS,
+    OTHER_METRICS,
+    TOO_MANY_RUNS,
+    DecodedRequest,
+)
 from esper_otel.gateway.receive.request_reader import RequestReader
 from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoreFull
@@ -96,7 +103,7 @@ class Core(PullCore):
         self._summing: asyncio.Task[None] | None = None
         self._tidying: asyncio.TimerHandle | None = None
         folder = store.folder if isinstance(store, FileStore) else None
-        self._hours = Hours(store, folder, self._warnings)
+        self._hours = Hours(store, folder, self._warnings, self._limits)
         self._events = RunEvents(folder, self._limits, self.counts, self._warnings)
         if isinstance(store, FileStore):
             try:
@@ -176,12 +183,28 @@ class Core(PullCore):
         if grant is not None:
             check_senders(decoded, grant)
         tenant = "" if grant is None else grant.tenant
-        now_s, received_unix_ns = time.monotonic(), self._clock_ns()
-        taking = self._assembler.taking(decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant)
+        received_unix_ns = self._clock_ns()
+        taking = self._taking(decoded, received_unix_ns, tenant)
         self.changed.note(block.sender.run.run_id for block in decoded.blocks)
         self.changed.note(end.sender.run.run_id for end in decoded.ended)
         self.changed.note(sender.run.run_id for sender in decoded.alive)
         return taking, KeptRequest(0, body, is_json, received_unix_ns, tenant)
+
+    def _taking(self, decoded: DecodedRequest, received_unix_ns: int, tenant: str) -> Generator[None, None, Acceptance]:
+        """Stores the phases of a request and gives its points to the assembler, in parts.
+
+        Raises:
+            StoreFull: the phases could not be stored; no point was taken.
+        """
+        left_out = (yield from self._hours.taking(decoded.phases, tenant)) if decoded.phases else 0
+        now_s = time.monotonic()
+        taken = yield from self._assembler.taking(
+            decoded, now_s=now_s, received_unix_ns=received_unix_ns, tenant=tenant
+        )
+        if not left_out:
+            return taken
+        rejected = Counter({**taken.rejected, NO_ROOM_FOR_PHASES: left_out})
+        return taken._replace(accepted=taken.accepted - left_out, rejected=rejected)
 
     def _end(self, decoded: DecodedRequest, taken: Acceptance, kept: KeptRequest, turn: Turn) -> Answer:
         """Stores the frames that a request completes, and the request's bytes for frames that still wait."""
@@ -191,8 +214,6 @@ class Core(PullCore):
         if self._body_bytes + len(kept.body) > _MOST_KEPT_BYTES:  # once nothing waits, no request must be kept
             items += self._assembler.release_all(now_s, turn)
             self._ended.clear()
-        if decoded.phases:
-            self._hours.take(decoded.phases)
         body = decoded.needed(kept.body, self._assembler.waiting())
         self._save(items, kept._replace(number=self._last_body + 1, body=body) if body else None)
         if taken.waits_for:
@@ -266,7 +287,7 @@ class Core(PullCore):
         self._note_saved(saved)
 
     def _note_saved(self, saved: Sequence[Item]) -> None:
-        """Counts frames that were stored, and wakes those who wait for them."""
+        """Counts frames that were stored, and wakes the pullers that wait for them."""
         for what, note in (("comparing ranks", self._ranks.note), ("summing up hours", self._hours.note)):
             try:
                 note(saved)
@@ -388,7 +409,7 @@ class Core(PullCore):
         except Exception as error:  # noqa: BLE001 - the writer's new steps must still be taken
             self._fault("going on from stored steps", error)
             return
-        outcome = self._store.outcomes().get(origin) if items else None
+        outcome = self._store.outcomes(origin.run_id).get(origin) if items else None
         ended = {} if outcome is None else {origin: outcome}
         if items:
             now_s, tenant = time.monotonic(), self._store.tenant(origin.run_id)
@@ -464,7 +485,7 @@ class Core(PullCore):
         found = self._events.states(run_id, now_s)
         return found if found or has_steps else self._hours.states(run_id, now_s)
 
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
+    async def events(self, request: EventsRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> EventsResponse:
         """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
 
         Raises:
@@ -477,10 +498,11 @@ class Core(PullCore):
         deadline_s = time.monotonic() + request.wait_s
         rank = request.rank if request.HasField("rank") else None
         while True:
-            found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
-            is_over = self._is_ending or time.monotonic() >= deadline_s
-            if found is not None and (found.events or is_over):
-                return await in_turns(events_message(found))
+            async with bounds.turn():
+                found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
+                is_over = self._is_ending or time.monotonic() >= deadline_s
+                if found is not None and (found.events or is_over):
+                    return await in_turns(events_message(found))
             if is_over and self._store.holds(request.run_id):
                 return EventsResponse(cursor=request.cursor)
             if is_over:
@@ -508,7 +530,13 @@ class Core(PullCore):
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
-        return {**self._assembler.use(), **self._events.use(), **bodies, **super().use()}
+        return {**self._assembler.use(), **self._events.use(), **self._hours.use(), **bodies, **super().use()}
+
+    @property
+    def damaged(self) -> Mapping[str, int]:
+        """Counts of damaged entries that were removed from the store, by kind; ``store`` are whole files."""
+        files = self._events.damaged + self._hours.damaged
+        return {**super().damaged, "store": super().damaged.get("store", 0) + files}
 
     @property
     def refused_events(self) -> Mapping[str, int]:
@@ -522,7 +550,7 @@ class Core(PullCore):
 
 
 def _events_of(run_id: str) -> str:
-    """Returns under which name pullers wait for events of a run; no run has such a name."""
+    """Returns the name under which pullers wait for events of a run; no run has such a name."""
     return f"events\0{run_id}"
 
 

@@ -1,4 +1,4 @@
-"""PullCore: answers those who pull, look or ask; independent of the protocol, and of where the steps come from."""
+"""PullCore: answers pullers, the live page and operators, whatever the protocol and the source of the steps."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ class PullCore(ABC):
         """
         check_puller(request.run_id, grant)
         hours, accounts = await in_turns(self._accounting(request.run_id))
-        return hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS)
+        return await in_turns(hours_message(hours, accounts if request.with_accounts else NO_ACCOUNTS))
 
     async def run_hours(self, run_id: str) -> RunHours:
         """Does the same, as plain values.
@@ -353,8 +353,13 @@ class PullCore(ABC):
         """Returns where the hours of a run went, and the accounts of its processes, in parts."""
 
     @abstractmethod
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:
+    async def events(self, request: EventsRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> EventsResponse:
         """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
+
+        Args:
+            request: the run, the cursor and how many.
+            grant: what the puller may see.
+            bounds: limits on making a page.
 
         Raises:
             BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.

@@ -177,7 +177,7 @@ class Account:
 
     def copied(self) -> Account:
         """Returns an account with the same steps, to which phases can be added."""
-        return replace(self, phases=dict(self.phases), inside=dict(self.inside))
+        return replace(self, knots=list(self.knots), phases=dict(self.phases), inside=dict(self.inside))
 
     def as_json(self) -> dict[str, Any]:
         """Returns the sums over steps, as plain values; phases are stored one by one."""

@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from esper_otel.record.phases import Phases
+from esper_otel.tracebacks import leave_out_caller
 
 _MARK = "_esper_listening"
 
@@ -66,18 +67,22 @@ class PatchedMethod:
 
         @functools.wraps(original)
         def listening(owner: object, *arguments: Any, **named: Any) -> Any:
-            if self._is_inside or owner is not self._owner():
-                return original(owner, *arguments, **named)
-            self._is_inside = True
+            is_heard = not self._is_inside and owner is self._owner()
             try:
-                _harmless(called, *arguments, **named)
+                if is_heard:
+                    self._is_inside = True
+                    _harmless(called, *arguments, **named)
                 result = original(owner, *arguments, **named)
             except BaseException as error:
-                _harmless(raised, error)
+                if is_heard:
+                    _harmless(raised, error)
+                leave_out_caller(error)
                 raise
             finally:
-                self._is_inside = False
-            _harmless(returned, result)
+                if is_heard:
+                    self._is_inside = False
+            if is_heard:
+                _harmless(returned, result)
             return result
 
         setattr(listening, _MARK, self)

@@ -25,6 +25,7 @@ from esper_otel.integrations.patches import Patches
 from esper_otel.integrations.samples import samples_of
 from esper_otel.log import logger
 from esper_otel.record.loaders import Listener, is_stand_in, taking
+from esper_otel.tracebacks import leave_out_caller
 
 _FARTHEST_AHEAD = 8
 
@@ -289,9 +290,10 @@ class _LoaderHooks(Patches[tuple[Listener, Callable[[Any], bool]]]):
                 listener.asks(iterator)
             try:
                 batch = original(iterator)
-            except BaseException:
+            except BaseException as error:
                 for listener in listeners:
                     listener.gets_nothing(iterator)
+                leave_out_caller(error)
                 raise
             for listener in listeners:
                 listener.gets(iterator, batch)
@@ -301,7 +303,11 @@ class _LoaderHooks(Patches[tuple[Listener, Callable[[Any], bool]]]):
 
     def _iter(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def following(loader: Any) -> Any:
-            iterator = original(loader)
+            try:
+                iterator = original(loader)
+            except BaseException as error:
+                leave_out_caller(error)
+                raise
             for listener in self._hearing(loader.dataset):
                 iterator = taking(iterator, listener)
             return iterator

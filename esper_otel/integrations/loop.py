@@ -8,17 +8,23 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from esper_otel.derive.gradients import gradient_norm
+from esper_otel.derive.gradients import norm_of
 from esper_otel.errors import MistakeError
 from esper_otel.integrations.loop_parts import StepParts
+from esper_otel.log import logger
 from esper_otel.record.device import scalar
 from esper_otel.record.phases import Phases
 from esper_otel.session.telemetry import Telemetry
 
 # For these metrics, a step has the last value; for others, the mean over its batches.
 _OF_THE_STEP = frozenset({"gradient_norm", "esper.optimizer.lr", "esper.optimizer.index"})
+_PLAIN = {Tensor}
+_SHARDED = (
+    "gradient_norm is left out: the gradients are FSDP2 shards (DTensor), and computing their norm needs all ranks; "
+    "record it on all of them: put(gradient_norm=esper_otel.gradient_norm(model))"
+)
 
 
 class _StepFailed(Exception):
@@ -112,7 +118,7 @@ class _Batches:
 
 
 def _weakly(loop: Loop) -> Callable[[], int | None]:
-    """Returns what says which step the loop is in, without keeping the loop alive."""
+    """Returns a function that returns the step that the loop is in, without keeping the loop alive."""
     reference = weakref.ref(loop)
 
     def inside() -> int | None:
@@ -149,6 +155,7 @@ class Loop:
         self._earlier: _Batches | None = None
         self._now = _Batches()
         self.parts: StepParts = StepParts(telemetry._recorder.timer)  # noqa: SLF001 - same package
+        self._is_sharded = False
 
     @property
     def has_earlier(self) -> bool:
@@ -210,19 +217,21 @@ class Loop:
         """The requested batch does not exist or could not be loaded."""
         self._asked_s = None
 
-    def gradients(self, of: nn.Module | Iterable[Tensor], scale: float | Tensor | None = None) -> None:
-        """Records the norm of the gradients, without waiting for a GPU.
+    def gradients(self, parameters: Iterable[Tensor], scale: float | Tensor | None = None) -> None:
+        """Records the norm of the gradients, without waiting for a GPU or for other ranks.
 
         Args:
-            of: the model or the parameters whose gradients are used.
+            parameters: those whose gradients are used.
             scale: the factor by which the gradients are still scaled.
         """
-        self.norm(gradient_norm(of), scale)
-
-    def norm(self, norm: float | Tensor | None, scale: float | Tensor | None = None) -> None:
-        """Records this norm of the gradients; None if there are no gradients."""
-        if norm is not None:
-            self._now.values["gradient_norm"] = norm if scale is None else norm / scale
+        gradients = [gradient for each in parameters if (gradient := each.grad) is not None]
+        if {*map(type, gradients)} <= _PLAIN or not any(hasattr(each, "device_mesh") for each in gradients):
+            norm = norm_of(gradients)
+            if norm is not None:
+                self._now.values["gradient_norm"] = norm if scale is None else norm / scale
+        elif not self._is_sharded:
+            self._is_sharded = True
+            logger.warning(_SHARDED)
 
     def put(self, values: Mapping[str, Any]) -> None:
         """Records step metrics of the current batch; the last value of a name counts.

@@ -15,6 +15,7 @@ from esper_otel import unix
 from esper_otel.record.names import PARTS
 from esper_otel.record.step_parts import NOTHING, Timer
 from esper_otel.record.values import CopyTime
+from esper_otel.tracebacks import leave_out_caller
 
 # The time after a backward pass or an optimizer's step: the next forward pass if a backward pass follows, else nothing.
 _BETWEEN = "between"
@@ -104,7 +105,7 @@ class StepParts:
             self.optimizer_ends()
 
     def optimizer_begins(self) -> None:
-        """An optimizer's step begins. Repeated when our own work before it is done, which is not part of it."""
+        """An optimizer's step begins. Called again after our own work before it, so that this work is not counted."""
         if self._is_followed() and self._depth <= 1:
             self._is_in_optimizer = True
             self._begin("optimizer")
@@ -180,6 +181,9 @@ class _Changes:
             set_eval_frame(compiler)
             try:
                 return original(*arguments, **named)
+            except BaseException as error:
+                leave_out_caller(error)
+                raise
             finally:
                 compiler = set_eval_frame(None)
                 self._tell(StepParts.backward_ends)

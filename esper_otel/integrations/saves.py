@@ -8,6 +8,7 @@ from typing import Any
 
 from esper_otel.integrations.patches import Patches
 from esper_otel.record.phases import Phases
+from esper_otel.tracebacks import leave_out_caller
 
 _NAMES = ("save_state", "save_model")
 
@@ -28,6 +29,9 @@ class _Saves(Patches[Phases]):
                 phases.enter("checkpoint", key)
             try:
                 return original(*arguments, **named)
+            except BaseException as error:
+                leave_out_caller(error)
+                raise
             finally:
                 for phases in followers:
                     phases.leave(key)

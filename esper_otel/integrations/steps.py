@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper_otel.derive.gradients import norm_of
 from esper_otel.integrations.loader import Feed
 from esper_otel.integrations.loop import Loop
 from esper_otel.integrations.parameters import Parameters
 from esper_otel.log import logger
+from esper_otel.tracebacks import leave_out_caller
 
-_PLAIN = {Tensor}
 _MANY = 100
 _SOME = 10
 _UNSEEN = (
@@ -28,10 +27,6 @@ _UNSEEN = (
 _REPLACED = (
     "the watched %s has not stepped, but %s has, which has parameters of the same model: give watch() that one "
     "(the result of accelerator.prepare or apex, or a wrapper's own optimizer); until then no step is recorded"
-)
-_SHARDED = (
-    "gradient_norm is left out: the gradients are FSDP2 shards (DTensor), and computing their norm needs all ranks; "
-    "record it on all of them: now.put(gradient_norm=esper_otel.gradient_norm(model))"
 )
 
 
@@ -107,7 +102,6 @@ class OptimizerSteps:
         self._batches = 0
         self._others = 0
         self._has_said = False
-        self._is_sharded = False
 
     # -- batches; ``loader.BatchListener`` -------------------------------------------------------------------------
 
@@ -220,9 +214,8 @@ class OptimizerSteps:
         def followed(*arguments: Any, **named: Any) -> Any:
             try:
                 result = closure(*arguments, **named)
-            except BaseException as error:  # the traceback must not show this frame
-                if error.__traceback__ is not None:
-                    error.__traceback__ = error.__traceback__.tb_next
+            except BaseException as error:
+                leave_out_caller(error)
                 raise
             try:
                 self._note(optimizer)
@@ -236,13 +229,8 @@ class OptimizerSteps:
         self._drop_if_dropped()
         model = self._model() if len(self._known) == 1 else None
         parameters = _parameters(optimizer) if model is None else self._parameters.of(model)
-        gradients = [gradient for each in parameters if (gradient := each.grad) is not None]
-        if {*map(type, gradients)} <= _PLAIN or not any(hasattr(each, "device_mesh") for each in gradients):
-            # With a GradScaler, a fused optimizer divides by the scale itself.
-            self.loop.norm(norm_of(gradients), getattr(optimizer, "grad_scale", None))
-        elif not self._is_sharded:
-            self._is_sharded = True
-            logger.warning(_SHARDED)
+        # With a GradScaler, a fused optimizer divides by the scale itself.
+        self.loop.gradients(parameters, getattr(optimizer, "grad_scale", None))
 
     def _index_of(self, optimizer: object) -> int:
         groups = getattr(optimizer, "param_groups", None)
@@ -276,8 +264,8 @@ class OptimizerSteps:
     def _note_gradient(self) -> None:
         """Notes a gradient, to find out later whether the next batch adds to it; nothing if that is uncertain."""
         self._forget_gradient()
-        if not self._feed.has_worked or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return  # code that shards or reduces gradients may keep them elsewhere
+        if not self._feed.has_worked or not _stay_in_place(self._model()):
+            return
         if len(self._known) > 1:
             return  # one optimizer's gradients may be dropped while another's accumulate
         found = self._gradient()
@@ -297,6 +285,13 @@ class OptimizerSteps:
             if (gradient := parameter.grad) is not None:
                 return parameter, gradient
         return None
+
+
+def _stay_in_place(model: nn.Module | None) -> bool:
+    """Whether gradients stay where they are between batches. Code that shards them may keep them elsewhere."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return not model.gradient_as_bucket_view
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _parameters(optimizer: Any) -> Sequence[Tensor]:

@@ -139,7 +139,7 @@ class EsperCallback(TrainerCallback):
             self._loop.put({"gradient_norm": self._norm})
         elif not args.max_grad_norm:  # otherwise clipped by code that is not observed
             scale = None if optimizer is None else getattr(unwrapped(optimizer), "grad_scale", None)
-            self._loop.gradients(given["model"], scale)
+            self._loop.gradients(given["model"].parameters(), scale)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Records the step."""

@@ -25,6 +25,7 @@ from esper_otel.record.mistakes import Mistakes, spares_mistakes
 from esper_otel.session.ending import ended_well
 from esper_otel.session.start import start
 from esper_otel.session.telemetry import Telemetry, outcome_of
+from esper_otel.tracebacks import leave_out_caller
 
 if TYPE_CHECKING:
     from esper_otel.record.values import Scalar
@@ -57,7 +58,11 @@ class Watch(Loader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         self._watching.has_begun = True
-        return super().__iter__()
+        try:
+            return super().__iter__()
+        except BaseException as error:
+            leave_out_caller(error)
+            raise
 
     @spares_mistakes(_mistakes_of)
     def put(self, **values: Scalar | None) -> None:
@@ -90,8 +95,8 @@ class Watch(Loader[Batch]):
 class WatchedLoop:
     """Records a step for each optimizer step. Keeps no strong references to optimizers, model or loader.
 
-    A step lasts from its first batch until the next batch is requested. ``OptimizerSteps`` tells what happens to
-    batches without a step.
+    A step lasts from its first batch until the next batch is requested. ``OptimizerSteps`` decides what happens
+    to batches without a step.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ def pulling_of(
 
 
 def request_after(request: PullRequest | EventsRequest, cursor: str, wait_s: float) -> PullRequest | EventsRequest:
-    """Returns a pull after another cursor, which waits as long as this."""
+    """Returns the same request with another cursor and another time to wait."""
     changed = type(request).FromString(request.SerializeToString())
     changed.cursor, changed.wait_s = cursor, wait_s
     return changed

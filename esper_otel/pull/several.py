@@ -189,7 +189,7 @@ def joined(
         address: page.gap for address, page in pages.items() if not (len(page) and position.knows(what.key_of(page[0])))
     }
     taken, gap, left = _taken(steps, position, most, lambda address: not are_all or bool(full - {address}))
-    if not taken and left and are_all:  # each waits for another: nobody can say more
+    if not taken and left and are_all:  # each waits for another: no gateway knows more
         taken, gap, left = _taken(steps, position, most, lambda _: False)
     has_moved = False
     for address, page in pages.items():

@@ -37,6 +37,11 @@ _DEVICE_POLL_S = 0.001
 # A signal handler may call drain() on the very thread that is already in drain(): it must not wait for ever.
 _DRAINING_TIMEOUT_S = 1.0
 
+# Steps that wait for a device may take up this much memory: some thousand steps. Of a step, the objects were measured
+# on Python 3.11 without those of the driver.
+MOST_WAITING_BYTES = 32 * 1024 * 1024
+_WAITING_BYTES, _VALUE_BYTES = 4_000, 120
+
 _NAN = float("nan")
 _NOTHING: tuple[tuple[str, ...], tuple[float, ...]] = ((), ())
 
@@ -89,13 +94,18 @@ class Draft(NamedTuple):
     probed: Mapping[str, float] = NO_READINGS
 
 
+def _bytes_of(draft: Draft) -> int:
+    """About how much memory a waiting step takes."""
+    return _WAITING_BYTES + _VALUE_BYTES * len(draft.values) + draft.table.cells.nbytes
+
+
 class FrameDeriver(Protocol):
     """The interface that recording requires of the deriver, which computes further metrics from those of a step.
 
     Attributes:
         step: takes the only state, the loss and the gradient norm, NaN for a missing one; returns the next state, and
             what ``commit`` does. None if ``commit`` must be called, because these two are not enough.
-        states: what it knows of the steps before; never changed in place.
+        states: what it knows of the steps before; never changed in place. Empty if it derives nothing.
     """
 
     step: Callable[[Any, float, float], tuple[Any, tuple[str, ...], tuple[float, ...]]] | None
@@ -131,6 +141,7 @@ class Counters:
         self.nonfinite: int = 0
         self.out_of_range: int = 0
         self.faults: int = 0
+        self.without_device_values: int = 0  # steps
 
 
 class FramePublisher:
@@ -166,10 +177,9 @@ class FramePublisher:
         self._arrivals = Arrivals(self.waiting, self.drain)
         self._device_is_named = False
         self._is_unsettled = True  # the device may be unknown, or ``settle_run`` not yet called
-        self.signatures: Signatures = Signatures()
+        self.signatures: Signatures = Signatures(names.left_out)
         self.probing = probing
         self.next_step: NextStep = NextStep()  # collects values for it
-        self._leaves_out = bool(names.left_out)
         self._deriving = deriving
         self._count = 0
         self._all_layouts: dict[tuple[tuple[str, ...], tuple[str, ...]], _Layouts] = {}
@@ -186,7 +196,36 @@ class FramePublisher:
         self.waiting.append((draft, held))
         self.drain()
         if self.waiting:
+            self._bound_waiting()
             self._arrivals.note()
+
+    def _bound_waiting(self) -> None:
+        """Publishes the first waiting steps without their device values while the steps take up too much memory."""
+        lost = 0
+        while len(self.waiting) > 1 and sum([_bytes_of(draft) for draft, _ in self.waiting]) > MOST_WAITING_BYTES:
+            if not self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
+                break
+            try:
+                if self.waiting:
+                    lost += self._publish_anyhow()
+            finally:
+                self._draining.release()
+            self.drain()
+        if lost:
+            self.warnings.say(
+                "device",
+                "%d steps published without device values: more than %d MiB of steps waited for them",
+                self.counters.without_device_values,
+                MOST_WAITING_BYTES >> 20,
+            )
+
+    def _publish_anyhow(self) -> bool:
+        """Publishes the first waiting step; returns whether its device values have not arrived, and are not in it."""
+        _, held = self.waiting[0]
+        is_without = held is not None and not held.done()
+        self.counters.without_device_values += is_without
+        self._publish_first(None if is_without else held)
+        return is_without
 
     def drain(self, *, wait: bool = False) -> None:
         """Publishes the steps whose device values have arrived, in order. With ``wait``, waits for all steps."""
@@ -223,15 +262,15 @@ class FramePublisher:
             self.drain()
         if not self.waiting:
             return
-        self.warnings.say(
-            "device", "%d steps published without device values that did not arrive in time", len(self.waiting)
-        )
+        lost = 0
         if self._draining.acquire(timeout=_DRAINING_TIMEOUT_S):
             try:
                 while self.waiting:
-                    self._publish_first(None)
+                    lost += self._publish_anyhow()
             finally:
                 self._draining.release()
+        if lost:
+            self.warnings.say("device", "%d steps published without device values that did not arrive in time", lost)
 
     def _publish_first(self, held: DeviceValues | None) -> None:
         """Publishes the first waiting step. If that fails, drops it, so that later steps are still published."""
@@ -333,11 +372,13 @@ class FramePublisher:
         """
         if probed is None:
             probed, until_s = self.probing.shown
-            is_usual = held is None and not (self.waiting or self._leaves_out or self.next_step.is_anything)
+            is_usual = held is None and not (self.waiting or self.next_step.is_anything)
             if not is_usual or until_s <= time.monotonic():
                 draft = Draft(step, epoch, time_unix_ns, recorded.dict_of(numbers), table, failed, retired)
                 self._publish_completed(draft, held)
                 return
+            if recorded.kept is not None:
+                recorded, numbers = recorded.kept, recorded.kept_of(numbers)
         if self._before is not None or self._owed is not None:
             retired, context = self._recovered(retired, context)
         ring, deriving = self.ring, self._deriving
@@ -349,7 +390,8 @@ class FramePublisher:
         loss = _NAN if recorded.loss < 0 else numbers[recorded.loss]
         if failed or deriving.step is None:
             self.counters.failed += failed
-            derived, computed = _NOTHING if failed else deriving.commit({**probed, **recorded.dict_of(numbers)})
+            has_nothing = failed or not deriving.states
+            derived, computed = _NOTHING if has_nothing else deriving.commit({**probed, **recorded.dict_of(numbers)})
         else:
             norm = _NAN if recorded.norm < 0 else numbers[recorded.norm]
             state, derived, computed = deriving.step(deriving.states[0], loss, norm)
@@ -357,8 +399,7 @@ class FramePublisher:
         if self._is_unsettled:
             self._settle_run()
         has_loss = _LOWEST < loss < _HIGHEST
-        if has_loss:
-            self.last_finite_loss = loss
+        self.last_finite_loss = loss if has_loss else self.last_finite_loss
         if not has_loss or violations is not None or failed or self.counters.backwards:
             notes = self._notes(violations, has_loss=has_loss, failed=failed)
             recorded, numbers = self.signatures.of((*recorded.names, *notes)), (*numbers, *notes.values())

@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from esper_otel.tracebacks import leave_out_caller
+
 Batch = TypeVar("Batch")
 Face = TypeVar("Face", bound="StandIn")
 
@@ -66,13 +68,25 @@ class StandIn:
     def __getattribute__(self, name: str) -> Any:
         if name in type(self).own:
             return object.__getattribute__(self, name)
-        return getattr(of(self), name)
+        try:
+            return getattr(of(self), name)
+        except BaseException as error:
+            leave_out_caller(error)
+            raise
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(of(self), name, value)
+        try:
+            setattr(of(self), name, value)
+        except BaseException as error:
+            leave_out_caller(error)
+            raise
 
     def __delattr__(self, name: str) -> None:
-        delattr(of(self), name)
+        try:
+            delattr(of(self), name)
+        except BaseException as error:
+            leave_out_caller(error)
+            raise
 
     def __del__(self) -> None:
         """Does nothing: the object itself still lives, so its ``__del__`` must not run."""
@@ -138,10 +152,29 @@ def _class_for(face: type, kind: type) -> type:
 
 def _forwarder(name: str) -> Callable[..., Any]:
     def forward(self: object, *arguments: Any, **named: Any) -> Any:
-        return getattr(of(self), name)(*arguments, **named)
+        try:
+            return getattr(of(self), name)(*arguments, **named)
+        except BaseException as error:
+            leave_out_caller(error)
+            raise
 
     forward.__name__ = name
     return forward
+
+
+def _take(taker: StandIn) -> Any:
+    """Returns the next batch. It is the method itself, so that an exception has only one frame to leave out."""
+    own = object.__getattribute__(taker, "__dict__")
+    listener: Listener = own[_LISTENER]
+    listener.asks(taker)
+    try:
+        batch = next(own[_OF])
+    except BaseException as error:
+        listener.gets_nothing(taker)
+        leave_out_caller(error)
+        raise
+    listener.gets(taker, batch)
+    return batch
 
 
 class Loader(StandIn, Generic[Batch]):
@@ -149,14 +182,16 @@ class Loader(StandIn, Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         real = of(self)
-        iterator = iter(real)
+        try:
+            iterator = iter(real)
+        except BaseException as error:
+            leave_out_caller(error)
+            raise
         if iterator is real:  # a generator or a file: it can be iterated only once
             return self
         return taking(iterator, object.__getattribute__(self, _LISTENER))
 
-    def takes(self) -> Batch:
-        """Returns the next batch of a loader that is its own iterator."""
-        return cast("Batch", _take(self))
+    takes = _take  # for a loader that is its own iterator
 
 
 class IteratorStandIn(StandIn):
@@ -166,8 +201,7 @@ class IteratorStandIn(StandIn):
         iterator = iter(of(self))
         return self if iterator is of(self) else iterator
 
-    def __next__(self) -> Any:
-        return _take(self)
+    __next__ = _take
 
     def __del__(self) -> None:
         with suppress(Exception):  # while the interpreter shuts down, anything may be gone
@@ -182,16 +216,3 @@ def following(face: type[Face], loader: object, listener: Listener, **state: obj
 def taking(iterator: Iterator[Batch], listener: Listener) -> Iterator[Batch]:
     """Creates a stand-in for an iterator."""
     return stand_in(IteratorStandIn, iterator, **{_LISTENER: listener})
-
-
-def _take(taker: StandIn) -> Any:
-    own = object.__getattribute__(taker, "__dict__")
-    listener: Listener = own[_LISTENER]
-    listener.asks(taker)
-    try:
-        batch = next(own[_OF])
-    except BaseException:
-        listener.gets_nothing(taker)
-        raise
-    listener.gets(taker, batch)
-    return batch

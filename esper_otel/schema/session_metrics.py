@@ -8,6 +8,13 @@ SESSION: tuple[Metric, ...] = (
     Metric("esper.steps", "count", "Steps published.", kind="counter", level="session"),
     Metric("esper.steps.failed", "count", "Steps that raised an exception.", kind="counter", level="session"),
     Metric(
+        "esper.steps.without_device_values",
+        "count",
+        "Steps published without values that did not arrive from the device in time.",
+        kind="counter",
+        level="session",
+    ),
+    Metric(
         "esper.values.nonfinite",
         "count",
         "Values recorded as NaN or infinite.",

@@ -24,13 +24,20 @@ from esper_otel.log import Warnings, logger
 from esper_otel.schema import METRICS
 from esper_otel.send.lines import Progress, RequestLine, has_more, lines_of
 from esper_otel.send.notes import Notes, RefusedItems
+from esper_otel.text import printable
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _NOTE_EVERY_S = 1.0
 _LONGEST_S = 365 * 86_400.0  # of a thread's wait
 _MEBI = 1024 * 1024
 _MOST_RUNS = 3
+_MOST_OF_A_LINE = 5_000
 REFUSED = "refused.json"  # in a spool
+
+
+def say(text: str) -> None:
+    """Prints a line. Names of files may come from another machine."""
+    sys.stdout.write(f"{printable(text, _MOST_OF_A_LINE)}\n")
 
 
 class Delivery:
@@ -67,7 +74,7 @@ class Delivery:
         parts += progress.refusals.texts(progress.notes)
         parts += ["the last line has no end: its process writes it now, or was killed"] * is_torn
         parts += ["the rest is for the next call"] * (not is_over)
-        sys.stdout.write(f"{path}: {', '.join(parts)}\n")
+        say(f"{path}: {', '.join(parts)}")
         return is_over and not progress.refusals.counts
 
     def _deliver(self, path: Path, progress: Progress) -> bool:
@@ -198,7 +205,7 @@ def send_spool(
         parts.append(f"{events.sent} events to {logs[1].target}")
     parts += refusals.texts(notes.path)
     parts += [f"{left} sessions are not delivered yet"] * bool(left)
-    sys.stdout.write(f"{directory}: {', '.join(parts)}\n")
+    say(f"{directory}: {', '.join(parts)}")
     return not left and not refusals.counts and not faults
 
 

@@ -49,6 +49,7 @@ class SessionCounts:
         counts: dict[tuple[str, str], float] = {
             ("esper.steps", ""): publisher.ring.last,
             ("esper.steps.failed", ""): counters.failed,
+            ("esper.steps.without_device_values", ""): counters.without_device_values,
             ("esper.values.nonfinite", ""): counters.nonfinite + publisher.tally.nonfinite,
             ("esper.values.out_of_range", ""): counters.out_of_range + publisher.tally.out_of_range,
             ("esper.clock.jumps", ""): self._recorder.clock.jumps,

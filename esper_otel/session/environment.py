@@ -1,4 +1,4 @@
-"""What settings and the environment say: where steps and events are sent; what is wrong raises, or is a warning."""
+"""Reads settings and endpoints from the environment. A wrong one raises, or is reported as a warning."""
 
 from __future__ import annotations
 

@@ -85,8 +85,8 @@ def of_group(world_size: int) -> tuple[int, int] | None:
     """Returns rank and size of the default group of ``torch.distributed``; None if it has no more ranks than known.
 
     A script that starts its ranks itself, such as by ``torch.multiprocessing.spawn``, sets no variables, and gives the
-    rank to ``init_process_group``. Slurm knows only the process that the script was at first. A smaller group is of
-    trainings that were launched together, and tells nothing.
+    rank to ``init_process_group``. Slurm knows only the process that the script was at first. A smaller group
+    consists of trainings that were launched together, and does not count.
     """
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     try:

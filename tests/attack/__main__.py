@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 from certificates import Authority
 
-from attack import connections, costs, files, fuzzing, tenants, texts
+from attack import beside, connections, costs, files, fuzzing, tenants, texts
 from attack.target import MOST_MIB, Attack, Gateway, GatewayEnded, HonestProcess, Target
 
 BASELINE = Attack("baseline", "no attack", lambda target: time.sleep(target.left_s()))
 ATTACKS = (
     *costs.ATTACKS,
+    *beside.ATTACKS,
     *connections.ATTACKS,
     *tenants.ATTACKS,
     *texts.ATTACKS,

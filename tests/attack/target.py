@@ -212,14 +212,20 @@ class Target:
             self.fault(otherwise)
 
     def post(
-        self, body: bytes, *, token: str = "rogue-token", kind: str = _PROTOBUF, **headers: str
+        self,
+        body: bytes,
+        *,
+        token: str = "rogue-token",
+        kind: str = _PROTOBUF,
+        path: str = "/v1/metrics",
+        **headers: str,
     ) -> tuple[int, bytes]:
         """A request over HTTP: status and answer; 0 when there is none in time."""
         given = {"content-type": kind, "authorization": f"Bearer {token}"}
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(self.gateway.connection(max(self.left_s(), 0.1))) as connection:
             try:
-                connection.request("POST", "/v1/metrics", body, given)
+                connection.request("POST", path, body, given)
                 answer = connection.getresponse()
                 return answer.status, answer.read()
             except (OSError, http.client.HTTPException):

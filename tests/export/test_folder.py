@@ -21,6 +21,8 @@ from esper_otel.log import Warnings
 from esper_otel.schema import METRICS
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 NAME = "00000000000000000007-1-0123abcd"
 STEPS = 3
 

@@ -23,6 +23,8 @@ from esper_otel.frames.phase_log import Phase, checked_phase
 from esper_otel.testing import MemoryCollector
 from esper_otel.testing.received import Point, points_of
 
+pytestmark = pytest.mark.own_code
+
 
 def phase_points(collector: MemoryCollector) -> list[Point]:
     return [point for point in collector.points() if point.scope == "esper_otel.phases"]

@@ -19,6 +19,8 @@ from esper_otel.frames.ring import Ring
 from esper_otel.log import Warnings
 from esper_otel.schema import METRICS
 
+pytestmark = pytest.mark.own_code
+
 SMALL = 20_000
 CATALOGUE = {metric.name: metric for metric in METRICS}
 

@@ -270,6 +270,33 @@ def test_an_append_that_is_interrupted_anywhere_adds_its_row_or_nothing(number: 
     assert at > 200
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60),
+    st.lists(st.integers(1, 30), min_size=1, max_size=4),
+)
+def test_recorded_values_in_bulk_are_those_of_the_rows(steps: list[tuple[int, int]], limits: list[int]) -> None:
+    """Rows that are alike are read in another way than rows that differ."""
+    ring = Ring(2**16)
+    layouts = [
+        LOSS,
+        Layout(("loss_ewma",), ("esper.validation.loss",), ("gpu_mem_used_gb",), ("loss", "accuracy")),
+        Layout(("loss_ewma",), (), (), ()),
+    ]
+    tables = [NO_SEEDS, SeedTable(("a",), np.full((1, 10), 7.0)), SeedTable(("a", "b"), np.full((2, 10), 8.0))]
+    for number, (of_layout, of_seeds) in enumerate(steps, 1):
+        layout = layouts[of_layout]
+        numbers = tuple(number + place / 8 for place in range(layout.width))
+        ring.append(RUN, number, 0, number, layout, numbers, tables[of_seeds])
+    found, cursor = list[tuple[tuple[str, ...], tuple[float, ...]]](), 0
+    for limit in limits * len(steps):
+        last, values = ring.recorded(cursor, limit)
+        for names, of_names in values:
+            found += [(names, tuple(of_row)) for of_row in of_names.T.tolist()]
+        cursor = max(cursor, last)
+    frames, _ = ring.after(0, len(steps))
+    assert sorted(found) == sorted((frame.names, frame.numbers) for frame in frames if frame.names)
+
+
 @pytest.mark.parametrize("kind", ["C", "F"])
 def test_memory_is_used_again_but_not_while_a_reader_has_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory costs more than what is written to it; a frame that somebody keeps must stay as it is."""

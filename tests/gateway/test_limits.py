@@ -19,6 +19,8 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.gateway.options import limit_names, limits_of
 from esper_otel.gateway.receive.request import OF_REASONS, REASONS
 
+pytestmark = pytest.mark.own_code
+
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "limits.md"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -112,6 +113,35 @@ def test_gradients_that_accumulate_are_of_one_step(
                 optimizer.zero_grad(set_to_none=is_set_to_none)
     assert [row["accuracy"] for row in rows(watched)] == [0.125, 0.625]
     assert watched.telemetry.health()["failed"] == 0
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """One rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("are_views", [False, True])
+def test_batches_of_several_ranks_accumulate_or_are_skipped(*, are_views: bool) -> None:
+    """Gradients that are views of buckets are other tensors after each batch, so a skipped batch is not recognized."""
+    model, optimizer = setting()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=are_views)
+    watched = esper_otel.watch(parallel, optimizer, loader(4))
+    for number, (inputs,) in enumerate(watched):
+        if number >= 4:
+            optimizer.zero_grad()
+        with parallel.no_sync() if number in {0, 2} else nullcontext():
+            parallel(inputs).sum().backward()
+        watched.put(accuracy=number / 8)
+        if number not in {0, 2, 5}:
+            optimizer.step()
+            optimizer.zero_grad()
+    skipped = [0.5, 0.6875, 0.875] if are_views else [0.5, 0.625, 0.75, 0.875]
+    assert [row["accuracy"] for row in rows(watched)] == [0.0625, 0.3125, *skipped]
+    assert watched.telemetry.health()["failed"] == (0 if are_views else 1)
 
 
 def test_batches_that_were_taken_together_are_of_one_step() -> None:
@@ -294,6 +324,29 @@ def test_a_closure_that_raises_has_no_frame_of_ours_in_its_traceback() -> None:
         optimizer.step(broken)
     assert not [entry for entry in caught.traceback if "esper_otel" in str(entry.path)]
     watched.close()
+
+
+class Shard(torch.Tensor):  # type: ignore[misc, name-defined] # torch may be absent
+    """As a DTensor of FSDP2: one rank has a part of it."""
+
+    device_mesh = "of two ranks"
+
+
+def test_the_norm_of_shards_is_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By the callbacks of frameworks, too, which may be on one rank only."""
+    with esper_otel.start() as telemetry:
+        loop = Loop(telemetry)
+        for gradient in (Shard([3.0]), Shard([4.0]), torch.tensor([5.0])):
+            parameter = torch.nn.Parameter(torch.ones(1))
+            parameter.grad = gradient
+            loop.batch()
+            loop.gradients([parameter])
+            loop.stepped()
+            loop.end(epoch=0)
+        loop.parts.close()
+        found = [packet.state.training_metrics.get("gradient_norm") for packet in telemetry.pull()]
+    assert found == [None, None, 5.0]
+    assert caplog.text.count("gradient_norm is left out: the gradients are FSDP2 shards") == 1
 
 
 def test_a_second_watch_of_one_model_ends_the_first() -> None:

@@ -96,10 +96,11 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_script_is_recorded_and_its_output_is_its_own(script: Path) -> None:
+def test_a_script_is_recorded_and_its_output_is_its_own(script: Path, tmp_path: Path) -> None:
     """The script that it starts is not recorded as a second attempt of the run."""
+    python = warm.executable(tmp_path)
     with MemoryCollector() as collector:
-        done = run(collector, *instrument(sys.executable, script, "child"))
+        done = run(collector, *instrument(python, script, "child"), PYTHON_EXEC=str(python))
         assert (done.stdout.count("\n"), done.stderr, done.returncode) == (8, "", 0)
         assert steps(collector) == [1, 2, 3, 4]
         assert {point.resource["esper.run.id"] for point in collector.points()} == {"untouched"}

@@ -353,6 +353,29 @@ def test_validation_stays_until_the_next_one(telemetry: Telemetry) -> None:
         telemetry.validation()
 
 
+@given(
+    st.lists(st.sets(st.sampled_from(["loss", "gradient_norm", "input_wait_ms", "grad_var", "accuracy"])), max_size=12)
+)
+def test_with_the_flag_off_gated_names_are_left_out_whichever_come_with_them(steps: list[set[str]]) -> None:
+    """Whatever the names of the step before were, and in a call as in a scope."""
+    gated = {"input_wait_ms", "grad_var"}
+    settings = EsperSettings(tolaria_step_enrichment_enabled=False)
+    with esper_otel.start(settings=settings, export_steps=False) as telemetry:
+        for number, names in enumerate(steps):
+            values = {name: number + place / 8 for place, name in enumerate(sorted(names))}
+            if number % 2:
+                telemetry.record_step(values, epoch=0)
+            else:
+                with telemetry.step(epoch=0) as now:
+                    now.put(values)
+        frames, _ = telemetry._recorder.publisher.ring.after(0, 100)
+    for number, (names, frame) in enumerate(zip(steps, frames, strict=True)):
+        values = {name: number + place / 8 for place, name in enumerate(sorted(names))}
+        kept = {name: value for name, value in frame.recorded.items() if not name.startswith("esper.")}
+        assert kept == {name: value for name, value in values.items() if name not in gated}
+        assert not frame.derived
+
+
 def test_with_the_flag_off_exactly_the_gated_metrics_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request: core metrics and seeds stay; no gated metric, no probe, no deriving."""
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")

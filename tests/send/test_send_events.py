@@ -17,6 +17,8 @@ from esper_otel import EsperSettings
 from esper_otel.cli import main
 from esper_otel.testing import MemoryCollector
 
+pytestmark = pytest.mark.own_code
+
 AWAY = "http://127.0.0.1:1"
 TRAIN = """
 import os, signal
@@ -74,7 +76,7 @@ def test_a_damaged_first_line_does_not_hide_the_events_after_it(tmp_path: Path, 
 def test_what_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     assert main(["send", "--within", "1", str(tmp_path)]) == 2
-    assert "folder.jsonl: Is a directory" in capsys.readouterr().err
+    assert "folder.jsonl: it is not a plain file" in capsys.readouterr().err
 
 
 def test_events_in_a_spool_are_delivered_with_its_steps(tmp_path: Path, logs: LogReceiver) -> None:

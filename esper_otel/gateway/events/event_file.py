@@ -34,8 +34,11 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_number ON events (run, rank, attempt, number, time);
 """
 _RUNS = "SELECT id, run, life, last, tenant, received FROM runs"
-_COUNTED = "SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*) FROM events GROUP BY 1, 2, 3"
+_COUNTED = """
+SELECT run, rank, attempt, max(number), count(DISTINCT number), count(*), max(position) FROM events GROUP BY 1, 2, 3
+"""
 _ENDED = "SELECT run, rank, attempt, content FROM events WHERE content LIKE ?"
+_MOST_POSITION = 2**62
 _STRANGE = "it has rows that a gateway cannot have written"
 _AFTER = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
@@ -45,6 +48,8 @@ _NEWEST = """
 SELECT position, rank, attempt, process, number, missed, time, content FROM events
 WHERE run = ?1 AND rank = ?2 ORDER BY position DESC LIMIT ?3
 """
+
+_VALUES = frozenset({str, int, float, bool})
 
 # A rank and an attempt: whose events are numbered.
 _Numbered: TypeAlias = tuple[int, int]
@@ -175,13 +180,16 @@ class EventFile:
         runs: dict[str, _EventfulRun] = {}
         by_id: dict[int, _EventfulRun] = {}
         for number, run, life, last, tenant, received_s in connection.execute(_RUNS):
-            if list(map(type, (run, life, last, tenant, received_s))) != [str, str, int, str, float]:
+            are_ours = list(map(type, (run, life, last, tenant, received_s))) == [str, str, int, str, float]
+            if not are_ours or not life.isalnum() or not 0 <= last < _MOST_POSITION:
                 raise sqlite3.DatabaseError(_STRANGE)
             runs[run] = by_id[number] = _EventfulRun(number, life, last, tenant, received_s)
-        for number, rank, attempt, highest, distinct, count in connection.execute(_COUNTED):
-            if not type(rank) is type(attempt) is type(highest) is int:
+        for number, rank, attempt, highest, distinct, count, position in connection.execute(_COUNTED):
+            if not type(rank) is type(attempt) is type(highest) is type(position) is int or highest < distinct:
                 raise sqlite3.DatabaseError(_STRANGE)
             if number in by_id:
+                if position > by_id[number].last:  # it would be given again
+                    raise sqlite3.DatabaseError(_STRANGE)
                 by_id[number].numbers[rank, attempt] = highest, distinct
                 by_id[number].count += count
         for number, rank, attempt, content in connection.execute(_ENDED, (f'["{RUN_ENDED}",%',)):
@@ -370,6 +378,11 @@ class EventFile:
             del self._runs[run_id]
             self.places.give_back(run.tenant, run.count)
 
+    @property
+    def damaged(self) -> int:
+        """How many damaged files were put aside."""
+        return self._file.damaged
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -380,13 +393,16 @@ def _event_of(place: Sequence[Any], content: str) -> StoredEvent | None:
     try:
         event = StoredEvent(*place, *json.loads(content))
         texts = (event.process, event.name, event.text, *event.attributes)
-    except (ValueError, TypeError):
+        values = event.attributes.values()
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    numbers = (event.rank, event.attempt, event.number, event.missed, event.time_unix_ns, event.severity)
+    small = (event.rank, event.severity)
+    numbers = (*small, event.attempt, event.number, event.missed, event.time_unix_ns)
     further = [each for each in (event.step, event.epoch) if each is not None]
     are_texts = all(type(each) is str for each in texts)
     are_numbers = all(type(each) is int and 0 <= each < 2**63 for each in (*numbers, *further))
-    return event if are_texts and are_numbers else None
+    are_values = all(type(each) in _VALUES and (type(each) is not int or abs(each) < 2**63) for each in values)
+    return event if are_texts and are_numbers and are_values and max(small) < 2**31 else None
 
 
 def _outcome(attributes: Mapping[str, Value]) -> str:

@@ -94,6 +94,11 @@ class RunEvents:
         """Returns the state of each process that has sent events, as far as these tell it: nothing of its steps."""
         return [_state(run_id, process, now_s) for process in self._file.processes(run_id)]
 
+    @property
+    def damaged(self) -> int:
+        """How many damaged files were put aside."""
+        return self._file.damaged
+
     def missing(self) -> int:
         """Returns how many events have not arrived although later ones of their rank and attempt have."""
         return self._file.missing()

@@ -86,7 +86,7 @@ class HoursOfWriter:
         before = self._phases.pop(place, None)
         both = zip(phase, before or phase, strict=True)
         self._phases[place] = PhaseTimes(*(old if new is None else new for new, old in both))  # type: ignore[arg-type] # in order
-        if len(self._phases) > 2 * _MOST_PHASES:
+        if len(self._phases) > 2 * (_MOST_PHASES + _MOST_NAMES):
             self._phases = {(each.name, each.end_unix_ns): each for each in self._kept()}
 
     def _kept(self) -> list[PhaseTimes]:

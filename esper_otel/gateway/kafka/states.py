@@ -15,7 +15,7 @@ from esper_otel.gateway.kafka.hours import NO_HOURS, WriterHours, joined, merged
 from esper_otel.gateway.kafka.topic_records import WriterState
 from esper_otel.gateway.ranks import Ranks
 from esper_otel.gateway.rebuild.launches import with_resumed
-from esper_otel.hours.account import Account
+from esper_otel.hours.account import Account, PhaseTimes
 from esper_otel.hours.bar import RunHours
 
 # A writer that has sent nothing for this long may be dead; see ``rebuild.runs``.
@@ -84,12 +84,11 @@ class KnownStates:
         for (_, origin), hours in of_run.items():
             by_origin.setdefault(origin, []).append(hours)
         yield
-        phases = [
-            (AttemptRank(origin.rank, origin.attempt), phase)
-            for origin, some in sorted(by_origin.items(), key=lambda each: (each[0].rank, each[0].attempt))
-            for hours in some
-            for phase in hours.phases
-        ]
+        phases: list[tuple[AttemptRank, PhaseTimes]] = []
+        for origin, some in sorted(by_origin.items(), key=lambda each: (each[0].rank, each[0].attempt)):
+            writer = AttemptRank(origin.rank, origin.attempt)
+            phases += [(writer, phase) for hours in some for phase in hours.phases]
+            yield
         accounts = {}
         for number, (origin, some) in enumerate(by_origin.items()):
             accounts[origin] = merged(each.account() for each in some)

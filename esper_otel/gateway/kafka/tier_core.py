@@ -25,7 +25,7 @@ from esper_otel.gateway.kafka.states import KnownStates
 from esper_otel.gateway.kafka.topic_readers import NewState, StateReader, Tail, TailReader
 from esper_otel.gateway.kafka.topic_records import NewerForm
 from esper_otel.gateway.kafka.topics import Tier
-from esper_otel.gateway.pages import Bounds, PulledPage, packets_after, packets_of, page
+from esper_otel.gateway.pages import FREE, Bounds, PulledPage, packets_after, packets_of, page
 from esper_otel.gateway.pull_core import PullCore
 from esper_otel.gateway.security import BadRequest, Grant
 from esper_otel.gateway.store.base import NewData, Store, StoredFrame, StoredPage, StoreLimits
@@ -376,7 +376,12 @@ class TierCore(PullCore):
             await asyncio.to_thread(each.close)
         return FetchedEntries(self._tier.generation, wanted, stands, read.entries, later), later
 
-    async def events(self, request: EventsRequest, grant: Grant | None = None) -> EventsResponse:  # noqa: ARG002
+    async def events(
+        self,
+        request: EventsRequest,  # noqa: ARG002
+        grant: Grant | None = None,  # noqa: ARG002
+        bounds: Bounds = FREE,  # noqa: ARG002
+    ) -> EventsResponse:
         """Refuses: a tier has no events.
 
         Raises:

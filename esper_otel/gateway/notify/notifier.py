@@ -1,4 +1,4 @@
-"""Notifier: the tasks behind ``--notify``."""
+"""Notifier: the tasks of ``--notify``."""
 
 from __future__ import annotations
 

@@ -88,6 +88,8 @@ class Rpc:
         # For the methods that need no token.
         self._strangers = Turns(2, _MOST_WATCHES, patience_s=_PATIENCE_S, slowest_s=_SLOWEST_S)
         self._steps = Turns(1, _MOST_PULLS, patience_s=_SLOWEST_S, slowest_s=_SLOWEST_S, pause_s=_PAUSE_S)
+        # What is made as a whole, for one puller after the other.
+        self._views = Turns(1, _MOST_PULLS, patience_s=_SLOWEST_S, slowest_s=_SLOWEST_S, pause_s=_PAUSE_S)
         self._polls = Room(_MOST_PULLS, "too many pulls")
         self._watches = Room(_MOST_WATCHES, "too many watches")
         self.health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined] # the stubs lack it
@@ -156,21 +158,24 @@ class Rpc:
     async def _runs(self, _: Any, context: _Context) -> bytes:
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
-            return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
+            async with self._views.turn(answer.owner):
+                return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _ranks(self, _: Any, context: _Context) -> bytes:
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
-            return (await self._core.ranks(request, grant)).SerializeToString()
+            async with self._views.turn(answer.owner):
+                return (await self._core.ranks(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
     async def _hours(self, _: Any, context: _Context) -> bytes:
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(HoursRequest.FromString, context, answer.owner, self._turns)
-            return (await self._core.hours(request, grant)).SerializeToString()
+            async with self._views.turn(answer.owner):
+                return (await self._core.hours(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
@@ -178,10 +183,11 @@ class Rpc:
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
             request = await self._message(EventsRequest.FromString, context, answer.owner, self._turns)
             limit = asyncio.timeout(None)
+            bounds = Bounds(partial(self._views.turn, answer.owner))
             with self._polls.hold(answer.owner, 1, partial(_end, limit)):
                 try:
                     async with limit:
-                        return (await self._core.events(request, grant)).SerializeToString()
+                        return (await self._core.events(request, grant, bounds)).SerializeToString()
                 except TimeoutError:  # as for a pull
                     return EventsResponse(cursor=request.cursor).SerializeToString()
 

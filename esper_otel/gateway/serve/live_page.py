@@ -13,7 +13,7 @@ as ``since`` with otherwise the same question, it makes the next answer contain 
 - ``/page/events?run=&rank=``: the newest events as HTML, and their marks in the charts.
 - ``/page/hours?run=``: where the hours of the run went, as HTML. It has no cursor.
 
-An unknown cursor is no error: the answer then contains everything. Wrong arguments are answered with 400, and runs of
+An unknown cursor is not an error: the answer contains everything. Wrong arguments are answered with 400, and runs of
 which no step is stored with 404.
 """
 
@@ -152,7 +152,7 @@ def _run(request: web.Request) -> str:
     run_id = request.query.get("run", "")
     check_puller(run_id, None)
     if is_check(run_id):
-        raise UnknownRun(f"{run_id!r} is no run: esper-otel check made it")
+        raise UnknownRun(f"{run_id!r} is not a run: esper-otel check made it")
     return run_id
 
 

@@ -234,7 +234,8 @@ class FileStore(RunStore[FileRun]):
         """
         origins = list(self.counts()) if writers is None else writers
         most = max(_RESTORED_IN_ALL // max(len(origins), 1), 1)
-        missing = {place.origin for place in self.places() if place.missing}
+        places = self.places(*origins) if len(origins) == 1 else self.places()
+        missing = {place.origin for place in places if place.missing}
         for origin in origins:
             run = self._runs.get(origin.run_id)
             if run is None:
@@ -258,7 +259,7 @@ class FileStore(RunStore[FileRun]):
         run = self._runs.get(origin.run_id)
         if run is None or origin not in run.counts:
             return [], []
-        return list(self.newest([origin])), [place for place in self.places() if place.origin == origin]
+        return list(self.newest([origin])), self.places(origin)
 
     def _newest_positions(self, run: FileRun, origin: Origin, most: int, *, is_missing: bool) -> tuple[list[int], bool]:
         """Returns the positions of a writer's newest frames in their newest revisions, and whether these are all.
@@ -304,13 +305,21 @@ class FileStore(RunStore[FileRun]):
                 found[origin] = entry.item.frame
         return found
 
-    def places(self) -> list[Place]:
-        """Returns the places that stored writers have reached."""
-        names = {run.key: run_id for run_id, run in self._runs.items()}
+    def places(self, of: Origin | None = None) -> list[Place]:
+        """Returns the places that stored writers have reached: one writer, or all."""
+        arguments: tuple[Any, ...] = ()
+        if of is None:
+            names, where = {run.key: run_id for run_id, run in self._runs.items()}, ""
+        elif of.run_id in self._runs:
+            key = self._runs[of.run_id].key
+            names, where, arguments = {key: of.run_id}, f" WHERE {OF_WRITER}", (key, of.rank, of.attempt, of.writer)
+        else:
+            return []
         with reading():
             rows = self._connection.execute(
-                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "
-                "host, revision, settings, validation_loss, location, device, units FROM places"
+                "SELECT run, attempt, rank, writer, next, lowest, missing, says_step, says_epoch, holes, ends, "  # noqa: S608
+                f"host, revision, settings, validation_loss, location, device, units FROM places{where}",
+                arguments,
             ).fetchall()
         found = []
         for key, *row in rows:
@@ -319,8 +328,7 @@ class FileStore(RunStore[FileRun]):
                     found.append(place_of(names[key], tuple(row)))
             except (ValueError, TypeError, RecursionError) as error:
                 self._repair.put_aside("place", [(key, *row)], f"where a writer of run {names[key]} stands: {error}")
-        counts = self.counts()
-        return [place for place in found if place.origin in counts]
+        return [place for place in found if self._runs[place.origin.run_id].counts.get(place.origin)]
 
     def bodies(self) -> Iterator[KeptRequest]:
         """Yields the kept bodies, oldest first.

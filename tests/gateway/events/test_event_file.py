@@ -19,6 +19,8 @@ from esper_otel.gateway.store.base import StoreFull
 from esper_otel.gateway.turns import finished
 from esper_otel.log import Warnings
 
+pytestmark = pytest.mark.own_code
+
 LIMITS = Limits()
 
 
@@ -162,14 +164,23 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, content: bytes) -> None:
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
 
 
-@pytest.mark.parametrize("change", ["runs SET last = 'x'", "runs SET life = NULL", "events SET number = 'x'"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("UPDATE runs SET last = 'x'", "UPDATE runs SET life = NULL", "UPDATE events SET number = 'x'"),
+        *("UPDATE runs SET last = 1", "UPDATE runs SET last = 9223372036854775807", "UPDATE runs SET life = 'a:b'"),
+        "DROP TABLE events; CREATE TABLE events (run, position, rank, attempt, number, time)",
+        "CREATE TRIGGER no BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'no'); END",
+        "ALTER TABLE events ADD COLUMN further",
+    ],
+)
 def test_a_file_with_rows_that_a_gateway_cannot_have_written_is_put_aside(tmp_path: Path, change: str) -> None:
     """Otherwise each further event of the run would be a fault."""
     file = opened(tmp_path)
     file.add(events("run", 1, 2), "")
     file.close()
     with sqlite3.connect(tmp_path / FILE) as connection:
-        connection.execute(f"UPDATE {change}")
+        connection.executescript(change)
     connection.close()
     file = opened(tmp_path)
     assert file.add(events("run", 2, 3), "")[0] == 2
@@ -237,4 +248,39 @@ def test_a_page_is_made_in_parts() -> None:
     file = opened()
     file.add(events("run", *range(1, 9)), "")
     assert sum(1 for _ in run_events.events_message(page(file))) == 8
+    file.close()
+
+
+HOSTILE = (
+    *(
+        "[" * 100_000,
+        '["n",9,"t",1,0,[]]',
+        '["n",9,"t",1,0,7]',
+        '["n",9,"t",1,0,{"a":[]}]',
+        '["n",9,"t",1,0,{"a":{"b":1}}]',
+    ),
+    *(
+        f'["n",9,"t",1,0,{{"a":{2**63}}}]',
+        f'["n",9,"t",{2**63},0,{{}}]',
+        f'["n",{2**31},"t",1,0,{{}}]',
+        '["n",9,"t",-1,0,{}]',
+    ),
+    *('{"a":1}', "null", "7", '["n",9,null,1,0,{}]', "\udcff"),
+)
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=map(str, range(len(HOSTILE))))
+def test_an_event_that_no_gateway_can_have_written_holds_up_none_of_the_others(tmp_path: Path, content: str) -> None:
+    """Neither its page nor those after it, at any reader."""
+    file = opened(tmp_path)
+    file.add(events("run", 1, 2, 3), "")
+    file.close()
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        raw = content.encode(errors="surrogateescape")
+        connection.execute("UPDATE events SET content = CAST(? AS TEXT) WHERE number = 2", (raw,))
+    connection.close()
+    file = opened(tmp_path)
+    assert numbers(page(file)) == [1, 3]
+    assert len(finished(run_events.events_message(page(file))).events) == 2
+    assert file.add(events("run", 4), "")[0] == 1
     file.close()

@@ -33,6 +33,8 @@ from esper_otel.gateway.limits import Limits
 from esper_otel.schema import Stage
 from esper_otel.schema.events import EVENT_SCOPE
 
+pytestmark = pytest.mark.own_code
+
 STEPS, RANKS = 24, 3
 
 

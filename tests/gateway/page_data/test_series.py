@@ -93,7 +93,7 @@ TWICE = [*[("step", 1, {})] * 10, ("correct", 0, {}), ("correct", 0, {"loss": 0.
 
 @example(TWICE, 7, 10)
 @given(st.lists(event, min_size=1, max_size=120), st.sampled_from([7, 40]), st.integers(10, 30))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_value_is_hidden_and_what_is_new_is_enough(
     monkeypatch: pytest.MonkeyPatch, events: list[tuple[str, int, dict[str, float]]], rows: int, most: int
 ) -> None:

@@ -344,7 +344,7 @@ def test_bytes_changed_anywhere_keep_no_gateway_from_starting(tmp_path: Path) ->
         assert 51 in live(folder, new_step=51)
 
 
-@examples(200)
+@examples(100)
 @given(st.integers(0, 10), st.binary(max_size=60), st.integers(0, 300))
 def test_any_bytes_are_a_frame_or_damaged(number: int, changed: bytes, place: int) -> None:
     """Also if the checksum is right."""
