@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import warm
@@ -83,6 +86,24 @@ def pytest_configure(config: pytest.Config) -> None:
     """Processes that have PyTorch already: see ``warm``. Test processes that run side by side share its server."""
     if not hasattr(config, "workerinput"):
         warm.serve_tests()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """In a fresh clone the first process compiles what all of them import, while the others wait; else none waits."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None or any(Path(__file__).parent.glob("__pycache__/test_warm.*.pyc")):  # among the last
+        return (yield)
+    path = Path(tempfile.gettempdir()) / f"collecting-{run}"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return (yield)
+        result = yield
+        path.unlink()
+        return result
 
 
 def pytest_collection_finish() -> None:

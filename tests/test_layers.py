@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "pull": {*BASE, "hours", "leyline", "addresses", "bearer", "local_ports"},
     "oona": {*BASE, "leyline"},
     "integrations": {*BASE, "derive", "record", "session"},
-    **dict.fromkeys(GATEWAY_BASE, {*BASE, "frames", "parts"}),
+    **{name: {*BASE, "frames", "parts"} for name in GATEWAY_BASE},
     # Of the files that stand above the rooms of the gateway, the commands alone know the ports.
     "gateway": {
         *(*BASE, *GATEWAY_BASE, "schema", "frames", "parts", "leyline", "pull", "oona", "bearer", "hours"),
@@ -85,10 +85,12 @@ MAY_IMPORT = {
     "gateway/store": {*BASE, *GATEWAY_BASE, "frames", "parts", "leyline"},
     "gateway/kafka": {
         *(*BASE, *GATEWAY_BASE, "schema", "frames", "hours", "leyline", "pull", "gateway"),
-        *("gateway/ranks", "gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours"),
+        *("gateway/ranks", "gateway/receive", "gateway/rebuild", "gateway/store", "gateway/hours", "gateway/events"),
     },
     # A member and a server: the processes, with their ports.
-    "gateway/kafka/member_process": {*BASE, "gateway", "gateway/options", "gateway/kafka", "gateway/serve"},
+    "gateway/kafka/member_process": {
+        *(*BASE, *GATEWAY_BASE, "gateway", "gateway/options", "gateway/kafka", "gateway/serve"),
+    },
     "gateway/kafka/command": {
         *(*BASE, *GATEWAY_BASE, "oona", "gateway", "gateway/command", "gateway/options"),
         *("gateway/kafka", "gateway/serve"),

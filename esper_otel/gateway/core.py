@@ -9,15 +9,12 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from esper_otel.errors import UnknownRun
-from esper_otel.gateway.events.event_file import StoredEvent
-from esper_otel.gateway.events.run_events import RunEvents, events_message
+from esper_otel.gateway.events.run_events import RunEvents
 from esper_otel.gateway.hours.accounts import Hours
 from esper_otel.gateway.hours.file import AttemptRank
 from esper_otel.gateway.items import Item, Origin, Place, RunState
 from esper_otel.gateway.limits import Crowded, Limits
-from esper_otel.gateway.pages import FREE, Bounds
-from esper_otel.gateway.pull_core import MOST_WAIT_S, PullCore
+from esper_otel.gateway.pull_core import PullCore, events_of
 from esper_otel.gateway.rebuild.assembler import Acceptance, Assembler
 from esper_otel.gateway.receive.inflate import IDENTITY
 from esper_otel.gateway.receive.request import (
@@ -28,7 +25,7 @@ from esper_otel.gateway.receive.request import (
     DecodedRequest,
 )
 from esper_otel.gateway.receive.request_reader import RequestReader
-from esper_otel.gateway.security import BadRequest, Grant, check_puller, check_runs, check_senders
+from esper_otel.gateway.security import Grant, check_runs, check_senders
 from esper_otel.gateway.store.base import EXPIRED_AT_ONCE, KeptRequest, Store, StoreFull
 from esper_otel.gateway.store.database import DamagedStore
 from esper_otel.gateway.store.sqlite import FileStore
@@ -36,9 +33,7 @@ from esper_otel.gateway.turns import ENDLESS, Turn, finished, in_turns, pause
 from esper_otel.hours.account import Account
 from esper_otel.hours.bar import RunHours
 from esper_otel.leyline.risk import RULES, Rule
-from esper_otel.pull.messages import EventsRequest, EventsResponse
 
-_USUAL_EVENTS, _MOST_EVENTS = 64, 1000
 _TIDY_EVERY_S, _TIDY_AGAIN_S = 10.0, 0.1
 # How long frames are released in a turn. Storing them belongs to the same turn and may take much longer: after a turn
 # that was too long, the next one releases fewer frames.
@@ -172,7 +167,7 @@ class Core(PullCore):
                 raise
             finally:
                 self.changed.note(runs)
-                self.wake(map(_events_of, runs))
+                self.wake(map(events_of, runs))
             refused.update(decoded.refused)
             self.counts["log_requests"] += 1
             return Answer(refused.total(), self._events.note(refused, decoded.ignored))
@@ -485,52 +480,19 @@ class Core(PullCore):
         found = self._events.states(run_id, now_s)
         return found if found or has_steps else self._hours.states(run_id, now_s)
 
-    async def events(self, request: EventsRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> EventsResponse:
-        """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
-
-        Raises:
-            BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.
-            StoreFull: they cannot be read at present.
-        """
-        check_puller(request.run_id, grant)
-        if not 0 <= request.wait_s <= MOST_WAIT_S or request.max_events > _MOST_EVENTS:
-            raise BadRequest(f"max_events must be at most {_MOST_EVENTS}, wait_s from 0 to {MOST_WAIT_S:g}")
-        deadline_s = time.monotonic() + request.wait_s
-        rank = request.rank if request.HasField("rank") else None
-        while True:
-            async with bounds.turn():
-                found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
-                is_over = self._is_ending or time.monotonic() >= deadline_s
-                if found is not None and (found.events or is_over):
-                    return await in_turns(events_message(found))
-            if is_over and self._store.holds(request.run_id):
-                return EventsResponse(cursor=request.cursor)
-            if is_over:
-                raise UnknownRun(f"nothing of run {request.run_id!r} is here")
-            await self._news(_events_of(request.run_id), deadline_s)
-
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
         return self._hours.accounting(run_id)
-
-    def newest_events(self, run_id: str, rank: int) -> list[StoredEvent]:
-        """Returns the newest events of a rank, oldest first."""
-        return self._events.newest(run_id, rank)
-
-    def events_mark(self, run_id: str) -> str:
-        """Returns a text that changes with each new event of a run; empty if it has none."""
-        return self._events.mark(run_id)
 
     # -- state ------------------------------------------------------------------------------------------
 
     def gauges(self) -> Mapping[str, float]:
         """Returns the current values of the gateway's gauges."""
-        own = {"unsaved_steps": len(self._unsaved), "missing_events": self._events.missing()}
-        return {**super().gauges(), **own}
+        return {**super().gauges(), "unsaved_steps": len(self._unsaved)}
 
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
         bodies = {"waiting request bytes": (float(self._body_bytes), float(_MOST_KEPT_BYTES))}
-        return {**self._assembler.use(), **self._events.use(), **self._hours.use(), **bodies, **super().use()}
+        return {**self._assembler.use(), **self._hours.use(), **bodies, **super().use()}
 
     @property
     def damaged(self) -> Mapping[str, int]:
@@ -539,19 +501,9 @@ class Core(PullCore):
         return {**super().damaged, "store": super().damaged.get("store", 0) + files}
 
     @property
-    def refused_events(self) -> Mapping[str, int]:
-        """Counts of events that were refused for good, by reason."""
-        return self._events.refused
-
-    @property
     def is_ready(self) -> bool:
         """Whether the last attempt to store frames succeeded."""
         return not self._unsaved
-
-
-def _events_of(run_id: str) -> str:
-    """Returns the name under which pullers wait for events of a run; no run has such a name."""
-    return f"events\0{run_id}"
 
 
 def _is_never(_run_id: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Protocol
 from esper_otel.errors import UnknownRun
 from esper_otel.gateway.changes import ChangedRuns
 from esper_otel.gateway.events.event_file import StoredEvent
+from esper_otel.gateway.events.run_events import RunEvents, events_message
 from esper_otel.gateway.faults import CREDENTIALS, Fault
 from esper_otel.gateway.hours.answer import NO_ACCOUNTS, hours_message
 from esper_otel.gateway.hours.file import AttemptRank
@@ -57,6 +58,7 @@ from esper_otel.pull.messages import (
 from esper_otel.schema import is_check
 
 _MOST_PACKETS = 1000
+_USUAL_EVENTS, _MOST_EVENTS = 64, 1000
 MOST_WAIT_S = 60.0
 
 
@@ -85,6 +87,8 @@ class PullCore(ABC):
         latency_budget_ms: a seed is DEGRADED if its last kernel took longer than this.
         clock_ns: Unix time, in nanoseconds.
     """
+
+    _events: RunEvents  # a subclass knows where they come from
 
     def __init__(
         self,
@@ -352,27 +356,37 @@ class PullCore(ABC):
     def _accounting(self, run_id: str) -> Generator[None, None, tuple[RunHours, dict[AttemptRank, Account]]]:
         """Returns where the hours of a run went, and the accounts of its processes, in parts."""
 
-    @abstractmethod
     async def events(self, request: EventsRequest, grant: Grant | None = None, bounds: Bounds = FREE) -> EventsResponse:
         """Returns the events after a cursor; waits up to ``wait_s`` if there is none yet.
-
-        Args:
-            request: the run, the cursor and how many.
-            grant: what the puller may see.
-            bounds: limits on making a page.
 
         Raises:
             BadRequest, NotAllowed, UnknownRun, StaleCursor: this request cannot be answered.
             StoreFull: they cannot be read at present.
         """
+        check_puller(request.run_id, grant)
+        if not 0 <= request.wait_s <= MOST_WAIT_S or request.max_events > _MOST_EVENTS:
+            raise BadRequest(f"max_events must be at most {_MOST_EVENTS}, wait_s from 0 to {MOST_WAIT_S:g}")
+        deadline_s = time.monotonic() + request.wait_s
+        rank = request.rank if request.HasField("rank") else None
+        while True:
+            async with bounds.turn():
+                found = self._events.after(request.run_id, request.cursor, rank, request.max_events or _USUAL_EVENTS)
+                is_over = self._is_ending or time.monotonic() >= deadline_s
+                if found is not None and (found.events or is_over):
+                    return await in_turns(events_message(found))
+            if is_over and self._store.holds(request.run_id):
+                return EventsResponse(cursor=request.cursor)
+            if is_over:
+                raise UnknownRun(f"nothing of run {request.run_id!r} is here")
+            await self._news(events_of(request.run_id), deadline_s)
 
-    @abstractmethod
     def newest_events(self, run_id: str, rank: int) -> list[StoredEvent]:
         """Returns the newest events of a rank, oldest first."""
+        return self._events.newest(run_id, rank)
 
-    @abstractmethod
     def events_mark(self, run_id: str) -> str:
         """Returns a text that changes with each new event of a run; empty if it has none."""
+        return self._events.mark(run_id)
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -396,16 +410,21 @@ class PullCore(ABC):
             "stored_bytes": self._store.size,
             "dropped_steps": self._store.dropped,
             "waiting_pulls": sum(map(len, self._waiters.values())),
+            "missing_events": self._events.missing(),
         }
 
     def use(self) -> Mapping[str, tuple[float, float]]:
         """Returns, by name, how much of each limit is used, and the limit."""
-        return {**self._store.use(), "made step bytes": (float(self._made.used), float(self._made.most))}
+        return {
+            **self._store.use(),
+            **self._events.use(),
+            "made step bytes": (float(self._made.used), float(self._made.most)),
+        }
 
     @property
     def refused_events(self) -> Mapping[str, int]:
         """Counts of events that were refused for good, by reason."""
-        return {}
+        return self._events.refused
 
     @property
     def damaged(self) -> Mapping[str, int]:
@@ -415,3 +434,8 @@ class PullCore(ABC):
     def tenant(self, run_id: str) -> str:
         """Returns the tenant that owns a run."""
         return self._store.tenant(run_id)
+
+
+def events_of(run_id: str) -> str:
+    """Returns under which name pullers wait for events of a run; no run has such a name."""
+    return f"events\0{run_id}"

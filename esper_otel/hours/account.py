@@ -198,7 +198,19 @@ class Account:
         Raises:
             ValueError, TypeError, KeyError: these are not such values.
         """
-        first, last = (None if said[name] is None else StepTimes(*said[name]) for name in ("first", "last"))
+        first, last = (None if said[name] is None else _step_of(*said[name]) for name in ("first", "last"))
         knots = [(int(step), Times(*map(float, times))) for step, times in said["knots"]]
         sums, again = (Times(*map(float, said[name])) for name in ("sums", "again"))
         return cls(int(said["steps"]), first, last, int(said["highest"]), sums, again, knots)
+
+
+def _step_of(step: Any, time_unix_ns: Any, waited_ms: Any, latency_ms: Any, hooks_ms: Any) -> StepTimes:
+    """Returns a step as it was stored.
+
+    Raises:
+        ValueError, TypeError: these are not the numbers of a step.
+    """
+    if not all(type(each) is int and 0 <= each < 2**64 for each in (step, time_unix_ns)):
+        raise ValueError("not a step")
+    latency_ms = None if latency_ms is None else float(latency_ms)
+    return StepTimes(step, time_unix_ns, float(waited_ms), latency_ms, float(hooks_ms))

@@ -148,8 +148,7 @@ class TamiyoClient:
             UnknownRun: nothing of the run is stored, even after the wait.
             StaleCursor: the cursor belongs to an earlier store of this run that no longer exists.
             GatewayUnavailable: the gateway did not answer in time.
-            GatewayError: the gateway refused for another reason, or has no events: it is of an earlier version, or the
-                servers of a tier on Kafka.
+            GatewayError: the gateway refused for another reason, or has no events, since it is of an earlier version.
         """
         request = events_request(run_id, cursor, rank, max_events, wait_s)
         return self._pulled(request, EVENTS, max_events)  # type: ignore[no-any-return]

@@ -49,6 +49,7 @@ SELECT position, rank, attempt, process, number, missed, time, content FROM even
 WHERE run = ?1 AND rank = ?2 ORDER BY position DESC LIMIT ?3
 """
 
+_LAST = 10**18  # a position that no event has
 _VALUES = frozenset({str, int, float, bool})
 
 # A rank and an attempt: whose events are numbered.
@@ -156,15 +157,22 @@ class EventFile:
         limits: how many there may be.
         warnings: where damage is reported.
         clock_s: Unix time, in seconds.
+        life: what cursors name of all runs, if other gateways have the same events at the same positions.
 
     Attributes:
         places: the room for events, and how much of it is used.
     """
 
     def __init__(
-        self, folder: Path | None, limits: Limits, warnings: Warnings, clock_s: Callable[[], float] = time.time
+        self,
+        folder: Path | None,
+        limits: Limits,
+        warnings: Warnings,
+        clock_s: Callable[[], float] = time.time,
+        life: str | None = None,
     ) -> None:
         self._limits = limits
+        self._life = life
         self._clock_s = clock_s
         self._warnings = warnings
         self._runs: dict[str, _EventfulRun] = {}
@@ -201,8 +209,8 @@ class EventFile:
         for found in runs.values():
             self.places.restore(found.tenant, found.count)
 
-    def add(self, events: Sequence[EventRecord], tenant: str) -> tuple[int, Counter[str]]:
-        """Stores events, all or nothing; repeated ones are left out.
+    def add(self, events: Sequence[EventRecord], tenant: str, first: int = 1) -> tuple[int, Counter[str]]:
+        """Stores events, all or nothing; repeated ones are left out. Their positions are not below ``first``.
 
         Returns:
             How many were new, and how many were refused, by reason.
@@ -217,7 +225,7 @@ class EventFile:
         try:
             with self._file.transaction() as connection:
                 for event in events:
-                    outcome = self._add(connection, event, tenant)
+                    outcome = self._add(connection, event, tenant, first)
                     if isinstance(outcome, str):
                         refused[outcome] += 1
                     else:
@@ -243,7 +251,7 @@ class EventFile:
             if run is not None:
                 self._runs[run_id] = run
 
-    def _add(self, connection: sqlite3.Connection, event: EventRecord, tenant: str) -> bool | str:
+    def _add(self, connection: sqlite3.Connection, event: EventRecord, tenant: str, first: int) -> bool | str:
         """Stores an event; returns whether it is new, or why it is refused.
 
         What a later process sends of an earlier one is known by number and time. The same number with another time is
@@ -260,7 +268,7 @@ class EventFile:
             return NO_ROOM_FOR_EVENTS
         if run is None:
             run = self._runs[of.run_id] = self._begin(connection, of.run_id, tenant)
-        run.last, run.count, run.received_s = run.last + 1, run.count + 1, self._clock_s()
+        run.last, run.count, run.received_s = max(run.last + 1, first), run.count + 1, self._clock_s()
         process, missed = _digest(event.sender.process) if times else "", 0
         if not times:
             highest, count = run.numbers.get((of.rank, of.attempt), (0, 0))
@@ -286,7 +294,7 @@ class EventFile:
         ]
 
     def _begin(self, connection: sqlite3.Connection, run_id: str, tenant: str) -> _EventfulRun:
-        life = secrets.token_hex(8)
+        life = self._life or secrets.token_hex(8)
         made = connection.execute(
             "INSERT INTO runs (run, life, last, tenant, received) VALUES (?, ?, 0, ?, 0)", (run_id, life, tenant)
         )
@@ -302,10 +310,11 @@ class EventFile:
         run = self._runs.get(run_id)
         if run is None:
             return None
-        place = cursor_place(cursor, run.life, rank, run.last, what="events")
-        rows = self._file.rows(_AFTER, (run.id, place, rank, most))
+        newest = run.last if self._life is None else _LAST  # another gateway may have had newer ones already
+        before = cursor_place(cursor, run.life, rank, newest, what="events")
+        rows = self._file.rows(_AFTER, (run.id, before, rank, most))
         events = self._read(rows)
-        place = rows[-1][0] if len(rows) == most else run.last
+        place = rows[-1][0] if len(rows) == most else max(run.last, before)
         return StoredEventPage(events, cursor_text(run.life, rank, place), sum(event.missed for event in events))
 
     def newest(self, run_id: str, rank: int, most: int) -> list[StoredEvent]:

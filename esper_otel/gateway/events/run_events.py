@@ -30,20 +30,28 @@ class RunEvents:
         limits: how many there may be.
         counts: where events, repeated ones and ignored log records are counted.
         warnings: where faults are reported.
+        life: see ``EventFile``.
 
     Attributes:
         refused: events that were refused for good, by reason.
     """
 
-    def __init__(self, folder: Path | None, limits: Limits, counts: Counter[str], warnings: Warnings) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        limits: Limits,
+        counts: Counter[str],
+        warnings: Warnings,
+        life: str | None = None,
+    ) -> None:
         self._counts = counts
         self._warnings = warnings
-        self._file = EventFile(folder, limits, warnings)
+        self._file = EventFile(folder, limits, warnings, life=life)
         self._gone: dict[str, None] = {}
         self.refused: Counter[str] = Counter()
 
-    def taking(self, events: Sequence[EventRecord], tenant: str) -> Generator[None, None, Counter[str]]:
-        """Stores events, in parts; returns how many were refused, by reason.
+    def taking(self, events: Sequence[EventRecord], tenant: str, first: int = 1) -> Generator[None, None, Counter[str]]:
+        """Stores events, in parts, at positions not below ``first``; returns how many were refused, by reason.
 
         If it ends early, the sender may send all of them again: those that were stored are then left out.
 
@@ -53,7 +61,7 @@ class RunEvents:
         refused: Counter[str] = Counter()
         for start in range(0, len(events), _AT_ONCE):
             some = events[start : start + _AT_ONCE]
-            added, why = self._file.add(some, tenant)
+            added, why = self._file.add(some, tenant, first)
             refused += why
             self._counts["events"] += added
             self._counts["repeated_events"] += len(some) - added - why.total()

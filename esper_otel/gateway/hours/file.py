@@ -25,6 +25,7 @@ _PROCESSES = "SELECT DISTINCT rank, attempt FROM phases WHERE run = ? LIMIT ?"
 _MOST_PROCESSES = 1_024
 _AT_ONCE = 250  # rows
 _NOTED_EVERY_S = 60.0
+_MOST_RANK = 2**31
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS phases (
     run TEXT, rank INTEGER, attempt INTEGER, name TEXT, ended INTEGER,
@@ -257,7 +258,9 @@ class HoursFile:
         while rows := self._file.rows(_ACCOUNTS_AFTER, (run_id, *last, _AT_ONCE)):
             for rank, attempt, text in rows:
                 try:
-                    found[AttemptRank(int(rank), int(attempt))] = Account.from_json(json.loads(text))
+                    if not type(rank) is type(attempt) is int or not 0 <= rank < _MOST_RANK or attempt < 0:
+                        raise ValueError("not a rank")  # noqa: TRY301 - ends as any other damage
+                    found[AttemptRank(rank, attempt)] = Account.from_json(json.loads(text))
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                     message = "the sums over the steps of run %s cannot be used: %s"
                     self._warnings.say("damaged hours", message, run_id, error)
@@ -322,4 +325,5 @@ def _is_phase(row: tuple[Any, ...]) -> bool:
     rank, attempt, name, ended, *numbers, number, step = row
     whole = (rank, attempt, ended, *(each for each in (number, step) if each is not None))
     are_numbers = all(each is None or (type(each) is float and 0.0 <= each < 1e15) for each in numbers)
-    return type(name) is str and are_numbers and all(type(each) is int and 0 <= each < 2**63 for each in whole)
+    are_whole = all(type(each) is int and 0 <= each < 2**63 for each in whole)
+    return type(name) is str and are_numbers and are_whole and rank < _MOST_RANK

@@ -35,6 +35,7 @@ from esper_otel.pull.messages import (
     PullResponse,
     RanksRequest,
     RunsRequest,
+    RunsResponse,
 )
 
 OTLP_SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
@@ -108,11 +109,11 @@ class Rpc:
         stream = grpc.stream_stream_rpc_method_handler
         found = {
             SERVICE: {
-                "Runs": unary(self._runs),
-                "Pull": unary(self._pull),
-                "Ranks": unary(self._ranks),
-                "Hours": unary(self._hours),
-                "Events": unary(self._events),
+                "Runs": unary(partial(self._view, RunsRequest, self._runs)),
+                "Pull": unary(partial(self._poll, PullRequest, self._steps, self._pull, PullResponse)),
+                "Ranks": unary(partial(self._view, RanksRequest, self._core.ranks)),
+                "Hours": unary(partial(self._view, HoursRequest, self._core.hours)),
+                "Events": unary(partial(self._poll, EventsRequest, self._views, self._events, EventsResponse)),
             }
         }
         if receiver is not None:
@@ -155,57 +156,50 @@ class Rpc:
 
     # -- pulling -----------------------------------------------------------------------------------------
 
-    async def _runs(self, _: Any, context: _Context) -> bytes:
+    async def _view(
+        self, kind: type[Any], make: Callable[[Any, Grant | None], Awaitable[Message]], _: Any, context: _Context
+    ) -> bytes:
+        """Answers with a message that is made as a whole."""
+
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(RunsRequest.FromString, context, answer.owner, self._turns)
+            request = await self._message(kind.FromString, context, answer.owner, self._turns)
             async with self._views.turn(answer.owner):
-                return (await in_turns(self._core.listing(grant, request.run_id))).SerializeToString()
+                return (await make(request, grant)).SerializeToString()
 
         return await self._pulled(context, answered)
 
-    async def _ranks(self, _: Any, context: _Context) -> bytes:
+    async def _runs(self, request: RunsRequest, grant: Grant | None) -> RunsResponse:
+        return await in_turns(self._core.listing(grant, request.run_id))
+
+    async def _poll(
+        self,
+        kind: type[Any],
+        turns: Turns,
+        make: Callable[[Any, Grant | None, Bounds], Awaitable[bytes]],
+        nothing: type[PullResponse | EventsResponse],
+        _: Any,
+        context: _Context,
+    ) -> bytes:
+        """Answers with steps or events; the request may wait for them."""
+
         async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(RanksRequest.FromString, context, answer.owner, self._turns)
-            async with self._views.turn(answer.owner):
-                return (await self._core.ranks(request, grant)).SerializeToString()
-
-        return await self._pulled(context, answered)
-
-    async def _hours(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(HoursRequest.FromString, context, answer.owner, self._turns)
-            async with self._views.turn(answer.owner):
-                return (await self._core.hours(request, grant)).SerializeToString()
-
-        return await self._pulled(context, answered)
-
-    async def _events(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(EventsRequest.FromString, context, answer.owner, self._turns)
+            request = await self._message(kind.FromString, context, answer.owner, self._turns)
             limit = asyncio.timeout(None)
-            bounds = Bounds(partial(self._views.turn, answer.owner))
+            bounds = Bounds(partial(turns.turn, answer.owner), answer.has_room)
             with self._polls.hold(answer.owner, 1, partial(_end, limit)):
                 try:
                     async with limit:
-                        return (await self._core.events(request, grant, bounds)).SerializeToString()
-                except TimeoutError:  # as for a pull
-                    return EventsResponse(cursor=request.cursor).SerializeToString()
+                        return await make(request, grant, bounds)
+                except TimeoutError:  # ended early to admit another owner's request; nothing has arrived for it yet
+                    return nothing(cursor=request.cursor).SerializeToString()
 
         return await self._pulled(context, answered)
 
-    async def _pull(self, _: Any, context: _Context) -> bytes:
-        async def answered(grant: Grant | None, answer: RoomShare) -> bytes:
-            request = await self._message(PullRequest.FromString, context, answer.owner, self._turns)
-            limit = asyncio.timeout(None)
-            bounds = Bounds(partial(self._steps.turn, answer.owner), answer.has_room)
-            with self._polls.hold(answer.owner, 1, partial(_end, limit)):
-                try:
-                    async with limit:
-                        return (await self._core.pulled(request, grant, bounds)).body
-                except TimeoutError:  # ended early to admit another owner's pull; no step has arrived for it yet
-                    return PullResponse(cursor=request.cursor).SerializeToString()
+    async def _pull(self, request: PullRequest, grant: Grant | None, bounds: Bounds) -> bytes:
+        return (await self._core.pulled(request, grant, bounds)).body
 
-        return await self._pulled(context, answered)
+    async def _events(self, request: EventsRequest, grant: Grant | None, bounds: Bounds) -> bytes:
+        return (await self._core.events(request, grant, bounds)).SerializeToString()
 
     async def _pulled(
         self, context: _Context, answered: Callable[[Grant | None, RoomShare], Awaitable[bytes]]

@@ -134,8 +134,10 @@ def is_own_host(host: str, hosts: Collection[str]) -> bool:
     if not colon or not port.isdecimal():
         name = host
     name = name.lower().rstrip(".")
-    if name.startswith("[") or "." not in name or name.endswith(".localhost") or name in hosts:
+    if "." not in name or name.endswith(".localhost") or name in hosts:
         return True
+    if name.startswith("[") and name.endswith("]"):
+        name = name[1:-1]
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -22,6 +22,8 @@ _FOR_NOW = frozenset(
         *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN),
     }
 )
+# Raised for what a gateway cannot have written: a number beyond all others, a name in an error message.
+_STRANGE = (OverflowError, UnicodeDecodeError)
 _PARTS = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'"
 
 
@@ -65,7 +67,7 @@ class SideFile:
                 check_ours(self._path.with_name(name + suffix))
         try:
             self.connection: sqlite3.Connection = self._opened()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
                 raise ConfigurationError(f"{self._path} cannot be opened: {error}") from error
             self.connection = self._anew(error)
@@ -90,17 +92,20 @@ class SideFile:
         return connection
 
     def _check_tables(self, connection: sqlite3.Connection) -> None:
-        """Checks that the file has our tables only: others may lack a column, and a trigger would refuse each row.
+        """Checks that the file is whole and has our tables only: a trigger, for one, would refuse each row.
 
         Raises:
-            sqlite3.DatabaseError: it has others.
+            sqlite3.DatabaseError: it is damaged, or has others.
         """
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
         with closing(sqlite3.connect(":memory:")) as ours:
             ours.executescript(self._schema)
             if sorted(ours.execute(_PARTS), key=str) != sorted(connection.execute(_PARTS), key=str):
                 raise sqlite3.DatabaseError("it has other tables than a gateway makes")
 
-    def _anew(self, error: sqlite3.Error | OverflowError) -> sqlite3.Connection:
+    def _anew(self, error: Exception) -> sqlite3.Connection:
         """Begins a new file; the old one is kept under a name with the time."""
         if self._path is not None and self._path.exists():
             aside = moved_aside(self._path)
@@ -125,7 +130,7 @@ class SideFile:
             with suppress(sqlite3.Error):
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
-            if isinstance(error, (sqlite3.Error, OverflowError)):  # a number in the file may be beyond all others
+            if isinstance(error, (sqlite3.Error, *_STRANGE)):
                 self._mend(error)
                 raise StoreFull(f"{self._what} cannot be written: {error}") from error
             raise
@@ -138,15 +143,16 @@ class SideFile:
         """
         try:
             return self.connection.execute(query, arguments).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, *_STRANGE) as error:
             if self._mend(error):
                 return []
             raise StoreFull(f"{self._what} cannot be read: {error}") from error
 
-    def _mend(self, error: sqlite3.Error | OverflowError) -> bool:
+    def _mend(self, error: Exception) -> bool:
         """Begins a new file if the old one is damaged; returns whether it was."""
-        strange = (sqlite3.IntegrityError, OverflowError)  # a row is there that a gateway cannot have written
-        if isinstance(error, strange) or is_damage(error):
+        if isinstance(error, (sqlite3.IntegrityError, *_STRANGE)) or (
+            isinstance(error, sqlite3.Error) and is_damage(error)
+        ):
             self.connection.close()
             self.connection = self._anew(error)
             return True

@@ -188,6 +188,27 @@ def test_a_file_with_rows_that_a_gateway_cannot_have_written_is_put_aside(tmp_pa
     assert len([*tmp_path.glob(f"{FILE}.damaged-*")]) == 1
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda content: content.replace(b"tenant", b"\xd3\xd3nant"),
+        lambda content: content[: 4096 * 3] + b"\xff" * 4096 + content[4096 * 4 :],
+        lambda content: content[:-4096],
+    ],
+)
+def test_damage_anywhere_in_the_file_is_found_at_the_start(tmp_path: Path, changed: Any) -> None:
+    """Not when an event that was acknowledged is read: it would be put aside with the file."""
+    file = opened(tmp_path)
+    file.add([*decode_logs(request("run", range(1, 200)).SerializeToString(), LIMITS).events], "")
+    file.close()
+    (tmp_path / FILE).write_bytes(changed((tmp_path / FILE).read_bytes()))
+    file = opened(tmp_path)
+    assert file.damaged == 1
+    assert file.add(events("run", 500), "")[0] == 1
+    assert numbers(page(file)) == [500]
+    file.close()
+
+
 def test_a_file_that_cannot_be_opened_at_present_stays(tmp_path: Path) -> None:
     """Such as one that another program has locked: it is not damaged."""
     file = opened(tmp_path)

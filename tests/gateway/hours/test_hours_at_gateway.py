@@ -29,6 +29,7 @@ from esper_otel.gateway.turns import finished
 from esper_otel.hours.account import PhaseTimes
 from esper_otel.hours.bar import RunHours
 from esper_otel.log import Warnings
+from esper_otel.pull.messages import HoursRequest
 from esper_otel.schema import METRICS
 
 pytestmark = pytest.mark.own_code
@@ -327,15 +328,27 @@ def test_the_sums_of_a_sender_are_bounded_and_written_as_they_change(
     again.close()
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"steps": 1e400}', "7", "x"])
-def test_sums_that_no_gateway_can_have_written_are_read_anew(tmp_path: Path, text: str) -> None:
+SUMS = ("[" * 100_000, '{"steps": 1e400}', "7", "x", '{"first": ["x", 0, 0, 0, 0], "last": null, "knots": []}')
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        *(("accounts SET account", text) for text in SUMS),
+        *(("accounts SET rank", rank) for rank in (1.8e19, -1, 2**31)),
+        ("cursors SET cursor", "x"),
+    ],
+    ids=map(str, range(len(SUMS) + 4)),
+)
+def test_sums_that_no_gateway_can_have_written_are_read_anew(tmp_path: Path, change: str, value: Any) -> None:
     core = Core(FileStore(tmp_path))
     receive(core, *body(frames(1, 50)))
     before = hours(core)
     core.close()
     with sqlite3.connect(tmp_path / FILE) as connection:
-        connection.execute("UPDATE accounts SET account = ?", (text,))
+        connection.execute(f"UPDATE {change} = ?", (value,))
     connection.close()
     again = Core(FileStore(tmp_path))
     assert hours(again) == before
+    assert asyncio.run(again.hours(HoursRequest(run_id="run", with_accounts=True))).ranks[0].rank == 0
     again.close()

@@ -248,12 +248,12 @@ def test_cursors_name_topics_ranks_and_places() -> None:
 
 
 def test_events_in_the_topic_are_not_lost_without_a_word() -> None:
-    """A tier keeps no events: such a record is put aside with the reason. A step that names them is a step."""
+    """They have a topic of their own: such a record is put aside with the reason. A step that names them is a step."""
     bodies = [*encoder().requests(blocks_of([make_frame(run=replace(RUN, experiment=EVENT_SCOPE))]))]
     shard = Shard(0, limits=Limits(), hold_s=2.0, linger_s=0.05)
     values = [event_body("run", 1), *(each.body for each in bodies)]
     records = [RequestRecord(offset, TIME_UNIX_NS, b"", value) for offset, value in enumerate(values)]
     [bad] = shard.take(records, 0.0)
     assert bad.record.offset == 0
-    assert "a tier on Kafka keeps none" in bad.reason
+    assert "they belong in the topic of events" in bad.reason
     assert sum(len(batch.frames) for batch in shard.release(10.0)) == 1

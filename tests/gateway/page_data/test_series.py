@@ -117,8 +117,9 @@ def test_no_value_is_hidden_and_what_is_new_is_enough(
                     made = kept[key] = kept[key]._replace(values={**kept[key].values, **values})
                     store.add([item(made, revisions[key])])
                     continue
-                # between that step and the next one, so that it belongs to the same segment
-                made = kept[key]._replace(time_ns=kept[key].time_ns + 10**6 * (number + 1), values=values)
+                # between that step and the next one, so that it belongs to the same segment, and at a time of its own
+                second_ns = kept[key].time_ns // 10**9 * 10**9
+                made = kept[key]._replace(time_ns=second_ns + 10**6 * (number + 1), values=values)
             else:
                 attempt += what == "attempt"
                 step = step + much if what == "step" else max(step - much, 0) + 1

@@ -167,6 +167,8 @@ def test_every_path_is_closed_to_pages_of_other_names() -> None:
     [
         ("", True),
         ("::1", True),
+        ("[::ffff:127.0.0.1]:80", True),
+        ("[::1].evil.example", False),
         ("localhost.", True),
         ("app.localhost:80", True),
         ("127.1", False),
