@@ -497,8 +497,9 @@ class Core(PullCore):
     @property
     def damaged(self) -> Mapping[str, int]:
         """Counts of damaged entries that were removed from the store, by kind; ``store`` are whole files."""
-        files = self._events.damaged + self._hours.damaged
-        return {**super().damaged, "store": super().damaged.get("store", 0) + files}
+        found = Counter(super().damaged)
+        found["store"] += self._events.damaged + self._hours.damaged
+        return found
 
     @property
     def is_ready(self) -> bool:
